@@ -1,0 +1,5 @@
+"""``python -m splitlearn_core``: the command line."""
+
+from splitlearn_core.cli.main import main
+
+main()

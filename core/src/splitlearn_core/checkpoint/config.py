@@ -1,0 +1,62 @@
+"""``config.json`` and the index, read as data: importing a configuration class takes over a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from splitlearn_core.errors import InvalidCheckpointError
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read ``config.json``.
+
+    Raises:
+        InvalidCheckpointError: It is no JSON object, or names no model type.
+    """
+    config = _read_object(path)
+    if not isinstance(config.get("model_type"), str):
+        raise InvalidCheckpointError(
+            f'{path} has no "model_type", so nothing says which family the model belongs to',
+            hint='add "model_type": "gpt2" (say), or pass model_type=',
+        )
+    return config
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Read an index file: tensor name -> name of the shard beside it.
+
+    Raises:
+        InvalidCheckpointError: It is no index, or it names a shard outside its own folder.
+    """
+    weight_map = _read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index anew")
+    wrong = [f"{key!r} -> {shard!r}" for key, shard in sorted(weight_map.items()) if not _is_shard_name(shard)]
+    if wrong:
+        raise InvalidCheckpointError(
+            f"{path} names shards that are no safetensors files in its own folder: {'; '.join(wrong[:8])}",
+            hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",
+        )
+    return weight_map
+
+
+def _is_shard_name(shard: object) -> bool:
+    # One plain name under the rules of both systems, whatever this one is.
+    return (
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and "\0" not in shard
+        and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpointError(f"{path} is no JSON: {error}", hint="fetch or write the file anew") from error
+    if not isinstance(content, dict):
+        raise InvalidCheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content

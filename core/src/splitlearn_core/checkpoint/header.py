@@ -1,0 +1,92 @@
+"""The header of a safetensors file, checked before anything relies on it.
+
+Format: 8 bytes little-endian length N, then N bytes of JSON, then the data. The JSON maps a
+tensor's name to ``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets counted from the end
+of the header. The limits are those of the safetensors library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from splitlearn_core.errors import InvalidCheckpointError
+from splitlearn_core.types import DTYPE_BYTES, TensorInfo
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_SHOWN = 8
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file; the data is not touched.
+
+    Raises:
+        InvalidCheckpointError: The file is truncated or its header contradicts itself; all
+            contradictions are listed.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+            raise _invalid(path, [f"the file of {size} bytes ends before its header does"], "is the download complete?")
+        if length > _MAX_HEADER_BYTES:
+            raise _invalid(path, [f"its header is said to be {length} bytes long; {_MAX_HEADER_BYTES} is the limit"])
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(path, [f"its header is no JSON: {error}"]) from error
+    if not isinstance(header, dict):
+        raise _invalid(path, [f"its header is a JSON {type(header).__name__}, not an object"])
+    header.pop("__metadata__", None)
+    start = _LENGTH_BYTES + length
+    return _check_layout(path, {key: _tensor(path, key, entry, start) for key, entry in header.items()}, start, size)
+
+
+def _tensor(path: Path, key: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _invalid(path, [f"{key}: its entry lacks dtype, shape or data_offsets"]) from error
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise _invalid(path, [f"{key}: shape {shape} and offsets {[begin, end]} must be whole numbers from 0"])
+    if dtype not in DTYPE_BYTES:
+        raise _invalid(path, [f"{key}: dtype {dtype!r} is unknown"])
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != expected:
+        raise _invalid(path, [f"{key}: {dtype} of shape {shape} takes {expected} bytes, its offsets span {end - begin}"])
+    return TensorInfo(key, dtype, tuple(shape), path.name, start + begin, start + end)
+
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], start: int, size: int) -> dict[str, TensorInfo]:
+    """Demand that the tensors cover the data without gap or overlap, as the format does."""
+    ordered = sorted(tensors.values(), key=lambda info: (info.begin, info.end))
+    problems, position, previous = [], start, "the header"
+    for info in ordered:
+        if info.begin != position:
+            relation = "overlaps" if info.begin < position else "leaves a gap after"
+            problems.append(f"{info.key} {relation} {previous}: it begins at {info.begin}, not at {position}")
+        position, previous = max(position, info.end), info.key
+    if position > size:
+        raise _invalid(path, [f"it needs {position} bytes and has {size}", *problems], "is the download complete?")
+    if position < size:
+        problems.append(f"{size - position} bytes behind the last tensor belong to none")
+    if problems:
+        raise _invalid(path, problems)
+    return dict(tensors)
+
+
+def _invalid(path: Path, problems: list[str], hint: str = "") -> InvalidCheckpointError:
+    shown = problems[:_MAX_SHOWN]
+    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+    return InvalidCheckpointError(
+        f"{path} is no sound safetensors file: {'; '.join(shown + more)}",
+        hint=hint or "fetch or write the file anew",
+    )

@@ -1,0 +1,49 @@
+"""Ask the kernel for planned bytes before they are needed, so that the disk works while modules are imported."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from splitlearn_core.types import TensorInfo
+
+_CHUNK = 8 * 2**20
+
+
+def read_ahead(tensors: Iterable[TensorInfo], paths: Mapping[str, Path]) -> None:
+    """Start reading the byte ranges of tensors into the page cache, and return at once.
+
+    Does nothing where the system has no such call. What cannot be read is left to the reader that
+    comes later and says so.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    ranges = _ranges(tensors)
+    if ranges:
+        threading.Thread(target=_advise, args=(ranges, paths), name="splitlearn-read-ahead", daemon=True).start()
+
+
+def _ranges(tensors: Iterable[TensorInfo]) -> list[tuple[str, int, int]]:
+    """Join neighbouring tensors: shard, first byte, one past the last."""
+    joined: list[tuple[str, int, int]] = []
+    for info in sorted(tensors, key=lambda info: (info.shard, info.begin)):
+        if joined and joined[-1][0] == info.shard and info.begin <= joined[-1][2]:
+            joined[-1] = (info.shard, joined[-1][1], max(joined[-1][2], info.end))
+        else:
+            joined.append((info.shard, info.begin, info.end))
+    return joined
+
+
+def _advise(ranges: list[tuple[str, int, int]], paths: Mapping[str, Path]) -> None:
+    for shard, begin, end in ranges:
+        try:
+            descriptor = os.open(paths[shard], os.O_RDONLY)
+        except OSError:
+            continue  # the reader that follows opens it too, and reports it
+        try:
+            for position in range(begin, end, _CHUNK):
+                os.posix_fadvise(descriptor, position, min(_CHUNK, end - position), os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)

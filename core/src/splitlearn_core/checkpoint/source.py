@@ -1,0 +1,250 @@
+"""Where the files of a checkpoint come from: a directory, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.errors import (
+    CheckpointError,
+    ConfigurationError,
+    InsufficientDiskError,
+    InvalidCheckpointError,
+    MissingFileError,
+)
+from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+CONFIG = "config.json"
+
+_T = TypeVar("_T")
+
+
+class Source(Protocol):
+    """The files of one checkpoint."""
+
+    #: The directory or repository, as the caller named it.
+    model: str
+    #: The commit a Hub revision was resolved to; None for a directory.
+    commit: str | None
+
+    def files(self) -> Mapping[str, int]:
+        """Return the names of the files that can be had, with their sizes in bytes (0: unknown)."""
+
+    def path(self, name: str) -> Path:
+        """Return the local path of a small file, fetching it first where necessary."""
+
+    def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
+        """Make sure that large files are there, fetching what is not."""
+
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        """Read the header of a safetensors file without fetching its data."""
+
+
+class DirectorySource:
+    """A checkpoint in a local directory."""
+
+    commit = None
+
+    def __init__(self, directory: Path) -> None:
+        self.model = str(directory)
+        self._directory = directory
+        if not (directory / CONFIG).is_file():
+            beside = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
+            raise MissingFileError(
+                f"{directory} has no {CONFIG} (it holds: {beside})",
+                hint="give the folder that save_pretrained wrote or that the Hub repository was cloned into",
+            )
+
+    def files(self) -> dict[str, int]:
+        return {entry.name: entry.stat().st_size for entry in self._directory.iterdir() if entry.is_file()}
+
+    def path(self, name: str) -> Path:
+        return self._directory / name
+
+    def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
+        missing = [name for name in names if not (self._directory / name).is_file()]
+        if missing:
+            raise MissingFileError(
+                f"{self._directory} lacks {', '.join(missing)}, which its index names and the asked parts need",
+                hint="copy or download the missing shards into the folder",
+            )
+
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        self.fetch([name], lambda progress: None)
+        return read_header(self._directory / name)
+
+
+class HubSource:
+    """A checkpoint in a repository on the Hub, through ``huggingface_hub`` and its cache.
+
+    Raises:
+        MissingFileError: No such repository or revision, or no access, or nothing cached offline.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self.model = repo_id
+        self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        self._revision = revision
+        # Everything after the first file is asked for by commit: a push in between changes nothing.
+        config = self._guarded(lambda: self._download(CONFIG, revision))
+        self._snapshot = config.parent
+        self.commit: str | None = self._snapshot.name
+        self._files: dict[str, int] | None = None
+
+    def files(self) -> dict[str, int]:
+        if self._files is None:
+            self._files = self._guarded(self._list_files)
+        return self._files
+
+    def path(self, name: str) -> Path:
+        return self._guarded(lambda: self._download(name, self.commit))
+
+    def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
+        wanted = {name: self.files().get(name) for name in names}
+        absent = [name for name, size in wanted.items() if size is None]
+        if absent and not self._offline():
+            raise MissingFileError(
+                f"{self.model}@{self.commit} lacks {', '.join(absent)}, which its index names and the asked parts need",
+                hint="the repository is incomplete: try another revision",
+            )
+        missing = {name: size or 0 for name, size in wanted.items() if not (self._snapshot / name).exists()}
+        self._check_disk(sum(missing.values()))
+        done = 0
+        for name, size in missing.items():
+            progress(Progress("downloading", None, done, sum(missing.values()), name))
+            self.path(name)
+            done += size
+        progress(Progress("downloading", None, done, sum(missing.values())))
+
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        if (self._snapshot / name).exists():
+            return read_header(self._snapshot / name)
+        if self._offline():
+            return read_header(self.path(name))
+        return self._guarded(lambda: self._remote_header(name))
+
+    def _remote_header(self, name: str) -> dict[str, TensorInfo]:
+        from huggingface_hub.errors import SafetensorsParsingError
+
+        try:
+            metadata = _api().parse_safetensors_file_metadata(
+                self.model, name, revision=self.commit, token=self._options["token"]
+            )
+        except SafetensorsParsingError as error:
+            raise InvalidCheckpointError(f"{name} of {self.model} is no sound safetensors file: {error}") from error
+        return {
+            key: TensorInfo(key, str(info.dtype), tuple(info.shape), name, *info.data_offsets)
+            for key, info in metadata.tensors.items()
+        }
+
+    def _download(self, name: str, revision: str | None) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.model, name, revision=revision, **self._options))
+
+    def _list_files(self) -> dict[str, int]:
+        if self._offline():
+            return {entry.name: entry.stat().st_size for entry in self._snapshot.iterdir() if entry.is_file()}
+        info = _api().model_info(
+            self.model, revision=self.commit, files_metadata=True, token=self._options["token"]
+        )
+        return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+
+    def _offline(self) -> bool:
+        from huggingface_hub.constants import is_offline_mode
+
+        return bool(self._options["local_files_only"]) or is_offline_mode()
+
+    def _check_disk(self, needed: int) -> None:
+        free = shutil.disk_usage(self._snapshot).free
+        if needed > free:
+            raise InsufficientDiskError(
+                f"{needed / 2**30:.2f} GiB of {self.model} are to be downloaded; "
+                f"{free / 2**30:.2f} GiB are free in {self._snapshot}",
+                hint="free some space (hf cache rm), or choose another disk with cache_dir= or HF_HOME",
+            )
+
+    def _guarded(self, action: Callable[[], _T]) -> _T:
+        """Turn the Hub client's errors into ours, each with its way out."""
+        from huggingface_hub import errors
+
+        where = f"{self.model!r}" + (f" at revision {self._revision!r}" if self._revision else "")
+        try:
+            return action()
+        except errors.GatedRepoError as error:
+            raise MissingFileError(
+                f"{where} on the Hub is gated and this token may not read it",
+                hint="accept its terms on its page, then log in (hf auth login) or pass token=",
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise MissingFileError(
+                f"{where} is neither a directory here nor a repository on the Hub that this token can see",
+                hint="check the spelling; a private repository needs hf auth login or token=",
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise MissingFileError(
+                f"{self.model!r} has no revision {self._revision!r}", hint="name a branch, a tag or a full commit hash"
+            ) from error
+        except errors.LocalEntryNotFoundError as error:
+            if self._offline():
+                hint = "drop local_files_only or unset HF_HUB_OFFLINE to download it"
+                raise MissingFileError(f"{where} is not in the cache, and looking on the Hub is off", hint=hint) from error
+            raise MissingFileError(f"{where}: the Hub cannot be reached, and the cache has no copy: {error}") from error
+        except errors.EntryNotFoundError as error:
+            raise MissingFileError(f"{where} lacks a file: {error}", hint="is it a transformers checkpoint?") from error
+        except errors.HFValidationError as error:
+            raise MissingFileError(
+                f"{where} is neither a directory here nor a name that a repository can have",
+                hint="check the path, or give owner/name",
+            ) from error
+        except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+            raise CheckpointError(f"{where}: the Hub answered with an error: {error}", hint="try again later") from error
+
+
+def open_source(
+    model_name_or_path: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Source:
+    """Find a checkpoint: a directory wins over a repository of the same name.
+
+    Raises:
+        MissingFileError: Neither is there, or it has no ``config.json``.
+    """
+    if not os.fspath(model_name_or_path):
+        raise ConfigurationError("model_name_or_path is empty", hint="give a directory or a Hub repository")
+    path = Path(model_name_or_path).expanduser()
+    if path.is_dir():
+        return DirectorySource(path)
+    name = os.fspath(model_name_or_path)
+    if path.exists():
+        raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
+    if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
+        raise MissingFileError(f"there is no directory {name}", hint="check the path")
+    return HubSource(
+        name, cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only
+    )
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi()

@@ -1,0 +1,150 @@
+"""Loading strategies: how planned bytes become tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
+from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
+from splitlearn_core.types import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What is to be read: tensors, the files they are in, and how they are wanted."""
+
+    tensors: tuple[PlannedTensor, ...]
+    #: Shard -> path of the file on this machine.
+    paths: Mapping[str, Path]
+    #: torch's name of the device.
+    device: str
+    #: torch's name of the dtype that floating tensors take on.
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    def needs_conversion(self, tensor: PlannedTensor) -> bool:
+        """Say whether a tensor is stored in another floating dtype than the wanted one."""
+        return tensor.info.dtype in FLOAT_DTYPES.values() and tensor.info.dtype != FLOAT_DTYPES[self.dtype]
+
+    def by_shard(self) -> dict[str, list[PlannedTensor]]:
+        shards: dict[str, list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            shards.setdefault(tensor.info.shard, []).append(tensor)
+        return shards
+
+
+@runtime_checkable
+class LoadingStrategy(Protocol):
+    """One way of turning planned bytes into tensors. Plugins may add others."""
+
+    #: The name under which a caller asks for it.
+    name: str
+
+    def refusal(self, plan: ReadPlan) -> str:
+        """Say why this plan cannot be read this way, or nothing."""
+
+    def anonymous_bytes(self, plan: ReadPlan) -> int:
+        """Predict the memory of this machine that the read takes and keeps, file pages left out."""
+
+    def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+        """Yield every planned tensor once, on the plan's device and in its dtype."""
+
+
+class MappedStrategy:
+    """Views of the mapped file: nothing is copied, pages are shared between processes.
+
+    Tensors that are stored in another dtype are converted, and only those take memory.
+    """
+
+    name = "mapped"
+
+    def refusal(self, plan: ReadPlan) -> str:
+        return "" if plan.device == "cpu" else f"file pages cannot be tensors on {plan.device}"
+
+    def anonymous_bytes(self, plan: ReadPlan) -> int:
+        return sum(loaded_nbytes(t, plan.dtype) for t in plan.tensors if plan.needs_conversion(t))
+
+    def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+        for planned, view in _views(plan):
+            yield planned, view.to(_torch_dtype(plan.dtype)) if plan.needs_conversion(planned) else view
+
+
+class CopiedStrategy:
+    """Tensors in memory of their own, on any device and in any dtype."""
+
+    name = "copied"
+
+    def refusal(self, plan: ReadPlan) -> str:
+        return ""
+
+    def anonymous_bytes(self, plan: ReadPlan) -> int:
+        kept = sum(loaded_nbytes(tensor, plan.dtype) for tensor in plan.tensors)
+        return kept if plan.device == "cpu" else 0
+
+    def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+        for planned, view in _views(plan):
+            floating = planned.info.dtype in FLOAT_DTYPES.values()
+            dtype = _torch_dtype(plan.dtype) if floating else view.dtype
+            yield planned, view.to(device=plan.device, dtype=dtype, copy=True)
+
+
+#: Core's own, in the order in which ``auto`` tries them.
+BUILT_IN: tuple[LoadingStrategy, ...] = (MappedStrategy(), CopiedStrategy())
+
+
+def choose_strategy(
+    asked: str, plans: Sequence[ReadPlan], added: Iterable[LoadingStrategy] = (), preferred: str = ""
+) -> LoadingStrategy:
+    """Choose how to read: what the caller asked, else what the family prefers, else the cheapest.
+
+    Raises:
+        ConfigurationError: No strategy of that name, or it refuses the plan; the reason is given.
+    """
+    known = {strategy.name: strategy for strategy in (*BUILT_IN, *added)}
+    if asked != AUTO:
+        if asked not in known:
+            raise ConfigurationError(
+                f"there is no loading strategy {asked!r}", hint=f"choose from {', '.join((AUTO, *known))}"
+            )
+        refusal = next(filter(None, map(known[asked].refusal, plans)), "")
+        if refusal:
+            raise ConfigurationError(f"loading strategy {asked!r} cannot do this: {refusal}", hint=f"try {AUTO!r}")
+        return known[asked]
+    candidates = [known[preferred]] if preferred in known else []
+    for strategy in (*candidates, *BUILT_IN):
+        if not any(strategy.refusal(plan) for plan in plans):
+            return strategy
+    raise ConfigurationError("no loading strategy can read this plan")
+
+
+def _views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+    """Yield each planned tensor as a view of its mapped file; one file is open at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    for shard, tensors in plan.by_shard().items():
+        try:
+            with safe_open(plan.paths[shard], framework="pt", device="cpu") as file:
+                for planned in tensors:
+                    yield planned, file.get_tensor(planned.info.key)
+        except SafetensorError as error:
+            raise InvalidCheckpointError(
+                f"{plan.paths[shard]} is no sound safetensors file: {error}", hint="fetch or write the file anew"
+            ) from error
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

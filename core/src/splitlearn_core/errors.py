@@ -1,0 +1,97 @@
+"""Every error that splitlearn raises on purpose, by whose move comes next.
+
+::
+
+    SplitLearnError                      .hint: the way out
+    ├── PluginError                      the plugin's author, or who installed it
+    │   ├── BrokenPluginError            does not import, or does not keep to the hook specifications
+    │   ├── PluginConflictError          two distributions claim one model type
+    │   ├── IncompatiblePluginError      made for another plugin API or another core
+    │   └── UnknownModelTypeError        (KeyError) no installed plugin provides the model type
+    ├── CheckpointError                  who made or named the checkpoint
+    │   ├── MissingFileError             (FileNotFoundError) no such model, file or shard
+    │   ├── InvalidCheckpointError       (ValueError) a file contradicts its format or its index
+    │   └── TensorMismatchError          (ValueError) missing, unexpected or mis-shaped tensors, all of them
+    ├── ConfigurationError               (ValueError) the caller's arguments
+    │   └── InvalidSplitError            split points that do not cut this model
+    ├── CapacityError                    the machine
+    │   ├── InsufficientMemoryError      (RuntimeError)
+    │   └── InsufficientDiskError        (OSError)
+    └── InternalError                    us
+"""
+
+from __future__ import annotations
+
+
+class SplitLearnError(Exception):
+    """What all errors of splitlearn have in common: a message, and a hint that says the way out."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        #: What to do about it, in one or two sentences; empty where the message says it all.
+        self.hint = hint
+
+    def __str__(self) -> str:
+        # Spelled out because KeyError would show the repr of its argument.
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class PluginError(SplitLearnError):
+    """A plugin stands in the way."""
+
+
+class BrokenPluginError(PluginError):
+    """A plugin does not import, or does not keep to the hook specifications."""
+
+
+class PluginConflictError(PluginError):
+    """Two distributions claim the same model type."""
+
+
+class IncompatiblePluginError(PluginError):
+    """A plugin was made for another plugin API, or for another version of core."""
+
+
+class UnknownModelTypeError(PluginError, KeyError):
+    """No usable plugin provides the model type."""
+
+
+class CheckpointError(SplitLearnError):
+    """The files of a model are not what they have to be."""
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A model, a file of it, or a shard is not there."""
+
+
+class InvalidCheckpointError(CheckpointError, ValueError):
+    """A file of the checkpoint contradicts its format, its index or its size."""
+
+
+class TensorMismatchError(CheckpointError, ValueError):
+    """The checkpoint's tensors are not those that the model needs."""
+
+
+class ConfigurationError(SplitLearnError, ValueError):
+    """The caller's arguments cannot be carried out."""
+
+
+class InvalidSplitError(ConfigurationError):
+    """The split points do not cut this model into three."""
+
+
+class CapacityError(SplitLearnError):
+    """The machine is too small for what was asked."""
+
+
+class InsufficientMemoryError(CapacityError, RuntimeError):
+    """The planned bytes do not fit into memory."""
+
+
+class InsufficientDiskError(CapacityError, OSError):
+    """The planned download does not fit on the disk."""
+
+
+class InternalError(SplitLearnError):
+    """splitlearn contradicts itself: please report it."""

@@ -1,0 +1,99 @@
+"""The three hooks a plugin may implement, each a small manual.
+
+A plugin is a module with functions marked :data:`hookimpl`, named as below, and an entry point in
+the group ``splitlearn.families`` whose name is the model type and whose value is that module::
+
+    [project.entry-points."splitlearn.families"]
+    llama = "splitlearn_llama"
+
+Hooks are plain functions: they answer at once, read no weights and import neither torch nor
+transformers. A hook that raises, or answers something else than it promises, marks its own plugin
+as broken and disturbs no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from splitlearn_core.checkpoint.strategy import LoadingStrategy
+    from splitlearn_core.family import ModelFamily
+
+#: pluggy's project name.
+PROJECT = "splitlearn"
+
+#: The number of the plugin API. It grows when a hook or :class:`ModelFamily` changes so that an
+#: older plugin would no longer work. A plugin says which one it was made for with an entry point
+#: ``version = "1"`` in the group ``splitlearn.plugin_api``; one that says nothing means 1.
+PLUGIN_API = 1
+
+#: Marks a function of a plugin as the implementation of a hook.
+hookimpl = pluggy.HookimplMarker(PROJECT)
+#: Marks the specification of a hook.
+hookspec = pluggy.HookspecMarker(PROJECT)
+
+
+@hookspec
+def splitlearn_model_families() -> Iterable[ModelFamily]:  # type: ignore[empty-body]  # a specification
+    """Say which model families this plugin provides.
+
+    Asked once, when a checkpoint of the plugin's model type is used for the first time in a process.
+
+    Returns:
+        The families. One of them must have the ``model_type`` that the entry point is named after;
+        families that no entry point names are not found.
+
+    Example::
+
+        @hookimpl
+        def splitlearn_model_families():
+            return [ModelFamily(model_type="llama", architecture="LlamaForCausalLM")]
+    """
+
+
+@hookspec
+def splitlearn_map_weight_keys(  # type: ignore[empty-body]  # a specification
+    family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
+) -> Mapping[str, str | None] | None:
+    """Say under which name each tensor of a checkpoint stands in the Hugging Face module.
+
+    Only the plugin that owns the family is asked, once a load, with all keys together. Most plugins
+    leave this hook out: the family's ``renamed`` and ``ignored_suffixes``, and the base prefix that
+    some checkpoints lack, are applied by core.
+
+    Args:
+        family: The family that the checkpoint belongs to, as this plugin described it.
+        config: ``config.json``, as a mapping.
+        checkpoint_keys: The tensor names in the checkpoint, sorted.
+
+    Returns:
+        For every key the module key, or None to leave that tensor out; no module key twice.
+        Or None for the whole mapping: then core maps the keys as if there were no such hook.
+
+    Example::
+
+        @hookimpl
+        def splitlearn_map_weight_keys(family, config, checkpoint_keys):
+            return {key: key.replace("gpt_neox.", "model.") for key in checkpoint_keys}
+    """
+
+
+@hookspec
+def splitlearn_loading_strategies() -> Iterable[LoadingStrategy]:  # type: ignore[empty-body]  # a specification
+    """Say which ways of turning planned bytes into tensors this plugin adds.
+
+    Asked together with the families of the plugin. Core's own strategies are ``mapped`` and
+    ``copied``; a family chooses another with ``preferred_strategy``, a caller with ``strategy=``.
+
+    Returns:
+        The strategies. Names must differ from one another and from core's.
+
+    Example::
+
+        @hookimpl
+        def splitlearn_loading_strategies():
+            return [MyStrategy()]
+    """

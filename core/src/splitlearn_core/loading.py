@@ -1,0 +1,273 @@
+"""From a name to components: the stages of a load, one function each, in the order of the data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.readahead import read_ahead
+from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.checkpoint.strategy import LoadingStrategy, ReadPlan, choose_strategy
+from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.memory import available_memory
+from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
+from splitlearn_core.plan.split import split_layers
+from splitlearn_core.plan.splitplan import (
+    ComponentPlan,
+    SplitPlan,
+    cut_bytes,
+    plan_components,
+    resolve_dtype,
+)
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.types import Component, Progress, ProgressCallback, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.build.component import ComponentModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A checkpoint whose family is known; nothing of its weights was read."""
+
+    checkpoint: Checkpoint
+    family: ModelFamily
+    config: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.source.model
+
+
+def open_model(
+    model_name_or_path: str | os.PathLike[str] | None, model_type: str | None = None, **hub: Any
+) -> OpenModel:
+    """Find a checkpoint and the family that it belongs to.
+
+    Args:
+        model_name_or_path: A directory or a Hub repository; None for the family's default.
+        model_type: What the caller says it is; None to believe ``config.json``.
+        hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
+
+    Raises:
+        ConfigurationError: Nothing is named, or ``config.json`` contradicts the model type.
+        UnknownModelTypeError: No plugin provides the model type.
+        MissingFileError: There is no such checkpoint.
+    """
+    if model_name_or_path is None:
+        if model_type is None:
+            raise ConfigurationError(
+                "neither a model nor a model type was named", hint="give model_name_or_path: a directory or a Hub id"
+            )
+        model_name_or_path = registry().family(model_type).default_model
+        if not model_name_or_path:
+            raise ConfigurationError(
+                f"the family {model_type!r} names no default model", hint="give model_name_or_path as well"
+            )
+    checkpoint = Checkpoint(open_source(model_name_or_path, **hub))
+    config = checkpoint.config
+    stated = config["model_type"]
+    if model_type is not None and model_type != stated:
+        raise ConfigurationError(
+            f"model_type {model_type!r} was asked for, but config.json of {model_name_or_path} says {stated!r}",
+            hint=f"pass model_type={stated!r}, or None to take what config.json says",
+        )
+    return OpenModel(checkpoint, registry().family(stated), config)
+
+
+def make_plan(
+    model: OpenModel, split_points: Sequence[int], parts: Iterable[Component], dtype: str
+) -> tuple[SplitPlan, KeyTable]:
+    """Plan the asked components from the headers of the shards they need, and of no other.
+
+    Raises:
+        InvalidSplitError: The split points do not cut this model.
+        TensorMismatchError: The checkpoint holds tensors that no component has a place for.
+        CheckpointError: Files are missing or contradict themselves.
+    """
+    family, config, checkpoint = model.family, model.config, model.checkpoint
+    ranges = split_layers(family, config, split_points)
+    asked = tuple(parts)
+    described = None if checkpoint.has_weights else _tensors_of_config(model)
+    keys = sorted(checkpoint.weight_map if described is None else described)
+    mapping = registry().map_weight_keys(family, config, keys) or map_keys(family, keys)
+    table = place_keys(family, config, mapping, ranges)
+    wanted = sorted({key for component in asked for key in table.sources[component].values()})
+    tensors = checkpoint.tensors(wanted) if described is None else described
+    resolved = resolve_dtype(dtype, config, tensors.values())
+    plan = SplitPlan(
+        model=model.name,
+        commit=checkpoint.source.commit,
+        model_type=family.model_type,
+        split_points=(ranges[Component.TRUNK].start, ranges[Component.TRUNK].end),
+        num_layers=ranges[Component.TOP].total,
+        dtype=resolved,
+        source="headers" if described is None else "config",
+        components=plan_components(family, config, table, ranges, tensors, asked, resolved),
+        tied=table.tied,
+        cut_bytes_per_token=cut_bytes(family, config, resolved),
+    )
+    return plan, table
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How the planned components are wanted."""
+
+    device: str = "cpu"
+    strategy: str = "auto"
+    attn_implementation: str | None = None
+
+
+def load_components(
+    model: OpenModel, plan: SplitPlan, table: KeyTable, options: LoadOptions, progress: ProgressCallback
+) -> dict[Component, ComponentModel]:
+    """Carry a plan out: fetch, build, check, read, assign, tie. All or nothing is returned.
+
+    Raises:
+        CheckpointError: There are no weights, or they do not fit the model.
+        ConfigurationError: A device or strategy that does not exist.
+        InsufficientMemoryError: The planned bytes do not fit into memory.
+    """
+    paths = model.checkpoint.fetch(plan.shards or model.checkpoint.weight_map.values(), progress)
+    read_ahead((tensor.info for part in plan.components for tensor in part.tensors), paths)
+    progress(Progress("importing"))
+    from splitlearn_core.build.component import build_component, hf_config
+
+    check_device(options.device)
+    dtype = _torch_dtype(plan.dtype)
+    plugin = registry().plugin(model.family.model_type)
+    reads = {
+        part.component: ReadPlan(part.tensors, paths, options.device, plan.dtype) for part in plan.components
+    }
+    strategy = choose_strategy(
+        options.strategy, list(reads.values()), plugin.strategies, model.family.preferred_strategy
+    )
+    _check_memory(model.name, strategy, reads.values())
+    config = hf_config(model.family, dict(model.config), model.name, options.attn_implementation)
+    built: dict[Component, ComponentModel] = {}
+    for part in plan.components:
+        log.info("Building %s %s of %s", part.component, part.layers, model.name)
+        progress(Progress("building", part.component))
+        built[part.component] = build_component(model.family, config, part.component, part.layers, dtype)
+    _check_all(model, plan.components, built)
+    _attach_generation_config(model, built.values())
+    _read_all(reads, built, strategy, table, progress)
+    progress(Progress("ready", None, plan.nbytes, plan.nbytes))
+    return built
+
+
+def check_device(device: str) -> None:
+    """Say clearly that a device does not exist, before anything is read for it.
+
+    Raises:
+        ConfigurationError: The name is no device, or this machine has none of that kind.
+    """
+    import torch
+
+    try:
+        wanted = torch.device(device)
+        if wanted.type == "meta":
+            raise ConfigurationError("on the meta device nothing would be loaded", hint="use plan_split to look ahead")
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        gpus = torch.cuda.device_count()
+        raise ConfigurationError(
+            f"device {device!r} cannot be used: {first_line}",
+            hint=f"this machine has cpu{f' and {gpus} CUDA devices' if gpus else ', and no CUDA device'}",
+        ) from error
+
+
+def _tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
+    """Describe the tensors that ``config.json`` implies, for a checkpoint without weights."""
+    from splitlearn_core.build.describe import describe_tensors
+
+    return describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
+
+
+def _check_memory(name: str, strategy: LoadingStrategy, reads: Iterable[ReadPlan]) -> None:
+    needed = sum(strategy.anonymous_bytes(read) for read in reads)
+    free = available_memory()
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"loading {name} takes {needed / 2**30:.2f} GiB of memory ({strategy.name}); "
+            f"{free / 2**30:.2f} GiB are available",
+            hint="ask for fewer parts or layers, a smaller dtype, or dtype='auto' on the CPU, which maps the file",
+        )
+
+
+def _check_all(model: OpenModel, parts: Iterable[ComponentPlan], built: Mapping[Component, ComponentModel]) -> None:
+    from splitlearn_core.build.assemble import check_tensors
+
+    for part in parts:
+        shapes = {tensor.module_key: tensor.info.shape for tensor in part.tensors}
+        check_tensors(built[part.component], shapes, f"the {part.component} {part.layers} of {model.name}")
+
+
+def _attach_generation_config(model: OpenModel, components: Iterable[ComponentModel]) -> None:
+    """Give the components the generation settings that ``from_pretrained`` would read."""
+    from transformers import GenerationConfig
+
+    path = model.checkpoint.optional_file("generation_config.json")
+    if path is not None:
+        for component in components:
+            component.generation_config = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+
+
+def _read_all(
+    reads: Mapping[Component, ReadPlan],
+    built: Mapping[Component, ComponentModel],
+    strategy: LoadingStrategy,
+    table: KeyTable,
+    progress: ProgressCallback,
+) -> None:
+    from splitlearn_core.build.assemble import assign_tensor, finish
+
+    total, done = sum(read.nbytes for read in reads.values()), 0
+    shared: dict[str, Any] = {}
+    for component, read in reads.items():
+        log.info("Loading weights of %s (%s)", component, strategy.name)
+        # A tied tensor that another component of this call holds already is not read twice.
+        for planned in (tensor for tensor in read.tensors if tensor.info.key in shared):
+            assign_tensor(built[component], planned.module_key, shared[planned.info.key])
+            done += planned.info.nbytes
+        left = tuple(tensor for tensor in read.tensors if tensor.info.key not in shared)
+        for planned, tensor in strategy.read(ReadPlan(left, read.paths, read.device, read.dtype)):
+            parameter = assign_tensor(built[component], planned.module_key, tensor)
+            if planned.info.key in table.tied:
+                shared[planned.info.key] = parameter
+            done += planned.info.nbytes
+            progress(Progress("reading", component, done, total, planned.info.shard))
+        finish(built[component], read.device)
+    _tie_if_equal(built, table)
+
+
+def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) -> None:
+    """Tie embedding and head that config ties but the file holds apart, as transformers does."""
+    if table.apart is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
+        return
+    from splitlearn_core.build.assemble import tie_if_equal
+
+    if not tie_if_equal(built[Component.BOTTOM], table.apart[0], built[Component.TOP], table.apart[1]):
+        log.warning(
+            "%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart
+        )
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+

@@ -1,0 +1,157 @@
+"""Bottom, trunk and top as one Hugging Face generation model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from splitlearn_core.build.cache import PartCache
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.types import Component
+
+
+class SplitCausalLM(PreTrainedModel, GenerationMixin):
+    """Runs bottom, trunk and top one after the other; generates as the unsplit model does.
+
+    Args:
+        bottom: The component with the embeddings.
+        trunk: The component with the middle layers.
+        top: The component with the head.
+
+    Raises:
+        ConfigurationError: The components do not make up one model.
+    """
+
+    # The components have made this choice; nothing of it is left to this class.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel) -> None:
+        _check_fit(bottom, trunk, top)
+        super().__init__(top.config)
+        self.bottom, self.trunk, self.top = bottom, trunk, top
+        self.generation_config = top.generation_config
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.training = top.training
+
+    @property
+    def components(self) -> tuple[ComponentModel, ComponentModel, ComponentModel]:
+        """The three components, in the order in which hidden states pass through them."""
+        return self.bottom, self.trunk, self.top
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the bottom's device."""
+        return next(self.bottom.parameters()).device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bottom.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.top.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+        """Run the whole model; arguments and result are those of the family's own class.
+
+        Args:
+            input_ids: Token ids ``[batch, sequence]``.
+            attention_mask: 1 for tokens, 0 for padding, ``[batch, past + sequence]``.
+            position_ids: Positions ``[batch, sequence]``.
+            past_key_values: A cache of the whole model; each component uses its own layers of it.
+            inputs_embeds: Instead of token ids, their embeddings.
+            labels: Token ids ``[batch, sequence]``; they are shifted inside.
+            use_cache: Whether to return a cache; by default what the configuration says.
+            logits_to_keep: How many last positions get logits; 0 for all.
+            return_dict: False for a plain tuple.
+        """
+        _refuse_recordings(kwargs)
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        caches = [self._part_of(past_key_values, component) for component in self.components]
+        common: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+        if "cache_position" in kwargs:
+            common["cache_position"] = kwargs.pop("cache_position")
+        hidden = self.bottom(input_ids, inputs_embeds=inputs_embeds, past_key_values=caches[0], **common)
+        hidden = self.trunk(*_on(self.trunk, hidden), past_key_values=caches[1], **_on_each(self.trunk, common))
+        output: CausalLMOutputWithPast = self.top(
+            *_on(self.top, hidden),
+            past_key_values=caches[2],
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **_on_each(self.top, common),
+            **kwargs,
+        )
+        output.past_key_values = past_key_values
+        return output.to_tuple() if return_dict is False else output
+
+    def _part_of(self, cache: Cache | None, component: ComponentModel) -> PartCache | None:
+        if cache is None:
+            return None
+        if not isinstance(cache, Cache) or cache.is_compileable or cache.offloading:
+            raise ConfigurationError(
+                f"a split model cannot use a cache of type {type(cache).__name__}",
+                hint="use DynamicCache(config=model.config), or leave past_key_values and cache_implementation out",
+            )
+        return PartCache.view(cache, component.layer_range)
+
+
+def _on(component: ComponentModel, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    device = next(component.parameters()).device
+    return tuple(tensor.to(device) for tensor in tensors)
+
+
+def _on_each(component: ComponentModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    device = next(component.parameters()).device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+def _refuse_recordings(kwargs: dict[str, Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.pop(name, None):
+            raise ConfigurationError(
+                f"a split model does not return what {name}=True asks for",
+                hint="hidden states at the cuts are what bottom and trunk return",
+            )
+
+
+def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel) -> None:
+    given = {"bottom": bottom, "trunk": trunk, "top": top}
+    problems = [
+        f"{name} is a {getattr(part, 'component', type(part).__name__)}"
+        for name, part in given.items()
+        if getattr(part, "component", None) != Component(name)
+    ]
+    if not problems:
+        edges = [part.layer_range for part in given.values()]
+        if not (edges[0].is_first and edges[0].end == edges[1].start and edges[1].end == edges[2].start):
+            problems.append(f"their layers do not follow one another: {', '.join(map(str, edges))}")
+        if not edges[2].is_last or len({edge.total for edge in edges}) > 1:
+            problems.append(f"they are of models of different depth: {', '.join(map(str, edges))}")
+        for what in ("model_type", "hidden_size", "vocab_size"):
+            values = [getattr(part.config, what) for part in given.values()]
+            if len(set(values)) > 1:
+                problems.append(f"their {what} differs: {', '.join(map(str, values))}")
+    if problems:
+        raise ConfigurationError(
+            f"these components make up no model: {'; '.join(problems)}",
+            hint="load bottom, trunk and top of one checkpoint with the same split points",
+        )

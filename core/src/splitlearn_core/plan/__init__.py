@@ -1,0 +1,1 @@
+"""From names and numbers to a plan. No torch, no transformers, no file is opened here."""

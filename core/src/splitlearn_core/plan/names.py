@@ -1,0 +1,112 @@
+"""From checkpoint keys to module keys, and from module keys to components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from splitlearn_core.errors import TensorMismatchError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.types import Component, LayerRange
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTable:
+    """Where the tensors of a checkpoint go.
+
+    The tied tensor is one checkpoint key with two module keys; :attr:`sources` therefore runs from
+    module key to checkpoint key.
+    """
+
+    #: Component -> module key -> checkpoint key.
+    sources: Mapping[Component, Mapping[str, str]]
+    #: Checkpoint keys that are used in more than one component.
+    tied: tuple[str, ...]
+    #: Module keys that config ties but the file holds apart: equal or not is known only by value.
+    apart: tuple[str, str] | None
+
+
+def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, str | None]:
+    """Map checkpoint keys to module keys by the family's tables; None leaves a tensor out.
+
+    Some checkpoints name their tensors relative to the base module (GPT-2's on the Hub), some
+    relative to the whole model; both are understood.
+    """
+    roots = (f"{family.base}.", f"{family.head}.")
+    mapped: dict[str, str | None] = {}
+    for key in checkpoint_keys:
+        name = key
+        for old, new in family.renamed:
+            name = name.replace(old, new)
+        if name.endswith(family.ignored_suffixes):
+            mapped[key] = None
+        else:
+            mapped[key] = name if name.startswith(roots) else f"{family.base}.{name}"
+    return mapped
+
+
+def place_keys(
+    family: ModelFamily,
+    config: Mapping[str, Any],
+    mapping: Mapping[str, str | None],
+    ranges: Mapping[Component, LayerRange],
+) -> KeyTable:
+    """Give every tensor of a checkpoint to the component that holds its module.
+
+    Raises:
+        TensorMismatchError: Tensors that no component holds, or two for one place; all are listed.
+    """
+    origins: dict[str, str] = {}
+    twice: list[str] = []
+    for key, name in sorted(mapping.items()):
+        if name is not None and origins.setdefault(name, key) != key:
+            twice.append(f"{origins[name]} and {key} (both are {name})")
+    tied = bool(family.config_value(config, "tie_word_embeddings"))
+    embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
+    apart = (embedding, head) if tied and embedding in origins and head in origins else None
+    if tied and apart is None:
+        # One tensor, two names: either may be the one that was written.
+        for present, absent in ((embedding, head), (head, embedding)):
+            if present in origins and absent not in origins:
+                origins[absent] = origins[present]
+    sources: dict[Component, dict[str, str]] = {component: {} for component in Component}
+    unexpected: list[str] = []
+    for name, key in origins.items():
+        component = _component_of(family, name, ranges)
+        if component is None:
+            unexpected.append(f"{key} (as {name})" if name != key else key)
+        else:
+            sources[component][name] = key
+    if unexpected or twice:
+        raise _surplus(family, unexpected, twice)
+    users: dict[str, int] = {}
+    for table in sources.values():
+        for key in table.values():
+            users[key] = users.get(key, 0) + 1
+    return KeyTable(sources, tuple(sorted(key for key, count in users.items() if count > 1)), apart)
+
+
+def _component_of(family: ModelFamily, name: str, ranges: Mapping[Component, LayerRange]) -> Component | None:
+    if name.startswith(f"{family.head}."):
+        return Component.TOP
+    relative = name.removeprefix(f"{family.base}.")
+    if relative.startswith(f"{family.layers}."):
+        # Parsed, not matched as text: layers.1 is no prefix of layers.10.
+        number = relative.removeprefix(f"{family.layers}.").partition(".")[0]
+        layer = int(number) if number.isdecimal() else -1
+        return next((component for component, owned in ranges.items() if layer in owned), None)
+    if relative.startswith(f"{family.norm}."):
+        return Component.TOP
+    inlets = (family.embedding, *family.zero_outside_bottom, *family.skip_outside_bottom)
+    return Component.BOTTOM if relative.startswith(tuple(f"{inlet}." for inlet in inlets)) else None
+
+
+def _surplus(family: ModelFamily, unexpected: list[str], twice: list[str]) -> TensorMismatchError:
+    lines = [f"unexpected: {key}" for key in sorted(unexpected)] + [f"twice: {pair}" for pair in sorted(twice)]
+    return TensorMismatchError(
+        f"the checkpoint has {len(lines)} tensors that a {family.model_type} model has no place for:\n  "
+        + "\n  ".join(lines),
+        hint='does the checkpoint belong to another class of model? See "architectures" in its config.json; '
+        "tensors to be left out are named by the family's ignored_suffixes",
+    )

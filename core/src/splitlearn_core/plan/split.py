@@ -1,0 +1,115 @@
+"""Split arithmetic: from two split points to the layer ranges of the three components."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from splitlearn_core.errors import ConfigurationError, InvalidSplitError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.types import Component, LayerRange
+
+
+def count_layers(family: ModelFamily, config: Mapping[str, Any]) -> int:
+    """Read the number of layers from ``config.json``.
+
+    Raises:
+        ConfigurationError: It is missing or no positive integer.
+    """
+    layers = family.config_value(config, "num_hidden_layers")
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        name = family.config_names.get("num_hidden_layers", "num_hidden_layers")
+        raise ConfigurationError(
+            f"config.json says {name} = {layers!r}, which is no number of layers",
+            hint=f'set "{name}" to the number of layers of the checkpoint',
+        )
+    return layers
+
+
+def split_layers(
+    family: ModelFamily, config: Mapping[str, Any], split_points: Sequence[int]
+) -> dict[Component, LayerRange]:
+    """Cut the layers of a model at two split points.
+
+    Args:
+        family: The model's family; it may declare cuts impossible.
+        config: ``config.json``.
+        split_points: ``(a, b)`` with ``0 < a < b < number of layers``.
+
+    Raises:
+        InvalidSplitError: The points do not cut this model; the message shows the arithmetic.
+    """
+    total = count_layers(family, config)
+    first, second = check_split_points(split_points, total)
+    impossible = family.impossible_cuts(config)
+    refused = [f"no cut before layer {point}: {impossible[point]}" for point in (first, second) if point in impossible]
+    if refused:
+        possible = [point for point in range(1, total) if point not in impossible]
+        raise InvalidSplitError(
+            f"split points ({first}, {second}) do not cut this {family.model_type} model: {'; '.join(refused)}",
+            hint=f"cuts are possible before layers {', '.join(map(str, possible)) or '(none)'}",
+        )
+    return {
+        Component.BOTTOM: LayerRange(0, first, total),
+        Component.TRUNK: LayerRange(first, second, total),
+        Component.TOP: LayerRange(second, total, total),
+    }
+
+
+def check_split_points(split_points: Sequence[int], total: int) -> tuple[int, int]:
+    """Return the two split points as integers, or say what is wrong and what would be right."""
+    points = _integers(split_points)
+    if total < 3:  # noqa: PLR2004  # bottom, trunk and top each hold at least one layer
+        raise InvalidSplitError(
+            f"a model of {total} layers cannot be cut into bottom, trunk and top",
+            hint="each component needs at least one layer, so at least 3",
+        )
+    if len(points) != 2:  # noqa: PLR2004  # two cuts make three components
+        raise InvalidSplitError(
+            f"{len(points)} split points {_show(points)} were given; two cut a model into bottom, trunk and top",
+            hint=f"try {_nearest(points, total)}",
+        )
+    first, second = points
+    broken = [
+        f"{left} < {right} does not hold ({a} >= {b})"
+        for left, right, a, b in (
+            ("0", "a", 0, first),
+            ("a", "b", first, second),
+            ("b", f"{total} layers", second, total),
+        )
+        if a >= b
+    ]
+    if broken:
+        raise InvalidSplitError(
+            f"split points {_show(points)} do not cut a model of {total} layers: "
+            f"0 < a < b < {total} is needed, but {'; '.join(broken)}",
+            hint=f"the nearest valid choice is {_nearest(points, total)}",
+        )
+    return first, second
+
+
+def _integers(split_points: object) -> list[int]:
+    if isinstance(split_points, str) or not isinstance(split_points, Sequence):
+        raise InvalidSplitError(
+            f"split_points is {split_points!r}, not a pair of layer numbers", hint="give a tuple, (2, 10) say"
+        )
+    try:
+        if any(isinstance(point, bool) for point in split_points):
+            raise TypeError("a truth value is no layer number")
+        return [operator.index(point) for point in split_points]
+    except TypeError as error:
+        raise InvalidSplitError(
+            f"split points {_show(list(split_points))} are not all integers: {error}",
+            hint="give two layer numbers, (2, 10) say",
+        ) from error
+
+
+def _nearest(points: Sequence[int], total: int) -> tuple[int, int]:
+    low, high = (min(points), max(points)) if len(points) > 1 else (*points, total - 1)[:2] if points else (1, total - 1)
+    first = min(max(low, 1), total - 2)
+    return first, min(max(high, first + 1), total - 1)
+
+
+def _show(points: Sequence[object]) -> str:
+    return f"({', '.join(map(repr, points))})"

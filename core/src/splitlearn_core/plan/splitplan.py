@@ -1,0 +1,211 @@
+"""The plan: which tensors, which bytes, which shards, for which component."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.names import KeyTable
+from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Component, LayerRange, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor to be read, and the name under which the module wants it."""
+
+    module_key: str
+    info: TensorInfo
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.info.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentPlan:
+    """What one component consists of and costs."""
+
+    component: Component
+    layers: LayerRange
+    tensors: tuple[PlannedTensor, ...]
+    #: Bytes that the component's key-value cache grows by for each token of each sequence.
+    kv_bytes_per_token: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be read, in the dtype they are stored in."""
+        return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(sorted({tensor.info.shard for tensor in self.tensors if tensor.info.shard}))
+
+    def loaded_bytes(self, dtype: str) -> int:
+        """Bytes in memory once loaded as ``dtype`` (torch's name)."""
+        return sum(loaded_nbytes(tensor, dtype) for tensor in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "component": str(self.component),
+            "layers": [self.layers.start, self.layers.end],
+            "tensors": len(self.tensors),
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "shards": list(self.shards),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPlan:
+    """How a model is cut, and what each component costs; a description of work not yet done."""
+
+    model: str
+    #: The commit that a Hub revision was resolved to; None for a directory.
+    commit: str | None
+    model_type: str
+    split_points: tuple[int, int]
+    num_layers: int
+    #: The dtype the weights will have once loaded, by torch's name.
+    dtype: str
+    #: ``headers`` of the weight files, or ``config`` alone where there are no weights.
+    source: str
+    components: tuple[ComponentPlan, ...]
+    #: Checkpoint keys of tensors that two components hold.
+    tied: tuple[str, ...]
+    #: Bytes that cross each of the two cuts for each token, in the planned dtype.
+    cut_bytes_per_token: int
+
+    def component(self, name: Component | str) -> ComponentPlan:
+        """Return the plan of one component; KeyError where it was not asked for."""
+        for component in self.components:
+            if component.component == name:
+                return component
+        raise KeyError(str(name))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planned tensors, a tied one counted once."""
+        return sum(info.nbytes for info in self._distinct())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all planned tensors, a tied one counted once."""
+        return sum(math.prod(info.shape) for info in self._distinct())
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(sorted({shard for component in self.components for shard in component.shards}))
+
+    def _distinct(self) -> Iterable[TensorInfo]:
+        return {tensor.info.key: tensor.info for part in self.components for tensor in part.tensors}.values()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "commit": self.commit,
+            "model_type": self.model_type,
+            "split_points": list(self.split_points),
+            "num_layers": self.num_layers,
+            "dtype": self.dtype,
+            "source": self.source,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "shards": list(self.shards),
+            "tied": list(self.tied),
+            "cut_bytes_per_token": self.cut_bytes_per_token,
+            "components": [component.to_dict() for component in self.components],
+        }
+
+
+def plan_components(
+    family: ModelFamily,
+    config: Mapping[str, Any],
+    table: KeyTable,
+    ranges: Mapping[Component, LayerRange],
+    tensors: Mapping[str, TensorInfo],
+    parts: Iterable[Component],
+    dtype: str,
+) -> tuple[ComponentPlan, ...]:
+    """Put the tensors of the asked components together, in the order in which the files hold them."""
+    per_layer = _kv_bytes_per_layer(family, config, dtype)
+    plans = []
+    for component in parts:
+        planned = [PlannedTensor(name, tensors[key]) for name, key in table.sources[component].items()]
+        planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
+        owned = ranges[component]
+        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned)))
+    return tuple(plans)
+
+
+def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
+    """Decide the dtype of the loaded weights, by the rule of ``from_pretrained``.
+
+    ``auto`` is what ``config.json`` says, or else the first floating dtype in the files.
+
+    Raises:
+        ConfigurationError: No floating dtype of that name.
+    """
+    if asked == "auto":
+        stated = config.get("dtype") or config.get("torch_dtype")
+        if stated is None:
+            stored = {stored: name for name, stored in FLOAT_DTYPES.items()}
+            return next((stored[info.dtype] for info in tensors if info.dtype in stored), "float32")
+        asked = str(stated)
+    name = asked.removeprefix("torch.")
+    if name not in FLOAT_DTYPES:
+        raise ConfigurationError(
+            f"dtype {asked!r} is none of {', '.join(FLOAT_DTYPES)}", hint='leave dtype="auto" for the stored one'
+        )
+    return name
+
+
+def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
+    """Bytes of one tensor once loaded: floating tensors take on the dtype, others keep theirs."""
+    stored = tensor.info.dtype
+    target = FLOAT_DTYPES[dtype] if stored in FLOAT_DTYPES.values() else stored
+    return tensor.elements * DTYPE_BYTES[target]
+
+
+def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
+    """Bytes of one token's hidden state, which is what crosses a cut."""
+    return _number(family, config, "hidden_size") * DTYPE_BYTES[FLOAT_DTYPES[dtype]]
+
+
+def parse_parts(parts: Sequence[str] | str) -> tuple[Component, ...]:
+    """Return the asked components in the order of the model.
+
+    Raises:
+        ConfigurationError: A name that is no component, or none at all.
+    """
+    names = [parts] if isinstance(parts, str) else list(parts)
+    wrong = sorted({str(name) for name in names} - set(Component))
+    if wrong or not names:
+        raise ConfigurationError(
+            f"parts names {', '.join(map(repr, wrong)) or 'no component'}",
+            hint=f"choose from {', '.join(Component)}",
+        )
+    return tuple(component for component in Component if component in names)
+
+
+def _kv_bytes_per_layer(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
+    heads = _number(family, config, "num_attention_heads")
+    kv_heads = family.config_value(config, "num_key_value_heads") or heads
+    head_dim = family.config_value(config, "head_dim") or _number(family, config, "hidden_size") // heads
+    return 2 * int(kv_heads) * int(head_dim) * DTYPE_BYTES[FLOAT_DTYPES[dtype]]
+
+
+def _number(family: ModelFamily, config: Mapping[str, Any], name: str) -> int:
+    value = family.config_value(config, name)
+    if not isinstance(value, int) or value < 1:
+        own = family.config_names.get(name, name)
+        raise ConfigurationError(f"config.json says {own} = {value!r}; a positive number is needed")
+    return value

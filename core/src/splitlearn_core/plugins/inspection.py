@@ -1,0 +1,92 @@
+"""Read a plugin's source without running it: which hooks it implements, and what is plainly wrong.
+
+This is what lets a list of plugins say more than their names and yet import none of them. It finds
+what can be known from the text; the rest shows when the plugin is used, or with ``--check``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitlearn_core.plugins.contract import HOOKS, signature_problem
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the source of a plugin's module tells."""
+
+    hooks: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def inspect_source(module: str) -> Inspection:
+    """Look at a module's source; a module that is found but has none (compiled) is left alone."""
+    try:
+        path = _source_of(module)
+    except (ImportError, AttributeError, ValueError) as error:
+        return Inspection(problem=f"module {module!r} is not there: {error}")
+    if path is None or path.suffix != ".py":
+        return Inspection()
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (OSError, SyntaxError, ValueError) as error:
+        return Inspection(problem=f"module {module!r} cannot be read: {error}")
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and _is_hookimpl(node)]
+    hooks = [node.name for node in functions] + _imported_hooks(tree)
+    problems = [*_missing_imports(tree), *map(_function_problem, functions)]
+    if any(isinstance(node, ast.Raise) for node in tree.body):
+        problems.append(f"module {module!r} raises when it is imported")
+    if not hooks:
+        problems.append(f"module {module!r} implements no hook")
+    return Inspection(tuple(sorted(hooks)), next(filter(None, problems), ""))
+
+
+def _source_of(module: str) -> Path | None:
+    # find_spec imports the parents of a dotted name, so only the first part is given to it.
+    top, *rest = module.split(":")[0].split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        raise ModuleNotFoundError(f"no module named {top!r}")
+    if not rest:
+        return Path(spec.origin) if spec.origin else None
+    for folder in spec.submodule_search_locations or ():
+        base = Path(folder, *rest)
+        for candidate in (base / "__init__.py", base.with_suffix(".py")):
+            if candidate.is_file():
+                return candidate
+    raise ModuleNotFoundError(f"{top!r} has no {'.'.join(rest)!r}")
+
+
+def _is_hookimpl(function: ast.FunctionDef) -> bool:
+    names = [node.func if isinstance(node, ast.Call) else node for node in function.decorator_list]
+    return any((isinstance(n, ast.Name) and n.id == "hookimpl") or getattr(n, "attr", "") == "hookimpl" for n in names)
+
+
+def _imported_hooks(tree: ast.Module) -> list[str]:
+    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [alias.asname or alias.name for node in nodes for alias in node.names if alias.name in HOOKS]
+
+
+def _missing_imports(tree: ast.Module) -> list[str]:
+    wanted: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            wanted += [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            wanted.append(node.module.split(".")[0])
+    missing = [name for name in wanted if name not in sys.modules and importlib.util.find_spec(name) is None]
+    return [f"it imports {name!r}, which is not installed (pip install {name})" for name in missing]
+
+
+def _function_problem(function: ast.FunctionDef) -> str:
+    arguments = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+    positional = [*function.args.posonlyargs, *function.args.args]
+    defaulted = [a.arg for a in positional[len(positional) - len(function.args.defaults) :]]
+    defaulted += [
+        a.arg for a, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if d is not None
+    ]
+    return signature_problem(function.name, arguments, defaulted)

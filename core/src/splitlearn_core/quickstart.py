@@ -1,0 +1,120 @@
+"""The short path: a plan, or components, from one call. Holds no logic of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from splitlearn_core.loading import LoadOptions, load_components, make_plan, open_model
+from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
+from splitlearn_core.progress import reporting
+from splitlearn_core.types import Component, Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.build.component import ComponentModel
+
+
+class SplitModel(NamedTuple):
+    """The three components of a model; a part that was not asked for is None."""
+
+    bottom: ComponentModel | None
+    trunk: ComponentModel | None
+    top: ComponentModel | None
+
+
+def plan_split(
+    model_name_or_path: str | os.PathLike[str],
+    split_points: Sequence[int],
+    *,
+    model_type: str | None = None,
+    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    dtype: str | torch.dtype = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> SplitPlan:
+    """Say what cutting a model gives: layers, parameters, bytes and shards of each component.
+
+    Reads ``config.json`` and the headers of the weight files, over the network only these where the
+    model is on the Hub. Imports neither torch nor transformers, unless there are no weights: then
+    the model is built on the meta device.
+
+    Args:
+        model_name_or_path: A directory, or a repository on the Hub.
+        split_points: ``(a, b)``: bottom is layers ``[0, a)``, trunk ``[a, b)``, top ``[b, N)``.
+        model_type: What the caller expects it to be; by default ``config.json`` says.
+        parts: The components to plan.
+        dtype: The dtype the weights shall have once loaded; ``auto`` as ``from_pretrained``.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+
+    Raises:
+        SplitLearnError: With a hint; invalid split points are a ValueError, a missing file is a
+            FileNotFoundError, an unknown model type a KeyError.
+    """
+    model = open_model(
+        model_name_or_path,
+        model_type,
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    return make_plan(model, split_points, parse_parts(parts), str(dtype))[0]
+
+
+def load_split_model(
+    model_type: str | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    strategy: str = "auto",
+    progress: ProgressCallback | Literal[False] | None = None,
+    attn_implementation: str | None = None,
+) -> SplitModel:
+    """Load the asked components of a model, and read no byte of the others.
+
+    Args:
+        model_type: What the model is; None to take what ``config.json`` says.
+        split_points: ``(a, b)`` with ``0 < a < b < number of layers``.
+        model_name_or_path: A directory, or a repository on the Hub; by default the family's own.
+        parts: The components to load.
+        device: Where they go.
+        dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+        strategy: ``auto``, ``mapped``, ``copied``, or one that a plugin adds.
+        progress: Called with each :class:`Progress`; None for a bar where stderr is a terminal,
+            False for neither.
+        attn_implementation: ``eager``, ``sdpa``, ...; by default what transformers chooses.
+
+    Returns:
+        A named tuple ``(bottom, trunk, top)``: Hugging Face modules in evaluation mode.
+
+    Raises:
+        SplitLearnError: With a hint, before anything is half made; see :func:`plan_split`.
+    """
+    asked = parse_parts(parts)
+    with reporting(progress) as report:
+        report(Progress("resolving"))
+        model = open_model(
+            model_name_or_path,
+            model_type,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        plan, table = make_plan(model, split_points, asked, str(dtype))
+        options = LoadOptions(str(device), strategy, attn_implementation)
+        components = load_components(model, plan, table, options, report)
+    return SplitModel(*(components.get(component) for component in Component))

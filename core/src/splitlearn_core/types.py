@@ -1,0 +1,88 @@
+"""Small frozen values that flow between the rooms of the house."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+#: Bytes of one element, by the safetensors format's name of the dtype.
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+#: torch's name of a floating dtype -> the safetensors format's.
+FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+class Component(StrEnum):
+    """One of the three pieces of a model, in the order in which hidden states pass through them."""
+
+    BOTTOM = "bottom"
+    TRUNK = "trunk"
+    TOP = "top"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRange:
+    """The layers ``[start, end)`` out of ``total``, numbered as in the whole model."""
+
+    start: int
+    end: int
+    total: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.total
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int) and self.start <= layer < self.end
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.end}) of {self.total}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a file, known from the file's header alone."""
+
+    key: str
+    #: The dtype in the words of the safetensors format: ``F32``, ``BF16``, ...
+    dtype: str
+    shape: tuple[int, ...]
+    #: Name of the shard that holds it; empty where there are no weights yet.
+    shard: str
+    #: First byte in the shard, counted from the start of the file.
+    begin: int
+    #: One past the last byte.
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a load stands. Bytes are those of the stage; 0 of 0 where a stage counts none."""
+
+    #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading`` or ``ready``.
+    stage: str
+    #: The component at work, or None where the stage concerns all of them.
+    component: Component | None = None
+    bytes_done: int = 0
+    bytes_total: int = 0
+    #: The file at work, where there is one.
+    file: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
