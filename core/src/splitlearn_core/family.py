@@ -11,7 +11,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def _no_impossible_cuts(config: Mapping[str, Any]) -> Mapping[int, str]:
-    return _NOTHING
+    return {}
 
 
 # Compared by identity, so that a family can be a key although it holds mappings.

@@ -55,7 +55,7 @@ def splitlearn_model_families() -> Iterable[ModelFamily]:  # type: ignore[empty-
 
 
 @hookspec
-def splitlearn_map_weight_keys(  # type: ignore[empty-body]  # a specification
+def splitlearn_map_weight_keys(
     family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
 ) -> Mapping[str, str | None] | None:
     """Say under which name each tensor of a checkpoint stands in the Hugging Face module.

@@ -6,13 +6,15 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.readahead import read_ahead
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.checkpoint.strategy import LoadingStrategy, ReadPlan, choose_strategy
-from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError
+from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError, MissingFileError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.memory import available_memory
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
+BUNDLED = "bundled:"
+
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
@@ -54,7 +59,8 @@ def open_model(
     """Find a checkpoint and the family that it belongs to.
 
     Args:
-        model_name_or_path: A directory or a Hub repository; None for the family's default.
+        model_name_or_path: A directory, a Hub repository, or ``bundled:MODEL_TYPE`` for the small
+            model that a plugin carries; None for the family's default.
         model_type: What the caller says it is; None to believe ``config.json``.
         hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
 
@@ -73,7 +79,7 @@ def open_model(
             raise ConfigurationError(
                 f"the family {model_type!r} names no default model", hint="give model_name_or_path as well"
             )
-    checkpoint = Checkpoint(open_source(model_name_or_path, **hub))
+    checkpoint = Checkpoint(open_source(_unbundled(model_name_or_path), **hub))
     config = checkpoint.config
     stated = config["model_type"]
     if model_type is not None and model_type != stated:
@@ -82,6 +88,28 @@ def open_model(
             hint=f"pass model_type={stated!r}, or None to take what config.json says",
         )
     return OpenModel(checkpoint, registry().family(stated), config)
+
+
+def bundled_checkpoint(family: ModelFamily) -> Path:
+    """Return the folder of the checkpoint that a plugin carries.
+
+    Raises:
+        MissingFileError: The plugin carries none.
+    """
+    package, _, folder = family.bundled_checkpoint.partition(":")
+    if not package:
+        raise MissingFileError(
+            f"the plugin of {family.model_type!r} carries no model",
+            hint="splitlearn-gpt2 does: pip install splitlearn-gpt2",
+        )
+    return Path(str(resources.files(package) / folder))
+
+
+def _unbundled(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Resolve ``bundled:MODEL_TYPE``, a name that no directory or repository usually has."""
+    if isinstance(model, str) and model.startswith(BUNDLED):
+        return bundled_checkpoint(registry().family(model.removeprefix(BUNDLED)))
+    return model
 
 
 def make_plan(
@@ -146,9 +174,7 @@ def load_components(
     check_device(options.device)
     dtype = _torch_dtype(plan.dtype)
     plugin = registry().plugin(model.family.model_type)
-    reads = {
-        part.component: ReadPlan(part.tensors, paths, options.device, plan.dtype) for part in plan.components
-    }
+    reads = {part.component: ReadPlan(part.tensors, paths, options.device, plan.dtype) for part in plan.components}
     strategy = choose_strategy(
         options.strategy, list(reads.values()), plugin.strategies, model.family.preferred_strategy
     )
@@ -259,9 +285,7 @@ def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) ->
     from splitlearn_core.build.assemble import tie_if_equal
 
     if not tie_if_equal(built[Component.BOTTOM], table.apart[0], built[Component.TOP], table.apart[1]):
-        log.warning(
-            "%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart
-        )
+        log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart)
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -269,5 +293,3 @@ def _torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-

@@ -35,3 +35,14 @@ def _cgroup_file_pages() -> int:
         return 0
     fields = dict(line.split(" ", 1) for line in lines if " " in line)
     return sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))
+
+
+def anonymous_memory() -> int:
+    """Return the bytes of memory of this process that no file stands behind."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        # No such account on this system: everything resident, file pages too.
+        return int(psutil.Process().memory_info().rss)
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["RssAnon"].split()[0]) * 1024

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -49,12 +48,12 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """Where token ids go: the bottom's device."""
-        return next(self.bottom.parameters()).device
+        return _device(self.bottom)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.bottom.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.top.get_output_embeddings()
 
     def forward(
@@ -91,14 +90,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         if "cache_position" in kwargs:
             common["cache_position"] = kwargs.pop("cache_position")
         hidden = self.bottom(input_ids, inputs_embeds=inputs_embeds, past_key_values=caches[0], **common)
-        hidden = self.trunk(*_on(self.trunk, hidden), past_key_values=caches[1], **_on_each(self.trunk, common))
+        hidden = self.trunk(past_key_values=caches[1], **_on_device(self.trunk, {"hidden_states": hidden, **common}))
+        last = {"hidden_states": hidden, "labels": labels, **common}
         output: CausalLMOutputWithPast = self.top(
-            *_on(self.top, hidden),
-            past_key_values=caches[2],
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **_on_each(self.top, common),
-            **kwargs,
+            past_key_values=caches[2], logits_to_keep=logits_to_keep, **_on_device(self.top, last), **kwargs
         )
         output.past_key_values = past_key_values
         return output.to_tuple() if return_dict is False else output
@@ -114,13 +109,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return PartCache.view(cache, component.layer_range)
 
 
-def _on(component: ComponentModel, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    device = next(component.parameters()).device
-    return tuple(tensor.to(device) for tensor in tensors)
+def _device(component: ComponentModel) -> torch.device:
+    device: torch.device = next(component.parameters()).device
+    return device
 
 
-def _on_each(component: ComponentModel, arguments: dict[str, Any]) -> dict[str, Any]:
-    device = next(component.parameters()).device
+def _on_device(component: ComponentModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    device = _device(component)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 

@@ -44,7 +44,7 @@ def plan_split(
     the model is built on the meta device.
 
     Args:
-        model_name_or_path: A directory, or a repository on the Hub.
+        model_name_or_path: A directory, a repository on the Hub, or ``bundled:gpt2``.
         split_points: ``(a, b)``: bottom is layers ``[0, a)``, trunk ``[a, b)``, top ``[b, N)``.
         model_type: What the caller expects it to be; by default ``config.json`` says.
         parts: The components to plan.

@@ -19,7 +19,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise InvalidCheckpointError(
             f'{path} has no "model_type", so nothing says which family the model belongs to',
-            hint='add "model_type": "gpt2" (say), or pass model_type=',
+            hint='add "model_type": "gpt2" (or what it is) to the file',
         )
     return config
 

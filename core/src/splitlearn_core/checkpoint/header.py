@@ -61,7 +61,9 @@ def _tensor(path: Path, key: str, entry: Any, start: int) -> TensorInfo:
         raise _invalid(path, [f"{key}: dtype {dtype!r} is unknown"])
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
-        raise _invalid(path, [f"{key}: {dtype} of shape {shape} takes {expected} bytes, its offsets span {end - begin}"])
+        raise _invalid(
+            path, [f"{key}: {dtype} of shape {shape} takes {expected} bytes, its offsets span {end - begin}"]
+        )
     return TensorInfo(key, dtype, tuple(shape), path.name, start + begin, start + end)
 
 

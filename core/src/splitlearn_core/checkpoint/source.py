@@ -50,7 +50,7 @@ class Source(Protocol):
 class DirectorySource:
     """A checkpoint in a local directory."""
 
-    commit = None
+    commit: str | None = None
 
     def __init__(self, directory: Path) -> None:
         self.model = str(directory)
@@ -160,9 +160,7 @@ class HubSource:
     def _list_files(self) -> dict[str, int]:
         if self._offline():
             return {entry.name: entry.stat().st_size for entry in self._snapshot.iterdir() if entry.is_file()}
-        info = _api().model_info(
-            self.model, revision=self.commit, files_metadata=True, token=self._options["token"]
-        )
+        info = _api().model_info(self.model, revision=self.commit, files_metadata=True, token=self._options["token"])
         return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
 
     def _offline(self) -> bool:
@@ -203,7 +201,9 @@ class HubSource:
         except errors.LocalEntryNotFoundError as error:
             if self._offline():
                 hint = "drop local_files_only or unset HF_HUB_OFFLINE to download it"
-                raise MissingFileError(f"{where} is not in the cache, and looking on the Hub is off", hint=hint) from error
+                raise MissingFileError(
+                    f"{where} is not in the cache, and looking on the Hub is off", hint=hint
+                ) from error
             raise MissingFileError(f"{where}: the Hub cannot be reached, and the cache has no copy: {error}") from error
         except errors.EntryNotFoundError as error:
             raise MissingFileError(f"{where} lacks a file: {error}", hint="is it a transformers checkpoint?") from error
@@ -213,7 +213,9 @@ class HubSource:
                 hint="check the path, or give owner/name",
             ) from error
         except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
-            raise CheckpointError(f"{where}: the Hub answered with an error: {error}", hint="try again later") from error
+            raise CheckpointError(
+                f"{where}: the Hub answered with an error: {error}", hint="try again later"
+            ) from error
 
 
 def open_source(
@@ -239,9 +241,7 @@ def open_source(
         raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
     if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
         raise MissingFileError(f"there is no directory {name}", hint="check the path")
-    return HubSource(
-        name, cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only
-    )
+    return HubSource(name, cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only)
 
 
 def _api() -> HfApi:

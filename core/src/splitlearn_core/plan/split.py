@@ -106,7 +106,9 @@ def _integers(split_points: object) -> list[int]:
 
 
 def _nearest(points: Sequence[int], total: int) -> tuple[int, int]:
-    low, high = (min(points), max(points)) if len(points) > 1 else (*points, total - 1)[:2] if points else (1, total - 1)
+    low, high = (
+        (min(points), max(points)) if len(points) > 1 else (*points, total - 1)[:2] if points else (1, total - 1)
+    )
     first = min(max(low, 1), total - 2)
     return first, min(max(high, first + 1), total - 1)
 

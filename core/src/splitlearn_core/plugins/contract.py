@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Iterable
 
 from splitlearn_core import hookspecs
 
@@ -41,5 +42,5 @@ def signature_problem(hook: str, arguments: list[str], defaulted: list[str]) -> 
     return ""
 
 
-def _list(names: object) -> str:
-    return ", ".join(names) or "none"  # type: ignore[call-overload, no-any-return]  # any iterable of names
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -47,7 +47,7 @@ def inspect_source(module: str) -> Inspection:
 
 def _source_of(module: str) -> Path | None:
     # find_spec imports the parents of a dotted name, so only the first part is given to it.
-    top, *rest = module.split(":")[0].split(".")
+    top, *rest = module.partition(":")[0].split(".")
     spec = importlib.util.find_spec(top)
     if spec is None:
         raise ModuleNotFoundError(f"no module named {top!r}")

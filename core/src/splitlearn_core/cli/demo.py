@@ -1,0 +1,66 @@
+"""``splitlearn demo``: the whole job on the bundled model, offline."""
+
+from __future__ import annotations
+
+import click
+
+from splitlearn_core.cli.generate import write_text
+from splitlearn_core.cli.options import human_bytes, json_option, print_json
+from splitlearn_core.cli.plan import render_plan
+from splitlearn_core.cli.verify import render_verification
+from splitlearn_core.types import Component, Progress
+
+_PROMPT = "The people of the United States"
+
+
+@click.command("demo")
+@click.option("--prompt", default=_PROMPT, show_default=True, help="The text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@json_option
+@click.pass_context
+def command(ctx: click.Context, prompt: str, max_new_tokens: int, seed: int, as_json: bool) -> None:
+    """Plan, load, run and verify the model that splitlearn-gpt2 carries. Needs no network."""
+    from splitlearn_core.demo import open_demo
+
+    say = (lambda text: None) if as_json else click.echo
+    stream = (lambda text: None) if as_json else write_text
+    demo = open_demo()
+    say(f"1. The plan: {demo.name}\n")
+    say(render_plan(demo.plan))
+    say("\n2. Loading the three components\n")
+    demo.load(lambda progress: _show_stage(progress, as_json))
+    say("\n3. Generating through bottom -> trunk -> top\n")
+    text = demo.generate(prompt, max_new_tokens, seed, stream)
+    say(f"\n\n   {text.new_tokens} tokens, {text.tokens_per_second:.1f} tokens/s")
+    say("\n4. Against the unsplit model\n")
+    result = demo.verify()
+    if as_json:
+        print_json({"plan": demo.plan.to_dict(), "generation": text.to_dict(), "verification": result.to_dict()})
+    else:
+        say(render_verification(result))
+        say(_next_steps(demo.name))
+    ctx.exit(0 if result.equal else 1)
+
+
+def _show_stage(progress: Progress, quiet: bool) -> None:
+    if quiet:
+        return
+    name = progress.component or "all"
+    if progress.stage == "reading" and progress.bytes_done == progress.bytes_total:
+        click.echo(f"   reading   {human_bytes(progress.bytes_done)} of {human_bytes(progress.bytes_total)}", err=True)
+    elif progress.stage in ("importing", "building", "ready"):
+        click.echo(f"   {progress.stage:<9} {name if progress.stage == 'building' else ''}".rstrip(), err=True)
+
+
+def _next_steps(name: str) -> str:
+    a, b = "A", "B"
+    return f"""
+Now with a model of your own (a directory, or a name on the Hub):
+  splitlearn plan     MODEL --split {a} {b}
+  splitlearn generate MODEL --split {a} {b} --prompt "Once upon a time"
+  splitlearn verify   MODEL --split {a} {b}
+or in Python:
+  from splitlearn_core import load_split_model
+  trunk = load_split_model(None, (A, B), "MODEL", parts=("trunk",)).{Component.TRUNK}
+The bundled model is called {name} wherever a MODEL is asked for."""

@@ -1,0 +1,72 @@
+"""``splitlearn generate``: text through bottom, trunk and top."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from splitlearn_core.cli.options import json_option, load_options, model_options, print_json
+
+
+@click.command("generate")
+@model_options
+@load_options
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: always the likeliest token.")
+@click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Makes draws repeatable.")
+@json_option
+def command(
+    model: str,
+    split_points: tuple[int, int],
+    dtype: str,
+    device: str,
+    strategy: str,
+    attn_implementation: str | None,
+    prompt: str,
+    max_new_tokens: int,
+    as_json: bool,
+    revision: str | None,
+    cache_dir: str | None,
+    local_files_only: bool,
+    **sampling: Any,
+) -> None:
+    """Continue a prompt with MODEL, cut in three; the text streams as it comes."""
+    from splitlearn_core.loading import open_model
+    from splitlearn_core.quickstart import load_split_model
+    from splitlearn_core.text import generate_text, load_tokenizer
+
+    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    tokenizer = load_tokenizer(open_model(model, **hub))
+    parts = load_split_model(
+        None,
+        split_points,
+        model,
+        dtype=dtype,
+        device=device,
+        strategy=strategy,
+        attn_implementation=attn_implementation,
+        **hub,
+    )
+    from splitlearn_core.pipeline import SplitCausalLM
+
+    split = SplitCausalLM(*parts)  # type: ignore[arg-type]  # all three parts were asked for
+    show = None if as_json else write_text
+    result = generate_text(split, tokenizer, prompt, max_new_tokens, on_text=show, **sampling)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    click.echo()
+    click.echo(
+        f"{result.new_tokens} tokens in {result.seconds:.2f} s: {result.tokens_per_second:.1f} tokens/s", err=True
+    )
+
+
+def write_text(text: str) -> None:
+    """Show a piece of text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

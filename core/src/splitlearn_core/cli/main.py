@@ -1,0 +1,56 @@
+"""The console script: finds a command, runs it, and turns errors into exit codes in one place."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from splitlearn_core.errors import SplitLearnError
+
+#: Command -> its module in this package; imported only when it is used.
+_COMMANDS = ("demo", "plugins", "plan", "generate", "verify")
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"splitlearn_core.cli.{cmd_name}").command
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="splitlearn-core", prog_name="splitlearn")
+def cli() -> None:
+    """Cut a causal language model into bottom, trunk and top, and load only the piece you want.
+
+    MODEL is a directory, a Hub repository (owner/name), or bundled:gpt2 for the small model that
+    splitlearn-gpt2 carries. Data goes to stdout, progress to stderr.
+    """
+
+
+def main() -> None:
+    """Run the command line. Exit code 0: done, 1: failed, 2: wrong usage."""
+    try:
+        code = cli.main(prog_name="splitlearn", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except SplitLearnError as error:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of a pipe has gone (`| head`); without this, flushing at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

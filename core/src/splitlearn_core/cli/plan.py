@@ -1,0 +1,77 @@
+"""``splitlearn plan``: what a split gives, from the headers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from splitlearn_core.cli.options import human_bytes, json_option, model_options, print_json, styled, table
+from splitlearn_core.plan.splitplan import SplitPlan
+
+_BAR_WIDTH = 64
+_LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}
+
+
+@click.command("plan")
+@model_options
+@json_option
+def command(model: str, split_points: tuple[int, int], as_json: bool, **options: Any) -> None:
+    """Show what cutting MODEL gives: layers, bytes and shards of each component.
+
+    Reads config.json and the headers of the weight files, and no weights.
+    """
+    from splitlearn_core.quickstart import plan_split
+
+    plan = plan_split(model, split_points, **options)
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        click.echo(render_plan(plan))
+
+
+def render_plan(plan: SplitPlan) -> str:
+    """Draw a plan for people."""
+    commit = f" at {plan.commit[:12]}" if plan.commit else ""
+    rows = [
+        (
+            str(part.component),
+            f"[{part.layers.start}, {part.layers.end})",
+            f"{part.parameters:,}",
+            human_bytes(part.nbytes),
+            human_bytes(part.kv_bytes_per_token),
+            f"{len(part.shards)} of {len(plan.shards)}" if plan.shards else "none yet",
+        )
+        for part in plan.components
+    ]
+    lines = [
+        f"{plan.model}{commit}",
+        ", ".join(
+            (
+                plan.model_type,
+                f"{plan.num_layers} layers",
+                f"{plan.parameters:,} parameters",
+                human_bytes(plan.nbytes),
+                f"loads as {plan.dtype} (read from {plan.source})",
+            )
+        ),
+        "",
+        _bar(plan),
+        "",
+        table(("component", "layers", "parameters", "bytes", "cache/token", "shards"), rows),
+        "",
+        f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
+    ]
+    lines += [f"tied: {key} is held by more than one component, and counted in each" for key in plan.tied]
+    return "\n".join(lines)
+
+
+def _bar(plan: SplitPlan) -> str:
+    total = sum(part.nbytes for part in plan.components) or 1
+    bar, labels = "", ""
+    for part in plan.components:
+        fill, colour = _LOOKS[part.component]
+        width = max(len(part.component) + 1, round(_BAR_WIDTH * part.nbytes / total))
+        bar += styled(fill * width, fg=colour)
+        labels += str(part.component).ljust(width)
+    return f"{bar}\n{labels.rstrip()}"

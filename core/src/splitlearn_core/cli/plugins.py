@@ -1,0 +1,65 @@
+"""``splitlearn plugins``: what is installed, and what is wrong with it."""
+
+from __future__ import annotations
+
+import click
+
+from splitlearn_core.cli.options import json_option, print_json, table
+from splitlearn_core.plugins.registry import PluginStatus, registry
+
+_check_option = click.option(
+    "--check", is_flag=True, help="Import each plugin and call its hooks, to find what the source does not tell."
+)
+
+
+@click.group("plugins", invoke_without_command=True)
+@_check_option
+@json_option
+@click.pass_context
+def command(ctx: click.Context, check: bool, as_json: bool) -> None:
+    """List the installed family plugins, from metadata and source: none is imported."""
+    if ctx.invoked_subcommand is None:
+        _print(check, as_json)
+
+
+@command.command("list")
+@_check_option
+@json_option
+def list_command(check: bool, as_json: bool) -> None:
+    """List the installed family plugins (what `splitlearn plugins` does)."""
+    _print(check, as_json)
+
+
+def _print(check: bool, as_json: bool) -> None:
+    statuses = registry().statuses(check=check)
+    if as_json:
+        print_json([status.to_dict() for status in statuses])
+    elif not statuses:
+        click.echo("no plugins are installed; try: pip install splitlearn-gpt2")
+    else:
+        click.echo(_render(statuses))
+
+
+def _render(statuses: tuple[PluginStatus, ...]) -> str:
+    rows = [
+        (
+            status.entry.model_type,
+            status.entry.distribution,
+            status.entry.version,
+            status.status,
+            _provenance(status),
+            ", ".join(hook.removeprefix("splitlearn_") for hook in status.hooks) or "-",
+        )
+        for status in statuses
+    ]
+    lines = [table(("model type", "distribution", "version", "status", "from", "hooks"), rows)]
+    for status in statuses:
+        if status.error:
+            lines += ["", f"{status.entry.model_type}: {status.error}", f"  hint: {status.hint}"]
+    return "\n".join(lines)
+
+
+def _provenance(status: PluginStatus) -> str:
+    if status.entry.editable:
+        return f"editable {status.entry.origin}"
+    return status.entry.origin or "index"

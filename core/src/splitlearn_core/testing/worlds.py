@@ -1,0 +1,94 @@
+"""Tiny checkpoints and plugins, real in everything but size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+#: Sizes that suit every ordinary decoder; six layers bear all the cuts that tests make.
+TINY: Mapping[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    """Make a small model of any type that transformers knows, every parameter of it random.
+
+    Args:
+        model_type: What ``config.json`` would say.
+        dtype: The dtype of its weights.
+        seed: Other seeds give other weights.
+        overrides: Values of the configuration.
+    """
+    known = AutoConfig.for_model(model_type)
+    sizes = {name: value for name, value in TINY.items() if hasattr(known, name)}
+    config = AutoConfig.for_model(model_type, **{**sizes, **overrides})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        # Norms and biases too: at their usual 1 and 0, a misplaced one would change nothing.
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.15).to(dtype)
+    # No token ends a sequence early, so that every comparison has its full length.
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def write_checkpoint(directory: Path, model: Any, *, max_shard_size: str | int = "5GB") -> Path:
+    """Save a model as a checkpoint, and return its folder."""
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+def write_plugin(
+    folder: Path,
+    model_type: str,
+    source: str,
+    *,
+    distribution: str = "",
+    version: str = "1.0",
+    requires: str = "",
+    plugin_api: str = "",
+    module: str = "",
+) -> Path:
+    """Write an installed plugin as pip would leave it: a module and its metadata, in one folder.
+
+    Put the folder on ``sys.path`` (or ``PYTHONPATH``) and it is discovered.
+
+    Args:
+        folder: Where to write; may hold several plugins.
+        model_type: The entry point's name.
+        source: The text of the module with the hooks.
+        distribution: Its name; by default ``splitlearn-`` and the model type.
+        version: Its version.
+        requires: What it demands of core, ``>=0.1`` say.
+        plugin_api: Which plugin API it says it was made for.
+        module: The module's name; by default derived from the distribution.
+    """
+    distribution = distribution or f"splitlearn-{model_type}"
+    module = module or distribution.replace("-", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{module}.py").write_text(source)
+    info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
+    lines += [f"Requires-Dist: splitlearn-core{requires}"] if requires else []
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+    points = f"[splitlearn.families]\n{model_type} = {module}\n"
+    points += f"[splitlearn.plugin_api]\nversion = {plugin_api}\n" if plugin_api else ""
+    (info / "entry_points.txt").write_text(points)
+    (info / "RECORD").write_text(f"{module}.py,,\n")
+    return folder

@@ -1,0 +1,177 @@
+"""Proof for one checkpoint: does the split model say what the unsplit one says?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.loading import LoadOptions, OpenModel, load_components, make_plan
+from splitlearn_core.memory import anonymous_memory
+from splitlearn_core.text import has_tokenizer, load_tokenizer
+from splitlearn_core.types import Component, ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.build.component import ComponentModel
+
+PROMPT = "It was a bright cold day, and the people of the town were at their work."
+_NEW_TOKENS = 16
+_RANDOM_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentCost:
+    """What one component took."""
+
+    component: Component
+    layers: tuple[int, int]
+    #: Bytes of its tensors.
+    bytes: int
+    #: Memory that its load took and no file stands behind.
+    anonymous_bytes: int
+    load_seconds: float
+    forward_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The comparison of a split model with the unsplit one."""
+
+    model: str
+    split_points: tuple[int, int]
+    dtype: str
+    #: What the models were given: ``prompt``, or ``random tokens`` where there is no tokenizer.
+    input: str
+    #: Each comparison and whether it is equal to the last bit.
+    checks: dict[str, bool]
+    #: Largest absolute difference of two logits, over all comparisons.
+    max_difference: float
+    components: tuple[ComponentCost, ...]
+    unsplit_load_seconds: float
+    unsplit_forward_seconds: float
+
+    @property
+    def equal(self) -> bool:
+        return all(self.checks.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"equal": self.equal, **asdict(self)}
+
+
+def verify_split(
+    model: OpenModel, split_points: Sequence[int], dtype: str, options: LoadOptions, progress: ProgressCallback
+) -> Verification:
+    """Load a checkpoint split and unsplit, and compare logits, cached decoding and generated tokens.
+
+    Raises:
+        SplitLearnError: As :func:`load_split_model`.
+    """
+    from splitlearn_core.pipeline import SplitCausalLM
+
+    plan, _ = make_plan(model, split_points, tuple(Component), dtype)
+    parts, loads = {}, {}
+    for component in Component:
+        before, started = anonymous_memory(), time.perf_counter()
+        part_plan, table = make_plan(model, split_points, (component,), dtype)
+        parts.update(load_components(model, part_plan, table, options, progress))
+        loads[component] = (time.perf_counter() - started, max(0, anonymous_memory() - before))
+    split = SplitCausalLM(*(parts[component] for component in Component))
+    started = time.perf_counter()
+    unsplit = _load_unsplit(model, plan.dtype, options)
+    unsplit_load = time.perf_counter() - started
+    ids, mask = _inputs(model, unsplit.config.vocab_size)
+    ids, mask = ids.to(options.device), mask.to(options.device)
+    checks, difference = _compare(unsplit, split, ids, mask)
+    unsplit_forward, forwards = _time_forwards(unsplit, parts, ids, mask)
+    costs = tuple(
+        ComponentCost(
+            part.component,
+            (part.layers.start, part.layers.end),
+            part.nbytes,
+            loads[part.component][1],
+            loads[part.component][0],
+            forwards[part.component],
+        )
+        for part in plan.components
+    )
+    given = "prompt" if has_tokenizer(model) else "random tokens"
+    return Verification(
+        model.name, plan.split_points, plan.dtype, given, checks, difference, costs, unsplit_load, unsplit_forward
+    )
+
+
+def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
+    from splitlearn_core.build.component import architecture_class
+    from splitlearn_core.build.skeleton import BUILD_LOCK
+
+    checkpoint = model.checkpoint
+    paths = checkpoint.fetch(set(checkpoint.weight_map.values()), lambda _: None)
+    directory = next(iter(paths.values())).parent
+    with BUILD_LOCK:
+        whole = architecture_class(model.family).from_pretrained(
+            directory, dtype=dtype, attn_implementation=options.attn_implementation, local_files_only=True
+        )
+    return whole.to(options.device)
+
+
+def _inputs(model: OpenModel, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sequences, the second shorter and padded on the left."""
+    import torch
+
+    if has_tokenizer(model):
+        row = load_tokenizer(model)(PROMPT, return_tensors="pt")["input_ids"][0]
+    else:
+        row = torch.randint(0, vocabulary, (_RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0))
+    padding = len(row) // 3
+    ids, mask = torch.stack([row, row]), torch.ones(2, len(row), dtype=torch.long)
+    ids[1, padding:] = row[: len(row) - padding]
+    ids[1, :padding], mask[1, :padding] = row[0], 0
+    return ids, mask
+
+
+def _compare(unsplit: Any, split: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, bool], float]:
+    import torch
+
+    checks, difference = {}, 0.0
+    with torch.inference_mode():
+        expected = unsplit(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        got = split(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        checks["logits"] = torch.equal(expected, got)
+        difference = max(difference, float((expected - got).abs().max()))
+        outputs = [
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=_NEW_TOKENS,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            for model in (unsplit, split)
+        ]
+    steps = list(zip(*(output.logits for output in outputs), strict=False))
+    checks["decoding with a cache"] = all(torch.equal(a, b) for a, b in steps)
+    checks["generated tokens"] = torch.equal(outputs[0].sequences, outputs[1].sequences)
+    return checks, max([difference, *(float((a - b).abs().max()) for a, b in steps)])
+
+
+def _time_forwards(
+    unsplit: Any, parts: dict[Component, ComponentModel], ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[float, dict[Component, float]]:
+    import torch
+
+    seconds: dict[Component, float] = {}
+    with torch.inference_mode():
+        started = time.perf_counter()
+        unsplit(input_ids=ids, attention_mask=mask, use_cache=False)
+        whole = time.perf_counter() - started
+        state: Any = ids
+        for component, part in parts.items():
+            started = time.perf_counter()
+            state = part(state, attention_mask=mask)
+            seconds[component] = time.perf_counter() - started
+    return whole, seconds
