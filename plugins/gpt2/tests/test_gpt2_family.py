@@ -1,0 +1,18 @@
+"""GPT-2 against the unsplit model, in every variant that the Hub holds."""
+
+from splitlearn_core.testing.conformance import FamilyConformance
+
+
+class TestGpt2(FamilyConformance):
+    model_type = "gpt2"
+    variants = {
+        "plain": {},
+        # Numbers of layers enter the attention's scale: a component must not renumber its layers.
+        "inverse layer scale": {"scale_attn_by_inverse_layer_idx": True},
+        "untied": {"tie_word_embeddings": False},
+    }
+    legacy_tensors = {
+        "h.0.attn.bias": (1, 1, 64, 64),
+        "h.5.attn.bias": (1, 1, 64, 64),
+        "h.0.attn.masked_bias": (),
+    }
