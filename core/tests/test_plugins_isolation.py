@@ -214,9 +214,13 @@ def test_a_generator_is_a_fine_answer(world: Any) -> None:
 
 def test_one_plugin_may_provide_several_types(world: Any) -> None:
     """Two entry points of one module share one import, and each has its own family."""
-    source = HEAD + world.marking("alpha").replace(".touch()", ".open('a').write('x')") + (
-        "@hookimpl\ndef splitlearn_model_families():\n"
-        "    return [ModelFamily(model_type=t, architecture=t.title()) for t in ('alpha', 'alpha2')]\n"
+    source = (
+        HEAD
+        + world.marking("alpha").replace(".touch()", ".touch(exist_ok=False)")
+        + (
+            "@hookimpl\ndef splitlearn_model_families():\n"
+            "    return [ModelFamily(model_type=t, architecture=t.title()) for t in ('alpha', 'alpha2')]\n"
+        )
     )
     info = world.install("alpha", source)
     (info / "entry_points.txt").write_text(
@@ -226,7 +230,7 @@ def test_one_plugin_may_provide_several_types(world: Any) -> None:
     architectures = [registry().family(name).architecture for name in ("alpha", "alpha2")]
 
     assert architectures == ["Alpha", "Alpha2"]
-    assert world.marker("alpha").read_text() == "x"
+    assert world.marker("alpha").exists()
 
 
 KEYS = ["a.weight", "b.weight"]
@@ -279,12 +283,9 @@ def test_names_beyond_the_checkpoint_are_not_taken(world: Any) -> None:
     world.install("alpha", mapping_plugin("alpha", body))
     family = registry().family("alpha")
 
-    try:
-        mapping = registry().map_weight_keys(family, {}, KEYS)
-    except BrokenPluginError as error:
-        assert "no.such.tensor" in str(error)
-    else:
-        assert sorted(mapping or {}) == KEYS
+    mapping = registry().map_weight_keys(family, {}, KEYS)
+
+    assert sorted(mapping or {}) == KEYS
 
 
 def test_only_the_owner_is_asked_for_keys(world: Any) -> None:

@@ -26,7 +26,7 @@ class Demo:
         layers = count_layers(model.family, model.config)
         edge = max(1, layers // 6)
         self._split_points = (edge, layers - edge)
-        self.plan, self._table = make_plan(model, self._split_points, tuple(Component), "auto")
+        self.plan, self._table = make_plan(model, self._split_points, tuple(Component), "auto", fetch=lambda _: None)
         self._parts: dict[Component, Any] = {}
 
     def load(self, progress: ProgressCallback) -> None:

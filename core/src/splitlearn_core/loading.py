@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.readahead import read_ahead
 from splitlearn_core.checkpoint.source import open_source
-from splitlearn_core.checkpoint.strategy import LoadingStrategy, ReadPlan, choose_strategy
-from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError, MissingFileError
+from splitlearn_core.checkpoint.strategy import LoadingStrategy, ReadPlan, check_strategy, choose_strategy
+from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError, MissingFileError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.memory import available_memory
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.pipeline import SplitCausalLM
 
 log = logging.getLogger(__name__)
 
@@ -113,23 +114,38 @@ def _unbundled(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def make_plan(
-    model: OpenModel, split_points: Sequence[int], parts: Iterable[Component], dtype: str
+    model: OpenModel,
+    split_points: Sequence[int],
+    parts: Iterable[Component],
+    dtype: str,
+    *,
+    fetch: ProgressCallback | None = None,
 ) -> tuple[SplitPlan, KeyTable]:
     """Plan the asked components from the headers of the shards they need, and of no other.
 
+    Args:
+        model: The opened checkpoint.
+        split_points: Where to cut.
+        parts: The components to plan.
+        dtype: The dtype that is wanted.
+        fetch: To plan a load: fetch the shards first, reporting here, so that the plan describes
+            the files that will be read. By default headers alone are read, even on the Hub.
+
     Raises:
         InvalidSplitError: The split points do not cut this model.
-        TensorMismatchError: The checkpoint holds tensors that no component has a place for.
         CheckpointError: Files are missing or contradict themselves.
     """
     family, config, checkpoint = model.family, model.config, model.checkpoint
     ranges = split_layers(family, config, split_points)
     asked = tuple(parts)
-    described = None if checkpoint.has_weights else _tensors_of_config(model)
+    # A load wants weights: without any, asking for the weight map below says what is missing.
+    described = _tensors_of_config(model) if fetch is None and not checkpoint.has_weights else None
     keys = sorted(checkpoint.weight_map if described is None else described)
     mapping = registry().map_weight_keys(family, config, keys) or map_keys(family, keys)
     table = place_keys(family, config, mapping, ranges)
     wanted = sorted({key for component in asked for key in table.sources[component].values()})
+    if fetch is not None:
+        checkpoint.fetch(checkpoint.shards(wanted), fetch)
     tensors = checkpoint.tensors(wanted) if described is None else described
     resolved = resolve_dtype(dtype, config, tensors.values())
     plan = SplitPlan(
@@ -166,12 +182,11 @@ def load_components(
         ConfigurationError: A device or strategy that does not exist.
         InsufficientMemoryError: The planned bytes do not fit into memory.
     """
-    paths = model.checkpoint.fetch(plan.shards or model.checkpoint.weight_map.values(), progress)
+    paths = model.checkpoint.fetch(plan.shards, progress)
     read_ahead((tensor.info for part in plan.components for tensor in part.tensors), paths)
     progress(Progress("importing"))
     from splitlearn_core.build.component import build_component, hf_config
 
-    check_device(options.device)
     dtype = _torch_dtype(plan.dtype)
     plugin = registry().plugin(model.family.model_type)
     reads = {part.component: ReadPlan(part.tensors, paths, options.device, plan.dtype) for part in plan.components}
@@ -185,19 +200,37 @@ def load_components(
         log.info("Building %s %s of %s", part.component, part.layers, model.name)
         progress(Progress("building", part.component))
         built[part.component] = build_component(model.family, config, part.component, part.layers, dtype)
-    _check_all(model, plan.components, built)
+    _check_all(model, plan.components, table, built)
     _attach_generation_config(model, built.values())
     _read_all(reads, built, strategy, table, progress)
     progress(Progress("ready", None, plan.nbytes, plan.nbytes))
     return built
 
 
-def check_device(device: str) -> None:
-    """Say clearly that a device does not exist, before anything is read for it.
+def load_all(
+    model: OpenModel, split_points: Sequence[int], dtype: str, options: LoadOptions, progress: ProgressCallback
+) -> SplitCausalLM:
+    """Load all three components as one generation model; raises like :func:`load_components`."""
+    check_options(model, options)
+    plan, table = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
+    parts = load_components(model, plan, table, options, progress)
+    from splitlearn_core.pipeline import SplitCausalLM
+
+    return SplitCausalLM(*(parts[component] for component in Component))
+
+
+def check_options(model: OpenModel, options: LoadOptions) -> None:
+    """Refuse a device or strategy that does not exist, before anything is fetched or read for it.
 
     Raises:
-        ConfigurationError: The name is no device, or this machine has none of that kind.
+        ConfigurationError: The name is no device or strategy, or this machine has no such device.
     """
+    check_strategy(options.strategy, registry().plugin(model.family.model_type).strategies)
+    if options.device != "cpu":
+        _check_device(options.device)
+
+
+def _check_device(device: str) -> None:
     import torch
 
     try:
@@ -232,12 +265,36 @@ def _check_memory(name: str, strategy: LoadingStrategy, reads: Iterable[ReadPlan
         )
 
 
-def _check_all(model: OpenModel, parts: Iterable[ComponentPlan], built: Mapping[Component, ComponentModel]) -> None:
-    from splitlearn_core.build.assemble import check_tensors
+def _check_all(
+    model: OpenModel, parts: Iterable[ComponentPlan], table: KeyTable, built: Mapping[Component, ComponentModel]
+) -> None:
+    """Report at once all that is wrong with the tensors of the asked components."""
+    from splitlearn_core.build.assemble import tensor_problems
 
+    problems = list(table.problems)
     for part in parts:
         shapes = {tensor.module_key: tensor.info.shape for tensor in part.tensors}
-        check_tensors(built[part.component], shapes, f"the {part.component} {part.layers} of {model.name}")
+        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], shapes)]
+    if problems:
+        raise _mismatch(model, problems)
+
+
+def refuse_surplus(model: OpenModel, table: KeyTable) -> None:
+    """Refuse to plan a checkpoint with tensors that no component has a place for.
+
+    Raises:
+        TensorMismatchError: There are such tensors; all are listed.
+    """
+    if table.problems:
+        raise _mismatch(model, table.problems)
+
+
+def _mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:
+    return TensorMismatchError(
+        f"the tensors of {model.name} are not those of a {model.family.model_type} model; "
+        f"{len(problems)} are wrong:\n  " + "\n  ".join(problems),
+        hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
+    )
 
 
 def _attach_generation_config(model: OpenModel, components: Iterable[ComponentModel]) -> None:

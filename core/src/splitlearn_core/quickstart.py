@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from splitlearn_core.loading import LoadOptions, load_components, make_plan, open_model
+from splitlearn_core.loading import LoadOptions, check_options, load_components, make_plan, open_model, refuse_surplus
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
 from splitlearn_core.progress import reporting
 from splitlearn_core.types import Component, Progress, ProgressCallback
@@ -63,7 +63,9 @@ def plan_split(
         token=token,
         local_files_only=local_files_only,
     )
-    return make_plan(model, split_points, parse_parts(parts), str(dtype))[0]
+    plan, table = make_plan(model, split_points, parse_parts(parts), str(dtype))
+    refuse_surplus(model, table)
+    return plan
 
 
 def load_split_model(
@@ -114,7 +116,8 @@ def load_split_model(
             token=token,
             local_files_only=local_files_only,
         )
-        plan, table = make_plan(model, split_points, asked, str(dtype))
         options = LoadOptions(str(device), strategy, attn_implementation)
+        check_options(model, options)
+        plan, table = make_plan(model, split_points, asked, str(dtype), fetch=report)
         components = load_components(model, plan, table, options, report)
     return SplitModel(*(components.get(component) for component in Component))

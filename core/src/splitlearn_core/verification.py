@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.loading import LoadOptions, OpenModel, load_components, make_plan
+from splitlearn_core.loading import LoadOptions, OpenModel, check_options, load_components, make_plan
 from splitlearn_core.memory import anonymous_memory
 from splitlearn_core.text import has_tokenizer, load_tokenizer
 from splitlearn_core.types import Component, ProgressCallback
@@ -71,11 +71,12 @@ def verify_split(
     """
     from splitlearn_core.pipeline import SplitCausalLM
 
-    plan, _ = make_plan(model, split_points, tuple(Component), dtype)
+    check_options(model, options)
+    plan, _ = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
     parts, loads = {}, {}
     for component in Component:
         before, started = anonymous_memory(), time.perf_counter()
-        part_plan, table = make_plan(model, split_points, (component,), dtype)
+        part_plan, table = make_plan(model, split_points, (component,), dtype, fetch=progress)
         parts.update(load_components(model, part_plan, table, options, progress))
         loads[component] = (time.perf_counter() - started, max(0, anonymous_memory() - before))
     split = SplitCausalLM(*(parts[component] for component in Component))

@@ -29,9 +29,9 @@ from typing import Any, cast
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -56,7 +56,7 @@ WEIGHT_DECAY = 0.1
 ADAM_BETAS = (0.9, 0.99)
 CLIP_NORM = 1.0
 
-DEFAULT_STEPS = 5000
+DEFAULT_STEPS = 3983
 DEFAULT_SEED = 1861
 LOG_EVERY_STEPS = 50
 CHECKPOINT_EVERY_SECONDS = 180.0
@@ -241,9 +241,9 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(documents, trainer)
-    tokenizer_class = cast(Any, PreTrainedTokenizerFast)
+    tokenizer_class = cast("Any", PreTrainedTokenizerFast)
     return cast(
-        PreTrainedTokenizerFast,
+        "PreTrainedTokenizerFast",
         tokenizer_class(
             tokenizer_object=bpe,
             bos_token=END_OF_TEXT,
@@ -298,11 +298,12 @@ def model_config() -> GPT2Config:
 
 def build_optimizer(model: GPT2LMHeadModel) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone: it does harm on biases and layer norms."""
-    parameters = list(model.parameters())
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
     return torch.optim.AdamW(
         [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=PEAK_LEARNING_RATE,
         betas=ADAM_BETAS,
@@ -341,7 +342,7 @@ def random_batch(stream: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 def next_token_loss(model: GPT2LMHeadModel, windows: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    return cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -409,8 +410,8 @@ def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
     """Save a bfloat16 copy; the model itself is left as it is."""
     rounded = GPT2LMHeadModel(model_config())
     rounded.load_state_dict(model.state_dict())
-    cast(torch.nn.Module, rounded).to(dtype=torch.bfloat16)
-    rounded.generation_config = cast(Any, GenerationConfig)(
+    cast("torch.nn.Module", rounded).to(dtype=torch.bfloat16)
+    rounded.generation_config = cast("Any", GenerationConfig)(
         bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID, pad_token_id=END_OF_TEXT_ID
     )
     rounded.save_pretrained(folder)
@@ -422,8 +423,8 @@ def save_model(model: GPT2LMHeadModel, folder: Path) -> None:
 @torch.no_grad()
 def write_samples(folder: Path) -> list[Sample]:
     """Text written by the model and the tokenizer as they were saved."""
-    model = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
-    tokenizer = cast(Any, AutoTokenizer).from_pretrained(folder)
+    model = cast("Any", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+    tokenizer = cast("Any", AutoTokenizer).from_pretrained(folder)
     methods: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},
         f"sampled, temperature {SAMPLE_TEMPERATURE}, top_k {SAMPLE_TOP_K}, seed {SAMPLE_SEED}": {
@@ -584,9 +585,9 @@ def main() -> None:
     out, work_dir = Path(arguments.out), Path(arguments.work_dir)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    # Filling fresh memory only guards against reads of unset memory and costs a fifth of the speed.
-    cast(Any, torch.utils).deterministic.fill_uninitialized_memory = False
-    cast(Any, transformers.utils).logging.disable_progress_bar()
+    # Filling fresh memory only guards against reads of unset memory, and it takes time.
+    cast("Any", torch.utils).deterministic.fill_uninitialized_memory = False
+    cast("Any", transformers.utils).logging.disable_progress_bar()
 
     training_documents: list[str] = []
     validation_documents: list[str] = []

@@ -26,8 +26,9 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """``config.json``. Raises InvalidCheckpointError."""
         config = read_config(self.source.path(CONFIG))
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "an unnamed method")
+        quantization = config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise CheckpointError(
                 f"{self.source.model} is quantised ({method}), and splitlearn reads plain weights only",
                 hint="use the original, unquantised checkpoint",
@@ -50,6 +51,10 @@ class Checkpoint:
             return read_weight_map(self.source.path(INDEX))
         raise self._no_weights(files)
 
+    def shards(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """Return the shards that hold these tensors."""
+        return tuple(sorted({self.weight_map[key] for key in keys}))
+
     def tensors(self, keys: Iterable[str]) -> dict[str, TensorInfo]:
         """Return what the headers say of these tensors, opening only the shards that hold them.
 
@@ -57,7 +62,9 @@ class Checkpoint:
             InvalidCheckpointError: The index names tensors that their shard does not hold.
         """
         wanted = list(keys)
-        headers = {shard: self.source.header(shard) for shard in sorted({self.weight_map[key] for key in wanted})}
+        shards = self.shards(wanted)
+        self.source.require(shards)
+        headers = {shard: self.source.header(shard) for shard in shards}
         astray = [f"{key} in {self.weight_map[key]}" for key in wanted if key not in headers[self.weight_map[key]]]
         if astray:
             raise InvalidCheckpointError(
@@ -92,7 +99,4 @@ class Checkpoint:
                 f"but neither {SINGLE} nor {INDEX}",
                 hint="fetch the index too: it says which shard holds which tensor",
             )
-        return MissingFileError(
-            f"{self.source.model} has a {CONFIG} but no weights",
-            hint="it can be planned, not loaded; fetch its safetensors files",
-        )
+        return MissingFileError(f"{self.source.model} has a {CONFIG} but no weights", hint=self.source.hint_for_missing)

@@ -58,5 +58,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpointError(f"{path} is no JSON: {error}", hint="fetch or write the file anew") from error
     if not isinstance(content, dict):
-        raise InvalidCheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
+        raise InvalidCheckpointError(
+            f"{path} holds a JSON {type(content).__name__}, not an object", hint="fetch or write the file anew"
+        )
     return content

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,30 +45,37 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise _invalid(path, [f"its header is a JSON {type(header).__name__}, not an object"])
     header.pop("__metadata__", None)
     start = _LENGTH_BYTES + length
-    return _check_layout(path, {key: _tensor(path, key, entry, start) for key, entry in header.items()}, start, size)
+    problems = [problem for key, entry in header.items() if (problem := _entry_problem(key, entry))]
+    if problems:
+        raise _invalid(path, problems)
+    return _check_layout(path, [_tensor(path, key, entry, start) for key, entry in header.items()], start, size)
+
+
+def _entry_problem(key: str, entry: Any) -> str:
+    """Say what is wrong with one tensor's entry in the header, or nothing."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        return f"{key}: its entry lacks dtype, shape or data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        return f"{key}: dtype {dtype!r} is unknown"
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:  # noqa: PLR2004  # a pair
+        return f"{key}: shape and data_offsets must be a list of sizes and a pair"
+    if any(type(number) is not int or number < 0 for number in (*shape, *offsets)):
+        return f"{key}: shape {shape} and offsets {offsets} must be whole numbers from 0"
+    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != expected:
+        return f"{key}: {dtype} of shape {shape} takes {expected} bytes, its offsets span {offsets[1] - offsets[0]}"
+    return ""
 
 
 def _tensor(path: Path, key: str, entry: Any, start: int) -> TensorInfo:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
-    except (TypeError, KeyError, ValueError) as error:
-        raise _invalid(path, [f"{key}: its entry lacks dtype, shape or data_offsets"]) from error
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise _invalid(path, [f"{key}: shape {shape} and offsets {[begin, end]} must be whole numbers from 0"])
-    if dtype not in DTYPE_BYTES:
-        raise _invalid(path, [f"{key}: dtype {dtype!r} is unknown"])
-    expected = math.prod(shape) * DTYPE_BYTES[dtype]
-    if end - begin != expected:
-        raise _invalid(
-            path, [f"{key}: {dtype} of shape {shape} takes {expected} bytes, its offsets span {end - begin}"]
-        )
-    return TensorInfo(key, dtype, tuple(shape), path.name, start + begin, start + end)
+    begin, end = entry["data_offsets"]
+    return TensorInfo(key, entry["dtype"], tuple(entry["shape"]), path.name, start + begin, start + end)
 
 
-def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], start: int, size: int) -> dict[str, TensorInfo]:
+def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) -> dict[str, TensorInfo]:
     """Demand that the tensors cover the data without gap or overlap, as the format does."""
-    ordered = sorted(tensors.values(), key=lambda info: (info.begin, info.end))
+    ordered = sorted(tensors, key=lambda info: (info.begin, info.end))
     problems, position, previous = [], start, "the header"
     for info in ordered:
         if info.begin != position:
@@ -82,7 +88,7 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], start: int, siz
         problems.append(f"{size - position} bytes behind the last tensor belong to none")
     if problems:
         raise _invalid(path, problems)
-    return dict(tensors)
+    return {info.key: info for info in tensors}
 
 
 def _invalid(path: Path, problems: list[str], hint: str = "") -> InvalidCheckpointError:

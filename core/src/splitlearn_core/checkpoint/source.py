@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -34,6 +35,13 @@ class Source(Protocol):
     #: The commit a Hub revision was resolved to; None for a directory.
     commit: str | None
 
+    @property
+    def hint_for_missing(self) -> str:
+        """What to do where files are missing."""
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise MissingFileError, naming all, where files cannot be had."""
+
     def files(self) -> Mapping[str, int]:
         """Return the names of the files that can be had, with their sizes in bytes (0: unknown)."""
 
@@ -51,6 +59,7 @@ class DirectorySource:
     """A checkpoint in a local directory."""
 
     commit: str | None = None
+    hint_for_missing = "copy or download the missing files into the folder"
 
     def __init__(self, directory: Path) -> None:
         self.model = str(directory)
@@ -68,16 +77,18 @@ class DirectorySource:
     def path(self, name: str) -> Path:
         return self._directory / name
 
-    def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
+    def require(self, names: Iterable[str]) -> None:
         missing = [name for name in names if not (self._directory / name).is_file()]
         if missing:
             raise MissingFileError(
                 f"{self._directory} lacks {', '.join(missing)}, which its index names and the asked parts need",
-                hint="copy or download the missing shards into the folder",
+                hint=self.hint_for_missing,
             )
 
+    def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
+        self.require(names)
+
     def header(self, name: str) -> dict[str, TensorInfo]:
-        self.fetch([name], lambda progress: None)
         return read_header(self._directory / name)
 
 
@@ -101,7 +112,7 @@ class HubSource:
         self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         self._revision = revision
         # Everything after the first file is asked for by commit: a push in between changes nothing.
-        config = self._guarded(lambda: self._download(CONFIG, revision))
+        config = self._guarded(lambda: self._download(CONFIG, revision), CONFIG)
         self._snapshot = config.parent
         self.commit: str | None = self._snapshot.name
         self._files: dict[str, int] | None = None
@@ -112,17 +123,29 @@ class HubSource:
         return self._files
 
     def path(self, name: str) -> Path:
-        return self._guarded(lambda: self._download(name, self.commit))
+        return self._guarded(lambda: self._download(name, self.commit), name)
+
+    @property
+    def hint_for_missing(self) -> str:
+        if self._offline():
+            return "drop local_files_only or unset HF_HUB_OFFLINE to download it"
+        return "the repository is incomplete: try another revision"
+
+    def require(self, names: Iterable[str]) -> None:
+        absent = [name for name in names if name not in self.files()]
+        if absent:
+            where = "the cache of " if self._offline() else ""
+            raise MissingFileError(
+                f"{where}{self.model}@{self.commit} lacks {', '.join(absent)}, which the asked parts need",
+                hint=self.hint_for_missing,
+            )
 
     def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
-        wanted = {name: self.files().get(name) for name in names}
-        absent = [name for name, size in wanted.items() if size is None]
-        if absent and not self._offline():
-            raise MissingFileError(
-                f"{self.model}@{self.commit} lacks {', '.join(absent)}, which its index names and the asked parts need",
-                hint="the repository is incomplete: try another revision",
-            )
-        missing = {name: size or 0 for name, size in wanted.items() if not (self._snapshot / name).exists()}
+        wanted = list(names)
+        self.require(wanted)
+        missing = {name: self.files()[name] for name in wanted if not (self._snapshot / name).exists()}
+        if not missing:
+            return
         self._check_disk(sum(missing.values()))
         done = 0
         for name, size in missing.items():
@@ -136,7 +159,7 @@ class HubSource:
             return read_header(self._snapshot / name)
         if self._offline():
             return read_header(self.path(name))
-        return self._guarded(lambda: self._remote_header(name))
+        return self._guarded(lambda: self._remote_header(name), name)
 
     def _remote_header(self, name: str) -> dict[str, TensorInfo]:
         from huggingface_hub.errors import SafetensorsParsingError
@@ -177,11 +200,15 @@ class HubSource:
                 hint="free some space (hf cache rm), or choose another disk with cache_dir= or HF_HOME",
             )
 
-    def _guarded(self, action: Callable[[], _T]) -> _T:
+    def _guarded(self, action: Callable[[], _T], name: str = "") -> _T:
         """Turn the Hub client's errors into ours, each with its way out."""
         from huggingface_hub import errors
+        from huggingface_hub.utils import get_session
 
         where = f"{self.model!r}" + (f" at revision {self._revision!r}" if self._revision else "")
+        what = f"{name} of {where}" if name else where
+        # The client's HTTP library differs between its versions; its session knows which one it is.
+        transport = sys.modules[type(get_session()).__module__.partition(".")[0]]
         try:
             return action()
         except errors.GatedRepoError as error:
@@ -200,21 +227,26 @@ class HubSource:
             ) from error
         except errors.LocalEntryNotFoundError as error:
             if self._offline():
-                hint = "drop local_files_only or unset HF_HUB_OFFLINE to download it"
                 raise MissingFileError(
-                    f"{where} is not in the cache, and looking on the Hub is off", hint=hint
+                    f"{what} is not in the cache, and looking on the Hub is off", hint=self.hint_for_missing
                 ) from error
-            raise MissingFileError(f"{where}: the Hub cannot be reached, and the cache has no copy: {error}") from error
+            raise MissingFileError(
+                f"{what}: the Hub cannot be reached, and the cache has no copy",
+                hint="check the network and HF_ENDPOINT; what is cached loads with local_files_only=True",
+            ) from error
         except errors.EntryNotFoundError as error:
-            raise MissingFileError(f"{where} lacks a file: {error}", hint="is it a transformers checkpoint?") from error
+            raise MissingFileError(f"{where} has no {name}", hint="is it a transformers checkpoint?") from error
         except errors.HFValidationError as error:
             raise MissingFileError(
                 f"{where} is neither a directory here nor a name that a repository can have",
                 hint="check the path, or give owner/name",
             ) from error
         except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+            raise CheckpointError(f"{what}: the Hub answered with an error: {error}", hint="try again later") from error
+        except (transport.HTTPError, OSError) as error:
             raise CheckpointError(
-                f"{where}: the Hub answered with an error: {error}", hint="try again later"
+                f"{what}: the connection to the Hub was lost: {error}",
+                hint="run it again: what was downloaded is kept; what is cached loads with local_files_only=True",
             ) from error
 
 

@@ -103,6 +103,25 @@ class CopiedStrategy:
 BUILT_IN: tuple[LoadingStrategy, ...] = (MappedStrategy(), CopiedStrategy())
 
 
+def reserved_names() -> tuple[str, ...]:
+    """Return the names that no added strategy may take."""
+    return (AUTO, *(strategy.name for strategy in BUILT_IN))
+
+
+def check_strategy(asked: str, added: Iterable[LoadingStrategy] = ()) -> dict[str, LoadingStrategy]:
+    """Return the known strategies by name, refusing a name that is none of them.
+
+    Raises:
+        ConfigurationError: No strategy of that name.
+    """
+    known = {strategy.name: strategy for strategy in (*BUILT_IN, *added)}
+    if asked not in (AUTO, *known):
+        raise ConfigurationError(
+            f"there is no loading strategy {asked!r}", hint=f"choose from {', '.join((AUTO, *known))}"
+        )
+    return known
+
+
 def choose_strategy(
     asked: str, plans: Sequence[ReadPlan], added: Iterable[LoadingStrategy] = (), preferred: str = ""
 ) -> LoadingStrategy:
@@ -111,12 +130,8 @@ def choose_strategy(
     Raises:
         ConfigurationError: No strategy of that name, or it refuses the plan; the reason is given.
     """
-    known = {strategy.name: strategy for strategy in (*BUILT_IN, *added)}
+    known = check_strategy(asked, added)
     if asked != AUTO:
-        if asked not in known:
-            raise ConfigurationError(
-                f"there is no loading strategy {asked!r}", hint=f"choose from {', '.join((AUTO, *known))}"
-            )
         refusal = next(filter(None, map(known[asked].refusal, plans)), "")
         if refusal:
             raise ConfigurationError(f"loading strategy {asked!r} cannot do this: {refusal}", hint=f"try {AUTO!r}")

@@ -36,25 +36,14 @@ def command(
     **sampling: Any,
 ) -> None:
     """Continue a prompt with MODEL, cut in three; the text streams as it comes."""
-    from splitlearn_core.loading import open_model
-    from splitlearn_core.quickstart import load_split_model
+    from splitlearn_core.loading import LoadOptions, load_all, open_model
+    from splitlearn_core.progress import reporting
     from splitlearn_core.text import generate_text, load_tokenizer
 
-    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    tokenizer = load_tokenizer(open_model(model, **hub))
-    parts = load_split_model(
-        None,
-        split_points,
-        model,
-        dtype=dtype,
-        device=device,
-        strategy=strategy,
-        attn_implementation=attn_implementation,
-        **hub,
-    )
-    from splitlearn_core.pipeline import SplitCausalLM
-
-    split = SplitCausalLM(*parts)  # type: ignore[arg-type]  # all three parts were asked for
+    opened = open_model(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    tokenizer = load_tokenizer(opened)
+    with reporting(None) as report:
+        split = load_all(opened, split_points, dtype, LoadOptions(device, strategy, attn_implementation), report)
     show = None if as_json else write_text
     result = generate_text(split, tokenizer, prompt, max_new_tokens, on_text=show, **sampling)
     if as_json:

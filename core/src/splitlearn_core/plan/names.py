@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from splitlearn_core.errors import TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import Component, LayerRange
 
@@ -23,6 +22,8 @@ class KeyTable:
     sources: Mapping[Component, Mapping[str, str]]
     #: Checkpoint keys that are used in more than one component.
     tied: tuple[str, ...]
+    #: What has no place, in words: tensors that no component wants, or two for one place.
+    problems: tuple[str, ...]
     #: Module keys that config ties but the file holds apart: equal or not is known only by value.
     apart: tuple[str, str] | None
 
@@ -54,8 +55,7 @@ def place_keys(
 ) -> KeyTable:
     """Give every tensor of a checkpoint to the component that holds its module.
 
-    Raises:
-        TensorMismatchError: Tensors that no component holds, or two for one place; all are listed.
+    What has no place is noted, not raised: a load reports it together with what is missing.
     """
     origins: dict[str, str] = {}
     twice: list[str] = []
@@ -78,13 +78,13 @@ def place_keys(
             unexpected.append(f"{key} (as {name})" if name != key else key)
         else:
             sources[component][name] = key
-    if unexpected or twice:
-        raise _surplus(family, unexpected, twice)
+    problems = [f"unexpected: {key}" for key in sorted(unexpected)] + [f"twice: {pair}" for pair in sorted(twice)]
     users: dict[str, int] = {}
     for table in sources.values():
         for key in table.values():
             users[key] = users.get(key, 0) + 1
-    return KeyTable(sources, tuple(sorted(key for key, count in users.items() if count > 1)), apart)
+    shared = tuple(sorted(key for key, count in users.items() if count > 1))
+    return KeyTable(sources, shared, tuple(problems), apart)
 
 
 def _component_of(family: ModelFamily, name: str, ranges: Mapping[Component, LayerRange]) -> Component | None:
@@ -100,13 +100,3 @@ def _component_of(family: ModelFamily, name: str, ranges: Mapping[Component, Lay
         return Component.TOP
     inlets = (family.embedding, *family.zero_outside_bottom, *family.skip_outside_bottom)
     return Component.BOTTOM if relative.startswith(tuple(f"{inlet}." for inlet in inlets)) else None
-
-
-def _surplus(family: ModelFamily, unexpected: list[str], twice: list[str]) -> TensorMismatchError:
-    lines = [f"unexpected: {key}" for key in sorted(unexpected)] + [f"twice: {pair}" for pair in sorted(twice)]
-    return TensorMismatchError(
-        f"the checkpoint has {len(lines)} tensors that a {family.model_type} model has no place for:\n  "
-        + "\n  ".join(lines),
-        hint='does the checkpoint belong to another class of model? See "architectures" in its config.json; '
-        "tensors to be left out are named by the family's ignored_suffixes",
-    )

@@ -186,7 +186,7 @@ def parse_parts(parts: Sequence[str] | str) -> tuple[Component, ...]:
     Raises:
         ConfigurationError: A name that is no component, or none at all.
     """
-    names = [parts] if isinstance(parts, str) else list(parts)
+    names = [parts] if isinstance(parts, str) or not isinstance(parts, Iterable) else list(parts)
     wrong = sorted({str(name) for name in names} - set(Component))
     if wrong or not names:
         raise ConfigurationError(
@@ -198,14 +198,19 @@ def parse_parts(parts: Sequence[str] | str) -> tuple[Component, ...]:
 
 def _kv_bytes_per_layer(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
     heads = _number(family, config, "num_attention_heads")
-    kv_heads = family.config_value(config, "num_key_value_heads") or heads
-    head_dim = family.config_value(config, "head_dim") or _number(family, config, "hidden_size") // heads
-    return 2 * int(kv_heads) * int(head_dim) * DTYPE_BYTES[FLOAT_DTYPES[dtype]]
+    kv_heads = _number(family, config, "num_key_value_heads", heads)
+    head_dim = _number(family, config, "head_dim", _number(family, config, "hidden_size") // heads)
+    return 2 * kv_heads * head_dim * DTYPE_BYTES[FLOAT_DTYPES[dtype]]
 
 
-def _number(family: ModelFamily, config: Mapping[str, Any], name: str) -> int:
+def _number(family: ModelFamily, config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = family.config_value(config, name)
-    if not isinstance(value, int) or value < 1:
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or value < 1:
         own = family.config_names.get(name, name)
-        raise ConfigurationError(f"config.json says {own} = {value!r}; a positive number is needed")
+        raise ConfigurationError(
+            f"config.json says {own} = {value!r}; a whole number from 1 is needed",
+            hint="use the config.json that the checkpoint was saved with",
+        )
     return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +36,35 @@ def inspect_source(module: str) -> Inspection:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (OSError, SyntaxError, ValueError) as error:
         return Inspection(problem=f"module {module!r} cannot be read: {error}")
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and _is_hookimpl(node)]
-    hooks = [node.name for node in functions] + _imported_hooks(tree)
+    body = list(_statements(tree.body))
+    marks = _names_of_hookimpl(body)
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and _is_marked(node, marks)]
+    hooks = [node.name for node in functions] + _imported_hooks(body)
     problems = [*_missing_imports(tree), *map(_function_problem, functions)]
     if any(isinstance(node, ast.Raise) for node in tree.body):
         problems.append(f"module {module!r} raises when it is imported")
-    if not hooks:
+    # An object of a module, or what it imports by a star, may have hooks that the text does not show.
+    if not hooks and ":" not in module and not any(_is_star(node) for node in body):
         problems.append(f"module {module!r} implements no hook")
     return Inspection(tuple(sorted(hooks)), next(filter(None, problems), ""))
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements of a module, those under ``if`` and ``try`` too."""
+    for node in body:
+        yield node
+        for branch in ("body", "orelse", "handlers", "finalbody"):
+            if isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+                yield from _statements(getattr(node, branch, []))
+
+
+def _names_of_hookimpl(body: list[ast.stmt]) -> set[str]:
+    imports = [node for node in body if isinstance(node, ast.ImportFrom)]
+    return {"hookimpl"} | {a.asname for node in imports for a in node.names if a.name == "hookimpl" and a.asname}
+
+
+def _is_star(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
 
 
 def _source_of(module: str) -> Path | None:
@@ -61,13 +83,13 @@ def _source_of(module: str) -> Path | None:
     raise ModuleNotFoundError(f"{top!r} has no {'.'.join(rest)!r}")
 
 
-def _is_hookimpl(function: ast.FunctionDef) -> bool:
+def _is_marked(function: ast.FunctionDef, marks: set[str]) -> bool:
     names = [node.func if isinstance(node, ast.Call) else node for node in function.decorator_list]
-    return any((isinstance(n, ast.Name) and n.id == "hookimpl") or getattr(n, "attr", "") == "hookimpl" for n in names)
+    return any((isinstance(n, ast.Name) and n.id in marks) or getattr(n, "attr", "") == "hookimpl" for n in names)
 
 
-def _imported_hooks(tree: ast.Module) -> list[str]:
-    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+def _imported_hooks(body: list[ast.stmt]) -> list[str]:
+    nodes = [node for node in body if isinstance(node, ast.ImportFrom)]
     return [alias.asname or alias.name for node in nodes for alias in node.names if alias.name in HOOKS]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 from urllib.parse import unquote, urlsplit
 
 # The backport rather than the standard library: one behaviour for entry points and damaged
@@ -13,6 +15,8 @@ import importlib_metadata
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+log = logging.getLogger(__name__)
 
 #: Entry points of plugins: the name is the model type, the value the module with the hooks.
 FAMILY_GROUP = "splitlearn.families"
@@ -47,79 +51,89 @@ class PluginEntry:
 
 
 def discover() -> tuple[PluginEntry, ...]:
-    """Return the plugins of all installed distributions, sorted by model type and distribution."""
-    found = {entry.distribution + entry.model_type + entry.module: entry for entry in _entries()}
+    """Return the plugins of all installed distributions, sorted by model type and distribution.
+
+    A damaged distribution, whether it holds a plugin or not, costs nobody else's plugin.
+    """
+    found: dict[str, PluginEntry] = {}
+    for distribution in importlib_metadata.distributions():
+        # The backport's iterator is typed by a protocol that its own classes satisfy.
+        for entry in _entries(cast("importlib_metadata.Distribution", distribution)):
+            # A copy of a distribution that comes later on the path is shadowed by the first.
+            found.setdefault(f"{canonicalize_name(entry.distribution)} {entry.model_type}", entry)
     return tuple(sorted(found.values(), key=lambda entry: (entry.model_type, entry.distribution)))
 
 
+@cache
 def core_version() -> str:
     """Return the installed version of core."""
     return importlib_metadata.version(CORE)
 
 
-def _entries() -> Iterator[PluginEntry]:
-    # Selecting by group also drops the second copy of a distribution that is on the path twice.
-    for point in importlib_metadata.entry_points(group=FAMILY_GROUP):
-        distribution = point.dist
-        origin, editable = _origin(distribution)
-        yield PluginEntry(
-            model_type=point.name,
-            module=point.value.split("[")[0].strip(),
-            distribution=_metadata_field(distribution, "Name"),
-            version=_metadata_field(distribution, "Version"),
-            origin=origin,
-            editable=editable,
-            plugin_api=_plugin_api(distribution),
-            requires_core=_requires_core(distribution),
-        )
+def _entries(distribution: importlib_metadata.Distribution) -> list[PluginEntry]:
+    try:
+        # Most distributions have no plugin, and parsing them all is most of the scan.
+        if FAMILY_GROUP not in (distribution.read_text("entry_points.txt") or ""):
+            return []
+        points = list(distribution.entry_points)
+    except (ValueError, TypeError, OSError) as error:
+        log.warning("the entry points of an installed distribution cannot be read (%s): %s", distribution, error)
+        return []
+    name, version, requires = _description(distribution)
+    origin, editable = _origin(distribution)
+    api = next((point.value for point in points if point.group == API_GROUP), "1")
+    return [
+        PluginEntry(point.name, _module(point), name, version, origin, editable, api, requires)
+        for point in points
+        if point.group == FAMILY_GROUP
+    ]
 
 
-def _metadata_field(distribution: importlib_metadata.Distribution | None, name: str) -> str:
+def _module(point: importlib_metadata.EntryPoint) -> str:
+    return point.value.partition("[")[0].strip()
+
+
+def _description(distribution: importlib_metadata.Distribution) -> tuple[str, str, str]:
+    """Return name, version and what is demanded of core; ``unknown`` where METADATA is damaged."""
     # A half-removed distribution may have lost its METADATA file or a field of it.
-    if distribution is None:
-        return "unknown"
     try:
-        return distribution.metadata[name] or "unknown"
-    except (KeyError, importlib_metadata.MetadataNotFound):
-        return "unknown"
+        fields = distribution.metadata
+        lines = fields.get_all("Requires-Dist") or []
+        return fields.get("Name") or "unknown", fields.get("Version") or "unknown", _requires_core(lines)
+    except (KeyError, ValueError, importlib_metadata.MetadataNotFound):
+        return "unknown", "unknown", ""
 
 
-def _plugin_api(distribution: importlib_metadata.Distribution | None) -> str:
-    points = distribution.entry_points if distribution is not None else ()
-    return next((point.value for point in points if point.group == API_GROUP), "1")
-
-
-def _requires_core(distribution: importlib_metadata.Distribution | None) -> str:
-    try:
-        lines = (distribution.requires if distribution is not None else None) or []
-    except (KeyError, importlib_metadata.MetadataNotFound):
-        return ""
+def _requires_core(lines: list[str]) -> str:
+    """Return all that requirements demand of core here and now, extras left out."""
+    specifiers = []
     for line in lines:
-        # Parsing costs; the cheap test leaves the one line that matters.
+        # Parsing costs; the cheap test leaves the lines that matter.
         if line.lower().replace("_", "-").startswith(CORE):
             try:
                 requirement = Requirement(line)
             except InvalidRequirement:
                 continue
-            if canonicalize_name(requirement.name) == CORE:
-                return str(requirement.specifier)
-    return ""
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if canonicalize_name(requirement.name) == CORE and applies:
+                specifiers.append(str(requirement.specifier))
+    return ",".join(filter(None, specifiers))
 
 
-def _origin(distribution: importlib_metadata.Distribution | None) -> tuple[str, bool]:
+def _origin(distribution: importlib_metadata.Distribution) -> tuple[str, bool]:
     """Read ``direct_url.json`` (PEP 610): where it was installed from, and whether it is editable."""
-    text = distribution.read_text("direct_url.json") if distribution is not None else None
-    if not text:
-        return "", False
     try:
-        record = json.loads(text)
+        record = json.loads(distribution.read_text("direct_url.json") or "null")
+        if record is None:
+            return "", False
         url, editable = str(record["url"]), bool(record.get("dir_info", {}).get("editable", False))
+        parts = urlsplit(url)
     except (ValueError, KeyError, TypeError, AttributeError):
         return "", False
-    parts = urlsplit(url)
     return (unquote(parts.path) if parts.scheme == "file" else url), editable
 
 
+@cache
 def core_satisfies(specifier: str) -> bool:
     """Say whether the installed core is one that a plugin's requirement admits."""
     return not specifier or SpecifierSet(specifier).contains(core_version(), prereleases=True)

@@ -145,7 +145,7 @@ class PluginRegistry:
             problem = _mapping_problem(mapping, checkpoint_keys)
             if problem:
                 raise _broken(loaded.entry, f"hook {hook}: {problem}")
-            return dict(mapping)
+            return {key: mapping[key] for key in checkpoint_keys}
         return None
 
     def statuses(self, *, check: bool = False) -> tuple[PluginStatus, ...]:
@@ -313,18 +313,23 @@ def _call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **argu
     """Call one hook of one plugin; what it raises is its own fault and says so."""
     others = [plugin for plugin in manager.get_plugins() if plugin is not loaded.plugin]
     try:
-        answer: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
+        answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
+        # A generator runs only now, and a mapping may compute its values when they are looked up.
+        return [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
     # Foreign code again, see _import.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _broken(loaded.entry, f"hook {hook} raised {type(error).__name__}: {error}") from error
-    return answer
+
+
+def _is_list(answer: object) -> bool:
+    return isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping)
 
 
 def _answers(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str) -> list[Any]:
     """Call a hook that answers with an iterable, and return the items of all answers."""
     items: list[Any] = []
     for answer in _call(manager, loaded, hook):
-        if isinstance(answer, str | Mapping) or not isinstance(answer, Iterable):
+        if not isinstance(answer, list):
             raise _broken(loaded.entry, f"hook {hook} answered {answer!r}, not a list")
         items += answer
     return items
@@ -338,19 +343,28 @@ def _families(entry: PluginEntry, items: list[Any]) -> dict[str, ModelFamily]:
         if item.model_type in families:
             raise _broken(entry, f"hook splitlearn_model_families answered {item.model_type!r} twice")
         families[item.model_type] = item
-    if families and entry.model_type not in families:
+    if entry.model_type not in families:
+        provided = ", ".join(sorted(families)) or "none"
         raise _broken(
             entry,
-            f"its entry point is named {entry.model_type!r}, but it provides {', '.join(sorted(families))}",
+            f"its entry point is named {entry.model_type!r}, but hook splitlearn_model_families provides {provided}",
             "name the entry point after the model type",
         )
     return families
 
 
 def _strategies(entry: PluginEntry, items: list[Any]) -> tuple[LoadingStrategy, ...]:
+    if not items:
+        return ()
+    from splitlearn_core.checkpoint.strategy import LoadingStrategy, reserved_names
+
+    taken = set(reserved_names())
     for item in items:
-        if not (isinstance(getattr(item, "name", None), str) and callable(getattr(item, "read", None))):
+        if not isinstance(item, LoadingStrategy) or not isinstance(item.name, str):
             raise _broken(entry, f"hook splitlearn_loading_strategies answered {item!r}, which is no LoadingStrategy")
+        if item.name in taken:
+            raise _broken(entry, f"hook splitlearn_loading_strategies: the name {item.name!r} is taken")
+        taken.add(item.name)
     return tuple(items)
 
 

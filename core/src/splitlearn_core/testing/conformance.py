@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,6 +65,15 @@ class FamilyConformance:
             if name in metafunc.fixturenames:
                 ids = [value if isinstance(value, str) else "-".join(map(str, value)) for value in values]
                 metafunc.parametrize(name, values, ids=ids, scope="class")
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def one_thread(cls) -> Iterator[None]:
+        """Tiny tensors gain nothing from threads, which spin for each other on a busy machine."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -354,6 +363,6 @@ def _rewrite(source: Path, target: Path, tensors: Mapping[str, torch.Tensor]) ->
     """Copy a checkpoint with other tensors."""
     for file in source.glob("*.json"):
         (target / file.name).write_bytes(file.read_bytes())
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"})
-
-
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"}
+    )

@@ -1,0 +1,74 @@
+"""Filling built modules with tensors, and proving that nothing was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitlearn_core.errors import InternalError
+
+
+def tensor_problems(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Compare planned tensors with the module's own, before any is read.
+
+    Args:
+        module: The built component.
+        shapes: Module key -> planned shape.
+
+    Returns:
+        Missing, unexpected and mis-shaped tensors, in words.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = [f"missing: {name} {list(wanted[name])}" for name in sorted(wanted.keys() - shapes.keys())]
+    problems += [f"unexpected: {name} {list(shapes[name])}" for name in sorted(shapes.keys() - wanted.keys())]
+    problems += [
+        f"mis-shaped: {name} is {list(shapes[name])} in the file, {list(wanted[name])} by config.json"
+        for name in sorted(wanted.keys() & shapes.keys())
+        if wanted[name] != shapes[name]
+    ]
+    return problems
+
+
+def assign_tensor(module: nn.Module, name: str, tensor: torch.Tensor | nn.Parameter) -> nn.Parameter | torch.Tensor:
+    """Put a tensor, or a parameter that is shared, in the place of a module's own."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:  # noqa: SLF001  # the register that nn.Module documents for buffers
+        setattr(owner, leaf, tensor)
+        return tensor
+    parameter = (
+        tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    )
+    setattr(owner, leaf, parameter)
+    return parameter
+
+
+def finish(module: nn.Module, device: str) -> None:
+    """Move the computed buffers to the device, and refuse a module that is not wholly there.
+
+    Raises:
+        InternalError: A parameter or buffer has no memory, or is on another device.
+    """
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
+    empty = [name for name, tensor in _tensors(module) if tensor.device.type == "meta"]
+    if empty:
+        raise InternalError(f"tensors without memory after loading: {', '.join(empty)}", hint="please report this")
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Any]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def tie_if_equal(first: nn.Module, first_key: str, second: nn.Module, second_key: str) -> bool:
+    """Let two parameters of equal value be one; say whether they were."""
+    one, other = first.get_parameter(first_key), second.get_parameter(second_key)
+    equal = one.shape == other.shape and torch.equal(one, other)
+    if equal:
+        assign_tensor(second, second_key, one)
+    return equal

@@ -1,0 +1,46 @@
+"""The key-value cache of one component."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from splitlearn_core.types import LayerRange
+
+
+class PartCache(Cache):
+    """A cache that holds a component's own layers and is addressed with the model's layer numbers.
+
+    A plain cache on a later component would keep its first slots empty; Hugging Face derives masks
+    and positions from slot 0, so the text would be wrong without an error.
+
+    Args:
+        layers: Cache layers of the component, in order; they may be shared with another cache.
+        layer_range: Which layers of the model they are.
+    """
+
+    def __init__(self, layers: list[Any], layer_range: LayerRange) -> None:
+        super().__init__(layers=layers)
+        self.layer_range = layer_range
+
+    @classmethod
+    def empty(cls, config: Any, layer_range: LayerRange) -> PartCache:
+        """Make an empty cache for the component that holds these layers of the model."""
+        whole = DynamicCache(config=config)
+        return cls(whole.layers[layer_range.start : layer_range.end], layer_range)
+
+    @classmethod
+    def view(cls, whole: Cache, layer_range: LayerRange) -> PartCache:
+        """See a component's layers in a cache of the whole model; both share the layers' state."""
+        # A DynamicCache made without a configuration creates its layers on first use.
+        while whole.layer_class_to_replicate is not None and len(whole.layers) < layer_range.total:
+            whole.layers.append(whole.layer_class_to_replicate())
+        return cls(whole.layers[layer_range.start : layer_range.end], layer_range)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        local = layer_idx - self.layer_range.start
+        return super().update(key_states, value_states, local, *args, **kwargs)  # type: ignore[no-any-return]

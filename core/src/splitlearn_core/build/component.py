@@ -1,0 +1,302 @@
+"""Components: a family's own Hugging Face model, pruned to a range of layers."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from splitlearn_core.build.cache import PartCache
+from splitlearn_core.build.neutral import PassLayer, Zero
+from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
+from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.types import Component, LayerRange
+
+_MASK_DIMENSIONS = 2
+
+
+class ComponentModel(PreTrainedModel):
+    """What bottom, trunk and top add to the Hugging Face class they are made from.
+
+    Layers keep their numbers in the whole model, and so do cache slots, adapters and tensor names.
+    """
+
+    component: ClassVar[Component]
+    family: ClassVar[ModelFamily]
+    #: The layers of the whole model that this component runs.
+    layer_range: LayerRange
+
+    def __init__(self, config: Any, layer_range: LayerRange) -> None:
+        with _depth(config, 1 if self.family.uniform_layers else layer_range.total):
+            super().__init__(config)
+        self.layer_range = layer_range
+        _prune(self, self.family, layer_range)
+
+    @property
+    def start_layer(self) -> int:
+        return self.layer_range.start
+
+    @property
+    def end_layer(self) -> int:
+        return self.layer_range.end
+
+    def new_cache(self) -> PartCache:
+        """Return an empty key-value cache for this component's layers."""
+        return PartCache.empty(self.config, self.layer_range)
+
+    def init_weights(self) -> None:
+        """Leave weights alone: they are assigned from a checkpoint."""
+
+    def extra_repr(self) -> str:
+        return f"{self.component}, layers {self.layer_range}"
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a component alone generates no text."""
+        raise ConfigurationError(
+            f"a {self.component} alone cannot generate", hint="use SplitCausalLM(bottom, trunk, top).generate(...)"
+        )
+
+    def _forward_arguments(
+        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past_key_values: Cache | None
+    ) -> dict[str, Any]:
+        if attention_mask is not None and attention_mask.dim() != _MASK_DIMENSIONS:
+            raise ConfigurationError(
+                f"attention_mask has {attention_mask.dim()} dimensions; components take [batch, past + sequence]",
+                hint="give the padding mask as the tokenizer makes it; each component derives its own causal mask",
+            )
+        if past_key_values is not None and (
+            not isinstance(past_key_values, PartCache) or past_key_values.layer_range != self.layer_range
+        ):
+            held = getattr(past_key_values, "layer_range", "all layers")
+            raise ConfigurationError(
+                f"past_key_values is a cache of {held}; this {self.component} runs layers {self.layer_range}",
+                hint=f"use {self.component}.new_cache(); a cache of other layers would give wrong text silently",
+            )
+        return {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": past_key_values is not None,
+        }
+
+
+class _Bottom(ComponentModel):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run the embeddings and the first layers.
+
+        Args:
+            input_ids: Token ids ``[batch, sequence]``.
+            inputs_embeds: Instead of token ids, their embeddings ``[batch, sequence, hidden]``.
+            attention_mask: 1 for tokens, 0 for padding, ``[batch, past + sequence]``.
+            position_ids: Positions ``[batch, sequence]``; by default they count on from the cache.
+            past_key_values: A cache from :meth:`new_cache`; grows by the sequence.
+
+        Returns:
+            Hidden states ``[batch, sequence, hidden]``.
+        """
+        arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
+        output = self.base_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments, **kwargs)
+        return cast("torch.Tensor", output.last_hidden_state)
+
+
+class _Trunk(ComponentModel):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run the middle layers.
+
+        Args:
+            hidden_states: What the bottom returned, ``[batch, sequence, hidden]``.
+            attention_mask: The same as the bottom was given.
+            position_ids: The same as the bottom was given.
+            past_key_values: A cache from this component's :meth:`new_cache`.
+
+        Returns:
+            Hidden states ``[batch, sequence, hidden]``.
+        """
+        arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
+        output = self.base_model(inputs_embeds=hidden_states, **arguments, **kwargs)
+        return cast("torch.Tensor", output.last_hidden_state)
+
+
+class _Top(ComponentModel):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the last layers, the final norm and the head.
+
+        Args:
+            hidden_states: What the trunk returned, ``[batch, sequence, hidden]``.
+            attention_mask: The same as the bottom was given.
+            position_ids: The same as the bottom was given.
+            past_key_values: A cache from this component's :meth:`new_cache`.
+            labels: Token ids ``[batch, sequence]``, -100 to ignore; they are shifted inside.
+            logits_to_keep: How many last positions get logits; 0 for all.
+
+        Returns:
+            ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
+            the cache.
+        """
+        arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
+        output = super().forward(
+            inputs_embeds=hidden_states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
+        )
+        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=past_key_values)
+
+
+_KINDS: dict[Component, type[ComponentModel]] = {
+    Component.BOTTOM: _Bottom,
+    Component.TRUNK: _Trunk,
+    Component.TOP: _Top,
+}
+
+
+def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
+    """Import the Hugging Face class of a family, and only what that class needs.
+
+    Raises:
+        BrokenPluginError: There is no such class.
+    """
+    module, _, name = family.architecture.rpartition(":")
+    try:
+        return cast("type[PreTrainedModel]", getattr(importlib.import_module(module or "transformers"), name))
+    except (ImportError, AttributeError) as error:
+        raise BrokenPluginError(
+            f"family {family.model_type!r} names the architecture {family.architecture!r}, which is not there: {error}",
+            hint="a newer transformers may have it: pip install --upgrade transformers",
+        ) from error
+
+
+@cache
+def component_class(family: ModelFamily, component: Component) -> type[ComponentModel]:
+    """Return the class of a family's bottom, trunk or top, importing the Hugging Face class."""
+    hf_class, kind = architecture_class(family), _KINDS[component]
+    attributes = {
+        "component": component,
+        "family": family,
+        # The names of the Hugging Face class: save_pretrained writes them, the loss is chosen by
+        # them, and a class of another module would count as remote code.
+        "__module__": hf_class.__module__,
+        "__qualname__": hf_class.__qualname__,
+    }
+    return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
+
+
+def build_component(
+    family: ModelFamily, config: Any, component: Component, layer_range: LayerRange, dtype: torch.dtype
+) -> ComponentModel:
+    """Build a component whose parameters have shapes but no memory yet.
+
+    Args:
+        family: The model's family.
+        config: A Hugging Face configuration of the whole model; it is copied.
+        component: Which component.
+        layer_range: The layers it runs.
+        dtype: The dtype that its weights will have.
+    """
+    own_config = copy.deepcopy(config)
+    own_config.dtype = dtype
+    with skeleton(dtype), blaming_config(family, config.name_or_path):
+        model = component_class(family, component)(own_config, layer_range)
+    model.eval()
+    return model
+
+
+def hf_config(family: ModelFamily, values: dict[str, Any], name_or_path: str, attn_implementation: str | None) -> Any:
+    """Make the Hugging Face configuration from the values of ``config.json``.
+
+    Raises:
+        ConfigurationError: The configuration class refuses a value.
+    """
+    config_class = architecture_class(family).config_class
+    with BUILD_LOCK, blaming_config(family, name_or_path):
+        config = config_class.from_dict(dict(values), name_or_path=name_or_path)
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
+    return config
+
+
+@contextmanager
+def blaming_config(family: ModelFamily, name_or_path: str) -> Iterator[None]:
+    """Say that a value of the configuration is wrong when the model's own code refuses it."""
+    try:
+        yield
+    except SplitLearnError:
+        raise
+    # The model's code raises what comes of a wrong value: from a validator's own class to KeyError.
+    except Exception as error:
+        raise ConfigurationError(
+            f"transformers cannot make a {family.model_type} model of {name_or_path}: {type(error).__name__}: {error}",
+            hint="check the values of config.json, and attn_implementation where it was given",
+        ) from error
+
+
+@contextmanager
+def _depth(config: Any, layers: int) -> Iterator[None]:
+    """Let a configuration say that the model has so many layers, while its modules are made."""
+    total = config.num_hidden_layers
+    config.num_hidden_layers = layers
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = total
+
+
+def _prune(model: Any, family: ModelFamily, owned: LayerRange) -> None:
+    """Keep what the component owns, and make everything else neutral."""
+    base = model.get_submodule(family.base)
+    layers = base.get_submodule(family.layers)
+    layer_class: type[nn.Module] = type(layers[0])
+
+    def make(number: int) -> nn.Module:
+        return layer_class(model.config, number) if family.uniform_layers else layers[number]
+
+    _replace(base, family.layers, nn.ModuleList(make(i) if i in owned else PassLayer() for i in range(owned.total)))
+    if not owned.is_first:
+        _replace(base, family.embedding, PassLayer())
+        for name in family.zero_outside_bottom:
+            _replace(base, name, Zero())
+        for name in family.skip_outside_bottom:
+            _replace(base, name, PassLayer())
+    if not owned.is_last:
+        _replace(base, family.norm, PassLayer())
+        _replace(model, family.head, PassLayer())
+    # A tied head is assigned by the plan: within one component no two parameters are tied.
+    model.all_tied_weights_keys = {}
+
+
+def _replace(parent: nn.Module, path: str, module: nn.Module) -> None:
+    holder, _, name = path.rpartition(".")
+    setattr(parent.get_submodule(holder), name, module)

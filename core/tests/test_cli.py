@@ -1,0 +1,210 @@
+"""The command line: data on stdout, the rest on stderr, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitlearn_core import plan_split
+
+CUTS = ("--split", "2", "4")
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["--nonsense"],
+        ["plan"],
+        ["plan", "x"],
+        ["plan", "x", "--split", "2"],
+        ["plan", "x", "--split", "two", "4"],
+        ["plan", "x", "--split", "2.0", "4"],
+        ["plan", "x", *CUTS, "y"],
+        ["plan", "x", *CUTS, "--nonsense"],
+        ["generate", "x", *CUTS],
+        ["generate", "x", *CUTS, "--prompt", "x", "--max-new-tokens", "0"],
+        ["generate", "x", *CUTS, "--prompt", "x", "--temperature", "-1"],
+        ["generate", "x", *CUTS, "--prompt", "x", "--top-p", "0"],
+        ["verify", "x"],
+        ["plugins", "nonsense"],
+        ["plugins", "--nonsense"],
+        ["demo", "--max-new-tokens", "0"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(cli: Cli, arguments: list[str]) -> None:
+    """Usage goes to stderr, nothing to stdout."""
+    code, out, err = cli(*arguments)
+
+    assert code == 2
+    assert out == ""
+    assert "Usage:" in err or err.startswith("Error: ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["", "demo", "plugins", "plugins list", "plan", "generate", "verify"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_data(cli: Cli, command: str, option: str) -> None:
+    """Every command explains itself on stdout."""
+    code, out, err = cli(*command.split(), option)
+
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: splitlearn")
+
+
+def test_the_version_is_that_of_core(cli: Cli) -> None:
+    """One version, from the installed metadata."""
+    from splitlearn_core.plugins.metadata import core_version
+
+    assert cli("--version") == (0, f"splitlearn, version {core_version()}\n", "")
+
+
+def test_plugins_are_listed_without_importing_them(world: Any) -> None:
+    """A fresh process prints JSON, and no plugin has run."""
+    world.install("alpha", world.marking("alpha") + world.source("alpha"), version="3.1.4")
+    info = world.install("beta", "raise RuntimeError('no')\n")
+    (info / "direct_url.json").write_text('{"url": "file:///some/where", "dir_info": {"editable": true}}')
+
+    done = world.python("-m", "splitlearn_core", "plugins", "--json")
+
+    rows = {row["model_type"]: row for row in json.loads(done.stdout)}
+    assert (done.returncode, done.stderr) == (0, "")
+    assert rows["alpha"] == {
+        "model_type": "alpha",
+        "distribution": "splitlearn-alpha",
+        "version": "3.1.4",
+        "module": "splitlearn_alpha",
+        "editable": False,
+        "origin": "",
+        "status": "ready",
+        "hooks": ["splitlearn_model_families"],
+        "error": None,
+        "hint": None,
+    }
+    assert (rows["beta"]["editable"], rows["beta"]["origin"], rows["beta"]["status"]) == (True, "/some/where", "broken")
+    assert "raises when it is imported" in rows["beta"]["error"]
+    assert rows["beta"]["hint"]
+    assert not world.marker("alpha").exists()
+
+
+@pytest.mark.parametrize("command", [["plugins"], ["plugins", "list"], ["plugins", "--check"]], ids=" ".join)
+def test_plugins_are_shown_to_people(cli: Cli, world: Any, command: list[str]) -> None:
+    """One line a plugin, then one paragraph a fault with its hint."""
+    world.install("alpha", version="3.1.4")
+    info = world.install("beta")
+    (info / "direct_url.json").write_text('{"url": "file:///some/where", "dir_info": {"editable": true}}')
+    world.install("gamma", "import surely_absent_package\n")
+
+    code, out, err = cli(*command)
+
+    lines = {line.split()[0]: line for line in out.splitlines() if line[:1].isalpha()}
+    assert (code, err) == (0, "")
+    for text in ("splitlearn-alpha", "3.1.4", "ready", "index", "model_families"):
+        assert text in lines["alpha"]
+    assert "editable /some/where" in lines["beta"]
+    assert "broken" in next(line for line in out.splitlines() if line.startswith("gamma "))
+    assert "surely_absent_package" in lines["gamma:"]
+    assert "pip install surely_absent_package" in out
+    assert "hint: " in out
+
+
+def test_every_status_is_listed(cli: Cli, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ready, broken, conflict, incompatible and blocked, each with its reason."""
+    world.install("alpha")
+    world.install("beta", "VALUE = 1\n")
+    world.install("gamma", plugin_api="2")
+    world.install("delta", distribution="one-delta")
+    world.install("delta", distribution="two-delta")
+    world.install("epsilon")
+    monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "epsilon")
+
+    code, out, _ = cli("plugins", "--json")
+
+    rows = {row["distribution"]: row for row in json.loads(out)}
+    got = {name.split("-")[-1] if "delta" not in name else name: row["status"] for name, row in rows.items()}
+    assert code == 0
+    assert {
+        "alpha": "ready",
+        "beta": "broken",
+        "gamma": "incompatible",
+        "one-delta": "conflict",
+        "two-delta": "conflict",
+        "epsilon": "blocked",
+    }.items() <= got.items()
+    for row in rows.values():
+        assert bool(row["error"]) == (row["status"] != "ready")
+        assert bool(row["hint"]) == (row["status"] != "ready")
+
+
+def test_no_plugins_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty list is an answer, and as JSON an empty list."""
+    from splitlearn_core.plugins import registry as module
+
+    monkeypatch.setattr(module, "_registry", module.PluginRegistry([]))
+
+    assert json.loads(cli("plugins", "--json")[1]) == []
+    assert "pip install splitlearn-gpt2" in cli("plugins")[1]
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "tied"])
+def test_a_plan_as_json_is_the_plan(cli: Cli, llama: Any, checkpoint: Callable[[str], Path], kind: str) -> None:
+    """The same numbers as from Python, and nothing on stderr."""
+    folder = checkpoint(kind)
+
+    code, out, err = cli("plan", folder, *CUTS, "--json")
+
+    assert (code, err) == (0, "")
+    assert json.loads(out) == plan_split(folder, (2, 4)).to_dict()
+
+
+def test_a_plan_for_people_names_every_component(cli: Cli, llama: Any, tied: Path) -> None:
+    """Layers, parameters and bytes, and what is tied."""
+    code, out, err = cli("plan", tied, *CUTS)
+
+    assert (code, err) == (0, "")
+    for text in ("bottom", "trunk", "top", "[0, 2)", "[2, 4)", "[4, 6)", "6 layers", "float32", "tied:"):
+        assert text in out
+    assert "\x1b" not in out
+
+
+def test_a_plan_without_weights_says_where_it_is_from(cli: Cli, llama: Any, single: Path) -> None:
+    """From config.json, with no shards yet."""
+    (single / "model.safetensors").unlink()
+
+    code, out, _ = cli("plan", single, *CUTS)
+
+    assert code == 0
+    assert "read from config" in out
+    assert "none yet" in out
+
+
+def test_verify_says_equal(cli: Cli, llama: Any, single: Path) -> None:
+    """A split model is the unsplit one to the last bit; exit code 0, JSON on stdout."""
+    code, out, _ = cli("verify", single, *CUTS, "--json")
+
+    result = json.loads(out)
+    assert code == 0
+    assert result["equal"] is True
+    assert result["max_difference"] == 0
+    assert set(result["checks"].values()) == {True}
+    assert [part["component"] for part in result["components"]] == ["bottom", "trunk", "top"]
+
+
+def test_verify_for_people(cli: Cli, llama: Any, tied: Path) -> None:
+    """The verdict is the last line."""
+    code, out, _ = cli("verify", tied, *CUTS, "--dtype", "bfloat16")
+
+    assert code == 0
+    assert out.splitlines()[-1] == "equal to the last bit; maximum difference 0"
+
+
+def test_verify_takes_a_sharded_checkpoint(cli: Cli, llama: Any, sharded: Path) -> None:
+    """The unsplit model is loaded through the index."""
+    assert cli("verify", sharded, "--split", "1", "5")[0] == 0

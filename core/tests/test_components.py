@@ -1,0 +1,201 @@
+"""Components and the pipeline: what they refuse, because it would go wrong silently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from splitlearn_core import ConfigurationError, SplitCausalLM, load_split_model
+
+CUTS = (2, 4)
+NAMES = ("bottom", "trunk", "top")
+IDS = torch.tensor([[5, 17, 42, 99, 3]])
+
+pytestmark = pytest.mark.usefixtures("llama")
+
+
+@pytest.fixture
+def parts(single: Path) -> Any:
+    return load_split_model("llama", CUTS, single)
+
+
+def call(parts: Any, name: str, **options: Any) -> Any:
+    first = IDS if name == "bottom" else torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return getattr(parts, name)(first, **options)
+
+
+def refusal(parts: Any, name: str, **options: Any) -> ConfigurationError:
+    with pytest.raises(ConfigurationError) as caught:
+        call(parts, name, **options)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_cache_is_refused(parts: Any, name: str) -> None:
+    """A cache of all layers gives wrong masks and positions in a part; the hint names new_cache."""
+    for cache in (DynamicCache(), DynamicCache(config=getattr(parts, name).config), [], "cache"):
+        assert f"{name}.new_cache()" in refusal(parts, name, past_key_values=cache).hint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_components_cache_is_refused(parts: Any, name: str) -> None:
+    """The message names both ranges of layers."""
+    for other in set(NAMES) - {name}:
+        message = refusal(parts, name, past_key_values=getattr(parts, other).new_cache()).message
+
+        assert str(getattr(parts, other).layer_range) in message
+        assert str(getattr(parts, name).layer_range) in message
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 5), (1, 1, 5, 5)], ids=str)
+def test_a_mask_of_other_dimensions_is_refused(parts: Any, name: str, shape: tuple[int, ...]) -> None:
+    """Only the padding mask goes in; each component derives its own causal mask."""
+    assert f"{len(shape)} dimensions" in refusal(parts, name, attention_mask=torch.ones(shape)).message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_component_does_not_generate(parts: Any, name: str) -> None:
+    """The hint names what does."""
+    with pytest.raises(ConfigurationError, match=f"{name} alone cannot generate") as caught:
+        getattr(parts, name).generate(IDS, max_new_tokens=2)
+
+    assert "SplitCausalLM" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_decodes_with_its_own_cache(parts: Any, name: str) -> None:
+    """Token by token gives what the whole sequence gives, and the cache holds only the part's layers."""
+    component = getattr(parts, name)
+    cache = component.new_cache()
+    assert len(cache.layers) == 2
+    whole_input = IDS if name == "bottom" else torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+
+    def states(output: Any) -> torch.Tensor:
+        return output.logits if name == "top" else output
+
+    with torch.inference_mode():
+        expected = states(component(whole_input))
+        steps = [states(component(whole_input[:, [i]], past_key_values=cache)) for i in range(5)]
+
+    assert torch.allclose(torch.cat(steps, 1), expected, atol=1e-5)
+    assert cache.get_seq_length() == 5
+
+
+def test_outputs_have_the_promised_shapes(parts: Any) -> None:
+    """Hidden states from bottom and trunk, logits from the top, as many as are wanted."""
+    assert call(parts, "bottom").shape == (1, 5, 32)
+    assert call(parts, "trunk").shape == (1, 5, 32)
+    assert call(parts, "top").logits.shape == (1, 5, 101)
+    assert call(parts, "top", logits_to_keep=2).logits.shape == (1, 2, 101)
+    assert call(parts, "top").loss is None
+    assert call(parts, "top", labels=IDS).loss > 0
+
+
+def test_the_loss_is_the_whole_models(parts: Any, whole: Any) -> None:
+    """Labels are shifted inside, as in the unsplit model."""
+    with torch.inference_mode():
+        expected = whole(input_ids=IDS, labels=IDS, use_cache=False).loss
+        got = parts.top(parts.trunk(parts.bottom(IDS)), labels=IDS).loss
+
+    assert torch.equal(got, expected)
+
+
+def wrong(*components: Any) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        SplitCausalLM(*components)
+    assert caught.value.hint
+    return caught.value.message
+
+
+def test_components_in_the_wrong_order_make_no_model(parts: Any) -> None:
+    """Each place takes its own kind."""
+    assert "bottom is a trunk" in wrong(parts.trunk, parts.bottom, parts.top)
+    assert "top is a bottom" in wrong(parts.bottom, parts.trunk, parts.bottom)
+
+
+@pytest.mark.parametrize("other", [None, torch.nn.Linear(2, 2), "trunk"], ids=["None", "a module", "a text"])
+def test_what_is_no_component_makes_no_model(parts: Any, other: Any) -> None:
+    """A part that was not asked for is None, and says so here."""
+    assert "trunk is a" in wrong(parts.bottom, other, parts.top)
+
+
+@pytest.mark.parametrize("cuts", [(1, 4), (2, 5), (3, 5)], ids=str)
+def test_components_of_other_cuts_make_no_model(parts: Any, single: Path, cuts: tuple[int, int]) -> None:
+    """A gap or an overlap of layers is shown."""
+    other = load_split_model("llama", cuts, single)
+
+    assert "do not follow one another" in wrong(parts.bottom, other.trunk, parts.top)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_hidden_layers": 5}, "depth"),
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"vocab_size": 77}, "vocab_size"),
+    ],
+    ids=["depth", "width", "vocabulary"],
+)
+def test_components_of_other_models_make_no_model(
+    parts: Any, tmp_path: Path, changes: dict[str, int], named: str
+) -> None:
+    """The difference is named."""
+    from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+
+    folder = write_checkpoint(tmp_path / "other", tiny_model("llama", **changes))
+    other = load_split_model("llama", CUTS, folder)
+
+    assert named in wrong(parts.bottom, parts.trunk, other.top)
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_recordings_are_refused(parts: Any, name: str) -> None:
+    """A split model returns no hidden states of every layer."""
+    with pytest.raises(ConfigurationError, match=name) as caught:
+        SplitCausalLM(*parts)(IDS, **{name: True})
+
+    assert caught.value.hint
+
+
+def test_a_static_cache_is_refused(parts: Any) -> None:
+    """And so is what is no cache at all."""
+    split = SplitCausalLM(*parts)
+
+    for cache in (StaticCache(config=split.config, max_cache_len=16), "cache"):
+        with pytest.raises(ConfigurationError, match=type(cache).__name__) as caught:
+            split(IDS, past_key_values=cache)
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("with_config", [True, False], ids=["with a config", "without"])
+def test_a_dynamic_cache_is_shared_by_the_three(parts: Any, whole: Any, with_config: bool) -> None:
+    """The pipeline takes a whole model's cache, and fills all layers of it."""
+    split = SplitCausalLM(*parts)
+    cache = DynamicCache(config=split.config) if with_config else DynamicCache()
+
+    with torch.inference_mode():
+        first = split(IDS[:, :3], past_key_values=cache)
+        second = split(IDS[:, 3:], past_key_values=cache)
+        expected = whole(IDS[:, 3:], past_key_values=whole(IDS[:, :3], use_cache=True).past_key_values)
+
+    assert first.past_key_values is cache
+    assert len(cache.layers) == 6
+    assert cache.get_seq_length() == 5
+    assert torch.equal(second.logits, expected.logits)
+
+
+def test_a_tuple_on_demand(parts: Any) -> None:
+    """``return_dict=False`` gives a plain tuple."""
+    with torch.inference_mode():
+        output = SplitCausalLM(*parts)(IDS, return_dict=False, use_cache=False)
+
+    assert isinstance(output, tuple)
+    assert output[0].shape == (1, 5, 101)

@@ -1,0 +1,263 @@
+"""Loading strategies: where the tensors' memory is, and which strategy is taken."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splitlearn_core import BrokenPluginError, ConfigurationError, LoadingStrategy, SplitLearnError, load_split_model
+from splitlearn_core.checkpoint.strategy import (
+    BUILT_IN,
+    CopiedStrategy,
+    MappedStrategy,
+    ReadPlan,
+    choose_strategy,
+)
+from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.types import TensorInfo
+
+CUTS = (2, 4)
+MAPS = Path("/proc/self/maps")
+needs_maps = pytest.mark.skipif(not MAPS.exists(), reason="this system does not list a process's mappings")
+
+
+def mappings(path: Path) -> list[tuple[int, int]]:
+    """Return the address ranges of this process behind which a file stands."""
+    lines = [line.split(maxsplit=5) for line in MAPS.read_text().splitlines()]
+    ranges = [line[0].split("-") for line in lines if len(line) > 5 and line[5] == str(path.resolve())]
+    return [(int(low, 16), int(high, 16)) for low, high in ranges]
+
+
+def inside(tensor: torch.Tensor, ranges: list[tuple[int, int]]) -> bool:
+    return any(low <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= high for low, high in ranges)
+
+
+@needs_maps
+@pytest.mark.usefixtures("llama")
+@pytest.mark.parametrize("strategy", ["auto", "mapped"])
+def test_mapped_parameters_are_views_of_the_file(single: Path, strategy: str) -> None:
+    """Every parameter lies within the file's own pages: no memory was allocated for it."""
+    trunk = load_split_model("llama", CUTS, single, parts=["trunk"], strategy=strategy).trunk
+
+    ranges = mappings(single / "model.safetensors")
+    assert ranges
+    for parameter in trunk.parameters():  # type: ignore[union-attr]
+        assert inside(parameter, ranges)
+
+
+@needs_maps
+@pytest.mark.usefixtures("llama")
+def test_mapped_parameters_of_shards_are_views_of_them(sharded: Path) -> None:
+    """The same for a checkpoint of several files."""
+    trunk = load_split_model("llama", CUTS, sharded, parts=["trunk"]).trunk
+
+    ranges = [pair for path in sharded.glob("*.safetensors") for pair in mappings(path)]
+    assert all(inside(parameter, ranges) for parameter in trunk.parameters())  # type: ignore[union-attr]
+
+
+@needs_maps
+@pytest.mark.usefixtures("llama")
+@pytest.mark.parametrize(
+    "options",
+    [{"strategy": "copied"}, {"strategy": "copied", "dtype": "float16"}, {"dtype": "float16"}],
+    ids=["copied", "copied and converted", "converted"],
+)
+def test_copied_parameters_have_memory_of_their_own(single: Path, options: dict[str, Any]) -> None:
+    """Nothing of the file stays mapped, so it may be changed or deleted."""
+    trunk = load_split_model("llama", CUTS, single, parts=["trunk"], **options).trunk
+    assert trunk is not None
+
+    assert mappings(single / "model.safetensors") == []
+    before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    (single / "model.safetensors").write_bytes(b"gone")
+    for name, tensor in trunk.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@needs_maps
+@pytest.mark.usefixtures("llama")
+def test_the_mapping_ends_with_the_component(single: Path) -> None:
+    """A component that nobody holds any more lets go of its file."""
+    import gc
+
+    parts = load_split_model("llama", CUTS, single)
+    assert mappings(single / "model.safetensors")
+
+    del parts
+    gc.collect()
+
+    assert mappings(single / "model.safetensors") == []
+
+
+@needs_maps
+@pytest.mark.usefixtures("llama")
+def test_a_mapped_file_may_be_deleted(single: Path, whole: Any) -> None:
+    """The pages live as long as the component does."""
+    trunk = load_split_model("llama", CUTS, single, parts=["trunk"]).trunk
+
+    (single / "model.safetensors").unlink()
+
+    for name, tensor in trunk.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(tensor, whole.state_dict()[name])
+
+
+def read_plan(device: str = "cpu", dtype: str = "float32", stored: str = "F32") -> ReadPlan:
+    info = TensorInfo("w", stored, (4, 2), "x.safetensors", 0, 32)
+    return ReadPlan((PlannedTensor("w", info),), {}, device, dtype)
+
+
+class Named(CopiedStrategy):
+    """A strategy under another name, which may refuse."""
+
+    def __init__(self, name: str, refusal: str = "") -> None:
+        self.name = name
+        self._refusal = refusal
+
+    def refusal(self, plan: ReadPlan) -> str:
+        return self._refusal
+
+
+@pytest.mark.parametrize(
+    ("asked", "plan", "preferred", "chosen"),
+    [
+        ("auto", read_plan(), "", "mapped"),
+        ("auto", read_plan(device="cuda"), "", "copied"),
+        ("auto", read_plan(), "fast", "fast"),
+        ("auto", read_plan(), "slow", "mapped"),
+        ("auto", read_plan(), "absent", "mapped"),
+        ("auto", read_plan(), "copied", "copied"),
+        ("copied", read_plan(), "fast", "copied"),
+        ("fast", read_plan(), "", "fast"),
+    ],
+)
+def test_the_cheapest_willing_strategy_is_taken(asked: str, plan: ReadPlan, preferred: str, chosen: str) -> None:
+    """What the caller asks, else what the family prefers and can do, else the cheapest."""
+    added = [Named("fast"), Named("slow", "too slow")]
+
+    assert choose_strategy(asked, [plan], added, preferred).name == chosen
+
+
+def test_a_strategy_that_is_not_there_lists_those_that_are() -> None:
+    """Added ones too."""
+    with pytest.raises(ConfigurationError, match="nonsense") as caught:
+        choose_strategy("nonsense", [read_plan()], [Named("fast")])
+
+    assert "auto, mapped, copied, fast" in caught.value.hint
+
+
+def test_an_asked_strategy_that_refuses_says_why() -> None:
+    """It is not replaced behind the caller's back."""
+    with pytest.raises(ConfigurationError, match="too slow") as caught:
+        choose_strategy("slow", [read_plan()], [Named("slow", "too slow")])
+
+    assert caught.value.hint
+    with pytest.raises(ConfigurationError, match="cuda"):
+        choose_strategy("mapped", [read_plan(device="cuda")])
+
+
+def test_one_refused_part_is_enough() -> None:
+    """All components of a load are read in one way."""
+    assert choose_strategy("auto", [read_plan(), read_plan(device="cuda")]).name == "copied"
+
+
+def test_the_built_in_strategies_keep_the_protocol() -> None:
+    """They are what a plugin is asked to write."""
+    assert [strategy.name for strategy in BUILT_IN] == ["mapped", "copied"]
+    assert all(isinstance(strategy, LoadingStrategy) for strategy in BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    ("plan", "mapped", "copied"),
+    [
+        (read_plan(), 0, 32),
+        (read_plan(dtype="float16"), 16, 16),
+        (read_plan(dtype="float64"), 64, 64),
+        (read_plan(stored="I32"), 0, 32),
+        (read_plan(stored="I32", dtype="float16"), 0, 32),
+    ],
+    ids=["as stored", "halves", "doubles", "integers", "integers among halves"],
+)
+def test_the_memory_of_a_read_is_predicted(plan: ReadPlan, mapped: int, copied: int) -> None:
+    """Views take none; copies and conversions take their size in the new dtype."""
+    assert MappedStrategy().anonymous_bytes(plan) == mapped
+    assert CopiedStrategy().anonymous_bytes(plan) == copied
+
+
+STRATEGY = """
+from splitlearn_core.checkpoint.strategy import CopiedStrategy
+
+
+class Mine(CopiedStrategy):
+    name = "mine"
+    seen = []
+
+    def read(self, plan):
+{body}
+
+
+@hookimpl
+def splitlearn_loading_strategies():
+    return [Mine()]
+"""
+
+
+def plugin(world: Any, body: str, preferred: str = "") -> None:
+    source = world.source("llama").replace('architecture="', f'preferred_strategy="{preferred}", architecture="')
+    world.install("llama", source + STRATEGY.format(body=body))
+
+
+@pytest.mark.parametrize(("preferred", "strategy"), [("mine", "auto"), ("", "mine")], ids=["preferred", "asked"])
+def test_a_plugins_strategy_reads_what_is_planned(
+    world: Any, single: Path, whole: Any, preferred: str, strategy: str
+) -> None:
+    """It is asked for the planned tensors, each once, and for no other part's."""
+    body = "        self.seen += [t.module_key for t in plan.tensors]\n        yield from super().read(plan)"
+    plugin(world, body, preferred)
+
+    trunk = load_split_model("llama", CUTS, single, parts=["trunk"], strategy=strategy).trunk
+
+    import splitlearn_llama  # type: ignore[import-not-found]
+
+    assert sorted(splitlearn_llama.Mine.seen) == sorted(trunk.state_dict())  # type: ignore[union-attr]
+    for name, tensor in trunk.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(tensor, whole.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ("        raise OSError('disk on fire')\n        yield", "disk on fire"),
+        ("        return\n        yield", "model.layers.2"),
+        ("        yield from list(super().read(plan))[:-1]", "model.layers"),
+        ("        yield from (x for x in super().read(plan) if 'norm' not in x[0].module_key)", "norm"),
+        ("        yield from ((t, v[:1]) for t, v in super().read(plan))", "model.layers"),
+        ("        yield from ((t, None) for t, v in super().read(plan))", "model.layers"),
+        ("        yield from ((t, v.half()) for t, v in super().read(plan))", "float16"),
+        ("        return None", "mine"),
+        ("        yield 1", "mine"),
+    ],
+    ids=[
+        "raises",
+        "reads nothing",
+        "leaves one out",
+        "leaves norms out",
+        "wrong shape",
+        "None",
+        "wrong dtype",
+        "no iterator",
+        "numbers",
+    ],
+)
+def test_a_plugins_strategy_that_breaks_its_promise_is_named(world: Any, single: Path, body: str, named: str) -> None:
+    """A read that raises, or gives other tensors than planned, is the plugin's fault and says so."""
+    plugin(world, body)
+
+    with pytest.raises(SplitLearnError) as caught:
+        load_split_model("llama", CUTS, single, parts=["trunk"], strategy="mine")
+
+    assert isinstance(caught.value, BrokenPluginError)
+    assert re.search(re.escape(named), str(caught.value))

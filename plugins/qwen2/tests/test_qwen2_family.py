@@ -1,0 +1,13 @@
+"""Qwen2 against the unsplit model, tied and untied, with and without sliding windows."""
+
+from splitlearn_core.testing.conformance import FamilyConformance
+
+
+class TestQwen2(FamilyConformance):
+    model_type = "qwen2"
+    variants = {
+        "untied": {"tie_word_embeddings": False},
+        "tied": {"tie_word_embeddings": True},
+        "sliding window": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    }
+    legacy_tensors = {"layers.0.self_attn.rotary_emb.inv_freq": (4,)}

@@ -1,0 +1,455 @@
+"""The command line from outside: processes, exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from splitlearn_core import SplitCausalLM, load_split_model, plan_split
+from splitlearn_core.testing.worlds import write_plugin
+
+SCRIPT = Path(sys.executable).with_name("splitlearn")
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+SPLIT = ("--split", 2, 4)
+
+PLAN_FIELDS = {
+    "model", "commit", "model_type", "split_points", "num_layers", "dtype", "source",
+    "parameters", "bytes", "shards", "tied", "cut_bytes_per_token", "components",
+}  # fmt: skip
+COMPONENT_FIELDS = {"component", "layers", "tensors", "parameters", "bytes", "kv_bytes_per_token", "shards"}
+GENERATION_FIELDS = {"prompt", "text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second"}
+VERIFICATION_FIELDS = {
+    "equal", "model", "split_points", "dtype", "input", "checks", "max_difference", "components",
+    "unsplit_load_seconds", "unsplit_forward_seconds",
+}  # fmt: skip
+PLUGIN_FIELDS = {
+    "model_type", "distribution", "version", "module", "editable", "origin", "status", "hooks", "error", "hint",
+}  # fmt: skip
+
+#: A plugin for qwen2 that confuses two projections of the same shape.
+CONFUSED_QWEN2 = """\
+from splitlearn_core import ModelFamily, hookimpl
+
+@hookimpl
+def splitlearn_model_families():
+    return [ModelFamily(model_type="qwen2", architecture="Qwen2ForCausalLM")]
+
+@hookimpl
+def splitlearn_map_weight_keys(checkpoint_keys):
+    swapped = {"k_proj": "v_proj", "v_proj": "k_proj"}
+    return {key: ".".join(swapped.get(part, part) for part in key.split(".")) for key in checkpoint_keys}
+"""
+
+#: What must not matter to a command that needs no network.
+CUT_OFF = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": ""}
+
+Cli = Callable[..., CompletedProcess[str]]
+
+
+def succeeded(result: CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def terminal(*arguments: object, stream: str, **variables: str) -> tuple[str, str, int]:
+    """Run a command with one of its output streams on a terminal; return what went there, the other, the exit code."""
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (40, 100))  # a new one has no columns, and a bar would have no room
+    try:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: slave}
+        process = subprocess.Popen(
+            [str(part) for part in (SCRIPT, *arguments)],
+            env={**os.environ, "TERM": "xterm-256color", **variables},
+            stdin=subprocess.DEVNULL,
+            **streams,
+        )
+    finally:
+        os.close(slave)
+    other = process.stderr if stream == "stdout" else process.stdout
+    assert other is not None
+    seen: dict[int, bytes] = {master: b"", other.fileno(): b""}
+    open_ends = set(seen)
+    with process:
+        while open_ends:
+            for end in select.select(list(open_ends), [], [], 120)[0]:
+                try:
+                    block = os.read(end, 65536)
+                except OSError:  # how a terminal says that its other side is closed
+                    block = b""
+                seen[end] += block
+                if not block:
+                    open_ends.discard(end)
+        piped = seen[other.fileno()]
+    os.close(master)
+    return seen[master].decode(), piped.decode(), process.returncode
+
+
+def run_into_closed_pipe(*arguments: object) -> tuple[int, str]:
+    """Run a command whose reader goes away before it reads anything; return exit code and stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(
+            [str(part) for part in (SCRIPT, *arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    return result.returncode, result.stderr
+
+
+class TestEntry:
+    def test_version(self, cli: Cli, process: Cli) -> None:
+        """Script and module say the same: name and version, on stdout."""
+        import importlib_metadata
+
+        expected = f"splitlearn, version {importlib_metadata.version('splitlearn-core')}\n"
+        assert succeeded(cli("--version")) == expected
+        assert succeeded(process("-m", "splitlearn_core", "--version")) == expected
+
+    def test_module_runs_commands(self, cli: Cli, process: Cli, sharded: Path) -> None:
+        """``python -m splitlearn_core`` is the console script under another name."""
+        arguments = ("plan", sharded, *SPLIT, "--json")
+        assert succeeded(process("-m", "splitlearn_core", *arguments)) == succeeded(cli(*arguments))
+
+    def test_help(self, cli: Cli) -> None:
+        """Help goes to stdout, lists every command, and costs no import of torch."""
+        text = succeeded(cli("--help"))
+        for name in ("demo", "plugins", "plan", "generate", "verify"):
+            assert re.search(rf"^  {name}\s+\S", text, re.MULTILINE)
+            assert succeeded(cli(name, "-h")) == succeeded(cli(name, "--help"))
+
+    def test_light_commands_import_nothing_heavy(self, process: Cli, sharded: Path) -> None:
+        """Help, the list of plugins and a plan import neither torch nor transformers."""
+        code = (
+            "import sys; from splitlearn_core.cli.main import cli\n"
+            "cli.main(sys.argv[1:], standalone_mode=False)\n"
+            "print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+        )
+        for arguments in (("--help",), ("plugins",), ("plan", sharded, *SPLIT)):
+            result = process("-c", code, *arguments)
+            assert (result.returncode, result.stderr) == (0, "[]\n")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("no-such-command",),
+            ("plan",),
+            ("plan", "model"),
+            ("plan", "model", "--split", 2),
+            ("plan", "model", "--split", "two", "four"),
+            ("plan", "model", *SPLIT, "--no-such-option"),
+            ("generate", "model", *SPLIT),
+            ("generate", "model", *SPLIT, "--prompt", "x", "--max-new-tokens", 0),
+            ("generate", "model", *SPLIT, "--prompt", "x", "--top-p", 2),
+            ("verify", "model"),
+            ("plugins", "no-such-command"),
+            ("demo", "--max-new-tokens", "many"),
+        ],
+        ids=lambda arguments: " ".join(map(str, arguments)),
+    )
+    def test_usage_errors(self, cli: Cli, arguments: tuple[object, ...]) -> None:
+        """Wrong usage is exit code 2, explained on stderr, with nothing on stdout."""
+        result = cli(*arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.search(r"^Error: .+", result.stderr, re.MULTILINE)
+        assert "Traceback" not in result.stderr
+
+    def test_no_command(self, cli: Cli) -> None:
+        """Without a command there is help, and the exit code says that nothing was done."""
+        result = cli()
+        assert result.returncode == 2
+        assert "plan" in result.stdout + result.stderr
+
+    @pytest.mark.parametrize("command", [("plan",), ("generate", "--prompt", "x"), ("verify",)], ids=" ".join)
+    @pytest.mark.parametrize(
+        ("model", "options", "says"),
+        [
+            ("./no-such-directory", SPLIT, "no-such-directory"),
+            (None, ("--split", 4, 2), "4"),
+            (None, ("--split", 0, 99), "99"),
+            (None, (*SPLIT, "--dtype", "float7"), "float7"),
+        ],
+        ids=["no directory", "split points in the wrong order", "too many layers", "no such dtype"],
+    )
+    def test_failures(
+        self,
+        cli: Cli,
+        talking: Path,
+        command: tuple[str, ...],
+        model: str | None,
+        options: tuple[object, ...],
+        says: str,
+    ) -> None:
+        """What fails is exit code 1: one error line and a hint on stderr, nothing on stdout, no traceback."""
+        result = cli(*command, model or talking, *options)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert re.search(r"^error: .+", result.stderr, re.MULTILINE)
+        assert re.search(r"^hint: .+", result.stderr, re.MULTILINE)
+        assert says in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+class TestPlugins:
+    def test_list(self, cli: Cli) -> None:
+        """Each installed plugin is one row; the JSON has the documented fields, also under ``plugins list``."""
+        rows = json.loads(succeeded(cli("plugins", "--json")))
+        assert {row["model_type"] for row in rows} >= {"gpt2", "qwen2", "gemma", "gemma2", "gemma3_text"}
+        assert all(set(row) == PLUGIN_FIELDS for row in rows)
+        assert {row["status"] for row in rows} == {"ready"}
+        assert json.loads(succeeded(cli("plugins", "list", "--json"))) == rows
+        table = cli("plugins")
+        assert table.stderr == ""
+        lines = succeeded(table).splitlines()
+        assert lines[0].startswith("model type")
+        assert len(lines) == 1 + len(rows)
+
+    def test_json_before_or_after_the_subcommand(self, cli: Cli) -> None:
+        """``plugins --json list`` is not silently a table."""
+        result = cli("plugins", "--json", "list")
+        if result.returncode == 0:
+            assert json.loads(result.stdout)
+        else:
+            assert result.returncode == 2
+
+    def test_broken_plugin_does_not_hide_the_others(self, cli: Cli, tmp_path: Path) -> None:
+        """A plugin that cannot work is a row with its error; the list still succeeds."""
+        folder = write_plugin(tmp_path / "plugins", "llama", "import no_such_module_anywhere\n")
+        rows = json.loads(succeeded(cli("plugins", "--json", PYTHONPATH=str(folder))))
+        by_type = {row["model_type"]: row for row in rows}
+        assert by_type["llama"]["status"] == "broken"
+        assert "no_such_module_anywhere" in by_type["llama"]["error"]
+        assert by_type["llama"]["hint"]
+        assert by_type["gpt2"]["status"] == "ready"
+        assert "no_such_module_anywhere" in succeeded(cli("plugins", PYTHONPATH=str(folder)))
+
+
+class TestPlan:
+    def test_json(self, cli: Cli, sharded: Path) -> None:
+        """The JSON is the plan of the Python call, with the documented fields, and stderr stays empty."""
+        result = cli("plan", sharded, *SPLIT, "--json")
+        plan = json.loads(succeeded(result))
+        assert result.stderr == ""
+        assert plan == plan_split(sharded, (2, 4)).to_dict()
+        assert set(plan) == PLAN_FIELDS
+        assert all(set(component) == COMPONENT_FIELDS for component in plan["components"])
+
+    def test_for_people(self, cli: Cli, sharded: Path) -> None:
+        """The drawing names model, components and layers, and has no colours in a pipe."""
+        result = cli("plan", sharded, *SPLIT)
+        text = succeeded(result)
+        assert result.stderr == ""
+        assert text.startswith(f"{sharded}\n")
+        for component, layers in (("bottom", "[0, 2)"), ("trunk", "[2, 4)"), ("top", "[4, 6)")):
+            assert re.search(rf"^{component} .*{re.escape(layers)}", text, re.MULTILINE)
+        assert not ANSI.search(text)
+
+    def test_colours(self, sharded: Path) -> None:
+        """A terminal gets colours; NO_COLOR with any value takes them away and changes nothing else; empty is unset."""
+        arguments = ("plan", sharded, *SPLIT)
+        coloured, errors, code = terminal(*arguments, stream="stdout")
+        assert (errors, code) == ("", 0)
+        assert ANSI.search(coloured)
+        plain, _, code = terminal(*arguments, stream="stdout", NO_COLOR="1")
+        assert code == 0
+        assert not ANSI.search(plain)
+        assert plain == ANSI.sub("", coloured)
+        assert terminal(*arguments, stream="stdout", NO_COLOR="")[0] == coloured
+
+    def test_narrow_encoding(self, cli: Cli, sharded: Path) -> None:
+        """Where stdout cannot carry the bar's characters, a plan is still printed and not a traceback."""
+        result = cli("plan", sharded, *SPLIT, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+        assert "Traceback" not in result.stderr
+        assert "trunk" in succeeded(result)
+
+
+class TestGenerate:
+    def test_text(self, cli: Cli, talking: Path) -> None:
+        """stdout is prompt, continuation and a line end; the speed is on stderr; two runs say the same."""
+        arguments = ("generate", talking, *SPLIT, "--prompt", "Once upon", "--max-new-tokens", 9)
+        result = cli(*arguments)
+        assert succeeded(result).startswith("Once upon")
+        assert result.stdout.endswith("\n")
+        assert re.search(r"^9 tokens in .* tokens/s$", result.stderr, re.MULTILINE)
+        assert succeeded(cli(*arguments)) == result.stdout
+
+    def test_json(self, cli: Cli, talking: Path) -> None:
+        """The JSON has the documented fields, and its text is that of the components put together in Python."""
+        from transformers import AutoTokenizer
+
+        result = cli("generate", talking, *SPLIT, "--prompt", "Once upon", "--max-new-tokens", 9, "--json")
+        answer = json.loads(succeeded(result))
+        assert set(answer) == GENERATION_FIELDS
+        assert (answer["prompt"], answer["prompt_tokens"], answer["new_tokens"]) == ("Once upon", 9, 9)
+        tokenizer = AutoTokenizer.from_pretrained(talking)
+        ids = tokenizer("Once upon", return_tensors="pt")["input_ids"]
+        model = SplitCausalLM(*load_split_model(None, (2, 4), talking))
+        expected = model.generate(ids, do_sample=False, max_new_tokens=9, pad_token_id=0)
+        assert answer["text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
+
+    def test_seed(self, cli: Cli, talking: Path) -> None:
+        """Draws with one seed repeat; with another they differ."""
+
+        def draw(seed: int) -> str:
+            sampling = ("--max-new-tokens", 20, "--temperature", 1.5, "--seed", seed)
+            return succeeded(cli("generate", talking, *SPLIT, "--prompt", "Once", *sampling))
+
+        assert draw(1) == draw(1) != draw(2)
+
+    def test_too_long(self, cli: Cli, talking: Path) -> None:
+        """More tokens than the model has positions is refused with the number that would fit."""
+        result = cli("generate", talking, *SPLIT, "--prompt", "Once", "--max-new-tokens", 1000)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "252" in result.stderr
+
+    def test_empty_prompt(self, cli: Cli, talking: Path) -> None:
+        """A prompt of no tokens is an error, not a crash."""
+        result = cli("generate", talking, *SPLIT, "--prompt", "", "--max-new-tokens", 4)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "Traceback" not in result.stderr
+
+
+class TestVerify:
+    def test_json(self, cli: Cli, sharded: Path) -> None:
+        """Equal is exit code 0 and ``"equal": true``, with every comparison named."""
+        answer = json.loads(succeeded(cli("verify", sharded, *SPLIT, "--json")))
+        assert set(answer) == VERIFICATION_FIELDS
+        assert answer["equal"] is True
+        assert answer["max_difference"] == 0
+        assert answer["checks"] == dict.fromkeys(("logits", "decoding with a cache", "generated tokens"), True)
+        assert [component["component"] for component in answer["components"]] == ["bottom", "trunk", "top"]
+
+    def test_for_people(self, cli: Cli, sharded: Path) -> None:
+        """stdout ends with the verdict; nothing but data is there."""
+        lines = succeeded(cli("verify", sharded, *SPLIT)).splitlines()
+        assert lines[0] == f"{sharded} cut at 2 and 4, float32, random tokens"
+        assert lines[-1].startswith("equal to the last bit")
+
+    def test_difference(self, cli: Cli, sharded: Path, tmp_path: Path) -> None:
+        """A plugin that loads tensors into the wrong places is found out: exit code 1, and which comparison differs."""
+        folder = write_plugin(tmp_path / "plugins", "qwen2", CONFUSED_QWEN2, distribution="confused-qwen2")
+        variables = {"PYTHONPATH": str(folder), "SPLITLEARN_DISABLE_PLUGINS": "splitlearn-qwen2"}
+        result = cli("verify", sharded, *SPLIT, "--json", **variables)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        answer = json.loads(result.stdout)
+        assert answer["equal"] is False
+        assert answer["checks"]["logits"] is False
+        assert answer["max_difference"] > 0
+        people = cli("verify", sharded, *SPLIT, **variables)
+        assert people.returncode == 1
+        assert "DIFFERS" in people.stdout
+        assert "NOT equal" in people.stdout
+
+    def test_bar_is_on_a_terminal_and_on_stderr_only(self, sharded: Path) -> None:
+        """With stderr on a terminal a bar is drawn there, and stdout is the same JSON document alone."""
+        drawn, data, code = terminal("verify", sharded, *SPLIT, "--json", stream="stderr")
+        assert code == 0
+        assert re.search(r"Loading (bottom|trunk|top)", drawn)
+        assert json.loads(data)["equal"] is True
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plugins",),
+        ("plan", SPLIT),
+        ("plan", (*SPLIT, "--json")),
+        ("verify", SPLIT),
+        ("generate", (*SPLIT, "--prompt", "x")),
+    ],
+    ids=["plugins", "plan", "plan --json", "verify", "generate"],
+)
+def test_reader_that_goes_away(talking: Path, command: tuple[object, ...]) -> None:
+    """``splitlearn ... | head -1`` ends quietly: no traceback and no complaint at exit."""
+    name, *options = command
+    arguments = (talking, *options[0]) if options else ()
+    code, errors = run_into_closed_pipe(name, *arguments)
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+    assert "Exception ignored" not in errors
+    assert code in (0, 1)
+
+
+class TestDemo:
+    def test_for_people(self, cli: Cli) -> None:
+        """Offline, with every way out closed, the demonstration plans, loads, tells a story and verifies equal."""
+        result = cli("demo", **CUT_OFF)
+        text = succeeded(result)
+        assert "Traceback" not in result.stderr
+        assert [line[0] for line in text.splitlines() if re.match(r"\d\. ", line)] == ["1", "2", "3", "4"]
+        assert "bundled:gpt2" in text
+        told = text.split("3. Generating", 1)[1].split("\n4. ", 1)[0]
+        assert "The people of the United States" in told
+        assert re.search(r"60 tokens, [\d.]+ tokens/s", told)
+        words = re.findall(r"[A-Za-z]{3,}", told.split("The people of the United States", 1)[1])
+        assert len(words) > 20
+        assert "equal to the last bit; maximum difference 0" in text
+        assert "DIFFERS" not in text
+
+    def test_streams(self) -> None:
+        """The text comes piece by piece: it is begun on stdout before the process is done."""
+        process = subprocess.Popen(
+            [str(SCRIPT), "demo", "--max-new-tokens", "40"],
+            env={**os.environ, **CUT_OFF},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        pieces = []
+        with process:
+            while block := os.read(process.stdout.fileno(), 65536):
+                pieces.append(block.decode(errors="replace"))
+        assert process.returncode == 0
+        begun = next(i for i, piece in enumerate(pieces) if "The people" in piece)
+        ended = next(i for i, piece in enumerate(pieces) if "tokens/s" in piece)
+        assert ended - begun > 3
+
+    def test_json(self, cli: Cli) -> None:
+        """One JSON document: the plan, what was generated, and the verification; repeatable with its seed."""
+        result = cli("demo", "--json", "--max-new-tokens", 20, "--seed", 3, **CUT_OFF)
+        answer = json.loads(succeeded(result))
+        assert set(answer) == {"plan", "generation", "verification"}
+        assert set(answer["plan"]) == PLAN_FIELDS
+        assert set(answer["generation"]) == GENERATION_FIELDS
+        assert set(answer["verification"]) == VERIFICATION_FIELDS
+        assert answer["verification"]["equal"] is True
+        assert answer["generation"]["new_tokens"] == 20
+        assert answer["generation"]["text"].startswith("The people of the United States")
+        again = json.loads(succeeded(cli("demo", "--json", "--max-new-tokens", 20, "--seed", 3, **CUT_OFF)))
+        assert again["generation"]["text"] == answer["generation"]["text"]
+
+    def test_bundled_model_is_a_model_like_any_other(self, cli: Cli) -> None:
+        """``bundled:gpt2`` can be planned, generated with and verified, at any cut."""
+        layers = json.loads(succeeded(cli("plan", "bundled:gpt2", "--split", 1, 2, "--json", **CUT_OFF)))["num_layers"]
+        cut = ("--split", 1, layers - 1)
+        generated = cli("generate", "bundled:gpt2", *cut, "--prompt", "We hold", "--max-new-tokens", 8, **CUT_OFF)
+        assert succeeded(generated).startswith("We hold")
+        verified = json.loads(succeeded(cli("verify", "bundled:gpt2", *cut, "--json", **CUT_OFF)))
+        assert verified["equal"] is True
+        assert verified["input"] == "prompt"
+
+    def test_no_plugin_carries_a_model(self, cli: Cli) -> None:
+        """Without the plugin that carries it, the error says which package does."""
+        result = cli("demo", SPLITLEARN_DISABLE_PLUGINS="gpt2")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "pip install splitlearn-gpt2" in result.stderr
+        missing = cli("plan", "bundled:qwen2", *SPLIT)
+        assert (missing.returncode, missing.stdout) == (1, "")
+        assert "carries no model" in missing.stderr
