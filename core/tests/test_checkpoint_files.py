@@ -449,7 +449,7 @@ def test_a_component_lists_all_its_wrong_tensors(single: Path) -> None:
 
     message = mismatch(single, parts=["trunk"])
 
-    assert "4 tensors" in message
+    assert "4 are wrong" in message
     assert "missing: model.layers.2.mlp.up_proj.weight [48, 32]" in message
     assert "missing: model.layers.3.input_layernorm.weight [32]" in message
     assert "unexpected: model.layers.2.mlp.extra.weight [3]" in message
@@ -518,3 +518,69 @@ def test_a_config_of_another_depth_is_a_mismatch(single: Path, edit_json: Callab
     message = mismatch(single)
 
     assert f"model.layers.{min(layers, 6)}.mlp.up_proj.weight" in message or "model.layers.5." in message
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
+)
+def test_a_weight_of_another_kind_is_a_mismatch(single: Path, dtype: torch.dtype) -> None:
+    """Whole numbers or 8-bit floats in the place of a weight are refused, not loaded as they are."""
+    name = "model.layers.2.mlp.up_proj.weight"
+    spoil(single, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+        load_split_model("llama", CUTS, single, parts=["trunk"])
+
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b"\xff", b'{"max_new_tokens": -5}', b'{"temperature": "hot"}'],
+    ids=["cut off", "list", "binary", "bad number", "bad type"],
+)
+def test_bad_generation_settings_are_named(single: Path, content: bytes) -> None:
+    """A spoilt generation_config.json is an error of ours that names it, or does not matter."""
+    (single / "generation_config.json").write_bytes(content)
+
+    try:
+        loaded = load_split_model("llama", CUTS, single).trunk is not None
+    except SplitLearnError as error:
+        loaded = "generation_config.json" in str(error)
+
+    assert loaded
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 5000, "/" + "x" * 5000, "x/" * 3000, "~surely-no-such-user/model", "a\0b", "/a\0b"],
+    ids=["long name", "long path", "deep path", "no such user", "a zero", "a path with a zero"],
+)
+def test_what_no_system_can_open_is_missing(name: str) -> None:
+    """Names that the operating system itself refuses are missing models too."""
+    with pytest.raises(MissingFileError) as caught:
+        plan_split(name, CUTS, local_files_only=True)
+
+    assert caught.value.hint
+
+
+def test_a_shard_that_is_a_folder_is_missing(single: Path) -> None:
+    """And so is a link that leads nowhere."""
+    (single / SINGLE).unlink()
+    (single / SINGLE).mkdir()
+    with pytest.raises(MissingFileError):
+        load_split_model("llama", CUTS, single)
+
+    (single / SINGLE).rmdir()
+    (single / SINGLE).symlink_to("gone")
+    with pytest.raises(MissingFileError):
+        load_split_model("llama", CUTS, single)
+
+
+def test_a_linked_shard_is_read(single: Path, tmp_path: Path) -> None:
+    """The Hub's cache is made of links."""
+    (single / SINGLE).rename(tmp_path / "blob")
+    (single / SINGLE).symlink_to(tmp_path / "blob")
+
+    assert load_split_model("llama", CUTS, single).trunk is not None

@@ -410,3 +410,50 @@ def test_splitting_generates_what_the_whole_generates(single: Path, whole: Any) 
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
 
     assert torch.equal(split.generate(IDS, **options), whole.generate(IDS, **options))
+
+
+#: Loads from several threads at once in a process that has imported nothing yet.
+FIRST_LOADS = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from splitlearn_core import load_split_model
+
+barrier = threading.Barrier(4)
+
+def load(number):
+    barrier.wait(60)
+    return load_split_model("llama", (2, 4), sys.argv[1 + number % 2])
+
+with ThreadPoolExecutor(4) as pool:
+    loaded = list(pool.map(load, range(4)))
+
+import torch
+ids = torch.tensor([[5, 17, 42]])
+with torch.inference_mode():
+    logits = [parts.top(parts.trunk(parts.bottom(ids))).logits for parts in loaded]
+assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
+assert all(bool(value.isfinite().all()) for value in logits)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_the_first_loads_of_a_process_may_come_together(
+    llama: Any, checkpoint: Callable[[str], Path], whole: Any
+) -> None:
+    """Four threads that also race for the imports of torch and transformers."""
+    folders = [str(checkpoint(kind)) for kind in ("single", "tied")]
+
+    for _ in range(2):
+        done = llama.python("-c", FIRST_LOADS, *folders)
+
+        assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+
+
+def test_logs_and_stdout_stay_apart(llama: Any, single: Path) -> None:
+    """A fresh process that loads a model writes nothing to stdout or stderr by itself."""
+    code = "import sys; from splitlearn_core import load_split_model; load_split_model('llama', (2, 4), sys.argv[1])"
+
+    done = llama.python("-W", "error", "-c", code, str(single))
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

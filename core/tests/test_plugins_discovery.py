@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -466,5 +467,23 @@ def test_a_plugin_installed_later_is_seen_after_a_reset(world: Any) -> None:
         registry().family("alpha")
 
     world.install("alpha")
+
+    assert registry().family("alpha").model_type == "alpha"
+
+
+def test_a_folder_that_was_not_there_is_seen_after_a_reset(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plugin in a folder that came into being after the first import is found and can be imported."""
+    from splitlearn_core.testing.worlds import write_plugin
+
+    monkeypatch.syspath_prepend(str(tmp_path / "later"))
+    with pytest.raises(UnknownModelTypeError):
+        registry().family("alpha")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("surely_absent_package")
+
+    write_plugin(tmp_path / "later", "alpha", world.source("alpha"))
+    reset_registry()
 
     assert registry().family("alpha").model_type == "alpha"

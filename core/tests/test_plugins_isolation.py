@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from splitlearn_core import BrokenPluginError, ModelFamily
+from splitlearn_core import BrokenPluginError, ModelFamily, SplitLearnError, load_split_model
 from splitlearn_core.plugins.registry import PluginRegistry, registry
 
 HEAD = "from splitlearn_core import ModelFamily, hookimpl\n"
@@ -320,3 +321,47 @@ def test_two_registries_share_nothing(world: Any) -> None:
 
     assert isinstance(one.family("alpha"), ModelFamily)
     assert not other._manager.get_plugins()
+
+
+#: What a family may say wrongly about itself, as arguments of ModelFamily, and what the error names.
+WRONG_FAMILIES = {
+    "no such base": 'base="transformer"',
+    "no such layers": 'layers="h"',
+    "no such embedding": 'embedding="wte"',
+    "no such norm": 'norm="ln_f"',
+    "no such head": 'head="output"',
+    "no such module to skip": 'skip_outside_bottom=("drop.deep.down",)',
+    "no such module to zero": 'zero_outside_bottom=("wpe.deep.down",)',
+    "impossible_cuts raises": "impossible_cuts=lambda config: 1 / 0",
+    "impossible_cuts answers None": "impossible_cuts=lambda config: None",
+    "impossible_cuts answers a list": "impossible_cuts=lambda config: [2]",
+    "renamed is one pair": 'renamed=("model.", "own.")',
+    "config_names is None": "config_names=None",
+    "architecture of an absent module": 'architecture="surely_absent_package:Model"',
+    "architecture that is no model": 'architecture="torch.nn:Linear"',
+    "architecture that is no class": 'architecture="torch:float32"',
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG_FAMILIES.values(), ids=list(WRONG_FAMILIES))
+def test_a_family_that_describes_another_model_is_an_error_of_ours(world: Any, single: Path, arguments: str) -> None:
+    """A plugin's slip in its description is said with a hint, never as a stray exception."""
+    source = HEAD + (
+        "@hookimpl\ndef splitlearn_model_families():\n"
+        f"    said = dict(model_type='llama', architecture='LlamaForCausalLM') | dict({arguments})\n"
+        "    return [ModelFamily(**said)]\n"
+    )
+    world.install("llama", source)
+
+    with pytest.raises(SplitLearnError) as caught:
+        load_split_model("llama", (2, 4), single)
+
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("model_type", ["['alpha']", "None", "7", "''"])
+def test_a_model_type_that_is_no_text_is_the_plugins_fault(world: Any, model_type: str) -> None:
+    """A family must be named by a text, and by the entry point's."""
+    world.install("alpha", families(f"return [ModelFamily(model_type={model_type}, architecture='X')]"))
+
+    assert "splitlearn-alpha 1.0" in use().message

@@ -39,6 +39,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = top.generation_config
         self.all_tied_weights_keys: dict[str, str] = {}
         self.training = top.training
+        # One parameter of each, to know its device without a walk over the module at every token.
+        self._probes = tuple(next(part.parameters()) for part in self.components)
 
     @property
     def components(self) -> tuple[ComponentModel, ComponentModel, ComponentModel]:
@@ -48,7 +50,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """Where token ids go: the bottom's device."""
-        return _device(self.bottom)
+        device: torch.device = self._probes[0].device
+        return device
 
     def get_input_embeddings(self) -> Any:
         return self.bottom.get_input_embeddings()
@@ -90,10 +93,15 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         if "cache_position" in kwargs:
             common["cache_position"] = kwargs.pop("cache_position")
         hidden = self.bottom(input_ids, inputs_embeds=inputs_embeds, past_key_values=caches[0], **common)
-        hidden = self.trunk(past_key_values=caches[1], **_on_device(self.trunk, {"hidden_states": hidden, **common}))
-        last = {"hidden_states": hidden, "labels": labels, **common}
+        common = _move(common, self._probes[1].device)
+        hidden = self.trunk(hidden.to(self._probes[1].device), past_key_values=caches[1], **common)
+        common = _move({**common, "labels": labels}, self._probes[2].device)
         output: CausalLMOutputWithPast = self.top(
-            past_key_values=caches[2], logits_to_keep=logits_to_keep, **_on_device(self.top, last), **kwargs
+            hidden.to(self._probes[2].device),
+            past_key_values=caches[2],
+            logits_to_keep=logits_to_keep,
+            **common,
+            **kwargs,
         )
         output.past_key_values = past_key_values
         return output.to_tuple() if return_dict is False else output
@@ -109,13 +117,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return PartCache.view(cache, component.layer_range)
 
 
-def _device(component: ComponentModel) -> torch.device:
-    device: torch.device = next(component.parameters()).device
-    return device
-
-
-def _on_device(component: ComponentModel, arguments: dict[str, Any]) -> dict[str, Any]:
-    device = _device(component)
+def _move(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 

@@ -16,23 +16,10 @@ BUILD_LOCK = threading.RLock()
 #: What fills parameters with their first values: on a tensor without memory there is nothing to
 #: fill, and going through the motions would be most of the time that building takes. By name,
 #: because transformers puts functions of its own in the place of torch's while it initialises.
-_FILL = frozenset(  # shorter than a list
-    [
-        "constant_",
-        "copy_",
-        "fill_",
-        "kaiming_normal_",
-        "kaiming_uniform_",
-        "normal_",
-        "ones_",
-        "trunc_normal_",
-        "uniform_",
-        "xavier_normal_",
-        "xavier_uniform_",
-        "zero_",
-        "zeros_",
-    ]
-)
+_FILL = {
+    *("constant_", "copy_", "fill_", "kaiming_normal_", "kaiming_uniform_", "normal_", "ones_"),
+    *("trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_", "zero_", "zeros_"),
+}
 #: Factories whose dtype follows torch's default where the caller names none.
 _FOLLOW_DEFAULT = {torch.empty, torch.ones, torch.zeros}
 
