@@ -45,13 +45,11 @@ BUNDLED = "bundled:"
 class OpenModel:
     """A checkpoint whose family is known; nothing of its weights was read."""
 
+    #: The directory or repository, as the caller named it.
+    name: str
     checkpoint: Checkpoint
     family: ModelFamily
     config: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.checkpoint.source.model
 
 
 def open_model(
@@ -88,7 +86,7 @@ def open_model(
             f"model_type {model_type!r} was asked for, but config.json of {model_name_or_path} says {stated!r}",
             hint=f"pass model_type={stated!r}, or None to take what config.json says",
         )
-    return OpenModel(checkpoint, registry().family(stated), config)
+    return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), config)
 
 
 def bundled_checkpoint(family: ModelFamily) -> Path:
