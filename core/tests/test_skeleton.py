@@ -14,7 +14,7 @@ from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problem
 from splitlearn_core.build.component import build_component, component_class
 from splitlearn_core.build.neutral import PassLayer, Zero
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
-from splitlearn_core.types import Component, LayerRange
+from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 FAMILY = ModelFamily(model_type="llama", architecture="LlamaForCausalLM")
 
@@ -195,14 +195,20 @@ def test_wrong_tensors_are_all_listed() -> None:
     """Missing, unexpected and mis-shaped ones, with their shapes; a sound list has none."""
     module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2, bias=False))
 
-    problems = tensor_problems(module, {"0.weight": (5, 3), "1.weight": (5, 2), "2.weight": (1,)})
+    shapes = {"0.weight": (5, 3), "1.weight": (5, 2), "2.weight": (1,)}
+    planned = {name: TensorInfo(name, "F32", shape, "", 0, 0) for name, shape in shapes.items()}
+
+    problems = tensor_problems(module, planned)
 
     assert problems == [
         "missing: 0.bias [5]",
         "unexpected: 2.weight [1]",
         "mis-shaped: 1.weight is [5, 2] in the file, [2, 5] by config.json",
     ]
-    assert tensor_problems(module, {"0.weight": (5, 3), "0.bias": (5,), "1.weight": (2, 5)}) == []
+    sound = {"0.weight": (5, 3), "0.bias": (5,), "1.weight": (2, 5)}
+    assert (
+        tensor_problems(module, {name: TensorInfo(name, "F32", shape, "", 0, 0) for name, shape in sound.items()}) == []
+    )
 
 
 @pytest.mark.parametrize(("other", "tied"), [(0.0, True), (1.0, False)], ids=["equal", "unequal"])

@@ -347,7 +347,7 @@ def test_endpoint_from_the_environment(hub: LoopbackHub, folder: Path, tmp_path:
     script = f"from huggingface_hub import hf_hub_download as get; print(get({REPO!r}, {WEIGHTS!r}))"
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "elsewhere")}
     command = [sys.executable, "-W", "error", "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
     assert path.is_relative_to(tmp_path / "elsewhere")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from splitlearn_core.errors import ConfigurationError
+
+_PAIR = 2
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -70,9 +73,42 @@ class ModelFamily:
     #: A checkpoint that the plugin carries, ``"package:folder"``; empty for none. It must work offline.
     bundled_checkpoint: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse, naming the field, what would fail later and elsewhere."""
+        problems = [f"{name} must be {what}, not {getattr(self, name)!r}" for name, what in _wrong_fields(self)]
+        if problems:
+            raise ConfigurationError(
+                f"the family {self.model_type!r} is described wrongly: {'; '.join(problems)}",
+                hint="each field is documented in splitlearn_core.ModelFamily",
+            )
+
     def config_value(self, config: Mapping[str, Any], name: str) -> Any:
         """Return a value of ``config.json`` by its common name, or None where nothing says it."""
         for candidate in (self.config_names.get(name, name), name):
             if config.get(candidate) is not None:
                 return config[candidate]
         return self.config_defaults.get(name)
+
+
+def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
+    for name in ("model_type", "architecture", "base", "layers", "embedding", "norm", "head"):
+        if not (isinstance(getattr(family, name), str) and getattr(family, name)):
+            yield name, "a name"
+    for name in ("preferred_strategy", "default_model", "bundled_checkpoint"):
+        if not isinstance(getattr(family, name), str):
+            yield name, "a text"
+    for name in ("zero_outside_bottom", "skip_outside_bottom", "ignored_suffixes"):
+        if not _is_tuple_of_texts(getattr(family, name)):
+            yield name, "a tuple of texts"
+    pairs = family.renamed
+    if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR for pair in pairs)):
+        yield "renamed", "a tuple of pairs of texts"
+    for name in ("config_names", "config_defaults"):
+        if not isinstance(getattr(family, name), Mapping):
+            yield name, "a mapping"
+    if not callable(family.impossible_cuts):
+        yield "impossible_cuts", "a function"
+
+
+def _is_tuple_of_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)

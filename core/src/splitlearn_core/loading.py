@@ -13,8 +13,21 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.readahead import read_ahead
 from splitlearn_core.checkpoint.source import open_source
-from splitlearn_core.checkpoint.strategy import LoadingStrategy, ReadPlan, check_strategy, choose_strategy
-from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError, MissingFileError, TensorMismatchError
+from splitlearn_core.checkpoint.strategy import (
+    LoadingStrategy,
+    ReadPlan,
+    check_strategy,
+    choose_strategy,
+    predicted_bytes,
+    read_checked,
+)
+from splitlearn_core.errors import (
+    ConfigurationError,
+    InsufficientMemoryError,
+    InvalidCheckpointError,
+    MissingFileError,
+    TensorMismatchError,
+)
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.memory import available_memory
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
@@ -187,7 +200,7 @@ def load_components(
 
     dtype = _torch_dtype(plan.dtype)
     plugin = registry().plugin(model.family.model_type)
-    reads = {part.component: ReadPlan(part.tensors, paths, options.device, plan.dtype) for part in plan.components}
+    reads = _read_plans(plan, paths, options.device)
     strategy = choose_strategy(
         options.strategy, list(reads.values()), plugin.strategies, model.family.preferred_strategy
     )
@@ -200,8 +213,10 @@ def load_components(
         built[part.component] = build_component(model.family, config, part.component, part.layers, dtype)
     _check_all(model, plan.components, table, built)
     _attach_generation_config(model, built.values())
-    _read_all(reads, built, strategy, table, progress)
-    progress(Progress("ready", None, plan.nbytes, plan.nbytes))
+    _read_all(plan, reads, built, strategy, progress)
+    _tie_if_equal(built, table)
+    total = sum(read.nbytes for read in reads.values())
+    progress(Progress("ready", None, total, total))
     return built
 
 
@@ -253,7 +268,7 @@ def _tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
 
 
 def _check_memory(name: str, strategy: LoadingStrategy, reads: Iterable[ReadPlan]) -> None:
-    needed = sum(strategy.anonymous_bytes(read) for read in reads)
+    needed = sum(predicted_bytes(strategy, read) for read in reads)
     free = available_memory()
     if needed > free:
         raise InsufficientMemoryError(
@@ -271,8 +286,8 @@ def _check_all(
 
     problems = list(table.problems)
     for part in parts:
-        shapes = {tensor.module_key: tensor.info.shape for tensor in part.tensors}
-        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], shapes)]
+        planned = {tensor.module_key: tensor.info for tensor in part.tensors}
+        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], planned)]
     if problems:
         raise _mismatch(model, problems)
 
@@ -300,37 +315,52 @@ def _attach_generation_config(model: OpenModel, components: Iterable[ComponentMo
     from transformers import GenerationConfig
 
     path = model.checkpoint.optional_file("generation_config.json")
-    if path is not None:
-        for component in components:
+    if path is None:
+        return
+    for component in components:
+        try:
             component.generation_config = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+        # Its values are checked by transformers' own code, which raises whatever comes of them.
+        except Exception as error:
+            raise InvalidCheckpointError(
+                f"{path} is no sound generation configuration: {error}", hint="mend it, or remove it for the defaults"
+            ) from error
+
+
+def _read_plans(plan: SplitPlan, paths: Mapping[str, Path], device: str) -> dict[Component, ReadPlan]:
+    """Say what each component reads; a tied tensor is read for the first one that holds it."""
+    seen: set[str] = set()
+    reads = {}
+    for part in plan.components:
+        fresh = tuple(tensor for tensor in part.tensors if tensor.info.key not in seen)
+        seen.update(tensor.info.key for tensor in fresh)
+        reads[part.component] = ReadPlan(fresh, paths, device, plan.dtype)
+    return reads
 
 
 def _read_all(
+    plan: SplitPlan,
     reads: Mapping[Component, ReadPlan],
     built: Mapping[Component, ComponentModel],
     strategy: LoadingStrategy,
-    table: KeyTable,
     progress: ProgressCallback,
 ) -> None:
     from splitlearn_core.build.assemble import assign_tensor, finish
 
     total, done = sum(read.nbytes for read in reads.values()), 0
-    shared: dict[str, Any] = {}
-    for component, read in reads.items():
+    held: dict[str, Any] = {}
+    for part in plan.components:
+        component, read = part.component, reads[part.component]
+        own = {planned.module_key for planned in read.tensors}
         log.info("Loading weights of %s (%s)", component, strategy.name)
-        # A tied tensor that another component of this call holds already is not read twice.
-        for planned in (tensor for tensor in read.tensors if tensor.info.key in shared):
-            assign_tensor(built[component], planned.module_key, shared[planned.info.key])
-            done += planned.info.nbytes
-        left = tuple(tensor for tensor in read.tensors if tensor.info.key not in shared)
-        for planned, tensor in strategy.read(ReadPlan(left, read.paths, read.device, read.dtype)):
-            parameter = assign_tensor(built[component], planned.module_key, tensor)
-            if planned.info.key in table.tied:
-                shared[planned.info.key] = parameter
+        for planned, tensor in read_checked(strategy, read):
+            held[planned.info.key] = assign_tensor(built[component], planned.module_key, tensor)
             done += planned.info.nbytes
             progress(Progress("reading", component, done, total, planned.info.shard))
+        for planned in part.tensors:
+            if planned.module_key not in own:
+                assign_tensor(built[component], planned.module_key, held[planned.info.key])
         finish(built[component], read.device)
-    _tie_if_equal(built, table)
 
 
 def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) -> None:

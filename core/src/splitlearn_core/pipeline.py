@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.build.cache import PartCache
-from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.build.component import ComponentModel, refuse_recordings
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.types import Component
 
@@ -85,7 +85,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: How many last positions get logits; 0 for all.
             return_dict: False for a plain tuple.
         """
-        _refuse_recordings(kwargs)
+        refuse_recordings(kwargs)
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         caches = [self._part_of(past_key_values, component) for component in self.components]
@@ -121,15 +121,6 @@ def _move(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
-def _refuse_recordings(kwargs: dict[str, Any]) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.pop(name, None):
-            raise ConfigurationError(
-                f"a split model does not return what {name}=True asks for",
-                hint="hidden states at the cuts are what bottom and trunk return",
-            )
-
-
 def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel) -> None:
     given = {"bottom": bottom, "trunk": trunk, "top": top}
     problems = [
@@ -143,7 +134,7 @@ def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentMode
             problems.append(f"their layers do not follow one another: {', '.join(map(str, edges))}")
         if not edges[2].is_last or len({edge.total for edge in edges}) > 1:
             problems.append(f"they are of models of different depth: {', '.join(map(str, edges))}")
-        for what in ("model_type", "hidden_size", "vocab_size"):
+        for what in ("model_type", "hidden_size", "vocab_size", "dtype"):
             values = [getattr(part.config, what) for part in given.values()]
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -111,6 +112,10 @@ def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
     checkpoint = model.checkpoint
     paths = checkpoint.fetch(set(checkpoint.weight_map.values()), lambda _: None)
     directory = next(iter(paths.values())).parent
+    from transformers.utils import logging as hf_logging
+
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
     with BUILD_LOCK:
         whole = architecture_class(model.family).from_pretrained(
             directory, dtype=dtype, attn_implementation=options.attn_implementation, local_files_only=True

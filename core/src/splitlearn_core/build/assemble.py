@@ -9,26 +9,29 @@ import torch
 from torch import nn
 
 from splitlearn_core.errors import InternalError
+from splitlearn_core.types import FLOAT_DTYPES, TensorInfo
 
 
-def tensor_problems(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def tensor_problems(module: nn.Module, planned: Mapping[str, TensorInfo]) -> list[str]:
     """Compare planned tensors with the module's own, before any is read.
 
     Args:
         module: The built component.
-        shapes: Module key -> planned shape.
+        planned: Module key -> what the file's header says of the tensor.
 
     Returns:
-        Missing, unexpected and mis-shaped tensors, in words.
+        Missing, unexpected, mis-shaped and mis-typed tensors, in words.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = [f"missing: {name} {list(wanted[name])}" for name in sorted(wanted.keys() - shapes.keys())]
-    problems += [f"unexpected: {name} {list(shapes[name])}" for name in sorted(shapes.keys() - wanted.keys())]
-    problems += [
-        f"mis-shaped: {name} is {list(shapes[name])} in the file, {list(wanted[name])} by config.json"
-        for name in sorted(wanted.keys() & shapes.keys())
-        if wanted[name] != shapes[name]
-    ]
+    wanted = module.state_dict()
+    problems = [f"missing: {name} {list(wanted[name].shape)}" for name in sorted(wanted.keys() - planned.keys())]
+    problems += [f"unexpected: {name} {list(planned[name].shape)}" for name in sorted(planned.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & planned.keys()):
+        info, tensor = planned[name], wanted[name]
+        if info.shape != tuple(tensor.shape):
+            by_config = list(tensor.shape)
+            problems.append(f"mis-shaped: {name} is {list(info.shape)} in the file, {by_config} by config.json")
+        if tensor.is_floating_point() and info.dtype not in FLOAT_DTYPES.values():
+            problems.append(f"mis-typed: {name} is {info.dtype} in the file, which is no plain floating dtype")
     return problems
 
 

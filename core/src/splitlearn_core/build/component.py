@@ -112,6 +112,7 @@ class _Bottom(ComponentModel):
         Returns:
             Hidden states ``[batch, sequence, hidden]``.
         """
+        refuse_recordings(kwargs)
         arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
         output = self.base_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
@@ -138,6 +139,7 @@ class _Trunk(ComponentModel):
         Returns:
             Hidden states ``[batch, sequence, hidden]``.
         """
+        refuse_recordings(kwargs)
         arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
         output = self.base_model(inputs_embeds=hidden_states, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
@@ -169,11 +171,22 @@ class _Top(ComponentModel):
             ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
             the cache.
         """
+        refuse_recordings(kwargs)
         arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
         output = super().forward(
             inputs_embeds=hidden_states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
         )
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=past_key_values)
+
+
+def refuse_recordings(kwargs: dict[str, Any]) -> None:
+    """Refuse to record attentions or hidden states, which would be dropped silently."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.pop(name, None):
+            raise ConfigurationError(
+                f"a split model does not return what {name}=True asks for",
+                hint="hidden states at the cuts are what bottom and trunk return",
+            )
 
 
 _KINDS: dict[Component, type[ComponentModel]] = {
@@ -191,8 +204,11 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
     """
     module, _, name = family.architecture.rpartition(":")
     try:
-        return cast("type[PreTrainedModel]", getattr(importlib.import_module(module or "transformers"), name))
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module or "transformers"), name)
+        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+            raise AttributeError(f"it is no model class but {found!r}")
+        return cast("type[PreTrainedModel]", found)
+    except (ImportError, AttributeError, ValueError) as error:
         raise BrokenPluginError(
             f"family {family.model_type!r} names the architecture {family.architecture!r}, which is not there: {error}",
             hint="a newer transformers may have it: pip install --upgrade transformers",

@@ -16,7 +16,8 @@ from typing import Any
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.types import DTYPE_BYTES, TensorInfo
 
-_LENGTH_BYTES = 8
+#: Bytes of the number before the header.
+LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_SHOWN = 8
 
@@ -30,25 +31,46 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        prefix = file.read(_LENGTH_BYTES)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-            raise _invalid(path, [f"the file of {size} bytes ends before its header does"], "is the download complete?")
-        if length > _MAX_HEADER_BYTES:
-            raise _invalid(path, [f"its header is said to be {length} bytes long; {_MAX_HEADER_BYTES} is the limit"])
-        raw = file.read(length)
+        prefix = file.read(LENGTH_BYTES)
+        return parse_header(str(path), prefix + file.read(header_length(str(path), prefix, size)), size)
+
+
+def header_length(where: str, prefix: bytes, size: int | None) -> int:
+    """Return the length of the JSON that follows the first bytes of a file.
+
+    Args:
+        where: The file, for messages.
+        prefix: Its first eight bytes, or more.
+        size: Its size in bytes; None where that is not known.
+
+    Raises:
+        InvalidCheckpointError: The file cannot hold such a header.
+    """
+    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if len(prefix) < LENGTH_BYTES or (size is not None and length > size - LENGTH_BYTES):
+        problem = f"the file of {len(prefix) if size is None else size} bytes ends before its header does"
+        raise _invalid(where, [problem], "is the download complete?")
+    if length > _MAX_HEADER_BYTES:
+        raise _invalid(where, [f"its header is said to be {length} bytes long; {_MAX_HEADER_BYTES} is the limit"])
+    return length
+
+
+def parse_header(where: str, content: bytes, size: int | None) -> dict[str, TensorInfo]:
+    """Check the beginning of a safetensors file and return its tensors; see :func:`read_header`."""
+    length = header_length(where, content, size)
     try:
-        header = json.loads(raw)
+        header = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length])
     except (ValueError, RecursionError) as error:
-        raise _invalid(path, [f"its header is no JSON: {error}"]) from error
+        raise _invalid(where, [f"its header is no JSON: {error}"]) from error
     if not isinstance(header, dict):
-        raise _invalid(path, [f"its header is a JSON {type(header).__name__}, not an object"])
+        raise _invalid(where, [f"its header is a JSON {type(header).__name__}, not an object"])
     header.pop("__metadata__", None)
-    start = _LENGTH_BYTES + length
+    start = LENGTH_BYTES + length
     problems = [problem for key, entry in header.items() if (problem := _entry_problem(key, entry))]
     if problems:
-        raise _invalid(path, problems)
-    return _check_layout(path, [_tensor(path, key, entry, start) for key, entry in header.items()], start, size)
+        raise _invalid(where, problems)
+    shard = where.replace("\\", "/").rpartition("/")[2]
+    return _check_layout(where, [_tensor(shard, key, entry, start) for key, entry in header.items()], start, size)
 
 
 def _entry_problem(key: str, entry: Any) -> str:
@@ -68,12 +90,12 @@ def _entry_problem(key: str, entry: Any) -> str:
     return ""
 
 
-def _tensor(path: Path, key: str, entry: Any, start: int) -> TensorInfo:
+def _tensor(shard: str, key: str, entry: Any, start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
-    return TensorInfo(key, entry["dtype"], tuple(entry["shape"]), path.name, start + begin, start + end)
+    return TensorInfo(key, entry["dtype"], tuple(entry["shape"]), shard, start + begin, start + end)
 
 
-def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) -> dict[str, TensorInfo]:
+def _check_layout(where: str, tensors: list[TensorInfo], start: int, size: int | None) -> dict[str, TensorInfo]:
     """Demand that the tensors cover the data without gap or overlap, as the format does."""
     ordered = sorted(tensors, key=lambda info: (info.begin, info.end))
     problems, position, previous = [], start, "the header"
@@ -82,19 +104,19 @@ def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) 
             relation = "overlaps" if info.begin < position else "leaves a gap after"
             problems.append(f"{info.key} {relation} {previous}: it begins at {info.begin}, not at {position}")
         position, previous = max(position, info.end), info.key
-    if position > size:
-        raise _invalid(path, [f"it needs {position} bytes and has {size}", *problems], "is the download complete?")
-    if position < size:
+    if size is not None and position > size:
+        raise _invalid(where, [f"it needs {position} bytes and has {size}", *problems], "is the download complete?")
+    if size is not None and position < size:
         problems.append(f"{size - position} bytes behind the last tensor belong to none")
     if problems:
-        raise _invalid(path, problems)
+        raise _invalid(where, problems)
     return {info.key: info for info in tensors}
 
 
-def _invalid(path: Path, problems: list[str], hint: str = "") -> InvalidCheckpointError:
+def _invalid(where: str, problems: list[str], hint: str = "") -> InvalidCheckpointError:
     shown = problems[:_MAX_SHOWN]
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return InvalidCheckpointError(
-        f"{path} is no sound safetensors file: {'; '.join(shown + more)}",
+        f"{where} is no sound safetensors file: {'; '.join(shown + more)}",
         hint=hint or "fetch or write the file anew",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -9,13 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.checkpoint.header import LENGTH_BYTES, header_length, parse_header, read_header
 from splitlearn_core.errors import (
     CheckpointError,
     ConfigurationError,
     InsufficientDiskError,
-    InvalidCheckpointError,
     MissingFileError,
+    SplitLearnError,
 )
 from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 
 _T = TypeVar("_T")
+
+#: Most headers are shorter, so that one request is enough.
+_HEADER_GUESS = 100_000
+#: Seconds that the Hub may stay silent.
+_TIMEOUT = 20.0
 
 
 class Source(Protocol):
@@ -162,18 +168,31 @@ class HubSource:
         return self._guarded(lambda: self._remote_header(name), name)
 
     def _remote_header(self, name: str) -> dict[str, TensorInfo]:
-        from huggingface_hub.errors import SafetensorsParsingError
+        size = self.files().get(name) or None
+        where = f"{self.model}/{name}"
+        content = self._first_bytes(name, _HEADER_GUESS)
+        needed = LENGTH_BYTES + header_length(where, content, size)
+        if needed > len(content):
+            content = self._first_bytes(name, needed)
+        return parse_header(where, content, size)
 
-        try:
-            metadata = _api().parse_safetensors_file_metadata(
-                self.model, name, revision=self.commit, token=self._options["token"]
-            )
-        except SafetensorsParsingError as error:
-            raise InvalidCheckpointError(f"{name} of {self.model} is no sound safetensors file: {error}") from error
-        return {
-            key: TensorInfo(key, str(info.dtype), tuple(info.shape), name, *info.data_offsets)
-            for key, info in metadata.tensors.items()
-        }
+    def _first_bytes(self, name: str, count: int) -> bytes:
+        """Fetch the beginning of a file, and no more even where the server ignores ranges."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.model, name, revision=self.commit)
+        headers = {**build_hf_headers(token=self._options["token"]), "Range": f"bytes=0-{count - 1}"}
+        content = bytearray()
+        with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            for chunk in response.iter_raw():
+                content += chunk
+                if len(content) >= count:
+                    break
+        return bytes(content[:count])
 
     def _download(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
@@ -211,6 +230,8 @@ class HubSource:
         transport = sys.modules[type(get_session()).__module__.partition(".")[0]]
         try:
             return action()
+        except SplitLearnError:
+            raise
         except errors.GatedRepoError as error:
             raise MissingFileError(
                 f"{where} on the Hub is gated and this token may not read it",
@@ -243,11 +264,23 @@ class HubSource:
             ) from error
         except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
             raise CheckpointError(f"{what}: the Hub answered with an error: {error}", hint="try again later") from error
-        except (transport.HTTPError, OSError) as error:
-            raise CheckpointError(
-                f"{what}: the connection to the Hub was lost: {error}",
-                hint="run it again: what was downloaded is kept; what is cached loads with local_files_only=True",
-            ) from error
+        except (transport.HTTPError, OSError, RuntimeError) as error:
+            # RuntimeError: huggingface_hub 1.x retries on a session that it has closed.
+            raise self._broken_transfer(what, error) from error
+
+    def _broken_transfer(self, what: str, error: Exception) -> SplitLearnError:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return InsufficientDiskError(
+                f"{what}: the disk is full: {error}", hint="free some space, or choose another disk with cache_dir="
+            )
+        if isinstance(error, PermissionError):
+            return CheckpointError(
+                f"{what}: the cache cannot be written: {error}", hint="choose another folder with cache_dir= or HF_HOME"
+            )
+        return CheckpointError(
+            f"{what}: the connection to the Hub was lost: {error}",
+            hint="run it again: what was downloaded is kept; what is cached loads with local_files_only=True",
+        )
 
 
 def open_source(
@@ -265,11 +298,16 @@ def open_source(
     """
     if not os.fspath(model_name_or_path):
         raise ConfigurationError("model_name_or_path is empty", hint="give a directory or a Hub repository")
-    path = Path(model_name_or_path).expanduser()
-    if path.is_dir():
-        return DirectorySource(path)
     name = os.fspath(model_name_or_path)
-    if path.exists():
+    try:
+        path = Path(model_name_or_path).expanduser()
+        is_directory, is_there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # Too long for a path, a home of nobody, or a NUL byte: no directory, and no repository either.
+        raise MissingFileError(f"{name!r} names no directory: {error}", hint="check the path") from error
+    if is_directory:
+        return DirectorySource(path)
+    if is_there:
         raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
     if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
         raise MissingFileError(f"there is no directory {name}", hint="check the path")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
+from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidCheckpointError, SplitLearnError
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.types import FLOAT_DTYPES
 
@@ -141,6 +142,61 @@ def choose_strategy(
         if not any(strategy.refusal(plan) for plan in plans):
             return strategy
     raise ConfigurationError("no loading strategy can read this plan")
+
+
+def predicted_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
+    """Ask a strategy for the memory it takes; raises BrokenPluginError where it cannot say."""
+    with _blaming(strategy):
+        return int(strategy.anonymous_bytes(plan))
+
+
+def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+    """Read by a strategy, and hold what it yields against the plan.
+
+    Raises:
+        BrokenPluginError: It raised, or yielded other tensors than were planned.
+        CheckpointError: A file is not what it has to be.
+    """
+    import torch
+
+    wanted = {planned.module_key: planned for planned in plan.tensors}
+    with _blaming(strategy):
+        for planned, tensor in strategy.read(plan):
+            if wanted.pop(planned.module_key, None) is None:
+                raise _broken(strategy, f"it yielded {planned.module_key}, which is not or no longer wanted")
+            if not isinstance(tensor, torch.Tensor):
+                raise _broken(strategy, f"it yielded {type(tensor).__name__} for {planned.module_key}, no tensor")
+            floating = planned.info.dtype in FLOAT_DTYPES.values()
+            expected = (planned.info.shape, _torch_dtype(plan.dtype) if floating else tensor.dtype)
+            if (tuple(tensor.shape), tensor.dtype) != expected:
+                got = f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise _broken(strategy, f"it yielded {got} for {planned.module_key}, not {plan.dtype} as planned")
+            if tensor.device.type != torch.device(plan.device).type:
+                raise _broken(strategy, f"it yielded {planned.module_key} on {tensor.device}, not on {plan.device}")
+            yield planned, tensor
+    if wanted:
+        raise _broken(strategy, f"it left out {len(wanted)} tensors: {', '.join(sorted(wanted)[:5])}")
+
+
+@contextmanager
+def _blaming(strategy: LoadingStrategy) -> Iterator[None]:
+    """Let what a plugin's strategy raises say whose it is; core's own raise as they do."""
+    try:
+        yield
+    except SplitLearnError:
+        raise
+    # A strategy of a plugin is foreign code, and a broken one must be named.
+    except Exception as error:
+        if strategy in BUILT_IN:
+            raise
+        raise _broken(strategy, f"it raised {type(error).__name__}: {error}") from error
+
+
+def _broken(strategy: LoadingStrategy, why: str) -> BrokenPluginError:
+    return BrokenPluginError(
+        f"loading strategy {strategy.name!r} ({type(strategy).__module__}) is broken: {why}",
+        hint="report it to its authors; strategy='mapped' or 'copied' does without it",
+    )
 
 
 def _views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:

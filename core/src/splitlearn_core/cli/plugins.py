@@ -25,9 +25,11 @@ def command(ctx: click.Context, check: bool, as_json: bool) -> None:
 @command.command("list")
 @_check_option
 @json_option
-def list_command(check: bool, as_json: bool) -> None:
+@click.pass_context
+def list_command(ctx: click.Context, check: bool, as_json: bool) -> None:
     """List the installed family plugins (what `splitlearn plugins` does)."""
-    _print(check, as_json)
+    before = ctx.parent.params if ctx.parent else {}
+    _print(check or before.get("check", False), as_json or before.get("as_json", False))
 
 
 def _print(check: bool, as_json: bool) -> None:

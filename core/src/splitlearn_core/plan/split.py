@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from splitlearn_core.errors import ConfigurationError, InvalidSplitError
+from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import Component, LayerRange
 
@@ -42,7 +42,7 @@ def split_layers(
     """
     total = count_layers(family, config)
     first, second = check_split_points(split_points, total)
-    impossible = family.impossible_cuts(config)
+    impossible = _impossible_cuts(family, config)
     refused = [f"no cut before layer {point}: {impossible[point]}" for point in (first, second) if point in impossible]
     if refused:
         possible = [point for point in range(1, total) if point not in impossible]
@@ -55,6 +55,17 @@ def split_layers(
         Component.TRUNK: LayerRange(first, second, total),
         Component.TOP: LayerRange(second, total, total),
     }
+
+
+def _impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
+    try:
+        return dict(family.impossible_cuts(config))
+    # The function is the plugin's.
+    except Exception as error:
+        raise BrokenPluginError(
+            f"impossible_cuts of the family {family.model_type!r} gave no mapping of cuts: {error!r}",
+            hint="report it to the plugin's authors",
+        ) from error
 
 
 def check_split_points(split_points: Sequence[int], total: int) -> tuple[int, int]:

@@ -226,6 +226,7 @@ def registry() -> PluginRegistry:
 def reset_registry() -> None:
     """Forget what was discovered and loaded, so that packages installed since are seen."""
     global _registry  # noqa: PLW0603  # see registry()
+    importlib.invalidate_caches()
     _registry = None
 
 

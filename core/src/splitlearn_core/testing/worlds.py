@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
     known = AutoConfig.for_model(model_type)
     sizes = {name: value for name, value in TINY.items() if hasattr(known, name)}
     config = AutoConfig.for_model(model_type, **{**sizes, **overrides})
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    config.dtype = dtype
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         # Norms and biases too: at their usual 1 and 0, a misplaced one would change nothing.
@@ -82,6 +84,7 @@ def write_plugin(
     module = module or distribution.replace("-", "_")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{module}.py").write_text(source)
+    importlib.invalidate_caches()
     info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
