@@ -109,6 +109,7 @@ def test_two_threads_build_one_after_the_other() -> None:
 
 @pytest.fixture
 def config(whole: Any) -> Any:
+    whole.config.dtype = torch.float32
     return whole.config
 
 
@@ -122,7 +123,7 @@ def config(whole: Any) -> Any:
 )
 def test_a_component_holds_its_own_modules_only(config: Any, component: Component, owned: LayerRange) -> None:
     """Layers keep their numbers, the other ends are neutral, and nothing has memory yet."""
-    model = build_component(FAMILY, config, component, owned, torch.float32)
+    model = build_component(FAMILY, config, component, owned)
 
     numbers = [number for number, layer in enumerate(model.model.layers) if not isinstance(layer, PassLayer)]
     assert numbers == list(range(owned.start, owned.end))
@@ -140,10 +141,10 @@ def test_a_component_holds_its_own_modules_only(config: Any, component: Componen
 
 
 def test_building_leaves_the_configuration_alone(config: Any) -> None:
-    """The caller's object is copied: depth and dtype stay what they were."""
+    """Depth and dtype are what they were, although a component has fewer layers than the model."""
     before = config.to_dict()
 
-    build_component(FAMILY, config, Component.TRUNK, LayerRange(2, 4, 6), torch.float16)
+    build_component(FAMILY, config, Component.TRUNK, LayerRange(2, 4, 6))
 
     assert config.to_dict() == before
 
@@ -163,12 +164,12 @@ def test_an_unfilled_module_is_refused() -> None:
     """What still has no memory is named."""
     with skeleton(torch.float32):
         module = nn.Linear(3, 5)
-    assign_tensor(module, "weight", torch.zeros(5, 3))
+    assign_tensor({"": module}, "weight", torch.zeros(5, 3))
 
     with pytest.raises(InternalError, match="bias"):
         finish(module, "cpu")
 
-    assign_tensor(module, "bias", torch.zeros(5))
+    assign_tensor({"": module}, "bias", torch.zeros(5))
     finish(module, "cpu")
 
 
@@ -177,9 +178,9 @@ def test_assigning_keeps_the_tensor_and_makes_a_parameter() -> None:
     module = nn.BatchNorm1d(4)
     weight, mean = torch.ones(4), torch.full((4,), 2.0)
 
-    parameter = assign_tensor(module, "weight", weight)
-    assign_tensor(module, "running_mean", mean)
-    shared = assign_tensor(module, "bias", nn.Parameter(weight))
+    parameter = assign_tensor({"": module}, "weight", weight)
+    assign_tensor({"": module}, "running_mean", mean)
+    shared = assign_tensor({"": module}, "bias", nn.Parameter(weight))
 
     assert isinstance(parameter, nn.Parameter)
     assert parameter.data_ptr() == weight.data_ptr()
@@ -187,7 +188,7 @@ def test_assigning_keeps_the_tensor_and_makes_a_parameter() -> None:
     assert module.bias is shared
     assert module.running_mean is mean
     assert "running_mean" in dict(module.named_buffers())
-    whole_numbers = assign_tensor(nn.Linear(2, 2), "weight", torch.ones(2, 2, dtype=torch.int8))
+    whole_numbers = assign_tensor({"": nn.Linear(2, 2)}, "weight", torch.ones(2, 2, dtype=torch.int8))
     assert not whole_numbers.requires_grad
 
 
@@ -215,7 +216,7 @@ def test_wrong_tensors_are_all_listed() -> None:
 def test_equal_parameters_become_one(other: float, tied: bool) -> None:
     """Only those of equal value and shape."""
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
-    assign_tensor(two, "weight", one.weight.detach().clone() + other)
+    assign_tensor({"": two}, "weight", one.weight.detach().clone() + other)
 
     assert tie_if_equal(one, "weight", two, "weight") is tied
     assert (one.weight is two.weight) is tied

@@ -43,8 +43,6 @@ from splitlearn_core.plugins.registry import registry
 from splitlearn_core.types import Component, Progress, ProgressCallback, TensorInfo
 
 if TYPE_CHECKING:
-    import torch
-
     from splitlearn_core.build.component import ComponentModel
     from splitlearn_core.pipeline import SplitCausalLM
 
@@ -198,21 +196,20 @@ def load_components(
     progress(Progress("importing"))
     from splitlearn_core.build.component import build_component, hf_config
 
-    dtype = _torch_dtype(plan.dtype)
     plugin = registry().plugin(model.family.model_type)
     reads = _read_plans(plan, paths, options.device)
     strategy = choose_strategy(
         options.strategy, list(reads.values()), plugin.strategies, model.family.preferred_strategy
     )
     _check_memory(model.name, strategy, reads.values())
-    config = hf_config(model.family, dict(model.config), model.name, options.attn_implementation)
     built: dict[Component, ComponentModel] = {}
     for part in plan.components:
         log.info("Building %s %s of %s", part.component, part.layers, model.name)
         progress(Progress("building", part.component))
-        built[part.component] = build_component(model.family, config, part.component, part.layers, dtype)
+        config = hf_config(model.family, model.config, model.name, plan.dtype, options.attn_implementation)
+        built[part.component] = build_component(model.family, config, part.component, part.layers)
     _check_all(model, plan.components, table, built)
-    _attach_generation_config(model, built.values())
+    _attach_generation_config(model, built.get(Component.TOP))
     _read_all(plan, reads, built, strategy, progress)
     _tie_if_equal(built, table)
     total = sum(read.nbytes for read in reads.values())
@@ -310,21 +307,20 @@ def _mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:
     )
 
 
-def _attach_generation_config(model: OpenModel, components: Iterable[ComponentModel]) -> None:
-    """Give the components the generation settings that ``from_pretrained`` would read."""
+def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> None:
+    """Give the top the generation settings that ``from_pretrained`` would read."""
+    path = model.checkpoint.optional_file("generation_config.json") if top is not None else None
+    if top is None or path is None:
+        return
     from transformers import GenerationConfig
 
-    path = model.checkpoint.optional_file("generation_config.json")
-    if path is None:
-        return
-    for component in components:
-        try:
-            component.generation_config = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
-        # Its values are checked by transformers' own code, which raises whatever comes of them.
-        except Exception as error:
-            raise InvalidCheckpointError(
-                f"{path} is no sound generation configuration: {error}", hint="mend it, or remove it for the defaults"
-            ) from error
+    try:
+        top.generation_config = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    # Its values are checked by transformers' own code, which raises whatever comes of them.
+    except Exception as error:
+        raise InvalidCheckpointError(
+            f"{path} is no sound generation configuration: {error}", hint="mend it, or remove it for the defaults"
+        ) from error
 
 
 def _read_plans(plan: SplitPlan, paths: Mapping[str, Path], device: str) -> dict[Component, ReadPlan]:
@@ -353,13 +349,14 @@ def _read_all(
         component, read = part.component, reads[part.component]
         own = {planned.module_key for planned in read.tensors}
         log.info("Loading weights of %s (%s)", component, strategy.name)
+        modules = dict(built[component].named_modules())
         for planned, tensor in read_checked(strategy, read):
-            held[planned.info.key] = assign_tensor(built[component], planned.module_key, tensor)
+            held[planned.info.key] = assign_tensor(modules, planned.module_key, tensor)
             done += planned.info.nbytes
             progress(Progress("reading", component, done, total, planned.info.shard))
         for planned in part.tensors:
             if planned.module_key not in own:
-                assign_tensor(built[component], planned.module_key, held[planned.info.key])
+                assign_tensor(modules, planned.module_key, held[planned.info.key])
         finish(built[component], read.device)
 
 
@@ -371,10 +368,3 @@ def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) ->
 
     if not tie_if_equal(built[Component.BOTTOM], table.apart[0], built[Component.TOP], table.apart[1]):
         log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

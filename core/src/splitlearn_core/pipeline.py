@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.build.cache import PartCache
@@ -36,7 +36,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         _check_fit(bottom, trunk, top)
         super().__init__(top.config)
         self.bottom, self.trunk, self.top = bottom, trunk, top
-        self.generation_config = top.generation_config
+        # What the checkpoint says about generation came with the top; without it, the model's own.
+        self.generation_config = getattr(top, "generation_config", None) or GenerationConfig.from_model_config(
+            top.config
+        )
         self.all_tied_weights_keys: dict[str, str] = {}
         self.training = top.training
         # One parameter of each, to know its device without a walk over the module at every token.

@@ -35,10 +35,18 @@ def tensor_problems(module: nn.Module, planned: Mapping[str, TensorInfo]) -> lis
     return problems
 
 
-def assign_tensor(module: nn.Module, name: str, tensor: torch.Tensor | nn.Parameter) -> nn.Parameter | torch.Tensor:
-    """Put a tensor, or a parameter that is shared, in the place of a module's own."""
+def assign_tensor(
+    modules: Mapping[str, nn.Module], name: str, tensor: torch.Tensor | nn.Parameter
+) -> nn.Parameter | torch.Tensor:
+    """Put a tensor, or a parameter that is shared, in the place of a module's own.
+
+    Args:
+        modules: The modules of a component by path, as ``named_modules`` gives them.
+        name: The tensor's name in the component.
+        tensor: What to put there.
+    """
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
+    owner = modules[path]
     if leaf in owner._buffers:  # noqa: SLF001  # the register that nn.Module documents for buffers
         setattr(owner, leaf, tensor)
         return tensor
@@ -73,5 +81,5 @@ def tie_if_equal(first: nn.Module, first_key: str, second: nn.Module, second_key
     one, other = first.get_parameter(first_key), second.get_parameter(second_key)
     equal = one.shape == other.shape and torch.equal(one, other)
     if equal:
-        assign_tensor(second, second_key, one)
+        assign_tensor(dict(second.named_modules()), second_key, one)
     return equal

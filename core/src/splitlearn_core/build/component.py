@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -58,6 +57,11 @@ class ComponentModel(PreTrainedModel):
 
     def extra_repr(self) -> str:
         return f"{self.component}, layers {self.layer_range}"
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Say no: a component alone generates no text."""
+        return False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: a component alone generates no text."""
@@ -230,35 +234,38 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
     return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
 
 
-def build_component(
-    family: ModelFamily, config: Any, component: Component, layer_range: LayerRange, dtype: torch.dtype
-) -> ComponentModel:
+def build_component(family: ModelFamily, config: Any, component: Component, layer_range: LayerRange) -> ComponentModel:
     """Build a component whose parameters have shapes but no memory yet.
 
     Args:
         family: The model's family.
-        config: A Hugging Face configuration of the whole model; it is copied.
+        config: A Hugging Face configuration of the whole model, which becomes the component's own;
+            its ``dtype`` is that of the weights to come.
         component: Which component.
         layer_range: The layers it runs.
-        dtype: The dtype that its weights will have.
     """
-    own_config = copy.deepcopy(config)
-    own_config.dtype = dtype
-    with skeleton(dtype), blaming_config(family, config.name_or_path):
-        model = component_class(family, component)(own_config, layer_range)
+    with skeleton(config.dtype), blaming_config(family, config.name_or_path):
+        model = component_class(family, component)(config, layer_range)
     model.eval()
     return model
 
 
-def hf_config(family: ModelFamily, values: dict[str, Any], name_or_path: str, attn_implementation: str | None) -> Any:
-    """Make the Hugging Face configuration from the values of ``config.json``.
+def hf_config(
+    family: ModelFamily,
+    values: Mapping[str, Any],
+    name_or_path: str,
+    dtype: str,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Make the Hugging Face configuration from the values of ``config.json``, for weights of a dtype.
 
     Raises:
         ConfigurationError: The configuration class refuses a value.
     """
     config_class = architecture_class(family).config_class
     with BUILD_LOCK, blaming_config(family, name_or_path):
-        config = config_class.from_dict(dict(values), name_or_path=name_or_path)
+        own = {name: value for name, value in values.items() if name != "torch_dtype"}
+        config = config_class.from_dict({**own, "dtype": dtype}, name_or_path=name_or_path)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
     return config
@@ -282,12 +289,14 @@ def blaming_config(family: ModelFamily, name_or_path: str) -> Iterator[None]:
 @contextmanager
 def _depth(config: Any, layers: int) -> Iterator[None]:
     """Let a configuration say that the model has so many layers, while its modules are made."""
-    total = config.num_hidden_layers
-    config.num_hidden_layers = layers
+    # Past the configuration's own setter, which validates the whole of it each time.
+    values, name = vars(config), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    total = values[name]
+    values[name] = layers
     try:
         yield
     finally:
-        config.num_hidden_layers = total
+        values[name] = total
 
 
 def _prune(model: Any, family: ModelFamily, owned: LayerRange) -> None:
@@ -299,7 +308,8 @@ def _prune(model: Any, family: ModelFamily, owned: LayerRange) -> None:
     def make(number: int) -> nn.Module:
         return layer_class(model.config, number) if family.uniform_layers else layers[number]
 
-    _replace(base, family.layers, nn.ModuleList(make(i) if i in owned else PassLayer() for i in range(owned.total)))
+    elsewhere = PassLayer()
+    _replace(base, family.layers, nn.ModuleList(make(i) if i in owned else elsewhere for i in range(owned.total)))
     if not owned.is_first:
         _replace(base, family.embedding, PassLayer())
         for name in family.zero_outside_bottom:

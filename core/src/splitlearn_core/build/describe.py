@@ -19,7 +19,7 @@ def describe_tensors(
 
     A tied head is left out, as ``save_pretrained`` does.
     """
-    config = hf_config(family, values, name_or_path, None)
+    config = hf_config(family, values, name_or_path, dtype)
     stored = FLOAT_DTYPES[dtype]
     with BUILD_LOCK, blaming_config(family, name_or_path), torch.device("meta"):
         model = architecture_class(family)(config)

@@ -21,6 +21,7 @@ class Checkpoint:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class Checkpoint:
         files = self.source.files()
         # One file wins over an index, as in transformers.
         if SINGLE in files:
-            return dict.fromkeys(self.source.header(SINGLE), SINGLE)
+            return dict.fromkeys(self._header(SINGLE), SINGLE)
         if INDEX in files:
             return read_weight_map(self.source.path(INDEX))
         raise self._no_weights(files)
@@ -64,7 +65,7 @@ class Checkpoint:
         wanted = list(keys)
         shards = self.shards(wanted)
         self.source.require(shards)
-        headers = {shard: self.source.header(shard) for shard in shards}
+        headers = {shard: self._header(shard) for shard in shards}
         astray = [f"{key} in {self.weight_map[key]}" for key in wanted if key not in headers[self.weight_map[key]]]
         if astray:
             raise InvalidCheckpointError(
@@ -83,6 +84,11 @@ class Checkpoint:
     def optional_file(self, name: str) -> Path | None:
         """Return the path of a small file that a checkpoint may have or not."""
         return self.source.path(name) if name in self.source.files() else None
+
+    def _header(self, shard: str) -> dict[str, TensorInfo]:
+        if shard not in self._headers:
+            self._headers[shard] = self.source.header(shard)
+        return self._headers[shard]
 
     def _no_weights(self, files: Mapping[str, int]) -> CheckpointError:
         pickled = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")))

@@ -33,20 +33,23 @@ def read_weight_map(path: Path) -> dict[str, str]:
     weight_map = _read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index anew")
-    wrong = [f"{key!r} -> {shard!r}" for key, shard in sorted(weight_map.items()) if not _is_shard_name(shard)]
+    # Each name is judged once: an index has a thousand tensors and a few dozen shards.
+    sound = {shard for shard in {str(shard) for shard in weight_map.values()} if _is_shard_name(shard)}
+    wrong = [
+        f"{key!r} -> {shard!r}" for key, shard in weight_map.items() if not isinstance(shard, str) or shard not in sound
+    ]
     if wrong:
         raise InvalidCheckpointError(
-            f"{path} names shards that are no safetensors files in its own folder: {'; '.join(wrong[:8])}",
+            f"{path} names shards that are no safetensors files in its own folder: {'; '.join(sorted(wrong)[:8])}",
             hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",
         )
     return weight_map
 
 
-def _is_shard_name(shard: object) -> bool:
+def _is_shard_name(shard: str) -> bool:
     # One plain name under the rules of both systems, whatever this one is.
     return (
-        isinstance(shard, str)
-        and shard.endswith(".safetensors")
+        shard.endswith(".safetensors")
         and "\0" not in shard
         and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
     )

@@ -160,6 +160,7 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
     import torch
 
     wanted = {planned.module_key: planned for planned in plan.tensors}
+    target, device = _torch_dtype(plan.dtype), torch.device(plan.device).type
     with _blaming(strategy):
         for planned, tensor in strategy.read(plan):
             if wanted.pop(planned.module_key, None) is None:
@@ -167,11 +168,11 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
             if not isinstance(tensor, torch.Tensor):
                 raise _broken(strategy, f"it yielded {type(tensor).__name__} for {planned.module_key}, no tensor")
             floating = planned.info.dtype in FLOAT_DTYPES.values()
-            expected = (planned.info.shape, _torch_dtype(plan.dtype) if floating else tensor.dtype)
+            expected = (planned.info.shape, target if floating else tensor.dtype)
             if (tuple(tensor.shape), tensor.dtype) != expected:
                 got = f"{tensor.dtype} of shape {list(tensor.shape)}"
                 raise _broken(strategy, f"it yielded {got} for {planned.module_key}, not {plan.dtype} as planned")
-            if tensor.device.type != torch.device(plan.device).type:
+            if tensor.device.type != device:
                 raise _broken(strategy, f"it yielded {planned.module_key} on {tensor.device}, not on {plan.device}")
             yield planned, tensor
     if wanted:

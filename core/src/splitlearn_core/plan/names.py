@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,9 @@ def place_keys(
                 origins[absent] = origins[present]
     sources: dict[Component, dict[str, str]] = {component: {} for component in Component}
     unexpected: list[str] = []
+    component_of = _placement(family, ranges)
     for name, key in origins.items():
-        component = _component_of(family, name, ranges)
+        component = component_of(name)
         if component is None:
             unexpected.append(f"{key} (as {name})" if name != key else key)
         else:
@@ -87,16 +88,21 @@ def place_keys(
     return KeyTable(sources, shared, tuple(problems), apart)
 
 
-def _component_of(family: ModelFamily, name: str, ranges: Mapping[Component, LayerRange]) -> Component | None:
-    if name.startswith(f"{family.head}."):
-        return Component.TOP
-    relative = name.removeprefix(f"{family.base}.")
-    if relative.startswith(f"{family.layers}."):
-        # Parsed, not matched as text: layers.1 is no prefix of layers.10.
-        number = relative.removeprefix(f"{family.layers}.").partition(".")[0]
-        layer = int(number) if number.isdecimal() else -1
-        return next((component for component, owned in ranges.items() if layer in owned), None)
-    if relative.startswith(f"{family.norm}."):
-        return Component.TOP
+def _placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Callable[[str], Component | None]:
+    """Return a function from a module key to the component that holds it, or None."""
+    owners = [component for component in Component for _ in range(len(ranges[component]))]
+    layers = f"{family.base}.{family.layers}."
     inlets = (family.embedding, *family.zero_outside_bottom, *family.skip_outside_bottom)
-    return Component.BOTTOM if relative.startswith(tuple(f"{inlet}." for inlet in inlets)) else None
+    bottom = tuple(f"{family.base}.{inlet}." for inlet in inlets)
+    top = (f"{family.base}.{family.norm}.", f"{family.head}.")
+
+    def component_of(name: str) -> Component | None:
+        if name.startswith(layers):
+            # Parsed, not matched as text: layers.1 is no prefix of layers.10.
+            number = name[len(layers) :].partition(".")[0]
+            return owners[int(number)] if number.isdecimal() and int(number) < len(owners) else None
+        if name.startswith(top):
+            return Component.TOP
+        return Component.BOTTOM if name.startswith(bottom) else None
+
+    return component_of
