@@ -32,6 +32,8 @@ from splitlearn_core.types import Component, LayerRange, Progress
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
+    from splitlearn_core.factory import ModelFactory as ModelFactory
+    from splitlearn_core.factory import ModelRegistry as ModelRegistry
     from splitlearn_core.pipeline import SplitCausalLM as SplitCausalLM
     from splitlearn_core.plan.splitplan import ComponentPlan as ComponentPlan
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 _LAZY = {
     "ComponentPlan": "plan.splitplan",
     "LoadingStrategy": "checkpoint.strategy",
+    "ModelFactory": "factory",
+    "ModelRegistry": "factory",
     "SplitCausalLM": "pipeline",
     "SplitModel": "quickstart",
     "SplitPlan": "plan.splitplan",

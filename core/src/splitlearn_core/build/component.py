@@ -40,6 +40,31 @@ class ComponentModel(PreTrainedModel):
         self.layer_range = layer_range
         _prune(self, self.family, layer_range)
 
+    @classmethod
+    def from_pretrained_split(
+        cls,
+        full_state_dict: Mapping[str, torch.Tensor],
+        config: Any,
+        start_layer: int | None = None,
+        end_layer: int | None = None,
+    ) -> ComponentModel:
+        """Make a component from the state dict of a whole model, in memory already.
+
+        Args:
+            full_state_dict: Tensors by checkpoint key or module key. Those of the component become
+                its parameters, not copies of them.
+            config: The whole model's Hugging Face configuration.
+            start_layer: The component's first layer; 0 for a bottom.
+            end_layer: One past its last; the number of layers for a top.
+
+        Raises:
+            InvalidSplitError: There are no such layers.
+            TensorMismatchError: Tensors are missing, unexpected or mis-shaped; all are listed.
+        """
+        from splitlearn_core.build.state_dict import component_from_state_dict
+
+        return component_from_state_dict(cls.family, cls.component, full_state_dict, config, start_layer, end_layer)
+
     @property
     def start_layer(self) -> int:
         return self.layer_range.start

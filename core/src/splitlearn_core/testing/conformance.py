@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TextIteratorStreamer
 
-from splitlearn_core import SplitCausalLM, load_split_model, plan_split
+from splitlearn_core import ModelRegistry, SplitCausalLM, load_split_model, plan_split
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
@@ -272,6 +272,19 @@ class FamilyConformance:
         got, expected = (_parameters(load_split_model(None, (2, 4), folder)) for folder in (tmp_path, checkpoint))
         assert got.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
+
+    @pytest.mark.parametrize("component", ["bottom", "trunk", "top"])
+    def test_from_state_dict(self, checkpoint: Path, component: str) -> None:
+        """The classes of the registry make the same components from the state dict of the whole model."""
+        whole = _whole(checkpoint)
+        ends = {"bottom": {"end_layer": 2}, "trunk": {"start_layer": 2, "end_layer": 4}, "top": {"start_layer": 4}}
+        model_class = ModelRegistry.get_model_class(self.model_type, component)
+        made = model_class.from_pretrained_split(whole.state_dict(), whole.config, **ends[component])
+        loaded = getattr(load_split_model(None, (2, 4), checkpoint), component)
+        got, expected = made.state_dict(), loaded.state_dict()
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
+        assert not made.training
 
     def test_ties(self, checkpoint: Path) -> None:
         """A tied head is the embedding: one parameter between a bottom and a top of one call."""

@@ -1,0 +1,71 @@
+"""Components from a whole model's state dict, for those who have one in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems
+from splitlearn_core.build.component import ComponentModel, build_component
+from splitlearn_core.errors import InvalidSplitError, TensorMismatchError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.names import map_keys, place_keys
+from splitlearn_core.types import Component, LayerRange, TensorInfo
+
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+def component_from_state_dict(
+    family: ModelFamily,
+    component: Component,
+    state_dict: Mapping[str, torch.Tensor],
+    config: Any,
+    start_layer: int | None,
+    end_layer: int | None,
+) -> ComponentModel:
+    """Make a component of the tensors it needs; see :meth:`ComponentModel.from_pretrained_split`."""
+    ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
+    table = place_keys(family, config.to_dict(), map_keys(family, state_dict), ranges)
+    sources = table.sources[component]
+    first = next(state_dict[key] for key in sources.values()) if sources else torch.empty(0)
+    own_config = copy.deepcopy(config)
+    own_config.dtype = first.dtype
+    built = build_component(family, own_config, component, ranges[component])
+    infos = {name: _info(key, state_dict[key]) for name, key in sources.items()}
+    problems = [*table.problems, *tensor_problems(built, infos)]
+    if problems:
+        raise TensorMismatchError(
+            f"the state dict is not that of a {family.model_type} model; {len(problems)} tensors are wrong:\n  "
+            + "\n  ".join(problems),
+            hint="give model.state_dict() of the whole causal language model, and its own config",
+        )
+    modules = dict(built.named_modules())
+    for name, key in sources.items():
+        assign_tensor(modules, name, state_dict[key].detach())
+    finish(built, str(first.device))
+    return built
+
+
+def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[Component, LayerRange]:
+    """Cut the model so that the component has the asked layers; the other two share the rest."""
+    first = 0 if start is None else start
+    last = total if end is None else end
+    fits = {Component.BOTTOM: first == 0, Component.TRUNK: True, Component.TOP: last == total}
+    if not (0 <= first < last <= total and fits[component]):
+        raise InvalidSplitError(
+            f"a {component} of layers [{first}, {last}) does not fit a model of {total} layers",
+            hint="a bottom begins at layer 0, a top ends with the last, and each has at least one layer",
+        )
+    cuts = {Component.BOTTOM: (last, total), Component.TRUNK: (first, last), Component.TOP: (0, first)}[component]
+    return {
+        Component.BOTTOM: LayerRange(0, cuts[0], total),
+        Component.TRUNK: LayerRange(*cuts, total),
+        Component.TOP: LayerRange(cuts[1], total, total),
+    }
+
+
+def _info(key: str, tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(key, _STORED.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), "", 0, tensor.nbytes)
