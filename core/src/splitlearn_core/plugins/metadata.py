@@ -100,7 +100,8 @@ def _description(distribution: importlib_metadata.Distribution) -> tuple[str, st
         fields = distribution.metadata
         lines = fields.get_all("Requires-Dist") or []
         return fields.get("Name") or "unknown", fields.get("Version") or "unknown", _requires_core(lines)
-    except (KeyError, ValueError, importlib_metadata.MetadataNotFound):
+    # By version of the backport, missing metadata is None (AttributeError) or an error of files.
+    except (AttributeError, KeyError, ValueError, OSError):
         return "unknown", "unknown", ""
 
 
