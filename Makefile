@@ -18,6 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 demo: $(VENV)/installed
 	$(BIN)/splitlearn demo
+	@echo "To go on here: . $(BIN)/activate"
 
 test: $(VENV)/tools
 	$(BIN)/python -m pytest core plugins/gpt2 plugins/qwen2 plugins/gemma tests

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -36,6 +38,7 @@ from splitlearn_core.plan.splitplan import (
     ComponentPlan,
     SplitPlan,
     cut_bytes,
+    layers_without_tensors,
     plan_components,
     resolve_dtype,
 )
@@ -194,6 +197,7 @@ def load_components(
     paths = model.checkpoint.fetch(plan.shards, progress)
     read_ahead((tensor.info for part in plan.components for tensor in part.tensors), paths)
     progress(Progress("importing"))
+    import_builders(model.family)
     from splitlearn_core.build.component import build_component, hf_config
 
     plugin = registry().plugin(model.family.model_type)
@@ -215,6 +219,27 @@ def load_components(
     total = sum(read.nbytes for read in reads.values())
     progress(Progress("ready", None, total, total))
     return built
+
+
+def import_builders(family: ModelFamily) -> None:
+    """Import torch, and of transformers what the family needs; takes seconds the first time."""
+    with _collection_paused():
+        from splitlearn_core.build.component import architecture_class
+
+        architecture_class(family)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Import without looking for garbage: a tenth of the time of importing transformers goes there."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def load_all(
@@ -249,10 +274,11 @@ def _check_device(device: str) -> None:
             raise ConfigurationError("on the meta device nothing would be loaded", hint="use plan_split to look ahead")
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        first_line = str(error).splitlines()[0]
+        # The first sentence: torch goes on about its own dispatcher.
+        reason = str(error).splitlines()[0].partition(". ")[0][:200]
         gpus = torch.cuda.device_count()
         raise ConfigurationError(
-            f"device {device!r} cannot be used: {first_line}",
+            f"device {device!r} cannot be used: {reason}",
             hint=f"this machine has cpu{f' and {gpus} CUDA devices' if gpus else ', and no CUDA device'}",
         ) from error
 
@@ -289,14 +315,16 @@ def _check_all(
         raise _mismatch(model, problems)
 
 
-def refuse_surplus(model: OpenModel, table: KeyTable) -> None:
-    """Refuse to plan a checkpoint with tensors that no component has a place for.
+def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable) -> None:
+    """Refuse to plan a checkpoint with tensors that have no place, or layers that have no tensors.
 
     Raises:
-        TensorMismatchError: There are such tensors; all are listed.
+        TensorMismatchError: There are such tensors or layers; all are listed.
     """
-    if table.problems:
-        raise _mismatch(model, table.problems)
+    empty = layers_without_tensors(model.family, plan.components)
+    problems = [*table.problems, *(f"missing: every tensor of layer {layer}" for layer in empty)]
+    if problems:
+        raise _mismatch(model, problems)
 
 
 def _mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from splitlearn_core.loading import LoadOptions, check_options, load_components, make_plan, open_model, refuse_surplus
+from splitlearn_core.loading import LoadOptions, check_options, load_components, make_plan, open_model, refuse_misfit
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
 from splitlearn_core.progress import reporting
 from splitlearn_core.types import Component, Progress, ProgressCallback
@@ -64,7 +64,7 @@ def plan_split(
         local_files_only=local_files_only,
     )
     plan, table = make_plan(model, split_points, parse_parts(parts), str(dtype))
-    refuse_surplus(model, table)
+    refuse_misfit(model, plan, table)
     return plan
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.loading import LoadOptions, OpenModel, check_options, load_components, make_plan
+from splitlearn_core.loading import LoadOptions, OpenModel, check_options, import_builders, load_components, make_plan
 from splitlearn_core.memory import anonymous_memory
 from splitlearn_core.text import has_tokenizer, load_tokenizer
 from splitlearn_core.types import Component, ProgressCallback
@@ -73,6 +73,7 @@ def verify_split(
     from splitlearn_core.pipeline import SplitCausalLM
 
     check_options(model, options)
+    import_builders(model.family)
     plan, _ = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
     parts, loads = {}, {}
     for component in Component:

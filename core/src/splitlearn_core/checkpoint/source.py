@@ -252,8 +252,8 @@ class HubSource:
                     f"{what} is not in the cache, and looking on the Hub is off", hint=self.hint_for_missing
                 ) from error
             raise MissingFileError(
-                f"{what}: the Hub cannot be reached, and the cache has no copy",
-                hint="check the network and HF_ENDPOINT; what is cached loads with local_files_only=True",
+                f"{what}: there is no such directory, the Hub cannot be reached, and the cache has no copy",
+                hint="check the spelling, the network and HF_ENDPOINT",
             ) from error
         except errors.EntryNotFoundError as error:
             raise MissingFileError(f"{where} has no {name}", hint="is it a transformers checkpoint?") from error

@@ -13,7 +13,7 @@ from splitlearn_core.types import Component, Progress
 _PROMPT = "The people of the United States"
 
 
-@click.command("demo")
+@click.command("demo", short_help="The whole job on the bundled model.")
 @click.option("--prompt", default=_PROMPT, show_default=True, help="The text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)

@@ -10,7 +10,7 @@ import click
 from splitlearn_core.cli.options import json_option, load_options, model_options, print_json
 
 
-@click.command("generate")
+@click.command("generate", short_help="Continue a prompt, cut in three.")
 @model_options
 @load_options
 @click.option("--prompt", required=True, help="The text to continue.")

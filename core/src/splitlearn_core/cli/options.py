@@ -26,7 +26,9 @@ def model_options(command: _Command) -> _Command:
                 metavar="A B",
                 help="Layers of the two cuts.",
             ),
-            click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto."),
+            click.option(
+                "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, float64 or auto."
+            ),
             click.option("--revision", help="Branch, tag or commit on the Hub."),
             click.option("--cache-dir", help="Where the Hub's files are kept."),
             click.option("--local-files-only", is_flag=True, help="Do not look on the Hub."),

@@ -13,7 +13,7 @@ _BAR_WIDTH = 64
 _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}
 
 
-@click.command("plan")
+@click.command("plan", short_help="What a split gives, from headers alone.")
 @model_options
 @json_option
 def command(model: str, split_points: tuple[int, int], as_json: bool, **options: Any) -> None:
@@ -58,7 +58,7 @@ def render_plan(plan: SplitPlan) -> str:
         "",
         _bar(plan),
         "",
-        table(("component", "layers", "parameters", "bytes", "cache/token", "shards"), rows),
+        table(("component", "layers", "parameters", "stored", "cache/token", "shards"), rows),
         "",
         f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
     ]

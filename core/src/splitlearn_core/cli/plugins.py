@@ -12,7 +12,7 @@ _check_option = click.option(
 )
 
 
-@click.group("plugins", invoke_without_command=True)
+@click.group("plugins", invoke_without_command=True, short_help="List the installed family plugins.")
 @_check_option
 @json_option
 @click.pass_context

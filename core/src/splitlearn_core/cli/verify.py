@@ -10,7 +10,7 @@ from splitlearn_core.cli.options import human_bytes, json_option, load_options, 
 from splitlearn_core.verification import Verification
 
 
-@click.command("verify")
+@click.command("verify", short_help="Compare with the unsplit model.")
 @model_options
 @load_options
 @json_option

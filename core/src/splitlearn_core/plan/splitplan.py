@@ -146,6 +146,15 @@ def plan_components(
     return tuple(plans)
 
 
+def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) -> tuple[int, ...]:
+    """Return the planned layers that the checkpoint has nothing of, although its configuration counts them."""
+    prefix = f"{family.base}.{family.layers}."
+    names = (tensor.module_key for part in parts for tensor in part.tensors)
+    held = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+    counted = (layer for part in parts for layer in range(part.layers.start, part.layers.end))
+    return tuple(layer for layer in counted if str(layer) not in held)
+
+
 def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
     """Decide the dtype of the loaded weights, by the rule of ``from_pretrained``.
 
