@@ -9,7 +9,7 @@ from typing import Any
 from splitlearn_core.errors import MissingFileError, PluginError
 from splitlearn_core.loading import BUNDLED, LoadOptions, OpenModel, load_components, make_plan, open_model
 from splitlearn_core.plan.split import count_layers
-from splitlearn_core.plugins.registry import registry
+from splitlearn_core.plugins.registry import ALLOW_VARIABLE, BLOCK_VARIABLE, registry
 from splitlearn_core.text import Generation, generate_text, load_tokenizer
 from splitlearn_core.types import Component, ProgressCallback
 from splitlearn_core.verification import Verification, verify_split
@@ -63,4 +63,7 @@ def open_demo() -> Demo:
         if family.bundled_checkpoint:
             name = f"{BUNDLED}{model_type}"
             return Demo(name, open_model(name))
-    raise MissingFileError("no installed plugin carries a model", hint="pip install splitlearn-gpt2")
+    raise MissingFileError(
+        "no plugin that is installed and not blocked carries a model",
+        hint=f"pip install splitlearn-gpt2, or see that {ALLOW_VARIABLE} and {BLOCK_VARIABLE} let it in",
+    )

@@ -112,8 +112,7 @@ def bundled_checkpoint(family: ModelFamily) -> Path:
     package, _, folder = family.bundled_checkpoint.partition(":")
     if not package:
         raise MissingFileError(
-            f"the plugin of {family.model_type!r} carries no model",
-            hint="splitlearn-gpt2 does: pip install splitlearn-gpt2",
+            f"the plugin of {family.model_type!r} carries no model", hint=f"splitlearn-gpt2 does: {BUNDLED}gpt2"
         )
     return Path(str(resources.files(package) / folder))
 

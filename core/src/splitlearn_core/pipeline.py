@@ -109,15 +109,41 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         output.past_key_values = past_key_values
         return output.to_tuple() if return_dict is False else output
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn gradient checkpointing on in each component; arguments as of Hugging Face models."""
+        for component in self.components:
+            component.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Turn gradient checkpointing off in each component."""
+        for component in self.components:
+            component.gradient_checkpointing_disable()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: three components in one file are a checkpoint that nothing could load."""
+        raise ConfigurationError(
+            "a split model is not saved as one checkpoint",
+            hint="save its components, each into a folder of its own: model.trunk.save_pretrained(...)",
+        )
+
     def _part_of(self, cache: Cache | None, component: ComponentModel) -> PartCache | None:
         if cache is None:
             return None
-        if not isinstance(cache, Cache) or cache.is_compileable or cache.offloading:
+        refusal = _cache_refusal(cache)
+        if refusal:
             raise ConfigurationError(
-                f"a split model cannot use a cache of type {type(cache).__name__}",
+                f"a split model cannot use {refusal}",
                 hint="use DynamicCache(config=model.config), or leave past_key_values and cache_implementation out",
             )
         return PartCache.view(cache, component.layer_range)
+
+
+def _cache_refusal(cache: Any) -> str:
+    if not isinstance(cache, Cache):
+        return f"a {type(cache).__name__} as a cache"
+    if cache.offloading:
+        return "an offloaded cache"
+    return f"a static cache ({type(cache).__name__})" if cache.is_compileable else ""
 
 
 def _move(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -137,8 +163,13 @@ def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentMode
             problems.append(f"their layers do not follow one another: {', '.join(map(str, edges))}")
         if not edges[2].is_last or len({edge.total for edge in edges}) > 1:
             problems.append(f"they are of models of different depth: {', '.join(map(str, edges))}")
-        for what in ("model_type", "hidden_size", "vocab_size", "dtype"):
-            values = [getattr(part.config, what) for part in given.values()]
+        facts = {
+            what: [getattr(part.config, what) for part in given.values()]
+            for what in ("model_type", "hidden_size", "vocab_size")
+        }
+        # Of the parameters, not of the configuration, which .to(dtype) leaves as it was.
+        facts["dtype"] = [next(part.parameters()).dtype for part in given.values()]
+        for what, values in facts.items():
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
     if problems:

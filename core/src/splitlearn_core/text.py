@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -87,10 +88,13 @@ def generate_text(
         on_text: Called with each piece of text, the prompt first.
 
     Raises:
-        ConfigurationError: The prompt is empty or the text would not fit the model.
+        ConfigurationError: The prompt is empty, the text would not fit the model, or the temperature
+            is no number from 0.
     """
     import torch
 
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigurationError(f"temperature {temperature} is no number from 0", hint="0 takes the likeliest token")
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = encoded["input_ids"].shape[1]
     _check_length(model, length, max_new_tokens)

@@ -95,8 +95,17 @@ class ComponentModel(PreTrainedModel):
         )
 
     def _forward_arguments(
-        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past_key_values: Cache | None
+        self,
+        kwargs: dict[str, Any],
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
     ) -> dict[str, Any]:
+        """Check what a component was given, and say it in the words of the Hugging Face class."""
+        refuse_recordings(kwargs)
+        for name, instead in (("use_cache", "past_key_values=component.new_cache()"), ("return_dict", "nothing")):
+            if name in kwargs:
+                raise ConfigurationError(f"a component takes no {name}", hint=f"give {instead} instead")
         if attention_mask is not None and attention_mask.dim() != _MASK_DIMENSIONS:
             raise ConfigurationError(
                 f"attention_mask has {attention_mask.dim()} dimensions; components take [batch, past + sequence]",
@@ -141,8 +150,7 @@ class _Bottom(ComponentModel):
         Returns:
             Hidden states ``[batch, sequence, hidden]``.
         """
-        refuse_recordings(kwargs)
-        arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
+        arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
         output = self.base_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
 
@@ -168,8 +176,7 @@ class _Trunk(ComponentModel):
         Returns:
             Hidden states ``[batch, sequence, hidden]``.
         """
-        refuse_recordings(kwargs)
-        arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
+        arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
         output = self.base_model(inputs_embeds=hidden_states, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
 
@@ -200,8 +207,7 @@ class _Top(ComponentModel):
             ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
             the cache.
         """
-        refuse_recordings(kwargs)
-        arguments = self._forward_arguments(attention_mask, position_ids, past_key_values)
+        arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
         output = super().forward(
             inputs_embeds=hidden_states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
         )
@@ -290,7 +296,8 @@ def hf_config(
     config_class = architecture_class(family).config_class
     with BUILD_LOCK, blaming_config(family, name_or_path):
         own = {name: value for name, value in values.items() if name != "torch_dtype"}
-        config = config_class.from_dict({**own, "dtype": dtype}, name_or_path=name_or_path)
+        # Components pass results on by name, whatever the checkpoint prefers.
+        config = config_class.from_dict({**own, "dtype": dtype, "return_dict": True}, name_or_path=name_or_path)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
     return config
@@ -326,6 +333,7 @@ def _depth(config: Any, layers: int) -> Iterator[None]:
 
 def _prune(model: Any, family: ModelFamily, owned: LayerRange) -> None:
     """Keep what the component owns, and make everything else neutral."""
+    _check_names(model, family)
     base = model.get_submodule(family.base)
     layers = base.get_submodule(family.layers)
     layer_class: type[nn.Module] = type(layers[0])
@@ -351,3 +359,22 @@ def _prune(model: Any, family: ModelFamily, owned: LayerRange) -> None:
 def _replace(parent: nn.Module, path: str, module: nn.Module) -> None:
     holder, _, name = path.rpartition(".")
     setattr(parent.get_submodule(holder), name, module)
+
+
+def _check_names(model: nn.Module, family: ModelFamily) -> None:
+    """Hold the names of a family against the modules there are, before any is replaced.
+
+    Raises:
+        BrokenPluginError: There are no modules of these names; those there are, are listed.
+    """
+    inside = (family.layers, family.embedding, family.norm, *family.zero_outside_bottom, *family.skip_outside_bottom)
+    paths = [family.base, family.head, *(f"{family.base}.{name}" for name in inside)]
+    there = {name for name, _ in model.named_modules()}
+    astray = [path for path in paths if path not in there]
+    if astray:
+        shallow = sorted(name for name in there if name and name.count(".") <= family.base.count(".") + 1)
+        raise BrokenPluginError(
+            f"the family {family.model_type!r} names {', '.join(astray)}, "
+            f"and {type(model).__name__} has no such modules",
+            hint=f"it has: {', '.join(shallow)}",
+        )

@@ -16,7 +16,7 @@ _PROMPT = "The people of the United States"
 @click.command("demo", short_help="The whole job on the bundled model.")
 @click.option("--prompt", default=_PROMPT, show_default=True, help="The text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True)
 @json_option
 @click.pass_context
 def command(ctx: click.Context, prompt: str, max_new_tokens: int, seed: int, as_json: bool) -> None:

@@ -18,7 +18,7 @@ from splitlearn_core.cli.options import json_option, load_options, model_options
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: always the likeliest token.")
 @click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=int, help="Makes draws repeatable.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes draws repeatable.")
 @json_option
 def command(
     model: str,

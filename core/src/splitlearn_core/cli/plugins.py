@@ -34,6 +34,8 @@ def list_command(ctx: click.Context, check: bool, as_json: bool) -> None:
 
 def _print(check: bool, as_json: bool) -> None:
     statuses = registry().statuses(check=check)
+    for variable, names in registry().unknown_names().items():
+        click.echo(f"{variable} names {', '.join(names)}: no such plugin is installed", err=True)
     if as_json:
         print_json([status.to_dict() for status in statuses])
     elif not statuses:

@@ -103,6 +103,12 @@ class PluginRegistry:
         """Return the model types that some plugin offers and no variable blocks."""
         return tuple(sorted({entry.model_type for entry in self.entries if not _blocked_by(entry)}))
 
+    def unknown_names(self) -> dict[str, tuple[str, ...]]:
+        """Return what the variables name that is no plugin, by variable: misspelt, most likely."""
+        known = {canonicalize_name(name) for entry in self.entries for name in (entry.model_type, entry.distribution)}
+        named = {variable: _names(variable) or frozenset() for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE)}
+        return {variable: tuple(sorted(names - known)) for variable, names in named.items() if names - known}
+
     def family(self, model_type: str) -> ModelFamily:
         """Return the family of a model type, importing the plugin that owns it.
 
