@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from splitlearn_core import ConfigurationError, SplitCausalLM, load_split_model
 
@@ -199,3 +200,70 @@ def test_a_tuple_on_demand(parts: Any) -> None:
 
     assert isinstance(output, tuple)
     assert output[0].shape == (1, 5, 101)
+
+
+def test_components_of_other_dtypes_are_refused(parts: Any) -> None:
+    """By their parameters: the configuration does not follow .to(dtype)."""
+    parts.trunk.to(torch.bfloat16)
+
+    with pytest.raises(ConfigurationError, match="dtype differs"):
+        SplitCausalLM(*parts)
+
+
+def test_a_saved_component_still_fits(parts: Any, tmp_path: Path) -> None:
+    """Saving writes the configuration's dtype as text; the components are the same as before."""
+    parts.top.save_pretrained(tmp_path)
+
+    assert SplitCausalLM(*parts)(input_ids=IDS).logits.shape == (1, 5, 101)
+
+
+def test_a_split_model_is_not_saved_as_one(parts: Any, tmp_path: Path) -> None:
+    """Nothing could load such a checkpoint, so nothing is written."""
+    with pytest.raises(ConfigurationError, match="not saved"):
+        SplitCausalLM(*parts).save_pretrained(tmp_path / "saved")
+
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("option", ["use_cache", "return_dict", "output_hidden_states", "output_attentions"])
+def test_options_of_the_whole_model_are_refused(parts: Any, name: str, option: str) -> None:
+    """A component returns one tensor or logits, and its cache is its argument."""
+    assert option in refusal(parts, name, **{option: True}).message
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "static"])
+def test_caches_that_cannot_be_cut_are_refused(parts: Any, kind: str) -> None:
+    """The message says what is wrong with the cache, not only its type."""
+    model = SplitCausalLM(*parts)
+
+    with pytest.raises(ConfigurationError, match=kind):
+        model.generate(IDS, cache_implementation=kind, max_new_tokens=2, pad_token_id=0)
+
+
+def test_gradient_checkpointing_reaches_the_components(single: Path, parts: Any) -> None:
+    """Gradients are those of the unsplit model with checkpointing."""
+    whole = AutoModelForCausalLM.from_pretrained(single)
+    split = SplitCausalLM(*parts)
+    # The name since transformers 5.23, and the one before.
+    enable = next(n for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(whole, n))
+    for model in (whole, split):
+        model.train()
+        getattr(model, enable)()
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+
+    expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    for part in split.components:
+        assert any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+    for name, parameter in split.trunk.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_results_are_named_whatever_the_checkpoint_prefers(single: Path) -> None:
+    """``return_dict: false`` in config.json does not turn a component's insides into tuples."""
+    path = single / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "return_dict": False}))
+
+    model = SplitCausalLM(*load_split_model("llama", CUTS, single))  # type: ignore[arg-type]
+
+    assert model(input_ids=IDS).logits.shape == (1, 5, 101)

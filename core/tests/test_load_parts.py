@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from splitlearn_core import Progress, SplitCausalLM, load_split_model, plan_split
+from splitlearn_core import Progress, SplitCausalLM, TensorMismatchError, load_split_model, plan_split
 
 pytestmark = pytest.mark.usefixtures("llama")
 
@@ -457,3 +457,12 @@ def test_logs_and_stdout_stay_apart(llama: Any, single: Path) -> None:
     done = llama.python("-W", "error", "-c", code, str(single))
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_plan_names_layers_without_tensors(single: Path) -> None:
+    """A config.json that counts more layers than the file holds is not planned silently."""
+    path = single / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 8}))
+
+    with pytest.raises(TensorMismatchError, match=r"every tensor of layer 6\n.*layer 7"):
+        plan_split(single, CUTS)

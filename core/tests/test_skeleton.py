@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitlearn_core import InternalError, ModelFamily
+from splitlearn_core import BrokenPluginError, InternalError, ModelFamily
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, tie_if_equal
 from splitlearn_core.build.component import build_component, component_class
 from splitlearn_core.build.neutral import PassLayer, Zero
@@ -231,3 +231,13 @@ def test_a_neutral_module_leaves_no_trace(dtype: torch.dtype) -> None:
     total = state + Zero()(torch.arange(3))
     assert total.dtype == dtype
     assert torch.equal(total, state)
+
+
+def test_names_of_no_module_blame_the_family(config: Any) -> None:
+    """A misspelt head is the family's fault, and the modules that there are get listed."""
+    family = ModelFamily(model_type="llama", architecture="LlamaForCausalLM", head="embed_out")
+
+    with pytest.raises(BrokenPluginError, match="embed_out") as caught:
+        build_component(family, config, Component.BOTTOM, LayerRange(0, 2, 6))
+
+    assert "lm_head" in caught.value.hint

@@ -109,6 +109,16 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         output.past_key_values = past_key_values
         return output.to_tuple() if return_dict is False else output
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn checkpointing on in each component, by its newer name."""
+        for component in self.components:
+            component.activation_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Turn checkpointing off in each component, by its newer name."""
+        for component in self.components:
+            component.activation_checkpointing_disable()
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn gradient checkpointing on in each component; arguments as of Hugging Face models."""
         for component in self.components:
