@@ -53,4 +53,8 @@ def main() -> None:
         # The reader of a pipe has gone (`| head`); without this, flushing at exit would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        # A disk that is full, or a closed output: nothing of ours, and no reason for a traceback.
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

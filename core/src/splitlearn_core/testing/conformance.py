@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TextIteratorStreamer
 
 from splitlearn_core import ModelRegistry, SplitCausalLM, load_split_model, plan_split
+from splitlearn_core.build.neutral import PassLayer
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
@@ -193,6 +194,26 @@ class FamilyConformance:
                 assert torch.equal(parameter.grad, expected[name]), name
                 compared.add(name)
         assert compared == expected.keys()
+
+    @pytest.mark.parametrize("component", ["trunk", "top"])
+    def test_only_layers_outside_bottom(self, checkpoint: Path, component: str) -> None:
+        """In training, hidden states that come in from outside meet nothing but layers and the final norm.
+
+        An embedding dropout that is applied again, or positions that are added again, show here:
+        see ``skip_outside_bottom`` and ``zero_outside_bottom``.
+        """
+        family = registry().family(self.model_type)
+        part = getattr(load_split_model(None, (2, 4), checkpoint, parts=(component,)), component)
+        base = part.get_submodule(family.base)
+        layers = base.get_submodule(family.layers)
+        for number in range(len(layers)):
+            layers[number] = PassLayer()
+        for module in part.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        hidden = torch.randn(2, 5, part.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        expected = base.get_submodule(family.norm)(hidden)
+        assert torch.equal(part.base_model(inputs_embeds=hidden).last_hidden_state, expected)
 
     # -- weights -----------------------------------------------------------------------------------
 
