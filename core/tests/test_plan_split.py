@@ -173,7 +173,7 @@ def test_a_model_too_shallow_is_refused(total: int) -> None:
         assert "3" in caught.value.hint
 
 
-@pytest.mark.parametrize("layers", [None, 0, -1, 6.0, "6", True, [6], {}], ids=repr)
+@pytest.mark.parametrize("layers", [None, 0, -1, 10**9, 6.0, "6", True, [6], {}], ids=repr)
 def test_a_rubbish_number_of_layers_is_refused(layers: Any) -> None:
     """The message names the key of config.json and what it says."""
     with pytest.raises(ConfigurationError, match="num_hidden_layers") as caught:

@@ -11,17 +11,21 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import Component, LayerRange
 
 
+#: Far above any model's; a number beyond it is a slip or an attack, and would fill the memory.
+MAX_LAYERS = 10_000
+
+
 def count_layers(family: ModelFamily, config: Mapping[str, Any]) -> int:
     """Read the number of layers from ``config.json``.
 
     Raises:
-        ConfigurationError: It is missing or no positive integer.
+        ConfigurationError: It is missing, no positive integer, or beyond belief.
     """
     layers = family.config_value(config, "num_hidden_layers")
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= MAX_LAYERS:
         name = family.config_names.get("num_hidden_layers", "num_hidden_layers")
         raise ConfigurationError(
-            f"config.json says {name} = {layers!r}, which is no number of layers",
+            f"config.json says {name} = {layers!r}, which is no number of layers (1 to {MAX_LAYERS})",
             hint=f'set "{name}" to the number of layers of the checkpoint',
         )
     return layers
