@@ -10,7 +10,6 @@ from splitlearn_core.errors import BrokenPluginError, ConfigurationError, Invali
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import Component, LayerRange
 
-
 #: Far above any model's; a number beyond it is a slip or an attack, and would fill the memory.
 MAX_LAYERS = 10_000
 
