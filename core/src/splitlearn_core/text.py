@@ -95,6 +95,12 @@ def generate_text(
 
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigurationError(f"temperature {temperature} is no number from 0", hint="0 takes the likeliest token")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"the prompt is no text: {error}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
+        ) from error
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = encoded["input_ids"].shape[1]
     _check_length(model, length, max_new_tokens)

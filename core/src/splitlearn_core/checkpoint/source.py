@@ -296,8 +296,10 @@ def open_source(
     Raises:
         MissingFileError: Neither is there, or it has no ``config.json``.
     """
-    if not os.fspath(model_name_or_path):
-        raise ConfigurationError("model_name_or_path is empty", hint="give a directory or a Hub repository")
+    if not isinstance(model_name_or_path, str | os.PathLike) or not os.fspath(model_name_or_path):
+        raise ConfigurationError(
+            f"model_name_or_path is {model_name_or_path!r}", hint="give a directory or a Hub repository"
+        )
     name = os.fspath(model_name_or_path)
     try:
         path = Path(model_name_or_path).expanduser()

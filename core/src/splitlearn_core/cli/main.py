@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -37,6 +38,10 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line. Exit code 0: done, 1: failed, 2: wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot spell is escaped: no reason to stop in the middle of a text.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(prog_name="splitlearn", standalone_mode=False)
     except click.ClickException as error:

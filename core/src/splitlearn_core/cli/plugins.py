@@ -19,7 +19,7 @@ _check_option = click.option(
 def command(ctx: click.Context, check: bool, as_json: bool) -> None:
     """List the installed family plugins, from metadata and source: none is imported."""
     if ctx.invoked_subcommand is None:
-        _print(check, as_json)
+        ctx.exit(_print(check, as_json))
 
 
 @command.command("list")
@@ -29,10 +29,11 @@ def command(ctx: click.Context, check: bool, as_json: bool) -> None:
 def list_command(ctx: click.Context, check: bool, as_json: bool) -> None:
     """List the installed family plugins (what `splitlearn plugins` does)."""
     before = ctx.parent.params if ctx.parent else {}
-    _print(check or before.get("check", False), as_json or before.get("as_json", False))
+    ctx.exit(_print(check or before.get("check", False), as_json or before.get("as_json", False)))
 
 
-def _print(check: bool, as_json: bool) -> None:
+def _print(check: bool, as_json: bool) -> int:
+    """Print the list; return 1 where a check was asked for and found something wrong."""
     statuses = registry().statuses(check=check)
     for variable, names in registry().unknown_names().items():
         click.echo(f"{variable} names {', '.join(names)}: no such plugin is installed", err=True)
@@ -42,6 +43,7 @@ def _print(check: bool, as_json: bool) -> None:
         click.echo("no plugins are installed; try: pip install splitlearn-gpt2")
     else:
         click.echo(_render(statuses))
+    return int(check and any(status.status not in ("ready", "blocked") for status in statuses))
 
 
 def _render(statuses: tuple[PluginStatus, ...]) -> str:

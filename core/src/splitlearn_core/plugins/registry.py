@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,11 +196,10 @@ class PluginRegistry:
             )
         installed = self.model_types()
         close = difflib.get_close_matches(str(model_type), installed, n=1)
-        package = _KNOWN_PACKAGES.get(model_type, f"splitlearn-{canonicalize_name(str(model_type))}")
         return UnknownModelTypeError(
             f"no installed plugin provides model type {model_type!r} (installed: {', '.join(installed) or 'none'})",
-            hint=(f"did you mean {close[0]!r}? Otherwise try: " if close else "try: ")
-            + f'pip install {package}, or check "model_type" in config.json',
+            hint=(f"did you mean {close[0]!r}? Otherwise " if close else "")
+            + f'{_install_line(model_type)}check "model_type" in config.json',
         )
 
     def _load(self, entry: PluginEntry) -> LoadedPlugin | PluginError:
@@ -234,6 +234,14 @@ def reset_registry() -> None:
     global _registry  # noqa: PLW0603  # see registry()
     importlib.invalidate_caches()
     _registry = None
+
+
+def _install_line(model_type: str) -> str:
+    """Return the line to try, but only for a plain name: it may come from anybody's config.json."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", str(model_type)):
+        return ""
+    package = _KNOWN_PACKAGES.get(model_type, f"splitlearn-{canonicalize_name(model_type)}")
+    return f"try: pip install {package}, or "
 
 
 def _new_manager() -> pluggy.PluginManager:
