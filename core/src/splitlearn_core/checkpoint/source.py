@@ -251,10 +251,7 @@ class HubSource:
                 raise MissingFileError(
                     f"{what} is not in the cache, and looking on the Hub is off", hint=self.hint_for_missing
                 ) from error
-            raise MissingFileError(
-                f"{what}: there is no such directory, the Hub cannot be reached, and the cache has no copy",
-                hint="check the spelling, the network and HF_ENDPOINT",
-            ) from error
+            raise _unreachable(what) from error
         except errors.EntryNotFoundError as error:
             raise MissingFileError(f"{where} has no {name}", hint="is it a transformers checkpoint?") from error
         except errors.HFValidationError as error:
@@ -264,8 +261,10 @@ class HubSource:
             ) from error
         except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
             raise CheckpointError(f"{what}: the Hub answered with an error: {error}", hint="try again later") from error
-        except (transport.HTTPError, OSError, RuntimeError) as error:
-            # RuntimeError: huggingface_hub 1.x retries on a session that it has closed.
+        except RuntimeError as error:
+            # huggingface_hub 1.x, when nothing answers, retries on a session that it has closed.
+            raise _unreachable(what) from error
+        except (transport.HTTPError, OSError) as error:
             raise self._broken_transfer(what, error) from error
 
     def _broken_transfer(self, what: str, error: Exception) -> SplitLearnError:
@@ -281,6 +280,13 @@ class HubSource:
             f"{what}: the connection to the Hub was lost: {error}",
             hint="run it again: what was downloaded is kept; what is cached loads with local_files_only=True",
         )
+
+
+def _unreachable(what: str) -> MissingFileError:
+    return MissingFileError(
+        f"{what}: there is no such directory, the Hub cannot be reached, and the cache has no copy",
+        hint="check the spelling, the network and HF_ENDPOINT",
+    )
 
 
 def open_source(
