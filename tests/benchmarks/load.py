@@ -16,7 +16,7 @@ from trunk import measurement
 NAME = "load"
 _RECIPE_TIMES = {"gpt2": 40, "qwen2": 100, "gemma": 500}
 _LOAD_TIMES = {"whole": dict.fromkeys(_RECIPE_TIMES, 4), "recipe": _RECIPE_TIMES, "kindly": _RECIPE_TIMES}
-_FIRST_TIMES = {"whole": 1.3, "fastsafetensors": 3, "runai": 3, "accelerate": 15}
+_FIRST_TIMES = {"whole": 1.3, "fastsafetensors": 3, "runai": 3, "accelerate": 15, "empty": 15}
 
 
 def run(session: Session) -> None:

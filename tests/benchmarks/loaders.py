@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +67,21 @@ def load_recipe_kindly(job: Job) -> Trunk:
 
 
 def load_accelerate(job: Job) -> Trunk:
+    """A model constructed in the ordinary way, then filled."""
+    return _dispatched(job, on_meta=False)
+
+
+def load_accelerate_kindly(job: Job) -> Trunk:
+    """As accelerate's guide has it: constructed without memory, then filled."""
+    return _dispatched(job, on_meta=True)
+
+
+def _dispatched(job: Job, *, on_meta: bool) -> Trunk:
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(job.directory)
-    with init_empty_weights():
+    with init_empty_weights() if on_meta else nullcontext():
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     model.tie_weights()
     load_checkpoint_and_dispatch(model, job.directory, device_map={"": "cpu"}, dtype=config.dtype)
@@ -111,6 +121,7 @@ LOADERS = {
     "recipe": Loader("whole model, 3 parts copied", load_recipe, _HF),
     "kindly": Loader("the same, without initialisation", load_recipe_kindly, _HF),
     "accelerate": Loader("accelerate", load_accelerate, ("accelerate", *_HF), "accelerate"),
+    "empty": Loader("accelerate, empty weights", load_accelerate_kindly, ("accelerate", *_HF), "accelerate"),
     "fastsafetensors": Loader("fastsafetensors", load_fastsafetensors, ("fastsafetensors", *_HF), "fastsafetensors"),
     "runai": Loader("runai-model-streamer", load_runai, ("runai_model_streamer", *_HF), "runai_model_streamer"),
 }
