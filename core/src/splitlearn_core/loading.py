@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +39,12 @@ from splitlearn_core.plan.splitplan import (
     SplitPlan,
     cut_bytes,
     layers_without_tensors,
+    loaded_nbytes,
     plan_components,
     resolve_dtype,
 )
 from splitlearn_core.plugins.registry import registry
+from splitlearn_core.progress import passing_through
 from splitlearn_core.types import Component, Progress, ProgressCallback, TensorInfo
 
 if TYPE_CHECKING:
@@ -199,11 +201,8 @@ def load_components(
     import_builders(model.family)
     from splitlearn_core.build.component import build_component, hf_config
 
-    plugin = registry().plugin(model.family.model_type)
     reads = _read_plans(plan, paths, options.device)
-    strategy = choose_strategy(
-        options.strategy, list(reads.values()), plugin.strategies, model.family.preferred_strategy
-    )
+    strategy = _strategy(model, options, reads)
     _check_memory(model.name, strategy, reads.values())
     built: dict[Component, ComponentModel] = {}
     for part in plan.components:
@@ -213,23 +212,53 @@ def load_components(
         built[part.component] = build_component(model.family, config, part.component, part.layers)
     _check_all(model, plan.components, table, built)
     _attach_generation_config(model, built.get(Component.TOP))
-    _read_all(plan, reads, built, strategy, progress)
+    with passing_through(progress) as tell:
+        _read_all(plan, reads, built, strategy, tell)
     _tie_if_equal(built, table)
     total = sum(read.nbytes for read in reads.values())
     progress(Progress("ready", None, total, total))
     return built
 
 
+def memory_needed(
+    model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]
+) -> tuple[int, int]:
+    """Predict what a load takes of this machine: bytes of its own, and bytes that stay pages of files.
+
+    Args:
+        model: The opened checkpoint.
+        plan: What is to be loaded.
+        options: How.
+        paths: Where the planned shards are.
+
+    Raises:
+        ConfigurationError: No strategy of the asked name can do it.
+        BrokenPluginError: A strategy cannot say.
+    """
+    reads = _read_plans(plan, paths, options.device)
+    strategy = _strategy(model, options, reads)
+    own = sum(predicted_bytes(strategy, read) for read in reads.values())
+    if options.device != "cpu":
+        return own, 0
+    loaded = sum(loaded_nbytes(tensor, plan.dtype) for read in reads.values() for tensor in read.tensors)
+    return own, max(0, loaded - own)
+
+
+def _strategy(model: OpenModel, options: LoadOptions, reads: Mapping[Component, ReadPlan]) -> LoadingStrategy:
+    added = registry().plugin(model.family.model_type).strategies
+    return choose_strategy(options.strategy, list(reads.values()), added, model.family.preferred_strategy)
+
+
 def import_builders(family: ModelFamily) -> None:
     """Import torch, and of transformers what the family needs; takes seconds the first time."""
-    with _collection_paused():
+    with collection_paused():
         from splitlearn_core.build.component import architecture_class
 
         architecture_class(family)
 
 
 @contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """Import without looking for garbage: a tenth of the time of importing transformers goes there."""
     if not gc.isenabled():
         yield
@@ -370,21 +399,54 @@ def _read_all(
 ) -> None:
     from splitlearn_core.build.assemble import assign_tensor, finish
 
-    total, done = sum(read.nbytes for read in reads.values()), 0
+    count = _Count(progress, sum(read.nbytes for read in reads.values()))
     held: dict[str, Any] = {}
     for part in plan.components:
         component, read = part.component, reads[part.component]
         own = {planned.module_key for planned in read.tensors}
         log.info("Loading weights of %s (%s)", component, strategy.name)
         modules = dict(built[component].named_modules())
-        for planned, tensor in read_checked(strategy, read):
+        count.begin(component, read)
+        for planned, tensor in read_checked(strategy, replace(read, on_bytes=count.chunk)):
             held[planned.info.key] = assign_tensor(modules, planned.module_key, tensor)
-            done += planned.info.nbytes
-            progress(Progress("reading", component, done, total, planned.info.shard))
+            count.tensor(planned.info)
         for planned in part.tensors:
             if planned.module_key not in own:
                 assign_tensor(modules, planned.module_key, held[planned.info.key])
         finish(built[component], read.device)
+
+
+class _Count:
+    """Bytes read so far, told by tensors and, within large ones, by chunks. It never goes back."""
+
+    def __init__(self, progress: ProgressCallback, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._component: Component | None = None
+        #: Shards of the tensors that are still to come, in the order of the files.
+        self._coming: Iterator[str] = iter(())
+        self._shard = ""
+        #: Bytes of whole tensors, bytes of the one at work, and what was told last.
+        self._whole = self._part = self._told = 0
+
+    def begin(self, component: Component, read: ReadPlan) -> None:
+        self._component = component
+        self._coming = iter([shard for shard, tensors in read.by_shard().items() for _ in tensors])
+        self._shard = next(self._coming, "")
+
+    def chunk(self, nbytes: int) -> None:
+        self._part += nbytes
+        self._tell(self._shard)
+
+    def tensor(self, info: TensorInfo) -> None:
+        self._whole, self._part = self._whole + info.nbytes, 0
+        self._shard = next(self._coming, info.shard)
+        self._tell(info.shard)
+
+    def _tell(self, shard: str) -> None:
+        # A strategy that reads ahead counts chunks of tensors to come.
+        self._told = max(self._told, min(self._whole + self._part, self._total))
+        self._progress(Progress("reading", self._component, self._told, self._total, shard))
 
 
 def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) -> None:

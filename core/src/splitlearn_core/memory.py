@@ -1,40 +1,134 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take: by the machine, and by every group that limits it.
+
+A container, a service or a batch job lives in a control group (cgroup). Each group between it and
+the root may have a limit of its own, and whoever goes past one is killed. File pages count as used
+there but are given back on demand; what counts for good is memory that no file stands behind:
+
+    free = limit - (anonymous memory + shared memory + kernel memory that is not given back)
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import psutil
 
-_CGROUP = Path("/sys/fs/cgroup")
+_ROOT = Path("/")
+_CGROUPS = "sys/fs/cgroup"
+_OWN_GROUPS = "proc/self/cgroup"
+#: Limits from here on are the kernel's way of saying that there is none.
+_NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """The memory of this machine, as far as this process may use it. Swap never counts."""
+
+    #: Bytes that could ever be had: the machine's memory, or the lowest limit of a group.
+    total: int
+    #: Bytes that can be taken now.
+    free: int
+    #: What sets the total: ``machine``, or the folder of the group.
+    limited_by: str = "machine"
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group with a limit."""
+
+    folder: str
+    limit: int
+    used: int
+
+
+def read_memory(root: Path = _ROOT) -> MemoryReading:
+    """Read the machine's memory and the limits of the groups that this process is in.
+
+    Args:
+        root: Below it lie ``proc`` and ``sys``.
+    """
+    machine = psutil.virtual_memory()
+    reading = MemoryReading(int(machine.total), int(machine.available))
+    for group in _groups(root):
+        total, limited_by = min((reading.total, reading.limited_by), (group.limit, group.folder))
+        reading = MemoryReading(total, max(0, min(reading.free, group.limit - group.used)), limited_by)
+    return reading
 
 
 def available_memory() -> int:
-    """Return bytes that can be taken without swapping, by the machine's and the container's limit."""
-    free = int(psutil.virtual_memory().available)
-    limit = _cgroup_number("memory.max")
-    if limit is None:
-        return free
-    # Page cache counts as used in memory.current but is given back on demand.
-    used = (_cgroup_number("memory.current") or 0) - _cgroup_file_pages()
-    return max(0, min(free, limit - used))
+    """Return bytes that can be taken without swapping, by the machine's and the groups' limits."""
+    return read_memory().free
 
 
-def _cgroup_number(name: str) -> int | None:
+def _groups(root: Path) -> Iterator[_Group]:
+    """Yield every group with a limit that this process is in, from its own up to the root."""
     try:
-        text = (_CGROUP / name).read_text().strip()
+        lines = (root / _OWN_GROUPS).read_text().splitlines()
+    except OSError:
+        return  # no groups on this system
+    for line in lines:
+        # number:controllers:path; version 2 is the line without controllers.
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            yield from _limits(root / _CGROUPS, path, _version_2)
+        elif "memory" in controllers.split(","):
+            yield from _limits(root / _CGROUPS / "memory", path, _version_1)
+
+
+def _limits(mount: Path, path: str, read: Callable[[Path], _Group | None]) -> Iterator[_Group]:
+    own = PurePosixPath(path.lstrip("/"))
+    # A container often sees its own group as the mount's root, whatever path it is told: what is
+    # not there is passed over.
+    for part in (own, *own.parents):
+        if ".." not in part.parts and (group := read(mount / part)) is not None:
+            yield group
+
+
+def _version_2(folder: Path) -> _Group | None:
+    limit = _number(folder / "memory.max")
+    if limit is None:
+        return None
+    stat = _fields(folder / "memory.stat")
+    if "anon" not in stat:
+        return _Group(str(folder), limit, _number(folder / "memory.current") or 0)
+    kernel = stat["kernel"] - stat.get("slab_reclaimable", 0) if "kernel" in stat else _kernel_parts(stat)
+    return _Group(str(folder), limit, stat["anon"] + stat.get("shmem", 0) + stat.get("sock", 0) + kernel)
+
+
+def _kernel_parts(stat: Mapping[str, int]) -> int:
+    """Add up what kernels before 5.18 tell one by one."""
+    return sum(stat.get(name, 0) for name in ("slab_unreclaimable", "kernel_stack", "pagetables", "percpu"))
+
+
+def _version_1(folder: Path) -> _Group | None:
+    limit = _number(folder / "memory.limit_in_bytes")
+    if limit is None or limit >= _NO_LIMIT:
+        return None
+    stat = _fields(folder / "memory.stat")
+    if "total_rss" not in stat:
+        return _Group(str(folder), limit, _number(folder / "memory.usage_in_bytes") or 0)
+    kernel = _number(folder / "memory.kmem.usage_in_bytes") or 0
+    return _Group(str(folder), limit, stat["total_rss"] + stat.get("total_shmem", 0) + kernel)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isdecimal() else None  # "max" is no limit
 
 
-def _cgroup_file_pages() -> int:
+def _fields(path: Path) -> dict[str, int]:
     try:
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
-        return 0
-    fields = dict(line.split(" ", 1) for line in lines if " " in line)
-    return sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))
+        return {}
+    pairs = (line.split() for line in lines)
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}  # noqa: PLR2004  # a pair
 
 
 def anonymous_memory() -> int:

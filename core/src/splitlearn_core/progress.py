@@ -25,6 +25,33 @@ def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[Pr
             bar.close()
 
 
+@contextmanager
+def passing_through(progress: ProgressCallback) -> Iterator[ProgressCallback]:
+    """Hand a callback to foreign code, and let what it raises come out as it is.
+
+    Code in between may take an exception of the callback for one of its own, dress it up, or
+    swallow it. Whoever raises in a callback wants the work to stop with just that.
+    """
+    raised: list[BaseException] = []
+
+    def relay(said: Progress) -> None:
+        try:
+            progress(said)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    try:
+        yield relay
+    except Exception as error:
+        if not raised or raised[0] is error:
+            raised.clear()
+            raise
+    if raised:
+        # Taken out, as above: the error knows this frame by its traceback, and must not be kept by it.
+        raise raised.pop(0)
+
+
 class _Bar:
     """A byte bar that appears with the first byte."""
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from splitlearn_core.errors import (
     MissingFileError,
     SplitLearnError,
 )
+from splitlearn_core.progress import passing_through
 from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
 
 if TYPE_CHECKING:
@@ -153,12 +155,14 @@ class HubSource:
         if not missing:
             return
         self._check_disk(sum(missing.values()))
-        done = 0
-        for name, size in missing.items():
-            progress(Progress("downloading", None, done, sum(missing.values()), name))
-            self.path(name)
-            done += size
-        progress(Progress("downloading", None, done, sum(missing.values())))
+        done, total = 0, sum(missing.values())
+        with passing_through(progress) as tell:
+            for name, size in missing.items():
+                tell(Progress("downloading", None, done, total, name))
+                bar = _telling_bar(tell, name, size, done, total)
+                self._guarded(partial(self._download, name, self.commit, tqdm_class=bar), name)
+                done += size
+            tell(Progress("downloading", None, done, total))
 
     def header(self, name: str) -> dict[str, TensorInfo]:
         if (self._snapshot / name).exists():
@@ -194,10 +198,10 @@ class HubSource:
                     break
         return bytes(content[:count])
 
-    def _download(self, name: str, revision: str | None) -> Path:
+    def _download(self, name: str, revision: str | None, **options: Any) -> Path:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(self.model, name, revision=revision, **self._options))
+        return Path(hf_hub_download(self.model, name, revision=revision, **self._options, **options))
 
     def _list_files(self) -> dict[str, int]:
         if self._offline():
@@ -280,6 +284,44 @@ class HubSource:
             f"{what}: the connection to the Hub was lost: {error}",
             hint="run it again: what was downloaded is kept; what is cached loads with local_files_only=True",
         )
+
+
+def _telling_bar(tell: ProgressCallback, name: str, size: int, before: int, total: int) -> type[Any]:
+    """Return a class of the Hub client's bars that also tells of the bytes of one file.
+
+    Args:
+        tell: Where to tell; if it raises, the client stops, and keeps what it would keep of any
+            download that was cut off.
+        name: The file.
+        size: Its size.
+        before: Bytes of the files before it.
+        total: Bytes of all of them.
+    """
+    from huggingface_hub.utils import tqdm
+
+    told = 0
+
+    class TellingBar(tqdm):
+        # The thread that redraws bars would be one for each class, and stay.
+        monitor_interval = 0
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # Counted here, because a bar that is not shown does not count.
+            self._bytes = int(options.get("initial") or 0)
+            super().__init__(*args, **options)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal told
+            drawn: bool | None = super().update(n)
+            self._bytes += int(n or 0)
+            # Some transfers have two bars, what was received and what was put together from it; and
+            # one that begins anew counts back.
+            if told < min(self._bytes, size):
+                told = min(self._bytes, size)
+                tell(Progress("downloading", None, before + told, total, name))
+            return drawn
+
+    return TellingBar
 
 
 def _unreachable(what: str) -> MissingFileError:

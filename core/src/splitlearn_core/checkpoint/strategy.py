@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
+
+#: Bytes of a large tensor that are copied at a time, so that a load can say how far it is, and be
+#: stopped, in the middle of one.
+CHUNK_BYTES = 16 * 2**20
+
+
+def _untold(_: int) -> None:
+    """Count nothing."""
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,9 @@ class ReadPlan:
     device: str
     #: torch's name of the dtype that floating tensors take on.
     dtype: str
+    #: Told how many more bytes of a tensor were read, while that takes long; whole tensors are
+    #: counted when they are yielded. It raises where the load is to stop: let that through.
+    on_bytes: Callable[[int], None] = field(default=_untold, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +90,7 @@ class MappedStrategy:
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         for planned, view in _views(plan):
-            yield planned, view.to(_torch_dtype(plan.dtype)) if plan.needs_conversion(planned) else view
+            yield planned, _copy(plan, view, _torch_dtype(plan.dtype)) if plan.needs_conversion(planned) else view
 
 
 class CopiedStrategy:
@@ -97,7 +109,7 @@ class CopiedStrategy:
         for planned, view in _views(plan):
             floating = planned.info.dtype in FLOAT_DTYPES.values()
             dtype = _torch_dtype(plan.dtype) if floating else view.dtype
-            yield planned, view.to(device=plan.device, dtype=dtype, copy=True)
+            yield planned, _copy(plan, view, dtype)
 
 
 #: Core's own, in the order in which ``auto`` tries them.
@@ -213,6 +225,22 @@ def _views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
             raise InvalidCheckpointError(
                 f"{plan.paths[shard]} is no sound safetensors file: {error}", hint="fetch or write the file anew"
             ) from error
+
+
+def _copy(plan: ReadPlan, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Copy a view of a file to the plan's device, and convert it."""
+    import torch
+
+    if view.nbytes <= CHUNK_BYTES:
+        return view.to(device=plan.device, dtype=dtype, copy=True)
+    copied = torch.empty(view.shape, dtype=dtype, device=plan.device)
+    source, target = view.view(-1), copied.view(-1)
+    elements = CHUNK_BYTES // view.element_size()
+    for start in range(0, source.numel(), elements):
+        chunk = source[start : start + elements]
+        target[start : start + elements].copy_(chunk)
+        plan.on_bytes(chunk.nbytes)
+    return copied
 
 
 def _torch_dtype(name: str) -> torch.dtype:
