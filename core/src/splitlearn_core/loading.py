@@ -289,11 +289,17 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
         ConfigurationError: The name is no device or strategy, or this machine has no such device.
     """
     check_strategy(options.strategy, registry().plugin(model.family.model_type).strategies)
-    if options.device != "cpu":
-        _check_device(options.device)
+    check_device(options.device)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises:
+        ConfigurationError: There is no such device.
+    """
+    if device == "cpu":
+        return
     import torch
 
     try:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from splitlearn_core.types import TensorInfo
+from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
 
 _CHUNK = 8 * 2**20
 #: Places of a range that are looked at to tell whether it is in the page cache already.
@@ -23,9 +23,30 @@ def read_ahead(tensors: Iterable[TensorInfo], paths: Mapping[str, Path]) -> None
     if not hasattr(os, "posix_fadvise"):
         return
     # Asking for what is there already would only take time from whoever loads it.
-    ranges = [(shard, begin, end) for shard, begin, end in _ranges(tensors) if not _is_cached(paths[shard], begin, end)]
+    ranges = [(shard, begin, end) for shard, begin, end in _ranges(tensors) if not is_cached(paths[shard], begin, end)]
     if ranges:
         threading.Thread(target=_advise, args=(ranges, paths), name="splitlearn-read-ahead", daemon=True).start()
+
+
+def read_in(paths: Iterable[Path], progress: ProgressCallback) -> None:
+    """Read whole files into the page cache now, and say how far that is.
+
+    For readers that tell nobody how far they are and cannot be stopped: with the bytes in memory
+    they are soon done.
+    """
+    sizes = {path: path.stat().st_size for path in paths}
+    done, total = 0, sum(sizes.values())
+    buffer = bytearray(_CHUNK)
+    for path, size in sizes.items():
+        progress(Progress("reading", None, min(done, total), total, path.name))
+        if is_cached(path, 0, size):
+            done += size
+            continue
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                done += count
+                progress(Progress("reading", None, min(done, total), total, path.name))
+    progress(Progress("reading", None, total, total))
 
 
 def _ranges(tensors: Iterable[TensorInfo]) -> list[tuple[str, int, int]]:
@@ -39,8 +60,8 @@ def _ranges(tensors: Iterable[TensorInfo]) -> list[tuple[str, int, int]]:
     return joined
 
 
-def _is_cached(path: Path, begin: int, end: int) -> bool:
-    """Tell by a few probes that do not wait for the disk; in doubt, say no."""
+def is_cached(path: Path, begin: int, end: int) -> bool:
+    """Tell by a few probes that do not wait for the disk whether a range is in memory; in doubt, say no."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     try:

@@ -1,0 +1,198 @@
+"""A whole model through ``AutoModelForCausalLM``, for what no family is installed or wanted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.readahead import read_in
+from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.errors import (
+    CheckpointError,
+    ConfigurationError,
+    InvalidCheckpointError,
+    SplitLearnError,
+    TensorMismatchError,
+)
+from splitlearn_core.loading import check_device, collection_paused
+from splitlearn_core.manager.components import hub_options
+from splitlearn_core.manager.config import ModelConfig
+from splitlearn_core.manager.failures import Version, explaining, refuse_changes, versions
+from splitlearn_core.manager.resources import ledger_of
+from splitlearn_core.manager.work import HOST, MAPPED, LoadPlan, ReportProgress
+from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes, resolve_dtype
+from splitlearn_core.types import FLOAT_DTYPES, Progress, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_MAX_SHOWN = 8
+#: Seconds between two looks at whether the load is still wanted.
+_PATIENCE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Details:
+    directory: Path
+    files: Mapping[Path, Version]
+    nbytes: int
+    #: Whether every byte is read at once, and not page by page when it is used.
+    reads: bool
+
+
+def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
+    """Find the files, fetch what is missing, and say what loading takes."""
+    report(Progress("resolving"))
+    if config.model_path is None:
+        raise ConfigurationError(f"{config.model_id} has no model_path", hint="give a directory or a Hub id")
+    check_device(config.device)
+    checkpoint = Checkpoint(open_source(config.model_path, **hub_options(config)))
+    stated = checkpoint.config
+    report(Progress("importing"))
+    _check_is_known(config.model_path, stated)
+    keys = sorted(checkpoint.weight_map)
+    paths = checkpoint.fetch(checkpoint.shards(keys), report)
+    report(Progress("planning"))
+    tensors = checkpoint.tensors(keys)
+    dtype = resolve_dtype(config.dtype, stated, tensors.values())
+    # Small, and looked for by from_pretrained, which is not to ask the Hub itself.
+    checkpoint.optional_file("generation_config.json")
+    needs, keeps = _memory(tensors.values(), dtype, config.device)
+    details = _Details(
+        directory=checkpoint.source.path("config.json").parent,
+        files=versions(paths.values()),
+        nbytes=sum(info.nbytes for info in tensors.values()),
+        reads=config.device != "cpu" or needs[HOST] > 0,
+    )
+    return LoadPlan(needs, keeps, str(details.directory), dtype, config.device, details)
+
+
+def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
+    """Build the model and read its weights; all of it or nothing."""
+    details: _Details = plan.details
+    refuse_changes(details.files)
+    report(Progress("importing"))
+    with collection_paused():
+        from transformers import AutoModelForCausalLM
+
+    if details.reads:
+        # from_pretrained has to be alone while it works, so what can be done before it, is.
+        read_in(details.files, report)
+    with _alone(lambda: report(Progress("building"))), _blaming(config.model_path or ""):
+        module, info = AutoModelForCausalLM.from_pretrained(
+            details.directory,
+            dtype=plan.dtype,
+            attn_implementation=config.attn_implementation,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    report(Progress("verifying", None, details.nbytes, details.nbytes))
+    _check_complete(config, module, info)
+    refuse_changes(details.files)
+    if config.device != "cpu":
+        module = module.to(config.device)
+    loaded: torch.nn.Module = module
+    return loaded
+
+
+def _check_is_known(model: str, stated: Mapping[str, Any]) -> None:
+    """Refuse a model whose code would have to come with it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if stated["model_type"] not in CONFIG_MAPPING:
+        raise ConfigurationError(
+            f"transformers knows no model type {stated['model_type']!r}, which config.json of {model} says; "
+            "code that comes with a checkpoint is not run",
+            hint="a newer transformers may have it: pip install --upgrade transformers",
+        )
+
+
+def _memory(tensors: Iterable[TensorInfo], dtype: str, device: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what loading takes at its peak, and what is kept, by ledger."""
+    planned = [PlannedTensor(info.key, info) for info in tensors]
+    loaded = sum(loaded_nbytes(tensor, dtype) for tensor in planned)
+    converted = sum(loaded_nbytes(t, dtype) for t in planned if _is_converted(t.info, dtype))
+    needs = {HOST: converted, MAPPED: loaded - converted}
+    if device == "cpu":
+        return needs, needs
+    # It is made on the CPU and then moved, tensor by tensor.
+    ledger = ledger_of(device)
+    return {**needs, ledger: needs.get(ledger, 0) + loaded}, {HOST: 0, MAPPED: 0, ledger: loaded}
+
+
+def _is_converted(info: TensorInfo, dtype: str) -> bool:
+    return info.dtype in FLOAT_DTYPES.values() and info.dtype != FLOAT_DTYPES[dtype]
+
+
+@contextmanager
+def _alone(waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock under which modules are built.
+
+    from_pretrained puts functions and defaults of torch in place of others while it works: twice at
+    once, it returns models that are not whole, and says nothing.
+    """
+    from splitlearn_core.build.skeleton import BUILD_LOCK
+
+    waiting()
+    while not BUILD_LOCK.acquire(timeout=_PATIENCE):
+        waiting()
+    try:
+        yield
+    finally:
+        BUILD_LOCK.release()
+
+
+@contextmanager
+def _blaming(model: str) -> Iterator[None]:
+    """Say that it was transformers that could not load it, and which of its inputs to look at."""
+    from safetensors import SafetensorError
+
+    try:
+        with explaining(model):
+            yield
+    except SplitLearnError:
+        raise
+    except SafetensorError as error:
+        raise InvalidCheckpointError(
+            f"a weight file of {model} is no sound safetensors file: {error}", hint="fetch or write the file anew"
+        ) from error
+    except (ValueError, ImportError, KeyError) as error:
+        raise ConfigurationError(
+            f"transformers cannot load {model}: {type(error).__name__}: {error}",
+            hint="check the values of config.json, and attn_implementation where it was given",
+        ) from error
+    # The model's own code raises what comes of tensors that do not fit.
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot load {model}: {type(error).__name__}: {error}",
+            hint="do config.json and the weights belong together?",
+        ) from error
+
+
+def _check_complete(config: ModelConfig, module: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model that was filled up with random weights, or that is not wholly there."""
+    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys") or ())]
+    problems += [f"mis-shaped: {entry}" for entry in sorted(map(str, info.get("mismatched_keys") or ()))]
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
+        raise TensorMismatchError(
+            f"the tensors of {config.model_path} are not those of its model; {len(problems)} are wrong:\n  "
+            + "\n  ".join(problems[:_MAX_SHOWN])
+            + more,
+            hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
+        )
+    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise InvalidCheckpointError(
+            f"{config.model_path}: transformers left tensors without memory: {', '.join(empty[:_MAX_SHOWN])}",
+            hint="another version of transformers may do better",
+        )
