@@ -10,21 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import (
     BrokenPluginError,
+    BusyError,
     CapacityError,
     CheckpointError,
     ConfigurationError,
+    DrainTimeoutError,
+    DuplicateModelError,
     IncompatiblePluginError,
     InsufficientDiskError,
     InsufficientMemoryError,
     InternalError,
     InvalidCheckpointError,
     InvalidSplitError,
+    LoadCancelledError,
+    LoadFailedError,
+    LoadStalledError,
+    ManagerClosedError,
+    ManagerError,
     MissingFileError,
+    ModelGoneError,
+    ModelNotReadyError,
     PluginConflictError,
     PluginError,
     SplitLearnError,
     TensorMismatchError,
+    UnknownModelError,
     UnknownModelTypeError,
+    WaitTimeoutError,
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.hookspecs import PLUGIN_API, hookimpl, hookspec
@@ -34,6 +46,15 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
+    from splitlearn_core.manager.config import ModelConfig as ModelConfig
+    from splitlearn_core.manager.lending import AsyncManagedModel as AsyncManagedModel
+    from splitlearn_core.manager.lending import LoadingPlaceholder as LoadingPlaceholder
+    from splitlearn_core.manager.loader import ModelLoader as ModelLoader
+    from splitlearn_core.manager.manager import AsyncModelManager as AsyncModelManager
+    from splitlearn_core.manager.resources import ResourceManager as ResourceManager
+    from splitlearn_core.manager.status import ManagerEvent as ManagerEvent
+    from splitlearn_core.manager.status import ModelInfo as ModelInfo
+    from splitlearn_core.manager.status import ModelStatus as ModelStatus
     from splitlearn_core.pipeline import SplitCausalLM as SplitCausalLM
     from splitlearn_core.plan.splitplan import ComponentPlan as ComponentPlan
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
@@ -43,10 +64,19 @@ if TYPE_CHECKING:
 
 #: Names that are imported when they are first used, and where they live.
 _LAZY = {
+    "AsyncManagedModel": "manager.lending",
+    "AsyncModelManager": "manager.manager",
     "ComponentPlan": "plan.splitplan",
+    "LoadingPlaceholder": "manager.lending",
     "LoadingStrategy": "checkpoint.strategy",
+    "ManagerEvent": "manager.status",
+    "ModelConfig": "manager.config",
     "ModelFactory": "factory",
+    "ModelInfo": "manager.status",
+    "ModelLoader": "manager.loader",
     "ModelRegistry": "factory",
+    "ModelStatus": "manager.status",
+    "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",
     "SplitModel": "quickstart",
     "SplitPlan": "plan.splitplan",
@@ -55,12 +85,14 @@ _LAZY = {
 }
 
 __all__ = [  # noqa: PLE0604  # the second half is computed
-    "PLUGIN_API",
     "BrokenPluginError",
+    "BusyError",
     "CapacityError",
     "CheckpointError",
     "Component",
     "ConfigurationError",
+    "DrainTimeoutError",
+    "DuplicateModelError",
     "IncompatiblePluginError",
     "InsufficientDiskError",
     "InsufficientMemoryError",
@@ -68,14 +100,24 @@ __all__ = [  # noqa: PLE0604  # the second half is computed
     "InvalidCheckpointError",
     "InvalidSplitError",
     "LayerRange",
+    "LoadCancelledError",
+    "LoadFailedError",
+    "LoadStalledError",
+    "ManagerClosedError",
+    "ManagerError",
     "MissingFileError",
     "ModelFamily",
+    "ModelGoneError",
+    "ModelNotReadyError",
+    "PLUGIN_API",
     "PluginConflictError",
     "PluginError",
     "Progress",
     "SplitLearnError",
     "TensorMismatchError",
+    "UnknownModelError",
     "UnknownModelTypeError",
+    "WaitTimeoutError",
     "hookimpl",
     "hookspec",
     *_LAZY,

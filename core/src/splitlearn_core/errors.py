@@ -17,6 +17,18 @@
     ├── CapacityError                    the machine
     │   ├── InsufficientMemoryError      (RuntimeError)
     │   └── InsufficientDiskError        (OSError)
+    ├── ManagerError                     who asks a manager, or the fate of what it manages
+    │   ├── UnknownModelError            (KeyError) no model of this id
+    │   ├── DuplicateModelError          (ValueError) the id is taken, or taken by another configuration
+    │   ├── ModelNotReadyError           the model is in a state in which this cannot be done
+    │   ├── ModelGoneError               the model was unloaded under its holder, by force
+    │   ├── BusyError                    too many calls wait already
+    │   ├── LoadFailedError              a load failed with an error that is not one of these
+    │   ├── LoadCancelledError           somebody cancelled the load
+    │   ├── LoadStalledError             (TimeoutError) a load made no progress for too long
+    │   ├── WaitTimeoutError             (TimeoutError) there was no worker or no room in time
+    │   ├── DrainTimeoutError            (TimeoutError) holders did not give a model back in time
+    │   └── ManagerClosedError           (RuntimeError) the manager takes no more work
     └── InternalError                    us
 """
 
@@ -91,6 +103,54 @@ class InsufficientMemoryError(CapacityError, RuntimeError):
 
 class InsufficientDiskError(CapacityError, OSError):
     """The planned download does not fit on the disk."""
+
+
+class ManagerError(SplitLearnError):
+    """A manager cannot do what it was asked, or what it was to do has failed."""
+
+
+class UnknownModelError(ManagerError, KeyError):
+    """The manager has no model of this id."""
+
+
+class DuplicateModelError(ManagerError, ValueError):
+    """The id is loaded or loading already, or belongs to another configuration."""
+
+
+class ModelNotReadyError(ManagerError):
+    """The model is in a state in which this cannot be done."""
+
+
+class ModelGoneError(ManagerError):
+    """The model was unloaded, by force or because its lease is over."""
+
+
+class BusyError(ManagerError):
+    """More calls wait for the model than its queue takes."""
+
+
+class LoadFailedError(ManagerError):
+    """A load failed with an error of somebody else's: its type and text are in the message."""
+
+
+class LoadCancelledError(ManagerError):
+    """The load was cancelled before it was done."""
+
+
+class LoadStalledError(ManagerError, TimeoutError):
+    """The load made no progress for too long."""
+
+
+class WaitTimeoutError(ManagerError, TimeoutError):
+    """No worker was free, or there was no room, within the time allowed."""
+
+
+class DrainTimeoutError(ManagerError, TimeoutError):
+    """Holders did not give the model back within the time allowed; it serves on."""
+
+
+class ManagerClosedError(ManagerError, RuntimeError):
+    """The manager is closed, or closing, and takes no more work."""
 
 
 class InternalError(SplitLearnError):

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from splitlearn_core.units import human_bytes as human_bytes  # commands find it here
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -61,15 +63,6 @@ def print_json(data: Any) -> None:
 def styled(text: str, **style: Any) -> str:
     """Colour text, unless NO_COLOR asks for none; click leaves it out where there is no terminal."""
     return text if os.environ.get("NO_COLOR") else click.style(text, **style)
-
-
-def human_bytes(count: float) -> str:
-    """Write a number of bytes with a binary unit: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:  # noqa: PLR2004  # the step between binary units
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,0 +1,1 @@
+"""Many components in one process: loading, watching, lending and freeing them without blocking the event loop."""

@@ -1,0 +1,146 @@
+"""One attempt to load a model, from its request until its memory is free again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from splitlearn_core.manager.messages import Key, LoadRequest
+from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus
+from splitlearn_core.types import Progress
+
+#: Statuses in which memory is promised to a generation, but not filled for good.
+RESERVED = frozenset({ModelStatus.LOADING, ModelStatus.WARMING, ModelStatus.CANCELLING})
+#: Statuses in which a generation's memory is filled.
+CHARGED = frozenset({ModelStatus.READY, ModelStatus.DRAINING, ModelStatus.UNLOADING, ModelStatus.STUCK})
+#: Statuses in which a worker is at work for it.
+WORKING = frozenset({ModelStatus.PLANNING, ModelStatus.LOADING, ModelStatus.WARMING, ModelStatus.CANCELLING})
+
+#: Seconds over which the rate is taken.
+_RATE_WINDOW = 5.0
+#: A rate over less time than this says nothing.
+_RATE_MINIMUM = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """What the machine knows of one attempt. Only the machine changes it."""
+
+    model_id: str
+    number: int
+    request: LoadRequest
+    requested_at: float
+    #: Place in the queue.
+    order: int
+    status: ModelStatus = ModelStatus.QUEUED
+    #: When it entered its status.
+    since: float = 0.0
+    #: Ledger -> bytes. Promised while loading (the peak), filled once loaded (what is kept).
+    held: Mapping[str, int] = field(default_factory=dict)
+    #: What the plan said: at the peak, and once loaded.
+    needs: Mapping[str, int] = field(default_factory=dict)
+    keeps: Mapping[str, int] = field(default_factory=dict)
+    #: Callers that wait for it to be ready. None are left once it is resolved.
+    waiters: int = 0
+    resolved: bool = False
+    #: Never below 0; above 0 only while READY or DRAINING.
+    leases: int = 0
+    progress: Progress = field(default_factory=lambda: Progress(""))
+    #: When bytes, stage or file last changed.
+    active_at: float = 0.0
+    stalled: bool = False
+    waiting_for: str = ""
+    #: Seconds spent waiting for a worker or for room, before the present wait.
+    waited: float = 0.0
+    location: str = ""
+    dtype: str = ""
+    measured: int | None = None
+    #: When it became ready, and when it was last given back.
+    ready_at: float | None = None
+    last_used_at: float | None = None
+    #: Until when it drains; None for as long as it takes.
+    drain_deadline: float | None = None
+    #: What the end of a cancelled attempt will be called; None where somebody asked for it.
+    verdict: FailureInfo | None = None
+    #: Why it failed, or, on one that serves, why the attempt to reload it did.
+    failure: FailureInfo | None = None
+    rates: deque[tuple[float, int]] = field(default_factory=deque)
+
+    @property
+    def key(self) -> Key:
+        return self.model_id, self.number
+
+    @property
+    def is_loading(self) -> bool:
+        return self.status.is_loading
+
+    def advance(self, now: float, progress: Progress) -> bool:
+        """Take in how far the worker is; say whether it has got anywhere."""
+        before = self.progress
+        if progress == before:
+            return False
+        if (progress.stage, progress.component) != (before.stage, before.component):
+            self.rates.clear()
+        self.progress = progress
+        self.active_at, self.stalled = now, False
+        self.rates.append((now, progress.bytes_done))
+        while now - self.rates[0][0] > _RATE_WINDOW:
+            self.rates.popleft()
+        return True
+
+    def rate(self) -> float | None:
+        """Bytes a second over the last seconds; None where too little is known."""
+        if len(self.rates) < 2:  # noqa: PLR2004  # a difference takes two
+            return None
+        (begin, first), (end, last) = self.rates[0], self.rates[-1]
+        return (last - first) / (end - begin) if end - begin >= _RATE_MINIMUM and last > first else None
+
+    def expires_at(self, min_residency: float) -> float | None:
+        """When idleness ends it; None for never, or while somebody has it."""
+        keep = self.request.keep_alive
+        if self.status is not ModelStatus.READY or self.leases or self.request.pinned or keep is None:
+            return None
+        ready = self.ready_at or 0.0
+        return max((self.last_used_at or ready) + keep, ready + min_residency)
+
+    def snapshot(self, now: float, epoch: float, min_residency: float, *, reloading: bool) -> ModelInfo:
+        """Make the frozen picture of it. ``epoch`` turns the machine's times into seconds since 1970."""
+        progress, rate = self.progress, self.rate() if self.is_loading else None
+        left = progress.bytes_total - progress.bytes_done
+        working = self.status in WORKING
+
+        def wall(moment: float | None) -> float | None:
+            return None if moment is None else moment + epoch
+
+        return ModelInfo(
+            model_id=self.model_id,
+            status=self.status,
+            generation=self.number,
+            model_type=self.request.model_type,
+            component=self.request.component,
+            stage=progress.stage if working else "",
+            bytes_done=progress.bytes_done,
+            bytes_total=progress.bytes_total,
+            rate=rate,
+            eta=left / rate if rate and left > 0 else None,
+            file=progress.file if working else "",
+            waiting_for=self.waiting_for,
+            stalled_for=now - self.active_at if self.stalled and working else None,
+            waiters=self.waiters,
+            leases=self.leases,
+            reloading=reloading,
+            pinned=self.request.pinned,
+            required=self.request.required,
+            device=self.request.device,
+            dtype=self.dtype,
+            location=self.location,
+            predicted=dict(self.keeps),
+            measured=self.measured,
+            requested_at=wall(self.requested_at),
+            ready_at=wall(self.ready_at),
+            last_used_at=wall(self.last_used_at),
+            expires_at=wall(self.expires_at(min_residency)),
+            load_seconds=None if self.ready_at is None else self.ready_at - self.requested_at,
+            error=self.failure,
+        )

@@ -1,0 +1,219 @@
+"""What the manager hands out: models that can be called, and placeholders of those that are loading."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from splitlearn_core.errors import BusyError, ModelGoneError
+from splitlearn_core.manager.config import ModelConfig
+from splitlearn_core.manager.messages import Key
+from splitlearn_core.manager.status import ModelInfo, ModelStatus
+from splitlearn_core.manager.threads import CallPool
+
+if TYPE_CHECKING:
+    import torch
+
+_T = TypeVar("_T")
+
+
+class Lender(Protocol):
+    """What a lent model needs of its manager."""
+
+    def info_of(self, key: Key) -> ModelInfo: ...
+
+    def call(self, key: Key, function: Callable[[], Any]) -> Awaitable[Any]: ...
+
+    def wait_for(self, key: Key) -> Awaitable[AsyncManagedModel]: ...
+
+
+class AsyncManagedModel:
+    """A loaded model. ``await model(hidden_states=...)`` runs it in a worker thread.
+
+    Take it from :meth:`AsyncModelManager.lease`: while a lease or a call lasts, it is not freed. One
+    that was unloaded by force raises :class:`ModelGoneError` when it is called.
+    """
+
+    def __init__(self, key: Key, config: ModelConfig, module: torch.nn.Module, lender: Lender) -> None:
+        self.model_id, self.generation = key
+        self.config = config
+        self._module: torch.nn.Module | None = module
+        self._lender = lender
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module itself, for what needs it. Calling it here blocks the event loop.
+
+        Raises:
+            ModelGoneError: It was unloaded.
+        """
+        if self._module is None:
+            raise self._gone()
+        return self._module
+
+    @property
+    def info(self) -> ModelInfo:
+        """The present snapshot; ModelGoneError once it was unloaded."""
+        if self._module is None:
+            raise self._gone()
+        return self._lender.info_of((self.model_id, self.generation))
+
+    @property
+    def status(self) -> ModelStatus:
+        return ModelStatus.UNLOADING if self._module is None else self.info.status
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module with these arguments off the event loop; see :meth:`run`."""
+        return await self.run(lambda module: module(*args, **kwargs))
+
+    async def run(self, function: Callable[[Any], _T]) -> _T:
+        """Run ``function(module)`` off the event loop, in the caller's gradient mode and context.
+
+        Cancelling the caller does not stop a call that has begun; the model stays lent until it ends.
+
+        Raises:
+            BusyError: As many calls wait for this model as its queue takes.
+            ModelGoneError: It was unloaded.
+        """
+        module = self.model
+        bound = _as_the_caller(lambda: function(module))
+        del module
+        result: _T = await self._lender.call((self.model_id, self.generation), bound)
+        return result
+
+    def new_cache(self) -> Any:
+        """Return an empty key-value cache for this component's layers."""
+        make: Any = self.model.new_cache
+        return make()
+
+    def __repr__(self) -> str:
+        return f"<AsyncManagedModel {self.model_id!r}, generation {self.generation}, {self.status}>"
+
+    def take(self) -> torch.nn.Module | None:
+        """Let go of the module: from here on the model is gone. For the manager."""
+        module, self._module = self._module, None
+        return module
+
+    def _gone(self) -> ModelGoneError:
+        return ModelGoneError(
+            f"this generation of model {self.model_id!r} was unloaded", hint="take a new lease of the model"
+        )
+
+
+class LoadingPlaceholder:
+    """Stands where a model will be, from the request for it until it is there."""
+
+    def __init__(self, key: Key, config: ModelConfig, lender: Lender) -> None:
+        self.model_id, self.generation = key
+        self.config = config
+        self._lender = lender
+
+    @property
+    def info(self) -> ModelInfo:
+        """The present snapshot; UnknownModelError once the load is over and forgotten."""
+        return self._lender.info_of((self.model_id, self.generation))
+
+    @property
+    def status(self) -> ModelStatus:
+        return self.info.status
+
+    async def wait(self) -> AsyncManagedModel:
+        """Wait until it is loaded; raises what the load failed with."""
+        return await self._lender.wait_for((self.model_id, self.generation))
+
+    def __repr__(self) -> str:
+        return f"<LoadingPlaceholder {self.model_id!r}, generation {self.generation}>"
+
+
+def _as_the_caller(function: Callable[[], _T]) -> Callable[[], _T]:
+    """Carry the caller's context variables and torch's gradient mode into the thread that runs it."""
+    import torch
+
+    context = contextvars.copy_context()
+    gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def run() -> _T:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return context.run(function)
+
+    return run
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    function: Callable[[], Any]
+    future: asyncio.Future[Any]
+    #: Called once when it is over, however it ends.
+    release: Callable[[], None]
+    started: bool = False
+
+
+class CallGate:
+    """Lets so many calls of one generation run at once, and so many wait. Lives on the event loop."""
+
+    def __init__(self, model_id: str, pool: CallPool, limit: int, queue: int) -> None:
+        self._model_id = model_id
+        self._pool = pool
+        self._limit = limit
+        self._queue = queue
+        self._running = 0
+        self._waiting: deque[_Call] = deque()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def refuse_if_full(self) -> None:
+        """Raise BusyError where one more call could neither run nor wait."""
+        if self._running >= self._limit and len(self._waiting) >= self._queue:
+            raise BusyError(
+                f"{len(self._waiting)} calls wait for model {self._model_id!r}, and its queue takes {self._queue}",
+                hint="try again later, or raise call_queue or calls_per_model",
+            )
+
+    def submit(self, function: Callable[[], Any], release: Callable[[], None]) -> asyncio.Future[Any]:
+        """Run a function when it is its turn; the future tells its result."""
+        call = _Call(function, asyncio.get_running_loop().create_future(), release)
+        call.future.add_done_callback(lambda future: self._given_up(call) if future.cancelled() else None)
+        self._waiting.append(call)
+        self._start()
+        return call.future
+
+    def fail_waiting(self, error: Callable[[], BaseException]) -> None:
+        """Answer every call that has not begun with an error."""
+        while self._waiting:
+            call = self._waiting.popleft()
+            call.release()
+            if not call.future.done():
+                call.future.set_exception(error())
+
+    def _start(self) -> None:
+        while self._waiting and self._running < self._limit:
+            call = self._waiting.popleft()
+            call.started = True
+            self._running += 1
+            loop = asyncio.get_running_loop()
+            self._pool.submit(call.function, lambda outcome, call=call: loop.call_soon_threadsafe(self._done, call, outcome))
+
+    def _done(self, call: _Call, outcome: Any) -> None:
+        self._running -= 1
+        call.release()
+        if not call.future.done():
+            if isinstance(outcome, StopIteration):
+                # A future refuses it, as it would end whatever generator awaits it.
+                call.future.set_exception(RuntimeError(f"the call raised {outcome!r}"))
+            elif isinstance(outcome, BaseException):
+                call.future.set_exception(outcome)
+            else:
+                call.future.set_result(outcome)
+        self._start()
+
+    def _given_up(self, call: _Call) -> None:
+        # One that has begun is released when its thread is done with the module.
+        if not call.started and call in self._waiting:
+            self._waiting.remove(call)
+            call.release()

@@ -1,0 +1,905 @@
+"""The life of every model as a state machine: an event goes in, effects come out.
+
+Two rules. Every decision about a status is made here, and nothing here knows a clock, a thread,
+asyncio or torch: time arrives in events, and what has to be done leaves as effects. An event that
+is not allowed raises and changes nothing.
+
+A model (an id) has at most one generation that serves and one that is on its way; a reload makes a
+new generation beside the one that serves. Generations run through::
+
+    QUEUED -> PLANNING -> WAITING -> LOADING -> [WARMING] -> READY -> DRAINING -> UNLOADING -> (gone)
+       |         |           |          |           |          ^         |
+       |         +-----------+----------+-----------+          +---------+  holders kept it
+       |         |  failed: FAILED    cancelled or stalled: CANCELLING -> (gone) or FAILED
+       +---------+                    no answer: STUCK -> (gone)
+
+Ledgers: ``held`` of LOADING, WARMING and CANCELLING generations is promised; of READY, DRAINING,
+UNLOADING and STUCK ones it is filled. Nobody else holds anything.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from splitlearn_core.errors import (
+    DuplicateModelError,
+    InsufficientMemoryError,
+    InternalError,
+    LoadCancelledError,
+    LoadStalledError,
+    ManagerClosedError,
+    ModelGoneError,
+    ModelNotReadyError,
+    SplitLearnError,
+    UnknownModelError,
+    WaitTimeoutError,
+)
+from splitlearn_core.manager import messages as m
+from splitlearn_core.manager.generation import CHARGED, RESERVED, WORKING, Generation
+from splitlearn_core.manager.policy import BUDGET, MAPPED, Evict, Refuse, Room, Tenant, Verdict, Wait, decide
+from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, ModelStatus
+
+_S = ModelStatus
+
+#: From where a generation may go where; None is a generation that is no more.
+TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
+    _S.QUEUED: frozenset({_S.PLANNING, _S.FAILED, None}),
+    _S.PLANNING: frozenset({_S.WAITING, _S.FAILED, _S.CANCELLING}),
+    _S.WAITING: frozenset({_S.LOADING, _S.FAILED, None}),
+    _S.LOADING: frozenset({_S.WARMING, _S.READY, _S.FAILED, _S.CANCELLING}),
+    _S.WARMING: frozenset({_S.READY, _S.FAILED, _S.CANCELLING}),
+    _S.CANCELLING: frozenset({_S.FAILED, _S.STUCK, None}),
+    _S.READY: frozenset({_S.DRAINING, _S.UNLOADING}),
+    _S.DRAINING: frozenset({_S.READY, _S.UNLOADING}),
+    _S.UNLOADING: frozenset({_S.STUCK, None}),
+    _S.FAILED: frozenset({None}),
+    _S.STUCK: frozenset({None}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the manager was told to keep to; durations in seconds, None for no limit."""
+
+    max_models: int | None = None
+    max_memory: int | None = None
+    max_workers: int = 2
+    #: Workers that never came back and are no longer counted against ``max_workers``.
+    max_stuck: int = 4
+    when_full: str = "wait"
+    wait_timeout: float | None = 600.0
+    stall_after: float = 10.0
+    stall_timeout: float | None = 300.0
+    cancel_grace: float = 10.0
+    min_residency: float = 5.0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the manager was made."""
+
+    loads_started: int = 0
+    loads_succeeded: int = 0
+    loads_failed: int = 0
+    loads_cancelled: int = 0
+    joined: int = 0
+    unloads: int = 0
+    evictions: int = 0
+    expirations: int = 0
+    leases: int = 0
+
+
+@dataclass(slots=True)
+class _Model:
+    """An id, and its generations that are not gone, oldest first."""
+
+    generations: list[Generation] = field(default_factory=list)
+    #: Attempts that failed in a row.
+    failures: int = 0
+    #: What a list shows, until something changes.
+    info: ModelInfo | None = None
+
+    @property
+    def serving(self) -> Generation | None:
+        return next((g for g in self.generations if g.status is _S.READY), None)
+
+    @property
+    def coming(self) -> Generation | None:
+        return next((g for g in self.generations if g.is_loading), None)
+
+    @property
+    def visible(self) -> Generation:
+        """The one generation that a list shows: what serves, or else the newest."""
+        return self.serving or self.generations[-1]
+
+
+class Machine:
+    """All models of one manager. :meth:`handle` is the only way in, and the effects the only way out.
+
+    Args:
+        limits: What to keep to.
+        epoch: What turns the times of events into seconds since 1970, for snapshots.
+    """
+
+    def __init__(self, limits: Limits, epoch: float = 0.0) -> None:
+        self.limits = limits
+        self.counters = Counters()
+        self.closed = False
+        self._epoch = epoch
+        self._now = 0.0
+        self._models: dict[str, _Model] = {}
+        self._numbers = 0
+        self._by_status: dict[ModelStatus, dict[m.Key, Generation]] = {status: {} for status in ModelStatus}
+        #: (deadline, key) of idle generations; entries that no longer hold are skipped when they come up.
+        self._expiries: list[tuple[float, m.Key]] = []
+        self._charged: dict[str, int] = {}
+        self._reserved: dict[str, int] = {}
+        self._held_models = 0
+        #: Ledger -> bytes that all models together may take. Empty until memory was sampled.
+        self._capacity: dict[str, int] = {}
+        self._total: dict[str, int] = {}
+        self._effects: list[m.Effect] = []
+
+    # --- the way in -----------------------------------------------------------------------------
+
+    def handle(self, event: m.Event) -> list[m.Effect]:
+        """Take an event in and return what has to be done about it, in order.
+
+        Raises:
+            ManagerError: The caller asks for what cannot be; nothing has changed.
+            InternalError: A worker answers for what it cannot; nothing has changed.
+        """
+        handler: Callable[[Machine, Any], None] = _HANDLERS[type(event)]
+        now, self._now = self._now, max(self._now, event.now)
+        try:
+            handler(self, event)
+        except SplitLearnError:
+            self._now = now
+            raise
+        effects, self._effects = self._effects, []
+        return effects
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def infos(self) -> tuple[ModelInfo, ...]:
+        """Return a snapshot of each model, in the order in which they came."""
+        return tuple([model.info or self._picture(model) for model in self._models.values()])
+
+    def info(self, model_id: str) -> ModelInfo:
+        """Return a snapshot of one model; UnknownModelError where there is none."""
+        model = self._model(model_id)
+        return model.info or self._picture(model)
+
+    def visible(self, model_id: str) -> Generation:
+        """Return the generation that a list shows; UnknownModelError where there is none."""
+        return self._model(model_id).visible
+
+    def coming(self, model_id: str) -> Generation | None:
+        """Return the generation that is on its way, if any."""
+        model = self._models.get(model_id)
+        return model.coming if model else None
+
+    def find(self, key: m.Key) -> Generation | None:
+        """Return a generation that is not gone."""
+        model = self._models.get(key[0])
+        return next((g for g in model.generations if g.number == key[1]), None) if model else None
+
+    def generations(self) -> tuple[Generation, ...]:
+        """Return every generation that is not gone."""
+        return tuple(g for model in self._models.values() for g in model.generations)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Say whether nothing is loaded, loading or being freed; some may have failed or be stuck."""
+        return not any(self._by_status[status] for status in ModelStatus if status not in (_S.FAILED, _S.STUCK))
+
+    def picture(self, generation: Generation) -> ModelInfo:
+        """Return a snapshot of one generation, whether a list shows it or not."""
+        return generation.snapshot(self._now, self._epoch, self.limits.min_residency, reloading=False)
+
+    def keys(self, *statuses: ModelStatus) -> tuple[m.Key, ...]:
+        """Return the generations in any of these statuses."""
+        return tuple(key for status in statuses for key in self._by_status[status])
+
+    def charged(self, ledger: str) -> int:
+        return self._charged.get(ledger, 0)
+
+    def ledgers(self) -> dict[str, LedgerInfo]:
+        """Return the budgets of memory, those that were sampled and those that are used."""
+        names = sorted({*self._capacity, *self._charged, *self._reserved})
+        return {
+            name: LedgerInfo(self._capacity.get(name, 0), self._charged.get(name, 0), self._reserved.get(name, 0))
+            for name in names
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Count the models by status."""
+        counts: dict[str, int] = {}
+        for info in self.infos():
+            counts[str(info.status)] = counts.get(str(info.status), 0) + 1
+        return counts
+
+    def violations(self) -> list[str]:
+        """Return the invariants that do not hold: none, ever. For tests, and cheap enough for a debugger."""
+        return [problem for problem in _violations(self, self._models) if problem]
+
+    def _model(self, model_id: str) -> _Model:
+        model = self._models.get(model_id)
+        if model is None:
+            known = ", ".join(sorted(self._models)[:8]) or "none"
+            raise UnknownModelError(f"there is no model {model_id!r} here", hint=f"these are here: {known}")
+        return model
+
+    def _picture(self, model: _Model) -> ModelInfo:
+        reloading = model.serving is not None and model.coming is not None
+        model.info = model.visible.snapshot(self._now, self._epoch, self.limits.min_residency, reloading=reloading)
+        return model.info
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def _load_requested(self, event: m.LoadRequested) -> None:
+        self._refuse_if_closed()
+        model = self._models.get(event.model_id)
+        if event.reload:
+            self._check_reload(event.model_id, model)
+        elif model is not None and (model.serving or model.coming):
+            self._join(event, model)
+            return
+        stuck = self._by_status[_S.STUCK]
+        if len(stuck) >= self.limits.max_stuck + self.limits.max_workers:
+            raise ModelNotReadyError(
+                f"{len(stuck)} workers are stuck and no load can start ({', '.join(key[0] for key in stuck)})",
+                hint="see where they stand in get_statistics().stuck, and restart the process",
+            )
+        self._begin(event)
+        self._schedule()
+
+    def _check_reload(self, model_id: str, model: _Model | None) -> None:
+        shown = self._model(model_id).visible
+        if model is not None and model.coming is not None:
+            raise DuplicateModelError(
+                f"model {model_id!r} is loading already", hint="wait for it, or cancel_load() it first"
+            )
+        if shown.status not in (_S.READY, _S.FAILED):
+            raise ModelNotReadyError(
+                f"model {model_id!r} is {shown.status} and cannot be reloaded",
+                hint="load_model() it once it is gone",
+            )
+
+    def _join(self, event: m.LoadRequested, model: _Model) -> None:
+        there = model.serving or model.coming
+        if there is None:
+            raise InternalError("there is nothing to join")
+        if not event.join:
+            raise DuplicateModelError(
+                f"model {event.model_id!r} is {'loaded' if model.serving else 'loading'} already",
+                hint="use ensure_model() to take it as it is, or reload_model() to load it anew",
+            )
+        if there.request.fingerprint != event.request.fingerprint:
+            raise DuplicateModelError(
+                f"model {event.model_id!r} is {there.status} with another configuration",
+                hint="give this configuration another model_id, or reload_model(id, config) to replace it",
+            )
+        if there.is_loading:
+            there.waiters += 1
+            self.counters.joined += 1
+            self._touch(there)
+
+    def _begin(self, event: m.LoadRequested) -> None:
+        model = self._models.setdefault(event.model_id, _Model())
+        for failed in [g for g in model.generations if g.status is _S.FAILED]:
+            self._go(failed, None, "tried anew")
+        self._models[event.model_id] = model
+        self._numbers += 1
+        generation = Generation(
+            event.model_id,
+            self._numbers,
+            event.request,
+            requested_at=event.now,
+            order=self._numbers,
+            since=event.now,
+            active_at=event.now,
+            waiters=1,
+            waiting_for=self._no_worker(),
+        )
+        model.generations.append(generation)
+        self._by_status[_S.QUEUED][generation.key] = generation
+        self.counters.loads_started += 1
+        self._touch(generation)
+        self._effects.append(m.Changed(generation.key, None, _S.QUEUED, "requested"))
+
+    def _waiter_joined(self, event: m.WaiterJoined) -> None:
+        generation = self._expect(event.key, "is waited for")
+        if generation.is_loading:
+            generation.waiters += 1
+            self._touch(generation)
+
+    def _waiter_gone(self, event: m.WaiterGone) -> None:
+        generation = self.find(event.key)
+        if generation is not None and not generation.resolved and generation.waiters:
+            generation.waiters -= 1
+            self._touch(generation)
+
+    def _cancel_requested(self, event: m.CancelRequested) -> None:
+        model = self._model(event.model_id)
+        generation = model.coming
+        if generation is None:
+            raise ModelNotReadyError(
+                f"model {event.model_id!r} is {model.visible.status}, so there is no load to cancel",
+                hint="unload_model() frees a ready one",
+            )
+        self._cancel(generation, None, "cancelled")
+        self._schedule()
+
+    def _cancel(self, generation: Generation, verdict: FailureInfo | None, cause: str) -> None:
+        """Stop an attempt; with a verdict it ends as a failure, without one it is gone."""
+        if generation.status in (_S.QUEUED, _S.WAITING):
+            if verdict is None:
+                self._resolve(generation, _cancelled(generation))
+                self.counters.loads_cancelled += 1
+                self._go(generation, None, cause)
+            else:
+                self._fail(generation, verdict)
+            return
+        generation.verdict = verdict
+        self._go(generation, _S.CANCELLING, cause)
+        self._effects.append(m.StopWorker(generation.key, cause))
+
+    # --- workers --------------------------------------------------------------------------------
+
+    def _planned(self, event: m.Planned) -> None:
+        generation = self._expect(event.key, "has been planned", _S.PLANNING, _S.CANCELLING)
+        if generation.status is _S.CANCELLING:
+            self._stopped(generation)
+        else:
+            generation.needs, generation.keeps = dict(event.needs), dict(event.keeps)
+            generation.location, generation.dtype = event.location, event.dtype
+            self._go(generation, _S.WAITING, "planned")
+        self._schedule()
+
+    def _loaded(self, event: m.Loaded) -> None:
+        generation = self._expect(event.key, "has been loaded", _S.LOADING, _S.CANCELLING, _S.STUCK)
+        if generation.status is not _S.LOADING:
+            self._effects.append(m.Discard(generation.key))
+            self._stopped(generation)
+        else:
+            generation.measured = event.measured
+            if generation.request.warmup:
+                self._go(generation, _S.WARMING, "loaded")
+                self._effects.append(m.StartWorker(generation.key, m.Job.WARM_UP))
+            else:
+                self._ready(generation)
+        self._schedule()
+
+    def _warmed_up(self, event: m.WarmedUp) -> None:
+        generation = self._expect(event.key, "has been warmed up", _S.WARMING, _S.CANCELLING, _S.STUCK)
+        if generation.status is not _S.WARMING:
+            self._effects.append(m.Discard(generation.key))
+            self._stopped(generation)
+        else:
+            self._ready(generation)
+        self._schedule()
+
+    def _ready(self, generation: Generation) -> None:
+        model = self._models[generation.model_id]
+        replaced = model.serving
+        generation.ready_at = self._now
+        model.failures, generation.failure = 0, None
+        if replaced is not None:
+            # First away with the old one: no moment shows two that serve.
+            replaced.drain_deadline = None
+            self._drain(replaced, "replaced by a newer generation")
+        self._go(generation, _S.READY, "loaded" if generation.status is _S.LOADING else "warm")
+        self.counters.loads_succeeded += 1
+        self._resolve(generation, None)
+        self._watch_expiry(generation)
+
+    def _worker_failed(self, event: m.WorkerFailed) -> None:
+        generation = self._expect(event.key, "has failed", *WORKING, _S.STUCK)
+        self._effects.append(m.Discard(generation.key))
+        if generation.status in (_S.CANCELLING, _S.STUCK):
+            self._stopped(generation)
+        else:
+            self._fail(generation, event.failure)
+        self._schedule()
+
+    def _worker_stopped(self, event: m.WorkerStopped) -> None:
+        generation = self._expect(event.key, "has stopped", *WORKING, _S.STUCK)
+        self._effects.append(m.Discard(generation.key))
+        if generation.status in (_S.CANCELLING, _S.STUCK):
+            self._stopped(generation)
+        else:
+            # A loader may give up by itself with the error that cancelling raises.
+            self._fail(generation, _failure_of(LoadCancelledError("the loader cancelled itself"), generation))
+        self._schedule()
+
+    def _stopped(self, generation: Generation) -> None:
+        """End a cancelled attempt whose worker holds nothing any more."""
+        if generation.status is _S.STUCK:
+            self._go(generation, None, "its worker came back")
+        elif generation.verdict is not None:
+            self._fail(generation, generation.verdict)
+        else:
+            self._resolve(generation, _cancelled(generation))
+            self.counters.loads_cancelled += 1
+            self._go(generation, None, "cancelled")
+
+    def _fail(self, generation: Generation, failure: FailureInfo) -> None:
+        model = self._models[generation.model_id]
+        model.failures += 1
+        stage = failure.stage or generation.progress.stage or str(generation.status)
+        failure = replace(failure, stage=stage, consecutive=model.failures, at=self._now + self._epoch)
+        generation.failure = failure
+        self.counters.loads_failed += 1
+        self._go(generation, _S.FAILED, failure.message)
+        self._resolve(generation, failure)
+        serving = model.serving
+        if serving is not None:
+            # A failed reload changes nothing for those who use the old one; they see why it failed.
+            serving.failure = failure
+            self._touch(serving)
+            self._go(generation, None, "the older generation serves on")
+
+    def _expect(self, key: m.Key, what: str, *statuses: ModelStatus) -> Generation:
+        generation = self.find(key)
+        if generation is None or (statuses and generation.status not in statuses):
+            status = generation.status if generation else "gone"
+            raise InternalError(f"generation {key[1]} of {key[0]!r} {what}, but it is {status}")
+        return generation
+
+    # --- leases ---------------------------------------------------------------------------------
+
+    def _lease_taken(self, event: m.LeaseTaken) -> None:
+        self._refuse_if_closed()
+        model = self._model(event.model_id)
+        if model.serving is None:
+            raise _not_ready(model.visible)
+        self._lend(model.serving)
+        self.counters.leases += 1
+
+    def _call_started(self, event: m.CallStarted) -> None:
+        generation = self.find(event.key)
+        in_use = generation is not None and generation.status is _S.DRAINING and generation.leases > 0
+        if generation is None or not (generation.status is _S.READY or in_use):
+            raise ModelGoneError(
+                f"this generation of model {event.key[0]!r} is not there any more",
+                hint="take a new lease; unload_model(..., force=True) and reload_model() end old ones",
+            )
+        self._lend(generation)
+
+    def _lend(self, generation: Generation) -> None:
+        generation.leases += 1
+        self._touch(generation)
+
+    def _lease_released(self, event: m.LeaseReleased) -> None:
+        generation = self.find(event.key)
+        if generation is None or generation.status not in (_S.READY, _S.DRAINING) or not generation.leases:
+            return
+        generation.leases -= 1
+        generation.last_used_at = self._now
+        self._touch(generation)
+        if generation.leases:
+            return
+        if generation.status is _S.DRAINING:
+            self._unload(generation, "the last lease was given back")
+        else:
+            self._watch_expiry(generation)
+        self._schedule()
+
+    # --- letting go -----------------------------------------------------------------------------
+
+    def _unload_requested(self, event: m.UnloadRequested) -> None:
+        model = self._model(event.model_id)
+        generation = model.visible
+        status = generation.status
+        if status is _S.FAILED:
+            self._go(generation, None, "forgotten")
+            return
+        if model.coming is not None:
+            raise ModelNotReadyError(
+                f"model {event.model_id!r} is {'reloading' if model.serving else 'loading'}",
+                hint="cancel_load() it first",
+            )
+        if status is _S.DRAINING and event.force:
+            self._unload(generation, "unload forced")
+            return
+        if status is not _S.READY:
+            already = status in (_S.DRAINING, _S.UNLOADING)
+            raise ModelNotReadyError(
+                f"model {event.model_id!r} is {'being unloaded already' if already else status}",
+                hint="it goes by itself"
+                if already or status is _S.CANCELLING
+                else "its worker does not come back, and its memory stays taken until the process ends",
+            )
+        generation.drain_deadline = None if event.drain_timeout is None else event.now + event.drain_timeout
+        self._drain(generation, "unload requested", force=event.force)
+
+    def _drain(self, generation: Generation, cause: str, *, force: bool = False) -> None:
+        if generation.leases and not force:
+            self._go(generation, _S.DRAINING, cause)
+        else:
+            self._unload(generation, cause)
+
+    def _unload(self, generation: Generation, cause: str) -> None:
+        broken, generation.leases = generation.leases, 0
+        self._go(generation, _S.UNLOADING, cause)
+        self._effects.append(m.StartUnload(generation.key, broken))
+
+    def _unloaded(self, event: m.Unloaded) -> None:
+        generation = self._expect(event.key, "has been unloaded", _S.UNLOADING)
+        self.counters.unloads += 1
+        self._go(generation, None, "freed")
+        self._schedule()
+
+    def _unload_failed(self, event: m.UnloadFailed) -> None:
+        generation = self._expect(event.key, "could not be unloaded", _S.UNLOADING)
+        generation.failure = FailureInfo("InternalError", event.reason, "restart the process", "unloading", False)
+        self._go(generation, _S.STUCK, event.reason)
+
+    def _close_requested(self, event: m.CloseRequested) -> None:
+        self.closed = True
+        for generation in self.generations():
+            if generation.is_loading:
+                self._cancel(generation, None, "the manager is closing")
+            elif generation.status is _S.READY:
+                generation.drain_deadline = None
+                self._drain(generation, "the manager is closing", force=event.force)
+            elif generation.status is _S.DRAINING:
+                generation.drain_deadline = None
+                if event.force:
+                    self._unload(generation, "the manager is closing")
+            elif generation.status is _S.FAILED:
+                self._go(generation, None, "the manager is closing")
+
+    def _refuse_if_closed(self) -> None:
+        if self.closed:
+            raise ManagerClosedError("the manager is closed", hint="make a new AsyncModelManager")
+
+    # --- time and memory ------------------------------------------------------------------------
+
+    def _memory_sampled(self, event: m.MemorySampled) -> None:
+        # Free memory is what is left beside the loaded models; the mapped ledger counts them in already.
+        own = {name: 0 if name == MAPPED else self._charged.get(name, 0) for name in event.free}
+        self._capacity = {name: free + own[name] for name, free in event.free.items()}
+        self._total = dict(event.total)
+        if self.limits.max_memory is not None:
+            self._capacity[BUDGET] = self._total[BUDGET] = self.limits.max_memory
+        self._schedule()
+
+    def _tick(self, event: m.Tick) -> None:
+        for key, progress in event.progress.items():
+            generation = self.find(key)
+            if generation is not None and generation.status in WORKING and generation.advance(event.now, progress):
+                self._touch(generation)
+        for status, watch in _WATCHES.items():
+            for generation in tuple(self._by_status[status].values()):
+                watch(self, generation)
+        self._expire()
+        self._schedule()
+
+    def _watch_waiting(self, generation: Generation) -> None:
+        limit = self.limits.wait_timeout
+        waited = generation.waited + self._now - generation.since
+        if limit is None or waited < limit:
+            return
+        why = generation.waiting_for or f"no worker of {self.limits.max_workers} was free"
+        error = WaitTimeoutError(
+            f"model {generation.model_id!r} waited {waited:.0f} s and may wait {limit:.0f} s: {why}",
+            hint="unload something, raise wait_timeout, or try again later",
+        )
+        self._cancel(generation, _failure_of(error, generation, retryable=True), "waited too long")
+
+    def _watch_worker(self, generation: Generation) -> None:
+        still = self._now - generation.active_at
+        if still < self.limits.stall_after:
+            return
+        generation.stalled = True
+        self._touch(generation)
+        limit = self.limits.stall_timeout
+        if limit is None or still < limit:
+            return
+        at = generation.progress
+        where = f" of {at.file}" if at.file else ""
+        error = LoadStalledError(
+            f"loading model {generation.model_id!r} made no progress for {still:.0f} s, "
+            f"{at.stage or generation.status}{where}, after {at.bytes_done} of {at.bytes_total} bytes",
+            hint="is the disk or the network hanging? raise stall_timeout if it is merely slow",
+        )
+        self._cancel(generation, _failure_of(error, generation, retryable=True), "stalled")
+
+    def _watch_cancelling(self, generation: Generation) -> None:
+        if self._now - generation.since < self.limits.cancel_grace:
+            return
+        failure = generation.verdict or _cancelled(generation)
+        hint = "its memory stays taken until the worker comes back; get_statistics().stuck shows where it stands"
+        generation.failure = replace(failure, hint=hint, at=self._now + self._epoch)
+        if generation.verdict is None:
+            self.counters.loads_cancelled += 1
+        else:
+            self.counters.loads_failed += 1
+        self._go(generation, _S.STUCK, "its worker did not stop in time")
+        self._resolve(generation, failure)
+
+    def _watch_draining(self, generation: Generation) -> None:
+        if generation.drain_deadline is None or self._now < generation.drain_deadline:
+            return
+        generation.drain_deadline = None
+        # Beside a newer generation that serves, it goes on draining.
+        if self._models[generation.model_id].serving is None:
+            self._go(generation, _S.READY, "holders did not give it back in time")
+        self._effects.append(m.DrainEnded(generation.key, generation.leases))
+
+    def _watch_expiry(self, generation: Generation) -> None:
+        moment = generation.expires_at(self.limits.min_residency)
+        if moment is not None:
+            heapq.heappush(self._expiries, (moment, generation.key))
+
+    def _expire(self) -> None:
+        while self._expiries and self._expiries[0][0] <= self._now:
+            _, key = heapq.heappop(self._expiries)
+            generation = self.find(key)
+            moment = generation.expires_at(self.limits.min_residency) if generation else None
+            if generation is not None and moment is not None and moment <= self._now:
+                self.counters.expirations += 1
+                self._unload(generation, "nobody used it for its keep_alive")
+
+    # --- admission ------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        """Start what can be started: first what is planned and has room, then what is queued."""
+        short: set[str] = set()
+        for generation in sorted(self._by_status[_S.WAITING].values(), key=lambda g: g.order):
+            self._consider(generation, short)
+        # In the order in which they came: nothing enters this status a second time.
+        for generation in tuple(self._by_status[_S.QUEUED].values()):
+            if not self._has_free_worker():
+                return
+            self._go(generation, _S.PLANNING, "a worker is free")
+            self._effects.append(m.StartWorker(generation.key, m.Job.PLAN))
+
+    def _consider(self, generation: Generation, short: set[str]) -> None:
+        """Admit one planned generation, or say why not.
+
+        ``short`` collects the ledgers that an earlier one waits for: later ones must not take from
+        them, or a large load would wait for ever while small ones pass it.
+        """
+        needs = self._with_budget(generation.needs)
+        if not self._capacity:
+            self._say_waiting(generation, "memory has not been measured yet")
+            return
+        if short & {name for name, count in needs.items() if count} or "" in short:
+            self._say_waiting(generation, "others that came first wait for memory too")
+            return
+        verdict = self._verdict(generation, needs)
+        if isinstance(verdict, Refuse) or (isinstance(verdict, Wait) and self.limits.when_full == "refuse"):
+            self._refuse(generation, verdict.reason, retryable=isinstance(verdict, Wait))
+            return
+        if isinstance(verdict, Evict):
+            for key in verdict.victims:
+                victim = self._expect(key, "is to be evicted", _S.READY)
+                self.counters.evictions += 1
+                self._unload(victim, f"evicted for {generation.model_id}")
+            verdict = Wait(f"waiting for {', '.join(key[0] for key in verdict.victims)} to be freed")
+        if isinstance(verdict, Wait):
+            room = self._room()
+            short |= {name for name, count in needs.items() if count > room.available.get(name, 0)}
+            short |= {""} if room.places == 0 else set()
+            self._say_waiting(generation, verdict.reason)
+        elif not self._has_free_worker():
+            self._say_waiting(generation, self._no_worker())
+        else:
+            generation.held = needs
+            self._go(generation, _S.LOADING, "admitted")
+            self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
+
+    def _verdict(self, generation: Generation, needs: Mapping[str, int]) -> Verdict:
+        tenants = [self._tenant(g) for model in self._models.values() for g in model.generations if g.held]
+        return decide(needs, self._room(), tenants, allow_paging=generation.request.allow_paging)
+
+    def _room(self) -> Room:
+        available = {
+            name: capacity - self._charged.get(name, 0) - self._reserved.get(name, 0)
+            for name, capacity in self._capacity.items()
+        }
+        limit = self.limits.max_models
+        return Room(self._total, available, None if limit is None else limit - self._held_models)
+
+    def _tenant(self, generation: Generation) -> Tenant:
+        status, pinned = generation.status, generation.request.pinned
+        resident = self._now - (generation.ready_at or self._now)
+        return Tenant(
+            generation.key,
+            generation.held,
+            evictable=status is _S.READY
+            and not (generation.leases or pinned or resident < self.limits.min_residency),
+            leaving=status is _S.UNLOADING,
+            last_used=generation.last_used_at or generation.ready_at or 0.0,
+            leases=generation.leases,
+            pinned=pinned,
+            loading=status in RESERVED,
+        )
+
+    def _with_budget(self, needs: Mapping[str, int]) -> dict[str, int]:
+        """Add the manager's own limit as one more ledger, and keep a load that takes nothing visible as a holder."""
+        if self.limits.max_memory is None:
+            return {"host": 0, **needs}
+        return {"host": 0, **needs, BUDGET: sum(needs.values())}
+
+    def _refuse(self, generation: Generation, reason: str, *, retryable: bool) -> None:
+        error = InsufficientMemoryError(
+            f"model {generation.model_id!r} does not fit: {reason}",
+            hint="unload something, or try again later"
+            if retryable
+            else "ask for fewer layers, a smaller dtype, or a machine with more memory",
+        )
+        self._fail(generation, _failure_of(error, generation, retryable=retryable))
+
+    def _has_free_worker(self) -> bool:
+        working = sum(len(self._by_status[status]) for status in WORKING)
+        stuck = len(self._by_status[_S.STUCK])
+        return working + max(0, stuck - self.limits.max_stuck) < self.limits.max_workers
+
+    def _no_worker(self) -> str:
+        return f"waiting for a worker, {self.limits.max_workers} are at work"
+
+    def _say_waiting(self, generation: Generation, reason: str) -> None:
+        if generation.waiting_for != reason:
+            generation.waiting_for = reason
+            self._touch(generation)
+
+    # --- bookkeeping ----------------------------------------------------------------------------
+
+    def _go(self, generation: Generation, after: ModelStatus | None, cause: str) -> None:
+        """Change a status: the one place where it happens, with the ledgers and the index in step."""
+        before = generation.status
+        if after not in TRANSITIONS[before]:
+            raise InternalError(f"generation {generation.number} of {generation.model_id!r}: {before} to {after}")
+        self._account(generation, -1)
+        if before in (_S.QUEUED, _S.WAITING):
+            generation.waited += self._now - generation.since
+        generation.since = generation.active_at = self._now
+        generation.stalled = False
+        if after is None:
+            self._remove(generation)
+        else:
+            del self._by_status[before][generation.key]
+            self._by_status[after][generation.key] = generation
+            generation.status = after
+            generation.held = _held(generation, after)
+            self._account(generation, +1)
+        if after not in (_S.QUEUED, _S.WAITING):
+            generation.waiting_for = ""
+        self._touch(generation)
+        self._effects.append(m.Changed(generation.key, before, after, cause))
+
+    def _remove(self, generation: Generation) -> None:
+        model = self._models[generation.model_id]
+        model.generations.remove(generation)
+        del self._by_status[generation.status][generation.key]
+        if model.generations:
+            self._touch(model.visible)
+        else:
+            del self._models[generation.model_id]
+        released = {name: count for name, count in generation.held.items() if count and name != BUDGET}
+        generation.held = {}
+        self._effects.append(m.Gone(generation.key, released))
+
+    def _account(self, generation: Generation, sign: int) -> None:
+        if not generation.held:
+            return
+        ledger = self._charged if generation.status in CHARGED else self._reserved
+        self._held_models += sign
+        for name, count in generation.held.items():
+            ledger[name] = ledger.get(name, 0) + sign * count
+
+    def _resolve(self, generation: Generation, failure: FailureInfo | None) -> None:
+        if not generation.resolved:
+            generation.resolved, generation.waiters = True, 0
+            self._touch(generation)
+            self._effects.append(m.Resolve(generation.key, failure))
+
+    def _touch(self, generation: Generation) -> None:
+        """Forget the snapshot of the model."""
+        model = self._models.get(generation.model_id)
+        if model is not None:
+            model.info = None
+
+
+def _held(generation: Generation, status: ModelStatus) -> Mapping[str, int]:
+    """Return what a generation holds in a status it enters."""
+    if status in (_S.LOADING, _S.WARMING, _S.CANCELLING, _S.STUCK, _S.DRAINING, _S.UNLOADING):
+        return generation.held
+    if status is _S.READY:
+        budget = {BUDGET: sum(generation.keeps.values())} if BUDGET in generation.held else {}
+        return {"host": 0, **generation.keeps, **budget}
+    return {}
+
+
+def _cancelled(generation: Generation) -> FailureInfo:
+    error = LoadCancelledError(f"loading model {generation.model_id!r} was cancelled", hint="load it again")
+    return _failure_of(error, generation, retryable=True)
+
+
+def _failure_of(error: SplitLearnError, generation: Generation, *, retryable: bool = False) -> FailureInfo:
+    stage = generation.progress.stage or str(generation.status)
+    return FailureInfo(type(error).__name__, error.message, error.hint, stage, retryable)
+
+
+def _not_ready(generation: Generation) -> ModelNotReadyError:
+    failure = generation.failure
+    if generation.status is _S.FAILED and failure is not None:
+        return ModelNotReadyError(
+            f"model {generation.model_id!r} failed to load: {failure.message}",
+            hint=failure.hint or "load it again with load_model() or ensure_model()",
+        )
+    going = generation.status in (_S.DRAINING, _S.UNLOADING, _S.STUCK, _S.CANCELLING)
+    return ModelNotReadyError(
+        f"model {generation.model_id!r} is {generation.status}",
+        hint="load it again with ensure_model()" if going else "await ensure_model(config) first",
+    )
+
+
+_HANDLERS: Mapping[type, Callable[[Machine, Any], None]] = {
+    m.LoadRequested: Machine._load_requested,
+    m.WaiterJoined: Machine._waiter_joined,
+    m.WaiterGone: Machine._waiter_gone,
+    m.Planned: Machine._planned,
+    m.Loaded: Machine._loaded,
+    m.WarmedUp: Machine._warmed_up,
+    m.WorkerFailed: Machine._worker_failed,
+    m.WorkerStopped: Machine._worker_stopped,
+    m.CancelRequested: Machine._cancel_requested,
+    m.LeaseTaken: Machine._lease_taken,
+    m.CallStarted: Machine._call_started,
+    m.LeaseReleased: Machine._lease_released,
+    m.UnloadRequested: Machine._unload_requested,
+    m.Unloaded: Machine._unloaded,
+    m.UnloadFailed: Machine._unload_failed,
+    m.MemorySampled: Machine._memory_sampled,
+    m.Tick: Machine._tick,
+    m.CloseRequested: Machine._close_requested,
+}
+
+_WATCHES: Mapping[ModelStatus, Callable[[Machine, Generation], None]] = {
+    _S.QUEUED: Machine._watch_waiting,
+    _S.WAITING: Machine._watch_waiting,
+    _S.PLANNING: Machine._watch_worker,
+    _S.LOADING: Machine._watch_worker,
+    _S.WARMING: Machine._watch_worker,
+    _S.CANCELLING: Machine._watch_cancelling,
+    _S.DRAINING: Machine._watch_draining,
+}
+
+
+def _violations(machine: Machine, models: Mapping[str, _Model]) -> Iterable[str]:
+    charged: dict[str, int] = {}
+    reserved: dict[str, int] = {}
+    for model_id, model in models.items():
+        yield f"{model_id} has no generation" if not model.generations else ""
+        yield f"{model_id} has two that serve" if sum(g.status is _S.READY for g in model.generations) > 1 else ""
+        yield f"{model_id} has two on their way" if sum(g.is_loading for g in model.generations) > 1 else ""
+        numbers = [g.number for g in model.generations]
+        yield f"{model_id} has generations out of order" if numbers != sorted(set(numbers)) else ""
+        for g in model.generations:
+            yield from (f"{model_id}/{g.number} ({g.status}): {problem}" for problem in _generation_violations(g))
+            ledger = charged if g.status in CHARGED else reserved
+            for name, count in g.held.items():
+                ledger[name] = ledger.get(name, 0) + count
+    for title, counted, kept in (("charged", charged, machine._charged), ("reserved", reserved, machine._reserved)):
+        differ = {n for n in {*counted, *kept} if counted.get(n, 0) != kept.get(n, 0)}
+        yield f"{title} {sorted(differ)}: {kept} kept, {counted} counted" if differ else ""
+
+
+def _generation_violations(g: Generation) -> Iterable[str]:
+    yield "leases below 0" if g.leases < 0 else ""
+    yield "leased" if g.leases and g.status not in (_S.READY, _S.DRAINING) else ""
+    yield "draining without a lease" if g.status is _S.DRAINING and not g.leases else ""
+    yield "holds memory" if g.held and g.status not in RESERVED | CHARGED else ""
+    yield "holds no memory" if not g.held and g.status in CHARGED - {_S.STUCK} else ""
+    yield "failed without a reason" if g.status is _S.FAILED and not (g.failure and g.failure.message) else ""
+    yield "unresolved" if not g.resolved and not (g.is_loading or g.status is _S.CANCELLING) else ""
+    yield "waiters after it was resolved" if g.resolved and g.waiters else ""
+    yield "more bytes than there are" if g.progress.bytes_done > g.progress.bytes_total else ""

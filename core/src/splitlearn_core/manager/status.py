@@ -1,0 +1,227 @@
+"""What the manager says of itself: frozen values, made anew at each change and never altered."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class ModelStatus(StrEnum):
+    """The states of a model, in the order in which it passes through them."""
+
+    #: Accepted; no worker is free yet.
+    QUEUED = "queued"
+    #: A worker finds the files, downloads what is missing and plans; no weights are in memory.
+    PLANNING = "planning"
+    #: Planned; there is no room yet.
+    WAITING = "waiting"
+    #: A worker builds the modules and reads the weights.
+    LOADING = "loading"
+    #: A worker runs forward passes.
+    WARMING = "warming"
+    #: The worker was told to stop and has not acknowledged it.
+    CANCELLING = "cancelling"
+    #: Can be lent.
+    READY = "ready"
+    #: No longer lent; waits for those who have it.
+    DRAINING = "draining"
+    #: Nobody has it; its memory is being freed.
+    UNLOADING = "unloading"
+    #: The last attempt failed, and why is kept; the next call tries anew.
+    FAILED = "failed"
+    #: A worker did not come back after it was told to stop; its memory counts as taken until it does.
+    STUCK = "stuck"
+
+    @property
+    def is_loading(self) -> bool:
+        """Say whether an attempt is on its way to READY."""
+        return self in _ON_THE_WAY
+
+
+_ON_THE_WAY = frozenset(
+    {ModelStatus.QUEUED, ModelStatus.PLANNING, ModelStatus.WAITING, ModelStatus.LOADING, ModelStatus.WARMING}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FailureInfo:
+    """Why an attempt failed, kept as text: a traceback would keep the weights it touched alive."""
+
+    #: Name of the exception's class.
+    type: str
+    message: str
+    #: The way out; empty where the message says it all.
+    hint: str
+    #: The stage in which it happened.
+    stage: str
+    #: Whether trying again unchanged can help.
+    retryable: bool
+    #: The traceback as text, for logs; empty where the error is ours to explain.
+    traceback: str = ""
+    #: How many attempts in a row have failed.
+    consecutive: int = 1
+    #: Seconds since the epoch.
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One model at one moment. Bytes are bytes, durations are seconds."""
+
+    model_id: str
+    status: ModelStatus
+    #: Counts the attempts to load this id; a reload has a higher one than what it replaces.
+    generation: int
+    model_type: str
+    component: str | None
+    #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``, ``verifying``,
+    #: ``warming up``, or empty where no worker is at work.
+    stage: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    #: Bytes a second of the current stage, over the last seconds; None where it cannot be told.
+    rate: float | None = None
+    #: Seconds left of the current stage; None rather than a guess.
+    eta: float | None = None
+    #: The file at work.
+    file: str = ""
+    #: Why it waits, in a sentence; empty where it does not.
+    waiting_for: str = ""
+    #: Seconds without a byte, once they are more than the manager's ``stall_after``; else None.
+    stalled_for: float | None = None
+    #: Callers that wait for this load.
+    waiters: int = 0
+    #: Loans that were not given back yet, running calls among them.
+    leases: int = 0
+    #: Whether a newer generation is loading while this one serves.
+    reloading: bool = False
+    pinned: bool = False
+    required: bool = False
+    device: str = ""
+    dtype: str = ""
+    #: Where the files are on this machine; empty before they are known.
+    location: str = ""
+    #: Ledger (``host``, ``mapped``, ``cuda:0``, ...) -> bytes that the plan says it takes once loaded.
+    predicted: Mapping[str, int] = field(default_factory=dict)
+    #: Anonymous bytes that loading took, as measured; None where other loads ran beside it.
+    measured: int | None = None
+    #: Seconds since the epoch; None where it has not happened.
+    requested_at: float | None = None
+    ready_at: float | None = None
+    last_used_at: float | None = None
+    #: When it will be unloaded if nobody uses it; None for never.
+    expires_at: float | None = None
+    #: Seconds from request to ready.
+    load_seconds: float | None = None
+    error: FailureInfo | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.status is ModelStatus.READY
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "status": str(self.status),
+            "predicted": dict(self.predicted),
+            "error": dataclasses.asdict(self.error) if self.error else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerInfo:
+    """One budget of memory."""
+
+    #: Bytes that all models together may take, as last sampled.
+    capacity: int
+    #: Bytes of models that are loaded, or stuck.
+    charged: int
+    #: Bytes that are promised to loads on their way.
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerStatistics:
+    """The manager at one moment, and what it has counted since it was made."""
+
+    #: Status -> how many models have it.
+    models: Mapping[str, int]
+    ledgers: Mapping[str, LedgerInfo]
+    loads_started: int
+    loads_succeeded: int
+    loads_failed: int
+    loads_cancelled: int
+    joined: int
+    unloads: int
+    evictions: int
+    expirations: int
+    leases: int
+    calls: int
+    calls_failed: int
+    calls_rejected: int
+    #: Workers that were told to stop and did not come back, with the stack where each stands.
+    stuck: Mapping[str, str]
+    uptime: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **values,
+            "models": dict(self.models),
+            "ledgers": {name: dataclasses.asdict(ledger) for name, ledger in self.ledgers.items()},
+            "stuck": dict(self.stuck),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerEvent:
+    """One change of a model's status."""
+
+    #: Counts all events of this manager; a gap tells a slow reader what it missed.
+    sequence: int
+    #: Seconds since the epoch.
+    at: float
+    model_id: str
+    generation: int
+    #: None for a model that was not there before.
+    before: ModelStatus | None
+    #: None for a model that is gone.
+    after: ModelStatus | None
+    #: Why, in a few words.
+    cause: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the process should be restarted (not live), and whether it can serve (ready)."""
+
+    live: bool
+    ready: bool
+    #: Required model -> why it is not ready.
+    missing: Mapping[str, str]
+    #: Why it is not live; empty where it is.
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "missing": dict(self.missing)}
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadReport:
+    """What an unload gave back."""
+
+    model_id: str
+    #: Ledger -> bytes that are no longer charged.
+    released: Mapping[str, int]
+    #: Anonymous bytes of the process before less after; None where something else ran beside it.
+    measured: int | None
+    #: Leases that a forced unload broke.
+    broken_leases: int = 0
