@@ -1,0 +1,545 @@
+"""What one model is to be loaded as: a value that is valid once it exists.
+
+Everything that can be told without a file, a plugin or a device is checked here, and all of it is
+reported at once. :mod:`splitlearn_core.manager.configfile` reads and writes the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+import operator
+import os
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from splitlearn_core.errors import ConfigurationError, UnknownModelTypeError
+from splitlearn_core.plan.split import MAX_LAYERS
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.types import FLOAT_DTYPES, Component
+
+#: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
+HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
+#: Bytes of what ``max_memory_mb`` counts in.
+BYTES_PER_MB = 2**20
+#: 2**63 bytes; more is a slip.
+MAX_MEMORY_MB = 2**63 // BYTES_PER_MB
+#: Three centuries in seconds; who wants more wants for ever.
+MAX_SECONDS = 10**10
+MAX_THREADS = 4096
+MAX_NAME = 128
+
+_PAIR = 2
+_HINT = "each field is documented in splitlearn_core.ModelConfig"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What to load, where to, and how long to keep it.
+
+    Constructing one checks every field and their combination. Whether the family is installed,
+    the files exist and the device is there is asked when the model is loaded.
+
+    Lists are taken for tuples, ``pathlib`` paths and ``torch.dtype`` or ``torch.device`` objects
+    for texts; the fields hold the plain values.
+
+    Raises:
+        ConfigurationError: Fields cannot be carried out; all of them are listed, each with its
+            value and with what would do.
+    """
+
+    #: The model's name in the manager: at most 128 printable characters, no path.
+    model_id: str
+    #: An installed family's, or ``"huggingface"`` (a whole model through
+    #: ``AutoModelForCausalLM``), or ``"pytorch"`` (a ``.pt`` or ``.pth`` file).
+    model_type: str
+    #: A directory or a Hub id; for ``"pytorch"`` the file. None for the family's default model.
+    model_path: str | None = None
+    #: ``bottom``, ``trunk`` or ``top``: needed for a family, refused otherwise.
+    component: str | None = None
+    #: ``(a, b)`` with ``0 < a < b``: needed for a family, refused otherwise.
+    split_points: tuple[int, int] | None = None
+    #: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
+    device: str = "cpu"
+    #: ``auto`` (as stored), ``float32``, ``float16``, ``bfloat16`` or ``float64``.
+    dtype: str = "auto"
+    #: Refuse the load if its plan needs more, in units of 2**20 bytes; None for no limit of its own.
+    max_memory_mb: float | None = None
+    #: Run forward passes before it is handed out.
+    warmup: bool = False
+    #: Seconds of idleness after which the model is unloaded: a number, or a text such as ``"30s"``,
+    #: ``"5m"`` or ``"1h30m"`` (units d, h, m, s, ms). 0: as soon as it is idle. Any negative number,
+    #: ``"inf"`` or ``"forever"``: never; the field is then ``math.inf``. None: what the manager says.
+    keep_alive: float | None = None
+    #: Never evicted, never expired.
+    pinned: bool = False
+    #: The manager is ready only while this model is.
+    required: bool = False
+    #: Load even where mapped weights exceed what memory can hold.
+    allow_paging: bool = False
+    #: How a component's weights are read; a plugin may add strategies.
+    strategy: str = "auto"
+    #: ``eager``, ``sdpa``, ...; None for what transformers chooses.
+    attn_implementation: str | None = None
+    #: Branch, tag or commit on the Hub.
+    revision: str | None = None
+    #: Where the Hub's files are kept.
+    cache_dir: str | None = None
+    #: For the Hub; True for the one that was saved by logging in. Never shown, never written.
+    token: str | bool | None = field(default=None, repr=False)
+    #: Do not look on the Hub.
+    local_files_only: bool = False
+    #: ``"package.module:Class"`` of the module that the weights fill: needed for ``"pytorch"``
+    #: unless ``allow_pickle``, refused otherwise.
+    architecture: str | None = None
+    #: ``"pytorch"`` only: let the file run code. For files of your own making alone.
+    allow_pickle: bool = False
+    #: Threads of torch for this load; None for what the manager says.
+    load_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse, all at once, what cannot be carried out; keep the plain values of the rest."""
+        values, problems = examine({name: getattr(self, name) for name in FIELDS})
+        if problems:
+            raise complaint(f"the configuration of model {show(self.model_id)}", problems)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_family(self) -> bool:
+        """Say whether a plugin loads it, as one component of a model."""
+        return self.model_type not in _WHOLE
+
+    @property
+    def fingerprint(self) -> tuple[object, ...]:
+        """All that decides what is loaded: equal for two configurations that one load serves.
+
+        How long to keep it, whether to pin or require it, and who asks (the token) are left out.
+        """
+        return tuple(getattr(self, name) for name in FIELDS if name not in _NO_PART_OF_THE_LOAD)
+
+    def check_installed(self) -> None:
+        """Refuse a model type that no usable plugin provides. Imports no plugin.
+
+        Raises:
+            UnknownModelTypeError: No plugin offers the type, or a variable blocks it.
+        """
+        plugins = registry()
+        if not self.is_family or self.model_type in plugins.model_types():
+            return
+        try:
+            # No plugin owns the type, so this imports none before it says so.
+            plugins.family(self.model_type)
+        except UnknownModelTypeError as error:
+            close = near(self.model_type, _WHOLE)
+            if not close:
+                raise
+            raise UnknownModelTypeError(error.message, hint=f"{close.removeprefix('; ')} {error.hint}") from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Make one of a mapping, as a file holds it.
+
+        Raises:
+            ConfigurationError: As the class does; unknown and missing fields are listed too.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigurationError(f"{show(values)} is no mapping of a model's fields", hint=_HINT)
+        plain, problems = examine(values)
+        if problems:
+            raise complaint(f"the configuration of model {show(values.get('model_id'))}", problems)
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are not at their defaults, as plain values for JSON.
+
+        The token is never among them. For ever is -1, because JSON has no infinity.
+        """
+        plain: dict[str, Any] = {}
+        for name, default in FIELDS.items():
+            value = getattr(self, name)
+            if name not in _SECRET and value != default:
+                plain[name] = -1 if value == math.inf else list(value) if isinstance(value, tuple) else value
+        return plain
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> ModelConfig:
+        """Read one model from a ``.yaml``, ``.yml``, ``.toml`` or ``.json`` file.
+
+        The file holds the model's fields, or ``models`` with one entry.
+
+        Raises:
+            MissingFileError: There is no such file.
+            ConfigurationError: It cannot be read as its format, or its fields cannot be carried out.
+        """
+        from splitlearn_core.manager.configfile import read_model
+
+        return read_model(path)
+
+    def to_yaml(self) -> str:
+        """Return :meth:`to_dict` as YAML."""
+        from splitlearn_core.manager.configfile import dump_yaml
+
+        return dump_yaml(self.to_dict())
+
+    def to_toml(self) -> str:
+        """Return :meth:`to_dict` as TOML."""
+        from splitlearn_core.manager.configfile import dump_toml
+
+        return dump_toml(self.to_dict())
+
+
+#: Field -> its default; ``dataclasses.MISSING`` for the two that have none.
+FIELDS: Mapping[str, Any] = {spec.name: spec.default for spec in dataclasses.fields(ModelConfig)}
+
+_WHOLE = (HUGGINGFACE, PYTORCH)
+_SECRET = frozenset({"token"})
+_NO_PART_OF_THE_LOAD = frozenset({"keep_alive", "pinned", "required", "token"})
+
+
+def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
+    """Check fields one by one and together.
+
+    Returns:
+        The plain values of the sound fields, and the problems, each beginning with its field.
+    """
+    # The value of an unknown field is not shown: it may be a token under a misspelt name.
+    problems = [unknown_name(name, FIELDS, "field") for name in values if name not in FIELDS]
+    plain: dict[str, Any] = {}
+    bad: set[str] = set()
+    for name, check in _CHECKS.items():
+        if name not in values:
+            continue
+        value = values[name]
+        try:
+            plain[name] = None if value is None and FIELDS[name] is None else check(value)
+        except _RefusedError as error:
+            bad.add(name)
+            problems.append(f"{name}: {'what was given' if name in _SECRET else show(value)} {error}")
+    problems += [
+        f"{name}: missing; {_MEANING[name]}" for name in ("model_id", "model_type") if name not in plain.keys() | bad
+    ]
+    return plain, problems + list(_misfits(plain, bad))
+
+
+def complaint(what: str, problems: Sequence[str]) -> ConfigurationError:
+    """Return the error that lists all problems."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigurationError(f"{what} has {count}:\n  " + "\n  ".join(problems), hint=_HINT)
+
+
+def unknown_name(name: object, known: Iterable[str], kind: str) -> str:
+    """Say that there is no such field, and which is meant, most likely."""
+    known = tuple(known)
+    return f"{name if _is_plain(name) else show(name)}: unknown {kind}" + (
+        near(name, known) or f"; there are {', '.join(known)}"
+    )
+
+
+def near(value: object, choices: Iterable[str]) -> str:
+    """Return a guess at what was meant, to go on a sentence with; empty where nothing is near."""
+    close = difflib.get_close_matches(value.strip().lower(), choices, n=1) if isinstance(value, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 100, 100
+
+
+def show(value: object) -> str:
+    """Return a value's repr on one line, however large, deep or odd the value is."""
+    try:
+        return _short.repr(value)
+    except ValueError:
+        # Python refuses to write out integers of thousands of digits.
+        return f"a huge {type(value).__name__}"
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) is not None
+
+
+class _RefusedError(Exception):
+    """A value that its field does not take; the text goes on after the value."""
+
+
+# What each field takes: a function from the given value to the plain one.
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        quotes = "; put it in quotes" if isinstance(value, int | float) else ""
+        raise _RefusedError(f"is no text{quotes}")
+    if not value:
+        raise _RefusedError("is empty; leave the field out, or say what is meant")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise _RefusedError("holds a character that no text file can hold; write it without")
+    # The plain class: writers of YAML know no other.
+    return str.__str__(value)
+
+
+def _path(value: object) -> str:
+    return _text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def _name(value: object) -> str:
+    name = _text(value)
+    if len(name) > MAX_NAME:
+        raise _RefusedError(f"is {len(name)} characters long; {MAX_NAME} at most")
+    if not name.isprintable():
+        cleaned = "".join(filter(str.isprintable, name)).strip()
+        raise _RefusedError("holds characters that cannot be printed" + (f"; {cleaned!r} would do" if cleaned else ""))
+    if name != name.strip():
+        raise _RefusedError(
+            "begins or ends with a space" + (f"; {name.strip()!r} would do" if name.strip() else ""),
+        )
+    return name
+
+
+def _model_id(value: object) -> str:
+    if isinstance(value, str) and ("/" in value or "\\" in value or value in {".", ".."}):
+        segments = [part for part in re.split(r"[/\\]", value) if part.strip(". ") and part.isprintable()]
+        last = segments[-1][:MAX_NAME].strip() if segments else "my-model"
+        raise _RefusedError(f"is a path, not a name; {last!r} would do, and model_path takes paths")
+    return _name(value)
+
+
+def _model_type(value: object) -> str:
+    name = _name(value)
+    if name.lower() in _WHOLE and name not in _WHOLE:
+        raise _RefusedError(f"is spelt {name.lower()!r}")
+    return name
+
+
+def _component(value: object) -> str:
+    name = _text(value)
+    if name not in _COMPONENTS:
+        raise _RefusedError(f"is none of {', '.join(_COMPONENTS)}{near(name, _COMPONENTS)}")
+    return name
+
+
+def _split_points(value: object) -> tuple[int, int]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise _RefusedError("is no pair of layer numbers, (2, 10) say")
+    if len(value) != _PAIR:
+        raise _RefusedError(f"has {len(value)} numbers; two cut a model into bottom, trunk and top")
+    try:
+        first, second = (_integer(point) for point in value)
+    except TypeError:
+        raise _RefusedError("holds something else than integers; a pair such as (2, 10) is needed") from None
+    if not 0 < first < second < MAX_LAYERS:
+        low = min(max(min(first, second), 1), MAX_LAYERS - 2)
+        high = min(max(first, second, low + 1), MAX_LAYERS - 1)
+        raise _RefusedError(f"does not keep to 0 < a < b < {MAX_LAYERS}; the nearest that does is {(low, high)}")
+    return first, second
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a truth value is no number")
+    return operator.index(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        quoted = "; write it without quotes and as plain digits, 1500 say" if isinstance(value, str) else ""
+        raise _RefusedError(f"is no number{quoted}")
+    try:
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except OverflowError:
+        raise _RefusedError("is beyond all bounds") from None
+
+
+def _memory(value: object) -> float:
+    number = _number(value)
+    # Written so that nan, which compares with nothing, is refused.
+    if not 0 < number <= MAX_MEMORY_MB:
+        raise _RefusedError(f"is not above 0 and at most {MAX_MEMORY_MB}; leave it out for no limit")
+    return number
+
+
+def _threads(value: object) -> int:
+    try:
+        number = _integer(value)
+    except TypeError:
+        raise _RefusedError(f"is no integer; 1 to {MAX_THREADS} is possible") from None
+    if not 1 <= number <= MAX_THREADS:
+        raise _RefusedError(f"is not between 1 and {MAX_THREADS}; leave it out for the manager's choice")
+    return number
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _RefusedError("is neither true nor false")
+    return value
+
+
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|[dhms]))+")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[dhms])")
+_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_KEEP_ALIVE = "give seconds or a text such as '5m' or '1h30m'; 0 unloads at once, -1 never"
+
+
+def _keep_alive(value: object) -> float:
+    seconds = _duration(value.strip().lower()) if isinstance(value, str) else _number(value)
+    if seconds < 0 or value == math.inf:
+        return math.inf
+    if not seconds <= MAX_SECONDS:
+        raise _RefusedError(f"is not at most {MAX_SECONDS} seconds; {_KEEP_ALIVE}")
+    # The sum makes 0.0 of -0.0.
+    return float(seconds) + 0.0
+
+
+def _duration(text: str) -> float:
+    if text in {"inf", "forever"}:
+        return -1.0
+    size = text.removeprefix("-")
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", size):
+        seconds = float(size)
+    elif _DURATION.fullmatch(size):
+        seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
+    else:
+        raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
+    return -seconds if text.startswith("-") else seconds
+
+
+_DEVICE = re.compile(r"[a-z]{1,32}(?::(?:0|[1-9][0-9]{0,3}))?")
+
+
+def _device(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise _RefusedError("is no device; write 'cpu', or 'cuda:0' for the first GPU")
+    name = _text(_of_torch(value, "device"))
+    if not _DEVICE.fullmatch(name):
+        guess = re.sub(r"(?<=[a-z])[\s:_-]*(?=[0-9]+$)", ":", name[:MAX_NAME].strip().lower())
+        meant = f"; did you mean {guess!r}?" if _DEVICE.fullmatch(guess) else "; write cpu, cuda, cuda:0 or mps"
+        raise _RefusedError(f"is no device{meant}")
+    return name
+
+
+_DTYPES = ("auto", *FLOAT_DTYPES)
+_DTYPE_ALIASES = {
+    "float": "float32", "fp32": "float32", "f32": "float32", "half": "float16", "fp16": "float16", "f16": "float16",
+    "bf16": "bfloat16", "double": "float64", "fp64": "float64", "f64": "float64",
+}  # fmt: skip
+
+
+def _dtype(value: object) -> str:
+    name = _text(_of_torch(value, "dtype")).removeprefix("torch.")
+    if name not in _DTYPES:
+        alias = _DTYPE_ALIASES.get(name.strip().lower())
+        meant = f"; did you mean {alias!r}?" if alias else near(name, _DTYPES)
+        raise _RefusedError(f"is none of {', '.join(_DTYPES)}{meant}")
+    return name
+
+
+def _of_torch(value: object, kind: str) -> object:
+    """Return an object of torch as torch writes it; told by its class's name, so as not to import torch."""
+    return str(value) if (type(value).__module__, type(value).__name__) == ("torch", kind) else value
+
+
+def _architecture(value: object) -> str:
+    name = _text(value)
+    module, colon, attribute = name.partition(":")
+    if not (_is_dotted(module) and _is_dotted(attribute)):
+        module, _, attribute = name.rpartition(".")
+        sound = not colon and _is_dotted(module) and _is_dotted(attribute)
+        meant = f"; did you mean '{module}:{attribute}'?" if sound else ""
+        raise _RefusedError(f"does not name a class as 'package.module:Class' does{meant}")
+    return name
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def _token(value: object) -> str | bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not value:
+        raise _RefusedError("is neither a text nor true; leave it out for the environment's own")
+    if not (value.isascii() and value.isprintable()) or value != value.strip():
+        raise _RefusedError("holds spaces at its ends, a line break or another character that no token has")
+    return str.__str__(value)
+
+
+_COMPONENTS = tuple(str(component) for component in Component)
+
+_CHECKS: Mapping[str, Callable[[object], Any]] = {
+    "model_id": _model_id,
+    "model_type": _model_type,
+    "model_path": _path,
+    "component": _component,
+    "split_points": _split_points,
+    "device": _device,
+    "dtype": _dtype,
+    "max_memory_mb": _memory,
+    "warmup": _flag,
+    "keep_alive": _keep_alive,
+    "pinned": _flag,
+    "required": _flag,
+    "allow_paging": _flag,
+    "strategy": _text,
+    "attn_implementation": _text,
+    "revision": _text,
+    "cache_dir": _path,
+    "token": _token,
+    "local_files_only": _flag,
+    "architecture": _architecture,
+    "allow_pickle": _flag,
+    "load_threads": _threads,
+}
+
+#: What a field is, said where it is missing.
+_MEANING = {
+    "model_id": "give the model a name",
+    "model_type": f"name an installed family, {HUGGINGFACE!r} or {PYTORCH!r}",
+    "component": f"a family's model is loaded in parts, so one of {', '.join(_COMPONENTS)} is needed",
+    "split_points": "a family's model is cut in two places, (2, 10) say",
+    "architecture": "the weights fill a class, 'package.module:Class' (allow_pickle=True does without, and runs code)",
+}
+_MODEL_PATH = {HUGGINGFACE: "give a directory or a Hub id", PYTORCH: "give the path of the .pt or .pth file"}
+
+#: Fields that would change nothing: to take them in silence would mislead.
+_REFUSED = {
+    HUGGINGFACE: ("component", "split_points", "strategy", "architecture", "allow_pickle"),
+    PYTORCH: ("component", "split_points", "strategy", "attn_implementation", "revision"),
+}
+_REFUSED_FOR_FAMILY = ("architecture", "allow_pickle")
+_NEEDED = {HUGGINGFACE: ("model_path",), PYTORCH: ("model_path", "architecture")}
+_NEEDED_FOR_FAMILY = ("component", "split_points")
+
+
+def _misfits(plain: Mapping[str, Any], bad: set[str]) -> Iterator[str]:
+    """Say which fields the model type needs or does not take; nothing of those that are wrong anyway."""
+    kind = plain.get("model_type")
+    if kind is None:
+        return
+    for name in _NEEDED.get(kind, _NEEDED_FOR_FAMILY):
+        done_without = name == "architecture" and (plain.get("allow_pickle") or "allow_pickle" in bad)
+        if plain.get(name) is None and name not in bad and not done_without:
+            meaning = _MODEL_PATH[kind] if name == "model_path" else _MEANING[name]
+            guess = near(kind, _WHOLE) if kind not in _WHOLE else ""
+            yield f"{name}: missing; {meaning}{guess and guess + f' ({kind!r} is taken for a family)'}"
+    for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
+        if plain.get(name, FIELDS[name]) != FIELDS[name]:
+            yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
+        elif name in bad:
+            yield f"{name}: not for model type {kind!r} at all, {_WHY[name]}; leave it out"
+
+
+_OF_FAMILIES = "only for a family's"
+_WHY = {
+    "component": f"{_OF_FAMILIES}: it is loaded whole",
+    "split_points": f"{_OF_FAMILIES}: it is loaded whole",
+    "strategy": _OF_FAMILIES,
+    "attn_implementation": "only for models of transformers",
+    "revision": "only for models of the Hub",
+    "architecture": f"only for {PYTORCH!r}",
+    "allow_pickle": f"only for {PYTORCH!r}",
+}
