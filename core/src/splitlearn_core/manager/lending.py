@@ -7,6 +7,7 @@ import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from splitlearn_core.errors import BusyError, ModelGoneError
@@ -79,9 +80,7 @@ class AsyncManagedModel:
             BusyError: As many calls wait for this model as its queue takes.
             ModelGoneError: It was unloaded.
         """
-        module = self.model
-        bound = _as_the_caller(lambda: function(module))
-        del module
+        bound = _as_the_caller(partial(function, self.model))
         result: _T = await self._lender.call((self.model_id, self.generation), bound)
         return result
 
@@ -192,12 +191,13 @@ class CallGate:
                 call.future.set_exception(error())
 
     def _start(self) -> None:
+        loop = asyncio.get_running_loop()
         while self._waiting and self._running < self._limit:
             call = self._waiting.popleft()
             call.started = True
             self._running += 1
-            loop = asyncio.get_running_loop()
-            self._pool.submit(call.function, lambda outcome, call=call: loop.call_soon_threadsafe(self._done, call, outcome))
+            done = partial(self._done, call)
+            self._pool.submit(call.function, partial(loop.call_soon_threadsafe, done))
 
     def _done(self, call: _Call, outcome: Any) -> None:
         self._running -= 1

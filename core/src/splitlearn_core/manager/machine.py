@@ -22,7 +22,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from splitlearn_core.errors import (
     DuplicateModelError,
@@ -152,7 +152,7 @@ class Machine:
             ManagerError: The caller asks for what cannot be; nothing has changed.
             InternalError: A worker answers for what it cannot; nothing has changed.
         """
-        handler: Callable[[Machine, Any], None] = _HANDLERS[type(event)]
+        handler: Callable[[Machine, Any], None] = self._HANDLERS[type(event)]
         now, self._now = self._now, max(self._now, event.now)
         try:
             handler(self, event)
@@ -224,7 +224,7 @@ class Machine:
 
     def violations(self) -> list[str]:
         """Return the invariants that do not hold: none, ever. For tests, and cheap enough for a debugger."""
-        return [problem for problem in _violations(self, self._models) if problem]
+        return [problem for problem in self._problems() if problem]
 
     def _model(self, model_id: str) -> _Model:
         model = self._models.get(model_id)
@@ -355,7 +355,7 @@ class Machine:
         if generation.status is _S.CANCELLING:
             self._stopped(generation)
         else:
-            generation.needs, generation.keeps = dict(event.needs), dict(event.keeps)
+            generation.needs, generation.keeps = self._with_budget(event.needs), dict(event.keeps)
             generation.location, generation.dtype = event.location, event.dtype
             self._go(generation, _S.WAITING, "planned")
         self._schedule()
@@ -574,7 +574,7 @@ class Machine:
             generation = self.find(key)
             if generation is not None and generation.status in WORKING and generation.advance(event.now, progress):
                 self._touch(generation)
-        for status, watch in _WATCHES.items():
+        for status, watch in self._WATCHES.items():
             for generation in tuple(self._by_status[status].values()):
                 watch(self, generation)
         self._expire()
@@ -666,7 +666,7 @@ class Machine:
         ``short`` collects the ledgers that an earlier one waits for: later ones must not take from
         them, or a large load would wait for ever while small ones pass it.
         """
-        needs = self._with_budget(generation.needs)
+        needs = generation.needs
         if not self._capacity:
             self._say_waiting(generation, "memory has not been measured yet")
             return
@@ -691,7 +691,6 @@ class Machine:
         elif not self._has_free_worker():
             self._say_waiting(generation, self._no_worker())
         else:
-            generation.held = needs
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
 
@@ -713,8 +712,7 @@ class Machine:
         return Tenant(
             generation.key,
             generation.held,
-            evictable=status is _S.READY
-            and not (generation.leases or pinned or resident < self.limits.min_residency),
+            evictable=status is _S.READY and not (generation.leases or pinned or resident < self.limits.min_residency),
             leaving=status is _S.UNLOADING,
             last_used=generation.last_used_at or generation.ready_at or 0.0,
             leases=generation.leases,
@@ -807,13 +805,66 @@ class Machine:
         if model is not None:
             model.info = None
 
+    def _problems(self) -> Iterable[str]:
+        charged: dict[str, int] = {}
+        reserved: dict[str, int] = {}
+        for model_id, model in self._models.items():
+            yield f"{model_id} has no generation" if not model.generations else ""
+            yield f"{model_id} has two that serve" if sum(g.status is _S.READY for g in model.generations) > 1 else ""
+            yield f"{model_id} has two on their way" if sum(g.is_loading for g in model.generations) > 1 else ""
+            numbers = [g.number for g in model.generations]
+            yield f"{model_id} has generations out of order" if numbers != sorted(set(numbers)) else ""
+            for g in model.generations:
+                yield from (
+                    f"{model_id}/{g.number} ({g.status}): {problem}" for problem in _generation_violations(g) if problem
+                )
+                ledger = charged if g.status in CHARGED else reserved
+                for name, count in g.held.items():
+                    ledger[name] = ledger.get(name, 0) + count
+        for title, counted, kept in (("charged", charged, self._charged), ("reserved", reserved, self._reserved)):
+            differ = {n for n in {*counted, *kept} if counted.get(n, 0) != kept.get(n, 0)}
+            yield f"{title} {sorted(differ)}: {kept} kept, {counted} counted" if differ else ""
+
+    _HANDLERS: ClassVar[Mapping[type, Callable[[Machine, Any], None]]] = {
+        m.LoadRequested: _load_requested,
+        m.WaiterJoined: _waiter_joined,
+        m.WaiterGone: _waiter_gone,
+        m.Planned: _planned,
+        m.Loaded: _loaded,
+        m.WarmedUp: _warmed_up,
+        m.WorkerFailed: _worker_failed,
+        m.WorkerStopped: _worker_stopped,
+        m.CancelRequested: _cancel_requested,
+        m.LeaseTaken: _lease_taken,
+        m.CallStarted: _call_started,
+        m.LeaseReleased: _lease_released,
+        m.UnloadRequested: _unload_requested,
+        m.Unloaded: _unloaded,
+        m.UnloadFailed: _unload_failed,
+        m.MemorySampled: _memory_sampled,
+        m.Tick: _tick,
+        m.CloseRequested: _close_requested,
+    }
+
+    _WATCHES: ClassVar[Mapping[ModelStatus, Callable[[Machine, Generation], None]]] = {
+        _S.QUEUED: _watch_waiting,
+        _S.WAITING: _watch_waiting,
+        _S.PLANNING: _watch_worker,
+        _S.LOADING: _watch_worker,
+        _S.WARMING: _watch_worker,
+        _S.CANCELLING: _watch_cancelling,
+        _S.DRAINING: _watch_draining,
+    }
+
 
 def _held(generation: Generation, status: ModelStatus) -> Mapping[str, int]:
     """Return what a generation holds in a status it enters."""
-    if status in (_S.LOADING, _S.WARMING, _S.CANCELLING, _S.STUCK, _S.DRAINING, _S.UNLOADING):
+    if status is _S.LOADING:
+        return generation.needs
+    if status in (_S.WARMING, _S.CANCELLING, _S.STUCK, _S.DRAINING, _S.UNLOADING):
         return generation.held
     if status is _S.READY:
-        budget = {BUDGET: sum(generation.keeps.values())} if BUDGET in generation.held else {}
+        budget = {BUDGET: sum(generation.keeps.values())} if BUDGET in generation.needs else {}
         return {"host": 0, **generation.keeps, **budget}
     return {}
 
@@ -840,57 +891,6 @@ def _not_ready(generation: Generation) -> ModelNotReadyError:
         f"model {generation.model_id!r} is {generation.status}",
         hint="load it again with ensure_model()" if going else "await ensure_model(config) first",
     )
-
-
-_HANDLERS: Mapping[type, Callable[[Machine, Any], None]] = {
-    m.LoadRequested: Machine._load_requested,
-    m.WaiterJoined: Machine._waiter_joined,
-    m.WaiterGone: Machine._waiter_gone,
-    m.Planned: Machine._planned,
-    m.Loaded: Machine._loaded,
-    m.WarmedUp: Machine._warmed_up,
-    m.WorkerFailed: Machine._worker_failed,
-    m.WorkerStopped: Machine._worker_stopped,
-    m.CancelRequested: Machine._cancel_requested,
-    m.LeaseTaken: Machine._lease_taken,
-    m.CallStarted: Machine._call_started,
-    m.LeaseReleased: Machine._lease_released,
-    m.UnloadRequested: Machine._unload_requested,
-    m.Unloaded: Machine._unloaded,
-    m.UnloadFailed: Machine._unload_failed,
-    m.MemorySampled: Machine._memory_sampled,
-    m.Tick: Machine._tick,
-    m.CloseRequested: Machine._close_requested,
-}
-
-_WATCHES: Mapping[ModelStatus, Callable[[Machine, Generation], None]] = {
-    _S.QUEUED: Machine._watch_waiting,
-    _S.WAITING: Machine._watch_waiting,
-    _S.PLANNING: Machine._watch_worker,
-    _S.LOADING: Machine._watch_worker,
-    _S.WARMING: Machine._watch_worker,
-    _S.CANCELLING: Machine._watch_cancelling,
-    _S.DRAINING: Machine._watch_draining,
-}
-
-
-def _violations(machine: Machine, models: Mapping[str, _Model]) -> Iterable[str]:
-    charged: dict[str, int] = {}
-    reserved: dict[str, int] = {}
-    for model_id, model in models.items():
-        yield f"{model_id} has no generation" if not model.generations else ""
-        yield f"{model_id} has two that serve" if sum(g.status is _S.READY for g in model.generations) > 1 else ""
-        yield f"{model_id} has two on their way" if sum(g.is_loading for g in model.generations) > 1 else ""
-        numbers = [g.number for g in model.generations]
-        yield f"{model_id} has generations out of order" if numbers != sorted(set(numbers)) else ""
-        for g in model.generations:
-            yield from (f"{model_id}/{g.number} ({g.status}): {problem}" for problem in _generation_violations(g))
-            ledger = charged if g.status in CHARGED else reserved
-            for name, count in g.held.items():
-                ledger[name] = ledger.get(name, 0) + count
-    for title, counted, kept in (("charged", charged, machine._charged), ("reserved", reserved, machine._reserved)):
-        differ = {n for n in {*counted, *kept} if counted.get(n, 0) != kept.get(n, 0)}
-        yield f"{title} {sorted(differ)}: {kept} kept, {counted} counted" if differ else ""
 
 
 def _generation_violations(g: Generation) -> Iterable[str]:

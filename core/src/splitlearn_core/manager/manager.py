@@ -13,12 +13,12 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from splitlearn_core.errors import (
     ConfigurationError,
@@ -31,11 +31,11 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.failures import fresh, record
-from splitlearn_core.manager.generation import WORKING, Generation
+from splitlearn_core.manager.generation import WORKING
 from splitlearn_core.manager.lending import AsyncManagedModel, CallGate, LoadingPlaceholder
 from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
+from splitlearn_core.manager.records import fresh, record
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.manager.status import (
     FailureInfo,
@@ -347,9 +347,7 @@ class AsyncModelManager:
 
     # --- letting go -----------------------------------------------------------------------------
 
-    async def unload_model(
-        self, model_id: str, *, force: bool = False, timeout: float | None = None
-    ) -> UnloadReport:
+    async def unload_model(self, model_id: str, *, force: bool = False, timeout: float | None = None) -> UnloadReport:  # noqa: ASYNC109  # a limit on the drain, not on the call
         """Free a model once nobody has it, and say what came back; forget one that failed.
 
         Args:
@@ -381,7 +379,7 @@ class AsyncModelManager:
         self._required.discard(model_id)
         return outcome
 
-    async def close(self, timeout: float | None = None) -> None:
+    async def close(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  # it ends within it, done or not
         """Take no more work, cancel what is loading, free what is loaded, and end within the limit.
 
         May be called again, and concurrently: all callers wait for the same end. Holders have four
@@ -620,7 +618,7 @@ class AsyncModelManager:
 
     def _carry_out(self, effects: Iterable[m.Effect]) -> None:
         for effect in effects:
-            _EFFECTS[type(effect)](self, effect)
+            self._EFFECTS[type(effect)](self, effect)
         if self._quiet is not None:
             if self._machine.is_quiet:
                 self._quiet.set()
@@ -649,7 +647,7 @@ class AsyncModelManager:
         loop = asyncio.get_running_loop()
         slot.worker = run_in_thread(
             f"splitlearn-{job.name.lower()}-{key[0]}",
-            partial(_JOBS[job], self, slot),
+            partial(self._JOBS[job], self, slot),
             lambda outcome: loop.call_soon_threadsafe(self._worker_done, key, job, outcome),
             torch_threads=slot.config.load_threads or self._load_threads if job is not m.Job.PLAN else None,
         )
@@ -839,6 +837,23 @@ class AsyncModelManager:
         run_in_thread(name, function, lambda outcome: loop.call_soon_threadsafe(done, outcome))
         return await future
 
+    _JOBS: ClassVar[Mapping[m.Job, Callable[[AsyncModelManager, _Slot], Any]]] = {
+        m.Job.PLAN: _plan_job,
+        m.Job.LOAD: _load_job,
+        m.Job.WARM_UP: _warm_up_job,
+    }
+
+    _EFFECTS: ClassVar[Mapping[type, Callable[[AsyncModelManager, Any], None]]] = {
+        m.StartWorker: _start_worker,
+        m.StopWorker: _stop_worker,
+        m.StartUnload: _start_unload,
+        m.Discard: _discard,
+        m.Resolve: _resolve,
+        m.DrainEnded: _drain_ended,
+        m.Gone: _gone,
+        m.Changed: _changed,
+    }
+
 
 class _Stopped:
     """A worker's answer that it was told to stop, and has."""
@@ -846,24 +861,6 @@ class _Stopped:
 
 def _ignore(outcome: Any) -> None:
     """Take no notice of how something ended."""
-
-
-_JOBS: Mapping[m.Job, Callable[[AsyncModelManager, _Slot], Any]] = {
-    m.Job.PLAN: AsyncModelManager._plan_job,
-    m.Job.LOAD: AsyncModelManager._load_job,
-    m.Job.WARM_UP: AsyncModelManager._warm_up_job,
-}
-
-_EFFECTS: Mapping[type, Callable[[AsyncModelManager, Any], None]] = {
-    m.StartWorker: AsyncModelManager._start_worker,
-    m.StopWorker: AsyncModelManager._stop_worker,
-    m.StartUnload: AsyncModelManager._start_unload,
-    m.Discard: AsyncModelManager._discard,
-    m.Resolve: AsyncModelManager._resolve,
-    m.DrainEnded: AsyncModelManager._drain_ended,
-    m.Gone: AsyncModelManager._gone,
-    m.Changed: AsyncModelManager._changed,
-}
 
 
 def _check_limits(counts: Mapping[str, Any], amounts: Mapping[str, Any], when_full: str) -> None:

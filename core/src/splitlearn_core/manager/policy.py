@@ -143,8 +143,7 @@ def _reason(
     short: Mapping[str, int], places: int, needs: Mapping[str, int], room: Room, tenants: Iterable[Tenant]
 ) -> str:
     parts = [
-        f"needs {human_bytes(needs[name])} of {_ledger(name)}, "
-        f"{human_bytes(max(0, room.available.get(name, 0)))} free"
+        f"needs {human_bytes(needs[name])} of {_ledger(name)}, {human_bytes(max(0, room.available.get(name, 0)))} free"
         for name in short
     ]
     if places:
@@ -172,4 +171,3 @@ def _holder(tenant: Tenant) -> str:
 def _ledger(name: str) -> str:
     words = {"host": "memory", MAPPED: "memory for mapped weights", BUDGET: "the manager's max_memory_mb"}
     return words.get(name, f"memory on {name}")
-
