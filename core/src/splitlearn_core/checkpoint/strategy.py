@@ -26,7 +26,6 @@ def _untold(_: int) -> None:
     """Count nothing."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
     """What is to be read: tensors, the files they are in, and how they are wanted."""

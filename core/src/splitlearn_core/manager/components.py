@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.loading import (
@@ -86,7 +86,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
     return module
 
 
-def hub_options(config: ModelConfig) -> dict[str, str | bool | None]:
+def hub_options(config: ModelConfig) -> dict[str, Any]:
     """Return what the configuration says of the Hub."""
     return {
         "cache_dir": config.cache_dir,

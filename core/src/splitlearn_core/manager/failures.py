@@ -91,7 +91,8 @@ def refuse_changes(seen: Mapping[Path, Version]) -> None:
         if now != version:
             size = f": it had {version[2]} bytes, now {now[2]}" if now[2] != version[2] else ""
             raise InvalidCheckpointError(
-                f"{path} was changed while it was being loaded{size}", hint="load it again once it is written completely"
+                f"{path} was changed while it was being loaded{size}",
+                hint="load it again once it is written completely",
             )
 
 

@@ -132,8 +132,7 @@ def _check_limit(config: ModelConfig, plan: LoadPlan) -> None:
     if needed > limit:
         parts = ", ".join(f"{human_bytes(count)} {ledger}" for ledger, count in plan.needs.items() if count)
         raise InsufficientMemoryError(
-            f"{_name(config)} takes {human_bytes(needed)} ({parts}), "
-            f"and its max_memory_mb allows {human_bytes(limit)}",
+            f"{_name(config)} takes {human_bytes(needed)} ({parts}), and its max_memory_mb allows {human_bytes(limit)}",
             hint=f"raise max_memory_mb to {-(-needed // _MEGABYTE)}, or load fewer layers or a smaller dtype",
         )
 
@@ -157,9 +156,11 @@ def _one_round(loaded: LoadedModel, component: Component | None, between: Any) -
         shape = (1, length, module.config.hidden_size)
         prompt = torch.zeros(shape, dtype=getattr(torch, loaded.dtype), device=loaded.device)
     if component is None:
-        cache = module(input_ids=prompt, use_cache=True).past_key_values
+        output = module(input_ids=prompt, use_cache=True)
         between()
-        module(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
+        # Newer versions of transformers call it by another name.
+        kept = next((name for name in ("cache", "past_key_values") if name in output), None)
+        module(input_ids=prompt[:, :1], use_cache=True, **({kept: output[kept]} if kept else {}))
         return
     cache = module.new_cache()
     module(prompt, past_key_values=cache)

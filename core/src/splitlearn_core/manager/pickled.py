@@ -76,9 +76,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     size = path.stat().st_size
     needs, keeps = _memory(config, size, mappable)
     reads = not mappable or config.dtype != "auto" or config.device != "cpu"
-    return LoadPlan(
-        needs, keeps, str(path), config.dtype, config.device, _Details(path, files, size, mappable, reads)
-    )
+    return LoadPlan(needs, keeps, str(path), config.dtype, config.device, _Details(path, files, size, mappable, reads))
 
 
 def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
@@ -94,7 +92,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
     report(Progress("verifying", None, details.size, details.size, details.path.name))
     _check_complete(config, module)
     refuse_changes(details.files)
-    return module.eval()
+    return module.to(config.device).eval()
 
 
 def _find(config: ModelConfig) -> Path:
@@ -136,15 +134,16 @@ def _read(config: ModelConfig, details: _Details) -> Any:
     try:
         with explaining(str(details.path)):
             # The configuration decides, and what it decided was said.
-            return torch.load(  # noqa: S614
+            return torch.load(
                 details.path, map_location="cpu", mmap=details.mappable, weights_only=not config.allow_pickle
             )
     except SplitLearnError:
         raise
     except pickle.UnpicklingError as error:
         if not config.allow_pickle and _MORE_THAN_TENSORS in str(error):
+            reason = _line(error, _MORE_THAN_TENSORS)
             raise CheckpointError(
-                f"{details.path} holds more than tensors, and opening it could run code: {_line(error, _MORE_THAN_TENSORS)}",
+                f"{details.path} holds more than tensors, and opening it could run code: {reason}",
                 hint="save module.state_dict() instead; or, for a file of your own making, set allow_pickle=True",
             ) from error
         raise _damaged(details.path, error) from error
@@ -170,9 +169,7 @@ def _module(config: ModelConfig, saved: Any, report: ReportProgress) -> torch.nn
     import torch
 
     if isinstance(saved, torch.nn.Module):
-        if config.dtype != "auto":
-            saved = saved.to(getattr(torch, config.dtype))
-        return saved.to(config.device)
+        return saved if config.dtype == "auto" else saved.to(getattr(torch, config.dtype))
     state = _state_dict(config, saved)
     if config.architecture is None:
         raise ConfigurationError(
@@ -185,7 +182,7 @@ def _module(config: ModelConfig, saved: Any, report: ReportProgress) -> torch.nn
     try:
         # Buffers that the file does not hold are computed; parameters take no memory.
         with skeleton(torch.get_default_dtype()):
-            module = made()
+            module: torch.nn.Module = made()
     # The class is the user's own: it raises what it likes.
     except Exception as error:
         raise ConfigurationError(
@@ -194,7 +191,7 @@ def _module(config: ModelConfig, saved: Any, report: ReportProgress) -> torch.nn
         ) from error
     _refuse_misfit(config, module, state)
     module.load_state_dict(_placed(config, state, report), strict=True, assign=True)
-    return module.to(config.device)
+    return module
 
 
 def _architecture(name: str) -> Any:

@@ -21,7 +21,7 @@ from splitlearn_core.errors import ManagerClosedError
 log = logging.getLogger(__name__)
 
 #: Called in the worker's thread with what the function returned, or with the exception it raised.
-OnDone = Callable[[Any], None]
+OnDone = Callable[[Any], object]
 
 _TORCH_THREADS_LOCK = threading.Lock()
 
@@ -120,7 +120,7 @@ class CallPool:
         return all(ended)
 
     def _take_all(self) -> list[tuple[Callable[[], Any], OnDone]]:
-        taken = []
+        taken: list[tuple[Callable[[], Any], OnDone]] = []
         while True:
             try:
                 job = self._jobs.get_nowait()
@@ -166,6 +166,8 @@ def own_torch_threads(count: int) -> None:
 
         keeper = Worker("splitlearn-torch-threads", keep)
         ready.wait()
+        # A thread takes on the default when it first uses torch, whatever it was told before.
+        torch.get_num_threads()
         try:
             torch.set_num_threads(count)
         finally:

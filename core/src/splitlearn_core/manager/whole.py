@@ -93,6 +93,8 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            # So that all of them are listed, and not only counted; the model is refused below.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     report(Progress("verifying", None, details.nbytes, details.nbytes))
