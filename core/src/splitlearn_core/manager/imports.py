@@ -1,0 +1,70 @@
+"""Importing torch and transformers before an event loop turns.
+
+``import torch`` and ``import transformers`` hold the interpreter for hundreds of milliseconds at a
+time. In a worker thread they stall the loop just the same, because every thread of the process
+waits for the interpreter. So a server imports them before it serves::
+
+    preload({config.model_type for config in configs})
+    asyncio.run(serve(configs))
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterable
+
+from splitlearn_core.errors import PluginError
+from splitlearn_core.loading import import_builders
+from splitlearn_core.plugins.registry import registry
+
+log = logging.getLogger(__name__)
+
+#: Model types that belong to no family.
+WHOLE, PICKLED = "huggingface", "pytorch"
+
+#: What a load of any component imports in the middle of its work.
+_BUILDING = (
+    "splitlearn_core.build.assemble",
+    "splitlearn_core.build.component",
+    "splitlearn_core.build.skeleton",
+    "splitlearn_core.checkpoint.checkpoint",
+    "safetensors.torch",
+    "huggingface_hub.file_download",
+    "huggingface_hub.hf_api",
+)
+#: Names of transformers that are imported when they are first used.
+_OF_TRANSFORMERS = ("GenerationConfig", "PreTrainedModel")
+_OF_WHOLE_MODELS = ("AutoConfig", "AutoModelForCausalLM", "GenerationConfig", "PreTrainedModel")
+
+
+def preload(model_types: Iterable[str]) -> dict[str, PluginError]:
+    """Import torch, transformers and the architectures of some families, in the calling thread.
+
+    Takes seconds the first time, and nothing after that. Call it before the event loop starts; a
+    load then imports nothing that takes long.
+
+    Args:
+        model_types: The model types that will be loaded: those of families, ``huggingface`` or
+            ``pytorch``.
+
+    Returns:
+        Model type -> why its plugin is of no use. The others are imported nevertheless, and the
+        load of such a model will fail with the same error.
+    """
+    types = set(model_types)
+    failures: dict[str, PluginError] = {}
+    for model_type in sorted(types - {WHOLE, PICKLED}):
+        try:
+            import_builders(registry().family(model_type))
+        except PluginError as error:
+            log.warning("Nothing was imported for %s: %s", model_type, error.message)
+            failures[model_type] = error
+    importlib.import_module("torch")
+    if types - {PICKLED}:
+        transformers = importlib.import_module("transformers")
+        for name in _OF_WHOLE_MODELS if WHOLE in types else _OF_TRANSFORMERS:
+            getattr(transformers, name)
+    for name in _BUILDING if types - {PICKLED} else ():
+        importlib.import_module(name)
+    return failures

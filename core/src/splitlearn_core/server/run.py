@@ -1,0 +1,246 @@
+"""Serving: from a configuration file to a process that answers until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from splitlearn_core.errors import ConfigurationError, InternalError
+from splitlearn_core.manager.config import ModelConfig, show, unknown_name
+from splitlearn_core.manager.configfile import ConfigFile, read_config_file
+from splitlearn_core.manager.imports import preload
+from splitlearn_core.manager.manager import AsyncModelManager
+
+try:
+    import uvicorn
+
+    from splitlearn_core.manager.metrics import LoopLag
+    from splitlearn_core.server.app import build_app
+    from splitlearn_core.server.control import Control
+    from splitlearn_core.server.guard import HostRule
+except ImportError as error:
+    raise ConfigurationError(
+        f"`splitlearn serve` needs packages that are not installed: {error}",
+        hint="pip install 'splitlearn-core[serve]'",
+    ) from error
+
+log = logging.getLogger(__name__)
+
+#: Seconds that open connections have to end once everything else is over.
+_GOODBYE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to serve, and for whom."""
+
+    host: str = "127.0.0.1"
+    #: 0 for any free one.
+    port: int = 8710
+    #: Host headers that name this server, beside addresses and the names of loopback.
+    names: tuple[str, ...] = ()
+
+    @property
+    def is_loopback(self) -> bool:
+        """Say whether only this machine can reach it."""
+        return all(ipaddress.ip_address(sockaddr[0]).is_loopback for _, sockaddr in _resolve(self.host, self.port))
+
+
+def run_server(config_file: str | os.PathLike[str], address: Address, announce: Callable[[str], None]) -> None:
+    """Serve the models of a configuration file until SIGINT or SIGTERM; a second one ends at once.
+
+    Everything that can be wrong is looked at before anything takes long. torch, transformers and
+    the needed architectures are imported before the event loop starts, so that no load stalls it.
+
+    Args:
+        config_file: The models, and what the manager is made with.
+        address: Where to serve.
+        announce: Told the URL, once it answers.
+
+    Raises:
+        ConfigurationError: The file, or the address.
+        MissingFileError: There is no such file.
+    """
+    configuration = read_config_file(config_file)
+    manager = make_manager(configuration)
+    with listening(address) as listener:
+        preload({config.model_type for config in configuration.models})
+        asyncio.run(_serve(manager, configuration.models, address, listener, announce))
+
+
+@contextlib.contextmanager
+def listening(address: Address) -> Iterator[socket.socket]:
+    """Listen at an address, so that a second process finds it taken at once.
+
+    Raises:
+        ConfigurationError: The address is taken, or not this machine's.
+    """
+    family, sockaddr = _resolve(address.host, address.port)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # What still lingers from a process that has ended is no reason to wait; one that listens is.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(sockaddr)
+            listener.listen(128)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            raise ConfigurationError(
+                f"cannot listen at {_url(address.host, address.port)}: {os.strerror(error.errno or 0)}",
+                hint="another process serves there (`splitlearn ps` shows what); end it, or choose another --port"
+                if taken
+                else "choose an address of this machine and a port that you may use",
+            ) from error
+        yield listener
+    finally:
+        listener.close()
+
+
+async def _serve(
+    manager: AsyncModelManager,
+    models: Iterable[ModelConfig],
+    address: Address,
+    listener: socket.socket,
+    announce: Callable[[str], None],
+) -> None:
+    async with manager:
+        control, lag = Control(manager, models), LoopLag()
+        server = Server(uvicorn_config(build_app(control, _hosts(address), lag)))
+        with _stopping(control.closing):
+            # Before anybody can ask, so that no probe sees the moment at which nothing was wanted yet.
+            control.load_configured()
+            serving = asyncio.create_task(server.serve(sockets=[listener]), name="serve")
+            measuring = asyncio.create_task(lag.run(), name="measure the loop's lag")
+            try:
+                await _until(server.answering, serving)
+                announce(_url(address.host, listener.getsockname()[1]))
+                await _until(control.closing, serving)
+                log.info("Closing: no new work is taken, and what is loading is cancelled")
+            finally:
+                control.closing.set()
+                # Whoever watches sees how the models go; then the connections do.
+                await manager.close()
+                await control.end()
+                server.should_exit = True
+                measuring.cancel()
+                await asyncio.gather(serving, measuring, return_exceptions=True)
+    log.info("Closed")
+
+
+async def _until(event: asyncio.Event, serving: asyncio.Task[None]) -> None:
+    """Wait for an event; raises what ended the server instead."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({waiting, serving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    if serving.done():
+        serving.result()
+        raise InternalError("the server ended by itself")
+
+
+def _hosts(address: Address) -> HostRule:
+    """Say which Host headers are ours."""
+    if address.is_loopback:
+        return HostRule.of([address.host, *address.names])
+    names = [address.host, *address.names, socket.gethostname(), socket.getfqdn()]
+    return HostRule.of(names, any_address=True)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but for its signals: it would end the process by the signal, and ours ends it with 0."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.answering = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.answering.set()
+
+
+def uvicorn_config(app: Any) -> uvicorn.Config:
+    """Set uvicorn up as a plain server of HTTP/1.1 that leaves logging and headers to us."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_GOODBYE,
+    )
+
+
+@contextlib.contextmanager
+def _stopping(stop: asyncio.Event) -> Iterator[None]:
+    """Set an event at the first SIGINT or SIGTERM; a second one has its usual effect."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def first(number: signal.Signals) -> None:
+        log.info("Got %s", number.name)
+        stop.set()
+        for each in signals:
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in signals:
+        loop.add_signal_handler(number, first, number)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def make_manager(configuration: ConfigFile) -> AsyncModelManager:
+    """Make the manager that a file describes; it does nothing before its event loop runs.
+
+    Raises:
+        ConfigurationError: A setting that does not exist, or a value that it does not take; all are listed.
+    """
+    # These take objects, which no file can hold.
+    known = sorted(set(AsyncModelManager.__init__.__kwdefaults__ or {}) - {"loader", "resources", "clock"})
+    given = dict(configuration.manager)
+    problems = [unknown_name(name, known, "setting") for name in given if name not in known]
+    required = given.get("required") or []
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        problems.append(f"required: {show(required)} is no list of model ids")
+    if problems:
+        raise ConfigurationError(
+            "the settings of manager cannot be kept:\n  " + "\n  ".join(problems),
+            hint="each is documented in splitlearn_core.AsyncModelManager",
+        )
+    # A required model that cannot even begin to load must be missed, too.
+    given["required"] = [*required, *(config.model_id for config in configuration.models if config.required)]
+    return AsyncModelManager(**given)
+
+
+def _resolve(host: str, port: int) -> Sequence[tuple[socket.AddressFamily, Any]]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(
+            f"{host!r} is no address of this machine: {error}", hint="use 127.0.0.1 for this machine alone"
+        ) from error
+    return [(family, sockaddr) for family, _, _, _, sockaddr in found]
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
