@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from splitlearn_core import ConfigurationError, SplitCausalLM, load_split_model
+from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
 
 CUTS = (2, 4)
 NAMES = ("bottom", "trunk", "top")
@@ -185,9 +186,10 @@ def test_a_dynamic_cache_is_shared_by_the_three(parts: Any, whole: Any, with_con
     with torch.inference_mode():
         first = split(IDS[:, :3], past_key_values=cache)
         second = split(IDS[:, 3:], past_key_values=cache)
-        expected = whole(IDS[:, 3:], past_key_values=whole(IDS[:, :3], use_cache=True).past_key_values)
+        past = {cache_argument(whole.forward): whole(IDS[:, :3], use_cache=True)[CACHE_FIELD]}
+        expected = whole(IDS[:, 3:], **past)
 
-    assert first.past_key_values is cache
+    assert first[CACHE_FIELD] is cache
     assert len(cache.layers) == 6
     assert cache.get_seq_length() == 5
     assert torch.equal(second.logits, expected.logits)
@@ -267,3 +269,18 @@ def test_results_are_named_whatever_the_checkpoint_prefers(single: Path) -> None
     model = SplitCausalLM(*load_split_model("llama", CUTS, single))  # type: ignore[arg-type]
 
     assert model(input_ids=IDS).logits.shape == (1, 5, 101)
+
+
+def test_the_cache_goes_by_both_names(parts: Any) -> None:
+    """``past_key_values``, and ``cache`` as transformers calls it from 5.24 on; not both at once."""
+    split = SplitCausalLM(*parts)
+
+    with torch.inference_mode():
+        old = split(IDS, past_key_values=DynamicCache(config=split.config)).logits
+        new = split(IDS, cache=DynamicCache(config=split.config)).logits
+        part = parts.bottom(IDS, cache=parts.bottom.new_cache())
+
+    assert torch.equal(old, new)
+    assert torch.equal(part, parts.bottom(IDS))
+    with pytest.raises(ConfigurationError, match="two names"):
+        split(IDS, past_key_values=DynamicCache(), cache=DynamicCache())

@@ -8,8 +8,8 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from splitlearn_core.build.cache import PartCache
-from splitlearn_core.build.component import ComponentModel, refuse_recordings
+from splitlearn_core.build.cache import CACHE_FIELD, PartCache
+from splitlearn_core.build.component import ComponentModel, named_cache, refuse_recordings
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.types import Component
 
@@ -73,6 +73,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Run the whole model; arguments and result are those of the family's own class.
@@ -87,8 +88,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: Whether to return a cache; by default what the configuration says.
             logits_to_keep: How many last positions get logits; 0 for all.
             return_dict: False for a plain tuple.
+            cache: ``past_key_values`` by the name that transformers gives it from 5.24 on.
         """
         refuse_recordings(kwargs)
+        past_key_values = named_cache({"cache": cache}, past_key_values)
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         caches = [self._part_of(past_key_values, component) for component in self.components]
@@ -106,7 +109,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             **common,
             **kwargs,
         )
-        output.past_key_values = past_key_values
+        setattr(output, CACHE_FIELD, past_key_values)
         return output.to_tuple() if return_dict is False else output
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

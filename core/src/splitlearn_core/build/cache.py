@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.types import LayerRange
+
+#: What transformers calls the cache of a model's output: ``past_key_values`` until 5.23, ``cache`` since.
+CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """Return what a model's forward calls its cache; the old name draws a warning where the new one is known."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class PartCache(Cache):

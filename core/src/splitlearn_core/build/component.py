@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from splitlearn_core.build.cache import PartCache
+from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
 from splitlearn_core.build.neutral import PassLayer, Zero
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
@@ -31,6 +31,8 @@ class ComponentModel(PreTrainedModel):
 
     component: ClassVar[Component]
     family: ClassVar[ModelFamily]
+    #: What the Hugging Face class calls its key-value cache.
+    cache_argument: ClassVar[str]
     #: The layers of the whole model that this component runs.
     layer_range: LayerRange
 
@@ -103,6 +105,7 @@ class ComponentModel(PreTrainedModel):
     ) -> dict[str, Any]:
         """Check what a component was given, and say it in the words of the Hugging Face class."""
         refuse_recordings(kwargs)
+        past_key_values = named_cache(kwargs, past_key_values)
         for name, instead in (("use_cache", "past_key_values=component.new_cache()"), ("return_dict", "nothing")):
             if name in kwargs:
                 raise ConfigurationError(f"a component takes no {name}", hint=f"give {instead} instead")
@@ -122,7 +125,7 @@ class ComponentModel(PreTrainedModel):
         return {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self.cache_argument: past_key_values,
             "use_cache": past_key_values is not None,
         }
 
@@ -211,7 +214,21 @@ class _Top(ComponentModel):
         output = super().forward(
             inputs_embeds=hidden_states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
         )
-        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(
+            loss=output.loss, logits=output.logits, **{CACHE_FIELD: arguments[self.cache_argument]}
+        )
+
+
+def named_cache(kwargs: dict[str, Any], past_key_values: Cache | None) -> Cache | None:
+    """Take the cache out of ``kwargs``, where it goes by the name that newer transformers give it.
+
+    Raises:
+        ConfigurationError: It was given by both names.
+    """
+    cache: Cache | None = kwargs.pop("cache", None)
+    if cache is not None and past_key_values is not None:
+        raise ConfigurationError("cache and past_key_values are two names of one argument", hint="give one of them")
+    return past_key_values if cache is None else cache
 
 
 def refuse_recordings(kwargs: dict[str, Any]) -> None:
@@ -257,6 +274,7 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
     attributes = {
         "component": component,
         "family": family,
+        "cache_argument": cache_argument(hf_class.forward),
         # The names of the Hugging Face class: save_pretrained writes them, the loss is chosen by
         # them, and a class of another module would count as remote code.
         "__module__": hf_class.__module__,

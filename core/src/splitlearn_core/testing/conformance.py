@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TextIteratorStreamer
 
 from splitlearn_core import ModelRegistry, SplitCausalLM, load_split_model, plan_split
+from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
 from splitlearn_core.build.neutral import PassLayer
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
@@ -356,8 +357,8 @@ def _check_cached_steps(whole: Any, split: SplitCausalLM, padding: int | None, *
         common: dict[str, Any] = {"attention_mask": mask}
         if with_positions:
             common["position_ids"] = _positions(mask)[:, seen:]
-        output = _no_grad(whole, input_ids=ids, past_key_values=past, use_cache=True, **common)
-        past, seen = output.past_key_values, seen + tokens
+        output = _no_grad(whole, input_ids=ids, use_cache=True, **{cache_argument(whole.forward): past}, **common)
+        past, seen = output[CACHE_FIELD], seen + tokens
         hidden = _no_grad(split.bottom, input_ids=ids, past_key_values=caches[0], **common)
         hidden = _no_grad(split.trunk, hidden_states=hidden, past_key_values=caches[1], **common)
         got = _no_grad(split.top, hidden_states=hidden, past_key_values=caches[2], **common)
@@ -379,8 +380,10 @@ def _generate(model: Any, padding: int | None, **method: Any) -> Any:
 class _Spelling:
     """A tokenizer that writes a token as its number: what a streamer needs and no more."""
 
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(str(int(token)) for token in ids) + "\n"
+    def decode(self, ids: list[int] | int, **_: Any) -> str:
+        # One token alone, too: streamers of transformers 5.24 ask for the length of the last one.
+        tokens = [ids] if isinstance(ids, int) else ids
+        return " ".join(str(int(token)) for token in tokens) + "\n"
 
 
 def _streamed(model: Any) -> list[str]:
