@@ -145,6 +145,22 @@ FORBIDDEN = {
     "plugins": (*HEAVY, *ours("build", "loading", "quickstart", "pipeline", "cli")),
     "plan": (*HEAVY, *ours("checkpoint", "build", "plugins", "loading"), "safetensors", "pathlib", "os", "io"),
     "checkpoint": (*ours("family", "build", "plugins", "loading"), "transformers"),
+    **dict.fromkeys(
+        ("manager.machine", "manager.policy", "manager.generation", "manager.messages", "manager.status"),
+        (
+            *HEAVY,
+            "asyncio",
+            "threading",
+            "time",
+            "pathlib",
+            "os",
+            "io",
+            "logging",
+            *ours("build", "checkpoint", "loading", "plugins", "plan", "cli", "server", "manager.manager"),
+        ),
+    ),
+    "manager.manager": (*HEAVY, *ours("build", "checkpoint", "loading", "cli", "server")),
+    "manager": (*ours("cli", "server"),),
     "build": (*ours("checkpoint", "plugins", "loading"), "safetensors", "pathlib", "os", "io"),
 }
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
     from splitlearn_core.manager.config import ModelConfig as ModelConfig
+    from splitlearn_core.manager.imports import preload as preload
     from splitlearn_core.manager.lending import AsyncManagedModel as AsyncManagedModel
     from splitlearn_core.manager.lending import LoadingPlaceholder as LoadingPlaceholder
     from splitlearn_core.manager.loader import ModelLoader as ModelLoader
@@ -82,6 +83,7 @@ _LAZY = {
     "SplitPlan": "plan.splitplan",
     "load_split_model": "quickstart",
     "plan_split": "quickstart",
+    "preload": "manager.imports",
 }
 
 __all__ = [  # noqa: PLE0604  # the second half is computed
