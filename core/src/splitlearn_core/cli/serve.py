@@ -50,5 +50,5 @@ def command(config_file: Path, host: str, port: int, allow_remote: bool, names: 
 
 def _log_to_stderr() -> None:
     """Show what the manager says: a line for each change of a model's status."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("splitlearn_core").setLevel(logging.INFO)
