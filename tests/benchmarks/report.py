@@ -88,6 +88,24 @@ def at_most(benchmark: str, what: str, ours: Sample, peer: str, theirs: Sample, 
     return Row(benchmark, what, ours, peer, theirs, ratio, f"<= {share:g} of it", ratio <= share, note)
 
 
+def within(
+    benchmark: str,
+    what: str,
+    ours: Sample,
+    limit: float | None,
+    peer: str = "",
+    theirs: Sample | None = None,
+    *,
+    note: str = "",
+) -> Row:
+    """Say whether ours keeps to a limit of its own, and is below theirs where there is one; None for no claim."""
+    if limit is None:
+        return Row(benchmark, what, ours, peer, theirs, note=note)
+    below = theirs is None or ours.median < theirs.median
+    target = f"<= {limit:g} {ours.unit}{'' if theirs is None else ', below theirs'}"
+    return Row(benchmark, what, ours, peer, theirs, None, target, ours.median <= limit and below, note)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Lay the rows out, the benchmarks one below the other."""
     cells = [_COLUMNS, *(row.cells() for row in rows)]
