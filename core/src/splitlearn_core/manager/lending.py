@@ -57,6 +57,11 @@ class AsyncManagedModel:
         return self._module
 
     @property
+    def is_gone(self) -> bool:
+        """Whether it was unloaded, and can only be taken anew."""
+        return self._module is None
+
+    @property
     def info(self) -> ModelInfo:
         """The present snapshot; ModelGoneError once it was unloaded."""
         if self._module is None:
@@ -194,6 +199,10 @@ class CallGate:
         loop = asyncio.get_running_loop()
         while self._waiting and self._running < self._limit:
             call = self._waiting.popleft()
+            if call.future.cancelled():
+                # Its callback has not had its turn yet, and will find it gone.
+                call.release()
+                continue
             call.started = True
             self._running += 1
             done = partial(self._done, call)
@@ -203,11 +212,11 @@ class CallGate:
         self._running -= 1
         call.release()
         if not call.future.done():
-            if isinstance(outcome, StopIteration):
-                # A future refuses it, as it would end whatever generator awaits it.
-                call.future.set_exception(RuntimeError(f"the call raised {outcome!r}"))
-            elif isinstance(outcome, BaseException):
+            if isinstance(outcome, Exception) and not isinstance(outcome, StopIteration):
                 call.future.set_exception(outcome)
+            elif isinstance(outcome, BaseException):
+                # These would end the generator, the task or the loop that waits for it.
+                call.future.set_exception(RuntimeError(f"the call raised {outcome!r}"))
             else:
                 call.future.set_result(outcome)
         self._start()

@@ -39,7 +39,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.generation import CHARGED, RESERVED, WORKING, Generation
-from splitlearn_core.manager.policy import BUDGET, MAPPED, Evict, Refuse, Room, Tenant, Verdict, Wait, decide
+from splitlearn_core.manager.policy import BUDGET, MAPPED, Evict, Refuse, Room, Tenant, Wait, decide
 from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, ModelStatus
 
 _S = ModelStatus
@@ -182,6 +182,10 @@ class Machine:
         model = self._models.get(model_id)
         return model.coming if model else None
 
+    def knows(self, model_id: str) -> bool:
+        """Say whether any generation of a model is left."""
+        return model_id in self._models
+
     def find(self, key: m.Key) -> Generation | None:
         """Return a generation that is not gone."""
         model = self._models.get(key[0])
@@ -298,10 +302,10 @@ class Machine:
             event.model_id,
             self._numbers,
             event.request,
-            requested_at=event.now,
+            requested_at=self._now,
             order=self._numbers,
-            since=event.now,
-            active_at=event.now,
+            since=self._now,
+            active_at=self._now,
             waiters=1,
             waiting_for=self._no_worker(),
         )
@@ -313,7 +317,7 @@ class Machine:
 
     def _waiter_joined(self, event: m.WaiterJoined) -> None:
         generation = self._expect(event.key, "is waited for")
-        if generation.is_loading:
+        if not generation.resolved:
             generation.waiters += 1
             self._touch(generation)
 
@@ -351,8 +355,8 @@ class Machine:
     # --- workers --------------------------------------------------------------------------------
 
     def _planned(self, event: m.Planned) -> None:
-        generation = self._expect(event.key, "has been planned", _S.PLANNING, _S.CANCELLING)
-        if generation.status is _S.CANCELLING:
+        generation = self._expect(event.key, "has been planned", _S.PLANNING, _S.CANCELLING, _S.STUCK)
+        if generation.status is not _S.PLANNING:
             self._stopped(generation)
         else:
             generation.needs, generation.keeps = self._with_budget(event.needs), dict(event.keeps)
@@ -387,6 +391,8 @@ class Machine:
         model = self._models[generation.model_id]
         replaced = model.serving
         generation.ready_at = self._now
+        # The last report may have come before the last bytes.
+        generation.progress = replace(generation.progress, bytes_done=generation.progress.bytes_total)
         model.failures, generation.failure = 0, None
         if replaced is not None:
             # First away with the old one: no moment shows two that serve.
@@ -428,20 +434,32 @@ class Machine:
             self._go(generation, None, "cancelled")
 
     def _fail(self, generation: Generation, failure: FailureInfo) -> None:
-        model = self._models[generation.model_id]
-        model.failures += 1
-        stage = failure.stage or generation.progress.stage or str(generation.status)
-        failure = replace(failure, stage=stage, consecutive=model.failures, at=self._now + self._epoch)
-        generation.failure = failure
-        self.counters.loads_failed += 1
+        failure = self._note_failure(generation, failure)
         self._go(generation, _S.FAILED, failure.message)
         self._resolve(generation, failure)
+        model = self._models[generation.model_id]
+        if generation is not model.generations[-1]:
+            self._go(generation, None, "a newer generation took its place")
+        elif model.serving is not None:
+            self._go(generation, None, "the older generation serves on")
+
+    def _note_failure(self, generation: Generation, failure: FailureInfo) -> FailureInfo:
+        """Count a failed attempt, and keep why it failed where it will be looked for."""
+        model = self._models[generation.model_id]
+        newest = generation is model.generations[-1]
+        # An attempt that a newer one has overtaken says nothing of the model as it is now.
+        model.failures += newest
+        stage = failure.stage or _stage(generation)
+        consecutive = max(1, model.failures)
+        failure = replace(failure, stage=stage, consecutive=consecutive, at=self._now + self._epoch)
+        generation.failure = failure
+        self.counters.loads_failed += 1
         serving = model.serving
-        if serving is not None:
+        if serving is not None and newest:
             # A failed reload changes nothing for those who use the old one; they see why it failed.
             serving.failure = failure
             self._touch(serving)
-            self._go(generation, None, "the older generation serves on")
+        return failure
 
     def _expect(self, key: m.Key, what: str, *statuses: ModelStatus) -> Generation:
         generation = self.find(key)
@@ -514,7 +532,7 @@ class Machine:
                 if already or status is _S.CANCELLING
                 else "its worker does not come back, and its memory stays taken until the process ends",
             )
-        generation.drain_deadline = None if event.drain_timeout is None else event.now + event.drain_timeout
+        generation.drain_deadline = None if event.drain_timeout is None else self._now + event.drain_timeout
         self._drain(generation, "unload requested", force=event.force)
 
     def _drain(self, generation: Generation, cause: str, *, force: bool = False) -> None:
@@ -536,7 +554,10 @@ class Machine:
 
     def _unload_failed(self, event: m.UnloadFailed) -> None:
         generation = self._expect(event.key, "could not be unloaded", _S.UNLOADING)
-        generation.failure = FailureInfo("InternalError", event.reason, "restart the process", "unloading", False)
+        at = self._now + self._epoch
+        generation.failure = FailureInfo(
+            "InternalError", event.reason, "restart the process", "unloading", False, at=at
+        )
         self._go(generation, _S.STUCK, event.reason)
 
     def _close_requested(self, event: m.CloseRequested) -> None:
@@ -572,7 +593,7 @@ class Machine:
     def _tick(self, event: m.Tick) -> None:
         for key, progress in event.progress.items():
             generation = self.find(key)
-            if generation is not None and generation.status in WORKING and generation.advance(event.now, progress):
+            if generation is not None and generation.status in WORKING and generation.advance(self._now, progress):
                 self._touch(generation)
         for status, watch in self._WATCHES.items():
             for generation in tuple(self._by_status[status].values()):
@@ -593,11 +614,10 @@ class Machine:
         self._cancel(generation, _failure_of(error, generation, retryable=True), "waited too long")
 
     def _watch_worker(self, generation: Generation) -> None:
-        still = self._now - generation.active_at
-        if still < self.limits.stall_after:
-            return
-        generation.stalled = True
+        # A rate and the time left are not true for longer than a moment.
         self._touch(generation)
+        still = self._now - generation.active_at
+        generation.stalled = still >= self.limits.stall_after
         limit = self.limits.stall_timeout
         if limit is None or still < limit:
             return
@@ -613,13 +633,13 @@ class Machine:
     def _watch_cancelling(self, generation: Generation) -> None:
         if self._now - generation.since < self.limits.cancel_grace:
             return
-        failure = generation.verdict or _cancelled(generation)
         hint = "its memory stays taken until the worker comes back; get_statistics().stuck shows where it stands"
-        generation.failure = replace(failure, hint=hint, at=self._now + self._epoch)
         if generation.verdict is None:
+            failure = _cancelled(generation)
             self.counters.loads_cancelled += 1
         else:
-            self.counters.loads_failed += 1
+            failure = self._note_failure(generation, generation.verdict)
+        generation.failure = replace(failure, hint=hint, at=self._now + self._epoch)
         self._go(generation, _S.STUCK, "its worker did not stop in time")
         self._resolve(generation, failure)
 
@@ -627,32 +647,46 @@ class Machine:
         if generation.drain_deadline is None or self._now < generation.drain_deadline:
             return
         generation.drain_deadline = None
-        # Beside a newer generation that serves, it goes on draining.
-        if self._models[generation.model_id].serving is None:
+        newer = [g for g in self._models[generation.model_id].generations if g.number > generation.number]
+        # Beside a newer generation that serves, or did, it goes on draining.
+        if not any(g.status in (_S.READY, _S.DRAINING, _S.UNLOADING) for g in newer):
             self._go(generation, _S.READY, "holders did not give it back in time")
+            for failed in [g for g in newer if g.status is _S.FAILED]:
+                generation.failure = failed.failure
+                self._go(failed, None, "the older generation serves on")
         self._effects.append(m.DrainEnded(generation.key, generation.leases))
 
     def _watch_expiry(self, generation: Generation) -> None:
         moment = generation.expires_at(self.limits.min_residency)
-        if moment is not None:
+        # One entry each, however often it is used: use only puts the moment off.
+        if moment is not None and not generation.watched:
+            generation.watched = True
             heapq.heappush(self._expiries, (moment, generation.key))
 
     def _expire(self) -> None:
+        due: list[Generation] = []
         while self._expiries and self._expiries[0][0] <= self._now:
-            _, key = heapq.heappop(self._expiries)
-            generation = self.find(key)
-            moment = generation.expires_at(self.limits.min_residency) if generation else None
-            if generation is not None and moment is not None and moment <= self._now:
+            generation = self.find(heapq.heappop(self._expiries)[1])
+            if generation is not None:
+                generation.watched = False
+                due.append(generation)
+        for generation in due:
+            moment = generation.expires_at(self.limits.min_residency)
+            # While it is reloaded it serves on, idle or not.
+            if moment is not None and moment <= self._now and self.coming(generation.model_id) is None:
                 self.counters.expirations += 1
                 self._unload(generation, "nobody used it for its keep_alive")
+            else:
+                self._watch_expiry(generation)
 
     # --- admission ------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
         """Start what can be started: first what is planned and has room, then what is queued."""
         short: set[str] = set()
+        ahead: dict[str, int] = {}
         for generation in sorted(self._by_status[_S.WAITING].values(), key=lambda g: g.order):
-            self._consider(generation, short)
+            self._consider(generation, short, ahead)
         # In the order in which they came: nothing enters this status a second time.
         for generation in tuple(self._by_status[_S.QUEUED].values()):
             if not self._has_free_worker():
@@ -660,11 +694,12 @@ class Machine:
             self._go(generation, _S.PLANNING, "a worker is free")
             self._effects.append(m.StartWorker(generation.key, m.Job.PLAN))
 
-    def _consider(self, generation: Generation, short: set[str]) -> None:
+    def _consider(self, generation: Generation, short: set[str], ahead: dict[str, int]) -> None:
         """Admit one planned generation, or say why not.
 
         ``short`` collects the ledgers that an earlier one waits for: later ones must not take from
-        them, or a large load would wait for ever while small ones pass it.
+        them, or a large load would wait for ever while small ones pass it. ``ahead`` collects what
+        earlier ones will take of the others: later ones may have the rest.
         """
         needs = generation.needs
         if not self._capacity:
@@ -672,9 +707,16 @@ class Machine:
             return
         if short & {name for name, count in needs.items() if count} or "" in short:
             self._say_waiting(generation, "others that came first wait for memory too")
+            _add(ahead, needs)
             return
-        verdict = self._verdict(generation, needs)
-        if isinstance(verdict, Refuse) or (isinstance(verdict, Wait) and self.limits.when_full == "refuse"):
+        room = self._room(generation, ahead)
+        paging = generation.request.allow_paging
+        verdict = decide(needs, room, (), allow_paging=paging)
+        if isinstance(verdict, Wait):
+            # Who has the rest matters only now, and they may be a thousand.
+            verdict = decide(needs, room, self._tenants(), allow_paging=paging)
+        full = isinstance(verdict, Wait) and not verdict.soon and self.limits.when_full == "refuse"
+        if isinstance(verdict, Refuse) or (isinstance(verdict, Wait) and full):
             self._refuse(generation, verdict.reason, retryable=isinstance(verdict, Wait))
             return
         if isinstance(verdict, Evict):
@@ -684,40 +726,49 @@ class Machine:
                 self._unload(victim, f"evicted for {generation.model_id}")
             verdict = Wait(f"waiting for {', '.join(key[0] for key in verdict.victims)} to be freed")
         if isinstance(verdict, Wait):
-            room = self._room()
-            short |= {name for name, count in needs.items() if count > room.available.get(name, 0)}
-            short |= {""} if room.places == 0 else set()
+            paged = {MAPPED} if generation.request.allow_paging else set()
+            short |= {name for name, count in needs.items() if count > room.available.get(name, 0)} - paged
+            short |= {""} if room.places is not None and room.places < 1 else set()
+            _add(ahead, needs)
             self._say_waiting(generation, verdict.reason)
         elif not self._has_free_worker():
+            _add(ahead, needs)
             self._say_waiting(generation, self._no_worker())
         else:
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
 
-    def _verdict(self, generation: Generation, needs: Mapping[str, int]) -> Verdict:
-        tenants = [self._tenant(g) for model in self._models.values() for g in model.generations if g.held]
-        return decide(needs, self._room(), tenants, allow_paging=generation.request.allow_paging)
+    def _tenants(self) -> list[Tenant]:
+        return [
+            self._tenant(g, reloading=model.coming is not None)
+            for model in self._models.values()
+            for g in model.generations
+            if g.held
+        ]
 
-    def _room(self) -> Room:
+    def _room(self, generation: Generation, ahead: Mapping[str, int]) -> Room:
         available = {
-            name: capacity - self._charged.get(name, 0) - self._reserved.get(name, 0)
+            name: capacity - self._charged.get(name, 0) - self._reserved.get(name, 0) - ahead.get(name, 0)
             for name, capacity in self._capacity.items()
         }
         limit = self.limits.max_models
-        return Room(self._total, available, None if limit is None else limit - self._held_models)
+        # A reload is no further model: it takes the place of the one that serves until then.
+        replaces = self._models[generation.model_id].serving is not None
+        return Room(self._total, available, None if limit is None else limit - self._held_models + replaces)
 
-    def _tenant(self, generation: Generation) -> Tenant:
+    def _tenant(self, generation: Generation, *, reloading: bool) -> Tenant:
         status, pinned = generation.status, generation.request.pinned
-        resident = self._now - (generation.ready_at or self._now)
+        just_loaded = generation.ready_at is None or self._now - generation.ready_at < self.limits.min_residency
         return Tenant(
             generation.key,
             generation.held,
-            evictable=status is _S.READY and not (generation.leases or pinned or resident < self.limits.min_residency),
+            evictable=status is _S.READY and not (generation.leases or pinned or reloading or just_loaded),
             leaving=status is _S.UNLOADING,
             last_used=generation.last_used_at or generation.ready_at or 0.0,
             leases=generation.leases,
             pinned=pinned,
             loading=status in RESERVED,
+            reloading=reloading and status is _S.READY,
         )
 
     def _with_budget(self, needs: Mapping[str, int]) -> dict[str, int]:
@@ -814,6 +865,8 @@ class Machine:
             yield f"{model_id} has two on their way" if sum(g.is_loading for g in model.generations) > 1 else ""
             numbers = [g.number for g in model.generations]
             yield f"{model_id} has generations out of order" if numbers != sorted(set(numbers)) else ""
+            stale = any(g.status is _S.FAILED and (model.serving or g.number < numbers[-1]) for g in model.generations)
+            yield f"{model_id} has failed beside one that serves, or a newer one" if stale else ""
             for g in model.generations:
                 yield from (
                     f"{model_id}/{g.number} ({g.status}): {problem}" for problem in _generation_violations(g) if problem
@@ -875,8 +928,17 @@ def _cancelled(generation: Generation) -> FailureInfo:
 
 
 def _failure_of(error: SplitLearnError, generation: Generation, *, retryable: bool = False) -> FailureInfo:
-    stage = generation.progress.stage or str(generation.status)
-    return FailureInfo(type(error).__name__, error.message, error.hint, stage, retryable)
+    return FailureInfo(type(error).__name__, error.message, error.hint, _stage(generation), retryable)
+
+
+def _stage(generation: Generation) -> str:
+    """Name what a generation is at: what its worker says, or what it waits for."""
+    return (generation.progress.stage if generation.status in WORKING else "") or str(generation.status)
+
+
+def _add(ahead: dict[str, int], needs: Mapping[str, int]) -> None:
+    for name, count in needs.items():
+        ahead[name] = ahead.get(name, 0) + count
 
 
 def _not_ready(generation: Generation) -> ModelNotReadyError:

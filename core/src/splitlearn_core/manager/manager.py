@@ -18,11 +18,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from splitlearn_core.errors import (
     ConfigurationError,
     DrainTimeoutError,
+    InternalError,
     LoadCancelledError,
     LoadStalledError,
     ManagerClosedError,
@@ -30,7 +31,7 @@ from splitlearn_core.errors import (
     UnknownModelError,
 )
 from splitlearn_core.manager import messages as m
-from splitlearn_core.manager.config import ModelConfig
+from splitlearn_core.manager.config import ModelConfig, show
 from splitlearn_core.manager.generation import WORKING
 from splitlearn_core.manager.lending import AsyncManagedModel, CallGate, LoadingPlaceholder
 from splitlearn_core.manager.loader import ModelLoader
@@ -54,6 +55,7 @@ from splitlearn_core.plugins.registry import registry
 from splitlearn_core.types import Progress
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 #: Seconds between two looks at the clock and at the workers.
 _TICK = 0.1
@@ -63,8 +65,11 @@ _SAMPLE_EVERY = 5
 _REMEMBERED = 4096
 #: Share of the time to close that holders have to give back what they borrowed.
 _PATIENCE = 0.8
+#: Seconds that a thread has between its answer and its end, where somebody waits for that.
+_LAST_STEPS = 0.1
 _MEGABYTE = 2**20
-_ENDED = (ModelStatus.FAILED, ModelStatus.STUCK)
+#: No number of bytes, megabytes or seconds that is meant is as large.
+_MOST = 2**63
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +80,8 @@ class _Slot:
     placeholder: LoadingPlaceholder
     #: Result: None when ready, or why not. Never an exception, so that nobody has to retrieve it.
     resolved: asyncio.Future[FailureInfo | None]
-    #: Who waits for an unload. Result: a report, or the leases that stood in the way.
-    unloads: list[asyncio.Future[UnloadReport | int]] = field(default_factory=list)
+    #: Who waits for an unload. Result: a report, the leases that stood in the way, or why it could not be freed.
+    unloads: list[asyncio.Future[UnloadReport | int | FailureInfo]] = field(default_factory=list)
     #: Written by the worker's thread, read by the tick.
     progress: Progress = field(default_factory=lambda: Progress("queued"))
     #: Read by the worker's thread at each report: not empty means stop, and says why.
@@ -164,28 +169,25 @@ class AsyncModelManager:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check_limits(
-            counts={
-                "max_models": max_models,
-                "max_workers": max_workers,
-                "call_workers": call_workers,
-                "calls_per_model": calls_per_model,
-                "load_threads": load_threads,
-                "call_threads": call_threads,
-            },
+            counts={"max_workers": max_workers, "call_workers": call_workers, "calls_per_model": calls_per_model},
+            counts_or_none={"max_models": max_models, "load_threads": load_threads, "call_threads": call_threads},
             amounts={
-                "max_memory_mb": max_memory_mb,
                 "headroom_mb": headroom_mb,
                 "call_queue": call_queue,
-                "wait_timeout": wait_timeout,
                 "stall_after": stall_after,
-                "stall_timeout": stall_timeout,
                 "cancel_grace": cancel_grace,
-                "drain_timeout": drain_timeout,
                 "close_timeout": close_timeout,
-                "keep_alive": keep_alive,
                 "min_residency": min_residency,
             },
+            amounts_or_none={
+                "max_memory_mb": max_memory_mb,
+                "wait_timeout": wait_timeout,
+                "stall_timeout": stall_timeout,
+                "drain_timeout": drain_timeout,
+                "keep_alive": keep_alive,
+            },
             when_full=when_full,
+            required=required,
         )
         limits = Limits(
             max_models=max_models,
@@ -218,6 +220,8 @@ class AsyncModelManager:
         #: Grows with whatever changes memory: a measurement during which it grew says nothing.
         self._activity = 0
         self._calls = self._calls_failed = self._calls_rejected = 0
+        #: Threads that were started and had not ended when the last one was; those of calls are the pool's.
+        self._workers: list[Worker] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -286,11 +290,11 @@ class AsyncModelManager:
         """
         coming = self._machine.coming(model_id)
         self._handle(m.CancelRequested(self._clock(), model_id))
-        slot = self._slots.get(coming.key) if coming else None
-        if slot is None:
+        if coming is None or (slot := self._slots.get(coming.key)) is None:
             return
         await asyncio.shield(slot.resolved)
-        if coming is not None and coming.status is ModelStatus.STUCK:
+        # A closing manager does not wait for it to be stuck.
+        if self._machine.find(coming.key) and coming.status in (ModelStatus.STUCK, ModelStatus.CANCELLING):
             raise LoadStalledError(
                 f"the worker that loads {model_id!r} does not stop",
                 hint="get_statistics().stuck shows where it stands; its memory stays taken until it comes back",
@@ -341,8 +345,10 @@ class AsyncModelManager:
             raise
         if failure is not None:
             raise fresh(failure)
-        if slot.model is None:
-            raise ModelGoneError(f"model {key[0]!r} was loaded and freed again at once", hint="pin it, or lease it")
+        if slot.model is None or slot.model.is_gone:
+            raise ModelGoneError(
+                f"model {key[0]!r} was loaded and is gone again", hint="pin it, or raise min_residency or max_models"
+            )
         return slot.model
 
     # --- letting go -----------------------------------------------------------------------------
@@ -360,11 +366,12 @@ class AsyncModelManager:
             UnknownModelError: There is no such model (a KeyError).
             ModelNotReadyError: It is loading (see :meth:`cancel_load`), or being unloaded already.
             DrainTimeoutError: Holders kept it (a TimeoutError); it serves on.
+            SplitLearnError: Its memory could not be freed: it is shown as stuck.
         """
         self._bind(closed_too=True)
         slot = self._slots.get(self._machine.visible(model_id).key)
         limit = self._drain_timeout if timeout is None else timeout
-        ended: asyncio.Future[UnloadReport | int] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[UnloadReport | int | FailureInfo] = asyncio.get_running_loop().create_future()
         event = m.UnloadRequested(self._clock(), model_id, force, limit)
         effects = self._machine.handle(event)
         if slot is not None:
@@ -376,7 +383,8 @@ class AsyncModelManager:
                 f"model {model_id!r} still has {outcome} lease{'s' * (outcome != 1)} after {limit:g} s, and serves on",
                 hint="unload_model(id, force=True) does not wait for holders",
             )
-        self._required.discard(model_id)
+        if isinstance(outcome, FailureInfo):
+            raise fresh(outcome)
         return outcome
 
     async def close(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  # it ends within it, done or not
@@ -407,12 +415,27 @@ class AsyncModelManager:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
         left = max(0.0, started + limit - self._clock())
-        if not await self._in_thread("splitlearn-close", partial(self._pool.close, left)):
+        if not await self._in_thread("splitlearn-close", partial(self._end_threads, self._ending_workers(), left)):
             log.warning("a call still runs; its thread ends with it")
+        for worker in self._ending_workers():
+            # Only the thread that waited for the others: it has answered, and is about to go.
+            worker.join(_LAST_STEPS)
         for stream in tuple(self._streams):
             stream.end()
         for slot in self._slots.values():
             self._resolve_for_good(slot)
+
+    def _ending_workers(self) -> list[Worker]:
+        """Return the threads that are alive and have no reason to stay."""
+        stuck = [self._slots[key].worker for key in self._machine.keys(ModelStatus.STUCK, ModelStatus.CANCELLING)]
+        return [worker for worker in self._workers if worker.is_alive and worker not in stuck]
+
+    def _end_threads(self, workers: Iterable[Worker], timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        calls_ended = self._pool.close(timeout)
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        return calls_ended
 
     async def _quiet_within(self, seconds: float) -> bool:
         quiet = self._quiet
@@ -504,6 +527,10 @@ class AsyncModelManager:
         except Exception:
             self._calls_failed += 1
             raise
+        finally:
+            # The error knows this frame by its traceback, and the future knows the error: a cycle
+            # would keep the model after both are forgotten.
+            del future, function
 
     # --- answering at once ----------------------------------------------------------------------
 
@@ -644,13 +671,36 @@ class AsyncModelManager:
         if slot is None:
             return
         self._activity += 1
-        loop = asyncio.get_running_loop()
-        slot.worker = run_in_thread(
+        slot.worker = self._start_thread(
             f"splitlearn-{job.name.lower()}-{key[0]}",
             partial(self._JOBS[job], self, slot),
-            lambda outcome: loop.call_soon_threadsafe(self._worker_done, key, job, outcome),
+            partial(self._worker_done, key, job),
             torch_threads=slot.config.load_threads or self._load_threads if job is not m.Job.PLAN else None,
         )
+
+    def _start_thread(
+        self,
+        name: str,
+        function: Callable[[], Any],
+        on_done: Callable[[Any], None],
+        *,
+        torch_threads: int | None = None,
+    ) -> Worker | None:
+        """Run a function in a thread, and tell on the loop how it ended, also where no thread can be had."""
+        loop = asyncio.get_running_loop()
+
+        def answer(outcome: Any) -> None:
+            loop.call_soon_threadsafe(on_done, outcome)
+
+        try:
+            worker = run_in_thread(name, function, answer, torch_threads=torch_threads)
+        except RuntimeError as error:
+            # The system's limit of threads or of memory for their stacks.
+            loop.call_soon(on_done, error)
+            return None
+        self._workers = [other for other in self._workers if other.is_alive]
+        self._workers.append(worker)
+        return worker
 
     def _stop_worker(self, effect: m.StopWorker) -> None:
         self._slots[effect.key].stop = effect.reason
@@ -665,28 +715,20 @@ class AsyncModelManager:
         module = slot.model.take() if slot.model else None
         slot.loaded = None
         self._activity += 1
-        before = self._activity
-        loop = asyncio.get_running_loop()
-        box = [module]
-        del module
-        loop.call_soon(
-            partial(
-                run_in_thread,
-                f"splitlearn-unload-{effect.key[0]}",
-                partial(self._free_job, box),
-                lambda outcome: loop.call_soon_threadsafe(self._unloaded, effect.key, before, outcome),
-            )
+        asyncio.get_running_loop().call_soon(
+            self._start_thread,
+            f"splitlearn-unload-{effect.key[0]}",
+            partial(self._free_job, [module]),
+            partial(self._unloaded, effect.key, self._activity),
         )
 
     def _discard(self, effect: m.Discard) -> None:
         slot = self._slots.get(effect.key)
         if slot is None or slot.loaded is None:
             return
-        module = slot.model.take() if slot.model else None
-        box = [module, slot.loaded]
+        job = partial(self._free_job, [slot.model.take() if slot.model else None, slot.loaded])
         slot.loaded = slot.model = None
-        del module
-        run_in_thread(f"splitlearn-discard-{effect.key[0]}", partial(self._free_job, box), _ignore)
+        asyncio.get_running_loop().call_soon(self._start_thread, f"splitlearn-discard-{effect.key[0]}", job, _ignore)
 
     def _resolve(self, effect: m.Resolve) -> None:
         slot = self._slots[effect.key]
@@ -699,12 +741,15 @@ class AsyncModelManager:
     def _gone(self, effect: m.Gone) -> None:
         slot = self._slots.pop(effect.key)
         report = UnloadReport(effect.key[0], effect.released, slot.freed, slot.broken_leases)
+        # Here and not where it is waited for: whoever asked may have gone, and the unload went on.
+        if slot.unloads and not self._machine.knows(effect.key[0]):
+            self._required.discard(effect.key[0])
         self._answer_unloads(slot, report)
         # A worker that came back late: nobody waits for it any more, whatever it brings.
         if not slot.resolved.done():
             slot.resolved.set_result(record(LoadCancelledError("the load was given up"), slot.progress.stage))
 
-    def _answer_unloads(self, slot: _Slot, outcome: UnloadReport | int) -> None:
+    def _answer_unloads(self, slot: _Slot, outcome: UnloadReport | int | FailureInfo) -> None:
         for ended in slot.unloads:
             if not ended.done():
                 ended.set_result(outcome)
@@ -723,7 +768,8 @@ class AsyncModelManager:
     def _plan_job(self, slot: _Slot) -> Any:
         def work(report: Callable[[Progress], None]) -> tuple[LoadPlan, MemorySample]:
             report(Progress("resolving"))
-            return self._loader.plan(slot.config, report), self._resources.sample()
+            plan = _answer_of(self._loader.plan(slot.config, report), LoadPlan, "plan", self._loader)
+            return plan, self._resources.sample()
 
         return self._guarded(slot, work)
 
@@ -732,7 +778,8 @@ class AsyncModelManager:
             if slot.plan is None:
                 raise ConfigurationError("nothing was planned", hint="report this")
             activity, before = self._activity, anonymous_memory()
-            loaded = self._loader.load(slot.config, slot.plan, report)
+            answer = self._loader.load(slot.config, slot.plan, report)
+            loaded = _answer_of(answer, LoadedModel, "load", self._loader)
             grown = anonymous_memory() - before
             # A progress of the loader's own may say less than all at its end.
             measured = max(0, grown) if activity == self._activity else None
@@ -798,7 +845,10 @@ class AsyncModelManager:
 
     def _unloaded(self, key: m.Key, activity: int, outcome: Any) -> None:
         if isinstance(outcome, BaseException):
-            self._handle(m.UnloadFailed(self._clock(), key, f"its memory could not be freed: {outcome!r}"))
+            reason = f"its memory could not be freed: {outcome!r}"
+            self._handle(m.UnloadFailed(self._clock(), key, reason))
+            error = InternalError(f"model {key[0]!r}: {reason}", hint="it is shown as stuck; restart the process")
+            self._answer_unloads(self._slots[key], record(error, "unloading"))
             return
         freed, sample = outcome
         self._slots[key].freed = freed if activity == self._activity else None
@@ -819,12 +869,20 @@ class AsyncModelManager:
             self._handle(m.Tick(self._clock(), progress))
             count += 1
             if count % _SAMPLE_EVERY == 0 and self._machine.keys(ModelStatus.WAITING):
-                self._sampled(await self._in_thread("splitlearn-memory", self._resources.sample))
+                await self._sample()
+
+    async def _sample(self) -> None:
+        try:
+            sample = await self._in_thread("splitlearn-memory", self._resources.sample)
+        except Exception:
+            # Time must go on: without it nothing expires, stalls or gets stuck.
+            log.exception("the memory could not be measured; the last measurement stands")
+        else:
+            self._sampled(sample)
 
     async def _in_thread(self, name: str, function: Callable[[], Any]) -> Any:
         """Run a short function in a thread of its own, and wait for it."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def done(outcome: Any) -> None:
             if future.done():
@@ -834,7 +892,7 @@ class AsyncModelManager:
             else:
                 future.set_result(outcome)
 
-        run_in_thread(name, function, lambda outcome: loop.call_soon_threadsafe(done, outcome))
+        self._start_thread(name, function, done)
         return await future
 
     _JOBS: ClassVar[Mapping[m.Job, Callable[[AsyncModelManager, _Slot], Any]]] = {
@@ -859,23 +917,44 @@ class _Stopped:
     """A worker's answer that it was told to stop, and has."""
 
 
+def _answer_of(answer: Any, kind: type[_T], method: str, loader: ModelLoader) -> _T:
+    """Refuse, in the worker, what a loader of somebody else's may return."""
+    if not isinstance(answer, kind):
+        raise ConfigurationError(
+            f"{type(loader).__name__}.{method} returned {type(answer).__name__}, not {kind.__name__}",
+            hint="splitlearn_core.manager.loader.ModelLoader says what each method returns",
+        )
+    return answer
+
+
 def _ignore(outcome: Any) -> None:
     """Take no notice of how something ended."""
 
 
-def _check_limits(counts: Mapping[str, Any], amounts: Mapping[str, Any], when_full: str) -> None:
+def _check_limits(
+    counts: Mapping[str, Any],
+    counts_or_none: Mapping[str, Any],
+    amounts: Mapping[str, Any],
+    amounts_or_none: Mapping[str, Any],
+    when_full: Any,
+    required: Any,
+) -> None:
+    given = {name: value for name, value in counts_or_none.items() if value is not None}
     problems = [
-        f"{name} is {value!r}; a whole number from 1 is needed"
-        for name, value in counts.items()
-        if value is not None and (type(value) is not int or value < 1)
+        f"{name} is {show(value)}; a whole number from 1 is needed"
+        for name, value in {**counts, **given}.items()
+        if type(value) is not int or value < 1
     ]
+    given = {name: value for name, value in amounts_or_none.items() if value is not None}
     problems += [
-        f"{name} is {value!r}; a number from 0 is needed"
-        for name, value in amounts.items()
-        if value is not None and not _is_amount(value)
+        f"{name} is {show(value)}; a number from 0 is needed"
+        for name, value in {**amounts, **given}.items()
+        if not _is_amount(value)
     ]
     if when_full not in ("wait", "refuse"):
-        problems.append(f"when_full is {when_full!r}; it may be 'wait' or 'refuse'")
+        problems.append(f"when_full is {show(when_full)}; it may be 'wait' or 'refuse'")
+    if isinstance(required, str):
+        problems.append(f"required is the text {show(required)}; a list of model ids is needed")
     if problems:
         raise ConfigurationError(
             "a manager cannot keep to these limits:\n  " + "\n  ".join(problems),
@@ -884,4 +963,5 @@ def _check_limits(counts: Mapping[str, Any], amounts: Mapping[str, Any], when_fu
 
 
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    # Compared rather than converted: an integer may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
