@@ -10,8 +10,10 @@ waits for the interpreter. So a server imports them before it serves::
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
+import sys
 from collections.abc import Iterable
 
 from splitlearn_core.errors import PluginError
@@ -44,6 +46,11 @@ def preload(model_types: Iterable[str]) -> dict[str, PluginError]:
     Takes seconds the first time, and nothing after that. Call it before the event loop starts; a
     load then imports nothing that takes long.
 
+    What was imported are hundreds of thousands of objects, and a collection of garbage that looks at
+    them all stops every thread for hundreds of milliseconds. One is due soon after the imports, so it
+    is made here; ``gc.freeze()`` after this call, which nothing here does unasked as it holds for the
+    whole process, keeps later ones from looking at them.
+
     Args:
         model_types: The model types that will be loaded: those of families, ``huggingface`` or
             ``pytorch``.
@@ -52,6 +59,7 @@ def preload(model_types: Iterable[str]) -> dict[str, PluginError]:
         Model type -> why its plugin is of no use. The others are imported nevertheless, and the
         load of such a model will fail with the same error.
     """
+    imported = len(sys.modules)
     types = set(model_types)
     failures: dict[str, PluginError] = {}
     for model_type in sorted(types - {WHOLE, PICKLED}):
@@ -67,4 +75,6 @@ def preload(model_types: Iterable[str]) -> dict[str, PluginError]:
             getattr(transformers, name)
     for name in _BUILDING if types - {PICKLED} else ():
         importlib.import_module(name)
+    if gc.isenabled() and len(sys.modules) > imported:
+        gc.collect()
     return failures
