@@ -107,11 +107,13 @@ def _victims(short: Mapping[str, int], places: int, tenants: Iterable[Tenant]) -
     candidates = [tenant for tenant in tenants if tenant.evictable]
     candidates.sort(key=lambda tenant: (tenant.last_used, tenant.key))
     chosen: list[Tenant] = []
+    left = dict(short)
     for tenant in candidates:
-        if _suffice(chosen, short, places):
+        if not left and len(chosen) >= places:
             break
-        if places > len(chosen) or any(tenant.held.get(name) for name in _lacking(short, chosen)):
+        if places > len(chosen) or any(tenant.held.get(name) for name in left):
             chosen.append(tenant)
+            left = _lacking(left, (tenant,))
     if not _suffice(chosen, short, places):
         return None
     # A large model that came last may make an earlier choice needless.
