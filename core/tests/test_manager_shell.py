@@ -56,6 +56,7 @@ from splitlearn_core.testing.managing import (
     seen,
     splitlearn_threads,
     status_of,
+    until,
 )
 from splitlearn_core.types import Progress
 
@@ -725,7 +726,7 @@ def test_a_stalled_load_is_shown_and_given_up() -> None:
         async with closing(manager(loader, clock=clock, stall_after=10, stall_timeout=60)) as models:
             task = asyncio.create_task(models.load_model(fake()))
             await gate.arrival()
-            await _until(lambda: models.get_model_info("a").bytes_done == 4)
+            await until(lambda: models.get_model_info("a").bytes_done == 4)
             clock.advance(20)
             tick(models)
             assert models.get_model_info("a").stalled_for == 20
@@ -738,12 +739,6 @@ def test_a_stalled_load_is_shown_and_given_up() -> None:
             assert error.retryable
 
     run(main())
-
-
-async def _until(met: Callable[[], object]) -> None:
-    """Let the loop turn until something is so that no event tells of."""
-    while not met():
-        await asyncio.to_thread(threading.Event().wait, 0.005)
 
 
 # --- reloading ----------------------------------------------------------------------------------
@@ -856,7 +851,7 @@ def test_a_lease_waits_for_a_load_and_counts() -> None:
                     return model
 
             tasks = [asyncio.create_task(hold()) for _ in range(3)]
-            await _until(lambda: models.get_model_info("a").waiters == 4)
+            await until(lambda: models.get_model_info("a").waiters == 4)
             gate.open()
             assert set(await asyncio.gather(*tasks)) == {await load}
             async with models.lease("a"), models.lease("a") as model:
@@ -877,7 +872,7 @@ def test_a_lease_of_a_load_that_fails_raises_what_the_load_raised() -> None:
             load = asyncio.create_task(models.load_model(fake()))
             await gate.arrival()
             lease = asyncio.create_task(models.lease("a").__aenter__())
-            await _until(lambda: models.get_model_info("a").waiters == 2)
+            await until(lambda: models.get_model_info("a").waiters == 2)
             gate.fail(MissingFileError("gone", hint="h"))
             assert [type(await outcome_of(task)) for task in (load, lease)] == [MissingFileError] * 2
 
@@ -1051,7 +1046,7 @@ def test_a_model_that_has_just_come_does_not_go() -> None:
         async with closing(manager(GatedLoader(), max_models=1, clock=clock, min_residency=5)) as models:
             await models.load_model(fake())
             task = asyncio.create_task(models.load_model(fake("b")))
-            await _until(lambda: "just been loaded" in _why(models, "b"))
+            await until(lambda: "just been loaded" in _why(models, "b"))
             assert status_of(models, "b") is S.WAITING
             clock.advance(6)
             await task
@@ -1072,7 +1067,7 @@ def test_a_load_waits_for_a_lease_and_says_so() -> None:
             await models.load_model(fake())
             async with models.lease("a"):
                 task = asyncio.create_task(models.load_model(fake("b")))
-                await _until(lambda: "1 lease on a" in _why(models, "b"))
+                await until(lambda: "1 lease on a" in _why(models, "b"))
                 assert models.get_statistics().evictions == 0
             await task
             assert status_of(models, "a") is None
@@ -1089,7 +1084,7 @@ def test_waiting_has_an_end() -> None:
         async with closing(manager(loader, clock=clock, wait_timeout=30)) as models:
             await models.load_model(fake(pinned=True))
             task = asyncio.create_task(models.load_model(fake("b")))
-            await _until(lambda: "pinned" in _why(models, "b"))
+            await until(lambda: "pinned" in _why(models, "b"))
             clock.advance(31)
             with pytest.raises(WaitTimeoutError, match="waited 31 s") as failure:
                 await task
@@ -1408,7 +1403,7 @@ def test_close_with_a_stuck_worker_is_bounded() -> None:
             assert charges(models) == {"host": 1000, "mapped": 10}
             assert splitlearn_threads() == ["splitlearn-load-a"]
             gate.open()
-            await _until(lambda: not models.list_models())
+            await until(lambda: not models.list_models())
         check_sound(models)
 
     run(main())

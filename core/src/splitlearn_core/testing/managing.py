@@ -193,6 +193,12 @@ async def seen(manager: AsyncModelManager, met: Callable[[], object]) -> None:
         await anext(stream)
 
 
+async def until(met: Callable[[], object]) -> None:
+    """Wait until something is so that no event tells of."""
+    while not met():
+        await asyncio.to_thread(threading.Event().wait, _REPORT_EVERY)
+
+
 async def reached(manager: AsyncModelManager, model_id: str, *statuses: ModelStatus | None) -> None:
     """Wait until a model has one of these statuses; None for gone."""
     await seen(manager, lambda: status_of(manager, model_id) in statuses)
