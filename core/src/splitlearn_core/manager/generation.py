@@ -66,6 +66,8 @@ class Generation:
     #: Why it failed, or, on one that serves, why the attempt to reload it did.
     failure: FailureInfo | None = None
     rates: deque[tuple[float, int]] = field(default_factory=deque)
+    #: Whether the end of its idleness is looked out for.
+    watched: bool = False
 
     @property
     def key(self) -> Key:
@@ -80,7 +82,8 @@ class Generation:
         before = self.progress
         if progress == before:
             return False
-        if (progress.stage, progress.component) != (before.stage, before.component):
+        anew = progress.bytes_done < before.bytes_done
+        if anew or (progress.stage, progress.component) != (before.stage, before.component):
             self.rates.clear()
         self.progress = progress
         self.active_at, self.stalled = now, False
@@ -89,12 +92,12 @@ class Generation:
             self.rates.popleft()
         return True
 
-    def rate(self) -> float | None:
-        """Bytes a second over the last seconds; None where too little is known."""
-        if len(self.rates) < 2:  # noqa: PLR2004  # a difference takes two
+    def rate(self, now: float) -> float | None:
+        """Bytes a second over the last seconds; None where too little is known, or nothing came for as long."""
+        if len(self.rates) < 2 or now - self.rates[-1][0] > _RATE_WINDOW:  # noqa: PLR2004  # a difference takes two
             return None
-        (begin, first), (end, last) = self.rates[0], self.rates[-1]
-        return (last - first) / (end - begin) if end - begin >= _RATE_MINIMUM and last > first else None
+        (begin, first), last = self.rates[0], self.rates[-1][1]
+        return (last - first) / (now - begin) if now - begin >= _RATE_MINIMUM and last > first else None
 
     def expires_at(self, min_residency: float) -> float | None:
         """When idleness ends it; None for never, or while somebody has it."""
@@ -106,7 +109,7 @@ class Generation:
 
     def snapshot(self, now: float, epoch: float, min_residency: float, *, reloading: bool) -> ModelInfo:
         """Make the frozen picture of it. ``epoch`` turns the machine's times into seconds since 1970."""
-        progress, rate = self.progress, self.rate() if self.is_loading else None
+        progress, rate = self.progress, self.rate(now) if self.is_loading else None
         left = progress.bytes_total - progress.bytes_done
         working = self.status in WORKING
 

@@ -32,6 +32,8 @@ class Tenant:
     leases: int = 0
     pinned: bool = False
     loading: bool = False
+    #: It serves until a newer generation of it is ready.
+    reloading: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Wait:
     """There will be room when somebody gives a model back."""
 
     reason: str
+    #: What is on its way back suffices, and nobody needs to do anything.
+    soon: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def decide(needs: Mapping[str, int], room: Room, tenants: Sequence[Tenant], *, a
     if beyond:
         return Refuse("; ".join(_never(name, count, room) for name, count in beyond.items()))
     short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
-    places = 1 if room.places is not None and room.places < 1 else 0
+    places = 0 if room.places is None else max(0, 1 - room.places)
     if not short and not places:
         return Admit()
     # What is on its way back already needs no further victim.
@@ -95,7 +99,7 @@ def decide(needs: Mapping[str, int], room: Room, tenants: Sequence[Tenant], *, a
     still_short = _lacking(short, leaving)
     still_places = max(0, places - len(leaving))
     if not still_short and not still_places:
-        return Wait(_reason(short, places, needs, room, leaving))
+        return Wait(_reason(short, places, needs, room, leaving), soon=True)
     victims = _victims(still_short, still_places, tenants)
     if victims is not None:
         return Evict(tuple(tenant.key for tenant in victims))
@@ -167,6 +171,8 @@ def _holder(tenant: Tenant) -> str:
         return f"{tenant.leases} lease{'s' * (tenant.leases != 1)} on {name}"
     if tenant.loading:
         return f"{name}, which is loading"
+    if tenant.reloading:
+        return f"{name}, which serves until it is reloaded"
     return f"{name}, which is pinned" if tenant.pinned else f"{name}, which has just been loaded"
 
 

@@ -1,0 +1,155 @@
+"""The properties of the machine catch what they are there for: mistakes of one line, one at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.manager import generation, machine, policy
+
+#: In the order in which they import each other.
+SOURCES = {"policy": policy, "generation": generation, "machine": machine}
+
+#: What goes wrong: (file, the line as it is, the line as it must not be).
+MUTATIONS = {
+    "I2: waiters of a failed load are forgotten": (
+        "machine",
+        "        self._resolve(generation, failure)\n        model = self._models[generation.model_id]\n",
+        "        model = self._models[generation.model_id]\n",
+    ),
+    "I3: an older generation comes back beside a newer one": (
+        "machine",
+        "if not any(g.status in (_S.READY, _S.DRAINING, _S.UNLOADING) for g in newer):",
+        "if True:",
+    ),
+    "I4: a worker that was planning and is stuck cannot come back": (
+        "machine",
+        '"has been planned", _S.PLANNING, _S.CANCELLING, _S.STUCK)',
+        '"has been planned", _S.PLANNING, _S.CANCELLING)',
+    ),
+    "I6: one worker too many": ("machine", "< self.limits.max_workers\n", "<= self.limits.max_workers\n"),
+    "I7: one waiter that goes takes the others along": (
+        "machine",
+        "generation.waiters -= 1\n",
+        "generation.waiters = 0\n",
+    ),
+    "I8: nobody tells the worker to stop": (
+        "machine",
+        "        self._effects.append(m.StopWorker(generation.key, cause))\n",
+        "",
+    ),
+    "I8: a cancelled load gives its memory back before its worker does": (
+        "machine",
+        "(_S.WARMING, _S.CANCELLING, _S.STUCK,",
+        "(_S.WARMING, _S.STUCK,",
+    ),
+    "I10: less than the peak is promised": (
+        "machine",
+        "        return generation.needs\n",
+        "        return generation.keeps or generation.needs\n",
+    ),
+    "I10: places are not given back": ("machine", "self._held_models += sign\n", "self._held_models += max(0, sign)\n"),
+    "I11: mapped weights are counted twice": ("machine", "0 if name == MAPPED else ", ""),
+    "I13: a load is refused after others went for it": ("machine", "and not verdict.soon ", ""),
+    "I13: what leaves already does not count": (
+        "policy",
+        "still_short = _lacking(short, leaving)",
+        "still_short = dict(short)",
+    ),
+    "I13: victims that do not suffice": (
+        "policy",
+        "    if not _suffice(chosen, short, places):\n        return None\n",
+        "",
+    ),
+    "I13: needless victims": ("policy", "        if _suffice(rest, short, places):\n", "        if False:\n"),
+    "I15: a model is freed under those who have it": (
+        "machine",
+        "if generation.leases and not force:",
+        "if generation.leases > 1 and not force:",
+    ),
+    "I16: pinned models go": ("machine", "generation.leases or pinned or reloading", "generation.leases or reloading"),
+    "I16: a model that is reloaded goes first": (
+        "machine",
+        "pinned or reloading or just_loaded",
+        "pinned or just_loaded",
+    ),
+    "I17: a closed manager lends": (
+        "machine",
+        "    def _lease_taken(self, event: m.LeaseTaken) -> None:\n        self._refuse_if_closed()\n",
+        "    def _lease_taken(self, event: m.LeaseTaken) -> None:\n",
+    ),
+    "I18: use does not put expiry off": ("generation", "(self.last_used_at or ready) + keep", "ready + keep"),
+    "I19: ready before all bytes are there": (
+        "machine",
+        "replace(generation.progress, bytes_done=generation.progress.bytes_total)",
+        "generation.progress",
+    ),
+    "I20: waiting counts anew in each status": (
+        "machine",
+        "waited = generation.waited + self._now",
+        "waited = self._now",
+    ),
+    "I26: closing forgets what drains": (
+        "machine",
+        'self._drain(generation, "the manager is closing", force=event.force)',
+        'self._drain(generation, "the manager is closing")',
+    ),
+    "I30: later loads pass earlier ones": (
+        "machine",
+        'if short & {name for name, count in needs.items() if count} or "" in short:',
+        "if False:",
+    ),
+    "I30: later loads take what earlier ones will need": ("machine", " - ahead.get(name, 0)", ""),
+}
+
+
+def properties() -> ModuleType:
+    """Import the file beside this one; tests are no package."""
+    path = Path(__file__).with_name("test_manager_properties.py")
+    spec = importlib.util.spec_from_file_location("splitlearn_manager_properties", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mutant(monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str) -> ModuleType:
+    """Compile the machine, and what it imports, with one line changed."""
+    for name, module in SOURCES.items():
+        source = Path(module.__file__ or "").read_text(encoding="utf-8")
+        if name == file:
+            assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {name}.py: mend this list"
+            source = source.replace(old, new)
+        for other in SOURCES:
+            source = source.replace(f"splitlearn_core.manager.{other} import", f"splitlearn_mutant_{other} import")
+        changed = ModuleType(f"splitlearn_mutant_{name}")
+        monkeypatch.setitem(sys.modules, changed.__name__, changed)
+        exec(compile(source, f"<mutant of {name}>", "exec"), changed.__dict__)
+    return sys.modules["splitlearn_mutant_machine"]
+
+
+@pytest.fixture(scope="module")
+def lives(request: pytest.FixtureRequest) -> ModuleType:
+    # Its dataclasses look their annotations up in the module.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "splitlearn_manager_properties", ModuleType("splitlearn_manager_properties"))
+        return properties()
+
+
+@pytest.mark.parametrize(("file", "old", "new"), MUTATIONS.values(), ids=MUTATIONS)
+def test_mutation_is_caught(file, old, new, lives, monkeypatch):
+    class Mutated(lives.Lives):
+        source = mutant(monkeypatch, file, old, new)
+
+    # Enough to see it; no search for the shortest example.
+    few = settings(lives.SETTINGS, max_examples=150, phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.raises((AssertionError, SplitLearnError, pytest.fail.Exception)):
+        run_state_machine_as_test(Mutated, settings=few)
