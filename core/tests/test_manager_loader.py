@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -643,6 +645,34 @@ class TestEveryKind:
         )
         assert after == before
         assert same_weights(load(any_config).module, expected)
+
+    @pytest.mark.parametrize("stage", ["building", "reading", "verifying"])
+    def test_a_stopped_load_keeps_nothing(
+        self, any_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, stage: str
+    ) -> None:
+        """Its modules go with the error that ended it; no collection of garbage is needed."""
+        monkeypatch.setattr(strategies, "CHUNK_BYTES", 1024)
+        made: list[weakref.ref[nn.Module]] = []
+        begin = nn.Module.__init__
+
+        def note(self: nn.Module, *args: Any, **options: Any) -> None:
+            made.append(weakref.ref(self))
+            begin(self, *args, **options)
+
+        def stop(progress: Progress) -> None:
+            if progress.stage == stage:
+                raise LoadCancelledError("stop")
+
+        monkeypatch.setattr(nn.Module, "__init__", note)
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(LoadCancelledError) as caught:
+                load(any_config, stop)
+            del caught
+            assert [type(module()) for module in made if module() is not None] == []
+        finally:
+            gc.enable()
 
 
 def lock_is_free() -> bool:

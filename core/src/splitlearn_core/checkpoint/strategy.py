@@ -19,7 +19,7 @@ AUTO = "auto"
 
 #: Bytes of a large tensor that are copied at a time, so that a load can say how far it is, and be
 #: stopped, in the middle of one.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 def _untold(_: int) -> None:
