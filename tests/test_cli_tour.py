@@ -130,7 +130,7 @@ class TestEntry:
     def test_help(self, cli: Cli) -> None:
         """Help goes to stdout, lists every command, and costs no import of torch."""
         text = succeeded(cli("--help"))
-        for name in ("demo", "plugins", "plan", "generate", "verify"):
+        for name in ("demo", "plugins", "plan", "generate", "verify", "serve", "ps"):
             assert re.search(rf"^  {name}\s+\S", text, re.MULTILINE)
             assert succeeded(cli(name, "-h")) == succeeded(cli(name, "--help"))
 

@@ -212,6 +212,7 @@ def test_five_mistakes(cli: Cli, tmp_path: Path) -> None:
         ({"max_modles": 3}, "did you mean 'max_models'?"),
         ({"max_models": 0}, "max_models"),
         ({"required": 7}, "required"),
+        ({"keep_alive": "soon"}, "keep_alive"),
         ({"loader": "mine"}, "loader"),
     ],
 )
@@ -455,3 +456,24 @@ def test_the_example_of_the_manual_is_valid() -> None:
 
     assert all(isinstance(model, ModelConfig) for model in configuration.models)
     make_manager(configuration)
+
+
+def test_the_manual_names_every_metric_and_route() -> None:
+    """The tables of the documentation are those of the program."""
+    from splitlearn_core.testing.serving import StatusServer
+
+    manual = (Path(__file__).parents[1] / "docs" / "operating-the-manager.md").read_text()
+    with StatusServer() as server:
+        exported = server.request("GET", "/metrics").body.decode()
+        told = set(re.findall(r"`(splitlearn_\w+)`", manual))
+        lag = {"splitlearn_event_loop_lag_seconds"}  # measured by the process alone
+        assert told - lag == set(re.findall(r"^# TYPE (splitlearn_\w+)", exported, re.MULTILINE))
+        routes = re.findall(r"^\| `(GET|POST|DELETE) (/\S*)`", manual, re.MULTILINE)
+        assert len(routes) == 14
+        for method, path in routes:
+            if path != "/api/events":  # which would not end
+                answer = server.request(method, path.replace("ID", "none"))
+                assert answer.status in (200, 202, 404, 422)
+                assert b"there is no GET" not in answer.body
+                assert b"there is no POST" not in answer.body
+                assert b"there is no DELETE" not in answer.body

@@ -49,7 +49,9 @@ def test_wrong_usage_exits_with_2(cli: Cli, arguments: list[str]) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["", "demo", "plugins", "plugins list", "plan", "generate", "verify"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "plugins", "plugins list", "plan", "generate", "verify", "serve", "ps"]
+)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_is_data(cli: Cli, command: str, option: str) -> None:
     """Every command explains itself on stdout."""

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, InternalError
-from splitlearn_core.manager.config import ModelConfig, show, unknown_name
+from splitlearn_core.manager.config import ModelConfig, examine, show, unknown_name
 from splitlearn_core.manager.configfile import ConfigFile, read_config_file
 from splitlearn_core.manager.imports import preload
 from splitlearn_core.manager.manager import AsyncModelManager
@@ -222,6 +223,9 @@ def make_manager(configuration: ConfigFile) -> AsyncModelManager:
     required = given.get("required") or []
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         problems.append(f"required: {show(required)} is no list of model ids")
+    # Written as for a model, so that nobody has to know that one takes "30m" and the other does not.
+    plain, wrong = examine({"keep_alive": given.get("keep_alive")})
+    problems += [problem for problem in wrong if problem.startswith("keep_alive:")]
     if problems:
         raise ConfigurationError(
             "the settings of manager cannot be kept:\n  " + "\n  ".join(problems),
@@ -229,6 +233,8 @@ def make_manager(configuration: ConfigFile) -> AsyncModelManager:
         )
     # A required model that cannot even begin to load must be missed, too.
     given["required"] = [*required, *(config.model_id for config in configuration.models if config.required)]
+    keep_alive = plain["keep_alive"]
+    given["keep_alive"] = None if keep_alive == math.inf else keep_alive
     return AsyncModelManager(**given)
 
 
