@@ -11,21 +11,31 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/operating-the-manager.md")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks() -> Iterator[Any]:
     for name in DOCUMENTS:
         for number, block in enumerate(_BLOCK.findall((ROOT / name).read_text())):
-            yield pytest.param(block, id=f"{name}-{number}")
+            yield pytest.param(name, block, id=f"{name}-{number}")
 
 
-@pytest.mark.parametrize("block", list(blocks()))
-def test_a_block_of_python_runs(block: str, tmp_path: Path, process: Callable[..., CompletedProcess[str]]) -> None:
-    """As a reader would paste it into a file."""
+@pytest.mark.parametrize(("name", "block"), list(blocks()))
+def test_a_block_of_python_runs(
+    name: str,
+    block: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    process: Callable[..., CompletedProcess[str]],
+) -> None:
+    """As a reader would paste it into a file, beside the configuration that the same document shows."""
     script = tmp_path / "block.py"
     script.write_text(block)
+    for configuration in _YAML.findall((ROOT / name).read_text()):
+        (tmp_path / "models.yaml").write_text(configuration)
+    monkeypatch.chdir(tmp_path)
 
     done = process("-W", "error", script)
 
