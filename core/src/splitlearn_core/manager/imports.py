@@ -40,7 +40,7 @@ _OF_TRANSFORMERS = ("GenerationConfig", "PreTrainedModel")
 _OF_WHOLE_MODELS = ("AutoConfig", "AutoModelForCausalLM", "GenerationConfig", "PreTrainedModel")
 
 
-def preload(model_types: Iterable[str]) -> dict[str, PluginError]:
+def preload(model_types: Iterable[str], *, freeze: bool = False) -> dict[str, PluginError]:
     """Import torch, transformers and the architectures of some families, in the calling thread.
 
     Takes seconds the first time, and nothing after that. Call it before the event loop starts; a
@@ -48,12 +48,13 @@ def preload(model_types: Iterable[str]) -> dict[str, PluginError]:
 
     What was imported are hundreds of thousands of objects, and a collection of garbage that looks at
     them all stops every thread for hundreds of milliseconds. One is due soon after the imports, so it
-    is made here; ``gc.freeze()`` after this call, which nothing here does unasked as it holds for the
-    whole process, keeps later ones from looking at them.
+    is made here. Later ones come after every few loads, unless ``freeze`` is given.
 
     Args:
         model_types: The model types that will be loaded: those of families, ``huggingface`` or
             ``pytorch``.
+        freeze: Call ``gc.freeze()`` as well: collections no longer look at any object that exists at
+            this moment, anybody's. A process that serves wants it.
 
     Returns:
         Model type -> why its plugin is of no use. The others are imported nevertheless, and the
@@ -77,4 +78,6 @@ def preload(model_types: Iterable[str]) -> dict[str, PluginError]:
         importlib.import_module(name)
     if gc.isenabled() and len(sys.modules) > imported:
         gc.collect()
+    if freeze:
+        gc.freeze()
     return failures
