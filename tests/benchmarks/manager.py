@@ -33,10 +33,16 @@ _IDLE = 1.0
 _PAIRS = 20
 _SLOW = 0.05
 _PAUSE = 0.2
+_COUNTED = 5_000_000
 _MIDDLE = 0.3
 _MEGABYTE = 2**20
 _ROOM_MB = 256
-_TITLES = {"manager": "manager", "thread": "the same load in a thread", "whole": "from_pretrained in a thread"}
+_TITLES = {
+    "manager": "manager",
+    "whole": "from_pretrained in a thread",
+    "thread": "the same load in a thread",
+    "count": "one thread that counts",
+}
 
 
 def run(session: Session) -> None:
@@ -91,7 +97,7 @@ def _lag(session: Session, checkpoint: Checkpoint, cache: str) -> None:
     for key, limit in _LAG_LIMITS[cache].items():
         what = f"loop lag in {AT_ONCE} loads, {cache}, {key}"
         ours = sample(answers["manager"], key, "ms", 1000)
-        for how in ("whole", "thread"):
+        for how in ("whole", "thread", "count"):
             if how not in answers:
                 session.add(Row(NAME, what, ours, _TITLES[how], note=failures[how]))
                 continue
@@ -175,7 +181,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one thing in this process, everything imported before."""
     from splitlearn_core.manager.imports import preload
 
-    preload([job["model_type"], "huggingface"])
+    preload([job["model_type"], "huggingface"], freeze=True)
     measures = {"lag": _measure_lag, "crowd": _measure_crowd, "overhead": _measure_overhead, "cancel": _measure_cancel}
     return asyncio.run(measures[job["what"]](job))
 
@@ -237,6 +243,8 @@ async def _measure_lag(job: dict[str, Any]) -> dict[str, Any]:
             "manager": manager.load_model,
             "thread": lambda config: asyncio.to_thread(ModelLoader.load_from_config, config),
             "whole": lambda config: asyncio.to_thread(from_pretrained, Job(config.model_path, config.split_points)),
+            # What any thread that runs Python does to a loop: the floor on this machine.
+            "count": lambda config: asyncio.to_thread(_count, _COUNTED if config.model_id == "real-0" else 0),
         }
         load = loads[job["how"]]
         idle, loading, unloading = _Probe(), _Probe(), _Probe()
@@ -261,6 +269,11 @@ async def _measure_lag(job: dict[str, Any]) -> dict[str, Any]:
         "turns": len(loading.lags),
         "failed": failed,
     }
+
+
+def _count(to: int) -> None:
+    for _ in range(to):
+        pass
 
 
 class _Sections:
