@@ -216,14 +216,20 @@ def _views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     for shard, tensors in plan.by_shard().items():
-        try:
-            with safe_open(plan.paths[shard], framework="pt", device="cpu") as file:
-                for planned in tensors:
-                    yield planned, file.get_tensor(planned.info.key)
-        except SafetensorError as error:
-            raise InvalidCheckpointError(
-                f"{plan.paths[shard]} is no sound safetensors file: {error}", hint="fetch or write the file anew"
-            ) from error
+        # safetensors opens a file without letting go of the interpreter: where the disk or the network
+        # hangs, every thread of the process would hang with it. Here only this one does.
+        with plan.paths[shard].open("rb", buffering=0) as plain:
+            try:
+                with safe_open(plan.paths[shard], framework="pt", device="cpu") as file:
+                    for planned in tensors:
+                        # Nor does it where it looks at a tensor's first page; from the cache that takes no time.
+                        plain.seek(planned.info.begin)
+                        plain.read(1)
+                        yield planned, file.get_tensor(planned.info.key)
+            except SafetensorError as error:
+                raise InvalidCheckpointError(
+                    f"{plan.paths[shard]} is no sound safetensors file: {error}", hint="fetch or write the file anew"
+                ) from error
 
 
 def _copy(plan: ReadPlan, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
