@@ -118,6 +118,8 @@ class Browser:
         given = message.get("params", {})
         if message.get("method") == "Log.entryAdded" and given["entry"]["level"] == "error":
             self.complaints.append(given["entry"]["text"])
+        elif message.get("method") == "Network.loadingFailed" and given["type"] == "EventSource":
+            self._events_ended = True
         elif message.get("method") == "Page.loadEventFired":
             self._loaded = True
         elif message.get("method") == "Runtime.exceptionThrown":
@@ -127,7 +129,13 @@ class Browser:
         """Go to an address, and wait until what is there has been loaded."""
         self._loaded = False
         self.send("Page.navigate", url=url)
+        self._events_ended = False
         while not self._loaded:
+            self._receive()
+
+    def wait_for_the_end_of_events(self) -> None:
+        """Wait until the page has given up its stream of events."""
+        while not self._events_ended:
             self._receive()
 
     def run(self, expression: str) -> Any:
@@ -362,6 +370,24 @@ def test_without_events_it_asks(browser: Browser, loader: ScriptedLoader, page: 
 
     browser.wait(has("trunk", "ready"))
     assert browser.run("window.marker") == "the same page"
+
+
+def test_a_page_that_nobody_looks_at_is_silent(
+    browser: Browser, loader: ScriptedLoader, page: Callable[..., StatusServer]
+) -> None:
+    """Hidden, it gives up its line to the server; looked at again, it is up to date."""
+    loader.hold("trunk")
+    page(config("trunk"))
+    browser.wait(has("trunk", "loading"))
+    hide = "Object.defineProperty(document, 'hidden', {{ value: {}, configurable: true }}); "
+    tell = "document.dispatchEvent(new Event('visibilitychange'))"
+    browser.run(hide.format("true") + tell)
+
+    browser.wait_for_the_end_of_events()
+    loader.finish("trunk")
+    browser.run(hide.format("false") + tell)
+    browser.wait(has("trunk", "ready"))
+    browser.wait("document.querySelector('#line').textContent === 'live'")
 
 
 def test_the_end_of_the_server_is_seen(browser: Browser, page: Callable[..., StatusServer]) -> None:

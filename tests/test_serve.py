@@ -187,6 +187,7 @@ def test_a_load_that_hangs_holds_nothing_up(
         begun = time.monotonic()
         assert process.end()[0] == 0
         assert time.monotonic() - begun < 8
+        assert "%|" not in process.log  # no bar of a download
 
 
 def test_five_mistakes(cli: Cli, tmp_path: Path) -> None:

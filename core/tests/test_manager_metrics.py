@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -154,15 +155,31 @@ def test_the_lag_is_measured() -> None:
     """A callback that blocks the loop is seen as lag of that length."""
     times = iter([0.0, 0.05, 0.05, 0.30])
     lag = LoopLag(interval=0, clock=lambda: next(times))
-    lag._interval = 0
-
-    async def measure() -> None:
-        await asyncio.gather(lag.run(), return_exceptions=False)
 
     with pytest.raises(RuntimeError, match="StopIteration"):
-        asyncio.run(measure())
+        asyncio.run(lag.run())
 
     assert lag.buckets()[1] == pytest.approx(0.30)
+
+
+def test_any_thread_may_scrape() -> None:
+    """The snapshots are taken in the manager's own thread, for they are its loop's."""
+    seen: list[threading.Thread] = []
+
+    class Watching(Fixed):
+        def list_models(self) -> tuple[ModelInfo, ...]:
+            seen.append(threading.current_thread())
+            return super().list_models()
+
+    async def main() -> None:
+        collector = ManagerCollector(Watching())
+        scrape(collector)
+        values, _ = await asyncio.to_thread(scrape, collector)
+        assert values["splitlearn_unloads_total", frozenset()] == 4
+
+    asyncio.run(main())
+
+    assert seen == [threading.current_thread()] * 2
 
 
 def test_without_the_client_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -441,6 +441,13 @@ class TestStrangers:
         """Whatever port a tunnel has."""
         assert serve().request("GET", "/api/models", headers={"Host": host}).status == 200
 
+    def test_old_probes(self, serve: Serve) -> None:
+        """A probe that speaks HTTP/1.0 names no host, and is no browser."""
+        server = serve()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+
     def test_named_hosts(self, serve: Serve) -> None:
         """A name that was allowed is, and beside loopback any address is where that was allowed."""
         server = serve(hosts=HostRule.of(["Models.Internal"], any_address=True))

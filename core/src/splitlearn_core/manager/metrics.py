@@ -14,6 +14,7 @@ import asyncio
 import bisect
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 from splitlearn_core.errors import ConfigurationError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 PREFIX = "splitlearn"
+#: Seconds that a scrape from another thread waits for the event loop.
+_PATIENCE = 5.0
 
 
 class Snapshots(Protocol):
@@ -72,6 +75,7 @@ class ManagerCollector:
 
     Args:
         manager: An ``AsyncModelManager``. A scrape reads two snapshots of it, which answer at once.
+            Make the collector in the manager's event loop, and any thread may scrape.
         lag: Where the lag of the manager's event loop is measured, if it is.
 
     Raises:
@@ -89,6 +93,7 @@ class ManagerCollector:
         self._families = families
         self._manager = manager
         self._lag = lag
+        self._loop = _running_loop()
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: what there is depends on the models, and registering must not ask them."""
@@ -96,7 +101,7 @@ class ManagerCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric as of now."""
-        statistics, models = self._manager.get_statistics(), self._manager.list_models()
+        statistics, models = self._read()
         yield from self._counted(statistics)
         yield from self._memory(statistics)
         yield from self._states(statistics, models)
@@ -109,6 +114,16 @@ class ManagerCollector:
             )
             family.add_metric([], buckets, total)
             yield family
+
+    def _read(self) -> tuple[ManagerStatistics, tuple[ModelInfo, ...]]:
+        """Read both snapshots in the manager's own thread, whichever thread scrapes."""
+        if self._loop is None or self._loop.is_closed() or self._loop is _running_loop():
+            return self._manager.get_statistics(), self._manager.list_models()
+        both: Future[tuple[ManagerStatistics, tuple[ModelInfo, ...]]] = Future()
+        self._loop.call_soon_threadsafe(
+            lambda: both.set_result((self._manager.get_statistics(), self._manager.list_models()))
+        )
+        return both.result(_PATIENCE)
 
     def _counted(self, statistics: ManagerStatistics) -> Iterator[Metric]:
         yield self._counter("loads_started", "Loads that were asked for", [((), statistics.loads_started)])
@@ -209,6 +224,13 @@ class ManagerCollector:
     def _counter(self, name: str, text: str, samples: Iterable[tuple[tuple[str, ...], float]], *labels: str) -> Metric:
         # The client appends _total.
         return _filled(self._families.CounterMetricFamily(f"{PREFIX}_{name}", text, labels=labels), samples)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _filled(

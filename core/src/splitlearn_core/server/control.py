@@ -13,6 +13,7 @@ from typing import Any
 from splitlearn_core.errors import (
     CapacityError,
     ConfigurationError,
+    LoadCancelledError,
     ManagerClosedError,
     SplitLearnError,
     UnknownModelError,
@@ -248,7 +249,7 @@ class Control:
             return
         if not isinstance(error, SplitLearnError):
             log.error("Loading %s ended with an error of the server's", model_id, exc_info=error)
-        elif model_id in self._configs and not self._is_listed(model_id):
+        elif model_id in self._configs and not isinstance(error, LoadCancelledError) and not self._is_listed(model_id):
             # The manager keeps and shows why a load failed, but not why it refused to begin one.
             self._refusals[model_id] = error_json(error)
             log.warning("%s is not loaded: %s", model_id, error.message)

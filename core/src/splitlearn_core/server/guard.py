@@ -89,7 +89,8 @@ class Guard:
 
 
 def _problem(hosts: HostRule, method: str, headers: Headers) -> RequestError | None:
-    host = headers.get("host", "")
+    # Probes that still speak HTTP/1.0 name no host; browsers, which are what this is about, always do.
+    host = headers.get("host", "localhost")
     if not hosts.allows(host):
         return RequestError(
             421,

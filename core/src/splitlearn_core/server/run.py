@@ -210,6 +210,15 @@ def _stopping(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
+def _draw_no_bars() -> None:
+    """Keep the bars of several loads at once out of the log; the page shows how far they are."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
 def make_manager(configuration: ConfigFile) -> AsyncModelManager:
     """Make the manager that a file describes; it does nothing before its event loop runs.
 
