@@ -7,14 +7,22 @@ account of it. I1 to I30 are the invariants of the design.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from random import Random
 from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    INVARIANT_MARKER,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from splitlearn_core import errors
 from splitlearn_core.errors import SplitLearnError
@@ -385,8 +393,10 @@ class Reference:
         reloads = any(self.serving(key[0]) for key in admitted)
         assert limit is None or self.holders() <= limit + reloads, "more models than places"
         earlier = [(key, life) for key, life in self.lives.items() if life.status == "waiting"]
+        # Mapped weights of those that may page come on top, for all who were admitted with them.
+        paged = {"mapped"} if any(self.lives[key].request.allow_paging for key in admitted) else set()
         for key in admitted:
-            for name in self._wanted(self.lives[key]):
+            for name in self._wanted(self.lives[key]).keys() - paged:
                 assert self._free(name) >= 0, f"{key} was admitted, and {name} is short of {-self._free(name)}"
                 for other, life in earlier:
                     if other[1] < key[1]:
@@ -427,6 +437,67 @@ class Reference:
         return fits and (limit is None or self.holders() - len(leaving) - replaces < limit)
 
 
+_WHICH = range(10)
+#: What may happen, and what each argument may be. Values that are there twice come twice as often.
+CHOICES: dict[str, dict[str, Sequence[Any]]] = {
+    "begin": {
+        "max_models": [None, 1, 2],
+        "max_memory": [None, None, 14],
+        "max_workers": [1, 2],
+        "when_full": ["wait", "wait", "refuse"],
+        "wait_timeout": [None, 20.0, 60.0],
+        "stall_timeout": [None, 30.0],
+        "cancel_grace": [0.0, 10.0],
+        "min_residency": [0.0, 5.0],
+        "sampled": [True, True, False],
+    },
+    "load": {
+        "model_id": IDS,
+        "way": ["load", "join", "join", "reload"],
+        "fingerprint": [1, 1, 1, 2],
+        "keep_alive": [None, None, 0.0, 20.0],
+        "pinned": [False, False, False, True],
+        "allow_paging": [False, True],
+        "warmup": [False, True],
+    },
+    "load_at_once": {
+        "which": _WHICH,
+        "reload": [False, False, True],
+        "host": [1, 2, 3, 4, 6, 8],
+        "mapped": range(9),
+        "pinned": [False, False, False, True],
+        "keep_alive": [None, 0.0, 20.0],
+        "answers": [1, 2, 2],
+        "lent": [0, 0, 1, 2],
+    },
+    "answer": {
+        "which": _WHICH,
+        "outcome": ["done", "done", "done", "done", "failed", "stopped"],
+        "share": [0.5, 1.0],
+        "host": range(TOTAL["host"] // 2 + 2),
+        "mapped": range(TOTAL["mapped"] // 2 + 2),
+        "cuda": range(TOTAL["cuda:0"] // 2 + 2),
+    },
+    "answer_wrongly": {"which": _WHICH, "wrong": [m.Planned, m.Loaded, m.WarmedUp, m.WorkerStopped, m.Unloaded]},
+    "waiter": {"which": _WHICH, "gone": [False, True]},
+    "cancel": {"which": _WHICH},
+    "lease": {"which": _WHICH},
+    "ask_in_vain": {"model_id": [*IDS, "unknown"], "what": [m.LeaseTaken, m.CancelRequested]},
+    "call": {"which": _WHICH},
+    "release": {"which": _WHICH},
+    "unload": {"which": _WHICH, "force": [False, False, True], "timeout": [None, 0.0, 5.0, 20.0]},
+    "drain": {"which": _WHICH, "timeout": [5.0, 20.0]},
+    "unloaded": {"which": _WHICH, "well": [True, True, True, False]},
+    "sample": {"outside": range(6)},
+    "tick": {"seconds": [0.0, 1.0, 5.0, 11.0, 31.0], "moving": range(8), "step": range(1, 6)},
+    "close": {"sure": [False] * 29 + [True], "force": [False, True]},
+}
+
+
+def choices(name: str) -> dict[str, Any]:
+    return {argument: st.sampled_from(values) for argument, values in CHOICES[name].items()}
+
+
 class Lives(RuleBasedStateMachine):
     """Random lives of four models; answers of workers come in any order, and as late as they like."""
 
@@ -435,17 +506,7 @@ class Lives(RuleBasedStateMachine):
     #: How many steps were taken in all.
     steps: ClassVar[list[int]] = [0]
 
-    @initialize(
-        max_models=st.sampled_from([None, 1, 2]),
-        max_memory=st.sampled_from([None, None, 14]),
-        max_workers=st.integers(1, 2),
-        when_full=st.sampled_from(["wait", "wait", "refuse"]),
-        wait_timeout=st.sampled_from([None, 20.0, 60.0]),
-        stall_timeout=st.sampled_from([None, 30.0]),
-        cancel_grace=st.sampled_from([0.0, 10.0]),
-        min_residency=st.sampled_from([0.0, 5.0]),
-        sampled=st.booleans(),
-    )
+    @initialize(**choices("begin"))
     def begin(self, *, sampled: bool, **limits: Any) -> None:
         self.limits = self.source.Limits(max_stuck=1, **limits)
         self.machine = self.source.Machine(self.limits, epoch=1000.0)
@@ -476,31 +537,14 @@ class Lives(RuleBasedStateMachine):
         assert caught.value.message
         assert observe(self.machine) == before, f"{event} was refused, and changed something"
 
-    @rule(
-        model_id=st.sampled_from(IDS),
-        way=st.sampled_from(["load", "join", "join", "reload"]),
-        fingerprint=st.sampled_from([1, 1, 1, 2]),
-        keep_alive=st.sampled_from([None, None, 0.0, 20.0]),
-        pinned=st.sampled_from([False, False, False, True]),
-        allow_paging=st.booleans(),
-        warmup=st.booleans(),
-    )
+    @rule(**choices("load"))
     def load(self, model_id: str, way: str, fingerprint: int, **wishes: Any) -> None:
         """I1, I6: accepted or refused by what is there; listed from then on."""
         request = m.LoadRequest(model_type="llama", fingerprint=fingerprint, **wishes)
         event = m.LoadRequested(self.now, model_id, request, join=way == "join", reload=way == "reload")
         self.send(event)
 
-    @rule(
-        which=st.integers(0, 9),
-        reload=st.sampled_from([False, False, True]),
-        host=st.sampled_from([1, 2, 3, 4, 6, 8]),
-        mapped=st.integers(0, 8),
-        pinned=st.sampled_from([False, False, False, True]),
-        keep_alive=st.sampled_from([None, 0.0, 20.0]),
-        answers=st.sampled_from([1, 2, 2]),
-        lent=st.sampled_from([0, 0, 1, 2]),
-    )
+    @rule(**choices("load_at_once"))
     def load_at_once(self, which: int, reload: bool, host: int, mapped: int, answers: int, lent: int, **wishes) -> None:
         """Load a model as far as it goes, so that what comes afterwards has something to meet."""
         request = m.LoadRequest(model_type="llama", fingerprint=1, **wishes)
@@ -513,16 +557,12 @@ class Lives(RuleBasedStateMachine):
         for _ in range(lent):
             self.send(m.LeaseTaken(self.now, model_id))
 
-    @rule(
-        which=st.integers(0, 9),
-        outcome=st.sampled_from(["done", "done", "done", "done", "failed", "stopped"]),
-        needs=st.fixed_dictionaries({name: st.integers(0, total // 2 + 2) for name, total in TOTAL.items()}),
-        share=st.sampled_from([0.5, 1.0]),
-    )
-    def answer(self, which: int, outcome: str, needs: dict[str, int], share: float) -> None:
+    @rule(**choices("answer"))
+    def answer(self, which: int, outcome: str, share: float, **needs: int) -> None:
         """Any worker answers; also one that was told to stop long ago."""
         working = [key for key, life in self.reference.lives.items() if life.job is not None]
         if working:
+            needs = {name.replace("cuda", "cuda:0"): count for name, count in needs.items()}
             keeps = {name: int(count * share) for name, count in needs.items()}
             self._answer(working[which % len(working)], outcome, needs, keeps)
 
@@ -544,9 +584,7 @@ class Lives(RuleBasedStateMachine):
         else:
             self.send((m.Loaded if job is m.Job.LOAD else m.WarmedUp)(self.now, key))
 
-    @rule(
-        which=st.integers(0, 9), wrong=st.sampled_from([m.Planned, m.Loaded, m.WarmedUp, m.WorkerStopped, m.Unloaded])
-    )
+    @rule(**choices("answer_wrongly"))
     def answer_wrongly(self, which: int, wrong: Any) -> None:
         """I4: an answer for what is not, or no longer, asked changes nothing."""
         right = {m.Planned: "planning", m.Loaded: "loading", m.WarmedUp: "warming", m.Unloaded: "unloading"}
@@ -561,7 +599,7 @@ class Lives(RuleBasedStateMachine):
             event = wrong(self.now, key, {}, {}) if wrong is m.Planned else wrong(self.now, key)
             self.send_wrong(event, errors.InternalError)
 
-    @rule(which=st.integers(0, 9), gone=st.booleans())
+    @rule(**choices("waiter"))
     def waiter(self, which: int, gone: bool) -> None:
         """I7: who comes to wait, or no longer waits, changes nothing for anybody."""
         lives = self.reference.lives
@@ -576,42 +614,45 @@ class Lives(RuleBasedStateMachine):
         ids = sorted({key[0] for key, life in there if life.status in statuses}) or [*IDS, "unknown"]
         return ids[which % len(ids)]
 
-    @rule(which=st.integers(0, 9))
+    @rule(**choices("cancel"))
     def cancel(self, which: int) -> None:
         """I8: a worker that was told to stop holds what it holds until it answers."""
         self.send(m.CancelRequested(self.now, self._one_of(which, *COMING)))
 
-    @rule(which=st.integers(0, 9))
+    @rule(**choices("lease"))
     def lease(self, which: int) -> None:
         self.send(m.LeaseTaken(self.now, self._one_of(which, "ready")))
 
-    @rule(model_id=st.sampled_from([*IDS, "unknown"]), what=st.sampled_from([m.LeaseTaken, m.CancelRequested]))
+    @rule(**choices("ask_in_vain"))
     def ask_in_vain(self, model_id: str, what: Any) -> None:
         """I17: what is not there or going away is not lent, and refusals change nothing."""
         self.send(what(self.now, model_id))
 
-    @rule(which=st.integers(0, 9))
+    @rule(**choices("call"))
     def call(self, which: int) -> None:
         keys = [key for key, life in self.reference.lives.items() if life.ready_at is not None]
         if keys:
             self.send(m.CallStarted(self.now, keys[which % len(keys)]))
 
-    @rule(which=st.integers(0, 9))
+    @rule(**choices("release"))
     def release(self, which: int) -> None:
         """I15: a loan is given back, also one that was broken."""
         keys = [key for key, life in self.reference.lives.items() if life.loans]
         if keys:
             self.send(m.LeaseReleased(self.now, keys[which % len(keys)]))
 
-    @rule(
-        which=st.integers(0, 9),
-        force=st.sampled_from([False, False, True]),
-        timeout=st.sampled_from([None, 0.0, 5.0, 20.0]),
-    )
+    @rule(**choices("unload"))
     def unload(self, which: int, force: bool, timeout: float | None) -> None:
         self.send(m.UnloadRequested(self.now, self._one_of(which, "ready", "draining", "failed"), force, timeout))
 
-    @rule(which=st.integers(0, 9), well=st.sampled_from([True, True, True, False]))
+    @rule(**choices("drain"))
+    def drain(self, which: int, timeout: float) -> None:
+        """Somebody borrows a model, and somebody else wants it freed."""
+        model_id = self._one_of(which, "ready")
+        self.send(m.LeaseTaken(self.now, model_id))
+        self.send(m.UnloadRequested(self.now, model_id, drain_timeout=timeout))
+
+    @rule(**choices("unloaded"))
     def unloaded(self, which: int, well: bool) -> None:
         """I24: what could not be freed is still there, and still counts."""
         keys = [key for key, life in self.reference.lives.items() if life.freeing]
@@ -621,7 +662,7 @@ class Lives(RuleBasedStateMachine):
         self.send(m.Unloaded(self.now, key) if well else m.UnloadFailed(self.now, key, "it is used"))
         assert self.reference.lives[key].status == (None if well else "stuck")
 
-    @rule(outside=st.integers(0, 5))
+    @rule(**choices("sample"))
     def sample(self, outside: int) -> None:
         """Somebody else takes some of the memory."""
         self.outside = outside
@@ -629,7 +670,7 @@ class Lives(RuleBasedStateMachine):
         free = {name: total - outside - own[name] for name, total in TOTAL.items()}
         self.send(m.MemorySampled(self.now, TOTAL, free))
 
-    @rule(seconds=st.sampled_from([0.0, 1.0, 5.0, 11.0, 31.0]), moving=st.integers(0, 7), step=st.integers(1, 5))
+    @rule(**choices("tick"))
     def tick(self, seconds: float, moving: int, step: int) -> None:
         """Time passes; some workers get on, some do not."""
         self.now += seconds
@@ -657,7 +698,7 @@ class Lives(RuleBasedStateMachine):
             moment = life.idle_until(limits.min_residency)
             assert moment is None or self.now < moment or self.reference.coming(key[0]), f"{key} should have expired"
 
-    @rule(sure=st.sampled_from([False] * 29 + [True]), force=st.booleans())
+    @rule(**choices("close"))
     def close(self, sure: bool, force: bool) -> None:
         """I26: it may be closed at any moment, and more than once."""
         if sure:
@@ -794,6 +835,23 @@ class Lives(RuleBasedStateMachine):
                     self.send(m.Unloaded(self.now, key))
 
 
+def wander(kind: type[Lives], seed: int, steps: int = 100) -> None:
+    """Lead one random life without Hypothesis: the same whichever version of it is installed."""
+    random = Random(seed)
+    lives = kind()
+    always = [getattr(lives, name) for name in dir(Lives) if hasattr(getattr(Lives, name), INVARIANT_MARKER)]
+    lives.begin(**{argument: random.choice(values) for argument, values in CHOICES["begin"].items()})
+    # Less of what is mostly refused, more of what leads on.
+    often = {"load_at_once": 5, "answer": 3, "unloaded": 3, "tick": 2}
+    names = [name for name in CHOICES if name != "begin" for _ in range(often.get(name, 1))]
+    for _ in range(steps):
+        name = random.choice(names)
+        getattr(lives, name)(**{argument: random.choice(values) for argument, values in CHOICES[name].items()})
+        for check in always:
+            check()
+    lives.teardown()
+
+
 def observe(machine: Any) -> Any:
     """Everything that can be seen of a machine, and what it keeps to itself."""
     return (
@@ -820,3 +878,9 @@ def test_machine_keeps_its_invariants_in_any_order_of_events():
     Lives.steps[0] = 0
     run_state_machine_as_test(Lives, settings=SETTINGS)
     assert Lives.steps[0] >= 10_000
+
+
+@pytest.mark.parametrize("seed", range(0, 400, 100))
+def test_machine_keeps_its_invariants_in_lives_of_pure_chance(seed):
+    for life in range(seed, seed + 100):
+        wander(Lives, life)
