@@ -145,6 +145,8 @@ def test_reasons_name_the_numbers_and_the_holders():
     assert "n, which has just been loaded" in decide({"host": 3 * gib}, room(8 * gib, gib), tenants[3:]).reason
     reloading = tenant("r", gib, evictable=False, reloading=True)
     assert "r, which serves until it is reloaded" in decide({"host": 2 * gib}, room(8 * gib, gib), [reloading]).reason
+    stuck = tenant("s", gib, evictable=False, pinned=True, stuck=True)
+    assert "s, which is stuck" in decide({"host": 2 * gib}, room(8 * gib, gib), [stuck]).reason
     one = decide({"host": 2 * gib}, room(8 * gib, gib), [tenant("b", gib, leases=1)]).reason
     assert one.endswith("waiting for 1 lease on b")
     nobody = decide({"host": 2 * gib}, room(8 * gib, -gib), []).reason

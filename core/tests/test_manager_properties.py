@@ -264,7 +264,13 @@ class Reference:
     def _note_unloaded(self, event: Any) -> None:
         self.lives[event.key].freeing = False
 
-    _note_Unloaded = _note_UnloadFailed = _note_unloaded  # noqa: N815
+    _note_Unloaded = _note_unloaded  # noqa: N815
+
+    def _note_UnloadFailed(self, event: m.UnloadFailed) -> None:  # noqa: N802
+        self._note_unloaded(event)
+        # Whatever was counted on, it does not come.
+        for life in self.lives.values():
+            life.victims.clear()
 
     def _note_CloseRequested(self, event: m.CloseRequested) -> None:  # noqa: N802
         self.closed = True

@@ -769,6 +769,7 @@ class Machine:
             pinned=pinned,
             loading=status in RESERVED,
             reloading=reloading and status is _S.READY,
+            stuck=status is _S.STUCK,
         )
 
     def _with_budget(self, needs: Mapping[str, int]) -> dict[str, int]:

@@ -34,6 +34,8 @@ class Tenant:
     loading: bool = False
     #: It serves until a newer generation of it is ready.
     reloading: bool = False
+    #: Nobody knows when its memory comes back.
+    stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,8 @@ def _holder(tenant: Tenant) -> str:
     name = tenant.key[0]
     if tenant.leaving:
         return f"{name} to be freed"
+    if tenant.stuck:
+        return f"{name}, which is stuck"
     if tenant.leases:
         return f"{tenant.leases} lease{'s' * (tenant.leases != 1)} on {name}"
     if tenant.loading:
