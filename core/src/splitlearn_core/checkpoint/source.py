@@ -272,7 +272,7 @@ class HubSource:
             raise self._broken_transfer(what, error) from error
 
     def _broken_transfer(self, what: str, error: Exception) -> SplitLearnError:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return InsufficientDiskError(
                 f"{what}: the disk is full: {error}", hint="free some space, or choose another disk with cache_dir="
             )

@@ -89,16 +89,21 @@ class PluginRegistry:
     def __init__(self, entries: Iterable[PluginEntry] | None = None) -> None:
         self._entries = tuple(entries) if entries is not None else None
         self._loaded: dict[tuple[str, str], LoadedPlugin | PluginError] = {}
-        self._lock = threading.RLock()
+        #: Held for moments only, never while a plugin's code runs.
+        self._lock = threading.Lock()
+        #: One lock for each plugin, held while it is imported and asked: one that hangs keeps nobody
+        #: from the others, and nobody from the list of those that there are.
+        self._loading: dict[tuple[str, str], threading.RLock] = {}
         self._manager = _new_manager()
 
     @property
     def entries(self) -> tuple[PluginEntry, ...]:
         """All plugins, blocked ones too. Scans the installed metadata once."""
-        with self._lock:
-            if self._entries is None:
-                self._entries = metadata.discover()
-            return self._entries
+        entries = self._entries
+        if entries is None:
+            # Two threads that come first at once scan twice and find the same.
+            entries = self._entries = metadata.discover()
+        return entries
 
     def model_types(self) -> tuple[str, ...]:
         """Return the model types that some plugin offers and no variable blocks."""
@@ -125,8 +130,10 @@ class PluginRegistry:
         """Return the loaded plugin that owns a model type; raises like :meth:`family`."""
         entry = self._owner(model_type)
         _check_compatible(entry)
+        key = (entry.distribution, entry.module)
         with self._lock:
-            key = (entry.distribution, entry.module)
+            loading = self._loading.setdefault(key, threading.RLock())
+        with loading:
             if key not in self._loaded:
                 self._loaded[key] = self._load(entry)
             outcome = self._loaded[key]
@@ -214,7 +221,8 @@ class PluginRegistry:
             strategies = _strategies(entry, _answers(trial, candidate, "splitlearn_loading_strategies"))
         except PluginError as error:
             return error
-        self._manager.register(plugin, name=f"{entry.distribution}:{entry.module}")
+        with self._lock:
+            self._manager.register(plugin, name=f"{entry.distribution}:{entry.module}")
         return LoadedPlugin(entry, families, strategies, hooks, plugin)
 
 

@@ -171,13 +171,13 @@ class StepsClock:
         self.now += seconds
 
 
-def run(main: Coroutine[Any, Any, _T]) -> _T:
+def run(main: Coroutine[Any, Any, _T], *, limit: float = LIMIT) -> _T:
     """Run a test's coroutine in a loop of its own, and refuse what it leaves behind or lets fail unseen."""
     unseen: list[dict[str, Any]] = []
 
     async def watched() -> _T:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(limit):
             return await main
 
     result = asyncio.run(watched(), debug=False)
