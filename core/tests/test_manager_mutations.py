@@ -65,9 +65,9 @@ MUTATIONS = {
         "still_short = dict(short)",
     ),
     "I13: victims that do not suffice": (
-        "policy",
-        "    if not _suffice(chosen, short, places):\n        return None\n",
-        "",
+        "machine",
+        "                return chosen\n        return []\n",
+        "                return chosen\n        return chosen\n",
     ),
     "I13: needless victims": ("policy", "        if _suffice(rest, short, places):\n", "        if False:\n"),
     "I15: a model is freed under those who have it": (
@@ -75,11 +75,20 @@ MUTATIONS = {
         "if generation.leases and not force:",
         "if generation.leases > 1 and not force:",
     ),
-    "I16: pinned models go": ("machine", "generation.leases or pinned or reloading", "generation.leases or reloading"),
+    "I16: pinned models go": (
+        "machine",
+        "        if idle and not generation.request.pinned:\n",
+        "        if idle:\n",
+    ),
+    "I16: lent models go": (
+        "machine",
+        "        self._set_idle(generation, idle=False)\n        generation.leases += 1\n",
+        "        generation.leases += 1\n",
+    ),
     "I16: a model that is reloaded goes first": (
         "machine",
-        "pinned or reloading or just_loaded",
-        "pinned or just_loaded",
+        "            and self._models[generation.model_id].coming is None\n",
+        "",
     ),
     "I17: a closed manager lends": (
         "machine",

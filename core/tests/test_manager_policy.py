@@ -140,7 +140,7 @@ def test_reasons_name_the_numbers_and_the_holders():
     assert isinstance(verdict, Wait)
     assert verdict.reason == (
         "needs 3.0 GiB of memory, 1.0 GiB free, waiting for 2 leases on b, p, which is pinned, "
-        "l, which is loading and 1 more"
+        "l, which is loading and others"
     )
     assert "n, which has just been loaded" in decide({"host": 3 * gib}, room(8 * gib, gib), tenants[3:]).reason
     reloading = tenant("r", gib, evictable=False, reloading=True)

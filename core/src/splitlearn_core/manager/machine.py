@@ -20,7 +20,7 @@ UNLOADING and STUCK ones it is filled. Nobody else holds anything.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.generation import CHARGED, RESERVED, WORKING, Generation
-from splitlearn_core.manager.policy import BUDGET, MAPPED, Evict, Refuse, Room, Tenant, Wait, decide
+from splitlearn_core.manager.policy import BUDGET, MAPPED, NAMED, Evict, Refuse, Room, Tenant, Wait, decide
 from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, ModelStatus
 
 _S = ModelStatus
@@ -138,6 +138,10 @@ class Machine:
         self._charged: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
         self._held_models = 0
+        #: Ready generations that nobody has and that are not pinned, least recently used first, and
+        #: what they hold together: with a thousand models, a decision must not look at each of them.
+        self._idle: dict[m.Key, Generation] = {}
+        self._idle_held: dict[str, int] = {}
         #: Ledger -> bytes that all models together may take. Empty until memory was sampled.
         self._capacity: dict[str, int] = {}
         self._total: dict[str, int] = {}
@@ -489,6 +493,7 @@ class Machine:
         self._lend(generation)
 
     def _lend(self, generation: Generation) -> None:
+        self._set_idle(generation, idle=False)
         generation.leases += 1
         self._touch(generation)
 
@@ -504,6 +509,7 @@ class Machine:
         if generation.status is _S.DRAINING:
             self._unload(generation, "the last lease was given back")
         else:
+            self._set_idle(generation, idle=True)
             self._watch_expiry(generation)
         self._schedule()
 
@@ -714,7 +720,7 @@ class Machine:
         verdict = decide(needs, room, (), allow_paging=paging)
         if isinstance(verdict, Wait):
             # Who has the rest matters only now, and they may be a thousand.
-            verdict = decide(needs, room, self._tenants(), allow_paging=paging)
+            verdict = decide(needs, room, self._tenants(needs, room, paging=paging), allow_paging=paging)
         full = isinstance(verdict, Wait) and not verdict.soon and self.limits.when_full == "refuse"
         if isinstance(verdict, Refuse) or (isinstance(verdict, Wait) and full):
             self._refuse(generation, verdict.reason, retryable=isinstance(verdict, Wait))
@@ -738,13 +744,51 @@ class Machine:
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
 
-    def _tenants(self) -> list[Tenant]:
-        return [
-            self._tenant(g, reloading=model.coming is not None)
-            for model in self._models.values()
-            for g in model.generations
-            if g.held
-        ]
+    def _tenants(self, needs: Mapping[str, int], room: Room, *, paging: bool) -> list[Tenant]:
+        """Return whom a decision hangs on: who is leaving, whom to evict if that suffices, and some of the others."""
+        leaving = list(self._by_status[_S.UNLOADING].values())
+        lacking = {
+            name: count - room.available.get(name, 0) - sum(g.held.get(name, 0) for g in leaving)
+            for name, count in needs.items()
+            if count and not (paging and name == MAPPED)
+        }
+        lacking = {name: lack for name, lack in lacking.items() if lack > 0}
+        places = 0 if room.places is None else 1 - room.places - len(leaving)
+        chosen = [*leaving, *self._evictable(lacking, places)]
+        return [self._tenant(generation) for generation in (*chosen, *self._holders(chosen, lacking, places))]
+
+    def _evictable(self, lacking: Mapping[str, int], places: int) -> list[Generation]:
+        """Return idle generations, least recently used first, as many as suffice; none where all do not."""
+        left, chosen = dict(lacking), []
+        if places > len(self._idle) or any(lack > self._idle_held.get(name, 0) for name, lack in left.items()):
+            return []
+        for generation in self._idle.values():
+            if not self._is_evictable(generation):
+                continue
+            chosen.append(generation)
+            left = {name: rest for name, lack in left.items() if (rest := lack - generation.held.get(name, 0)) > 0}
+            if not left and len(chosen) >= places:
+                return chosen
+        return []
+
+    def _holders(self, known: Sequence[Generation], lacking: Mapping[str, int], places: int) -> Iterable[Generation]:
+        """Yield some of those who have what is lacking and do not go by themselves, to be named to people."""
+        shown = 0
+        for status in (_S.DRAINING, _S.READY, _S.LOADING, _S.WARMING, _S.CANCELLING, _S.STUCK):
+            for generation in self._by_status[status].values():
+                if shown > NAMED:
+                    return
+                if generation not in known and (places > 0 or any(generation.held.get(name) for name in lacking)):
+                    shown += 1
+                    yield generation
+
+    def _is_evictable(self, generation: Generation) -> bool:
+        resident = self._now - (self._now if generation.ready_at is None else generation.ready_at)
+        return (
+            generation.key in self._idle
+            and resident >= self.limits.min_residency
+            and self._models[generation.model_id].coming is None
+        )
 
     def _room(self, generation: Generation, ahead: Mapping[str, int]) -> Room:
         available = {
@@ -756,19 +800,18 @@ class Machine:
         replaces = self._models[generation.model_id].serving is not None
         return Room(self._total, available, None if limit is None else limit - self._held_models + replaces)
 
-    def _tenant(self, generation: Generation, *, reloading: bool) -> Tenant:
-        status, pinned = generation.status, generation.request.pinned
-        just_loaded = generation.ready_at is None or self._now - generation.ready_at < self.limits.min_residency
+    def _tenant(self, generation: Generation) -> Tenant:
+        status = generation.status
         return Tenant(
             generation.key,
             generation.held,
-            evictable=status is _S.READY and not (generation.leases or pinned or reloading or just_loaded),
+            evictable=self._is_evictable(generation),
             leaving=status is _S.UNLOADING,
             last_used=generation.last_used_at or generation.ready_at or 0.0,
             leases=generation.leases,
-            pinned=pinned,
+            pinned=generation.request.pinned,
             loading=status in RESERVED,
-            reloading=reloading and status is _S.READY,
+            reloading=status is _S.READY and self._models[generation.model_id].coming is not None,
             stuck=status is _S.STUCK,
         )
 
@@ -807,6 +850,7 @@ class Machine:
         before = generation.status
         if after not in TRANSITIONS[before]:
             raise InternalError(f"generation {generation.number} of {generation.model_id!r}: {before} to {after}")
+        self._set_idle(generation, idle=False)
         self._account(generation, -1)
         if before in (_S.QUEUED, _S.WAITING):
             generation.waited += self._now - generation.since
@@ -820,6 +864,7 @@ class Machine:
             generation.status = after
             generation.held = _held(generation, after)
             self._account(generation, +1)
+            self._set_idle(generation, idle=after is _S.READY and not generation.leases)
         if after not in (_S.QUEUED, _S.WAITING):
             generation.waiting_for = ""
         self._touch(generation)
@@ -842,8 +887,15 @@ class Machine:
             return
         ledger = self._charged if generation.status in CHARGED else self._reserved
         self._held_models += sign
-        for name, count in generation.held.items():
-            ledger[name] = ledger.get(name, 0) + sign * count
+        _add(ledger, generation.held, sign)
+
+    def _set_idle(self, generation: Generation, *, idle: bool) -> None:
+        """Note whether a generation could be evicted; one that is noted anew was used last."""
+        if self._idle.pop(generation.key, None) is not None:
+            _add(self._idle_held, generation.held, -1)
+        if idle and not generation.request.pinned:
+            self._idle[generation.key] = generation
+            _add(self._idle_held, generation.held)
 
     def _resolve(self, generation: Generation, failure: FailureInfo | None) -> None:
         if not generation.resolved:
@@ -858,6 +910,13 @@ class Machine:
             model.info = None
 
     def _problems(self) -> Iterable[str]:
+        idle = [g for g in self.generations() if g.status is _S.READY and not g.leases and not g.request.pinned]
+        yield "who is idle is kept wrongly" if {g.key for g in idle} != self._idle.keys() else ""
+        together: dict[str, int] = {}
+        for g in idle:
+            _add(together, g.held)
+        wrong = {n for n in {*together, *self._idle_held} if together.get(n, 0) != self._idle_held.get(n, 0)}
+        yield f"what idle models hold is kept wrongly: {sorted(wrong)}" if wrong else ""
         charged: dict[str, int] = {}
         reserved: dict[str, int] = {}
         for model_id, model in self._models.items():
@@ -937,9 +996,9 @@ def _stage(generation: Generation) -> str:
     return (generation.progress.stage if generation.status in WORKING else "") or str(generation.status)
 
 
-def _add(ahead: dict[str, int], needs: Mapping[str, int]) -> None:
-    for name, count in needs.items():
-        ahead[name] = ahead.get(name, 0) + count
+def _add(ledger: dict[str, int], bytes_of: Mapping[str, int], sign: int = 1) -> None:
+    for name, count in bytes_of.items():
+        ledger[name] = ledger.get(name, 0) + sign * count
 
 
 def _not_ready(generation: Generation) -> ModelNotReadyError:

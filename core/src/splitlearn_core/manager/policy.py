@@ -16,6 +16,8 @@ from splitlearn_core.units import human_bytes
 MAPPED = "mapped"
 #: The ledger of the manager's own limit over everything it loads.
 BUDGET = "budget"
+#: Holders that a reason names.
+NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def decide(needs: Mapping[str, int], room: Room, tenants: Sequence[Tenant], *, a
     Args:
         needs: Ledger -> bytes at the peak of the load.
         room: What there is.
-        tenants: Who has it.
+        tenants: Who has it. Those who can neither go nor are on their way matter to the reason alone.
         allow_paging: Mapped weights may exceed what can be resident.
     """
     wanted = {name: count for name, count in needs.items() if count and not (allow_paging and name == MAPPED)}
@@ -158,8 +160,7 @@ def _reason(
         parts.append("all places for models are taken")
     holders = [_holder(tenant) for tenant in tenants if places or any(tenant.held.get(name) for name in short)]
     if holders:
-        more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""  # noqa: PLR2004  # a readable line
-        parts.append(f"waiting for {', '.join(holders[:3])}{more}")
+        parts.append(f"waiting for {', '.join(holders[:NAMED])}{' and others' if len(holders) > NAMED else ''}")
     else:
         parts.append("waiting for memory that others have taken")
     return ", ".join(parts)
