@@ -816,6 +816,23 @@ def test_reload_of_a_failed_model_loads_it() -> None:
     run(main())
 
 
+def test_who_asks_for_a_model_does_not_wait_for_its_reload() -> None:
+    """``ensure_model`` gives the one that serves, and adds no waiter to the reload."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        async with closing(manager(loader)) as models:
+            old = await models.load_model(fake())
+            gate = loader.hold("a")
+            reload = asyncio.create_task(models.reload_model("a"))
+            await gate.arrival()
+            assert await models.ensure_model(fake()) is old
+            gate.fail(ValueError("no"))
+            assert isinstance(await outcome_of(reload), LoadFailedError)
+
+    run(main())
+
+
 def test_cancelling_a_reload_leaves_the_old_one() -> None:
     """As it was."""
 

@@ -307,7 +307,10 @@ class AsyncModelManager:
         request = self._request_of(config)
         event = m.LoadRequested(self._clock(), config.model_id, request, join=join, reload=reload)
         effects = self._machine.handle(event)
-        generation = self._machine.coming(config.model_id) or self._machine.visible(config.model_id)
+        generation = self._machine.visible(config.model_id)
+        if generation.status is not ModelStatus.READY or reload:
+            # Who asks for a model that serves does not wait for the reload that may be going on beside it.
+            generation = self._machine.coming(config.model_id) or generation
         if generation.key not in self._slots:
             self._slots[generation.key] = self._new_slot(generation.key, config)
             if config.required:
