@@ -203,5 +203,6 @@ def _finish(function: Callable[[], Any], on_done: OnDone) -> None:
         # An event loop that has closed meanwhile, for one.
         log.exception("%s could not tell how its work ended", threading.current_thread().name)
     finally:
-        # An error knows this frame by its traceback; the two must not keep each other alive.
-        del outcome
+        # An error knows this frame by its traceback. The frame must not know the error, nor whoever is
+        # told of it: they would keep each other alive, and the tensors that the work was about.
+        del outcome, function, on_done
