@@ -326,3 +326,25 @@ def test_a_sample_is_a_value() -> None:
     """Two samples of the same state are equal."""
     assert ResourceManager().sample() == ResourceManager().sample()
     assert isinstance(ResourceManager().sample(), MemorySample)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps large blocks")
+def test_large_blocks_can_be_had_back_at_once(world: Any) -> None:
+    """Whatever size was freed before: without the call, the second block would stay in the heap."""
+    done = world.python(
+        "-c",
+        "import threading\nimport torch\n"
+        "from splitlearn_core.memory import anonymous_memory, return_large_blocks\n"
+        "assert return_large_blocks()\n"
+        "grown = []\n"
+        "def work():\n"
+        "    for size in (30, 20, 20):\n"
+        "        before = anonymous_memory()\n"
+        "        block = torch.ones(size * 2**18)\n"
+        "        del block\n"
+        "        grown.append(anonymous_memory() - before)\n"
+        "work()\nthread = threading.Thread(target=work)\nthread.start()\nthread.join()\n"
+        "assert max(grown[1:]) < 2**20, grown\n",
+    )
+
+    assert done.returncode == 0, done.stderr

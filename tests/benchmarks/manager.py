@@ -181,7 +181,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one thing in this process, everything imported before."""
     from splitlearn_core.manager.imports import preload
 
-    preload([job["model_type"], "huggingface"], freeze=True)
+    preload([job["model_type"], "huggingface"], serving=True)
     measures = {"lag": _measure_lag, "crowd": _measure_crowd, "overhead": _measure_overhead, "cancel": _measure_cancel}
     return asyncio.run(measures[job["what"]](job))
 

@@ -9,6 +9,8 @@ there but are given back on demand; what counts for good is memory that no file 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,8 @@ _CGROUPS = "sys/fs/cgroup"
 _OWN_GROUPS = "proc/self/cgroup"
 #: Limits from here on are the kernel's way of saying that there is none.
 _NO_LIMIT = 2**60
+#: glibc's number of the parameter, and bytes from which on a block of memory is one of its own.
+_M_MMAP_THRESHOLD, _OWN_BLOCK = -3, 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,18 @@ def _fields(path: Path) -> dict[str, int]:
         return {}
     pairs = (line.split() for line in lines)
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}  # noqa: PLR2004  # a pair
+
+
+def return_large_blocks() -> bool:
+    """Have freed blocks of memory go back to the system at once, for the whole process; say whether that can be had.
+
+    By itself glibc raises, with each large block that is freed, the size from which on it asks the
+    system for a block of its own. What weights took then stays in the heap of the thread that loaded
+    them, up to 64 MiB of it, where no trimming reaches. A fixed size turns that off.
+    """
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return False
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _OWN_BLOCK))
 
 
 def anonymous_memory() -> int:

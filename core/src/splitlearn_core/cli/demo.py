@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from splitlearn_core.cli.generate import write_text
-from splitlearn_core.cli.options import human_bytes, json_option, print_json
+from splitlearn_core.cli.options import json_option, print_json
 from splitlearn_core.cli.plan import render_plan
 from splitlearn_core.cli.verify import render_verification
 from splitlearn_core.types import Component, Progress
+from splitlearn_core.units import human_bytes
 
 _PROMPT = "The people of the United States"
 

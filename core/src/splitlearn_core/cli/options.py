@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 import click
 
-from splitlearn_core.units import human_bytes as human_bytes  # commands find it here
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 

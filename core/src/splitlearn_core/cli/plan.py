@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import human_bytes, json_option, model_options, print_json, styled, table
+from splitlearn_core.cli.options import json_option, model_options, print_json, styled, table
 from splitlearn_core.plan.splitplan import SplitPlan
+from splitlearn_core.units import human_bytes
 
 _BAR_WIDTH = 64
 _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import human_bytes, json_option, load_options, model_options, print_json, table
+from splitlearn_core.cli.options import json_option, load_options, model_options, print_json, table
+from splitlearn_core.units import human_bytes
 from splitlearn_core.verification import Verification
 
 

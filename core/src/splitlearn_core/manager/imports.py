@@ -18,6 +18,7 @@ from collections.abc import Iterable
 
 from splitlearn_core.errors import PluginError
 from splitlearn_core.loading import import_builders
+from splitlearn_core.memory import return_large_blocks
 from splitlearn_core.plugins.registry import registry
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _OF_TRANSFORMERS = ("GenerationConfig", "PreTrainedModel")
 _OF_WHOLE_MODELS = ("AutoConfig", "AutoModelForCausalLM", "GenerationConfig", "PreTrainedModel")
 
 
-def preload(model_types: Iterable[str], *, freeze: bool = False) -> dict[str, PluginError]:
+def preload(model_types: Iterable[str], *, serving: bool = False) -> dict[str, PluginError]:
     """Import torch, transformers and the architectures of some families, in the calling thread.
 
     Takes seconds the first time, and nothing after that. Call it before the event loop starts; a
@@ -48,13 +49,15 @@ def preload(model_types: Iterable[str], *, freeze: bool = False) -> dict[str, Pl
 
     What was imported are hundreds of thousands of objects, and a collection of garbage that looks at
     them all stops every thread for hundreds of milliseconds. One is due soon after the imports, so it
-    is made here. Later ones come after every few loads, unless ``freeze`` is given.
+    is made here. Later ones come after every few loads, unless ``serving`` is given.
 
     Args:
         model_types: The model types that will be loaded: those of families, ``huggingface`` or
             ``pytorch``.
-        freeze: Call ``gc.freeze()`` as well: collections no longer look at any object that exists at
-            this moment, anybody's. A process that serves wants it.
+        serving: Set up the whole process for serving as well: ``gc.freeze()``, so that collections no
+            longer look at any object that exists at this moment; and on Linux a fixed size from which
+            on freed blocks of memory go back to the system at once, so that unloading a model that
+            was copied into memory gives back all of it.
 
     Returns:
         Model type -> why its plugin is of no use. The others are imported nevertheless, and the
@@ -78,6 +81,7 @@ def preload(model_types: Iterable[str], *, freeze: bool = False) -> dict[str, Pl
         importlib.import_module(name)
     if gc.isenabled() and len(sys.modules) > imported:
         gc.collect()
-    if freeze:
+    if serving:
         gc.freeze()
+        return_large_blocks()
     return failures

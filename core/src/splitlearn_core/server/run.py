@@ -74,7 +74,7 @@ def run_server(config_file: str | os.PathLike[str], address: Address, announce: 
     configuration = read_config_file(config_file)
     manager = make_manager(configuration)
     with listening(address) as listener:
-        preload({config.model_type for config in configuration.models}, freeze=True)
+        preload({config.model_type for config in configuration.models}, serving=True)
         asyncio.run(_serve(manager, configuration.models, address, listener, announce))
 
 
