@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -183,6 +183,8 @@ class LoadOptions:
     device: str = "cpu"
     strategy: str = "auto"
     attn_implementation: str | None = None
+    #: Called before each layer is built; it may raise to stop the load.
+    on_layer: Callable[[], None] = lambda: None
 
 
 def load_components(
@@ -209,7 +211,9 @@ def load_components(
         log.info("Building %s %s of %s", part.component, part.layers, model.name)
         progress(Progress("building", part.component))
         config = hf_config(model.family, model.config, model.name, plan.dtype, options.attn_implementation)
-        built[part.component] = build_component(model.family, config, part.component, part.layers)
+        built[part.component] = build_component(
+            model.family, config, part.component, part.layers, on_layer=options.on_layer
+        )
     _check_all(model, plan.components, table, built)
     _attach_generation_config(model, built.get(Component.TOP))
     with passing_through(progress) as tell:

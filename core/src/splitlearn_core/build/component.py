@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -40,7 +40,7 @@ class ComponentModel(PreTrainedModel):
         with _depth(config, 1 if self.family.uniform_layers else layer_range.total):
             super().__init__(config)
         self.layer_range = layer_range
-        _prune(self, self.family, layer_range)
+        _check_names(self, self.family)
 
     @classmethod
     def from_pretrained_split(
@@ -283,7 +283,13 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
     return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
 
 
-def build_component(family: ModelFamily, config: Any, component: Component, layer_range: LayerRange) -> ComponentModel:
+def build_component(
+    family: ModelFamily,
+    config: Any,
+    component: Component,
+    layer_range: LayerRange,
+    on_layer: Callable[[], None] = lambda: None,
+) -> ComponentModel:
     """Build a component whose parameters have shapes but no memory yet.
 
     Args:
@@ -292,9 +298,17 @@ def build_component(family: ModelFamily, config: Any, component: Component, laye
             its ``dtype`` is that of the weights to come.
         component: Which component.
         layer_range: The layers it runs.
+        on_layer: Called before each layer is built; it may raise, and then nothing is left behind.
     """
     with skeleton(config.dtype), blaming_config(family, config.name_or_path):
         model = component_class(family, component)(config, layer_range)
+    layers = []
+    for number in range(layer_range.start, layer_range.end):
+        # Outside the lock and the mode: it may take its time, and use torch.
+        on_layer()
+        with skeleton(config.dtype), blaming_config(family, config.name_or_path):
+            layers.append(_layer(model, family, number))
+    _prune(model, family, layer_range, layers)
     model.eval()
     return model
 
@@ -349,18 +363,19 @@ def _depth(config: Any, layers: int) -> Iterator[None]:
         values[name] = total
 
 
-def _prune(model: Any, family: ModelFamily, owned: LayerRange) -> None:
-    """Keep what the component owns, and make everything else neutral."""
-    _check_names(model, family)
-    base = model.get_submodule(family.base)
-    layers = base.get_submodule(family.layers)
+def _layer(model: Any, family: ModelFamily, number: int) -> nn.Module:
+    """Make a layer of the model, or take it where the model made all of them."""
+    layers = model.get_submodule(family.base).get_submodule(family.layers)
     layer_class: type[nn.Module] = type(layers[0])
+    return layer_class(model.config, number) if family.uniform_layers else cast("nn.Module", layers[number])
 
-    def make(number: int) -> nn.Module:
-        return layer_class(model.config, number) if family.uniform_layers else layers[number]
 
+def _prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
+    """Keep what the component owns, and make everything else neutral."""
+    base = model.get_submodule(family.base)
     elsewhere = PassLayer()
-    _replace(base, family.layers, nn.ModuleList(make(i) if i in owned else elsewhere for i in range(owned.total)))
+    slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
+    _replace(base, family.layers, nn.ModuleList(slots))
     if not owned.is_first:
         _replace(base, family.embedding, PassLayer())
         for name in family.zero_outside_bottom:

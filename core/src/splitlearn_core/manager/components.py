@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
     report(Progress("importing"))
     import_builders(details.model.family)
     (part,) = details.plan.components
-    module = load_components(details.model, details.plan, details.table, details.options, tell)[part.component]
+    options = replace(details.options, on_layer=partial(report, Progress("building", part.component)))
+    module = load_components(details.model, details.plan, details.table, options, tell)[part.component]
     report(Progress("verifying", part.component, part.nbytes, part.nbytes))
     refuse_changes(details.files)
     return module

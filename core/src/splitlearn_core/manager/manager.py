@@ -61,6 +61,8 @@ _T = TypeVar("_T")
 _TICK = 0.1
 #: Looks between two samples of memory, while somebody waits for it.
 _SAMPLE_EVERY = 5
+#: Seconds of a worker's work after which it lets others have the interpreter, and for how long.
+_BREATHE_EVERY, _BREATH = 0.001, 0.00005
 #: Changes that are remembered for :meth:`AsyncModelManager.story`.
 _REMEMBERED = 4096
 #: Share of the time to close that holders have to give back what they borrowed.
@@ -86,6 +88,8 @@ class _Slot:
     progress: Progress = field(default_factory=lambda: Progress("queued"))
     #: Read by the worker's thread at each report: not empty means stop, and says why.
     stop: str = ""
+    #: When the worker's thread last let others have the interpreter.
+    breathed: float = 0.0
     worker: Worker | None = None
     plan: LoadPlan | None = None
     loaded: LoadedModel | None = None
@@ -765,6 +769,12 @@ class AsyncModelManager:
             if slot.stop:
                 raise LoadCancelledError(f"loading {slot.config.model_id!r} was told to stop: {slot.stop}")
             slot.progress = progress
+            now = time.monotonic()
+            if now - slot.breathed >= _BREATHE_EVERY:
+                # A thread that computes in Python keeps the interpreter for 5 ms once it has it. While
+                # this one sleeps, the event loop gets its turn.
+                time.sleep(_BREATH)
+                slot.breathed = time.monotonic()
 
         return report
 
