@@ -566,7 +566,7 @@ def test_a_forced_unload_breaks_leases() -> None:
 
 
 def test_a_forced_unload_lets_a_running_call_end_and_fails_those_that_wait() -> None:
-    """The running call keeps its module; the waiting ones are told that it is gone."""
+    """Its memory counts until the running call ends; the waiting ones are told that the model is gone."""
 
     async def main() -> None:
         async with closing(manager(GatedLoader())) as models:
@@ -574,11 +574,92 @@ def test_a_forced_unload_lets_a_running_call_end_and_fails_those_that_wait() -> 
             model.model.gate = gate = Gate(deaf=True)
             running, waiting = [asyncio.create_task(model(torch.ones(1))) for _ in range(2)]
             await gate.arrival()
-            report = await models.unload_model("a", force=True)
-            assert report.broken_leases == 2
+            held = charges(models)
+            with pytest.raises(DrainTimeoutError, match="a call still runs"):
+                await models.unload_model("a", force=True, timeout=0)
             assert isinstance(await outcome_of(waiting), ModelGoneError)
+            assert (status_of(models, "a"), charges(models)) == (S.UNLOADING, held)
             gate.open()
             assert torch.equal(await running, torch.tensor([2.0]))
+            await resting(models)
+            assert (status_of(models, "a"), charges(models)) == (None, {})
+
+    run(main())
+
+
+def test_a_forced_unload_reports_when_the_call_that_runs_has_ended() -> None:
+    """And not before: until then nothing has come back."""
+
+    async def main() -> None:
+        async with closing(manager(GatedLoader())) as models:
+            model = await models.load_model(fake())
+            model.model.gate = gate = Gate(deaf=True)
+            running = asyncio.create_task(model(torch.ones(1)))
+            await gate.arrival()
+            unload = asyncio.create_task(models.unload_model("a", force=True))
+            await reached(models, "a", S.UNLOADING)
+            gate.open()
+            assert (await unload).broken_leases == 1
+            assert running.done()
+
+    run(main())
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "5"])
+def test_a_limit_of_an_unload_is_a_number_from_0(timeout: Any) -> None:
+    """Anything else is refused, and the model serves on."""
+
+    async def main() -> None:
+        async with closing(manager(GatedLoader())) as models:
+            await models.load_model(fake())
+            with pytest.raises(ConfigurationError, match="timeout is"):
+                await models.unload_model("a", timeout=timeout)
+            assert status_of(models, "a") is S.READY
+
+    run(main())
+
+
+def test_a_mapping_is_no_configuration() -> None:
+    """The hint says how to make one of it."""
+
+    async def main() -> None:
+        async with closing(manager(GatedLoader())) as models:
+            with pytest.raises(ConfigurationError) as refusal:
+                await models.load_model({"model_id": "a"})
+            assert "from_dict" in refusal.value.hint
+
+    run(main())
+
+
+def test_failures_are_warnings_with_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever reads a log for failures finds them, and what to do."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        loader.hold("a").fail(MissingFileError("gone", hint="look for it"))
+        async with closing(manager(loader)) as models:
+            await outcome_of(models.load_model(fake()))
+
+    with caplog.at_level("WARNING", logger="splitlearn_core.manager.manager"):
+        run(main())
+    (line,) = [line.getMessage() for line in caplog.records]
+    assert "failed (gone; look for it)" in line
+
+
+def test_memory_is_measured_alone_or_not_at_all() -> None:
+    """Two loads at once would each be charged with both."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        async with closing(manager(loader)) as models:
+            gate = loader.hold("a")
+            first = asyncio.create_task(models.load_model(fake("a")))
+            await gate.arrival()
+            second = await models.load_model(fake("b"))
+            gate.open()
+            await first
+            assert (second.info.measured, models.get_model_info("a").measured) == (None, None)
+            assert (await models.load_model(fake("c"))).info.measured is not None
 
     run(main())
 
@@ -1437,9 +1518,11 @@ def test_close_with_a_call_that_does_not_end_is_bounded() -> None:
             call = asyncio.create_task(model(torch.ones(1)))
             await gate.arrival()
             await models.close(timeout=0.1)
-            assert charges(models) == {}
+            # What the call works on is still there.
+            assert charges(models) != {}
             gate.open()
             assert float(await call) == 2.0
+            await until(lambda: charges(models) == {})
 
     run(main())
 

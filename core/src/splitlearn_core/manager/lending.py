@@ -149,7 +149,8 @@ def _as_the_caller(function: Callable[[], _T]) -> Callable[[], _T]:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    function: Callable[[], Any]
+    #: None once it was handed to a thread, which lets go of it as soon as it has run.
+    function: Callable[[], Any] | None
     future: asyncio.Future[Any]
     #: Called once when it is over, however it ends.
     release: Callable[[], None]
@@ -166,6 +167,18 @@ class CallGate:
         self._queue = queue
         self._running = 0
         self._waiting: deque[_Call] = deque()
+        self._when_idle: list[Callable[[], object]] = []
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    def when_idle(self, action: Callable[[], object]) -> None:
+        """Do something once no call runs: at once, or when the last one ends."""
+        if self._running:
+            self._when_idle.append(action)
+        else:
+            action()
 
     @property
     def waiting(self) -> int:
@@ -206,7 +219,11 @@ class CallGate:
             call.started = True
             self._running += 1
             done = partial(self._done, call)
-            self._pool.submit(call.function, partial(loop.call_soon_threadsafe, done))
+            function, call.function = call.function, None
+            if function is not None:
+                self._pool.submit(function, partial(loop.call_soon_threadsafe, done))
+            # Not even in this frame: an error's traceback may come to know it.
+            del function
 
     def _done(self, call: _Call, outcome: Any) -> None:
         self._running -= 1
@@ -220,6 +237,8 @@ class CallGate:
             else:
                 call.future.set_result(outcome)
         self._start()
+        while self._when_idle and not self._running:
+            self._when_idle.pop(0)()
 
     def _given_up(self, call: _Call) -> None:
         # One that has begun is released when its thread is done with the module.

@@ -20,6 +20,7 @@ UNLOADING and STUCK ones it is filled. Nobody else holds anything.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -797,8 +798,12 @@ class Machine:
         }
         limit = self.limits.max_models
         # A reload is no further model: it takes the place of the one that serves until then.
-        replaces = self._models[generation.model_id].serving is not None
-        return Room(self._total, available, None if limit is None else limit - self._held_models + replaces)
+        replaced = self._models[generation.model_id].serving
+        places = None if limit is None else limit - self._held_models + (replaced is not None)
+        # What it replaces stays until it is there, so the two must fit beside each other.
+        kept = {} if replaced is None else replaced.held
+        total = {name: count - kept.get(name, 0) for name, count in self._total.items()}
+        return Room(total, available, places)
 
     def _tenant(self, generation: Generation) -> Tenant:
         status = generation.status
@@ -822,13 +827,22 @@ class Machine:
         return {"host": 0, **needs, BUDGET: sum(needs.values())}
 
     def _refuse(self, generation: Generation, reason: str, *, retryable: bool) -> None:
+        reloads = self._models[generation.model_id].serving is not None
+        beside = " beside the one that serves until then" if reloads and not retryable else ""
         error = InsufficientMemoryError(
-            f"model {generation.model_id!r} does not fit: {reason}",
-            hint="unload something, or try again later"
-            if retryable
-            else "ask for fewer layers, a smaller dtype, or a machine with more memory",
+            f"model {generation.model_id!r} does not fit{beside}: {reason}",
+            hint=self._way_out(generation, retryable, reloads),
         )
         self._fail(generation, _failure_of(error, generation, retryable=retryable))
+
+    def _way_out(self, generation: Generation, retryable: bool, reloads: bool) -> str:
+        if retryable:
+            return "unload something, or try again later"
+        if reloads:
+            return "unload_model() it first, then load it anew"
+        if generation.needs.get(BUDGET, 0) > self._total.get(BUDGET, math.inf):
+            return "raise the manager's max_memory_mb, or ask for fewer layers or a smaller dtype"
+        return "ask for fewer layers, a smaller dtype, or a machine with more memory"
 
     def _has_free_worker(self) -> bool:
         working = sum(len(self._by_status[status]) for status in WORKING)

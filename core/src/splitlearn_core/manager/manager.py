@@ -68,8 +68,10 @@ _REMEMBERED = 4096
 #: Share of the time to close that holders have to give back what they borrowed.
 _PATIENCE = 0.8
 #: Seconds that a thread has between its answer and its end, where somebody waits for that.
-_LAST_STEPS = 0.1
+_LAST_STEPS = 1.0
 _MEGABYTE = 2**20
+#: What a log is read for.
+_ENDED_BADLY = (ModelStatus.FAILED, ModelStatus.STUCK)
 #: No number of bytes, megabytes or seconds that is meant is as large.
 _MOST = 2**63
 
@@ -91,6 +93,10 @@ class _Slot:
     #: When the worker's thread last let others have the interpreter.
     breathed: float = 0.0
     worker: Worker | None = None
+    #: All threads that worked for it; one that has answered may still be on its last steps.
+    workers: list[Worker] = field(default_factory=list)
+    #: The manager's ``_activity`` when the worker began alone; None where it did not.
+    measuring: int | None = None
     plan: LoadPlan | None = None
     loaded: LoadedModel | None = None
     model: AsyncManagedModel | None = None
@@ -223,7 +229,7 @@ class AsyncModelManager:
         self._sequence = 0
         #: Grows with whatever changes memory: a measurement during which it grew says nothing.
         self._activity = 0
-        self._calls = self._calls_failed = self._calls_rejected = 0
+        self._calls = self._calls_running = self._calls_failed = self._calls_rejected = 0
         #: Threads that were started and had not ended when the last one was; those of calls are the pool's.
         self._workers: list[Worker] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -306,6 +312,11 @@ class AsyncModelManager:
 
     async def _load(self, config: ModelConfig, *, join: bool = False, reload: bool = False) -> AsyncManagedModel:
         self._bind()
+        if not isinstance(config, ModelConfig):
+            raise ConfigurationError(
+                f"a {type(config).__name__} was given for a ModelConfig",
+                hint="ModelConfig.from_dict(mapping) makes one",
+            )
         # Before anything is held: no plugin for the model type is the caller's to mend.
         config.check_installed()
         request = self._request_of(config)
@@ -366,17 +377,21 @@ class AsyncModelManager:
         Args:
             model_id: The model.
             force: Do not wait for holders: their next call raises ModelGoneError. A call that runs
-                ends undisturbed, and keeps the memory until then.
-            timeout: Seconds to wait for holders; by default the manager's ``drain_timeout``.
+                cannot be stopped; the unload is over when it is.
+            timeout: Seconds to wait for holders, or by force for calls; by default the manager's
+                ``drain_timeout``.
 
         Raises:
             UnknownModelError: There is no such model (a KeyError).
             ModelNotReadyError: It is loading (see :meth:`cancel_load`), or being unloaded already.
-            DrainTimeoutError: Holders kept it (a TimeoutError); it serves on.
+            DrainTimeoutError: Holders kept it (a TimeoutError); it serves on. By force: a call still
+                runs, and the memory is freed when it ends.
             SplitLearnError: Its memory could not be freed: it is shown as stuck.
         """
         self._bind(closed_too=True)
         slot = self._slots.get(self._machine.visible(model_id).key)
+        if timeout is not None and not _is_amount(timeout):
+            raise ConfigurationError(f"timeout is {show(timeout)}; a number of seconds from 0 is needed")
         limit = self._drain_timeout if timeout is None else timeout
         ended: asyncio.Future[UnloadReport | int | FailureInfo] = asyncio.get_running_loop().create_future()
         event = m.UnloadRequested(self._clock(), model_id, force, limit)
@@ -384,7 +399,15 @@ class AsyncModelManager:
         if slot is not None:
             slot.unloads.append(ended)
         self._carry_out(effects)
-        outcome = await asyncio.shield(ended)
+        try:
+            # A drain has the machine's own limit; a call that runs has none.
+            async with asyncio.timeout(limit if force else None):
+                outcome = await asyncio.shield(ended)
+        except TimeoutError:
+            raise DrainTimeoutError(
+                f"model {model_id!r} is lent no more, but a call still runs after {limit:g} s",
+                hint="its memory is taken until the call ends",
+            ) from None
         if isinstance(outcome, int):
             raise DrainTimeoutError(
                 f"model {model_id!r} still has {outcome} lease{'s' * (outcome != 1)} after {limit:g} s, and serves on",
@@ -527,8 +550,9 @@ class AsyncModelManager:
             raise
         self._handle(m.CallStarted(self._clock(), key))
         self._calls += 1
+        self._calls_running += 1
         self._activity += 1
-        future = gate.submit(function, lambda: self._handle(m.LeaseReleased(self._clock(), key)))
+        future = gate.submit(function, partial(self._call_over, key))
         try:
             return await future
         except Exception:
@@ -538,6 +562,10 @@ class AsyncModelManager:
             # The error knows this frame by its traceback, and the future knows the error: a cycle
             # would keep the model after both are forgotten.
             del future, function
+
+    def _call_over(self, key: m.Key) -> None:
+        self._calls_running -= 1
+        self._handle(m.LeaseReleased(self._clock(), key))
 
     # --- answering at once ----------------------------------------------------------------------
 
@@ -588,7 +616,11 @@ class AsyncModelManager:
         return Health(live=not reason, ready=not reason and not missing, missing=missing, reason=reason)
 
     def events(self) -> EventStream:
-        """Follow the changes from now on: ``async for event in manager.events()``. Ends with the manager."""
+        """Follow the changes from now on: ``async for event in manager.events()``. Ends with the manager.
+
+        A reader that falls more than 1024 events behind misses the oldest; ``event.sequence`` then
+        has a gap. One that is forgotten is dropped by itself.
+        """
         stream = EventStream()
         self._streams.add(stream)
         if self._closing is not None and self._closing.done():
@@ -662,7 +694,12 @@ class AsyncModelManager:
     def _changed(self, effect: m.Changed) -> None:
         self._sequence += 1
         (model_id, number), cause = effect.key, effect.cause
-        log.info("%s (generation %d): %s -> %s (%s)", model_id, number, effect.before, effect.after or "gone", cause)
+        level, hint = logging.INFO, ""
+        if effect.after in _ENDED_BADLY:
+            generation = self._machine.find(effect.key)
+            level, hint = logging.WARNING, f"; {generation.failure.hint}" if generation and generation.failure else ""
+        after = effect.after or "gone"
+        log.log(level, "%s (generation %d): %s -> %s (%s%s)", model_id, number, effect.before, after, cause, hint)
         now = self._clock() + self._epoch
         event = ManagerEvent(self._sequence, now, model_id, number, effect.before, effect.after, cause)
         self._story.append(event)
@@ -677,13 +714,21 @@ class AsyncModelManager:
         slot = self._slots.get(key)
         if slot is None:
             return
-        self._activity += 1
+        slot.measuring = self._begin_measuring(slot.worker)
         slot.worker = self._start_thread(
             f"splitlearn-{job.name.lower()}-{key[0]}",
             partial(self._JOBS[job], self, slot),
             partial(self._worker_done, key, job),
             torch_threads=slot.config.load_threads or self._load_threads if job is not m.Job.PLAN else None,
         )
+        if slot.worker is not None:
+            slot.workers.append(slot.worker)
+
+    def _begin_measuring(self, own: Worker | None) -> int | None:
+        """Note that memory is about to change; None where something else is at work, which would be measured too."""
+        self._activity += 1
+        others = any(worker.is_alive and worker is not own for worker in self._workers)
+        return None if others or self._calls_running else self._activity
 
     def _start_thread(
         self,
@@ -718,22 +763,26 @@ class AsyncModelManager:
         if slot.gate is not None:
             key = effect.key
             slot.gate.fail_waiting(lambda: ModelGoneError(f"model {key[0]!r} was unloaded", hint="take a new lease"))
-        # From this moment on nobody can begin a call; those that run hold the module themselves.
-        module = slot.model.take() if slot.model else None
+        # From this moment on nobody can begin a call. One that runs cannot be stopped, and what it
+        # works on is taken until it ends.
+        box = [slot.model.take() if slot.model else None]
         slot.loaded = None
-        self._activity += 1
-        asyncio.get_running_loop().call_soon(
-            self._start_thread,
-            f"splitlearn-unload-{effect.key[0]}",
-            partial(self._free_job, [module]),
-            partial(self._unloaded, effect.key, self._activity),
-        )
+        free = partial(asyncio.get_running_loop().call_soon, self._free, effect.key, box)
+        if slot.gate is None:
+            free()
+        else:
+            slot.gate.when_idle(free)
+
+    def _free(self, key: m.Key, box: list[Any]) -> None:
+        done = partial(self._unloaded, key, self._begin_measuring(None))
+        job = partial(self._free_job, box, self._slots[key].workers)
+        self._start_thread(f"splitlearn-unload-{key[0]}", job, done)
 
     def _discard(self, effect: m.Discard) -> None:
         slot = self._slots.get(effect.key)
         if slot is None or slot.loaded is None:
             return
-        job = partial(self._free_job, [slot.model.take() if slot.model else None, slot.loaded])
+        job = partial(self._free_job, [slot.model.take() if slot.model else None, slot.loaded], slot.workers)
         slot.loaded = slot.model = None
         asyncio.get_running_loop().call_soon(self._start_thread, f"splitlearn-discard-{effect.key[0]}", job, _ignore)
 
@@ -790,12 +839,12 @@ class AsyncModelManager:
         def work(report: Callable[[Progress], None]) -> tuple[LoadedModel, int | None, MemorySample]:
             if slot.plan is None:
                 raise ConfigurationError("nothing was planned", hint="report this")
-            activity, before = self._activity, anonymous_memory()
+            before = anonymous_memory()
             answer = self._loader.load(slot.config, slot.plan, report)
             loaded = _answer_of(answer, LoadedModel, "load", self._loader)
             grown = anonymous_memory() - before
             # A progress of the loader's own may say less than all at its end.
-            measured = max(0, grown) if activity == self._activity else None
+            measured = max(0, grown) if slot.measuring == self._activity else None
             return loaded, measured, self._resources.sample()
 
         return self._guarded(slot, work)
@@ -818,7 +867,10 @@ class AsyncModelManager:
         except BaseException as error:  # noqa: BLE001
             return record(error, slot.progress.stage)
 
-    def _free_job(self, box: list[Any]) -> tuple[int, MemorySample]:
+    def _free_job(self, box: list[Any], workers: Iterable[Worker]) -> tuple[int, MemorySample]:
+        for worker in workers:
+            # Its frames know the model that it brought, until it has ended.
+            worker.join(_LAST_STEPS)
         before = anonymous_memory()
         box.clear()
         self._resources.release_unused()
@@ -856,7 +908,7 @@ class AsyncModelManager:
             slot.model = AsyncManagedModel(key, slot.config, loaded.module, self)
             slot.gate = CallGate(key[0], self._pool, self._calls_per_model, self._call_queue)
 
-    def _unloaded(self, key: m.Key, activity: int, outcome: Any) -> None:
+    def _unloaded(self, key: m.Key, activity: int | None, outcome: Any) -> None:
         if isinstance(outcome, BaseException):
             reason = f"its memory could not be freed: {outcome!r}"
             self._handle(m.UnloadFailed(self._clock(), key, reason))

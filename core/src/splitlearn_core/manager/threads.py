@@ -63,7 +63,7 @@ def run_in_thread(
     """
 
     def run() -> None:
-        _finish(_with_torch_threads(function, torch_threads), on_done)
+        _tell(on_done, _outcome_of(_with_torch_threads(function, torch_threads)))
 
     return Worker(name, run)
 
@@ -114,7 +114,7 @@ class CallPool:
             for _ in self._workers:
                 self._jobs.put(None)
         for _, on_done in waiting:
-            _finish(_refusal, on_done)
+            _tell(on_done, _outcome_of(_refusal))
         deadline = None if timeout is None else time.monotonic() + timeout
         ended = [w.join(None if deadline is None else max(0.0, deadline - time.monotonic())) for w in self._workers]
         return all(ended)
@@ -132,11 +132,13 @@ class CallPool:
     def _serve(self) -> None:
         fresh = self._torch_threads
         while (job := self._take()) is not None:
-            function, on_done = job
-            _finish(_with_torch_threads(function, fresh), on_done)
-            fresh = None
+            outcome = _outcome_of(_with_torch_threads(job[0], fresh))
+            on_done, fresh = job[1], None
+            # Before anybody is told: the model may be freed at once, and must not live on in here.
+            del job
+            _tell(on_done, outcome)
             # A thread that waits for its next call must not keep the tensors of the last one.
-            del job, function, on_done
+            del outcome, on_done
 
     def _take(self) -> tuple[Callable[[], Any], OnDone] | None:
         try:
@@ -191,18 +193,21 @@ def _refusal() -> ManagerClosedError:
     return ManagerClosedError("the manager is closed and takes no more calls")
 
 
-def _finish(function: Callable[[], Any], on_done: OnDone) -> None:
-    """Run a function and tell how it ended; nothing gets out of here, because nobody would see it."""
+def _outcome_of(function: Callable[[], Any]) -> Any:
+    """Run a function, and return what it returned or raised: nobody would see what gets out of a thread."""
     try:
-        outcome = function()
+        return function()
     except BaseException as error:  # noqa: BLE001  # SystemExit too: the other side waits for an answer
-        outcome = error
+        return error
+    finally:
+        # An error knows this frame by its traceback, and the frame must not know what the work was about.
+        del function
+
+
+def _tell(on_done: OnDone, outcome: Any) -> None:
+    """Tell how work ended."""
     try:
         on_done(outcome)
     except Exception:
         # An event loop that has closed meanwhile, for one.
         log.exception("%s could not tell how its work ended", threading.current_thread().name)
-    finally:
-        # An error knows this frame by its traceback. The frame must not know the error, nor whoever is
-        # told of it: they would keep each other alive, and the tensors that the work was about.
-        del outcome, function, on_done
