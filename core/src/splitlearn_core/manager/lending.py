@@ -157,6 +157,14 @@ class _Call:
     started: bool = False
 
 
+def _into(box: list[Any], function: Callable[[], Any] | None) -> None:
+    """Run a function, and put what it returned or raised into a box."""
+    try:
+        box.append(function() if function is not None else None)
+    except BaseException as error:  # noqa: BLE001  # SystemExit too: the other side waits for an answer
+        box.append(error)
+
+
 class CallGate:
     """Lets so many calls of one generation run at once, and so many wait. Lives on the event loop."""
 
@@ -165,17 +173,19 @@ class CallGate:
         self._pool = pool
         self._limit = limit
         self._queue = queue
-        self._running = 0
+        self._numbers = 0
+        #: Number of a call -> the call, and what will hold its outcome.
+        self._under_way: dict[int, tuple[_Call, list[Any]]] = {}
         self._waiting: deque[_Call] = deque()
         self._when_idle: list[Callable[[], object]] = []
 
     @property
     def running(self) -> int:
-        return self._running
+        return len(self._under_way)
 
     def when_idle(self, action: Callable[[], object]) -> None:
         """Do something once no call runs: at once, or when the last one ends."""
-        if self._running:
+        if self.running:
             self._when_idle.append(action)
         else:
             action()
@@ -186,7 +196,7 @@ class CallGate:
 
     def refuse_if_full(self) -> None:
         """Raise BusyError where one more call could neither run nor wait."""
-        if self._running >= self._limit and len(self._waiting) >= self._queue:
+        if self.running >= self._limit and len(self._waiting) >= self._queue:
             raise BusyError(
                 f"{len(self._waiting)} calls wait for model {self._model_id!r}, and its queue takes {self._queue}",
                 hint="try again later, or raise call_queue or calls_per_model",
@@ -209,24 +219,28 @@ class CallGate:
                 call.future.set_exception(error())
 
     def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._waiting and self._running < self._limit:
+        while self._waiting and self.running < self._limit:
             call = self._waiting.popleft()
             if call.future.cancelled():
                 # Its callback has not had its turn yet, and will find it gone.
                 call.release()
                 continue
-            call.started = True
-            self._running += 1
-            done = partial(self._done, call)
-            function, call.function = call.function, None
-            if function is not None:
-                self._pool.submit(function, partial(loop.call_soon_threadsafe, done))
-            # Not even in this frame: an error's traceback may come to know it.
-            del function
+            self._begin(call)
 
-    def _done(self, call: _Call, outcome: Any) -> None:
-        self._running -= 1
+    def _begin(self, call: _Call) -> None:
+        # The thread gets a number, and nothing of the call but its function: kept from its last steps
+        # for a while, as it may be, it then holds neither the model nor an error that knows it.
+        self._numbers += 1
+        number, function = self._numbers, call.function
+        box: list[Any] = []
+        self._under_way[number] = call, box
+        call.started, call.function = True, None
+        done = partial(self._done, number)
+        self._pool.submit(partial(_into, box, function), partial(asyncio.get_running_loop().call_soon_threadsafe, done))
+
+    def _done(self, number: int, refusal: Any) -> None:
+        call, box = self._under_way.pop(number)
+        outcome = box.pop() if box else refusal
         call.release()
         if not call.future.done():
             if isinstance(outcome, Exception) and not isinstance(outcome, StopIteration):
@@ -237,7 +251,7 @@ class CallGate:
             else:
                 call.future.set_result(outcome)
         self._start()
-        while self._when_idle and not self._running:
+        while self._when_idle and not self.running:
             self._when_idle.pop(0)()
 
     def _given_up(self, call: _Call) -> None:
