@@ -21,7 +21,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -42,8 +42,15 @@ class ConfigFile:
     manager: Mapping[str, Any]
 
 
-def read_config_file(path: str | os.PathLike[str]) -> ConfigFile:
+def read_config_file(
+    path: str | os.PathLike[str], check_manager: Callable[[Mapping[str, Any]], list[str]] = lambda _: []
+) -> ConfigFile:
     """Read all models of a file, and what it says of the manager.
+
+    Args:
+        path: A file in YAML, TOML or JSON, by its suffix.
+        check_manager: Says what is wrong with the table ``manager``, so that it is reported together
+            with what is wrong with the models.
 
     Raises:
         MissingFileError: There is no such file.
@@ -51,10 +58,14 @@ def read_config_file(path: str | os.PathLike[str]) -> ConfigFile:
             it says cannot be carried out: all problems of all models are listed, as
             ``models[2].component: ...``.
     """
-    return _interpret(path, _read(Path(path)))
+    return _interpret(path, _read(Path(path)), check_manager)
 
 
-def _interpret(path: str | os.PathLike[str], table: Mapping[str, Any]) -> ConfigFile:
+def _interpret(
+    path: str | os.PathLike[str],
+    table: Mapping[str, Any],
+    check_manager: Callable[[Mapping[str, Any]], list[str]] = lambda _: [],
+) -> ConfigFile:
     problems = []
     for name in table:
         if name not in _TOP_LEVEL:
@@ -63,6 +74,8 @@ def _interpret(path: str | os.PathLike[str], table: Mapping[str, Any]) -> Config
     manager = table.get("manager", {})
     if not isinstance(manager, Mapping):
         problems.append(f"manager: {show(manager)} is no table of settings")
+    else:
+        problems += [f"manager.{problem}" for problem in check_manager(manager)]
     models, found = _examine_all(table)
     if problems or found:
         raise complaint(str(path), problems + found)

@@ -34,6 +34,7 @@ from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.config import ModelConfig, show
 from splitlearn_core.manager.generation import WORKING
 from splitlearn_core.manager.lending import AsyncManagedModel, CallGate, LoadingPlaceholder
+from splitlearn_core.manager.limits import is_amount, limit_problems
 from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
 from splitlearn_core.manager.records import fresh, record
@@ -72,8 +73,6 @@ _LAST_STEPS = 1.0
 _MEGABYTE = 2**20
 #: What a log is read for.
 _ENDED_BADLY = (ModelStatus.FAILED, ModelStatus.STUCK)
-#: No number of bytes, megabytes or seconds that is meant is as large.
-_MOST = 2**63
 
 
 @dataclass(slots=True, eq=False)
@@ -178,26 +177,28 @@ class AsyncModelManager:
         resources: ResourceManager | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_limits(
-            counts={"max_workers": max_workers, "call_workers": call_workers, "calls_per_model": calls_per_model},
-            counts_or_none={"max_models": max_models, "load_threads": load_threads, "call_threads": call_threads},
-            amounts={
-                "headroom_mb": headroom_mb,
-                "call_queue": call_queue,
-                "stall_after": stall_after,
-                "cancel_grace": cancel_grace,
-                "close_timeout": close_timeout,
-                "min_residency": min_residency,
-            },
-            amounts_or_none={
+        _refuse_limits(
+            {
+                "max_models": max_models,
                 "max_memory_mb": max_memory_mb,
+                "headroom_mb": headroom_mb,
+                "max_workers": max_workers,
+                "call_workers": call_workers,
+                "calls_per_model": calls_per_model,
+                "call_queue": call_queue,
+                "load_threads": load_threads,
+                "call_threads": call_threads,
+                "when_full": when_full,
                 "wait_timeout": wait_timeout,
+                "stall_after": stall_after,
                 "stall_timeout": stall_timeout,
+                "cancel_grace": cancel_grace,
                 "drain_timeout": drain_timeout,
+                "close_timeout": close_timeout,
                 "keep_alive": keep_alive,
-            },
-            when_full=when_full,
-            required=required,
+                "min_residency": min_residency,
+                "required": required,
+            }
         )
         limits = Limits(
             max_models=max_models,
@@ -390,7 +391,7 @@ class AsyncModelManager:
         """
         self._bind(closed_too=True)
         slot = self._slots.get(self._machine.visible(model_id).key)
-        if timeout is not None and not _is_amount(timeout):
+        if timeout is not None and not is_amount(timeout):
             raise ConfigurationError(f"timeout is {show(timeout)}; a number of seconds from 0 is needed")
         limit = self._drain_timeout if timeout is None else timeout
         ended: asyncio.Future[UnloadReport | int | FailureInfo] = asyncio.get_running_loop().create_future()
@@ -996,37 +997,10 @@ def _ignore(outcome: Any) -> None:
     """Take no notice of how something ended."""
 
 
-def _check_limits(
-    counts: Mapping[str, Any],
-    counts_or_none: Mapping[str, Any],
-    amounts: Mapping[str, Any],
-    amounts_or_none: Mapping[str, Any],
-    when_full: Any,
-    required: Any,
-) -> None:
-    given = {name: value for name, value in counts_or_none.items() if value is not None}
-    problems = [
-        f"{name} is {show(value)}; a whole number from 1 is needed"
-        for name, value in {**counts, **given}.items()
-        if type(value) is not int or value < 1
-    ]
-    given = {name: value for name, value in amounts_or_none.items() if value is not None}
-    problems += [
-        f"{name} is {show(value)}; a number from 0 is needed"
-        for name, value in {**amounts, **given}.items()
-        if not _is_amount(value)
-    ]
-    if when_full not in ("wait", "refuse"):
-        problems.append(f"when_full is {show(when_full)}; it may be 'wait' or 'refuse'")
-    if isinstance(required, str):
-        problems.append(f"required is the text {show(required)}; a list of model ids is needed")
+def _refuse_limits(settings: Mapping[str, Any]) -> None:
+    problems = limit_problems(settings)
     if problems:
         raise ConfigurationError(
             "a manager cannot keep to these limits:\n  " + "\n  ".join(problems),
-            hint="each is documented in splitlearn_core.AsyncModelManager; None is for no limit where that may be",
+            hint="each is documented in splitlearn_core.AsyncModelManager",
         )
-
-
-def _is_amount(value: Any) -> bool:
-    # Compared rather than converted: an integer may be larger than any float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST

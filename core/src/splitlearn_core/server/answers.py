@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,17 @@ _CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.PluginError, 422),
     (errors.CheckpointError, 422),
 )
+#: What a hint calls in Python -> the request that does it.
+_REQUESTS = {
+    "load_model": "POST /api/models/ID/load",
+    "ensure_model": "POST /api/models/ID/load",
+    "reload_model": "POST /api/models/ID/reload",
+    "cancel_load": "POST /api/models/ID/cancel",
+    "unload_model": "DELETE /api/models/ID",
+    "get_model_info": "GET /api/models/ID",
+    "get_statistics": "GET /api/statistics",
+}
+_CALL = re.compile(rf"(?:await )?\b({'|'.join(_REQUESTS)})\([^()]*\)")
 #: Seconds after which another try makes sense.
 _RETRY_AFTER: tuple[tuple[type[Exception], int], ...] = (
     (errors.BusyError, 1),
@@ -73,7 +85,12 @@ def error_answer(error: SplitLearnError) -> Response:
 def error_json(error: SplitLearnError) -> dict[str, Any]:
     """Return an error as plain values."""
     kind = error.kind if isinstance(error, RequestError) else type(error).__name__
-    return {"type": kind, "message": error.message, "hint": error.hint}
+    return {"type": kind, "message": error.message, "hint": _for_http(error.hint)}
+
+
+def _for_http(hint: str) -> str:
+    """Say a hint's calls of the manager as requests: whoever reads it here has no manager."""
+    return _CALL.sub(lambda call: _REQUESTS[call[1]], hint)
 
 
 def model_json(info: ModelInfo) -> dict[str, Any]:

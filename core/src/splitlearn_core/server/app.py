@@ -88,7 +88,7 @@ class _Routes:
         return Response(self._control.snapshot(fresh=True).document, 200, media_type="application/json")
 
     async def model(self, request: Request) -> Response:
-        return json_answer(model_json(self._control.manager.get_model_info(_model_id(request))))
+        return json_answer(model_json(self._control.info(_model_id(request))))
 
     async def story(self, request: Request) -> Response:
         return json_answer({"events": self._control.story(_model_id(request))})

@@ -112,6 +112,21 @@ class Control:
         """Say whether something will soon look different without a change of status."""
         return any(info.status.is_loading for info in self.manager.list_models())
 
+    def info(self, model_id: str) -> ModelInfo:
+        """Return a model that is listed.
+
+        Raises:
+            UnknownModelError: There is none; whether it is configured is said.
+        """
+        try:
+            return self.manager.get_model_info(model_id)
+        except UnknownModelError:
+            if model_id not in self._configs:
+                raise
+            raise UnknownModelError(
+                f"model {model_id!r} is configured, and not loaded", hint="load_model() loads it"
+            ) from None
+
     def story(self, model_id: str) -> list[dict[str, Any]]:
         """Return the last events of a model.
 
@@ -162,7 +177,7 @@ class Control:
         self._refuse_when_closing()
         if config is not None and config.model_id != model_id:
             raise ConfigurationError(f"model_id {config.model_id!r} is not the {model_id!r} of the address")
-        self.manager.get_model_info(model_id)
+        self.info(model_id)
         task = self._spawn(self.manager.reload_model(model_id, config), model_id)
         await self._accepted(task, model_id, wait=wait)
         if config is not None:
@@ -178,6 +193,7 @@ class Control:
             self._refusals.pop(model_id, None)
             if remembered is not None and model_id not in listed:
                 return {"model_id": model_id, "released": {}, "measured": None, "broken_leases": 0}
+        self.info(model_id)
         report = await self.manager.unload_model(model_id, force=force, timeout=patience)
         return {
             "model_id": report.model_id,

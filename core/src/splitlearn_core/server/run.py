@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from splitlearn_core.errors import ConfigurationError, InternalError
 from splitlearn_core.manager.config import ModelConfig, examine, show, unknown_name
 from splitlearn_core.manager.configfile import ConfigFile, read_config_file
 from splitlearn_core.manager.imports import preload
+from splitlearn_core.manager.limits import limit_problems
 from splitlearn_core.manager.manager import AsyncModelManager
 
 try:
@@ -71,7 +72,7 @@ def run_server(config_file: str | os.PathLike[str], address: Address, announce: 
         ConfigurationError: The file, or the address.
         MissingFileError: There is no such file.
     """
-    configuration = read_config_file(config_file)
+    configuration = read_config_file(config_file, setting_problems)
     manager = make_manager(configuration)
     with listening(address) as listener:
         preload({config.model_type for config in configuration.models}, serving=True)
@@ -219,31 +220,43 @@ def _draw_no_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def setting_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the table ``manager`` of a configuration file."""
+    known = sorted(_settings())
+    problems = [unknown_name(name, known, "setting") for name in settings if name not in known]
+    required = settings.get("required") or []
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        problems.append(f"required: {show(required)} is no list of model ids")
+    # Written as for a model, so that nobody has to know that one takes "30m" and the other does not.
+    _, wrong = examine({"keep_alive": settings.get("keep_alive")})
+    problems += [problem for problem in wrong if problem.startswith("keep_alive:")]
+    others = {name: value for name, value in settings.items() if name not in ("keep_alive", "required")}
+    return problems + limit_problems(others)
+
+
+def _settings() -> set[str]:
+    """Return the arguments of a manager that a file can hold: some take objects."""
+    return set(AsyncModelManager.__init__.__kwdefaults__ or {}) - {"loader", "resources", "clock"}
+
+
 def make_manager(configuration: ConfigFile) -> AsyncModelManager:
     """Make the manager that a file describes; it does nothing before its event loop runs.
 
     Raises:
         ConfigurationError: A setting that does not exist, or a value that it does not take; all are listed.
     """
-    # These take objects, which no file can hold.
-    known = sorted(set(AsyncModelManager.__init__.__kwdefaults__ or {}) - {"loader", "resources", "clock"})
     given = dict(configuration.manager)
-    problems = [unknown_name(name, known, "setting") for name in given if name not in known]
-    required = given.get("required") or []
-    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        problems.append(f"required: {show(required)} is no list of model ids")
-    # Written as for a model, so that nobody has to know that one takes "30m" and the other does not.
-    plain, wrong = examine({"keep_alive": given.get("keep_alive")})
-    problems += [problem for problem in wrong if problem.startswith("keep_alive:")]
+    problems = setting_problems(given)
     if problems:
         raise ConfigurationError(
             "the settings of manager cannot be kept:\n  " + "\n  ".join(problems),
             hint="each is documented in splitlearn_core.AsyncModelManager",
         )
     # A required model that cannot even begin to load must be missed, too.
-    given["required"] = [*required, *(config.model_id for config in configuration.models if config.required)]
-    keep_alive = plain["keep_alive"]
-    given["keep_alive"] = None if keep_alive == math.inf else keep_alive
+    required = (config.model_id for config in configuration.models if config.required)
+    given["required"] = [*(given.get("required") or []), *required]
+    plain, _ = examine({"keep_alive": given.get("keep_alive")})
+    given["keep_alive"] = None if plain["keep_alive"] == math.inf else plain["keep_alive"]
     return AsyncModelManager(**given)
 
 
