@@ -617,8 +617,8 @@ class TestEveryKind:
         monkeypatch.setattr(strategies, "CHUNK_BYTES", 1024)
         said: list[Progress] = []
         expected = load(any_config, said.append).module.state_dict()
+        threads = quiet_thread_count()
         before = (
-            quiet_thread_count(),
             torch.get_default_dtype(),
             torch.is_grad_enabled(),
             sorted(weight_file(any_config).parent.iterdir()),
@@ -638,12 +638,13 @@ class TestEveryKind:
             assert lock_is_free()
 
         after = (
-            quiet_thread_count(),
             torch.get_default_dtype(),
             torch.is_grad_enabled(),
             sorted(weight_file(any_config).parent.iterdir()),
         )
         assert after == before
+        # transformers has threads of its own, which may still have been ending at first.
+        assert quiet_thread_count() <= threads
         assert same_weights(load(any_config).module, expected)
 
     @pytest.mark.parametrize("stage", ["building", "reading", "verifying"])
