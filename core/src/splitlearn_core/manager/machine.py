@@ -512,7 +512,8 @@ class Machine:
         else:
             self._set_idle(generation, idle=True)
             self._watch_expiry(generation)
-        self._schedule()
+        if self._is_worth_a_look():
+            self._schedule()
 
     # --- letting go -----------------------------------------------------------------------------
 
@@ -748,15 +749,31 @@ class Machine:
     def _tenants(self, needs: Mapping[str, int], room: Room, *, paging: bool) -> list[Tenant]:
         """Return whom a decision hangs on: who is leaving, whom to evict if that suffices, and some of the others."""
         leaving = list(self._by_status[_S.UNLOADING].values())
-        lacking = {
-            name: count - room.available.get(name, 0) - sum(g.held.get(name, 0) for g in leaving)
-            for name, count in needs.items()
-            if count and not (paging and name == MAPPED)
-        }
-        lacking = {name: lack for name, lack in lacking.items() if lack > 0}
-        places = 0 if room.places is None else 1 - room.places - len(leaving)
+        lacking, places = self._lacking(needs, room, paging=paging)
         chosen = [*leaving, *self._evictable(lacking, places)]
         return [self._tenant(generation) for generation in (*chosen, *self._holders(chosen, lacking, places))]
+
+    def _lacking(self, needs: Mapping[str, int], room: Room, *, paging: bool) -> tuple[dict[str, int], int]:
+        """Return the bytes, by ledger, and the places that are short once everybody who is leaving has gone."""
+        leaving = self._by_status[_S.UNLOADING].values()
+        lacking = {
+            name: lack
+            for name, count in needs.items()
+            if count and not (paging and name == MAPPED)
+            if (lack := count - room.available.get(name, 0) - sum(g.held.get(name, 0) for g in leaving)) > 0
+        }
+        return lacking, 0 if room.places is None else 1 - room.places - len(leaving)
+
+    def _is_worth_a_look(self) -> bool:
+        """Say, without looking at each model, whether the first that waits could have room by evictions.
+
+        Asked whenever a model is given back; ticks look at everything.
+        """
+        first = min(self._by_status[_S.WAITING].values(), key=lambda g: g.order, default=None)
+        if first is None:
+            return False
+        lacking, places = self._lacking(first.needs, self._room(first, {}), paging=first.request.allow_paging)
+        return places <= len(self._idle) and all(n <= self._idle_held.get(name, 0) for name, n in lacking.items())
 
     def _evictable(self, lacking: Mapping[str, int], places: int) -> list[Generation]:
         """Return idle generations, least recently used first, as many as suffice; none where all do not."""

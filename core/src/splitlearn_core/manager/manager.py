@@ -63,7 +63,7 @@ _TICK = 0.1
 #: Looks between two samples of memory, while somebody waits for it.
 _SAMPLE_EVERY = 5
 #: Seconds of a worker's work after which it lets others have the interpreter, and for how long.
-_BREATHE_EVERY, _BREATH = 0.001, 0.00005
+_BREATHE_EVERY, _BREATH = 0.002, 0.00005
 #: Changes that are remembered for :meth:`AsyncModelManager.story`.
 _REMEMBERED = 4096
 #: Share of the time to close that holders have to give back what they borrowed.
