@@ -114,14 +114,6 @@ def same_weights(module: nn.Module, expected: dict[str, torch.Tensor], dtype: to
     )
 
 
-def quiet_thread_count() -> int:
-    """Count threads once those that read ahead have gone."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("splitlearn"):
-            thread.join(10)
-    return threading.active_count()
-
-
 @pytest.fixture
 def nets(world: Any) -> Any:
     """Return a module with architectures, of the user's own."""
@@ -617,7 +609,7 @@ class TestEveryKind:
         monkeypatch.setattr(strategies, "CHUNK_BYTES", 1024)
         said: list[Progress] = []
         expected = load(any_config, said.append).module.state_dict()
-        threads = quiet_thread_count()
+        threads = set(threading.enumerate())
         before = (
             torch.get_default_dtype(),
             torch.is_grad_enabled(),
@@ -643,8 +635,10 @@ class TestEveryKind:
             sorted(weight_file(any_config).parent.iterdir()),
         )
         assert after == before
-        # transformers has threads of its own, which may still have been ending at first.
-        assert quiet_thread_count() <= threads
+        # Those of transformers and of reading ahead end by themselves, but not at once.
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(10)
+            assert not thread.is_alive(), thread
         assert same_weights(load(any_config).module, expected)
 
     @pytest.mark.parametrize("stage", ["building", "reading", "verifying"])
