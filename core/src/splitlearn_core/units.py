@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 _STEP = 1024
+#: Bytes of what settings in megabytes count in.
+MEGABYTE = 2**20
 
 
 def human_bytes(count: float) -> str:

@@ -22,13 +22,12 @@ from splitlearn_core.errors import ConfigurationError, UnknownModelTypeError
 from splitlearn_core.plan.split import MAX_LAYERS
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.types import FLOAT_DTYPES, Component
+from splitlearn_core.units import MEGABYTE
 
 #: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
 HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
-#: Bytes of what ``max_memory_mb`` counts in.
-BYTES_PER_MB = 2**20
 #: 2**63 bytes; more is a slip.
-MAX_MEMORY_MB = 2**63 // BYTES_PER_MB
+MAX_MEMORY_MB = 2**63 // MEGABYTE
 #: Three centuries in seconds; who wants more wants for ever.
 MAX_SECONDS = 10**10
 MAX_THREADS = 4096

@@ -16,14 +16,13 @@ from splitlearn_core.manager.config import HUGGINGFACE, PYTORCH, ModelConfig
 from splitlearn_core.manager.failures import explaining
 from splitlearn_core.manager.work import LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.types import Component, Progress
-from splitlearn_core.units import human_bytes
+from splitlearn_core.units import MEGABYTE, human_bytes
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-_MEGABYTE = 2**20
 _PROMPT_TOKENS = 8
 _ROUNDS = 2
 
@@ -128,12 +127,12 @@ def _check_limit(config: ModelConfig, plan: LoadPlan) -> None:
     """Hold a plan against the configuration's own limit: all ledgers together, mapped pages too."""
     if config.max_memory_mb is None:
         return
-    limit, needed = config.max_memory_mb * _MEGABYTE, sum(plan.needs.values())
+    limit, needed = config.max_memory_mb * MEGABYTE, sum(plan.needs.values())
     if needed > limit:
         parts = ", ".join(f"{human_bytes(count)} {ledger}" for ledger, count in plan.needs.items() if count)
         raise InsufficientMemoryError(
             f"{_name(config)} takes {human_bytes(needed)} ({parts}), and its max_memory_mb allows {human_bytes(limit)}",
-            hint=f"raise max_memory_mb to {-(-needed // _MEGABYTE)}, or load fewer layers or a smaller dtype",
+            hint=f"raise max_memory_mb to {-(-needed // MEGABYTE)}, or load fewer layers or a smaller dtype",
         )
 
 

@@ -40,8 +40,9 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.generation import CHARGED, RESERVED, WORKING, Generation
-from splitlearn_core.manager.policy import BUDGET, MAPPED, NAMED, Evict, Refuse, Room, Tenant, Wait, decide
+from splitlearn_core.manager.policy import BUDGET, NAMED, Evict, Refuse, Room, Tenant, Wait, decide
 from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, ModelStatus
+from splitlearn_core.manager.work import HOST, MAPPED
 
 _S = ModelStatus
 
@@ -840,8 +841,8 @@ class Machine:
     def _with_budget(self, needs: Mapping[str, int]) -> dict[str, int]:
         """Add the manager's own limit as one more ledger, and keep a load that takes nothing visible as a holder."""
         if self.limits.max_memory is None:
-            return {"host": 0, **needs}
-        return {"host": 0, **needs, BUDGET: sum(needs.values())}
+            return {HOST: 0, **needs}
+        return {HOST: 0, **needs, BUDGET: sum(needs.values())}
 
     def _refuse(self, generation: Generation, reason: str, *, retryable: bool) -> None:
         reloads = self._models[generation.model_id].serving is not None
@@ -1009,7 +1010,7 @@ def _held(generation: Generation, status: ModelStatus) -> Mapping[str, int]:
         return generation.held
     if status is _S.READY:
         budget = {BUDGET: sum(generation.keeps.values())} if BUDGET in generation.needs else {}
-        return {"host": 0, **generation.keeps, **budget}
+        return {HOST: 0, **generation.keeps, **budget}
     return {}
 
 

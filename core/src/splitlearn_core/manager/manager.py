@@ -54,6 +54,7 @@ from splitlearn_core.manager.work import LoadedModel, LoadPlan
 from splitlearn_core.memory import anonymous_memory
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.types import Progress
+from splitlearn_core.units import MEGABYTE
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -70,7 +71,6 @@ _REMEMBERED = 4096
 _PATIENCE = 0.8
 #: Seconds that a thread has between its answer and its end, where somebody waits for that.
 _LAST_STEPS = 1.0
-_MEGABYTE = 2**20
 #: What a log is read for.
 _ENDED_BADLY = (ModelStatus.FAILED, ModelStatus.STUCK)
 
@@ -202,7 +202,7 @@ class AsyncModelManager:
         )
         limits = Limits(
             max_models=max_models,
-            max_memory=None if max_memory_mb is None else int(max_memory_mb * _MEGABYTE),
+            max_memory=None if max_memory_mb is None else int(max_memory_mb * MEGABYTE),
             max_workers=max_workers,
             max_stuck=2 * max_workers,
             when_full=when_full,
@@ -217,7 +217,7 @@ class AsyncModelManager:
         self._epoch = time.time() - self._started
         self._machine = Machine(limits, self._epoch)
         self._loader = loader or ModelLoader()
-        self._resources = resources or ResourceManager(headroom=int(headroom_mb * _MEGABYTE))
+        self._resources = resources or ResourceManager(headroom=int(headroom_mb * MEGABYTE))
         self._pool = CallPool(call_workers, call_threads)
         self._calls_per_model, self._call_queue = calls_per_model, call_queue
         self._load_threads = load_threads
@@ -839,12 +839,11 @@ class AsyncModelManager:
     def _load_job(self, slot: _Slot) -> Any:
         def work(report: Callable[[Progress], None]) -> tuple[LoadedModel, int | None, MemorySample]:
             if slot.plan is None:
-                raise ConfigurationError("nothing was planned", hint="report this")
+                raise InternalError("nothing was planned", hint="please report this")
             before = anonymous_memory()
             answer = self._loader.load(slot.config, slot.plan, report)
             loaded = _answer_of(answer, LoadedModel, "load", self._loader)
             grown = anonymous_memory() - before
-            # A progress of the loader's own may say less than all at its end.
             measured = max(0, grown) if slot.measuring == self._activity else None
             return loaded, measured, self._resources.sample()
 
@@ -864,8 +863,7 @@ class AsyncModelManager:
             return work(self._report_of(slot))
         except LoadCancelledError:
             return _Stopped()
-        # A loader or a plugin may raise whatever it likes, and the other side waits for an answer.
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001  # plugins raise what they like, and the loop waits for an answer
             return record(error, slot.progress.stage)
 
     def _free_job(self, box: list[Any], workers: Iterable[Worker]) -> tuple[int, MemorySample]:

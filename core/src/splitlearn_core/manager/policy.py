@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitlearn_core.manager.messages import Key
+from splitlearn_core.manager.work import MAPPED
 from splitlearn_core.units import human_bytes
 
-#: The ledger of weights that are mapped from files: their pages can be dropped and read again.
-MAPPED = "mapped"
 #: The ledger of the manager's own limit over everything it loads.
 BUDGET = "budget"
 #: Holders that a reason names.

@@ -11,11 +11,10 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.manager.work import HOST, MAPPED
 from splitlearn_core.memory import read_memory
-from splitlearn_core.units import human_bytes
+from splitlearn_core.units import MEGABYTE, human_bytes
 
 #: Bytes of this machine's memory that are left to everything else.
 HEADROOM = 512 * 2**20
-_MEGABYTE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ class ResourceManager:
             raise ConfigurationError(
                 f"nothing is known of the memory of {device!r}", hint=f"known are: {', '.join(sample.total)}"
             )
-        needed, free, limit = round((memory_mb or 0) * _MEGABYTE), sample.free[ledger], sample.total[ledger]
+        needed, free, limit = round((memory_mb or 0) * MEGABYTE), sample.free[ledger], sample.total[ledger]
         fits = needed <= free
         if fits:
             why = f"{human_bytes(free - needed)} of {human_bytes(limit)} are left then"

@@ -17,7 +17,7 @@ ReportProgress = ProgressCallback
 
 #: The ledger of this machine's memory that no file stands behind.
 HOST = "host"
-#: The ledger of weights that are pages of their file.
+#: The ledger of weights that are pages of their file: they can be dropped and read again.
 MAPPED = "mapped"
 
 

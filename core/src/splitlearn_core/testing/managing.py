@@ -231,8 +231,8 @@ def picture(manager: AsyncModelManager) -> tuple[Any, ...]:
 def check_sound(manager: AsyncModelManager) -> None:
     """Refuse a manager that contradicts itself."""
     problems = manager._machine.violations()  # noqa: SLF001  # the machine says of itself what must hold
-    slots = set(manager._slots)  # noqa: SLF001
-    generations = {generation.key for generation in manager._machine.generations()}  # noqa: SLF001
+    slots = set(manager._slots)  # noqa: SLF001  # what is left inside is what it looks at
+    generations = {generation.key for generation in manager._machine.generations()}  # noqa: SLF001  # likewise
     if slots != generations:
         problems.append(f"the shell holds {slots}, the machine {generations}")
     if problems:
@@ -295,7 +295,7 @@ class CancelAt:
             except BaseException as error:  # noqa: BLE001  # passed on as it is
                 send = _thrower(self._main, error)
             else:
-                send = lambda: self._main.send(None)  # noqa: E731
+                send = lambda: self._main.send(None)  # noqa: E731  # as above
 
     def _cancel(self, waits_for: Any) -> None:
         task = asyncio.current_task()
