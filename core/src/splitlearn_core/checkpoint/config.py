@@ -8,6 +8,9 @@ from typing import Any
 
 from splitlearn_core.errors import InvalidCheckpointError
 
+#: The largest index in use is a few megabytes; nobody reads a gigabyte to find that it is none.
+_MAX_JSON_BYTES = 100_000_000
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read ``config.json``.
@@ -56,8 +59,14 @@ def _is_shard_name(shard: str) -> bool:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        read = file.read(_MAX_JSON_BYTES + 1)
+    if len(read) > _MAX_JSON_BYTES:
+        raise InvalidCheckpointError(
+            f"{path} is over {_MAX_JSON_BYTES} bytes long, which no file of its kind is", hint="fetch it anew"
+        )
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read)
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpointError(f"{path} is no JSON: {error}", hint="fetch or write the file anew") from error
     if not isinstance(content, dict):

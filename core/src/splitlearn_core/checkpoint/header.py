@@ -20,6 +20,10 @@ from splitlearn_core.types import DTYPE_BYTES, TensorInfo
 LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_SHOWN = 8
+#: What torch can make a tensor of: as many dimensions, sizes up to this number.
+_MAX_DIMENSIONS, _MAX_NUMBER = 64, 2**63 - 1
+#: Characters of a name or value from a file that a message repeats.
+_MAX_WORD = 80
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -59,12 +63,19 @@ def parse_header(where: str, content: bytes, size: int | None) -> dict[str, Tens
     """Check the beginning of a safetensors file and return its tensors; see :func:`read_header`."""
     length = header_length(where, content, size)
     try:
-        header = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length])
+        # Decoded here: json would guess other encodings from the first bytes, and it takes NaN for a number.
+        text = content[LENGTH_BYTES : LENGTH_BYTES + length].decode("utf-8")
+        header = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():  # half a character, perhaps, and such a name fits into no message or file
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise _invalid(where, [f"its header is no JSON: {error}"]) from error
     if not isinstance(header, dict):
         raise _invalid(where, [f"its header is a JSON {type(header).__name__}, not an object"])
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _invalid(where, ["its __metadata__ is no mapping of texts to texts"])
     start = LENGTH_BYTES + length
     problems = [problem for key, entry in header.items() if (problem := _entry_problem(key, entry))]
     if problems:
@@ -73,21 +84,40 @@ def parse_header(where: str, content: bytes, size: int | None) -> dict[str, Tens
     return _check_layout(where, [_tensor(shard, key, entry, start) for key, entry in header.items()], start, size)
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _entry_problem(key: str, entry: Any) -> str:
     """Say what is wrong with one tensor's entry in the header, or nothing."""
+    name = _short(key)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        return f"{key}: its entry lacks dtype, shape or data_offsets"
+        return f"{name}: its entry lacks dtype, shape or data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        return f"{key}: dtype {dtype!r} is unknown"
+        return f"{name}: dtype {_short(repr(dtype))} is unknown"
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:  # noqa: PLR2004  # a pair
-        return f"{key}: shape and data_offsets must be a list of sizes and a pair"
-    if any(type(number) is not int or number < 0 for number in (*shape, *offsets)):
-        return f"{key}: shape {shape} and offsets {offsets} must be whole numbers from 0"
+        return f"{name}: shape and data_offsets must be a list of sizes and a pair"
+    return _size_problem(name, dtype, shape, offsets)
+
+
+def _size_problem(name: str, dtype: str, shape: list[Any], offsets: list[Any]) -> str:
+    """Say what is wrong with the sizes and offsets of one tensor, or nothing."""
+    # Before they are multiplied: a million large numbers would keep the processor for days.
+    if len(shape) > _MAX_DIMENSIONS:
+        return f"{name}: a shape of {len(shape)} dimensions; {_MAX_DIMENSIONS} is the limit"
+    if any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in (*shape, *offsets)):
+        return f"{name}: shape {_short(str(shape))} and offsets {_short(str(offsets))} must be whole numbers from 0"
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
-        return f"{key}: {dtype} of shape {shape} takes {expected} bytes, its offsets span {offsets[1] - offsets[0]}"
+        sizes = f"takes {_short(str(expected))} bytes, its offsets span {offsets[1] - offsets[0]}"
+        return f"{name}: {dtype} of shape {_short(str(shape))} {sizes}"
     return ""
+
+
+def _short(text: str) -> str:
+    """Repeat what a file says, but no more of it than a message bears."""
+    return text if len(text) <= _MAX_WORD else f"{text[:_MAX_WORD]}..."
 
 
 def _tensor(shard: str, key: str, entry: Any, start: int) -> TensorInfo:
@@ -102,7 +132,9 @@ def _check_layout(where: str, tensors: list[TensorInfo], start: int, size: int |
     for info in ordered:
         if info.begin != position:
             relation = "overlaps" if info.begin < position else "leaves a gap after"
-            problems.append(f"{info.key} {relation} {previous}: it begins at {info.begin}, not at {position}")
+            problems.append(
+                f"{_short(info.key)} {relation} {_short(previous)}: it begins at {info.begin}, not at {position}"
+            )
         position, previous = max(position, info.end), info.key
     if size is not None and position > size:
         raise _invalid(where, [f"it needs {position} bytes and has {size}", *problems], "is the download complete?")
