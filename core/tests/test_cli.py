@@ -79,6 +79,8 @@ def test_plugins_are_listed_without_importing_them(world: Any) -> None:
     rows = {row["model_type"]: row for row in json.loads(done.stdout)}
     assert (done.returncode, done.stderr) == (0, "")
     assert rows["alpha"] == {
+        "kind": "family",
+        "name": "alpha",
         "model_type": "alpha",
         "distribution": "splitlearn-alpha",
         "version": "3.1.4",

@@ -6,6 +6,15 @@ the group ``splitlearn.families`` whose name is the model type and whose value i
     [project.entry-points."splitlearn.families"]
     llama = "splitlearn_llama"
 
+A package may also add nothing but a loading strategy, for the checkpoints of every family. Its entry
+point is in the group ``splitlearn.strategies``, and is named after the strategy::
+
+    [project.entry-points."splitlearn.strategies"]
+    gguf = "splitlearn_gguf"
+
+Such a package is imported when its strategy is asked for by name, and where core can read nothing of
+a checkpoint: never for a checkpoint that core reads.
+
 Hooks are plain functions: they answer at once, read no weights and import neither torch nor
 transformers. A hook that raises, or answers something else than it promises, marks its own plugin
 as broken and disturbs no other.
@@ -85,8 +94,9 @@ def splitlearn_map_weight_keys(
 def splitlearn_loading_strategies() -> Iterable[LoadingStrategy]:  # type: ignore[empty-body]  # a specification
     """Say which ways of turning planned bytes into tensors this plugin adds.
 
-    Asked together with the families of the plugin. Core's own strategies are ``mapped`` and
-    ``copied``; a family chooses another with ``preferred_strategy``, a caller with ``strategy=``.
+    Asked together with the families of the plugin. A family chooses a strategy other than core's own
+    with ``preferred_strategy``, a caller with ``strategy=``. The strategies of a family's plugin serve
+    its families; those that an entry point in the group ``splitlearn.strategies`` names serve all.
 
     Returns:
         The strategies. Names must differ from one another and from core's.

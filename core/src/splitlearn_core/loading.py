@@ -249,7 +249,7 @@ def memory_needed(
 
 
 def _strategy(model: OpenModel, options: LoadOptions, reads: Mapping[Component, ReadPlan]) -> LoadingStrategy:
-    added = registry().plugin(model.family.model_type).strategies
+    added = registry().strategies(model.family, options.strategy)
     return choose_strategy(options.strategy, list(reads.values()), added, model.family.preferred_strategy)
 
 
@@ -292,7 +292,7 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
     Raises:
         ConfigurationError: The name is no device or strategy, or this machine has no such device.
     """
-    check_strategy(options.strategy, registry().plugin(model.family.model_type).strategies)
+    check_strategy(options.strategy, registry().strategies(model.family, options.strategy))
     check_device(options.device)
 
 

@@ -12,12 +12,12 @@ _check_option = click.option(
 )
 
 
-@click.group("plugins", invoke_without_command=True, short_help="List the installed family plugins.")
+@click.group("plugins", invoke_without_command=True, short_help="List the installed plugins.")
 @_check_option
 @json_option
 @click.pass_context
 def command(ctx: click.Context, check: bool, as_json: bool) -> None:
-    """List the installed family plugins, from metadata and source: none is imported."""
+    """List the installed plugins, from metadata and source: none is imported."""
     if ctx.invoked_subcommand is None:
         ctx.exit(_print(check, as_json))
 
@@ -27,7 +27,7 @@ def command(ctx: click.Context, check: bool, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def list_command(ctx: click.Context, check: bool, as_json: bool) -> None:
-    """List the installed family plugins (what `splitlearn plugins` does)."""
+    """List the installed plugins (what `splitlearn plugins` does)."""
     before = ctx.parent.params if ctx.parent else {}
     ctx.exit(_print(check or before.get("check", False), as_json or before.get("as_json", False)))
 
@@ -47,9 +47,22 @@ def _print(check: bool, as_json: bool) -> int:
 
 
 def _render(statuses: tuple[PluginStatus, ...]) -> str:
+    # Strategies come in a table of their own: families are what a user looks for.
+    tables = [
+        _table(title, [status for status in statuses if status.entry.kind == kind])
+        for kind, title in (("family", "model type"), ("strategy", "strategy"))
+    ]
+    lines = ["\n\n".join(filter(None, tables))]
+    for status in statuses:
+        if status.error:
+            lines += ["", f"{status.entry.name}: {status.error}", f"  hint: {status.hint}"]
+    return "\n".join(lines)
+
+
+def _table(title: str, statuses: list[PluginStatus]) -> str:
     rows = [
         (
-            status.entry.model_type,
+            status.entry.name,
             status.entry.distribution,
             status.entry.version,
             status.status,
@@ -58,11 +71,7 @@ def _render(statuses: tuple[PluginStatus, ...]) -> str:
         )
         for status in statuses
     ]
-    lines = [table(("model type", "distribution", "version", "status", "from", "hooks"), rows)]
-    for status in statuses:
-        if status.error:
-            lines += ["", f"{status.entry.model_type}: {status.error}", f"  hint: {status.hint}"]
-    return "\n".join(lines)
+    return table((title, "distribution", "version", "status", "from", "hooks"), rows) if rows else ""
 
 
 def _provenance(status: PluginStatus) -> str:

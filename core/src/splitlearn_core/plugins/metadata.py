@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 
 #: Entry points of plugins: the name is the model type, the value the module with the hooks.
 FAMILY_GROUP = "splitlearn.families"
+#: Entry points of packages that add a loading strategy to every family: the name is the strategy's.
+STRATEGY_GROUP = "splitlearn.strategies"
+FAMILY, STRATEGY = "family", "strategy"
+#: Group -> what its entry points name.
+KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY}
 #: An optional entry point ``version = "1"`` that says which plugin API a plugin was made for.
 API_GROUP = "splitlearn.plugin_api"
 CORE = "splitlearn-core"
@@ -29,7 +34,8 @@ CORE = "splitlearn-core"
 class PluginEntry:
     """One entry point, as the metadata of an installed distribution states it."""
 
-    model_type: str
+    #: The model type of a family, or the name of a loading strategy.
+    name: str
     #: The module with the hook implementations, ``package.module``.
     module: str
     distribution: str
@@ -40,6 +46,18 @@ class PluginEntry:
     plugin_api: str = "1"
     #: What the distribution demands of core, ``>=0.1``; empty where it demands nothing.
     requires_core: str = ""
+    #: ``family`` or ``strategy``.
+    kind: str = FAMILY
+
+    @property
+    def model_type(self) -> str:
+        """The model type of a family; empty for a strategy."""
+        return self.name if self.kind == FAMILY else ""
+
+    @property
+    def what(self) -> str:
+        """What the entry point names, in words."""
+        return f"model type {self.name!r}" if self.kind == FAMILY else f"loading strategy {self.name!r}"
 
     @property
     def label(self) -> str:
@@ -47,11 +65,11 @@ class PluginEntry:
 
     def is_named(self, names: frozenset[str]) -> bool:
         """Say whether a list of canonical names holds the entry point's or the distribution's."""
-        return bool(names & {canonicalize_name(self.model_type), canonicalize_name(self.distribution)})
+        return bool(names & {canonicalize_name(self.name), canonicalize_name(self.distribution)})
 
 
 def discover() -> tuple[PluginEntry, ...]:
-    """Return the plugins of all installed distributions, sorted by model type and distribution.
+    """Return the plugins of all installed distributions, families first, sorted by name and distribution.
 
     A damaged distribution, whether it holds a plugin or not, costs nobody else's plugin.
     """
@@ -60,8 +78,8 @@ def discover() -> tuple[PluginEntry, ...]:
         # The backport's iterator is typed by a protocol that its own classes satisfy.
         for entry in _entries(cast("importlib_metadata.Distribution", distribution)):
             # A copy of a distribution that comes later on the path is shadowed by the first.
-            found.setdefault(f"{canonicalize_name(entry.distribution)} {entry.model_type}", entry)
-    return tuple(sorted(found.values(), key=lambda entry: (entry.model_type, entry.distribution)))
+            found.setdefault(f"{canonicalize_name(entry.distribution)} {entry.kind} {entry.name}", entry)
+    return tuple(sorted(found.values(), key=lambda entry: (entry.kind, entry.name, entry.distribution)))
 
 
 @cache
@@ -73,7 +91,8 @@ def core_version() -> str:
 def _entries(distribution: importlib_metadata.Distribution) -> list[PluginEntry]:
     try:
         # Most distributions have no plugin, and parsing them all is most of the scan.
-        if FAMILY_GROUP not in (distribution.read_text("entry_points.txt") or ""):
+        text = distribution.read_text("entry_points.txt") or ""
+        if not any(group in text for group in KINDS):
             return []
         points = list(distribution.entry_points)
     except (ValueError, TypeError, OSError) as error:
@@ -83,9 +102,9 @@ def _entries(distribution: importlib_metadata.Distribution) -> list[PluginEntry]
     origin, editable = _origin(distribution)
     api = next((point.value for point in points if point.group == API_GROUP), "1")
     return [
-        PluginEntry(point.name, _module(point), name, version, origin, editable, api, requires)
+        PluginEntry(point.name, _module(point), name, version, origin, editable, api, requires, KINDS[point.group])
         for point in points
-        if point.group == FAMILY_GROUP
+        if point.group in KINDS
     ]
 
 

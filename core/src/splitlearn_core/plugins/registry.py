@@ -1,10 +1,10 @@
-"""The registry: from a model type to a family, importing one plugin in isolation and no other."""
+"""The registry: from a model type to a family, or a name to a strategy, importing one plugin and no other."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
+import logging
 import os
 import re
 import threading
@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from splitlearn_core import hookspecs
 from splitlearn_core.errors import (
-    BrokenPluginError,
+    ConfigurationError,
     IncompatiblePluginError,
     PluginConflictError,
     PluginError,
@@ -25,29 +25,30 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins import metadata
-from splitlearn_core.plugins.contract import PREFIX, signature_problem
+from splitlearn_core.plugins.asking import (
+    BLOCK_VARIABLE,
+    LoadedPlugin,
+    answers,
+    broken,
+    call,
+    families_of,
+    import_plugin,
+    mapping_problem,
+    strategies_of,
+    verify_hooks,
+)
 from splitlearn_core.plugins.inspection import inspect_source
-from splitlearn_core.plugins.metadata import PluginEntry
+from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy
 
+log = logging.getLogger(__name__)
+
 ALLOW_VARIABLE = "SPLITLEARN_PLUGINS"
-BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
 
 #: Packages of this repository, so that a missing one is named rightly. Anything else is a guess.
 _KNOWN_PACKAGES = {"gemma2": "splitlearn-gemma", "gemma3_text": "splitlearn-gemma"}
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedPlugin:
-    """A plugin that was imported, verified and registered."""
-
-    entry: PluginEntry
-    families: Mapping[str, ModelFamily]
-    strategies: tuple[LoadingStrategy, ...]
-    hooks: tuple[str, ...]
-    plugin: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,9 @@ class PluginStatus:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "model_type": self.entry.model_type,
+            "kind": self.entry.kind,
+            "name": self.entry.name,
+            "model_type": self.entry.model_type or None,
             "distribution": self.entry.distribution,
             "version": self.entry.version,
             "module": self.entry.module,
@@ -107,11 +110,11 @@ class PluginRegistry:
 
     def model_types(self) -> tuple[str, ...]:
         """Return the model types that some plugin offers and no variable blocks."""
-        return tuple(sorted({entry.model_type for entry in self.entries if not _blocked_by(entry)}))
+        return tuple(sorted({entry.name for entry in self._of(FAMILY) if not _blocked_by(entry)}))
 
     def unknown_names(self) -> dict[str, tuple[str, ...]]:
         """Return what the variables name that is no plugin, by variable: misspelt, most likely."""
-        known = {canonicalize_name(name) for entry in self.entries for name in (entry.model_type, entry.distribution)}
+        known = {canonicalize_name(name) for entry in self.entries for name in (entry.name, entry.distribution)}
         named = {variable: _names(variable) or frozenset() for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE)}
         return {variable: tuple(sorted(names - known)) for variable, names in named.items() if names - known}
 
@@ -128,7 +131,72 @@ class PluginRegistry:
 
     def plugin(self, model_type: str) -> LoadedPlugin:
         """Return the loaded plugin that owns a model type; raises like :meth:`family`."""
-        entry = self._owner(model_type)
+        outcome = self._use(self._owner(model_type))
+        if model_type not in outcome.families:
+            raise broken(outcome.entry, f"hook splitlearn_model_families: no family with model type {model_type!r}")
+        return outcome
+
+    def strategies(self, family: ModelFamily | None = None, asked: str | None = None) -> tuple[LoadingStrategy, ...]:
+        """Return the loading strategies that plugins add: the family's own, and those of strategy packages.
+
+        Args:
+            family: Whose plugin's strategies are wanted as well.
+            asked: The name that a caller chose. Then only the strategy package of that name is
+                imported for it; of the others those that are in use already are returned. None, or a
+                name that nobody has, asks all packages: one that cannot be used is left out, with a
+                warning.
+
+        Raises:
+            PluginError: The package of the asked name cannot be used, or the family's plugin cannot.
+            ConfigurationError: A variable blocks the package of the asked name.
+        """
+        from splitlearn_core.checkpoint.strategy import reserved_names
+
+        own = self.plugin(family.model_type).strategies if family is not None else ()
+        known = {*reserved_names(), *(entry.name for entry in self._of(STRATEGY)), *(item.name for item in own)}
+        if asked not in known:
+            # Nobody has it: whoever says so wants to list what there is.
+            asked = None
+        found: dict[str, LoadingStrategy] = {}
+        for name in dict.fromkeys(entry.name for entry in self._of(STRATEGY)):
+            strategy = self._strategy_of_package(name, asked)
+            if strategy is not None:
+                found[name] = strategy
+        return tuple({**found, **{strategy.name: strategy for strategy in own}}.values())
+
+    def _strategy_of_package(self, name: str, asked: str | None) -> LoadingStrategy | None:
+        entries = [entry for entry in self._of(STRATEGY) if entry.name == name]
+        allowed = [entry for entry in entries if not _blocked_by(entry)]
+        if not allowed:
+            if name == asked:
+                raise ConfigurationError(
+                    f"loading strategy {name!r} ({entries[0].label}) is blocked by {_blocked_by(entries[0])}",
+                    hint=f"change or unset {_blocked_by(entries[0])}",
+                )
+            return None
+        used = any(self._is_loaded(entry) for entry in allowed)
+        if asked is not None and name != asked and not used:
+            return None
+        try:
+            outcome = self._use(_only(allowed))
+            strategy = outcome.strategy(name)
+            if strategy is None:
+                raise broken(outcome.entry, f"hook splitlearn_loading_strategies: no strategy named {name!r}")
+        except PluginError as error:
+            if name == asked:
+                raise
+            log.warning("loading strategy %r is left out: %s", name, error)
+            return None
+        return strategy
+
+    def _of(self, kind: str) -> list[PluginEntry]:
+        return [entry for entry in self.entries if entry.kind == kind]
+
+    def _is_loaded(self, entry: PluginEntry) -> bool:
+        return isinstance(self._loaded.get((entry.distribution, entry.module)), LoadedPlugin)
+
+    def _use(self, entry: PluginEntry) -> LoadedPlugin:
+        """Return a plugin, imported at most once; what went wrong then is raised each time."""
         _check_compatible(entry)
         key = (entry.distribution, entry.module)
         with self._lock:
@@ -137,8 +205,6 @@ class PluginRegistry:
             if key not in self._loaded:
                 self._loaded[key] = self._load(entry)
             outcome = self._loaded[key]
-        if isinstance(outcome, LoadedPlugin) and model_type not in outcome.families:
-            outcome = _broken(entry, f"hook splitlearn_model_families: no family with model type {model_type!r}")
         if isinstance(outcome, PluginError):
             # A fresh exception each time: a stored one would collect the tracebacks of all callers.
             raise type(outcome)(outcome.message, hint=outcome.hint) from outcome.__cause__
@@ -154,11 +220,11 @@ class PluginRegistry:
         """
         loaded = self.plugin(family.model_type)
         hook = "splitlearn_map_weight_keys"
-        answer = _call(self._manager, loaded, hook, family=family, config=config, checkpoint_keys=checkpoint_keys)
+        answer = call(self._manager, loaded, hook, family=family, config=config, checkpoint_keys=checkpoint_keys)
         for mapping in answer:
-            problem = _mapping_problem(mapping, checkpoint_keys)
+            problem = mapping_problem(mapping, checkpoint_keys)
             if problem:
-                raise _broken(loaded.entry, f"hook {hook}: {problem}")
+                raise broken(loaded.entry, f"hook {hook}: {problem}")
             return {key: mapping[key] for key in checkpoint_keys}
         return None
 
@@ -171,28 +237,29 @@ class PluginRegistry:
         if variable := _blocked_by(entry):
             return PluginStatus(entry, "blocked", seen.hooks, f"blocked by {variable}", f"change or unset {variable}")
         try:
-            self._owner(entry.model_type)
+            _only([other for other in self._of(entry.kind) if other.name == entry.name and not _blocked_by(other)])
             _check_compatible(entry)
             if seen.problem:
-                raise _broken(entry, seen.problem)
-            hooks = self.plugin(entry.model_type).hooks if check else seen.hooks
+                raise broken(entry, seen.problem)
+            hooks = self._check(entry) if check else seen.hooks
         except PluginError as error:
             status = {PluginConflictError: "conflict", IncompatiblePluginError: "incompatible"}
             return PluginStatus(entry, status.get(type(error), "broken"), seen.hooks, error.message, error.hint)
         return PluginStatus(entry, "ready", hooks)
 
+    def _check(self, entry: PluginEntry) -> tuple[str, ...]:
+        """Use a plugin for what its entry point names, and return the hooks it implements."""
+        if entry.kind == FAMILY:
+            return self.plugin(entry.name).hooks
+        self.strategies(None, entry.name)
+        return self._use(entry).hooks
+
     def _owner(self, model_type: str) -> PluginEntry:
-        claimed = [entry for entry in self.entries if entry.model_type == model_type]
+        claimed = [entry for entry in self._of(FAMILY) if entry.name == model_type]
         open_to_use = [entry for entry in claimed if not _blocked_by(entry)]
         if not open_to_use:
             raise self._unknown(model_type, claimed)
-        if len(open_to_use) > 1:
-            labels = " and ".join(f"{entry.label} ({entry.module})" for entry in open_to_use)
-            raise PluginConflictError(
-                f"model type {model_type!r} is claimed by {labels}",
-                hint=f"uninstall one, or block it: {BLOCK_VARIABLE}={open_to_use[-1].distribution}",
-            )
-        return open_to_use[0]
+        return _only(open_to_use)
 
     def _unknown(self, model_type: str, blocked: list[PluginEntry]) -> UnknownModelTypeError:
         if blocked:
@@ -212,13 +279,13 @@ class PluginRegistry:
     def _load(self, entry: PluginEntry) -> LoadedPlugin | PluginError:
         """Import, verify and register one plugin; a failure is an answer and leaves no trace."""
         try:
-            plugin = _import(entry)
-            hooks = _verify(entry, plugin)
+            plugin = import_plugin(entry)
+            hooks = verify_hooks(entry, plugin)
             trial = _new_manager()
             trial.register(plugin)
             candidate = LoadedPlugin(entry, {}, (), hooks, plugin)
-            families = _families(entry, _answers(trial, candidate, "splitlearn_model_families"))
-            strategies = _strategies(entry, _answers(trial, candidate, "splitlearn_loading_strategies"))
+            families = families_of(entry, answers(trial, candidate, "splitlearn_model_families"))
+            strategies = strategies_of(entry, answers(trial, candidate, "splitlearn_loading_strategies"))
         except PluginError as error:
             return error
         with self._lock:
@@ -273,6 +340,21 @@ def _blocked_by(entry: PluginEntry) -> str:
     return BLOCK_VARIABLE if entry.is_named(_names(BLOCK_VARIABLE) or frozenset()) else ""
 
 
+def _only(entries: Sequence[PluginEntry]) -> PluginEntry:
+    """Return the one plugin that provides something.
+
+    Raises:
+        PluginConflictError: More than one distribution does.
+    """
+    if len(entries) > 1:
+        labels = " and ".join(f"{entry.label} ({entry.module})" for entry in entries)
+        raise PluginConflictError(
+            f"{entries[0].what} is claimed by {labels}",
+            hint=f"uninstall one, or block it: {BLOCK_VARIABLE}={entries[-1].distribution}",
+        )
+    return entries[0]
+
+
 def _check_compatible(entry: PluginEntry) -> None:
     """Refuse, from metadata alone, a plugin that was made for another plugin API or core."""
     upgrade = f"pip install --upgrade {entry.distribution} {metadata.CORE}"
@@ -287,121 +369,3 @@ def _check_compatible(entry: PluginEntry) -> None:
             f"{entry.label} needs {metadata.CORE}{entry.requires_core}; {metadata.core_version()} is installed",
             hint=f"{upgrade}, or: pip install '{metadata.CORE}{entry.requires_core}'",
         )
-
-
-def _broken(entry: PluginEntry, why: str, hint: str = "") -> BrokenPluginError:
-    mend = hint or f"report it to the authors of {entry.distribution}"
-    return BrokenPluginError(
-        f"plugin {entry.label} (model type {entry.model_type!r}) is broken: {why}",
-        hint=f"{mend}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}",
-    )
-
-
-def _import(entry: PluginEntry) -> object:
-    name, _, attribute = entry.module.partition(":")
-    try:
-        plugin: object = importlib.import_module(name)
-        for part in filter(None, attribute.split(".")):
-            plugin = getattr(plugin, part)
-    # A plugin's module is foreign code: whatever it does to itself must not reach the others.
-    except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
-        package = missing.split(".")[0]
-        hint = f"pip install {package}" if package and package != name.split(".")[0] else ""
-        raise _broken(entry, f"importing {name!r} failed: {type(error).__name__}: {error}", hint) from error
-    return plugin
-
-
-def _verify(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
-    """Check every hook implementation's name and arguments before pluggy sees the plugin."""
-    hooks = [
-        (name, function)
-        for name, function in inspect.getmembers(plugin, inspect.isroutine)
-        if hasattr(function, f"{hookspecs.PROJECT}_impl")
-    ]
-    for name, function in hooks:
-        parameters = inspect.signature(function).parameters.values()
-        defaulted = [p.name for p in parameters if p.default is not p.empty]
-        problem = signature_problem(name, [p.name for p in parameters], defaulted)
-        if problem:
-            raise _broken(entry, problem)
-    if not hooks:
-        near = [name for name in dir(plugin) if name.startswith(PREFIX)]
-        why = f"module {entry.module!r} implements no hook"
-        raise _broken(entry, why + (f"; is {near[0]} marked with @hookimpl?" if near else ""))
-    return tuple(name for name, _ in hooks)
-
-
-def _call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **arguments: object) -> list[Any]:
-    """Call one hook of one plugin; what it raises is its own fault and says so."""
-    others = [plugin for plugin in manager.get_plugins() if plugin is not loaded.plugin]
-    try:
-        answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
-        # A generator runs only now, and a mapping may compute its values when they are looked up.
-        return [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
-    # Foreign code again, see _import.
-    except (Exception, SystemExit) as error:
-        raise _broken(loaded.entry, f"hook {hook} raised {type(error).__name__}: {error}") from error
-
-
-def _is_list(answer: object) -> bool:
-    return isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping)
-
-
-def _answers(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str) -> list[Any]:
-    """Call a hook that answers with an iterable, and return the items of all answers."""
-    items: list[Any] = []
-    for answer in _call(manager, loaded, hook):
-        if not isinstance(answer, list):
-            raise _broken(loaded.entry, f"hook {hook} answered {answer!r}, not a list")
-        items += answer
-    return items
-
-
-def _families(entry: PluginEntry, items: list[Any]) -> dict[str, ModelFamily]:
-    families: dict[str, ModelFamily] = {}
-    for item in items:
-        if not isinstance(item, ModelFamily):
-            raise _broken(entry, f"hook splitlearn_model_families answered {item!r}, which is no ModelFamily")
-        if item.model_type in families:
-            raise _broken(entry, f"hook splitlearn_model_families answered {item.model_type!r} twice")
-        families[item.model_type] = item
-    if entry.model_type not in families:
-        provided = ", ".join(sorted(families)) or "none"
-        raise _broken(
-            entry,
-            f"its entry point is named {entry.model_type!r}, but hook splitlearn_model_families provides {provided}",
-            "name the entry point after the model type",
-        )
-    return families
-
-
-def _strategies(entry: PluginEntry, items: list[Any]) -> tuple[LoadingStrategy, ...]:
-    if not items:
-        return ()
-    from splitlearn_core.checkpoint.strategy import LoadingStrategy, reserved_names
-
-    taken = set(reserved_names())
-    for item in items:
-        if not isinstance(item, LoadingStrategy) or not isinstance(item.name, str):
-            raise _broken(entry, f"hook splitlearn_loading_strategies answered {item!r}, which is no LoadingStrategy")
-        if item.name in taken:
-            raise _broken(entry, f"hook splitlearn_loading_strategies: the name {item.name!r} is taken")
-        taken.add(item.name)
-    return tuple(items)
-
-
-def _mapping_problem(mapping: object, checkpoint_keys: Sequence[str]) -> str:
-    if not isinstance(mapping, Mapping):
-        return f"it answered {type(mapping).__name__}, not a mapping"
-    left_out = sorted(set(checkpoint_keys) - set(mapping))
-    if left_out:
-        return f"no answer for {len(left_out)} of {len(checkpoint_keys)} keys: {', '.join(left_out[:5])}"
-    targets: dict[str, str] = {}
-    for key in checkpoint_keys:
-        target = mapping[key]
-        if not isinstance(target, str | None):
-            return f"{key!r} is mapped to {target!r}, not to a name or None"
-        if target is not None and targets.setdefault(target, key) != key:
-            return f"{targets[target]!r} and {key!r} are both mapped to {target!r}"
-    return ""

@@ -65,6 +65,7 @@ def write_plugin(
     requires: str = "",
     plugin_api: str = "",
     module: str = "",
+    group: str = "splitlearn.families",
 ) -> Path:
     """Write an installed plugin as pip would leave it: a module and its metadata, in one folder.
 
@@ -72,13 +73,14 @@ def write_plugin(
 
     Args:
         folder: Where to write; may hold several plugins.
-        model_type: The entry point's name.
+        model_type: The entry point's name: the model type, or the name of a strategy.
         source: The text of the module with the hooks.
         distribution: Its name; by default ``splitlearn-`` and the model type.
         version: Its version.
         requires: What it demands of core, ``>=0.1`` say.
         plugin_api: Which plugin API it says it was made for.
         module: The module's name; by default derived from the distribution.
+        group: The entry point's group; ``splitlearn.strategies`` for a package of a loading strategy.
     """
     distribution = distribution or f"splitlearn-{model_type}"
     module = module or distribution.replace("-", "_")
@@ -90,7 +92,7 @@ def write_plugin(
     lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
     lines += [f"Requires-Dist: splitlearn-core{requires}"] if requires else []
     (info / "METADATA").write_text("\n".join(lines) + "\n")
-    points = f"[splitlearn.families]\n{model_type} = {module}\n"
+    points = f"[{group}]\n{model_type} = {module}\n"
     points += f"[splitlearn.plugin_api]\nversion = {plugin_api}\n" if plugin_api else ""
     (info / "entry_points.txt").write_text(points)
     (info / "RECORD").write_text(f"{module}.py,,\n")

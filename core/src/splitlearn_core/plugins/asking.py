@@ -1,0 +1,167 @@
+"""Import one plugin, hold it against the hook specifications, and ask it; what fails is named as its own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from splitlearn_core import hookspecs
+from splitlearn_core.errors import BrokenPluginError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plugins.contract import PREFIX, signature_problem
+from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+
+if TYPE_CHECKING:
+    from splitlearn_core.checkpoint.strategy import LoadingStrategy
+
+#: A block-list of plugins: entry-point or distribution names.
+BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPlugin:
+    """A plugin that was imported, verified and registered."""
+
+    entry: PluginEntry
+    families: Mapping[str, ModelFamily]
+    strategies: tuple[LoadingStrategy, ...]
+    hooks: tuple[str, ...]
+    plugin: object
+
+    def strategy(self, name: str) -> LoadingStrategy | None:
+        """Return the strategy of a name, or None where the plugin has none."""
+        return next((strategy for strategy in self.strategies if strategy.name == name), None)
+
+
+def broken(entry: PluginEntry, why: str, hint: str = "") -> BrokenPluginError:
+    mend = hint or f"report it to the authors of {entry.distribution}"
+    return BrokenPluginError(
+        f"plugin {entry.label} ({entry.what}) is broken: {why}",
+        hint=f"{mend}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}",
+    )
+
+
+def import_plugin(entry: PluginEntry) -> object:
+    name, _, attribute = entry.module.partition(":")
+    try:
+        plugin: object = importlib.import_module(name)
+        for part in filter(None, attribute.split(".")):
+            plugin = getattr(plugin, part)
+    # A plugin's module is foreign code: whatever it does to itself must not reach the others.
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
+        package = missing.split(".")[0]
+        hint = f"pip install {package}" if package and package != name.split(".")[0] else ""
+        raise broken(entry, f"importing {name!r} failed: {type(error).__name__}: {error}", hint) from error
+    return plugin
+
+
+def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
+    """Check every hook implementation's name and arguments before pluggy sees the plugin."""
+    hooks = [
+        (name, function)
+        for name, function in inspect.getmembers(plugin, inspect.isroutine)
+        if hasattr(function, f"{hookspecs.PROJECT}_impl")
+    ]
+    for name, function in hooks:
+        parameters = inspect.signature(function).parameters.values()
+        defaulted = [p.name for p in parameters if p.default is not p.empty]
+        problem = signature_problem(name, [p.name for p in parameters], defaulted)
+        if problem:
+            raise broken(entry, problem)
+    if not hooks:
+        near = [name for name in dir(plugin) if name.startswith(PREFIX)]
+        why = f"module {entry.module!r} implements no hook"
+        raise broken(entry, why + (f"; is {near[0]} marked with @hookimpl?" if near else ""))
+    return tuple(name for name, _ in hooks)
+
+
+def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **arguments: object) -> list[Any]:
+    """Call one hook of one plugin; what it raises is its own fault and says so."""
+    others = [plugin for plugin in manager.get_plugins() if plugin is not loaded.plugin]
+    try:
+        answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
+        # A generator runs only now, and a mapping may compute its values when they are looked up.
+        return [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
+    # Foreign code again, see import_plugin.
+    except (Exception, SystemExit) as error:
+        raise broken(loaded.entry, f"hook {hook} raised {type(error).__name__}: {error}") from error
+
+
+def _is_list(answer: object) -> bool:
+    return isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping)
+
+
+def answers(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str) -> list[Any]:
+    """Call a hook that answers with an iterable, and return the items of all answers."""
+    items: list[Any] = []
+    for answer in call(manager, loaded, hook):
+        if not isinstance(answer, list):
+            raise broken(loaded.entry, f"hook {hook} answered {answer!r}, not a list")
+        items += answer
+    return items
+
+
+def families_of(entry: PluginEntry, items: list[Any]) -> dict[str, ModelFamily]:
+    families: dict[str, ModelFamily] = {}
+    for item in items:
+        if not isinstance(item, ModelFamily):
+            raise broken(entry, f"hook splitlearn_model_families answered {item!r}, which is no ModelFamily")
+        if item.model_type in families:
+            raise broken(entry, f"hook splitlearn_model_families answered {item.model_type!r} twice")
+        families[item.model_type] = item
+    if entry.kind == FAMILY and entry.name not in families:
+        provided = ", ".join(sorted(families)) or "none"
+        raise broken(
+            entry,
+            f"its entry point is named {entry.name!r}, but hook splitlearn_model_families provides {provided}",
+            "name the entry point after the model type",
+        )
+    return families
+
+
+def strategies_of(entry: PluginEntry, items: list[Any]) -> tuple[LoadingStrategy, ...]:
+    if items:
+        _check_strategies(entry, items)
+    names = [strategy.name for strategy in items]
+    if entry.kind == STRATEGY and entry.name not in names:
+        raise broken(
+            entry,
+            f"its entry point is named {entry.name!r}, "
+            f"but hook splitlearn_loading_strategies provides {', '.join(sorted(names)) or 'none'}",
+            "name the entry point after the strategy",
+        )
+    return tuple(items)
+
+
+def _check_strategies(entry: PluginEntry, items: list[Any]) -> None:
+    from splitlearn_core.checkpoint.strategy import LoadingStrategy, reserved_names
+
+    taken = set(reserved_names())
+    for item in items:
+        if not isinstance(item, LoadingStrategy) or not isinstance(item.name, str):
+            raise broken(entry, f"hook splitlearn_loading_strategies answered {item!r}, which is no LoadingStrategy")
+        if item.name in taken:
+            raise broken(entry, f"hook splitlearn_loading_strategies: the name {item.name!r} is taken")
+        taken.add(item.name)
+
+
+def mapping_problem(mapping: object, checkpoint_keys: Sequence[str]) -> str:
+    if not isinstance(mapping, Mapping):
+        return f"it answered {type(mapping).__name__}, not a mapping"
+    left_out = sorted(set(checkpoint_keys) - set(mapping))
+    if left_out:
+        return f"no answer for {len(left_out)} of {len(checkpoint_keys)} keys: {', '.join(left_out[:5])}"
+    targets: dict[str, str] = {}
+    for key in checkpoint_keys:
+        target = mapping[key]
+        if not isinstance(target, str | None):
+            return f"{key!r} is mapped to {target!r}, not to a name or None"
+        if target is not None and targets.setdefault(target, key) != key:
+            return f"{targets[target]!r} and {key!r} are both mapped to {target!r}"
+    return ""
