@@ -26,7 +26,7 @@ PLAN_FIELDS = {
     "model", "commit", "model_type", "split_points", "num_layers", "dtype", "source",
     "parameters", "bytes", "shards", "tied", "cut_bytes_per_token", "components",
 }  # fmt: skip
-COMPONENT_FIELDS = {"component", "layers", "tensors", "parameters", "bytes", "kv_bytes_per_token", "shards"}
+COMPONENT_FIELDS = {"component", "layers", "tensors", "parameters", "bytes", "kv_bytes_per_token", "dtype", "shards"}
 GENERATION_FIELDS = {"prompt", "text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second"}
 VERIFICATION_FIELDS = {
     "equal", "model", "split_points", "dtype", "input", "checks", "max_difference", "components",

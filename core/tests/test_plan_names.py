@@ -162,7 +162,7 @@ def plan_of(dtype: str = "float32", **sizes: object) -> Any:
     config = {**SIZES, **sizes}
     ranges = split_layers(FAMILY, config, (1, 2))
     table = place_keys(FAMILY, config, map_keys(FAMILY, INFOS), ranges)
-    return plan_components(FAMILY, config, table, ranges, INFOS, tuple(Component), dtype)
+    return plan_components(FAMILY, config, table, ranges, INFOS, dict.fromkeys(Component, dtype))
 
 
 def test_tensors_are_planned_in_file_order() -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from splitlearn_core.checkpoint.strategy import AUTO
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quickstart import SplitModel, load_split_model
-from splitlearn_core.types import Component
+from splitlearn_core.types import Component, ProgressCallback
 
 if TYPE_CHECKING:
+    import torch
+
     from splitlearn_core.build.component import ComponentModel
+
+    DType: TypeAlias = str | torch.dtype
+
+#: The strategy that ``low_memory`` asks for.
+_LOW_MEMORY = "incremental"
 
 
 class ModelFactory:
@@ -19,16 +28,68 @@ class ModelFactory:
 
     @staticmethod
     def create_split_models(
-        model_type: str,
+        model_type: str | None,
         model_name_or_path: str | os.PathLike[str] | None,
         split_point_1: int,
         split_point_2: int,
-        device: str = "cpu",
-        **options: Any,
+        device: str | torch.device = "cpu",
+        *,
+        low_memory: bool = False,
+        parts: Sequence[str] = ("bottom", "trunk", "top"),
+        dtype: DType | Mapping[str, DType] | None = None,
+        torch_dtype: DType | Mapping[str, DType] | None = None,
+        device_map: str | Mapping[str, str | int | torch.device] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        attn_implementation: str | None = None,
+        strategy: str = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        progress: ProgressCallback | Literal[False] | None = None,
     ) -> SplitModel:
-        """Load bottom, trunk and top; ``options`` and errors are those of :func:`load_split_model`."""
-        points = (split_point_1, split_point_2)
-        return load_split_model(model_type, points, model_name_or_path, device=device, **options)
+        """Load bottom, trunk and top; what is not described here is as in :func:`load_split_model`.
+
+        Args:
+            model_type: What the model is; None to take what ``config.json`` says.
+            model_name_or_path: A directory or a Hub repository; None for the family's own.
+            split_point_1: Where the trunk begins.
+            split_point_2: Where the top begins.
+            device: Where the components go.
+            low_memory: Read shard by shard: the strategy ``incremental``.
+            parts, device_map, max_memory, attn_implementation, strategy, progress: As there.
+            dtype: As there; ``auto`` by default.
+            torch_dtype: ``dtype`` by the name that it had in transformers before.
+            cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+
+        Raises:
+            SplitLearnError: As there; arguments that contradict each other are a ConfigurationError.
+        """
+        problems = []
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            problems.append(f"dtype is {dtype!r} and torch_dtype, its old name, {torch_dtype!r}")
+        if low_memory and strategy not in (AUTO, _LOW_MEMORY):
+            problems.append(f"low_memory means strategy {_LOW_MEMORY!r}, and strategy is {strategy!r}")
+        if problems:
+            raise ConfigurationError("; ".join(problems), hint="give one of each two")
+        named = dtype if dtype is not None else torch_dtype
+        return load_split_model(
+            model_type,
+            (split_point_1, split_point_2),
+            model_name_or_path,
+            parts=parts,
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
+            dtype="auto" if named is None else named,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            strategy=_LOW_MEMORY if low_memory else strategy,
+            progress=progress,
+            attn_implementation=attn_implementation,
+        )
 
 
 class ModelRegistry:
@@ -38,6 +99,11 @@ class ModelRegistry:
     def is_model_registered(model_type: str) -> bool:
         """Say whether an installed plugin offers the model type; imports none."""
         return model_type in registry().model_types()
+
+    @staticmethod
+    def list_models() -> tuple[str, ...]:
+        """Return the model types that installed plugins offer; imports none."""
+        return tuple(registry().model_types())
 
     @staticmethod
     def get_model_class(model_type: str, component: str) -> type[ComponentModel]:

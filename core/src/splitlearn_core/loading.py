@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,12 @@ from splitlearn_core.errors import (
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.memory import available_memory
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
+from splitlearn_core.plan.placement import AUTO, check_fit, parse_dtypes, place
 from splitlearn_core.plan.split import split_layers
 from splitlearn_core.plan.splitplan import (
     ComponentPlan,
     SplitPlan,
+    common_dtype,
     cut_bytes,
     layers_without_tensors,
     loaded_nbytes,
@@ -44,8 +47,9 @@ from splitlearn_core.plan.splitplan import (
     resolve_dtype,
 )
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.progress import passing_through
+from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.types import Component, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.units import human_bytes
 
 if TYPE_CHECKING:
     from splitlearn_core.build.component import ComponentModel
@@ -55,6 +59,8 @@ log = logging.getLogger(__name__)
 
 #: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
 BUNDLED = "bundled:"
+#: The part of a GPU's free memory that weights may take where nobody set a limit.
+_USABLE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,7 @@ def open_model(
             raise ConfigurationError(
                 f"the family {model_type!r} names no default model", hint="give model_name_or_path as well"
             )
+    log.info("Resolving %s", model_name_or_path)
     checkpoint = Checkpoint(open_source(_unbundled(model_name_or_path), **hub))
     config = checkpoint.config
     stated = config["model_type"]
@@ -102,6 +109,8 @@ def open_model(
             f"model_type {model_type!r} was asked for, but config.json of {model_name_or_path} says {stated!r}",
             hint=f"pass model_type={stated!r}, or None to take what config.json says",
         )
+    commit = checkpoint.source.commit
+    log.info("Found a %s model in %s%s", stated, checkpoint.source.model, f" at {commit}" if commit else "")
     return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), config)
 
 
@@ -130,7 +139,7 @@ def make_plan(
     model: OpenModel,
     split_points: Sequence[int],
     parts: Iterable[Component],
-    dtype: str,
+    dtype: str | Mapping[Any, str],
     *,
     fetch: ProgressCallback | None = None,
 ) -> tuple[SplitPlan, KeyTable]:
@@ -140,7 +149,7 @@ def make_plan(
         model: The opened checkpoint.
         split_points: Where to cut.
         parts: The components to plan.
-        dtype: The dtype that is wanted.
+        dtype: The dtype that is wanted, or one for each component.
         fetch: To plan a load: fetch the shards first, reporting here, so that the plan describes
             the files that will be read. By default headers alone are read, even on the Hub.
 
@@ -150,28 +159,29 @@ def make_plan(
     """
     family, config, checkpoint = model.family, model.config, model.checkpoint
     ranges = split_layers(family, config, split_points)
-    asked = tuple(parts)
+    wishes = parse_dtypes(dtype, tuple(parts))
     # A load wants weights: without any, asking for the weight map below says what is missing.
     described = _tensors_of_config(model) if fetch is None and not checkpoint.has_weights else None
     keys = sorted(checkpoint.weight_map if described is None else described)
     mapping = registry().map_weight_keys(family, config, keys) or map_keys(family, keys)
     table = place_keys(family, config, mapping, ranges)
-    wanted = sorted({key for component in asked for key in table.sources[component].values()})
+    wanted = sorted({key for component in wishes for key in table.sources[component].values()})
     if fetch is not None:
-        checkpoint.fetch(checkpoint.shards(wanted), fetch)
+        log.info("Planning %s of %s, cut at %d and %d", ", ".join(wishes), model.name, *split_points)
+        checkpoint.fetch(checkpoint.shards(wanted), logging_downloads(model.name, fetch))
     tensors = checkpoint.tensors(wanted) if described is None else described
-    resolved = resolve_dtype(dtype, config, tensors.values())
+    dtypes = {component: resolve_dtype(wish, config, tensors.values()) for component, wish in wishes.items()}
     plan = SplitPlan(
         model=model.name,
         commit=checkpoint.source.commit,
         model_type=family.model_type,
         split_points=(ranges[Component.TRUNK].start, ranges[Component.TRUNK].end),
         num_layers=ranges[Component.TOP].total,
-        dtype=resolved,
+        dtype=common_dtype(dtypes.values()),
         source="headers" if described is None else "config",
-        components=plan_components(family, config, table, ranges, tensors, asked, resolved),
+        components=plan_components(family, config, table, ranges, tensors, dtypes),
         tied=table.tied,
-        cut_bytes_per_token=cut_bytes(family, config, resolved),
+        cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
     )
     return plan, table
 
@@ -180,9 +190,14 @@ def make_plan(
 class LoadOptions:
     """How the planned components are wanted."""
 
+    #: Where they go, where ``device_map`` does not say otherwise.
     device: str = "cpu"
     strategy: str = "auto"
     attn_implementation: str | None = None
+    #: Where each goes, or ``auto`` to work it out; see :mod:`splitlearn_core.plan.placement`.
+    device_map: Mapping[Component, str] | str | None = None
+    #: Device -> bytes that may be used of it; empty for no limits.
+    max_memory: Mapping[str, int] = field(default_factory=dict)
     #: Called before each layer is built; it may raise to stop the load.
     on_layer: Callable[[], None] = lambda: None
 
@@ -197,29 +212,32 @@ def load_components(
         ConfigurationError: A device or strategy that does not exist.
         InsufficientMemoryError: The planned bytes do not fit into memory.
     """
-    paths = model.checkpoint.fetch(plan.shards, progress)
+    started = time.perf_counter()
+    devices = choose_devices(plan, options)
+    paths = model.checkpoint.fetch(plan.shards, logging_downloads(model.name, progress))
     read_ahead((tensor.info for part in plan.components for tensor in part.tensors), paths)
     progress(Progress("importing"))
     import_builders(model.family)
     from splitlearn_core.build.component import build_component, hf_config
 
-    reads = _read_plans(plan, paths, options.device)
-    strategy = _strategy(model, options, reads)
-    _check_memory(model.name, strategy, reads.values())
+    reads = _read_plans(plan, paths, devices)
+    strategies = _strategies(model, options, reads)
+    _check_memory(model.name, strategies, reads)
     built: dict[Component, ComponentModel] = {}
     for part in plan.components:
-        log.info("Building %s %s of %s", part.component, part.layers, model.name)
+        log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
         progress(Progress("building", part.component))
-        config = hf_config(model.family, model.config, model.name, plan.dtype, options.attn_implementation)
+        config = hf_config(model.family, model.config, model.name, part.dtype, options.attn_implementation)
         built[part.component] = build_component(
             model.family, config, part.component, part.layers, on_layer=options.on_layer
         )
     _check_all(model, plan.components, table, built)
     _attach_generation_config(model, built.get(Component.TOP))
     with passing_through(progress) as tell:
-        _read_all(plan, reads, built, strategy, tell)
+        _read_all(plan, reads, built, strategies, tell)
     _tie_if_equal(built, table)
     total = sum(read.nbytes for read in reads.values())
+    _log_ready(model.name, plan, devices, total, time.perf_counter() - started)
     progress(Progress("ready", None, total, total))
     return built
 
@@ -239,18 +257,52 @@ def memory_needed(
         ConfigurationError: No strategy of the asked name can do it.
         BrokenPluginError: A strategy cannot say.
     """
-    reads = _read_plans(plan, paths, options.device)
-    strategy = _strategy(model, options, reads)
-    own = sum(predicted_bytes(strategy, read) for read in reads.values())
-    if options.device != "cpu":
-        return own, 0
-    loaded = sum(loaded_nbytes(tensor, plan.dtype) for read in reads.values() for tensor in read.tensors)
-    return own, max(0, loaded - own)
+    reads = _read_plans(plan, paths, choose_devices(plan, options))
+    strategies = _strategies(model, options, reads)
+    own = {component: predicted_bytes(strategies[component], read) for component, read in reads.items()}
+    loaded = {
+        component: sum(loaded_nbytes(tensor, read.dtype) for tensor in read.tensors)
+        for component, read in reads.items()
+        if read.device == "cpu"
+    }
+    return sum(own.values()), max(0, sum(loaded.values()) - sum(own[component] for component in loaded))
 
 
-def _strategy(model: OpenModel, options: LoadOptions, reads: Mapping[Component, ReadPlan]) -> LoadingStrategy:
+def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[Component, str]:
+    """Say where each planned component goes.
+
+    Raises:
+        InsufficientMemoryError: The limits that the caller set do not bear it.
+    """
+    if options.device_map == AUTO:
+        return place(plan.components, options.max_memory or _free_devices())
+    given = options.device_map if isinstance(options.device_map, Mapping) else {}
+    devices = {part.component: given.get(part.component, options.device) for part in plan.components}
+    check_fit(plan.components, devices, options.max_memory)
+    return devices
+
+
+def _free_devices() -> dict[str, int | None]:
+    """Return what of each GPU is free, less a tenth for activations and caches; and the CPU, which a load checks."""
+    import torch
+
+    gpus = range(torch.cuda.device_count())
+    free = {f"cuda:{gpu}": int(torch.cuda.mem_get_info(gpu)[0] * _USABLE) for gpu in gpus}
+    return {**free, "cpu": None}
+
+
+def _log_ready(name: str, plan: SplitPlan, devices: Mapping[Component, str], nbytes: int, seconds: float) -> None:
+    parts = ", ".join(f"{part.component} on {devices[part.component]} in {part.dtype}" for part in plan.components)
+    log.info("Ready: %s of %s; %s in %.2f s", parts, name, human_bytes(nbytes), seconds)
+
+
+def _strategies(
+    model: OpenModel, options: LoadOptions, reads: Mapping[Component, ReadPlan]
+) -> dict[Component, LoadingStrategy]:
+    """Choose how each component is read: one goes to a GPU, and another stays pages of the file."""
     added = registry().strategies(model.family, options.strategy)
-    return choose_strategy(options.strategy, list(reads.values()), added, model.family.preferred_strategy)
+    preferred = model.family.preferred_strategy
+    return {component: choose_strategy(options.strategy, [read], added, preferred) for component, read in reads.items()}
 
 
 def import_builders(family: ModelFamily) -> None:
@@ -275,7 +327,11 @@ def collection_paused() -> Iterator[None]:
 
 
 def load_all(
-    model: OpenModel, split_points: Sequence[int], dtype: str, options: LoadOptions, progress: ProgressCallback
+    model: OpenModel,
+    split_points: Sequence[int],
+    dtype: str | Mapping[Any, str],
+    options: LoadOptions,
+    progress: ProgressCallback,
 ) -> SplitCausalLM:
     """Load all three components as one generation model; raises like :func:`load_components`."""
     check_options(model, options)
@@ -283,7 +339,7 @@ def load_all(
     parts = load_components(model, plan, table, options, progress)
     from splitlearn_core.pipeline import SplitCausalLM
 
-    return SplitCausalLM(*(parts[component] for component in Component))
+    return SplitCausalLM(*(parts[component] for component in Component), mixed_dtypes=isinstance(dtype, Mapping))
 
 
 def check_options(model: OpenModel, options: LoadOptions) -> None:
@@ -293,7 +349,22 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
         ConfigurationError: The name is no device or strategy, or this machine has no such device.
     """
     check_strategy(options.strategy, registry().strategies(model.family, options.strategy))
-    check_device(options.device)
+    given = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
+    check_devices(dict.fromkeys((*given, *options.max_memory)))
+
+
+def check_devices(devices: Iterable[str]) -> None:
+    """Refuse devices that this machine has not; raises ConfigurationError, naming all of them."""
+    refusals = []
+    for device in devices:
+        try:
+            check_device(device)
+        except ConfigurationError as error:
+            refusals.append(error)
+    if len(refusals) > 1:
+        raise ConfigurationError("; ".join(error.message for error in refusals), hint=refusals[0].hint)
+    if refusals:
+        raise refusals[0]
 
 
 def check_device(device: str) -> None:
@@ -328,15 +399,21 @@ def _tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
     return describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
 
 
-def _check_memory(name: str, strategy: LoadingStrategy, reads: Iterable[ReadPlan]) -> None:
-    needed = sum(predicted_bytes(strategy, read) for read in reads)
+def _check_memory(
+    name: str, strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]
+) -> None:
+    needed = sum(predicted_bytes(strategies[component], read) for component, read in reads.items())
     free = available_memory()
     if needed > free:
         raise InsufficientMemoryError(
-            f"loading {name} takes {needed / 2**30:.2f} GiB of memory ({strategy.name}); "
+            f"loading {name} takes {needed / 2**30:.2f} GiB of memory ({_names(strategies)}); "
             f"{free / 2**30:.2f} GiB are available",
             hint="ask for fewer parts or layers, a smaller dtype, or dtype='auto' on the CPU, which maps the file",
         )
+
+
+def _names(strategies: Mapping[Component, LoadingStrategy]) -> str:
+    return ", ".join(dict.fromkeys(strategy.name for strategy in strategies.values()))
 
 
 def _check_all(
@@ -389,14 +466,17 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
         ) from error
 
 
-def _read_plans(plan: SplitPlan, paths: Mapping[str, Path], device: str) -> dict[Component, ReadPlan]:
-    """Say what each component reads; a tied tensor is read for the first one that holds it."""
-    seen: set[str] = set()
+def _read_plans(
+    plan: SplitPlan, paths: Mapping[str, Path], devices: Mapping[Component, str]
+) -> dict[Component, ReadPlan]:
+    """Say what each component reads; a tied tensor is read once for all that want it as it is."""
+    seen: set[tuple[str, str, str]] = set()
     reads = {}
     for part in plan.components:
-        fresh = tuple(tensor for tensor in part.tensors if tensor.info.key not in seen)
-        seen.update(tensor.info.key for tensor in fresh)
-        reads[part.component] = ReadPlan(fresh, paths, device, plan.dtype)
+        device = devices[part.component]
+        fresh = tuple(tensor for tensor in part.tensors if (tensor.info.key, device, part.dtype) not in seen)
+        seen.update((tensor.info.key, device, part.dtype) for tensor in fresh)
+        reads[part.component] = ReadPlan(fresh, paths, device, part.dtype)
     return reads
 
 
@@ -404,25 +484,27 @@ def _read_all(
     plan: SplitPlan,
     reads: Mapping[Component, ReadPlan],
     built: Mapping[Component, ComponentModel],
-    strategy: LoadingStrategy,
+    strategies: Mapping[Component, LoadingStrategy],
     progress: ProgressCallback,
 ) -> None:
     from splitlearn_core.build.assemble import assign_tensor, finish
 
     count = _Count(progress, sum(read.nbytes for read in reads.values()))
-    held: dict[str, Any] = {}
+    held: dict[tuple[str, str, str], Any] = {}
     for part in plan.components:
-        component, read = part.component, reads[part.component]
+        component, read, strategy = part.component, reads[part.component], strategies[part.component]
         own = {planned.module_key for planned in read.tensors}
-        log.info("Loading weights of %s (%s)", component, strategy.name)
+        where = ", ".join(sorted({str(path.parent) for path in read.paths.values()}))
+        files, size = len(read.by_shard()), human_bytes(read.nbytes)
+        log.info("Loading weights of %s: %s of %d files in %s (%s)", component, size, files, where, strategy.name)
         modules = dict(built[component].named_modules())
         count.begin(component, read)
         for planned, tensor in read_checked(strategy, replace(read, on_bytes=count.chunk)):
-            held[planned.info.key] = assign_tensor(modules, planned.module_key, tensor)
+            held[planned.info.key, read.device, read.dtype] = assign_tensor(modules, planned.module_key, tensor)
             count.tensor(planned.info)
         for planned in part.tensors:
             if planned.module_key not in own:
-                assign_tensor(modules, planned.module_key, held[planned.info.key])
+                assign_tensor(modules, planned.module_key, held[planned.info.key, read.device, read.dtype])
         finish(built[component], read.device)
 
 
@@ -465,5 +547,8 @@ def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) ->
         return
     from splitlearn_core.build.assemble import tie_if_equal
 
-    if not tie_if_equal(built[Component.BOTTOM], table.apart[0], built[Component.TOP], table.apart[1]):
+    bottom, top = built[Component.BOTTOM], built[Component.TOP]
+    if (bottom.device, bottom.dtype) != (top.device, top.dtype):
+        return  # One parameter has one device and one dtype.
+    if not tie_if_equal(bottom, table.apart[0], top, table.apart[1]):
         log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart)

@@ -21,6 +21,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         bottom: The component with the embeddings.
         trunk: The component with the middle layers.
         top: The component with the head.
+        mixed_dtypes: Let the components have different dtypes. At each cut, hidden states are then
+            cast to the dtype of the component that they enter. Without it, different dtypes are taken
+            for a mistake.
 
     Raises:
         ConfigurationError: The components do not make up one model.
@@ -32,17 +35,20 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel) -> None:
-        _check_fit(bottom, trunk, top)
+    def __init__(
+        self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, *, mixed_dtypes: bool = False
+    ) -> None:
+        _check_fit(bottom, trunk, top, mixed_dtypes)
         super().__init__(top.config)
         self.bottom, self.trunk, self.top = bottom, trunk, top
+        self._mixed_dtypes = mixed_dtypes
         # What the checkpoint says about generation came with the top; without it, the model's own.
         self.generation_config = getattr(top, "generation_config", None) or GenerationConfig.from_model_config(
             top.config
         )
         self.all_tied_weights_keys: dict[str, str] = {}
         self.training = top.training
-        # One parameter of each, to know its device without a walk over the module at every token.
+        # One parameter of each, to know device and dtype without a walk over the module at every token.
         self._probes = tuple(next(part.parameters()) for part in self.components)
 
     @property
@@ -100,10 +106,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             common["cache_position"] = kwargs.pop("cache_position")
         hidden = self.bottom(input_ids, inputs_embeds=inputs_embeds, past_key_values=caches[0], **common)
         common = _move(common, self._probes[1].device)
-        hidden = self.trunk(hidden.to(self._probes[1].device), past_key_values=caches[1], **common)
+        hidden = self.trunk(self._enter(1, hidden), past_key_values=caches[1], **common)
         common = _move({**common, "labels": labels}, self._probes[2].device)
         output: CausalLMOutputWithPast = self.top(
-            hidden.to(self._probes[2].device),
+            self._enter(2, hidden),
             past_key_values=caches[2],
             logits_to_keep=logits_to_keep,
             **common,
@@ -111,6 +117,11 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         )
         setattr(output, CACHE_FIELD, past_key_values)
         return output.to_tuple() if return_dict is False else output
+
+    def _enter(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Take hidden states over a cut: to the next component's device, and to its dtype where those may differ."""
+        probe = self._probes[number]
+        return hidden.to(probe.device, probe.dtype) if self._mixed_dtypes else hidden.to(probe.device)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn checkpointing on in each component, by its newer name."""
@@ -163,7 +174,7 @@ def _move(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
-def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel) -> None:
+def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, mixed_dtypes: bool) -> None:
     given = {"bottom": bottom, "trunk": trunk, "top": top}
     problems = [
         f"{name} is a {getattr(part, 'component', type(part).__name__)}"
@@ -181,12 +192,14 @@ def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentMode
             for what in ("model_type", "hidden_size", "vocab_size")
         }
         # Of the parameters, not of the configuration, which .to(dtype) leaves as it was.
-        facts["dtype"] = [next(part.parameters()).dtype for part in given.values()]
+        if not mixed_dtypes:
+            facts["dtype"] = [next(part.parameters()).dtype for part in given.values()]
         for what, values in facts.items():
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
     if problems:
         raise ConfigurationError(
             f"these components make up no model: {'; '.join(problems)}",
-            hint="load bottom, trunk and top of one checkpoint with the same split points",
+            hint="load bottom, trunk and top of one checkpoint with the same split points"
+            + ("; mixed_dtypes=True where dtypes differ on purpose" if any("dtype" in p for p in problems) else ""),
         )

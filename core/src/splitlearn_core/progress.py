@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from splitlearn_core.types import Progress, ProgressCallback
+from splitlearn_core.units import human_bytes
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,6 +27,19 @@ def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[Pr
             yield bar.show
         finally:
             bar.close()
+
+
+def logging_downloads(name: str, progress: ProgressCallback) -> ProgressCallback:
+    """Return a callback that also says in the log, once, that files of a model are being downloaded."""
+    said: list[Progress] = []
+
+    def tell(progressed: Progress) -> None:
+        if progressed.stage == "downloading" and not said:
+            said.append(progressed)
+            log.info("Downloading %s of %s", human_bytes(progressed.bytes_total), name)
+        progress(progressed)
+
+    return tell
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from splitlearn_core.loading import LoadOptions, check_options, load_components, make_plan, open_model, refuse_misfit
+from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse_max_memory
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
 from splitlearn_core.progress import reporting
 from splitlearn_core.types import Component, Progress, ProgressCallback
@@ -31,7 +32,7 @@ def plan_split(
     *,
     model_type: str | None = None,
     parts: Sequence[str] = ("bottom", "trunk", "top"),
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -48,7 +49,8 @@ def plan_split(
         split_points: ``(a, b)``: bottom is layers ``[0, a)``, trunk ``[a, b)``, top ``[b, N)``.
         model_type: What the caller expects it to be; by default ``config.json`` says.
         parts: The components to plan.
-        dtype: The dtype the weights shall have once loaded; ``auto`` as ``from_pretrained``.
+        dtype: The dtype the weights shall have once loaded; ``auto`` as ``from_pretrained``. A mapping
+            gives each component its own, ``{"bottom": "float32", "trunk": "bfloat16"}``.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
 
     Raises:
@@ -63,7 +65,8 @@ def plan_split(
         token=token,
         local_files_only=local_files_only,
     )
-    plan, table = make_plan(model, split_points, parse_parts(parts), str(dtype))
+    asked = parse_parts(parts)
+    plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked))
     refuse_misfit(model, plan, table)
     return plan
 
@@ -75,7 +78,9 @@ def load_split_model(
     *,
     parts: Sequence[str] = ("bottom", "trunk", "top"),
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "auto",
+    device_map: str | Mapping[str, str | int | torch.device] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -92,7 +97,12 @@ def load_split_model(
         model_name_or_path: A directory, or a repository on the Hub; by default the family's own.
         parts: The components to load.
         device: Where they go.
-        dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored.
+        device_map: Where each goes, ``{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}``; or ``auto``:
+            as much on the GPUs as fits, in order, the rest on the CPU.
+        max_memory: What may be used of each device, ``{0: "10GiB", "cpu": "30GiB"}``, as in accelerate.
+            By default nine tenths of what is free on each GPU.
+        dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored. A mapping
+            gives each component its own; ``SplitCausalLM(..., mixed_dtypes=True)`` joins such components.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
         strategy: ``auto``, ``mapped``, ``copied``, or one that a plugin adds.
         progress: Called with each :class:`Progress`; None for a bar where stderr is a terminal,
@@ -106,6 +116,10 @@ def load_split_model(
         SplitLearnError: With a hint, before anything is half made; see :func:`plan_split`.
     """
     asked = parse_parts(parts)
+    dtypes = parse_dtypes(dtype, asked)
+    options = LoadOptions(
+        str(device), strategy, attn_implementation, parse_device_map(device_map, asked), parse_max_memory(max_memory)
+    )
     with reporting(progress) as report:
         report(Progress("resolving"))
         model = open_model(
@@ -116,8 +130,7 @@ def load_split_model(
             token=token,
             local_files_only=local_files_only,
         )
-        options = LoadOptions(str(device), strategy, attn_implementation)
         check_options(model, options)
-        plan, table = make_plan(model, split_points, asked, str(dtype), fetch=report)
+        plan, table = make_plan(model, split_points, asked, dtypes, fetch=report)
         components = load_components(model, plan, table, options, report)
     return SplitModel(*(components.get(component) for component in Component))

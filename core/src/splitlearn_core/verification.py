@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.loading import LoadOptions, OpenModel, check_options, import_builders, load_components, make_plan
 from splitlearn_core.memory import anonymous_memory
 from splitlearn_core.text import has_tokenizer, load_tokenizer
@@ -63,14 +64,25 @@ class Verification:
 
 
 def verify_split(
-    model: OpenModel, split_points: Sequence[int], dtype: str, options: LoadOptions, progress: ProgressCallback
+    model: OpenModel,
+    split_points: Sequence[int],
+    dtype: str | Mapping[Any, str],
+    options: LoadOptions,
+    progress: ProgressCallback,
 ) -> Verification:
     """Load a checkpoint split and unsplit, and compare logits, cached decoding and generated tokens.
 
     Raises:
         SplitLearnError: As :func:`load_split_model`.
+        ConfigurationError: Components were to have different dtypes or devices, which the unsplit model cannot have.
     """
     from splitlearn_core.pipeline import SplitCausalLM
+
+    if not isinstance(dtype, str) or options.device_map is not None:
+        raise ConfigurationError(
+            "the unsplit model, with which is compared, has one dtype and one device",
+            hint="give one for all components",
+        )
 
     check_options(model, options)
     import_builders(model.family)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, load_options, model_options, print_json
+from splitlearn_core.cli.options import json_option, load_options, load_options_of, model_options, print_json
 
 
 @click.command("generate", short_help="Continue a prompt, cut in three.")
@@ -23,27 +23,25 @@ from splitlearn_core.cli.options import json_option, load_options, model_options
 def command(
     model: str,
     split_points: tuple[int, int],
-    dtype: str,
-    device: str,
-    strategy: str,
-    attn_implementation: str | None,
+    dtype: str | dict[str, str],
     prompt: str,
     max_new_tokens: int,
     as_json: bool,
     revision: str | None,
     cache_dir: str | None,
     local_files_only: bool,
-    **sampling: Any,
+    **others: Any,
 ) -> None:
     """Continue a prompt with MODEL, cut in three; the text streams as it comes."""
-    from splitlearn_core.loading import LoadOptions, load_all, open_model
+    from splitlearn_core.loading import load_all, open_model
     from splitlearn_core.progress import reporting
     from splitlearn_core.text import generate_text, load_tokenizer
 
     opened = open_model(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     tokenizer = load_tokenizer(opened)
+    options, sampling = load_options_of(others), others
     with reporting(None) as report:
-        split = load_all(opened, split_points, dtype, LoadOptions(device, strategy, attn_implementation), report)
+        split = load_all(opened, split_points, dtype, options, report)
     show = None if as_json else write_text
     result = generate_text(split, tokenizer, prompt, max_new_tokens, on_text=show, **sampling)
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 import sys
 
@@ -28,12 +29,16 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="splitlearn-core", prog_name="splitlearn")
-def cli() -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Log the stages of a load to stderr.")
+def cli(verbose: bool) -> None:
     """Cut a causal language model into bottom, trunk and top, and load only the piece you want.
 
     MODEL is a directory, a Hub repository (owner/name), or bundled:gpt2 for the small model that
     splitlearn-gpt2 carries. Data goes to stdout, progress to stderr.
     """
+    if verbose:
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("splitlearn_core").setLevel(logging.INFO)
 
 
 def main() -> None:

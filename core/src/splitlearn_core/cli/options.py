@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from splitlearn_core.loading import LoadOptions
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -27,7 +30,11 @@ def model_options(command: _Command) -> _Command:
                 help="Layers of the two cuts.",
             ),
             click.option(
-                "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, float64 or auto."
+                "--dtype",
+                default="auto",
+                show_default=True,
+                callback=_for_each_part,
+                help="float32, bfloat16, float16, float64 or auto; or bottom=float32,trunk=bfloat16,...",
             ),
             click.option("--revision", help="Branch, tag or commit on the Hub."),
             click.option("--cache-dir", help="Where the Hub's files are kept."),
@@ -42,13 +49,50 @@ def load_options(command: _Command) -> _Command:
     """Add how the components are loaded."""
     for option in reversed(
         (
-            click.option("--device", default="cpu", show_default=True, help="Where the components go."),
+            click.option(
+                "--device",
+                default="cpu",
+                show_default=True,
+                callback=_for_each_part,
+                help="Where the components go; or bottom=cpu,trunk=cuda:0,...; or auto.",
+            ),
+            click.option("--max-memory", help="What may be used of each device: 0=10GiB,cpu=30GiB."),
             click.option("--strategy", default="auto", show_default=True, help="How the weights are read."),
             click.option("--attn-implementation", help="eager, sdpa, ...; by default what transformers chooses."),
         )
     ):
         command = option(command)
     return command
+
+
+def _for_each_part(_: click.Context, parameter: click.Parameter, value: str) -> str | dict[str, str]:
+    return _pairs(str(parameter.opts[0]), value) if "=" in value else value
+
+
+def _pairs(option: str, value: str) -> dict[str, str]:
+    """Read NAME=VALUE,NAME=VALUE."""
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    if not all(name and equals and said for name, equals, said in pairs):
+        raise click.BadParameter(f"{value!r} is not NAME=VALUE,NAME=VALUE", param_hint=option)
+    return {name: said for name, _, said in pairs}
+
+
+def load_options_of(options: dict[str, Any]) -> LoadOptions:
+    """Take what :func:`load_options` added out of a command's options."""
+    from splitlearn_core.loading import LoadOptions
+    from splitlearn_core.plan.placement import AUTO, parse_device_map, parse_max_memory
+    from splitlearn_core.types import Component
+
+    device, max_memory = options.pop("device"), options.pop("max_memory")
+    device_map = device if isinstance(device, dict) or device == AUTO else None
+    given = _pairs("--max-memory", max_memory) if max_memory else {}
+    return LoadOptions(
+        "cpu" if device_map is not None else device,
+        options.pop("strategy"),
+        options.pop("attn_implementation"),
+        parse_device_map(device_map, tuple(Component)),
+        parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in given.items()}),
+    )
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from splitlearn_core.cli.options import json_option, model_options, print_json, styled, table
-from splitlearn_core.plan.splitplan import SplitPlan
+from splitlearn_core.plan.splitplan import MIXED, SplitPlan
 from splitlearn_core.units import human_bytes
 
 _BAR_WIDTH = 64
@@ -45,6 +45,9 @@ def render_plan(plan: SplitPlan) -> str:
         )
         for part in plan.components
     ]
+    dtypes = plan.dtype
+    if dtypes == MIXED:
+        dtypes = " and ".join(f"{part.dtype} ({part.component})" for part in plan.components)
     lines = [
         f"{plan.model}{commit}",
         ", ".join(
@@ -53,7 +56,7 @@ def render_plan(plan: SplitPlan) -> str:
                 f"{plan.num_layers} layers",
                 f"{plan.parameters:,} parameters",
                 human_bytes(plan.nbytes),
-                f"loads as {plan.dtype} (read from {plan.source})",
+                f"loads as {dtypes} (read from {plan.source})",
             )
         ),
         "",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, load_options, model_options, print_json, table
+from splitlearn_core.cli.options import json_option, load_options, load_options_of, model_options, print_json, table
 from splitlearn_core.units import human_bytes
 from splitlearn_core.verification import Verification
 
@@ -21,21 +21,18 @@ def command(
     /,
     model: str,
     split_points: tuple[int, int],
-    dtype: str,
-    device: str,
-    strategy: str,
-    attn_implementation: str | None,
+    dtype: str | dict[str, str],
     as_json: bool,
-    **hub: Any,
+    **others: Any,
 ) -> None:
     """Compare MODEL, cut in three, with MODEL unsplit. Exit code 1 where a bit differs."""
-    from splitlearn_core.loading import LoadOptions, open_model
+    from splitlearn_core.loading import open_model
     from splitlearn_core.progress import reporting
     from splitlearn_core.verification import verify_split
 
     with reporting(None) as report:
-        options = LoadOptions(device, strategy, attn_implementation)
-        result = verify_split(open_model(model, **hub), split_points, dtype, options, report)
+        options = load_options_of(others)
+        result = verify_split(open_model(model, **others), split_points, dtype, options, report)
     if as_json:
         print_json(result.to_dict())
     else:

@@ -12,6 +12,9 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import KeyTable
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Component, LayerRange, TensorInfo
 
+#: Stands for the dtype of components that have different ones.
+MIXED = "mixed"
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
@@ -34,6 +37,8 @@ class ComponentPlan:
     tensors: tuple[PlannedTensor, ...]
     #: Bytes that the component's key-value cache grows by for each token of each sequence.
     kv_bytes_per_token: int
+    #: The dtype its weights will have once loaded, by torch's name.
+    dtype: str
 
     @property
     def parameters(self) -> int:
@@ -60,6 +65,7 @@ class ComponentPlan:
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "dtype": self.dtype,
             "shards": list(self.shards),
         }
 
@@ -74,14 +80,14 @@ class SplitPlan:
     model_type: str
     split_points: tuple[int, int]
     num_layers: int
-    #: The dtype the weights will have once loaded, by torch's name.
+    #: The dtype the weights will have once loaded, by torch's name; ``mixed`` where components differ.
     dtype: str
     #: ``headers`` of the weight files, or ``config`` alone where there are no weights.
     source: str
     components: tuple[ComponentPlan, ...]
     #: Checkpoint keys of tensors that two components hold.
     tied: tuple[str, ...]
-    #: Bytes that cross each of the two cuts for each token, in the planned dtype.
+    #: Bytes that cross each of the two cuts for each token, in the planned dtype (the widest of several).
     cut_bytes_per_token: int
 
     def component(self, name: Component | str) -> ComponentPlan:
@@ -132,17 +138,16 @@ def plan_components(
     table: KeyTable,
     ranges: Mapping[Component, LayerRange],
     tensors: Mapping[str, TensorInfo],
-    parts: Iterable[Component],
-    dtype: str,
+    dtypes: Mapping[Component, str],
 ) -> tuple[ComponentPlan, ...]:
-    """Put the tensors of the asked components together, in the order in which the files hold them."""
-    per_layer = _kv_bytes_per_layer(family, config, dtype)
+    """Put the tensors of the components that have a dtype together, in the order in which the files hold them."""
     plans = []
-    for component in parts:
+    for component, dtype in dtypes.items():
+        per_layer = _kv_bytes_per_layer(family, config, dtype)
         planned = [PlannedTensor(name, tensors[key]) for name, key in table.sources[component].items()]
         planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
         owned = ranges[component]
-        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned)))
+        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned), dtype))
     return tuple(plans)
 
 
@@ -184,9 +189,15 @@ def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
     return tensor.elements * DTYPE_BYTES[target]
 
 
-def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
-    """Bytes of one token's hidden state, which is what crosses a cut."""
-    return _number(family, config, "hidden_size") * DTYPE_BYTES[FLOAT_DTYPES[dtype]]
+def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtypes: Iterable[str]) -> int:
+    """Bytes of one token's hidden state, which is what crosses a cut, in the widest of the dtypes."""
+    return _number(family, config, "hidden_size") * max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in dtypes)
+
+
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """Return the one dtype of several components, or ``mixed``."""
+    names = set(dtypes)
+    return names.pop() if len(names) == 1 else MIXED
 
 
 def parse_parts(parts: Sequence[str] | str) -> tuple[Component, ...]:

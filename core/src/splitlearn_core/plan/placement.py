@@ -1,0 +1,190 @@
+"""Which component goes to which device, and in which dtype: what the caller said, checked and worked out."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError
+from splitlearn_core.plan.splitplan import ComponentPlan, loaded_nbytes
+from splitlearn_core.types import FLOAT_DTYPES, Component
+from splitlearn_core.units import human_bytes
+
+#: Asks for as much on the GPUs as fits, the rest on the CPU.
+AUTO = "auto"
+
+#: Powers of 1024 and of 1000, as accelerate spells them; a small b at the end of the latter counts bits.
+_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", re.IGNORECASE)
+_BITS = 8
+
+
+def parse_dtypes(dtype: Any, asked: Iterable[Component]) -> dict[Component, str]:
+    """Return torch's name of the dtype that each asked component shall have, or ``auto``.
+
+    Args:
+        dtype: One for all, or a mapping from component to dtype; those left out are ``auto``.
+        asked: The components.
+
+    Raises:
+        ConfigurationError: Names that are no component, or no floating dtype; all are listed.
+    """
+    given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(asked, dtype)
+    names = {part: str(name).removeprefix("torch.") for part, name in given.items()}
+    problems = _not_components("dtype", given)
+    problems += [
+        f"dtype {name!r}{f' of {part}' if isinstance(dtype, Mapping) else ''} is none of {', '.join(FLOAT_DTYPES)}"
+        for part, name in names.items()
+        if name not in (AUTO, *FLOAT_DTYPES)
+    ]
+    if problems:
+        raise ConfigurationError(
+            "; ".join(dict.fromkeys(problems)), hint='leave dtype="auto" for the one that the checkpoint states'
+        )
+    return {component: names.get(component, AUTO) for component in asked}
+
+
+def parse_device_map(device_map: Any, asked: Iterable[Component]) -> dict[Component, str] | str | None:
+    """Return where each asked component goes: ``auto`` to work it out, None where nothing is said.
+
+    Raises:
+        ConfigurationError: It is neither, names what is no component, or leaves one out.
+    """
+    if device_map is None or device_map == AUTO:
+        return device_map  # type: ignore[no-any-return]  # one of the two
+    if not isinstance(device_map, Mapping):
+        raise ConfigurationError(
+            f"device_map is {device_map!r}", hint='give "auto", or {"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}'
+        )
+    problems = _not_components("device_map", device_map)
+    problems += [f"device_map leaves out {component}" for component in asked if component not in device_map]
+    if problems:
+        raise ConfigurationError("; ".join(problems), hint=f"its keys are {', '.join(Component)}")
+    # An integer is a CUDA device's number, as in max_memory.
+    return {component: _device_name(device_map[component]) for component in asked}
+
+
+def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[str, int]:
+    """Return the bytes that may be used of each device, in the order in which they are filled.
+
+    Args:
+        max_memory: As in accelerate: ``{0: "10GiB", "cpu": "30GiB"}``. A device that is not named is not
+            used. None for no limits.
+
+    Raises:
+        ConfigurationError: Sizes or devices that are none; all are listed.
+    """
+    budgets: dict[str, int] = {}
+    problems = []
+    for device, size in (max_memory or {}).items():
+        if device == "disk":
+            problems.append("'disk' holds no component: on the CPU, mapped weights are pages of their file already")
+        elif isinstance(device, bool) or not isinstance(device, int | str):
+            problems.append(f"{device!r} is no device")
+        else:
+            budgets[_device_name(device)] = count = _bytes(size)
+            problems += [f"{size!r} for {device!r} is no size"] if count < 0 else []
+    if problems:
+        raise ConfigurationError(
+            f"max_memory: {'; '.join(problems)}", hint='give {0: "10GiB", "cpu": "30GiB"}: numbers of bytes, or texts'
+        )
+    return dict(sorted(budgets.items(), key=lambda item: item[0] == "cpu"))
+
+
+def place(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[Component, str]:
+    """Give each component a device: as much as fits on the first, then on the next, in the order of the model.
+
+    Args:
+        parts: What is to be placed.
+        budgets: Device -> bytes that may be used of it; None for no limit. In the order of preference.
+
+    Raises:
+        InsufficientMemoryError: There is no such placement; says what needs how much, and what would fit.
+    """
+    found = _first_fit(parts, budgets)
+    if found is None:
+        raise _does_not_fit(parts, budgets, "on the devices there are")
+    return found
+
+
+def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[Component, str], budgets: Mapping[str, int]) -> None:
+    """Refuse a placement that the caller chose where it goes beyond the limits that the caller set.
+
+    Raises:
+        InsufficientMemoryError: Says what needs how much, and what would fit.
+    """
+    # "cuda" alone is the first of them, as long as nobody chose another.
+    limits = {**budgets, "cuda": budgets["cuda:0"]} if "cuda:0" in budgets else budgets
+    if any(need > limits.get(device, need) for device, need in bytes_on(parts, devices).items()):
+        chosen = ", ".join(f"{part.component} on {devices[part.component]}" for part in parts)
+        raise _does_not_fit(parts, budgets, f"with {chosen}")
+
+
+def bytes_on(parts: Iterable[ComponentPlan], devices: Mapping[Component, str]) -> dict[str, int]:
+    """Return the bytes that the components take on each device; a tied tensor counts once where it is shared."""
+    held: dict[str, dict[tuple[str, str], int]] = {}
+    for part in parts:
+        tensors = held.setdefault(devices[part.component], {})
+        tensors.update({(tensor.info.key, part.dtype): loaded_nbytes(tensor, part.dtype) for tensor in part.tensors})
+    return {device: sum(tensors.values()) for device, tensors in held.items()}
+
+
+def _first_fit(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[Component, str] | None:
+    # Hidden states never go back to an earlier device; of such placements, those that fill the first come first.
+    for choice in itertools.combinations_with_replacement(budgets, len(parts)):
+        devices = {part.component: device for part, device in zip(parts, choice, strict=True)}
+        limits = ((need, budgets[device]) for device, need in bytes_on(parts, devices).items())
+        if all(limit is None or need <= limit for need, limit in limits):
+            return devices
+    return None
+
+
+def _does_not_fit(
+    parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None], how: str
+) -> InsufficientMemoryError:
+    needs = ", ".join(f"{part.component} {human_bytes(part.loaded_bytes(part.dtype))}" for part in parts)
+    limits = ", ".join(
+        f"{device} {'any amount' if limit is None else human_bytes(limit)}" for device, limit in budgets.items()
+    )
+    fitting = _what_fits(parts, budgets)
+    return InsufficientMemoryError(
+        f"the components do not fit {how}: {needs} are needed; {limits or 'nothing'} may be used",
+        hint=f"{f'{fitting} would fit; or ' if fitting else ''}raise max_memory, or choose a smaller dtype",
+    )
+
+
+def _what_fits(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> str:
+    """Return the arguments with which most of the components can be placed; empty where none can."""
+    for count in range(len(parts), 0, -1):
+        for some in itertools.combinations(parts, count):
+            devices = _first_fit(some, budgets)
+            if devices is not None and count == len(parts):
+                return f"device_map={ {str(part): device for part, device in devices.items()} }"
+            if devices is not None:
+                return f"parts={tuple(map(str, devices))}"
+    return ""
+
+
+def _not_components(what: str, given: Mapping[Any, Any]) -> list[str]:
+    wrong = [repr(str(name)) for name in given if name not in set(Component)]
+    return [f"{what} names {', '.join(wrong)}, and there are only {', '.join(Component)}"] if wrong else []
+
+
+def _device_name(device: Any) -> str:
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
+
+
+def _bytes(size: Any) -> int:
+    """Return a number of bytes, or -1 for what is none."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        return size
+    text = size.strip() if isinstance(size, str) else ""
+    if text.isdecimal():
+        return int(text)
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return -1
+    count = int(float(match[1]) * _UNITS[match[2].upper()])
+    return count // _BITS if match[2].endswith("b") and len(match[2]) == len("KB") else count
