@@ -781,11 +781,11 @@ def test_quantised_repository_is_refused_before_its_weights(hub: LoopbackHub, si
 
 
 def test_pickled_repository_is_refused(hub: LoopbackHub, single: Path, tmp_path: Path) -> None:
-    """A repository with pickles alone is told how to convert, and none of them is downloaded."""
+    """A repository with pickles of another layout is told how to convert, and none of them is downloaded."""
     folder = shutil.copytree(single, tmp_path / "pickled")
-    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    (folder / SINGLE).rename(folder / "consolidated.pth")
     hub.add_repo(REPO, folder)
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
+    with pytest.raises(CheckpointError, match=r"consolidated\.pth") as caught:
         load()
     assert "save_pretrained" in caught.value.hint
     assert hub.downloaded(REPO) == {CONFIG}

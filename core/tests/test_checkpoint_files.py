@@ -372,10 +372,10 @@ def test_metadata_that_the_library_refuses_is_an_error_of_ours(single: Path) -> 
 
 
 def test_pickled_weights_are_not_opened(single: Path) -> None:
-    """A checkpoint with .bin files alone says why, and how to convert it."""
-    (single / SINGLE).rename(single / "pytorch_model.bin")
+    """A checkpoint with .pt files alone says which files are read, and how to convert it."""
+    (single / SINGLE).rename(single / "model.pt")
 
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
+    with pytest.raises(CheckpointError, match=r"model\.pt") as caught:
         load_split_model("llama", CUTS, single)
 
     assert "save_pretrained" in caught.value.hint

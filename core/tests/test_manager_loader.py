@@ -33,7 +33,8 @@ from splitlearn_core import (
     plan_split,
 )
 from splitlearn_core.build.skeleton import BUILD_LOCK
-from splitlearn_core.checkpoint import strategy as strategies
+from splitlearn_core.checkpoint.strategies import copied as copying
+from splitlearn_core.checkpoint.strategies import views as strategies
 from splitlearn_core.errors import LoadCancelledError
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.failures import explaining
@@ -285,13 +286,14 @@ class TestWholeModels:
             ModelLoader().plan(whole_model(single), lambda _: None)
         assert caught.value.hint
 
-    def test_pickled_weights_are_refused(self, single: Path, whole: Any) -> None:
-        """Only safetensors are read."""
+    def test_a_bin_file_is_read_as_transformers_reads_it(self, single: Path, whole: Any) -> None:
+        """It holds tensors alone, and nothing in it is run."""
         (single / SINGLE).unlink()
         torch.save(whole.state_dict(), single / "pytorch_model.bin")
 
-        with pytest.raises(CheckpointError, match="pickle"):
-            ModelLoader().plan(whole_model(single), lambda _: None)
+        loaded = load(whole_model(single)).module.state_dict()
+
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.state_dict().items())
 
     def test_a_wrong_attention_is_the_callers(self, single: Path) -> None:
         """A ConfigurationError with what transformers says."""
@@ -869,7 +871,7 @@ def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkey
             raise MemoryError
         return view.clone()
 
-    monkeypatch.setattr(strategies, "_copy", scarce)
+    monkeypatch.setattr(copying, "copy_to_plan", scarce)
     with pytest.raises(InsufficientMemoryError, match="ran out") as caught:
         load(component(single, strategy="copied"))
     assert caught.value.hint

@@ -44,6 +44,7 @@ from splitlearn_core.types import Component, LayerRange, Progress
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
+    from splitlearn_core.checkpoint.strategy import WeightReader as WeightReader
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
     from splitlearn_core.manager.config import ModelConfig as ModelConfig
@@ -81,6 +82,7 @@ _LAZY = {
     "SplitCausalLM": "pipeline",
     "SplitModel": "quickstart",
     "SplitPlan": "plan.splitplan",
+    "WeightReader": "checkpoint.strategy",
     "load_split_model": "quickstart",
     "plan_split": "quickstart",
     "preload": "manager.imports",

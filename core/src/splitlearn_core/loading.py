@@ -19,6 +19,7 @@ from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.checkpoint.strategy import (
     LoadingStrategy,
     ReadPlan,
+    WeightReader,
     check_strategy,
     choose_strategy,
     predicted_bytes,
@@ -48,7 +49,7 @@ from splitlearn_core.plan.splitplan import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
-from splitlearn_core.types import Component, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
 from splitlearn_core.units import human_bytes
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def open_model(
                 f"the family {model_type!r} names no default model", hint="give model_name_or_path as well"
             )
     log.info("Resolving %s", model_name_or_path)
-    checkpoint = Checkpoint(open_source(_unbundled(model_name_or_path), **hub))
+    source = open_source(_unbundled(model_name_or_path), readable_suffixes=_readable_suffixes, **hub)
+    checkpoint = Checkpoint(source, _readers)
     config = checkpoint.config
     stated = config["model_type"]
     if model_type is not None and model_type != stated:
@@ -112,6 +114,16 @@ def open_model(
     commit = checkpoint.source.commit
     log.info("Found a %s model in %s%s", stated, checkpoint.source.model, f" at {commit}" if commit else "")
     return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), config)
+
+
+def _readers(model_type: str | None) -> list[WeightReader]:
+    """Return the readers of files that core cannot describe, those of the model type's own plugin too."""
+    family = registry().family(model_type) if model_type is not None else None
+    return [strategy for strategy in registry().strategies(family) if isinstance(strategy, WeightReader)]
+
+
+def _readable_suffixes() -> tuple[str, ...]:
+    return tuple(suffix for reader in _readers(None) for suffix in reader.suffixes)
 
 
 def bundled_checkpoint(family: ModelFamily) -> Path:
@@ -161,7 +173,10 @@ def make_plan(
     ranges = split_layers(family, config, split_points)
     wishes = parse_dtypes(dtype, tuple(parts))
     # A load wants weights: without any, asking for the weight map below says what is missing.
-    described = _tensors_of_config(model) if fetch is None and not checkpoint.has_weights else None
+    by_config = fetch is None and not (checkpoint.has_weights and checkpoint.is_describable)
+    described = _tensors_of_config(model) if by_config else None
+    if fetch is not None:
+        checkpoint.fetch_undescribed(fetch)
     keys = sorted(checkpoint.weight_map if described is None else described)
     mapping = registry().map_weight_keys(family, config, keys) or map_keys(family, keys)
     table = place_keys(family, config, mapping, ranges)
@@ -215,7 +230,8 @@ def load_components(
     started = time.perf_counter()
     devices = choose_devices(plan, options)
     paths = model.checkpoint.fetch(plan.shards, logging_downloads(model.name, progress))
-    read_ahead((tensor.info for part in plan.components for tensor in part.tensors), paths)
+    infos = (tensor.info for part in plan.components for tensor in part.tensors)
+    read_ahead((info for info in infos if info.format == SAFETENSORS), paths)
     progress(Progress("importing"))
     import_builders(model.family)
     from splitlearn_core.build.component import build_component, hf_config

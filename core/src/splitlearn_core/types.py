@@ -16,6 +16,9 @@ DTYPE_BYTES = {
 #: torch's name of a floating dtype -> the safetensors format's.
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
+#: The formats of weight files that core reads.
+SAFETENSORS, PYTORCH = "safetensors", "pytorch"
+
 
 class Component(StrEnum):
     """One of the three pieces of a model, in the order in which hidden states pass through them."""
@@ -61,10 +64,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     #: Name of the shard that holds it; empty where there are no weights yet.
     shard: str
-    #: First byte in the shard, counted from the start of the file.
+    #: First byte in the shard, counted from the start of the file; 0 where the format is not safetensors.
     begin: int
-    #: One past the last byte.
+    #: One past the last byte; the tensor's bytes where the format is not safetensors.
     end: int
+    #: Of the shard: ``safetensors``, ``pytorch``, or what an added weight reader names.
+    format: str = SAFETENSORS
 
     @property
     def nbytes(self) -> int:

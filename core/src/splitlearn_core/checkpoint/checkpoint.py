@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.config import read_config, read_weight_map
+from splitlearn_core.checkpoint.config import check_config, read_config, read_weight_map
 from splitlearn_core.checkpoint.source import CONFIG, Source
+from splitlearn_core.checkpoint.strategies.base import WeightReader
+from splitlearn_core.checkpoint.torchfile import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.types import ProgressCallback, TensorInfo
+from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_SHOWN = 8
+
+#: Asked for the readers of other formats, with the model type where ``config.json`` says it.
+FindReaders = Callable[[str | None], Iterable[WeightReader]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the weights lie: in one file, or in shards that an index names."""
+
+    #: The one file, or the index.
+    entrance: str
+    format: str
+    #: How the names of weight files end.
+    suffix: str
+    #: Who describes the file, where core does not.
+    reader: WeightReader | None = None
+
+    @property
+    def is_index(self) -> bool:
+        return self.entrance.endswith(".index.json")
+
+
+#: One file wins over an index, and safetensors over pickles, as in transformers.
+_LAYOUTS = (
+    _Layout(SINGLE, SAFETENSORS, ".safetensors"),
+    _Layout(INDEX, SAFETENSORS, ".safetensors"),
+    _Layout(TORCH_SINGLE, PYTORCH, ".bin"),
+    _Layout(TORCH_INDEX, PYTORCH, ".bin"),
+)
 
 
 class Checkpoint:
-    """The files of a model as values; nothing is read before it is asked for."""
+    """The files of a model as values; nothing is read before it is asked for.
 
-    def __init__(self, source: Source) -> None:
+    Args:
+        source: Where the files are.
+        find_readers: Asked, only where core knows none of the weight files, who does.
+    """
+
+    def __init__(self, source: Source, find_readers: FindReaders = lambda _: ()) -> None:
         self.source = source
+        self._find_readers = find_readers
         self._headers: dict[str, dict[str, TensorInfo]] = {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``. Raises InvalidCheckpointError."""
-        config = read_config(self.source.path(CONFIG))
+        """``config.json``, or what a weight file says in its stead. Raises InvalidCheckpointError."""
+        if not self.source.has_config and self._layout is not None and self._layout.reader is not None:
+            file = self.source.path(self._layout.entrance)
+            config = check_config(dict(self._layout.reader.config(file)), str(file))
+        else:
+            config = read_config(self.source.path(CONFIG))
         quantization = config.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -36,22 +82,39 @@ class Checkpoint:
             )
         return config
 
+    @property
+    def format(self) -> str:
+        """The format of the weights: ``safetensors``, ``pytorch`` or an added reader's; empty without weights."""
+        return self._layout.format if self._layout is not None else ""
+
     @cached_property
     def has_weights(self) -> bool:
         """Say whether there are weights to be read at all."""
-        # Shards without an index are weights too: asking for the weight map says what is missing.
-        return any(name == INDEX or name.endswith(".safetensors") for name in self.source.files())
+        # Weights that cannot be read are weights too: asking for the weight map says what is missing.
+        return self._layout is not None or any(name.endswith((".safetensors", *_PICKLES)) for name in self._files)
+
+    @cached_property
+    def is_describable(self) -> bool:
+        """Say whether the weights can be described as they are: only safetensors can before they are fetched."""
+        if self._layout is None or self.format == SAFETENSORS:
+            return True
+        shards = set(self.weight_map.values()) if self._layout.is_index else {self._layout.entrance}
+        return all(map(self.source.is_here, shards))
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> shard, from the index or from the one file's header."""
-        files = self.source.files()
-        # One file wins over an index, as in transformers.
-        if SINGLE in files:
-            return dict.fromkeys(self._header(SINGLE), SINGLE)
-        if INDEX in files:
-            return read_weight_map(self.source.path(INDEX))
-        raise self._no_weights(files)
+        layout = self._layout
+        if layout is None:
+            raise self._no_weights()
+        if layout.is_index:
+            return read_weight_map(self.source.path(layout.entrance), layout.suffix)
+        return dict.fromkeys(self._header(layout.entrance), layout.entrance)
+
+    def fetch_undescribed(self, progress: ProgressCallback) -> None:
+        """Fetch what the weight map cannot be had without: a file that has no header to be fetched alone."""
+        if self._layout is not None and self.format != SAFETENSORS and not self._layout.is_index:
+            self.fetch([self._layout.entrance], progress)
 
     def shards(self, keys: Iterable[str]) -> tuple[str, ...]:
         """Return the shards that hold these tensors."""
@@ -69,9 +132,9 @@ class Checkpoint:
         headers = {shard: self._header(shard) for shard in shards}
         astray = [f"{key} in {self.weight_map[key]}" for key in wanted if key not in headers[self.weight_map[key]]]
         if astray:
+            index = self._layout.entrance if self._layout is not None else INDEX
             raise InvalidCheckpointError(
-                f"{INDEX} of {self.source.model} names tensors that are not where it says: {'; '.join(astray[:8])}"
-                + (f"; and {len(astray) - 8} more" if len(astray) > 8 else ""),  # noqa: PLR2004  # a readable line
+                f"{index} of {self.source.model} names tensors that are not where it says: {_list(astray, '; ')}",
                 hint="index and shards belong to different versions: fetch them anew",
             )
         return {key: headers[self.weight_map[key]][key] for key in wanted}
@@ -84,26 +147,69 @@ class Checkpoint:
 
     def optional_file(self, name: str) -> Path | None:
         """Return the path of a small file that a checkpoint may have or not."""
-        return self.source.path(name) if name in self.source.files() else None
+        return self.source.path(name) if name in self._files else None
 
-    def _header(self, shard: str) -> dict[str, TensorInfo]:
+    @property
+    def _files(self) -> Mapping[str, int]:
+        return self.source.files()
+
+    @cached_property
+    def _layout(self) -> _Layout | None:
+        """The layout that is read; None where nobody knows the files."""
+        known = next((layout for layout in _LAYOUTS if layout.entrance in self._files), None)
+        return known or self._claimed()
+
+    def _claimed(self) -> _Layout | None:
+        """Find the one file that an added reader knows.
+
+        Raises:
+            CheckpointError: There are several, and each is a model of its own.
+        """
+        stated = read_config(self.source.path(CONFIG))["model_type"] if self.source.has_config else None
+        claimed: dict[str, _Layout] = {}
+        for reader in self._find_readers(stated):
+            for name in sorted(self._files):
+                if name.endswith(tuple(reader.suffixes)):
+                    claimed.setdefault(name, _Layout(name, reader.format, Path(name).suffix, reader))
+        if len(claimed) > 1:
+            raise CheckpointError(
+                f"{self.source.model} holds {len(claimed)} weight files, each a model of its own: "
+                f"{_list(list(claimed), ', ')}",
+                hint="give the path of the one that is meant",
+            )
+        return next(iter(claimed.values()), None)
+
+    def _header(self, shard: str) -> Mapping[str, TensorInfo]:
         if shard not in self._headers:
-            self._headers[shard] = self.source.header(shard)
+            self._headers[shard] = self._describe(shard)
         return self._headers[shard]
 
-    def _no_weights(self, files: Mapping[str, int]) -> CheckpointError:
-        pickled = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        if pickled:
-            return CheckpointError(
-                f"{self.source.model} has its weights only in pickle files ({', '.join(pickled[:4])}), "
-                "which can run code when they are opened; splitlearn reads safetensors",
-                hint="convert it once: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIR), then load DIR",
-            )
-        sharded = sorted(name for name in files if name.endswith(".safetensors"))
+    def _describe(self, shard: str) -> dict[str, TensorInfo]:
+        if self.format == SAFETENSORS:
+            return self.source.header(shard)
+        path = self.fetch([shard], lambda _: None)[shard]
+        reader = self._layout.reader if self._layout is not None else None
+        return describe_torch_file(path) if reader is None else dict(reader.tensors(path, self.config))
+
+    def _no_weights(self) -> CheckpointError:
+        sharded = sorted(name for name in self._files if name.endswith(".safetensors"))
         if sharded:
             return MissingFileError(
                 f"{self.source.model} has {len(sharded)} safetensors files ({', '.join(sharded[:3])}) "
                 f"but neither {SINGLE} nor {INDEX}",
                 hint="fetch the index too: it says which shard holds which tensor",
             )
+        pickled = sorted(name for name in self._files if name.endswith(_PICKLES))
+        if pickled:
+            return CheckpointError(
+                f"{self.source.model} has its weights only in pickle files of unknown layout "
+                f"({', '.join(pickled[:4])}); of those {TORCH_SINGLE} and {TORCH_INDEX} are read",
+                hint="convert it once: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIR), then load DIR",
+            )
         return MissingFileError(f"{self.source.model} has a {CONFIG} but no weights", hint=self.source.hint_for_missing)
+
+
+def _list(items: list[str], separator: str) -> str:
+    """Join the first few of many."""
+    more = [f"and {len(items) - _MAX_SHOWN} more"] if len(items) > _MAX_SHOWN else []
+    return separator.join(items[:_MAX_SHOWN] + more)

@@ -18,17 +18,25 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InvalidCheckpointError: It is no JSON object, or names no model type.
     """
-    config = _read_object(path)
+    return check_config(_read_object(path), str(path))
+
+
+def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a configuration that names its model type; raises InvalidCheckpointError, naming ``where``."""
     if not isinstance(config.get("model_type"), str):
         raise InvalidCheckpointError(
-            f'{path} has no "model_type", so nothing says which family the model belongs to',
+            f'{where} has no "model_type", so nothing says which family the model belongs to',
             hint='add "model_type": "gpt2" (or what it is) to the file',
         )
     return config
 
 
-def read_weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     """Read an index file: tensor name -> name of the shard beside it.
+
+    Args:
+        path: The index.
+        suffix: How the names of its shards end.
 
     Raises:
         InvalidCheckpointError: It is no index, or it names a shard outside its own folder.
@@ -37,22 +45,22 @@ def read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index anew")
     # Each name is judged once: an index has a thousand tensors and a few dozen shards.
-    sound = {shard for shard in {str(shard) for shard in weight_map.values()} if _is_shard_name(shard)}
+    sound = {shard for shard in {str(shard) for shard in weight_map.values()} if _is_shard_name(shard, suffix)}
     wrong = [
         f"{key!r} -> {shard!r}" for key, shard in weight_map.items() if not isinstance(shard, str) or shard not in sound
     ]
     if wrong:
         raise InvalidCheckpointError(
-            f"{path} names shards that are no safetensors files in its own folder: {'; '.join(sorted(wrong)[:8])}",
+            f"{path} names shards that are no {suffix} files in its own folder: {'; '.join(sorted(wrong)[:8])}",
             hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",
         )
     return weight_map
 
 
-def _is_shard_name(shard: str) -> bool:
+def _is_shard_name(shard: str, suffix: str) -> bool:
     # One plain name under the rules of both systems, whatever this one is.
     return (
-        shard.endswith(".safetensors")
+        shard.endswith(suffix)
         and "\0" not in shard
         and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
     )

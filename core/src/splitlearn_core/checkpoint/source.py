@@ -42,6 +42,8 @@ class Source(Protocol):
     model: str
     #: The commit a Hub revision was resolved to; None for a directory.
     commit: str | None
+    #: Whether there is a ``config.json``.
+    has_config: bool
 
     @property
     def hint_for_missing(self) -> str:
@@ -56,6 +58,9 @@ class Source(Protocol):
     def path(self, name: str) -> Path:
         """Return the local path of a small file, fetching it first where necessary."""
 
+    def is_here(self, name: str) -> bool:
+        """Say whether a file is on this machine already."""
+
     def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
         """Make sure that large files are there, fetching what is not."""
 
@@ -64,26 +69,39 @@ class Source(Protocol):
 
 
 class DirectorySource:
-    """A checkpoint in a local directory."""
+    """A checkpoint in a local directory.
+
+    Args:
+        directory: The directory.
+        only: The one weight file of it that counts; None for all that is there.
+    """
 
     commit: str | None = None
     hint_for_missing = "copy or download the missing files into the folder"
 
-    def __init__(self, directory: Path) -> None:
-        self.model = str(directory)
+    def __init__(self, directory: Path, only: str | None = None) -> None:
+        self.model = str(directory / only) if only else str(directory)
         self._directory = directory
-        if not (directory / CONFIG).is_file():
-            beside = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
-            raise MissingFileError(
-                f"{directory} has no {CONFIG} (it holds: {beside})",
-                hint="give the folder that save_pretrained wrote or that the Hub repository was cloned into",
-            )
+        self._only = only
+        self.has_config = (directory / CONFIG).is_file()
 
     def files(self) -> dict[str, int]:
-        return {entry.name: entry.stat().st_size for entry in self._directory.iterdir() if entry.is_file()}
+        found = {entry.name: entry.stat().st_size for entry in self._directory.iterdir() if entry.is_file()}
+        if self._only is None:
+            return found
+        return {name: size for name, size in found.items() if name == self._only or _is_setting(name)}
 
     def path(self, name: str) -> Path:
+        if name == CONFIG and not self.has_config:
+            beside = ", ".join(sorted(entry.name for entry in self._directory.iterdir())[:8]) or "nothing"
+            raise MissingFileError(
+                f"{self._directory} has no {CONFIG} (it holds: {beside})",
+                hint="give the folder that save_pretrained wrote or that the Hub repository was cloned into",
+            )
         return self._directory / name
+
+    def is_here(self, name: str) -> bool:
+        return (self._directory / name).is_file()
 
     def require(self, names: Iterable[str]) -> None:
         missing = [name for name in names if not (self._directory / name).is_file()]
@@ -98,6 +116,10 @@ class DirectorySource:
 
     def header(self, name: str) -> dict[str, TensorInfo]:
         return read_header(self._directory / name)
+
+
+def _is_setting(name: str) -> bool:
+    return name.endswith(".json") and not name.endswith(".index.json")
 
 
 class HubSource:
@@ -117,6 +139,7 @@ class HubSource:
         local_files_only: bool = False,
     ) -> None:
         self.model = repo_id
+        self.has_config = True
         self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         self._revision = revision
         # Everything after the first file is asked for by commit: a push in between changes nothing.
@@ -147,6 +170,9 @@ class HubSource:
                 f"{where}{self.model}@{self.commit} lacks {', '.join(absent)}, which the asked parts need",
                 hint=self.hint_for_missing,
             )
+
+    def is_here(self, name: str) -> bool:
+        return (self._snapshot / name).exists()
 
     def fetch(self, names: Iterable[str], progress: ProgressCallback) -> None:
         wanted = list(names)
@@ -338,8 +364,17 @@ def open_source(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    readable_suffixes: Callable[[], tuple[str, ...]] = tuple,
 ) -> Source:
     """Find a checkpoint: a directory wins over a repository of the same name.
+
+    Args:
+        model_name_or_path: A directory, a repository, or a weight file that an added reader knows.
+        cache_dir: As in Hugging Face's own functions, and so the next three.
+        revision: See there.
+        token: See there.
+        local_files_only: See there.
+        readable_suffixes: Asked, where a file is named, how the names end of those that can be read.
 
     Raises:
         MissingFileError: Neither is there, or it has no ``config.json``.
@@ -358,6 +393,8 @@ def open_source(
     if is_directory:
         return DirectorySource(path)
     if is_there:
+        if path.name.endswith(readable_suffixes()):
+            return DirectorySource(path.parent, path.name)
         raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
     if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
         raise MissingFileError(f"there is no directory {name}", hint="check the path")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.readahead import read_in
-from splitlearn_core.errors import (
-    CheckpointError,
-    ConfigurationError,
-    InvalidCheckpointError,
-    MissingFileError,
-    SplitLearnError,
-    TensorMismatchError,
-)
+from splitlearn_core.checkpoint.torchfile import is_mappable, open_torch_file
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError, TensorMismatchError
 from splitlearn_core.loading import check_device
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.failures import Version, explaining, refuse_changes, versions
@@ -38,10 +31,6 @@ log = logging.getLogger(__name__)
 
 #: Where training scripts put the state dict among other things.
 _NESTED = ("state_dict", "model_state_dict", "model")
-#: The first bytes of what torch.save writes since 1.6; only that can be mapped.
-_ZIP = b"PK\x03\x04"
-#: What torch says of a pickle that holds more than tensors and plain values.
-_MORE_THAN_TENSORS = "Unsupported"
 #: Bytes of the smallest plain floating dtype: what is converted may have been that small.
 _SMALLEST = 2
 
@@ -65,8 +54,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
             hint="leave warmup out, and call the model once yourself",
         )
     path = _find(config)
-    with path.open("rb") as file:
-        mappable = file.read(len(_ZIP)) == _ZIP
+    mappable = is_mappable(path)
     report(Progress("importing"))
     check_device(config.device)
     if config.architecture is not None:
@@ -125,44 +113,17 @@ def _memory(config: ModelConfig, size: int, mappable: bool) -> tuple[dict[str, i
 
 def _read(config: ModelConfig, details: _Details) -> Any:
     """Return what is in the file."""
-    import torch
-
     if config.allow_pickle:
         warning = f"{details.path} is unpickled whole, which can run any code (allow_pickle=True)"
         log.warning(warning)
         warnings.warn(warning, UserWarning, stacklevel=2)
-    try:
-        with explaining(str(details.path)):
-            # The configuration decides, and what it decided was said.
-            return torch.load(
-                details.path, map_location="cpu", mmap=details.mappable, weights_only=not config.allow_pickle
-            )
-    except SplitLearnError:
-        raise
-    except pickle.UnpicklingError as error:
-        if not config.allow_pickle and _MORE_THAN_TENSORS in str(error):
-            reason = _line(error, _MORE_THAN_TENSORS)
-            raise CheckpointError(
-                f"{details.path} holds more than tensors, and opening it could run code: {reason}",
-                hint="save module.state_dict() instead; or, for a file of your own making, set allow_pickle=True",
-            ) from error
-        raise _damaged(details.path, error) from error
-    # Unpickling runs what the file says, and raises what comes of it.
-    except Exception as error:
-        raise _damaged(details.path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> InvalidCheckpointError:
-    return InvalidCheckpointError(
-        f"{path} cannot be read as a PyTorch file: {type(error).__name__}: {_line(error)}",
-        hint="is it complete, and was it written by torch.save?",
-    )
-
-
-def _line(error: Exception, word: str = "") -> str:
-    """Return the first line of a message that holds a word."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and word in line]
-    return lines[0][:300] if lines else ""
+    with explaining(str(details.path)):
+        # The configuration decides, and what it decided was said.
+        return open_torch_file(
+            details.path,
+            allow_pickle=config.allow_pickle,
+            hint="save module.state_dict() instead; or, for a file of your own making, set allow_pickle=True",
+        )
 
 
 def _module(config: ModelConfig, saved: Any, report: ReportProgress) -> torch.nn.Module:

@@ -26,7 +26,7 @@ from splitlearn_core.manager.failures import Version, explaining, refuse_changes
 from splitlearn_core.manager.resources import ledger_of
 from splitlearn_core.manager.work import HOST, MAPPED, LoadPlan, ReportProgress
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes, resolve_dtype
-from splitlearn_core.types import FLOAT_DTYPES, Progress, TensorInfo
+from splitlearn_core.types import FLOAT_DTYPES, SAFETENSORS, Progress, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,8 @@ class _Details:
     directory: Path
     files: Mapping[Path, Version]
     nbytes: int
+    #: Of the weights; transformers, too, runs no code of a pickle.
+    format: str
     #: Whether every byte is read at once, and not page by page when it is used.
     reads: bool
 
@@ -57,6 +59,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     stated = checkpoint.config
     report(Progress("importing"))
     _check_is_known(config.model_path, stated)
+    checkpoint.fetch_undescribed(report)
     keys = sorted(checkpoint.weight_map)
     paths = checkpoint.fetch(checkpoint.shards(keys), report)
     report(Progress("planning"))
@@ -69,6 +72,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
         directory=checkpoint.source.path("config.json").parent,
         files=versions(paths.values()),
         nbytes=sum(info.nbytes for info in tensors.values()),
+        format=checkpoint.format,
         reads=config.device != "cpu" or needs[HOST] > 0,
     )
     return LoadPlan(needs, keeps, str(details.directory), dtype, config.device, details)
@@ -92,7 +96,8 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
             attn_implementation=config.attn_implementation,
             local_files_only=True,
             trust_remote_code=False,
-            use_safetensors=True,
+            # None would prefer safetensors too, and look on the Hub for a converted copy.
+            use_safetensors=details.format == SAFETENSORS,
             # So that all of them are listed, and not only counted; the model is refused below.
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -1,0 +1,1 @@
+"""Loading strategies: how planned bytes become tensors. One file for each."""

@@ -1,0 +1,111 @@
+"""What is to be read, what a strategy promises, and what one that knows other files promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.types import FLOAT_DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+#: Bytes of a large tensor that are copied at a time, so that a load can say how far it is, and be
+#: stopped, in the middle of one.
+CHUNK_BYTES = 8 * 2**20
+
+
+def _untold(_: int) -> None:
+    """Count nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What is to be read: tensors, the files they are in, and how they are wanted."""
+
+    tensors: tuple[PlannedTensor, ...]
+    #: Shard -> path of the file on this machine.
+    paths: Mapping[str, Path]
+    #: torch's name of the device.
+    device: str
+    #: torch's name of the dtype that floating tensors take on.
+    dtype: str
+    #: Told how many more bytes of a tensor were read, while that takes long; whole tensors are
+    #: counted when they are yielded. It raises where the load is to stop: let that through.
+    on_bytes: Callable[[int], None] = field(default=_untold, compare=False, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    def needs_conversion(self, tensor: PlannedTensor) -> bool:
+        """Say whether a tensor is stored in another floating dtype than the wanted one."""
+        return tensor.info.dtype in FLOAT_DTYPES.values() and tensor.info.dtype != FLOAT_DTYPES[self.dtype]
+
+    def formats(self) -> set[str]:
+        """Return the formats of the files that hold the tensors."""
+        return {tensor.info.format for tensor in self.tensors}
+
+    def by_shard(self) -> dict[str, list[PlannedTensor]]:
+        shards: dict[str, list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            shards.setdefault(tensor.info.shard, []).append(tensor)
+        return shards
+
+
+def refused_formats(plan: ReadPlan, *known: str) -> str:
+    """Say which of the plan's files are of another format than the known ones, or nothing."""
+    others = sorted(plan.formats() - set(known))
+    return f"it reads {' and '.join(known)} files, not {', '.join(others)}" if others else ""
+
+
+@runtime_checkable
+class LoadingStrategy(Protocol):
+    """One way of turning planned bytes into tensors. Plugins may add others."""
+
+    #: The name under which a caller asks for it.
+    name: str
+
+    def refusal(self, plan: ReadPlan) -> str:
+        """Say why this plan cannot be read this way, or nothing."""
+
+    def anonymous_bytes(self, plan: ReadPlan) -> int:
+        """Predict the memory of this machine that the read takes and keeps, file pages left out."""
+
+    def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+        """Yield every planned tensor once, on the plan's device and in its dtype."""
+
+
+@runtime_checkable
+class WeightReader(Protocol):
+    """What a strategy adds that reads files which core cannot describe; optional.
+
+    Its files are looked for only where a checkpoint has no weights that core knows. A model may
+    then be named by the file itself, or by a directory with exactly one such file.
+    """
+
+    #: The name of the format, as :attr:`TensorInfo.format` has it.
+    format: str
+    #: How the names of such files end: ``(".gguf",)``.
+    suffixes: tuple[str, ...]
+
+    def config(self, path: Path) -> Mapping[str, Any]:
+        """Read a Hugging Face ``config.json`` out of the file; asked only where the directory has none."""
+
+    def tensors(self, path: Path, config: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
+        """Describe the tensors by their Hugging Face checkpoint keys, reading no weights.
+
+        ``shard`` is the file's name, ``format`` this reader's, ``begin`` is 0 and ``end`` the bytes
+        of the tensor in the dtype that is named.
+        """
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return a dtype by torch's name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,72 @@
+"""Reading by a strategy that may be foreign code: what it yields is held against the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from splitlearn_core.checkpoint.strategies.base import LoadingStrategy, ReadPlan, torch_dtype
+from splitlearn_core.checkpoint.strategies.choice import BUILT_IN
+from splitlearn_core.errors import BrokenPluginError, SplitLearnError
+from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.types import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+
+def predicted_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
+    """Ask a strategy for the memory it takes; raises BrokenPluginError where it cannot say."""
+    with _blaming(strategy):
+        return int(strategy.anonymous_bytes(plan))
+
+
+def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+    """Read by a strategy, and hold what it yields against the plan.
+
+    Raises:
+        BrokenPluginError: It raised, or yielded other tensors than were planned.
+        CheckpointError: A file is not what it has to be.
+    """
+    import torch
+
+    wanted = {planned.module_key: planned for planned in plan.tensors}
+    target, device = torch_dtype(plan.dtype), torch.device(plan.device).type
+    with _blaming(strategy):
+        for planned, tensor in strategy.read(plan):
+            if wanted.pop(planned.module_key, None) is None:
+                raise _broken(strategy, f"it yielded {planned.module_key}, which is not or no longer wanted")
+            if not isinstance(tensor, torch.Tensor):
+                raise _broken(strategy, f"it yielded {type(tensor).__name__} for {planned.module_key}, no tensor")
+            floating = planned.info.dtype in FLOAT_DTYPES.values()
+            expected = (planned.info.shape, target if floating else tensor.dtype)
+            if (tuple(tensor.shape), tensor.dtype) != expected:
+                got = f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise _broken(strategy, f"it yielded {got} for {planned.module_key}, not {plan.dtype} as planned")
+            if tensor.device.type != device:
+                raise _broken(strategy, f"it yielded {planned.module_key} on {tensor.device}, not on {plan.device}")
+            yield planned, tensor
+    if wanted:
+        raise _broken(strategy, f"it left out {len(wanted)} tensors: {', '.join(sorted(wanted)[:5])}")
+
+
+@contextmanager
+def _blaming(strategy: LoadingStrategy) -> Iterator[None]:
+    """Let what a plugin's strategy raises say whose it is; core's own raise as they do."""
+    try:
+        yield
+    except SplitLearnError:
+        raise
+    # A strategy of a plugin is foreign code, and a broken one must be named.
+    except Exception as error:
+        if strategy in BUILT_IN:
+            raise
+        raise _broken(strategy, f"it raised {type(error).__name__}: {error}") from error
+
+
+def _broken(strategy: LoadingStrategy, why: str) -> BrokenPluginError:
+    return BrokenPluginError(
+        f"loading strategy {strategy.name!r} ({type(strategy).__module__}) is broken: {why}",
+        hint="report it to its authors; strategy='mapped' or 'copied' does without it",
+    )

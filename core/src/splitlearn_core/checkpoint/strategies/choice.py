@@ -1,0 +1,58 @@
+"""Which strategy is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from splitlearn_core.checkpoint.strategies.base import LoadingStrategy, ReadPlan
+from splitlearn_core.checkpoint.strategies.copied import CopiedStrategy
+from splitlearn_core.checkpoint.strategies.incremental import IncrementalStrategy
+from splitlearn_core.checkpoint.strategies.mapped import MappedStrategy
+from splitlearn_core.errors import ConfigurationError
+
+AUTO = "auto"
+
+#: Core's own, in the order in which ``auto`` tries them.
+BUILT_IN: tuple[LoadingStrategy, ...] = (MappedStrategy(), CopiedStrategy(), IncrementalStrategy())
+
+
+def reserved_names() -> tuple[str, ...]:
+    """Return the names that no added strategy may take."""
+    return (AUTO, *(strategy.name for strategy in BUILT_IN))
+
+
+def check_strategy(asked: str, added: Iterable[LoadingStrategy] = ()) -> dict[str, LoadingStrategy]:
+    """Return the known strategies by name, refusing a name that is none of them.
+
+    Raises:
+        ConfigurationError: No strategy of that name.
+    """
+    known = {strategy.name: strategy for strategy in (*BUILT_IN, *added)}
+    if asked not in (AUTO, *known):
+        raise ConfigurationError(
+            f"there is no loading strategy {asked!r}", hint=f"choose from {', '.join((AUTO, *known))}"
+        )
+    return known
+
+
+def choose_strategy(
+    asked: str, plans: Sequence[ReadPlan], added: Iterable[LoadingStrategy] = (), preferred: str = ""
+) -> LoadingStrategy:
+    """Choose how to read: what the caller asked, else what the family prefers, else the cheapest.
+
+    Raises:
+        ConfigurationError: No strategy of that name, or it refuses the plan; the reason is given.
+    """
+    known = check_strategy(asked, added)
+    if asked != AUTO:
+        refusal = next(filter(None, map(known[asked].refusal, plans)), "")
+        if refusal:
+            raise ConfigurationError(f"loading strategy {asked!r} cannot do this: {refusal}", hint=f"try {AUTO!r}")
+        return known[asked]
+    candidates = [known[preferred]] if preferred in known else []
+    # Last of all those that others added, for files that core cannot read.
+    others = [strategy for strategy in known.values() if strategy not in BUILT_IN]
+    for strategy in (*candidates, *BUILT_IN, *others):
+        if not any(strategy.refusal(plan) for plan in plans):
+            return strategy
+    raise ConfigurationError("no loading strategy can read this plan")

@@ -1,0 +1,142 @@
+"""Files that ``torch.save`` wrote: opened without running code, and described without reading weights."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.errors import CheckpointError, InvalidCheckpointError
+from splitlearn_core.types import PYTORCH, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+#: The first bytes of what torch.save writes since 1.6; only that can be mapped.
+_ZIP = b"PK\x03\x04"
+#: What torch says of a pickle that names anything but tensors and plain values. (An unsupported
+#: operand is what it finds in a file that is no pickle at all.)
+_MORE_THAN_TENSORS = re.compile(r"Unsupported (?!operand)")
+_MAX_SHOWN = 8
+
+
+def is_mappable(path: Path) -> bool:
+    """Say whether the file can be mapped: what older versions of torch wrote has to be read whole."""
+    with path.open("rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
+
+
+def open_torch_file(path: Path, *, hint: str, allow_pickle: bool = False) -> Any:
+    """Return what ``torch.save`` wrote, on the CPU and mapped where that can be.
+
+    Args:
+        path: The file.
+        hint: What to do about a file that holds more than tensors and plain values.
+        allow_pickle: Run the code that such a file names.
+
+    Raises:
+        CheckpointError: The file holds more than tensors, and opening it could run code.
+        InvalidCheckpointError: It is damaged, or no such file.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", mmap=is_mappable(path), weights_only=not allow_pickle)
+    except MemoryError:
+        raise
+    except OSError as error:
+        # torch looks for the end of the archive where the file has no bytes.
+        if error.errno == errno.EINVAL:
+            raise _damaged(path, error) from error
+        raise
+    except pickle.UnpicklingError as error:
+        if not allow_pickle and _MORE_THAN_TENSORS.search(str(error)):
+            reason = _line(error, _MORE_THAN_TENSORS)
+            raise CheckpointError(
+                f"{path} holds more than tensors, and opening it could run code: {reason}", hint=hint
+            ) from error
+        raise _damaged(path, error) from error
+    # Unpickling runs what the file says, and raises what comes of it.
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of one ``.bin`` file by checkpoint key; those of a mappable file are views of it.
+
+    Raises:
+        CheckpointError: The file holds more than tensors, and opening it could run code.
+        InvalidCheckpointError: It is damaged, or no state dict.
+    """
+    import torch
+
+    saved = open_torch_file(
+        path, hint="use a checkpoint in safetensors, or save a plain state dict: model.save_pretrained(DIR)"
+    )
+    if not isinstance(saved, Mapping) or not saved:
+        what = "an empty mapping" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
+        raise InvalidCheckpointError(
+            f"{path} holds {what}, no state dict", hint="is it the file that save_pretrained or torch.save wrote?"
+        )
+    plain = {key: value for key, value in saved.items() if isinstance(key, str) and _is_plain(value, torch)}
+    if len(plain) < len(saved):
+        wrong = [f"{key!r} ({_words(value, torch)})" for key, value in saved.items() if key not in plain]
+        raise InvalidCheckpointError(
+            f"{path} holds entries that are no plain tensors: {', '.join(wrong[:_MAX_SHOWN])}"
+            + (f", and {len(wrong) - _MAX_SHOWN} more" if len(wrong) > _MAX_SHOWN else ""),
+            hint="save the state dict alone, on the CPU, without quantised or sparse tensors",
+        )
+    return {key: value.detach() for key, value in plain.items()}
+
+
+def describe_torch_file(path: Path) -> dict[str, TensorInfo]:
+    """Say what tensors a ``.bin`` file holds; raises like :func:`read_state_dict`."""
+    names = _dtype_names()
+    return {
+        key: TensorInfo(key, names[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes, PYTORCH)
+        for key, tensor in read_state_dict(path).items()
+    }
+
+
+def _is_plain(value: Any, torch: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in _dtype_names()
+    )
+
+
+def _words(value: Any, torch: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
+    return type(value).__name__
+
+
+def _dtype_names() -> dict[torch.dtype, str]:
+    """Return the names that the safetensors format has for torch's dtypes."""
+    import torch
+
+    return {
+        torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
+        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+        torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16", torch.bfloat16: "BF16",
+        torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
+        torch.complex64: "C64", torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
+    }  # fmt: skip
+
+
+def _damaged(path: Path, error: Exception) -> InvalidCheckpointError:
+    return InvalidCheckpointError(
+        f"{path} cannot be read as a PyTorch file: {type(error).__name__}: {_line(error)}",
+        hint="is it complete, and was it written by torch.save?",
+    )
+
+
+def _line(error: Exception, words: re.Pattern[str] = re.compile("")) -> str:
+    """Return the first line of a message that holds the words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and words.search(line)]
+    return lines[0][:300] if lines else ""
