@@ -21,14 +21,14 @@ demo: $(VENV)/installed
 	@echo "To go on here: . $(BIN)/activate"
 
 test: $(VENV)/tools
-	$(BIN)/python -m pytest core plugins/gpt2 plugins/qwen2 plugins/gemma tests
+	$(BIN)/python -m pytest core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf tests
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/tools
-	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src
+	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src plugins/gguf/src
 
 bench: $(VENV)/tools
 	$(PIP) install --quiet -r tests/benchmarks/requirements.txt
@@ -44,5 +44,5 @@ $(VENV)/installed: $(wildcard core/pyproject.toml plugins/*/pyproject.toml) Make
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed tests/requirements.txt
-	$(PIP) install --quiet -r tests/requirements.txt
+	$(PIP) install --quiet -e "./plugins/gguf[verify]" -r tests/requirements.txt
 	touch $@

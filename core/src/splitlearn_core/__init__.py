@@ -40,10 +40,11 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.hookspecs import PLUGIN_API, hookimpl, hookspec
-from splitlearn_core.types import Component, LayerRange, Progress
+from splitlearn_core.types import Component, LayerRange, Progress, TensorInfo
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
+    from splitlearn_core.checkpoint.strategy import ReadPlan as ReadPlan
     from splitlearn_core.checkpoint.strategy import WeightReader as WeightReader
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.status import ModelStatus as ModelStatus
     from splitlearn_core.pipeline import SplitCausalLM as SplitCausalLM
     from splitlearn_core.plan.splitplan import ComponentPlan as ComponentPlan
+    from splitlearn_core.plan.splitplan import PlannedTensor as PlannedTensor
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
     from splitlearn_core.quickstart import SplitModel as SplitModel
     from splitlearn_core.quickstart import load_split_model as load_split_model
@@ -78,6 +80,8 @@ _LAZY = {
     "ModelLoader": "manager.loader",
     "ModelRegistry": "factory",
     "ModelStatus": "manager.status",
+    "PlannedTensor": "plan.splitplan",
+    "ReadPlan": "checkpoint.strategy",
     "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",
     "SplitModel": "quickstart",
@@ -118,6 +122,7 @@ __all__ = [  # noqa: PLE0604  # the second half is computed
     "PluginError",
     "Progress",
     "SplitLearnError",
+    "TensorInfo",
     "TensorMismatchError",
     "UnknownModelError",
     "UnknownModelTypeError",

@@ -99,7 +99,7 @@ class WeightReader(Protocol):
         """Describe the tensors by their Hugging Face checkpoint keys, reading no weights.
 
         ``shard`` is the file's name, ``format`` this reader's, ``begin`` is 0 and ``end`` the bytes
-        of the tensor in the dtype that is named.
+        that the tensor takes in the file; ``dtype`` is what its values have once they are read.
         """
 
 

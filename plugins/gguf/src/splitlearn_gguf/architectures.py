@@ -1,0 +1,148 @@
+"""What llama.cpp's converter made of a Hugging Face checkpoint, architecture by architecture, and how to undo it.
+
+Names are of the form ``blk.3.attn_q.weight``. Three things were done to values: the rows of the
+queries and keys of llama were reordered for llama.cpp's rotation, GPT-2's ``Conv1D`` weights were
+transposed, and one was added to the norms of Gemma.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+
+from splitlearn_core import CheckpointError
+
+
+class Change(Enum):
+    """What has to be done to a tensor's values to make them Hugging Face's."""
+
+    NONE = "none"
+    TRANSPOSE = "transpose"
+    SUBTRACT_ONE = "subtract one"
+    #: Rows of queries, and of keys, go back to the order in which halves are rotated.
+    ORDER_QUERIES = "order queries"
+    ORDER_KEYS = "order keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How one architecture of llama.cpp is named and stored."""
+
+    #: ``general.architecture`` in the file.
+    name: str
+    #: The model types of Hugging Face that are stored so; the first is taken where the file alone tells.
+    model_types: tuple[str, ...]
+    #: GGUF's name -> Hugging Face's, without ``.weight`` and ``.bias``.
+    outer: Mapping[str, str]
+    #: The same within a layer.
+    inner: Mapping[str, str]
+    #: What Hugging Face's layers are called, up to their number.
+    layers: str = "model.layers"
+    #: Ends of GGUF's names -> what is to be undone.
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    #: Tensors that no module of Hugging Face has, by the end of their names; they are computed there.
+    ignored: tuple[str, ...] = ()
+
+    def key(self, name: str) -> str | None:
+        """Return the checkpoint key of a GGUF tensor, or None for one that is left out.
+
+        A name that nobody knows is its own key: then the plan says that it has no place.
+        """
+        if name.endswith(self.ignored):
+            return None
+        stem, dot, suffix = name.rpartition(".")
+        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+        if layer is not None and layer[2] in self.inner:
+            return f"{self.layers}.{layer[1]}.{self.inner[layer[2]]}{dot}{suffix}"
+        return f"{self.outer[stem]}{dot}{suffix}" if layer is None and stem in self.outer else name
+
+    def change(self, name: str) -> Change:
+        """Say what has to be undone in a GGUF tensor."""
+        # The layer's number does not matter, but `output.weight` must not be taken for `attn_output.weight`.
+        leaf = re.sub(r"^blk\.\d+\.", "", name)
+        return self.changes.get(leaf, Change.NONE)
+
+
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_DENSE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+#: From Gemma 2 on, both halves of a layer have a norm before and after them.
+_FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GPT2_OUTER = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
+_GPT2_INNER = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_CONV1D = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
+_NORMS = ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm")
+_OFFSET_NORMS = {f"{norm}.weight": Change.SUBTRACT_ONE for norm in _NORMS}
+_ROTATED = {
+    **{f"attn_q.{kind}": Change.ORDER_QUERIES for kind in ("weight", "bias")},
+    **{f"attn_k.{kind}": Change.ORDER_KEYS for kind in ("weight", "bias")},
+}
+
+_ALL = (
+    Architecture(
+        "gpt2",
+        ("gpt2",),
+        _GPT2_OUTER,
+        _GPT2_INNER,
+        layers="transformer.h",
+        changes=dict.fromkeys(_CONV1D, Change.TRANSPOSE),
+    ),
+    Architecture("qwen2", ("qwen2",), _OUTER, _DENSE),
+    Architecture("qwen3", ("qwen3",), _OUTER, {**_DENSE, **_HEAD_NORMS}),
+    # llama.cpp stores Mistral's models as llama's, too.
+    Architecture(
+        "llama", ("llama", "mistral"), _OUTER, _DENSE, changes=_ROTATED, ignored=("rope_freqs.weight", "attn_rot_embd")
+    ),
+    Architecture("gemma", ("gemma",), _OUTER, _DENSE, changes=_OFFSET_NORMS),
+    Architecture("gemma2", ("gemma2",), _OUTER, {**_DENSE, **_FOUR_NORMS}, changes=_OFFSET_NORMS),
+    Architecture("gemma3", ("gemma3_text",), _OUTER, {**_DENSE, **_FOUR_NORMS, **_HEAD_NORMS}, changes=_OFFSET_NORMS),
+)
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({known.name: known for known in _ALL})
+
+
+def architecture(name: str, where: str) -> Architecture:
+    """Return what is known of an architecture.
+
+    Args:
+        name: ``general.architecture`` of a file.
+        where: The file, for the message.
+
+    Raises:
+        CheckpointError: Nothing is.
+    """
+    if name not in ARCHITECTURES:
+        read = ", ".join(ARCHITECTURES)
+        raise CheckpointError(
+            f"{where} holds a model of the architecture {name[:80]!r}; splitlearn-gguf reads {read}",
+            hint="use the checkpoint that the file was converted from",
+        )
+    return ARCHITECTURES[name]

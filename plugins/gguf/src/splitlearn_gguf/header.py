@@ -1,0 +1,262 @@
+"""The header of a GGUF file, checked before anything relies on it.
+
+Format (versions 2 and 3, little-endian): the magic ``GGUF``, the version, how many tensors and how
+many metadata entries; then each entry (key, type, value), then each tensor (name, sizes, type, offset
+from the start of the data). The data begins at the next multiple of ``general.alignment``.
+
+The reader of the ``gguf`` library believes what such a file says, and one that claims 2**63 elements
+keeps it busy for ever; here every count is held against the bytes that are left before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from splitlearn_core import InvalidCheckpointError
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT = "general.alignment"
+_DEFAULT_ALIGNMENT = 32
+_STRING, _ARRAY = 8, 9
+#: Number of a metadata type of fixed size -> struct's letter for it.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+#: What ggml itself bears: dimensions of a tensor, and a size that a signed number holds.
+_MAX_DIMENSIONS, _MAX_ELEMENTS = 4, 2**63 - 1
+#: Bytes of a key or name; the specification has 65535 for keys, and ggml 64 for names.
+_MAX_NAME = 65_535
+#: Bytes of the least metadata entry (key, type, value) and of the least tensor entry.
+_LEAST_ENTRY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
+#: Elements of an array that are kept; longer ones are vocabularies, and only counted.
+_MAX_KEPT = 1024
+_MAX_SHOWN, _MAX_WORD = 8, 80
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """An array of the metadata that is only counted: texts, or many numbers."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies, and how it is stored."""
+
+    name: str
+    #: In torch's order: the size that varies fastest comes last.
+    shape: tuple[int, ...]
+    #: ggml's number of the type.
+    type: int
+    #: First byte, counted from the start of the file, and one past the last.
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a GGUF file says of itself; no weights were read."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata["general.architecture"])
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a GGUF file.
+
+    Raises:
+        InvalidCheckpointError: It is no GGUF file, it is truncated, or it contradicts itself; all
+            contradictions of its tensors are listed.
+    """
+    with path.open("rb") as file:
+        return _Reader(path, file).header()
+
+
+def type_name(number: int) -> str:
+    """Return ggml's name of a tensor type, ``Q4_0``."""
+    from gguf.constants import GGMLQuantizationType
+
+    return str(GGMLQuantizationType(number).name)
+
+
+class _Reader:
+    """Walks through a header once, from its first byte to its last."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+        self._position = 0
+
+    def header(self) -> Header:
+        if self._take(len(MAGIC), "the magic") != MAGIC:
+            self._refuse("it does not begin as a GGUF file", "is it one, and is the download complete?")
+        (version,) = self._numbers("I", "the version")
+        if version & 0xFFFF == 0:
+            self._refuse("it is written for big-endian machines", "convert it: gguf-convert-endian FILE little")
+        if version not in _VERSIONS:
+            self._refuse(f"it is of GGUF version {version}; versions 2 and 3 are read", "convert the model anew")
+        tensors, entries = self._numbers("QQ", "the counts")
+        self._expect(entries, _LEAST_ENTRY, "metadata entries")
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self._text("a metadata key", _MAX_NAME)
+            if key in metadata:
+                self._refuse(f"metadata key {_short(key)} comes twice")
+            metadata[key] = self._value(key)
+        self._check_metadata(metadata)
+        self._expect(tensors, _LEAST_TENSOR, "tensors")
+        described = [self._tensor() for _ in range(tensors)]
+        alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
+        start = -(-self._position // alignment) * alignment
+        return Header(self._path, metadata, self._placed(described, start, alignment))
+
+    def _check_metadata(self, metadata: Mapping[str, Any]) -> None:
+        if not isinstance(metadata.get("general.architecture"), str):
+            self._refuse("its metadata has no general.architecture", "convert the model anew with a current converter")
+        alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            self._refuse(f"{_ALIGNMENT} is {alignment!r}, not a power of two")
+        parts = metadata.get("split.count", 0)
+        if parts not in (0, 1):
+            self._refuse(
+                f"it is one of {parts!r} parts of a model, and only whole files are read",
+                "join the parts: llama-gguf-split --merge FIRST_PART FILE",
+            )
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Read one tensor's entry: name, shape, type, offset."""
+        name = self._text("a tensor's name", _MAX_NAME)
+        (dimensions,) = self._numbers("I", "a tensor's entry")
+        if dimensions > _MAX_DIMENSIONS:
+            self._refuse(f"{_short(name)} has {dimensions} dimensions; {_MAX_DIMENSIONS} is the limit")
+        sizes = self._numbers("Q" * dimensions, "a tensor's entry")
+        number, offset = self._numbers("IQ", "a tensor's entry")
+        return name, tuple(reversed(sizes)), number, offset
+
+    def _placed(
+        self, described: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
+    ) -> dict[str, StoredTensor]:
+        """Check the entries against the file and each other."""
+        tensors: dict[str, StoredTensor] = {}
+        problems = []
+        for name, shape, number, offset in described:
+            nbytes, problem = _stored_nbytes(shape, number)
+            begin = start + offset
+            if name in tensors:
+                problem = "it comes twice"
+            elif not problem and offset % alignment:
+                problem = f"its offset {offset} is no multiple of {alignment}"
+            elif not problem and begin + nbytes > self._size:
+                problem = f"it ends at byte {begin + nbytes} of a file of {self._size}"
+            if problem:
+                problems.append(f"{_short(name)}: {problem}")
+            else:
+                tensors[name] = StoredTensor(name, shape, number, begin, begin + nbytes)
+        ordered = sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end))
+        problems += [
+            f"{_short(before.name)} and {_short(after.name)} overlap"
+            for before, after in pairwise(ordered)
+            if after.begin < before.end
+        ]
+        if problems:
+            more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
+            self._refuse("; ".join(problems[:_MAX_SHOWN] + more), "is the download complete?")
+        return tensors
+
+    def _value(self, key: str) -> Any:
+        where = f"metadata {_short(key)}"
+        (kind,) = self._numbers("I", where)
+        if kind == _STRING:
+            return self._text(where)
+        if kind != _ARRAY:
+            return self._numbers(self._scalar(kind, key), where)[0]
+        kind, length = self._numbers("IQ", where)
+        if kind == _STRING:
+            self._expect(length, 8, f"texts in {_short(key)}")
+            for _ in range(length):
+                (size,) = self._numbers("Q", where)
+                self._skip(size, where)
+            return Array(length)
+        letter = self._scalar(kind, key)
+        self._expect(length, struct.calcsize(f"<{letter}"), f"numbers in {_short(key)}")
+        if length > _MAX_KEPT:
+            self._skip(length * struct.calcsize(f"<{letter}"), where)
+            return Array(length)
+        return list(self._numbers(letter * length, where))
+
+    def _scalar(self, kind: int, key: str) -> str:
+        if kind not in _SCALARS:
+            self._refuse(f"metadata {_short(key)} has a value of the unknown type {kind}")
+        return _SCALARS[kind]
+
+    def _text(self, what: str, limit: int | None = None) -> str:
+        (length,) = self._numbers("Q", what)
+        if limit is not None and length > limit:
+            self._refuse(f"{what} is {length} bytes long; {limit} is the limit")
+        try:
+            return self._take(length, what).decode("utf-8")
+        except UnicodeDecodeError as error:
+            self._refuse(f"{what} is no text: {error}")
+
+    def _numbers(self, letters: str, what: str) -> tuple[Any, ...]:
+        layout = f"<{letters}"
+        return struct.unpack(layout, self._take(struct.calcsize(layout), what))
+
+    def _take(self, length: int, what: str) -> bytes:
+        self._expect(length, 1, what)
+        taken = self._file.read(length)
+        if len(taken) < length:
+            self._refuse(f"it ended at byte {self._position + len(taken)} while it was read")
+        self._position += length
+        return taken
+
+    def _skip(self, length: int, what: str) -> None:
+        self._expect(length, 1, what)
+        self._file.seek(length, os.SEEK_CUR)
+        self._position += length
+
+    def _expect(self, count: int, least: int, what: str) -> None:
+        """Refuse a count of things, each of at least so many bytes, that the rest of the file cannot hold."""
+        if count > (self._size - self._position) // least:
+            self._refuse(f"it ends too early for {what}: {count} from byte {self._position} of {self._size}")
+
+    def _refuse(self, why: str, hint: str = "fetch or convert the file anew") -> NoReturn:
+        raise InvalidCheckpointError(f"{self._path} is no sound GGUF file: {why}", hint=hint)
+
+
+def _short(name: str) -> str:
+    """Repeat a name out of a file, but no more of it than a message bears."""
+    return repr(name if len(name) <= _MAX_WORD else f"{name[:_MAX_WORD]}...")
+
+
+def _stored_nbytes(shape: tuple[int, ...], number: int) -> tuple[int, str]:
+    """Return the bytes of a stored tensor, or what is wrong with it."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+    except (ValueError, KeyError):
+        return 0, f"its type has the unknown number {number}"
+    elements = math.prod(shape)
+    if not shape or elements < 1 or elements > _MAX_ELEMENTS:
+        return 0, f"its shape {list(shape)} is none"
+    if shape[-1] % block:
+        return 0, f"its rows of {shape[-1]} are not made of blocks of {block}"
+    return elements // block * size, ""

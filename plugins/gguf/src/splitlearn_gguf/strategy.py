@@ -1,0 +1,149 @@
+"""The loading strategy: which tensors of a GGUF file are wanted, and reading them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core import CheckpointError, InvalidCheckpointError, PlannedTensor, ReadPlan, TensorInfo
+from splitlearn_gguf.architectures import Architecture, Change, architecture
+from splitlearn_gguf.configuration import read_config
+from splitlearn_gguf.header import Header, StoredTensor, read_header, type_name
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_SHOWN = 8
+#: What every tensor is once it is dequantised, in the words of the safetensors format.
+_DEQUANTISED = "F32"
+_ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_MATRIX = 2
+
+
+class GgufStrategy:
+    """Reads the planned tensors out of a GGUF file and dequantises them, one after the other."""
+
+    name = "gguf"
+    format = "gguf"
+    suffixes = (".gguf",)
+    reads = "GGUF files, quantised or not: only the planned tensors, dequantised, in any dtype, on any device"
+
+    def config(self, path: Path) -> Mapping[str, Any]:
+        """Return the configuration that the file's metadata tells; raises CheckpointError."""
+        return read_config(read_header(path))
+
+    def tensors(self, path: Path, config: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
+        """Describe the tensors by their checkpoint keys. Bytes are those that they take in the file.
+
+        Raises:
+            CheckpointError: The file cannot be read, is of an unknown architecture or another than
+                ``config``, or stores tensors in a way that cannot be dequantised.
+        """
+        header = read_header(path)
+        known = architecture(header.architecture, str(path))
+        if config.get("model_type") not in known.model_types:
+            raise InvalidCheckpointError(
+                f"{path} holds a model of the architecture {known.name!r}, "
+                f"but its configuration says model_type {str(config.get('model_type'))[:80]!r}",
+                hint="do config.json and the file belong together?",
+            )
+        keyed = _keyed(header, known)
+        _refuse_types(header.path, keyed.values())
+        return {key: _info(key, stored, known, path) for key, stored in keyed.items()}
+
+    def pretrained_arguments(self, path: Path) -> Mapping[str, Any]:
+        """Return what ``from_pretrained`` of transformers has to be told to read the same file."""
+        return {"gguf_file": path.name}
+
+    def refusal(self, plan: ReadPlan) -> str:
+        """Say why this plan cannot be read this way, or nothing."""
+        others = sorted({tensor.info.format for tensor in plan.tensors} - {self.format})
+        return f"it reads gguf files, not {', '.join(others)}" if others else ""
+
+    def anonymous_bytes(self, plan: ReadPlan) -> int:
+        """Predict what the tensors take, and what is needed to dequantise a piece of the largest."""
+        from splitlearn_gguf.values import CHUNK_ELEMENTS, WORKING_BYTES
+
+        elements = [math.prod(tensor.info.shape) for tensor in plan.tensors]
+        kept = sum(elements) * _ELEMENT_BYTES[plan.dtype] if plan.device == "cpu" else 0
+        return kept + min(max(elements, default=0), CHUNK_ELEMENTS) * WORKING_BYTES
+
+    def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+        """Yield every planned tensor once, in the order in which the files hold them.
+
+        Raises:
+            InvalidCheckpointError: A file is no longer the one that was planned.
+        """
+        import torch
+
+        from splitlearn_gguf.values import read_tensor
+
+        dtype = getattr(torch, plan.dtype)
+        for shard, planned in plan.by_shard().items():
+            header = read_header(plan.paths[shard])
+            known = architecture(header.architecture, str(header.path))
+            wanted = _wanted(header, known, planned)
+            with header.path.open("rb", buffering=0) as file:
+                for tensor, stored in wanted:
+                    change = known.change(stored.name)
+                    heads = _heads(header, change)
+                    yield (
+                        tensor,
+                        read_tensor(
+                            file, stored, change, heads, dtype=dtype, device=plan.device, on_bytes=plan.on_bytes
+                        ),
+                    )
+
+
+def _keyed(header: Header, known: Architecture) -> dict[str, StoredTensor]:
+    """Return the tensors that a model has by checkpoint key."""
+    keyed = {known.key(name): stored for name, stored in header.tensors.items()}
+    return {key: stored for key, stored in keyed.items() if key is not None}
+
+
+def _info(key: str, stored: StoredTensor, known: Architecture, path: Path) -> TensorInfo:
+    shape = stored.shape
+    # Only matrices are transposed; another shape is left for the comparison with the model.
+    if known.change(stored.name) is Change.TRANSPOSE and len(shape) == _MATRIX:
+        shape = shape[::-1]
+    return TensorInfo(key, _DEQUANTISED, shape, path.name, 0, stored.nbytes, GgufStrategy.format)
+
+
+def _refuse_types(path: Path, tensors: Iterable[StoredTensor]) -> None:
+    from splitlearn_gguf.values import can_dequantise
+
+    by_type: dict[int, list[str]] = {}
+    for stored in tensors:
+        by_type.setdefault(stored.type, []).append(stored.name)
+    refused = [f"{type_name(kind)} ({names[0]})" for kind, names in by_type.items() if not can_dequantise(kind)]
+    if refused:
+        raise CheckpointError(
+            f"{path} stores tensors in a way that the gguf library cannot dequantise: {', '.join(sorted(refused))}",
+            hint="pip install --upgrade gguf; or convert the model to another type, Q8_0 say",
+        )
+
+
+def _wanted(
+    header: Header, known: Architecture, planned: Sequence[PlannedTensor]
+) -> list[tuple[PlannedTensor, StoredTensor]]:
+    """Find the planned tensors in the file as it is now, in the order in which it holds them."""
+    keyed = _keyed(header, known)
+    infos = {key: _info(key, stored, known, header.path) for key, stored in keyed.items()}
+    changed = sorted(tensor.info.key for tensor in planned if infos.get(tensor.info.key) != tensor.info)
+    if changed:
+        raise InvalidCheckpointError(
+            f"{header.path} is no longer the file that was planned; others are now: {', '.join(changed[:_MAX_SHOWN])}",
+            hint="let the file be written to its end, and load it again",
+        )
+    found = [(tensor, keyed[tensor.info.key]) for tensor in planned]
+    return sorted(found, key=lambda pair: pair[1].begin)
+
+
+def _heads(header: Header, change: Change) -> int:
+    """Return the heads whose rows are to be ordered; 0 where none are."""
+    heads = header.metadata.get(f"{header.architecture}.attention.head_count")
+    if change is Change.ORDER_KEYS:
+        heads = header.metadata.get(f"{header.architecture}.attention.head_count_kv", heads)
+    return heads if type(heads) is int and change in (Change.ORDER_QUERIES, Change.ORDER_KEYS) else 0

@@ -1,0 +1,125 @@
+"""From the blocks in a file to the values of a tensor, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import FileIO
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core import InvalidCheckpointError
+from splitlearn_gguf.architectures import Change
+from splitlearn_gguf.header import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+#: Elements that are dequantised at a time.
+CHUNK_ELEMENTS = 2**20
+#: Bytes that dequantising takes for each element of a chunk: blocks, float32 values, and numpy's
+#: intermediate arrays, the most for the types whose values come out of a table.
+WORKING_BYTES = 32
+
+
+def can_dequantise(number: int) -> bool:
+    """Say whether the gguf library knows how to dequantise a type; it can store some that it cannot."""
+    import numpy as np
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType(number)
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def hf_shape(stored: StoredTensor, change: Change) -> tuple[int, ...]:
+    """Return the shape that the tensor has in Hugging Face's checkpoint."""
+    return tuple(reversed(stored.shape)) if change is Change.TRANSPOSE else stored.shape
+
+
+def read_tensor(
+    file: FileIO,
+    stored: StoredTensor,
+    change: Change,
+    heads: int,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    on_bytes: Callable[[int], None],
+) -> torch.Tensor:
+    """Read one tensor, dequantise it, and undo what the converter did to it.
+
+    Values are dequantised and changed in float32 and converted last, as transformers does.
+
+    Args:
+        file: The open file.
+        stored: Where the tensor lies.
+        change: What has to be undone.
+        heads: Heads whose rows are to be ordered, where they are.
+        dtype: The dtype that is wanted.
+        device: Where the tensor goes.
+        on_bytes: Told how many more bytes of the file were read; it may raise to stop.
+
+    Raises:
+        InvalidCheckpointError: The file ends too early, or the rows do not belong to the heads.
+    """
+    import torch
+
+    tensor = torch.empty(hf_shape(stored, change), dtype=dtype, device=device)
+    # Rows as they are stored; where the tensor is transposed they are columns of it.
+    target = tensor.T if change is Change.TRANSPOSE else tensor.view(-1, stored.shape[-1])
+    order = _order(str(file.name), stored, heads) if change in (Change.ORDER_QUERIES, Change.ORDER_KEYS) else None
+    if order is not None and len(stored.shape) == 1:
+        target = tensor.view(-1, 1)
+    rows, row_bytes = target.shape[0], stored.nbytes // target.shape[0]
+    step = max(1, CHUNK_ELEMENTS // target.shape[1])
+    file.seek(stored.begin)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        values = torch.from_numpy(_dequantised(file, stored, count, row_bytes))
+        if change is Change.SUBTRACT_ONE:
+            values = values - 1
+        if order is None:
+            target[start : start + count].copy_(values)
+        else:
+            target[order[start : start + count].to(device)] = values.to(device=device, dtype=dtype)
+        on_bytes(count * row_bytes)
+    return tensor
+
+
+def _dequantised(file: FileIO, stored: StoredTensor, rows: int, row_bytes: int) -> Any:
+    import numpy as np
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    blocks = np.empty((rows, row_bytes), np.uint8)
+    # Read and not mapped: a file that shrinks meanwhile is an error then, and not a dead process.
+    rest = blocks.data.cast("B")
+    while rest and (taken := file.readinto(rest)):
+        rest = rest[taken:]
+    if rest:
+        raise InvalidCheckpointError(
+            f"{file.name} ends in {stored.name!r}, {len(rest)} bytes too early",
+            hint="is it still being written or downloaded?",
+        )
+    return dequantize(blocks, GGMLQuantizationType(stored.type))
+
+
+def _order(where: str, stored: StoredTensor, heads: int) -> torch.Tensor:
+    """Say to which row of Hugging Face's each stored row of queries or keys goes.
+
+    llama.cpp rotates neighbouring rows of a head, Hugging Face row ``i`` with row ``i + half``.
+    """
+    import torch
+
+    rows = stored.shape[0]
+    if heads < 1 or rows % (2 * heads):
+        raise InvalidCheckpointError(
+            f"{where}: the {rows} rows of {stored.name!r} are not those of {heads} heads",
+            hint="fetch or convert the file anew",
+        )
+    half = rows // heads // 2
+    # Where row (head, pair, side) of the file goes: (head, side, pair).
+    return torch.arange(rows).view(heads, 2, half).transpose(1, 2).reshape(rows)

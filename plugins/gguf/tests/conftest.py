@@ -1,0 +1,98 @@
+"""Small GGUF files as llama.cpp's converter writes them, and families to load them with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from splitlearn_core.plugins.registry import registry, reset_registry
+from splitlearn_core.testing.worlds import tiny_model, write_plugin
+
+#: Families that the tests need, as the text of a call; those that are installed are taken instead.
+FAMILIES = {
+    "llama": "architecture='LlamaForCausalLM'",
+    "mistral": "architecture='MistralForCausalLM'",
+    "qwen2": "architecture='Qwen2ForCausalLM'",
+    "qwen3": "architecture='Qwen3ForCausalLM'",
+    "gemma": "architecture='GemmaForCausalLM'",
+    "gemma2": "architecture='Gemma2ForCausalLM'",
+    "gemma3_text": "architecture='Gemma3ForCausalLM'",
+    "gpt2": "architecture='GPT2LMHeadModel', base='transformer', layers='h', embedding='wte', norm='ln_f',"
+    " zero_outside_bottom=('wpe',), skip_outside_bottom=('drop',), config_names={'hidden_size': 'n_embd',"
+    " 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head', 'vocab_size': 'vocab_size'},"
+    " config_defaults={'tie_word_embeddings': True}",
+}
+PLUGIN = (
+    "from splitlearn_core import ModelFamily, hookimpl\n\n\n@hookimpl\ndef splitlearn_model_families():\n"
+    "    return [ModelFamily(model_type={!r}, {})]\n"
+)
+#: Sizes that blocks of 32 divide; four layers have three components and a layer to spare.
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+#: The writer lies beside this file, which pytest does not put on the path.
+writing = _load("gguf_writing")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Write plugins for the families that are not installed."""
+    folder = tmp_path_factory.mktemp("site")
+    missing = sorted(FAMILIES.keys() - set(registry().model_types()))
+    for model_type in missing:
+        write_plugin(folder, model_type, PLUGIN.format(model_type, FAMILIES[model_type]))
+    sys.path.insert(0, str(folder))
+    old = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), old)))
+    reset_registry()
+    yield
+    sys.path.remove(str(folder))
+    os.environ.pop("PYTHONPATH")
+    if old is not None:
+        os.environ["PYTHONPATH"] = old
+    reset_registry()
+
+
+@pytest.fixture(scope="session")
+def model() -> Callable[..., Any]:
+    """Return a function that makes a small random model, the same one each time."""
+    made: dict[str, Any] = {}
+
+    def make(model_type: str, **overrides: Any) -> Any:
+        key = f"{model_type} {sorted(overrides.items())}"
+        if key not in made:
+            own = {name: value for name, value in SIZES.items() if name != "head_dim" or "gpt" not in model_type}
+            if model_type == "gpt2":
+                # transformers takes GPT-2's positions from no metadata, but for these many.
+                own["max_position_embeddings"] = 1024
+            made[key] = tiny_model(model_type, **{**own, **overrides})
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def gguf_file(model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes the GGUF file of a small model."""
+
+    def write(model_type: str, quantization: str = "F32", *, name: str = "model.gguf", **overrides: Any) -> Path:
+        return writing.write_gguf(tmp_path / name, model(model_type, **overrides), quantization)
+
+    return write
