@@ -872,15 +872,15 @@ def test_the_loader_is_light(world: Any) -> None:
 
 def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A MemoryError in the middle of reading, as the allocator raises it."""
-    settle = landing.HostLanding.settle
+    landed = landing.HostLanding.landed
 
-    def scarce(self: Any, piece: Any, slot: Any) -> None:
+    def scarce(self: Any, piece: Any, slot: Any) -> Any:
         if piece.begin > 10_000:
             raise MemoryError
-        settle(self, piece, slot)
+        return landed(self, piece, slot)
 
     small_chunks(monkeypatch, 1024)
-    monkeypatch.setattr(landing.HostLanding, "settle", scarce)
+    monkeypatch.setattr(landing.HostLanding, "landed", scarce)
     with pytest.raises(InsufficientMemoryError, match="ran out") as caught:
         load(component(single, strategy="copied"))
     assert caught.value.hint

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Bytes that are read with one call. Those that are converted or moved are read in smaller pieces,
 #: which are still in the processor's cache when they are.
 CHUNK_BYTES = 8 * 2**20
-STAGED_BYTES = 2 * 2**20
+STAGED_BYTES = 2**20
 
 
 class CopiedStrategy:

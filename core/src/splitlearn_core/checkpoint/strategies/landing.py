@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.strategies.base import ReadPlan, torch_dtype
@@ -15,6 +16,10 @@ from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 if TYPE_CHECKING:
     import torch
 
+#: Elements that torch converts in the thread that asks. Of more it makes work for a team of its own
+#: in each reader, and many teams on few processors wait for each other.
+_SERIAL = 2**15 - 64
+
 
 def is_staged(plan: ReadPlan, planned: PlannedTensor) -> bool:
     """Say whether a tensor has to go through a buffer: what is wanted as it is stored does not, on the CPU."""
@@ -22,9 +27,9 @@ def is_staged(plan: ReadPlan, planned: PlannedTensor) -> bool:
 
 
 def slot_count(pieces: list[Piece], plan: ReadPlan) -> int:
-    """Return how many buffers a read uses: two for each reader, one that is filled and one that is emptied."""
+    """Return how many buffers a read uses: one for each reader, and for a device another that is emptied meanwhile."""
     staged = sum(any(is_staged(plan, span.planned) for span in piece.spans) for piece in pieces)
-    return min(2 * reader_count(), staged)
+    return min(reader_count() * (1 if plan.device == "cpu" else 2), staged)
 
 
 def slot_bytes(pieces: list[Piece]) -> int:
@@ -38,6 +43,7 @@ class HostLanding(Landing["torch.Tensor"]):
     def __init__(self, plan: ReadPlan, pieces: list[Piece]) -> None:
         self.plan = plan
         self.tensors = self._targets()
+        self._flat = {key: tensor.view(-1) for key, tensor in self.tensors.items()}
         #: Flat bytes of the tensors that are filled without a detour.
         self._straight = {
             planned.module_key: _bytes(self.tensors[planned.module_key])
@@ -59,23 +65,29 @@ class HostLanding(Landing["torch.Tensor"]):
                 places.append(_bytes(slot)[start : start + span.nbytes])
         return places
 
-    def settle(self, piece: Piece, slot: torch.Tensor | None) -> None:
-        """Bring what came into a buffer to its place, and free the buffer."""
+    def landed(self, piece: Piece, slot: torch.Tensor | None) -> torch.Tensor | None:
+        """Convert what came into a buffer, while the processor still has it at hand."""
         if slot is not None:
-            self._copy(piece, slot, non_blocking=False)
+            for target, source in self._moves(piece, slot):
+                for start in range(0, source.numel(), _SERIAL):
+                    target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
             self.free.put(slot)
+        return None
+
+    def settle(self, piece: Piece, slot: torch.Tensor | None) -> None:
+        """Bring what came into a buffer to the device, and free the buffer; on the CPU it is there already."""
 
     def finish(self) -> None:
         """Wait until everything is where it belongs, or at least nothing moves any more."""
 
-    def _copy(self, piece: Piece, slot: torch.Tensor, *, non_blocking: bool) -> None:
+    def _moves(self, piece: Piece, slot: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield flat stretches of tensors, and the stretches of a buffer that belong there."""
         for span, start in _laid_out(piece):
             if span.planned.module_key in self._straight:
                 continue
             source = slot[start : start + span.nbytes].view(stored_dtype(span.planned.info.dtype))
             first = span.start // source.element_size()
-            target = self.tensors[span.planned.module_key].view(-1)[first : first + source.numel()]
-            target.copy_(source, non_blocking=non_blocking)
+            yield self._flat[span.planned.module_key][first : first + source.numel()], source
 
     def _targets(self) -> dict[str, torch.Tensor]:
         blocks = fresh_memory(loaded_nbytes(planned, self.plan.dtype) for planned in self.plan.tensors)
@@ -92,6 +104,15 @@ class HostLanding(Landing["torch.Tensor"]):
 
 class DeviceLanding(HostLanding):
     """Tensors on a device, each piece copied there before the next is taken."""
+
+    def landed(self, piece: Piece, slot: torch.Tensor | None) -> torch.Tensor | None:
+        return slot
+
+    def settle(self, piece: Piece, slot: torch.Tensor | None) -> None:
+        if slot is not None:
+            for target, source in self._moves(piece, slot):
+                target.copy_(source)
+            self.free.put(slot)
 
     def _targets(self) -> dict[str, torch.Tensor]:
         import torch
@@ -125,7 +146,8 @@ class CudaLanding(DeviceLanding):
             return
         with torch.cuda.stream(self._stream):
             # Not blocking, a conversion takes place on the device too.
-            self._copy(piece, slot, non_blocking=True)
+            for target, source in self._moves(piece, slot):
+                target.copy_(source, non_blocking=True)
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
             event.record(self._stream)
         self._leaving.append((event, slot))

@@ -41,6 +41,10 @@ class Landing(Generic[Slot]):
         """Return the memory for each span of a piece; called by the threads."""
         raise NotImplementedError
 
+    def landed(self, piece: Piece, slot: Slot | None) -> Slot | None:
+        """Do what the thread that read a piece is to do with it, and return the slot that is still full."""
+        return slot
+
 
 @contextmanager
 def reading(
@@ -100,7 +104,7 @@ def _work(
                 if piece.shard not in opened:
                     opened[piece.shard] = files.enter_context(paths[piece.shard].open("rb", buffering=0)).fileno()
                 _fill(opened[piece.shard], piece, landing.views(piece, slot), paths[piece.shard])
-                arrived.put((piece, slot))
+                arrived.put((piece, landing.landed(piece, slot)))
     except BaseException as error:  # noqa: BLE001  # handed over, not swallowed
         arrived.put(error)
 
