@@ -22,7 +22,6 @@ from splitlearn_core.checkpoint.strategy import (
     WeightReader,
     check_strategy,
     choose_strategy,
-    passing_bytes,
     predicted_bytes,
     read_checked,
 )
@@ -163,8 +162,8 @@ def make_plan(
         split_points: Where to cut.
         parts: The components to plan.
         dtype: The dtype that is wanted, or one for each component.
-        fetch: To plan a load: fetch the shards first, reporting here, so that the plan describes
-            the files that will be read. By default headers alone are read, even on the Hub.
+        fetch: To plan a load: fetch what is planned, too, reporting here. By default headers alone
+            are read, even on the Hub.
 
     Raises:
         InvalidSplitError: The split points do not cut this model.
@@ -176,16 +175,21 @@ def make_plan(
     # A load wants weights: without any, asking for the weight map below says what is missing.
     by_config = fetch is None and not (checkpoint.has_weights and checkpoint.is_describable)
     described = _tensors_of_config(model) if by_config else None
-    if fetch is not None:
-        checkpoint.fetch_undescribed(fetch)
+    told = None if fetch is None else logging_downloads(model.name, fetch)
+    if told is not None:
+        checkpoint.fetch_undescribed(told)
     keys = sorted(checkpoint.weight_map if described is None else described)
     mapping = registry().map_weight_keys(family, config, keys) or map_keys(family, keys)
     table = place_keys(family, config, mapping, ranges)
     wanted = sorted({key for component in wishes for key in table.sources[component].values()})
-    if fetch is not None:
+    if told is not None:
         log.info("Planning %s of %s, cut at %d and %d", ", ".join(wishes), model.name, *split_points)
-        checkpoint.fetch(checkpoint.shards(wanted), logging_downloads(model.name, fetch))
+        if checkpoint.format != SAFETENSORS:
+            # They have no headers that could be had alone.
+            checkpoint.fetch(checkpoint.shards(wanted), told)
     tensors = checkpoint.tensors(wanted) if described is None else described
+    if told is not None:
+        checkpoint.fetch_tensors(tensors.values(), told)
     dtypes = {component: resolve_dtype(wish, config, tensors.values()) for component, wish in wishes.items()}
     plan = SplitPlan(
         model=model.name,
@@ -230,9 +234,8 @@ def load_components(
     """
     started = time.perf_counter()
     devices = choose_devices(plan, options)
-    paths = model.checkpoint.fetch(plan.shards, logging_downloads(model.name, progress))
-    infos = (tensor.info for part in plan.components for tensor in part.tensors)
-    read_ahead((info for info in infos if info.format == SAFETENSORS), paths)
+    paths = model.checkpoint.fetch_tensors(plan.infos, logging_downloads(model.name, progress))
+    read_ahead((info for info in plan.infos if info.format == SAFETENSORS), paths)
     progress(Progress("importing"))
     import_builders(model.family)
     from splitlearn_core.build.component import build_component, hf_config
@@ -259,20 +262,10 @@ def load_components(
     return built
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryNeeds:
-    """What a load takes of this machine, in bytes."""
-
-    #: Memory of its own at its peak, while it reads.
-    peak: int
-    #: Memory of its own that it keeps.
-    kept: int
-    #: What stays pages of files.
-    mapped: int
-
-
-def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]) -> MemoryNeeds:
-    """Predict what a load takes of this machine.
+def memory_needed(
+    model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]
+) -> tuple[int, int]:
+    """Predict what a load takes of this machine: bytes of its own, and bytes that stay pages of files.
 
     Args:
         model: The opened checkpoint.
@@ -286,21 +279,13 @@ def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths
     """
     reads = _read_plans(plan, paths, choose_devices(plan, options))
     strategies = _strategies(model, options, reads)
-    kept, passing = _own_memory(strategies, reads)
-    here = [(component, read) for component, read in reads.items() if read.device == "cpu"]
-    loaded = sum(loaded_nbytes(tensor, read.dtype) for _, read in here for tensor in read.tensors)
-    mapped = loaded - sum(kept[component] for component, _ in here)
-    return MemoryNeeds(sum(kept.values()) + passing, sum(kept.values()), max(0, mapped))
-
-
-def _own_memory(
-    strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]
-) -> tuple[dict[Component, int], int]:
-    """Return the memory that each component keeps, and the most that reading one takes besides."""
-    passing = {component: passing_bytes(strategies[component], read) for component, read in reads.items()}
-    taken = {component: predicted_bytes(strategies[component], read) for component, read in reads.items()}
-    # Components are read one after the other.
-    return {component: taken[component] - passing[component] for component in reads}, max(passing.values(), default=0)
+    own = {component: predicted_bytes(strategies[component], read) for component, read in reads.items()}
+    loaded = {
+        component: sum(loaded_nbytes(tensor, read.dtype) for tensor in read.tensors)
+        for component, read in reads.items()
+        if read.device == "cpu"
+    }
+    return sum(own.values()), max(0, sum(loaded.values()) - sum(own[component] for component in loaded))
 
 
 def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[Component, str]:
@@ -437,8 +422,7 @@ def _tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
 def _check_memory(
     name: str, strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]
 ) -> None:
-    kept, passing = _own_memory(strategies, reads)
-    needed = sum(kept.values()) + passing
+    needed = sum(predicted_bytes(strategies[component], read) for component, read in reads.items())
     free = available_memory()
     if needed > free:
         raise InsufficientMemoryError(
@@ -567,8 +551,7 @@ class _Count:
         self._tell(self._shard)
 
     def tensor(self, info: TensorInfo) -> None:
-        # Chunks of tensors that are still to come stay counted.
-        self._whole, self._part = self._whole + info.nbytes, max(0, self._part - info.nbytes)
+        self._whole, self._part = self._whole + info.nbytes, 0
         self._shard = next(self._coming, info.shard)
         self._tell(info.shard)
 

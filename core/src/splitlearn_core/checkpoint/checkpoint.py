@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.config import check_config, read_config, read_weight_map
-from splitlearn_core.checkpoint.source import CONFIG, Source
+from splitlearn_core.checkpoint.config import CONFIG, check_config, read_config, read_weight_map
+from splitlearn_core.checkpoint.fetchplan import FileFetch
+from splitlearn_core.checkpoint.ranges import Span, Wanted
+from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.strategies.base import WeightReader
 from splitlearn_core.checkpoint.torchfile import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
@@ -140,10 +142,34 @@ class Checkpoint:
         return {key: headers[self.weight_map[key]][key] for key in wanted}
 
     def fetch(self, shards: Iterable[str], progress: ProgressCallback) -> dict[str, Path]:
-        """Make sure that shards are on this machine, and return where."""
-        names = sorted(shards)
-        self.source.fetch(names, progress)
-        return {name: self.source.path(name) for name in names}
+        """Make sure that whole shards are on this machine, and return where."""
+        return self.source.fetch(dict.fromkeys(sorted(shards)), progress)
+
+    def fetch_tensors(self, tensors: Iterable[TensorInfo], progress: ProgressCallback) -> dict[str, Path]:
+        """Make sure that tensors are on this machine, and return where their shards lie.
+
+        A shard lies at its original size; of one that came in ranges, its header and these tensors
+        are there, and what else was fetched of it.
+        """
+        return self.source.fetch(self._wanted(tensors), progress)
+
+    def plan_fetch(self, tensors: Iterable[TensorInfo], others: Iterable[str] = ()) -> tuple[FileFetch, ...]:
+        """Say what :meth:`fetch_tensors` would transfer, and what other files would cost."""
+        return self.source.plan_fetch({**dict.fromkeys(others), **self._wanted(tensors)})
+
+    def _wanted(self, tensors: Iterable[TensorInfo]) -> Wanted:
+        """Say which bytes of which shards hold tensors and the headers that place them."""
+        wanted: dict[str, list[Span] | None] = {}
+        for info in sorted(tensors, key=lambda info: (info.shard, info.begin)):
+            if info.format != SAFETENSORS:
+                wanted[info.shard] = None
+                continue
+            spans = wanted.setdefault(info.shard, [])
+            if spans is not None:
+                # The data begins where the header ends.
+                spans += [] if spans else [(0, min(other.begin for other in self._header(info.shard).values()))]
+                spans.append((info.begin, info.end))
+        return wanted
 
     def optional_file(self, name: str) -> Path | None:
         """Return the path of a small file that a checkpoint may have or not."""

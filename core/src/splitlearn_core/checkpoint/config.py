@@ -8,6 +8,8 @@ from typing import Any
 
 from splitlearn_core.errors import InvalidCheckpointError
 
+CONFIG = "config.json"
+
 #: The largest index in use is a few megabytes; nobody reads a gigabyte to find that it is none.
 _MAX_JSON_BYTES = 100_000_000
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from splitlearn_core.checkpoint.partial import grows
 from splitlearn_core.errors import (
     CheckpointError,
     InsufficientDiskError,
@@ -98,4 +99,6 @@ def refuse_changes(seen: Mapping[Path, Version]) -> None:
 
 def _version(path: Path) -> Version:
     found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    # More of a file that came in ranges may come while this load goes on; what is there stays as it is.
+    written = 0 if grows(path) else found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, written

@@ -100,19 +100,21 @@ class SplitPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of all planned tensors, a tied one counted once."""
-        return sum(info.nbytes for info in self._distinct())
+        return sum(info.nbytes for info in self.infos)
 
     @property
     def parameters(self) -> int:
         """Parameters of all planned tensors, a tied one counted once."""
-        return sum(math.prod(info.shape) for info in self._distinct())
+        return sum(math.prod(info.shape) for info in self.infos)
 
     @property
     def shards(self) -> tuple[str, ...]:
         return tuple(sorted({shard for component in self.components for shard in component.shards}))
 
-    def _distinct(self) -> Iterable[TensorInfo]:
-        return {tensor.info.key: tensor.info for part in self.components for tensor in part.tensors}.values()
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """All planned tensors as they lie in the files, a tied one once."""
+        return tuple({tensor.info.key: tensor.info for part in self.components for tensor in part.tensors}.values())
 
     def to_dict(self) -> dict[str, Any]:
         return {

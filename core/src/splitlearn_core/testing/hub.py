@@ -1,7 +1,8 @@
 """A model hub on loopback that the real ``huggingface_hub`` client can talk to, for tests.
 
 Folders are published as model repositories and read anew at every request. Every answer is
-recorded, and faults can be asked for: cut connections, ignored ranges, held downloads.
+recorded, and faults can be asked for: cut connections, refusals, ignored or wrong ranges, held
+downloads, and a store of bytes at another address, as behind the real Hub.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LFS_BYTES = 10 * 1024 * 1024
 _REPO = r"(?P<repo>[^/]+(?:/[^/]+)??)"
 _REVISION = r"(?P<verb>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<name>.+))?"
 _API = re.compile(rf"/api/models/{_REPO}(?:/{_REVISION})?")
-_RESOLVE = re.compile(rf"/{_REPO}/(?P<verb>resolve)/(?P<revision>[^/]+)/(?P<name>.+)")
+_RESOLVE = re.compile(rf"/{_REPO}/(?P<verb>resolve|store)/(?P<revision>[^/]+)/(?P<name>.+)")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -49,12 +50,20 @@ class Faults:
     """What the hub does wrong on purpose. ``before_file`` may replace the file that is about to be served."""
 
     ignore_range: bool = False
+    redirect: bool = False  # answer for large files with a redirect to the store, which knows bytes alone
+    content_range: Callable[[str], str] | None = None  # what to say in place of the truth
+    surplus: bytes = b""  # sent after what a range asks for
     before_file: Callable[[str, str, str], None] | None = None  # method, repository, file name
     breaks: dict[str, list[int]] = field(default_factory=dict)
+    refusals: dict[str, list[int]] = field(default_factory=dict)
 
     def break_connection(self, filename: str, after: int, times: int = 1) -> None:
         """Cut the next ``times`` downloads of ``filename`` that are longer than ``after`` body bytes."""
         self.breaks[filename] = [after] * times
+
+    def refuse(self, filename: str, status: int, times: int = 1) -> None:
+        """Answer the next ``times`` requests for ``filename`` with a status, and no time to wait."""
+        self.refusals[filename] = [status] * times
 
 
 @dataclass
@@ -181,12 +190,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusalError(404, "Not found")
         verb, name = match["verb"], unquote(match["name"] or "")
         self.repo = unquote(match["repo"])
-        self.filename = name if verb == "resolve" else None
+        self.filename = name if verb in ("resolve", "store") else None
         snapshot = self.server.hub._find(self.repo, unquote(match["revision"] or "main"))
-        snapshot.check(self.headers.get("Authorization"), for_file=verb == "resolve")
+        # The address of the store is a secret that lets in, and whoever has it needs no token.
+        if verb != "store":
+            snapshot.check(self.headers.get("Authorization"), for_file=verb == "resolve")
         fields = parse_qs(form or url.query)
-        if verb == "resolve":
-            self._send_file(snapshot, name)
+        if verb in ("resolve", "store"):
+            self._send_file(snapshot, name, is_store=verb == "store")
         elif verb == "tree":
             self._send_tree(snapshot, name, recursive=fields.get("recursive") == ["true"])
         elif verb == "paths-info":
@@ -224,10 +235,12 @@ class _Handler(BaseHTTPRequestHandler):
         below = [p for p, above in parents.items() if (top in above if recursive else top == above[0])]
         self._send_json([tree[path] for path in below])
 
-    def _send_file(self, snapshot: _Snapshot, name: str) -> None:
+    def _send_file(self, snapshot: _Snapshot, name: str, is_store: bool) -> None:
         faults = self.server.hub.faults
         if faults.before_file is not None:
             faults.before_file(self.command, snapshot.repo, name)
+        if refusals := faults.refusals.get(name):
+            raise _RefusalError(refusals.pop(0), "Not now", Retry_After="0")
         path = _files(snapshot.directory).get(name)
         if path is None:
             raise snapshot.missing(name)
@@ -238,12 +251,21 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"ETag": etag, "X-Repo-Commit": snapshot.commit, "Accept-Ranges": "bytes"}
             if "lfs" in entry:
                 headers |= {"X-Linked-ETag": etag, "X-Linked-Size": str(size)}
+            if is_store:
+                headers = {"ETag": f'"stored-{etag[1:]}', "Accept-Ranges": "bytes"}
+            elif "lfs" in entry and faults.redirect:
+                location = self.server.hub.endpoint + self.path.replace("/resolve/", "/store/")
+                self._start(302, {**headers, "Location": location}, 0)
+                return
             if partial:
-                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-            self._start(206 if partial else 200, headers, stop - start)
+                told = f"bytes {start}-{stop - 1}/{size}"
+                headers["Content-Range"] = faults.content_range(told) if faults.content_range else told
+            surplus = faults.surplus if partial else b""
+            self._start(206 if partial else 200, headers, stop - start + len(surplus))
             if self.command == "GET":
                 file.seek(start)
                 self._send_body(file, name, stop - start)
+                self._send(surplus)
 
     def _span(self, size: int) -> tuple[int, int, bool]:
         """First byte, end, and whether that is a part; all but a single valid range means the whole file."""
