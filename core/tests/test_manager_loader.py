@@ -33,8 +33,7 @@ from splitlearn_core import (
     plan_split,
 )
 from splitlearn_core.build.skeleton import BUILD_LOCK
-from splitlearn_core.checkpoint.strategies import copied as copying
-from splitlearn_core.checkpoint.strategies import views as strategies
+from splitlearn_core.checkpoint.strategies import copied, landing, views
 from splitlearn_core.errors import LoadCancelledError
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.failures import explaining
@@ -166,8 +165,11 @@ class TestComponents:
 
         plan = ModelLoader().plan(component(single, **options), lambda _: None)
 
-        assert plan.needs == {"host": host * nbytes, "mapped": mapped * nbytes}
-        assert plan.keeps == plan.needs
+        assert plan.keeps == {"host": host * nbytes, "mapped": mapped * nbytes}
+        # What is converted goes through buffers, which are gone afterwards.
+        buffers = plan.needs["host"] - plan.keeps["host"]
+        assert (buffers > 0) == (options == {"strategy": "copied", "dtype": "bfloat16"})
+        assert plan.needs["mapped"] == plan.keeps["mapped"]
         assert plan.dtype == options.get("dtype", "float32")
 
     def test_a_mapping_will_do(self, llama: Any, single: Path, whole: Any) -> None:
@@ -608,7 +610,7 @@ class TestEveryKind:
         self, any_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each report once: the error comes out as it is, no lock, thread or state is left, and a new load works."""
-        monkeypatch.setattr(strategies, "CHUNK_BYTES", 1024)
+        small_chunks(monkeypatch, 1024)
         said: list[Progress] = []
         expected = load(any_config, said.append).module.state_dict()
         threads = set(threading.enumerate())
@@ -648,7 +650,7 @@ class TestEveryKind:
         self, any_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, stage: str
     ) -> None:
         """Its modules go with the error that ended it; no collection of garbage is needed."""
-        monkeypatch.setattr(strategies, "CHUNK_BYTES", 1024)
+        small_chunks(monkeypatch, 1024)
         made: list[weakref.ref[nn.Module]] = []
         begin = nn.Module.__init__
 
@@ -670,6 +672,13 @@ class TestEveryKind:
             assert [type(module()) for module in made if module() is not None] == []
         finally:
             gc.enable()
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let tiny tensors be read in several chunks."""
+    monkeypatch.setattr(views, "CHUNK_BYTES", size)
+    monkeypatch.setattr(copied, "CHUNK_BYTES", size)
+    monkeypatch.setattr(copied, "STAGED_BYTES", size)
 
 
 def lock_is_free() -> bool:
@@ -702,7 +711,7 @@ class TestChunks:
         self, llama: Any, sharded: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], size: int
     ) -> None:
         """The tensors are bit-equal, and the bytes go forward up to the total."""
-        monkeypatch.setattr(strategies, "CHUNK_BYTES", size)
+        small_chunks(monkeypatch, size)
         said: list[Progress] = []
 
         loaded = load(component(sharded, "bottom", **options), said.append)
@@ -718,7 +727,7 @@ class TestChunks:
 
     def test_views_of_the_file_are_not_chunked(self, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing is read, so there is nothing to tell in between."""
-        monkeypatch.setattr(strategies, "CHUNK_BYTES", 64)
+        small_chunks(monkeypatch, 64)
         said: list[Progress] = []
         loaded = load(component(single), said.append)
 
@@ -731,7 +740,7 @@ class TestChunks:
         self, world: Any, single: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
         """What a callback raises in the middle of a tensor comes out as it is."""
-        monkeypatch.setattr(strategies, "CHUNK_BYTES", 64)
+        small_chunks(monkeypatch, 64)
         world.install(
             "llama",
             world.source("llama").replace('architecture="', 'preferred_strategy="mine", architecture="')
@@ -863,15 +872,15 @@ def test_the_loader_is_light(world: Any) -> None:
 
 def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A MemoryError in the middle of reading, as the allocator raises it."""
-    taken: list[int] = []
+    landed = landing.HostLanding.landed
 
-    def scarce(plan: Any, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        taken.append(view.nbytes)
-        if len(taken) > 5:
+    def scarce(self: Any, piece: Any, slot: Any) -> Any:
+        if piece.begin > 10_000:
             raise MemoryError
-        return view.clone()
+        return landed(self, piece, slot)
 
-    monkeypatch.setattr(copying, "copy_to_plan", scarce)
+    small_chunks(monkeypatch, 1024)
+    monkeypatch.setattr(landing.HostLanding, "landed", scarce)
     with pytest.raises(InsufficientMemoryError, match="ran out") as caught:
         load(component(single, strategy="copied"))
     assert caught.value.hint

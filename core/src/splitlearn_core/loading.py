@@ -22,6 +22,7 @@ from splitlearn_core.checkpoint.strategy import (
     WeightReader,
     check_strategy,
     choose_strategy,
+    passing_bytes,
     predicted_bytes,
     read_checked,
 )
@@ -262,10 +263,20 @@ def load_components(
     return built
 
 
-def memory_needed(
-    model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]
-) -> tuple[int, int]:
-    """Predict what a load takes of this machine: bytes of its own, and bytes that stay pages of files.
+@dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """What a load takes of this machine, in bytes."""
+
+    #: Memory of its own at its peak, while it reads.
+    peak: int
+    #: Memory of its own that it keeps.
+    kept: int
+    #: What stays pages of files.
+    mapped: int
+
+
+def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]) -> MemoryNeeds:
+    """Predict what a load takes of this machine.
 
     Args:
         model: The opened checkpoint.
@@ -279,13 +290,21 @@ def memory_needed(
     """
     reads = _read_plans(plan, paths, choose_devices(plan, options))
     strategies = _strategies(model, options, reads)
-    own = {component: predicted_bytes(strategies[component], read) for component, read in reads.items()}
-    loaded = {
-        component: sum(loaded_nbytes(tensor, read.dtype) for tensor in read.tensors)
-        for component, read in reads.items()
-        if read.device == "cpu"
-    }
-    return sum(own.values()), max(0, sum(loaded.values()) - sum(own[component] for component in loaded))
+    kept, passing = _own_memory(strategies, reads)
+    here = [(component, read) for component, read in reads.items() if read.device == "cpu"]
+    loaded = sum(loaded_nbytes(tensor, read.dtype) for _, read in here for tensor in read.tensors)
+    mapped = loaded - sum(kept[component] for component, _ in here)
+    return MemoryNeeds(sum(kept.values()) + passing, sum(kept.values()), max(0, mapped))
+
+
+def _own_memory(
+    strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]
+) -> tuple[dict[Component, int], int]:
+    """Return the memory that each component keeps, and the most that reading one takes besides."""
+    passing = {component: passing_bytes(strategies[component], read) for component, read in reads.items()}
+    taken = {component: predicted_bytes(strategies[component], read) for component, read in reads.items()}
+    # Components are read one after the other.
+    return {component: taken[component] - passing[component] for component in reads}, max(passing.values(), default=0)
 
 
 def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[Component, str]:
@@ -422,7 +441,8 @@ def _tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
 def _check_memory(
     name: str, strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]
 ) -> None:
-    needed = sum(predicted_bytes(strategies[component], read) for component, read in reads.items())
+    kept, passing = _own_memory(strategies, reads)
+    needed = sum(kept.values()) + passing
     free = available_memory()
     if needed > free:
         raise InsufficientMemoryError(
@@ -551,7 +571,8 @@ class _Count:
         self._tell(self._shard)
 
     def tensor(self, info: TensorInfo) -> None:
-        self._whole, self._part = self._whole + info.nbytes, 0
+        # Chunks of tensors that are still to come stay counted.
+        self._whole, self._part = self._whole + info.nbytes, max(0, self._part - info.nbytes)
         self._shard = next(self._coming, info.shard)
         self._tell(info.shard)
 

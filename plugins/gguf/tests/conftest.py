@@ -51,22 +51,24 @@ def _load(name: str) -> ModuleType:
 writing = _load("gguf_writing")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Write plugins for the families that are not installed."""
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with plugins for the families that are not installed."""
     folder = tmp_path_factory.mktemp("site")
-    missing = sorted(FAMILIES.keys() - set(registry().model_types()))
-    for model_type in missing:
-        write_plugin(folder, model_type, PLUGIN.format(model_type, FAMILIES[model_type]))
-    sys.path.insert(0, str(folder))
-    old = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), old)))
+    reset_registry()
+    for model_type in sorted(FAMILIES.keys() - set(registry().model_types())):
+        distribution = f"family-for-gguf-{model_type}"
+        write_plugin(folder, model_type, PLUGIN.format(model_type, FAMILIES[model_type]), distribution=distribution)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def families(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put those families on the path of this test, and of the processes that it starts."""
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH", "")))))
     reset_registry()
     yield
-    sys.path.remove(str(folder))
-    os.environ.pop("PYTHONPATH")
-    if old is not None:
-        os.environ["PYTHONPATH"] = old
     reset_registry()
 
 

@@ -1,7 +1,7 @@
 """Loading strategies: how planned bytes become tensors. The names that plugins and other rooms use."""
 
 from splitlearn_core.checkpoint.strategies.base import CHUNK_BYTES, LoadingStrategy, ReadPlan, WeightReader
-from splitlearn_core.checkpoint.strategies.checked import predicted_bytes, read_checked
+from splitlearn_core.checkpoint.strategies.checked import passing_bytes, predicted_bytes, read_checked
 from splitlearn_core.checkpoint.strategies.choice import (
     AUTO,
     BUILT_IN,
@@ -25,6 +25,7 @@ __all__ = [
     "WeightReader",
     "check_strategy",
     "choose_strategy",
+    "passing_bytes",
     "predicted_bytes",
     "read_checked",
     "reserved_names",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.checkpoint.torchtypes import dtype_names
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError
 from splitlearn_core.types import PYTORCH, TensorInfo
 
@@ -94,7 +95,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 def describe_torch_file(path: Path) -> dict[str, TensorInfo]:
     """Say what tensors a ``.bin`` file holds; raises like :func:`read_state_dict`."""
-    names = _dtype_names()
+    names = dtype_names()
     return {
         key: TensorInfo(key, names[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes, PYTORCH)
         for key, tensor in read_state_dict(path).items()
@@ -106,7 +107,7 @@ def _is_plain(value: Any, torch: Any) -> bool:
         isinstance(value, torch.Tensor)
         and value.layout is torch.strided
         and value.device.type == "cpu"
-        and value.dtype in _dtype_names()
+        and value.dtype in dtype_names()
     )
 
 
@@ -114,19 +115,6 @@ def _words(value: Any, torch: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
     return type(value).__name__
-
-
-def _dtype_names() -> dict[torch.dtype, str]:
-    """Return the names that the safetensors format has for torch's dtypes."""
-    import torch
-
-    return {
-        torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
-        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-        torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
-        torch.complex64: "C64", torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
-    }  # fmt: skip
 
 
 def _damaged(path: Path, error: Exception) -> InvalidCheckpointError:

@@ -54,16 +54,16 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     split, table = make_plan(model, config.split_points, (component,), config.dtype, fetch=report)
     report(Progress("planning", component))
     paths = model.checkpoint.fetch_tensors(split.infos, report)
-    own, mapped = memory_needed(model, split, options, paths)
-    needs = {HOST: own, MAPPED: mapped}
-    if ledger_of(config.device) != HOST:
-        needs[ledger_of(config.device)] = split.component(component).loaded_bytes(split.dtype)
-    elif config.device != "cpu":
-        needs[HOST] += split.component(component).loaded_bytes(split.dtype)
+    memory = memory_needed(model, split, options, paths)
+    needs, keeps = {HOST: memory.peak, MAPPED: memory.mapped}, {HOST: memory.kept, MAPPED: memory.mapped}
+    if config.device != "cpu":
+        ledger, loaded = ledger_of(config.device), split.component(component).loaded_bytes(split.dtype)
+        for charge in (needs, keeps):
+            charge[ledger] = charge.get(ledger, 0) + loaded
     location = model.checkpoint.source.path("config.json").parent
     files = versions(paths.values())
     return LoadPlan(
-        needs, needs, str(location), split.dtype, config.device, _Details(model, split, table, options, files)
+        needs, keeps, str(location), split.dtype, config.device, _Details(model, split, table, options, files)
     )
 
 

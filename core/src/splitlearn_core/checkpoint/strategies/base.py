@@ -41,9 +41,13 @@ class ReadPlan:
     def nbytes(self) -> int:
         return sum(tensor.info.nbytes for tensor in self.tensors)
 
+    def is_floating(self, tensor: PlannedTensor) -> bool:
+        """Say whether a tensor takes on the wanted dtype; integers keep theirs."""
+        return tensor.info.dtype in FLOAT_DTYPES.values()
+
     def needs_conversion(self, tensor: PlannedTensor) -> bool:
         """Say whether a tensor is stored in another floating dtype than the wanted one."""
-        return tensor.info.dtype in FLOAT_DTYPES.values() and tensor.info.dtype != FLOAT_DTYPES[self.dtype]
+        return self.is_floating(tensor) and tensor.info.dtype != FLOAT_DTYPES[self.dtype]
 
     def formats(self) -> set[str]:
         """Return the formats of the files that hold the tensors."""
@@ -73,7 +77,11 @@ class LoadingStrategy(Protocol):
         """Say why this plan cannot be read this way, or nothing."""
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
-        """Predict the memory of this machine that the read takes and keeps, file pages left out."""
+        """Predict the memory of this machine that the read takes at most, file pages left out.
+
+        Most of it is kept. A strategy that gives some back when the read is over, buffers for
+        example, says how much in another method, ``passing_bytes(plan)``.
+        """
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         """Yield every planned tensor once, on the plan's device and in its dtype."""

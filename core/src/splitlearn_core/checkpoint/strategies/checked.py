@@ -22,6 +22,18 @@ def predicted_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
         return int(strategy.anonymous_bytes(plan))
 
 
+def passing_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
+    """Ask a strategy how much of :func:`predicted_bytes` it gives back once the read is over.
+
+    A strategy says so in a method ``passing_bytes(plan)``; one without it keeps all that it takes.
+    """
+    tell = getattr(strategy, "passing_bytes", None)
+    if tell is None:
+        return 0
+    with _blaming(strategy):
+        return int(tell(plan))
+
+
 def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
     """Read by a strategy, and hold what it yields against the plan.
 

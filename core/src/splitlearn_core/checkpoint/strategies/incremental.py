@@ -31,12 +31,15 @@ class IncrementalStrategy:
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
         kept = sum(loaded_nbytes(tensor, plan.dtype) for tensor in plan.tensors) if plan.device == "cpu" else 0
+        return kept + self.passing_bytes(plan)
+
+    def passing_bytes(self, plan: ReadPlan) -> int:
         whole = [
             plan.paths[shard].stat().st_size
             for shard, tensors in plan.by_shard().items()
             if tensors[0].info.format == PYTORCH and not is_mappable(plan.paths[shard])
         ]
-        return kept + max(whole, default=0)
+        return max(whole, default=0)
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         for tensors in plan.by_shard().values():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from splitlearn_core.checkpoint.strategies.base import CHUNK_BYTES, ReadPlan
+from splitlearn_core.checkpoint.strategies.memory import fresh_memory
+from splitlearn_core.checkpoint.strategies.unchanged import changed, refuse_cut
+from splitlearn_core.checkpoint.torchtypes import stored_dtype
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.splitplan import PlannedTensor
 
@@ -20,25 +24,29 @@ def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
     for shard, tensors in plan.by_shard().items():
         # safetensors opens a file without letting go of the interpreter: where the disk or the network
         # hangs, every thread of the process would hang with it. Here only this one does.
-        with plan.paths[shard].open("rb", buffering=0) as plain:
+        path = plan.paths[shard]
+        with path.open("rb", buffering=0) as plain:
             try:
-                with safe_open(plan.paths[shard], framework="pt", device="cpu") as file:
+                with safe_open(path, framework="pt", device="cpu") as file:
                     for planned in tensors:
                         # Nor does it where it looks at a tensor's first page; from the cache that takes no time.
                         plain.seek(planned.info.begin)
                         plain.read(1)
-                        yield planned, file.get_tensor(planned.info.key)
+                        view = file.get_tensor(planned.info.key)
+                        if (view.dtype, tuple(view.shape)) != (stored_dtype(planned.info.dtype), planned.info.shape):
+                            raise changed(path, planned.info)
+                        yield planned, view
             except SafetensorError as error:
                 raise InvalidCheckpointError(
-                    f"{plan.paths[shard]} is no sound safetensors file: {error}", hint="fetch or write the file anew"
+                    f"{path} is no sound safetensors file: {error}", hint="fetch or write the file anew"
                 ) from error
+            # What is mapped of a file that was cut would end the process where it is used.
+            refuse_cut(path, os.fstat(plain.fileno()).st_size, tensors[-1].info)
 
 
 def copy_to_plan(plan: ReadPlan, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Copy a view of a file to the plan's device, and convert it."""
-    import torch
-
-    copied = torch.empty(view.shape, dtype=dtype, device=plan.device)
+    copied = _target(plan, view.shape, dtype)
     if view.nbytes <= CHUNK_BYTES or not view.is_contiguous():
         return copied.copy_(view)
     source, target = view.view(-1), copied.view(-1)
@@ -48,3 +56,12 @@ def copy_to_plan(plan: ReadPlan, view: torch.Tensor, dtype: torch.dtype) -> torc
         target[start : start + elements].copy_(chunk)
         plan.on_bytes(chunk.nbytes)
     return copied
+
+
+def _target(plan: ReadPlan, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    if plan.device != "cpu":
+        return torch.empty(shape, dtype=dtype, device=plan.device)
+    (block,) = fresh_memory([shape.numel() * dtype.itemsize])
+    return block.view(dtype).view(shape)

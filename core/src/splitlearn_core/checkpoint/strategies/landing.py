@@ -1,0 +1,196 @@
+"""Where pieces go: into the tensors themselves, or through staging buffers into another dtype or to a device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.checkpoint.strategies.base import ReadPlan, torch_dtype
+from splitlearn_core.checkpoint.strategies.memory import aligned, fresh_memory
+from splitlearn_core.checkpoint.strategies.pieces import Piece, Span
+from splitlearn_core.checkpoint.strategies.readers import Landing, reader_count
+from splitlearn_core.checkpoint.torchtypes import stored_dtype
+from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
+
+if TYPE_CHECKING:
+    import torch
+
+#: Elements that torch converts in the thread that asks. Of more it makes work for a team of its own
+#: in each reader, and many teams on few processors wait for each other.
+_SERIAL = 2**15 - 64
+
+
+def is_staged(plan: ReadPlan, planned: PlannedTensor) -> bool:
+    """Say whether a tensor has to go through a buffer: what is wanted as it is stored does not, on the CPU."""
+    return plan.device != "cpu" or plan.needs_conversion(planned)
+
+
+def slot_count(pieces: list[Piece], plan: ReadPlan) -> int:
+    """Return how many buffers a read uses: one for each reader, and for a device another that is emptied meanwhile."""
+    staged = sum(any(is_staged(plan, span.planned) for span in piece.spans) for piece in pieces)
+    return min(reader_count() * (1 if plan.device == "cpu" else 2), staged)
+
+
+def slot_bytes(pieces: list[Piece]) -> int:
+    """Return the size of a buffer that takes any of the pieces."""
+    return max((sum(aligned(span.nbytes) for span in piece.spans) for piece in pieces), default=0)
+
+
+class HostLanding(Landing["torch.Tensor"]):
+    """Tensors in the memory of this machine."""
+
+    def __init__(self, plan: ReadPlan, pieces: list[Piece]) -> None:
+        self.plan = plan
+        self.tensors = self._targets()
+        self._flat = {key: tensor.view(-1) for key, tensor in self.tensors.items()}
+        #: Flat bytes of the tensors that are filled without a detour.
+        self._straight = {
+            planned.module_key: _bytes(self.tensors[planned.module_key])
+            for planned in plan.tensors
+            if not is_staged(plan, planned)
+        }
+        super().__init__([self._slot(slot_bytes(pieces)) for _ in range(slot_count(pieces, plan))])
+
+    def needs_slot(self, piece: Piece) -> bool:
+        return any(span.planned.module_key not in self._straight for span in piece.spans)
+
+    def views(self, piece: Piece, slot: torch.Tensor | None) -> list[memoryview]:
+        places = []
+        for span, start in _laid_out(piece):
+            memory = self._straight.get(span.planned.module_key)
+            if memory is not None:
+                places.append(memory[span.start : span.start + span.nbytes])
+            elif slot is not None:
+                places.append(_bytes(slot)[start : start + span.nbytes])
+        return places
+
+    def landed(self, piece: Piece, slot: torch.Tensor | None) -> torch.Tensor | None:
+        """Convert what came into a buffer, while the processor still has it at hand."""
+        if slot is not None:
+            for target, source in self._moves(piece, slot):
+                for start in range(0, source.numel(), _SERIAL):
+                    target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
+            self.free.put(slot)
+        return None
+
+    def settle(self, piece: Piece, slot: torch.Tensor | None) -> None:
+        """Bring what came into a buffer to the device, and free the buffer; on the CPU it is there already."""
+
+    def finish(self) -> None:
+        """Wait until everything is where it belongs, or at least nothing moves any more."""
+
+    def _moves(self, piece: Piece, slot: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield flat stretches of tensors, and the stretches of a buffer that belong there."""
+        for span, start in _laid_out(piece):
+            if span.planned.module_key in self._straight:
+                continue
+            source = slot[start : start + span.nbytes].view(stored_dtype(span.planned.info.dtype))
+            first = span.start // source.element_size()
+            yield self._flat[span.planned.module_key][first : first + source.numel()], source
+
+    def _targets(self) -> dict[str, torch.Tensor]:
+        blocks = fresh_memory(loaded_nbytes(planned, self.plan.dtype) for planned in self.plan.tensors)
+        return {
+            planned.module_key: block.view(_dtype(self.plan, planned)).view(planned.info.shape)
+            for planned, block in zip(self.plan.tensors, blocks, strict=True)
+        }
+
+    def _slot(self, nbytes: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+
+class DeviceLanding(HostLanding):
+    """Tensors on a device, each piece copied there before the next is taken."""
+
+    def landed(self, piece: Piece, slot: torch.Tensor | None) -> torch.Tensor | None:
+        return slot
+
+    def settle(self, piece: Piece, slot: torch.Tensor | None) -> None:
+        if slot is not None:
+            for target, source in self._moves(piece, slot):
+                target.copy_(source)
+            self.free.put(slot)
+
+    def _targets(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {
+            planned.module_key: torch.empty(
+                planned.info.shape, dtype=_dtype(self.plan, planned), device=self.plan.device
+            )
+            for planned in self.plan.tensors
+        }
+
+
+class CudaLanding(DeviceLanding):
+    """Tensors on a CUDA device: buffers are pinned, and copied from while others are filled."""
+
+    def __init__(self, plan: ReadPlan, pieces: list[Piece]) -> None:
+        import torch
+
+        super().__init__(plan, pieces)
+        self._stream: Any = torch.cuda.Stream(plan.device)  # type: ignore[no-untyped-call]  # torch's own
+        # The memory of the tensors may still be in use by work that was queued before.
+        self._stream.wait_stream(torch.cuda.current_stream(plan.device))
+        #: Buffers that are being copied from, and what tells when that is over.
+        self._leaving: deque[tuple[Any, torch.Tensor]] = deque()
+        self._most = max(1, slot_count(pieces, plan) // 2)
+
+    def settle(self, piece: Piece, slot: torch.Tensor | None) -> None:
+        import torch
+
+        if slot is None:
+            return
+        with torch.cuda.stream(self._stream):
+            # Not blocking, a conversion takes place on the device too.
+            for target, source in self._moves(piece, slot):
+                target.copy_(source, non_blocking=True)
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+            event.record(self._stream)
+        self._leaving.append((event, slot))
+        while self._leaving and (len(self._leaving) > self._most or self._leaving[0][0].query()):
+            done, emptied = self._leaving.popleft()
+            done.synchronize()
+            self.free.put(emptied)
+        # Whoever uses a tensor next does so after its last bytes have come.
+        torch.cuda.current_stream(self.plan.device).wait_event(event)
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+        self._leaving.clear()
+
+    def _slot(self, nbytes: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def make_landing(plan: ReadPlan, pieces: list[Piece]) -> HostLanding:
+    """Allocate what is to be filled, on the plan's device."""
+    import torch
+
+    kinds = {"cpu": HostLanding, "cuda": CudaLanding}
+    return kinds.get(torch.device(plan.device).type, DeviceLanding)(plan, pieces)
+
+
+def _laid_out(piece: Piece) -> list[tuple[Span, int]]:
+    """Say where in a buffer each span of a piece begins."""
+    places, position = [], 0
+    for span in piece.spans:
+        places.append((span, position))
+        position += aligned(span.nbytes)
+    return places
+
+
+def _dtype(plan: ReadPlan, planned: PlannedTensor) -> torch.dtype:
+    return torch_dtype(plan.dtype) if plan.is_floating(planned) else stored_dtype(planned.info.dtype)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
