@@ -43,6 +43,10 @@ from splitlearn_core.hookspecs import PLUGIN_API, hookimpl, hookspec
 from splitlearn_core.types import Component, LayerRange, Progress, TensorInfo
 
 if TYPE_CHECKING:
+    from splitlearn_core.adapters import load_adapter as load_adapter
+    from splitlearn_core.adapters import merge_and_unload as merge_and_unload
+    from splitlearn_core.adapters import save_adapter as save_adapter
+    from splitlearn_core.adapters import unload_adapter as unload_adapter
     from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
     from splitlearn_core.checkpoint.strategy import ReadPlan as ReadPlan
     from splitlearn_core.checkpoint.strategy import WeightReader as WeightReader
@@ -87,9 +91,13 @@ _LAZY = {
     "SplitModel": "quickstart",
     "SplitPlan": "plan.splitplan",
     "WeightReader": "checkpoint.strategy",
+    "load_adapter": "adapters",
     "load_split_model": "quickstart",
+    "merge_and_unload": "adapters",
     "plan_split": "quickstart",
     "preload": "manager.imports",
+    "save_adapter": "adapters",
+    "unload_adapter": "adapters",
 }
 
 __all__ = [  # noqa: PLE0604  # the second half is computed

@@ -13,6 +13,7 @@ from splitlearn_core.build.component import ComponentModel, build_component
 from splitlearn_core.errors import InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import map_keys, place_keys
+from splitlearn_core.plan.split import ranges_around
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -50,7 +51,7 @@ def component_from_state_dict(
 
 
 def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[Component, LayerRange]:
-    """Cut the model so that the component has the asked layers; the other two share the rest."""
+    """Cut the model so that the component has the asked layers."""
     first = 0 if start is None else start
     last = total if end is None else end
     fits = {Component.BOTTOM: first == 0, Component.TRUNK: True, Component.TOP: last == total}
@@ -59,12 +60,7 @@ def _ranges(component: Component, start: int | None, end: int | None, total: int
             f"a {component} of layers [{first}, {last}) does not fit a model of {total} layers",
             hint="a bottom begins at layer 0, a top ends with the last, and each has at least one layer",
         )
-    cuts = {Component.BOTTOM: (last, total), Component.TRUNK: (first, last), Component.TOP: (0, first)}[component]
-    return {
-        Component.BOTTOM: LayerRange(0, cuts[0], total),
-        Component.TRUNK: LayerRange(*cuts, total),
-        Component.TOP: LayerRange(cuts[1], total, total),
-    }
+    return ranges_around(component, LayerRange(first, last, total))
 
 
 def _info(key: str, tensor: torch.Tensor) -> TensorInfo:

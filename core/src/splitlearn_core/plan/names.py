@@ -72,7 +72,7 @@ def place_keys(
                 origins[absent] = origins[present]
     sources: dict[Component, dict[str, str]] = {component: {} for component in Component}
     unexpected: list[str] = []
-    component_of = _placement(family, ranges)
+    component_of = placement(family, ranges)
     for name, key in origins.items():
         component = component_of(name)
         if component is None:
@@ -88,8 +88,8 @@ def place_keys(
     return KeyTable(sources, shared, tuple(problems), apart)
 
 
-def _placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Callable[[str], Component | None]:
-    """Return a function from a module key to the component that holds it, or None."""
+def placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Callable[[str], Component | None]:
+    """Return a function from a module key to the component that holds it, or None where none does."""
     owners = [component for component in Component for _ in range(len(ranges[component]))]
     layers = f"{family.base}.{family.layers}."
     inlets = (family.embedding, *family.zero_outside_bottom, *family.skip_outside_bottom)

@@ -60,6 +60,17 @@ def split_layers(
     }
 
 
+def ranges_around(component: Component, owned: LayerRange) -> dict[Component, LayerRange]:
+    """Cut a model so that one component has these layers; the other two share the rest, and may be empty."""
+    first, last, total = owned.start, owned.end, owned.total
+    cuts = {Component.BOTTOM: (last, total), Component.TRUNK: (first, last), Component.TOP: (0, first)}[component]
+    return {
+        Component.BOTTOM: LayerRange(0, cuts[0], total),
+        Component.TRUNK: LayerRange(*cuts, total),
+        Component.TOP: LayerRange(cuts[1], total, total),
+    }
+
+
 def _impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
     try:
         return dict(family.impossible_cuts(config))

@@ -1,0 +1,364 @@
+"""PEFT adapters of a whole model on its components: loaded by layer, saved together again, merged.
+
+PEFT itself does the work, component by component: layers keep their global numbers, so the names in
+an adapter's file are those of the component's own modules.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.checkpoint.adapter import ADAPTER_CONFIG, AdapterFiles, open_adapter, write_adapter
+from splitlearn_core.errors import (
+    ConfigurationError,
+    InvalidCheckpointError,
+    SplitLearnError,
+    TensorMismatchError,
+)
+from splitlearn_core.plan.adapter import PREFIX, AdapterSlice, adapts_ends, config_problems, key_problems, slice_keys
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.pipeline import SplitCausalLM
+
+    Parts = ComponentModel | SplitCausalLM | Iterable[ComponentModel | None]
+
+_NAME = "default"
+#: Where a component keeps what was loaded onto it; no module of its own, so that its tensors count once.
+_ATTRIBUTE = "splitlearn_adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An adapter on a component."""
+
+    adapter: AdapterFiles
+    slice: AdapterSlice
+    is_trainable: bool
+    #: PEFT's wrapper, whose base model is the component; None where the adapter has nothing here.
+    peft: Any = field(compare=False)
+
+
+def load_adapter(
+    parts: Parts,
+    adapter: str | os.PathLike[str],
+    *,
+    is_trainable: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> None:
+    """Load an adapter of the whole model onto components; each reads its own tensors and no others.
+
+    The components are changed in place and keep their class: they are called as before, and make up
+    a :class:`SplitCausalLM` as before. Needs ``pip install "splitlearn-core[peft]"``.
+
+    Args:
+        parts: A component, several, what ``load_split_model`` returned, or a ``SplitCausalLM``.
+        adapter: The folder that PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
+        is_trainable: Let the adapter learn; the component's own weights never do.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+
+    Raises:
+        ConfigurationError: The adapter cannot be cut by layers, a component has one already, or PEFT is
+            not installed.
+        TensorMismatchError: Its tensors are not those that the components want; all are listed, and the
+            components are as before.
+        CheckpointError: Its files are missing or no sound ones.
+    """
+    components = _components(parts)
+    _import_peft()
+    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    found = open_adapter(adapter, hub)
+    taken = [str(component.component) for component in components if _loaded(component) is not None]
+    if taken:
+        raise ConfigurationError(
+            f"there is an adapter on {', '.join(taken)} already", hint="call merge_and_unload or unload_adapter first"
+        )
+    problems = config_problems(found.config)
+    if problems:
+        raise ConfigurationError(
+            f"{found.name} cannot be cut into slices for components: {'; '.join(problems)}",
+            hint="merge it into the whole model with PEFT, save that, and split the result",
+        )
+    first = components[0]
+    problems = key_problems(found.tensors, found.config, first.family, first.layer_range)
+    if problems:
+        raise _mismatch(found, problems)
+    loads: list[tuple[ComponentModel, _Loaded]] = []
+    try:
+        for component in components:
+            loads.append((component, _inject(component, found, is_trainable)))  # noqa: PERF401  # undone if the next fails
+        problems = [problem for component, loaded in loads for problem in _tensor_problems(component, loaded)]
+        if problems:
+            raise _mismatch(found, problems)
+        for _, loaded in loads:
+            _read(loaded)
+    except BaseException:
+        for _, loaded in loads:
+            if loaded.peft is not None:
+                loaded.peft.unload()
+        raise
+    for component, loaded in loads:
+        object.__setattr__(component, _ATTRIBUTE, loaded)
+
+
+def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
+    """Put the slices of an adapter together and save them as PEFT does, for the whole model.
+
+    What was loaded and not trained is written as it was, tensor for tensor, and so is ``adapter_config.json``.
+
+    Args:
+        parts: All components that the adapter has tensors for.
+        directory: Where to write; made where it is not there.
+
+    Returns:
+        The directory, from which PEFT loads the adapter onto the whole model.
+
+    Raises:
+        ConfigurationError: Components without an adapter, with different ones, or too few of them.
+    """
+    components = _components(parts)
+    loads = _all_loaded(components)
+    adapter = loads[0].adapter
+    if any((loaded.adapter.text, loaded.adapter.tensors) != (adapter.text, adapter.tensors) for loaded in loads):
+        names = ", ".join(f"{loaded.adapter.name} on {loaded.slice.component}" for loaded in loads)
+        raise ConfigurationError(f"these are different adapters: {names}", hint="load one adapter onto all components")
+    tensors: dict[str, torch.Tensor] = {}
+    for component, loaded in zip(components, loads, strict=True):
+        tensors.update(_slice_tensors(component, loaded))
+    missing = sorted(adapter.tensors.keys() - tensors.keys())
+    if missing:
+        held = ", ".join(str(component.component) for component in components)
+        raise ConfigurationError(
+            f"{held} hold {len(tensors)} of the adapter's {len(adapter.tensors)} tensors; missing: {_some(missing)}",
+            hint="give all three components",
+        )
+    return write_adapter(Path(directory), adapter.text, tensors)
+
+
+def merge_and_unload(parts: Parts) -> None:
+    """Add the adapter to the weights of components, which are plain components afterwards.
+
+    Mapped weights are copied where they change; the file does not.
+
+    Raises:
+        ConfigurationError: A component has no adapter; or the adapter adapts an embedding that is also
+            the head, which another component may hold.
+    """
+    components = _components(parts)
+    loads = _all_loaded(components)
+    adapter, family = loads[0].adapter, components[0].family
+    if components[0].config.tie_word_embeddings and adapts_ends(adapter.tensors, adapter.config, family):
+        raise ConfigurationError(
+            f"{adapter.name} adapts the embedding or the head, and these are one tensor in this model: "
+            "merging into one component would leave the other's as it was",
+            hint="use the adapter unmerged",
+        )
+    for component, loaded in zip(components, loads, strict=True):
+        if loaded.peft is not None:
+            loaded.peft.base_model.merge_and_unload(safe_merge=False)
+        _forget(component)
+
+
+def unload_adapter(parts: Parts) -> None:
+    """Take the adapter off components, whose weights are then as before it was loaded.
+
+    Raises:
+        ConfigurationError: A component has no adapter; or the adapter has changed the model's own biases.
+    """
+    components = _components(parts)
+    loads = _all_loaded(components)
+    if any(loaded.adapter.config.get("bias", "none") != "none" for loaded in loads):
+        raise ConfigurationError(
+            f"{loads[0].adapter.name} has changed the model's own biases", hint="load the components anew"
+        )
+    for component, loaded in zip(components, loads, strict=True):
+        if loaded.peft is not None:
+            loaded.peft.base_model.unload()
+        _forget(component)
+
+
+def _components(parts: Parts) -> list[ComponentModel]:
+    from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.pipeline import SplitCausalLM
+
+    if isinstance(parts, SplitCausalLM):
+        parts = parts.components
+    given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
+    wrong = sorted({type(part).__name__ for part in given if not isinstance(part, ComponentModel)})
+    if wrong or not given:
+        raise ConfigurationError(
+            f"{', '.join(wrong) or 'nothing'} is no component",
+            hint="give what load_split_model returned, or some of it",
+        )
+    kinds = {(part.family.model_type, part.layer_range.total) for part in given}
+    if len(kinds) > 1 or len({part.component for part in given}) < len(given):
+        seen = ", ".join(f"{part.family.model_type} {part.component} {part.layer_range}" for part in given)
+        raise ConfigurationError(f"these are not components of one model: {seen}", hint="give those of one split")
+    return given
+
+
+def _all_loaded(components: list[ComponentModel]) -> list[_Loaded]:
+    loads = [_loaded(component) for component in components]
+    bare = [str(part.component) for part, loaded in zip(components, loads, strict=True) if loaded is None]
+    if bare:
+        raise ConfigurationError(f"there is no adapter on {', '.join(bare)}", hint="call load_adapter first")
+    return [loaded for loaded in loads if loaded is not None]
+
+
+def _loaded(component: ComponentModel) -> _Loaded | None:
+    loaded: _Loaded | None = component.__dict__.get(_ATTRIBUTE)
+    return loaded
+
+
+def _forget(component: ComponentModel) -> None:
+    object.__delattr__(component, _ATTRIBUTE)
+    # PEFT leaves its settings behind.
+    component.__dict__.pop("peft_config", None)
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigurationError(
+            f"adapters need the package peft: {error}", hint='pip install "splitlearn-core[peft]"'
+        ) from error
+    return peft
+
+
+def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool) -> _Loaded:
+    """Let PEFT put its modules, still without the adapter's tensors, into a component."""
+    import torch
+
+    peft = _import_peft()
+    own = slice_keys(adapter.tensors, adapter.config, component.family, component.component, component.layer_range)
+    if not own.keys:
+        return _Loaded(adapter, own, is_trainable, None)
+    with _blaming(adapter), torch.random.fork_rng(devices=[]):
+        config = peft.PeftConfig.from_pretrained(str(adapter.weights.parent))
+        config.inference_mode = not is_trainable
+        _narrow(config, own)
+        was_training = component.training
+        wrapper = peft.PeftModel(component, config)
+        component.train(was_training)
+    return _Loaded(adapter, own, is_trainable, wrapper)
+
+
+def _narrow(config: Any, own: AdapterSlice) -> None:
+    """Make PEFT's settings of the whole model those of one component: its own modules, by their full names.
+
+    Patterns of names and layers would match the modules that stand for other components' too, or
+    nothing, which PEFT takes for a mistake.
+    """
+    config.modules_to_save = list(own.modules_to_save) or None
+    # The second is PEFT's own name of what adapts nothing, and replaces modules alone.
+    config.target_modules = list(own.targets) or "dummy-target-modules"
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        setattr(config, name, None)
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name, None) or {}
+        # Matched as PEFT does.
+        kept = {p: value for p, value in patterns.items() if any(re.match(rf"(.*\.)?({p})$", t) for t in own.targets)}
+        setattr(config, name, kept)
+
+
+def _tensor_problems(component: ComponentModel, loaded: _Loaded) -> list[str]:
+    """Compare what PEFT's modules want with what the file has for this component."""
+    planned = loaded.adapter.tensors
+    wanted = _held(loaded) if loaded.peft is not None else {}
+    own = set(loaded.slice.keys) - set(loaded.slice.base_keys)
+    problems = [f"missing: {key} {list(wanted[key].shape)}" for key in sorted(wanted.keys() - own)]
+    problems += [f"unexpected: {key} {list(planned[key].shape)}" for key in sorted(own - wanted.keys())]
+    wanted.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
+    return problems + [
+        f"mis-shaped: {key} is {list(planned[key].shape)} in the file, {list(wanted[key].shape)} in the model"
+        for key in sorted(wanted.keys() & set(loaded.slice.keys))
+        if planned[key].shape != tuple(wanted[key].shape)
+    ]
+
+
+def _read(loaded: _Loaded) -> None:
+    """Read a component's tensors and hand them to PEFT."""
+    import torch
+    from safetensors import safe_open
+
+    if loaded.peft is None:
+        return
+    peft = _import_peft()
+    with safe_open(loaded.adapter.weights, framework="pt", device="cpu") as file:
+        tensors = {key: file.get_tensor(key) for key in loaded.slice.keys}
+    component = loaded.peft.get_base_model()
+    for key in loaded.slice.base_keys:
+        # Where it is the model's own, there is nothing to load; another would have to reach a tied head too.
+        base = component.get_parameter(_base_name(key))
+        if not torch.equal(tensors.pop(key).to(base), base):
+            raise ConfigurationError(
+                f"{loaded.adapter.name} brings an embedding of its own along: {key}",
+                hint="merge it into the whole model with PEFT, save that, and split the result",
+            )
+    with _blaming(loaded.adapter):
+        peft.set_peft_model_state_dict(loaded.peft, tensors, _NAME)
+
+
+def _held(loaded: _Loaded) -> dict[str, torch.Tensor]:
+    """Return the tensors that PEFT holds for a component, by the keys of an adapter's file."""
+    return dict(_import_peft().get_peft_model_state_dict(loaded.peft, adapter_name=_NAME, save_embedding_layers=False))
+
+
+def _slice_tensors(component: ComponentModel, loaded: _Loaded) -> dict[str, torch.Tensor]:
+    """Return a component's tensors as they go into the file."""
+    from splitlearn_core.types import FLOAT_DTYPES
+
+    if loaded.peft is None:
+        return {}
+    import torch
+
+    tensors = _held(loaded)
+    tensors.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
+    if not loaded.is_trainable:
+        # PEFT computes with halves in float32. What was not trained goes back without a loss.
+        stored = {of_file: getattr(torch, name) for name, of_file in FLOAT_DTYPES.items()}
+        tensors = {key: tensor.to(stored[loaded.adapter.tensors[key].dtype]) for key, tensor in tensors.items()}
+    return {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+
+
+def _base_name(key: str) -> str:
+    return key.removeprefix(PREFIX)
+
+
+@contextmanager
+def _blaming(adapter: AdapterFiles) -> Iterator[None]:
+    """Say whose it is when PEFT refuses the adapter's settings or tensors."""
+    try:
+        yield
+    except SplitLearnError:
+        raise
+    # PEFT raises what comes of a wrong value: TypeError, ValueError, KeyError, re.error and others.
+    except Exception as error:
+        raise InvalidCheckpointError(
+            f"PEFT cannot load {adapter.name}: {type(error).__name__}: {error}",
+            hint=f"check {ADAPTER_CONFIG}, and whether the adapter was made for this model",
+        ) from error
+
+
+def _mismatch(adapter: AdapterFiles, problems: list[str]) -> TensorMismatchError:
+    return TensorMismatchError(
+        f"the adapter {adapter.name} does not fit these components; {len(problems)} tensors are wrong:\n  "
+        + "\n  ".join(problems),
+        hint="was it made for this model, and saved by PEFT for the whole of it?",
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")  # noqa: PLR2004  # a readable line

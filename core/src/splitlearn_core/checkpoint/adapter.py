@@ -1,0 +1,78 @@
+"""The files of a PEFT adapter: found, checked and written; PEFT itself is not needed for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.errors import InvalidCheckpointError, MissingFileError
+from splitlearn_core.types import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter as PEFT saves it, read and checked but for its tensors."""
+
+    name: str
+    config: Mapping[str, Any]
+    #: ``adapter_config.json`` as it is, to be written again.
+    text: bytes
+    weights: Path
+    #: What the header says of all its tensors.
+    tensors: Mapping[str, TensorInfo]
+
+
+def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> AdapterFiles:
+    """Find an adapter, and check what can be checked without its tensors."""
+    name, folder = os.fspath(adapter), Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise MissingFileError(f"there is no folder {name}", hint="give the folder that PEFT's save_pretrained wrote")
+    absent = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / file).is_file()]
+    if absent and (folder / _PICKLE).is_file():
+        raise InvalidCheckpointError(
+            f"{folder} has its weights only in {_PICKLE}, a pickle file, which can run code when it is opened",
+            hint="convert it once: load it with PEFT where you trust it, and call save_pretrained",
+        )
+    if absent:
+        raise MissingFileError(
+            f"{folder} lacks {', '.join(absent)}", hint="give the folder that PEFT's save_pretrained wrote"
+        )
+    text = (folder / ADAPTER_CONFIG).read_bytes()
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpointError(f"{folder / ADAPTER_CONFIG} is no JSON: {error}", hint="fetch it anew") from error
+    if not isinstance(config, dict):
+        raise InvalidCheckpointError(f"{folder / ADAPTER_CONFIG} is no JSON object", hint="fetch it anew")
+    return AdapterFiles(name, config, text, folder / ADAPTER_WEIGHTS, read_header(folder / ADAPTER_WEIGHTS))
+
+
+def write_adapter(directory: Path, config: bytes, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write both files beside their places first, and move them there whole, the weights before what names them."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter-") as work:
+        # Tensors that share memory, a tied head say, are two in the file.
+        save_file(
+            {key: tensor.clone().contiguous() for key, tensor in tensors.items()},
+            Path(work) / ADAPTER_WEIGHTS,
+            {"format": "pt"},
+        )
+        (Path(work) / ADAPTER_CONFIG).write_bytes(config)
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            (Path(work) / name).replace(directory / name)
+    return directory

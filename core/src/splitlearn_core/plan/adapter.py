@@ -1,0 +1,105 @@
+"""What an adapter of a whole model is made of, and which component each of its tensors belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.names import placement
+from splitlearn_core.plan.split import ranges_around
+from splitlearn_core.types import Component, LayerRange
+
+#: What PEFT writes before the name of a module of the whole model.
+PREFIX = "base_model.model."
+#: Kinds of adapters whose tensors each belong to one module, so that layers can be told apart, and how
+#: the names of these tensors begin within a module.
+KINDS = {"IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "LORA": "lora_"}
+
+#: Ways to begin an adapter that leave the weights of the model as they are.
+_HARMLESS_BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
+#: Settings that do not go by module and layer, each with the reason.
+_REFUSED = {
+    "alora_invocation_tokens": "it looks at token ids, which only the bottom sees",
+    "ensure_weight_tying": "it ties modules of different components",
+    "layer_replication": "it renumbers layers",
+    "megatron_config": "it is for Megatron's parallel layers",
+    "target_parameters": "it adapts parameters, not modules",
+    "trainable_token_indices": "it changes single rows of the embedding, which a tied head would have to follow",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSlice:
+    """What one component takes of an adapter."""
+
+    component: Component
+    #: Keys of the adapter's file.
+    keys: tuple[str, ...]
+    #: Those of them that are the model's own embedding or head, saved beside what adapts it.
+    base_keys: tuple[str, ...]
+    #: Modules that the adapter replaces as a whole, of those that are here.
+    modules_to_save: tuple[str, ...]
+    #: Modules that the adapter adapts, of those that are here, by their full names.
+    targets: tuple[str, ...]
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """Say why an adapter of this configuration cannot be cut by layers; empty where it can."""
+    problems = []
+    kind, task = config.get("peft_type"), config.get("task_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        problems.append(f"peft_type is {kind!r}, and its tensors do not go by module; {', '.join(KINDS)} are cut")
+    if task not in (None, "CAUSAL_LM"):
+        problems.append(f"task_type is {task!r}, not CAUSAL_LM")
+    problems += [f"{name}: {why}" for name, why in _REFUSED.items() if config.get(name)]
+    beginning = config.get("init_lora_weights")
+    if beginning not in _HARMLESS_BEGINNINGS:
+        problems.append(f"init_lora_weights is {beginning!r}, which changes the model's own weights too")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
+        problems.append(f"modules_to_save is {saved!r}, no list of names")
+    return problems
+
+
+def key_problems(keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily, owned: LayerRange) -> list[str]:
+    """Say which tensors of an adapter have no place in a model of this family and depth."""
+    component_of = placement(family, ranges_around(Component.TRUNK, owned))
+    names = list(keys)
+    problems = [
+        f"unexpected: {key}"
+        for key in names
+        if not key.startswith(PREFIX) or component_of(key.removeprefix(PREFIX)) is None
+    ]
+    absent = [module for module in config.get("modules_to_save") or () if not any(map(_within(module), names))]
+    return problems + [f"missing: every tensor of {module}, of modules_to_save" for module in absent]
+
+
+def slice_keys(
+    keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily, component: Component, owned: LayerRange
+) -> AdapterSlice:
+    """Pick the tensors of one component, by the layer numbers of the whole model."""
+    component_of = placement(family, ranges_around(component, owned))
+    own = sorted(key for key in keys if component_of(key.removeprefix(PREFIX)) == component)
+    saved = tuple(module for module in config.get("modules_to_save") or () if any(map(_within(module), own)))
+    base = tuple(key for key in own if key.endswith(".base_layer.weight"))
+    targets = dict.fromkeys(filter(None, (_target(key, config) for key in own)))
+    return AdapterSlice(component, tuple(own), base, saved, tuple(targets))
+
+
+def adapts_ends(keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily) -> bool:
+    """Say whether an adapter adapts, and does not replace, the embedding or the head."""
+    ends = (f"{PREFIX}{family.base}.{family.embedding}.", f"{PREFIX}{family.head}.")
+    return any(key.startswith(ends) and _target(key, config) for key in keys)
+
+
+def _target(key: str, config: Mapping[str, Any]) -> str:
+    """Return the module that a tensor adapts; empty where it replaces one, or is a bias that learned along."""
+    module, found, _ = key.removeprefix(PREFIX).partition(f".{KINDS[config['peft_type']]}")
+    return module if found else ""
+
+
+def _within(module: str) -> Callable[[str], bool]:
+    """Return a function that says whether a key lies within a module, named as PEFT names it: by its last parts."""
+    return lambda key: f".{module}." in f".{key}"

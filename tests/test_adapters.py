@@ -1,0 +1,385 @@
+"""PEFT adapters of the whole model on its components: bit-equal unmerged and merged, and the same file again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from splitlearn_core import (
+    ConfigurationError,
+    InvalidCheckpointError,
+    MissingFileError,
+    SplitCausalLM,
+    SplitLearnError,
+    TensorMismatchError,
+    load_adapter,
+    load_split_model,
+    merge_and_unload,
+    save_adapter,
+    unload_adapter,
+)
+from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+
+peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+
+pytestmark = [
+    # PEFT says so of the whole model and of components alike.
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    # Its 0.21 uses the name that transformers had before 5.23.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+CUTS = (2, 4)
+IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64], [1, 2, 3, 4, 5, 6, 7]])
+MASK = torch.tensor([[1] * 7, [0] * 2 + [1] * 5])
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+GPT2 = {"n_embd": 32, "n_layer": 6, "n_head": 4}
+UNTIED = {"tie_word_embeddings": False}
+
+
+def lora(**options: Any) -> Any:
+    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+
+
+#: What distinguishes adapters: kind, modules, layers, ranks, dtype of the model.
+CASES: dict[str, tuple[str, dict[str, Any], torch.dtype, Any]] = {
+    "gpt2": ("gpt2", GPT2, torch.float32, lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "gpt2-dora-head": (
+        "gpt2",
+        GPT2,
+        torch.float32,
+        lora(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True, modules_to_save=["lm_head"]),
+    ),
+    "gpt2-ia3": ("gpt2", GPT2, torch.float32, peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True)),
+    "qwen2-patterns": (
+        "qwen2",
+        {},
+        torch.float32,
+        lora(
+            target_modules="all-linear",
+            use_rslora=True,
+            rank_pattern={"layers.3.self_attn.q_proj": 7},
+            alpha_pattern={"^model.layers.4.mlp.up_proj": 3},
+        ),
+    ),
+    # The trunk has nothing of it but biases.
+    "qwen2-layers-bias": (
+        "qwen2",
+        {},
+        torch.bfloat16,
+        lora(target_modules=["q_proj"], layers_to_transform=[0, 5], layers_pattern="layers", bias="all"),
+    ),
+    # The trunk has nothing at all, the top only a module that is replaced.
+    "qwen2-one-layer": (
+        "qwen2",
+        UNTIED,
+        torch.bfloat16,
+        lora(target_modules=["q_proj"], layers_to_transform=[0], modules_to_save=["lm_head", "embed_tokens"]),
+    ),
+    "qwen2-regex-ends": ("qwen2", UNTIED, torch.float32, lora(target_modules=r".*(q_proj|lm_head|embed_tokens)")),
+    "qwen2-loha": ("qwen2", {}, torch.float32, peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])),
+    "qwen2-lokr": ("qwen2", {}, torch.float32, peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=["up_proj"])),
+}
+
+
+class World:
+    """A checkpoint, and an adapter that PEFT made for the whole of it."""
+
+    def __init__(self, folder: Path, model_type: str, sizes: dict[str, Any], dtype: torch.dtype, config: Any) -> None:
+        self.model_type, self.model, self.adapter = model_type, folder / "model", folder / "adapter"
+        write_checkpoint(self.model, tiny_model(model_type, dtype, **sizes))
+        trained = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(self.model), config)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
+        trained.save_pretrained(self.adapter, save_embedding_layers=True if "ends" in folder.name else "auto")
+
+    def whole(self) -> Any:
+        return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.model), self.adapter)
+
+    def parts(self, **options: Any) -> Any:
+        return load_split_model(self.model_type, CUTS, self.model, **options)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+    made: dict[str, World] = {}
+
+    def world(name: str) -> World:
+        if name not in made:
+            model_type, sizes, dtype, config = CASES[name]
+            made[name] = World(tmp_path_factory.mktemp(name), model_type, sizes, dtype, config)
+        return made[name]
+
+    return world
+
+
+@pytest.fixture
+def plain(worlds: Callable[[str], World], tmp_path: Path) -> World:
+    """A world with an adapter that is the test's to spoil."""
+    original = worlds("qwen2-patterns")
+    copy = object.__new__(World)
+    copy.model_type, copy.model = original.model_type, original.model
+    copy.adapter = Path(shutil.copytree(original.adapter, tmp_path / "adapter"))
+    return copy
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_adapter_says_what_it_says_on_the_whole_model(
+    worlds: Callable[[str], World], name: str, tmp_path: Path
+) -> None:
+    """Unmerged and merged, to the last bit; saved together again, it is the same file, which PEFT loads."""
+    world = worlds(name)
+    parts, whole = world.parts(), world.whole()
+    bare = logits(SplitCausalLM(*parts))
+    names = [list(part.state_dict()) for part in parts]
+
+    load_adapter(parts, world.adapter)
+    split = SplitCausalLM(*parts)
+
+    expected = logits(whole)
+    assert torch.equal(logits(split), expected)
+    assert not torch.equal(expected, bare)
+    generated = [model.generate(input_ids=IDS[:1], max_new_tokens=4, pad_token_id=0) for model in (split, whole)]
+    assert torch.equal(*generated)
+
+    saved = save_adapter(split, tmp_path / "saved")
+    before, after = load_file(world.adapter / WEIGHTS), load_file(saved / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    assert (saved / CONFIG).read_bytes() == (world.adapter / CONFIG).read_bytes()
+    assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]
+
+    merge_and_unload(parts)
+    assert torch.equal(logits(SplitCausalLM(*parts)), logits(whole.merge_and_unload()))
+    assert [list(part.state_dict()) for part in parts] == names
+
+
+@pytest.mark.parametrize("part", ["bottom", "trunk", "top"])
+def test_a_component_reads_its_own_tensors_alone(plain: World, part: str) -> None:
+    """With rubbish in the tensors of the others, a component's are those of the whole model."""
+    reference = plain.parts()
+    load_adapter(reference, plain.adapter)
+    tensors = load_file(plain.adapter / WEIGHTS)
+    layers = getattr(reference, part).layer_range
+    for key, tensor in tensors.items():
+        if int(key.split(".layers.")[1].split(".")[0]) not in layers:
+            tensor.fill_(float("nan"))
+    save_file(tensors, plain.adapter / WEIGHTS)
+    alone = getattr(plain.parts(parts=[part]), part)
+
+    load_adapter(alone, plain.adapter)
+
+    expected = getattr(reference, part).state_dict()
+    assert any("lora_B" in name for name in expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in alone.state_dict().items())
+
+
+def test_an_adapter_learns_as_on_the_whole_model(plain: World, tmp_path: Path) -> None:
+    """Gradients are those of the whole model; what was learned is saved; the model's own weights stand still."""
+    parts = plain.parts()
+    whole = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(plain.model), plain.adapter, is_trainable=True
+    )
+    load_adapter(parts, plain.adapter, is_trainable=True)
+    split = SplitCausalLM(*parts)
+    for model in (whole, split):
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+
+    expected = {name.removeprefix("base_model.model."): p.grad for name, p in whole.named_parameters()}
+    learning = {name for part in parts for name, p in part.named_parameters() if p.requires_grad}
+    assert learning
+    assert all(".lora_" in name for name in learning)
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            assert (parameter.grad is None) == (name not in learning)
+            assert parameter.grad is None or torch.equal(parameter.grad, expected[name]), name
+    torch.optim.SGD([p for part in parts for p in part.parameters() if p.requires_grad], lr=0.1).step()
+    saved = load_file(save_adapter(parts, tmp_path / "saved") / WEIGHTS)
+    assert not any(torch.equal(tensor, saved[key]) for key, tensor in load_file(plain.adapter / WEIGHTS).items())
+
+
+def test_loading_leaves_random_numbers_alone(plain: World) -> None:
+    """PEFT draws first values that are overwritten at once."""
+    parts = plain.parts(parts=["trunk"])
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+
+    load_adapter(parts, plain.adapter)
+
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_adapter_comes_off(plain: World) -> None:
+    """What is left are the components as they were, and another adapter may come."""
+    parts = plain.parts()
+    bare = logits(SplitCausalLM(*parts))
+    load_adapter(parts, plain.adapter)
+    with pytest.raises(ConfigurationError, match="already"):
+        load_adapter(parts.top, plain.adapter)
+
+    unload_adapter(parts)
+
+    assert torch.equal(logits(SplitCausalLM(*parts)), bare)
+    for action in (unload_adapter, merge_and_unload, lambda given: save_adapter(given, plain.adapter)):
+        with pytest.raises(ConfigurationError, match="no adapter on bottom, trunk, top"):
+            action(parts)
+    load_adapter(parts, plain.adapter)
+
+
+def test_merging_leaves_the_file_as_it_is(plain: World) -> None:
+    """Weights are views of the mapped file; where they change they are this process's own."""
+    before = (plain.model / "model.safetensors").read_bytes()
+    parts = plain.parts(strategy="mapped")
+    load_adapter(parts, plain.adapter)
+
+    merge_and_unload(parts)
+
+    assert (plain.model / "model.safetensors").read_bytes() == before
+
+
+def test_some_components_do_not_make_up_an_adapter(plain: World, tmp_path: Path) -> None:
+    """What is missing is named, and nothing is written."""
+    parts = plain.parts(parts=["bottom", "top"])
+    load_adapter(parts, plain.adapter)
+
+    with pytest.raises(ConfigurationError, match="bottom, top hold") as caught:
+        save_adapter(parts, tmp_path / "saved")
+
+    assert "layers.2." in caught.value.message
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_tied_embedding_is_not_merged(tmp_path: Path) -> None:
+    """Its other name may be another component's; unmerged, the adapter works."""
+    tied = World(tmp_path, "gpt2", GPT2, torch.float32, lora(target_modules=["wte", "c_fc"], fan_in_fan_out=True))
+    parts = tied.parts()
+    load_adapter(parts, tied.adapter)
+    expected = logits(tied.whole())
+
+    with pytest.raises(ConfigurationError, match="one tensor in this model"):
+        merge_and_unload(parts)
+
+    assert torch.equal(logits(SplitCausalLM(*parts)), expected)
+
+
+def spoil_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def spoil(adapter: Path) -> None:
+        tensors = load_file(adapter / WEIGHTS)
+        change(tensors)
+        save_file(tensors, adapter / WEIGHTS)
+
+    return spoil
+
+
+def spoil_config(**changes: Any) -> Callable[[Path], None]:
+    def spoil(adapter: Path) -> None:
+        (adapter / CONFIG).write_text(json.dumps({**json.loads((adapter / CONFIG).read_text()), **changes}))
+
+    return spoil
+
+
+def only_pickle(adapter: Path) -> None:
+    (adapter / WEIGHTS).unlink()
+    torch.save({}, adapter / "adapter_model.bin")
+
+
+KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (spoil_tensors(lambda t: t.pop(KEY)), TensorMismatchError, [f"missing: {KEY}"]),
+        (
+            spoil_tensors(lambda t: t.update({KEY: torch.zeros(1, 2), "base_model.vera_A": torch.zeros(1)})),
+            TensorMismatchError,
+            ["unexpected: base_model.vera_A"],
+        ),
+        (spoil_tensors(lambda t: t.update({KEY: torch.zeros(1, 2)})), TensorMismatchError, [f"mis-shaped: {KEY}"]),
+        (
+            spoil_tensors(lambda t: t.update({KEY.replace(".3.", ".6."): torch.zeros(4, 32)})),
+            TensorMismatchError,
+            ["unexpected", "layers.6."],
+        ),
+        (spoil_config(peft_type="PREFIX_TUNING"), ConfigurationError, ["'PREFIX_TUNING'", "LORA"]),
+        (
+            spoil_config(peft_type=["x"], task_type="SEQ_CLS", layer_replication=[[0, 2]], init_lora_weights="pissa"),
+            ConfigurationError,
+            ["['x']", "SEQ_CLS", "renumbers", "pissa"],
+        ),
+        (spoil_config(modules_to_save=["score"]), TensorMismatchError, ["every tensor of score"]),
+        (spoil_config(modules_to_save="lm_head"), ConfigurationError, ["no list"]),
+        (spoil_config(r="many"), InvalidCheckpointError, ["PEFT cannot load", "adapter_config.json"]),
+        (lambda adapter: (adapter / CONFIG).write_text("[]"), InvalidCheckpointError, ["no JSON object"]),
+        (lambda adapter: (adapter / CONFIG).write_text("{"), InvalidCheckpointError, ["no JSON"]),
+        (lambda adapter: (adapter / WEIGHTS).write_bytes(b"x" * 99), InvalidCheckpointError, [WEIGHTS]),
+        (only_pickle, InvalidCheckpointError, ["pickle", "save_pretrained"]),
+        (lambda adapter: (adapter / CONFIG).unlink(), MissingFileError, [f"lacks {CONFIG}"]),
+        (shutil.rmtree, MissingFileError, ["no folder"]),
+    ],
+    ids=lambda value: "" if callable(value) else str(value),
+)
+def test_an_adapter_that_does_not_fit_changes_nothing(
+    plain: World, spoil: Callable[[Path], Any], error: type[SplitLearnError], words: list[str]
+) -> None:
+    """The error says what is wrong, and the components are as before."""
+    parts = plain.parts()
+    names = [list(part.state_dict()) for part in parts]
+    spoil(plain.adapter)
+
+    with pytest.raises(error) as caught:
+        load_adapter(parts, plain.adapter)
+
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert caught.value.hint
+    assert [list(part.state_dict()) for part in parts] == names
+
+
+def test_what_is_no_component_is_refused(plain: World, worlds: Callable[[str], World]) -> None:
+    """Nor are components of two models."""
+    parts = plain.parts(parts=["trunk"])
+    for wrong in ([], AutoModelForCausalLM.from_pretrained(plain.model), [None]):
+        with pytest.raises(ConfigurationError, match="is no component"):
+            load_adapter(wrong, plain.adapter)
+    for pair in ([parts.trunk, parts.trunk], [parts.trunk, worlds("gpt2").parts().top]):
+        with pytest.raises(ConfigurationError, match="not components of one model"):
+            load_adapter(pair, plain.adapter)
+
+
+def test_without_peft_the_hint_is_how_to_install_it(plain: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT is an extra."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+
+    with pytest.raises(ConfigurationError, match="need the package peft") as caught:
+        load_adapter(plain.parts(), plain.adapter)
+
+    assert "splitlearn-core[peft]" in caught.value.hint
+
+
+def test_the_file_says_what_peft_wants_it_to_say(plain: World, tmp_path: Path) -> None:
+    """The metadata too, without which older loaders refuse a file."""
+    parts = plain.parts()
+    load_adapter(parts, plain.adapter)
+
+    with safe_open(save_adapter(parts, tmp_path / "saved") / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
