@@ -69,6 +69,12 @@ if TYPE_CHECKING:
     from splitlearn_core.quickstart import SplitModel as SplitModel
     from splitlearn_core.quickstart import load_split_model as load_split_model
     from splitlearn_core.quickstart import plan_split as plan_split
+    from splitlearn_core.storage.checking import verify_saved as verify_saved
+    from splitlearn_core.storage.directory import SplitDirectory as SplitDirectory
+    from splitlearn_core.storage.directory import load_component as load_component
+    from splitlearn_core.storage.directory import load_split_directory as load_split_directory
+    from splitlearn_core.storage.merging import merge_split as merge_split
+    from splitlearn_core.storage.saving import save_split as save_split
 
 #: Names that are imported when they are first used, and where they live.
 _LAZY = {
@@ -88,16 +94,22 @@ _LAZY = {
     "ReadPlan": "checkpoint.strategy",
     "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",
+    "SplitDirectory": "storage.directory",
     "SplitModel": "quickstart",
     "SplitPlan": "plan.splitplan",
     "WeightReader": "checkpoint.strategy",
     "load_adapter": "adapters",
+    "load_component": "storage.directory",
+    "load_split_directory": "storage.directory",
     "load_split_model": "quickstart",
     "merge_and_unload": "adapters",
+    "merge_split": "storage.merging",
     "plan_split": "quickstart",
     "preload": "manager.imports",
     "save_adapter": "adapters",
+    "save_split": "storage.saving",
     "unload_adapter": "adapters",
+    "verify_saved": "storage.checking",
 }
 
 __all__ = [  # noqa: PLE0604  # the second half is computed

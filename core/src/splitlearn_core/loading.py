@@ -35,6 +35,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.memory import available_memory
+from splitlearn_core.origin import Origin, fingerprint
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
 from splitlearn_core.plan.placement import AUTO, check_fit, parse_dtypes, place
 from splitlearn_core.plan.split import split_layers
@@ -50,6 +51,7 @@ from splitlearn_core.plan.splitplan import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
+from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
 from splitlearn_core.units import human_bytes
 
@@ -235,6 +237,7 @@ def load_components(
     """
     started = time.perf_counter()
     devices = choose_devices(plan, options)
+    origins = origins_of(model, plan, table)
     paths = model.checkpoint.fetch_tensors(plan.infos, logging_downloads(model.name, progress))
     read_ahead((info for info in plan.infos if info.format == SAFETENSORS), paths)
     progress(Progress("importing"))
@@ -254,6 +257,8 @@ def load_components(
         )
     _check_all(model, plan.components, table, built)
     _attach_generation_config(model, built.get(Component.TOP))
+    for component, origin in origins.items():
+        built[component].origin = origin
     with passing_through(progress) as tell:
         _read_all(plan, reads, built, strategies, tell)
     _tie_if_equal(built, table)
@@ -328,6 +333,49 @@ def _free_devices() -> dict[str, int | None]:
     gpus = range(torch.cuda.device_count())
     free = {f"cuda:{gpu}": int(torch.cuda.mem_get_info(gpu)[0] * _USABLE) for gpu in gpus}
     return {**free, "cpu": None}
+
+
+def origins_of(model: OpenModel, plan: SplitPlan, table: KeyTable) -> dict[Component, Origin]:
+    """Say where the planned components come from: from the model, or, of a saved component, from its source."""
+    path = model.checkpoint.optional_file(MANIFEST)
+    if path is not None:
+        with path.open("rb") as file:
+            saved = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), str(path)).origin
+        _check_saved(saved, plan, path)
+        return {saved.component: replace(saved, keys=table.sources[saved.component], config=model.config)}
+    entry = registry().plugin(plan.model_type).entry
+    return {
+        part.component: Origin(
+            model=model.checkpoint.source.model,
+            commit=plan.commit,
+            fingerprint=fingerprint(model.config, model.checkpoint.weight_map),
+            model_type=plan.model_type,
+            plugin=entry.distribution,
+            plugin_version=entry.version,
+            split_points=plan.split_points,
+            num_layers=plan.num_layers,
+            component=part.component,
+            layers=(part.layers.start, part.layers.end),
+            dtype=part.dtype,
+            ties=tuple(key for key in table.tied if key in table.sources[part.component].values()),
+            keys=table.sources[part.component],
+            config=model.config,
+        )
+        for part in plan.components
+    }
+
+
+def _check_saved(saved: Origin, plan: SplitPlan, path: Path) -> None:
+    """Refuse to take from a saved component what it is not."""
+    asked = ", ".join(part.component for part in plan.components)
+    found = (asked, plan.split_points, plan.num_layers, plan.model_type)
+    if found != (saved.component, saved.split_points, saved.num_layers, saved.model_type):
+        raise InvalidCheckpointError(
+            f"{path.parent} holds the {saved.component} of a {saved.model_type} model of {saved.num_layers} layers, "
+            f"cut at {saved.split_points}; asked for was the {asked} of a {plan.model_type} model of "
+            f"{plan.num_layers} layers, cut at {plan.split_points}",
+            hint="load it with load_component, which asks for what is there",
+        )
 
 
 def _log_ready(name: str, plan: SplitPlan, devices: Mapping[Component, str], nbytes: int, seconds: float) -> None:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.component import ComponentModel, named_cache, refuse_recordings
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.origin import origin_mismatches
 from splitlearn_core.types import Component
 
 
@@ -147,7 +148,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         """Refuse: three components in one file are a checkpoint that nothing could load."""
         raise ConfigurationError(
             "a split model is not saved as one checkpoint",
-            hint="save its components, each into a folder of its own: model.trunk.save_pretrained(...)",
+            hint="save its components, each into a folder of its own: save_split(model, DIR)",
         )
 
     def _part_of(self, cache: Cache | None, component: ComponentModel) -> PartCache | None:
@@ -197,6 +198,8 @@ def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentMode
         for what, values in facts.items():
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
+        # Those that were made of a state dict are judged by their shape alone.
+        problems += origin_mismatches([part.origin for part in given.values() if part.origin is not None], dtypes=False)
     if problems:
         raise ConfigurationError(
             f"these components make up no model: {'; '.join(problems)}",

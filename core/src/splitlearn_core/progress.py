@@ -69,6 +69,10 @@ def passing_through(progress: ProgressCallback) -> Iterator[ProgressCallback]:
         raise raised.pop(0)
 
 
+#: What the bar calls the stages that count bytes.
+_WORDS = {"reading": "Loading", "saving": "Saving", "merging": "Merging", "hashing": "Hashing"}
+
+
 class _Bar:
     """A byte bar that appears with the first byte."""
 
@@ -77,13 +81,13 @@ class _Bar:
 
     def show(self, progress: Progress) -> None:
         # The Hub's client draws its own bars while it downloads.
-        if progress.stage != "reading":
+        if progress.stage not in _WORDS:
             return
         if self._bar is None:
             from tqdm import tqdm
 
             self._bar = tqdm(total=progress.bytes_total, unit="B", unit_scale=True, unit_divisor=1024)
-        self._bar.set_description(f"Loading {progress.component}", refresh=False)
+        self._bar.set_description(" ".join(filter(None, (_WORDS[progress.stage], progress.component))), refresh=False)
         self._bar.update(progress.bytes_done - self._bar.n)
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from splitlearn_core.build.neutral import PassLayer, Zero
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.origin import Origin
 from splitlearn_core.types import Component, LayerRange
 
 _MASK_DIMENSIONS = 2
@@ -35,6 +36,8 @@ class ComponentModel(PreTrainedModel):
     cache_argument: ClassVar[str]
     #: The layers of the whole model that this component runs.
     layer_range: LayerRange
+    #: Where the component comes from; None where it was made of a state dict.
+    origin: Origin | None = None
 
     def __init__(self, config: Any, layer_range: LayerRange) -> None:
         with _depth(config, 1 if self.family.uniform_layers else layer_range.total):

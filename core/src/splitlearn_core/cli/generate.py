@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, load_options, load_options_of, model_options, print_json
+from splitlearn_core.cli.options import json_option, load_options, load_options_of, print_json, saved_model_options
 
 
 @click.command("generate", short_help="Continue a prompt, cut in three.")
-@model_options
+@saved_model_options
 @load_options
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
@@ -22,7 +22,7 @@ from splitlearn_core.cli.options import json_option, load_options, load_options_
 @json_option
 def command(
     model: str,
-    split_points: tuple[int, int],
+    split_points: tuple[int, int] | None,
     dtype: str | dict[str, str],
     prompt: str,
     max_new_tokens: int,
@@ -32,16 +32,26 @@ def command(
     local_files_only: bool,
     **others: Any,
 ) -> None:
-    """Continue a prompt with MODEL, cut in three; the text streams as it comes."""
+    """Continue a prompt with MODEL, cut in three; the text streams as it comes.
+
+    A directory of saved components needs no --split.
+    """
     from splitlearn_core.loading import load_all, open_model
     from splitlearn_core.progress import reporting
+    from splitlearn_core.storage.directory import holds_components, load_pipeline
     from splitlearn_core.text import generate_text, load_tokenizer
 
-    opened = open_model(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    tokenizer = load_tokenizer(opened)
     options, sampling = load_options_of(others), others
-    with reporting(None) as report:
-        split = load_all(opened, split_points, dtype, options, report)
+    if split_points is None:
+        if not holds_components(model):
+            raise click.UsageError(f"{model} holds no saved components: say how to cut it, --split A B")
+        split, opened = load_pipeline(model, dtype, options)
+        tokenizer = load_tokenizer(opened)
+    else:
+        opened = open_model(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        tokenizer = load_tokenizer(opened)
+        with reporting(None) as report:
+            split = load_all(opened, split_points, dtype, options, report)
     show = None if as_json else write_text
     result = generate_text(split, tokenizer, prompt, max_new_tokens, on_text=show, **sampling)
     if as_json:

@@ -13,7 +13,7 @@ import click
 from splitlearn_core.errors import SplitLearnError
 
 #: Command -> its module in this package; imported only when it is used.
-_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "serve", "ps")
+_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps")
 
 
 class _LazyGroup(click.Group):

@@ -17,6 +17,15 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def model_options(command: _Command) -> _Command:
     """Add MODEL, where to find it, and how to cut it."""
+    return _model_options(command, split_required=True)
+
+
+def saved_model_options(command: _Command) -> _Command:
+    """Add the same for a MODEL that may be cut already: saved components, which need no --split."""
+    return _model_options(command, split_required=False)
+
+
+def _model_options(command: _Command, *, split_required: bool) -> _Command:
     for option in reversed(
         (
             click.argument("model"),
@@ -25,7 +34,7 @@ def model_options(command: _Command) -> _Command:
                 "split_points",
                 nargs=2,
                 type=int,
-                required=True,
+                required=split_required,
                 metavar="A B",
                 help="Layers of the two cuts.",
             ),

@@ -1,4 +1,4 @@
-"""``splitlearn verify``: the split model against the unsplit one."""
+"""``splitlearn verify``: the split model against the unsplit one, or saved components against their manifests."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, load_options, load_options_of, model_options, print_json, table
+from splitlearn_core.cli.options import (
+    json_option,
+    load_options,
+    load_options_of,
+    print_json,
+    saved_model_options,
+    table,
+)
+from splitlearn_core.storage.checking import SavedVerification
 from splitlearn_core.units import human_bytes
 from splitlearn_core.verification import Verification
 
 
-@click.command("verify", short_help="Compare with the unsplit model.")
-@model_options
+@click.command("verify", short_help="Compare with the unsplit model, or with manifests.")
+@saved_model_options
 @load_options
 @json_option
 @click.pass_context
@@ -20,12 +28,18 @@ def command(
     ctx: click.Context,
     /,
     model: str,
-    split_points: tuple[int, int],
+    split_points: tuple[int, int] | None,
     dtype: str | dict[str, str],
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Compare MODEL, cut in three, with MODEL unsplit. Exit code 1 where a bit differs."""
+    """Compare MODEL, cut in three, with MODEL unsplit. Exit code 1 where a bit differs.
+
+    Without --split, MODEL is a directory of saved components: their files are held against their
+    manifests (hashes, sizes, tensors, ties), and the components against each other.
+    """
+    if split_points is None:
+        ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
     from splitlearn_core.loading import open_model
     from splitlearn_core.progress import reporting
     from splitlearn_core.verification import verify_split
@@ -38,6 +52,31 @@ def command(
     else:
         click.echo(render_verification(result))
     ctx.exit(0 if result.equal else 1)
+
+
+def _verify_saved(directory: str, *, as_json: bool) -> bool:
+    from splitlearn_core.progress import reporting
+    from splitlearn_core.storage.checking import verify_saved
+    from splitlearn_core.storage.directory import holds_components
+
+    if not holds_components(directory):
+        raise click.UsageError(f"{directory} holds no saved components: to compare a model, give --split A B")
+    with reporting(None) as report:
+        result = verify_saved(directory, progress=report)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        click.echo(render_saved(result))
+    return result.sound
+
+
+def render_saved(result: SavedVerification) -> str:
+    """Show to people what was found of saved components."""
+    held = ", ".join(result.components)
+    verdict = "as it was saved" if result.sound else f"{len(result.problems)} FAULTS"
+    whole = "" if result.complete else " (not a whole model)"
+    faults = [f"fault   {problem}" for problem in result.problems]
+    return "\n".join([f"{result.path}: {held}{whole}, {human_bytes(result.nbytes)} hashed", *faults, verdict])
 
 
 def render_verification(result: Verification) -> str:

@@ -106,3 +106,23 @@ def placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Ca
         return Component.BOTTOM if name.startswith(bottom) else None
 
     return component_of
+
+
+def companions(table: KeyTable, checkpoint_keys: Iterable[str]) -> dict[Component, tuple[str, ...]]:
+    """Say with which component the tensors go that no module wants, the masks of old checkpoints say.
+
+    Each goes where the tensors lie whose names are the most like its own.
+    """
+    owners = {key: component for component in reversed(Component) for key in table.sources[component].values()}
+    homes: dict[str, Component] = {}
+    for key, component in owners.items():
+        while "." in key:
+            key = key.rpartition(".")[0]  # noqa: PLW2901  # the name of the module around it
+            homes.setdefault(key, component)
+    found: dict[Component, list[str]] = {component: [] for component in Component}
+    for key in sorted(set(checkpoint_keys) - owners.keys()):
+        around = key
+        while around and around not in homes:
+            around = around.rpartition(".")[0]
+        found[homes.get(around, Component.BOTTOM)].append(key)
+    return {component: tuple(keys) for component, keys in found.items()}

@@ -1,0 +1,72 @@
+"""``splitlearn split``: save components of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from splitlearn_core.cli.options import json_option, model_options, print_json, table
+from splitlearn_core.storage.directory import SplitDirectory
+from splitlearn_core.units import human_bytes
+
+
+@click.command("split", short_help="Save bottom, trunk and top, each as a folder.")
+@model_options
+@click.option("--out", required=True, metavar="DIR", help="The directory to make.")
+@click.option("--parts", default="bottom,trunk,top", show_default=True, help="The components to save.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Weights above it are sharded.")
+@click.option("--force", is_flag=True, help="Take the place of a split that was saved before.")
+@json_option
+def command(
+    model: str,
+    split_points: tuple[int, int],
+    dtype: str | dict[str, str],
+    out: str,
+    parts: str,
+    force: bool,
+    as_json: bool,
+    **others: Any,
+) -> None:
+    """Save the components of MODEL into DIR/bottom, DIR/trunk and DIR/top, as they are stored.
+
+    Weights are copied piece by piece, however large they are. DIR appears as a whole.
+    """
+    from splitlearn_core.storage.saving import save_split
+
+    if not isinstance(dtype, str):
+        raise click.BadParameter("give one dtype for all components", param_hint="--dtype")
+    names = [part.strip() for part in parts.split(",")]
+    saved = save_split(model, out, split_points, parts=names, dtype=dtype, overwrite=force, **others)
+    if as_json:
+        print_json(to_dict(saved))
+    else:
+        click.echo(render(saved))
+
+
+def to_dict(saved: SplitDirectory) -> dict[str, Any]:
+    """Describe saved components as data."""
+    return {
+        "path": str(saved.path),
+        "components": [
+            {
+                "component": str(component),
+                "folder": str(each.folder),
+                "layers": list(each.manifest.origin.layers),
+                "dtype": each.manifest.origin.dtype,
+                "files": {name: record.size for name, record in each.manifest.files.items()},
+            }
+            for component, each in saved.components.items()
+        ],
+    }
+
+
+def render(saved: SplitDirectory) -> str:
+    """Show saved components to people."""
+    rows = []
+    for component, each in saved.components.items():
+        first, last = each.manifest.origin.layers
+        weights = each.manifest.weight_files
+        size = human_bytes(sum(each.manifest.files[name].size for name in weights))
+        rows.append((str(component), f"[{first}, {last})", size, str(len(weights)), str(each.folder)))
+    return table(("component", "layers", "weights", "files", "folder"), rows)

@@ -1,0 +1,93 @@
+"""Where a component comes from: what tells components of one cut of one model from all others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from splitlearn_core.types import Component
+
+#: Values of ``config.json`` that say who wrote it, not what the model is.
+_INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The source of a component, and how it was cut. Kept with the component, and in its manifest."""
+
+    #: The directory or Hub repository, as the caller named it.
+    model: str
+    #: The commit that a Hub revision was resolved to; None for a directory.
+    commit: str | None
+    #: Of ``config.json`` and the names of all tensors of the checkpoint; see :func:`fingerprint`.
+    fingerprint: str
+    model_type: str
+    #: The distribution of the family's plugin, and its version.
+    plugin: str
+    plugin_version: str
+    split_points: tuple[int, int]
+    num_layers: int
+    component: Component
+    #: The layers ``[start, end)`` of the component.
+    layers: tuple[int, int]
+    #: The dtype of its weights once loaded as ``auto``, by torch's name.
+    dtype: str
+    #: Checkpoint keys of its tensors that another component holds as well.
+    ties: tuple[str, ...] = field(default=(), compare=False)
+    #: Module key -> the name under which the checkpoint has the tensor.
+    keys: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    #: The values of the checkpoint's ``config.json``.
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        commit = f"@{self.commit[:12]}" if self.commit else ""
+        return f"{self.component} of {self.model}{commit}"
+
+
+#: What components of one model have in common, and how a message calls it.
+_COMMON = {
+    "fingerprint": "checkpoint",
+    "model_type": "model type",
+    "plugin": "family plugin",
+    "plugin_version": "version of the family plugin",
+    "num_layers": "number of layers",
+    "split_points": "split points",
+}
+
+
+def fingerprint(config: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Tell a checkpoint by its configuration and the names of its tensors, in hexadecimal digits.
+
+    It needs no weights, and so is the same whichever component is loaded. Checkpoints that differ
+    in nothing but values have the same one; commits, and hashes in manifests, tell those apart.
+    """
+    values = {name: value for name, value in config.items() if name not in _INCIDENTAL}
+    return hashlib.sha256(json.dumps([values, sorted(keys)], sort_keys=True).encode()).hexdigest()
+
+
+def origin_mismatches(origins: Sequence[Origin], *, dtypes: bool = True) -> list[str]:
+    """Say why components do not belong together, both sides named.
+
+    Args:
+        origins: Of the components; each is held against the first.
+        dtypes: Whether different dtypes are a fault.
+    """
+    problems = []
+    # A directory knows no commit, and says nothing about those of others.
+    known = [origin for origin in origins if origin.commit]
+    for first, other, facts in [
+        *((origins[0], other, _facts(origins[0], other, dtypes=dtypes)) for other in origins[1:]),
+        *((known[0], other, {"commit": (known[0].commit, other.commit)}) for other in known[1:]),
+    ]:
+        problems += [
+            f"{what} differs: {one} ({first}), {two} ({other})" for what, (one, two) in facts.items() if one != two
+        ]
+    return problems
+
+
+def _facts(first: Origin, other: Origin, *, dtypes: bool) -> dict[str, tuple[Any, Any]]:
+    names = _COMMON | ({"dtype": "dtype"} if dtypes else {})
+    return {what: (getattr(first, name), getattr(other, name)) for name, what in names.items()}

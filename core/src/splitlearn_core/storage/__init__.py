@@ -1,0 +1,1 @@
+"""Components as files: saved, loaded, checked, and merged into a checkpoint again."""

@@ -1,0 +1,147 @@
+"""Tensors in memory, and in files that only torch reads, as bytes to be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.checkpoint.torchfile import read_state_dict
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
+from splitlearn_core.loading import LoadOptions, OpenModel, load_components, make_plan
+from splitlearn_core.origin import origin_mismatches
+from splitlearn_core.storage.saving import CONFIG, GENERATION, Part, companion_files, config_text
+from splitlearn_core.storage.weights import Tensor
+from splitlearn_core.storage.writing import CHUNK_BYTES
+from splitlearn_core.types import DTYPE_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo
+
+if TYPE_CHECKING:
+    from splitlearn_core.pipeline import SplitCausalLM
+    from splitlearn_core.quickstart import SplitModel
+
+_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+
+
+def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in chunks; of one on another device, a chunk at a time is copied here."""
+    flat = tensor.detach().reshape(-1)
+    elements = CHUNK_BYTES // tensor.element_size()
+    for start in range(0, flat.numel(), elements):
+        piece: Any = flat[start : start + elements].cpu().view(torch.uint8).numpy()
+        yield memoryview(piece)
+
+
+def torch_file_pieces(path: Path, info: TensorInfo) -> Callable[[], Iterator[memoryview]]:
+    """Return a function that reads one tensor of a ``.bin`` file, which is mapped and not read whole."""
+    if info.format != PYTORCH:
+        raise ConfigurationError(
+            f"{path} is of the format {info.format}, which cannot be copied as it is stored",
+            hint="give a dtype: the tensors are then loaded, and saved as that",
+        )
+
+    def pieces() -> Iterator[memoryview]:
+        tensor = read_state_dict(path).get(info.key)
+        if tensor is None or tuple(tensor.shape) != info.shape or tensor.nbytes != info.nbytes:
+            raise InvalidCheckpointError(
+                f"{path} was changed while it was being saved: {info.key} is not what it was",
+                hint="save again once it is written completely",
+            )
+        yield from tensor_pieces(tensor)
+
+    return pieces
+
+
+def parts_converted(
+    model: OpenModel, split_points: Sequence[int], asked: Sequence[Component], dtype: str, report: ProgressCallback
+) -> list[Part]:
+    """Load components in a dtype, to be saved in it."""
+    plan, table = make_plan(model, split_points, asked, dtype, fetch=report)
+    components = load_components(model, plan, table, LoadOptions(), report)
+    return [_part(component, companion_files(model, name)) for name, component in components.items()]
+
+
+def parts_in_memory(
+    source: SplitModel | SplitCausalLM | ComponentModel | Mapping[str, ComponentModel] | Iterable[ComponentModel],
+) -> list[Part]:
+    """Take the present values of components.
+
+    Raises:
+        ConfigurationError: They are none, or do not belong together, or nobody knows where they come from.
+    """
+    components = _components(source)
+    origins = [component.origin for component in components if component.origin is not None]
+    problems = origin_mismatches(origins)
+    problems += [
+        f"the {component.component} was not loaded from a checkpoint, so nothing says where it was cut"
+        for component in components
+        if component.origin is None
+    ]
+    if problems:
+        raise ConfigurationError(
+            f"these components cannot be saved: {'; '.join(problems)}",
+            hint="save components that load_split_model or load_component made, of one checkpoint and one split",
+        )
+    return [_part(component, {}) for component in components]
+
+
+def _components(source: Any) -> list[ComponentModel]:
+    given = source
+    if isinstance(source, ComponentModel):
+        given = [source]
+    elif hasattr(source, "components"):
+        given = source.components
+    elif isinstance(source, Mapping):
+        given = source.values()
+    elif not isinstance(source, Iterable):
+        given = [source]
+    components = [component for component in given if component is not None]
+    wrong = [type(component).__name__ for component in components if not isinstance(component, ComponentModel)]
+    names = [component.component for component in components if isinstance(component, ComponentModel)]
+    if wrong or not components or len(set(names)) < len(names):
+        what = ", ".join(wrong or names) or "nothing"
+        raise ConfigurationError(
+            f"{what} cannot be saved as a split",
+            hint="give a checkpoint, a SplitCausalLM, or components, each once",
+        )
+    return sorted(components, key=lambda component: list(Component).index(component.component))
+
+
+def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
+    origin = component.origin
+    if origin is None:
+        raise ConfigurationError("a component of unknown origin cannot be saved", hint="load it from a checkpoint")
+    tensors: dict[str, Tensor] = {}
+    # A tensor that the checkpoint holds once for two modules is saved once.
+    for name, tensor in component.state_dict().items():
+        stored = _tensor(origin.keys.get(name, name), tensor)
+        tensors.setdefault(stored.key, stored)
+    dtype = str(next(component.parameters()).dtype).removeprefix("torch.")
+    config = {name: value for name, value in origin.config.items() if name != "torch_dtype"} | {"dtype": dtype}
+    written = {CONFIG: config_text(config)}
+    if origin.component is Component.TOP and GENERATION not in copied and component.generation_config is not None:
+        written[GENERATION] = component.generation_config.to_json_string()
+    return Part(
+        origin=replace(origin, dtype=dtype),
+        own_values=True,
+        tensors=tuple(tensors.values()),
+        copied={name: path for name, path in copied.items() if name != CONFIG},
+        written=written,
+    )
+
+
+def _tensor(key: str, tensor: torch.Tensor) -> Tensor:
+    if tensor.device.type == "meta" or tensor.dtype not in _NAMES:
+        raise ConfigurationError(
+            f"{key} is a tensor of {tensor.dtype} on {tensor.device}, which cannot be saved",
+            hint="save a component of plain tensors",
+        )
+    name = _NAMES[tensor.dtype]
+    nbytes = tensor.numel() * DTYPE_BYTES[name]
+    return Tensor(key, name, tuple(tensor.shape), nbytes, lambda: tensor_pieces(tensor))

@@ -1,0 +1,106 @@
+"""Saved components as one ordinary Hugging Face checkpoint again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.progress import passing_through, reporting
+from splitlearn_core.storage.checking import configuration_problems, tensors_of, tie_problems
+from splitlearn_core.storage.directory import SplitDirectory, file_problems
+from splitlearn_core.storage.manifest import MANIFEST
+from splitlearn_core.storage.replacing import replacing
+from splitlearn_core.storage.weights import Tensor, index_of, pack, parse_size
+from splitlearn_core.storage.writing import check_room, copy_durably, range_pieces, write_text, write_weights
+from splitlearn_core.types import Component, Progress, ProgressCallback
+
+_INDEX = "model.safetensors.index.json"
+
+
+def merge_split(
+    directory: str | os.PathLike[str],
+    *others: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    max_shard_size: str | int = "5GB",
+    progress: ProgressCallback | Literal[False] | None = None,
+) -> Path:
+    """Put bottom, trunk and top together: a checkpoint whose tensors are the source's, byte for byte.
+
+    Args:
+        directory: What :func:`save_split` made, or the folder of one component.
+        others: Further ones, where the components lie apart.
+        out: The directory to make; it must not be there, or be empty.
+        max_shard_size: Weights above this size are sharded: ``5GB``, or bytes.
+        progress: Called with each :class:`Progress`; it may raise to stop.
+
+    Returns:
+        The directory of the checkpoint.
+
+    Raises:
+        ConfigurationError: Components are missing or do not belong together; all reasons are given.
+        CheckpointError: There are none, or their files are not those that were saved.
+        InsufficientDiskError: It does not fit.
+    """
+    target, limit = Path(out), parse_size(max_shard_size)
+    if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        raise ConfigurationError(
+            f"{target} is there: it is not overwritten", hint="choose a directory that does not exist yet"
+        )
+    split = SplitDirectory.open(directory, *others)
+    tensors = _tensors(split)
+    files = pack(tensors.values(), limit)
+    small = _small_files(split)
+    total = sum(file.nbytes for file in files)
+    check_room(target, total + sum(path.stat().st_size for path in small.values()))
+    done = 0
+    with reporting(progress) as report, passing_through(report) as tell, replacing(target) as folder:
+        for file in files:
+
+            def count(nbytes: int, name: str = file.name) -> None:
+                nonlocal done
+                done += nbytes
+                tell(Progress("merging", None, done, total, name))
+
+            write_weights(folder, file, count)
+        index = index_of(files)
+        if index is not None:
+            write_text(folder / _INDEX, index)
+        for name, path in small.items():
+            copy_durably(path, folder / name)
+    return target
+
+
+def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
+    """Return every tensor once, after all has been checked that can go wrong."""
+    missing = [str(component) for component in Component if component not in split.components]
+    problems = [f"the {name} is missing" for name in missing] + split.mismatches()
+    components = list(split.components.values())
+    damaged = [problem for saved in components for problem in file_problems(saved)]
+    if not damaged:
+        problems += configuration_problems(split) + tie_problems(components)
+    problems += damaged
+    if problems:
+        raise ConfigurationError(
+            f"these components make up no checkpoint: {'; '.join(problems)}",
+            hint="give bottom, trunk and top of one source and one split",
+        )
+    tensors: dict[str, Tensor] = {}
+    for saved in components:
+        for key, info in tensors_of(saved).items():
+            pieces = range_pieces(saved.folder / info.shard, info.begin, info.end)
+            tensors.setdefault(key, Tensor(key, info.dtype, info.shape, info.nbytes, pieces))
+    return tensors
+
+
+def _small_files(split: SplitDirectory) -> Mapping[str, Path]:
+    """Choose configuration, tokenizer and generation settings; where two have one, the bottom's, or the top's."""
+    found: dict[str, Path] = {}
+    for component in (Component.BOTTOM, Component.TOP, Component.TRUNK):
+        saved = split.components[component]
+        for name in saved.manifest.files:
+            if not name.endswith(".safetensors") and name not in (_INDEX, MANIFEST):
+                found.setdefault(name, saved.folder / name)
+    return found

@@ -1,0 +1,229 @@
+"""Saving components: from a checkpoint, streamed without torch; or from memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.loading import OpenModel, make_plan, open_model, origins_of, refuse_misfit
+from splitlearn_core.origin import Origin
+from splitlearn_core.plan.names import companions
+from splitlearn_core.plan.splitplan import parse_parts
+from splitlearn_core.plugins.metadata import core_version
+from splitlearn_core.progress import logging_downloads, passing_through, reporting
+from splitlearn_core.storage.directory import SplitDirectory, is_split_directory
+from splitlearn_core.storage.manifest import MANIFEST, FileRecord, Manifest, is_plain_name, render_manifest
+from splitlearn_core.storage.replacing import replacing
+from splitlearn_core.storage.weights import Tensor, WeightFile, index_of, pack, parse_size
+from splitlearn_core.storage.writing import (
+    check_room,
+    copy_durably,
+    range_pieces,
+    write_text,
+    write_weights,
+)
+from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.pipeline import SplitCausalLM
+    from splitlearn_core.quickstart import SplitModel
+
+INDEX = "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+#: Small files that `generate` needs beside the weights, by how their names begin.
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A component that is to be saved."""
+
+    origin: Origin
+    own_values: bool
+    tensors: tuple[Tensor, ...]
+    #: Small files to be copied, by the name that they get.
+    copied: Mapping[str, Path]
+    #: Small files to be written, with what they hold.
+    written: Mapping[str, str]
+
+
+def save_split(
+    source: str | os.PathLike[str] | SplitModel | SplitCausalLM | ComponentModel | Iterable[ComponentModel],
+    out: str | os.PathLike[str],
+    split_points: Sequence[int] | None = None,
+    *,
+    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    model_type: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    progress: ProgressCallback | Literal[False] | None = None,
+) -> SplitDirectory:
+    """Save components: ``out/bottom``, ``out/trunk`` and ``out/top``, each with a manifest.
+
+    From safetensors the bytes are copied as they are, in chunks, without torch: a checkpoint may be
+    larger than memory. ``out`` appears as a whole; whoever is killed leaves the old one or the new.
+
+    Args:
+        source: A directory, a Hub repository, or components in memory, whose present values are saved.
+        out: The directory to make.
+        split_points: ``(a, b)``; for components in memory left out.
+        parts: The components to save, of a checkpoint.
+        dtype: ``auto`` for as it is stored. Another one loads the components to convert them.
+        max_shard_size: Weights above this size are sharded: ``5GB``, or bytes.
+        overwrite: Take the place of a split that was saved before. Nothing else is ever overwritten.
+        model_type: What the caller expects the checkpoint to be.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+        progress: Called with each :class:`Progress`; it may raise to stop. None for a bar on a terminal.
+
+    Returns:
+        The saved directory.
+
+    Raises:
+        ConfigurationError: Contradicting arguments, or ``out`` is there.
+        InsufficientDiskError: It does not fit.
+        CheckpointError: The source is not what it has to be.
+    """
+    target, limit = Path(out), parse_size(max_shard_size)
+    _check_target(target, overwrite=overwrite)
+    with reporting(progress) as report:
+        if not isinstance(source, str | os.PathLike):
+            from splitlearn_core.storage.memory import parts_in_memory
+
+            if split_points is not None or dtype != "auto":
+                raise ConfigurationError(
+                    "split_points and dtype are for checkpoints; components in memory have their own",
+                    hint="leave them out, or give the checkpoint instead of the components",
+                )
+            saved = parts_in_memory(source)
+        else:
+            if split_points is None:
+                raise ConfigurationError("no split points were given", hint="give split_points=(a, b)")
+            hub: dict[str, Any] = {
+                "cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only,
+            }  # fmt: skip
+            report(Progress("resolving"))
+            model = open_model(source, model_type, **hub)
+            asked = parse_parts(parts)
+            if dtype == "auto":
+                saved = _parts_of_checkpoint(model, split_points, asked, report)
+            else:
+                from splitlearn_core.storage.memory import parts_converted
+
+                saved = parts_converted(model, split_points, asked, str(dtype), report)
+        with passing_through(report) as tell:
+            _save(saved, target, limit, tell)
+    return SplitDirectory.open(target)
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse to overwrite what is not an earlier split."""
+    if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        return
+    if not is_split_directory(target):
+        raise ConfigurationError(
+            f"{target} is there, and is no split that was saved before: it is not overwritten",
+            hint="choose a directory that does not exist yet",
+        )
+    if not overwrite:
+        raise ConfigurationError(
+            f"{target} holds a saved split already",
+            hint="choose another directory, or overwrite it: overwrite=True, --force",
+        )
+
+
+def _parts_of_checkpoint(
+    model: OpenModel, split_points: Sequence[int], asked: Sequence[Component], report: ProgressCallback
+) -> list[Part]:
+    plan, table = make_plan(model, split_points, asked, "auto", fetch=report)
+    refuse_misfit(model, plan, table)
+    checkpoint = model.checkpoint
+    together = companions(table, checkpoint.weight_map)
+    keys = {part: {t.info.key for t in plan.component(part).tensors} | set(together[part]) for part in asked}
+    infos = checkpoint.tensors(sorted(set().union(*keys.values())))
+    paths = checkpoint.fetch_tensors(infos.values(), logging_downloads(model.name, report))
+    origins = origins_of(model, plan, table)
+    parts = []
+    for component in asked:
+        own = sorted((infos[key] for key in keys[component]), key=lambda info: (info.shard, info.begin, info.key))
+        small = companion_files(model, component)
+        parts.append(
+            Part(
+                origin=origins[component],
+                own_values=False,
+                tensors=tuple(_stored(info, paths[info.shard]) for info in own),
+                copied=small if model.checkpoint.source.has_config else {k: v for k, v in small.items() if k != CONFIG},
+                written={} if model.checkpoint.source.has_config else {CONFIG: config_text(model.config)},
+            )
+        )
+    return parts
+
+
+def companion_files(model: OpenModel, component: Component) -> dict[str, Path]:
+    """Return the small files that go with a component: the trunk has neither words nor tokens."""
+    names = [CONFIG] if model.checkpoint.source.has_config else []
+    if component is not Component.TRUNK:
+        there = sorted(model.checkpoint.source.files())
+        names += [name for name in there if name == GENERATION or (name.startswith(_TOKENIZER) and is_plain_name(name))]
+    # A tokenizer's file is no weight file, whatever it is called.
+    return {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Write a ``config.json``."""
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _stored(info: TensorInfo, path: Path) -> Tensor:
+    if info.format == SAFETENSORS:
+        pieces = range_pieces(path, info.begin, info.end)
+    else:
+        from splitlearn_core.storage.memory import torch_file_pieces
+
+        pieces = torch_file_pieces(path, info)
+    return Tensor(info.key, info.dtype, info.shape, info.nbytes, pieces)
+
+
+def _save(parts: Sequence[Part], target: Path, limit: int, tell: ProgressCallback) -> None:
+    """Write all components beside the target, and let them take its place."""
+    files = {part.origin.component: pack(part.tensors, limit) for part in parts}
+    total = sum(file.nbytes for each in files.values() for file in each)
+    small = sum(path.stat().st_size for part in parts for path in part.copied.values())
+    check_room(target, total + small)
+    together = tuple(part.origin.component for part in parts)
+    done = 0
+    with replacing(target) as folder:
+        for part in parts:
+            component = part.origin.component
+            here = folder / component
+            here.mkdir()
+            records: dict[str, FileRecord] = {}
+            for file in files[component]:
+
+                def count(nbytes: int, component: Component = component, file: WeightFile = file) -> None:
+                    nonlocal done
+                    done += nbytes
+                    tell(Progress("saving", component, done, total, file.name))
+
+                records[file.name] = write_weights(here, file, count)
+            records |= _write_small(part, here, index_of(files[component]))
+            manifest = Manifest(part.origin, core_version(), part.own_values, together, records)
+            write_text(here / MANIFEST, render_manifest(manifest))
+
+
+def _write_small(part: Part, folder: Path, index: str | None) -> Iterable[tuple[str, FileRecord]]:
+    written = {**part.written, **({} if index is None else {INDEX: index})}
+    records = {name: write_text(folder / name, text) for name, text in written.items()}
+    return [*records.items(), *((name, copy_durably(path, folder / name)) for name, path in part.copied.items())]

@@ -1,0 +1,95 @@
+"""What a safetensors file will hold, worked out before a byte of it is written. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.types import DTYPE_BYTES
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor to be written, and where its bytes come from."""
+
+    key: str
+    #: In the words of the safetensors format.
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    #: Gives the bytes, a piece at a time; a piece is good until the next one is asked for.
+    pieces: Callable[[], Iterator[memoryview]]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file to be written."""
+
+    name: str
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def parse_size(size: str | int) -> int:
+    """Read a size in bytes: ``5GB``, ``500MiB`` or a number.
+
+    Raises:
+        ConfigurationError: It is none, or nothing.
+    """
+    found = _SIZE.fullmatch(str(size))
+    nbytes = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+    if isinstance(size, bool) or nbytes < 1:
+        raise ConfigurationError(f"max_shard_size {size!r} is no size", hint='give "5GB", or a number of bytes')
+    return nbytes
+
+
+def pack(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[WeightFile]:
+    """Lay tensors out in one file, or in several below a size; a tensor is never parted."""
+    # Widest dtype first: every tensor then begins where its elements may.
+    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+    shards: list[list[Tensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in ordered:
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    return [WeightFile(name, _header(shard), tuple(shard)) for name, shard in zip(names, shards, strict=True)]
+
+
+def index_of(files: Sequence[WeightFile]) -> str | None:
+    """Write the index of several files; None for one, which needs none."""
+    if len(files) == 1:
+        return None
+    weight_map = {tensor.key: file.name for file in files for tensor in file.tensors}
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def _header(tensors: Sequence[Tensor]) -> bytes:
+    """Write the header of a safetensors file: its length, then JSON, filled up so that the data is aligned."""
+    entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        entries[tensor.key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

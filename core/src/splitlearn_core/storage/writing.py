@@ -1,0 +1,133 @@
+"""Writing files for good: hashed on the way, and on the disk when the call returns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from splitlearn_core.errors import InsufficientDiskError, InvalidCheckpointError
+from splitlearn_core.storage.manifest import FileRecord
+from splitlearn_core.storage.weights import WeightFile
+from splitlearn_core.units import human_bytes
+
+#: Bytes that are read, hashed and written at a time.
+CHUNK_BYTES = 8 * 2**20
+#: Bytes after which the system is asked to put on the disk what was written, while more is coming.
+_FLUSH_BYTES = 64 * 2**20
+
+
+def range_pieces(path: Path, begin: int, end: int) -> Callable[[], Iterator[memoryview]]:
+    """Return a function that reads the bytes ``[begin, end)`` of a file, a chunk at a time."""
+
+    def pieces() -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, end - begin)))
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            left = end - begin
+            while left:
+                count = file.readinto(buffer[: min(left, len(buffer))])
+                if not count:
+                    raise InvalidCheckpointError(
+                        f"{path} was cut short while it was being read: {left} bytes before {end} are missing",
+                        hint="do it again once the file is written completely",
+                    )
+                left -= count
+                yield buffer[:count]
+
+    return pieces
+
+
+def write_weights(folder: Path, file: WeightFile, on_bytes: Callable[[int], None]) -> FileRecord:
+    """Write a safetensors file, and return its size and hash."""
+
+    def content() -> Iterator[memoryview]:
+        yield memoryview(file.header)
+        for tensor in file.tensors:
+            yield from tensor.pieces()
+
+    record = write_durably(folder / file.name, content(), on_bytes)
+    if record.size != file.nbytes:
+        raise InvalidCheckpointError(
+            f"{file.name} has {record.size} bytes instead of {file.nbytes}: its source was changed while it was read",
+            hint="do it again once the source is written completely",
+        )
+    return record
+
+
+def write_durably(path: Path, content: Iterable[memoryview], on_bytes: Callable[[int], None]) -> FileRecord:
+    """Write a new file from pieces, and return its size and hash once it is on the disk.
+
+    The bytes are hashed by another thread, and put on the disk by a third, while this one writes.
+
+    Args:
+        path: The file, which must not be there.
+        content: Its bytes, in pieces.
+        on_bytes: Told of each piece; it may raise to stop.
+    """
+    digest, size, unflushed = hashlib.sha256(), 0, 0
+    flushing: Future[None] | None = None
+    with (
+        ThreadPoolExecutor(2, thread_name_prefix="splitlearn-write") as threads,
+        path.open("xb", buffering=0) as file,
+    ):
+        for piece in content:
+            hashing = threads.submit(digest.update, piece)
+            try:
+                written = 0
+                while written < len(piece):
+                    written += file.write(piece[written:])
+            finally:
+                # The piece's memory is used again for the next one.
+                hashing.result()
+            size, unflushed = size + len(piece), unflushed + len(piece)
+            if unflushed >= _FLUSH_BYTES and (flushing is None or flushing.done()):
+                if flushing is not None:
+                    flushing.result()
+                flushing, unflushed = threads.submit(os.fsync, file.fileno()), 0
+            on_bytes(len(piece))
+        if flushing is not None:
+            flushing.result()
+        os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    """Write a small new file durably."""
+    return write_durably(path, [memoryview(text.encode())], lambda _: None)
+
+
+def copy_durably(source: Path, target: Path) -> FileRecord:
+    """Copy a file, and return its size and hash."""
+    size = source.stat().st_size
+    return write_durably(target, range_pieces(source, 0, size)(), lambda _: None)
+
+
+def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> FileRecord:
+    """Hash a file in chunks."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            on_bytes(count)
+    return FileRecord(size, digest.hexdigest())
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what does not fit on the disk.
+
+    Raises:
+        InsufficientDiskError: There is too little room where the folder is, or will be.
+    """
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InsufficientDiskError(
+            f"{folder} needs {human_bytes(needed)}, and {human_bytes(free)} are free",
+            hint="save fewer parts, or choose another disk",
+        )

@@ -1,0 +1,451 @@
+"""Components as files: saved, loaded, merged, and checked; to the last bit, or refused in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from splitlearn_core import (
+    ConfigurationError,
+    InsufficientDiskError,
+    InvalidCheckpointError,
+    MissingFileError,
+    Progress,
+    SplitCausalLM,
+    load_component,
+    load_split_directory,
+    load_split_model,
+    merge_split,
+    save_split,
+    verify_saved,
+)
+from splitlearn_core.storage.manifest import MANIFEST
+
+pytestmark = pytest.mark.usefixtures("llama")
+
+CUTS = (2, 4)
+IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64]])
+NAMES = ("bottom", "trunk", "top")
+Make = Callable[[str], Path]
+
+
+def content(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Return every tensor of a checkpoint as dtype, shape and bytes."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        for key, entry in json.loads(raw[8 : 8 + length]).items():
+            if key != "__metadata__":
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                assert key not in found
+                found[key] = (entry["dtype"], entry["shape"], raw[begin:end])
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def spoil_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "tied"])
+def test_what_is_saved_loads_as_the_source_does(checkpoint: Make, tmp_path: Path, kind: str) -> None:
+    """Each component alone, from its own folder and from the whole directory, equals a load of the source."""
+    source, out = checkpoint(kind), tmp_path / "out"
+    expected = load_split_model("llama", CUTS, source)
+
+    save_split(source, out, CUTS)
+
+    for name, component in zip(NAMES, expected, strict=True):
+        for loaded in (load_component(out, name), load_component(out / name, verify=True)):
+            assert loaded.origin == component.origin  # type: ignore[union-attr]
+            state = component.state_dict()  # type: ignore[union-attr]
+            assert loaded.state_dict().keys() == state.keys()
+            for key, tensor in loaded.state_dict().items():
+                assert torch.equal(tensor, state[key])
+                assert tensor.dtype == state[key].dtype
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "tied"])
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+def test_merging_gives_the_source_back(
+    checkpoint: Make, whole: Any, tied_whole: Any, tmp_path: Path, kind: str, size: str
+) -> None:
+    """Every tensor byte for byte, a tied one once; and transformers computes the same from it."""
+    from transformers import AutoModelForCausalLM
+
+    source = checkpoint(kind)
+    save_split(source, tmp_path / "out", CUTS, max_shard_size=size)
+
+    merged = merge_split(tmp_path / "out", out=tmp_path / "merged", max_shard_size=size)
+
+    assert content(merged) == content(source)
+    assert (len(list(merged.glob("*.safetensors"))) > 1) == (size == "40KB")
+    assert all(path.stat().st_size < 40_000 + 4_000 for path in merged.glob("model-*.safetensors"))
+    for name in ("config.json", "generation_config.json"):
+        assert (merged / name).read_bytes() == (source / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits, (tied_whole if kind == "tied" else whole)(IDS).logits)
+
+
+def test_the_folders_are_what_the_library_reads(single: Path, tmp_path: Path) -> None:
+    """Original key names, the source's configuration, aligned tensors, and the metadata transformers asks for."""
+    save_split(single, tmp_path / "out", CUTS)
+
+    source = load_file(single / "model.safetensors")
+    for name in NAMES:
+        folder = tmp_path / "out" / name
+        assert (folder / "config.json").read_bytes() == (single / "config.json").read_bytes()
+        for key, tensor in load_file(folder / "model.safetensors").items():
+            assert torch.equal(tensor, source[key])
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+    assert not (tmp_path / "out/trunk/generation_config.json").exists()
+    assert (tmp_path / "out/top/generation_config.json").exists()
+
+
+def test_a_split_directory_generates(single: Path, whole: Any, tmp_path: Path) -> None:
+    """All three, joined, say what the unsplit model says."""
+    save_split(single, tmp_path / "out", CUTS)
+
+    bottom, trunk, top = load_split_directory(tmp_path / "out")
+    model = SplitCausalLM(bottom, trunk, top)  # type: ignore[arg-type]
+
+    expected = whole.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_a_tied_embedding_is_one_parameter_again(tied: Path, tmp_path: Path) -> None:
+    """As when one call loads bottom and top of the source."""
+    save_split(tied, tmp_path / "out", CUTS)
+
+    parts: Any = load_split_directory(tmp_path / "out")
+
+    assert parts.top.lm_head.weight is parts.bottom.model.embed_tokens.weight
+
+
+def test_tensors_that_no_module_wants_come_back(world: Any, single: Path, tmp_path: Path) -> None:
+    """Old checkpoints hold masks; splitting and merging loses none, and each lies with its layer."""
+    sound = world.source("llama")
+    (world.folder / "splitlearn_llama.py").write_text(sound.replace('")]', '", ignored_suffixes=(".mask",))]'))
+    state = load_file(single / "model.safetensors")
+    state["model.layers.3.self_attn.mask"] = torch.ones(3, dtype=torch.uint8)
+    save_file(state, single / "model.safetensors", {"format": "pt"})
+
+    save_split(single, tmp_path / "out", CUTS)
+
+    assert "model.layers.3.self_attn.mask" in content(tmp_path / "out/trunk")
+    merged = merge_split(tmp_path / "out", out=tmp_path / "merged")
+    assert content(merged) == content(single)
+    assert load_component(tmp_path / "out", "trunk").start_layer == 2
+
+
+def test_trained_components_are_saved_and_merged(single: Path, tmp_path: Path) -> None:
+    """Values in memory, beside components that nobody trained; the source's are left behind."""
+    parts: Any = load_split_model("llama", CUTS, single, strategy="copied")
+    with torch.no_grad():
+        for parameter in parts.trunk.parameters():
+            parameter.add_(1)
+
+    save_split(parts, tmp_path / "all")
+    save_split([parts.trunk], tmp_path / "trunk")
+    save_split(single, tmp_path / "ends", CUTS, parts=["bottom", "top"])
+
+    merged = merge_split(tmp_path / "all", out=tmp_path / "one")
+    again = merge_split(tmp_path / "ends", tmp_path / "trunk", out=tmp_path / "two")
+    assert content(merged) == content(again) != content(single)
+    assert content(merged).keys() == content(single).keys()
+    trunk = load_component(tmp_path / "trunk")
+    for key, tensor in trunk.state_dict().items():
+        assert torch.equal(tensor, parts.trunk.state_dict()[key])
+    assert json.loads((tmp_path / "trunk/trunk" / MANIFEST).read_text())["own_values"] is True
+
+
+def test_another_dtype_is_loaded_and_saved(single: Path, tmp_path: Path) -> None:
+    """The components are converted as a load converts them, and the configuration says so."""
+    save_split(single, tmp_path / "out", CUTS, dtype="bfloat16")
+
+    loaded: Any = load_split_directory(tmp_path / "out")
+    expected = load_split_model("llama", CUTS, single, dtype="bfloat16")
+    for one, other in zip(loaded, expected, strict=True):
+        for key, tensor in other.state_dict().items():  # type: ignore[union-attr]
+            assert torch.equal(one.state_dict()[key], tensor)
+    merge_split(tmp_path / "out", out=tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("sharded_bin", [False, True])
+def test_bin_files_go_through_tensors(single: Path, tmp_path: Path, sharded_bin: bool) -> None:
+    """A checkpoint of pickled tensors becomes components in safetensors, in the dtype it has."""
+    state = load_file(single / "model.safetensors")
+    expected = content(single)
+    (single / "model.safetensors").unlink()
+    if sharded_bin:
+        keys = sorted(state)
+        shards = {"pytorch_model-1.bin": keys[:20], "pytorch_model-2.bin": keys[20:]}
+        for name, held in shards.items():
+            torch.save({key: state[key] for key in held}, single / name)
+        weight_map = {key: name for name, held in shards.items() for key in held}
+        (single / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(state, single / "pytorch_model.bin")
+
+    save_split(single, tmp_path / "out", CUTS)
+
+    assert content(merge_split(tmp_path / "out", out=tmp_path / "merged")) == expected
+
+
+def test_parts_are_saved_alone(sharded: Path, tmp_path: Path) -> None:
+    """Only what was asked for is there, and nothing is wrong with it."""
+    save_split(sharded, tmp_path / "out", CUTS, parts=["trunk"])
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["trunk"]
+    result = verify_saved(tmp_path / "out")
+    assert (result.problems, result.complete) == ((), False)
+    with pytest.raises(ConfigurationError, match="the bottom is missing; the top is missing"):
+        merge_split(tmp_path / "out", out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_is_there_is_not_overwritten(single: Path, tmp_path: Path) -> None:
+    """Foreign files never; an earlier split where it is asked for, and then as a whole."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigurationError, match="not overwritten"):
+            save_split(single, out, CUTS, overwrite=overwrite)
+    (out / "thesis.txt").unlink()
+    save_split(single, out, CUTS)
+    with pytest.raises(ConfigurationError, match="already"):
+        save_split(single, out, CUTS)
+
+    saved = save_split(single, out, (1, 3), parts=["top"], overwrite=True)
+
+    assert [str(name) for name in saved.components] == ["top"]
+    assert [path.name for path in out.iterdir()] == ["top"]
+    with pytest.raises(ConfigurationError, match="not overwritten"):
+        merge_split(out, out=single)
+
+
+def test_a_raising_callback_stops_and_leaves_nothing(single: Path, tmp_path: Path) -> None:
+    """What it raises comes out, and no file stays behind."""
+
+    class StopHereError(Exception):
+        pass
+
+    said: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        said.append(progress)
+        if progress.stage == "saving" and progress.component == "top":
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        save_split(single, tmp_path / "out", CUTS, progress=stop)
+
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+    saving = [progress.bytes_done for progress in said if progress.stage == "saving"]
+    assert saving == sorted(saving)
+    assert said[-1].bytes_total > saving[-1] > 0
+
+
+def test_the_disk_is_asked_before(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is not begun."""
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InsufficientDiskError, match="needs"):
+        save_split(single, tmp_path / "out", CUTS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"plugin": {"distribution": "splitlearn-llama", "version": "2.0"}}, "version of the family plugin differs"),
+        ({"dtype": "bfloat16"}, "dtype differs: float32 .* bfloat16"),
+        ({"source": {"model": "other", "commit": None, "fingerprint": "0" * 64}}, "checkpoint differs"),
+        ({"split_points": [2, 3], "layers": [2, 3]}, r"split points differs: \(2, 4\) .* \(2, 3\)"),
+        ({"num_layers": 7}, "number of layers differs: 6 .* 7"),
+    ],
+)
+def test_components_that_do_not_belong_together_are_refused(
+    single: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    """On a load of several, on a merge, and by verify; both sides are named."""
+    save_split(single, tmp_path / "out", CUTS)
+    spoil_manifest(tmp_path / "out/trunk", **changes)
+
+    for act in (load_split_directory, lambda folder: merge_split(folder, out=tmp_path / "merged")):
+        with pytest.raises(ConfigurationError, match=reason) as caught:
+            act(tmp_path / "out")
+        assert "bottom of" in str(caught.value)
+        assert "trunk of" in str(caught.value)
+    assert any("differs" in problem for problem in verify_saved(tmp_path / "out").problems)
+
+
+def test_another_commit_is_refused(single: Path, tmp_path: Path) -> None:
+    """Where both know one; a directory knows none."""
+    save_split(single, tmp_path / "out", CUTS)
+    source = json.loads((tmp_path / "out/trunk" / MANIFEST).read_text())["source"]
+    spoil_manifest(tmp_path / "out/trunk", source={**source, "commit": "a" * 40})
+    load_split_directory(tmp_path / "out")
+    spoil_manifest(tmp_path / "out/top", source={**source, "commit": "b" * 40})
+
+    with pytest.raises(ConfigurationError, match=f"commit differs: {'a' * 40} .* {'b' * 40}"):
+        merge_split(tmp_path / "out/top", tmp_path / "out/trunk", tmp_path / "out/bottom", out=tmp_path / "merged")
+
+
+def test_a_pipeline_of_two_sources_is_refused(single: Path, tied: Path) -> None:
+    """Shapes fit; the checkpoints are not the same."""
+    one: Any = load_split_model("llama", CUTS, single)
+    other: Any = load_split_model("llama", CUTS, tied)
+
+    with pytest.raises(ConfigurationError, match="checkpoint differs"):
+        SplitCausalLM(one.bottom, other.trunk, one.top)
+
+
+def test_a_damaged_directory_is_described(single: Path, tmp_path: Path) -> None:
+    """All faults at once: a changed byte, a short file, a lost component, a strange file."""
+    out = tmp_path / "out"
+    save_split(single, out, CUTS)
+    assert verify_saved(out).sound
+    weights = bytearray((out / "bottom/model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (out / "bottom/model.safetensors").write_bytes(weights)
+    with pytest.raises(InvalidCheckpointError, match="SHA-256"):
+        load_component(out, "bottom", verify=True)
+    (out / "top/config.json").write_bytes(b"{}")
+    (out / "trunk" / MANIFEST).unlink()
+    (out / "top/model-extra.safetensors").write_bytes(b"")
+
+    problems = " | ".join(verify_saved(out).problems)
+
+    for reason in ("bottom/model.safetensors is not what was saved", "top/config.json has 2 bytes", "the trunk"):
+        assert reason in problems
+    assert "model-extra.safetensors is not in the manifest" in problems
+    with pytest.raises(InvalidCheckpointError, match=r"config\.json has 2 bytes"):
+        load_component(out, "top")
+
+
+def test_ends_with_different_values_of_a_tied_tensor_are_refused(tied: Path, tmp_path: Path) -> None:
+    """One tensor, two values: nothing says which is meant."""
+    ends: Any = load_split_model("llama", CUTS, tied, parts=["bottom"], strategy="copied")
+    with torch.no_grad():
+        ends.bottom.model.embed_tokens.weight.add_(1)
+    save_split(ends.bottom, tmp_path / "bottom")
+    save_split(tied, tmp_path / "rest", CUTS, parts=["trunk", "top"])
+
+    with pytest.raises(ConfigurationError, match="different values"):
+        merge_split(tmp_path / "bottom", tmp_path / "rest", out=tmp_path / "merged")
+    assert "different values" in " ".join(verify_saved(tmp_path / "bottom", tmp_path / "rest").problems)
+
+
+def test_components_of_unknown_origin_are_not_saved(whole: Any, tmp_path: Path) -> None:
+    """A component from a state dict says nowhere how the model was cut."""
+    from splitlearn_core import ModelRegistry
+
+    trunk = ModelRegistry.get_model_class("llama", "trunk").from_pretrained_split(
+        whole.state_dict(), whole.config, start_layer=2, end_layer=4
+    )
+    with pytest.raises(ConfigurationError, match="was not loaded from a checkpoint"):
+        save_split([trunk], tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="cannot be saved as a split"):
+        save_split([1], tmp_path / "out")  # type: ignore[list-item]
+
+
+def test_asking_for_what_is_not_there(single: Path, tmp_path: Path) -> None:
+    """Words, and the way out."""
+    with pytest.raises(MissingFileError, match="no saved component"):
+        load_component(single)
+    save_split(single, tmp_path / "out", CUTS, parts=["bottom", "trunk"])
+    with pytest.raises(ConfigurationError, match="holds bottom, trunk"):
+        load_component(tmp_path / "out")
+    with pytest.raises(MissingFileError, match="no top"):
+        load_component(tmp_path / "out", "top")
+    with pytest.raises(InvalidCheckpointError, match="holds the trunk of a llama"):
+        load_split_model("llama", (1, 4), tmp_path / "out/trunk", parts=["trunk"])
+    with pytest.raises(ConfigurationError, match="no size"):
+        save_split(single, tmp_path / "more", CUTS, max_shard_size="large")
+
+
+def test_saving_and_merging_need_no_torch(llama: Any, single: Path, tmp_path: Path) -> None:
+    """Bytes are copied; a fresh process has neither torch nor transformers after it."""
+    code = (
+        "import sys\nfrom splitlearn_core import merge_split, save_split, verify_saved\n"
+        "save_split(sys.argv[1], sys.argv[2] + '/s', (2, 4))\n"
+        "merge_split(sys.argv[2] + '/s', out=sys.argv[2] + '/m')\n"
+        "assert verify_saved(sys.argv[2] + '/s').sound\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = llama.python("-c", code, str(single), str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "m") == content(single)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and sparse files of Linux")
+def test_a_checkpoint_larger_than_memory_is_split(llama: Any, single: Path, tmp_path: Path) -> None:
+    """A gigabyte passes through a process that may have 200 MB of data."""
+    header = json.loads((single / "config.json").read_text())
+    rows = 4_000_000
+    (single / "config.json").write_text(json.dumps({**header, "vocab_size": rows}))
+    raw = (single / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries, position = json.loads(raw[8 : 8 + length]), 0
+    for key, entry in sorted(entries.items()):
+        if key == "__metadata__":
+            continue
+        if key in ("model.embed_tokens.weight", "lm_head.weight"):
+            entry["shape"][0] = rows
+        nbytes = entry["shape"][0] * (entry["shape"][1] if len(entry["shape"]) > 1 else 1) * 4
+        entry["data_offsets"], position = [position, position + nbytes], position + nbytes
+    text = json.dumps(entries).encode()
+    with (single / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+    assert position > 1_000_000_000
+    code = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_DATA, (200_000_000, 200_000_000))\n"
+        "from splitlearn_core import save_split\nsave_split(sys.argv[1], sys.argv[2], (2, 4), parts=['bottom'])"
+    )
+    done = llama.python("-c", code, str(single), str(tmp_path / "out"))
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/bottom/model.safetensors").stat().st_size > 500_000_000
+
+
+def test_the_command_line_splits_verifies_and_merges(cli: Any, single: Path, tmp_path: Path) -> None:
+    """Data on stdout; a fault is exit code 1, wrong usage 2."""
+    out = tmp_path / "out"
+    code, shown, err = cli("split", single, "--split", "2", "4", "--out", out, "--json")
+    assert (code, err) == (0, "")
+    assert [each["layers"] for each in json.loads(shown)["components"]] == [[0, 2], [2, 4], [4, 6]]
+    assert cli("split", single, "--split", "2", "4", "--out", out)[0] == 1
+    assert cli("split", single, "--split", "2", "4", "--out", out, "--force")[1].startswith("component")
+    code, shown, _ = cli("verify", out, "--json")
+    assert (code, json.loads(shown)["problems"]) == (0, [])
+    code, shown, _ = cli("merge", out, "--out", tmp_path / "merged", "--json")
+    assert (code, "config.json" in json.loads(shown)["files"]) == (0, True)
+    assert content(tmp_path / "merged") == content(single)
+    (out / "top/model.safetensors").write_bytes(b"")
+    code, shown, _ = cli("verify", out)
+    assert (code, "1 FAULTS" in shown, "has 0 bytes" in shown) == (1, True, True)
+    assert cli("verify", single)[0] == 2
+    assert cli("generate", single, "--prompt", "x")[0] == 2
+    assert cli("generate", tmp_path / "out/trunk", "--prompt", "x")[0] == 1
