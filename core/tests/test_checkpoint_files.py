@@ -105,21 +105,6 @@ def test_an_unknown_model_type_is_named(single: Path, edit_json: Callable[..., N
         plan_split(single, CUTS)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [{"quant_method": "gptq", "bits": 4}, {"bits": 4}, "gptq", ["gptq"], {"quant_method": None}],
-    ids=["gptq", "unnamed", "a text", "a list", "null"],
-)
-def test_a_quantised_checkpoint_is_refused(single: Path, edit_json: Callable[..., None], value: Any) -> None:
-    """Its weights are not what the plain modules take."""
-    edit_json(single / "config.json", quantization_config=value)
-
-    with pytest.raises(CheckpointError, match="quantised") as caught:
-        plan_split(single, CUTS)
-
-    assert caught.value.hint
-
-
 @pytest.mark.parametrize("value", [None, {}], ids=repr)
 def test_an_empty_quantisation_is_none(single: Path, edit_json: Callable[..., None], value: Any) -> None:
     """A null there means plain weights."""

@@ -146,7 +146,7 @@ def test_a_strategy_that_is_not_there_lists_those_that_are() -> None:
     with pytest.raises(ConfigurationError, match="nonsense") as caught:
         choose_strategy("nonsense", [read_plan()], [Named("fast")])
 
-    assert "auto, mapped, copied, incremental, fast" in caught.value.hint
+    assert "auto, mapped, copied, incremental, whole, fast" in caught.value.hint
 
 
 def test_an_asked_strategy_that_refuses_says_why() -> None:
@@ -166,7 +166,7 @@ def test_one_refused_part_is_enough() -> None:
 
 def test_the_built_in_strategies_keep_the_protocol() -> None:
     """They are what a plugin is asked to write."""
-    assert [strategy.name for strategy in BUILT_IN] == ["mapped", "copied", "incremental"]
+    assert [strategy.name for strategy in BUILT_IN] == ["mapped", "copied", "incremental", "whole"]
     assert all(isinstance(strategy, LoadingStrategy) for strategy in BUILT_IN)
 
 

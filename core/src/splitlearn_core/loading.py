@@ -20,6 +20,8 @@ from splitlearn_core.checkpoint.strategy import (
     LoadingStrategy,
     ReadPlan,
     WeightReader,
+    WholeModel,
+    WholeStrategy,
     check_strategy,
     choose_strategy,
     passing_bytes,
@@ -52,7 +54,7 @@ from splitlearn_core.plan.splitplan import (
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
-from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
 from splitlearn_core.units import human_bytes
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class OpenModel:
     name: str
     checkpoint: Checkpoint
     family: ModelFamily
+    #: ``config.json``, without what it says of quantisation: components have plain weights.
     config: Mapping[str, Any]
 
 
@@ -116,7 +119,8 @@ def open_model(
         )
     commit = checkpoint.source.commit
     log.info("Found a %s model in %s%s", stated, checkpoint.source.model, f" at {commit}" if commit else "")
-    return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), config)
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), plain)
 
 
 def _readers(model_type: str | None) -> list[WeightReader]:
@@ -177,8 +181,8 @@ def make_plan(
     wishes = parse_dtypes(dtype, tuple(parts))
     # A load wants weights: without any, asking for the weight map below says what is missing.
     by_config = fetch is None and not (checkpoint.has_weights and checkpoint.is_describable)
-    described = _tensors_of_config(model) if by_config else None
-    told = None if fetch is None else logging_downloads(model.name, fetch)
+    described = _tensors_of_config(model) if by_config or checkpoint.quantization else None
+    told = None if fetch is None or checkpoint.quantization else logging_downloads(model.name, fetch)
     if told is not None:
         checkpoint.fetch_undescribed(told)
     keys = sorted(checkpoint.weight_map if described is None else described)
@@ -244,9 +248,11 @@ def load_components(
     import_builders(model.family)
     from splitlearn_core.build.component import build_component, hf_config
 
-    reads = _read_plans(plan, paths, devices)
+    reads = _read_plans(plan, paths, devices, _whole_model(model, plan, progress))
     strategies = _strategies(model, options, reads)
     _check_memory(model.name, strategies, reads)
+    if any(isinstance(strategy, WholeStrategy) for strategy in strategies.values()):
+        model.checkpoint.fetch(model.checkpoint.weight_files(), logging_downloads(model.name, progress))
     built: dict[Component, ComponentModel] = {}
     for part in plan.components:
         log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
@@ -293,7 +299,7 @@ def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths
         ConfigurationError: No strategy of the asked name can do it.
         BrokenPluginError: A strategy cannot say.
     """
-    reads = _read_plans(plan, paths, choose_devices(plan, options))
+    reads = _read_plans(plan, paths, choose_devices(plan, options), _whole_model(model, plan, lambda _: None))
     strategies = _strategies(model, options, reads)
     kept, passing = _own_memory(strategies, reads)
     here = [(component, read) for component, read in reads.items() if read.device == "cpu"]
@@ -436,6 +442,10 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
         ConfigurationError: The name is no device or strategy, or this machine has no such device.
     """
     check_strategy(options.strategy, registry().strategies(model.family, options.strategy))
+    if model.checkpoint.quantization:
+        from splitlearn_core.build.whole import check_quantization
+
+        check_quantization(model.name, model.checkpoint.quantization, model.checkpoint.config["quantization_config"])
     given = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
     check_devices(dict.fromkeys((*given, *options.max_memory)))
 
@@ -483,7 +493,10 @@ def _tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
     """Describe the tensors that ``config.json`` implies, for a checkpoint without weights."""
     from splitlearn_core.build.describe import describe_tensors
 
-    return describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
+    infos = describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
+    if not model.checkpoint.quantization:
+        return infos
+    return {key: replace(info, format=OPAQUE) for key, info in infos.items()}
 
 
 def _check_memory(
@@ -554,8 +567,29 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
         ) from error
 
 
+def _whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -> WholeModel:
+    """Describe the whole model, for the strategy that takes components out of it; nothing is loaded yet."""
+    from splitlearn_core.build.whole import PretrainedWhole
+
+    checkpoint = model.checkpoint
+    dtypes = {part.dtype for part in plan.components}
+    sizes = checkpoint.source.files()
+    return PretrainedWhole(
+        model.family,
+        model.config,
+        model.name,
+        # Wide enough for every component: from there to a narrower one is what it would be at once.
+        dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32",
+        checkpoint.source.path("config.json").parent,
+        file_bytes=sum(sizes.get(name, 0) for name in checkpoint.weight_files()) if checkpoint.quantization else 0,
+        file_format=checkpoint.format,
+        quantization=checkpoint.quantization,
+        waiting=lambda: progress(Progress("reading")),
+    )
+
+
 def _read_plans(
-    plan: SplitPlan, paths: Mapping[str, Path], devices: Mapping[Component, str]
+    plan: SplitPlan, paths: Mapping[str, Path], devices: Mapping[Component, str], whole: WholeModel
 ) -> dict[Component, ReadPlan]:
     """Say what each component reads; a tied tensor is read once for all that want it as it is."""
     seen: set[tuple[str, str, str]] = set()
@@ -564,7 +598,7 @@ def _read_plans(
         device = devices[part.component]
         fresh = tuple(tensor for tensor in part.tensors if (tensor.info.key, device, part.dtype) not in seen)
         seen.update((tensor.info.key, device, part.dtype) for tensor in fresh)
-        reads[part.component] = ReadPlan(fresh, paths, device, part.dtype)
+        reads[part.component] = ReadPlan(fresh, paths, device, part.dtype, whole)
     return reads
 
 

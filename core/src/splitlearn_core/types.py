@@ -18,6 +18,9 @@ FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64
 
 #: The formats of weight files that core reads.
 SAFETENSORS, PYTORCH = "safetensors", "pytorch"
+#: Of tensors that are known from the configuration alone, because transformers has to make them of
+#: what is in the files: of quantised weights.
+OPAQUE = "quantised"
 
 
 class Component(StrEnum):

@@ -75,14 +75,21 @@ class Checkpoint:
             config = check_config(dict(self._layout.reader.config(file)), str(file))
         else:
             config = read_config(self.source.path(CONFIG))
-        quantization = config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(
-                f"{self.source.model} is quantised ({method}), and splitlearn reads plain weights only",
-                hint="use the original, unquantised checkpoint",
-            )
         return config
+
+    @property
+    def quantization(self) -> str:
+        """How ``config.json`` says that the weights are quantised; empty where they are plain."""
+        stated = self.config.get("quantization_config")
+        if not stated:
+            return ""
+        return str(stated.get("quant_method") if isinstance(stated, dict) else stated)
+
+    def weight_files(self) -> tuple[str, ...]:
+        """Return all weight files, for those who read the whole model."""
+        if self._layout is None:
+            raise self._no_weights()
+        return tuple(sorted(set(self.weight_map.values()))) if self._layout.is_index else (self._layout.entrance,)
 
     @property
     def format(self) -> str:
@@ -160,7 +167,8 @@ class Checkpoint:
     def _wanted(self, tensors: Iterable[TensorInfo]) -> Wanted:
         """Say which bytes of which shards hold tensors and the headers that place them."""
         wanted: dict[str, list[Span] | None] = {}
-        for info in sorted(tensors, key=lambda info: (info.shard, info.begin)):
+        # Tensors without a shard are known from the configuration alone.
+        for info in sorted((info for info in tensors if info.shard), key=lambda info: (info.shard, info.begin)):
             if info.format != SAFETENSORS:
                 wanted[info.shard] = None
                 continue

@@ -1,6 +1,6 @@
 """Loading strategies: how planned bytes become tensors. The names that plugins and other rooms use."""
 
-from splitlearn_core.checkpoint.strategies.base import CHUNK_BYTES, LoadingStrategy, ReadPlan, WeightReader
+from splitlearn_core.checkpoint.strategies.base import CHUNK_BYTES, LoadingStrategy, ReadPlan, WeightReader, WholeModel
 from splitlearn_core.checkpoint.strategies.checked import passing_bytes, predicted_bytes, read_checked
 from splitlearn_core.checkpoint.strategies.choice import (
     AUTO,
@@ -12,6 +12,7 @@ from splitlearn_core.checkpoint.strategies.choice import (
 from splitlearn_core.checkpoint.strategies.copied import CopiedStrategy
 from splitlearn_core.checkpoint.strategies.incremental import IncrementalStrategy
 from splitlearn_core.checkpoint.strategies.mapped import MappedStrategy
+from splitlearn_core.checkpoint.strategies.whole import WholeStrategy
 
 __all__ = [
     "AUTO",
@@ -23,6 +24,8 @@ __all__ = [
     "MappedStrategy",
     "ReadPlan",
     "WeightReader",
+    "WholeModel",
+    "WholeStrategy",
     "check_strategy",
     "choose_strategy",
     "passing_bytes",

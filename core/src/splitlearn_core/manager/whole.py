@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from splitlearn_core.errors import (
     ConfigurationError,
     InvalidCheckpointError,
     SplitLearnError,
-    TensorMismatchError,
 )
 from splitlearn_core.loading import check_device, collection_paused
 from splitlearn_core.manager.components import hub_options
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-_MAX_SHOWN = 8
-#: Seconds between two looks at whether the load is still wanted.
-_PATIENCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +52,11 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     check_device(config.device)
     checkpoint = Checkpoint(open_source(config.model_path, **hub_options(config)))
     stated = checkpoint.config
+    if checkpoint.quantization:
+        raise CheckpointError(
+            f"{config.model_path} is quantised ({checkpoint.quantization}), and nothing says what memory it takes",
+            hint="use the original, unquantised checkpoint",
+        )
     report(Progress("importing"))
     _check_is_known(config.model_path, stated)
     checkpoint.fetch_undescribed(report)
@@ -86,10 +86,12 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
     with collection_paused():
         from transformers import AutoModelForCausalLM
 
+        from splitlearn_core.build.whole import alone, refuse_incomplete
+
     if details.reads:
         # from_pretrained has to be alone while it works, so what can be done before it, is.
         read_in(details.files, report)
-    with _alone(lambda: report(Progress("building"))), _blaming(config.model_path or ""):
+    with alone(lambda: report(Progress("building"))), _blaming(config.model_path or ""):
         module, info = AutoModelForCausalLM.from_pretrained(
             details.directory,
             dtype=plan.dtype,
@@ -103,7 +105,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
             output_loading_info=True,
         )
     report(Progress("verifying", None, details.nbytes, details.nbytes))
-    _check_complete(config, module, info)
+    refuse_incomplete(config.model_path or "", module, info)
     refuse_changes(details.files)
     if config.device != "cpu":
         module = module.to(config.device)
@@ -141,24 +143,6 @@ def _is_converted(info: TensorInfo, dtype: str) -> bool:
 
 
 @contextmanager
-def _alone(waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock under which modules are built.
-
-    from_pretrained puts functions and defaults of torch in place of others while it works: twice at
-    once, it returns models that are not whole, and says nothing.
-    """
-    from splitlearn_core.build.skeleton import BUILD_LOCK
-
-    waiting()
-    while not BUILD_LOCK.acquire(timeout=_PATIENCE):
-        waiting()
-    try:
-        yield
-    finally:
-        BUILD_LOCK.release()
-
-
-@contextmanager
 def _blaming(model: str) -> Iterator[None]:
     """Say that it was transformers that could not load it, and which of its inputs to look at."""
     from safetensors import SafetensorError
@@ -183,23 +167,3 @@ def _blaming(model: str) -> Iterator[None]:
             f"transformers cannot load {model}: {type(error).__name__}: {error}",
             hint="do config.json and the weights belong together?",
         ) from error
-
-
-def _check_complete(config: ModelConfig, module: Any, info: Mapping[str, Any]) -> None:
-    """Refuse a model that was filled up with random weights, or that is not wholly there."""
-    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys") or ())]
-    problems += [f"mis-shaped: {entry}" for entry in sorted(map(str, info.get("mismatched_keys") or ()))]
-    if problems:
-        more = f"\n  and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
-        raise TensorMismatchError(
-            f"the tensors of {config.model_path} are not those of its model; {len(problems)} are wrong:\n  "
-            + "\n  ".join(problems[:_MAX_SHOWN])
-            + more,
-            hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
-        )
-    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    if empty:
-        raise InvalidCheckpointError(
-            f"{config.model_path}: transformers left tensors without memory: {', '.join(empty[:_MAX_SHOWN])}",
-            hint="another version of transformers may do better",
-        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from splitlearn_core.plan.splitplan import PlannedTensor
-from splitlearn_core.types import FLOAT_DTYPES, TensorInfo
+from splitlearn_core.types import FLOAT_DTYPES, OPAQUE, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 #: Bytes of a large tensor that are copied at a time, so that a load can say how far it is, and be
 #: stopped, in the middle of one.
 CHUNK_BYTES = 8 * 2**20
+
+
+class WholeModel(Protocol):
+    """The whole model, as transformers loads it: once for all components of a load, and only if it is asked for."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes on this machine."""
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Load it, if it is not loaded yet, and return its tensors by module key, on the CPU."""
 
 
 def _untold(_: int) -> None:
@@ -33,6 +44,8 @@ class ReadPlan:
     device: str
     #: torch's name of the dtype that floating tensors take on.
     dtype: str
+    #: Where the whole model can be had, for those who read no files themselves.
+    whole: WholeModel | None = field(default=None, compare=False, repr=False)
     #: Told how many more bytes of a tensor were read, while that takes long; whole tensors are
     #: counted when they are yielded. It raises where the load is to stop: let that through.
     on_bytes: Callable[[int], None] = field(default=_untold, compare=False, repr=False)
@@ -63,6 +76,8 @@ class ReadPlan:
 def refused_formats(plan: ReadPlan, *known: str) -> str:
     """Say which of the plan's files are of another format than the known ones, or nothing."""
     others = sorted(plan.formats() - set(known))
+    if OPAQUE in others:
+        return "the weights are quantised, and it reads plain ones"
     return f"it reads {' and '.join(known)} files, not {', '.join(others)}" if others else ""
 
 

@@ -8,12 +8,18 @@ from splitlearn_core.checkpoint.strategies.base import LoadingStrategy, ReadPlan
 from splitlearn_core.checkpoint.strategies.copied import CopiedStrategy
 from splitlearn_core.checkpoint.strategies.incremental import IncrementalStrategy
 from splitlearn_core.checkpoint.strategies.mapped import MappedStrategy
+from splitlearn_core.checkpoint.strategies.whole import WholeStrategy
 from splitlearn_core.errors import ConfigurationError
 
 AUTO = "auto"
 
 #: Core's own, in the order in which ``auto`` tries them.
-BUILT_IN: tuple[LoadingStrategy, ...] = (MappedStrategy(), CopiedStrategy(), IncrementalStrategy())
+BUILT_IN: tuple[LoadingStrategy, ...] = (
+    MappedStrategy(),
+    CopiedStrategy(),
+    IncrementalStrategy(),
+    WholeStrategy(),
+)
 
 
 def reserved_names() -> tuple[str, ...]:

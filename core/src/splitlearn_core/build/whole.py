@@ -1,0 +1,161 @@
+"""The whole model through ``from_pretrained``: alone, checked, and with plain weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitlearn_core.build.component import architecture_class
+from splitlearn_core.build.describe import describe_tensors
+from splitlearn_core.build.skeleton import BUILD_LOCK
+from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.types import SAFETENSORS
+
+log = logging.getLogger(__name__)
+
+_MAX_SHOWN = 8
+#: Seconds between two looks at whether the load is still wanted.
+_PATIENCE = 0.05
+
+
+class PretrainedWhole:
+    """The whole model of a family, loaded when its tensors are first asked for.
+
+    Args:
+        family: The family.
+        config: ``config.json``, without what it says of quantisation.
+        name: The model, as the caller named it.
+        dtype: torch's name of the dtype that its tensors take on.
+        directory: Where ``config.json`` lies; None while nothing is to be loaded.
+        file_bytes: The size of its weight files.
+        file_format: Their format.
+        quantization: How they are quantised; empty where they are plain.
+        waiting: Called while another load has the turn; it may raise.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        config: Mapping[str, Any],
+        name: str,
+        dtype: str,
+        directory: Path,
+        *,
+        file_bytes: int,
+        file_format: str,
+        quantization: str,
+        waiting: Callable[[], None],
+    ) -> None:
+        self._family, self._config, self._name, self._dtype = family, config, name, dtype
+        self._directory, self._file_bytes, self._format = directory, file_bytes, file_format
+        self._quantization, self._waiting = quantization, waiting
+
+    @cached_property
+    def nbytes(self) -> int:
+        infos = describe_tensors(self._family, dict(self._config), self._name, self._dtype).values()
+        plain = sum(info.nbytes for info in infos)
+        # What is dequantised is there twice for a while.
+        return plain + self._file_bytes if self._quantization else plain
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return self._state
+
+    @cached_property
+    def _state(self) -> dict[str, torch.Tensor]:
+        log.info("Loading the whole of %s in %s", self._name, self._directory)
+        with alone(self._waiting), blaming(self._name):
+            model, info = architecture_class(self._family).from_pretrained(
+                self._directory,
+                dtype=getattr(torch, self._dtype),
+                local_files_only=True,
+                use_safetensors=self._format == SAFETENSORS,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True):
+                model = model.dequantize()
+        refuse_incomplete(self._name, model, info)
+        return {key: tensor.detach() for key, tensor in model.state_dict().items()}
+
+
+def check_quantization(name: str, quantization: str, stated: Any) -> None:
+    """Ask transformers whether it can read weights that are quantised so, before any of them is fetched.
+
+    Raises:
+        CheckpointError: It cannot: it does not know the method, or a package is missing.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    hint = "install what it asks for, or use the original, unquantised checkpoint"
+    try:
+        with BUILD_LOCK:
+            AutoHfQuantizer.from_config(stated, pre_quantized=True).validate_environment(device_map=None)
+    # Each quantiser raises what it likes of what it misses.
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} is quantised ({quantization}), and transformers cannot read it here: "
+            f"{type(error).__name__}: {_first_line(error)}",
+            hint=hint,
+        ) from error
+
+
+@contextmanager
+def alone(waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock under which modules are built.
+
+    from_pretrained puts functions and defaults of torch in place of others while it works: twice at
+    once, it returns models that are not whole, and says nothing.
+    """
+    waiting()
+    while not BUILD_LOCK.acquire(timeout=_PATIENCE):
+        waiting()
+    try:
+        yield
+    finally:
+        BUILD_LOCK.release()
+
+
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """Say that it was transformers that could not load a model."""
+    try:
+        yield
+    except (SplitLearnError, OSError, MemoryError):
+        raise
+    # The model's own code, and that of quantisers, raises what it likes.
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot load {name}: {type(error).__name__}: {_first_line(error)}",
+            hint="do config.json and the weights belong together?",
+        ) from error
+
+
+def refuse_incomplete(name: str, module: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model that was filled up with random weights, or that is not wholly there."""
+    problems = [f"missing: {key}" for key in sorted(info.get("missing_keys") or ())]
+    problems += [f"mis-shaped: {entry}" for entry in sorted(map(str, info.get("mismatched_keys") or ()))]
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
+        raise TensorMismatchError(
+            f"the tensors of {name} are not those of its model; {len(problems)} are wrong:\n  "
+            + "\n  ".join(problems[:_MAX_SHOWN])
+            + more,
+            hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
+        )
+    empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise InvalidCheckpointError(
+            f"{name}: transformers left tensors without memory: {', '.join(empty[:_MAX_SHOWN])}",
+            hint="another version of transformers may do better",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:300]
