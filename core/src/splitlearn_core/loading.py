@@ -580,7 +580,7 @@ def _whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) 
         model.name,
         # Wide enough for every component: from there to a narrower one is what it would be at once.
         dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32",
-        checkpoint.source.path("config.json").parent,
+        str(checkpoint.source.path("config.json").parent),
         file_bytes=sum(sizes.get(name, 0) for name in checkpoint.weight_files()) if checkpoint.quantization else 0,
         file_format=checkpoint.format,
         quantization=checkpoint.quantization,

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class PretrainedWhole:
         config: Mapping[str, Any],
         name: str,
         dtype: str,
-        directory: Path,
+        directory: str,
         *,
         file_bytes: int,
         file_format: str,
