@@ -53,7 +53,8 @@ from splitlearn_core.plan.splitplan import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
-from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
+from splitlearn_core.storage.directory import read_manifest
+from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
 from splitlearn_core.units import human_bytes
 
@@ -345,8 +346,7 @@ def origins_of(model: OpenModel, plan: SplitPlan, table: KeyTable) -> dict[Compo
     """Say where the planned components come from: from the model, or, of a saved component, from its source."""
     path = model.checkpoint.optional_file(MANIFEST)
     if path is not None:
-        with path.open("rb") as file:
-            saved = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), str(path)).origin
+        saved = read_manifest(path.parent).origin
         _check_saved(saved, plan, path)
         return {saved.component: replace(saved, keys=table.sources[saved.component], config=model.config)}
     entry = registry().plugin(plan.model_type).entry

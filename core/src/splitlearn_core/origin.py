@@ -10,8 +10,8 @@ from typing import Any
 
 from splitlearn_core.types import Component
 
-#: Values of ``config.json`` that say who wrote it, not what the model is.
-_INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+#: Values of ``config.json`` that say who wrote it and how the values are kept, not what the model is.
+_INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"})
 
 
 @dataclass(frozen=True, slots=True)

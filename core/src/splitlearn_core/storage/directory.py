@@ -88,6 +88,8 @@ def holds_components(path: str | os.PathLike[str]) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of one saved component; raises like :meth:`SplitDirectory.open`."""
     path = folder / MANIFEST
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise InvalidCheckpointError(f"{path} is no plain file", hint="copy the component itself, not a link to it")
     with path.open("rb") as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), str(path))
 
@@ -276,6 +278,11 @@ def _component_folders(directory: Path) -> list[Path]:
     if (directory / MANIFEST).is_file():
         return [directory]
     folders = [directory / name for name in Component if (directory / name / MANIFEST).is_file()]
+    links = [str(folder) for folder in folders if folder.is_symlink()]
+    if links:
+        raise InvalidCheckpointError(
+            f"{', '.join(links)} is a link, and a saved split has none", hint="name the folder that it leads to"
+        )
     if not folders:
         raise MissingFileError(
             f"{directory} holds no saved component: there is no {MANIFEST} in it, nor in a folder bottom, trunk or top",

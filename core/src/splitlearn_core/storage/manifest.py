@@ -239,6 +239,9 @@ class _Reader:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list | dict):
+        # Of what is nested deeply, even a text cannot be made.
+        return "a list" if isinstance(value, list) else "an object"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."  # noqa: PLR2004  # what a line of a message bears
 

@@ -123,7 +123,9 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
         stored = _tensor(origin.keys.get(name, name), tensor)
         tensors.setdefault(stored.key, stored)
     dtype = str(next(component.parameters()).dtype).removeprefix("torch.")
-    config = {name: value for name, value in origin.config.items() if name != "torch_dtype"} | {"dtype": dtype}
+    # What was loaded is plain, whatever the source was.
+    stale = ("torch_dtype", "quantization_config")
+    config = {name: value for name, value in origin.config.items() if name not in stale} | {"dtype": dtype}
     written = {CONFIG: config_text(config)}
     if origin.component is Component.TOP and GENERATION not in copied and component.generation_config is not None:
         written[GENERATION] = component.generation_config.to_json_string()

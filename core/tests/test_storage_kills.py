@@ -1,0 +1,140 @@
+"""A save that is killed, at any step, leaves the old split or the new one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitlearn_core import save_split, verify_saved
+from splitlearn_core.storage.replacing import recover, replacing
+
+pytestmark = [
+    pytest.mark.usefixtures("llama"),
+    pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed"),
+]
+
+#: Kills itself at the n-th thing that it does to files, for every n, until nothing is left to interrupt.
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from splitlearn_core import load_split_directory, save_split, verify_saved
+from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.storage import replacing
+from splitlearn_core.storage.directory import SplitDirectory
+
+source, out, exchange = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "exchange"
+OLD, NEW = (2, 4), (1, 3)
+WATCHED = ("open", "os.", "shutil.", "ctypes.dlsym")
+if not exchange:
+    replacing._exchange = lambda one, other: False
+
+
+def cut():
+    split = SplitDirectory.open(out)
+    points = {saved.manifest.origin.split_points for saved in split.components.values()}
+    assert len(split.components) == 3 and len(points) == 1, (split, points)
+    result = verify_saved(out)
+    assert result.sound, result.problems
+    return points.pop()
+
+
+def run(stop):
+    seen = 0
+
+    def count(event=None, arguments=None):
+        nonlocal seen
+        if event is not None and not event.startswith(WATCHED):
+            return
+        # Files that are only read say nothing new; directories are opened without a mode.
+        if event == "open" and arguments[1] is not None and not set("wxa") & set(arguments[1]):
+            return
+        seen += 1
+        if seen == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    save_split(source, out, NEW, overwrite=True, progress=lambda progress: count())
+    os._exit(0)
+
+
+save_split(source, out, OLD)
+found, stop = [], 0
+while True:
+    stop += 1
+    child = os.fork()
+    if child == 0:
+        try:
+            run(stop)
+        except BaseException as error:
+            print("child", repr(error), flush=True)
+            os._exit(9)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    if not exchange:
+        replacing.recover(out)
+    found.append(cut())
+    if found[-1] == NEW:
+        # Back to the start, so that every step is once the one that was interrupted.
+        save_split(source, out, OLD, overwrite=True)
+assert cut() == NEW
+save_split(source, out, OLD, overwrite=True)
+left = [path.name for path in out.parent.iterdir() if path.name.startswith("." + out.name)]
+assert left == [], left
+print(len(found), found.count(OLD), found.count(NEW))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="two directories change places on Linux alone")
+def test_a_killed_save_leaves_the_old_or_the_new(llama: Any, single: Path, tmp_path: Path) -> None:
+    """Killed before each access to a file and each chunk; the directory is whole at every moment."""
+    done = llama.python("-c", DRIVER, str(single), str(tmp_path / "out"), "exchange")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills, old, new = map(int, done.stdout.split())
+    assert kills > 50
+    assert old > 30
+    assert new >= 2
+
+
+def test_without_an_exchange_the_next_save_puts_it_back(llama: Any, single: Path, tmp_path: Path) -> None:
+    """On systems where two directories cannot change places in one step, recovery comes first."""
+    done = llama.python("-c", DRIVER, str(single), str(tmp_path / "out"), "two steps")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills, old, new = map(int, done.stdout.split())
+    assert kills > 50
+    assert old > 30
+    assert new >= 2
+
+
+def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    """Two saves to one place: the second does not take the first one's files for leftovers."""
+    target = tmp_path / "out"
+    with replacing(target) as first:
+        (first / "one").write_text("1")
+        recover(target)
+        with replacing(target) as second:
+            (second / "two").write_text("2")
+        assert (target / "two").exists()
+        assert (first / "one").exists()
+    assert [path.name for path in target.iterdir()] == ["one"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+def test_a_leftover_of_another_directory_is_left_alone(single: Path, tmp_path: Path) -> None:
+    """Names that merely look alike belong to others."""
+    other = tmp_path / ".other.splitlearn-12"
+    other.mkdir()
+    mine = tmp_path / ".out.splitlearn-12"
+    mine.mkdir()
+
+    save_split(single, tmp_path / "out", (2, 4))
+
+    assert other.is_dir()
+    assert not mine.exists()
+    assert verify_saved(tmp_path / "out").sound
