@@ -78,6 +78,8 @@ while True:
     if not exchange:
         replacing.recover(out)
     found.append(cut())
+    # Without leftovers every run takes the same steps, so that none is skipped.
+    replacing.recover(out)
     if found[-1] == NEW:
         # Back to the start, so that every step is once the one that was interrupted.
         save_split(source, out, OLD, overwrite=True)
@@ -98,7 +100,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(llama: Any, single: Path, tmp_p
     kills, old, new = map(int, done.stdout.split())
     assert kills > 50
     assert old > 30
-    assert new >= 2
+    assert new > 10
 
 
 def test_without_an_exchange_the_next_save_puts_it_back(llama: Any, single: Path, tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_without_an_exchange_the_next_save_puts_it_back(llama: Any, single: Path
     kills, old, new = map(int, done.stdout.split())
     assert kills > 50
     assert old > 30
-    assert new >= 2
+    assert new > 10
 
 
 def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
