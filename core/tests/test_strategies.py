@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core import BrokenPluginError, ConfigurationError, LoadingStrategy, SplitLearnError, load_split_model
+from splitlearn_core import (
+    BrokenPluginError,
+    ConfigurationError,
+    LoadingStrategy,
+    SplitLearnError,
+    load_split_model,
+    plan_split,
+)
 from splitlearn_core.checkpoint.strategy import (
     BUILT_IN,
     CopiedStrategy,
@@ -126,6 +134,8 @@ class Named(CopiedStrategy):
     [
         ("auto", read_plan(), "", "mapped"),
         ("auto", read_plan(device="cuda"), "", "copied"),
+        ("auto", read_plan(dtype="float16"), "", "copied"),
+        ("auto", read_plan(stored="I32", dtype="float16"), "", "mapped"),
         ("auto", read_plan(), "fast", "fast"),
         ("auto", read_plan(), "slow", "mapped"),
         ("auto", read_plan(), "absent", "mapped"),
@@ -263,3 +273,54 @@ def test_a_plugins_strategy_that_breaks_its_promise_is_named(world: Any, single:
 
     assert isinstance(caught.value, BrokenPluginError)
     assert re.search(re.escape(named), str(caught.value))
+
+
+@pytest.mark.usefixtures("llama")
+def test_a_plan_says_what_memory_each_strategy_takes(single: Path, sharded: Path) -> None:
+    """Those that can read the files; the whole model only where all of it was looked at."""
+    for folder in (single, sharded):
+        plan = plan_split(folder, CUTS)
+        memory = {name: (needs.peak, needs.kept, needs.mapped) for name, needs in plan.memory.items()}
+        size = plan.nbytes
+        assert memory == {
+            "mapped": (0, 0, size),
+            "copied": (size, size, 0),
+            "incremental": (size, size, 0),
+            "whole": (2 * size, size, 0),
+        }
+        assert plan.to_dict()["memory"]["whole"] == {"peak": 2 * size, "kept": size, "mapped": 0}
+
+    half = plan_split(single, CUTS, parts=["trunk"], dtype="float16").memory
+    assert {name: needs.kept for name, needs in half.items()} == dict.fromkeys(
+        ("mapped", "copied", "incremental"), plan_split(single, CUTS, parts=["trunk"]).nbytes // 2
+    )
+    assert half["copied"].peak > half["copied"].kept
+
+
+def test_every_strategy_is_listed_with_what_it_reads(cli: Any) -> None:
+    """Core's own, in words and as data."""
+    code, out, _ = cli("plugins", "--strategies")
+    assert code == 0
+    for strategy in BUILT_IN:
+        assert f"{strategy.name} " in out
+        assert strategy.reads in out  # type: ignore[attr-defined]
+
+    code, out, _ = cli("plugins", "list", "--strategies", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["mapped"]["reads"] == MappedStrategy.reads
+    assert rows["mapped"]["status"] == "ready"
+
+
+def test_listing_strategies_imports_nothing_heavy(world: Any) -> None:
+    """Neither torch nor a plugin."""
+    world.install("llama", world.marking("llama") + world.source("llama"))
+    done = world.python(
+        "-c",
+        "import sys\nfrom splitlearn_core.cli.main import cli\n"
+        "cli.main(['plugins', '--strategies'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)), file=sys.stderr)",
+    )
+    assert done.stderr.strip() == "[]"
+    assert "mapped" in done.stdout
+    assert not world.marker("llama").exists()

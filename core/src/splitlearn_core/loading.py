@@ -17,6 +17,7 @@ from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.readahead import read_ahead
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.checkpoint.strategy import (
+    BUILT_IN,
     LoadingStrategy,
     ReadPlan,
     WeightReader,
@@ -43,6 +44,8 @@ from splitlearn_core.plan.placement import AUTO, check_fit, parse_dtypes, place
 from splitlearn_core.plan.split import split_layers
 from splitlearn_core.plan.splitplan import (
     ComponentPlan,
+    MemoryNeeds,
+    PlannedTensor,
     SplitPlan,
     common_dtype,
     cut_bytes,
@@ -275,18 +278,6 @@ def load_components(
     return built
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryNeeds:
-    """What a load takes of this machine, in bytes."""
-
-    #: Memory of its own at its peak, while it reads.
-    peak: int
-    #: Memory of its own that it keeps.
-    kept: int
-    #: What stays pages of files.
-    mapped: int
-
-
 def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]) -> MemoryNeeds:
     """Predict what a load takes of this machine.
 
@@ -302,6 +293,38 @@ def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths
     """
     reads = _read_plans(plan, paths, choose_devices(plan, options), _whole_model(model, plan, lambda _: None))
     strategies = _strategies(model, options, reads)
+    return _needs(strategies, reads)
+
+
+def memory_by_strategy(model: OpenModel, plan: SplitPlan, device: str = "cpu") -> dict[str, MemoryNeeds]:
+    """Predict what each of core's own strategies would take to load all of a plan; those that cannot are left out.
+
+    So is ``whole`` for some of the components: the headers of the others say how large it is.
+
+    Args:
+        model: The opened checkpoint.
+        plan: What might be loaded.
+        device: Where all of it would go.
+    """
+    here = {
+        shard: model.checkpoint.source.path(shard) for shard in plan.shards if model.checkpoint.source.is_here(shard)
+    }
+    reads = _read_plans(
+        plan,
+        here,
+        dict.fromkeys([part.component for part in plan.components], device),
+        _whole_model(model, plan, lambda _: None),
+    )
+    partial = len(plan.components) < len(Component)
+    able = [
+        strategy
+        for strategy in BUILT_IN
+        if not (partial and isinstance(strategy, WholeStrategy)) and not any(map(strategy.refusal, reads.values()))
+    ]
+    return {strategy.name: _needs(dict.fromkeys(reads, strategy), reads) for strategy in able}
+
+
+def _needs(strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]) -> MemoryNeeds:
     kept, passing = _own_memory(strategies, reads)
     here = [(component, read) for component, read in reads.items() if read.device == "cpu"]
     loaded = sum(loaded_nbytes(tensor, read.dtype) for _, read in here for tensor in read.tensors)
@@ -568,24 +591,35 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
 
 
 def _whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -> WholeModel:
-    """Describe the whole model, for the strategy that takes components out of it; nothing is loaded yet."""
-    from splitlearn_core.build.whole import PretrainedWhole
+    """Say how the whole model is loaded, for the strategy that takes components out of it; nothing is loaded yet."""
+    checkpoint, dtypes = model.checkpoint, {part.dtype for part in plan.components}
+    # Wide enough for every component: from there to a narrower one is what it would be at once.
+    dtype = min(dtypes) if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
 
-    checkpoint = model.checkpoint
-    dtypes = {part.dtype for part in plan.components}
-    sizes = checkpoint.source.files()
-    return PretrainedWhole(
-        model.family,
-        model.config,
-        model.name,
-        # Wide enough for every component: from there to a narrower one is what it would be at once.
-        dtypes.pop() if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32",
-        str(checkpoint.source.path("config.json").parent),
-        file_bytes=sum(sizes.get(name, 0) for name in checkpoint.weight_files()) if checkpoint.quantization else 0,
-        file_format=checkpoint.format,
-        quantization=checkpoint.quantization,
-        waiting=lambda: progress(Progress("reading")),
-    )
+    def measure() -> int:
+        infos = {info.key: info for info in plan.infos}
+        if len(plan.components) < len(Component):
+            infos = _tensors_of_config(model)
+        plain = sum(loaded_nbytes(PlannedTensor(key, info), dtype) for key, info in infos.items())
+        if not checkpoint.quantization:
+            return plain
+        # What is dequantised is there twice for a while.
+        sizes = checkpoint.source.files()
+        return plain + sum(sizes.get(name, 0) for name in checkpoint.weight_files())
+
+    def load() -> Mapping[str, Any]:
+        from splitlearn_core.build.whole import load_whole
+
+        return load_whole(
+            model.family,
+            model.name,
+            str(checkpoint.source.path("config.json").parent),
+            dtype,
+            safetensors=checkpoint.format == SAFETENSORS,
+            waiting=lambda: progress(Progress("reading")),
+        )
+
+    return WholeModel(measure, load)
 
 
 def _read_plans(

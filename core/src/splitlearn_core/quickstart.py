@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from splitlearn_core.loading import LoadOptions, check_options, load_components, make_plan, open_model, refuse_misfit
+from splitlearn_core.loading import (
+    LoadOptions,
+    check_options,
+    load_components,
+    make_plan,
+    memory_by_strategy,
+    open_model,
+    refuse_misfit,
+)
 from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse_max_memory
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
 from splitlearn_core.progress import reporting
@@ -68,7 +77,7 @@ def plan_split(
     asked = parse_parts(parts)
     plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked))
     refuse_misfit(model, plan, table)
-    return plan
+    return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
 
 
 def load_split_model(

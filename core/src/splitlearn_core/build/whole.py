@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from splitlearn_core.build.component import architecture_class
-from splitlearn_core.build.describe import describe_tensors
 from splitlearn_core.build.skeleton import BUILD_LOCK
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.types import SAFETENSORS
 
 log = logging.getLogger(__name__)
 
@@ -24,64 +21,36 @@ _MAX_SHOWN = 8
 _PATIENCE = 0.05
 
 
-class PretrainedWhole:
-    """The whole model of a family, loaded when its tensors are first asked for.
+def load_whole(
+    family: ModelFamily, name: str, directory: str, dtype: str, *, safetensors: bool, waiting: Callable[[], None]
+) -> dict[str, torch.Tensor]:
+    """Load a whole model as ``from_pretrained`` does, and return its tensors, dequantised.
 
     Args:
         family: The family.
-        config: ``config.json``, without what it says of quantisation.
         name: The model, as the caller named it.
+        directory: Where its ``config.json`` and all of its weight files lie.
         dtype: torch's name of the dtype that its tensors take on.
-        directory: Where ``config.json`` lies; None while nothing is to be loaded.
-        file_bytes: The size of its weight files.
-        file_format: Their format.
-        quantization: How they are quantised; empty where they are plain.
+        safetensors: Whether the weight files are such.
         waiting: Called while another load has the turn; it may raise.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or not all of it.
     """
-
-    def __init__(
-        self,
-        family: ModelFamily,
-        config: Mapping[str, Any],
-        name: str,
-        dtype: str,
-        directory: str,
-        *,
-        file_bytes: int,
-        file_format: str,
-        quantization: str,
-        waiting: Callable[[], None],
-    ) -> None:
-        self._family, self._config, self._name, self._dtype = family, config, name, dtype
-        self._directory, self._file_bytes, self._format = directory, file_bytes, file_format
-        self._quantization, self._waiting = quantization, waiting
-
-    @cached_property
-    def nbytes(self) -> int:
-        infos = describe_tensors(self._family, dict(self._config), self._name, self._dtype).values()
-        plain = sum(info.nbytes for info in infos)
-        # What is dequantised is there twice for a while.
-        return plain + self._file_bytes if self._quantization else plain
-
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        return self._state
-
-    @cached_property
-    def _state(self) -> dict[str, torch.Tensor]:
-        log.info("Loading the whole of %s in %s", self._name, self._directory)
-        with alone(self._waiting), blaming(self._name):
-            model, info = architecture_class(self._family).from_pretrained(
-                self._directory,
-                dtype=getattr(torch, self._dtype),
-                local_files_only=True,
-                use_safetensors=self._format == SAFETENSORS,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-            if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True):
-                model = model.dequantize()
-        refuse_incomplete(self._name, model, info)
-        return {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    log.info("Loading the whole of %s in %s", name, directory)
+    with alone(waiting), blaming(name):
+        model, info = architecture_class(family).from_pretrained(
+            directory,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=safetensors,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True):
+            model = model.dequantize()
+    refuse_incomplete(name, model, info)
+    return {key: tensor.detach() for key, tensor in model.state_dict().items()}
 
 
 def check_quantization(name: str, quantization: str, stated: Any) -> None:

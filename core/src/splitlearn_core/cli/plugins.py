@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from splitlearn_core.cli.options import json_option, print_json, table
+from splitlearn_core.plugins.metadata import CORE, core_version, summary
 from splitlearn_core.plugins.registry import PluginStatus, registry
 
 _check_option = click.option(
@@ -12,24 +13,52 @@ _check_option = click.option(
 )
 
 
+_strategies_option = click.option(
+    "--strategies", is_flag=True, help="List the ways of loading, and what each of them can read."
+)
+
+
 @click.group("plugins", invoke_without_command=True, short_help="List the installed plugins.")
 @_check_option
+@_strategies_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, check: bool, as_json: bool) -> None:
+def command(ctx: click.Context, check: bool, strategies: bool, as_json: bool) -> None:
     """List the installed plugins, from metadata and source: none is imported."""
     if ctx.invoked_subcommand is None:
-        ctx.exit(_print(check, as_json))
+        ctx.exit(_print_strategies(check, as_json) if strategies else _print(check, as_json))
 
 
 @command.command("list")
 @_check_option
+@_strategies_option
 @json_option
 @click.pass_context
-def list_command(ctx: click.Context, check: bool, as_json: bool) -> None:
+def list_command(ctx: click.Context, check: bool, strategies: bool, as_json: bool) -> None:
     """List the installed plugins (what `splitlearn plugins` does)."""
     before = ctx.parent.params if ctx.parent else {}
-    ctx.exit(_print(check or before.get("check", False), as_json or before.get("as_json", False)))
+    check, as_json = check or before.get("check", False), as_json or before.get("as_json", False)
+    strategies = strategies or before.get("strategies", False)
+    ctx.exit(_print_strategies(check, as_json) if strategies else _print(check, as_json))
+
+
+def _print_strategies(check: bool, as_json: bool) -> int:
+    """Print the loading strategies; return 1 where a check was asked for and found something wrong."""
+    from splitlearn_core.checkpoint.strategy import BUILT_IN
+
+    statuses = [status for status in registry().statuses(check=check) if status.entry.kind == "strategy"]
+    added = {strategy.name: strategy for strategy in registry().strategies()} if check else {}
+    own = f"{CORE} {core_version()}"
+    rows = [(strategy.name, own, "ready", str(getattr(strategy, "reads", ""))) for strategy in BUILT_IN]
+    for status in statuses:
+        # What the package says of itself, unless it may be imported and asked.
+        reads = getattr(added.get(status.entry.name), "reads", "") or summary(status.entry.distribution)
+        rows.append((status.entry.name, status.entry.label, status.status, str(reads)))
+    if as_json:
+        print_json([dict(zip(("name", "from", "status", "reads"), row, strict=True)) for row in rows])
+    else:
+        click.echo(table(("strategy", "from", "status", "reads"), rows))
+    return int(check and any(status.status not in ("ready", "blocked") for status in statuses))
 
 
 def _print(check: bool, as_json: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
@@ -71,6 +71,18 @@ class ComponentPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """What a load takes of this machine, in bytes."""
+
+    #: Memory of its own at its peak, while it reads.
+    peak: int
+    #: Memory of its own that it keeps.
+    kept: int
+    #: What stays pages of files.
+    mapped: int
+
+
+@dataclass(frozen=True, slots=True)
 class SplitPlan:
     """How a model is cut, and what each component costs; a description of work not yet done."""
 
@@ -89,6 +101,8 @@ class SplitPlan:
     tied: tuple[str, ...]
     #: Bytes that cross each of the two cuts for each token, in the planned dtype (the widest of several).
     cut_bytes_per_token: int
+    #: What loading all of it on the CPU would take, by strategy; of core's own, those that can read it.
+    memory: Mapping[str, MemoryNeeds] = field(default_factory=dict, compare=False)
 
     def component(self, name: Component | str) -> ComponentPlan:
         """Return the plan of one component; KeyError where it was not asked for."""
@@ -131,6 +145,7 @@ class SplitPlan:
             "tied": list(self.tied),
             "cut_bytes_per_token": self.cut_bytes_per_token,
             "components": [component.to_dict() for component in self.components],
+            "memory": {strategy: asdict(needs) for strategy, needs in self.memory.items()},
         }
 
 

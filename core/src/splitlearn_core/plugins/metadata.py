@@ -88,6 +88,11 @@ def core_version() -> str:
     return importlib_metadata.version(CORE)
 
 
+def summary(distribution: str) -> str:
+    """Return the line in which a distribution says what it is."""
+    return str(importlib_metadata.metadata(distribution).get("Summary") or "")
+
+
 def _entries(distribution: importlib_metadata.Distribution) -> list[PluginEntry]:
     try:
         # Most distributions have no plugin, and parsing them all is most of the scan.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -18,15 +19,24 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 8 * 2**20
 
 
-class WholeModel(Protocol):
-    """The whole model, as transformers loads it: once for all components of a load, and only if it is asked for."""
+class WholeModel:
+    """The whole model, as transformers loads it: once for all components of a load, and only if it is asked for.
 
-    @property
+    Args:
+        measure: Says how many bytes of this machine's memory it takes.
+        load: Loads it, and returns its tensors by module key, on the CPU.
+    """
+
+    def __init__(self, measure: Callable[[], int], load: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        self._measure, self._load = measure, load
+
+    @cached_property
     def nbytes(self) -> int:
-        """The memory that it takes on this machine."""
+        return self._measure()
 
+    @cached_property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Load it, if it is not loaded yet, and return its tensors by module key, on the CPU."""
+        return self._load()
 
 
 def _untold(_: int) -> None:
@@ -83,7 +93,10 @@ def refused_formats(plan: ReadPlan, *known: str) -> str:
 
 @runtime_checkable
 class LoadingStrategy(Protocol):
-    """One way of turning planned bytes into tensors. Plugins may add others."""
+    """One way of turning planned bytes into tensors. Plugins may add others.
+
+    A strategy may have another attribute, ``reads``: a line for people that says what it can read.
+    """
 
     #: The name under which a caller asks for it.
     name: str

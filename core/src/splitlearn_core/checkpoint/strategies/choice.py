@@ -58,7 +58,14 @@ def choose_strategy(
     candidates = [known[preferred]] if preferred in known else []
     # Last of all those that others added, for files that core cannot read.
     others = [strategy for strategy in known.values() if strategy not in BUILT_IN]
-    for strategy in (*candidates, *BUILT_IN, *others):
+    for strategy in (*candidates, *_by_price(plans), *others):
         if not any(strategy.refusal(plan) for plan in plans):
             return strategy
     raise ConfigurationError("no loading strategy can read this plan")
+
+
+def _by_price(plans: Sequence[ReadPlan]) -> list[LoadingStrategy]:
+    """Order core's own strategies by what they cost: views of what has to be converted spare nothing."""
+    converted = sum(t.info.nbytes for plan in plans for t in plan.tensors if plan.needs_conversion(t))
+    mostly = 2 * converted > sum(plan.nbytes for plan in plans)
+    return sorted(BUILT_IN, key=lambda strategy: mostly and isinstance(strategy, MappedStrategy))

@@ -30,6 +30,7 @@ class CopiedStrategy:
     """
 
     name = "copied"
+    reads = "safetensors, in any dtype, on any device; in parallel"
 
     def refusal(self, plan: ReadPlan) -> str:
         return refused_formats(plan, SAFETENSORS)

@@ -25,6 +25,7 @@ class IncrementalStrategy:
     """
 
     name = "incremental"
+    reads = "safetensors and .bin files, in any dtype, on any device; one shard at a time"
 
     def refusal(self, plan: ReadPlan) -> str:
         return refused_formats(plan, SAFETENSORS, PYTORCH)
@@ -37,7 +38,8 @@ class IncrementalStrategy:
         whole = [
             plan.paths[shard].stat().st_size
             for shard, tensors in plan.by_shard().items()
-            if tensors[0].info.format == PYTORCH and not is_mappable(plan.paths[shard])
+            # Of a file that is not here yet nobody can say; torch has written mappable ones since 2020.
+            if shard in plan.paths and tensors[0].info.format == PYTORCH and not is_mappable(plan.paths[shard])
         ]
         return max(whole, default=0)
 

@@ -21,6 +21,7 @@ class MappedStrategy:
     """
 
     name = "mapped"
+    reads = "safetensors, on the CPU; takes no memory in the stored dtype"
 
     def refusal(self, plan: ReadPlan) -> str:
         if others := refused_formats(plan, SAFETENSORS):

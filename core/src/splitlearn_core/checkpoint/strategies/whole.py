@@ -25,6 +25,7 @@ class WholeStrategy:
     """
 
     name = "whole"
+    reads = "whatever transformers reads, quantised weights too; takes the memory of the whole model"
 
     def refusal(self, plan: ReadPlan) -> str:
         others = sorted(plan.formats() - {SAFETENSORS, PYTORCH, OPAQUE})
@@ -42,7 +43,7 @@ class WholeStrategy:
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         if plan.whole is None or not plan.tensors:
             return
-        state = plan.whole.tensors()
+        state = plan.whole.tensors
         problems = [
             f"missing: {planned.module_key} {list(planned.info.shape)}"
             for planned in plan.tensors
