@@ -29,6 +29,7 @@ from splitlearn_core import (
     Progress,
     SplitCausalLM,
     load_split_model,
+    plan_fetch,
     plan_split,
 )
 from splitlearn_core.checkpoint import rangefetch
@@ -44,6 +45,8 @@ SPLIT = (2, 4)
 SINGLE = "model.safetensors"
 #: What is read to find a header; it holds the beginning of the data, too.
 HEAD = 100_000
+#: Bytes of the head, which lie at the beginning of the file.
+LM_HEAD = 101 * 128 * 4
 IDS = torch.tensor([[5, 17, 3, 88, 41]])
 
 
@@ -556,6 +559,77 @@ class TestLimits:
         assert equal(load("trunk"), load("trunk", model=large))
         assert len(asked(hub)) > 20
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))
+
+
+class TestFetchPlan:
+    def test_it_says_what_a_load_transfers(self, hub: LoopbackHub, large: Path) -> None:
+        """To the byte; planning itself costs the header, and is not counted again."""
+        hub.add_repo(REPO, large)
+        plan = plan_fetch(REPO, SPLIT, parts=("top",))
+        assert asked(hub) == [(0, HEAD)]
+        (file,) = (file for file in plan.files if file.name == SINGLE)
+        header = min(info.begin for info in plan_split(large, SPLIT).infos)
+        assert (file.size, file.needed) == ((large / SINGLE).stat().st_size, count(spans_of(large, "top")) + header)
+        assert (file.cached, file.fetched, file.is_partial) == (0, file.needed - header - LM_HEAD, True)
+        others = [file for file in plan.files if file.name != SINGLE]
+        assert [(file.name, file.fetched) for file in others] == [
+            ("config.json", 0),
+            ("generation_config.json", (large / "generation_config.json").stat().st_size),
+        ]
+        before = sent(hub)
+        load("top")
+        assert sent(hub) - before - HEAD == file.fetched
+        after = plan_fetch(REPO, SPLIT, parts=("top",))
+        assert (after.fetched, after.cached) == (0, after.needed)
+        assert all(file.is_here for file in after.files)
+
+    def test_ranges_that_do_not_pay(self, hub: LoopbackHub, large: Path) -> None:
+        """All of the file is fetched, and said to be."""
+        hub.add_repo(REPO, large)
+        (file,) = (file for file in plan_fetch(REPO, SPLIT).files if file.name == SINGLE)
+        assert (file.fetched, file.is_partial, file.is_here) == (file.size, False, False)
+
+    def test_of_a_directory(self, large: Path) -> None:
+        """Everything is here."""
+        plan = plan_fetch(large, SPLIT, parts=("trunk",))
+        assert (plan.fetched, plan.commit, plan.cached) == (0, None, plan.needed)
+
+    def test_without_weights(self, hub: LoopbackHub, large: Path, tmp_path: Path) -> None:
+        """There is nothing to be fetched, and that is an error as it would be for a load."""
+        folder = shutil.copytree(large, tmp_path / "bare")
+        (folder / SINGLE).unlink()
+        hub.add_repo(REPO, folder)
+        for model in (REPO, folder):
+            with pytest.raises(MissingFileError, match="no weights"):
+                plan_fetch(model, SPLIT)
+
+    def test_of_pickles(self, hub: LoopbackHub, large: Path, tmp_path: Path) -> None:
+        """A file without a header is needed whole, and is not fetched to find that out."""
+        folder = shutil.copytree(large, tmp_path / "pickled")
+        (folder / SINGLE).unlink()
+        torch.save(large_model(seed=0).state_dict(), folder / "pytorch_model.bin")
+        hub.add_repo(REPO, folder)
+        size = (folder / "pytorch_model.bin").stat().st_size
+        (file,) = (file for file in plan_fetch(REPO, SPLIT, parts=("top",)).files if file.name.endswith(".bin"))
+        assert (file.size, file.needed, file.fetched) == (size, size, size)
+        assert hub.downloaded(REPO) == {"config.json"}
+
+    def test_on_the_command_line(self, hub: LoopbackHub, talking: Path, cli: Callable[..., Any]) -> None:
+        """``--dry-run`` of what loads: files and bytes, for people and programs, and no weights are fetched."""
+        commit = hub.add_repo(REPO, talking)
+        shards = {path.name: path.stat().st_size for path in talking.glob("*.safetensors")}
+        for command in (("generate", REPO, "--prompt", "Once"), ("verify", REPO)):
+            people = cli(*command, "--split", 2, 4, "--dry-run")
+            programs = cli(*command, "--split", 2, 4, "--dry-run", "--json")
+            assert (people.returncode, programs.returncode) == (0, 0), people.stderr + programs.stderr
+            answer = json.loads(programs.stdout)
+            assert (answer["model"], answer["commit"]) == (REPO, commit)
+            fetched = {file["file"]: file["fetched"] for file in answer["files"]}
+            assert {name: fetched[name] for name in shards} == shards
+            assert answer["fetched"] == sum(fetched.values())
+            assert "tokenizer.json" in fetched
+            assert f"({answer['fetched']:,} bytes) would be fetched" in people.stdout
+        assert not any(r.range is None and (r.filename or "").endswith(".safetensors") for r in hub.requests)
 
 
 @pytest.fixture(autouse=True)

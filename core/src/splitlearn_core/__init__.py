@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from splitlearn_core.adapters import merge_and_unload as merge_and_unload
     from splitlearn_core.adapters import save_adapter as save_adapter
     from splitlearn_core.adapters import unload_adapter as unload_adapter
+    from splitlearn_core.checkpoint.fetchplan import FetchPlan as FetchPlan
+    from splitlearn_core.checkpoint.fetchplan import FileFetch as FileFetch
     from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
     from splitlearn_core.checkpoint.strategy import ReadPlan as ReadPlan
     from splitlearn_core.checkpoint.strategy import WeightReader as WeightReader
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
     from splitlearn_core.quickstart import SplitModel as SplitModel
     from splitlearn_core.quickstart import load_split_model as load_split_model
+    from splitlearn_core.quickstart import plan_fetch as plan_fetch
     from splitlearn_core.quickstart import plan_split as plan_split
     from splitlearn_core.storage.checking import verify_saved as verify_saved
     from splitlearn_core.storage.directory import SplitDirectory as SplitDirectory
@@ -81,6 +84,8 @@ _LAZY = {
     "AsyncManagedModel": "manager.lending",
     "AsyncModelManager": "manager.manager",
     "ComponentPlan": "plan.splitplan",
+    "FetchPlan": "checkpoint.fetchplan",
+    "FileFetch": "checkpoint.fetchplan",
     "LoadingPlaceholder": "manager.lending",
     "LoadingStrategy": "checkpoint.strategy",
     "ManagerEvent": "manager.status",
@@ -104,6 +109,7 @@ _LAZY = {
     "load_split_model": "quickstart",
     "merge_and_unload": "adapters",
     "merge_split": "storage.merging",
+    "plan_fetch": "quickstart",
     "plan_split": "quickstart",
     "preload": "manager.imports",
     "save_adapter": "adapters",

@@ -58,7 +58,7 @@ from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.storage.directory import read_manifest
 from splitlearn_core.storage.manifest import MANIFEST
-from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
 from splitlearn_core.units import human_bytes
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def make_plan(
     if told is not None:
         checkpoint.fetch_undescribed(told)
     keys = sorted(checkpoint.weight_map if described is None else described)
-    mapping = registry().map_weight_keys(family, config, keys) or map_keys(family, keys)
-    table = place_keys(family, config, mapping, ranges)
+    table = _place(model, keys, ranges)
     wanted = sorted({key for component in wishes for key in table.sources[component].values()})
     if told is not None:
         log.info("Planning %s of %s, cut at %d and %d", ", ".join(wishes), model.name, *split_points)
@@ -215,6 +214,17 @@ def make_plan(
         cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
     )
     return plan, table
+
+
+def wanted_keys(model: OpenModel, split_points: Sequence[int], parts: Iterable[Component]) -> list[str]:
+    """Return the checkpoint keys that components need, by the weight map alone."""
+    table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
+    return sorted({key for component in parts for key in table.sources[component].values()})
+
+
+def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[Component, LayerRange]) -> KeyTable:
+    mapping = registry().map_weight_keys(model.family, model.config, keys) or map_keys(model.family, keys)
+    return place_keys(model.family, model.config, mapping, ranges)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from splitlearn_core.checkpoint.fetchplan import FetchPlan
+from splitlearn_core.fetching import plan_model_fetch
 from splitlearn_core.loading import (
     LoadOptions,
     check_options,
@@ -78,6 +80,35 @@ def plan_split(
     plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked))
     refuse_misfit(model, plan, table)
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
+
+
+def plan_fetch(
+    model_name_or_path: str | os.PathLike[str],
+    split_points: Sequence[int],
+    *,
+    model_type: str | None = None,
+    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> FetchPlan:
+    """Say what loading components would fetch: files, bytes that are needed, here, and to be transferred.
+
+    Takes the arguments of :func:`plan_split`, and reads no more than that does. Headers, which it
+    reads, are not counted again.
+
+    Returns:
+        A frozen value. Of a directory, everything is here.
+
+    Raises:
+        SplitLearnError: As :func:`plan_split`; and a FileNotFoundError where there are no weights.
+    """
+    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    asked = parse_parts(parts)
+    model = open_model(model_name_or_path, model_type, **hub)
+    return plan_model_fetch(model, split_points, asked, parse_dtypes(dtype, asked))
 
 
 def load_split_model(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ def has_tokenizer(model: OpenModel) -> bool:
     return any(name in model.checkpoint.source.files() for name in _TOKENIZER_FILES)
 
 
+def tokenizer_files(model: OpenModel) -> list[str]:
+    """Return the names of the files that a tokenizer may be made of."""
+    return [name for name in model.checkpoint.source.files() if name.startswith(_TOKENIZER_NAMES)]
+
+
 def load_tokenizer(model: OpenModel) -> Any:
     """Load the checkpoint's own tokenizer.
 
@@ -54,11 +60,8 @@ def load_tokenizer(model: OpenModel) -> Any:
     from transformers import AutoTokenizer
 
     source = model.checkpoint.source
-    for name in source.files():
-        if name.startswith(
-            ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
-        ):
-            source.path(name)
+    for name in tokenizer_files(model):
+        source.path(name)
     return AutoTokenizer.from_pretrained(source.path("config.json").parent, local_files_only=True)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.config import CONFIG, check_config, read_config, read_weight_map
-from splitlearn_core.checkpoint.fetchplan import FileFetch
 from splitlearn_core.checkpoint.ranges import Span, Wanted
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.strategies.base import WeightReader
@@ -120,10 +119,17 @@ class Checkpoint:
             return read_weight_map(self.source.path(layout.entrance), layout.suffix)
         return dict.fromkeys(self._header(layout.entrance), layout.entrance)
 
+    @property
+    def opaque_file(self) -> str | None:
+        """The one weight file, where it has no header that could be had alone; None elsewhere."""
+        if self._layout is None or self.format == SAFETENSORS or self._layout.is_index:
+            return None
+        return self._layout.entrance
+
     def fetch_undescribed(self, progress: ProgressCallback) -> None:
         """Fetch what the weight map cannot be had without: a file that has no header to be fetched alone."""
-        if self._layout is not None and self.format != SAFETENSORS and not self._layout.is_index:
-            self.fetch([self._layout.entrance], progress)
+        if self.opaque_file is not None:
+            self.fetch([self.opaque_file], progress)
 
     def shards(self, keys: Iterable[str]) -> tuple[str, ...]:
         """Return the shards that hold these tensors."""
@@ -158,13 +164,9 @@ class Checkpoint:
         A shard lies at its original size; of one that came in ranges, its header and these tensors
         are there, and what else was fetched of it.
         """
-        return self.source.fetch(self._wanted(tensors), progress)
+        return self.source.fetch(self.wanted(tensors), progress)
 
-    def plan_fetch(self, tensors: Iterable[TensorInfo], others: Iterable[str] = ()) -> tuple[FileFetch, ...]:
-        """Say what :meth:`fetch_tensors` would transfer, and what other files would cost."""
-        return self.source.plan_fetch({**dict.fromkeys(others), **self._wanted(tensors)})
-
-    def _wanted(self, tensors: Iterable[TensorInfo]) -> Wanted:
+    def wanted(self, tensors: Iterable[TensorInfo]) -> Wanted:
         """Say which bytes of which shards hold tensors and the headers that place them."""
         wanted: dict[str, list[Span] | None] = {}
         # Tensors without a shard are known from the configuration alone.

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, load_options, load_options_of, print_json, saved_model_options
+from splitlearn_core.cli.fetching import print_fetch
+from splitlearn_core.cli.options import (
+    dry_run_option,
+    json_option,
+    load_options,
+    load_options_of,
+    print_json,
+    saved_model_options,
+)
 
 
 @click.command("generate", short_help="Continue a prompt, cut in three.")
@@ -19,6 +27,7 @@ from splitlearn_core.cli.options import json_option, load_options, load_options_
 @click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes draws repeatable.")
+@dry_run_option
 @json_option
 def command(
     model: str,
@@ -26,6 +35,7 @@ def command(
     dtype: str | dict[str, str],
     prompt: str,
     max_new_tokens: int,
+    dry_run: bool,
     as_json: bool,
     revision: str | None,
     cache_dir: str | None,
@@ -45,10 +55,15 @@ def command(
     if split_points is None:
         if not holds_components(model):
             raise click.UsageError(f"{model} holds no saved components: say how to cut it, --split A B")
+        if dry_run:
+            raise click.UsageError("--dry-run goes with --split: saved components are here already")
         split, opened = load_pipeline(model, dtype, options)
         tokenizer = load_tokenizer(opened)
     else:
         opened = open_model(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        if dry_run:
+            print_fetch(opened, split_points, dtype, as_json=as_json)
+            return
         tokenizer = load_tokenizer(opened)
         with reporting(None) as report:
             split = load_all(opened, split_points, dtype, options, report)

@@ -104,6 +104,9 @@ def load_options_of(options: dict[str, Any]) -> LoadOptions:
     )
 
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Show which files and bytes would be fetched, fetch no weights, and stop."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

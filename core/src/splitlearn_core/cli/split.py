@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, model_options, print_json, table
+from splitlearn_core.cli.fetching import print_fetch
+from splitlearn_core.cli.options import dry_run_option, json_option, model_options, print_json, table
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.units import human_bytes
 
@@ -17,6 +18,7 @@ from splitlearn_core.units import human_bytes
 @click.option("--parts", default="bottom,trunk,top", show_default=True, help="The components to save.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Weights above it are sharded.")
 @click.option("--force", is_flag=True, help="Take the place of a split that was saved before.")
+@dry_run_option
 @json_option
 def command(
     model: str,
@@ -25,6 +27,7 @@ def command(
     out: str,
     parts: str,
     force: bool,
+    dry_run: bool,
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -32,11 +35,16 @@ def command(
 
     Weights are copied piece by piece, however large they are. DIR appears as a whole.
     """
+    from splitlearn_core.loading import open_model
+    from splitlearn_core.plan.splitplan import parse_parts
     from splitlearn_core.storage.saving import save_split
 
     if not isinstance(dtype, str):
         raise click.BadParameter("give one dtype for all components", param_hint="--dtype")
     names = [part.strip() for part in parts.split(",")]
+    if dry_run:
+        print_fetch(open_model(model, **others), split_points, dtype, parts=parse_parts(names), as_json=as_json)
+        return
     saved = save_split(model, out, split_points, parts=names, dtype=dtype, overwrite=force, **others)
     if as_json:
         print_json(to_dict(saved))

@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
+from splitlearn_core.cli.fetching import print_fetch
 from splitlearn_core.cli.options import (
+    dry_run_option,
     json_option,
     load_options,
     load_options_of,
@@ -22,6 +24,7 @@ from splitlearn_core.verification import Verification
 @click.command("verify", short_help="Compare with the unsplit model, or with manifests.")
 @saved_model_options
 @load_options
+@dry_run_option
 @json_option
 @click.pass_context
 def command(
@@ -30,6 +33,7 @@ def command(
     model: str,
     split_points: tuple[int, int] | None,
     dtype: str | dict[str, str],
+    dry_run: bool,
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -39,14 +43,20 @@ def command(
     manifests (hashes, sizes, tensors, ties), and the components against each other.
     """
     if split_points is None:
+        if dry_run:
+            raise click.UsageError("--dry-run goes with --split: saved components are here already")
         ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
     from splitlearn_core.loading import open_model
     from splitlearn_core.progress import reporting
     from splitlearn_core.verification import verify_split
 
+    options = load_options_of(others)
+    opened = open_model(model, **others)
+    if dry_run:
+        print_fetch(opened, split_points, dtype, whole=True, as_json=as_json)
+        return
     with reporting(None) as report:
-        options = load_options_of(others)
-        result = verify_split(open_model(model, **others), split_points, dtype, options, report)
+        result = verify_split(opened, split_points, dtype, options, report)
     if as_json:
         print_json(result.to_dict())
     else:
