@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/loading.md", "docs/operating-the-manager.md", "docs/saved-components.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/from-the-hub.md",
+    "docs/loading.md",
+    "docs/operating-the-manager.md",
+    "docs/saved-components.md",
+)
 #: PEFT up to 0.21 uses a name that transformers 5.23 has renamed.
 PEFT_SAYS = ("-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -614,11 +614,18 @@ class TestFetchPlan:
         assert (file.size, file.needed, file.fetched) == (size, size, size)
         assert hub.downloaded(REPO) == {"config.json"}
 
-    def test_on_the_command_line(self, hub: LoopbackHub, talking: Path, cli: Callable[..., Any]) -> None:
+    def test_on_the_command_line(
+        self, hub: LoopbackHub, talking: Path, cli: Callable[..., Any], tmp_path: Path
+    ) -> None:
         """``--dry-run`` of what loads: files and bytes, for people and programs, and no weights are fetched."""
         commit = hub.add_repo(REPO, talking)
         shards = {path.name: path.stat().st_size for path in talking.glob("*.safetensors")}
-        for command in (("generate", REPO, "--prompt", "Once"), ("verify", REPO)):
+        commands = (
+            ("generate", REPO, "--prompt", "Once"),
+            ("verify", REPO),
+            ("split", REPO, "--out", tmp_path / "out"),
+        )
+        for command in commands:
             people = cli(*command, "--split", 2, 4, "--dry-run")
             programs = cli(*command, "--split", 2, 4, "--dry-run", "--json")
             assert (people.returncode, programs.returncode) == (0, 0), people.stderr + programs.stderr
@@ -629,6 +636,7 @@ class TestFetchPlan:
             assert answer["fetched"] == sum(fetched.values())
             assert "tokenizer.json" in fetched
             assert f"({answer['fetched']:,} bytes) would be fetched" in people.stdout
+        assert not (tmp_path / "out").exists()
         assert not any(r.range is None and (r.filename or "").endswith(".safetensors") for r in hub.requests)
 
 

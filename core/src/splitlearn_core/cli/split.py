@@ -26,6 +26,7 @@ def command(
     dtype: str | dict[str, str],
     out: str,
     parts: str,
+    max_shard_size: str,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -45,7 +46,9 @@ def command(
     if dry_run:
         print_fetch(open_model(model, **others), split_points, dtype, parts=parse_parts(names), as_json=as_json)
         return
-    saved = save_split(model, out, split_points, parts=names, dtype=dtype, overwrite=force, **others)
+    saved = save_split(
+        model, out, split_points, parts=names, dtype=dtype, max_shard_size=max_shard_size, overwrite=force, **others
+    )
     if as_json:
         print_json(to_dict(saved))
     else:
