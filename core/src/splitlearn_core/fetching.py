@@ -53,15 +53,14 @@ def _weights(
     whole: bool,
 ) -> Wanted:
     checkpoint = model.checkpoint
-    if checkpoint.has_weights and not checkpoint.is_describable:
-        # Files without headers that could be had alone: what they hold is known from the index, or not at all.
-        if checkpoint.opaque_file is not None:
-            return {checkpoint.opaque_file: None}
-        keys = checkpoint.weight_map if whole else wanted_keys(model, split_points, parts)
-        return dict.fromkeys(checkpoint.shards(keys))
-    if whole or not checkpoint.has_weights:
-        # Where there are none, asking for the weight map says what is missing.
-        return dict.fromkeys(checkpoint.shards(checkpoint.weight_map))
+    # Where there are no weights at all, asking for the files says what is missing.
+    if whole or checkpoint.quantization or not checkpoint.has_weights:
+        return dict.fromkeys(checkpoint.weight_files())
+    if checkpoint.opaque_file is not None:
+        return {checkpoint.opaque_file: None}
+    if not checkpoint.is_describable:
+        # Shards without headers that could be had alone: what they hold is known from the index.
+        return dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
     plan, table = make_plan(model, split_points, parts, dtype)
     refuse_misfit(model, plan, table)
     return checkpoint.wanted(plan.infos)
