@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from splitlearn_core.checkpoint.strategy import AUTO
 from splitlearn_core.errors import ConfigurationError
@@ -35,6 +36,8 @@ class ModelFactory:
         device: str | torch.device = "cpu",
         *,
         low_memory: bool = False,
+        storage_path: str | os.PathLike[str] | None = None,
+        auto_save: bool = False,
         parts: Sequence[str] = ("bottom", "trunk", "top"),
         dtype: DType | Mapping[str, DType] | None = None,
         torch_dtype: DType | Mapping[str, DType] | None = None,
@@ -57,6 +60,9 @@ class ModelFactory:
             split_point_2: Where the top begins.
             device: Where the components go.
             low_memory: Read shard by shard: the strategy ``incremental``.
+            storage_path: A directory where the components are kept. If it holds this split of this
+                source, it is loaded from there and the source is not looked at; if not, from the source.
+            auto_save: Keep there what was loaded from the source, as :func:`save_split` saves it.
             parts, device_map, max_memory, attn_implementation, strategy, progress: As there.
             dtype: As there; ``auto`` by default.
             torch_dtype: ``dtype`` by the name that it had in transformers before.
@@ -70,26 +76,33 @@ class ModelFactory:
             problems.append(f"dtype is {dtype!r} and torch_dtype, its old name, {torch_dtype!r}")
         if low_memory and strategy not in (AUTO, _LOW_MEMORY):
             problems.append(f"low_memory means strategy {_LOW_MEMORY!r}, and strategy is {strategy!r}")
+        if auto_save and storage_path is None:
+            problems.append("auto_save is given, and no storage_path to save to")
         if problems:
-            raise ConfigurationError("; ".join(problems), hint="give one of each two")
+            raise ConfigurationError("; ".join(problems), hint="give arguments that agree")
         named = dtype if dtype is not None else torch_dtype
-        return load_split_model(
-            model_type,
-            (split_point_1, split_point_2),
-            model_name_or_path,
-            parts=parts,
-            device=device,
-            device_map=device_map,
-            max_memory=max_memory,
-            dtype="auto" if named is None else named,
-            cache_dir=cache_dir,
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-            strategy=_LOW_MEMORY if low_memory else strategy,
-            progress=progress,
-            attn_implementation=attn_implementation,
-        )
+        points = (split_point_1, split_point_2)
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "revision": revision,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        loading: dict[str, Any] = {
+            "parts": parts,
+            "device": device,
+            "device_map": device_map,
+            "max_memory": max_memory,
+            "dtype": "auto" if named is None else named,
+            "strategy": _LOW_MEMORY if low_memory else strategy,
+            "attn_implementation": attn_implementation,
+            "progress": progress,
+        }
+        if storage_path is None:
+            return load_split_model(model_type, points, model_name_or_path, **loading, **hub)
+        from splitlearn_core.storage.keeping import create_kept
+
+        return create_kept(Path(storage_path), model_type, model_name_or_path, points, loading, hub, save=auto_save)
 
 
 class ModelRegistry:

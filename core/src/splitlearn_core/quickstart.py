@@ -157,9 +157,7 @@ def load_split_model(
     """
     asked = parse_parts(parts)
     dtypes = parse_dtypes(dtype, asked)
-    options = LoadOptions(
-        str(device), strategy, attn_implementation, parse_device_map(device_map, asked), parse_max_memory(max_memory)
-    )
+    options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation)
     with reporting(progress) as report:
         report(Progress("resolving"))
         model = open_model(
@@ -174,3 +172,17 @@ def load_split_model(
         plan, table = make_plan(model, split_points, asked, dtypes, fetch=report)
         components = load_components(model, plan, table, options, report)
     return SplitModel(*(components.get(component) for component in Component))
+
+
+def load_options(
+    asked: Sequence[Component],
+    device: str | torch.device,
+    device_map: str | Mapping[str, str | int | torch.device] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    strategy: str,
+    attn_implementation: str | None,
+) -> LoadOptions:
+    """Check and put together what :func:`load_split_model` was told; raises ConfigurationError."""
+    return LoadOptions(
+        str(device), strategy, attn_implementation, parse_device_map(device_map, asked), parse_max_memory(max_memory)
+    )

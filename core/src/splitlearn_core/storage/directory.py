@@ -183,8 +183,6 @@ def load_split_directory(
         verify=verify,
         progress=progress,
     )
-    if {Component.BOTTOM, Component.TOP} <= loaded.keys():
-        _tie(loaded[Component.BOTTOM], loaded[Component.TOP])
     from splitlearn_core.quickstart import SplitModel
 
     return SplitModel(*(loaded.get(component) for component in Component))
@@ -227,21 +225,26 @@ def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
     from splitlearn_core.build.assemble import tie_if_equal
 
     family, origin = bottom.family, bottom.origin
+    if (bottom.device, bottom.dtype) != (top.device, top.dtype):
+        return  # One parameter has one device and one dtype.
     if origin is not None and family.config_value(origin.config, "tie_word_embeddings"):
         tie_if_equal(bottom, f"{family.base}.{family.embedding}.weight", top, f"{family.head}.weight")
 
 
 def load_saved(
     components: list[SavedComponent],
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | Mapping[Component, str] = "cpu",
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
     strategy: str = "auto",
     attn_implementation: str | None = None,
     *,
     verify: bool = False,
     progress: ProgressCallback | Literal[False] | None = None,
 ) -> dict[Component, ComponentModel]:
-    """Load saved components, each by the ordinary path: its folder is a checkpoint that holds a part."""
+    """Load saved components, each by the ordinary path: its folder is a checkpoint that holds a part.
+
+    Device and dtype are one for all, or a mapping that has each component's.
+    """
     from splitlearn_core.plan.placement import parse_dtypes
     from splitlearn_core.quickstart import load_split_model
     from splitlearn_core.storage.checking import hash_problems
@@ -263,7 +266,7 @@ def load_saved(
             origin.split_points,
             saved.folder,
             parts=(origin.component,),
-            device=device,
+            device=device[origin.component] if isinstance(device, Mapping) else device,
             dtype=origin.dtype if named == "auto" else named,
             strategy=strategy,
             attn_implementation=attn_implementation,
@@ -271,6 +274,8 @@ def load_saved(
         )
         model: Any = getattr(parts, origin.component)
         loaded[origin.component] = model
+    if {Component.BOTTOM, Component.TOP} <= loaded.keys():
+        _tie(loaded[Component.BOTTOM], loaded[Component.TOP])
     return loaded
 
 

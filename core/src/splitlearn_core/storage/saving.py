@@ -97,7 +97,7 @@ def save_split(
         CheckpointError: The source is not what it has to be.
     """
     target, limit = Path(out), parse_size(max_shard_size)
-    _check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
     with reporting(progress) as report:
         if not isinstance(source, str | os.PathLike):
             from splitlearn_core.storage.memory import parts_in_memory
@@ -128,8 +128,8 @@ def save_split(
     return SplitDirectory.open(target)
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse to overwrite what is not an earlier split."""
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse to overwrite what is not an earlier split; raises ConfigurationError."""
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         return
     if not is_split_directory(target):
