@@ -111,7 +111,7 @@ def own_values(source: Path, kept: Path) -> dict[str, Any]:
 def test_another_split_is_neither_taken_nor_overwritten(
     single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any, words: str
 ) -> None:
-    """With auto_save that is an error, before anything is loaded; without, the source is loaded and the log says why."""
+    """With auto_save that is an error, before anything is loaded; without, the source is, and the log says why."""
     kept = tmp_path / "kept"
     create(single, storage_path=kept, auto_save=True)
     asked = change(single, kept)

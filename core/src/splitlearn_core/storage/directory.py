@@ -234,7 +234,7 @@ def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
 def load_saved(
     components: list[SavedComponent],
     device: str | torch.device | Mapping[Component, str] = "cpu",
-    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
+    dtype: str | torch.dtype | Mapping[Component, str] = "auto",
     strategy: str = "auto",
     attn_implementation: str | None = None,
     *,

@@ -101,9 +101,8 @@ def find_kept(
     for saved in kept.components.values():
         origin = saved.manifest.origin
         if not _is_source(origin, model, revision):
-            reasons.append(
-                f"its {origin.component} is that of {origin.model}{f'@{origin.commit}' if origin.commit else ''}"
-            )
+            commit = f"@{origin.commit}" if origin.commit else ""
+            reasons.append(f"its {origin.component} is that of {origin.model}{commit}")
         if model_type not in (None, origin.model_type):
             reasons.append(f"its {origin.component} is a {origin.model_type}")
         if origin.split_points != split_points:
