@@ -28,6 +28,7 @@ from splitlearn_core import (
     save_adapter,
     unload_adapter,
 )
+from splitlearn_core.testing.hub import LoopbackHub
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
@@ -282,6 +283,23 @@ def test_a_tied_embedding_is_not_merged(tmp_path: Path) -> None:
     assert torch.equal(logits(SplitCausalLM(*parts)), expected)
 
 
+def test_an_adapter_from_the_hub(plain: World, hub: LoopbackHub) -> None:
+    """Its two files are fetched, and found again without the Hub; what is missing is told."""
+    (plain.adapter / "README.md").write_text("Of no use here.")
+    hub.add_repo("someone/adapter", plain.adapter)
+    hub.add_repo("someone/model", plain.model)
+    parts = plain.parts()
+    load_adapter(parts, "someone/adapter")
+
+    assert hub.downloaded("someone/adapter") == {CONFIG, WEIGHTS}
+    assert torch.equal(logits(SplitCausalLM(*parts)), logits(plain.whole()))
+    unload_adapter(parts)
+    load_adapter(parts, "someone/adapter", local_files_only=True)
+    for missing, options in (("someone/model", {}), ("someone/nobody", {}), ("someone/adapter", {"revision": "v9"})):
+        with pytest.raises(MissingFileError, match=missing):
+            load_adapter(plain.parts(), missing, **options)
+
+
 def spoil_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def spoil(adapter: Path) -> None:
         tensors = load_file(adapter / WEIGHTS)
@@ -335,7 +353,7 @@ KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
         (lambda adapter: (adapter / WEIGHTS).write_bytes(b"x" * 99), InvalidCheckpointError, [WEIGHTS]),
         (only_pickle, InvalidCheckpointError, ["pickle", "save_pretrained"]),
         (lambda adapter: (adapter / CONFIG).unlink(), MissingFileError, [f"lacks {CONFIG}"]),
-        (shutil.rmtree, MissingFileError, ["no folder"]),
+        (shutil.rmtree, MissingFileError, ["there is no directory"]),
     ],
     ids=lambda value: "" if callable(value) else str(value),
 )

@@ -291,13 +291,18 @@ def _tensor_problems(component: ComponentModel, loaded: _Loaded) -> list[str]:
 def _read(loaded: _Loaded) -> None:
     """Read a component's tensors and hand them to PEFT."""
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if loaded.peft is None:
         return
     peft = _import_peft()
-    with safe_open(loaded.adapter.weights, framework="pt", device="cpu") as file:
-        tensors = {key: file.get_tensor(key) for key in loaded.slice.keys}
+    try:
+        with safe_open(loaded.adapter.weights, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in loaded.slice.keys}
+    except SafetensorError as error:
+        raise InvalidCheckpointError(
+            f"{loaded.adapter.weights} has changed while it was read: {error}", hint="load the adapter again"
+        ) from error
     component = loaded.peft.get_base_model()
     for key in loaded.slice.base_keys:
         # Where it is the model's own, there is nothing to load; another would have to reach a tied head too.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import InvalidCheckpointError, MissingFileError
 from splitlearn_core.types import TensorInfo
 
@@ -36,28 +37,37 @@ class AdapterFiles:
 
 
 def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> AdapterFiles:
-    """Find an adapter, and check what can be checked without its tensors."""
-    name, folder = os.fspath(adapter), Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise MissingFileError(f"there is no folder {name}", hint="give the folder that PEFT's save_pretrained wrote")
-    absent = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / file).is_file()]
-    if absent and (folder / _PICKLE).is_file():
+    """Find an adapter, fetch it where necessary, and check what can be checked without its tensors.
+
+    Args:
+        adapter: The folder that PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
+        hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
+
+    Raises:
+        MissingFileError: There is none, or a file of it is missing.
+        InvalidCheckpointError: Its files are no sound ones, or pickles.
+    """
+    source = open_source(adapter, entrance=ADAPTER_CONFIG, **hub)
+    name, there = source.model, source.files()
+    absent = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if file not in there]
+    if absent and _PICKLE in there:
         raise InvalidCheckpointError(
-            f"{folder} has its weights only in {_PICKLE}, a pickle file, which can run code when it is opened",
+            f"{name} has its weights only in {_PICKLE}, a pickle file, which can run code when it is opened",
             hint="convert it once: load it with PEFT where you trust it, and call save_pretrained",
         )
     if absent:
         raise MissingFileError(
-            f"{folder} lacks {', '.join(absent)}", hint="give the folder that PEFT's save_pretrained wrote"
+            f"{name} lacks {', '.join(absent)}", hint="give the folder that PEFT's save_pretrained wrote"
         )
-    text = (folder / ADAPTER_CONFIG).read_bytes()
+    path, weights = source.path(ADAPTER_CONFIG), source.path(ADAPTER_WEIGHTS)
+    text = path.read_bytes()
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{folder / ADAPTER_CONFIG} is no JSON: {error}", hint="fetch it anew") from error
+        raise InvalidCheckpointError(f"{path} is no JSON: {error}", hint="fetch it anew") from error
     if not isinstance(config, dict):
-        raise InvalidCheckpointError(f"{folder / ADAPTER_CONFIG} is no JSON object", hint="fetch it anew")
-    return AdapterFiles(name, config, text, folder / ADAPTER_WEIGHTS, read_header(folder / ADAPTER_WEIGHTS))
+        raise InvalidCheckpointError(f"{path} is no JSON object", hint="fetch it anew")
+    return AdapterFiles(name, config, text, weights, read_header(weights))
 
 
 def write_adapter(directory: Path, config: bytes, tensors: Mapping[str, torch.Tensor]) -> Path:

@@ -62,6 +62,11 @@ class HubSource:
     Whole files lie in that cache; files of which only ranges are needed lie beside it, see
     :mod:`splitlearn_core.checkpoint.partial`.
 
+    Args:
+        repo_id: The repository.
+        entrance: The small file that every such repository has; it is fetched first.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+
     Raises:
         MissingFileError: No such repository or revision, or no access, or nothing cached offline.
     """
@@ -70,18 +75,19 @@ class HubSource:
         self,
         repo_id: str,
         *,
+        entrance: str = CONFIG,
         cache_dir: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> None:
         self.model = repo_id
-        self.has_config = True
+        self.has_config = entrance == CONFIG
         self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         self._revision = revision
         # Everything after the first file is asked for by commit: a push in between changes nothing.
-        config = self._guarded(lambda: self._download(CONFIG, revision), CONFIG)
-        self._snapshot = config.parent
+        first = self._guarded(lambda: self._download(entrance, revision), entrance)
+        self._snapshot = first.parent
         self._repo_folder = self._snapshot.parent.parent
         self._commit = self._snapshot.name
         self.commit: str | None = self._commit

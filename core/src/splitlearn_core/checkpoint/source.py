@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from splitlearn_core.checkpoint.config import CONFIG
 from splitlearn_core.checkpoint.directory import DirectorySource
 from splitlearn_core.checkpoint.fetchplan import FileFetch
 from splitlearn_core.checkpoint.hub import HubSource
@@ -68,6 +69,7 @@ def open_source(
     token: str | bool | None = None,
     local_files_only: bool = False,
     readable_suffixes: Callable[[], tuple[str, ...]] = tuple,
+    entrance: str = CONFIG,
 ) -> Source:
     """Find a checkpoint: a directory wins over a repository of the same name.
 
@@ -78,6 +80,7 @@ def open_source(
         token: See there.
         local_files_only: See there.
         readable_suffixes: Asked, where a file is named, how the names end of those that can be read.
+        entrance: The small file that a repository of the kind has in any case.
 
     Raises:
         MissingFileError: Neither is there, or it has no ``config.json``.
@@ -101,4 +104,5 @@ def open_source(
         raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
     if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
         raise MissingFileError(f"there is no directory {name}", hint="check the path")
-    return HubSource(name, cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only)
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision, "token": token}
+    return HubSource(name, entrance=entrance, local_files_only=local_files_only, **hub)
