@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.errors import ConfigurationError, MissingFileError
+from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError
 from splitlearn_core.loading import OpenModel
 
 if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
 
+_HINT = "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
 
@@ -47,22 +48,38 @@ def tokenizer_files(model: OpenModel) -> list[str]:
 
 
 def load_tokenizer(model: OpenModel) -> Any:
-    """Load the checkpoint's own tokenizer.
+    """Load the checkpoint's own tokenizer: one of the files beside the weights, or one in a weight file.
 
     Raises:
         MissingFileError: The checkpoint has none.
+        CheckpointError: The one in a weight file is of no use.
     """
+    inside = model.checkpoint.pretrained_arguments()
+    if not has_tokenizer(model) and inside is not None:
+        return _tokenizer_in_weights(model, inside)
     if not has_tokenizer(model):
         raise MissingFileError(
             f"{model.name} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})",
-            hint="save it beside config.json: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)",
+            hint=_HINT,
         )
     from transformers import AutoTokenizer
 
     source = model.checkpoint.source
     for name in tokenizer_files(model):
         source.path(name)
-    return AutoTokenizer.from_pretrained(source.path("config.json").parent, local_files_only=True)
+    return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True)
+
+
+def _tokenizer_in_weights(model: OpenModel, arguments: Mapping[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True, **arguments)
+    # transformers rebuilds it from what the file says, and raises whatever comes of that.
+    except Exception as error:
+        raise CheckpointError(
+            f"{model.name} holds no tokenizer that transformers can use: {type(error).__name__}: {error}", hint=_HINT
+        ) from error
 
 
 def generate_text(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import CheckpointError, ConfigurationError
 from splitlearn_core.loading import LoadOptions, OpenModel, check_options, import_builders, load_components, make_plan
 from splitlearn_core.memory import anonymous_memory
 from splitlearn_core.text import has_tokenizer, load_tokenizer
@@ -119,7 +119,7 @@ def verify_split(
 
 
 def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
-    from splitlearn_core.build.component import architecture_class
+    from splitlearn_core.build.component import architecture_class, hf_config
     from splitlearn_core.build.skeleton import BUILD_LOCK
 
     checkpoint = model.checkpoint
@@ -129,10 +129,27 @@ def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
 
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
-    with BUILD_LOCK:
-        whole = architecture_class(model.family).from_pretrained(
-            directory, dtype=dtype, attn_implementation=options.attn_implementation, local_files_only=True
-        )
+    arguments = checkpoint.pretrained_arguments()
+    if arguments is not None:
+        # transformers would take the configuration out of the weight file, whatever config.json says.
+        config = hf_config(model.family, model.config, model.name, dtype, options.attn_implementation)
+        arguments = {**arguments, "config": config}
+    try:
+        with BUILD_LOCK:
+            whole = architecture_class(model.family).from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation=options.attn_implementation,
+                local_files_only=True,
+                **(arguments or {}),
+            )
+    except (ImportError, ValueError, NotImplementedError) as error:
+        if arguments is None:
+            raise
+        raise CheckpointError(
+            f"transformers does not read {model.name} itself, so that there is nothing to compare with: {error}",
+            hint="pip install accelerate, if that is what it lacks; the split model may be right nevertheless",
+        ) from error
     return whole.to(options.device)
 
 

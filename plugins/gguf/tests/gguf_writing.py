@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from tokenizers import pre_tokenizers
 
 ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}
 _HEADER = {
@@ -34,7 +35,7 @@ def write_gguf(path: Path, model: Any, quantization: str = "F32", **metadata: An
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in {**_metadata(config, architecture), **metadata}.items():
         _add(writer, f"{architecture}.{key}", value)
-    writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
+    _add_vocabulary(writer, config.vocab_size)
     writer.add_bos_token_id(config.bos_token_id)
     for name, values in converted(model, architecture).items():
         kind = gguf.GGMLQuantizationType[quantization if values.ndim > 1 else "F32"]
@@ -98,6 +99,18 @@ def _metadata(config: Any, architecture: str) -> dict[str, Any]:
     if architecture in ("gemma2", "gemma3"):
         values["attention.sliding_window"] = config.sliding_window
     return values
+
+
+def _add_vocabulary(writer: Any, size: int) -> None:
+    """Add a token for each byte, as far as the vocabulary goes, and such a tokenizer where it has all of them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = (letters + [letters[1] + letters[2]] + [f"<{number}>" for number in range(size)])[:size]
+    writer.add_token_list(tokens)
+    if size > len(letters):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([f"{letters[1]} {letters[2]}"])
+        writer.add_token_types([1] * size)
+        writer.add_eos_token_id(size - 1)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

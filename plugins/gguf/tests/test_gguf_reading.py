@@ -71,7 +71,8 @@ def test_pieces_make_the_same_tensor(
 
     for planned, tensor in STRATEGY.read(plan):
         assert torch.equal(tensor, whole[planned.module_key]), planned.module_key
-        assert tensor.is_contiguous()
+        # The layout of transformers, on which the last bit of a product depends.
+        assert tensor.is_contiguous() or (model_type == "gpt2" and tensor.T.is_contiguous())
 
 
 def test_bytes_are_told_as_they_are_read(gguf_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from splitlearn_core.checkpoint.config import CONFIG, check_config, read_config, read_weight_map
 from splitlearn_core.checkpoint.ranges import Span, Wanted
 from splitlearn_core.checkpoint.source import Source
-from splitlearn_core.checkpoint.strategies.base import WeightReader
+from splitlearn_core.checkpoint.strategies.base import PretrainedReader, WeightReader
 from splitlearn_core.checkpoint.torchfile import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
@@ -180,6 +180,20 @@ class Checkpoint:
                 spans += [] if spans else [(0, min(other.begin for other in self._header(info.shard).values()))]
                 spans.append((info.begin, info.end))
         return wanted
+
+    def pretrained_arguments(self) -> Mapping[str, Any] | None:
+        """Return what ``from_pretrained`` is told besides the folder; None for files that it finds by itself."""
+        layout = self._layout
+        if layout is None or not isinstance(layout.reader, PretrainedReader):
+            return None
+        return layout.reader.pretrained_arguments(self.source.path(layout.entrance))
+
+    @property
+    def weights_folder(self) -> Path:
+        """The folder of the only weight file, or of the index. Raises CheckpointError where there is neither."""
+        if self._layout is None:
+            raise self._no_weights()
+        return self.source.path(self._layout.entrance).parent
 
     def optional_file(self, name: str) -> Path | None:
         """Return the path of a small file that a checkpoint may have or not."""

@@ -70,4 +70,5 @@ class DirectorySource:
 
 
 def _is_setting(name: str) -> bool:
-    return name.endswith(".json") and not name.endswith(".index.json")
+    # Those of tokenizers are texts and models, too.
+    return name.endswith((".json", ".txt", ".model", ".jinja")) and not name.endswith(".index.json")

@@ -1,6 +1,13 @@
 """Loading strategies: how planned bytes become tensors. The names that plugins and other rooms use."""
 
-from splitlearn_core.checkpoint.strategies.base import CHUNK_BYTES, LoadingStrategy, ReadPlan, WeightReader, WholeModel
+from splitlearn_core.checkpoint.strategies.base import (
+    CHUNK_BYTES,
+    LoadingStrategy,
+    PretrainedReader,
+    ReadPlan,
+    WeightReader,
+    WholeModel,
+)
 from splitlearn_core.checkpoint.strategies.checked import passing_bytes, predicted_bytes, read_checked
 from splitlearn_core.checkpoint.strategies.choice import (
     AUTO,
@@ -22,6 +29,7 @@ __all__ = [
     "IncrementalStrategy",
     "LoadingStrategy",
     "MappedStrategy",
+    "PretrainedReader",
     "ReadPlan",
     "WeightReader",
     "WholeModel",

@@ -34,11 +34,6 @@ def can_dequantise(number: int) -> bool:
     return True
 
 
-def hf_shape(stored: StoredTensor, change: Change) -> tuple[int, ...]:
-    """Return the shape that the tensor has in Hugging Face's checkpoint."""
-    return tuple(reversed(stored.shape)) if change is Change.TRANSPOSE else stored.shape
-
-
 def read_tensor(
     file: FileIO,
     stored: StoredTensor,
@@ -67,9 +62,8 @@ def read_tensor(
     """
     import torch
 
-    tensor = torch.empty(hf_shape(stored, change), dtype=dtype, device=device)
-    # Rows as they are stored; where the tensor is transposed they are columns of it.
-    target = tensor.T if change is Change.TRANSPOSE else tensor.view(-1, stored.shape[-1])
+    tensor = torch.empty(stored.shape, dtype=dtype, device=device)
+    target = tensor.view(-1, stored.shape[-1])
     order = _order(str(file.name), stored, heads) if change in (Change.ORDER_QUERIES, Change.ORDER_KEYS) else None
     if order is not None and len(stored.shape) == 1:
         target = tensor.view(-1, 1)
@@ -86,7 +80,9 @@ def read_tensor(
         else:
             target[order[start : start + count].to(device)] = values.to(device=device, dtype=dtype)
         on_bytes(count * row_bytes)
-    return tensor
+    # A view, as transformers has it: another layout in memory would be multiplied in another order,
+    # and the last bit would differ.
+    return tensor.T if change is Change.TRANSPOSE else tensor
 
 
 def _dequantised(file: FileIO, stored: StoredTensor, rows: int, row_bytes: int) -> Any:

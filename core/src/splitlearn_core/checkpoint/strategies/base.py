@@ -139,6 +139,14 @@ class WeightReader(Protocol):
         """
 
 
+@runtime_checkable
+class PretrainedReader(Protocol):
+    """What a weight reader adds whose files transformers reads too; optional, for ``verify`` and tokenizers."""
+
+    def pretrained_arguments(self, path: Path) -> Mapping[str, Any]:
+        """Return what ``from_pretrained`` has to be told besides the folder: ``{"gguf_file": path.name}``."""
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """Return a dtype by torch's name."""
     import torch
