@@ -623,7 +623,7 @@ def _whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) 
         return load_whole(
             model.family,
             model.name,
-            str(checkpoint.source.path("config.json").parent),
+            str(checkpoint.folder),
             dtype,
             safetensors=checkpoint.format == SAFETENSORS,
             waiting=lambda: progress(Progress("reading")),

@@ -189,11 +189,11 @@ class Checkpoint:
         return layout.reader.pretrained_arguments(self.source.path(layout.entrance))
 
     @property
-    def weights_folder(self) -> Path:
-        """The folder of the only weight file, or of the index. Raises CheckpointError where there is neither."""
-        if self._layout is None:
-            raise self._no_weights()
-        return self.source.path(self._layout.entrance).parent
+    def folder(self) -> Path:
+        """The folder of ``config.json``, or of the weight file that says what it would. Raises CheckpointError."""
+        if not self.source.has_config and self._layout is not None:
+            return self.source.path(self._layout.entrance).parent
+        return self.source.path(CONFIG).parent
 
     def optional_file(self, name: str) -> Path | None:
         """Return the path of a small file that a checkpoint may have or not."""

@@ -60,7 +60,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
         ledger, loaded = ledger_of(config.device), split.component(component).loaded_bytes(split.dtype)
         for charge in (needs, keeps):
             charge[ledger] = charge.get(ledger, 0) + loaded
-    location = model.checkpoint.source.path("config.json").parent
+    location = model.checkpoint.folder
     files = versions(paths.values())
     return LoadPlan(
         needs, keeps, str(location), split.dtype, config.device, _Details(model, split, table, options, files)
