@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from splitlearn_core import (
     ConfigurationError,
     InsufficientMemoryError,
+    InvalidSplitError,
     ModelFactory,
     ModelRegistry,
     SplitCausalLM,
@@ -189,6 +190,26 @@ def test_the_classic_registry() -> None:
     """It lists what plugins offer."""
     assert "llama" in ModelRegistry.list_models()
     assert ModelRegistry.is_model_registered("llama")
+
+
+@pytest.mark.parametrize("layers", [(4, 2), (-1, 2), (0, 7), ("2", 4), (2, 4.0), (True, 4)], ids=str)
+def test_a_component_of_no_such_layers(whole: Any, layers: tuple[Any, Any]) -> None:
+    """Out of range, or no number at all: one kind of error."""
+    trunk = ModelRegistry.get_model_class("llama", "trunk")
+
+    with pytest.raises(InvalidSplitError) as caught:
+        trunk.from_pretrained_split(whole.state_dict(), whole.config, start_layer=layers[0], end_layer=layers[1])
+
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("wrong", [None, [1], {"model.layers.2.mlp.up_proj.weight": 1}], ids=str)
+def test_what_is_no_state_dict(whole: Any, wrong: Any) -> None:
+    """Refused before anything is built."""
+    trunk = ModelRegistry.get_model_class("llama", "trunk")
+
+    with pytest.raises(ConfigurationError, match="no mapping from names to tensors"):
+        trunk.from_pretrained_split(wrong, whole.config, start_layer=2, end_layer=4)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

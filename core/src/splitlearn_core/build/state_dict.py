@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems
 from splitlearn_core.build.component import ComponentModel, build_component
-from splitlearn_core.errors import InvalidSplitError, TensorMismatchError
+from splitlearn_core.errors import ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import map_keys, place_keys
 from splitlearn_core.plan.split import ranges_around
@@ -28,6 +29,10 @@ def component_from_state_dict(
     end_layer: int | None,
 ) -> ComponentModel:
     """Make a component of the tensors it needs; see :meth:`ComponentModel.from_pretrained_split`."""
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ConfigurationError(
+            "full_state_dict is no mapping from names to tensors", hint="give model.state_dict() of the whole model"
+        )
     ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
     table = place_keys(family, config.to_dict(), map_keys(family, state_dict), ranges)
     sources = table.sources[component]
@@ -52,8 +57,8 @@ def component_from_state_dict(
 
 def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[Component, LayerRange]:
     """Cut the model so that the component has the asked layers."""
-    first = 0 if start is None else start
-    last = total if end is None else end
+    first = 0 if start is None else _layer_number(start)
+    last = total if end is None else _layer_number(end)
     fits = {Component.BOTTOM: first == 0, Component.TRUNK: True, Component.TOP: last == total}
     if not (0 <= first < last <= total and fits[component]):
         raise InvalidSplitError(
@@ -61,6 +66,15 @@ def _ranges(component: Component, start: int | None, end: int | None, total: int
             hint="a bottom begins at layer 0, a top ends with the last, and each has at least one layer",
         )
     return ranges_around(component, LayerRange(first, last, total))
+
+
+def _layer_number(value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError("a truth value is no layer number")
+        return operator.index(value)
+    except TypeError as error:
+        raise InvalidSplitError(f"{value!r} is no layer number: {error}", hint="give whole numbers") from error
 
 
 def _info(key: str, tensor: torch.Tensor) -> TensorInfo:
