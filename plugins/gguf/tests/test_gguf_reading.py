@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core import InvalidCheckpointError, PlannedTensor, ReadPlan, load_split_model, plan_split
+from splitlearn_core import (
+    InvalidCheckpointError,
+    PlannedTensor,
+    ReadPlan,
+    load_component,
+    load_split_model,
+    plan_split,
+    save_split,
+)
 from splitlearn_gguf import splitlearn_loading_strategies, values
 from splitlearn_gguf.header import read_header
 
@@ -162,6 +170,18 @@ def test_families_that_transformers_does_not_read_from_a_file_alone(
     for part in load_split_model(model_type, (1, 3), path):
         for key, tensor in part.state_dict().items():
             assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_components_are_saved_as_safetensors(gguf_file: Write, tmp_path: Path, model_type: str) -> None:
+    """Dequantised once, and then as any other split."""
+    path = gguf_file(model_type, "Q4_0")
+    save_split(path, tmp_path / "split", (1, 3), dtype="float32")
+
+    for name, part in load_split_model(None, (1, 3), path)._asdict().items():
+        saved = load_component(tmp_path / "split", name).state_dict()
+        for key, tensor in part.state_dict().items():
+            assert torch.equal(tensor, saved[key]), key
 
 
 def test_plans_are_planned_tensors(gguf_file: Write) -> None:

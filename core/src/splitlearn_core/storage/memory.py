@@ -127,8 +127,10 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
     stale = ("torch_dtype", "quantization_config")
     config = {name: value for name, value in origin.config.items() if name not in stale} | {"dtype": dtype}
     written = {CONFIG: config_text(config)}
-    if origin.component is Component.TOP and GENERATION not in copied and component.generation_config is not None:
-        written[GENERATION] = component.generation_config.to_json_string()
+    # A checkpoint need not have any: then a top has none either.
+    settings = getattr(component, "generation_config", None)
+    if origin.component is Component.TOP and GENERATION not in copied and settings is not None:
+        written[GENERATION] = settings.to_json_string()
     return Part(
         origin=replace(origin, dtype=dtype),
         own_values=True,
