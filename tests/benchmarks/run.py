@@ -18,7 +18,7 @@ from typing import Any
 from measuring import Session, say
 from report import Row, summary, table
 
-BENCHMARKS = ("load", "dtype", "memory", "sparse", "threads", "generation", "spawn", "startup", "manager")
+BENCHMARKS = ("load", "dtype", "memory", "sparse", "threads", "generation", "spawn", "startup", "manager", "strategies")
 _PACKAGES = (
     "splitlearn-core",
     "torch",
