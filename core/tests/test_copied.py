@@ -229,3 +229,15 @@ def test_a_file_that_goes_away_is_named(tmp_path: Path, tensors: dict[str, torch
 
     with pytest.raises(MissingFileError, match=FILE):
         list(CopiedStrategy().read(plan))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_it_reads_in_every_mode(tmp_path: Path, tensors: dict[str, torch.Tensor], mode: Any, dtype: str) -> None:
+    """Those who load and those who read are different threads, and a mode is a thread's own."""
+    with mode():
+        read = dict(CopiedStrategy().read(plan_of(tmp_path, tensors, dtype)))
+
+    for planned, tensor in read.items():
+        assert torch.equal(tensor, expected(tensors[planned.info.key], dtype))
+        assert tensor.is_inference() == (mode is torch.inference_mode)

@@ -67,11 +67,16 @@ class HostLanding(Landing["torch.Tensor"]):
 
     def landed(self, piece: Piece, slot: torch.Tensor | None) -> torch.Tensor | None:
         """Convert what came into a buffer, while the processor still has it at hand."""
-        if slot is not None:
+        import torch
+
+        if slot is None:
+            return None
+        # Each thread has a mode of its own, and tensors that were made in this one are filled in no other.
+        with torch.inference_mode():
             for target, source in self._moves(piece, slot):
                 for start in range(0, source.numel(), _SERIAL):
                     target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
-            self.free.put(slot)
+        self.free.put(slot)
         return None
 
     def settle(self, piece: Piece, slot: torch.Tensor | None) -> None:
