@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,11 +63,16 @@ class GgufStrategy:
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
         """Predict what the tensors take, and what is needed to dequantise a piece of the largest."""
+        elements = sum(tensor.elements for tensor in plan.tensors)
+        kept = elements * _ELEMENT_BYTES[plan.dtype] if plan.device == "cpu" else 0
+        return kept + self.passing_bytes(plan)
+
+    def passing_bytes(self, plan: ReadPlan) -> int:
+        """Predict how much of that is given back once the plan is read."""
         from splitlearn_gguf.values import CHUNK_ELEMENTS, WORKING_BYTES
 
-        elements = [math.prod(tensor.info.shape) for tensor in plan.tensors]
-        kept = sum(elements) * _ELEMENT_BYTES[plan.dtype] if plan.device == "cpu" else 0
-        return kept + min(max(elements, default=0), CHUNK_ELEMENTS) * WORKING_BYTES
+        largest = max((tensor.elements for tensor in plan.tensors), default=0)
+        return min(largest, CHUNK_ELEMENTS) * WORKING_BYTES
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         """Yield every planned tensor once, in the order in which the files hold them.
