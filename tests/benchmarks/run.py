@@ -18,7 +18,19 @@ from typing import Any
 from measuring import Session, say
 from report import Row, summary, table
 
-BENCHMARKS = ("load", "dtype", "memory", "sparse", "threads", "generation", "spawn", "startup", "manager", "strategies")
+BENCHMARKS = (
+    "load",
+    "dtype",
+    "memory",
+    "sparse",
+    "threads",
+    "generation",
+    "spawn",
+    "startup",
+    "manager",
+    "strategies",
+    "saving",
+)
 _PACKAGES = (
     "splitlearn-core",
     "torch",

@@ -25,7 +25,7 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    #: Gives the bytes, a piece at a time; a piece is good until the next one is asked for.
+    #: Gives the bytes, a piece at a time; a piece stays as it is until the next but one is asked for.
     pieces: Callable[[], Iterator[memoryview]]
 
 

@@ -24,7 +24,9 @@ def range_pieces(path: Path, begin: int, end: int) -> Callable[[], Iterator[memo
     """Return a function that reads the bytes ``[begin, end)`` of a file, a chunk at a time."""
 
     def pieces() -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, end - begin)))
+        size = min(CHUNK_BYTES, end - begin)
+        # One is filled while the other is written.
+        buffer, other = memoryview(bytearray(size)), memoryview(bytearray(size if end - begin > size else 0))
         with path.open("rb", buffering=0) as file:
             file.seek(begin)
             left = end - begin
@@ -37,6 +39,7 @@ def range_pieces(path: Path, begin: int, end: int) -> Callable[[], Iterator[memo
                     )
                 left -= count
                 yield buffer[:count]
+                buffer, other = other, buffer
 
     return pieces
 
@@ -61,36 +64,35 @@ def write_weights(folder: Path, file: WeightFile, on_bytes: Callable[[int], None
 def write_durably(path: Path, content: Iterable[memoryview], on_bytes: Callable[[int], None]) -> FileRecord:
     """Write a new file from pieces, and return its size and hash once it is on the disk.
 
-    The bytes are hashed by another thread, and put on the disk by a third, while this one writes.
+    While threads write and hash a piece, and bring the file to the disk, this one makes the next piece.
 
     Args:
         path: The file, which must not be there.
-        content: Its bytes, in pieces.
+        content: Its bytes, in pieces; each stays as it is until the next but one is asked for.
         on_bytes: Told of each piece; it may raise to stop.
     """
     digest, size, unflushed = hashlib.sha256(), 0, 0
+    at_work: list[Future[None]] = []
     flushing: Future[None] | None = None
-    with (
-        ThreadPoolExecutor(2, thread_name_prefix="splitlearn-write") as threads,
-        path.open("xb", buffering=0) as file,
-    ):
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(3, thread_name_prefix="splitlearn-write") as threads:
+
+        def write(piece: memoryview) -> None:
+            written = 0
+            while written < len(piece):
+                written += file.write(piece[written:])
+
         for piece in content:
-            hashing = threads.submit(digest.update, piece)
-            try:
-                written = 0
-                while written < len(piece):
-                    written += file.write(piece[written:])
-            finally:
-                # The piece's memory is used again for the next one.
-                hashing.result()
+            for future in at_work:
+                future.result()
+            at_work = [threads.submit(write, piece), threads.submit(digest.update, piece)]
             size, unflushed = size + len(piece), unflushed + len(piece)
             if unflushed >= _FLUSH_BYTES and (flushing is None or flushing.done()):
                 if flushing is not None:
                     flushing.result()
-                flushing, unflushed = threads.submit(os.fsync, file.fileno()), 0
+                flushing, unflushed = threads.submit(os.fdatasync, file.fileno()), 0
             on_bytes(len(piece))
-        if flushing is not None:
-            flushing.result()
+        for future in [*at_work, *([] if flushing is None else [flushing])]:
+            future.result()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
 
