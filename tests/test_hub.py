@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from splitlearn_core import (
@@ -821,3 +822,28 @@ def test_other_processes_see_the_hub_of_this_one(hub: LoopbackHub, process: Cli)
     result = process("-c", code)
     assert sorted(json.loads(result.stdout)) == sorted(names)
     assert os.environ["HF_ENDPOINT"] == hub.endpoint
+
+
+@pytest.mark.parametrize("strategy", ["auto", "whole"])
+def test_bin_files_come_from_the_hub(hub: LoopbackHub, single: Path, tmp_path: Path, strategy: str) -> None:
+    """They cannot be planned by a header, so they are fetched first; the whole model needs all of them."""
+    folder = shutil.copytree(single, tmp_path / "pickled")
+    state = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    hub.add_repo(REPO, folder)
+
+    trunk = load_split_model(None, (2, 4), REPO, parts=["trunk"], strategy=strategy).trunk
+
+    assert trunk is not None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trunk.state_dict().items())
+
+
+def test_a_whole_model_comes_from_the_hub(hub: LoopbackHub, sharded: Path) -> None:
+    """All of its shards, though one part was asked for."""
+    hub.add_repo(REPO, sharded)
+
+    trunk = load_split_model(None, (2, 4), REPO, parts=["trunk"], strategy="whole").trunk
+
+    assert trunk is not None
+    assert {path.name for path in sharded.glob("*.safetensors")} <= hub.downloaded(REPO)

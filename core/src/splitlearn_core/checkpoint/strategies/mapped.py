@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class MappedStrategy:
     """Views of the mapped file: nothing is copied, pages are shared between processes.
 
+    A file that is cut or replaced before it is mapped is refused. One that is cut while it is mapped
+    ends the process where a page is used that is gone (SIGBUS); to delete it does no harm.
+
     Tensors that are stored in another dtype are converted, and only those take memory.
     """
 
