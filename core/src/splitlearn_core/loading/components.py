@@ -1,0 +1,146 @@
+"""Carrying a plan out: the stages of a load, in the order of the data."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.checkpoint.readahead import read_ahead
+from splitlearn_core.checkpoint.strategy import (
+    WholeStrategy,
+)
+from splitlearn_core.errors import (
+    InvalidCheckpointError,
+)
+from splitlearn_core.loading.importing import import_builders
+from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.loading.options import LoadOptions, check_options, choose_devices
+from splitlearn_core.loading.origins import origins_of
+from splitlearn_core.loading.planning import make_plan, mismatch
+from splitlearn_core.loading.reading import read_all
+from splitlearn_core.loading.reads import check_memory, choose_strategies, read_plans, whole_model
+from splitlearn_core.plan.names import KeyTable
+from splitlearn_core.plan.splitplan import (
+    ComponentPlan,
+    SplitPlan,
+)
+from splitlearn_core.progress import logging_downloads, passing_through
+from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback
+from splitlearn_core.units import human_bytes
+
+if TYPE_CHECKING:
+    from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.pipeline import SplitCausalLM
+
+log = logging.getLogger(__name__)
+
+
+def load_components(
+    model: OpenModel, plan: SplitPlan, table: KeyTable, options: LoadOptions, progress: ProgressCallback
+) -> dict[Component, ComponentModel]:
+    """Carry a plan out: fetch, build, check, read, assign, tie. All or nothing is returned.
+
+    Raises:
+        CheckpointError: There are no weights, or they do not fit the model.
+        ConfigurationError: A device or strategy that does not exist.
+        InsufficientMemoryError: The planned bytes do not fit into memory.
+    """
+    started = time.perf_counter()
+    devices = choose_devices(plan, options)
+    origins = origins_of(model, plan, table)
+    paths = model.checkpoint.fetch_tensors(plan.infos, logging_downloads(model.name, progress))
+    read_ahead((info for info in plan.infos if info.format == SAFETENSORS), paths)
+    progress(Progress("importing"))
+    import_builders(model.family)
+    from splitlearn_core.build.component import build_component, hf_config
+
+    reads = read_plans(plan, paths, devices, whole_model(model, plan, progress))
+    strategies = choose_strategies(model, options, reads)
+    check_memory(model.name, strategies, reads)
+    if any(isinstance(strategy, WholeStrategy) for strategy in strategies.values()):
+        model.checkpoint.fetch(model.checkpoint.weight_files(), logging_downloads(model.name, progress))
+    built: dict[Component, ComponentModel] = {}
+    for part in plan.components:
+        log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
+        progress(Progress("building", part.component))
+        config = hf_config(model.family, model.config, model.name, part.dtype, options.attn_implementation)
+        built[part.component] = build_component(
+            model.family, config, part.component, part.layers, on_layer=options.on_layer
+        )
+    _check_all(model, plan.components, table, built)
+    _attach_generation_config(model, built.get(Component.TOP))
+    for component, origin in origins.items():
+        built[component].origin = origin
+    with passing_through(progress) as tell:
+        read_all(plan, reads, built, strategies, tell)
+    _tie_if_equal(built, table)
+    total = sum(read.nbytes for read in reads.values())
+    _log_ready(model.name, plan, devices, total, time.perf_counter() - started)
+    progress(Progress("ready", None, total, total))
+    return built
+
+
+def load_all(
+    model: OpenModel,
+    split_points: Sequence[int],
+    dtype: str | Mapping[Any, str],
+    options: LoadOptions,
+    progress: ProgressCallback,
+) -> SplitCausalLM:
+    """Load all three components as one generation model; raises like :func:`load_components`."""
+    check_options(model, options)
+    plan, table = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
+    parts = load_components(model, plan, table, options, progress)
+    from splitlearn_core.pipeline import SplitCausalLM
+
+    return SplitCausalLM(*(parts[component] for component in Component), mixed_dtypes=isinstance(dtype, Mapping))
+
+
+def _check_all(
+    model: OpenModel, parts: Iterable[ComponentPlan], table: KeyTable, built: Mapping[Component, ComponentModel]
+) -> None:
+    """Report at once all that is wrong with the tensors of the asked components."""
+    from splitlearn_core.build.assemble import tensor_problems
+
+    problems = list(table.problems)
+    for part in parts:
+        planned = {tensor.module_key: tensor.info for tensor in part.tensors}
+        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], planned)]
+    if problems:
+        raise mismatch(model, problems)
+
+
+def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> None:
+    """Give the top the generation settings that ``from_pretrained`` would read."""
+    path = model.checkpoint.optional_file("generation_config.json") if top is not None else None
+    if top is None or path is None:
+        return
+    from transformers import GenerationConfig
+
+    try:
+        top.generation_config = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    # Its values are checked by transformers' own code, which raises whatever comes of them.
+    except Exception as error:
+        raise InvalidCheckpointError(
+            f"{path} is no sound generation configuration: {error}", hint="mend it, or remove it for the defaults"
+        ) from error
+
+
+def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) -> None:
+    """Tie embedding and head that config ties but the file holds apart, as transformers does."""
+    if table.apart is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
+        return
+    from splitlearn_core.build.assemble import tie_if_equal
+
+    bottom, top = built[Component.BOTTOM], built[Component.TOP]
+    if (bottom.device, bottom.dtype) != (top.device, top.dtype):
+        return  # One parameter has one device and one dtype.
+    if not tie_if_equal(bottom, table.apart[0], top, table.apart[1]):
+        log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart)
+
+
+def _log_ready(name: str, plan: SplitPlan, devices: Mapping[Component, str], nbytes: int, seconds: float) -> None:
+    parts = ", ".join(f"{part.component} on {devices[part.component]} in {part.dtype}" for part in plan.components)
+    log.info("Ready: %s of %s; %s in %.2f s", parts, name, human_bytes(nbytes), seconds)

@@ -1,0 +1,112 @@
+"""Which model is meant: a name becomes a checkpoint whose family is known."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.checkpoint.strategy import (
+    WeightReader,
+)
+from splitlearn_core.errors import (
+    ConfigurationError,
+    MissingFileError,
+)
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plugins.registry import registry
+
+log = logging.getLogger(__name__)
+#: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
+BUNDLED = "bundled:"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A checkpoint whose family is known; nothing of its weights was read."""
+
+    #: The directory or repository, as the caller named it.
+    name: str
+    checkpoint: Checkpoint
+    family: ModelFamily
+    #: ``config.json``, without what it says of quantisation: components have plain weights.
+    config: Mapping[str, Any]
+
+
+def open_model(
+    model_name_or_path: str | os.PathLike[str] | None, model_type: str | None = None, **hub: Any
+) -> OpenModel:
+    """Find a checkpoint and the family that it belongs to.
+
+    Args:
+        model_name_or_path: A directory, a Hub repository, or ``bundled:MODEL_TYPE`` for the small
+            model that a plugin carries; None for the family's default.
+        model_type: What the caller says it is; None to believe ``config.json``.
+        hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
+
+    Raises:
+        ConfigurationError: Nothing is named, or ``config.json`` contradicts the model type.
+        UnknownModelTypeError: No plugin provides the model type.
+        MissingFileError: There is no such checkpoint.
+    """
+    if model_name_or_path is None:
+        if model_type is None:
+            raise ConfigurationError(
+                "neither a model nor a model type was named", hint="give model_name_or_path: a directory or a Hub id"
+            )
+        model_name_or_path = registry().family(model_type).default_model
+        if not model_name_or_path:
+            raise ConfigurationError(
+                f"the family {model_type!r} names no default model", hint="give model_name_or_path as well"
+            )
+    log.info("Resolving %s", model_name_or_path)
+    source = open_source(_unbundled(model_name_or_path), readable_suffixes=_readable_suffixes, **hub)
+    checkpoint = Checkpoint(source, _readers)
+    config = checkpoint.config
+    stated = config["model_type"]
+    if model_type is not None and model_type != stated:
+        raise ConfigurationError(
+            f"model_type {model_type!r} was asked for, but config.json of {model_name_or_path} says {stated!r}",
+            hint=f"pass model_type={stated!r}, or None to take what config.json says",
+        )
+    commit = checkpoint.source.commit
+    log.info("Found a %s model in %s%s", stated, checkpoint.source.model, f" at {commit}" if commit else "")
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), plain)
+
+
+def bundled_checkpoint(family: ModelFamily) -> Path:
+    """Return the folder of the checkpoint that a plugin carries.
+
+    Raises:
+        MissingFileError: The plugin carries none.
+    """
+    package, _, folder = family.bundled_checkpoint.partition(":")
+    if not package:
+        raise MissingFileError(
+            f"the plugin of {family.model_type!r} carries no model", hint=f"splitlearn-gpt2 does: {BUNDLED}gpt2"
+        )
+    return Path(str(resources.files(package) / folder))
+
+
+def _readers(model_type: str | None) -> list[WeightReader]:
+    """Return the readers of files that core cannot describe, those of the model type's own plugin too."""
+    family = registry().family(model_type) if model_type is not None else None
+    return [strategy for strategy in registry().strategies(family) if isinstance(strategy, WeightReader)]
+
+
+def _readable_suffixes() -> tuple[str, ...]:
+    return tuple(suffix for reader in _readers(None) for suffix in reader.suffixes)
+
+
+def _unbundled(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Resolve ``bundled:MODEL_TYPE``, a name that no directory or repository usually has."""
+    if isinstance(model, str) and model.startswith(BUNDLED):
+        return bundled_checkpoint(registry().family(model.removeprefix(BUNDLED)))
+    return model

@@ -1,0 +1,128 @@
+"""From an open model to a plan: which tensors, which bytes, for which component."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from splitlearn_core.errors import (
+    TensorMismatchError,
+)
+from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
+from splitlearn_core.plan.placement import parse_dtypes
+from splitlearn_core.plan.split import split_layers
+from splitlearn_core.plan.splitplan import (
+    SplitPlan,
+    common_dtype,
+    cut_bytes,
+    layers_without_tensors,
+    plan_components,
+    resolve_dtype,
+)
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.progress import logging_downloads
+from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, ProgressCallback, TensorInfo
+
+log = logging.getLogger(__name__)
+
+
+def make_plan(
+    model: OpenModel,
+    split_points: Sequence[int],
+    parts: Iterable[Component],
+    dtype: str | Mapping[Any, str],
+    *,
+    fetch: ProgressCallback | None = None,
+) -> tuple[SplitPlan, KeyTable]:
+    """Plan the asked components from the headers of the shards they need, and of no other.
+
+    Args:
+        model: The opened checkpoint.
+        split_points: Where to cut.
+        parts: The components to plan.
+        dtype: The dtype that is wanted, or one for each component.
+        fetch: To plan a load: fetch what is planned, too, reporting here. By default headers alone
+            are read, even on the Hub.
+
+    Raises:
+        InvalidSplitError: The split points do not cut this model.
+        CheckpointError: Files are missing or contradict themselves.
+    """
+    family, config, checkpoint = model.family, model.config, model.checkpoint
+    ranges = split_layers(family, config, split_points)
+    wishes = parse_dtypes(dtype, tuple(parts))
+    # A load wants weights: without any, asking for the weight map below says what is missing.
+    by_config = fetch is None and not (checkpoint.has_weights and checkpoint.is_describable)
+    described = tensors_of_config(model) if by_config or checkpoint.quantization else None
+    told = None if fetch is None or checkpoint.quantization else logging_downloads(model.name, fetch)
+    if told is not None:
+        checkpoint.fetch_undescribed(told)
+    keys = sorted(checkpoint.weight_map if described is None else described)
+    table = _place(model, keys, ranges)
+    wanted = sorted({key for component in wishes for key in table.sources[component].values()})
+    if told is not None:
+        log.info("Planning %s of %s, cut at %d and %d", ", ".join(wishes), model.name, *split_points)
+        if checkpoint.format != SAFETENSORS:
+            # They have no headers that could be had alone.
+            checkpoint.fetch(checkpoint.shards(wanted), told)
+    tensors = checkpoint.tensors(wanted) if described is None else described
+    if told is not None:
+        checkpoint.fetch_tensors(tensors.values(), told)
+    dtypes = {component: resolve_dtype(wish, config, tensors.values()) for component, wish in wishes.items()}
+    plan = SplitPlan(
+        model=model.name,
+        commit=checkpoint.source.commit,
+        model_type=family.model_type,
+        split_points=(ranges[Component.TRUNK].start, ranges[Component.TRUNK].end),
+        num_layers=ranges[Component.TOP].total,
+        dtype=common_dtype(dtypes.values()),
+        source="headers" if described is None else "config",
+        components=plan_components(family, config, table, ranges, tensors, dtypes),
+        tied=table.tied,
+        cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
+    )
+    return plan, table
+
+
+def wanted_keys(model: OpenModel, split_points: Sequence[int], parts: Iterable[Component]) -> list[str]:
+    """Return the checkpoint keys that components need, by the weight map alone."""
+    table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
+    return sorted({key for component in parts for key in table.sources[component].values()})
+
+
+def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable) -> None:
+    """Refuse to plan a checkpoint with tensors that have no place, or layers that have no tensors.
+
+    Raises:
+        TensorMismatchError: There are such tensors or layers; all are listed.
+    """
+    empty = layers_without_tensors(model.family, plan.components)
+    problems = [*table.problems, *(f"missing: every tensor of layer {layer}" for layer in empty)]
+    if problems:
+        raise mismatch(model, problems)
+
+
+def mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:
+    return TensorMismatchError(
+        f"the tensors of {model.name} are not those of a {model.family.model_type} model; "
+        f"{len(problems)} are wrong:\n  " + "\n  ".join(problems),
+        hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
+    )
+
+
+def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
+    """Describe the tensors that ``config.json`` implies, for a checkpoint without weights."""
+    from splitlearn_core.build.describe import describe_tensors
+
+    infos = describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
+    if not model.checkpoint.quantization:
+        return infos
+    return {key: replace(info, format=OPAQUE) for key, info in infos.items()}
+
+
+def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[Component, LayerRange]) -> KeyTable:
+    mapping = registry().map_weight_keys(model.family, model.config, keys) or map_keys(model.family, keys)
+    return place_keys(model.family, model.config, mapping, ranges)
