@@ -347,6 +347,11 @@ KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
         ),
         (spoil_config(modules_to_save=["score"]), TensorMismatchError, ["every tensor of score"]),
         (spoil_config(modules_to_save="lm_head"), ConfigurationError, ["no list"]),
+        (spoil_config(target_modules=["k_proj"]), TensorMismatchError, ["unexpected: tensors of", "q_proj"]),
+        (spoil_config(target_modules=["nothing"]), TensorMismatchError, ["unexpected: tensors of", "up_proj"]),
+        (spoil_config(target_modules=r".*layers\.[0-3]\..*_proj"), TensorMismatchError, ["model.layers.4."]),
+        (spoil_config(target_modules=r".*(_proj|lm_head)"), TensorMismatchError, ["missing: every tensor of lm_head"]),
+        (spoil_config(target_modules="(q_proj"), InvalidCheckpointError, ["PEFT cannot load"]),
         (spoil_config(r="many"), InvalidCheckpointError, ["PEFT cannot load", "adapter_config.json"]),
         (lambda adapter: (adapter / CONFIG).write_text("[]"), InvalidCheckpointError, ["no JSON object"]),
         (lambda adapter: (adapter / CONFIG).write_text("{"), InvalidCheckpointError, ["no JSON"]),
@@ -401,3 +406,79 @@ def test_the_file_says_what_peft_wants_it_to_say(plain: World, tmp_path: Path) -
 
     with safe_open(save_adapter(parts, tmp_path / "saved") / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2"])
+def test_replaced_modules_come_back(tmp_path: Path, model_type: str, tied: bool) -> None:
+    """Unloaded, weights are those of a fresh load, and a tied head is one parameter with the embedding again."""
+    first, embedding = ("c_attn", "transformer.wte") if model_type == "gpt2" else ("q_proj", "model.embed_tokens")
+    sizes = {**(GPT2 if model_type == "gpt2" else {}), "tie_word_embeddings": tied}
+    options = {"target_modules": [first], "modules_to_save": ["lm_head", embedding.rpartition(".")[2]]}
+    world = World(tmp_path, model_type, sizes, torch.float32, lora(fan_in_fan_out=model_type == "gpt2", **options))
+    parts, fresh = world.parts(), world.parts()
+    load_adapter(parts, world.adapter)
+    assert not torch.equal(parts.top.lm_head.weight, fresh.top.lm_head.weight)
+
+    unload_adapter(parts)
+
+    for part, other in zip(parts, fresh, strict=True):
+        state, expected = part.state_dict(), other.state_dict()
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert (parts.bottom.get_parameter(f"{embedding}.weight") is parts.top.lm_head.weight) == tied
+
+
+def test_a_failed_load_leaves_no_replaced_module(worlds: Callable[[str], World], tmp_path: Path) -> None:
+    """The modules that were wrapped before the failure are the model's own again."""
+    world = worlds("qwen2-one-layer")
+    adapter = Path(shutil.copytree(world.adapter, tmp_path / "adapter"))
+    spoil_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(1, 2)}))(adapter)
+    parts = world.parts()
+    kept = parts.bottom.get_input_embeddings(), parts.top.get_output_embeddings()
+
+    with pytest.raises(TensorMismatchError, match="mis-shaped"):
+        load_adapter(parts, adapter)
+
+    assert kept == (parts.bottom.get_input_embeddings(), parts.top.get_output_embeddings())
+
+
+def test_components_of_different_adapters_do_not_join(plain: World, tmp_path: Path) -> None:
+    """Nor do adapted ones and a bare one that the adapter has tensors for."""
+    other = Path(shutil.copytree(plain.adapter, tmp_path / "other"))
+    spoil_tensors(lambda tensors: tensors[KEY].add_(1))(other)
+    parts = plain.parts()
+    load_adapter([parts.bottom, parts.top], plain.adapter)
+    with pytest.raises(ConfigurationError, match="is not loaded on trunk"):
+        SplitCausalLM(*parts)
+    load_adapter(parts.trunk, other)
+
+    with pytest.raises(ConfigurationError, match="different adapters"):
+        SplitCausalLM(*parts)
+    with pytest.raises(ConfigurationError, match="different adapters"):
+        save_adapter(parts, tmp_path / "saved")
+
+
+def test_a_component_without_tensors_of_the_adapter_joins(worlds: Callable[[str], World]) -> None:
+    """The trunk has none of them: loaded or not, the model is the same."""
+    world = worlds("qwen2-one-layer")
+    parts = world.parts()
+    load_adapter([parts.bottom, parts.top], world.adapter)
+
+    assert torch.equal(logits(SplitCausalLM(*parts)), logits(world.whole()))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
+def test_modules_are_replaced_by_the_end_of_their_names(tmp_path: Path, model_type: str) -> None:
+    """PEFT takes ``norm`` for every layer's norms too, which all components have."""
+    world = World(tmp_path, model_type, {}, torch.float32, lora(target_modules=["q_proj"], modules_to_save=["norm"]))
+    parts = world.parts()
+    load_adapter(parts, world.adapter)
+
+    split = SplitCausalLM(*parts)
+    assert torch.equal(logits(split), logits(world.whole()))
+    saved = load_file(save_adapter(split, tmp_path / "saved") / WEIGHTS)
+    expected = load_file(world.adapter / WEIGHTS)
+    assert any("input_layernorm" in key for key in expected)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)

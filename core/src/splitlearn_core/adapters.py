@@ -21,7 +21,15 @@ from splitlearn_core.errors import (
     SplitLearnError,
     TensorMismatchError,
 )
-from splitlearn_core.plan.adapter import PREFIX, AdapterSlice, adapts_ends, config_problems, key_problems, slice_keys
+from splitlearn_core.plan.adapter import (
+    PREFIX,
+    AdapterSlice,
+    adapted_modules,
+    adapts_ends,
+    config_problems,
+    key_problems,
+    slice_keys,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +40,8 @@ if TYPE_CHECKING:
     Parts = ComponentModel | SplitCausalLM | Iterable[ComponentModel | None]
 
 _NAME = "default"
+#: PEFT's own name of what adapts nothing, and replaces modules alone.
+_NOTHING = "dummy-target-modules"
 #: Where a component keeps what was loaded onto it; no module of its own, so that its tensors count once.
 _ATTRIBUTE = "splitlearn_adapter"
 
@@ -94,6 +104,9 @@ def load_adapter(
     problems = key_problems(found.tensors, found.config, first.family, first.layer_range)
     if problems:
         raise _mismatch(found, problems)
+    problems = _target_problems(components, found)
+    if problems:
+        raise _mismatch(found, problems)
     loads: list[tuple[ComponentModel, _Loaded]] = []
     try:
         for component in components:
@@ -104,9 +117,8 @@ def load_adapter(
         for _, loaded in loads:
             _read(loaded)
     except BaseException:
-        for _, loaded in loads:
-            if loaded.peft is not None:
-                loaded.peft.unload()
+        for component, loaded in loads:
+            _take_off(component, loaded)
         raise
     for component, loaded in loads:
         object.__setattr__(component, _ATTRIBUTE, loaded)
@@ -130,9 +142,8 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
     components = _components(parts)
     loads = _all_loaded(components)
     adapter = loads[0].adapter
-    if any((loaded.adapter.text, loaded.adapter.tensors) != (adapter.text, adapter.tensors) for loaded in loads):
-        names = ", ".join(f"{loaded.adapter.name} on {loaded.slice.component}" for loaded in loads)
-        raise ConfigurationError(f"these are different adapters: {names}", hint="load one adapter onto all components")
+    for problem in _differences(loads):
+        raise ConfigurationError(problem, hint="load one adapter onto all components")
     tensors: dict[str, torch.Tensor] = {}
     for component, loaded in zip(components, loads, strict=True):
         tensors.update(_slice_tensors(component, loaded))
@@ -183,9 +194,34 @@ def unload_adapter(parts: Parts) -> None:
             f"{loads[0].adapter.name} has changed the model's own biases", hint="load the components anew"
         )
     for component, loaded in zip(components, loads, strict=True):
-        if loaded.peft is not None:
-            loaded.peft.base_model.unload()
+        _take_off(component, loaded)
         _forget(component)
+
+
+def adapter_mismatches(components: Iterable[ComponentModel]) -> list[str]:
+    """Say why components do not make up one model with an adapter, in words; empty where they do."""
+    parts = list(components)
+    loads = [loaded for loaded in map(_loaded, parts) if loaded is not None]
+    if not loads:
+        return []
+    adapter = loads[0].adapter
+    problems = _differences(loads)
+    bare = [
+        str(part.component)
+        for part in parts
+        if _loaded(part) is None
+        and slice_keys(adapter.tensors, adapter.config, part.family, part.component, part.layer_range).keys
+    ]
+    if bare:
+        problems.append(f"{adapter.name} is not loaded on {', '.join(bare)}, and has tensors for it")
+    return problems
+
+
+def _differences(loads: list[_Loaded]) -> list[str]:
+    if len({loaded.adapter.digest for loaded in loads}) == 1:
+        return []
+    names = ", ".join(f"{loaded.adapter.name} on {loaded.slice.component}" for loaded in loads)
+    return [f"these are different adapters: {names}"]
 
 
 def _components(parts: Parts) -> list[ComponentModel]:
@@ -221,6 +257,24 @@ def _loaded(component: ComponentModel) -> _Loaded | None:
     return loaded
 
 
+def _take_off(component: ComponentModel, loaded: _Loaded) -> None:
+    """Put back the modules that PEFT has wrapped; those it replaced as a whole, it would leave replaced."""
+    if loaded.peft is None:
+        return
+    from peft.utils import ModulesToSaveWrapper
+
+    originals = {
+        name: module.original_module
+        for name, module in component.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    loaded.peft.base_model.unload()
+    for name, module in originals.items():
+        holder, _, leaf = name.rpartition(".")
+        setattr(component.get_submodule(holder), leaf, module)
+    component.__dict__.pop("peft_config", None)
+
+
 def _forget(component: ComponentModel) -> None:
     object.__delattr__(component, _ATTRIBUTE)
     # PEFT leaves its settings behind.
@@ -235,6 +289,40 @@ def _import_peft() -> Any:
             f"adapters need the package peft: {error}", hint='pip install "splitlearn-core[peft]"'
         ) from error
     return peft
+
+
+def _target_problems(components: list[ComponentModel], adapter: AdapterFiles) -> list[str]:
+    """Hold ``target_modules`` against the tensors there are, which PEFT does when it makes its modules by them."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from splitlearn_core.build.neutral import PassLayer, Zero
+
+    given, adapted = adapter.config.get("target_modules"), adapted_modules(adapter.tensors, adapter.config)
+    if not given or given == _NOTHING or (isinstance(given, str) and given.lower() == "all-linear"):
+        return []
+    if not adapted:
+        return [f"missing: every tensor of target_modules, {given!r}"]
+    with _blaming(adapter):
+        config = _import_peft().PeftConfig.from_pretrained(str(adapter.weights.parent))
+        problems = [
+            f"unexpected: tensors of {name}, which target_modules does not name"
+            for name in adapted
+            if not check_target_module_exists(config, name)
+        ]
+        for component in components:
+            own = slice_keys(
+                adapter.tensors, adapter.config, component.family, component.component, component.layer_range
+            )
+            problems += [
+                f"missing: every tensor of {name}, which target_modules names"
+                for name, module in component.named_modules()
+                if name
+                and name not in own.targets
+                and name not in own.modules_to_save
+                and not isinstance(module, PassLayer | Zero)
+                and check_target_module_exists(config, name)
+            ]
+    return problems
 
 
 def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool) -> _Loaded:
@@ -262,8 +350,7 @@ def _narrow(config: Any, own: AdapterSlice) -> None:
     nothing, which PEFT takes for a mistake.
     """
     config.modules_to_save = list(own.modules_to_save) or None
-    # The second is PEFT's own name of what adapts nothing, and replaces modules alone.
-    config.target_modules = list(own.targets) or "dummy-target-modules"
+    config.target_modules = list(own.targets) or _NOTHING
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         setattr(config, name, None)
     for name in ("rank_pattern", "alpha_pattern"):

@@ -8,6 +8,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from splitlearn_core.adapters import adapter_mismatches
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.component import ComponentModel, named_cache, refuse_recordings
 from splitlearn_core.errors import ConfigurationError
@@ -200,6 +201,7 @@ def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentMode
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
         # Those that were made of a state dict are judged by their shape alone.
         problems += origin_mismatches([part.origin for part in given.values() if part.origin is not None], dtypes=False)
+        problems += adapter_mismatches(given.values())
     if problems:
         raise ConfigurationError(
             f"these components make up no model: {'; '.join(problems)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class AdapterFiles:
     weights: Path
     #: What the header says of all its tensors.
     tensors: Mapping[str, TensorInfo]
+    #: Of the configuration and the weights: what tells adapters of the same shape apart.
+    digest: str
 
 
 def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> AdapterFiles:
@@ -67,7 +71,15 @@ def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> Ada
         raise InvalidCheckpointError(f"{path} is no JSON: {error}", hint="fetch it anew") from error
     if not isinstance(config, dict):
         raise InvalidCheckpointError(f"{path} is no JSON object", hint="fetch it anew")
-    return AdapterFiles(name, config, text, weights, read_header(weights))
+    return AdapterFiles(name, config, text, weights, read_header(weights), _digest(text, weights))
+
+
+def _digest(text: bytes, weights: Path) -> str:
+    digest = hashlib.sha256(text)
+    with weights.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_adapter(directory: Path, config: bytes, tensors: Mapping[str, torch.Tensor]) -> Path:

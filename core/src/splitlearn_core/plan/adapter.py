@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class AdapterSlice:
     keys: tuple[str, ...]
     #: Those of them that are the model's own embedding or head, saved beside what adapts it.
     base_keys: tuple[str, ...]
-    #: Modules that the adapter replaces as a whole, of those that are here.
+    #: Modules that the adapter replaces as a whole, of those that are here, by their full names.
     modules_to_save: tuple[str, ...]
     #: Modules that the adapter adapts, of those that are here, by their full names.
     targets: tuple[str, ...]
@@ -67,12 +67,13 @@ def key_problems(keys: Iterable[str], config: Mapping[str, Any], family: ModelFa
     """Say which tensors of an adapter have no place in a model of this family and depth."""
     component_of = placement(family, ranges_around(Component.TRUNK, owned))
     names = list(keys)
+    replaced = {_saved(key, config) for key in names}
     problems = [
         f"unexpected: {key}"
         for key in names
         if not key.startswith(PREFIX) or component_of(key.removeprefix(PREFIX)) is None
     ]
-    absent = [module for module in config.get("modules_to_save") or () if not any(map(_within(module), names))]
+    absent = [name for name in config.get("modules_to_save") or () if not any(path.endswith(name) for path in replaced)]
     return problems + [f"missing: every tensor of {module}, of modules_to_save" for module in absent]
 
 
@@ -82,10 +83,10 @@ def slice_keys(
     """Pick the tensors of one component, by the layer numbers of the whole model."""
     component_of = placement(family, ranges_around(component, owned))
     own = sorted(key for key in keys if component_of(key.removeprefix(PREFIX)) == component)
-    saved = tuple(module for module in config.get("modules_to_save") or () if any(map(_within(module), own)))
+    saved = dict.fromkeys(filter(None, (_saved(key, config) for key in own)))
     base = tuple(key for key in own if key.endswith(".base_layer.weight"))
     targets = dict.fromkeys(filter(None, (_target(key, config) for key in own)))
-    return AdapterSlice(component, tuple(own), base, saved, tuple(targets))
+    return AdapterSlice(component, tuple(own), base, tuple(saved), tuple(targets))
 
 
 def adapts_ends(keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily) -> bool:
@@ -94,12 +95,23 @@ def adapts_ends(keys: Iterable[str], config: Mapping[str, Any], family: ModelFam
     return any(key.startswith(ends) and _target(key, config) for key in keys)
 
 
+def adapted_modules(keys: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules of the whole model that an adapter has tensors to adapt with, by their full names."""
+    return tuple(dict.fromkeys(filter(None, (_target(key, config) for key in sorted(keys)))))
+
+
 def _target(key: str, config: Mapping[str, Any]) -> str:
     """Return the module that a tensor adapts; empty where it replaces one, or is a bias that learned along."""
     module, found, _ = key.removeprefix(PREFIX).partition(f".{KINDS[config['peft_type']]}")
     return module if found else ""
 
 
-def _within(module: str) -> Callable[[str], bool]:
-    """Return a function that says whether a key lies within a module, named as PEFT names it: by its last parts."""
-    return lambda key: f".{module}." in f".{key}"
+def _saved(key: str, config: Mapping[str, Any]) -> str:
+    """Return the module that a tensor replaces a part of; empty where it adapts one.
+
+    PEFT takes every module whose name ends so, with or without a dot before: ``norm`` is ``input_layernorm`` too.
+    """
+    ends = tuple(config.get("modules_to_save") or ())
+    parts = [] if _target(key, config) else key.removeprefix(PREFIX).split(".")[:-1]
+    paths = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return next((path for path in paths if path.endswith(ends)), "")
