@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from splitlearn_core.checkpoint.adapter import ADAPTER_CONFIG, AdapterFiles, open_adapter, write_adapter
 from splitlearn_core.errors import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from splitlearn_core.build.component import ComponentModel
     from splitlearn_core.pipeline import SplitCausalLM
 
-    Parts = ComponentModel | SplitCausalLM | Iterable[ComponentModel | None]
+    Parts: TypeAlias = ComponentModel | SplitCausalLM | Iterable[ComponentModel | None]
 
 _NAME = "default"
 #: PEFT's own name of what adapts nothing, and replaces modules alone.
