@@ -21,7 +21,7 @@ from splitlearn_core.checkpoint.header import LENGTH_BYTES, parse_header
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 HEADERS = 100_000
-OBJECTS = 10_000
+OBJECTS = 4_000
 CHECKPOINTS = 1_500
 #: A message is for people: whatever the file holds, it stays readable.
 LONGEST_MESSAGE = 4_000

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from splitlearn_core import (
     ModelConfig,
     SplitLearnError,
 )
-from splitlearn_core.checkpoint import strategy as strategies
+from splitlearn_core.checkpoint.strategies import copied, landing
 from splitlearn_core.errors import LoadCancelledError, LoadStalledError, ManagerClosedError
 from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
@@ -348,26 +348,34 @@ def test_weights_that_may_not_be_read(single: Path, checkpoint: Callable[[str], 
 def test_memory_that_runs_out_in_the_middle(
     single: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, after: int
 ) -> None:
-    """At a tensor in the middle of the trunk; what was read before it is freed, without a collection."""
+    """At a piece in the middle of the trunk; what was allocated and read before it is freed, without a collection."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    plain = strategies._copy
+    settled: list[object] = []
+    settle, allocate = landing.HostLanding.settle, landing.fresh_memory
 
-    def copy(plan: Any, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if len(alive) == after:
+    def settle_some(self: Any, piece: Any, slot: Any) -> None:
+        if len(settled) == after:
             raise error
-        copied: torch.Tensor = plain(plan, view, dtype)
-        alive.append(weakref.ref(copied))
-        return copied
+        settled.append(None)
+        settle(self, piece, slot)
+
+    def allocate_seen(sizes: Iterable[int]) -> list[torch.Tensor]:
+        blocks = allocate(sizes)
+        alive.extend(map(weakref.ref, blocks))
+        return blocks
 
     async def act(models: AsyncModelManager) -> None:
         gc.collect()
         gc.disable()
         try:
             with monkeypatch.context() as patch:
-                patch.setattr(strategies, "_copy", copy)
+                patch.setattr(copied, "CHUNK_BYTES", 1024)
+                patch.setattr(landing.HostLanding, "settle", settle_some)
+                patch.setattr(landing, "fresh_memory", allocate_seen)
                 await fails(models, part(single, strategy="copied"), InsufficientMemoryError)
-            assert len(alive) == after
-            assert [tensor() for tensor in alive] == [None] * after
+            assert len(settled) == after
+            assert alive
+            assert [tensor() for tensor in alive] == [None] * len(alive)
         finally:
             gc.enable()
         assert (await models.load_model(part(single, strategy="copied"))).status is S.READY

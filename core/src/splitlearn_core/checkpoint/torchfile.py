@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _ZIP = b"PK\x03\x04"
 #: What torch says of a pickle that names anything but tensors and plain values. (An unsupported
 #: operand is what it finds in a file that is no pickle at all.)
-_MORE_THAN_TENSORS = re.compile(r"Unsupported (?!operand)")
+_MORE_THAN_TENSORS = re.compile(r"Unsupported (?!operand)|unsupported GLOBAL")
+#: What torch found stands behind this; before it, how to run the code of the file after all.
+_FOUND = "WeightsUnpickler error: "
 _MAX_SHOWN = 8
 
 
@@ -55,7 +57,8 @@ def open_torch_file(path: Path, *, hint: str, allow_pickle: bool = False) -> Any
         raise
     except pickle.UnpicklingError as error:
         if not allow_pickle and _MORE_THAN_TENSORS.search(str(error)):
-            reason = _line(error, _MORE_THAN_TENSORS)
+            # Torch goes on about how to trust what it names.
+            reason = _line(error, _MORE_THAN_TENSORS).partition(" Please use ")[0]
             raise CheckpointError(
                 f"{path} holds more than tensors, and opening it could run code: {reason}", hint=hint
             ) from error
@@ -126,5 +129,7 @@ def _damaged(path: Path, error: Exception) -> InvalidCheckpointError:
 
 def _line(error: Exception, words: re.Pattern[str] = re.compile("")) -> str:
     """Return the first line of a message that holds the words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and words.search(line)]
-    return lines[0][:300] if lines else ""
+    text = str(error)
+    lines = text[text.find(_FOUND) + len(_FOUND) if _FOUND in text else 0 :].splitlines()
+    found = [line.strip() for line in lines if line.strip() and words.search(line)]
+    return found[0][:300] if found else ""

@@ -24,7 +24,7 @@ from splitlearn_core.plan.splitplan import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
-from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, ProgressCallback, TensorInfo
+from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def make_plan(
     described = tensors_of_config(model) if by_config or checkpoint.quantization else None
     told = None if fetch is None or checkpoint.quantization else logging_downloads(model.name, fetch)
     if told is not None:
+        told(Progress("planning"))
         checkpoint.fetch_undescribed(told)
     keys = sorted(checkpoint.weight_map if described is None else described)
     table = _place(model, keys, ranges)

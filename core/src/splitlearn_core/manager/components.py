@@ -52,7 +52,6 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     options = LoadOptions(config.device, config.strategy, config.attn_implementation)
     check_options(model, options)
     split, table = make_plan(model, config.split_points, (component,), config.dtype, fetch=report)
-    report(Progress("planning", component))
     paths = model.checkpoint.fetch_tensors(split.infos, report)
     memory = memory_needed(model, split, options, paths)
     needs, keeps = {HOST: memory.peak, MAPPED: memory.mapped}, {HOST: memory.kept, MAPPED: memory.mapped}

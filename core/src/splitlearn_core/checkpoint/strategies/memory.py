@@ -48,7 +48,10 @@ def _block(nbytes: int) -> torch.Tensor:
     if sys.platform != "linux" or nbytes < HUGE:
         return torch.empty(nbytes, dtype=torch.uint8)
     # One huge page more than needed, to begin where one begins; what is not touched takes no memory.
-    block = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes for a tensor: {error}") from error
     start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % HUGE
     # The end that does not fill a huge page is left out: half of one would be wasted there on average.
     with suppress(OSError):  # a kernel without them: ordinary pages do

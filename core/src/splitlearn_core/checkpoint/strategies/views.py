@@ -46,8 +46,13 @@ def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
 
 def copy_to_plan(plan: ReadPlan, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Copy a view of a file to the plan's device, and convert it."""
+    import torch
+
+    if not view.is_contiguous():
+        # In the same order in memory, as transformers has it: other kernels would round differently.
+        return torch.empty_like(view, dtype=dtype, device=plan.device).copy_(view)
     copied = _target(plan, view.shape, dtype)
-    if view.nbytes <= CHUNK_BYTES or not view.is_contiguous():
+    if view.nbytes <= CHUNK_BYTES:
         return copied.copy_(view)
     source, target = view.view(-1), copied.view(-1)
     elements = CHUNK_BYTES // view.element_size()
