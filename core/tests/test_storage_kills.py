@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core import save_split, verify_saved
+from splitlearn_core import ConfigurationError, Progress, merge_split, save_split, verify_saved
+from splitlearn_core.storage import replacing as swap
 from splitlearn_core.storage.replacing import recover, replacing
 
 pytestmark = [
@@ -115,16 +116,73 @@ def test_without_an_exchange_the_next_save_puts_it_back(llama: Any, single: Path
 
 
 def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
-    """Two saves to one place: the second does not take the first one's files for leftovers."""
+    """Two saves to one place: the second is refused, and leaves the first one's files alone."""
     target = tmp_path / "out"
-    with replacing(target) as first:
+    with replacing(target, None) as first:
         (first / "one").write_text("1")
-        recover(target)
-        with replacing(target) as second:
-            (second / "two").write_text("2")
-        assert (target / "two").exists()
+        assert recover(target)
+        with pytest.raises(ConfigurationError, match="somebody else is writing"), replacing(target, None):
+            pass
         assert (first / "one").exists()
     assert [path.name for path in target.iterdir()] == ["one"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("there", ["nothing", "split", "merged"])
+def test_what_appears_meanwhile_is_not_removed(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, there: str
+) -> None:
+    """A foreign folder, in the place of nothing or of the earlier split: the save is refused, the folder stays."""
+    out = tmp_path / "out"
+    if not exchange:
+        monkeypatch.setattr(swap, "_rename", lambda one, other, flag: False)
+    save_split(single, tmp_path / "parts", (2, 4))
+    if there == "split":
+        save_split(single, out, (2, 4))
+
+    def appear(progress: Progress) -> None:
+        if progress.stage in ("saving", "merging") and not (out / "thesis.txt").exists():
+            if out.exists():
+                out.rename(tmp_path / "aside")
+            out.mkdir()
+            (out / "thesis.txt").write_text("mine")
+
+    with pytest.raises(ConfigurationError, match="somebody else changed it"):
+        if there == "merged":
+            merge_split(tmp_path / "parts", out=out, progress=appear)
+        else:
+            save_split(single, out, (1, 3), overwrite=True, progress=appear)
+
+    assert (out / "thesis.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_appears_in_the_last_moment_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """Between the last look and the swap: what came out is looked at again."""
+    out = tmp_path / "out"
+    out.mkdir()
+    real, looks = swap.snapshot, []
+
+    def look(target: Path) -> Any:
+        found = real(target)
+        looks.append(target)
+        if len(looks) == 1:
+            (out / "thesis.txt").write_text("mine")
+        return found
+
+    earlier = real(out)
+    monkeypatch.setattr(swap, "snapshot", look)
+    if not exchange:
+        monkeypatch.setattr(swap, "_exchange", lambda one, other: False)
+
+    with pytest.raises(ConfigurationError, match="somebody else changed it"), replacing(out, earlier) as fresh:
+        (fresh / "new").write_text("new")
+
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
 
 

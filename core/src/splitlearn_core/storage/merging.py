@@ -12,7 +12,7 @@ from splitlearn_core.progress import passing_through, reporting
 from splitlearn_core.storage.checking import configuration_problems, tensors_of, tie_problems
 from splitlearn_core.storage.directory import SplitDirectory, file_problems
 from splitlearn_core.storage.manifest import MANIFEST
-from splitlearn_core.storage.replacing import replacing
+from splitlearn_core.storage.replacing import replacing, snapshot
 from splitlearn_core.storage.weights import Tensor, index_of, pack, parse_size
 from splitlearn_core.storage.writing import check_room, copy_durably, range_pieces, write_text, write_weights
 from splitlearn_core.types import Component, Progress, ProgressCallback
@@ -45,6 +45,7 @@ def merge_split(
         InsufficientDiskError: It does not fit.
     """
     target, limit = Path(out), parse_size(max_shard_size)
+    earlier = snapshot(target)
     if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         raise ConfigurationError(
             f"{target} is there: it is not overwritten", hint="choose a directory that does not exist yet"
@@ -56,7 +57,7 @@ def merge_split(
     total = sum(file.nbytes for file in files)
     check_room(target, total + sum(path.stat().st_size for path in small.values()))
     done = 0
-    with reporting(progress) as report, passing_through(report) as tell, replacing(target) as folder:
+    with reporting(progress) as report, passing_through(report) as tell, replacing(target, earlier) as folder:
         for file in files:
 
             def count(nbytes: int, name: str = file.name) -> None:

@@ -18,7 +18,7 @@ from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.progress import logging_downloads, passing_through, reporting
 from splitlearn_core.storage.directory import SplitDirectory, is_split_directory
 from splitlearn_core.storage.manifest import MANIFEST, FileRecord, Manifest, is_plain_name, render_manifest
-from splitlearn_core.storage.replacing import replacing
+from splitlearn_core.storage.replacing import Snapshot, replacing, snapshot
 from splitlearn_core.storage.weights import Tensor, WeightFile, index_of, pack, parse_size
 from splitlearn_core.storage.writing import (
     check_room,
@@ -97,6 +97,7 @@ def save_split(
         CheckpointError: The source is not what it has to be.
     """
     target, limit = Path(out), parse_size(max_shard_size)
+    earlier = snapshot(target)
     check_target(target, overwrite=overwrite)
     with reporting(progress) as report:
         if not isinstance(source, str | os.PathLike):
@@ -124,7 +125,7 @@ def save_split(
 
                 saved = parts_converted(model, split_points, asked, str(dtype), report)
         with passing_through(report) as tell:
-            _save(saved, target, limit, tell)
+            _save(saved, target, earlier, limit, tell)
     return SplitDirectory.open(target)
 
 
@@ -196,7 +197,7 @@ def _stored(info: TensorInfo, path: Path) -> Tensor:
     return Tensor(info.key, info.dtype, info.shape, info.nbytes, pieces)
 
 
-def _save(parts: Sequence[Part], target: Path, limit: int, tell: ProgressCallback) -> None:
+def _save(parts: Sequence[Part], target: Path, earlier: Snapshot, limit: int, tell: ProgressCallback) -> None:
     """Write all components beside the target, and let them take its place."""
     files = {part.origin.component: pack(part.tensors, limit) for part in parts}
     total = sum(file.nbytes for each in files.values() for file in each)
@@ -204,7 +205,7 @@ def _save(parts: Sequence[Part], target: Path, limit: int, tell: ProgressCallbac
     check_room(target, total + small)
     together = tuple(part.origin.component for part in parts)
     done = 0
-    with replacing(target) as folder:
+    with replacing(target, earlier) as folder:
         for part in parts:
             component = part.origin.component
             here = folder / component
