@@ -343,6 +343,20 @@ def test_a_damaged_directory_is_described(single: Path, tmp_path: Path) -> None:
         load_component(out, "top")
 
 
+def test_a_changed_byte_does_not_come_into_a_checkpoint(single: Path, tmp_path: Path) -> None:
+    """A merge reads every byte anyway, and holds it against the manifest."""
+    out = tmp_path / "out"
+    save_split(single, out, CUTS)
+    weights = bytearray((out / "trunk/model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (out / "trunk/model.safetensors").write_bytes(weights)
+
+    with pytest.raises(InvalidCheckpointError, match=r"trunk/model\.safetensors is not what was saved"):
+        merge_split(out, out=tmp_path / "merged")
+
+    assert sorted(path.name for path in tmp_path.iterdir() if "merged" in path.name) == []
+
+
 def test_ends_with_different_values_of_a_tied_tensor_are_refused(tied: Path, tmp_path: Path) -> None:
     """One tensor, two values: nothing says which is meant."""
     ends: Any = load_split_model("llama", CUTS, tied, parts=["bottom"], strategy="copied")

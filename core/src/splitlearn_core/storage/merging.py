@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.progress import passing_through, reporting
-from splitlearn_core.storage.checking import configuration_problems, tensors_of, tie_problems
+from splitlearn_core.storage.checking import configuration_problems, hash_problems, tensors_of, tie_problems
 from splitlearn_core.storage.directory import SplitDirectory, file_problems
 from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.storage.replacing import replacing, snapshot
@@ -58,6 +58,8 @@ def merge_split(
     check_room(target, total + sum(path.stat().st_size for path in small.values()))
     done = 0
     with reporting(progress) as report, passing_through(report) as tell, replacing(target, earlier) as folder:
+        _check_hashes(split, tell)
+
         for file in files:
 
             def count(nbytes: int, name: str = file.name) -> None:
@@ -72,6 +74,24 @@ def merge_split(
         for name, path in small.items():
             copy_durably(path, folder / name)
     return target
+
+
+def _check_hashes(split: SplitDirectory, tell: ProgressCallback) -> None:
+    """Hold every file against its manifest; raises InvalidCheckpointError."""
+    total = sum(record.size for saved in split.components.values() for record in saved.manifest.files.values())
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        tell(Progress("hashing", None, done, total))
+
+    problems = [problem for saved in split.components.values() for problem in hash_problems(saved, count)]
+    if problems:
+        raise InvalidCheckpointError(
+            f"these components are not what was saved: {'; '.join(problems)}",
+            hint="copy the component anew, or save it again",
+        )
 
 
 def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
