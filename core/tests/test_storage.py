@@ -370,6 +370,65 @@ def test_ends_with_different_values_of_a_tied_tensor_are_refused(tied: Path, tmp
     assert "different values" in " ".join(verify_saved(tmp_path / "bottom", tmp_path / "rest").problems)
 
 
+def test_a_component_with_other_modules_is_not_saved(single: Path, tmp_path: Path) -> None:
+    """An adapter, a module too many, one too few, a resized embedding: words, and the good split stays."""
+    out = tmp_path / "out"
+    save_split(single, out, CUTS)
+    before = files_of(out)
+
+    def adapt(parts: Any) -> None:
+        layer = parts.trunk.model.layers[2].mlp
+        layer.up_proj.base_layer = torch.nn.Linear(4, 4)
+
+    def add(parts: Any) -> None:
+        parts.trunk.extra = torch.nn.Linear(4, 4)
+
+    def remove(parts: Any) -> None:
+        del parts.top.lm_head
+
+    def resize(parts: Any) -> None:
+        weight = parts.bottom.model.embed_tokens.weight
+        parts.bottom.model.embed_tokens.weight = torch.nn.Parameter(weight[:-1].clone())
+
+    for change, message in (
+        (adapt, "there is an adapter on the trunk"),
+        (add, r"extra\.weight is not in the checkpoint"),
+        (remove, r"lm_head\.weight is missing"),
+        (resize, r"embed_tokens\.weight is \[\d+, \d+\], and \["),
+    ):
+        parts = load_split_model("llama", CUTS, single, strategy="copied")
+        change(parts)
+        with pytest.raises(ConfigurationError, match=message):
+            save_split(parts, out, overwrite=True)
+        assert files_of(out) == before
+
+
+def test_strided_tensors_of_a_bin_file_are_saved(single: Path, tmp_path: Path) -> None:
+    """A view with steps is written as the values that it has."""
+    state = load_file(single / "model.safetensors")
+    expected = content(single)
+    (single / "model.safetensors").unlink()
+    strided = {}
+    for key, tensor in state.items():
+        wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] * 2)
+        wide[..., ::2] = tensor
+        strided[key] = wide[..., ::2]
+    torch.save(strided, single / "pytorch_model.bin")
+
+    save_split(single, tmp_path / "out", CUTS)
+
+    assert content(merge_split(tmp_path / "out", out=tmp_path / "merged")) == expected
+
+
+def test_a_source_without_generation_settings_is_converted(single: Path, tmp_path: Path) -> None:
+    """Then the top has none either."""
+    (single / "generation_config.json").unlink()
+
+    save_split(single, tmp_path / "out", CUTS, dtype="bfloat16")
+
+    assert verify_saved(tmp_path / "out").sound
+
+
 def test_components_of_unknown_origin_are_not_saved(whole: Any, tmp_path: Path) -> None:
     """A component from a state dict says nowhere how the model was cut."""
     from splitlearn_core import ModelRegistry

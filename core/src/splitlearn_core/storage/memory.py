@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.build.component import ComponentModel, build_component, hf_config
 from splitlearn_core.checkpoint.torchfile import read_state_dict
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading import LoadOptions, OpenModel, load_components, make_plan
@@ -28,13 +28,18 @@ _NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 
+#: How PEFT calls its own tensors, and the modules that it puts around those of the model.
+_OF_ADAPTERS = ("lora_", "ia3_", "hada_", "lokr_")
+_ADAPTED = {"base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"}
+_MAX_SHOWN = 8
+
 
 def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in chunks; of one on another device, a chunk at a time is copied here."""
     flat = tensor.detach().reshape(-1)
     elements = CHUNK_BYTES // tensor.element_size()
     for start in range(0, flat.numel(), elements):
-        piece: Any = flat[start : start + elements].cpu().view(torch.uint8).numpy()
+        piece: Any = flat[start : start + elements].cpu().contiguous().view(torch.uint8).numpy()
         yield memoryview(piece)
 
 
@@ -88,7 +93,42 @@ def parts_in_memory(
             f"these components cannot be saved: {'; '.join(problems)}",
             hint="save components that load_split_model or load_component made, of one checkpoint and one split",
         )
+    for component in components:
+        _refuse_changed(component)
     return [_part(component, {}) for component in components]
+
+
+def _refuse_changed(component: ComponentModel) -> None:
+    """Refuse to save what is not the module of the checkpoint any more: nobody could load it.
+
+    Raises:
+        ConfigurationError: There is an adapter on it, or tensors are missing, added or of other shapes.
+    """
+    origin = component.origin
+    if origin is None:
+        return
+    names = component.state_dict()
+    if any(name.split(".")[-1].startswith(_OF_ADAPTERS) or _ADAPTED & set(name.split(".")) for name in names):
+        raise ConfigurationError(
+            f"there is an adapter on the {component.component}, and a saved component has none",
+            hint="save the adapter with save_adapter, or put it into the weights first: merge_and_unload",
+        )
+    config = hf_config(component.family, origin.config, origin.model, origin.dtype)
+    plain = build_component(component.family, config, component.component, component.layer_range).state_dict()
+    problems = [f"{name} is missing" for name in plain.keys() - names.keys()]
+    problems += [f"{name} is not in the checkpoint" for name in names.keys() - plain.keys()]
+    problems += [
+        f"{name} is {list(names[name].shape)}, and {list(plain[name].shape)} by the checkpoint"
+        for name in names.keys() & plain.keys()
+        if names[name].shape != plain[name].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
+        raise ConfigurationError(
+            f"the {component.component} has not the tensors it was loaded with: "
+            f"{'; '.join(sorted(problems)[:_MAX_SHOWN])}{more}",
+            hint="undo the change of its modules, and save it then; its values may be any",
+        )
 
 
 def _components(source: Any) -> list[ComponentModel]:
