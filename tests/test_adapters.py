@@ -482,3 +482,29 @@ def test_modules_are_replaced_by_the_end_of_their_names(tmp_path: Path, model_ty
     assert any("input_layernorm" in key for key in expected)
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[key], expected[key]) for key in saved)
+
+
+@pytest.mark.parametrize("target", [None, 3, "a_file", "a_folder", "stale"])
+def test_where_no_adapter_is_saved(plain: World, tmp_path: Path, target: Any) -> None:
+    """Beside other files it could not be told what is of it."""
+    (tmp_path / "a_file").write_text("x")
+    for folder, file in (("a_folder", "notes.txt"), ("stale", "adapter_model.bin")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("x")
+    parts = plain.parts()
+    load_adapter(parts, plain.adapter)
+
+    with pytest.raises(ConfigurationError) as caught:
+        save_adapter(parts, tmp_path / target if isinstance(target, str) else target)
+
+    assert caught.value.hint
+    assert not list(tmp_path.glob("*/.adapter*"))
+
+
+def test_an_earlier_adapter_is_replaced(plain: World, tmp_path: Path) -> None:
+    """The folder that PEFT wrote, and its own."""
+    parts = plain.parts()
+    load_adapter(parts, plain.adapter)
+
+    for _ in range(2):
+        save_adapter(parts, plain.adapter)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from splitlearn_core import (
     ConfigurationError,
@@ -18,6 +18,7 @@ from splitlearn_core import (
     ModelFactory,
     ModelRegistry,
     SplitCausalLM,
+    TensorMismatchError,
     load_split_model,
     plan_split,
 )
@@ -192,7 +193,9 @@ def test_the_classic_registry() -> None:
     assert ModelRegistry.is_model_registered("llama")
 
 
-@pytest.mark.parametrize("layers", [(4, 2), (-1, 2), (0, 7), ("2", 4), (2, 4.0), (True, 4)], ids=str)
+@pytest.mark.parametrize(
+    "layers", [(4, 2), (-1, 2), (0, 7), (0, 4), (2, 6), (None, 4), ("2", 4), (2, 4.0), (True, 4)], ids=str
+)
 def test_a_component_of_no_such_layers(whole: Any, layers: tuple[Any, Any]) -> None:
     """Out of range, or no number at all: one kind of error."""
     trunk = ModelRegistry.get_model_class("llama", "trunk")
@@ -210,6 +213,72 @@ def test_what_is_no_state_dict(whole: Any, wrong: Any) -> None:
 
     with pytest.raises(ConfigurationError, match="no mapping from names to tensors"):
         trunk.from_pretrained_split(wrong, whole.config, start_layer=2, end_layer=4)
+
+
+def trunk_of(state: Any, config: Any) -> Any:
+    return ModelRegistry.get_model_class("llama", "trunk").from_pretrained_split(
+        state, config, start_layer=2, end_layer=4
+    )
+
+
+def test_a_config_may_be_the_values_of_its_file(whole: Any) -> None:
+    """A mapping becomes the family's own class; the component is the same."""
+    expected = trunk_of(whole.state_dict(), whole.config)(torch.ones(1, 3, 32))
+
+    assert torch.equal(trunk_of(whole.state_dict(), whole.config.to_dict())(torch.ones(1, 3, 32)), expected)
+
+
+@pytest.mark.parametrize("config", [None, "tiny", 3, GPT2Config(), {"num_hidden_layers": "many"}], ids=repr)
+def test_what_is_no_config(whole: Any, config: Any) -> None:
+    """Another family's, or none at all."""
+    with pytest.raises(ConfigurationError) as caught:
+        trunk_of(whole.state_dict(), config)
+
+    assert caught.value.hint
+
+
+def test_tensors_of_several_dtypes_are_refused(whole: Any) -> None:
+    """What is mixed is named; those of other components do not matter."""
+    state = dict(whole.state_dict())
+    state["model.layers.0.mlp.up_proj.weight"] = state["model.layers.0.mlp.up_proj.weight"].half()
+    trunk_of(state, whole.config)
+    state["model.layers.2.mlp.up_proj.weight"] = state["model.layers.2.mlp.up_proj.weight"].half()
+
+    with pytest.raises(ConfigurationError, match=r"float16: model\.layers\.2\.mlp\.up_proj\.weight"):
+        trunk_of(state, whole.config)
+
+
+def test_tensors_without_memory_are_the_callers(whole: Any) -> None:
+    """Not an error of ours to be reported."""
+    with pytest.raises(ConfigurationError, match="meta device"):
+        trunk_of({key: tensor.to("meta") for key, tensor in whole.state_dict().items()}, whole.config)
+
+
+def test_whole_numbers_are_no_weights(whole: Any) -> None:
+    """The tensors are named, and no configuration is blamed."""
+    with pytest.raises(TensorMismatchError, match="mis-typed") as caught:
+        trunk_of({key: tensor.to(torch.int32) for key, tensor in whole.state_dict().items()}, whole.config)
+
+    assert "transformers cannot make" not in str(caught.value)
+
+
+def test_limits_are_a_mapping(single: Path) -> None:
+    """A size alone does not say of which device."""
+    with pytest.raises(ConfigurationError, match="no mapping"):
+        load_split_model("llama", CUTS, single, max_memory="10GiB")  # type: ignore[arg-type]
+
+
+def test_both_names_of_a_dtype(single: Path) -> None:
+    """One dtype, by torch's object and by its name."""
+    parts: Any = ModelFactory.create_split_models("llama", single, *CUTS, dtype="float16", torch_dtype=torch.float16)
+
+    assert parts.trunk.dtype == torch.float16
+
+
+def test_a_storage_path_is_a_path(single: Path) -> None:
+    """A number is none."""
+    with pytest.raises(ConfigurationError, match="storage_path is 3"):
+        ModelFactory.create_split_models("llama", single, *CUTS, storage_path=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import is_accelerate_available
 
-from splitlearn_core import CheckpointError, ConfigurationError, LoadCancelledError, load_split_model, plan_split
+from splitlearn_core import (
+    CheckpointError,
+    ConfigurationError,
+    LoadCancelledError,
+    load_split_model,
+    plan_split,
+    save_split,
+)
 from splitlearn_core.build.skeleton import BUILD_LOCK
 from splitlearn_core.build.whole import alone
 from splitlearn_core.loading import LoadOptions, make_plan, memory_needed, open_model
@@ -205,3 +212,15 @@ def test_a_model_that_lacks_a_tensor_is_refused(single: Path) -> None:
 
     assert lost in str(caught.value)
     assert json.loads((single / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_saved_component_is_no_whole_model(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before transformers is asked, which would make the rest up; ``auto`` still reads it."""
+    save_split(single, tmp_path / "out", CUTS, parts=["trunk"])
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    folder = next(path.parent for path in (tmp_path / "out").rglob("config.json"))
+
+    with pytest.raises(ConfigurationError, match="trunk only, no whole model"):
+        load_split_model("llama", CUTS, folder, parts=["trunk"], strategy="whole")
+
+    assert load_split_model("llama", CUTS, folder, parts=["trunk"]).trunk is not None

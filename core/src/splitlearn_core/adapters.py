@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from splitlearn_core.checkpoint.adapter import ADAPTER_CONFIG, AdapterFiles, open_adapter, write_adapter
+from splitlearn_core.checkpoint.adapter import (
+    ADAPTER_CONFIG,
+    AdapterFiles,
+    check_adapter_target,
+    open_adapter,
+    write_adapter,
+)
 from splitlearn_core.errors import (
     ConfigurationError,
     InvalidCheckpointError,
@@ -67,7 +73,7 @@ def load_adapter(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> None:
-    """Load an adapter of the whole model onto components; each reads its own tensors and no others.
+    """Load an adapter of the whole model onto components; each holds its own tensors and no others.
 
     The components are changed in place and keep their class: they are called as before, and make up
     a :class:`SplitCausalLM` as before. Needs ``pip install "splitlearn-core[peft]"``.
@@ -131,14 +137,16 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
 
     Args:
         parts: All components that the adapter has tensors for.
-        directory: Where to write; made where it is not there.
+        directory: Where to write: a new or empty folder, or one that holds an adapter, which is replaced.
 
     Returns:
         The directory, from which PEFT loads the adapter onto the whole model.
 
     Raises:
-        ConfigurationError: Components without an adapter, with different ones, or too few of them.
+        ConfigurationError: Components without an adapter, with different ones, or too few of them; or the
+            directory is no folder, or holds something else.
     """
+    target = check_adapter_target(directory)
     components = _components(parts)
     loads = _all_loaded(components)
     adapter = loads[0].adapter
@@ -154,7 +162,7 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
             f"{held} hold {len(tensors)} of the adapter's {len(adapter.tensors)} tensors; missing: {_some(missing)}",
             hint="give all three components",
         )
-    return write_adapter(Path(directory), adapter.text, tensors)
+    return write_adapter(target, adapter.text, tensors)
 
 
 def merge_and_unload(parts: Parts) -> None:

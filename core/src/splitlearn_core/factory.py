@@ -72,10 +72,12 @@ class ModelFactory:
             SplitLearnError: As there; arguments that contradict each other are a ConfigurationError.
         """
         problems = []
-        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        if dtype is not None and torch_dtype is not None and _dtype_names(dtype) != _dtype_names(torch_dtype):
             problems.append(f"dtype is {dtype!r} and torch_dtype, its old name, {torch_dtype!r}")
         if low_memory and strategy not in (AUTO, _LOW_MEMORY):
             problems.append(f"low_memory means strategy {_LOW_MEMORY!r}, and strategy is {strategy!r}")
+        if storage_path is not None and not isinstance(storage_path, str | os.PathLike):
+            problems.append(f"storage_path is {storage_path!r}, no path")
         if auto_save and storage_path is None:
             problems.append("auto_save is given, and no storage_path to save to")
         if problems:
@@ -103,6 +105,13 @@ class ModelFactory:
         from splitlearn_core.storage.keeping import create_kept
 
         return create_kept(Path(storage_path), model_type, model_name_or_path, points, loading, hub, save=auto_save)
+
+
+def _dtype_names(dtype: Any) -> Any:
+    """Return dtypes by their names alone: ``torch.float16`` and ``float16`` are one."""
+    if isinstance(dtype, Mapping):
+        return {str(part): _dtype_names(one) for part, one in dtype.items()}
+    return str(dtype).removeprefix("torch.")
 
 
 class ModelRegistry:

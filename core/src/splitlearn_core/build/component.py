@@ -58,11 +58,12 @@ class ComponentModel(PreTrainedModel):
         Args:
             full_state_dict: Tensors by checkpoint key or module key. Those of the component become
                 its parameters, not copies of them.
-            config: The whole model's Hugging Face configuration.
+            config: The whole model's Hugging Face configuration, or the values of its ``config.json``.
             start_layer: The component's first layer; 0 for a bottom.
             end_layer: One past its last; the number of layers for a top.
 
         Raises:
+            ConfigurationError: No state dict or configuration; tensors without memory, or of several dtypes.
             InvalidSplitError: There are no such layers.
             TensorMismatchError: Tensors are missing, unexpected or mis-shaped; all are listed.
         """

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems
-from splitlearn_core.build.component import ComponentModel, build_component
+from splitlearn_core.build.component import ComponentModel, architecture_class, build_component, hf_config
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import map_keys, place_keys
 from splitlearn_core.plan.split import ranges_around
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
+_MAX_SHOWN = 3
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
@@ -33,10 +34,13 @@ def component_from_state_dict(
         raise ConfigurationError(
             "full_state_dict is no mapping from names to tensors", hint="give model.state_dict() of the whole model"
         )
+    config = _config(family, config)
     ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
     table = place_keys(family, config.to_dict(), map_keys(family, state_dict), ranges)
     sources = table.sources[component]
-    first = next(state_dict[key] for key in sources.values()) if sources else torch.empty(0)
+    tensors = {key: state_dict[key] for key in sources.values()}
+    _refuse_unusable(tensors)
+    first = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
     own_config = copy.deepcopy(config)
     own_config.dtype = first.dtype
     built = build_component(family, own_config, component, ranges[component])
@@ -55,15 +59,52 @@ def component_from_state_dict(
     return built
 
 
+def _config(family: ModelFamily, config: Any) -> Any:
+    """Return the configuration as the family's own class has it; a mapping is what ``config.json`` says."""
+    if isinstance(config, Mapping):
+        return hf_config(family, config, "the given config", "float32")
+    expected = architecture_class(family).config_class
+    if not isinstance(expected, type) or not isinstance(config, expected):
+        raise ConfigurationError(
+            f"config is a {type(config).__name__}, no configuration of a {family.model_type} model",
+            hint="give model.config of the whole model, or the values of its config.json as a mapping",
+        )
+    return config
+
+
+def _refuse_unusable(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors without memory, and those of several dtypes: a component has one."""
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ConfigurationError(
+            f"{len(empty)} tensors of full_state_dict are on the meta device, and have no memory: {_some(empty)}",
+            hint="load the weights first, and give the state dict of that model",
+        )
+    dtypes: dict[torch.dtype, list[str]] = {}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            dtypes.setdefault(tensor.dtype, []).append(key)
+    if len(dtypes) > 1:
+        mixed = "; ".join(f"{dtype}: {_some(keys)}" for dtype, keys in dtypes.items())
+        raise ConfigurationError(
+            f"the component's tensors are of several dtypes: {mixed}",
+            hint="convert them to one: {key: tensor.to(dtype) for key, tensor in state_dict.items()}",
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_MAX_SHOWN]) + (f" and {len(keys) - _MAX_SHOWN} more" if len(keys) > _MAX_SHOWN else "")
+
+
 def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[Component, LayerRange]:
     """Cut the model so that the component has the asked layers."""
     first = 0 if start is None else _layer_number(start)
     last = total if end is None else _layer_number(end)
-    fits = {Component.BOTTOM: first == 0, Component.TRUNK: True, Component.TOP: last == total}
+    fits = {Component.BOTTOM: first == 0, Component.TRUNK: first > 0 and last < total, Component.TOP: last == total}
     if not (0 <= first < last <= total and fits[component]):
         raise InvalidSplitError(
             f"a {component} of layers [{first}, {last}) does not fit a model of {total} layers",
-            hint="a bottom begins at layer 0, a top ends with the last, and each has at least one layer",
+            hint="a bottom begins at layer 0, a top ends with the last, a trunk lies between; none is empty",
         )
     return ranges_around(component, LayerRange(first, last, total))
 

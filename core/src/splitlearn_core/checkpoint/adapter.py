@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.header import read_header
 from splitlearn_core.checkpoint.source import open_source
-from splitlearn_core.errors import InvalidCheckpointError, MissingFileError
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.types import TensorInfo
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
+#: What PEFT's save_pretrained leaves, and core's own.
+_OWN_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"})
 _CHUNK = 1 << 20
 
 
@@ -80,6 +82,26 @@ def _digest(text: bytes, weights: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_adapter_target(directory: Any) -> Path:
+    """Return the folder that an adapter is to be written to: a new or empty one, or that of an earlier adapter.
+
+    Raises:
+        ConfigurationError: It is none, or holds other files, which would lie beside the adapter as if they were of it.
+    """
+    hint = "give a new or empty folder, or that of an earlier adapter"
+    if not isinstance(directory, str | os.PathLike):
+        raise ConfigurationError(f"{directory!r} is no path to save an adapter to", hint=hint)
+    target = Path(directory)
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise ConfigurationError(f"{target} is no folder to save an adapter to", hint=hint)
+    foreign = sorted(path.name for path in target.iterdir() if path.name not in _OWN_FILES)
+    if foreign:
+        raise ConfigurationError(f"{target} holds other files than an adapter: {', '.join(foreign[:3])}", hint=hint)
+    return target
 
 
 def write_adapter(directory: Path, config: bytes, tensors: Mapping[str, torch.Tensor]) -> Path:

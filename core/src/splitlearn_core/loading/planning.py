@@ -94,6 +94,13 @@ def wanted_keys(model: OpenModel, split_points: Sequence[int], parts: Iterable[C
     return sorted({key for component in parts for key in table.sources[component].values()})
 
 
+def parts_without_layers(model: OpenModel, split_points: Sequence[int]) -> list[Component]:
+    """Return the components none of whose layers has a tensor in the checkpoint, by the weight map alone."""
+    table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
+    prefix = f"{model.family.base}.{model.family.layers}."
+    return [part for part in Component if not any(key.startswith(prefix) for key in table.sources[part])]
+
+
 def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable) -> None:
     """Refuse to plan a checkpoint with tensors that have no place, or layers that have no tensors.
 

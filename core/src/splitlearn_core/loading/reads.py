@@ -21,7 +21,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions, choose_devices
-from splitlearn_core.loading.planning import tensors_of_config
+from splitlearn_core.loading.planning import parts_without_layers, tensors_of_config
 from splitlearn_core.memory import available_memory
 from splitlearn_core.plan.splitplan import (
     MemoryNeeds,
@@ -85,7 +85,16 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
             waiting=lambda: progress(Progress("reading")),
         )
 
-    return WholeModel(measure, load)
+    return WholeModel(measure, load, lambda: _missing(model, plan))
+
+
+def _missing(model: OpenModel, plan: SplitPlan) -> str:
+    """Say which parts a checkpoint has no layers of, so that transformers would make them up."""
+    if plan.source != "headers" or not model.checkpoint.is_describable:
+        return ""
+    absent = parts_without_layers(model, plan.split_points)
+    held = [str(component) for component in Component if component not in absent]
+    return f"{model.name} holds {', '.join(held) or 'no component'} only, no whole model" if absent else ""
 
 
 def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]) -> MemoryNeeds:

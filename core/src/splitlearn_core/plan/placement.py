@@ -78,6 +78,11 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[s
     """
     budgets: dict[str, int] = {}
     problems = []
+    if max_memory is not None and not isinstance(max_memory, Mapping):
+        raise ConfigurationError(
+            f"max_memory is {max_memory!r}, no mapping from devices to sizes",
+            hint='give {0: "10GiB", "cpu": "30GiB"}: numbers of bytes, or texts',
+        )
     for device, size in (max_memory or {}).items():
         if device == "disk":
             problems.append("'disk' holds no component: on the CPU, mapped weights are pages of their file already")

@@ -25,10 +25,20 @@ class WholeModel:
     Args:
         measure: Says how many bytes of this machine's memory it takes.
         load: Loads it, and returns its tensors by module key, on the CPU.
+        missing: Says why there is no whole model to load; empty where there is one.
     """
 
-    def __init__(self, measure: Callable[[], int], load: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        self._measure, self._load = measure, load
+    def __init__(
+        self,
+        measure: Callable[[], int],
+        load: Callable[[], Mapping[str, torch.Tensor]],
+        missing: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._measure, self._load, self._missing = measure, load, missing
+
+    @cached_property
+    def missing(self) -> str:
+        return self._missing()
 
     @cached_property
     def nbytes(self) -> int:

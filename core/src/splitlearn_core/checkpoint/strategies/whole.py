@@ -31,7 +31,7 @@ class WholeStrategy:
         others = sorted(plan.formats() - {SAFETENSORS, PYTORCH, OPAQUE})
         if others:
             return f"transformers is not asked to read {', '.join(others)} files"
-        return "" if plan.whole is not None else "the plan does not say how the whole model is loaded"
+        return plan.whole.missing if plan.whole is not None else "the plan does not say how the whole model is loaded"
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
         kept = sum(loaded_nbytes(tensor, plan.dtype) for tensor in plan.tensors) if plan.device == "cpu" else 0
