@@ -320,6 +320,37 @@ def test_a_pipeline_of_two_sources_is_refused(single: Path, tied: Path) -> None:
         SplitCausalLM(one.bottom, other.trunk, one.top)
 
 
+def test_sources_that_differ_in_values_alone_are_told_apart(single: Path, tmp_path: Path) -> None:
+    """Equal names, shapes and configuration: a sample of the values tells, in memory, on a merge and by verify."""
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(single, other)
+    changed = {key: tensor + 1 for key, tensor in load_file(single / "model.safetensors").items()}
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
+    save_split(single, tmp_path / "ends", CUTS, parts=["bottom", "top"])
+    save_split(other, tmp_path / "trunk", CUTS, parts=["trunk"])
+    both = (tmp_path / "ends", tmp_path / "trunk")
+    one: Any = load_split_model("llama", CUTS, single)
+    two: Any = load_split_model("llama", CUTS, other)
+
+    with pytest.raises(ConfigurationError, match=r"the values of model\.safetensors differ"):
+        SplitCausalLM(one.bottom, two.trunk, one.top)
+    with pytest.raises(ConfigurationError, match=r"the values of model\.safetensors differ"):
+        load_split_directory(*both)
+    with pytest.raises(ConfigurationError, match=r"the values of model\.safetensors differ"):
+        merge_split(*both, out=tmp_path / "merged")
+    assert "values of model.safetensors differ" in " ".join(verify_saved(*both).problems)
+
+    # What was saved of components in memory knows the sample of its source, and older manifests have none.
+    save_split(two.trunk, tmp_path / "trained")
+    assert "differ" in " ".join(verify_saved(tmp_path / "ends", tmp_path / "trained").problems)
+    path = tmp_path / "trunk/trunk" / MANIFEST
+    source = {name: value for name, value in json.loads(path.read_text())["source"].items() if name != "samples"}
+    spoil_manifest(path.parent, source=source)
+    load_split_directory(*both)
+
+
 def test_a_damaged_directory_is_described(single: Path, tmp_path: Path) -> None:
     """All faults at once: a changed byte, a short file, a lost component, a strange file."""
     out = tmp_path / "out"

@@ -39,6 +39,9 @@ class Origin:
     ties: tuple[str, ...] = field(default=(), compare=False)
     #: Module key -> the name under which the checkpoint has the tensor.
     keys: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    #: Weight file of the source -> a hash of a few of its values; see :mod:`.checkpoint.sample`. Only of
+    #: files that the component reads, and that were here as a whole.
+    samples: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     #: The values of the checkpoint's ``config.json``.
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -62,7 +65,7 @@ def fingerprint(config: Mapping[str, Any], keys: Iterable[str]) -> str:
     """Tell a checkpoint by its configuration and the names of its tensors, in hexadecimal digits.
 
     It needs no weights, and so is the same whichever component is loaded. Checkpoints that differ
-    in nothing but values have the same one; commits, and hashes in manifests, tell those apart.
+    in nothing but values have the same one; commits, and samples of values, tell those apart.
     """
     values = {name: value for name, value in config.items() if name not in _INCIDENTAL}
     return hashlib.sha256(json.dumps([values, sorted(keys)], sort_keys=True).encode()).hexdigest()
@@ -85,6 +88,19 @@ def origin_mismatches(origins: Sequence[Origin], *, dtypes: bool = True) -> list
         problems += [
             f"{what} differs: {one} ({first}), {two} ({other})" for what, (one, two) in facts.items() if one != two
         ]
+    return problems + _sample_mismatches(origins)
+
+
+def _sample_mismatches(origins: Sequence[Origin]) -> list[str]:
+    """Say which components read files of one name that hold different values."""
+    first: dict[str, tuple[Origin, str]] = {}
+    problems = []
+    for origin in origins:
+        for name, sample in origin.samples.items():
+            other, theirs = first.setdefault(name, (origin, sample))
+            if sample != theirs:
+                problems.append(f"the values of {name} differ: {other}, {origin}")
+                break
     return problems
 
 

@@ -49,8 +49,8 @@ def load_components(
     """
     started = time.perf_counter()
     devices = choose_devices(plan, options)
-    origins = origins_of(model, plan, table)
     paths = model.checkpoint.fetch_tensors(plan.infos, logging_downloads(model.name, progress))
+    origins = origins_of(model, plan, table, paths)
     read_ahead((info for info in plan.infos if info.format == SAFETENSORS), paths)
     progress(Progress("importing"))
     import_builders(model.family)

@@ -61,7 +61,12 @@ def render_manifest(manifest: Manifest) -> str:
     values = {
         "format": FORMAT,
         "format_version": VERSION,
-        "source": {"model": origin.model, "commit": origin.commit, "fingerprint": origin.fingerprint},
+        "source": {
+            "model": origin.model,
+            "commit": origin.commit,
+            "fingerprint": origin.fingerprint,
+            "samples": dict(sorted(origin.samples.items())),
+        },
         "model_type": origin.model_type,
         "plugin": {"distribution": origin.plugin, "version": origin.plugin_version},
         "core_version": manifest.core_version,
@@ -156,6 +161,7 @@ class _Reader:
             layers=layers,
             dtype=dtype,
             ties=self._texts("ties"),
+            samples=self._samples(source.get("samples", {})),
         )
         together = tuple(self._component(name, "saved_with") for name in self._texts("saved_with"))
         manifest = Manifest(
@@ -196,6 +202,15 @@ class _Reader:
         if "config.json" not in records or not any(name.endswith(".safetensors") for name in records):
             self._problems.append("files lacks config.json or the weights")
         return records
+
+    def _samples(self, value: Any) -> dict[str, str]:
+        """Read the samples of the source's values, which older manifests have not."""
+        if not isinstance(value, dict):
+            self._problems.append(f"source.samples is {_short(value)}, no object")
+            return {}
+        wrong = [name for name, text in value.items() if not isinstance(text, str) or not _SHA256.fullmatch(text)]
+        self._problems += [f"source.samples: that of {_short(name)} is no SHA-256" for name in wrong]
+        return value if not wrong else {}
 
     def _object(self, name: str) -> dict[str, Any]:
         value = self._values.get(name)

@@ -155,7 +155,7 @@ def _parts_of_checkpoint(
     keys = {part: {t.info.key for t in plan.component(part).tensors} | set(together[part]) for part in asked}
     infos = checkpoint.tensors(sorted(set().union(*keys.values())))
     paths = checkpoint.fetch_tensors(infos.values(), logging_downloads(model.name, report))
-    origins = origins_of(model, plan, table)
+    origins = origins_of(model, plan, table, paths)
     parts = []
     for component in asked:
         own = sorted((infos[key] for key in keys[component]), key=lambda info: (info.shard, info.begin, info.key))
