@@ -233,12 +233,87 @@ def test_what_is_there_is_not_overwritten(single: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="already"):
         save_split(single, out, CUTS)
 
-    saved = save_split(single, out, (1, 3), parts=["top"], overwrite=True)
+    saved = save_split(single, out, (1, 3), overwrite=True)
 
-    assert [str(name) for name in saved.components] == ["top"]
-    assert [path.name for path in out.iterdir()] == ["top"]
+    assert {each.manifest.origin.split_points for each in saved.components.values()} == {(1, 3)}
     with pytest.raises(ConfigurationError, match="not overwritten"):
         merge_split(out, out=single)
+
+
+def test_overwriting_a_part_keeps_the_others(single: Path, tied: Path, tmp_path: Path) -> None:
+    """Where they belong to it; else nothing is written, and nothing is lost."""
+    out = tmp_path / "out"
+    save_split(single, out, CUTS)
+    before = files_of(out)
+    parts: Any = load_split_model("llama", CUTS, single, parts=["trunk"], strategy="copied")
+    with torch.no_grad():
+        parts.trunk.model.layers[2].mlp.up_proj.weight.add_(1)
+
+    saved = save_split(parts, out, overwrite=True)
+
+    after = files_of(out)
+    assert [str(name) for name in saved.components] == list(NAMES)
+    assert {name for name in before if before[name] != after.get(name)} >= {"trunk/model.safetensors"}
+    assert all(name.startswith("trunk/") for name in before if before[name] != after.get(name))
+    assert verify_saved(out).sound
+    for source, cuts, dtype in ((single, (1, 3), "auto"), (tied, CUTS, "auto"), (single, CUTS, "bfloat16")):
+        with pytest.raises(ConfigurationError, match="holds bottom, top as well"):
+            save_split(source, out, cuts, parts=["trunk"], dtype=dtype, overwrite=True)
+        assert files_of(out) == after
+
+
+def test_what_lies_beside_a_component_is_not_overwritten(single: Path, tmp_path: Path) -> None:
+    """An adapter that was saved into its folder, say; and a manifest that cannot be read says nothing."""
+    out = tmp_path / "out"
+    save_split(single, out, CUTS)
+    (out / "trunk/adapter").mkdir()
+    with pytest.raises(ConfigurationError, match="trunk/adapter was not saved with it"):
+        save_split(single, out, CUTS, overwrite=True)
+    (out / "trunk/adapter").rmdir()
+    (out / "trunk" / MANIFEST).write_text("{}")
+    with pytest.raises(ConfigurationError, match="nothing says what is its own"):
+        save_split(single, out, CUTS, overwrite=True)
+    assert (out / "trunk/model.safetensors").exists()
+
+
+def test_quantised_weights_are_not_copied(cli: Any, single: Path, tmp_path: Path, edit_json: Any) -> None:
+    """Said before anything is planned, and by a dry run as well."""
+    edit_json(single / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ConfigurationError, match=r"quantised \(fp8\)") as caught:
+        save_split(single, tmp_path / "out", CUTS)
+    assert "--dtype" in caught.value.hint
+    assert cli("split", single, "--split", "2", "4", "--out", tmp_path / "out", "--dry-run")[0] == 1
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(cli: Any, single: Path, tmp_path: Path) -> None:
+    """A place that is taken, one below a file, a size that is none."""
+    (tmp_path / "afile").write_text("")
+    for options in (("--out", single), ("--out", tmp_path / "afile/x"), ("--out", "y", "--max-shard-size", "z")):
+        for dry in ((), ("--dry-run",)):
+            code, _, err = cli("split", single, "--split", "2", "4", *options, *dry)
+            assert (code, "hint" in err) == (1, True), err
+
+
+def test_what_is_no_path_is_refused(single: Path, tmp_path: Path) -> None:
+    """In words."""
+    for wrong in (None, 3):
+        for act in (
+            lambda: load_component(wrong),  # type: ignore[arg-type]  # noqa: B023
+            lambda: merge_split(wrong, out=tmp_path / "out"),  # type: ignore[arg-type]  # noqa: B023
+            lambda: merge_split(single, out=wrong),  # type: ignore[arg-type]  # noqa: B023
+            lambda: save_split(single, wrong, CUTS),  # type: ignore[arg-type]  # noqa: B023
+        ):
+            with pytest.raises(ConfigurationError, match=f"is {wrong}"):
+                act()
+
+
+def test_verify_says_what_it_does_not_do(cli: Any, single: Path, tmp_path: Path) -> None:
+    """No directory, and options that mean nothing for saved components."""
+    save_split(single, tmp_path / "out", CUTS)
+    code, _, err = cli("verify", tmp_path / "nosuch")
+    assert (code, "there is no directory" in err) == (2, True)
+    code, _, err = cli("verify", tmp_path / "out", "--device", "cpu")
+    assert (code, "--device" in err) == (2, True)
 
 
 def test_a_raising_callback_stops_and_leaves_nothing(single: Path, tmp_path: Path) -> None:
@@ -398,6 +473,8 @@ def test_ends_with_different_values_of_a_tied_tensor_are_refused(tied: Path, tmp
 
     with pytest.raises(ConfigurationError, match="different values"):
         merge_split(tmp_path / "bottom", tmp_path / "rest", out=tmp_path / "merged")
+    with pytest.raises(ConfigurationError, match="different values"):
+        load_split_directory(tmp_path / "bottom", tmp_path / "rest")
     assert "different values" in " ".join(verify_saved(tmp_path / "bottom", tmp_path / "rest").problems)
 
 

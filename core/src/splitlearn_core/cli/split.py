@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +18,11 @@ from splitlearn_core.units import human_bytes
 @click.option("--out", required=True, metavar="DIR", help="The directory to make.")
 @click.option("--parts", default="bottom,trunk,top", show_default=True, help="The components to save.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Weights above it are sharded.")
-@click.option("--force", is_flag=True, help="Take the place of a split that was saved before.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Take the place of a split that was saved before; parts of it that are not saved anew stay.",
+)
 @dry_run_option
 @json_option
 def command(
@@ -38,13 +43,18 @@ def command(
     """
     from splitlearn_core.loading import open_model
     from splitlearn_core.plan.splitplan import parse_parts
-    from splitlearn_core.storage.saving import save_split
+    from splitlearn_core.storage.saving import check_source, check_target, save_split
+    from splitlearn_core.storage.weights import parse_size
 
     if not isinstance(dtype, str):
         raise click.BadParameter("give one dtype for all components", param_hint="--dtype")
     names = [part.strip() for part in parts.split(",")]
     if dry_run:
-        print_fetch(open_model(model, **others), split_points, dtype, parts=parse_parts(names), as_json=as_json)
+        parse_size(max_shard_size)
+        check_target(Path(out), overwrite=force)
+        opened = open_model(model, **others)
+        check_source(opened, dtype)
+        print_fetch(opened, split_points, dtype, parts=parse_parts(names), as_json=as_json)
         return
     saved = save_split(
         model, out, split_points, parts=names, dtype=dtype, max_shard_size=max_shard_size, overwrite=force, **others

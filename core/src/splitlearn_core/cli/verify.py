@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from splitlearn_core.cli.fetching import print_fetch
 from splitlearn_core.cli.options import (
@@ -45,6 +47,15 @@ def command(
     if split_points is None:
         if dry_run:
             raise click.UsageError("--dry-run goes with --split: saved components are here already")
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("dtype", *others)
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        ]
+        if given:
+            raise click.UsageError(
+                f"{', '.join(given)}: for a comparison with --split; files are held against manifests"
+            )
         ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
     from splitlearn_core.loading import open_model
     from splitlearn_core.progress import reporting
@@ -69,6 +80,8 @@ def _verify_saved(directory: str, *, as_json: bool) -> bool:
     from splitlearn_core.storage.checking import verify_saved
     from splitlearn_core.storage.directory import holds_components
 
+    if not Path(directory).is_dir():
+        raise click.UsageError(f"there is no directory {directory}")
     if not holds_components(directory):
         raise click.UsageError(f"{directory} holds no saved components: to compare a model, give --split A B")
     with reporting(None) as report:

@@ -48,7 +48,7 @@ class SplitDirectory:
             ConfigurationError: Two directories hold the same component.
         """
         found: dict[Component, SavedComponent] = {}
-        for directory in map(Path, directories):
+        for directory in (as_path(each, "the directory") for each in directories):
             for folder in _component_folders(directory):
                 saved = SavedComponent(folder, read_manifest(folder))
                 component = saved.manifest.component
@@ -69,6 +69,13 @@ class SplitDirectory:
     def mismatches(self) -> list[str]:
         """Say why the components do not belong together."""
         return origin_mismatches([saved.manifest.origin for saved in self.components.values()])
+
+
+def as_path(given: Any, what: str) -> Path:
+    """Take a path from a caller; raises ConfigurationError where it is none."""
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        raise ConfigurationError(f"{what} is {given!r}", hint="give the path of a directory")
+    return Path(given)
 
 
 def is_split_directory(path: Path) -> bool:
@@ -228,7 +235,14 @@ def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
     if (bottom.device, bottom.dtype) != (top.device, top.dtype):
         return  # One parameter has one device and one dtype.
     if origin is not None and family.config_value(origin.config, "tie_word_embeddings"):
-        tie_if_equal(bottom, f"{family.base}.{family.embedding}.weight", top, f"{family.head}.weight")
+        embedding = f"{family.base}.{family.embedding}.weight"
+        equal = tie_if_equal(bottom, embedding, top, f"{family.head}.weight")
+        # A checkpoint may hold both apart, whatever it says; one that holds one tensor for both has one value.
+        if not equal and top.origin is not None and origin.keys.get(embedding) in {*origin.ties} & {*top.origin.ties}:
+            raise ConfigurationError(
+                f"{origin.keys[embedding]} is one tensor for bottom and top, and they hold different values of it",
+                hint="give ends that were saved together, or load each alone with load_component",
+            )
 
 
 def load_saved(

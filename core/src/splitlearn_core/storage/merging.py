@@ -10,9 +10,10 @@ from typing import Literal
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.progress import passing_through, reporting
 from splitlearn_core.storage.checking import configuration_problems, hash_problems, tensors_of, tie_problems
-from splitlearn_core.storage.directory import SplitDirectory, file_problems
+from splitlearn_core.storage.directory import SplitDirectory, as_path, file_problems
 from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.storage.replacing import replacing, snapshot
+from splitlearn_core.storage.saving import check_place
 from splitlearn_core.storage.weights import Tensor, index_of, pack, parse_size
 from splitlearn_core.storage.writing import check_room, copy_durably, range_pieces, write_text, write_weights
 from splitlearn_core.types import Component, Progress, ProgressCallback
@@ -44,7 +45,8 @@ def merge_split(
         CheckpointError: There are none, or their files are not those that were saved.
         InsufficientDiskError: It does not fit.
     """
-    target, limit = Path(out), parse_size(max_shard_size)
+    target, limit = as_path(out, "out"), parse_size(max_shard_size)
+    check_place(target)
     earlier = snapshot(target)
     if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         raise ConfigurationError(

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading import OpenModel, make_plan, open_model, origins_of, refuse_misfit
-from splitlearn_core.origin import Origin
+from splitlearn_core.origin import Origin, origin_mismatches
 from splitlearn_core.plan.names import companions
 from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.progress import logging_downloads, passing_through, reporting
-from splitlearn_core.storage.directory import SplitDirectory, is_split_directory
+from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, as_path, is_split_directory
 from splitlearn_core.storage.manifest import MANIFEST, FileRecord, Manifest, is_plain_name, render_manifest
 from splitlearn_core.storage.replacing import Snapshot, replacing, snapshot
 from splitlearn_core.storage.weights import Tensor, WeightFile, index_of, pack, parse_size
 from splitlearn_core.storage.writing import (
     check_room,
     copy_durably,
+    link_durably,
     range_pieces,
     write_text,
     write_weights,
@@ -83,7 +84,8 @@ def save_split(
         parts: The components to save, of a checkpoint.
         dtype: ``auto`` for as it is stored. Another one loads the components to convert them.
         max_shard_size: Weights above this size are sharded: ``5GB``, or bytes.
-        overwrite: Take the place of a split that was saved before. Nothing else is ever overwritten.
+        overwrite: Take the place of a split that was saved before; its components that are not saved
+            anew stay where they belong to the new ones. Nothing else is ever overwritten.
         model_type: What the caller expects the checkpoint to be.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
         progress: Called with each :class:`Progress`; it may raise to stop. None for a bar on a terminal.
@@ -96,7 +98,7 @@ def save_split(
         InsufficientDiskError: It does not fit.
         CheckpointError: The source is not what it has to be.
     """
-    target, limit = Path(out), parse_size(max_shard_size)
+    target, limit = as_path(out, "out"), parse_size(max_shard_size)
     earlier = snapshot(target)
     check_target(target, overwrite=overwrite)
     with reporting(progress) as report:
@@ -118,19 +120,22 @@ def save_split(
             report(Progress("resolving"))
             model = open_model(source, model_type, **hub)
             asked = parse_parts(parts)
+            check_source(model, dtype)
             if dtype == "auto":
                 saved = _parts_of_checkpoint(model, split_points, asked, report)
             else:
                 from splitlearn_core.storage.memory import parts_converted
 
                 saved = parts_converted(model, split_points, asked, str(dtype), report)
+        kept = _kept(target, saved)
         with passing_through(report) as tell:
-            _save(saved, target, earlier, limit, tell)
+            _save(saved, kept, target, earlier, limit, tell)
     return SplitDirectory.open(target)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse to overwrite what is not an earlier split; raises ConfigurationError."""
+    check_place(target)
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         return
     if not is_split_directory(target):
@@ -143,6 +148,62 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             f"{target} holds a saved split already",
             hint="choose another directory, or overwrite it: overwrite=True, --force",
         )
+    try:
+        components = SplitDirectory.open(target).components.values()
+    except InvalidCheckpointError as error:
+        raise ConfigurationError(
+            f"{target} is not overwritten, for nothing says what is its own: {error.message}",
+            hint="choose another directory, or remove this one",
+        ) from error
+    foreign = [
+        str(entry)
+        for each in components
+        for entry in sorted(each.folder.iterdir())
+        if entry.name not in (MANIFEST, *each.manifest.files)
+    ]
+    if foreign:
+        raise ConfigurationError(
+            f"{target} is not overwritten: {', '.join(foreign[:8])} was not saved with it and would be lost",
+            hint="move that elsewhere, or choose another directory",
+        )
+
+
+def check_place(target: Path) -> None:
+    """Refuse a directory below something that is none; raises ConfigurationError."""
+    there = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ConfigurationError(
+            f"{target} cannot be made: {there} is no directory", hint="choose a path whose folders are folders"
+        )
+
+
+def check_source(model: OpenModel, dtype: str | torch.dtype) -> None:
+    """Refuse to copy quantised weights as they are stored; raises ConfigurationError."""
+    if dtype == "auto" and model.checkpoint.quantization:
+        raise ConfigurationError(
+            f"{model.name} is quantised ({model.checkpoint.quantization}), and components have plain weights",
+            hint="give the dtype to save it in: dtype='bfloat16', --dtype bfloat16",
+        )
+
+
+def _kept(target: Path, parts: Sequence[Part]) -> list[SavedComponent]:
+    """Find the components of an earlier split that are not saved anew, and so stay.
+
+    Raises:
+        ConfigurationError: They do not belong to those that are saved.
+    """
+    if not is_split_directory(target):
+        return []
+    names = {part.origin.component for part in parts}
+    kept = [each for name, each in SplitDirectory.open(target).components.items() if name not in names]
+    problems = origin_mismatches([*(part.origin for part in parts), *(each.manifest.origin for each in kept)])
+    if kept and problems:
+        lost = ", ".join(each.manifest.component for each in kept)
+        raise ConfigurationError(
+            f"{target} holds {lost} as well, which would not belong to what is saved: {'; '.join(problems)}",
+            hint="save all three components, or choose another directory",
+        )
+    return kept
 
 
 def _parts_of_checkpoint(
@@ -197,7 +258,14 @@ def _stored(info: TensorInfo, path: Path) -> Tensor:
     return Tensor(info.key, info.dtype, info.shape, info.nbytes, pieces)
 
 
-def _save(parts: Sequence[Part], target: Path, earlier: Snapshot, limit: int, tell: ProgressCallback) -> None:
+def _save(
+    parts: Sequence[Part],
+    kept: Sequence[SavedComponent],
+    target: Path,
+    earlier: Snapshot,
+    limit: int,
+    tell: ProgressCallback,
+) -> None:
     """Write all components beside the target, and let them take its place."""
     files = {part.origin.component: pack(part.tensors, limit) for part in parts}
     total = sum(file.nbytes for each in files.values() for file in each)
@@ -206,6 +274,10 @@ def _save(parts: Sequence[Part], target: Path, earlier: Snapshot, limit: int, te
     together = tuple(part.origin.component for part in parts)
     done = 0
     with replacing(target, earlier) as folder:
+        for each in kept:
+            (folder / each.manifest.component).mkdir()
+            for name in (MANIFEST, *each.manifest.files):
+                link_durably(each.folder / name, folder / each.manifest.component / name)
         for part in parts:
             component = part.origin.component
             here = folder / component

@@ -108,6 +108,14 @@ def copy_durably(source: Path, target: Path) -> FileRecord:
     return write_durably(target, range_pieces(source, 0, size)(), lambda _: None)
 
 
+def link_durably(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system knows no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        copy_durably(source, target)
+
+
 def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> FileRecord:
     """Hash a file in chunks."""
     digest, size = hashlib.sha256(), 0
