@@ -21,6 +21,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
+from splitlearn_core.storage.directory import holds_components
 
 log = logging.getLogger(__name__)
 #: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
@@ -67,6 +68,11 @@ def open_model(
             )
     log.info("Resolving %s", model_name_or_path)
     source = open_source(_unbundled(model_name_or_path), readable_suffixes=_readable_suffixes, **hub)
+    if not source.has_config and source.commit is None and holds_components(source.model):
+        raise MissingFileError(
+            f"{source.model} is a split that was saved, and not a model: it holds components, each a folder",
+            hint="use load_split_directory or load_component, or make a model of it: splitlearn merge DIR --out OUT",
+        )
     checkpoint = Checkpoint(source, _readers)
     config = checkpoint.config
     stated = config["model_type"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from splitlearn_core.errors import (
+    InvalidCheckpointError,
     TensorMismatchError,
 )
 from splitlearn_core.loading.opening import OpenModel
@@ -24,6 +25,8 @@ from splitlearn_core.plan.splitplan import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
+from splitlearn_core.storage.directory import read_manifest
+from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -106,11 +109,26 @@ def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable) -> None:
 
     Raises:
         TensorMismatchError: There are such tensors or layers; all are listed.
+        InvalidCheckpointError: It is one saved component, and others were asked for.
     """
     empty = layers_without_tensors(model.family, plan.components)
     problems = [*table.problems, *(f"missing: every tensor of layer {layer}" for layer in empty)]
     if problems:
+        _refuse_saved(model, plan)
         raise mismatch(model, problems)
+
+
+def _refuse_saved(model: OpenModel, plan: SplitPlan) -> None:
+    """Say that a folder holds one saved component, where others were asked for; raises InvalidCheckpointError."""
+    path = model.checkpoint.optional_file(MANIFEST)
+    if path is None:
+        return
+    saved = read_manifest(path.parent).component
+    if tuple(part.component for part in plan.components) != (saved,):
+        raise InvalidCheckpointError(
+            f"{path.parent} is a saved {saved}, and not a whole model",
+            hint=f"ask for the {saved} alone, or load it with load_component; splitlearn verify checks it",
+        )
 
 
 def mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:
