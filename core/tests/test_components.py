@@ -212,11 +212,51 @@ def test_components_of_other_dtypes_are_refused(parts: Any) -> None:
         SplitCausalLM(*parts)
 
 
-def test_a_saved_component_still_fits(parts: Any, tmp_path: Path) -> None:
-    """Saving writes the configuration's dtype as text; the components are the same as before."""
-    parts.top.save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_component_is_not_saved_as_a_whole_model(parts: Any, name: str, tmp_path: Path) -> None:
+    """transformers would load it, and make up the other layers."""
+    with pytest.raises(ConfigurationError, match="not saved") as caught:
+        getattr(parts, name).save_pretrained(tmp_path / "saved")
+
+    assert "save_split" in caught.value.hint
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_vocabulary_is_not_resized(parts: Any) -> None:
+    """Refused before anything changes."""
+    for model in (*parts, SplitCausalLM(*parts)):
+        with pytest.raises(ConfigurationError, match="resized"):
+            model.resize_token_embeddings(200)
 
     assert SplitCausalLM(*parts)(input_ids=IDS).logits.shape == (1, 5, 101)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrong", ["foo", "atention_mask", "labels", "inputs_embeds"])
+def test_unknown_arguments_are_refused(parts: Any, name: str, wrong: str) -> None:
+    """As Python refuses them; the Hugging Face class would ignore them silently."""
+    if (name, wrong) in {("top", "labels"), ("bottom", "inputs_embeds")}:
+        return
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'"):
+        call(parts, name, **{wrong: None})
+
+
+def test_what_transformers_passes_on_is_taken(parts: Any) -> None:
+    """By tokenizers, the trainer and generate, whether the family makes use of it or not."""
+    for name in NAMES:
+        call(parts, name, cache_position=torch.arange(5), token_type_ids=None, output_attentions=False)
+    assert call(parts, "top", labels=IDS, num_items_in_batch=4).loss > 0
+
+
+def test_token_ids_are_no_hidden_states(parts: Any) -> None:
+    """Nor the other way round."""
+    for part in (parts.trunk, parts.top):
+        with pytest.raises(ConfigurationError, match="takes no token ids"):
+            part(IDS)
+    with pytest.raises(ConfigurationError, match="takes no hidden_states"):
+        parts.bottom(hidden_states=torch.ones(1, 5, 32))
+    with pytest.raises(ConfigurationError, match="input_ids are"):
+        parts.bottom(torch.ones(1, 5, 32))
 
 
 def test_a_split_model_is_not_saved_as_one(parts: Any, tmp_path: Path) -> None:

@@ -152,6 +152,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             hint="save its components, each into a folder of its own: save_split(model, DIR)",
         )
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the embedding and the head are two components'."""
+        raise ConfigurationError(
+            "the vocabulary of a split model cannot be resized",
+            hint="resize the whole model with transformers, save it, and split the result",
+        )
+
     def _part_of(self, cache: Cache | None, component: ComponentModel) -> PartCache | None:
         if cache is None:
             return None

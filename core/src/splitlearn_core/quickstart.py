@@ -144,7 +144,8 @@ def load_split_model(
         dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored. A mapping
             gives each component its own; ``SplitCausalLM(..., mixed_dtypes=True)`` joins such components.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
-        strategy: ``auto``, ``mapped``, ``copied``, ``incremental``, ``whole``, or one that a plugin adds.
+        strategy: ``auto``, the cheapest that can; ``mapped``, ``copied``, ``incremental``, ``whole``, or one
+            that a plugin adds.
         progress: Called with each :class:`Progress`; None for a bar where stderr is a terminal,
             False for neither.
         attn_implementation: ``eager``, ``sdpa``, ...; by default what transformers chooses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -10,7 +11,8 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, utils
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
@@ -22,6 +24,10 @@ from splitlearn_core.origin import Origin
 from splitlearn_core.types import Component, LayerRange
 
 _MASK_DIMENSIONS = 2
+#: What transformers hands on to attention kernels and losses, by its own list.
+_KERNELS = frozenset(getattr(getattr(utils, "TransformersKwargs", None), "__annotations__", ())) | frozenset(
+    FlashAttentionKwargs.__annotations__
+)
 
 
 class ComponentModel(PreTrainedModel):
@@ -44,6 +50,7 @@ class ComponentModel(PreTrainedModel):
             super().__init__(config)
         self.layer_range = layer_range
         _check_names(self, self.family)
+        self._keywords = _keywords(self)
 
     @classmethod
     def from_pretrained_split(
@@ -100,6 +107,20 @@ class ComponentModel(PreTrainedModel):
             f"a {self.component} alone cannot generate", hint="use SplitCausalLM(bottom, trunk, top).generate(...)"
         )
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a component in such a file is a checkpoint whose other layers transformers makes up."""
+        raise ConfigurationError(
+            f"a {self.component} is not saved as a checkpoint of the whole model",
+            hint="save it as a component: save_split(component, DIR)",
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the embedding and the head, which may be another component's, are of one size."""
+        raise ConfigurationError(
+            f"the vocabulary of a {self.component} alone cannot be resized",
+            hint="resize the whole model with transformers, save it, and split the result",
+        )
+
     def _forward_arguments(
         self,
         kwargs: dict[str, Any],
@@ -113,6 +134,9 @@ class ComponentModel(PreTrainedModel):
         for name, instead in (("use_cache", "past_key_values=component.new_cache()"), ("return_dict", "nothing")):
             if name in kwargs:
                 raise ConfigurationError(f"a component takes no {name}", hint=f"give {instead} instead")
+        for name in kwargs:
+            if name not in self._keywords:
+                raise TypeError(f"{self.component}.forward() got an unexpected keyword argument {name!r}")
         if attention_mask is not None and attention_mask.dim() != _MASK_DIMENSIONS:
             raise ConfigurationError(
                 f"attention_mask has {attention_mask.dim()} dimensions; components take [batch, past + sequence]",
@@ -132,6 +156,13 @@ class ComponentModel(PreTrainedModel):
             self.cache_argument: past_key_values,
             "use_cache": past_key_values is not None,
         }
+
+    def _check_states(self, hidden_states: torch.Tensor) -> None:
+        if not hidden_states.is_floating_point():
+            raise ConfigurationError(
+                f"hidden_states are {hidden_states.dtype}; a {self.component} takes no token ids",
+                hint="give what the component before it returned; token ids go to the bottom",
+            )
 
 
 class _Bottom(ComponentModel):
@@ -157,6 +188,10 @@ class _Bottom(ComponentModel):
         Returns:
             Hidden states ``[batch, sequence, hidden]``.
         """
+        if "hidden_states" in kwargs:
+            raise ConfigurationError("a bottom takes no hidden_states", hint="give input_ids, or inputs_embeds")
+        if input_ids is not None and input_ids.is_floating_point():
+            raise ConfigurationError(f"input_ids are {input_ids.dtype}", hint="give embeddings as inputs_embeds")
         arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
         output = self.base_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
@@ -183,6 +218,7 @@ class _Trunk(ComponentModel):
         Returns:
             Hidden states ``[batch, sequence, hidden]``.
         """
+        self._check_states(hidden_states)
         arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
         output = self.base_model(inputs_embeds=hidden_states, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
@@ -214,6 +250,7 @@ class _Top(ComponentModel):
             ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
             the cache.
         """
+        self._check_states(hidden_states)
         arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
         output = super().forward(
             inputs_embeds=hidden_states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
@@ -221,6 +258,21 @@ class _Top(ComponentModel):
         return CausalLMOutputWithPast(
             loss=output.loss, logits=output.logits, **{CACHE_FIELD: arguments[self.cache_argument]}
         )
+
+
+def _keywords(model: Any) -> frozenset[str]:
+    """Return the names that the Hugging Face class knows what to do with; it would ignore others silently."""
+    named = [model.base_model.forward]
+    if model.component == Component.TOP:
+        named += [architecture_class(model.family).forward, model.loss_function]
+    names = {
+        name
+        for function in named
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    # What tokenizers and generate give, whether the family makes use of it or not; and what goes to the kernels.
+    return frozenset({*names, *_KERNELS, "cache_position", "token_type_ids"} - {"self", "input_ids", "inputs_embeds"})
 
 
 def named_cache(kwargs: dict[str, Any], past_key_values: Cache | None) -> Cache | None:
