@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from collections.abc import Callable
@@ -177,6 +178,10 @@ def fp8(single: Path, edit_json: Callable[..., None]) -> Path:
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_checkpoint_is_dequantised_by_transformers(fp8: Path) -> None:
     """Nobody has to name the strategy: nothing else reads it."""
+    try:
+        importlib.import_module("transformers.integrations.finegrained_fp8")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"this version of transformers needs {error.name} to read fp8 weights: they were NOT tested")
     expected = AutoModelForCausalLM.from_pretrained(fp8).state_dict()
 
     parts = load_split_model("llama", CUTS, fp8)
