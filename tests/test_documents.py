@@ -18,8 +18,12 @@ DOCUMENTS = (
     "docs/operating-the-manager.md",
     "docs/saved-components.md",
 )
-#: PEFT up to 0.21 uses a name that transformers 5.23 has renamed.
-PEFT_SAYS = ("-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+#: PEFT up to 0.21 uses a name that transformers 5.23 has renamed; 0.18 looks for a configuration that no model
+#: has which was never saved.
+PEFT_SAYS = (
+    "-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "-W", "ignore:Could not find a config file:UserWarning",
+)  # fmt: skip
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
