@@ -30,7 +30,7 @@ from splitlearn_core import (
     plan_split,
 )
 from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
-from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 
 REPO = "someone/tiny"
 SPLIT = (2, 4)
@@ -45,18 +45,6 @@ Cli = Callable[..., CompletedProcess[str]]
 
 def load(**options: Any) -> Any:
     return load_split_model(None, options.pop("split", SPLIT), options.pop("model", REPO), **options)
-
-
-def weights_equal(one: Any, other: Any) -> bool:
-    """Compare the parts of two loads; a part that only one of them has is a difference."""
-    for a, b in zip(one, other, strict=True):
-        if (a is None) != (b is None):
-            return False
-        if a is not None:
-            left, right = a.state_dict(), b.state_dict()
-            if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
-                return False
-    return True
 
 
 def numbers(plan: Any) -> dict[str, Any]:
@@ -133,14 +121,14 @@ class TestDownloads:
         assert hub.downloaded(REPO) == {CONFIG, INDEX} | needed
         assert needed < {path.name for path in sharded.glob("*.safetensors")}
         assert sorted(whole_downloads(hub)) == sorted(needed)
-        assert weights_equal(loaded, load(model=sharded, parts=("trunk",)))
+        assert parts_equal(loaded, load(model=sharded, parts=("trunk",)))
 
     def test_all_parts_equal_those_of_the_directory(self, hub: LoopbackHub, sharded: Path) -> None:
         """Each shard is fetched once, and the logits are those of the unsplit model."""
         hub.add_repo(REPO, sharded)
         loaded = load()
         assert sorted(whole_downloads(hub)) == sorted(path.name for path in sharded.glob("*.safetensors"))
-        assert weights_equal(loaded, load(model=sharded))
+        assert parts_equal(loaded, load(model=sharded))
         whole = AutoModelForCausalLM.from_pretrained(sharded)
         with torch.inference_mode():
             assert torch.equal(SplitCausalLM(*loaded)(input_ids=IDS).logits, whole(input_ids=IDS).logits)
@@ -159,7 +147,7 @@ class TestDownloads:
         assert hub.downloaded(REPO) == {CONFIG, SINGLE}
         assert whole_downloads(hub) == [SINGLE]
         assert not file_requests(hub, INDEX)
-        assert weights_equal(loaded, load(model=single, parts=("trunk",)))
+        assert parts_equal(loaded, load(model=single, parts=("trunk",)))
 
     def test_other_formats_in_the_repository_are_left_alone(
         self, hub: LoopbackHub, single: Path, tmp_path: Path
@@ -187,7 +175,7 @@ class TestDownloads:
         folder = shutil.copytree(single, tmp_path / "bare")
         (folder / GENERATION).unlink()
         hub.add_repo(REPO, folder)
-        assert weights_equal(load(), load(model=folder))
+        assert parts_equal(load(), load(model=folder))
         assert not file_requests(hub, GENERATION)
 
     def test_directory_wins_over_a_repository_of_its_name(
@@ -296,8 +284,8 @@ class TestRevisions:
         assert {revision: plan_split(REPO, SPLIT, revision=revision).commit for revision in expected} == expected
         here = {first: load(model=sharded), second: load(model=tmp_path / "second")}
         for revision in ("v1.0", "experiment", first):
-            assert weights_equal(load(revision=revision), here[expected[revision]])
-            assert not weights_equal(load(revision=revision), here[first if expected[revision] == second else second])
+            assert parts_equal(load(revision=revision), here[expected[revision]])
+            assert not parts_equal(load(revision=revision), here[first if expected[revision] == second else second])
 
     def test_full_commit_in_the_cache_asks_nothing_for_its_files(self, hub: LoopbackHub, sharded: Path) -> None:
         """A commit cannot change, so what is cached of it is not asked for again."""
@@ -324,9 +312,9 @@ class TestRevisions:
         loaded = load(parts=("bottom", "trunk"))
         assert moved
         assert moved[0] != first
-        assert weights_equal(loaded, load(model=sharded, parts=("bottom", "trunk")))
+        assert parts_equal(loaded, load(model=sharded, parts=("bottom", "trunk")))
         assert plan_split(REPO, SPLIT).commit == moved[0]
-        assert weights_equal(load(parts=("trunk",)), load(model=second, parts=("trunk",)))
+        assert parts_equal(load(parts=("trunk",)), load(model=second, parts=("trunk",)))
 
     def test_push_during_generate_mixes_no_commits(
         self, hub: LoopbackHub, talking: Path, tmp_path: Path, cli: Cli
@@ -377,7 +365,7 @@ class TestOffline:
         online, plan = load(), plan_split(REPO, SPLIT)
         before = len(asked(hub))
         offline = load(local_files_only=True)
-        assert weights_equal(offline, online)
+        assert parts_equal(offline, online)
         assert offline.top.generation_config.max_new_tokens == 7
         assert plan_split(REPO, SPLIT, local_files_only=True) == plan
         assert plan_split(REPO, SPLIT, local_files_only=True, revision="main") == plan
@@ -414,7 +402,7 @@ class TestOffline:
         hub.add_repo(REPO, sharded)
         online = load(parts=("trunk",))
         before = len(asked(hub))
-        assert weights_equal(load(parts=("trunk",), local_files_only=True), online)
+        assert parts_equal(load(parts=("trunk",), local_files_only=True), online)
         missing = sorted(shards_of(sharded, "bottom") - shards_of(sharded, "trunk"))
         assert missing
         with pytest.raises(MissingFileError) as caught:
@@ -511,9 +499,9 @@ class TestRefusals:
         """With the right token, given or in the environment, both load; ``token=False`` sends none."""
         hub.add_repo(REPO, sharded, token=TOKEN, **{kind: True})
         local = load(model=sharded, parts=("trunk",))
-        assert weights_equal(load(parts=("trunk",), token=TOKEN), local)
+        assert parts_equal(load(parts=("trunk",), token=TOKEN), local)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        assert weights_equal(load(parts=("trunk",), cache_dir=tmp_path / "second"), local)
+        assert parts_equal(load(parts=("trunk",), cache_dir=tmp_path / "second"), local)
         with pytest.raises(MissingFileError):
             load(parts=("trunk",), token=False, cache_dir=tmp_path / "third")
 
@@ -578,7 +566,7 @@ class TestConnection:
         except SplitLearnError as error:
             assert said_well(error)  # noqa: PT017  # one of two sound outcomes
         else:
-            assert weights_equal(offline, online)
+            assert parts_equal(offline, online)
 
     def test_unreachable_half_way(
         self, hub: LoopbackHub, sharded: Path, closed_port: str, point_at: Callable[[str], None]
@@ -629,7 +617,7 @@ class TestConnection:
             load()
         assert hub.faults.breaks[SINGLE] != [150_000] + [0] * 20
         hub.faults.breaks.clear()
-        assert weights_equal(load(), load(model=single))
+        assert parts_equal(load(), load(model=single))
 
     def test_cut_at_the_command_line(self, hub: LoopbackHub, single: Path, process: Cli) -> None:
         """A download that breaks shows no traceback; the next command completes it."""
@@ -647,7 +635,7 @@ class TestConnection:
         """A mirror that ignores ranges costs bytes, not correctness."""
         hub.add_repo(REPO, single)
         hub.faults.ignore_range = True
-        assert weights_equal(load(), load(model=single))
+        assert parts_equal(load(), load(model=single))
 
     @staticmethod
     def break_downloads(hub: LoopbackHub) -> None:
@@ -717,7 +705,7 @@ class TestDisk:
         hub.add_repo(REPO, single)
         online = load()
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12, 0))
-        assert weights_equal(load(), online)
+        assert parts_equal(load(), online)
 
 
 class TestCommandLine:

@@ -38,7 +38,7 @@ from splitlearn_core.checkpoint.ranges import Span, count, merged, without
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
-from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 
 REPO = "someone/large"
 SPLIT = (2, 4)
@@ -105,17 +105,6 @@ def after_header(hub: LoopbackHub, action: Callable[[], object], requests: int =
     hub.faults.before_file = act
 
 
-def equal(one: Any, other: Any) -> bool:
-    for a, b in zip(one, other, strict=True):
-        if (a is None) != (b is None):
-            return False
-        if a is not None:
-            left, right = a.state_dict(), b.state_dict()
-            if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
-                return False
-    return True
-
-
 def repo_folder() -> Path:
     return Path(constants.HF_HUB_CACHE) / f"models--{REPO.replace('/', '--')}"
 
@@ -141,14 +130,14 @@ class TestTransfer:
         assert requests[0] == (0, HEAD)
         assert without(others, requests) == others
         assert sent(hub) <= HEAD + count(spans_of(large, part))
-        assert equal(loaded, load(part, model=large))
+        assert parts_equal(loaded, load(part, model=large))
 
     @pytest.mark.parametrize("strategy", ["mapped", "copied"])
     def test_all_strategies_read_it(self, hub: LoopbackHub, large: Path, strategy: str) -> None:
         """A file with holes is read like any other, into another dtype too."""
         hub.add_repo(REPO, large)
         options = {"strategy": strategy, "dtype": "bfloat16"}
-        assert equal(load("trunk", **options), load("trunk", model=large, **options))
+        assert parts_equal(load("trunk", **options), load("trunk", model=large, **options))
         assert not is_whole(hub)
 
     def test_what_is_held_is_not_fetched_again(self, hub: LoopbackHub, large: Path) -> None:
@@ -156,7 +145,7 @@ class TestTransfer:
         hub.add_repo(REPO, large)
         first = load("trunk")
         before = len(gets(hub))
-        assert equal(load("trunk"), first)
+        assert parts_equal(load("trunk"), first)
         assert len(gets(hub)) == before
 
     def test_parts_add_up(self, hub: LoopbackHub, large: Path) -> None:
@@ -179,7 +168,7 @@ class TestTransfer:
         assert is_whole(hub)
         assert kept() == []
         before = len(gets(hub))
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert len(gets(hub)) == before
 
     def test_a_whole_file_in_the_cache_is_used(self, hub: LoopbackHub, large: Path) -> None:
@@ -187,7 +176,7 @@ class TestTransfer:
         hub.add_repo(REPO, large)
         hf_hub_download(REPO, SINGLE)
         before = len(gets(hub))
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert len(gets(hub)) == before
 
     def test_of_several_shards(self, hub: LoopbackHub, tmp_path: Path) -> None:
@@ -196,7 +185,7 @@ class TestTransfer:
         hub.add_repo(REPO, folder)
         plan = plan_split(folder, SPLIT, parts=("bottom",))
         assert len(plan.shards) < len(list(folder.glob("*.safetensors")))
-        assert equal(load("bottom"), load("bottom", model=folder))
+        assert parts_equal(load("bottom"), load("bottom", model=folder))
         weights = [r for r in hub.requests if r.method == "GET" and (r.filename or "").endswith(".safetensors")]
         assert {record.filename for record in weights} == set(plan.shards)
         assert all(record.range for record in weights)
@@ -210,15 +199,15 @@ class TestTransfer:
         (folder / "README.md").write_text("a card")
         commit = hub.add_repo(REPO, folder)
         before = asked(hub)
-        assert equal(load("trunk"), first)
+        assert parts_equal(load("trunk"), first)
         assert asked(hub)[len(before) :] == [(0, HEAD)]
-        assert equal(load("trunk", local_files_only=True, revision=commit), first)
+        assert parts_equal(load("trunk", local_files_only=True, revision=commit), first)
 
     def test_behind_a_redirect(self, hub: LoopbackHub, large: Path) -> None:
         """As on the real Hub: bytes come from a store elsewhere, whose own ETag says nothing of the version."""
         hub.faults.redirect = True
         hub.add_repo(REPO, large, private=True, token="hf_rightful")
-        assert equal(load("trunk", token="hf_rightful"), load("trunk", model=large))
+        assert parts_equal(load("trunk", token="hf_rightful"), load("trunk", model=large))
         assert {r.path.split("/")[3] for r in gets(hub)} == {"store"}
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))
 
@@ -245,7 +234,7 @@ class TestOffline:
         hub.add_repo(REPO, large)
         online, plan = load("trunk"), plan_split(REPO, SPLIT)
         before = len(hub.requests)
-        assert equal(load("trunk", local_files_only=True), online)
+        assert parts_equal(load("trunk", local_files_only=True), online)
         assert plan_split(REPO, SPLIT, local_files_only=True) == plan
         with pytest.raises(MissingFileError, match=SINGLE) as caught:
             load("bottom", local_files_only=True)
@@ -278,7 +267,7 @@ class TestCacheTools:
             done = process("-c", code, "cache", *arguments)
             assert done.returncode == 0, done.stderr
             assert "warning" not in (done.stdout + done.stderr).lower()
-        assert equal(load("trunk", local_files_only=True), online)
+        assert parts_equal(load("trunk", local_files_only=True), online)
 
     def test_the_file_takes_the_disk_of_its_parts(self, hub: LoopbackHub, large: Path) -> None:
         """It has the size of the whole, so that offsets are those of the header, and holes between."""
@@ -296,7 +285,7 @@ class TestBreaks:
         """Twice cut in the middle, each byte comes once."""
         hub.add_repo(REPO, large)
         hub.faults.break_connection(SINGLE, after=700_000, times=2)
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))
         assert len(gets(hub)) == 4
 
@@ -312,7 +301,7 @@ class TestBreaks:
         assert len(hub.faults.breaks[SINGLE]) > 40
         hub.faults.breaks.clear()
         before = len(gets(hub))
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert sum(record.sent for record in gets(hub)[before:]) == trunk - 700_000
 
     @pytest.mark.parametrize("status", [429, 500, 503])
@@ -320,7 +309,7 @@ class TestBreaks:
         """What passes is waited for, and no more is transferred for it."""
         hub.add_repo(REPO, large)
         after_header(hub, lambda: hub.faults.refuse(SINGLE, status, times=3))
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))
 
     def test_a_server_that_stays_busy(self, hub: LoopbackHub, large: Path) -> None:
@@ -337,7 +326,7 @@ class TestOddServers:
         """The whole file goes into the ordinary cache."""
         hub.add_repo(REPO, large)
         hub.faults.ignore_range = True
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert is_whole(hub)
         assert kept() == []
 
@@ -346,7 +335,7 @@ class TestOddServers:
         hub.add_repo(REPO, large)
         after_header(hub, lambda: setattr(hub.faults, "ignore_range", True))
         said: list[Progress] = []
-        assert equal(load("trunk", progress=said.append), load("trunk", model=large))
+        assert parts_equal(load("trunk", progress=said.append), load("trunk", model=large))
         assert is_whole(hub)
         done = [progress.bytes_done for progress in said if progress.stage == "downloading"]
         assert done == sorted(done)
@@ -371,16 +360,16 @@ class TestOddServers:
             assert error.hint  # noqa: PT017  # one of two sound outcomes
             assert kept() == []
         else:
-            assert equal(loaded, load("trunk", model=large))
+            assert parts_equal(loaded, load("trunk", model=large))
             assert is_whole(hub)
 
     def test_that_sends_more_than_was_asked_for(self, hub: LoopbackHub, large: Path) -> None:
         """What is beyond is not written anywhere."""
         hub.add_repo(REPO, large)
         hub.faults.surplus = b"\xff" * 100_000
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         hub.faults.surplus = b""
-        assert equal(load("bottom"), load("bottom", model=large))
+        assert parts_equal(load("bottom"), load("bottom", model=large))
         (path,) = (path for path in kept() if path.name == SINGLE)
         assert path.stat().st_size == (large / SINGLE).stat().st_size
 
@@ -405,7 +394,7 @@ class TestChanges:
         assert "again" in caught.value.hint
         assert kept() == []
         shutil.copyfile(other, changing / SINGLE)
-        assert equal(load("trunk"), load("trunk", model=changing))
+        assert parts_equal(load("trunk"), load("trunk", model=changing))
 
     def test_a_file_that_changes_between_attempts(
         self, hub: LoopbackHub, changing: Path, tmp_path: Path, no_waiting: None
@@ -429,7 +418,7 @@ class TestChanges:
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
 
 
 class TestAtOnce:
@@ -441,8 +430,8 @@ class TestAtOnce:
             assert hold.reached.wait(30)
             hold.released.set()
             one, other = (future.result(60) for future in loads)
-        assert equal(one, other)
-        assert equal(one, load("trunk", model=large))
+        assert parts_equal(one, other)
+        assert parts_equal(one, load("trunk", model=large))
         assert sent(hub) <= 2 * HEAD + count(spans_of(large, "trunk"))
 
     def test_a_process_that_is_killed(self, hub: LoopbackHub, large: Path) -> None:
@@ -463,7 +452,7 @@ class TestAtOnce:
                 child.send_signal(signal.SIGKILL)
                 child.wait()
         before = len(gets(hub))
-        assert equal(load("top"), load("top", model=large))
+        assert parts_equal(load("top"), load("top", model=large))
         new = asked(hub)[before:]
         assert new
         assert without([head], new) == (head,)
@@ -535,7 +524,7 @@ class TestLimits:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("splitlearn-fetch")]
         trunk = count(spans_of(large, "trunk"))
         before = len(gets(hub))
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert sum(record.sent for record in gets(hub)[before:]) - HEAD < trunk - 400_000
 
     def test_while_nothing_comes_it_can_be_stopped(self, hub: LoopbackHub, large: Path) -> None:
@@ -556,7 +545,7 @@ class TestLimits:
         hub.add_repo(REPO, large)
         monkeypatch.setattr(rangefetch, "REQUEST_BYTES", 100_000)
         monkeypatch.setattr(rangefetch, "_RECORD_BYTES", 30_000)
-        assert equal(load("trunk"), load("trunk", model=large))
+        assert parts_equal(load("trunk"), load("trunk", model=large))
         assert len(asked(hub)) > 20
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))
 

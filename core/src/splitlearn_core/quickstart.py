@@ -68,15 +68,9 @@ def plan_split(
         SplitLearnError: With a hint; invalid split points are a ValueError, a missing file is a
             FileNotFoundError, an unknown model type a KeyError.
     """
-    model = open_model(
-        model_name_or_path,
-        model_type,
-        cache_dir=cache_dir,
-        revision=revision,
-        token=token,
-        local_files_only=local_files_only,
-    )
+    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
     asked = parse_parts(parts)
+    model = open_model(model_name_or_path, model_type, **hub)
     plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked))
     refuse_misfit(model, plan, table)
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan

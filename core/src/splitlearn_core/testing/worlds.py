@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,18 @@ def write_checkpoint(directory: Path, model: Any, *, max_shard_size: str | int =
     """Save a model as a checkpoint, and return its folder."""
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
+
+
+def parts_equal(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    """Compare the parts of two loads to the last bit; a part that only one of them has is a difference."""
+    for a, b in zip(one, other, strict=True):
+        if (a is None) != (b is None):
+            return False
+        if a is not None:
+            left, right = a.state_dict(), b.state_dict()
+            if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
+                return False
+    return True
 
 
 def write_plugin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def reader_count() -> int:
     return max(2, min(_MAX_READERS, cpus))
 
 
-class Landing(Generic[Slot]):
+class Landing(ABC, Generic[Slot]):
     """Where pieces go: straight to their place, or through one of a few slots that are used again and again."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
@@ -33,13 +34,13 @@ class Landing(Generic[Slot]):
         for slot in slots:
             self.free.put(slot)
 
+    @abstractmethod
     def needs_slot(self, piece: Piece) -> bool:
         """Say whether a piece goes through a slot."""
-        raise NotImplementedError
 
+    @abstractmethod
     def views(self, piece: Piece, slot: Slot | None) -> list[memoryview]:
         """Return the memory for each span of a piece; called by the threads."""
-        raise NotImplementedError
 
     def landed(self, piece: Piece, slot: Slot | None) -> Slot | None:
         """Do what the thread that read a piece is to do with it, and return the slot that is still full."""
