@@ -59,7 +59,8 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
     except errors.LocalEntryNotFoundError as error:
         if asked.is_offline:
             raise MissingFileError(
-                f"{what} is not in the cache, and looking on the Hub is off", hint=asked.hint_for_missing
+                f"{what}: there is no such directory, it is not in the cache, and looking on the Hub is off",
+                hint=asked.hint_for_missing,
             ) from error
         raise _unreachable(what) from error
     except errors.EntryNotFoundError as error:
