@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import logging
 import os
@@ -10,24 +9,18 @@ import sys
 
 import click
 
+from splitlearn_core.cli.lazy import LazyGroup
 from splitlearn_core.errors import SplitLearnError
 
-#: Command -> its module in this package; imported only when it is used.
+#: The commands, each a module of this package.
 _COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps")
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"splitlearn_core.cli.{cmd_name}").command
-        return command
-
-
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup,
+    modules={name: f"splitlearn_core.cli.{name}" for name in _COMMANDS},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="splitlearn-core", prog_name="splitlearn")
 @click.option("-v", "--verbose", is_flag=True, help="Log the stages of a load to stderr.")
 def cli(verbose: bool) -> None:

@@ -1,6 +1,8 @@
-"""``splitlearn plugins``: what is installed, and what is wrong with it."""
+"""``splitlearn plugins list``: what is installed, and what is wrong with it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import click
 
@@ -18,28 +20,25 @@ _strategies_option = click.option(
 )
 
 
-@click.group("plugins", invoke_without_command=True, short_help="List the installed plugins.")
-@_check_option
-@_strategies_option
-@json_option
+def list_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that `splitlearn plugins` and `splitlearn plugins list` share."""
+    return _check_option(_strategies_option(json_option(function)))
+
+
+@click.command("list")
+@list_options
 @click.pass_context
 def command(ctx: click.Context, check: bool, strategies: bool, as_json: bool) -> None:
-    """List the installed plugins, from metadata and source: none is imported."""
-    if ctx.invoked_subcommand is None:
-        ctx.exit(_print_strategies(check, as_json) if strategies else _print(check, as_json))
-
-
-@command.command("list")
-@_check_option
-@_strategies_option
-@json_option
-@click.pass_context
-def list_command(ctx: click.Context, check: bool, strategies: bool, as_json: bool) -> None:
     """List the installed plugins (what `splitlearn plugins` does)."""
     before = ctx.parent.params if ctx.parent else {}
     check, as_json = check or before.get("check", False), as_json or before.get("as_json", False)
     strategies = strategies or before.get("strategies", False)
-    ctx.exit(_print_strategies(check, as_json) if strategies else _print(check, as_json))
+    ctx.exit(print_plugins(check=check, strategies=strategies, as_json=as_json))
+
+
+def print_plugins(*, check: bool, strategies: bool, as_json: bool) -> int:
+    """Print families and strategies, or how strategies read; return the exit code."""
+    return _print_strategies(check, as_json) if strategies else _print(check, as_json)
 
 
 def _print_strategies(check: bool, as_json: bool) -> int:
