@@ -72,6 +72,10 @@ class ModelFamily:
     default_model: str = ""
     #: A checkpoint that the plugin carries, ``"package:folder"``; empty for none. It must work offline.
     bundled_checkpoint: str = ""
+    #: Values of ``config.json``, by the family's own names, that a tiny random model of this type needs
+    #: beside the ordinary small sizes: a number of experts, a window that is shorter than a test's prompt.
+    #: Only the conformance kit reads it, so that it can test a plugin that brings no test file.
+    tiny_config: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
 
     def __post_init__(self) -> None:
         """Refuse, naming the field, what would fail later and elsewhere."""
@@ -103,7 +107,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     pairs = family.renamed
     if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR for pair in pairs)):
         yield "renamed", "a tuple of pairs of texts"
-    for name in ("config_names", "config_defaults"):
+    for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
     if not callable(family.impossible_cuts):

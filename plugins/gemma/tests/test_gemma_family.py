@@ -1,6 +1,6 @@
 """Gemma, Gemma 2 and Gemma 3 (text) against the unsplit model."""
 
-from splitlearn_core.testing.conformance import FamilyConformance
+from splitlearn_core.testing import FamilyConformance
 
 LEGACY = {"layers.0.self_attn.rotary_emb.inv_freq": (4,)}
 

@@ -1,6 +1,6 @@
 """GPT-2 against the unsplit model, in every variant that the Hub holds."""
 
-from splitlearn_core.testing.conformance import FamilyConformance
+from splitlearn_core.testing import FamilyConformance
 
 
 class TestGpt2(FamilyConformance):

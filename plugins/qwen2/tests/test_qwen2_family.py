@@ -1,6 +1,6 @@
 """Qwen2 against the unsplit model, tied and untied, with and without sliding windows."""
 
-from splitlearn_core.testing.conformance import FamilyConformance
+from splitlearn_core.testing import FamilyConformance
 
 
 class TestQwen2(FamilyConformance):
