@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core import PLUGIN_API, hookimpl, hookspec, hookspecs
-from splitlearn_core.plugins.contract import HOOKS, PREFIX, signature_problem
+from splitlearn_core.plugins.contract import HOOKS, PREFIX, HookFunction, signature_problem
 
 SPECS: dict[str, Callable[..., Any]] = {
     name: value for name, value in vars(hookspecs).items() if name.startswith(PREFIX) and callable(value)
@@ -84,7 +84,8 @@ def test_the_example_implements_the_hook(name: str) -> None:
     function = example(name)
 
     assert [ast.unparse(mark) for mark in function.decorator_list] == ["hookimpl"]
-    assert signature_problem(function.name, [argument.arg for argument in function.args.args], []) == ""
+    arguments = tuple(argument.arg for argument in function.args.args)
+    assert signature_problem(HookFunction(hook=function.name, arguments=arguments)) == ""
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))

@@ -68,6 +68,9 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.splitplan import ComponentPlan as ComponentPlan
     from splitlearn_core.plan.splitplan import PlannedTensor as PlannedTensor
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
+    from splitlearn_core.plugins.protocols import FamilyPlugin as FamilyPlugin
+    from splitlearn_core.plugins.protocols import KeyMappingPlugin as KeyMappingPlugin
+    from splitlearn_core.plugins.protocols import StrategyPlugin as StrategyPlugin
     from splitlearn_core.quickstart import SplitModel as SplitModel
     from splitlearn_core.quickstart import load_split_model as load_split_model
     from splitlearn_core.quickstart import plan_fetch as plan_fetch
@@ -84,8 +87,10 @@ _LAZY = {
     "AsyncManagedModel": "manager.lending",
     "AsyncModelManager": "manager.manager",
     "ComponentPlan": "plan.splitplan",
+    "FamilyPlugin": "plugins.protocols",
     "FetchPlan": "checkpoint.fetchplan",
     "FileFetch": "checkpoint.fetchplan",
+    "KeyMappingPlugin": "plugins.protocols",
     "LoadingPlaceholder": "manager.lending",
     "LoadingStrategy": "checkpoint.strategy",
     "ManagerEvent": "manager.status",
@@ -102,6 +107,7 @@ _LAZY = {
     "SplitDirectory": "storage.directory",
     "SplitModel": "quickstart",
     "SplitPlan": "plan.splitplan",
+    "StrategyPlugin": "plugins.protocols",
     "WeightReader": "checkpoint.strategy",
     "load_adapter": "adapters",
     "load_component": "storage.directory",

@@ -15,8 +15,16 @@ point is in the group ``splitlearn.strategies``, and is named after the strategy
 Such a package is imported when its strategy is asked for by name, and where core can read nothing of
 a checkpoint: never for a checkpoint that core reads.
 
+A type checker holds a plugin to the protocols :class:`splitlearn_core.FamilyPlugin`,
+:class:`~splitlearn_core.KeyMappingPlugin` and :class:`~splitlearn_core.StrategyPlugin`, one for each hook::
+
+    import splitlearn_llama
+
+    plugin: FamilyPlugin = splitlearn_llama
+
 Hooks are plain functions: they answer at once, read no weights and import neither torch nor
-transformers. A hook that raises, or answers something else than it promises, marks its own plugin
+transformers. They take the arguments of their specification by name and position, or fewer, in any order; what
+differs is refused before the hook is called, and shown beside the specification. A hook that raises, or answers something else than it promises, marks its own plugin
 as broken and disturbs no other.
 """
 

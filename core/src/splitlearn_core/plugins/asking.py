@@ -13,7 +13,7 @@ import pluggy
 from splitlearn_core import hookspecs
 from splitlearn_core.errors import BrokenPluginError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plugins.contract import PREFIX, signature_problem
+from splitlearn_core.plugins.contract import PREFIX, HookFunction, signature_problem, signature_text
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 
 if TYPE_CHECKING:
@@ -62,23 +62,50 @@ def import_plugin(entry: PluginEntry) -> object:
 
 
 def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
-    """Check every hook implementation's name and arguments before pluggy sees the plugin."""
-    hooks = [
-        (name, function)
-        for name, function in inspect.getmembers(plugin, inspect.isroutine)
-        if hasattr(function, f"{hookspecs.PROJECT}_impl")
-    ]
-    for name, function in hooks:
-        parameters = inspect.signature(function).parameters.values()
-        defaulted = [p.name for p in parameters if p.default is not p.empty]
-        problem = signature_problem(name, [p.name for p in parameters], defaulted)
-        if problem:
-            raise broken(entry, problem)
+    """Check every hook implementation before pluggy sees the plugin; return the names of the hooks.
+
+    Raises:
+        BrokenPluginError: An implementation is not as its specification asks; all are named.
+    """
+    mark = f"{hookspecs.PROJECT}_impl"
+    try:
+        marked = [
+            (name, function)
+            for name, function in inspect.getmembers(plugin, inspect.isroutine)
+            if hasattr(function, mark)
+        ]
+        hooks = [_described(name, function, getattr(function, mark)) for name, function in marked]
+    # Looking at an attribute may run code of the plugin.
+    except (Exception, SystemExit) as error:
+        raise broken(entry, f"looking at its hooks failed: {type(error).__name__}: {error}") from error
+    problems = list(filter(None, map(signature_problem, hooks)))
+    if problems:
+        raise broken(entry, "\n".join(problems))
     if not hooks:
         near = [name for name in dir(plugin) if name.startswith(PREFIX)]
         why = f"module {entry.module!r} implements no hook"
         raise broken(entry, why + (f"; is {near[0]} marked with @hookimpl?" if near else ""))
-    return tuple(name for name, _ in hooks)
+    return tuple(function.hook for function in hooks)
+
+
+def _described(name: str, function: Any, options: Mapping[str, Any]) -> HookFunction:
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return HookFunction(
+        hook=options.get("specname") or name,
+        arguments=tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)),
+        defaulted=tuple(p.name for p in parameters if p.default is not p.empty),
+        keyword_only=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+        variadic=tuple(stars[p.kind] + p.name for p in parameters if p.kind in stars),
+        is_async=is_async,
+        is_wrapper=bool(options.get("wrapper") or options.get("hookwrapper")),
+        is_optional=bool(options.get("optionalhook")),
+        text=signature_text(name, signature, is_async=is_async),
+        where=f"{code.co_filename}:{code.co_firstlineno}" if code else "",
+    )
 
 
 def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **arguments: object) -> list[Any]:
@@ -87,10 +114,14 @@ def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **argum
     try:
         answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
         # A generator runs only now, and a mapping may compute its values when they are looked up.
-        return [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
+        settled = [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
     # Foreign code again, see import_plugin.
     except (Exception, SystemExit) as error:
         raise broken(loaded.entry, f"hook {hook} raised {type(error).__name__}: {error}") from error
+    for answer in filter(inspect.iscoroutine, settled):
+        answer.close()
+        raise broken(loaded.entry, f"hook {hook} answered a coroutine: hooks answer at once")
+    return settled
 
 
 def _is_list(answer: object) -> bool:

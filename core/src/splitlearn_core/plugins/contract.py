@@ -4,42 +4,113 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from splitlearn_core import hookspecs
 
 PREFIX = "splitlearn_"
 
 
-def _specifications() -> dict[str, tuple[str, ...]]:
+def _specifications() -> dict[str, inspect.Signature]:
     return {
-        name: tuple(inspect.signature(function).parameters)
+        name: inspect.signature(function)
         for name, function in vars(hookspecs).items()
         if name.startswith(PREFIX) and callable(function)
     }
 
 
+_SIGNATURES = _specifications()
 #: Hook name -> names of its arguments.
-HOOKS = _specifications()
+HOOKS = {name: tuple(signature.parameters) for name, signature in _SIGNATURES.items()}
 
 
-def signature_problem(hook: str, arguments: list[str], defaulted: list[str]) -> str:
-    """Say what is wrong with an implementation, or nothing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookFunction:
+    """A function that a plugin marks as the implementation of a hook, read from its source or looked at alive."""
 
-    Args:
-        hook: The function's name.
-        arguments: Names of its arguments, in order.
-        defaulted: Those that have a default value; pluggy would never pass them.
-    """
-    if hook not in HOOKS:
-        close = difflib.get_close_matches(hook, HOOKS, n=1)
-        return f"there is no hook {hook}" + (f"; did you mean {close[0]}?" if close else f" (hooks: {_list(HOOKS)})")
-    foreign = [name for name in arguments if name not in HOOKS[hook]]
+    #: The hook: the function's name, or what its mark gives as ``specname``.
+    hook: str
+    #: Names of the arguments that can be passed by position, in order. pluggy passes them so.
+    arguments: tuple[str, ...] = ()
+    #: Those that have a default value; pluggy never passes them.
+    defaulted: tuple[str, ...] = ()
+    #: Arguments that can be passed by name alone.
+    keyword_only: tuple[str, ...] = ()
+    #: ``*args`` and ``**kwargs``, with their stars.
+    variadic: tuple[str, ...] = ()
+    is_async: bool = False
+    #: Marked as a wrapper of other implementations.
+    is_wrapper: bool = False
+    #: Marked as ``optionalhook``: it may belong to a core that this one is not.
+    is_optional: bool = False
+    #: The function as it is written: ``def name(arguments) -> answer``.
+    text: str = ""
+    #: The file and line where it stands; empty where that is not known.
+    where: str = ""
+
+
+def signature_problem(function: HookFunction) -> str:
+    """Say all that is wrong with an implementation, and show it beside the specification; or nothing."""
+    if function.hook not in HOOKS:
+        if function.is_optional:
+            return ""
+        close = difflib.get_close_matches(function.hook, HOOKS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else f" (hooks: {_list(HOOKS)})"
+        return f"there is no hook {function.hook}{meant}" + _shown(close[0] if close else "", function)
+    problems = "; ".join(_problems(function))
+    return f"hook {function.hook} {problems}{_shown(function.hook, function)}" if problems else ""
+
+
+def signature_text(name: str, signature: inspect.Signature, *, is_async: bool = False) -> str:
+    """Write a signature as its author wrote it: annotations that are texts without quotes."""
+    parameters = [
+        parameter.replace(annotation=_bare(parameter.annotation)) for parameter in signature.parameters.values()
+    ]
+    plain = signature.replace(parameters=parameters, return_annotation=_bare(signature.return_annotation))
+    return f"{'async ' if is_async else ''}def {name}{plain}"
+
+
+def _problems(function: HookFunction) -> Iterator[str]:
+    known = HOOKS[function.hook]
+    if function.is_async:
+        yield "is asynchronous: hooks answer at once, write a plain def"
+    if function.is_wrapper:
+        yield "is marked as a wrapper, and only its own plugin is ever asked: answer it instead"
+    foreign = [name for name in (*function.arguments, *function.keyword_only) if name not in known]
     if foreign:
-        return f"hook {hook} has no argument {_list(foreign)}; it may take ({_list(HOOKS[hook])})"
-    if defaulted:
-        return f"hook {hook}: argument {_list(defaulted)} has a default value and would never be passed; drop it"
-    return ""
+        near = [match for name in foreign for match in difflib.get_close_matches(name, known, n=1)]
+        meant = f" (did you mean {_list(near)}?)" if near else ""
+        yield f"has no argument {_list(foreign)}{meant}; it may take ({_list(known)})"
+    if "self" in foreign[:1]:
+        yield "is a method of a class: make an object of the class, and name that in the entry point"
+    if function.variadic:
+        yield f"takes {_list(function.variadic)}, which is never passed; name the arguments"
+    if function.defaulted:
+        yield f"has a default value for {_list(function.defaulted)}, which would never be passed; drop it"
+    by_name = [name for name in function.keyword_only if name in known and name not in function.defaulted]
+    if by_name:
+        yield f"takes {_list(by_name)} by name alone, and is called by position; drop the '*'"
+
+
+def _shown(hook: str, function: HookFunction) -> str:
+    """Show both signatures, each on a line of its own."""
+    place = f"  ({function.where})" if function.where else ""
+    specified = f"\n  specified: {signature_text(hook, _SIGNATURES[hook])}" if hook else ""
+    return f"{specified}\n  found:     {function.text}{place}" if function.text else specified
+
+
+class _Bare(str):
+    """An annotation that shows itself without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _bare(annotation: object) -> object:
+    return _Bare(annotation) if isinstance(annotation, str) else annotation
 
 
 def _list(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitlearn_core.plugins.contract import HOOKS, signature_problem
+from splitlearn_core.plugins.contract import HOOKS, HookFunction, signature_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Inspection:
     """What the source of a plugin's module tells."""
 
     hooks: tuple[str, ...] = ()
+    #: All that is plainly wrong, a line or more for each; empty where nothing is.
     problem: str = ""
 
 
@@ -38,15 +39,16 @@ def inspect_source(module: str) -> Inspection:
         return Inspection(problem=f"module {module!r} cannot be read: {error}")
     body = list(_statements(tree.body))
     marks = _names_of_hookimpl(body)
-    functions = [node for node in body if isinstance(node, ast.FunctionDef) and _is_marked(node, marks)]
-    hooks = [node.name for node in functions] + _imported_hooks(body)
-    problems = [*_missing_imports(tree), *map(_function_problem, functions)]
+    nodes = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [_described(node, mark, path) for node in nodes if (mark := _mark(node, marks)) is not None]
+    hooks = [function.hook for function in functions] + _imported_hooks(body)
+    problems = [*_missing_imports(tree), *map(signature_problem, functions)]
     if any(isinstance(node, ast.Raise) for node in tree.body):
         problems.append(f"module {module!r} raises when it is imported")
     # An object of a module, or what it imports by a star, may have hooks that the text does not show.
     if not hooks and ":" not in module and not any(_is_star(node) for node in body):
         problems.append(f"module {module!r} implements no hook")
-    return Inspection(tuple(sorted(hooks)), next(filter(None, problems), ""))
+    return Inspection(tuple(sorted(hooks)), "\n".join(filter(None, problems)))
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -83,9 +85,13 @@ def _source_of(module: str) -> Path | None:
     raise ModuleNotFoundError(f"{top!r} has no {'.'.join(rest)!r}")
 
 
-def _is_marked(function: ast.FunctionDef, marks: set[str]) -> bool:
-    names = [node.func if isinstance(node, ast.Call) else node for node in function.decorator_list]
-    return any((isinstance(n, ast.Name) and n.id in marks) or getattr(n, "attr", "") == "hookimpl" for n in names)
+def _mark(function: ast.FunctionDef | ast.AsyncFunctionDef, marks: set[str]) -> ast.expr | None:
+    """Return the decorator that marks a function as a hook, or None."""
+    for decorator in function.decorator_list:
+        name = decorator.func if isinstance(decorator, ast.Call) else decorator
+        if (isinstance(name, ast.Name) and name.id in marks) or getattr(name, "attr", "") == "hookimpl":
+            return decorator
+    return None
 
 
 def _imported_hooks(body: list[ast.stmt]) -> list[str]:
@@ -104,11 +110,37 @@ def _missing_imports(tree: ast.Module) -> list[str]:
     return [f"it imports {name!r}, which is not installed (pip install {name})" for name in missing]
 
 
-def _function_problem(function: ast.FunctionDef) -> str:
-    arguments = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
-    positional = [*function.args.posonlyargs, *function.args.args]
-    defaulted = [a.arg for a in positional[len(positional) - len(function.args.defaults) :]]
+def _described(function: ast.FunctionDef | ast.AsyncFunctionDef, mark: ast.expr, path: Path) -> HookFunction:
+    said = function.args
+    positional = [argument.arg for argument in (*said.posonlyargs, *said.args)]
+    defaulted = positional[len(positional) - len(said.defaults) :]
     defaulted += [
-        a.arg for a, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if d is not None
+        argument.arg for argument, default in zip(said.kwonlyargs, said.kw_defaults, strict=True) if default is not None
     ]
-    return signature_problem(function.name, arguments, defaulted)
+    options = _options(mark)
+    is_async = isinstance(function, ast.AsyncFunctionDef)
+    returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    return HookFunction(
+        hook=str(options.get("specname") or function.name),
+        arguments=tuple(positional),
+        defaulted=tuple(defaulted),
+        keyword_only=tuple(argument.arg for argument in said.kwonlyargs),
+        variadic=tuple(
+            stars + argument.arg for stars, argument in (("*", said.vararg), ("**", said.kwarg)) if argument is not None
+        ),
+        is_async=is_async,
+        is_wrapper=bool(options.get("wrapper") or options.get("hookwrapper")),
+        is_optional=bool(options.get("optionalhook")),
+        text=f"{'async ' if is_async else ''}def {function.name}({ast.unparse(said)}){returns}",
+        where=f"{path}:{function.lineno}",
+    )
+
+
+def _options(mark: ast.expr) -> dict[str, object]:
+    """Return what ``@hookimpl(...)`` is given that the text tells."""
+    keywords = mark.keywords if isinstance(mark, ast.Call) else []
+    return {
+        keyword.arg: keyword.value.value
+        for keyword in keywords
+        if keyword.arg and isinstance(keyword.value, ast.Constant)
+    }
