@@ -23,9 +23,9 @@ A type checker holds a plugin to the protocols :class:`splitlearn_core.FamilyPlu
     plugin: FamilyPlugin = splitlearn_llama
 
 Hooks are plain functions: they answer at once, read no weights and import neither torch nor
-transformers. They take the arguments of their specification by name and position, or fewer, in any order; what
-differs is refused before the hook is called, and shown beside the specification. A hook that raises, or answers something else than it promises, marks its own plugin
-as broken and disturbs no other.
+transformers. They name the arguments that they want, in any order. What differs from its specification
+is refused before it is called, and shown beside it. A hook that raises, or answers something else than
+it promises, marks its own plugin as broken and disturbs no other.
 """
 
 from __future__ import annotations
