@@ -81,6 +81,7 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     """Forget what a test imported from its own folders, and every variable that chooses plugins."""
     monkeypatch.delenv("SPLITLEARN_PLUGINS", raising=False)
     monkeypatch.delenv("SPLITLEARN_DISABLE_PLUGINS", raising=False)
+    monkeypatch.delenv("SPLITLEARN_TRACE", raising=False)
     reset_registry()
     before = set(sys.modules)
     yield

@@ -23,7 +23,8 @@ _COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", 
 )
 @click.version_option(package_name="splitlearn-core", prog_name="splitlearn")
 @click.option("-v", "--verbose", is_flag=True, help="Log the stages of a load to stderr.")
-def cli(verbose: bool) -> None:
+@click.option("--trace", is_flag=True, help="Print each plugin's import and each hook call to stderr.")
+def cli(verbose: bool, trace: bool) -> None:
     """Cut a causal language model into bottom, trunk and top, and load only the piece you want.
 
     MODEL is a directory, a Hub repository (owner/name), or bundled:gpt2 for the small model that
@@ -32,6 +33,10 @@ def cli(verbose: bool) -> None:
     if verbose:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("splitlearn_core").setLevel(logging.INFO)
+    if trace:
+        from splitlearn_core.plugins.tracing import trace_to_stderr
+
+        trace_to_stderr()
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from splitlearn_core.errors import BrokenPluginError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.contract import PREFIX, HookFunction, signature_problem, signature_text
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+from splitlearn_core.plugins.tracing import HOOK, IMPORT, NOT_IMPLEMENTED, traced
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy
@@ -49,9 +50,10 @@ def broken(entry: PluginEntry, why: str, hint: str = "") -> BrokenPluginError:
 def import_plugin(entry: PluginEntry) -> object:
     name, _, attribute = entry.module.partition(":")
     try:
-        plugin: object = importlib.import_module(name)
-        for part in filter(None, attribute.split(".")):
-            plugin = getattr(plugin, part)
+        with traced(IMPORT, entry, entry.module):
+            plugin: object = importlib.import_module(name)
+            for part in filter(None, attribute.split(".")):
+                plugin = getattr(plugin, part)
     # A plugin's module is foreign code: whatever it does to itself must not reach the others.
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
@@ -112,9 +114,11 @@ def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **argum
     """Call one hook of one plugin; what it raises is its own fault and says so."""
     others = [plugin for plugin in manager.get_plugins() if plugin is not loaded.plugin]
     try:
-        answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
-        # A generator runs only now, and a mapping may compute its values when they are looked up.
-        settled = [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
+        with traced(HOOK, loaded.entry, hook, arguments) as answered:
+            answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
+            # A generator runs only now, and a mapping may compute its values when they are looked up.
+            settled = [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
+            answered(_shown(loaded, hook, settled))
     # Foreign code again, see import_plugin.
     except (Exception, SystemExit) as error:
         raise broken(loaded.entry, f"hook {hook} raised {type(error).__name__}: {error}") from error
@@ -122,6 +126,13 @@ def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **argum
         answer.close()
         raise broken(loaded.entry, f"hook {hook} answered a coroutine: hooks answer at once")
     return settled
+
+
+def _shown(loaded: LoadedPlugin, hook: str, settled: list[Any]) -> object:
+    """Return what a trace says was answered; pluggy leaves out who answers None, and who does not implement a hook."""
+    if not settled:
+        return None if hook in loaded.hooks else NOT_IMPLEMENTED
+    return settled[0] if len(settled) == 1 else settled
 
 
 def _is_list(answer: object) -> bool:

@@ -39,6 +39,7 @@ from splitlearn_core.plugins.asking import (
 )
 from splitlearn_core.plugins.inspection import inspect_source
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+from splitlearn_core.plugins.tracing import skipped, trace_as_environment_says
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy
@@ -98,6 +99,9 @@ class PluginRegistry:
         #: from the others, and nobody from the list of those that there are.
         self._loading: dict[tuple[str, str], threading.RLock] = {}
         self._manager = _new_manager()
+        #: Plugins that were not asked, and what blocked them; traced once.
+        self._skipped: set[tuple[PluginEntry, str]] = set()
+        trace_as_environment_says()
 
     @property
     def entries(self) -> tuple[PluginEntry, ...]:
@@ -131,6 +135,9 @@ class PluginRegistry:
 
     def plugin(self, model_type: str) -> LoadedPlugin:
         """Return the loaded plugin that owns a model type; raises like :meth:`family`."""
+        for entry in self._of(FAMILY):
+            if _blocked_by(entry) or entry.name != model_type:
+                self._trace_skipped(entry, f"model type {model_type!r} was asked for")
         outcome = self._use(self._owner(model_type))
         if model_type not in outcome.families:
             raise broken(outcome.entry, f"hook splitlearn_model_families: no family with model type {model_type!r}")
@@ -168,6 +175,7 @@ class PluginRegistry:
         entries = [entry for entry in self._of(STRATEGY) if entry.name == name]
         allowed = [entry for entry in entries if not _blocked_by(entry)]
         if not allowed:
+            self._trace_skipped(entries[0], "")
             if name == asked:
                 raise ConfigurationError(
                     f"loading strategy {name!r} ({entries[0].label}) is blocked by {_blocked_by(entries[0])}",
@@ -176,6 +184,7 @@ class PluginRegistry:
             return None
         used = any(self._is_loaded(entry) for entry in allowed)
         if asked is not None and name != asked and not used:
+            self._trace_skipped(allowed[0], f"loading strategy {asked!r} was asked for")
             return None
         try:
             outcome = self._use(_only(allowed))
@@ -188,6 +197,13 @@ class PluginRegistry:
             log.warning("loading strategy %r is left out: %s", name, error)
             return None
         return strategy
+
+    def _trace_skipped(self, entry: PluginEntry, why: str) -> None:
+        """Say, once, why a plugin was not asked; one that is loaded already was not passed over."""
+        variable = _blocked_by(entry)
+        if not self._is_loaded(entry) and (entry, variable) not in self._skipped:
+            self._skipped.add((entry, variable))
+            skipped(entry, f"blocked by {variable}" if variable else why)
 
     def _of(self, kind: str) -> list[PluginEntry]:
         return [entry for entry in self.entries if entry.kind == kind]
