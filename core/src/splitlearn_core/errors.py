@@ -155,3 +155,8 @@ class ManagerClosedError(ManagerError, RuntimeError):
 
 class InternalError(SplitLearnError):
     """splitlearn contradicts itself: please report it."""
+
+
+# A FutureWarning, which Python shows to everybody: whoever has the plugin installed can ask for a newer one.
+class SplitLearnDeprecationWarning(FutureWarning):
+    """No error yet: a plugin does what a later release refuses. Says which, what, until when, and what instead."""

@@ -44,7 +44,8 @@ PROJECT = "splitlearn"
 
 #: The number of the plugin API. It grows when a hook or :class:`ModelFamily` changes so that an
 #: older plugin would no longer work. A plugin says which one it was made for with an entry point
-#: ``version = "1"`` in the group ``splitlearn.plugin_api``; one that says nothing means 1.
+#: ``version = "1"`` in the group ``splitlearn.plugin_api``; one that says nothing means 1. What is promised,
+#: and which older numbers are taken meanwhile, is in ``docs/plugin-api.md``.
 PLUGIN_API = 1
 
 #: Marks a function of a plugin as the implementation of a hook.

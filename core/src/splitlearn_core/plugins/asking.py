@@ -63,11 +63,11 @@ def import_plugin(entry: PluginEntry) -> object:
     return plugin
 
 
-def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
-    """Check every hook implementation before pluggy sees the plugin; return the names of the hooks.
+def hook_functions(entry: PluginEntry, plugin: object) -> list[HookFunction]:
+    """Return what a plugin marks as implementations of hooks, right or wrong.
 
     Raises:
-        BrokenPluginError: An implementation is not as its specification asks; all are named.
+        BrokenPluginError: Looking at the plugin fails.
     """
     mark = f"{hookspecs.PROJECT}_impl"
     try:
@@ -76,10 +76,19 @@ def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
             for name, function in inspect.getmembers(plugin, inspect.isroutine)
             if hasattr(function, mark)
         ]
-        hooks = [_described(name, function, getattr(function, mark)) for name, function in marked]
+        return [_described(name, function, getattr(function, mark)) for name, function in marked]
     # Looking at an attribute may run code of the plugin.
     except (Exception, SystemExit) as error:
         raise broken(entry, f"looking at its hooks failed: {type(error).__name__}: {error}") from error
+
+
+def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
+    """Check every hook implementation before pluggy sees the plugin; return the names of the hooks.
+
+    Raises:
+        BrokenPluginError: An implementation is not as its specification asks; all are named.
+    """
+    hooks = hook_functions(entry, plugin)
     problems = list(filter(None, map(signature_problem, hooks)))
     if problems:
         raise broken(entry, "\n".join(problems))

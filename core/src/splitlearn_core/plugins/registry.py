@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 from packaging.utils import canonicalize_name
 
-from splitlearn_core import hookspecs
+from splitlearn_core import deprecation, hookspecs
 from splitlearn_core.errors import (
     ConfigurationError,
     IncompatiblePluginError,
@@ -25,6 +25,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins import metadata
+from splitlearn_core.plugins.announcing import announce
 from splitlearn_core.plugins.asking import (
     BLOCK_VARIABLE,
     LoadedPlugin,
@@ -304,6 +305,7 @@ class PluginRegistry:
             strategies = strategies_of(entry, answers(trial, candidate, "splitlearn_loading_strategies"))
         except PluginError as error:
             return error
+        announce(entry, plugin, families.values())
         with self._lock:
             self._manager.register(plugin, name=f"{entry.distribution}:{entry.module}")
         return LoadedPlugin(entry, families, strategies, hooks, plugin)
@@ -374,10 +376,11 @@ def _only(entries: Sequence[PluginEntry]) -> PluginEntry:
 def _check_compatible(entry: PluginEntry) -> None:
     """Refuse, from metadata alone, a plugin that was made for another plugin API or core."""
     upgrade = f"pip install --upgrade {entry.distribution} {metadata.CORE}"
-    if entry.plugin_api != str(hookspecs.PLUGIN_API):
+    taken = sorted({hookspecs.PLUGIN_API, *deprecation.APIS})
+    if entry.plugin_api not in map(str, taken):
         raise IncompatiblePluginError(
             f"{entry.label} was made for plugin API {entry.plugin_api}; "
-            f"this {metadata.CORE} {metadata.core_version()} has plugin API {hookspecs.PLUGIN_API}",
+            f"this {metadata.CORE} {metadata.core_version()} takes plugin API {' or '.join(map(str, taken))}",
             hint=upgrade,
         )
     if not metadata.core_satisfies(entry.requires_core):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splitlearn_core.testing.conformance import FamilyConformance as FamilyConformance
 
-__all__ = ["FamilyConformance"]  # noqa: F822  # found by __getattr__
+__all__ = ["FamilyConformance"]  # found by __getattr__
 
 
 def __getattr__(name: str) -> Any:
