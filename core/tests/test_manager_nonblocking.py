@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from splitlearn_core import AsyncModelManager, ModelConfig, Progress
-from splitlearn_core.manager import lending, manager
+from splitlearn_core.errors import UnknownModelError
+from splitlearn_core.manager import lending, manager, shell
 from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
 from splitlearn_core.manager.work import LoadedModel, LoadPlan, ReportProgress
@@ -215,42 +217,96 @@ def _waits(node: ast.AST) -> list[int]:
     return [found.lineno for found in ast.walk(node) if isinstance(found, waits)]
 
 
-def test_no_await_stands_between_an_event_and_the_end_of_its_effects() -> None:
-    """Wherever the machine is told of something, its effects are carried out before anybody else has a turn."""
-    told = 0
-    for name, function in _functions(manager).items():
-        handles = [call.lineno for call in _calls(function, "handle")]
-        if not handles:
-            continue
-        told += 1
-        carried = [call.lineno for call in _calls(function, "_carry_out")]
-        assert carried, f"{name} tells the machine and does not carry out its effects"
-        between = [line for line in _waits(function) if min(handles) <= line <= max(carried)]
-        assert not between, f"{name} waits in line {between}, within a critical section"
-    assert told >= 3
+def test_the_machine_is_told_in_one_place_which_waits_for_nothing() -> None:
+    """Between an event and the end of its effects nobody else has a turn: it all happens in one plain function."""
+    told = [
+        name
+        for module in (manager, shell)
+        for name, function in _functions(module).items()
+        if _calls(function, "handle")
+    ]
+    assert told == ["tell"]
+    assert isinstance(_functions(shell)["tell"], ast.FunctionDef)
+    assert _calls(_functions(shell)["tell"], "_carry_out")
 
 
 def test_effects_and_answers_are_carried_out_by_plain_functions() -> None:
     """None of them could wait if it wanted to."""
-    functions = _functions(manager)
-    effects = [effect.__name__ for effect in AsyncModelManager._EFFECTS.values()]
-    for name in [*effects, "_handle", "_carry_out", "_worker_done", "_unloaded", "_sampled", "_launch", "_take_in"]:
+    functions = _functions(shell)
+    effects = [effect.__name__ for effect in shell.Shell._EFFECTS.values()]
+    for name in [*effects, "tell", "_carry_out", "_worker_done", "_unloaded", "_sampled", "_launch", "_take_in"]:
         assert isinstance(functions[name], ast.FunctionDef), name
         assert not _waits(functions[name])
+
+
+def test_no_finalizer_runs_in_the_middle_of_a_change() -> None:
+    """Garbage that is due for collection may ask the manager; it sees it before a change or after, never half-way."""
+    seen: list[tuple[bool, list[str]]] = []
+
+    class Nosy:
+        """In a cycle, so that only a collection ends it."""
+
+        def __init__(self, manager: AsyncModelManager) -> None:
+            self.manager, self.itself = manager, self
+
+        def __del__(self) -> None:
+            seen.append((inside, self.manager._shell.machine.violations()))
+
+    inside = False
+
+    async def scenario() -> None:
+        nonlocal inside
+        async with AsyncModelManager(loader=GatedLoader()) as manager:
+            carry_out, threshold = manager._shell._carry_out, gc.get_threshold()
+
+            def watched(effects: Any) -> None:
+                nonlocal inside
+                inside = True
+                Nosy(manager)
+                # Enough to make a collection due, were they allowed.
+                garbage = [[number] for number in range(64)]
+                carry_out(effects)
+                del garbage
+                inside = False
+
+            manager._shell._carry_out = watched  # type: ignore[method-assign]
+            gc.set_threshold(16)
+            try:
+                await manager.load_model(part(Path("anywhere")))
+            finally:
+                gc.set_threshold(*threshold)
+                del manager._shell._carry_out
+            assert gc.isenabled()
+            gc.collect()
+
+    run(scenario())
+    assert seen
+    assert not any(during or problems for during, problems in seen)
+
+
+def test_an_event_that_is_refused_leaves_collections_on() -> None:
+    """An error leaves the section as well."""
+
+    async def scenario() -> None:
+        async with AsyncModelManager(loader=GatedLoader()) as manager:
+            with pytest.raises(UnknownModelError):
+                await manager.cancel_load("nobody")
+            assert gc.isenabled()
+
+    run(scenario())
 
 
 def test_every_effect_of_the_machine_is_carried_out() -> None:
     """A new one that the shell does not know would be a KeyError at the worst moment."""
     from splitlearn_core.manager import messages
 
-    assert set(AsyncModelManager._EFFECTS) == set(messages.Effect.__args__)
+    assert set(shell.Shell._EFFECTS) == set(messages.Effect.__args__)
 
 
 def test_nothing_of_the_shell_locks_or_sleeps_on_the_loop() -> None:
     """No lock is held across an await because there is none; time passes in the ticker alone."""
-    for module in (manager, lending):
+    for module in (manager, shell, lending):
         source = Path(module.__file__).read_text()
         assert "Lock(" not in source
-    sleeps = {name for name, node in _functions(manager).items() if _calls(node, "sleep")}
-    # A worker's thread sleeps where it reports, so that the loop has its turn.
-    assert sleeps == {"_tick_for_ever", "_report_of", "report"}
+    assert {name for name, node in _functions(shell).items() if _calls(node, "sleep")} == {"_tick_for_ever"}
+    assert not any(_calls(node, "sleep") for node in _functions(manager).values())

@@ -85,7 +85,7 @@ def manager(loader: GatedLoader, **options: Any) -> AsyncModelManager:
 
 def tick(models: AsyncModelManager) -> None:
     """Let the manager look at its clock now rather than within a tenth of a second."""
-    models._handle(m.Tick(models._clock(), {}))
+    models._shell.tell(m.Tick(models._shell.clock(), {}))
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -640,7 +640,7 @@ def test_failures_are_warnings_with_the_way_out(caplog: pytest.LogCaptureFixture
         async with closing(manager(loader)) as models:
             await outcome_of(models.load_model(fake()))
 
-    with caplog.at_level("WARNING", logger="splitlearn_core.manager.manager"):
+    with caplog.at_level("WARNING", logger="splitlearn_core.manager.shell"):
         run(main())
     (line,) = [line.getMessage() for line in caplog.records]
     assert "failed (gone; look for it)" in line
@@ -1533,7 +1533,7 @@ def test_a_thread_that_cannot_be_had_fails_the_load(monkeypatch: pytest.MonkeyPa
     async def main() -> None:
         async with closing(manager(GatedLoader())) as models:
             with monkeypatch.context() as patch:
-                patch.setattr("splitlearn_core.manager.manager.run_in_thread", _no_thread)
+                patch.setattr("splitlearn_core.manager.shell.run_in_thread", _no_thread)
                 with pytest.raises(LoadFailedError, match="start new thread"):
                     await models.load_model(fake())
             await models.load_model(fake())

@@ -283,8 +283,9 @@ class _Sections:
         self.walls: list[float] = []
         self.cpus: list[float] = []
         self._begun: list[tuple[float, float]] = []
-        self._handle, self._carry_out = manager._machine.handle, manager._carry_out
-        manager._machine.handle, manager._carry_out = self._timed_handle, self._timed_carry_out
+        shell = manager._shell
+        self._handle, self._carry_out = shell.machine.handle, shell._carry_out
+        shell.machine.handle, shell._carry_out = self._timed_handle, self._timed_carry_out
 
     def _timed_handle(self, event: Any) -> Any:
         self._begun.append((time.perf_counter(), time.thread_time()))

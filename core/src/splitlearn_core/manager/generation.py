@@ -68,10 +68,11 @@ class Generation:
     rates: deque[tuple[float, int]] = field(default_factory=deque)
     #: Whether the end of its idleness is looked out for.
     watched: bool = False
+    #: What it is found by: the model, and which attempt this is. Kept, since every step asks for it.
+    key: Key = field(init=False)
 
-    @property
-    def key(self) -> Key:
-        return self.model_id, self.number
+    def __post_init__(self) -> None:
+        self.key = self.model_id, self.number
 
     @property
     def is_loading(self) -> bool:

@@ -135,6 +135,9 @@ class Machine:
         self._models: dict[str, _Model] = {}
         self._numbers = 0
         self._by_status: dict[ModelStatus, dict[m.Key, Generation]] = {status: {} for status in ModelStatus}
+        #: The same mappings, of those that occupy a worker, and of those that are loaded or on their way.
+        self._working = tuple(self._by_status[status] for status in WORKING)
+        self._unquiet = tuple(self._by_status[status] for status in ModelStatus if status not in (_S.FAILED, _S.STUCK))
         #: (deadline, key) of idle generations; entries that no longer hold are skipped when they come up.
         self._expiries: list[tuple[float, m.Key]] = []
         self._charged: dict[str, int] = {}
@@ -188,6 +191,16 @@ class Machine:
         model = self._models.get(model_id)
         return model.coming if model else None
 
+    def wanted(self, model_id: str, *, reload: bool) -> Generation:
+        """Return the generation that a request for a model is about: what serves, or what is on its way."""
+        shown = self.visible(model_id)
+        serves = shown.status is _S.READY and not reload
+        return shown if serves else self.coming(model_id) or shown
+
+    def at_work(self) -> int:
+        """Count the generations that occupy a worker; any thread may ask."""
+        return sum(map(len, self._working))
+
     def knows(self, model_id: str) -> bool:
         """Say whether any generation of a model is left."""
         return model_id in self._models
@@ -204,7 +217,7 @@ class Machine:
     @property
     def is_quiet(self) -> bool:
         """Say whether nothing is loaded, loading or being freed; some may have failed or be stuck."""
-        return not any(self._by_status[status] for status in ModelStatus if status not in (_S.FAILED, _S.STUCK))
+        return not any(self._unquiet)
 
     def picture(self, generation: Generation) -> ModelInfo:
         """Return a snapshot of one generation, whether a list shows it or not."""
@@ -694,7 +707,8 @@ class Machine:
         """Start what can be started: first what is planned and has room, then what is queued."""
         short: set[str] = set()
         ahead: dict[str, int] = {}
-        for generation in sorted(self._by_status[_S.WAITING].values(), key=lambda g: g.order):
+        waiting = self._by_status[_S.WAITING]
+        for generation in sorted(waiting.values(), key=lambda g: g.order) if waiting else ():
             self._consider(generation, short, ahead)
         # In the order in which they came: nothing enters this status a second time.
         for generation in tuple(self._by_status[_S.QUEUED].values()):
@@ -863,9 +877,8 @@ class Machine:
         return "ask for fewer layers, a smaller dtype, or a machine with more memory"
 
     def _has_free_worker(self) -> bool:
-        working = sum(len(self._by_status[status]) for status in WORKING)
         stuck = len(self._by_status[_S.STUCK])
-        return working + max(0, stuck - self.limits.max_stuck) < self.limits.max_workers
+        return self.at_work() + max(0, stuck - self.limits.max_stuck) < self.limits.max_workers
 
     def _no_worker(self) -> str:
         return f"waiting for a worker, {self.limits.max_workers} are at work"
@@ -882,9 +895,10 @@ class Machine:
         before = generation.status
         if after not in TRANSITIONS[before]:
             raise InternalError(f"generation {generation.number} of {generation.model_id!r}: {before} to {after}")
-        self._set_idle(generation, idle=False)
+        if before is _S.READY:
+            self._set_idle(generation, idle=False)
         self._account(generation, -1)
-        if before in (_S.QUEUED, _S.WAITING):
+        if before is _S.QUEUED or before is _S.WAITING:
             generation.waited += self._now - generation.since
         generation.since = generation.active_at = self._now
         generation.stalled = False
@@ -896,8 +910,9 @@ class Machine:
             generation.status = after
             generation.held = _held(generation, after)
             self._account(generation, +1)
-            self._set_idle(generation, idle=after is _S.READY and not generation.leases)
-        if after not in (_S.QUEUED, _S.WAITING):
+            if after is _S.READY and not generation.leases:
+                self._set_idle(generation, idle=True)
+        if after is not _S.WAITING:
             generation.waiting_for = ""
         self._touch(generation)
         self._effects.append(m.Changed(generation.key, before, after, cause))

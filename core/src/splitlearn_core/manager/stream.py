@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator
 
+from splitlearn_core.manager.messages import Changed
 from splitlearn_core.manager.status import ManagerEvent
 
 #: Events that a slow reader may be behind before it misses the oldest.
 _BACKLOG = 1024
+#: Changes that are remembered for :meth:`History.of`.
+_REMEMBERED = 4096
 
 
 class EventStream(AsyncIterator[ManagerEvent]):
@@ -41,3 +45,41 @@ class EventStream(AsyncIterator[ManagerEvent]):
             self._news.clear()
             await self._news.wait()
         return self._events.popleft()
+
+
+class History:
+    """The changes of a manager's models: the last ones are kept, and whoever follows is told of each."""
+
+    def __init__(self) -> None:
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+        self._story: deque[ManagerEvent] = deque(maxlen=_REMEMBERED)
+        self._sequence = 0
+        self._ended = False
+
+    def add(self, change: Changed, at: float) -> None:
+        """Note a change, ``at`` in seconds since 1970."""
+        self._sequence += 1
+        (model_id, number), before, after = change.key, change.before, change.after
+        event = ManagerEvent(self._sequence, at, model_id, number, before, after, change.cause)
+        self._story.append(event)
+        # Mostly nobody follows, and going through a weak set costs more than all the rest here.
+        for stream in tuple(self._streams) if len(self._streams) else ():
+            stream.put(event)
+
+    def of(self, model_id: str) -> tuple[ManagerEvent, ...]:
+        """Return the changes of one model that are remembered, oldest first."""
+        return tuple(event for event in self._story if event.model_id == model_id)
+
+    def follow(self) -> EventStream:
+        """Return a stream of the changes from now on."""
+        stream = EventStream()
+        self._streams.add(stream)
+        if self._ended:
+            stream.end()
+        return stream
+
+    def end(self) -> None:
+        """End all streams: nothing will change any more."""
+        self._ended = True
+        for stream in tuple(self._streams):
+            stream.end()

@@ -212,7 +212,7 @@ def status_of(manager: AsyncModelManager, model_id: str) -> ModelStatus | None:
 async def resting(manager: AsyncModelManager) -> None:
     """Wait until nothing is on its way in or out."""
     moving = set(ModelStatus) - {ModelStatus.READY, ModelStatus.FAILED, ModelStatus.STUCK}
-    await seen(manager, lambda: not manager._machine.keys(*moving))  # noqa: SLF001  # a list shows one generation of two
+    await seen(manager, lambda: not manager._shell.machine.keys(*moving))  # noqa: SLF001  # a list shows one generation of two
 
 
 def charges(manager: AsyncModelManager) -> dict[str, int]:
@@ -230,9 +230,9 @@ def picture(manager: AsyncModelManager) -> tuple[Any, ...]:
 
 def check_sound(manager: AsyncModelManager) -> None:
     """Refuse a manager that contradicts itself."""
-    problems = manager._machine.violations()  # noqa: SLF001  # the machine says of itself what must hold
-    slots = set(manager._slots)  # noqa: SLF001  # what is left inside is what it looks at
-    generations = {generation.key for generation in manager._machine.generations()}  # noqa: SLF001  # likewise
+    problems = manager._shell.machine.violations()  # noqa: SLF001  # the machine says of itself what must hold
+    slots = set(manager._shell.slots)  # noqa: SLF001  # what is left inside is what it looks at
+    generations = {generation.key for generation in manager._shell.machine.generations()}  # noqa: SLF001  # likewise
     if slots != generations:
         problems.append(f"the shell holds {slots}, the machine {generations}")
     if problems:

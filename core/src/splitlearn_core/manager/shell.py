@@ -1,0 +1,514 @@
+"""The asyncio shell: it carries events to the machine and the machine's effects out, and decides nothing.
+
+Everything here runs on the event loop; what runs in worker threads is in ``jobs``. A worker's answer
+comes back as an event. No ``await`` stands between an event and the end of its effects, so that every
+other task sees the manager as it was before or as it is after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+from splitlearn_core.errors import (
+    ConfigurationError,
+    InternalError,
+    LoadCancelledError,
+    ManagerClosedError,
+    ModelGoneError,
+    UnknownModelError,
+)
+from splitlearn_core.manager import messages as m
+from splitlearn_core.manager.config import ModelConfig
+from splitlearn_core.manager.generation import WORKING
+from splitlearn_core.manager.jobs import LAST_STEPS, Jobs, Stopped
+from splitlearn_core.manager.lending import AsyncManagedModel, CallGate, LoadingPlaceholder
+from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.machine import Limits, Machine
+from splitlearn_core.manager.records import fresh, record
+from splitlearn_core.manager.resources import MemorySample, ResourceManager
+from splitlearn_core.manager.slot import Slot
+from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus, UnloadReport
+from splitlearn_core.manager.stream import History
+from splitlearn_core.manager.threads import CallPool, Worker, run_in_thread
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the clock and at the workers.
+_TICK = 0.1
+#: Looks between two samples of memory, while somebody waits for it.
+_SAMPLE_EVERY = 5
+#: Share of the time to close that holders have to give back what they borrowed.
+_PATIENCE = 0.8
+#: What a log is read for.
+_ENDED_BADLY = (ModelStatus.FAILED, ModelStatus.STUCK)
+
+
+class Shell:
+    """One manager's machine, and all that belongs to its generations.
+
+    Args:
+        limits: What the machine is to keep to.
+        loader: What knows how to load.
+        resources: What knows how much memory there is.
+        pool: The threads that run models.
+        call_limits: Calls of one model at once, and how many more may wait.
+        load_threads: Threads that torch may use in a load; None for its default.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        loader: ModelLoader,
+        resources: ResourceManager,
+        pool: CallPool,
+        *,
+        call_limits: tuple[int, int],
+        load_threads: int | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.clock = clock
+        self.started = clock()
+        self._epoch = time.time() - self.started
+        self.machine = Machine(limits, self._epoch)
+        self.slots: dict[m.Key, Slot] = {}
+        self.history = History()
+        #: Models without which the manager is not ready.
+        self.required: set[str] = set()
+        self.jobs = Jobs(loader, resources, self.machine.at_work)
+        self._jobs: Mapping[m.Job, Callable[[Slot], Any]] = {
+            m.Job.PLAN: self.jobs.plan,
+            m.Job.LOAD: self.jobs.load,
+            m.Job.WARM_UP: self.jobs.warm_up,
+        }
+        self._pool, self._call_limits, self._load_threads = pool, call_limits, load_threads
+        #: Grows with whatever changes memory: a measurement during which it grew says nothing.
+        self._activity = 0
+        self.calls = self.calls_failed = self.calls_rejected = 0
+        self._calls_running = 0
+        #: Threads that were started and had not ended when the last one was; those of calls are the pool's.
+        self._workers: list[Worker] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        #: Set whenever nothing is loaded, loading or being freed any more.
+        self._quiet: asyncio.Event | None = None
+
+    def bind(self, *, closed_too: bool = False) -> None:
+        """Tie the manager to the running loop, the first time it is used."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            self._quiet = asyncio.Event()
+            self._quiet.set()
+            self._ticker = loop.create_task(self._tick_for_ever(), name="splitlearn-tick")
+        elif self._loop is not loop:
+            raise ConfigurationError(
+                "this manager belongs to another event loop", hint="make one manager for each event loop"
+            )
+        if self.machine.closed and not closed_too:
+            raise ManagerClosedError("the manager is closed", hint="make a new AsyncModelManager")
+
+    @property
+    def has_stopped_ticking(self) -> bool:
+        """Say whether time has come to a halt, so that nothing expires, stalls or gets stuck any more."""
+        return self._ticker is not None and self._ticker.done()
+
+    # --- events and effects ---------------------------------------------------------------------
+
+    def tell(self, event: m.Event, between: Callable[[], object] | None = None) -> None:
+        """Take an event to the machine, and carry out what it wants done: the critical section.
+
+        Args:
+            event: What happened.
+            between: Run when the machine has decided and before its effects, for what they need.
+
+        Raises:
+            ManagerError: The machine refuses; nothing has changed, and ``between`` was not run.
+        """
+        # A collection of garbage runs whatever finalizers are due, and they may ask a manager that is half-way.
+        collecting = gc.isenabled()
+        if collecting:
+            gc.disable()
+        try:
+            effects = self.machine.handle(event)
+            if between is not None:
+                between()
+            self._carry_out(effects)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _carry_out(self, effects: Iterable[m.Effect]) -> None:
+        for effect in effects:
+            self._EFFECTS[type(effect)](self, effect)
+        if self._quiet is not None:
+            if self.machine.is_quiet:
+                self._quiet.set()
+            else:
+                self._quiet.clear()
+
+    def _changed(self, effect: m.Changed) -> None:
+        level, hint = logging.INFO, ""
+        if effect.after in _ENDED_BADLY:
+            generation = self.machine.find(effect.key)
+            level, hint = logging.WARNING, f"; {generation.failure.hint}" if generation and generation.failure else ""
+        if log.isEnabledFor(level):
+            (model_id, number), after = effect.key, effect.after or "gone"
+            log.log(
+                level, "%s (generation %d): %s -> %s (%s%s)", model_id, number, effect.before, after, effect.cause, hint
+            )
+        self.history.add(effect, self.clock() + self._epoch)
+
+    def _start_worker(self, effect: m.StartWorker) -> None:
+        # Starting a thread waits for it to run, which is not for a moment in which the manager is changing.
+        asyncio.get_running_loop().call_soon(self._launch, effect.key, effect.job)
+
+    def _launch(self, key: m.Key, job: m.Job) -> None:
+        slot = self.slots.get(key)
+        if slot is None:
+            return
+        slot.measuring = self._begin_measuring(slot.worker)
+        slot.worker = self._start_thread(
+            f"splitlearn-{job.name.lower()}-{key[0]}",
+            partial(self._jobs[job], slot),
+            partial(self._worker_done, key, job),
+            torch_threads=slot.config.load_threads or self._load_threads if job is not m.Job.PLAN else None,
+        )
+        if slot.worker is not None:
+            slot.workers.append(slot.worker)
+
+    def _begin_measuring(self, own: Worker | None) -> int | None:
+        """Note that memory is about to change; None where something else is at work, which would be measured too."""
+        self._activity += 1
+        others = any(worker.is_alive and worker is not own for worker in self._workers)
+        return None if others or self._calls_running else self._activity
+
+    def _start_thread(
+        self,
+        name: str,
+        function: Callable[[], Any],
+        on_done: Callable[[Any], None],
+        *,
+        torch_threads: int | None = None,
+    ) -> Worker | None:
+        """Run a function in a thread, and tell on the loop how it ended, also where no thread can be had."""
+        loop = asyncio.get_running_loop()
+
+        def answer(outcome: Any) -> None:
+            loop.call_soon_threadsafe(on_done, outcome)
+
+        try:
+            worker = run_in_thread(name, function, answer, torch_threads=torch_threads)
+        except RuntimeError as error:
+            # The system's limit of threads or of memory for their stacks.
+            loop.call_soon(on_done, error)
+            return None
+        self._workers = [other for other in self._workers if other.is_alive]
+        self._workers.append(worker)
+        return worker
+
+    def _stop_worker(self, effect: m.StopWorker) -> None:
+        self.slots[effect.key].stop = effect.reason
+
+    def _start_unload(self, effect: m.StartUnload) -> None:
+        slot = self.slots[effect.key]
+        slot.broken_leases = effect.broken_leases
+        if slot.gate is not None:
+            key = effect.key
+            slot.gate.fail_waiting(lambda: ModelGoneError(f"model {key[0]!r} was unloaded", hint="take a new lease"))
+        # From this moment on nobody can begin a call. One that runs cannot be stopped, and what it
+        # works on is taken until it ends.
+        box = [slot.model.take() if slot.model else None]
+        slot.loaded = None
+        free = partial(asyncio.get_running_loop().call_soon, self._free, effect.key, box)
+        if slot.gate is None:
+            free()
+        else:
+            slot.gate.when_idle(free)
+
+    def _free(self, key: m.Key, box: list[Any]) -> None:
+        done = partial(self._unloaded, key, self._begin_measuring(None))
+        job = partial(self.jobs.free, box, self.slots[key].workers)
+        self._start_thread(f"splitlearn-unload-{key[0]}", job, done)
+
+    def _discard(self, effect: m.Discard) -> None:
+        slot = self.slots.get(effect.key)
+        if slot is None or slot.loaded is None:
+            return
+        job = partial(self.jobs.free, [slot.model.take() if slot.model else None, slot.loaded], slot.workers)
+        slot.loaded = slot.model = None
+        asyncio.get_running_loop().call_soon(self._start_thread, f"splitlearn-discard-{effect.key[0]}", job, _ignore)
+
+    def _resolve(self, effect: m.Resolve) -> None:
+        slot = self.slots[effect.key]
+        if not slot.resolved.done():
+            slot.resolved.set_result(effect.failure)
+
+    def _drain_ended(self, effect: m.DrainEnded) -> None:
+        self._answer_unloads(self.slots[effect.key], effect.leases)
+
+    def _gone(self, effect: m.Gone) -> None:
+        slot = self.slots.pop(effect.key)
+        report = UnloadReport(effect.key[0], effect.released, slot.freed, slot.broken_leases)
+        # Here and not where it is waited for: whoever asked may have gone, and the unload went on.
+        if slot.unloads and not self.machine.knows(effect.key[0]):
+            self.required.discard(effect.key[0])
+        self._answer_unloads(slot, report)
+        # A worker that came back late: nobody waits for it any more, whatever it brings.
+        if not slot.resolved.done():
+            slot.resolved.set_result(record(LoadCancelledError("the load was given up"), slot.progress.stage))
+
+    def _answer_unloads(self, slot: Slot, outcome: UnloadReport | int | FailureInfo) -> None:
+        for ended in slot.unloads:
+            if not ended.done():
+                ended.set_result(outcome)
+        slot.unloads.clear()
+
+    # --- what workers answer --------------------------------------------------------------------
+
+    def _worker_done(self, key: m.Key, job: m.Job, outcome: Any) -> None:
+        slot = self.slots[key]
+        now = self.clock()
+        alone = slot.measuring == self._activity
+        self._activity += 1
+        if isinstance(outcome, BaseException):
+            outcome = record(outcome, slot.progress.stage)
+        if isinstance(outcome, FailureInfo):
+            log.log(logging.DEBUG, "%s failed:\n%s", key[0], outcome.traceback)
+            self.tell(m.WorkerFailed(now, key, outcome))
+        elif isinstance(outcome, Stopped):
+            self.tell(m.WorkerStopped(now, key))
+        elif job is m.Job.PLAN:
+            slot.plan, sample = outcome
+            self._sampled(sample)
+            plan = slot.plan
+            self.tell(m.Planned(now, key, plan.needs, plan.keeps, plan.location, plan.dtype))
+        elif job is m.Job.LOAD:
+            slot.loaded, grown, sample = outcome
+            self._take_in(key, slot)
+            self.tell(m.Loaded(now, key, max(0, grown) if alone else None))
+            self._sampled(sample)
+        else:
+            self.tell(m.WarmedUp(now, key))
+
+    def _take_in(self, key: m.Key, slot: Slot) -> None:
+        loaded = slot.loaded
+        if loaded is not None:
+            slot.model = AsyncManagedModel(key, slot.config, loaded.module, self)
+            slot.gate = CallGate(key[0], self._pool, *self._call_limits)
+
+    def _unloaded(self, key: m.Key, activity: int | None, outcome: Any) -> None:
+        if isinstance(outcome, BaseException):
+            reason = f"its memory could not be freed: {outcome!r}"
+            self.tell(m.UnloadFailed(self.clock(), key, reason))
+            error = InternalError(f"model {key[0]!r}: {reason}", hint="it is shown as stuck; restart the process")
+            self._answer_unloads(self.slots[key], record(error, "unloading"))
+            return
+        freed, sample = outcome
+        self.slots[key].freed = freed if activity == self._activity else None
+        self.tell(m.Unloaded(self.clock(), key))
+        self._sampled(sample)
+
+    def _sampled(self, sample: MemorySample) -> None:
+        self.tell(m.MemorySampled(self.clock(), sample.total, sample.free))
+
+    # --- for those who wait, and those who call -------------------------------------------------
+
+    def add_slot(self, key: m.Key, config: ModelConfig) -> None:
+        """Make the place for what belongs to a generation that has just begun."""
+        loop = asyncio.get_running_loop()
+        self.slots[key] = Slot(config, LoadingPlaceholder(key, config, self), loop.create_future())
+
+    async def wait(self, key: m.Key) -> AsyncManagedModel:
+        """Wait for a load that this caller is counted for already."""
+        slot = self.slots[key]
+        try:
+            failure = await asyncio.shield(slot.resolved)
+        except asyncio.CancelledError:
+            self.tell(m.WaiterGone(self.clock(), key))
+            raise
+        if failure is not None:
+            raise fresh(failure)
+        if slot.model is None or slot.model.is_gone:
+            raise ModelGoneError(
+                f"model {key[0]!r} was loaded and is gone again", hint="pin it, or raise min_residency or max_models"
+            )
+        return slot.model
+
+    async def wait_for(self, key: m.Key) -> AsyncManagedModel:
+        """Wait for one generation; what :meth:`LoadingPlaceholder.wait` does."""
+        slot = self.slots.get(key)
+        if slot is None:
+            raise UnknownModelError(
+                f"the load number {key[1]} of model {key[0]!r} is over and forgotten",
+                hint="look at get_model_info(id), or load it again",
+            )
+        self.tell(m.WaiterJoined(self.clock(), key))
+        return await self.wait(key)
+
+    async def call(self, key: m.Key, function: Callable[[], Any]) -> Any:
+        """Run a function in the call pool while the generation is lent; what a model's call does."""
+        gate = self.slots[key].gate if key in self.slots else None
+        if gate is None:
+            raise ModelGoneError(f"model {key[0]!r} was unloaded", hint="take a new lease")
+        try:
+            gate.refuse_if_full()
+        except Exception:
+            self.calls_rejected += 1
+            raise
+        self.tell(m.CallStarted(self.clock(), key))
+        self.calls += 1
+        self._calls_running += 1
+        self._activity += 1
+        future = gate.submit(function, partial(self._call_over, key))
+        try:
+            return await future
+        except Exception:
+            self.calls_failed += 1
+            raise
+        finally:
+            # The error knows this frame by its traceback, and the future knows the error: a cycle
+            # would keep the model after both are forgotten.
+            del future, function
+
+    def _call_over(self, key: m.Key) -> None:
+        self._calls_running -= 1
+        self.tell(m.LeaseReleased(self.clock(), key))
+
+    def info_of(self, key: m.Key) -> ModelInfo:
+        """Return the snapshot of one generation."""
+        generation = self.machine.find(key)
+        if generation is None:
+            raise UnknownModelError(f"generation {key[1]} of model {key[0]!r} is gone", hint="get_model(id) anew")
+        if self.machine.visible(key[0]) is generation:
+            return self.machine.info(key[0])
+        return self.machine.picture(generation)
+
+    def model_of(self, key: m.Key) -> AsyncManagedModel:
+        """Return the model of a generation that is there; ModelGoneError where it is not."""
+        model = self.slots[key].model
+        if model is None:
+            raise ModelGoneError(f"model {key[0]!r} was unloaded", hint="load it again")
+        return model
+
+    def stuck_stacks(self) -> dict[str, str]:
+        """Return where the workers stand that were told to stop and have not."""
+        stacks = {}
+        for key in self.machine.keys(ModelStatus.STUCK, ModelStatus.CANCELLING):
+            worker = self.slots[key].worker
+            stacks[f"{key[0]} (generation {key[1]})"] = worker.stack() if worker else ""
+        return stacks
+
+    # --- time -----------------------------------------------------------------------------------
+
+    async def _tick_for_ever(self) -> None:
+        count = 0
+        while True:
+            await asyncio.sleep(_TICK)
+            working = self.machine.keys(*WORKING)
+            progress = {key: self.slots[key].progress for key in working if key in self.slots}
+            self.tell(m.Tick(self.clock(), progress))
+            count += 1
+            if count % _SAMPLE_EVERY == 0 and self.machine.keys(ModelStatus.WAITING):
+                await self._sample()
+
+    async def _sample(self) -> None:
+        try:
+            sample = await self.in_thread("splitlearn-memory", self.jobs.sample)
+        except Exception:
+            # Time must go on: without it nothing expires, stalls or gets stuck.
+            log.exception("the memory could not be measured; the last measurement stands")
+        else:
+            self._sampled(sample)
+
+    async def in_thread(self, name: str, function: Callable[[], Any]) -> Any:
+        """Run a short function in a thread of its own, and wait for it."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: Any) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        self._start_thread(name, function, done)
+        return await future
+
+    # --- the end --------------------------------------------------------------------------------
+
+    async def close(self, limit: float) -> None:
+        """End everything within so many seconds; see :meth:`AsyncModelManager.close`."""
+        started = self.clock()
+        self.tell(m.CloseRequested(started))
+        if not await self._quiet_within(limit * _PATIENCE):
+            self.tell(m.CloseRequested(self.clock(), force=True))
+            await self._quiet_within(max(0.0, started + limit - self.clock()))
+        for key, stack in self.stuck_stacks().items():
+            log.warning("%s: its worker did not stop, and stands here:\n%s", key, stack)
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        left = max(0.0, started + limit - self.clock())
+        if not await self.in_thread("splitlearn-close", partial(self._end_threads, self._ending_workers(), left)):
+            log.warning("a call still runs; its thread ends with it")
+        for worker in self._ending_workers():
+            # Only the thread that waited for the others: it has answered, and is about to go.
+            worker.join(LAST_STEPS)
+        self.history.end()
+        for slot in self.slots.values():
+            self._resolve_for_good(slot)
+
+    def _ending_workers(self) -> list[Worker]:
+        """Return the threads that are alive and have no reason to stay."""
+        stuck = [self.slots[key].worker for key in self.machine.keys(ModelStatus.STUCK, ModelStatus.CANCELLING)]
+        return [worker for worker in self._workers if worker.is_alive and worker not in stuck]
+
+    def _end_threads(self, workers: Iterable[Worker], timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        calls_ended = self._pool.close(timeout)
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        return calls_ended
+
+    async def _quiet_within(self, seconds: float) -> bool:
+        quiet = self._quiet
+        if quiet is None:
+            return True
+        try:
+            async with asyncio.timeout(seconds):
+                await quiet.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _resolve_for_good(self, slot: Slot) -> None:
+        """Let nobody wait for a worker that does not come back."""
+        if not slot.resolved.done():
+            error = ManagerClosedError("the manager was closed before the load ended")
+            slot.resolved.set_result(record(error, slot.progress.stage))
+        for ended in slot.unloads:
+            if not ended.done():
+                ended.set_result(UnloadReport(slot.config.model_id, {}, None, slot.broken_leases))
+
+    _EFFECTS: ClassVar[Mapping[type, Callable[[Shell, Any], None]]] = {
+        m.StartWorker: _start_worker,
+        m.StopWorker: _stop_worker,
+        m.StartUnload: _start_unload,
+        m.Discard: _discard,
+        m.Resolve: _resolve,
+        m.DrainEnded: _drain_ended,
+        m.Gone: _gone,
+        m.Changed: _changed,
+    }
+
+
+def _ignore(outcome: Any) -> None:
+    """Take no notice of how something ended."""
