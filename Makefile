@@ -14,7 +14,7 @@ PACKAGES := ./core ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/splitlearn demo
@@ -29,6 +29,10 @@ lint: $(VENV)/tools
 
 types: $(VENV)/tools
 	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src plugins/gguf/src
+
+docs: $(VENV)/tools
+	$(PIP) install --quiet -r docs/requirements.txt
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
 
 bench: $(VENV)/tools
 	$(PIP) install --quiet -r tests/benchmarks/requirements.txt

@@ -1,59 +1,290 @@
-"""What the documents show is run: every block of Python, each in a process of its own."""
+"""What the documents show is run: each document's blocks, in order, in one folder and one environment of its own.
+
+- `python`: run as a file, warnings are errors.
+- `console`: the lines after `$ ` are run, and what they print is compared with what is shown below them: with stdout,
+  with stderr, or with both one after the other. A command that ends in ` &` serves until the document ends; it is waited
+  for until it has printed each line that is shown, in whatever order, for it does several things at once.
+- `sh`: run; each command must succeed.
+- `toml`, `yaml`, `json`: parsed. `text` and the directives of the documentation tool are left alone.
+
+In what is shown, `...` stands for anything in a line, and for any lines where it stands alone; a date with a time stands
+for any; spaces count as one. What a reader need not see stands in a comment above the block:
+
+- `<!-- file: NAME -->`: the block is the content of this file, and is not run by itself.
+- `<!-- may differ: ms, KiB -->`: numbers before these units are those of the machine at hand.
+- `<!-- fails -->`: the last command of the block fails.
+- `<!-- not run: REASON -->`: one of `REASONS`.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Callable, Iterator
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import tomllib
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (
-    "README.md",
-    "docs/from-the-hub.md",
-    "docs/loading.md",
-    "docs/operating-the-manager.md",
-    "docs/saved-components.md",
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "core/*.md", "plugins/*/*.md", "docs/**/*.md", "tests/benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name != "CHANGELOG.md"
 )
+#: Why a block may stay unrun, and how many there are at most.
+REASONS = {
+    "needs a package index": 12,
+    "needs the Hub": 6,
+    "needs a file of yours": 2,
+    "is what the checks do": 6,
+    "takes half an hour": 1,
+}
 #: PEFT up to 0.21 uses a name that transformers 5.23 has renamed; 0.18 looks for a configuration that no model
 #: has which was never saved.
 PEFT_SAYS = (
     "-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "-W", "ignore:Could not find a config file:UserWarning",
 )  # fmt: skip
-_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: The port that documents show; each run takes a free one.
+PORT = "8710"
+#: Seconds until a command that serves must have printed what is shown.
+SERVING = 60
+
+_FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[^`\n]*)$")
+_NOTE = re.compile(r"^ *<!-- (?P<key>file|may differ|not run|fails)(?:: (?P<value>.+))? -->$")
+_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+#: What is not meant literally in shown output, and what it stands for.
+_SPECIAL = {"lines": r"^\.\.\.\n", "rest": r"^\.\.\.\Z", "any": r"\.\.\.", "time": _TIME}
+_STANDS_FOR = {"lines": r"(?:.*\n)*?", "rest": r"(?:.*\n)*.*", "any": ".*", "time": _TIME, "number": r"[\d.,]+"}
 
 
-def blocks() -> Iterator[Any]:
-    for name in DOCUMENTS:
-        for number, block in enumerate(_BLOCK.findall((ROOT / name).read_text())):
-            yield pytest.param(name, block, id=f"{name}-{number}")
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, and the notes above it."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line} ({self.language})"
 
 
-@pytest.mark.parametrize(("name", "block"), list(blocks()))
-def test_a_block_of_python_runs(
-    name: str,
-    block: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    process: Callable[..., CompletedProcess[str]],
-) -> None:
-    """As a reader would paste it into a file, beside the configuration that the same document shows."""
-    script = tmp_path / "block.py"
-    script.write_text(block)
-    for configuration in _YAML.findall((ROOT / name).read_text()):
-        (tmp_path / "models.yaml").write_text(configuration)
-    monkeypatch.chdir(tmp_path)
+def blocks_of(document: str) -> Iterator[Block]:
+    lines = (ROOT / document).read_text(encoding="utf-8").splitlines()
+    notes: dict[str, str] = {}
+    number = 0
+    while number < len(lines):
+        note, fence = _NOTE.match(lines[number]), _FENCE.match(lines[number])
+        if note:
+            notes[note["key"]] = note["value"] or ""
+        elif fence:
+            begin, indent, end = number, len(fence["indent"]), fence["indent"] + fence["fence"]
+            while lines[number + 1] != end:
+                number += 1
+            text = "".join(f"{line[indent:]}\n" for line in lines[begin + 1 : number + 1])
+            yield Block(document, begin + 1, fence["language"].strip(), text, notes)
+            number += 1
+        if not note and lines[number].strip():
+            notes = {}
+        number += 1
 
-    done = process("-W", "error", *PEFT_SAYS, script)
 
-    assert done.returncode == 0, done.stdout + done.stderr
+def commands_of(block: Block) -> Iterator[tuple[str, str]]:
+    """The commands of a console block, each with the output shown below it."""
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        yield command, shown
+
+
+def plain(text: str) -> str:
+    return "\n".join(re.sub(r"[ \t]+", " ", line).rstrip() for line in text.strip().splitlines())
+
+
+def expectation(shown: str, units: str) -> re.Pattern[str]:
+    """Make a pattern of shown output."""
+    shown = plain(shown)
+    special = dict(_SPECIAL)
+    if units:
+        special["number"] = rf"[\d.,]+(?= (?:{'|'.join(map(re.escape, units.split(', ')))})(?!\w))"
+    pattern, end = "", 0
+    for found in re.finditer("|".join(f"(?P<{name}>{what})" for name, what in special.items()), shown, re.MULTILINE):
+        pattern += re.escape(shown[end : found.start()]) + _STANDS_FOR[found.lastgroup or ""]
+        end = found.end()
+    return re.compile(pattern + re.escape(shown[end:]))
+
+
+class Reader:
+    """Somebody who goes through one document: a folder, an environment, and what was started."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder, environment = home / "reader", home / "environment"
+        self.folder.mkdir()
+        venv.create(environment, symlinks=True)
+        self._bin = environment / ("Scripts" if os.name == "nt" else "bin")
+        # It sees all that is installed here. What is installed into it stays in it.
+        packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
+        (packages / "libraries.pth").write_text("".join(f"{path}\n" for path in sys.path if path))
+        for name, module in (("splitlearn", "splitlearn_core"), ("pip", "pip"), ("pytest", "pytest")):
+            script = self._bin / name
+            script.write_text(f'#!/bin/sh\nexec "{self._bin}/python" -m {module} "$@"\n')
+            script.chmod(0o755)
+        self._environment = {
+            **os.environ,
+            "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
+            "LC_ALL": "C.UTF-8",
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it so: no isolation
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
+        self._port = free_port()
+        self._serving: list[tuple[subprocess.Popen[str], threading.Thread]] = []
+
+    def read(self, block: Block) -> None:
+        """Do what the block says, and fail where that is not what it shows."""
+        if "not run" in block.notes:
+            return
+        if "file" in block.notes:
+            path = self.folder / block.notes["file"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            (self.folder / "block.py").write_text(block.text, encoding="utf-8")
+            done = self._run([str(self._bin / "python"), "-W", "error", *PEFT_SAYS, "block.py"])
+            assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+        elif block.language == "sh":
+            done = self._run(["bash", "-e", "-o", "pipefail", "-c", block.text])
+            assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+        elif block.language == "console":
+            self._follow(block)
+        elif block.language in ("toml", "yaml", "json"):
+            {"toml": tomllib.loads, "yaml": yaml.safe_load, "json": json.loads}[block.language](block.text)
+
+    def _follow(self, block: Block) -> None:
+        commands = list(commands_of(block))
+        assert commands, f"{block} shows no command"
+        for number, (command, shown) in enumerate(commands):
+            units = block.notes.get("may differ", "")
+            if command.endswith(" &"):
+                lines = [expectation(line, units) for line in shown.replace(PORT, self._port).splitlines()]
+                self._serve(block, command.removesuffix(" &"), lines)
+                continue
+            expected = expectation(shown.replace(PORT, self._port), units)
+            done = self._run(["bash", "-o", "pipefail", "-c", command.replace(PORT, self._port)])
+            report = f"{block}\n$ {command}\n{done.stdout}{done.stderr}"
+            fails = "fails" in block.notes and number == len(commands) - 1
+            assert (done.returncode != 0) == fails, f"exit code {done.returncode} of {report}"
+            assert "Traceback" not in done.stderr, report
+            printed = (done.stdout, done.stderr, done.stdout + done.stderr)
+            assert any(expected.fullmatch(plain(text)) for text in printed), f"another output of {report}"
+
+    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.folder, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=200, check=False,
+        )  # fmt: skip
+
+    def _serve(self, block: Block, command: str, expected: list[re.Pattern[str]]) -> None:
+        """Start a command that serves, and wait until it has said what is shown."""
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command} --port {self._port}"], cwd=self.folder, env=self._environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        printed: list[str] = []
+        said = threading.Event()
+
+        def listen() -> None:
+            assert process.stdout is not None
+            with process.stdout:
+                for line in process.stdout:
+                    printed.append(plain(line))
+                    if all(any(map(pattern.fullmatch, printed)) for pattern in expected):
+                        said.set()
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        self._serving.append((process, listener))
+        assert said.wait(SERVING), f"{block}\n$ {command} &\n" + "\n".join(printed)
+
+    def leave(self) -> list[int]:
+        """End what serves, as a service manager does; return how each of it ended."""
+        for process, _ in self._serving:
+            process.send_signal(signal.SIGTERM)
+        codes = [process.wait(60) for process, _ in self._serving]
+        for _, listener in self._serving:
+            listener.join()
+        return codes
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_shows_what_happens(document: str, tmp_path: Path) -> None:
+    """As a reader would do it who starts with an empty folder and goes on to the end."""
+    reader = Reader(tmp_path)
+    try:
+        for block in blocks_of(document):
+            reader.read(block)
+    finally:
+        ended = reader.leave()
+    assert ended == [0] * len(ended)
+
+
+def test_little_is_left_out() -> None:
+    """Each block that is not run says why, and there are few of each sort; each block names its language."""
+    known = {"python", "console", "sh", "toml", "yaml", "json", "text"}
+    reasons: dict[str, int] = dict.fromkeys(REASONS, 0)
+    for document in DOCUMENTS:
+        for block in blocks_of(document):
+            assert block.language in known or block.language.startswith("{"), str(block)
+            if "not run" in block.notes:
+                assert block.notes["not run"] in REASONS, str(block)
+                reasons[block.notes["not run"]] += 1
+    assert all(count <= REASONS[reason] for reason, count in reasons.items()), reasons
 
 
 def test_there_are_blocks() -> None:
     """A changed fence would leave nothing to run."""
-    assert len(list(blocks())) >= len(DOCUMENTS)
+    run = [block for document in DOCUMENTS for block in blocks_of(document) if "not run" not in block.notes]
+    for language, least in (("python", 15), ("console", 12)):
+        assert len([block for block in run if block.language == language]) >= least
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "matches"),
+    [
+        ("a 1 ms", "a   20 ms", True),
+        ("a 1 ms", "a 20 s", False),
+        ("a 1 MiB", "a 2 MiB", False),
+        ("a\n...\nb", "a\nx\ny\nb", True),
+        ("a\n...\nb", "a\nb", True),
+        ("a\n...", "a\nx\ny", True),
+        ("a\n...\nb", "a\nx\nc", False),
+        ("...\nb", "x\nb", True),
+        ("a ... c", "a b b c", True),
+        ("a ... c", "a b\nc", False),
+        ("2026-11-24 23:00:49,306 INFO", "2027-01-02 03:04:05,678 INFO", True),
+        ("a.b", "axb", False),
+    ],
+)
+def test_what_may_differ(shown: str, printed: str, matches: bool) -> None:
+    """The notation allows what it says and nothing else."""
+    assert bool(expectation(shown, "ms, tokens/s").fullmatch(plain(printed))) is matches
