@@ -47,8 +47,9 @@ def find_public(_: Any, env: Any, node: Any, contnode: Any) -> Any:
     name = str(node.get("reftarget", "")).rpartition(".")[2]
     if node.get("refdomain") != "py" or name not in splitlearn_core.__all__:
         return None
+    resolve = env.domains["py"].resolve_any_xref
     for home in ("splitlearn_core", "splitlearn_core.errors"):
-        found = env.domains["py"].resolve_any_xref(env, node["refdoc"], env.app.builder, f"{home}.{name}", node, contnode)
+        found = resolve(env, node["refdoc"], env.app.builder, f"{home}.{name}", node, contnode)
         if found:
             return found[0][1]
     return None

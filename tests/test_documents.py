@@ -1,14 +1,14 @@
 """What the documents show is run: each document's blocks, in order, in one folder and one environment of its own.
 
 - `python`: run as a file, warnings are errors.
-- `console`: the lines after `$ ` are run, and what they print is compared with what is shown below them: with stdout,
-  with stderr, or with both one after the other. A command that ends in ` &` serves until the document ends; it is waited
-  for until it has printed each line that is shown, in whatever order, for it does several things at once.
+- `console`: the lines after `$ ` are run, and what they print is compared with what is shown below them: with
+  stdout, with stderr, or with both one after the other. A command that ends in ` &` serves until the document ends; it
+  is waited for until it has printed each line that is shown, in whatever order, for it does several things at once.
 - `sh`: run; each command must succeed.
 - `toml`, `yaml`, `json`: parsed. `text` and the directives of the documentation tool are left alone.
 
-In what is shown, `...` stands for anything in a line, and for any lines where it stands alone; a date with a time stands
-for any; spaces count as one. What a reader need not see stands in a comment above the block:
+In what is shown, `...` stands for anything in a line, and for any lines where it stands alone; a date with a time
+stands for any; spaces count as one. What a reader need not see stands in a comment above the block:
 
 - `<!-- file: NAME -->`: the block is the content of this file, and is not run by itself.
 - `<!-- may differ: ms, KiB -->`: numbers before these units are those of the machine at hand.
