@@ -120,7 +120,7 @@ def expectation(shown: str, units: str) -> re.Pattern[str]:
     shown = plain(shown)
     special = dict(_SPECIAL)
     if units:
-        special["number"] = rf"[\d.,]+(?= (?:{'|'.join(map(re.escape, units.split(', ')))})(?!\w))"
+        special["number"] = rf"[\d.,]+(?= ?(?:{'|'.join(map(re.escape, units.split(', ')))})(?!\w))"
     pattern, end = "", 0
     for found in re.finditer("|".join(f"(?P<{name}>{what})" for name, what in special.items()), shown, re.MULTILINE):
         pattern += re.escape(shown[end : found.start()]) + _STANDS_FOR[found.lastgroup or ""]
