@@ -13,6 +13,8 @@ html_title = "splitlearn"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 exclude_patterns = ["requirements.txt"]
 myst_heading_anchors = 3
+#: `--split` is an option, and no dash.
+smartquotes = False
 
 html_theme = "furo"
 html_theme_options = {

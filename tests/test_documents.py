@@ -66,8 +66,10 @@ _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[^`\n]*)$")
 _NOTE = re.compile(r"^ *<!-- (?P<key>file|may differ|not run|fails)(?:: (?P<value>.+))? -->$")
 _TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
 #: What is not meant literally in shown output, and what it stands for.
-_SPECIAL = {"lines": r"^\.\.\.\n", "rest": r"^\.\.\.\Z", "any": r"\.\.\.", "time": _TIME}
-_STANDS_FOR = {"lines": r"(?:.*\n)*?", "rest": r"(?:.*\n)*.*", "any": ".*", "time": _TIME, "number": r"[\d.,]+"}
+_SPECIAL = {"all": r"\A\.\.\.\Z", "lines": r"^\.\.\.\n", "rest": r"\n\.\.\.\Z", "any": r"\.\.\.", "time": _TIME}
+_STANDS_FOR = {
+    "all": r"(?:.|\n)*", "lines": r"(?:.*\n)*?", "rest": r"(?:\n.*)*", "any": ".*", "time": _TIME, "number": r"[\d.,]+",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,9 @@ def test_there_are_blocks() -> None:
         ("a\n...\nb", "a\nx\ny\nb", True),
         ("a\n...\nb", "a\nb", True),
         ("a\n...", "a\nx\ny", True),
+        ("a\n...", "a", True),
+        ("a\n...", "ab", False),
+        ("...", "a\nb", True),
         ("a\n...\nb", "a\nx\nc", False),
         ("...\nb", "x\nb", True),
         ("a ... c", "a b b c", True),
