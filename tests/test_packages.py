@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import splitlearn_core
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [path.parent for path in sorted([ROOT / "core" / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml")])]
@@ -49,3 +54,27 @@ def test_a_source_archive_holds_tests_readme_changelog_and_licence(package: Path
 
     assert set(included) >= {"src", "tests", "README.md", "CHANGELOG.md", "LICENSE"}
     assert [name for name in included if not (package / name).exists()] == []
+
+
+def imported(source: Path) -> set[str]:
+    """Return the names of ours that a file imports, each as ``module.name``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("splitlearn_")}
+
+
+@pytest.mark.parametrize("plugin", PACKAGES[1:], ids=lambda folder: folder.name)
+def test_a_plugin_imports_what_is_public_and_no_other_plugin(plugin: Path) -> None:
+    """Those of this repository stand where a stranger's would: on the names of ``splitlearn_core``."""
+    public = {f"splitlearn_core.{name}" for name in splitlearn_core.__all__}
+    own = f"splitlearn_{plugin.name}"
+    sources = sorted((plugin / "src").rglob("*.py"))
+
+    assert sources
+    for source in sources:
+        foreign = {name for name in imported(source) if name.split(".")[0] != own}
+        assert foreign <= public, source

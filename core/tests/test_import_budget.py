@@ -136,10 +136,25 @@ def ours(*rooms: str) -> tuple[str, ...]:
     return tuple(f"splitlearn_core.{room}" for room in rooms)
 
 
+# A path as a value (``PurePosixPath``) touches nothing.
+FILES = ("pathlib.Path", "os", "io", "shutil", "tempfile", "mmap")
+NETWORK = ("socket", "ssl", "http", "urllib", "httpx", "requests", "huggingface_hub")
+
 #: Room -> what no module of it may import, in any function of it either.
 FORBIDDEN = {
-    "errors": ("splitlearn_core",),
-    "types": ("splitlearn_core",),
+    **dict.fromkeys(("errors", "types", "deprecation"), ("splitlearn_core",)),
+    **dict.fromkeys(
+        ("checkpoint.ranges", "checkpoint.fetchplan"),
+        (*FILES, *NETWORK, *HEAVY, *ours("checkpoint.partial", "checkpoint.rangefetch", "checkpoint.transport")),
+    ),
+    **dict.fromkeys(("checkpoint.partial", "checkpoint.transport"), ours("checkpoint.fetchplan", "plan")),
+    "checkpoint.rangefetch": ours("checkpoint.fetchplan", "plan"),
+    **dict.fromkeys(("origin", "storage.manifest", "storage.weights"), (*FILES, *NETWORK, *HEAVY)),
+    **dict.fromkeys(
+        tuple(f"manager.{name}" for name in ("loader", "components", "whole", "pickled", "resources", "threads")),
+        ("asyncio", *ours("manager.manager", "manager.shell", "cli", "server")),
+    ),
+    **dict.fromkeys(("manager.config", "manager.configfile"), HEAVY),
     "family": HEAVY,
     "hookspecs": HEAVY,
     "plugins": (*HEAVY, *ours("build", "loading", "quickstart", "pipeline", "cli")),
@@ -172,8 +187,19 @@ FORBIDDEN = {
     ),
     "manager.manager": (*HEAVY, *ours("build", "checkpoint", "loading", "cli", "server")),
     "manager.shell": (*HEAVY, *ours("build", "checkpoint", "loading", "cli", "server", "manager.manager")),
-    "manager": (*ours("cli", "server"),),
     "build": (*ours("checkpoint", "plugins", "loading"), "safetensors", "pathlib", "os", "io"),
+}
+
+
+#: Room -> the only ones that may import it, beside itself.
+ONLY_FOR = {
+    "server": ("cli.serve", "testing"),
+    "cli": ("__main__",),
+    "manager.manager": ("__init__", "testing", "server"),
+    "manager.shell": ("manager.manager", "testing"),
+    "storage.memory": ("storage.saving",),
+    # The kit is for tests; the command that runs it on an installed plugin is one.
+    "testing": ("cli.plugins",),
 }
 
 
@@ -192,16 +218,17 @@ def test_a_room_imports_only_what_it_may(module: str, forbidden: tuple[str, ...]
 
 def test_every_room_is_there() -> None:
     """A rule about a room that was renamed would hold for nothing."""
-    for room in FORBIDDEN:
+    for room in (*FORBIDDEN, *ONLY_FOR, *(name for names in ONLY_FOR.values() for name in names)):
         assert any(within(module, ours(room)) for module in MODULES), room
 
 
-def test_only_the_kit_imports_the_kit() -> None:
-    """``splitlearn_core.testing`` is for tests."""
+@pytest.mark.parametrize("room", ONLY_FOR)
+def test_a_room_is_imported_only_by_whom_it_is_for(room: str) -> None:
+    """Nothing else of core leans on it."""
     guilty = [
         module
         for module in MODULES
-        if not within(module, ours("testing")) and any(within(name, ours("testing")) for name in imports(module))
+        if not within(module, ours(room, *ONLY_FOR[room])) and any(within(name, ours(room)) for name in imports(module))
     ]
     assert guilty == []
 
@@ -216,6 +243,12 @@ def test_core_imports_no_plugin() -> None:
         )
     }
     assert guilty == {}
+
+
+def test_saved_components_know_torch_in_one_file() -> None:
+    """``storage`` plans and writes bytes; ``storage.memory`` alone holds tensors."""
+    knowing = [m for m in MODULES if within(m, ours("storage")) and any(within(n, ("torch",)) for n in imports(m))]
+    assert knowing == ["splitlearn_core.storage.memory"]
 
 
 def test_only_one_module_reads_installed_metadata() -> None:
