@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -141,3 +142,29 @@ def cli(process: Callable[..., Any]) -> Callable[..., subprocess.CompletedProces
         return process(Path(sys.executable).with_name("splitlearn"), *arguments, **environment)
 
     return run
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Run the command line in this process: for what a command answers, where the process itself is not in question.
+
+    It spares the imports of torch and transformers, which are most of what a short process does.
+    """
+    from splitlearn_core.cli.main import main
+    from splitlearn_core.plugins.registry import reset_registry
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        # As a process has them: text over bytes, and neither is a terminal.
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+        reset_registry()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["splitlearn", *map(str, arguments)])
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            with pytest.raises(SystemExit) as end:
+                main()
+        texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+        return subprocess.CompletedProcess(sys.argv, int(end.value.code or 0), *texts)
+
+    yield run
+    reset_registry()

@@ -178,7 +178,7 @@ class TestEntry:
         assert result.returncode == 2
         assert "plan" in result.stdout + result.stderr
 
-    @pytest.mark.parametrize("command", [("plan",), ("generate", "--prompt", "x"), ("verify",)], ids=" ".join)
+    @pytest.mark.parametrize("words", [("plan",), ("generate", "--prompt", "x"), ("verify",)], ids=" ".join)
     @pytest.mark.parametrize(
         ("model", "options", "says"),
         [
@@ -191,15 +191,15 @@ class TestEntry:
     )
     def test_failures(
         self,
-        cli: Cli,
+        command: Cli,
         talking: Path,
-        command: tuple[str, ...],
+        words: tuple[str, ...],
         model: str | None,
         options: tuple[object, ...],
         says: str,
     ) -> None:
         """What fails is exit code 1: one error line and a hint on stderr, nothing on stdout, no traceback."""
-        result = cli(*command, model or talking, *options)
+        result = command(*words, model or talking, *options)
         assert (result.returncode, result.stdout) == (1, "")
         assert re.search(r"^error: .+", result.stderr, re.MULTILINE)
         assert re.search(r"^hint: .+", result.stderr, re.MULTILINE)
@@ -292,11 +292,11 @@ class TestGenerate:
         assert re.search(r"^9 tokens in .* tokens/s$", result.stderr, re.MULTILINE)
         assert succeeded(cli(*arguments)) == result.stdout
 
-    def test_json(self, cli: Cli, talking: Path) -> None:
+    def test_json(self, command: Cli, talking: Path) -> None:
         """The JSON has the documented fields, and its text is that of the components put together in Python."""
         from transformers import AutoTokenizer
 
-        result = cli("generate", talking, *SPLIT, "--prompt", "Once upon", "--max-new-tokens", 9, "--json")
+        result = command("generate", talking, *SPLIT, "--prompt", "Once upon", "--max-new-tokens", 9, "--json")
         answer = json.loads(succeeded(result))
         assert set(answer) == GENERATION_FIELDS
         assert (answer["prompt"], answer["prompt_tokens"], answer["new_tokens"]) == ("Once upon", 9, 9)
@@ -306,24 +306,24 @@ class TestGenerate:
         expected = model.generate(ids, do_sample=False, max_new_tokens=9, pad_token_id=0)
         assert answer["text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
 
-    def test_seed(self, cli: Cli, talking: Path) -> None:
+    def test_seed(self, command: Cli, talking: Path) -> None:
         """Draws with one seed repeat; with another they differ."""
 
         def draw(seed: int) -> str:
             sampling = ("--max-new-tokens", 20, "--temperature", 1.5, "--seed", seed)
-            return succeeded(cli("generate", talking, *SPLIT, "--prompt", "Once", *sampling))
+            return succeeded(command("generate", talking, *SPLIT, "--prompt", "Once", *sampling))
 
         assert draw(1) == draw(1) != draw(2)
 
-    def test_too_long(self, cli: Cli, talking: Path) -> None:
+    def test_too_long(self, command: Cli, talking: Path) -> None:
         """More tokens than the model has positions is refused with the number that would fit."""
-        result = cli("generate", talking, *SPLIT, "--prompt", "Once", "--max-new-tokens", 1000)
+        result = command("generate", talking, *SPLIT, "--prompt", "Once", "--max-new-tokens", 1000)
         assert (result.returncode, result.stdout) == (1, "")
         assert "252" in result.stderr
 
-    def test_empty_prompt(self, cli: Cli, talking: Path) -> None:
+    def test_empty_prompt(self, command: Cli, talking: Path) -> None:
         """A prompt of no tokens is an error, not a crash."""
-        result = cli("generate", talking, *SPLIT, "--prompt", "", "--max-new-tokens", 4)
+        result = command("generate", talking, *SPLIT, "--prompt", "", "--max-new-tokens", 4)
         assert (result.returncode, result.stdout) == (1, "")
         assert "Traceback" not in result.stderr
 
@@ -338,9 +338,9 @@ class TestVerify:
         assert answer["checks"] == dict.fromkeys(("logits", "decoding with a cache", "generated tokens"), True)
         assert [component["component"] for component in answer["components"]] == ["bottom", "trunk", "top"]
 
-    def test_for_people(self, cli: Cli, sharded: Path) -> None:
+    def test_for_people(self, command: Cli, sharded: Path) -> None:
         """stdout ends with the verdict; nothing but data is there."""
-        lines = succeeded(cli("verify", sharded, *SPLIT)).splitlines()
+        lines = succeeded(command("verify", sharded, *SPLIT)).splitlines()
         assert lines[0] == f"{sharded} cut at 2 and 4, float32, random tokens"
         assert lines[-1].startswith("equal to the last bit")
 
@@ -439,13 +439,13 @@ class TestDemo:
         again = json.loads(succeeded(cli("demo", "--json", "--max-new-tokens", 20, "--seed", 3, **CUT_OFF)))
         assert again["generation"]["text"] == answer["generation"]["text"]
 
-    def test_bundled_model_is_a_model_like_any_other(self, cli: Cli) -> None:
+    def test_bundled_model_is_a_model_like_any_other(self, command: Cli) -> None:
         """``bundled:gpt2`` can be planned, generated with and verified, at any cut."""
-        layers = json.loads(succeeded(cli("plan", "bundled:gpt2", "--split", 1, 2, "--json", **CUT_OFF)))["num_layers"]
+        layers = json.loads(succeeded(command("plan", "bundled:gpt2", "--split", 1, 2, "--json")))["num_layers"]
         cut = ("--split", 1, layers - 1)
-        generated = cli("generate", "bundled:gpt2", *cut, "--prompt", "We hold", "--max-new-tokens", 8, **CUT_OFF)
+        generated = command("generate", "bundled:gpt2", *cut, "--prompt", "We hold", "--max-new-tokens", 8)
         assert succeeded(generated).startswith("We hold")
-        verified = json.loads(succeeded(cli("verify", "bundled:gpt2", *cut, "--json", **CUT_OFF)))
+        verified = json.loads(succeeded(command("verify", "bundled:gpt2", *cut, "--json")))
         assert verified["equal"] is True
         assert verified["input"] == "prompt"
 

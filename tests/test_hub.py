@@ -719,34 +719,34 @@ class TestCommandLine:
         assert people.stderr == ""
         assert whole_downloads(hub) == []
 
-    def test_generate(self, hub: LoopbackHub, talking: Path, cli: Cli) -> None:
+    def test_generate(self, hub: LoopbackHub, talking: Path, command: Cli) -> None:
         """A repository with a tokenizer generates the text that its directory generates; stdout is the text alone."""
         hub.add_repo(REPO, talking)
         arguments = ("--split", 2, 4, "--prompt", "Once upon", "--max-new-tokens", 12)
-        remote, local = cli("generate", REPO, *arguments), cli("generate", talking, *arguments)
+        remote, local = command("generate", REPO, *arguments), command("generate", talking, *arguments)
         assert (remote.returncode, local.returncode) == (0, 0), remote.stderr + local.stderr
         assert remote.stdout == local.stdout
         assert remote.stdout.startswith("Once upon")
         assert "12 tokens" in remote.stderr
 
-    def test_verify(self, hub: LoopbackHub, talking: Path, cli: Cli) -> None:
+    def test_verify(self, hub: LoopbackHub, talking: Path, command: Cli) -> None:
         """A repository verifies equal, on a prompt of its own tokenizer."""
         commit = hub.add_repo(REPO, talking)
-        result = cli("verify", REPO, "--split", 2, 4, "--json", "--revision", commit)
+        result = command("verify", REPO, "--split", 2, 4, "--json", "--revision", commit)
         assert result.returncode == 0, result.stderr
         answer = json.loads(result.stdout)
         assert answer["equal"] is True
         assert answer["max_difference"] == 0
         assert (answer["model"], answer["input"]) == (REPO, "prompt")
 
-    def test_without_a_tokenizer(self, hub: LoopbackHub, single: Path, cli: Cli) -> None:
+    def test_without_a_tokenizer(self, hub: LoopbackHub, single: Path, command: Cli) -> None:
         """Without a tokenizer ``generate`` says so before it downloads weights; ``verify`` takes random tokens."""
         hub.add_repo(REPO, single)
-        result = cli("generate", REPO, "--split", 2, 4, "--prompt", "Once")
+        result = command("generate", REPO, "--split", 2, 4, "--prompt", "Once")
         assert failed_cleanly(result), result.stderr
         assert "tokenizer" in result.stderr
         assert whole_downloads(hub) == []
-        verified = cli("verify", REPO, "--split", 2, 4, "--json")
+        verified = command("verify", REPO, "--split", 2, 4, "--json")
         assert json.loads(verified.stdout)["input"] == "random tokens"
 
     def test_cache_dir(self, hub: LoopbackHub, sharded: Path, cli: Cli, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from splitlearn_core.manager.status import ModelStatus
 from splitlearn_core.testing.managing import charges, check_closed, check_sound, resting, run
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
+pytestmark = pytest.mark.once
+
 TASKS, OPERATIONS = 32, 1000
 IDS = torch.tensor([[5, 17, 42]])
 HIDDEN = torch.ones(1, 3, 32)

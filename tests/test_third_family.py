@@ -16,6 +16,8 @@ import pytest
 
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: What somebody writes who wants llama, and all of it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,11 @@ def verdict(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, source in files.items():
         (folder / f"{name}.py").write_text(source)
     (folder / "mypy.ini").write_text(CONFIGURATION)
-    source_of_core = str(Path(hookspecs.__file__).parents[1])
+    # mypy refuses to be told of the folder of installed packages, where it finds core by itself.
+    source_of_core = Path(hookspecs.__file__).parents[1]
+    paths = [folder, *([] if source_of_core.name == "site-packages" else [source_of_core])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MYPYPATH", f"{folder}:{source_of_core}")
+        patch.setenv("MYPYPATH", os.pathsep.join(map(str, paths)))
         patch.chdir(folder)
         output, errors, _ = api.run(
             ["--config-file", "mypy.ini", "--cache-dir", str(folder / "cache"), *(f"{name}.py" for name in files)]

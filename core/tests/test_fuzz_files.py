@@ -20,6 +20,8 @@ from splitlearn_core.checkpoint.config import read_config, read_weight_map
 from splitlearn_core.checkpoint.header import LENGTH_BYTES, parse_header
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
+pytestmark = pytest.mark.once
+
 HEADERS = 100_000
 OBJECTS = 4_000
 CHECKPOINTS = 1_500

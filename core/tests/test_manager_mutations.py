@@ -12,6 +12,8 @@ import pytest
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.manager import generation, machine, policy
 
+pytestmark = pytest.mark.once
+
 #: In the order in which they import each other.
 SOURCES = {"policy": policy, "generation": generation, "machine": machine}
 

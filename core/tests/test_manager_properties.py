@@ -31,6 +31,8 @@ from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.status import FailureInfo, ModelStatus
 from splitlearn_core.types import Progress
 
+pytestmark = pytest.mark.once
+
 IDS = ("a", "b", "c", "d")
 TOTAL = {"host": 10, "mapped": 12, "cuda:0": 6}
 FAILURE = FailureInfo("MemoryError", "no memory", "", "reading", retryable=True)

@@ -13,6 +13,7 @@ from splitlearn_core.storage import replacing as swap
 from splitlearn_core.storage.replacing import recover, replacing
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.usefixtures("llama"),
     pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed"),
 ]
