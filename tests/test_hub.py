@@ -419,17 +419,17 @@ class TestOffline:
             load(local_files_only=True)
         assert "local_files_only" in caught.value.hint
 
-    def test_command_line_offline(self, hub: LoopbackHub, talking: Path, cli: Cli) -> None:
+    def test_command_line_offline(self, hub: LoopbackHub, talking: Path, cli: Cli, command: Cli) -> None:
         """Once generated online, the command line plans, generates and verifies offline with no request.
 
         HF_HUB_OFFLINE stops even what the client asks the Hub for itself; the flag stops all that concerns the model.
         """
         hub.add_repo(REPO, talking)
         arguments = ("generate", REPO, "--split", 2, 4, "--prompt", "Once", "--max-new-tokens", 4)
-        online = cli(*arguments)
+        online = command(*arguments)
         assert online.returncode == 0, online.stderr
         before = len(asked(hub))
-        flag = cli(*arguments, "--local-files-only")
+        flag = command(*arguments, "--local-files-only")
         planned = cli("plan", REPO, "--split", 2, 4, "--json", "--local-files-only")
         assert asked(hub)[before:] == []
         all_before = len(hub.requests)

@@ -450,7 +450,7 @@ def test_the_example_of_the_manual_is_valid() -> None:
     from splitlearn_core.server.run import make_manager
 
     manual = Path(__file__).parents[1] / "docs" / "operating-the-manager.md"
-    (example,) = re.findall(r"```yaml\n(.*?)```", manual.read_text(), re.DOTALL)
+    (example,) = re.findall(r"<!-- file: models\.yaml -->\n```yaml\n(.*?)```", manual.read_text(), re.DOTALL)
     path = Path(os.environ["HOME"])
     path.mkdir(parents=True)
     (path / "models.yaml").write_text(example)
