@@ -70,7 +70,7 @@ class ModelFamily:
     layers: str = "layers"
     #: The token embedding, relative to ``base``.
     embedding: str = "embed_tokens"
-    #: The final norm, relative to ``base``.
+    #: The final norm, relative to ``base``; empty where the model has none.
     norm: str = "norm"
     #: The language model head.
     head: str = "lm_head"
@@ -80,6 +80,15 @@ class ModelFamily:
     #: Modules relative to ``base`` that the running state passes *through* before the first layer;
     #: they hand it on unchanged in every component but the bottom.
     skip_outside_bottom: tuple[str, ...] = ()
+    #: Modules relative to ``base``, besides the final norm, that the running state passes *through* after
+    #: the last layer (OPT's ``project_out``); they hand it on unchanged in every component but the top.
+    #: A module of the three tuples, or ``norm``, may be None in some models of the type.
+    skip_outside_top: tuple[str, ...] = ()
+    #: True where the model does something to the embeddings that no module does (Granite multiplies them).
+    #: Hidden states from outside are then handed to the layers past whatever is done there.
+    enter_at_layers: bool = False
+    #: True where a layer answers with a tuple whose first item is the running state.
+    layers_return_tuple: bool = False
     #: Tensors that old checkpoints carry and no module wants, as suffixes of the checkpoint key.
     ignored_suffixes: tuple[str, ...] = ()
     #: Substrings of checkpoint keys that changed their name, ``(old, new)``, applied in order.
@@ -117,6 +126,16 @@ class ModelFamily:
                 hint="each field is documented in splitlearn_core.ModelFamily",
             )
 
+    @property
+    def inlets(self) -> tuple[str, ...]:
+        """What the bottom alone holds, relative to ``base``."""
+        return (self.embedding, *self.zero_outside_bottom, *self.skip_outside_bottom)
+
+    @property
+    def outlets(self) -> tuple[str, ...]:
+        """What the top alone holds besides the head, relative to ``base``."""
+        return (*filter(None, (self.norm,)), *self.skip_outside_top)
+
     def config_value(self, config: Mapping[str, Any], name: str) -> Any:
         """Return a value of ``config.json`` by its common name, or None where nothing says it."""
         for candidate in (self.config_names.get(name, name), name):
@@ -126,13 +145,13 @@ class ModelFamily:
 
 
 def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
-    for name in ("model_type", "architecture", "base", "layers", "embedding", "norm", "head"):
+    for name in ("model_type", "architecture", "base", "layers", "embedding", "head"):
         if not (isinstance(getattr(family, name), str) and getattr(family, name)):
             yield name, "a name"
-    for name in ("preferred_strategy", "default_model", "bundled_checkpoint"):
+    for name in ("norm", "preferred_strategy", "default_model", "bundled_checkpoint"):
         if not isinstance(getattr(family, name), str):
             yield name, "a text"
-    for name in ("zero_outside_bottom", "skip_outside_bottom", "ignored_suffixes"):
+    for name in ("zero_outside_bottom", "skip_outside_bottom", "skip_outside_top", "ignored_suffixes"):
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of texts"
     pairs = family.renamed
@@ -141,6 +160,9 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
+    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers"):
+        if not isinstance(getattr(family, name), bool):
+            yield name, "True or False"
     if not callable(family.impossible_cuts):
         yield "impossible_cuts", "a function"
 

@@ -16,7 +16,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
-from splitlearn_core.build.neutral import PassLayer, Zero
+from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, Zero, entering
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
 from splitlearn_core.family import ModelFamily
@@ -24,6 +24,8 @@ from splitlearn_core.origin import Origin
 from splitlearn_core.types import Component, LayerRange
 
 _MASK_DIMENSIONS = 2
+#: What a module has of a name that it does not know.
+_ASTRAY = object()
 #: What transformers hands on to attention kernels and losses, by its own list.
 _KERNELS = frozenset(getattr(getattr(utils, "TransformersKwargs", None), "__annotations__", ())) | frozenset(
     FlashAttentionKwargs.__annotations__
@@ -157,6 +159,16 @@ class ComponentModel(PreTrainedModel):
             "use_cache": past_key_values is not None,
         }
 
+    @contextmanager
+    def _past_the_embeddings(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Hand hidden states to the layers; yields what goes through the model where embeddings do."""
+        if not self.family.enter_at_layers:
+            yield hidden_states
+            return
+        with entering(hidden_states):
+            # A copy, because a model may change its embeddings in place.
+            yield hidden_states.detach().clone()
+
     def _check_states(self, hidden_states: torch.Tensor) -> None:
         if not hidden_states.is_floating_point():
             raise ConfigurationError(
@@ -220,7 +232,8 @@ class _Trunk(ComponentModel):
         """
         self._check_states(hidden_states)
         arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
-        output = self.base_model(inputs_embeds=hidden_states, **arguments, **kwargs)
+        with self._past_the_embeddings(hidden_states) as states:
+            output = self.base_model(inputs_embeds=states, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
 
 
@@ -252,9 +265,10 @@ class _Top(ComponentModel):
         """
         self._check_states(hidden_states)
         arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
-        output = super().forward(
-            inputs_embeds=hidden_states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
-        )
+        with self._past_the_embeddings(hidden_states) as states:
+            output = super().forward(
+                inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=output.loss, logits=output.logits, **{CACHE_FIELD: arguments[self.cache_argument]}
         )
@@ -429,17 +443,16 @@ def _layer(model: Any, family: ModelFamily, number: int) -> nn.Module:
 def _prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
     """Keep what the component owns, and make everything else neutral."""
     base = model.get_submodule(family.base)
-    elsewhere = PassLayer()
+    elsewhere = TupleLayer() if family.layers_return_tuple else PassLayer()
     slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
+    if family.enter_at_layers and not owned.is_first:
+        slots[0] = EnteringLayer(elsewhere)
     _replace(base, family.layers, nn.ModuleList(slots))
     if not owned.is_first:
-        _replace(base, family.embedding, PassLayer())
-        for name in family.zero_outside_bottom:
-            _replace(base, name, Zero())
-        for name in family.skip_outside_bottom:
-            _replace(base, name, PassLayer())
+        neutral = {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets}
+        _replace_all(base, neutral)
     if not owned.is_last:
-        _replace(base, family.norm, PassLayer())
+        _replace_all(base, {name: PassLayer() for name in family.outlets})
         _replace(model, family.head, PassLayer())
     # A tied head is assigned by the plan: within one component no two parameters are tied.
     model.all_tied_weights_keys = {}
@@ -450,16 +463,25 @@ def _replace(parent: nn.Module, path: str, module: nn.Module) -> None:
     setattr(parent.get_submodule(holder), name, module)
 
 
+def _replace_all(base: nn.Module, neutral: Mapping[str, nn.Module]) -> None:
+    there = dict(base.named_modules())
+    for path, module in neutral.items():
+        # A model that does without it has None in its place.
+        if path in there:
+            _replace(base, path, module)
+
+
 def _check_names(model: nn.Module, family: ModelFamily) -> None:
     """Hold the names of a family against the modules there are, before any is replaced.
 
     Raises:
         BrokenPluginError: There are no modules of these names; those there are, are listed.
     """
-    inside = (family.layers, family.embedding, family.norm, *family.zero_outside_bottom, *family.skip_outside_bottom)
+    inside = (family.layers, *family.inlets, *family.outlets)
     paths = [family.base, family.head, *(f"{family.base}.{name}" for name in inside)]
-    there = {name for name, _ in model.named_modules()}
-    astray = [path for path in paths if path not in there]
+    there = dict(model.named_modules())
+    optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
+    astray = [path for path in paths if path not in there and not (path in optional and _is_left_out(there, path))]
     if astray:
         shallow = sorted(name for name in there if name and name.count(".") <= family.base.count(".") + 1)
         raise BrokenPluginError(
@@ -467,3 +489,9 @@ def _check_names(model: nn.Module, family: ModelFamily) -> None:
             f"and {type(model).__name__} has no such modules",
             hint=f"it has: {', '.join(shallow)}",
         )
+
+
+def _is_left_out(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Say whether a module has None where others of its class have a module of this name."""
+    holder, _, name = path.rpartition(".")
+    return holder in modules and getattr(modules[holder], name, _ASTRAY) is None

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+
+#: The hidden states of the forward that runs in this thread or task, where they enter at the layers.
+_ENTERING: ContextVar[torch.Tensor] = ContextVar("splitlearn_entering")
 
 
 class PassLayer(nn.Module):
@@ -17,6 +23,42 @@ class PassLayer(nn.Module):
         return hidden_states
 
     forward = __call__
+
+
+class TupleLayer(PassLayer):
+    """The same where a decoder layer answers with a tuple: the running state, and nothing besides."""
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states, None
+
+    forward = __call__
+
+
+class EnteringLayer(nn.Module):
+    """Stands for the first layer, and hands on the hidden states that came from outside.
+
+    Whatever the model did to them on their way here, as it does to embeddings, is left behind.
+
+    Args:
+        neutral: The neutral layer that wraps an answer as the family's layers do.
+    """
+
+    def __init__(self, neutral: PassLayer) -> None:
+        super().__init__()
+        self._neutral = neutral
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._neutral(_ENTERING.get(hidden_states))
+
+
+@contextmanager
+def entering(hidden_states: torch.Tensor) -> Iterator[None]:
+    """Let hidden states reach the layers as they are."""
+    token = _ENTERING.set(hidden_states)
+    try:
+        yield
+    finally:
+        _ENTERING.reset(token)
 
 
 class Zero(nn.Module):

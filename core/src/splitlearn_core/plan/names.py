@@ -92,9 +92,8 @@ def placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Ca
     """Return a function from a module key to the component that holds it, or None where none does."""
     owners = [component for component in Component for _ in range(len(ranges[component]))]
     layers = f"{family.base}.{family.layers}."
-    inlets = (family.embedding, *family.zero_outside_bottom, *family.skip_outside_bottom)
-    bottom = tuple(f"{family.base}.{inlet}." for inlet in inlets)
-    top = (f"{family.base}.{family.norm}.", f"{family.head}.")
+    bottom = tuple(f"{family.base}.{inlet}." for inlet in family.inlets)
+    top = (*(f"{family.base}.{outlet}." for outlet in family.outlets), f"{family.head}.")
 
     def component_of(name: str) -> Component | None:
         if name.startswith(layers):
