@@ -1,0 +1,126 @@
+"""A tiny model of a type, or of the type of a given checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from splitlearn_core.scaffold.findings import CannotSplit
+from splitlearn_core.scaffold.sizes import TINY, tiny_sizes
+
+_DEPTH = TINY["num_hidden_layers"]
+#: A model that tests make anew many times must be smaller than this.
+_MAX_PARAMETERS = 20_000_000
+#: What a configuration says of its files, and not of the model.
+_NOT_OF_THE_MODEL = {
+    *("architectures", "auto_map", "dtype", "torch_dtype", "model_type", "quantization_config"),
+    *("transformers_version", "_name_or_path", "use_cache", "return_dict", "tie_word_embeddings"),
+}
+
+
+def tiny_config(model_type: str, known: Any, said: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Make a small configuration, and say what it needs besides the usual small sizes.
+
+    Args:
+        model_type: The type.
+        known: A configuration of it with the class's own values.
+        said: What a given ``config.json`` says; empty for the class's own values.
+
+    Raises:
+        CannotSplit: No small model of the type can be made, with what transformers says about it.
+    """
+    sizes = tiny_sizes(known)
+    problems = []
+    for needed in _attempts(known, sizes, _peculiar(known, sizes, said)):
+        # A configuration class refuses what does not fit with an error of its own liking.
+        try:
+            config = _config(model_type, {**sizes, **needed})
+            parameters = _parameters(config)
+        except Exception as error:  # noqa: BLE001
+            problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+            continue
+        if parameters <= _MAX_PARAMETERS:
+            return config, needed
+        problems.append(f"it still has {parameters:,} parameters")
+    raise CannotSplit(
+        f"no small model of type {model_type} can be made to look at: {problems[0] if problems else 'no sizes fit'}",
+        hint="give the config.json of a small model of the type: --from FILE",
+    )
+
+
+def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what to say besides the small sizes: first nothing, then what some types insist on."""
+    yield needed
+    yield {**needed, **_shortened_lists(known, sizes)}
+    # As many heads for keys as for queries, and layers as many as the class has.
+    if "num_key_value_heads" in sizes:
+        yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
+    if known.num_hidden_layers != _DEPTH:
+        yield {**needed, "num_hidden_layers": known.num_hidden_layers}
+
+
+def _peculiar(known: Any, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a given configuration says otherwise than the class, and is no size."""
+    own = known.to_dict()
+    sized = {known.attribute_map.get(name, name) for name in sizes} | set(sizes)
+    different = {
+        name: value
+        for name, value in said.items()
+        if name in own and own[name] != value and name not in sized and name not in _NOT_OF_THE_MODEL
+    }
+    kept = {}
+    for name, value in different.items():
+        if isinstance(value, bool | str) or isinstance(value, float):
+            kept[name] = value
+        elif isinstance(value, list) and len(value) == said.get("num_hidden_layers"):
+            kept[name] = _shortened(value)
+    return kept
+
+
+def _shortened_lists(known: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _shortened(value)
+        for name, value in known.to_dict().items()
+        if isinstance(value, list) and len(value) == known.num_hidden_layers and name not in sizes
+    }
+
+
+def _shortened(kinds: list[Any]) -> list[Any]:
+    """Take what a few layers are of a list with an item for each layer, none of the kinds left out."""
+    distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
+    first = kinds[:_DEPTH]
+    if all(kind in first for kind in distinct):
+        return first
+    return [distinct[number % len(distinct)] for number in range(_DEPTH)]
+
+
+def _config(model_type: str, values: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, **values)
+    config.dtype = torch.float32
+    return config
+
+
+def _parameters(config: Any) -> int:
+    """Count the parameters of a model, without making them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
+    """Make a model whose every parameter is random: at their usual 1 and 0, a misplaced one would change nothing."""
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = AutoModelForCausalLM.from_config(config, **options)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    return model.eval()
