@@ -37,6 +37,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
     def __init__(
         self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, *, mixed_dtypes: bool = False
     ) -> None:

@@ -54,5 +54,29 @@ class PartCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        local = layer_idx - self.layer_range.start
-        return super().update(key_states, value_states, local, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().update(key_states, value_states, self._own(layer_idx), *args, **kwargs)  # type: ignore[no-any-return]
+
+    # What layers with a running state ask for, where transformers has such layers.
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return super().update_conv_state(conv_states, self._own(layer_idx), *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return super().update_recurrent_state(recurrent_states, self._own(layer_idx), *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return super().get_conv_state(self._own(layer_idx), *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return super().get_recurrent_state(self._own(layer_idx), *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> Any:
+        return super().update_indexer(indexer_key_states, self._own(layer_idx))
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        own = None if layer_idx is None else self._own(layer_idx)
+        return super().has_previous_state(own, *args, **kwargs)
+
+    def _own(self, layer_idx: int) -> int:
+        """Return the slot of one of the model's layers."""
+        return layer_idx - self.layer_range.start

@@ -24,6 +24,8 @@ from splitlearn_core.origin import Origin
 from splitlearn_core.types import Component, LayerRange
 
 _MASK_DIMENSIONS = 2
+#: How transformers marks the floats in ``config.json`` that JSON has no word for.
+_FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 #: What a module has of a name that it does not know.
 _ASTRAY = object()
 #: What transformers hands on to attention kernels and losses, by its own list.
@@ -397,12 +399,21 @@ def hf_config(
     """
     config_class = architecture_class(family).config_class
     with BUILD_LOCK, blaming_config(family, name_or_path):
-        own = {name: value for name, value in values.items() if name != "torch_dtype"}
+        own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
         # Components pass results on by name, whatever the checkpoint prefers.
         config = config_class.from_dict({**own, "dtype": dtype, "return_dict": True}, name_or_path=name_or_path)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
     return config
+
+
+def _plain(value: Any) -> Any:
+    """Read the floats that JSON has no word for, as transformers writes them: ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if value.keys() == {_FLOAT_TAG} and value[_FLOAT_TAG] in _FLOATS:
+            return float(value[_FLOAT_TAG])
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager

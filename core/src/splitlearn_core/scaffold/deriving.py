@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from splitlearn_core.scaffold.findings import CannotSplit, Question
+from splitlearn_core.scaffold.findings import CannotSplitError, Question
 from splitlearn_core.scaffold.observing import (
     COLUMNS,
     ROWS,
     Call,
     Forward,
+    Replacement,
     passed,
     random_embeddings,
     watch,
@@ -22,6 +24,10 @@ from splitlearn_core.scaffold.observing import (
 )
 
 _MAX_SHOWN = 6
+#: What numbers may differ by that were summed in another order, as a part of what differs in truth.
+_ROUNDING = 1e-4
+#: Dimensions of the running state.
+_STATE = 3
 
 
 @dataclass(slots=True)
@@ -33,9 +39,13 @@ class Parts:
     embedding: str = ""
     norm: str = ""
     head: str = ""
-    zero: list[str] = field(default_factory=list)
-    skip: list[str] = field(default_factory=list)
-    layer_classes: tuple[str, ...] = ()
+    zero_outside_bottom: list[str] = field(default_factory=list)
+    skip_outside_bottom: list[str] = field(default_factory=list)
+    skip_outside_top: list[str] = field(default_factory=list)
+    enter_at_layers: bool = False
+    layers_return_tuple: bool = False
+    #: Field -> what was seen that led to it.
+    reasons: dict[str, str] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
 
 
@@ -46,7 +56,7 @@ def derive_parts(model: Any) -> Parts:
         model: A tiny model with random weights, in evaluation mode.
 
     Raises:
-        CannotSplit: The model is no chain of layers that one tensor runs through, with the reason.
+        CannotSplitError: The model is no chain of layers that one tensor runs through, with the reason.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -55,23 +65,34 @@ def derive_parts(model: Any) -> Parts:
     parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
     parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
     _check_causal(model)
-    width = model.get_input_embeddings().weight.shape[1]
-    embeddings = random_embeddings(width)
+    embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, model.config, embeddings)
-    spine = _ancestors(parts.layers)
-    seen = watch(base, embeddings, spine)
+    frame = _Frame(base, embeddings, _ancestors(parts.layers))
+    seen = frame.watch()
     layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(_depth(model))]
-    parts.layer_classes = tuple(dict.fromkeys(type(layer).__name__ for layer in base.get_submodule(parts.layers)))
     _check_chain(layers)
-    _before(base, seen, layers[0], spine, parts)
-    _after(base, seen, layers[-1], spine, parts)
+    parts.layers_return_tuple = not isinstance(layers[0].output, torch.Tensor)
+    _before(frame, seen, layers[0], parts)
+    _after(frame, seen, layers[-1], parts)
     return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What stays the same from one forward to the next."""
+
+    base: Any
+    embeddings: torch.Tensor
+    spine: list[str]
+
+    def watch(self, replaced: Mapping[str, Replacement] | None = None) -> Forward:
+        return watch(self.base, self.embeddings, self.spine, replaced)
 
 
 def _base(model: Any) -> Any:
     base = model.base_model
     if base is model:
-        raise CannotSplit(
+        raise CannotSplitError(
             f"{type(model).__name__} has no base model: its base_model_prefix is {model.base_model_prefix!r}, "
             "and there is no module of that name"
         )
@@ -81,8 +102,8 @@ def _base(model: Any) -> Any:
 def _end(root: nn.Module, module: Any, how: str) -> str:
     for path, candidate in root.named_modules():
         if candidate is module and path:
-            return path
-    raise CannotSplit(f"{type(root).__name__} does not hold what {how} answers with ({type(module).__name__})")
+            return str(path)
+    raise CannotSplitError(f"{type(root).__name__} does not hold what {how} answers with ({type(module).__name__})")
 
 
 def _depth(model: Any) -> int:
@@ -96,9 +117,11 @@ def _check_causal(model: Any) -> None:
     other[:, -1] = (ids[:, -1] + 1) % 100
     first, second = (model(input_ids=tokens, use_cache=False).logits for tokens in (ids, other))
     if first.shape[:2] != ids.shape:
-        raise CannotSplit(f"its logits are {list(first.shape)} for {list(ids.shape)} tokens")
-    if not torch.equal(first[:, :-1], second[:, :-1]):
-        raise CannotSplit(
+        raise CannotSplitError(f"its logits are {list(first.shape)} for {list(ids.shape)} tokens")
+    before, at_last = (float((first[:, span] - second[:, span]).abs().max()) for span in (slice(-1), slice(-1, None)))
+    # Not to the last bit: experts are asked in another order when a token goes to another of them.
+    if before > _ROUNDING * at_last:
+        raise CannotSplitError(
             "it is no causal decoder: another last token changes what it says of the tokens before it (an encoder does)"
         )
 
@@ -112,18 +135,18 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
     try:
         seen = watch(base, embeddings, ())
     except TypeError as error:
-        raise CannotSplit(f"{type(base).__name__}.forward takes no inputs_embeds: {error}") from error
+        raise CannotSplitError(f"{type(base).__name__}.forward takes no inputs_embeds: {error}") from error
     for path in candidates:
         wanted = [f"{path}.{number}" for number in range(depth)]
         called = [call.path for call in seen.calls if call.path in wanted]
         if called == wanted:
-            return path
+            return str(path)
         if sorted(set(called)) == sorted(wanted):
-            raise CannotSplit(
+            raise CannotSplitError(
                 f"its {depth} layers ({path}) do not run one after another, each once: "
                 f"{', '.join(called[: depth + _MAX_SHOWN])}"
             )
-    raise CannotSplit(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
+    raise CannotSplitError(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
 
 
 def _ancestors(path: str) -> list[str]:
@@ -134,24 +157,29 @@ def _ancestors(path: str) -> list[str]:
 def _only_call(seen: Forward, path: str) -> Call:
     calls = seen.of(path)
     if len(calls) != 1:
-        raise CannotSplit(f"{path} is called {len(calls)} times in one forward")
+        raise CannotSplitError(f"{path} is called {len(calls)} times in one forward")
     return calls[0]
 
 
 def _check_chain(layers: Sequence[Call]) -> None:
     """Refuse layers between which more than one tensor passes, or between which something happens."""
-    for before, after in zip(layers, layers[1:], strict=False):
-        state = next(iter(after.inputs.values()), None)
-        if state is None or not before.tensors or not _same(state, before.tensors[0]):
-            raise CannotSplit(
+    for before, after in pairwise(layers):
+        if not before.tensors or not _same(after.state, before.tensors[0]):
+            raise CannotSplitError(
                 f"{after.path} is not given what {before.path} answered: the model does something between its layers"
             )
+    shape = layers[0].state.shape
+    if any(layer.state.shape != shape or layer.tensors[0].shape != shape for layer in layers) or len(shape) != _STATE:
+        raise CannotSplitError(
+            f"what runs through its layers is no tensor [batch, sequence, hidden]: it is {list(layers[0].state.shape)} "
+            f"for {ROWS} rows of {COLUMNS} tokens"
+        )
     # What every layer is given besides: none of it may be computed from the running state.
     for layer in layers:
         name, *others = layer.inputs
         beside = [other for other in others if layer.inputs[other].requires_grad]
         if beside:
-            raise CannotSplit(
+            raise CannotSplitError(
                 f"{layer.path} is given {', '.join(beside)} besides {name}, computed from the embeddings or from "
                 "layers before it; only one tensor crosses a cut"
             )
@@ -161,52 +189,63 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one is other or (one.shape == other.shape and torch.equal(one, other))
 
 
-def _before(base: Any, seen: Forward, first: Call, spine: list[str], parts: Parts) -> None:
+def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
     """Sort out the modules that are called before the first layer."""
-    embeddings = random_embeddings(base.get_submodule(parts.embedding).weight.shape[1])
-    state = next(iter(first.inputs.values()))
+    state = first.state
     for call in _outermost(seen.calls[: seen.calls.index(first)], parts):
-        if not call.tensors:
+        if not call.tensors or not call.tensors[0].is_floating_point():
             continue
-        through = call.inputs and any(t.requires_grad for t in call.inputs.values()) and call.tensors[0].requires_grad
-        if through:
-            parts.skip.append(call.path)
-        elif not call.tensors[0].requires_grad:
-            entered = _state_of(watch(base, embeddings, spine, {call.path: zeroed}), first.path)
-            if not torch.equal(entered, state):
-                parts.zero.append(call.path)
-    neutral = {**dict.fromkeys(parts.skip, passed), **dict.fromkeys(parts.zero, zeroed)}
-    entered = _state_of(watch(base, embeddings, spine, neutral), first.path)
-    if not _same(entered, embeddings):
-        parts.questions.append(Question("skip_outside_bottom", "what happens to the embeddings before the first layer?", _difference(entered, embeddings)))
+        if not call.tensors[0].requires_grad:
+            # It knows nothing of the embeddings; does it still tell?
+            if not torch.equal(frame.watch({call.path: zeroed}).of(first.path)[0].state, state):
+                parts.zero_outside_bottom.append(call.path)
+        elif any(tensor.requires_grad for tensor in call.inputs.values()):
+            parts.skip_outside_bottom.append(call.path)
+    neutral = {
+        **dict.fromkeys(parts.skip_outside_bottom, passed),
+        **dict.fromkeys(parts.zero_outside_bottom, zeroed),
+    }
+    # As wide as the state: it may be another width than the embeddings'.
+    inside = _Frame(frame.base, random_embeddings(state.shape[-1]), frame.spine)
+    entered = inside.watch(neutral).of(first.path)[0].state
+    if not _same(entered, inside.embeddings):
+        parts.enter_at_layers = True
+        parts.reasons["enter_at_layers"] = (
+            f"Outside any module, before the first layer: {_difference(entered, inside.embeddings)}."
+        )
 
 
 def _outermost(calls: Sequence[Call], parts: Parts) -> list[Call]:
-    paths = dict.fromkeys(call.path for call in calls if call.outermost and not f"{call.path}.".startswith((f"{parts.embedding}.", f"{parts.layers}.")))
-    return [next(call for call in calls if call.path == path) for path in paths]
+    """Return the first call of each module that the frame calls, and that is no part of embedding or layers."""
+    aside = (f"{parts.embedding}.", f"{parts.layers}.")
+    found: dict[str, Call] = {}
+    for call in calls:
+        if call.outermost and not f"{call.path}.".startswith(aside):
+            found.setdefault(call.path, call)
+    return list(found.values())
 
 
-def _state_of(seen: Forward, path: str) -> torch.Tensor:
-    return next(iter(seen.of(path)[0].inputs.values()))
-
-
-def _after(base: Any, seen: Forward, last: Call, spine: list[str], parts: Parts) -> None:
+def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
     """Find the final norm among the modules that are called after the last layer."""
     called = _outermost(seen.calls[seen.calls.index(last) + 1 :], parts)
     through = [call.path for call in called if call.tensors and call.tensors[0].requires_grad]
-    embeddings = random_embeddings(base.get_submodule(parts.embedding).weight.shape[1])
-    left = watch(base, embeddings, spine, dict.fromkeys(through, passed))
-    parts.norm = through[0] if through else ""
-    if len(through) != 1:
-        parts.questions.append(Question("norm", "which one is the final norm?", f"called after the last layer: {', '.join(through) or 'nothing'}"))
-    if not _same(left.hidden, left.of(last.path)[0].tensors[0]):
-        parts.questions.append(Question("norm", "what happens after the last layer?", _difference(left.hidden, left.of(last.path)[0].tensors[0])))
+    twice = sorted({*through} & {*parts.skip_outside_bottom, *parts.zero_outside_bottom})
+    if twice:
+        raise CannotSplitError(
+            f"{', '.join(twice)} is called before the first layer and after the last, and would be needed on both ends"
+        )
+    parts.norm, parts.skip_outside_top = (through[0], through[1:]) if through else ("", [])
+    left = frame.watch(dict.fromkeys(through, passed))
+    answer = left.of(last.path)[0].tensors[0]
+    if not _same(left.hidden, answer):
+        parts.questions.append(Question("norm", "what happens after the last layer?", _difference(left.hidden, answer)))
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> str:
     if got.shape != expected.shape:
         return f"a tensor {list(expected.shape)} becomes {list(got.shape)}"
+    got, expected = got.detach(), expected.detach()
     ratio = got / expected
     if torch.allclose(ratio, ratio.flatten()[0], rtol=1e-4):
-        return f"it is multiplied by {ratio.flatten()[0].item():.6g}"
-    return f"it differs by up to {(got - expected).abs().max().item():.3g}"
+        return f"what comes is multiplied by {ratio.flatten()[0].item():.6g}"
+    return f"what comes differs by up to {(got - expected).abs().max().item():.3g}"

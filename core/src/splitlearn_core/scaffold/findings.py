@@ -9,7 +9,7 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError
 
 
-class CannotSplit(ConfigurationError):
+class CannotSplitError(ConfigurationError):
     """The model is none that can be cut, with the reason."""
 
 
@@ -36,6 +36,8 @@ class Derived:
     #: Field -> why it is said, for the reader of the file.
     reasons: dict[str, str] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
+    #: Values of the configuration for which it does not hold, in words.
+    notes: list[str] = field(default_factory=list)
     #: Name of a variant -> values of the configuration, for the test file.
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: Attention implementations that the model bears.

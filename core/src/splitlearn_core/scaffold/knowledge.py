@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.scaffold.findings import CannotSplit
+from splitlearn_core.scaffold.findings import CannotSplitError
 
 
 def causal_class(model_type: str) -> str:
@@ -14,7 +14,7 @@ def causal_class(model_type: str) -> str:
 
     Raises:
         ConfigurationError: transformers knows no such type; the nearest is named.
-        CannotSplit: It knows the type, but no causal language model of it.
+        CannotSplitError: It knows the type, but no causal language model of it.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -23,7 +23,7 @@ def causal_class(model_type: str) -> str:
         raise _unknown(model_type, sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if found is None:
-        raise CannotSplit(
+        raise CannotSplitError(
             f"{model_type} is no causal language model: transformers has {_kinds(model_type) or 'no model'} for it",
             hint="only decoders that predict the next token can be split",
         )
@@ -34,11 +34,10 @@ def _unknown(model_type: str, known: list[str]) -> ConfigurationError:
     import transformers
 
     close = difflib.get_close_matches(model_type.lower().replace("-", "_"), known, n=3)
+    other = 'give the "model_type" of config.json; a newer transformers may know it: pip install --upgrade transformers'
     return ConfigurationError(
         f"transformers {transformers.__version__} knows no model type {model_type!r}",
-        hint=f"did you mean {' or '.join(map(repr, close))}?"
-        if close
-        else 'give the "model_type" of config.json; a newer transformers may know it: pip install --upgrade transformers',
+        hint=f"did you mean {' or '.join(map(repr, close))}?" if close else other,
     )
 
 
@@ -51,7 +50,7 @@ def _kinds(model_type: str) -> str:
     for name in names:
         found = getattr(modeling_auto, name, {}).get(model_type)
         if found is not None:
-            return found if isinstance(found, str) else ", ".join(found)
+            return str(found) if isinstance(found, str) else ", ".join(found)
     return ""
 
 
@@ -63,18 +62,18 @@ def check_config(model_type: str, known: Any) -> None:
         known: A configuration of it.
 
     Raises:
-        CannotSplit: It is an encoder-decoder, or a model of several models.
+        CannotSplitError: It is an encoder-decoder, or a model of several models.
     """
     if getattr(known, "is_encoder_decoder", False):
-        raise CannotSplit(
+        raise CannotSplitError(
             f"{model_type} is an encoder-decoder: its layers are two stacks, and the second looks into the first",
             hint="only decoders that predict the next token can be split",
         )
     text = known.get_text_config(decoder=True)
     if text is not known:
-        raise CannotSplit(
+        raise CannotSplitError(
             f"{model_type} is made of several models ({', '.join(known.sub_configs)})",
             hint=f"its language model is a type of its own: splitlearn plugins new {text.model_type} --out DIR",
         )
     if type(getattr(known, "num_hidden_layers", None)) is not int:
-        raise CannotSplit(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
+        raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")

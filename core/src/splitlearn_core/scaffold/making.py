@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from splitlearn_core.scaffold.findings import CannotSplit
+from splitlearn_core.scaffold.findings import CannotSplitError
 from splitlearn_core.scaffold.sizes import TINY, tiny_sizes
 
 _DEPTH = TINY["num_hidden_layers"]
@@ -30,22 +31,24 @@ def tiny_config(model_type: str, known: Any, said: Mapping[str, Any]) -> tuple[A
         said: What a given ``config.json`` says; empty for the class's own values.
 
     Raises:
-        CannotSplit: No small model of the type can be made, with what transformers says about it.
+        CannotSplitError: No small model of the type can be made, with what transformers says about it.
     """
     sizes = tiny_sizes(known)
+    own = {name: value for name, value in sizes.items() if TINY.get(name) != value}
     problems = []
-    for needed in _attempts(known, sizes, _peculiar(known, sizes, said)):
-        # A configuration class refuses what does not fit with an error of its own liking.
+    for needed in _attempts(known, sizes, {**own, **_peculiar(known, sizes, said)}):
         try:
             config = _config(model_type, {**sizes, **needed})
             parameters = _parameters(config)
+        # A class of transformers refuses what does not fit with an error of its own liking.
         except Exception as error:  # noqa: BLE001
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             continue
         if parameters <= _MAX_PARAMETERS:
-            return config, needed
+            # Made anew: a model may have written into its configuration.
+            return _config(model_type, {**sizes, **needed}), needed
         problems.append(f"it still has {parameters:,} parameters")
-    raise CannotSplit(
+    raise CannotSplitError(
         f"no small model of type {model_type} can be made to look at: {problems[0] if problems else 'no sizes fit'}",
         hint="give the config.json of a small model of the type: --from FILE",
     )
@@ -56,7 +59,7 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
     yield needed
     yield {**needed, **_shortened_lists(known, sizes)}
     # As many heads for keys as for queries, and layers as many as the class has.
-    if "num_key_value_heads" in sizes:
+    if "num_key_value_heads" in sizes and "num_attention_heads" in sizes:
         yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
     if known.num_hidden_layers != _DEPTH:
         yield {**needed, "num_hidden_layers": known.num_hidden_layers}
@@ -71,9 +74,9 @@ def _peculiar(known: Any, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> 
         for name, value in said.items()
         if name in own and own[name] != value and name not in sized and name not in _NOT_OF_THE_MODEL
     }
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, value in different.items():
-        if isinstance(value, bool | str) or isinstance(value, float):
+        if isinstance(value, bool | str | float):
             kept[name] = value
         elif isinstance(value, list) and len(value) == said.get("num_hidden_layers"):
             kept[name] = _shortened(value)
@@ -97,6 +100,30 @@ def _shortened(kinds: list[Any]) -> list[Any]:
     return [distinct[number % len(distinct)] for number in range(_DEPTH)]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from warning of random weights and from drawing bars; what it logged before counts after."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """Make the same configuration with other values; raises what the configuration class raises."""
+    changed = type(config)(**{**config.to_dict(), **values})
+    changed.dtype = torch.float32
+    return changed
+
+
 def _config(model_type: str, values: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
@@ -109,7 +136,7 @@ def _parameters(config: Any) -> int:
     """Count the parameters of a model, without making them."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 

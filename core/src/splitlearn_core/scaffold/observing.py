@@ -14,8 +14,8 @@ from torch import nn
 #: A short sequence that is no power of two, in a batch of more than one row.
 ROWS, COLUMNS = 2, 7
 
-#: Puts something else in the place of what a module answers: (its inputs, its answer) -> the answer.
-Replacement = Callable[[Sequence[Any], Any], Any]
+#: Answers instead of a module, whose own way of answering it is given: (answer, arguments) -> answer.
+Replacement = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 @dataclass(slots=True)
@@ -28,6 +28,11 @@ class Call:
     output: Any = None
     #: Called by a module that holds the layers, and not by a part of another module.
     outermost: bool = True
+
+    @property
+    def state(self) -> torch.Tensor:
+        """The first tensor that it was given."""
+        return next(iter(self.inputs.values()), torch.empty(0))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -65,7 +70,8 @@ def watch(
         for path, module in base.named_modules():
             if path and path not in stack.frame:
                 hooks.enter_context(_recorded(module, path, seen, stack, (replaced or {}).get(path)))
-        output = base(inputs_embeds=embeddings, use_cache=False)
+        # A copy, because a model may change its embeddings in place.
+        output = base(inputs_embeds=embeddings.clone(), use_cache=False)
     seen.hidden = output[0]
     return seen
 
@@ -80,7 +86,8 @@ class _Stack:
 def _recorded(
     module: nn.Module, path: str, seen: Forward, stack: _Stack, replacement: Replacement | None
 ) -> Iterator[None]:
-    names = tuple(inspect.signature(module.forward).parameters)
+    own = module.forward
+    names = tuple(inspect.signature(own).parameters)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**{(names[i] if i < len(names) else str(i)): value for i, value in enumerate(args)}, **kwargs}
@@ -89,19 +96,19 @@ def _recorded(
         seen.calls.append(call)
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call = stack.calls.pop()
-        if replacement is not None:
-            output = replacement([*args, *kwargs.values()], output)
-        call.output = output
-        return output
+        stack.calls.pop().output = output
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True),
     ]
+    if replacement is not None:
+        # On the instance, where it hides the method of the class.
+        module.forward = lambda *args, **kwargs: replacement(own, args, kwargs)
     try:
         yield
     finally:
+        vars(module).pop("forward", None)
         for handle in handles:
             handle.remove()
 
@@ -118,17 +125,20 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors(f"{name}[{number}]", item)
 
 
-def passed(inputs: Sequence[Any], output: Any) -> Any:
-    """Replace: hand the first input on."""
-    first = inputs[0]
-    return (first, *output[1:]) if isinstance(output, tuple) else first
+def passed(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replace: hand the first argument on."""
+    return next(iter((*args, *kwargs.values())))
 
 
-def zeroed(_: Sequence[Any], output: Any) -> Any:
-    """Replace: answer with zeros."""
-    if isinstance(output, torch.Tensor):
-        return torch.zeros_like(output)
-    return type(output)(zeroed((), item) for item in output) if isinstance(output, list | tuple) else output
+def zeroed(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replace: answer with zeros of the same shape."""
+    return _zeros(own(*args, **kwargs))
+
+
+def _zeros(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    return type(value)(map(_zeros, value)) if isinstance(value, list | tuple) else value
 
 
 def random_embeddings(width: int) -> torch.Tensor:

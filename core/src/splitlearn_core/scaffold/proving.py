@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
+from splitlearn_core.build.component import hf_config
 from splitlearn_core.build.state_dict import component_from_state_dict
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.family import ModelFamily
@@ -24,18 +26,20 @@ _PADDING = 2
 _EMPTY_TOKENS = 3
 
 
-def differences(model: Any, family: ModelFamily, values: Mapping[str, Any]) -> list[str]:
+def differences(model: Any, family: ModelFamily) -> list[str]:
     """Say where the model that the family describes is another than the model itself; empty where it is the same.
 
     Args:
         model: The tiny model in one piece, in evaluation mode and float32.
         family: What was derived of it.
-        values: Its ``config.json``.
     """
+    # As a file says it: the family has to understand that, and not only the object.
+    values = json.loads(model.config.to_json_string())
+    attention = model.config._attn_implementation  # noqa: SLF001  # the name that transformers gives it
     found: list[str] = []
     for cut in cuts(int(model.config.num_hidden_layers)):
         try:
-            split = _cut(model, family, values, cut)
+            split = _cut(model, family, hf_config(family, values, "the tiny model", "float32", attention), cut)
         except SplitLearnError as error:
             return [f"it cannot be cut at {cut[0]} and {cut[1]}: {error.message}"]
         found += [f"cut at {cut[0]} and {cut[1]}, {what}" for what in _compare(model, split)]
@@ -47,7 +51,7 @@ def cuts(depth: int) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(((1, depth - 1), (depth // 2 - 1, depth // 2), (depth // 2, depth - 1))))
 
 
-def _cut(model: Any, family: ModelFamily, values: Mapping[str, Any], cut: tuple[int, int]) -> SplitCausalLM:
+def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> SplitCausalLM:
     whole = model.state_dict()
     ends: dict[Component, tuple[int | None, int | None]] = {
         Component.BOTTOM: (None, cut[0]),
@@ -55,10 +59,10 @@ def _cut(model: Any, family: ModelFamily, values: Mapping[str, Any], cut: tuple[
         Component.TOP: (cut[1], None),
     }
     parts = [
-        component_from_state_dict(family, component, whole, copy.deepcopy(dict(values)), start, end)
+        component_from_state_dict(family, component, whole, copy.deepcopy(config), start, end)
         for component, (start, end) in ends.items()
     ]
-    return SplitCausalLM(*parts).eval()
+    return cast("SplitCausalLM", SplitCausalLM(*parts).eval())
 
 
 @torch.no_grad()
@@ -68,7 +72,7 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
         # The model's code raises whatever comes of what it was given; that is evidence, too.
         try:
             got = check(split)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             yield f"{title} fails: {type(error).__name__}: {error}"
             continue
         if not all(map(torch.equal, got, expected)):

@@ -25,7 +25,7 @@ _PECULIAR: Mapping[str, int] = {
     # Feed-forward layers under other names.
     **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "dff", "dim_ff", "intermediate_size_mlp", "n_inner"), 48),
     **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size", "block_ff_dim"), 48),
-    "word_embed_proj_dim": 32,
+    "word_embed_proj_dim": 16,
     # Attention under other names; rotary dimensions are an even part of a head's.
     "num_kv_heads": 2,
     "dim_head": 8,
@@ -66,6 +66,9 @@ def tiny_sizes(known: Any) -> dict[str, Any]:
         Values for its configuration class, by the names that it knows.
     """
     sizes = {name: value for name, value in TINY.items() if hasattr(known, name) and not _is_computed(known, name)}
+    if "num_key_value_heads" in sizes and hasattr(known, "kv_lora_rank"):
+        # Keys of latent attention are made for each head.
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     own = {known.attribute_map.get(name, name) for name in sizes}
     for name, value in _PECULIAR.items():
         current = getattr(known, name, None)

@@ -1,0 +1,43 @@
+"""What is known of a model beforehand: the ``config.json`` that a caller names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from splitlearn_core.checkpoint.config import CONFIG, read_config
+from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.errors import ConfigurationError
+
+
+def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
+    """Read the ``config.json`` of a model.
+
+    Args:
+        model_type: What it has to say it is.
+        origin: A directory, a ``config.json``, or a Hub repository, of which nothing else is fetched.
+        hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
+
+    Raises:
+        MissingFileError: There is no such file.
+        InvalidCheckpointError: It is no configuration.
+        ConfigurationError: It is one of another model type.
+    """
+    path = Path(origin)
+    config = read_config(path if _is_file(path) else open_source(origin, **hub).path(CONFIG))
+    stated = config["model_type"]
+    if stated != model_type:
+        raise ConfigurationError(
+            f"{origin} is a model of type {stated!r}, not {model_type!r}",
+            hint=f"splitlearn plugins new {stated} --from {origin} --out DIR",
+        )
+    return config
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    # Too long for a path, or with a NUL byte: then it is none.
+    except (OSError, ValueError):
+        return False
