@@ -200,6 +200,7 @@ ONLY_FOR = {
     "storage.memory": ("storage.saving",),
     # The kit is for tests; the command that runs it on an installed plugin is one.
     "testing": ("cli.plugins",),
+    "scaffold": ("cli.plugins",),
 }
 
 

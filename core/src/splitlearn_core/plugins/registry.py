@@ -334,7 +334,7 @@ def _install_line(model_type: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", str(model_type)):
         return ""
     package = _KNOWN_PACKAGES.get(model_type, f"splitlearn-{canonicalize_name(model_type)}")
-    return f"try: pip install {package}, or "
+    return f"try: pip install {package}, or write a plugin: splitlearn plugins new {model_type} --out DIR, or "
 
 
 def _new_manager() -> pluggy.PluginManager:
