@@ -11,6 +11,8 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
 
 PACKAGES := ./core ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
+# What `make test` runs: folders, and options of pytest.
+TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf tests
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -21,7 +23,7 @@ demo: $(VENV)/installed
 	@echo "To go on here: . $(BIN)/activate"
 
 test: $(VENV)/tools
-	$(BIN)/python -m pytest core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf tests
+	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
