@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -73,6 +74,7 @@ def _examine(model_type: str, said: Mapping[str, Any]) -> Derived:
         reasons=dict(parts.reasons),
         questions=list(parts.questions),
         notes=settled.notes,
+        transformers=transformers.__version__,
     )
     _prove(derived, config, settled)
     derived.fields = {name: value for name, value in derived.fields.items() if value != _DEFAULTS.get(name)}

@@ -40,5 +40,7 @@ class Derived:
     notes: list[str] = field(default_factory=list)
     #: Name of a variant -> values of the configuration, for the test file.
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: The version of transformers that was looked at: names of modules differ from one to another.
+    transformers: str = ""
     #: Attention implementations that the model bears.
     attention: tuple[str, ...] = ()

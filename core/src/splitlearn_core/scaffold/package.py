@@ -96,6 +96,7 @@ include = {literal(files)}
 
 
 def _readme(names: Names, derived: Derived) -> str:
+    made_with = f"Its parts were found with transformers {derived.transformers}.\n" if derived.transformers else ""
     limits = "".join(f"- {' '.join(note.split())}\n" for note in derived.notes)
     return f"""\
 # {names.distribution}
@@ -117,7 +118,7 @@ pytest
 ```
 
 They compare a small model, cut in three, with the model in one piece, to the last bit.
-""" + (f"\n## What it does not cover\n\n{limits}" if limits else "")
+{made_with}""" + (f"\n## What it does not cover\n\n{limits}" if limits else "")
 
 
 def _changelog(names: Names) -> str:

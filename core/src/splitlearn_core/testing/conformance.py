@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TextIteratorStreamer
 
 from splitlearn_core import ModelRegistry, SplitCausalLM, load_split_model, plan_split
 from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
-from splitlearn_core.build.neutral import PassLayer
+from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, entering
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
@@ -207,14 +207,21 @@ class FamilyConformance:
         part = getattr(load_split_model(None, (2, 4), checkpoint, parts=(component,)), component)
         base = part.get_submodule(family.base)
         layers = base.get_submodule(family.layers)
-        for number in range(len(layers)):
-            layers[number] = PassLayer()
+        for number, layer in enumerate(layers):
+            # The first of a component that hidden states enter at its layers is neutral as it is.
+            if not isinstance(layer, EnteringLayer):
+                layers[number] = TupleLayer() if family.layers_return_tuple else PassLayer()
         for module in part.train().modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.5
         hidden = torch.randn(2, 5, part.config.hidden_size, generator=torch.Generator().manual_seed(0))
-        expected = base.get_submodule(family.norm)(hidden)
-        assert torch.equal(part.base_model(inputs_embeds=hidden).last_hidden_state, expected)
+        expected = hidden
+        for outlet in family.outlets:
+            # A model that does without it has None in its place.
+            module = base.get_submodule(outlet) if outlet in dict(base.named_modules()) else PassLayer()
+            expected = module(expected)
+        with entering(hidden):
+            assert torch.equal(part.base_model(inputs_embeds=hidden).last_hidden_state, expected)
 
     # -- weights -----------------------------------------------------------------------------------
 

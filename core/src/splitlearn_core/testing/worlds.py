@@ -36,7 +36,9 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
         overrides: Values of the configuration.
     """
     known = AutoConfig.for_model(model_type)
-    sizes = {name: value for name, value in TINY.items() if hasattr(known, name)}
+    # What a class computes is no value to be given.
+    own = [name for name in TINY if hasattr(known, name) and not isinstance(getattr(type(known), name, None), property)]
+    sizes = {name: TINY[name] for name in own}
     config = AutoConfig.for_model(model_type, **{**sizes, **overrides})
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config)
