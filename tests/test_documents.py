@@ -47,10 +47,10 @@ DOCUMENTS = sorted(
 )
 #: Why a block may stay unrun, and how many there are at most.
 REASONS = {
-    "needs a package index": 12,
-    "needs the Hub": 6,
-    "needs a file of yours": 2,
-    "is what the checks do": 6,
+    "needs a package index": 10,
+    "needs the Hub": 3,
+    "needs a file of yours": 1,
+    "is what the checks do": 2,
     "takes half an hour": 1,
 }
 #: PEFT up to 0.21 uses a name that transformers 5.23 has renamed; 0.18 looks for a configuration that no model
