@@ -15,7 +15,7 @@ from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.storage.replacing import replacing, snapshot
 from splitlearn_core.storage.saving import check_place
 from splitlearn_core.storage.weights import Tensor, index_of, pack, parse_size
-from splitlearn_core.storage.writing import check_room, copy_durably, range_pieces, write_text, write_weights
+from splitlearn_core.storage.writing import Buffers, check_room, copy_durably, range_pieces, write_text, write_weights
 from splitlearn_core.types import Component, Progress, ProgressCallback
 
 _INDEX = "model.safetensors.index.json"
@@ -111,9 +111,10 @@ def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
             hint="give bottom, trunk and top of one source and one split",
         )
     tensors: dict[str, Tensor] = {}
+    buffers = Buffers()
     for saved in components:
         for key, info in tensors_of(saved).items():
-            pieces = range_pieces(saved.folder / info.shard, info.begin, info.end)
+            pieces = range_pieces(saved.folder / info.shard, info.begin, info.end, buffers)
             tensors.setdefault(key, Tensor(key, info.dtype, info.shape, info.nbytes, pieces))
     return tensors
 

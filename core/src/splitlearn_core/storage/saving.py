@@ -21,6 +21,7 @@ from splitlearn_core.storage.manifest import MANIFEST, FileRecord, Manifest, is_
 from splitlearn_core.storage.replacing import Snapshot, replacing, snapshot
 from splitlearn_core.storage.weights import Tensor, WeightFile, index_of, pack, parse_size
 from splitlearn_core.storage.writing import (
+    Buffers,
     check_room,
     copy_durably,
     link_durably,
@@ -217,7 +218,7 @@ def _parts_of_checkpoint(
     infos = checkpoint.tensors(sorted(set().union(*keys.values())))
     paths = checkpoint.fetch_tensors(infos.values(), logging_downloads(model.name, report))
     origins = origins_of(model, plan, table, paths)
-    parts = []
+    parts, buffers = [], Buffers()
     for component in asked:
         own = sorted((infos[key] for key in keys[component]), key=lambda info: (info.shard, info.begin, info.key))
         small = companion_files(model, component)
@@ -225,7 +226,7 @@ def _parts_of_checkpoint(
             Part(
                 origin=origins[component],
                 own_values=False,
-                tensors=tuple(_stored(info, paths[info.shard]) for info in own),
+                tensors=tuple(_stored(info, paths[info.shard], buffers) for info in own),
                 copied=small if model.checkpoint.source.has_config else {k: v for k, v in small.items() if k != CONFIG},
                 written={} if model.checkpoint.source.has_config else {CONFIG: config_text(model.config)},
             )
@@ -248,9 +249,9 @@ def config_text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def _stored(info: TensorInfo, path: Path) -> Tensor:
+def _stored(info: TensorInfo, path: Path, buffers: Buffers) -> Tensor:
     if info.format == SAFETENSORS:
-        pieces = range_pieces(path, info.begin, info.end)
+        pieces = range_pieces(path, info.begin, info.end, buffers)
     else:
         from splitlearn_core.storage.memory import torch_file_pieces
 
