@@ -13,7 +13,7 @@ from splitlearn_core.cli.lazy import LazyGroup
 from splitlearn_core.errors import SplitLearnError
 
 #: The commands, each a module of this package.
-_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps")
+_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps", "doctor")
 
 
 @click.group(

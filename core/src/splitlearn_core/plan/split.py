@@ -45,7 +45,7 @@ def split_layers(
     """
     total = count_layers(family, config)
     first, second = check_split_points(split_points, total)
-    impossible = _impossible_cuts(family, config)
+    impossible = impossible_cuts(family, config)
     refused = [f"no cut before layer {point}: {impossible[point]}" for point in (first, second) if point in impossible]
     if refused:
         possible = [point for point in range(1, total) if point not in impossible]
@@ -71,7 +71,8 @@ def ranges_around(component: Component, owned: LayerRange) -> dict[Component, La
     }
 
 
-def _impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
+def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
+    """Return the cuts that a family's models do not bear, each with the reason; raises BrokenPluginError."""
     try:
         return dict(family.impossible_cuts(config))
     # The function is the plugin's.

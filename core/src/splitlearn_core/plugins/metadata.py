@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +32,10 @@ KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY}
 #: An optional entry point ``version = "1"`` that says which plugin API a plugin was made for.
 API_GROUP = "splitlearn.plugin_api"
 CORE = "splitlearn-core"
+
+_GROUP_LINE = re.compile(r"^\s*\[(.+?)\]", re.MULTILINE)
+#: From how alike a group's name is to one of ours on it is taken for a slip of the pen.
+_ALIKE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,63 @@ def discover() -> tuple[PluginEntry, ...]:
     return tuple(sorted(found.values(), key=lambda entry: (entry.kind, entry.name, entry.distribution)))
 
 
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A distribution as its files state it, whatever state they are in; for those who look for faults."""
+
+    #: The canonical name.
+    name: str
+    #: Empty where no file says it.
+    version: str
+    #: The folder of its metadata.
+    info: Path
+    #: The folder that its modules are in, as far as it is not editable.
+    home: Path
+    #: Group, name and value of each entry point.
+    points: tuple[tuple[str, str, str], ...] = ()
+    #: Its ``Requires-Dist`` lines.
+    requires: tuple[str, ...] = ()
+    origin: str = ""
+    editable: bool = False
+    #: Why its metadata cannot be read; empty where it can.
+    problem: str = ""
+
+
+def installed(names: Iterable[str] = ()) -> tuple[Installed, ...]:
+    """Return the distributions that have to do with plugins, in the order of the path, shadowed ones too.
+
+    These are those whose name begins with ``splitlearn``, those with an entry point in a group that is
+    ours or looks like it, and those that are named.
+    """
+    wanted = {str(canonicalize_name(name)) for name in names}
+    found: dict[Path, Installed] = {}
+    for distribution in importlib_metadata.distributions():
+        one = _look_at(cast("importlib_metadata.Distribution", distribution), wanted)
+        if one is not None:
+            # A folder may be on the path twice, under two names.
+            found.setdefault(one.info.resolve(), one)
+    return tuple(found.values())
+
+
+def nearest_group(group: str) -> str:
+    """Return the group of ours that a group's name means or looks like; empty where it looks like none."""
+    ours = (*KINDS, API_GROUP)
+    close = difflib.get_close_matches(group.lower().replace("-", "."), ours, n=1, cutoff=_ALIKE)
+    if close:
+        return close[0]
+    squeezed = re.sub("[^a-z]", "", group.lower())
+    return FAMILY_GROUP if squeezed.startswith("splitlearn") else ""
+
+
+def version_of(name: str) -> str | None:
+    """Return the version of an installed distribution; None where there is none, or none that it states."""
+    try:
+        return str(importlib_metadata.version(name) or "") or None
+    # By version of the backport, what is missing or damaged is any of these.
+    except (importlib_metadata.PackageNotFoundError, AttributeError, KeyError, TypeError, ValueError, OSError):
+        return None
+
+
 @cache
 def core_version() -> str:
     """Return the installed version of core."""
@@ -111,6 +176,31 @@ def _entries(distribution: importlib_metadata.Distribution) -> list[PluginEntry]
         for point in points
         if point.group in KINDS
     ]
+
+
+def _look_at(distribution: importlib_metadata.Distribution, wanted: set[str]) -> Installed | None:
+    """Read a distribution that has to do with plugins, or is wanted; None of any other."""
+    home = Path(str(distribution.locate_file("")))
+    # The folder's name is all that is left where METADATA is gone.
+    info = Path(str(getattr(distribution, "_path", home)))
+    name = str(canonicalize_name(info.name.partition("-")[0].removesuffix(".egg")))
+    try:
+        text = distribution.read_text("entry_points.txt") or ""
+        is_named = name in wanted or name.startswith("splitlearn")
+        if not is_named and not any(map(nearest_group, _GROUP_LINE.findall(text))):
+            return None
+        points = tuple((point.group, point.name, point.value) for point in distribution.entry_points)
+        fields = distribution.metadata
+        if not fields.get("Name") or not fields.get("Version"):
+            raise ValueError("its METADATA states no name or no version")
+        requires = tuple(fields.get_all("Requires-Dist") or ())
+        origin, editable = _origin(distribution)
+        return Installed(
+            str(canonicalize_name(fields["Name"])), fields["Version"], info, home, points, requires, origin, editable
+        )
+    # As in version_of: whatever is wrong with it is what is wanted to be known.
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        return Installed(name, "", info, home, problem=f"{type(error).__name__}: {error}")
 
 
 def _module(point: importlib_metadata.EntryPoint) -> str:

@@ -247,9 +247,10 @@ class PluginRegistry:
 
     def statuses(self, *, check: bool = False) -> tuple[PluginStatus, ...]:
         """Return a row for each plugin. Imports none of them, unless ``check`` asks for that."""
-        return tuple(self._status(entry, check=check) for entry in self.entries)
+        return tuple(self.status(entry, check=check) for entry in self.entries)
 
-    def _status(self, entry: PluginEntry, *, check: bool) -> PluginStatus:
+    def status(self, entry: PluginEntry, *, check: bool = False) -> PluginStatus:
+        """Return the row of one plugin; imports it where ``check`` asks for that."""
         seen = inspect_source(entry.module)
         if variable := _blocked_by(entry):
             return PluginStatus(entry, "blocked", seen.hooks, f"blocked by {variable}", f"change or unset {variable}")

@@ -1,0 +1,50 @@
+"""``splitlearn doctor``: why is my plugin not seen, why does my model not load."""
+
+from __future__ import annotations
+
+import click
+
+from splitlearn_core.cli.options import json_option, print_json, styled
+from splitlearn_core.doctor.findings import Finding, Level, Report
+
+_COLOURS = {Level.OK: "green", Level.NOTE: "yellow", Level.WRONG: "red"}
+_WIDTH = len("transformers")
+
+
+@click.command("doctor", short_help="Why is a plugin not seen, why does a model not load.")
+@click.argument("model", required=False)
+@click.option("--quick", is_flag=True, help="Leave out what imports torch and transformers.")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -> None:
+    """Look for what is wrong with plugins, libraries, machine and cache, and with MODEL where one is named.
+
+    Each finding has what mends it underneath. Exit code 1 where something is wrong; notes do not count.
+    """
+    from splitlearn_core.doctor.examine import examine
+
+    report = examine(model, quick=quick)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        click.echo(render_report(report))
+    ctx.exit(0 if report.healthy else 1)
+
+
+def render_report(report: Report) -> str:
+    """Write findings for people."""
+    counts = ", ".join(f"{report.count(level)} {level}" for level in reversed(Level))
+    return "\n".join([*map(_lines, report.findings), "", counts])
+
+
+def _lines(finding: Finding) -> str:
+    level = styled(f"{finding.level:<5}", fg=_COLOURS[finding.level])
+    first, *more = finding.what.splitlines() or [""]
+    indent = " " * (len("wrong") + _WIDTH + 4)
+    lines = [f"{level}  {finding.check:<{_WIDTH}}  {first}", *(indent + line.strip() for line in more)]
+    # What is well needs no address.
+    if finding.where and finding.level is not Level.OK:
+        lines.append(f"{indent}at: {finding.where}")
+    if finding.mend:
+        lines.append(f"{indent}mend: {finding.mend}")
+    return "\n".join(lines)

@@ -1,0 +1,587 @@
+"""The doctor finds what is wrong, names it, and says what mends it; whatever is broken, it goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitlearn_core.doctor import cache, devices, machine, packages, tested, variables, versions
+from splitlearn_core.doctor.examine import examine
+from splitlearn_core.doctor.findings import Finding, Level, Report
+from splitlearn_core.doctor.model import check_model, room
+from splitlearn_core.doctor.running import Check, make, make_apart
+from splitlearn_core.memory import MemoryReading
+from splitlearn_core.plan.splitplan import MemoryNeeds
+from splitlearn_core.plugins.registry import registry, reset_registry
+
+PACKAGE = Path(__file__).parents[1]
+HEAD = "from splitlearn_core import ModelFamily, hookimpl\n"
+GIVEN = "@hookimpl\ndef splitlearn_model_families():\n    return [{}]\n"
+ALPHA = "ModelFamily(model_type='alpha', architecture='LlamaForCausalLM')"
+
+
+def about(text: str, findings: Any) -> list[Finding]:
+    """Return the findings that name something."""
+    return [finding for finding in findings if text in finding.what]
+
+
+def wrong(findings: Any) -> list[Finding]:
+    return [finding for finding in findings if finding.level is Level.WRONG]
+
+
+def plugin_check(name: str, kind: str = "family") -> Check:
+    return Check("plugins", "splitlearn_core.doctor.plugin:check_plugin", (kind, name, f"splitlearn-{name}"), name)
+
+
+# --- the whole of it
+
+
+def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
+    """What the entry point names, the package, the version and the hooks."""
+    world.install("alpha", version="3.1")
+
+    report = examine(quick=True)
+
+    (found,) = about("'alpha'", report.findings)
+    assert (found.check, found.level) == ("plugins", Level.OK)
+    assert found.what == "model type 'alpha': splitlearn-alpha 3.1, with model_families"
+
+
+def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any) -> None:
+    """JSON and text hold the same; a broken plugin is exit code 1, with its mend underneath."""
+    world.install("alpha", "import surely_absent_package")
+
+    code, out, err = cli("doctor", "--quick", "--json")
+    text_code, text, _ = cli("doctor", "--quick")
+
+    said = json.loads(out)
+    assert (code, text_code, err) == (1, 1, "")
+    assert said["healthy"] is False
+    assert said["counts"]["wrong"] == sum(finding["level"] == "wrong" for finding in said["findings"])
+    (found,) = [finding for finding in said["findings"] if "surely_absent_package" in finding["what"]]
+    assert found.keys() == {"check", "level", "what", "where", "mend"}
+    lines = text.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("wrong") and "splitlearn-alpha" in line]
+    assert lines[at + 2].strip().startswith("mend: pip install surely_absent_package")
+    assert lines[-1] == ", ".join(f"{said['counts'][level]} {level}" for level in ("wrong", "note", "ok"))
+
+
+def test_notes_do_not_fail() -> None:
+    """Only what is wrong makes a report unhealthy."""
+    assert Report((Finding("a", Level.OK, "b"), Finding("a", Level.NOTE, "c"))).healthy
+    assert not Report((Finding("a", Level.WRONG, "b"),)).healthy
+
+
+def test_the_doctor_imports_no_plugin_and_no_torch_itself(llama: Any) -> None:
+    """Foreign code runs in other processes."""
+    code = (
+        "import sys\nfrom splitlearn_core.doctor.examine import examine\nexamine(quick=True)\n"
+        "print(sorted({'torch', 'transformers', 'splitlearn_llama'} & set(sys.modules)))"
+    )
+
+    done = llama.python("-c", code)
+
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_everything_is_proven_where_a_plugin_carries_a_model(world: Any, single: Path) -> None:
+    """Devices, the class of transformers, and a model that is cut and compared."""
+    shutil.copytree(single, world.folder / "carried" / "model")
+    (world.folder / "carried" / "__init__.py").write_text("")
+    family = "ModelFamily(model_type='llama', architecture='LlamaForCausalLM', bundled_checkpoint='carried:model')"
+    # The only one that is looked at: others that are installed here carry models, too.
+    world.install("llama", HEAD + GIVEN.format(family))
+
+    report = examine("bundled:llama")
+
+    assert not wrong(finding for finding in report.findings if finding.check in ("devices", "self-test", "model"))
+    assert about("float32, float16, bfloat16, float64", report.findings)
+    assert about("LlamaForCausalLM", report.findings)
+    assert about("equals the uncut model to the last bit", report.findings)
+    assert about("read by mapped (0 B)", report.findings)
+
+
+def test_a_torch_that_cannot_be_imported_is_a_finding(world: Any) -> None:
+    """So is what depends on it; the rest is examined as ever."""
+    (world.folder / "torch.py").write_text("raise OSError('libtorch is not what it was')\n")
+    world.install("alpha")
+
+    report = examine()
+
+    found = about("libtorch is not what it was", report.findings)
+    assert {finding.check for finding in found} >= {"devices", "transformers"}
+    assert all(finding.mend for finding in found)
+    assert about("'alpha'", report.findings)[0].level is Level.OK
+
+
+# --- checks that fail
+
+
+def test_a_check_that_fails_is_a_finding() -> None:
+    """Its type, text and place are named, here and in another process; what comes after it is made."""
+    failing = Check("odd", "splitlearn_core.doctor.machine:open_files", ("many",), "files", "count them")
+    sound = Check("machine", "splitlearn_core.doctor.machine:check_machine")
+
+    for found in (make(failing), make_apart([failing, sound], 60)):
+        assert (found[0].check, found[0].level, found[0].mend) == ("odd", Level.WRONG, "count them")
+        assert "the check of files itself failed: TypeError: " in found[0].what
+        assert re.search(r"machine\.py:\d+$", found[0].where)
+    assert about("processors", found)
+
+
+#: Plugins that take their process with them, and what is said.
+FATAL = {
+    "exits": ("import os; print('so long', flush=True); os._exit(3)", "ended its process with exit code 3"),
+    "exits well": ("import os; os._exit(0)", "ended its process with exit code 0"),
+    "is killed": ("import os; os.kill(os.getpid(), 9)", "ended its process by signal SIGKILL"),
+    "hangs": ("import threading; threading.Event().wait()", "did not come to an end in 2 seconds"),
+}
+
+
+@pytest.mark.parametrize(("source", "said"), FATAL.values(), ids=list(FATAL))
+def test_a_plugin_may_end_its_process(world: Any, source: str, said: str) -> None:
+    """It is named, and the plugin after it is examined."""
+    world.install("alpha", f"{source}\n{HEAD}{GIVEN.format(ALPHA)}")
+    world.install("beta")
+
+    found = make_apart([plugin_check("alpha"), plugin_check("beta")], 2)
+
+    assert [finding.level for finding in found] == [Level.WRONG, Level.OK]
+    assert found[0].what.startswith(f"alpha {said}")
+    assert ("so long" in found[0].what) == ("so long" in source)
+    assert "'beta'" in found[1].what
+
+
+# --- plugins
+
+ODD = "ModelFamily(model_type='alpha', architecture='X', {})"
+
+#: Plugins that work, or nearly: the source, and the level and words of a finding.
+PLUGINS = {
+    "exits on import": ("import sys; sys.exit(3)\n" + HEAD + GIVEN.format(ALPHA), Level.WRONG, "SystemExit"),
+    "misspelt hook": (HEAD + "@hookimpl\ndef splitlearn_model_famlies(): ...", Level.WRONG, "did you mean"),
+    "prints": ("print('here I am')\n" + HEAD + GIVEN.format(ALPHA), Level.NOTE, "prints when it is asked: 'here I am'"),
+    "imports torch": ("import torch\n" + HEAD + GIVEN.format(ALPHA), Level.NOTE, "imports torch when it is asked"),
+    "another family": (
+        HEAD + GIVEN.format(ALPHA + ", ModelFamily(model_type='omega', architecture='X')"),
+        Level.WRONG,
+        "provides the family 'omega', and no entry point names it",
+    ),
+    "prefers nothing": (
+        HEAD + GIVEN.format(ODD.format("preferred_strategy='teleport'")),
+        Level.WRONG,
+        "prefers the loading strategy 'teleport', which nobody provides",
+    ),
+    "carries nothing": (
+        HEAD + GIVEN.format(ODD.format("bundled_checkpoint='json:no_such_folder'")),
+        Level.WRONG,
+        "says that it carries a checkpoint, and there is none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "level", "said"), PLUGINS.values(), ids=list(PLUGINS))
+def test_what_is_odd_about_a_plugin_is_said(world: Any, source: str, level: Level, said: str) -> None:
+    """Besides whether it works: its manners and its promises, each with what to do."""
+    (world.folder / "torch.py").write_text("")  # what counts is that it is imported
+    world.install("alpha", source)
+
+    found = make_apart([plugin_check("alpha")], 60)
+
+    (finding,) = about(said, found)
+    assert finding.level is level
+    assert "alpha" in finding.what
+    assert finding.mend
+
+
+def test_two_claimants_are_one_finding(world: Any) -> None:
+    """Both are named, and the line that chooses."""
+    for name in ("one-alpha", "two-alpha"):
+        world.install("alpha", distribution=name)
+
+    (finding,) = about("is claimed by", examine(quick=True).findings)
+
+    assert "one-alpha 1.0" in finding.what
+    assert "two-alpha 1.0" in finding.what
+    assert "SPLITLEARN_DISABLE_PLUGINS=" in finding.mend
+
+
+def test_a_plugin_for_another_core_is_wrong(world: Any) -> None:
+    """The range it asks for is shown, by the check of the package and by that of the plugin."""
+    world.install("alpha", requires=">=99")
+
+    found = wrong(examine(quick=True).findings)
+
+    assert about("splitlearn-alpha 1.0 requires splitlearn-core>=99, and", found)
+    assert about("splitlearn-alpha 1.0 needs splitlearn-core>=99", found)
+
+
+# --- packages
+
+
+def metadata_of(world: Any, **changes: str) -> Path:
+    """Install a sound plugin, change its metadata files, and return their folder."""
+    info: Path = world.install("alpha")
+    for name, text in changes.items():
+        (info / name.replace("_json", ".json").replace("_txt", ".txt")).write_text(text)
+    reset_registry()
+    return info
+
+
+@pytest.mark.parametrize(
+    ("group", "meant"),
+    [
+        ("splitlearn.family", "splitlearn.families"),
+        ("splitlearn-families", "splitlearn.families"),
+        ("Splitlearn.Families", "splitlearn.families"),
+        ("spiltlearn.families", "splitlearn.families"),
+        ("splitlearn.strategy", "splitlearn.strategies"),
+        ("splitlearn", "splitlearn.families"),
+    ],
+)
+def test_a_group_that_nobody_reads_is_corrected(world: Any, group: str, meant: str) -> None:
+    """The group as it is and as it is meant, and no plugin is found."""
+    metadata_of(world, entry_points_txt=f"[{group}]\nalpha = splitlearn_alpha\n")
+
+    (finding,) = about(f"in the group {group}, which nobody reads", packages.check_packages())
+
+    assert finding.level is Level.WRONG
+    assert f'[project.entry-points."{meant}"]' in finding.mend
+    assert "alpha" not in registry().model_types()
+
+
+def test_groups_of_others_are_theirs(world: Any) -> None:
+    """A group that only sounds like a list of plugins is not taken for ours."""
+    metadata_of(world, entry_points_txt="[console_scripts]\na = b:c\n[llm.families]\nx = y\n")
+
+    found = packages.check_packages()
+
+    assert not about("nobody reads", found)
+    assert [f.level for f in about("splitlearn-alpha is named like a plugin, and has no entry point", found)] == [
+        Level.NOTE
+    ]
+
+
+def test_a_package_that_is_there_twice_hides_itself(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """In two folders of the path, or in two versions in one folder; the first counts."""
+    world.install("alpha", version="1.0")
+    older = type(world)(tmp_path / "older", monkeypatch)
+    older.install("alpha", version="0.9")
+    monkeypatch.syspath_prepend(str(world.folder))
+
+    (finding,) = about("splitlearn-alpha is installed 2 times", packages.check_packages())
+
+    assert "1.0 counts, and hides 0.9" in finding.what
+    assert str(older.folder) in finding.what
+    assert "pip uninstall splitlearn-alpha" in finding.mend
+
+
+def test_a_folder_that_is_on_the_path_twice_is_one(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Under another name, as lib64 is lib in some environments."""
+    world.install("alpha")
+    (tmp_path / "again").symlink_to(world.folder)
+    monkeypatch.syspath_prepend(str(tmp_path / "again"))
+
+    assert not about("splitlearn-alpha is installed", packages.check_packages())
+
+
+def test_damaged_metadata_is_wrong(world: Any) -> None:
+    """METADATA that is gone: the package is known by its folder's name."""
+    (metadata_of(world) / "METADATA").unlink()
+
+    (finding,) = about("the metadata of splitlearn-alpha is damaged", packages.check_packages())
+
+    assert finding.level is Level.WRONG
+    assert "--force-reinstall splitlearn-alpha" in finding.mend
+
+
+PROJECT = '[project]\nname = "splitlearn-alpha"\nversion = "1.0"\n[project.entry-points."splitlearn.families"]\n'
+
+#: What the project of an editable plugin says now, and what is found; empty where nothing is.
+PROJECTS = {
+    "unchanged": (PROJECT + 'alpha = "splitlearn_alpha"\n', ""),
+    "added": (PROJECT + 'alpha = "splitlearn_alpha"\nalpha2 = "splitlearn_alpha"\n', "alpha2 = splitlearn_alpha"),
+    "moved": (PROJECT + 'alpha = "alpha_of_today"\n', "alpha = alpha_of_today [splitlearn.families] was added since"),
+    "gone": ('[project]\nname = "splitlearn-alpha"\nversion = "1.0"\n', "is gone since"),
+    "grown": (PROJECT.replace("1.0", "1.1") + 'alpha = "splitlearn_alpha"\n', "its project is 1.1 by now"),
+    "broken": ("[project\n", "cannot be read"),
+    "dynamic": ('[project]\nname = "splitlearn-alpha"\nversion = "1.0"\ndynamic = ["entry-points"]\n', ""),
+    "another tool": ("[tool.other]\n", ""),
+}
+
+
+@pytest.mark.parametrize(("project", "said"), PROJECTS.values(), ids=list(PROJECTS))
+def test_an_editable_package_is_held_against_its_project(world: Any, tmp_path: Path, project: str, said: str) -> None:
+    """Entry points are those of the day of its installation; the mend is to install it again."""
+    checkout = tmp_path / "my checkout"
+    checkout.mkdir()
+    (checkout / "pyproject.toml").write_text(project)
+    metadata_of(world, direct_url_json=json.dumps({"url": checkout.as_uri(), "dir_info": {"editable": True}}))
+
+    found = [finding for finding in packages.check_packages() if finding.where == str(checkout / "pyproject.toml")]
+
+    assert [said in finding.what for finding in found] == [True] * bool(said)
+    assert all(f"pip install -e {checkout}" in finding.mend for finding in found)
+
+
+def test_a_checkout_that_is_gone_is_wrong(world: Any, tmp_path: Path) -> None:
+    """The package points to a folder that was moved."""
+    metadata_of(
+        world, direct_url_json=json.dumps({"url": (tmp_path / "gone").as_uri(), "dir_info": {"editable": True}})
+    )
+
+    (finding,) = about("splitlearn-alpha is an editable checkout whose", packages.check_packages())
+
+    assert finding.level is Level.WRONG
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("packaging>=99", "requires packaging>=99, and"),
+        ("surely-absent-package", "requires surely-absent-package, and it is not installed"),
+        ("packaging>=1", ""),
+        ("packaging>=99; python_version < '3'", ""),
+        ("packaging>=99; extra == 'more'", ""),
+        ("packaging>>99", "which says nothing"),
+    ],
+)
+def test_requirements_are_held_against_what_is_installed(world: Any, line: str, said: str) -> None:
+    """Those that apply here, each with the line that installs it."""
+    metadata_of(world, METADATA=f"Metadata-Version: 2.1\nName: splitlearn-alpha\nVersion: 1.0\nRequires-Dist: {line}\n")
+
+    found = about("splitlearn-alpha", wrong(packages.check_packages()))
+
+    assert [said in finding.what for finding in found] == [True] * bool(said)
+
+
+def test_code_from_elsewhere_is_said(world: Any, tmp_path: Path) -> None:
+    """PYTHONPATH that hides the installed core is a note; a core that is not installed at all is wrong."""
+    world.install("alpha")
+    found = packages.installed()
+
+    (note,) = packages.elsewhere(tmp_path, found)
+    (missing,) = packages.elsewhere(tmp_path, [one for one in found if one.name != "splitlearn-core"])
+
+    assert (note.level, note.where) == (Level.NOTE, str(tmp_path))
+    assert missing.level is Level.WRONG
+
+
+def test_no_plugin_at_all_is_said() -> None:
+    """With a package to begin with."""
+    (finding,) = packages.plugins_found(())
+
+    assert finding.level is Level.NOTE
+    assert "pip install splitlearn-gpt2" in finding.mend
+
+
+# --- variables, versions, machine, cache, devices
+
+
+def test_lists_and_what_they_misspell(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blocked plugin is a note, a name that is nobody's is wrong."""
+    world.install("alpha")
+    monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "alpha,alhpa")
+
+    report = examine(quick=True)
+
+    assert [f.what for f in wrong(report.findings) if f.check == "variables"] == [
+        "SPLITLEARN_DISABLE_PLUGINS names alhpa: no such plugin is installed"
+    ]
+    assert about("blocked by SPLITLEARN_DISABLE_PLUGINS", report.findings)[0].level is Level.NOTE
+
+
+def test_an_empty_allow_list_is_told() -> None:
+    """Set and empty means none; an empty block-list means nothing."""
+    said = variables.lists({"SPLITLEARN_PLUGINS": "", "SPLITLEARN_DISABLE_PLUGINS": ""}, {})
+
+    assert [finding.what for finding in said] == ["SPLITLEARN_PLUGINS allows only no plugin at all"]
+
+
+def test_variables_of_the_network_are_notes_without_secrets() -> None:
+    """Offline, another endpoint, proxies; user and password are left out."""
+    environment = {
+        "HF_HUB_OFFLINE": "yes",
+        "HF_ENDPOINT": "http://user:secret@mirror.example/hub?token=secret",
+        "https_proxy": "user:secret@proxy.example:3128",
+        "HF_HOME": "/data/hf",
+        "TRANSFORMERS_OFFLINE": "0",
+    }
+
+    found = list(variables.hub(environment))
+
+    assert [finding.where for finding in found] == ["HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "https_proxy"]
+    assert {finding.level for finding in found} == {Level.NOTE}
+    assert "secret" not in str(found)
+    assert "http://mirror.example/hub" in found[1].what
+    assert "proxy.example:3128" in found[3].what
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [("3.10.14", "wrong"), ("3.11.0", "ok"), ("3.13.9", "ok"), ("3.15.0", "note"), ("x", "note")]
+)
+def test_versions_are_held_against_what_was_tested(version: str, level: str) -> None:
+    """Older is wrong, newer a note, and so is what cannot be compared."""
+    (finding,) = versions.python(version)
+
+    assert finding.level == level
+    assert version in finding.what
+
+
+def test_a_library_that_is_missing_or_old_comes_with_its_line() -> None:
+    """All that core needs is judged at once."""
+    there: dict[str, str | None] = {name: versions_.lowest for name, versions_ in tested.LIBRARIES.items()}
+    there |= {"torch": None, "transformers": "4.57.1", "tqdm": "99"}
+
+    found = {finding.what.split()[0]: finding for finding in versions.libraries(there)}
+
+    assert (found["torch"].level, found["torch"].mend) == (Level.WRONG, "pip install 'torch>=2.13'")
+    assert (found["transformers"].level, found["transformers"].mend) == (Level.WRONG, "pip install 'transformers>=5.4'")
+    assert found["tqdm"].level is Level.NOTE
+    assert found["safetensors"].level is Level.OK
+
+
+@pytest.mark.skipif(not (PACKAGE / "pyproject.toml").exists(), reason="the tests stand apart from their package")
+def test_the_table_of_versions_says_what_is_tested() -> None:
+    """Its lowest are core's own lower bounds and those that the oldest environment is held to."""
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    more = project["optional-dependencies"]
+    bounds = dict(line.split(">=") for line in (*project["dependencies"], *more["peft"], *more["serve"]))
+    table = {**tested.LIBRARIES, **{name: r for _, needs in tested.EXTRAS.values() for name, r in needs.items()}}
+
+    assert {name: one.lowest for name, one in table.items()} == bounds
+    assert project["requires-python"] == f">={tested.PYTHON.lowest}"
+    assert f"Programming Language :: Python :: {tested.PYTHON.newest}" in project["classifiers"]
+    assert not any(one.is_above(one.lowest) for one in table.values())
+    constraints = PACKAGE.parent / "tests" / "oldest-constraints.txt"
+    if constraints.exists():
+        pins = dict(line.split("==") for line in constraints.read_text().splitlines() if "==" in line)
+        # torch is pinned where it is installed.
+        assert {n: one.lowest for n, one in table.items() if n != "torch"}.items() <= {
+            name: re.sub(r"\.0$", "", pin) if pin not in bounds.values() else pin for name, pin in pins.items()
+        }.items()
+
+
+def test_little_memory_and_few_files_are_notes() -> None:
+    """With who sets the limit."""
+    tight = machine.memory(MemoryReading(2**30, 2**28, "/sys/fs/cgroup/job"))
+
+    assert (tight.level, tight.where) == (Level.NOTE, "/sys/fs/cgroup/job")
+    assert machine.memory(MemoryReading(2**36, 2**35)).level is Level.OK
+    assert [machine.open_files(most)[0].level for most in (64, 1024, -1)] == [Level.NOTE, Level.OK, Level.OK]
+    assert machine.address_space(None) == []
+    assert machine.address_space(2**33)[0].level is Level.NOTE
+
+
+def test_a_cache_is_tried(tmp_path: Path) -> None:
+    """One that can be made is fine, one under a file is wrong, and nothing is left behind."""
+    (tmp_path / "file").write_text("")
+
+    levels = [cache.folder(path)[0].level for path in (tmp_path, tmp_path / "a" / "b", tmp_path / "file" / "hub")]
+
+    assert levels[2] is Level.WRONG
+    assert Level.WRONG not in levels[:2]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "said"),
+    [
+        ({"built_for": None, "driver": False, "visible": None}, Level.OK, "CPU"),
+        ({"built_for": None, "driver": True, "visible": None}, Level.NOTE, "built for the CPU alone"),
+        ({"built_for": "13.0", "driver": True, "visible": ""}, Level.NOTE, "CUDA_VISIBLE_DEVICES"),
+        ({"built_for": "13.0", "driver": True, "visible": None}, Level.NOTE, "cannot use it"),
+    ],
+)
+def test_a_gpu_that_is_not_used_has_a_reason(facts: Any, level: Level, said: str) -> None:
+    """None there, the wrong build, hidden, or a driver that does not fit."""
+    (finding,) = devices.without_gpu(**facts)
+
+    assert finding.level is level
+    assert said in finding.what
+
+
+# --- a model
+
+
+def test_a_model_that_can_be_loaded_is_described(llama: Any, single: Path) -> None:
+    """Whose it is, where it can be cut, who reads it and what that takes."""
+    found = check_model(str(single))
+
+    assert not wrong(found)
+    assert about("is of type llama, which splitlearn-llama 1.0 provides; 6 layers", found)
+    assert about("--split 2 4", found)
+    assert about("read by mapped", found)
+    assert about("it has no tokenizer", found)[0].level is Level.NOTE
+
+
+def spoil(folder: Path, how: str, edit_json: Any) -> None:
+    if how == "a missing shard":
+        sorted(folder.glob("*.safetensors"))[1].unlink()
+    elif how == "a shard cut short":
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif how == "no weights":
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+    elif how == "two layers":
+        edit_json(folder / "config.json", num_hidden_layers=2)
+    elif how == "another type":
+        edit_json(folder / "config.json", model_type="mamba9")
+    else:
+        (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a missing shard", "safetensors"),
+        ("a shard cut short", "safetensors"),
+        ("no weights", "no weights"),
+        ("two layers", "three components need two"),
+        ("another type", "mamba9"),
+        ("no configuration", "config.json"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_says_why(llama: Any, sharded: Path, edit_json: Any, how: str, said: str) -> None:
+    """The error that a load would raise, with its hint as the mend; nothing is raised."""
+    spoil(sharded, how, edit_json)
+
+    (finding,) = wrong(check_model(str(sharded)))
+
+    assert said in finding.what
+    assert finding.mend
+
+
+def test_a_model_that_is_nowhere_is_said_at_the_command_line(llama: Any, cli: Any) -> None:
+    """As a finding, and with exit code 1."""
+    code, out, _ = cli("doctor", "./nowhere", "--quick", "--json")
+
+    (finding,) = [finding for finding in json.loads(out)["findings"] if finding["check"] == "model"]
+    assert code == 1
+    assert "nowhere" in finding["what"]
+
+
+def test_a_model_that_does_not_fit_is_wrong() -> None:
+    """The strategy that takes least counts."""
+    needs = {"copied": MemoryNeeds(900, 900, 0), "mapped": MemoryNeeds(300, 300, 600)}
+
+    assert [finding.level for free in (200, 400) for finding in room(needs, free)] == [Level.WRONG, Level.OK]
+
+
+def test_cuts_keep_to_what_the_family_allows(world: Any, single: Path) -> None:
+    """The suggested cuts are possible ones."""
+    family = "ModelFamily(model_type='llama', architecture='LlamaForCausalLM', impossible_cuts={})"
+    world.install("llama", HEAD + GIVEN.format(family.format("lambda config: {2: 'x', 4: 'x'}")))
+
+    (finding,) = about("it can be cut", check_model(str(single)))
+
+    points = [int(word) for word in finding.what.split()[-2:]]
+    assert not {2, 4} & set(points)
+    assert 0 < points[0] < points[1] < 6
