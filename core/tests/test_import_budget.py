@@ -201,6 +201,7 @@ ONLY_FOR = {
     # The kit is for tests; the command that runs it on an installed plugin is one.
     "testing": ("cli.plugins",),
     "scaffold": ("cli.plugins",),
+    "doctor": ("cli.doctor",),
 }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from splitlearn_core.doctor.findings import Finding, Level
 from splitlearn_core.plugins.asking import BLOCK_VARIABLE, LoadedPlugin
@@ -26,7 +27,7 @@ def check_plugin(kind: str, name: str, distribution: str) -> list[Finding]:
         distribution: The package's.
     """
     (entry,) = (e for e in registry().entries if (e.kind, e.name, e.distribution) == (kind, name, distribution))
-    said, before = io.StringIO(), set(sys.modules)
+    said, before = _Overheard(sys.stdout), set(sys.modules)
     with contextlib.redirect_stdout(said):
         status = registry().status(entry, check=True)
     found = [_as_finding(status)]
@@ -35,6 +36,21 @@ def check_plugin(kind: str, name: str, distribution: str) -> list[Finding]:
         if kind == FAMILY:
             found += promises(registry().plugin(name), registry().entries)
     return found
+
+
+class _Overheard(io.StringIO):
+    """Keeps what is printed, and lets it through: a plugin may end the process before anybody reads it here."""
+
+    def __init__(self, through: TextIO) -> None:
+        super().__init__()
+        self._through = through
+
+    def write(self, text: str) -> int:
+        self._through.write(text)
+        return super().write(text)
+
+    def flush(self) -> None:
+        self._through.flush()
 
 
 def _as_finding(status: PluginStatus) -> Finding:

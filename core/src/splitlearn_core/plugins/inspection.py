@@ -23,6 +23,8 @@ class Inspection:
     hooks: tuple[str, ...] = ()
     #: All that is plainly wrong, a line or more for each; empty where nothing is.
     problem: str = ""
+    #: Modules that it imports and that are not installed.
+    missing: tuple[str, ...] = ()
 
 
 def inspect_source(module: str) -> Inspection:
@@ -42,13 +44,15 @@ def inspect_source(module: str) -> Inspection:
     nodes = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     functions = [_described(node, mark, path) for node in nodes if (mark := _mark(node, marks)) is not None]
     hooks = [function.hook for function in functions] + _imported_hooks(body)
-    problems = [*_missing_imports(tree), *map(signature_problem, functions)]
+    missing = _missing_imports(tree)
+    problems = [f"it imports {name!r}, which is not installed" for name in missing]
+    problems += map(signature_problem, functions)
     if any(isinstance(node, ast.Raise) for node in tree.body):
         problems.append(f"module {module!r} raises when it is imported")
     # An object of a module, or what it imports by a star, may have hooks that the text does not show.
     if not hooks and ":" not in module and not any(_is_star(node) for node in body):
         problems.append(f"module {module!r} implements no hook")
-    return Inspection(tuple(sorted(hooks)), "\n".join(filter(None, problems)))
+    return Inspection(tuple(sorted(hooks)), "\n".join(filter(None, problems)), missing)
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -99,15 +103,14 @@ def _imported_hooks(body: list[ast.stmt]) -> list[str]:
     return [alias.asname or alias.name for node in nodes for alias in node.names if alias.name in HOOKS]
 
 
-def _missing_imports(tree: ast.Module) -> list[str]:
+def _missing_imports(tree: ast.Module) -> tuple[str, ...]:
     wanted: list[str] = []
     for node in tree.body:
         if isinstance(node, ast.Import):
             wanted += [alias.name.split(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             wanted.append(node.module.split(".")[0])
-    missing = [name for name in wanted if name not in sys.modules and importlib.util.find_spec(name) is None]
-    return [f"it imports {name!r}, which is not installed (pip install {name})" for name in missing]
+    return tuple(name for name in wanted if name not in sys.modules and importlib.util.find_spec(name) is None)
 
 
 def _described(function: ast.FunctionDef | ast.AsyncFunctionDef, mark: ast.expr, path: Path) -> HookFunction:

@@ -258,7 +258,7 @@ class PluginRegistry:
             _only([other for other in self._of(entry.kind) if other.name == entry.name and not _blocked_by(other)])
             _check_compatible(entry)
             if seen.problem:
-                raise broken(entry, seen.problem)
+                raise broken(entry, seen.problem, f"pip install {' '.join(seen.missing)}" if seen.missing else "")
             hooks = self._check(entry) if check else seen.hooks
         except PluginError as error:
             status = {PluginConflictError: "conflict", IncompatiblePluginError: "incompatible"}
