@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,35 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
         seed: Other seeds give other weights.
         overrides: Values of the configuration.
     """
-    known = AutoConfig.for_model(model_type)
+    config = tiny_config(type(AutoConfig.for_model(model_type)), **overrides)
+    return random_model(AutoModelForCausalLM.from_config, config, dtype, seed)
+
+
+def tiny_config(config_class: Any, **overrides: Any) -> Any:
+    """Make a configuration of a class of transformers, or of one like them, with small sizes.
+
+    Args:
+        config_class: The class.
+        overrides: Values that differ from :data:`TINY`, or go beyond it.
+    """
+    known = config_class()
     # What a class computes is no value to be given.
-    own = [name for name in TINY if hasattr(known, name) and not isinstance(getattr(type(known), name, None), property)]
+    own = [name for name in TINY if hasattr(known, name) and not isinstance(getattr(config_class, name, None), property)]
     sizes = {name: TINY[name] for name in own}
-    config = AutoConfig.for_model(model_type, **{**sizes, **overrides})
+    return config_class(**{**sizes, **overrides})
+
+
+def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Make a model whose every parameter is random.
+
+    Args:
+        make: The class of the model, or what makes one of a configuration.
+        config: Its configuration.
+        dtype: The dtype of its weights.
+        seed: Other seeds give other weights.
+    """
     config.dtype = dtype
-    model = AutoModelForCausalLM.from_config(config)
+    model = make(config)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         # Norms and biases too: at their usual 1 and 0, a misplaced one would change nothing.

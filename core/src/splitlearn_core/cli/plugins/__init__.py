@@ -8,7 +8,7 @@ from splitlearn_core.cli.lazy import LazyGroup
 from splitlearn_core.cli.plugins.listing import list_options, print_plugins
 
 #: Command -> its module in this package.
-_COMMANDS = {"list": "listing", "new": "new"}
+_COMMANDS = {"list": "listing", "new": "new", "test": "testing"}
 
 
 @click.group(

@@ -1,0 +1,216 @@
+"""What an author says about a family under test, and how the checks are spread over it."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import pytest
+import torch
+
+from splitlearn_core.build.component import architecture_class
+from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.testing.conformance.diagnosis import explain
+from splitlearn_core.testing.conformance.findings import ConformanceError
+from splitlearn_core.testing.conformance.isolation import alone, describe
+from splitlearn_core.testing.conformance.subject import Cut, Subject, chosen_cuts, configure
+
+_Class = TypeVar("_Class", bound=type)
+TIE = "tie_word_embeddings"
+#: The variants that every family is tested in, where its model class has them.
+TIES: Mapping[str, Mapping[str, Any]] = {"tied": {TIE: True}, "untied": {TIE: False}}
+
+
+def explained(checks: _Class) -> _Class:
+    """Let every check of a class name the field to look at, whatever it fails with."""
+    for name, function in list(vars(checks).items()):
+        if name.startswith("test_"):
+            setattr(checks, name, _explained(function))
+    return checks
+
+
+def _explained(check: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(check)
+    def explaining(self: Checks, **fixtures: Any) -> None:
+        __tracebackhide__ = True
+        try:
+            check(self, **fixtures)
+        except AssertionError:
+            raise
+        # Whatever the family under test makes core, transformers or torch raise.
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+            raise ConformanceError(words, explain(error, _known(self.model_type), self.config)) from error
+
+    return explaining
+
+
+def _known(model_type: str) -> ModelFamily | None:
+    try:
+        return registry().family(model_type)
+    except SplitLearnError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Over what the checks of one class are spread."""
+
+    variants: tuple[str, ...]
+    #: Names of :data:`TIES` that the model class does not have -> why.
+    without: Mapping[str, str]
+    attention: tuple[str, ...]
+    #: Attention implementations that transformers refuses for the model class -> how.
+    refused: Mapping[str, str]
+    cuts: tuple[Cut, ...]
+
+
+class Checks:
+    """What an author may say; the checks themselves are in the classes that derive from this one."""
+
+    #: The model type under test.
+    model_type: ClassVar[str]
+    #: The distribution of the plugin, where several claim the model type.
+    distribution: ClassVar[str] = ""
+    #: Values of the configuration, by the names of its Hugging Face class. They are added to ordinary
+    #: tiny sizes; or, with a ``model_type`` among them, they are a whole ``config.json``.
+    config: ClassVar[Mapping[str, Any]] = {}
+    #: Further variants beside tied and untied: name -> values of the configuration that differ.
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: Attention implementations to compare under; what transformers refuses for this model is skipped.
+    attention: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
+    #: dtypes to compare in.
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    #: Tensors of old checkpoints that must be left out: name relative to the base -> shape.
+    legacy_tensors: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    #: Checks that do not hold, each with the reason: ``{"test_generate": "..."}``, or only where all
+    #: words in brackets are among a test's parameters: ``{"test_generate[bfloat16, sdpa]": "..."}``.
+    #: Such a check must fail; one that passes after all is a failure.
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+    #: One dtype, one attention implementation and one cut, for a first look.
+    quick: ClassVar[bool] = False
+
+    @classmethod
+    def all_variants(cls) -> dict[str, Mapping[str, Any]]:
+        """Return the variants: tied and untied unless the author's say so themselves, then the author's."""
+        said = [values[TIE] for values in cls.variants.values() if TIE in values]
+        ties = {name: values for name, values in TIES.items() if values[TIE] not in said}
+        return {**ties, **cls.variants}
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Spread the checks over variants, dtypes, attention implementations and cuts."""
+        cls = type(self)
+        found = axes(cls)
+        one = slice(0, 1 if cls.quick else None)
+        spread: dict[str, tuple[Any, ...]] = {
+            "variant": found.variants,
+            "dtype": cls.dtypes[one],
+            "attention": found.attention[one],
+            "cut": found.cuts[one],
+            "tie": tuple(TIES),
+            "implementation": cls.attention,
+        }
+        for name, values in spread.items():
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, values, ids=[*map(_spelled, values)])
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def only_this_plugin(cls) -> Iterator[None]:
+        """Keep the plugins that are installed beside this one out."""
+        with alone(cls.model_type, cls.distribution):
+            yield
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def one_thread(cls) -> Iterator[None]:
+        """Tiny tensors gain nothing from threads, which spin for each other on a busy machine."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+    @pytest.fixture(autouse=True)
+    def expected_to_fail(self, request: pytest.FixtureRequest) -> None:
+        """Mark the checks of which the author says that they fail, and why."""
+        name, spread = request.node.originalname, getattr(request.node, "callspec", None)
+        parameters = {_spelled(value) for value in spread.params.values()} if spread else set()
+        for entry, reason in self.expected_failures.items():
+            check, _, words = entry.removesuffix("]").partition("[")
+            if check == name and reason and parameters.issuperset(map(str.strip, filter(None, words.split(",")))):
+                request.node.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def subjects(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+        """Hold the models that are compared, by variant; none is made yet."""
+        folder = tmp_path_factory.mktemp("subjects")
+        variants = enumerate(cls.all_variants().items())
+        return {
+            name: Subject(cls.model_type, cls.config, values, folder / str(number))
+            for number, (name, values) in variants
+        }
+
+    @pytest.fixture
+    def subject(self, subjects: dict[str, Subject], variant: str) -> Subject:
+        """Return the models of the variant."""
+        return subjects[variant]
+
+
+def _spelled(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def axes(cls: type[Checks]) -> Axes:
+    """Ask the model class what it bears, once; of a family that cannot be asked, try everything."""
+    if cls not in _asked:
+        _asked[cls] = _ask(cls)
+    return _asked[cls]
+
+
+_asked: weakref.WeakKeyDictionary[type[Checks], Axes] = weakref.WeakKeyDictionary()
+
+
+def _ask(cls: type[Checks]) -> Axes:
+    variants = cls.all_variants()
+    try:
+        family = describe(cls.model_type, cls.distribution)
+        without = {name: why for name in TIES if name in variants and (why := _why_not(cls, family, name))}
+        refused = {name: why for name in cls.attention if (why := _refusal(cls, family, name))}
+        cuts = chosen_cuts(family, configure(family, cls.config, {}))
+    # Nothing may be raised while tests are collected; the checks meet the same error and explain it.
+    except Exception:  # noqa: BLE001
+        return Axes(tuple(variants), {}, cls.attention, {}, ((1, 5), (2, 3), (3, 5)))
+    there = tuple(name for name in variants if name not in without)
+    return Axes(there, without, tuple(name for name in cls.attention if name not in refused), refused, cuts)
+
+
+def _why_not(cls: type[Checks], family: ModelFamily, variant: str) -> str:
+    """Say why a model class cannot be tied, or not be untied; nothing where it can."""
+    wanted = TIES[variant][TIE]
+    hf_class: Any = architecture_class(family)
+    with torch.device("meta"):
+        model = hf_class(configure(family, cls.config, TIES[variant]))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or (head.weight is embedding.weight) == wanted:
+        return ""
+    return f"{hf_class.__name__} with {TIE}={wanted} still has head and embedding {'apart' if wanted else 'as one'}"
+
+
+def _refusal(cls: type[Checks], family: ModelFamily, attention: str) -> str:
+    """Say how transformers refuses an attention implementation for a model class; nothing where it does not."""
+    hf_class: Any = architecture_class(family)
+    config = configure(family, cls.config, {})
+    config._attn_implementation = attention  # noqa: SLF001  # the name from_pretrained uses
+    try:
+        with torch.device("meta"):
+            hf_class(config)
+    except (ImportError, ValueError) as error:
+        # Its first sentence; transformers goes on with advice for other cases.
+        return f"transformers: {str(error).partition('. ')[0]}"
+    return ""

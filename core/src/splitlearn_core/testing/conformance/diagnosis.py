@@ -1,0 +1,250 @@
+"""From a failure to the field of the family that is to blame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from splitlearn_core.build.component import architecture_class
+from splitlearn_core.errors import BrokenPluginError, InvalidSplitError, TensorMismatchError, UnknownModelTypeError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.names import map_keys, placement
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.testing.conformance.anatomy import Anatomy, anatomy
+from splitlearn_core.testing.conformance.findings import Suspect
+from splitlearn_core.testing.conformance.subject import configure
+from splitlearn_core.testing.worlds import random_model
+from splitlearn_core.types import Component, LayerRange
+
+#: The values of ``config.json`` that core asks a family for.
+COMMON = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"
+)  # fmt: skip
+_MAP_HOOK = "hook splitlearn_map_weight_keys"
+
+
+def explain(error: Exception, family: ModelFamily | None, values: Mapping[str, Any]) -> tuple[Suspect, ...]:
+    """Say where the cause of an exception may lie.
+
+    Args:
+        error: What core, transformers or torch raised.
+        family: The family under test; None where its plugin cannot be used.
+        values: The author's values of the configuration.
+    """
+    if isinstance(error, BrokenPluginError) and _MAP_HOOK in str(error):
+        return (Suspect(_MAP_HOOK, "it must answer for every key, and name no module key twice"),)
+    if family is None and isinstance(error, UnknownModelTypeError):
+        return (Suspect("the entry point", 'in the group "splitlearn.families", named after the model type'),)
+    if family is None:
+        return (Suspect("the plugin", "splitlearn plugins --check says what is wrong with it"),)
+    try:
+        hf_class: Any = architecture_class(family)
+    except BrokenPluginError:
+        return (Suspect("architecture", "a class of transformers, or module:Class"),)
+    if hf_class.config_class.model_type != family.model_type:
+        return (Suspect("architecture", f"it is a class of {hf_class.config_class.model_type!r} models"),)
+    try:
+        model = random_model(hf_class, configure(family, values, {}))
+        found = [*misnamed(family, model), *misconfigured(family, model), *wrong_defaults(family)]
+        # What is named wrongly is placed wrongly, too.
+        found = found or [suspect for _, suspect in misplaced(family, model)]
+    # A tiny model of this class cannot be made or run: that is what to mend first.
+    except Exception as cause:  # noqa: BLE001
+        return (Suspect("tiny_config", f"a tiny model is not to be had: {type(cause).__name__}: {cause}"),)
+    return tuple(found) or _by_words(error)
+
+
+def _by_words(error: Exception) -> tuple[Suspect, ...]:
+    """Guess by the error alone, where the family says nothing that is plainly wrong."""
+    if isinstance(error, TensorMismatchError):
+        return (
+            Suspect("ignored_suffixes", "tensors that no module wants are left out by the ends of their keys"),
+            Suspect("renamed", "keys of old checkpoints, (old, new)"),
+        )
+    return (Suspect("impossible_cuts", "a cut that is declared so"),) if isinstance(error, InvalidSplitError) else ()
+
+
+def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
+    """Hold the names of a family against the modules of the unsplit model."""
+    seen = anatomy(model)
+    if family.base != seen.base:
+        yield Suspect("base", f"{type(model).__name__} has its base model in {seen.base!r}, not in {family.base!r}")
+        return  # Nothing relative to it can be right.
+    if family.layers not in seen.layers:
+        yield Suspect("layers", _instead(family.layers, seen.layers))
+    else:
+        yield from mixed(family, model)
+    if family.embedding != seen.embedding:
+        yield Suspect("embedding", _instead(family.embedding, [seen.embedding]))
+    if family.norm not in seen.norms:
+        yield Suspect("norm", _instead(family.norm, [name for name in seen.norms if name != family.layers][:1]))
+    if family.head != seen.head:
+        yield Suspect("head", _instead(family.head, [seen.head]))
+    inlets: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "zero_outside_bottom": (family.zero_outside_bottom, seen.added),
+        "skip_outside_bottom": (family.skip_outside_bottom, seen.passed),
+    }
+    there = {name for name, _ in model.get_submodule(family.base).named_modules()}
+    for field, (said, right) in inlets.items():
+        for name in said:
+            if name not in there:
+                yield Suspect(field, _instead(name, right))
+    both = set(family.zero_outside_bottom) & set(seen.passed), set(family.skip_outside_bottom) & set(seen.added)
+    for field, names in zip(inlets, both, strict=True):
+        for name in sorted(names):
+            other = next(one for one in inlets if one != field)
+            yield Suspect(field, f"{name!r} belongs into {other}")
+
+
+def _instead(said: str, right: Iterable[str]) -> str:
+    names = [name for name in right if name]
+    return f"{said!r} is not it; " + (f"it is {' or '.join(map(repr, names))}" if names else "there is none")
+
+
+def mixed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
+    """Hold ``uniform_layers`` against the layers there are."""
+    if not family.uniform_layers:
+        return
+    layers = model.get_submodule(family.base).get_submodule(family.layers)
+    classes = sorted({type(layer).__name__ for layer in layers})
+    if len(classes) > 1:
+        yield Suspect("uniform_layers", f"say False: the layers are of several classes, {', '.join(classes)}")
+        return
+    for number, layer in enumerate(layers):
+        try:
+            with torch.device("meta"):
+                made = type(layers[0])(model.config, number)
+        # A constructor of other arguments raises what it likes.
+        except Exception as error:  # noqa: BLE001
+            yield Suspect("uniform_layers", f"say False: {classes[0]}(config, {number}) fails: {error}")
+            return
+        if _shapes(made) != _shapes(layer):
+            yield Suspect(
+                "uniform_layers", f"say False: {classes[0]}(config, {number}) is not what the model has there"
+            )
+            return
+
+
+def _shapes(module: Any) -> dict[str, Any]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def misconfigured(family: ModelFamily, model: Any) -> Iterator[Suspect]:
+    """Hold what a family reads from ``config.json`` against what transformers reads there."""
+    # As it would be written: numbers and texts, by the family's own names.
+    written = json.loads(model.config.to_json_string(use_diff=False))
+    own_names = type(model.config).attribute_map
+    for name in COMMON:
+        right = getattr(model.config, name, None)
+        read = effective(family, written, name)
+        if right is None or read == right:
+            continue
+        own = own_names.get(name, name)
+        if family.config_names.get(name, name) != own:
+            yield Suspect(f"config_names[{name!r}]", f"config.json calls it {own!r}")
+        else:
+            field = "config_names" if name in family.config_names else "config_defaults"
+            yield Suspect(f"{field}[{name!r}]", f"the family reads {read!r} where transformers has {right!r}")
+
+
+def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:
+    """Hold what a family fills in for a silent ``config.json`` against what transformers fills in."""
+    hf_class: Any = architecture_class(family)
+    silent = hf_class.config_class()
+    for name, value in family.config_defaults.items():
+        right = getattr(silent, name, None)
+        # None is how a configuration says that core's own rule holds.
+        if right is not None and value != right:
+            yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r}, not {value!r}")
+    known = {name: getattr(silent, name, None) for name in ("hidden_size", "num_attention_heads")}
+    for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
+        right = getattr(silent, name, None)
+        if name not in family.config_defaults and right is not None and effective(family, known, name) != right:
+            yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r} where config.json is silent")
+
+
+def effective(family: ModelFamily, config: Mapping[str, Any], name: str) -> Any:
+    """Return a value as a plan uses it: what is said, the family's default, or core's own rule."""
+    value = family.config_value(config, name)
+    if value is not None:
+        return value
+    if name == "tie_word_embeddings":
+        return False
+    heads = family.config_value(config, "num_attention_heads")
+    if name == "num_key_value_heads":
+        return heads
+    hidden = family.config_value(config, "hidden_size")
+    return hidden // heads if name == "head_dim" and hidden and heads else None
+
+
+def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None) -> list[tuple[str, Suspect]]:
+    """Say which tensors of a checkpoint do not find their place, and why.
+
+    Args:
+        family: The family.
+        model: The unsplit model.
+        keys: The checkpoint's keys; by default those that the model itself would write.
+    """
+    wanted = set(model.state_dict())
+    written = json.loads(model.config.to_json_string(use_diff=False))
+    names = sorted(wanted if keys is None else keys)
+    mapping = registry().map_weight_keys(family, written, names) or map_keys(family, names)
+    targets = {target for target in mapping.values() if target is not None}
+    dropped = {key for key, target in mapping.items() if target is None}
+    mapper = _MAP_HOOK if "splitlearn_map_weight_keys" in registry().plugin(family.model_type).hooks else "renamed"
+    found = [
+        (f"{key} is left out, and the model wants it", Suspect(_dropper(family, key, mapper), "it drops a tensor"))
+        for key, target in mapping.items()
+        if target is None and key in wanted
+    ]
+    for key, target in mapping.items():
+        if target is not None and target not in wanted:
+            why = f"{key} becomes {target}, which the model does not have"
+            found.append((why, Suspect(mapper, "its new name is a name of the module tree")))
+    optional = _tied_names(model)
+    found += [
+        (f"no tensor of the checkpoint becomes {name}", Suspect(mapper, "every parameter needs a tensor"))
+        for name in sorted(wanted - targets - optional - dropped)
+    ]
+    return [*found, *_homeless(family, model, sorted(wanted & targets))]
+
+
+def _tied_names(model: Any) -> set[str]:
+    """Return the names that a tied checkpoint may leave out."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return set()
+    return {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is head.weight}
+
+
+def _dropper(family: ModelFamily, key: str, mapper: str) -> str:
+    return "ignored_suffixes" if mapper == "renamed" and key.endswith(family.ignored_suffixes) else mapper
+
+
+def _homeless(family: ModelFamily, model: Any, names: list[str]) -> Iterator[tuple[str, Suspect]]:
+    """Yield the tensors that no component holds."""
+    layers = model.config.num_hidden_layers
+    third = max(layers // 3, 1)
+    ranges = {
+        Component.BOTTOM: LayerRange(0, third, layers),
+        Component.TRUNK: LayerRange(third, 2 * third, layers),
+        Component.TOP: LayerRange(2 * third, layers, layers),
+    }
+    component_of, seen = placement(family, ranges), anatomy(model)
+    for name in names:
+        if component_of(name) is None:
+            yield f"no component holds {name}", _inlet_of(name.removeprefix(f"{family.base}."), seen)
+
+
+def _inlet_of(name: str, seen: Anatomy) -> Suspect:
+    for field, modules, does in (
+        ("zero_outside_bottom", seen.added, "is added to the embeddings"),
+        ("skip_outside_bottom", seen.passed, "lets the state through before the first layer"),
+    ):
+        for module in modules:
+            if name.startswith(f"{module}."):
+                return Suspect(field, f"{module!r} {does}, outside bottom too, unless it is named here")
+    return Suspect("layers, norm, head, zero_outside_bottom or skip_outside_bottom", f"none of them holds {name!r}")

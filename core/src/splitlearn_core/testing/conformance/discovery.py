@@ -1,0 +1,76 @@
+"""The plugin is found, registering it leaves the process as it was, and no check is bent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.findings import Suspect, expect
+from splitlearn_core.testing.conformance.isolation import claims, fresh_process
+
+
+@explained
+class Discovery(Checks):
+    """Entry point, import budget, side effects."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def registered(cls, only_this_plugin: None) -> dict[str, Any]:
+        """Return the place for what a fresh process says of registering the plugin."""
+        return {}
+
+    def test_entry_point(self) -> None:
+        """One distribution has an entry point of the family group that is named after the model type."""
+        found = claims(self.model_type, self.distribution)
+        named = ", ".join(f"{entry.label} ({entry.module})" for entry in found) or "none"
+        expect(
+            len(found) == 1,
+            f"one distribution is to claim model type {self.model_type!r}, not {len(found)}: {named}",
+            Suspect("the entry point", f'group "splitlearn.families": {self.model_type} = "module"; then install again')
+            if not found
+            else Suspect("distribution", "say in the test class which of them is tested"),
+        )
+        family = registry().family(self.model_type)
+        expect(
+            family.model_type == self.model_type,
+            f"the family is of {family.model_type!r}",
+            Suspect("model_type", "it is the name of the entry point, and model_type in config.json"),
+        )
+
+    def test_import_budget(self, registered: dict[str, Any]) -> None:
+        """Describing the family imports neither torch nor transformers."""
+        heavy = self._registering(registered)["heavy"]
+        expect(
+            not heavy,
+            f"registering the plugin imports {', '.join(heavy)}",
+            Suspect("the plugin's imports", "import them inside functions; architecture is a name, not a class"),
+        )
+
+    def test_registration_has_no_side_effects(self, registered: dict[str, Any]) -> None:
+        """Environment, path, warnings, threads, logging and output of the process are as they were before."""
+        changed: Mapping[str, str] = self._registering(registered)["changed"]
+        expect(
+            not changed,
+            "registering the plugin changes " + "; ".join(f"{what}: {how}" for what, how in changed.items()),
+            Suspect("the plugin's module", "what runs when it is imported may define things, and nothing else"),
+        )
+
+    def test_hooks_answer_alike(self, registered: dict[str, Any]) -> None:
+        """A second registration says the same of the family."""
+        differs = self._registering(registered)["differs"]
+        expect(
+            not differs,
+            f"asked twice, the plugin says different things of {', '.join(differs)}",
+            Suspect("hook splitlearn_model_families", "answer with a constant"),
+        )
+
+    def _registering(self, registered: dict[str, Any]) -> dict[str, Any]:
+        if not registered:
+            told = fresh_process("-m", "splitlearn_core.testing.registering", self.model_type)
+            registered.update(json.loads(told))
+        return registered

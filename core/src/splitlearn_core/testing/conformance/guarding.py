@@ -1,0 +1,48 @@
+"""The checks are all there, and as they are: what does not hold is said, and not bent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.findings import Suspect, expect
+
+
+@explained
+class Guarding(Checks):
+    """Overridden, deleted and misspelt checks."""
+
+    def test_no_check_is_overridden(self) -> None:
+        """A subclass changes no check and takes none away; a check that fails is named in expected_failures."""
+        checks = self.checks()
+        changed = [name for name, check in checks.items() if getattr(type(self), name, None) is not check]
+        expect(
+            not changed,
+            f"{type(self).__name__} overrides {', '.join(sorted(changed))}",
+            Suspect("expected_failures", 'take the override out, and say why it fails: {"test_name": "reason"}'),
+        )
+
+    def test_expected_failures_are_explained(self) -> None:
+        """Each entry of expected_failures names a check, and gives a reason."""
+        checks = self.checks()
+        wrong = [
+            f"{entry!r}: {reason!r}"
+            for entry, reason in self.expected_failures.items()
+            if entry.partition("[")[0] not in checks or not str(reason).strip()
+        ]
+        names = ", ".join(sorted(checks))
+        expect(
+            not wrong, f"no check, or no reason: {'; '.join(wrong)}", Suspect("expected_failures", f"checks: {names}")
+        )
+
+    @classmethod
+    def checks(cls) -> dict[str, Callable[..., Any]]:
+        """Return the checks of the kit, by name."""
+        kit = [base for base in cls.__mro__ if base.__module__.startswith(__package__ or "")]
+        return {
+            name: value
+            for base in reversed(kit)
+            for name, value in vars(base).items()
+            if name.startswith("test_") and callable(value)
+        }

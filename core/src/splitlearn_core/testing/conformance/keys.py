@@ -1,0 +1,128 @@
+"""Every tensor of a checkpoint finds its one place, whatever the checkpoint calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from splitlearn_core import load_split_model
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.diagnosis import misplaced
+from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect, expect
+from splitlearn_core.testing.conformance.subject import Subject
+
+_LEGACY = Suspect("ignored_suffixes", "the ends of the keys of tensors that no module wants")
+
+
+@explained
+class Keys(Checks):
+    """Today's keys, and those of old checkpoints."""
+
+    def test_every_key_has_its_place(self, subject: Subject) -> None:
+        """Each key of the checkpoint becomes one tensor of the model, and each of these is in one component."""
+        keys = list(load_file(subject.checkpoint / "model.safetensors"))
+        found = misplaced(subject.family, subject.whole(), keys)
+        if found:
+            raise ConformanceError("\n".join(problem for problem, _ in found), (suspect for _, suspect in found))
+        held: dict[str, list[str]] = {}
+        for part in subject.split(subject.middle).components:
+            for name in part.state_dict():
+                held.setdefault(name, []).append(str(part.component))
+        twice = [f"{name} is in {' and '.join(parts)}" for name, parts in held.items() if len(parts) > 1]
+        expect(not twice, "; ".join(twice), Suspect("layers", "a component holds its own layers alone"))
+        missing = sorted(set(subject.whole().state_dict()) - set(held))
+        expect(
+            not missing, f"no component holds {', '.join(missing)}", Suspect("layers, norm, head", "name its module")
+        )
+
+    def test_the_mapping_is_repeatable(self, subject: Subject) -> None:
+        """Asked twice, and asked in another order of keys, the plugin maps alike."""
+        keys = sorted(load_file(subject.checkpoint / "model.safetensors"))
+        answers = [
+            registry().map_weight_keys(subject.family, subject.config, order) for order in (keys, keys, keys[::-1])
+        ]
+        expect(
+            answers[0] == answers[1] == answers[2],
+            "the same keys are mapped in different ways",
+            Suspect("hook splitlearn_map_weight_keys", "its answer depends on its arguments alone"),
+        )
+
+    @pytest.mark.parametrize("spelling", ["with prefix", "without prefix", "head present", "embedding absent"])
+    def test_key_variants(self, subject: Subject, spelling: str, tmp_path: Path) -> None:
+        """Checkpoints with and without the base prefix, and with a tied head under either name, load alike."""
+        family = subject.family
+        if spelling in ("head present", "embedding absent") and not subject.tied:
+            pytest.skip("only a tied model may spell it so")
+        head, embedding = f"{family.head}.weight", f"{family.base}.{family.embedding}.weight"
+        tensors = load_file(subject.checkpoint / "model.safetensors")
+        if spelling == "without prefix":
+            tensors = {key.removeprefix(f"{family.base}."): tensor for key, tensor in tensors.items()}
+        elif spelling == "head present":
+            tensors[head] = tensors[embedding].clone()
+        elif spelling == "embedding absent":
+            tensors[head] = tensors.pop(embedding)
+        _expect_alike(subject, tmp_path, tensors, Suspect("base, embedding, head", "names of the module tree"))
+
+    def test_legacy_tensors(self, subject: Subject, tmp_path: Path) -> None:
+        """Tensors of old checkpoints that no module wants are left out, with and without the base prefix."""
+        family = subject.family
+        derived = {
+            f"{family.layers}.0.{suffix.removeprefix('.')}": (4,)
+            for suffix in family.ignored_suffixes
+            if not any(name.endswith(suffix) for name in self.legacy_tensors)
+        }
+        legacy = {**derived, **self.legacy_tensors}
+        if not legacy:
+            pytest.skip("neither ignored_suffixes of the family nor legacy_tensors of the test name any")
+        tensors = load_file(subject.checkpoint / "model.safetensors")
+        for number, prefix in enumerate(("", f"{family.base}.")):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            more = {prefix + name: torch.ones(shape) for name, shape in legacy.items()}
+            bare = {key.removeprefix(f"{family.base}.") if not prefix else key: t for key, t in tensors.items()}
+            _expect_alike(subject, folder, {**bare, **more}, _LEGACY)
+
+    def test_renamed_keys(self, subject: Subject, tmp_path: Path) -> None:
+        """A checkpoint with the old names of ``renamed`` loads like one with the new ones."""
+        renamed = subject.family.renamed
+        if not renamed:
+            pytest.skip("the family renames nothing")
+        tensors = load_file(subject.checkpoint / "model.safetensors")
+        old = {_undone(key, renamed): tensor for key, tensor in tensors.items()}
+        expect(
+            len(old) == len(tensors), "two keys have one old name", Suspect("renamed", "old names tell tensors apart")
+        )
+        if old.keys() == tensors.keys():
+            pytest.skip("no key of this variant has a new name")
+        _expect_alike(subject, tmp_path, old, Suspect("renamed", "pairs of (old, new), applied in order"))
+
+
+def _undone(key: str, renamed: tuple[tuple[str, str], ...]) -> str:
+    for old, new in reversed(renamed):
+        key = key.replace(new, old) if new else key
+    return key
+
+
+def _expect_alike(subject: Subject, folder: Path, tensors: Mapping[str, torch.Tensor], suspect: Suspect) -> None:
+    """Load a checkpoint with other keys, and compare what comes of it with what comes of the usual one."""
+    for file in subject.checkpoint.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    got = {
+        name: tensor
+        for part in load_split_model(None, subject.middle, folder)
+        if part is not None
+        for name, tensor in part.state_dict().items()
+    }
+    usual = {
+        name: tensor for part in subject.split(subject.middle).components for name, tensor in part.state_dict().items()
+    }
+    expect(got.keys() == usual.keys(), f"other tensors: {sorted(got.keys() ^ usual.keys())}", suspect)
+    differ = [name for name, tensor in got.items() if not torch.equal(tensor, usual[name])]
+    expect(not differ, f"other values: {', '.join(differ)}", suspect)

@@ -1,0 +1,132 @@
+"""Where numbers differ: each component alone is given the unsplit model's own hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from splitlearn_core import SplitCausalLM
+from splitlearn_core.testing.conformance.anatomy import anatomy
+from splitlearn_core.testing.conformance.batches import no_grad
+from splitlearn_core.testing.conformance.diagnosis import misconfigured, misnamed
+from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect
+from splitlearn_core.testing.conformance.subject import Subject
+
+
+def compare(got: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
+    """Say whether two results are equal to the last bit; no result at all is one, too."""
+    if got is None or expected is None:
+        return got is expected
+    return got.shape == expected.shape and torch.equal(got, expected)
+
+
+def expect_equal(
+    got: torch.Tensor | None,
+    expected: torch.Tensor | None,
+    what: str,
+    subject: Subject,
+    whole: Any,
+    split: SplitCausalLM,
+) -> None:
+    """Fail where a result of the split model differs, naming the component and the field that are to blame.
+
+    Raises:
+        ConformanceError: It differs.
+    """
+    __tracebackhide__ = True
+    if not compare(got, expected):
+        message, suspects = locate(subject, whole, split)
+        raise ConformanceError(f"{what} of the split model differ; {message}", suspects)
+
+
+def locate(subject: Subject, whole: Any, split: SplitCausalLM) -> tuple[str, tuple[Suspect, ...]]:
+    """Find the components that differ when each is given what it would be given in the unsplit model."""
+    plain = [*misnamed(subject.family, whole), *misconfigured(subject.family, whole)]
+    ids = torch.arange(3, 10).reshape(1, -1)
+    states, logits = _states(subject, whole, ids)
+    cuts = (split.trunk.start_layer, split.top.start_layer)
+    given = (ids, states[cuts[0]], states[cuts[1]])
+    right = (states[cuts[0]], states[cuts[1]], logits)
+    wrong: list[str] = []
+    for part, state, expected in zip(split.components, given, right, strict=True):
+        result = no_grad(part, **{"input_ids" if part is split.bottom else "hidden_states": state})
+        result = result.logits if part is split.top else result
+        if not compare(result, expected):
+            wrong.append(str(part.component))
+            plain += _inside(subject, whole, part, state, states)
+    if not wrong:
+        field = Suspect("nothing of one forward pass", "each component alone is equal without padding and cache")
+        return "not in one plain forward pass", tuple(plain) or (field,)
+    return f"given its own input, the {' and the '.join(wrong)} differ", tuple(plain)
+
+
+def _states(subject: Subject, whole: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return what enters each layer of the unsplit model, and its logits."""
+    with _watched(whole, subject) as states:
+        logits = no_grad(whole, input_ids=ids, use_cache=False).logits
+    return states, logits
+
+
+@contextmanager
+def _watched(model: Any, subject: Subject) -> Iterator[list[torch.Tensor]]:
+    """Record what enters each layer of a model."""
+    states: list[torch.Tensor] = []
+
+    def record(_: Any, args: Any, kwargs: Any) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    base = model.get_submodule(subject.family.base)
+    layers = base.get_submodule(subject.family.layers)
+    handles = [
+        layer.register_forward_pre_hook(record, with_kwargs=True)
+        for number, layer in enumerate(layers)
+        if number in getattr(model, "layer_range", range(len(layers)))
+    ]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inside(
+    subject: Subject, whole: Any, part: Any, state: torch.Tensor, states: list[torch.Tensor]
+) -> Iterator[Suspect]:
+    """Say where inside a component, which was given the right input, the numbers go astray."""
+    with _watched(part, subject) as own:
+        no_grad(part, **{"input_ids" if part.start_layer == 0 else "hidden_states": state})
+    first = part.start_layer
+    astray = [first + number for number, entered in enumerate(own) if not compare(entered, states[first + number])]
+    if astray[:1] == [first]:
+        yield from _at_the_inlet(subject, whole, part)
+        return
+    last = astray[0] - 1 if astray else part.end_layer - 1
+    layers = part.get_submodule(subject.family.base).get_submodule(subject.family.layers)
+    theirs = whole.get_submodule(subject.family.base).get_submodule(subject.family.layers)
+    if type(layers[last]) is not type(theirs[last]):
+        yield Suspect(
+            "uniform_layers", f"layer {last} is a {type(layers[last]).__name__}, not a {type(theirs[last]).__name__}"
+        )
+    elif part.component == "top" and not astray:
+        yield Suspect("norm", "all layers of the top are right, what comes after them is not")
+        yield Suspect("head", "all layers of the top are right, what comes after them is not")
+    else:
+        yield Suspect("impossible_cuts", f"layer {last} needs what another component holds, if not its input differs")
+        yield Suspect("uniform_layers", f"layer {last} may be made with other arguments than (config, layer_idx)")
+
+
+def _at_the_inlet(subject: Subject, whole: Any, part: Any) -> Iterator[Suspect]:
+    if part.component == "bottom":
+        yield Suspect("embedding", "what enters the first layer of the bottom is not what enters it in the whole model")
+        return
+    seen, family = anatomy(whole), subject.family
+    added = [name for name in seen.added if name not in family.zero_outside_bottom]
+    passed = [name for name in seen.passed if name not in family.skip_outside_bottom]
+    why = f"what enters the {part.component} is changed before its first layer"
+    if added or not passed:
+        yield Suspect("zero_outside_bottom", f"{why}; is something added again? {', '.join(added) or '(unknown)'}")
+    if passed or not added:
+        yield Suspect("skip_outside_bottom", f"{why}; does it pass through again? {', '.join(passed) or '(unknown)'}")

@@ -1,0 +1,165 @@
+"""The numbers of the split model are those of the unsplit one, to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from splitlearn_core import ModelRegistry, SplitCausalLM
+from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
+from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.batches import PADDINGS, PROMPT_TOKENS, batch, no_grad, positions, token_ids
+from splitlearn_core.testing.conformance.findings import Suspect, expect
+from splitlearn_core.testing.conformance.numbers import compare, expect_equal
+from splitlearn_core.testing.conformance.subject import Cut, Subject
+
+#: How many tokens each call is fed: a prompt, single tokens, and a chunk with a past; or the prompt in chunks.
+_STEPS = {"prompt first": (PROMPT_TOKENS, 1, 1, 1, 4), "chunked prompt": (3, 2, 2, 1)}
+
+
+@explained
+class Parity(Checks):
+    """Weights, logits, and the cache."""
+
+    def test_components_are_complete(self, subject: Subject, cut: Cut) -> None:
+        """Parameters and buffers are those of the unsplit model, in evaluation mode, none empty."""
+        expected = subject.weights()
+        for part in subject.split(cut).components:
+            expect(not part.training, f"the {part.component} is in training mode")
+            own = {**dict(part.named_parameters(remove_duplicate=False)), **dict(part.named_buffers())}
+            for name, tensor in own.items():
+                other = expected[name]
+                same = tensor.dtype == other.dtype and tensor.requires_grad == other.requires_grad
+                expect(
+                    same and compare(tensor.detach(), other.detach()),
+                    f"{name} of the {part.component} is not that of the unsplit model",
+                    Suspect("renamed", "or the hook splitlearn_map_weight_keys: another tensor may lie there"),
+                )
+
+    @pytest.mark.parametrize("component", ["bottom", "trunk", "top"])
+    def test_from_state_dict(self, subject: Subject, component: str) -> None:
+        """The classes of the registry make the same components from the state dict of the whole model."""
+        whole, (first, second) = subject.whole(), subject.middle
+        ends = {
+            "bottom": {"end_layer": first},
+            "trunk": {"start_layer": first, "end_layer": second},
+            "top": {"start_layer": second},
+        }
+        model_class = ModelRegistry.get_model_class(self.model_type, component)
+        made = model_class.from_pretrained_split(whole.state_dict(), whole.config, **ends[component])
+        got, expected = made.state_dict(), getattr(subject.split(subject.middle), component).state_dict()
+        expect(got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}")
+        differ = [name for name, tensor in got.items() if not torch.equal(tensor, expected[name])]
+        expect(not differ, f"other values: {', '.join(differ)}")
+        expect(not made.training, f"the {component} is in training mode")
+
+    def test_logits(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
+        """Logits without a cache are equal, with and without left padding and positions."""
+        whole, split = subject.whole(dtype, attention), subject.split(cut, dtype, attention)
+        for padding in PADDINGS:
+            inputs = batch(padding)
+            for given in ({}, {"position_ids": positions(inputs["attention_mask"])}):
+                arguments = {**inputs, **given, "use_cache": False}
+                expected = subject.once(("logits", dtype, attention, padding, *given), _logits, whole, arguments)
+                what = f"logits{' with left padding' if padding else ''}{' and position_ids' if given else ''}"
+                expect_equal(no_grad(split, **arguments).logits, expected, what, subject, whole, split)
+        unmasked = {"input_ids": batch(None)["input_ids"]}
+        expected = subject.once(("unmasked", dtype, attention), _logits, whole, unmasked)
+        expect_equal(no_grad(split, **unmasked).logits, expected, "logits without a mask", subject, whole, split)
+
+    def test_every_cut(self, subject: Subject) -> None:
+        """Logits are equal under every cut that is not declared impossible."""
+        whole, inputs = subject.whole(), batch(3)
+        expected = subject.once("logits of every cut", _logits, whole, {**inputs, "use_cache": False})
+        expect(subject.cuts, "no two cuts are possible", Suspect("impossible_cuts", "it leaves no two"))
+        wrong = [cut for cut in subject.cuts if not compare(_logits_or_none(subject.split(cut), inputs), expected)]
+        points = [point for point in range(1, subject.layers) if all(point in cut for cut in wrong)]
+        if wrong and points:
+            why = f"every cut that fails has layer {points[0]} at its beginning"
+            expect(False, f"cuts {wrong} give other logits", Suspect("impossible_cuts", why))
+        if wrong:
+            split = subject.split(wrong[0])
+            expect_equal(_logits_or_none(split, inputs), expected, f"logits under cuts {wrong}", subject, whole, split)
+
+    @pytest.mark.parametrize("steps", _STEPS.values(), ids=_STEPS)
+    def test_cache(self, subject: Subject, dtype: str, attention: str, cut: Cut, steps: tuple[int, ...]) -> None:
+        """A prompt, single tokens and chunks with a past are equal, each component with its own cache."""
+        whole, split = subject.whole(dtype, attention), subject.split(cut, dtype, attention)
+        for padding in PADDINGS:
+            for with_positions in (False, True):
+                fed = list(_fed(padding, steps, with_positions=with_positions))
+                expected = subject.once(
+                    ("cache", dtype, attention, padding, with_positions, steps), _step_whole, whole, fed
+                )
+                for number, (got, right) in enumerate(zip(_step_split(split, fed), expected, strict=True)):
+                    what = f"logits of step {number} (of {steps} tokens, padding {padding}) with a cache"
+                    expect_equal(got, right, what, subject, whole, split)
+
+    def test_causality(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
+        """Changing the last token changes no earlier position's logits."""
+        split, ids = subject.split(cut, dtype, attention), batch(None)["input_ids"]
+        other = ids.clone()
+        other[:, -1] = (ids[:, -1] + 1) % 100
+        first, second = (no_grad(split, input_ids=tokens).logits for tokens in (ids, other))
+        expect(torch.equal(first[:, :-1], second[:, :-1]), "an earlier position sees the last token")
+        expect(not torch.equal(first[:, -1], second[:, -1]), "the last token changes nothing at its own position")
+
+    def test_logits_to_keep(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
+        """The top computes logits only for the positions that are asked for."""
+        whole, split = subject.whole(dtype, attention), subject.split(cut, dtype, attention)
+        arguments = {**batch(None), "logits_to_keep": 2}
+        got = no_grad(split, **arguments).logits
+        expected = subject.once(("kept", dtype, attention), _logits, whole, arguments)
+        expect(got.shape[1] == 2, f"logits of {got.shape[1]} positions, not of 2")
+        expect_equal(got, expected, "the last logits", subject, whole, split)
+
+
+def _logits(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    logits: torch.Tensor = no_grad(model, **arguments).logits
+    return logits
+
+
+def _logits_or_none(split: SplitCausalLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Run a split model; None where its layers miss what other components hold."""
+    try:
+        return _logits(split, {**inputs, "use_cache": False})
+    # A layer that reaches for another component's state raises what comes of that.
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _fed(padding: int | None, steps: tuple[int, ...], *, with_positions: bool) -> list[dict[str, Any]]:
+    """Return the arguments of each step: the first tokens are the prompt's, with its padding."""
+    prompt, seen, fed = batch(padding), 0, []
+    rows = len(prompt["input_ids"])
+    ids = torch.cat([prompt["input_ids"], token_ids(rows, sum(steps), seed=1)], dim=1)
+    mask = torch.cat([prompt["attention_mask"], torch.ones(rows, sum(steps), dtype=torch.long)], dim=1)
+    for tokens in steps:
+        end = seen + tokens
+        arguments: dict[str, Any] = {"input_ids": ids[:, seen:end], "attention_mask": mask[:, :end]}
+        if with_positions:
+            arguments["position_ids"] = positions(mask[:, :end])[:, seen:]
+        fed.append(arguments)
+        seen = end
+    return fed
+
+
+def _step_whole(whole: Any, fed: list[dict[str, Any]]) -> list[torch.Tensor]:
+    past, logits = None, []
+    for arguments in fed:
+        output = no_grad(whole, use_cache=True, **{cache_argument(whole.forward): past}, **arguments)
+        past = output[CACHE_FIELD]
+        logits.append(output.logits)
+    return logits
+
+
+def _step_split(split: SplitCausalLM, fed: list[dict[str, Any]]) -> list[torch.Tensor]:
+    caches, logits = [part.new_cache() for part in split.components], []
+    for arguments in fed:
+        common = {name: value for name, value in arguments.items() if name != "input_ids"}
+        hidden = no_grad(split.bottom, input_ids=arguments["input_ids"], past_key_values=caches[0], **common)
+        hidden = no_grad(split.trunk, hidden_states=hidden, past_key_values=caches[1], **common)
+        logits.append(no_grad(split.top, hidden_states=hidden, past_key_values=caches[2], **common).logits)
+    return logits

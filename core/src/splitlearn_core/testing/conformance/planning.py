@@ -1,0 +1,142 @@
+"""The plan says, from metadata alone, what is loaded: every tensor and every byte of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
+from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.batches import no_grad
+from splitlearn_core.testing.conformance.findings import Suspect, expect
+from splitlearn_core.testing.conformance.isolation import fresh_process
+from splitlearn_core.testing.conformance.subject import Cut, Subject
+from splitlearn_core.testing.planning import told
+from splitlearn_core.testing.worlds import write_checkpoint
+
+_NAMES = Suspect("base, layers, embedding, norm, head", "they say which component holds which tensor")
+_SIZES = Suspect("config_names and config_defaults", "the sizes that a plan is computed from")
+
+
+@explained
+class Planning(Checks):
+    """Plans against what is loaded, and against themselves."""
+
+    def test_plan(self, subject: Subject, cut: Cut) -> None:
+        """The plan holds, tensor for tensor and byte for byte, what is loaded."""
+        plan, split = plan_split(subject.checkpoint, cut), subject.split(cut)
+        for planned, part in zip(plan.components, split.components, strict=True):
+            _expect_planned(subject, planned, dict(part.state_dict()))
+        expect(plan.num_layers == subject.layers, f"{plan.num_layers} layers are planned", _SIZES)
+        expect(plan.parameters == subject.whole().num_parameters(), f"{plan.parameters} parameters are planned", _NAMES)
+
+    def test_plan_is_deterministic(self, subject: Subject) -> None:
+        """Made again, and made in another process with another hash seed, the plan is the same."""
+        first, second = (told(plan_split(subject.checkpoint, subject.middle)) for _ in range(2))
+        expect(first == second, "two plans differ", Suspect("hook splitlearn_map_weight_keys", "answer alike"))
+        where = (str(subject.checkpoint), *map(str, subject.middle))
+        other = fresh_process("-m", "splitlearn_core.testing.planning", *where, PYTHONHASHSEED="4711")
+        expect(
+            json.loads(other) == first,
+            "the plan of another process differs",
+            Suspect("hook splitlearn_map_weight_keys", "its answer may not depend on the order of a set"),
+        )
+
+    def test_plan_without_weights(self, subject: Subject, cut: Cut, tmp_path: Path) -> None:
+        """config.json alone gives the same plan as the headers."""
+        (tmp_path / "config.json").write_bytes((subject.checkpoint / "config.json").read_bytes())
+        guessed, known = (_costs(plan_split(folder, cut)) for folder in (tmp_path, subject.checkpoint))
+        expect(guessed["source"] == "config", "it is planned from more than config.json")
+        expect(
+            guessed["costs"] == known["costs"],
+            f"without weights {guessed['costs']} are planned, with them {known['costs']}",
+            Suspect("config_defaults['tie_word_embeddings']", "a tied head is planned once"),
+            _NAMES,
+        )
+
+    def test_cache_bytes(self, subject: Subject) -> None:
+        """The plan's bytes of key-value cache for each token are those that a token takes."""
+        plan, split = plan_split(subject.checkpoint, subject.middle), subject.split(subject.middle)
+        state: Any = torch.tensor([[3]])
+        for planned, part in zip(plan.components, split.components, strict=True):
+            cache = part.new_cache()
+            name = "input_ids" if part is split.bottom else "hidden_states"
+            state = no_grad(part, **{name: state}, past_key_values=cache)
+            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            expect(
+                held == planned.kv_bytes_per_token,
+                f"a token takes {held} bytes in the cache of the {planned.component}, "
+                f"and {planned.kv_bytes_per_token} are planned",
+                *(Suspect(f"config_defaults[{name!r}]", "or its name in config_names") for name in _CACHE_SIZES),
+            )
+
+    def test_only_needed_shards(self, subject: Subject, tmp_path: Path) -> None:
+        """A component loads although every shard that it does not need is gone."""
+        write_checkpoint(tmp_path, subject.whole(), max_shard_size=12_000)
+        for part in subject.split(subject.middle).components:
+            component = str(part.component)
+            folder = tmp_path.with_name(f"{tmp_path.name}-{component}")
+            folder.mkdir()
+            needed = plan_split(tmp_path, subject.middle, parts=(component,)).shards
+            expect(
+                len(needed) < len(list(tmp_path.glob("*.safetensors"))), f"the {component} needs every shard", _NAMES
+            )
+            for file in tmp_path.iterdir():
+                if file.suffix == ".json" or file.name in needed:
+                    (folder / file.name).write_bytes(file.read_bytes())
+            loaded = load_split_model(None, subject.middle, folder, parts=(component,))
+            got, expected = getattr(loaded, component).state_dict(), part.state_dict()
+            expect(got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}", _NAMES)
+            differ = [name for name, tensor in got.items() if not torch.equal(tensor, expected[name])]
+            expect(not differ, f"other values: {', '.join(differ)}", _NAMES)
+
+    def test_impossible_cuts(self, subject: Subject) -> None:
+        """Cuts that the family declares impossible are refused, at either split point, before anything is read."""
+        impossible = subject.impossible
+        if not impossible:
+            pytest.skip("the family declares no cut impossible in this variant")
+        layers = subject.layers
+        for point in impossible:
+            field = Suspect("impossible_cuts", f"it answers {point!r}; points lie from 1 to {layers - 1}")
+            expect(type(point) is int and 0 < point < layers, f"{point!r} is no cut of {layers} layers", field)
+            # A trunk of one layer, on whichever side there is one.
+            cut = (point, point + 1) if point + 1 < layers else (point - 1, point)
+            try:
+                plan_split(subject.checkpoint, cut)
+            except InvalidSplitError as error:
+                told_why = impossible[point] in error.message
+                expect(told_why, f"the refusal of cut {cut} does not say why: {error.message}", field)
+            else:
+                expect(False, f"cut {cut} is declared impossible, and planned", field)
+
+
+_CACHE_SIZES = ("num_key_value_heads", "head_dim", "hidden_size", "num_attention_heads")
+
+
+def _expect_planned(subject: Subject, planned: ComponentPlan, held: dict[str, torch.Tensor]) -> None:
+    """Compare a planned component with the loaded one, and the planned bytes of the files with its tensors."""
+    names = {tensor.module_key for tensor in planned.tensors}
+    expect(
+        names == held.keys(),
+        f"planned and loaded tensors of the {planned.component} differ in {sorted(names ^ held.keys())}",
+        _NAMES,
+    )
+    for tensor in planned.tensors:
+        info, value = tensor.info, held[tensor.module_key]
+        with (subject.checkpoint / info.shard).open("rb") as file:
+            file.seek(info.begin)
+            stored = torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=value.dtype).reshape(info.shape)
+        expect(
+            info.shape == tuple(value.shape) and info.nbytes == value.nbytes and torch.equal(stored, value),
+            f"{tensor.module_key} is not what lies in the planned bytes of {info.key}",
+            Suspect("renamed", "or the hook splitlearn_map_weight_keys: two tensors may be exchanged"),
+        )
+
+
+def _costs(plan: SplitPlan) -> dict[str, Any]:
+    costs = [(str(part.component), part.parameters, part.nbytes, part.kv_bytes_per_token) for part in plan.components]
+    return {"source": plan.source, "costs": costs}

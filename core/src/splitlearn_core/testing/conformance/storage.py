@@ -1,0 +1,50 @@
+"""Saved, loaded back and merged, a model is what it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from splitlearn_core import load_split_directory, merge_split, save_split, verify_saved
+from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.findings import Suspect, expect
+from splitlearn_core.testing.conformance.subject import Subject
+
+_FIELD = Suspect("renamed", "or the hook splitlearn_map_weight_keys: a tensor may have gone elsewhere")
+
+
+@explained
+class Storage(Checks):
+    """Round trips of files."""
+
+    def test_save_load_merge(self, subject: Subject, tmp_path: Path) -> None:
+        """Saved components load as they were; merged, the checkpoint has the tensors of the source again."""
+        save_split(subject.checkpoint, tmp_path / "split", subject.middle, progress=False)
+        found = verify_saved(tmp_path / "split")
+        expect(found.sound, f"saved components have faults: {'; '.join(found.problems)}")
+        loaded = load_split_directory(tmp_path / "split", progress=False)
+        for part, saved in zip(subject.split(subject.middle).components, loaded, strict=True):
+            _expect_same(
+                f"the saved {part.component}", dict(saved.state_dict() if saved else {}), dict(part.state_dict())
+            )
+        merged = merge_split(tmp_path / "split", out=tmp_path / "merged", progress=False)
+        again, source = (load_file(folder / "model.safetensors") for folder in (merged, subject.checkpoint))
+        _expect_same("the merged checkpoint", again, source)
+
+    def test_save_from_memory(self, subject: Subject, tmp_path: Path) -> None:
+        """Components in memory are saved with their present values, and merged they are the model again."""
+        split = subject.split(subject.middle)
+        save_split(split, tmp_path / "split", progress=False)
+        merged = merge_split(tmp_path / "split", out=tmp_path / "merged", progress=False)
+        hf_class: Any = type(subject.whole())
+        again = hf_class.from_pretrained(merged)
+        _expect_same("the merged model", dict(again.state_dict()), dict(subject.whole().state_dict()))
+
+
+def _expect_same(what: str, got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    expect(got.keys() == expected.keys(), f"{what} has other tensors: {sorted(got.keys() ^ expected.keys())}", _FIELD)
+    differ = [name for name, tensor in got.items() if not torch.equal(tensor, expected[name])]
+    expect(not differ, f"{what} has other values: {', '.join(differ)}", _FIELD)

@@ -1,0 +1,98 @@
+"""Training through the cuts is training of the unsplit model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, entering
+from splitlearn_core.testing.conformance.anatomy import anatomy
+from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.batches import batch, labels_of, no_grad
+from splitlearn_core.testing.conformance.findings import Suspect, expect
+from splitlearn_core.testing.conformance.numbers import compare, expect_equal
+from splitlearn_core.testing.conformance.subject import Cut, Subject
+
+
+@explained
+class Training(Checks):
+    """Loss, gradients, and what training mode adds."""
+
+    def test_loss(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
+        """The loss with labels is equal."""
+        whole, split = subject.whole(dtype, attention), subject.split(cut, dtype, attention)
+        inputs = batch(3)
+        arguments = {**inputs, "labels": labels_of(inputs)}
+        expected = subject.once(("loss", dtype, attention), _loss, whole, arguments)
+        expect_equal(no_grad(split, **arguments).loss, expected, "loss", subject, whole, split)
+
+    def test_gradients(self, subject: Subject) -> None:
+        """Under every cut, each parameter has the gradient of the unsplit model, and the loss is the same."""
+        expected_loss, expected = subject.once("gradients", _gradients, subject.whole())
+        for cut in subject.cuts[: 1 if self.quick else None]:
+            split = subject.split(cut)
+            loss, got = _gradients(split)
+            expect_equal(loss, expected_loss, f"loss under cut {cut}", subject, subject.whole(), split)
+            expect(got.keys() == expected.keys(), f"cut {cut}: parameters {sorted(got.keys() ^ expected.keys())}")
+            differ = [name for name, gradient in got.items() if not compare(gradient, expected[name])]
+            expect(
+                not differ,
+                f"under cut {cut} the gradients of {', '.join(differ[:5])} differ",
+                Suspect("zero_outside_bottom and skip_outside_bottom", "something else than layers is trained again"),
+            )
+
+    @pytest.mark.parametrize("component", ["trunk", "top"])
+    def test_only_layers_outside_bottom(self, subject: Subject, component: str) -> None:
+        """In training, hidden states that come in from outside meet nothing but layers and the final norm."""
+        family = subject.family
+        part: Any = getattr(subject.fresh_split(subject.middle), component)
+        base = part.get_submodule(family.base)
+        layers = base.get_submodule(family.layers)
+        for number, layer in enumerate(layers):
+            # The first of a component that hidden states enter at its layers is neutral as it is.
+            if not isinstance(layer, EnteringLayer):
+                layers[number] = TupleLayer() if family.layers_return_tuple else PassLayer()
+        for module in part.train().modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        hidden = torch.randn(2, 5, part.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        expected = hidden
+        for outlet in family.outlets:
+            # A model that does without it has None in its place.
+            expected = base.get_submodule(outlet)(expected) if outlet in dict(base.named_modules()) else expected
+        with entering(hidden):
+            got = part.base_model(inputs_embeds=hidden).last_hidden_state
+        if not compare(got.detach(), expected.detach()):
+            seen = anatomy(subject.whole())
+            added = [name for name in seen.added if name not in family.zero_outside_bottom]
+            passed = [name for name in seen.passed if name not in family.skip_outside_bottom]
+            expect(
+                False,
+                f"with no layers, the {component} changes hidden states beyond its end",
+                Suspect("skip_outside_bottom", f"states pass through again: {', '.join(passed) or '(none seen)'}"),
+                Suspect("zero_outside_bottom", f"added again: {', '.join(added) or '(none seen)'}"),
+            )
+
+
+def _loss(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    loss: torch.Tensor = no_grad(model, **arguments).loss
+    return loss
+
+
+def _gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Return the loss, and the gradient of each parameter by all its names; nothing is kept in the model."""
+    inputs = batch(3)
+    loss = model(**inputs, labels=labels_of(inputs)).loss
+    named = dict(_parameters(model))
+    unique = list({id(parameter): parameter for parameter in named.values()}.values())
+    gradients = torch.autograd.grad(loss, unique, allow_unused=True)
+    by_parameter = dict(zip(map(id, unique), gradients, strict=True))
+    return loss.detach(), {name: by_parameter[id(parameter)] for name, parameter in named.items()}
+
+
+def _parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
+    parts = getattr(model, "components", (model,))
+    return [named for part in parts for named in part.named_parameters(remove_duplicate=False)]

@@ -1,0 +1,85 @@
+"""What registering a plugin does to its process: ``python -m splitlearn_core.testing.registering MODEL_TYPE``.
+
+A module of its own, and run in a process of its own, because nothing heavy may be imported before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plugins.registry import PluginRegistry
+
+HEAVY = ("torch", "transformers")
+
+
+def main(model_type: str) -> dict[str, Any]:
+    """Register the plugin of a model type, and say what that changed.
+
+    Returns:
+        ``heavy``: libraries that were imported; ``changed``: what of the process is not as it was;
+        ``differs``: fields that a second registration answers otherwise.
+    """
+    first = PluginRegistry()
+    # The scan of the metadata is core's doing, not the plugin's.
+    entries = first.entries
+    before, printed = _state(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        family = first.family(model_type)
+    after = _state()
+    changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
+    if printed.getvalue():
+        changed["printed"] = printed.getvalue()
+    again = PluginRegistry(entries).family(model_type)
+    return {
+        "heavy": [name for name in HEAVY if name in sys.modules],
+        "changed": changed,
+        "differs": [name for name, value in told(family).items() if told(again)[name] != value],
+    }
+
+
+def told(family: ModelFamily) -> dict[str, Any]:
+    """Return what a family says, in values that can be compared."""
+    return {field.name: _comparable(getattr(family, field.name)) for field in fields(family)}
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    # A function that a hook defines anew each time it is asked is the same function.
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, Callable) else value  # type: ignore[arg-type]
+
+
+def _difference(before: Any, after: Any) -> str:
+    """Say what is not as it was; of variables the names alone, for their values may be secrets."""
+    if isinstance(before, dict):
+        return ", ".join(sorted(name for name in {*before, *after} if before.get(name) != after.get(name)))
+    return f"{before} -> {after}"
+
+
+def _state() -> dict[str, Any]:
+    root = logging.getLogger()
+    return {
+        "os.environ": dict(os.environ),
+        "the working directory": str(Path.cwd()),
+        "sys.path": list(sys.path),
+        "sys.meta_path": [str(finder) for finder in sys.meta_path],
+        "warnings.filters": [str(entry) for entry in warnings.filters],
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "logging": [logging.getLevelName(root.level), *map(str, root.handlers)],
+    }
+
+
+if __name__ == "__main__":
+    json.dump(main(sys.argv[1]), sys.stdout)
