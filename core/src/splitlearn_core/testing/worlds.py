@@ -48,7 +48,9 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
     """
     known = config_class()
     # What a class computes is no value to be given.
-    own = [name for name in TINY if hasattr(known, name) and not isinstance(getattr(config_class, name, None), property)]
+    own = [
+        name for name in TINY if hasattr(known, name) and not isinstance(getattr(config_class, name, None), property)
+    ]
     sizes = {name: TINY[name] for name in own}
     return config_class(**{**sizes, **overrides})
 

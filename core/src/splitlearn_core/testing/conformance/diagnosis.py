@@ -36,10 +36,10 @@ def explain(error: Exception, family: ModelFamily | None, values: Mapping[str, A
     """
     if isinstance(error, BrokenPluginError) and _MAP_HOOK in str(error):
         return (Suspect(_MAP_HOOK, "it must answer for every key, and name no module key twice"),)
-    if family is None and isinstance(error, UnknownModelTypeError):
-        return (Suspect("the entry point", 'in the group "splitlearn.families", named after the model type'),)
     if family is None:
-        return (Suspect("the plugin", "splitlearn plugins --check says what is wrong with it"),)
+        unseen = isinstance(error, UnknownModelTypeError)
+        entry = Suspect("the entry point", 'in the group "splitlearn.families", named after the model type')
+        return (entry if unseen else Suspect("the plugin", "splitlearn plugins --check says what is wrong with it"),)
     try:
         hf_class: Any = architecture_class(family)
     except BrokenPluginError:
@@ -79,7 +79,7 @@ def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
         yield from mixed(family, model)
     if family.embedding != seen.embedding:
         yield Suspect("embedding", _instead(family.embedding, [seen.embedding]))
-    if family.norm not in seen.norms:
+    if family.norm and family.norm not in seen.norms:
         yield Suspect("norm", _instead(family.norm, [name for name in seen.norms if name != family.layers][:1]))
     if family.head != seen.head:
         yield Suspect("head", _instead(family.head, [seen.head]))
