@@ -61,6 +61,8 @@ def anatomy(model: Any) -> Anatomy:
 
 def _calls(model: Any, base: Any, lists: list[str]) -> tuple[list[_Call], list[_Call]]:
     """Run the model; return the calls of modules before the first layer, and those that yield the base's output."""
+    # Before a projection the embeddings may be narrower than the layers.
+    widths = (model.config.hidden_size, getattr(model.get_input_embeddings(), "embedding_dim", 0))
     calls: list[_Call] = []
     started: list[int] = []
     handles = []
@@ -68,7 +70,7 @@ def _calls(model: Any, base: Any, lists: list[str]) -> tuple[list[_Call], list[_
     def recorder(name: str) -> Callable[..., None]:
         def record(_: Any, args: Any, kwargs: Any, output: Any) -> None:
             given = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
-            calls.append(_Call(name, _has_width(given, model.config.hidden_size), output))
+            calls.append(_Call(name, any(_has_width(given, width) for width in widths), output))
 
         return record
 

@@ -79,7 +79,8 @@ def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
         yield from mixed(family, model)
     if family.embedding != seen.embedding:
         yield Suspect("embedding", _instead(family.embedding, [seen.embedding]))
-    if family.norm and family.norm not in seen.norms:
+    # What comes after the norm, where there is such a thing, yields the base's output in its place.
+    if family.norm and not {family.norm, *family.skip_outside_top} & set(seen.norms):
         yield Suspect("norm", _instead(family.norm, [name for name in seen.norms if name != family.layers][:1]))
     if family.head != seen.head:
         yield Suspect("head", _instead(family.head, [seen.head]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import TextIteratorStreamer
 
@@ -46,8 +47,12 @@ class Generation(Checks):
         """Generation that reads its prompt in chunks gives the tokens of the unsplit model that does so, too."""
         whole, split = subject.whole(), subject.split(subject.middle)
         method = {"do_sample": False, "prefill_chunk_size": 3}
-        outputs = [_generate(model, None, method)[0] for model in (whole, split)]
-        expect(compare(*outputs), "generation with prefill_chunk_size differs")
+        try:
+            expected = _generate(whole, None, method)[0]
+        # Not every model of transformers keeps a cache between the chunks.
+        except ValueError as error:
+            pytest.skip(f"transformers: {error}")
+        expect(compare(_generate(split, None, method)[0], expected), "generation with prefill_chunk_size differs")
 
 
 def _generate(model: Any, padding: int | None, method: dict[str, Any]) -> list[torch.Tensor]:
