@@ -1,0 +1,63 @@
+"""Families that one command writes: each is written anew, and the conformance kit is run on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.once
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+#: Model type -> lines of its module, as the page says.
+GALLERY = {
+    found["type"]: int(found["lines"])
+    for found in re.finditer(
+        r"^\| `(?P<type>\w+)` \| (?P<lines>\d+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+}
+#: All in one process: most of what a command takes is importing transformers.
+WRITE = """
+import sys
+from splitlearn_core.cli.main import cli
+for name in sys.argv[2:]:
+    cli.main(["plugins", "new", name, "--out", f"{sys.argv[1]}/{name}"], standalone_mode=False)
+"""
+
+
+def run(*arguments: object, site: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH", ""))))
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+
+
+def test_every_family_of_the_gallery_is_written_and_holds(tmp_path: Path) -> None:
+    """No line of them is by hand, the page says how many there are, and no check of the kit fails."""
+    assert len(GALLERY) >= 8
+    site = tmp_path / "site"
+    (tmp_path / "write_them.py").write_text(WRITE)
+    written = run("write_them", tmp_path, *GALLERY, site=tmp_path)
+    assert written.returncode == 0, written.stderr
+    lines = {
+        name: len((tmp_path / name / f"src/splitlearn_{name}/__init__.py").read_text().splitlines()) for name in GALLERY
+    }
+    assert lines == GALLERY
+    pip = ("pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", site)
+    installed = run(*pip, *(tmp_path / name for name in GALLERY), site=site)
+    assert installed.returncode == 0, installed.stderr
+
+    tested = run("splitlearn_core", "plugins", "test", *GALLERY, "--quick", "--json", site=site)
+
+    reports = {report["model_type"]: report for report in json.loads(tested.stdout)}
+    assert reports.keys() == GALLERY.keys()
+    failed = {name: [c for c in report["checks"] if c["failed"]] for name, report in reports.items()}
+    assert not any(failed.values()), failed
+    assert tested.returncode == 0, tested.stderr
