@@ -59,6 +59,8 @@ PEFT_SAYS = (
     "-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     "-W", "ignore:Could not find a config file:UserWarning",
 )  # fmt: skip
+#: Where one of these is set, pytest prints whole messages in its summary, and others other lines.
+CHANGES_OUTPUT = ("CI", "BUILD_NUMBER", "COLUMNS", "FORCE_COLOR", "PY_COLORS")
 #: The port that documents show; each run takes a free one.
 PORT = "8710"
 #: Seconds until a command that serves must have printed what is shown.
@@ -148,7 +150,7 @@ class Reader:
             script.write_text(f'#!/bin/sh\nexec "{self._bin}/python" -m {module} "$@"\n')
             script.chmod(0o755)
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in CHANGES_OUTPUT},
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
             "LC_ALL": "C.UTF-8",
             "PIP_NO_INDEX": "1",
