@@ -115,7 +115,7 @@ class PluginRegistry:
 
     def model_types(self) -> tuple[str, ...]:
         """Return the model types that some plugin offers and no variable blocks."""
-        return tuple(sorted({entry.name for entry in self._of(FAMILY) if not _blocked_by(entry)}))
+        return tuple(sorted({entry.name for entry in self._of(FAMILY) if not blocked_by(entry)}))
 
     def unknown_names(self) -> dict[str, tuple[str, ...]]:
         """Return what the variables name that is no plugin, by variable: misspelt, most likely."""
@@ -137,7 +137,7 @@ class PluginRegistry:
     def plugin(self, model_type: str) -> LoadedPlugin:
         """Return the loaded plugin that owns a model type; raises like :meth:`family`."""
         for entry in self._of(FAMILY):
-            if _blocked_by(entry) or entry.name != model_type:
+            if blocked_by(entry) or entry.name != model_type:
                 self._trace_skipped(entry, f"model type {model_type!r} was asked for")
         outcome = self._use(self._owner(model_type))
         if model_type not in outcome.families:
@@ -174,13 +174,13 @@ class PluginRegistry:
 
     def _strategy_of_package(self, name: str, asked: str | None) -> LoadingStrategy | None:
         entries = [entry for entry in self._of(STRATEGY) if entry.name == name]
-        allowed = [entry for entry in entries if not _blocked_by(entry)]
+        allowed = [entry for entry in entries if not blocked_by(entry)]
         if not allowed:
             self._trace_skipped(entries[0], "")
             if name == asked:
                 raise ConfigurationError(
-                    f"loading strategy {name!r} ({entries[0].label}) is blocked by {_blocked_by(entries[0])}",
-                    hint=f"change or unset {_blocked_by(entries[0])}",
+                    f"loading strategy {name!r} ({entries[0].label}) is blocked by {blocked_by(entries[0])}",
+                    hint=f"change or unset {blocked_by(entries[0])}",
                 )
             return None
         used = any(self._is_loaded(entry) for entry in allowed)
@@ -201,7 +201,7 @@ class PluginRegistry:
 
     def _trace_skipped(self, entry: PluginEntry, why: str) -> None:
         """Say, once, why a plugin was not asked; one that is loaded already was not passed over."""
-        variable = _blocked_by(entry)
+        variable = blocked_by(entry)
         if not self._is_loaded(entry) and (entry, variable) not in self._skipped:
             self._skipped.add((entry, variable))
             skipped(entry, f"blocked by {variable}" if variable else why)
@@ -252,10 +252,10 @@ class PluginRegistry:
     def status(self, entry: PluginEntry, *, check: bool = False) -> PluginStatus:
         """Return the row of one plugin; imports it where ``check`` asks for that."""
         seen = inspect_source(entry.module)
-        if variable := _blocked_by(entry):
+        if variable := blocked_by(entry):
             return PluginStatus(entry, "blocked", seen.hooks, f"blocked by {variable}", f"change or unset {variable}")
         try:
-            _only([other for other in self._of(entry.kind) if other.name == entry.name and not _blocked_by(other)])
+            _only([other for other in self._of(entry.kind) if other.name == entry.name and not blocked_by(other)])
             _check_compatible(entry)
             if seen.problem:
                 raise broken(entry, seen.problem, f"pip install {' '.join(seen.missing)}" if seen.missing else "")
@@ -274,14 +274,14 @@ class PluginRegistry:
 
     def _owner(self, model_type: str) -> PluginEntry:
         claimed = [entry for entry in self._of(FAMILY) if entry.name == model_type]
-        open_to_use = [entry for entry in claimed if not _blocked_by(entry)]
+        open_to_use = [entry for entry in claimed if not blocked_by(entry)]
         if not open_to_use:
             raise self._unknown(model_type, claimed)
         return _only(open_to_use)
 
     def _unknown(self, model_type: str, blocked: list[PluginEntry]) -> UnknownModelTypeError:
         if blocked:
-            variable = _blocked_by(blocked[0])
+            variable = blocked_by(blocked[0])
             return UnknownModelTypeError(
                 f"the plugin for model type {model_type!r} ({blocked[0].label}) is blocked by {variable}",
                 hint=f"change or unset {variable}",
@@ -351,7 +351,7 @@ def _names(variable: str) -> frozenset[str] | None:
     return frozenset(canonicalize_name(name.strip()) for name in value.split(",") if name.strip())
 
 
-def _blocked_by(entry: PluginEntry) -> str:
+def blocked_by(entry: PluginEntry) -> str:
     """Return the variable that keeps a plugin out, or nothing."""
     allowed = _names(ALLOW_VARIABLE)
     if allowed is not None and not entry.is_named(allowed):
