@@ -401,6 +401,10 @@ def test_an_object_that_works_is_not_listed_as_broken(world: Any) -> None:
         ("import surely_absent_package\n", "pip install surely_absent_package"),
         ("raise RuntimeError('no')\n", "raises when it is imported"),
         ("VALUE = 1\n", "implements no hook"),
+        (
+            "def splitlearn_model_families():\n    return []\n",
+            "implements no hook; is splitlearn_model_families marked with @hookimpl?",
+        ),
         (HEAD + "@hookimpl\ndef splitlearn_model_famlies():\n    return []\n", "did you mean"),
         (HEAD + "@hookimpl\ndef splitlearn_map_weight_keys(famly):\n    return {}\n", "famly"),
         (HEAD + "@hookimpl\ndef splitlearn_map_weight_keys(config=None):\n    return {}\n", "default"),
@@ -411,6 +415,7 @@ def test_an_object_that_works_is_not_listed_as_broken(world: Any) -> None:
         "lacks a dependency",
         "raises",
         "no hook",
+        "no mark",
         "misspelt hook",
         "wrong argument",
         "default",
@@ -430,23 +435,105 @@ def test_a_list_finds_what_the_source_tells(world: Any, source: str, named: str)
 
 
 @pytest.mark.parametrize(
-    ("record", "origin", "editable"),
+    ("record", "origin", "said"),
     [
-        ({"url": "file:///some/where", "dir_info": {"editable": True}}, "/some/where", True),
-        ({"url": "file:///with%20space", "dir_info": {}}, "/with space", False),
-        ({"url": "https://example.org/x.whl", "archive_info": {}}, "https://example.org/x.whl", False),
+        (None, "", "index"),
+        ({"url": "file:///some/where", "dir_info": {"editable": True}}, "/some/where", "editable /some/where"),
+        ({"url": "file:///with%20space", "dir_info": {}}, "/with space", "local /with space"),
+        ({"url": "file:///d/x-1.0-py3-none-any.whl", "archive_info": {}}, "/d/x-1.0-py3-none-any.whl", "file x-1.0-"),
+        ({"url": "file:///d/x-1.0.tar.gz", "archive_info": {}}, "/d/x-1.0.tar.gz", "file x-1.0.tar.gz"),
+        ({"url": "https://example.org/x.whl", "archive_info": {}}, "https://example.org/x.whl", "https://example.org/"),
     ],
-    ids=["editable", "local", "url"],
+    ids=["index", "editable", "local", "wheel", "source archive", "url"],
 )
 def test_a_row_says_where_the_plugin_came_from(
-    world: Any, record: dict[str, object], origin: str, editable: bool
+    world: Any, cli: Any, record: dict[str, object] | None, origin: str, said: str
 ) -> None:
-    """PEP 610's record tells an editable checkout from the rest."""
-    (world.install("alpha") / "direct_url.json").write_text(json.dumps(record))
+    """PEP 610's record tells an editable checkout from the rest, and a folder from a file."""
+    info = world.install("alpha")
+    if record is not None:
+        (info / "direct_url.json").write_text(json.dumps(record))
 
     entry = rows()["alpha"].entry
+    code, out, _ = cli("plugins")
 
-    assert (entry.origin, entry.editable) == (origin, editable)
+    assert (entry.origin, entry.editable) == (origin, said.startswith("editable"))
+    (line,) = (line for line in out.splitlines() if line.startswith("alpha "))
+    assert code == 0
+    assert f" ready   {said}" in line
+
+
+@pytest.mark.parametrize(
+    ("record", "mend"),
+    [
+        (None, "pip install --upgrade splitlearn-alpha, or report it to its authors;"),
+        ({"url": "file:///some/where", "dir_info": {"editable": True}}, "mend it in /some/where;"),
+        ({"url": "file:///some/where", "dir_info": {}}, "mend it where /some/where was made, and install it again;"),
+        ({"url": "https://example.org/x", "vcs_info": {}}, "report it to its authors (https://example.org/x);"),
+    ],
+    ids=["index", "editable", "local", "url"],
+)
+def test_who_can_mend_a_plugin_is_told(world: Any, record: dict[str, object] | None, mend: str) -> None:
+    """Whoever works on a checkout is sent to it; whoever installed a package, to a newer one."""
+    info = world.install("alpha", "raise RuntimeError('no')\n")
+    if record is not None:
+        (info / "direct_url.json").write_text(json.dumps(record))
+
+    hint = rows(check=True)["alpha"].hint
+
+    assert hint == f"{mend} or leave the plugin out: SPLITLEARN_DISABLE_PLUGINS=splitlearn-alpha"
+
+
+@pytest.mark.parametrize(
+    ("source", "told", "guessed"),
+    [
+        (
+            "import surely_absent_package\nfrom splitlearn_core import Nonsense\n",
+            "importing 'splitlearn_alpha' failed: ModuleNotFoundError: No module named 'surely_absent_package'",
+            "is not installed",
+        ),
+        (
+            "1 / 0\nimport surely_absent_package\n",
+            "importing 'splitlearn_alpha' failed: ZeroDivisionError: division by zero",
+            "surely_absent_package",
+        ),
+        ("raise RuntimeError('no luck')\n", "RuntimeError: no luck", "raises when it is imported"),
+        ("def broken(:\n", "SyntaxError", "cannot be read"),
+    ],
+    ids=["lacks a dependency", "fails before that", "raises", "syntax error"],
+)
+def test_a_check_tells_what_happened_and_not_what_the_source_looks_like(
+    world: Any, source: str, told: str, guessed: str
+) -> None:
+    """What was imported in truth is reported with the error that it raised."""
+    world.install("alpha", source)
+
+    listed, checked = rows()["alpha"], rows(check=True)["alpha"]
+
+    assert guessed in listed.error
+    assert checked.status == "broken"
+    assert told in checked.error
+    assert guessed not in checked.error
+
+
+def test_the_check_says_what_pip_is_to_install(world: Any) -> None:
+    """A missing dependency that an import found has its line."""
+    world.install("alpha", "import surely_absent_package\n")
+
+    assert rows(check=True)["alpha"].hint.startswith("pip install surely_absent_package;")
+
+
+def test_an_editable_plugin_of_another_core_is_not_to_be_upgraded(world: Any) -> None:
+    """An index cannot mend a checkout."""
+    info = world.install("alpha", requires=">=99")
+    record = {"url": "file:///some/where", "dir_info": {"editable": True}}
+    (info / "direct_url.json").write_text(json.dumps(record))
+
+    row = rows()["alpha"]
+
+    assert row.status == "incompatible"
+    assert "change what /some/where asks for" in row.hint
+    assert "upgrade splitlearn-alpha" not in row.hint
 
 
 def test_a_distribution_twice_on_the_path_is_one(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

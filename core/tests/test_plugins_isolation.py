@@ -59,7 +59,15 @@ BROKEN = {
         [FAMILIES, "OSError", "disk on fire"],
     ),
     "family that cannot be made": (families("return [ModelFamily('alpha')]"), [FAMILIES, "TypeError"]),
-    "answers None": (families("return None"), [FAMILIES, "alpha"]),
+    "answers None": (families("return None"), [FAMILIES, "answered None", "let the hook return the list"]),
+    "misspells a field": (
+        families("return [ModelFamily(model_type='alpha', architecture='X', nrom='ln_f')]"),
+        [FAMILIES, "TypeError: ModelFamily has no field 'nrom'; did you mean 'norm'?"],
+    ),
+    "invents a field": (
+        families("return [ModelFamily(model_type='alpha', architecture='X', xyzzy='ln_f')]"),
+        ["has no field 'xyzzy'; it has model_type, architecture, base"],
+    ),
     "answers nothing": (families("return []"), [FAMILIES, "alpha"]),
     "answers a string": (families("return 'alpha'"), [FAMILIES, "'alpha'"]),
     "answers a number": (families("return 7"), [FAMILIES, "7"]),
@@ -67,7 +75,7 @@ BROKEN = {
     "answers a list of ints": (families("return [1, 2]"), [FAMILIES, "1"]),
     "answers a bare family": (
         families("return ModelFamily(model_type='alpha', architecture='X')"),
-        [FAMILIES, "not a list"],
+        [FAMILIES, "not a list", "let the hook return a list"],
     ),
     "answers families of another type": (
         families("return [ModelFamily(model_type='gamma', architecture='X')]"),
@@ -310,6 +318,39 @@ def test_hooks_may_take_fewer_arguments(world: Any) -> None:
     mapping = registry().map_weight_keys(registry().family("alpha"), {}, KEYS)
 
     assert mapping == {key: key for key in KEYS}
+
+
+def test_a_hook_that_is_beside_the_point_may_answer_none(world: Any) -> None:
+    """A family's plugin that adds no strategy may say so by returning nothing."""
+    world.install("alpha", HEAD + SOUND + f"@hookimpl\ndef {STRATEGIES}():\n    return None\n")
+
+    assert registry().plugin("alpha").strategies == ()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "near"),
+    [("LlamaForCasualLM", "'LlamaForCausalLM'"), ("torch.nn:Lineer", "'Linear'")],
+)
+def test_an_architecture_that_is_misspelt_names_the_nearest(
+    world: Any, single: Path, architecture: str, near: str
+) -> None:
+    """A slip in a class's name is told from a transformers that is too old."""
+    world.install("llama", world.source("llama").replace("LlamaForCausalLM", architecture))
+
+    with pytest.raises(BrokenPluginError) as caught:
+        load_split_model("llama", (2, 4), single)
+
+    assert caught.value.hint.startswith(f"did you mean {near}?")
+
+
+def test_an_architecture_like_no_other_names_none(world: Any, single: Path) -> None:
+    """A guess is made only where there is something near."""
+    world.install("llama", world.source("llama").replace("LlamaForCausalLM", "Xyzzy9Plugh"))
+
+    with pytest.raises(BrokenPluginError) as caught:
+        load_split_model("llama", (2, 4), single)
+
+    assert caught.value.hint.startswith("a newer transformers")
 
 
 def test_two_registries_share_nothing(world: Any) -> None:

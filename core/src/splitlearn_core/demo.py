@@ -9,7 +9,7 @@ from typing import Any
 from splitlearn_core.errors import MissingFileError, PluginError
 from splitlearn_core.loading import BUNDLED, LoadOptions, OpenModel, load_components, make_plan, open_model
 from splitlearn_core.plan.split import count_layers
-from splitlearn_core.plugins.asking import BLOCK_VARIABLE
+from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, registry
 from splitlearn_core.text import Generation, generate_text, load_tokenizer
 from splitlearn_core.types import Component, ProgressCallback

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -26,11 +27,16 @@ def _takes_old_names(family: type[ModelFamily]) -> type[ModelFamily]:
     Which were used in making is remembered, and announced by who knows the plugin.
     """
     make = family.__init__
+    names = [known.name for known in fields(family) if known.init]
 
     @functools.wraps(make)
     def __init__(self: ModelFamily, **given: Any) -> None:  # noqa: N807  # stands in for the generated one
-        fields, old = translate_fields(given)
-        make(self, **fields)
+        said, old = translate_fields(given)
+        for name in (name for name in said if name not in names):
+            close = difflib.get_close_matches(name, names, n=1)
+            meant = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}"
+            raise TypeError(f"{family.__name__} has no field {name!r}; {meant}")
+        make(self, **said)
         object.__setattr__(self, "_old_names", old)
 
     def __getattr__(self: ModelFamily, name: str) -> Any:  # noqa: N807  # asked for what is no attribute

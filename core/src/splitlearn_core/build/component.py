@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -327,16 +328,26 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
         BrokenPluginError: There is no such class.
     """
     module, _, name = family.architecture.rpartition(":")
+    names: list[str] = []
     try:
-        found = getattr(importlib.import_module(module or "transformers"), name)
+        home = importlib.import_module(module or "transformers")
+        # Of transformers that is a list of names: none of its models is imported for it.
+        names = dir(home)
+        found = getattr(home, name)
         if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
             raise AttributeError(f"it is no model class but {found!r}")
         return cast("type[PreTrainedModel]", found)
     except (ImportError, AttributeError, ValueError) as error:
         raise BrokenPluginError(
             f"family {family.model_type!r} names the architecture {family.architecture!r}, which is not there: {error}",
-            hint="a newer transformers may have it: pip install --upgrade transformers",
+            hint=_nearest_class(name, names),
         ) from error
+
+
+def _nearest_class(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
+    return f"{meant}a newer transformers may have it: pip install --upgrade transformers"
 
 
 @cache

@@ -11,6 +11,7 @@ import click
 
 from splitlearn_core.cli.lazy import LazyGroup
 from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.plugins.printing import stdout_for_data
 
 #: The commands, each a module of this package.
 _COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps", "doctor")
@@ -46,7 +47,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = cli.main(prog_name="splitlearn", standalone_mode=False)
+        with stdout_for_data():
+            code = cli.main(prog_name="splitlearn", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

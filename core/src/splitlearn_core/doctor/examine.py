@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from splitlearn_core.doctor.findings import Report
-from splitlearn_core.doctor.plugin import mend_for
 from splitlearn_core.doctor.running import Check, make, make_apart
+from splitlearn_core.plugins.mending import mend_for
 from splitlearn_core.plugins.registry import registry
 
 _HERE = f"{__package__}."

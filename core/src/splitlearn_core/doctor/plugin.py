@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from splitlearn_core.doctor.findings import Finding, Level
-from splitlearn_core.plugins.asking import BLOCK_VARIABLE, LoadedPlugin
+from splitlearn_core.plugins.asking import LoadedPlugin
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.registry import PluginStatus, registry
 
@@ -103,8 +103,3 @@ def promises(loaded: LoadedPlugin, entries: tuple[PluginEntry, ...]) -> Iterator
         if family.bundled_checkpoint and not (bundled_checkpoint(family) / "config.json").is_file():
             what = f"the family {name!r} says that it carries a checkpoint, and there is none"
             yield Finding(_NAME, Level.WRONG, what, str(bundled_checkpoint(family)), f"reinstall {entry.distribution}")
-
-
-def mend_for(entry: PluginEntry) -> str:
-    """Return what to do with a plugin that takes its process with it."""
-    return f"report it to the authors of {entry.distribution}; or leave it out: {BLOCK_VARIABLE}={entry.distribution}"

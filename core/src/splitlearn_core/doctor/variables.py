@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 from splitlearn_core.doctor.findings import Finding, Level
-from splitlearn_core.plugins.asking import BLOCK_VARIABLE
+from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, registry
 
 _NAME = "variables"

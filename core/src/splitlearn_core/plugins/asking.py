@@ -13,15 +13,17 @@ import pluggy
 from splitlearn_core import hookspecs
 from splitlearn_core.errors import BrokenPluginError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plugins.contract import PREFIX, HookFunction, signature_problem, signature_text
+from splitlearn_core.plugins.contract import HookFunction, signature_problem, signature_text, without_hooks
+from splitlearn_core.plugins.mending import mend_for
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+from splitlearn_core.plugins.printing import printing_aside
 from splitlearn_core.plugins.tracing import HOOK, IMPORT, NOT_IMPLEMENTED, traced
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy
 
-#: A block-list of plugins: entry-point or distribution names.
-BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
+#: The hook that answers with what an entry point of a kind names.
+_PROVIDING = {FAMILY: "splitlearn_model_families", STRATEGY: "splitlearn_loading_strategies"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,13 @@ class LoadedPlugin:
 
 
 def broken(entry: PluginEntry, why: str, hint: str = "") -> BrokenPluginError:
-    mend = hint or f"report it to the authors of {entry.distribution}"
-    return BrokenPluginError(
-        f"plugin {entry.label} ({entry.what}) is broken: {why}",
-        hint=f"{mend}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}",
-    )
+    return BrokenPluginError(f"plugin {entry.label} ({entry.what}) is broken: {why}", hint=mend_for(entry, hint))
 
 
 def import_plugin(entry: PluginEntry) -> object:
     name, _, attribute = entry.module.partition(":")
     try:
-        with traced(IMPORT, entry, entry.module):
+        with traced(IMPORT, entry, entry.module), printing_aside():
             plugin: object = importlib.import_module(name)
             for part in filter(None, attribute.split(".")):
                 plugin = getattr(plugin, part)
@@ -71,11 +69,9 @@ def hook_functions(entry: PluginEntry, plugin: object) -> list[HookFunction]:
     """
     mark = f"{hookspecs.PROJECT}_impl"
     try:
-        marked = [
-            (name, function)
-            for name, function in inspect.getmembers(plugin, inspect.isroutine)
-            if hasattr(function, mark)
-        ]
+        with printing_aside():
+            members = inspect.getmembers(plugin, inspect.isroutine)
+        marked = [(name, function) for name, function in members if hasattr(function, mark)]
         return [_described(name, function, getattr(function, mark)) for name, function in marked]
     # Looking at an attribute may run code of the plugin.
     except (Exception, SystemExit) as error:
@@ -93,9 +89,7 @@ def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
     if problems:
         raise broken(entry, "\n".join(problems))
     if not hooks:
-        near = [name for name in dir(plugin) if name.startswith(PREFIX)]
-        why = f"module {entry.module!r} implements no hook"
-        raise broken(entry, why + (f"; is {near[0]} marked with @hookimpl?" if near else ""))
+        raise broken(entry, without_hooks(entry.module, dir(plugin)))
     return tuple(function.hook for function in hooks)
 
 
@@ -123,7 +117,7 @@ def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **argum
     """Call one hook of one plugin; what it raises is its own fault and says so."""
     others = [plugin for plugin in manager.get_plugins() if plugin is not loaded.plugin]
     try:
-        with traced(HOOK, loaded.entry, hook, arguments) as answered:
+        with traced(HOOK, loaded.entry, hook, arguments) as answered, printing_aside():
             answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
             # A generator runs only now, and a mapping may compute its values when they are looked up.
             settled = [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
@@ -151,9 +145,13 @@ def _is_list(answer: object) -> bool:
 def answers(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str) -> list[Any]:
     """Call a hook that answers with an iterable, and return the items of all answers."""
     items: list[Any] = []
-    for answer in call(manager, loaded, hook):
+    found = call(manager, loaded, hook)
+    # pluggy leaves out who answers None. Of the hook that the plugin is there for, that is a forgotten return.
+    if not found and hook in loaded.hooks and hook == _PROVIDING[loaded.entry.kind]:
+        raise broken(loaded.entry, f"hook {hook} answered None, not a list", "let the hook return the list")
+    for answer in found:
         if not isinstance(answer, list):
-            raise broken(loaded.entry, f"hook {hook} answered {answer!r}, not a list")
+            raise broken(loaded.entry, f"hook {hook} answered {answer!r}, not a list", "let the hook return a list")
         items += answer
     return items
 

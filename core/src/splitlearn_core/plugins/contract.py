@@ -62,6 +62,12 @@ def signature_problem(function: HookFunction) -> str:
     return f"hook {function.hook} {problems}{_shown(function.hook, function)}" if problems else ""
 
 
+def without_hooks(module: str, names: Iterable[str]) -> str:
+    """Say that a module implements no hook, and which of its names look like one that lacks its mark."""
+    near = [name for name in names if name.startswith(PREFIX)]
+    return f"module {module!r} implements no hook" + (f"; is {near[0]} marked with @hookimpl?" if near else "")
+
+
 def signature_text(name: str, signature: inspect.Signature, *, is_async: bool = False) -> str:
     """Write a signature as its author wrote it: annotations that are texts without quotes."""
     parameters = [

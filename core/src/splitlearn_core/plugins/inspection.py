@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitlearn_core.plugins.contract import HOOKS, HookFunction, signature_problem
+from splitlearn_core.plugins.contract import HOOKS, HookFunction, signature_problem, without_hooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def inspect_source(module: str) -> Inspection:
         problems.append(f"module {module!r} raises when it is imported")
     # An object of a module, or what it imports by a star, may have hooks that the text does not show.
     if not hooks and ":" not in module and not any(_is_star(node) for node in body):
-        problems.append(f"module {module!r} implements no hook")
+        problems.append(without_hooks(module, [node.name for node in nodes]))
     return Inspection(tuple(sorted(hooks)), "\n".join(filter(None, problems)), missing)
 
 

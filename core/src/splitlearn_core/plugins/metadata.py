@@ -33,6 +33,8 @@ KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY}
 API_GROUP = "splitlearn.plugin_api"
 CORE = "splitlearn-core"
 
+#: How the names of files end that pip installs.
+_ARCHIVES = {".whl", ".zip", ".gz", ".bz2", ".xz", ".tgz"}
 _GROUP_LINE = re.compile(r"^\s*\[(.+?)\]", re.MULTILINE)
 #: From how alike a group's name is to one of ours on it is taken for a slip of the pen.
 _ALIKE = 0.8
@@ -66,6 +68,21 @@ class PluginEntry:
     def what(self) -> str:
         """What the entry point names, in words."""
         return f"model type {self.name!r}" if self.kind == FAMILY else f"loading strategy {self.name!r}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it was installed from a folder or file of this machine."""
+        return Path(self.origin).is_absolute()
+
+    @property
+    def provenance(self) -> str:
+        """Where it was installed from, in few words: ``index``, ``editable PATH``, ``local PATH``, ``file NAME``."""
+        if self.editable:
+            return f"editable {self.origin}"
+        if not self.is_local:
+            return self.origin or "index"
+        path = Path(self.origin)
+        return f"file {path.name}" if path.suffix in _ARCHIVES else f"local {path}"
 
     @property
     def label(self) -> str:

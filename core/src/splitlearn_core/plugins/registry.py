@@ -27,7 +27,6 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins import metadata
 from splitlearn_core.plugins.announcing import announce
 from splitlearn_core.plugins.asking import (
-    BLOCK_VARIABLE,
     LoadedPlugin,
     answers,
     broken,
@@ -39,6 +38,7 @@ from splitlearn_core.plugins.asking import (
     verify_hooks,
 )
 from splitlearn_core.plugins.inspection import inspect_source
+from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.tracing import skipped, trace_as_environment_says
 
@@ -257,7 +257,8 @@ class PluginRegistry:
         try:
             _only([other for other in self._of(entry.kind) if other.name == entry.name and not blocked_by(other)])
             _check_compatible(entry)
-            if seen.problem:
+            # The text is what can be told without running it; where it may be run, that tells what happens in truth.
+            if seen.problem and not check:
                 raise broken(entry, seen.problem, f"pip install {' '.join(seen.missing)}" if seen.missing else "")
             hooks = self._check(entry) if check else seen.hooks
         except PluginError as error:
@@ -377,6 +378,8 @@ def _only(entries: Sequence[PluginEntry]) -> PluginEntry:
 def _check_compatible(entry: PluginEntry) -> None:
     """Refuse, from metadata alone, a plugin that was made for another plugin API or core."""
     upgrade = f"pip install --upgrade {entry.distribution} {metadata.CORE}"
+    if entry.editable:
+        upgrade = f"pip install --upgrade {metadata.CORE}, or change what {entry.origin} asks for and install it again"
     taken = sorted({hookspecs.PLUGIN_API, *deprecation.APIS})
     if entry.plugin_api not in map(str, taken):
         raise IncompatiblePluginError(

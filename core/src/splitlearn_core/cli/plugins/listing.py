@@ -94,15 +94,9 @@ def _table(title: str, statuses: list[PluginStatus]) -> str:
             status.entry.distribution,
             status.entry.version,
             status.status,
-            _provenance(status),
+            status.entry.provenance,
             ", ".join(hook.removeprefix("splitlearn_") for hook in status.hooks) or "-",
         )
         for status in statuses
     ]
     return table((title, "distribution", "version", "status", "from", "hooks"), rows) if rows else ""
-
-
-def _provenance(status: PluginStatus) -> str:
-    if status.entry.editable:
-        return f"editable {status.entry.origin}"
-    return status.entry.origin or "index"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plugins.asking import BLOCK_VARIABLE
+from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.metadata import FAMILY, PluginEntry, discover
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, PluginRegistry, reset_registry
 from splitlearn_core.testing.conformance.findings import ConformanceError
