@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.errors import CheckpointError, ConfigurationError
+from splitlearn_core.errors import CheckpointError, ConfigurationError, SplitLearnError
 from splitlearn_core.loading import LoadOptions, OpenModel, check_options, import_builders, load_components, make_plan
 from splitlearn_core.memory import anonymous_memory
 from splitlearn_core.text import has_tokenizer, load_tokenizer
@@ -75,12 +76,13 @@ def verify_split(
     Raises:
         SplitLearnError: As :func:`load_split_model`.
         ConfigurationError: Components were to have different dtypes or devices, which the unsplit model cannot have.
+        CheckpointError: transformers fails on the unsplit model, so that there is nothing to compare with.
     """
     from splitlearn_core.pipeline import SplitCausalLM
 
     if not isinstance(dtype, str) or options.device_map is not None:
         raise ConfigurationError(
-            "the unsplit model, with which is compared, has one dtype and one device",
+            f"{model.name} unsplit, with which is compared, has one dtype and one device",
             hint="give one for all components",
         )
 
@@ -95,11 +97,14 @@ def verify_split(
         loads[component] = (time.perf_counter() - started, max(0, anonymous_memory() - before))
     split = SplitCausalLM(*(parts[component] for component in Component))
     started = time.perf_counter()
-    unsplit = _load_unsplit(model, plan.dtype, options)
+    with _blaming_transformers(model):
+        unsplit = _load_unsplit(model, plan.dtype, options)
     unsplit_load = time.perf_counter() - started
     ids, mask = _inputs(model, unsplit.config.vocab_size)
     ids, mask = ids.to(options.device), mask.to(options.device)
-    checks, difference = _compare(unsplit, split, ids, mask)
+    with _blaming_transformers(model):
+        expected = _ask(unsplit, ids, mask)
+    checks, difference = _compare(expected, _ask(split, ids, mask))
     unsplit_forward, forwards = _time_forwards(unsplit, parts, ids, mask)
     costs = tuple(
         ComponentCost(
@@ -168,31 +173,59 @@ def _inputs(model: OpenModel, vocabulary: int) -> tuple[torch.Tensor, torch.Tens
     return ids, mask
 
 
-def _compare(unsplit: Any, split: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, bool], float]:
+@contextmanager
+def _blaming_transformers(model: OpenModel) -> Iterator[None]:
+    """Say what transformers says where it fails on the unsplit model, with which no part of ours has to do."""
+    try:
+        yield
+    except SplitLearnError:
+        raise
+    # What a model's code meets in a configuration that does not suit it may be any error.
+    except Exception as error:
+        raise CheckpointError(
+            f"{model.name} unsplit fails in transformers, so that there is nothing to compare with: "
+            f"{type(error).__name__}: {error}",
+            hint="check the values of config.json: what from_pretrained of transformers makes of them fails likewise",
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a model says of the inputs."""
+
+    logits: torch.Tensor
+    #: The logits of each token that is generated with a cache.
+    steps: tuple[torch.Tensor, ...]
+    generated: torch.Tensor
+
+
+def _ask(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> _Said:
     import torch
 
-    checks, difference = {}, 0.0
     with torch.inference_mode():
-        expected = unsplit(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        got = split(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        checks["logits"] = torch.equal(expected, got)
-        difference = max(difference, float((expected - got).abs().max()))
-        outputs = [
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=_NEW_TOKENS,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-            for model in (unsplit, split)
-        ]
-    steps = list(zip(*(output.logits for output in outputs), strict=False))
-    checks["decoding with a cache"] = all(torch.equal(a, b) for a, b in steps)
-    checks["generated tokens"] = torch.equal(outputs[0].sequences, outputs[1].sequences)
-    return checks, max([difference, *(float((a - b).abs().max()) for a, b in steps)])
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=_NEW_TOKENS,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return _Said(logits, output.logits, output.sequences)
+
+
+def _compare(expected: _Said, got: _Said) -> tuple[dict[str, bool], float]:
+    import torch
+
+    steps = list(zip(expected.steps, got.steps, strict=False))
+    checks = {
+        "logits": torch.equal(expected.logits, got.logits),
+        "decoding with a cache": all(torch.equal(a, b) for a, b in steps),
+        "generated tokens": torch.equal(expected.generated, got.generated),
+    }
+    return checks, max(float((a - b).abs().max()) for a, b in [(expected.logits, got.logits), *steps])
 
 
 def _time_forwards(
