@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from splitlearn_core import ModelFamily
+from splitlearn_core.cli.plugins.testing import _Progress, render_report
+from splitlearn_core.errors import InternalError, TensorMismatchError
+from splitlearn_core.plugins.metadata import PluginEntry
+from splitlearn_core.testing.results import Case, FamilyReport, grouped
 
 #: Each starts a process that imports everything; what is asked is the kit, not a library.
 pytestmark = pytest.mark.once
@@ -49,6 +57,38 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no-such-class": ({**LLAMA, "architecture": "LamaForCausalLM"}, "architecture"),
 }
 
+NO_USE = (
+    "positions-added-again", "no-such-base", "no-such-layers", "no-such-embedding", "no-such-norm", "no-such-head",
+    "common-names", "another-class", "no-such-class",
+)  # fmt: skip
+#: What keeps a plugin from being used at all -> model type, source, the check that tells, the field and a word of it.
+TOLD_ONCE: dict[str, tuple[str, str, str, str, str]] = {
+    "no-import": ("llama", "import nonsuch\n", "test_entry_point", "the plugin's module", "line 1: import nonsuch"),
+    "no-hook": ("llama", "VALUE = 1\n", "test_entry_point", "the plugin's module", "no_hook.py"),
+    "no-class": ("llama", "{no-such-class}", "test_architecture", "architecture", "class of transformers"),
+    "no-llama": ("llama", "{another-class}", "test_architecture", "architecture", "'llama'"),
+    "no-layers": ("gpt2", "{no-such-layers}", "test_module_names", "layers", "it is 'h'"),
+    "no-norm": ("gpt2", "{no-such-norm}", "test_module_names", "norm", "it is 'ln_f'"),
+    "no-tokens": ("gpt2", "{no-tokens}", "test_module_names", "embedding", "it is 'wte'"),
+    "no-depth": ("gpt2", "{common-names}", "test_config_names", "config_names['num_hidden_layers']", "'n_layer'"),
+    "no-place": ("gpt2", "{positions-added-again}", "test_every_key_has_its_place", "zero_outside_bottom", "'wpe'"),
+    "no-mapping": (
+        "llama",
+        "{mapping}",
+        "test_every_key_has_its_place",
+        "hook splitlearn_map_weight_keys",
+        "every key",
+    ),
+    "no-cuts": ("llama", "{cuts}", "test_impossible_cuts", "impossible_cuts", "with the reason"),
+    "no-tiny": ("llama", "{tiny}", "test_architecture", "tiny_config", "small model"),
+}
+#: What stays true whatever is wrong with a plugin; and what does whatever is wrong with its family.
+GUARDING = {"test_no_check_is_overridden", "test_expected_failures_are_explained"}
+STANDING = {
+    *GUARDING, "test_entry_point", "test_import_budget", "test_registration_has_no_side_effects",
+    "test_hooks_answer_alike",
+}  # fmt: skip
+
 
 def install(world: Any, name: str, source: str, model_type: str = "gpt2") -> str:
     """Install a plugin of its own distribution and module."""
@@ -66,16 +106,30 @@ def kit(world: Any, *arguments: str) -> tuple[int, list[dict[str, Any]], str]:
     return done.returncode, json.loads(done.stdout) if done.stdout else [], done.stderr
 
 
+def sources() -> dict[str, str]:
+    """Return plugins by what is wrong with them."""
+    return {
+        **{name: described(family) for name, (family, _) in WRONG.items()},
+        "no-tokens": described({**GPT2, "embedding": "wpe", "zero_outside_bottom": ()}),
+        "mapping": described(LLAMA) + "@hookimpl\ndef splitlearn_map_weight_keys(family, config):\n    return {}\n",
+        "cuts": PLUGIN.format('model_type="llama", architecture="LlamaForCausalLM", impossible_cuts=lambda _: 1 / 0'),
+        "tiny": described({**LLAMA, "tiny_config": {"hidden_size": 31}}),
+    }
+
+
 def failures(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [case for check in report["checks"] for case in check["cases"] if case["outcome"] == "failed"]
 
 
 def test_a_wrong_family_fails_and_the_field_is_named(world: Any) -> None:
-    """Each field said wrongly, in a package of its own beside eleven others that claim the same model type."""
+    """Each field said wrongly, in a package of its own beside eleven others that claim the same model type.
+
+    Where the check that would tell of a family of no use is not asked for, the first of the others tells, once.
+    """
     names = [install(world, name, described(family), family["model_type"]) for name, (family, _) in WRONG.items()]
 
     code, reports, said = kit(
-        world, *names, "--quick", "-k", "module_names or config or logits or only_layers or architecture or gradients"
+        world, *names, "--quick", "-k", "module_names or config_defaults or logits or only_layers or gradients"
     )
 
     assert code == 1, said
@@ -85,6 +139,56 @@ def test_a_wrong_family_fails_and_the_field_is_named(world: Any) -> None:
         assert found, f"{what} is not found out"
         named = {look["field"] for case in found for look in case["look_at"]}
         assert any(field in name for name in named), f"{what}: {named}"
+        assert what not in NO_USE or len(found) == 1, f"{what} is told {len(found)} times"
+
+
+def test_what_makes_a_family_of_no_use_is_told_once(world: Any) -> None:
+    """One check fails, with the field and the mend; what else can be said is said, and all the rest points there."""
+    texts = sources()
+    names = [
+        install(world, name, texts.get(source.strip("{}"), source), model_type)
+        for name, (model_type, source, *_) in TOLD_ONCE.items()
+    ]
+
+    code, reports, said = kit(world, *names)
+
+    assert code == 1, said
+    for report, (what, (_, _, telling, field, word)) in zip(reports, TOLD_ONCE.items(), strict=True):
+        assert [case["check"] for case in failures(report)] == [telling], what
+        looks = failures(report)[0]["look_at"]
+        assert any(look["field"] == field and word in look["why"] for look in looks), f"{what}: {looks}"
+        for check in report["checks"]:
+            if check["check"] not in STANDING | {telling}:
+                assert {case["message"] for case in check["cases"]} == {f"{telling} says why"}, f"{what}: {check}"
+                assert check["passed"] == 0
+        passed = {check["check"] for check in report["checks"] if check["outcome"] == "passed"}
+        assert passed == (GUARDING if telling == "test_entry_point" else STANDING), what
+
+
+def test_a_failure_names_what_is_evidence_for_it(world: Any) -> None:
+    """Two faults are two failures, each with its own field and no other."""
+    defaults = {**GPT2_DEFAULTS, "num_hidden_layers": 13}
+    name = install(world, "two-faults", described({**GPT2, "skip_outside_bottom": (), "config_defaults": defaults}))
+
+    _, (report,), said = kit(world, name, "--quick", "-k", "config_defaults or only_layers")
+
+    named = {(case["check"], look["field"]) for case in failures(report) for look in case["look_at"]}
+    assert named == {
+        ("test_only_layers_outside_bottom", "skip_outside_bottom"),
+        ("test_config_defaults", "config_defaults['num_hidden_layers']"),
+    }, said
+
+
+def test_an_exception_is_explained_by_what_has_to_do_with_it(world: Any) -> None:
+    """A wrong number of heads makes no tensor astray; a tensor astray is none of the numbers."""
+    from splitlearn_core.testing.conformance.diagnosis import explain
+
+    world.install("llama")
+    family = ModelFamily(**LLAMA, config_defaults={"num_key_value_heads": 3})
+    astray = TensorMismatchError("2 are wrong:\n  unexpected: model.layers.0.old", hint="what of it?")
+
+    assert explain(RuntimeError("shapes differ"), family, {}) == ()
+    assert [suspect.field for suspect in explain(astray, family, {})] == ["ignored_suffixes"]
 
 
 def test_a_right_family_passes_beside_a_broken_one(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +241,7 @@ def test_a_check_is_neither_overridden_nor_excused_in_silence(world: Any, tmp_pa
 
     done = world.python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), "-k",
-        "overridden or explained or logits", str(tmp_path / "test_llama.py"),
+        "check_is_overridden or failures_are or test_logits", str(tmp_path / "test_llama.py"),
     )  # fmt: skip
 
     failed = {line.split("::", 1)[1].split(" ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")}
@@ -150,21 +254,84 @@ def test_a_check_is_neither_overridden_nor_excused_in_silence(world: Any, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "environment", "said"),
     [
-        (("lama",), "did you mean 'llama'"),
-        (("gguf",), "is a loading strategy"),
-        (("llama", "-k", "a ("), "does not understand -k"),
+        (("lama",), {}, "did you mean 'llama'"),
+        (("LLAMA",), {}, "did you mean 'llama'"),
+        (("gguf",), {}, "is a loading strategy"),
+        (("llama", "-k", "a ("), {}, "does not understand -k"),
+        (("llama",), {"SPLITLEARN_PLUGINS": "gguf"}, "(splitlearn-right 1.0) is blocked by SPLITLEARN_PLUGINS"),
+        (("splitlearn-right",), {"SPLITLEARN_DISABLE_PLUGINS": "llama"}, "change or unset SPLITLEARN_DISABLE_PLUGINS"),
     ],
-    ids=["misspelt", "strategy", "no expression"],
+    ids=["misspelt", "capitals", "strategy", "no expression", "not allowed", "blocked"],
 )
-def test_a_mistake_at_the_command_line_is_told(world: Any, arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_at_the_command_line_is_told(
+    world: Any, arguments: tuple[str, ...], environment: dict[str, str], said: str
+) -> None:
     """An error and a way out, no traceback and no report."""
     install(world, "right", described(LLAMA), "llama")
     world.install("gguf", "VALUE = 1\n", distribution="splitlearn-reads", group="splitlearn.strategies")
 
-    code, reports, words = kit(world, *arguments)
+    done = world.python("-m", "splitlearn_core", "plugins", "test", *arguments, "--json", **environment)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_library_that_fails_is_told_as_the_cause(world: Any) -> None:
+    """The kit cannot be imported: exit code 1 and the library's own words."""
+    install(world, "right", described(LLAMA), "llama")
+    (world.folder / "torch.py").write_text("raise RuntimeError('this torch is broken')\n")
+
+    code, reports, said = kit(world, "llama")
 
     assert (code, reports) == (1, [])
-    assert said in words
-    assert "Traceback" not in words
+    assert "this torch is broken" in said
+    assert "Traceback" not in said
+
+
+def test_a_collection_that_fails_is_told(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no interruption by the user."""
+    from splitlearn_core.testing import running
+
+    install(world, "right", described(LLAMA), "llama")
+    monkeypatch.setattr(running, "_CLASS", "\nraise ValueError('this class is no class')\n")
+
+    with pytest.raises(InternalError, match="this class is no class"):
+        running.run_kit([PluginEntry("llama", "splitlearn_right", "splitlearn-right", "1.0")])
+
+
+def case(check: str, outcome: str, message: str = "") -> Case:
+    return Case("llama", check, "", outcome, 0.0, message)
+
+
+def test_failures_are_not_lost_among_what_was_skipped() -> None:
+    """Each reason stands once, above its checks; in the table is what was run."""
+    skipped = [case(name, "skipped", "test_a says why") for name in ("test_b", "test_c")]
+    report = FamilyReport("llama", "splitlearn-llama", "1.0", grouped([case("test_a", "failed", "it is so"), *skipped]))
+
+    shown = render_report(report)
+
+    assert "skipped:\n  test_a says why\n    test_b, test_c\n\ntest_a failed\n  it is so\n" in shown
+    assert shown.endswith("1 of 3 checks FAILED, 2 were skipped")
+    table = shown.partition("skipped:\n")[0]
+    assert "test_a" in table
+    assert "test_b" not in table
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of progress is taken away in the end."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    with _Progress() as progress:
+        progress(case("test_logits", "passed"))
+        assert terminal.getvalue().endswith("llama: logits")
+
+    assert terminal.getvalue().endswith("llama: logits\r\x1b[K")

@@ -54,7 +54,7 @@ class ComponentModel(PreTrainedModel):
         with _depth(config, 1 if self.family.uniform_layers else layer_range.total):
             super().__init__(config)
         self.layer_range = layer_range
-        _check_names(self, self.family)
+        check_names(self, self.family)
         self._keywords = _keywords(self)
 
     @classmethod
@@ -493,7 +493,7 @@ def _replace_all(base: nn.Module, neutral: Mapping[str, nn.Module]) -> None:
             _replace(base, path, module)
 
 
-def _check_names(model: nn.Module, family: ModelFamily) -> None:
+def check_names(model: nn.Module, family: ModelFamily) -> None:
     """Hold the names of a family against the modules there are, before any is replaced.
 
     Raises:

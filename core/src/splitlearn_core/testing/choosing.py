@@ -8,26 +8,33 @@ from collections.abc import Iterable
 from packaging.utils import canonicalize_name
 
 from splitlearn_core.errors import ConfigurationError, PluginConflictError, UnknownModelTypeError
-from splitlearn_core.plugins.metadata import FAMILY, PluginEntry, discover
+from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry, discover
+from splitlearn_core.plugins.registry import blocked_by
 
 
 def choose_families(names: Iterable[str]) -> tuple[PluginEntry, ...]:
     """Return the families that names mean: a model type, or a distribution for all of its model types.
 
-    What the variables block or allow is of no account: who names a plugin wants it tested.
-
     Raises:
-        UnknownModelTypeError: No installed plugin has the name.
+        UnknownModelTypeError: No installed plugin has the name, or a variable blocks it.
         PluginConflictError: Several distributions claim the model type.
         ConfigurationError: The name is a loading strategy's.
     """
     entries = discover()
-    return tuple(dict.fromkeys(entry for name in names for entry in _meant(name, entries)))
+    chosen = tuple(dict.fromkeys(entry for name in names for entry in _meant(name, entries)))
+    for entry in chosen:
+        if variable := blocked_by(entry):
+            raise UnknownModelTypeError(
+                f"the plugin for model type {entry.name!r} ({entry.label}) is blocked by {variable}",
+                hint=f"change or unset {variable}",
+            )
+    return chosen
 
 
 def _meant(name: str, entries: tuple[PluginEntry, ...]) -> list[PluginEntry]:
     families = [entry for entry in entries if entry.kind == FAMILY]
-    by_type = [entry for entry in families if entry.name == name]
+    claimed = [entry for entry in families if entry.name == name]
+    by_type = [entry for entry in claimed if not blocked_by(entry)] or claimed
     if len(by_type) > 1:
         owners = [entry.distribution for entry in by_type]
         raise PluginConflictError(
@@ -36,14 +43,17 @@ def _meant(name: str, entries: tuple[PluginEntry, ...]) -> list[PluginEntry]:
     by_distribution = [e for e in families if canonicalize_name(e.distribution) == canonicalize_name(name)]
     if by_type or by_distribution:
         return by_type or by_distribution
-    if any(entry.is_named(frozenset({canonicalize_name(name)})) for entry in entries):
+    strategies = [entry for entry in entries if entry.kind == STRATEGY]
+    if any(entry.is_named(frozenset({canonicalize_name(name)})) for entry in strategies):
         raise ConfigurationError(
             f"{name!r} is a loading strategy, and the kit tests families",
             hint="splitlearn plugins --check tries it; its numbers are compared with transformers by torch.equal",
         )
     known = sorted({entry.name for entry in families} | {entry.distribution for entry in families})
-    close = difflib.get_close_matches(name, known, n=1)
+    # Capitals alone make no other name.
+    spelled = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1)
     raise UnknownModelTypeError(
         f"no installed plugin is named {name!r} (there are: {', '.join(known) or 'none'})",
-        hint=(f"did you mean {close[0]!r}? " if close else "") + "splitlearn plugins lists what is installed",
+        hint=(f"did you mean {spelled[close[0]]!r}? " if close else "") + "splitlearn plugins lists what is installed",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -49,8 +50,11 @@ def run_kit(
         on_case: Called with each case as it ends.
 
     Raises:
-        ConfigurationError: pytest does not understand an expression, or they select no check.
+        ConfigurationError: The kit cannot be imported for the libraries there are; pytest does not
+            understand an expression, or they select no check.
+        InternalError: The tests cannot be collected, or pytest fails.
     """
+    _import_kit()
     recorder = _Recorder(on_case)
     with tempfile.TemporaryDirectory(prefix="splitlearn-kit-") as folder, pytest.MonkeyPatch.context() as patch:
         module = _write(Path(folder), entries, quick=quick)
@@ -82,15 +86,34 @@ def _write(folder: Path, entries: Sequence[PluginEntry], *, quick: bool) -> Path
     return module
 
 
+def _import_kit() -> None:
+    """Import what the test file imports, so that what fails there is told as what it is.
+
+    Raises:
+        ConfigurationError: A library is missing or broken.
+    """
+    try:
+        # One by one: transformers says of a broken torch only that there are classes which it cannot import.
+        for name in ("torch", "transformers", "splitlearn_core.testing.conformance"):
+            importlib.import_module(name)
+    # torch and transformers raise what they like where they are broken.
+    except Exception as error:
+        raise ConfigurationError(
+            f"the conformance kit cannot be imported: {type(error).__name__}: {error}",
+            hint="splitlearn doctor says what is wrong with the libraries that it needs",
+        ) from error
+
+
 def _check_end(code: int, selected: str, said: str, recorder: _Recorder) -> None:
+    # First, because a failed collection interrupts the run, as a user may do.
+    if recorder.problems or code == pytest.ExitCode.INTERNAL_ERROR:
+        raise InternalError("\n".join(["the kit itself failed", *recorder.problems, said]), hint="please report this")
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code == pytest.ExitCode.USAGE_ERROR:
         raise ConfigurationError(f"pytest does not understand -k {selected!r}: {said.strip()}")
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ConfigurationError(f"-k {selected!r} selects no check", hint="words of a check's name: -k logits")
-    if recorder.problems or code == pytest.ExitCode.INTERNAL_ERROR:
-        raise InternalError("\n".join(["the kit itself failed", *recorder.problems, said]), hint="please report this")
 
 
 class _Recorder:

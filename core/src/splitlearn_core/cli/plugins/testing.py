@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import textwrap
+from typing import TYPE_CHECKING, Self
 
 import click
 
@@ -11,6 +12,8 @@ from splitlearn_core.cli.options import json_option, print_json, table
 
 if TYPE_CHECKING:
     from splitlearn_core.testing.results import Case, Check, FamilyReport
+
+_WIDTH = 100
 
 
 @click.command("test", short_help="Run the conformance kit on an installed plugin.")
@@ -33,7 +36,8 @@ def command(
     entries = choose_families(names)
     from splitlearn_core.testing.running import run_kit
 
-    reports = run_kit(entries, quick=quick, expressions=expressions, on_case=_Progress())
+    with _Progress() as progress:
+        reports = run_kit(entries, quick=quick, expressions=expressions, on_case=progress)
     if as_json:
         print_json([report.to_dict() for report in reports])
     else:
@@ -50,26 +54,42 @@ class _Progress:
         self._stream = sys.stderr
         self._terminal = self._stream.isatty()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the line away; whatever comes next begins at its place."""
+        if self._terminal:
+            click.echo("\r\x1b[K", nl=False, file=self._stream)
+
     def __call__(self, case: Case) -> None:
-        if (case.model_type, case.check) != self._last:
+        if case.outcome != "skipped" and (case.model_type, case.check) != self._last:
             self._last = (case.model_type, case.check)
             words = f"{case.model_type}: {case.check.removeprefix('test_')}"
             click.echo(f"\r\x1b[K{words}" if self._terminal else words, nl=not self._terminal, file=self._stream)
 
 
 def render_report(report: FamilyReport) -> str:
-    """Show to people what was found of a family."""
-    rows = [(check.name, check.outcome, *_counts(check), f"{check.seconds:.2f} s") for check in report.checks]
+    """Show to people what was found of a family; what was skipped keeps out of the way of what failed."""
     failed = [check for check in report.checks if check.outcome == "failed"]
+    shown = [check for check in report.checks if not failed or check.outcome != "skipped"]
+    rows = [(check.name, check.outcome, *_counts(check), f"{check.seconds:.2f} s") for check in shown]
     head = f"{report.model_type} of {report.distribution} {report.version}"
-    verdict = f"{len(failed)} of {len(rows)} checks FAILED" if failed else f"all {len(rows)} checks hold"
     lines = [head, "", table(("check", "result", "passed", "failed", "skipped", "expected", "time"), rows)]
     for outcome, title in (("skipped", "skipped"), ("expected failure", "expected failures")):
         reasons = _reasons(report, outcome)
         lines += ["", f"{title}:", *reasons] if reasons else []
     for check in failed:
         lines += ["", *_failures(check)]
-    return "\n".join([*lines, "", verdict])
+    return "\n".join([*lines, "", _verdict(report, len(failed))])
+
+
+def _verdict(report: FamilyReport, failed: int) -> str:
+    checks = len(report.checks)
+    if not failed:
+        return f"all {checks} checks hold"
+    skipped = sum(check.outcome == "skipped" for check in report.checks)
+    return f"{failed} of {checks} checks FAILED" + (f", {skipped} were skipped" if skipped else "")
 
 
 def _counts(check: Check) -> tuple[str, ...]:
@@ -77,9 +97,16 @@ def _counts(check: Check) -> tuple[str, ...]:
 
 
 def _reasons(report: FamilyReport, outcome: str) -> list[str]:
-    """Return a line for each check and reason, however many cases it is of."""
-    found = [(check.name, case.message) for check in report.checks for case in check.of(outcome)]
-    return [f"  {name}: {message}" for name, message in dict.fromkeys(found)]
+    """Return each reason, and below it the checks that it is of."""
+    found: dict[str, dict[str, None]] = {}
+    for check in report.checks:
+        for case in check.of(outcome):
+            found.setdefault(case.message, {})[check.name] = None
+    lines = []
+    for message, names in found.items():
+        wrapped = textwrap.wrap(", ".join(names), _WIDTH, initial_indent="    ", subsequent_indent="    ")
+        lines += [f"  {message}", *wrapped]
+    return lines
 
 
 def _failures(check: Check) -> list[str]:

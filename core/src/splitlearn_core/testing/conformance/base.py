@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
 
 from splitlearn_core.build.component import architecture_class
-from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.diagnosis import explain
 from splitlearn_core.testing.conformance.findings import ConformanceError
-from splitlearn_core.testing.conformance.isolation import alone, describe
+from splitlearn_core.testing.conformance.flaws import Flaw, flaw_of
+from splitlearn_core.testing.conformance.isolation import alone
 from splitlearn_core.testing.conformance.subject import Cut, Subject, chosen_cuts, configure
 
 _Class = TypeVar("_Class", bound=type)
@@ -27,7 +27,10 @@ TIES: Mapping[str, Mapping[str, Any]] = {"tied": {TIE: True}, "untied": {TIE: Fa
 
 
 def explained(checks: _Class) -> _Class:
-    """Let every check of a class name the field to look at, whatever it fails with."""
+    """Let every check of a class name the field to look at, whatever it fails with.
+
+    A check that is chosen to tell of a family that is of no use at all does that, and nothing else.
+    """
     for name, function in list(vars(checks).items()):
         if name.startswith("test_"):
             setattr(checks, name, _explained(function))
@@ -38,23 +41,20 @@ def _explained(check: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(check)
     def explaining(self: Checks, **fixtures: Any) -> None:
         __tracebackhide__ = True
+        if self._flaw is not None:
+            raise ConformanceError(self._flaw.message, self._flaw.suspects)
         try:
             check(self, **fixtures)
         except AssertionError:
             raise
         # Whatever the family under test makes core, transformers or torch raise.
         except Exception as error:
-            words = f"{type(error).__name__}: {error}"
-            raise ConformanceError(words, explain(error, _known(self.model_type), self.config)) from error
+            subject = fixtures.get("subject")
+            values = {**self.config, **(subject.overrides if isinstance(subject, Subject) else {})}
+            suspects = explain(error, registry().family(self.model_type), values)
+            raise ConformanceError(f"{type(error).__name__}: {error}", suspects) from error
 
     return explaining
-
-
-def _known(model_type: str) -> ModelFamily | None:
-    try:
-        return registry().family(model_type)
-    except SplitLearnError:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ class Axes:
     #: Attention implementations that transformers refuses for the model class -> how.
     refused: Mapping[str, str]
     cuts: tuple[Cut, ...]
+    #: What makes the family of no use at all, so that one point of each axis is enough.
+    flaw: Flaw | None = None
 
 
 class Checks:
@@ -94,6 +96,8 @@ class Checks:
     expected_failures: ClassVar[Mapping[str, str]] = {}
     #: One dtype, one attention implementation and one cut, for a first look.
     quick: ClassVar[bool] = False
+    #: What a check is to tell in place of its own subject.
+    _flaw: Flaw | None = None
 
     @classmethod
     def all_variants(cls) -> dict[str, Mapping[str, Any]]:
@@ -106,9 +110,9 @@ class Checks:
         """Spread the checks over variants, dtypes, attention implementations and cuts."""
         cls = type(self)
         found = axes(cls)
-        one = slice(0, 1 if cls.quick else None)
+        one = slice(0, 1 if cls.quick or found.flaw else None)
         spread: dict[str, tuple[Any, ...]] = {
-            "variant": found.variants,
+            "variant": found.variants[: 1 if found.flaw else None],
             "dtype": cls.dtypes[one],
             "attention": found.attention[one],
             "cut": found.cuts[one],
@@ -145,6 +149,29 @@ class Checks:
             if check == name and reason and parameters.issuperset(map(str.strip, filter(None, words.split(",")))):
                 request.node.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
+    @pytest.fixture(autouse=True)
+    def first_things_first(self, request: pytest.FixtureRequest) -> None:
+        """Of a family that is of no use at all let one check say why, and skip those that could but repeat it."""
+        flaw = axes(type(self)).flaw
+        teller = _teller(type(self), flaw, request.session.items) if flaw else None
+        if flaw is None or teller is None:
+            return
+        if request.node is teller:
+            self._flaw = flaw
+        elif flaw.spoils.intersection(request.fixturenames):
+            pytest.skip(f"{teller.originalname} says why")
+
+    @classmethod
+    def checks(cls) -> dict[str, Callable[..., Any]]:
+        """Return the checks of the kit, by name."""
+        kit = [base for base in cls.__mro__ if base.__module__.startswith(__package__ or "")]
+        return {
+            name: value
+            for base in reversed(kit)
+            for name, value in vars(base).items()
+            if name.startswith("test_") and callable(value)
+        }
+
     @pytest.fixture(scope="class")
     @classmethod
     def subjects(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
@@ -162,6 +189,21 @@ class Checks:
         return subjects[variant]
 
 
+def _teller(cls: type[Checks], flaw: Flaw, items: Sequence[Any]) -> Any:
+    """Return the test that tells of a flaw: of those that are run the one whose subject it is, or the first it spoils.
+
+    None where there is none, or where the author says that it fails: then every check speaks for itself.
+    """
+    if flaw.telling in {entry.partition("[")[0] for entry in cls.expected_failures}:
+        return None
+    checks = cls.checks()
+    own = [item for item in items if getattr(item, "cls", None) is cls]
+    # An override tells of nothing.
+    may = [item for item in own if checks.get(item.originalname, cls) is getattr(cls, item.originalname, None)]
+    spoilt = [item for item in may if flaw.spoils.intersection(item.fixturenames)]
+    return next(iter([item for item in may if item.originalname == flaw.telling] + spoilt), None)
+
+
 def _spelled(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -169,7 +211,8 @@ def _spelled(value: Any) -> str:
 def axes(cls: type[Checks]) -> Axes:
     """Ask the model class what it bears, once; of a family that cannot be asked, try everything."""
     if cls not in _asked:
-        _asked[cls] = _ask(cls)
+        with alone(cls.model_type, cls.distribution):
+            _asked[cls] = _ask(cls)
     return _asked[cls]
 
 
@@ -178,14 +221,18 @@ _asked: weakref.WeakKeyDictionary[type[Checks], Axes] = weakref.WeakKeyDictionar
 
 def _ask(cls: type[Checks]) -> Axes:
     variants = cls.all_variants()
+    everything = Axes(tuple(variants), {}, cls.attention, {}, ((1, 5), (2, 3), (3, 5)))
     try:
-        family = describe(cls.model_type, cls.distribution)
+        flaw = flaw_of(cls.model_type, cls.config)
+        if flaw is not None:
+            return replace(everything, flaw=flaw)
+        family = registry().family(cls.model_type)
         without = {name: why for name in TIES if name in variants and (why := _why_not(cls, family, name))}
         refused = {name: why for name in cls.attention if (why := _refusal(cls, family, name))}
         cuts = chosen_cuts(family, configure(family, cls.config, {}))
     # Nothing may be raised while tests are collected; the checks meet the same error and explain it.
     except Exception:  # noqa: BLE001
-        return Axes(tuple(variants), {}, cls.attention, {}, ((1, 5), (2, 3), (3, 5)))
+        return everything
     there = tuple(name for name in variants if name not in without)
     return Axes(there, without, tuple(name for name in cls.attention if name not in refused), refused, cuts)
 

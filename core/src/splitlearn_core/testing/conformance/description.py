@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from splitlearn_core.build.component import architecture_class
 from splitlearn_core.testing.conformance.base import TIE, TIES, Checks, axes, explained
-from splitlearn_core.testing.conformance.diagnosis import misconfigured, misnamed, wrong_defaults
+from splitlearn_core.testing.conformance.diagnosis import (
+    READ_FOR_TIES,
+    misconfigured,
+    misnamed,
+    misread,
+    wrong_defaults,
+)
 from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect, expect
 from splitlearn_core.testing.conformance.subject import Subject
 
@@ -89,5 +95,5 @@ class Description(Checks):
         expect(
             (head is embedding) == tied,
             f"in the unsplit model head and embedding are {'one' if tied else 'apart'}, and not so in the split one",
-            Suspect("config_defaults['tie_word_embeddings']", f"transformers has {tied} here"),
+            *misread(family, subject.whole().config, READ_FOR_TIES),
         )

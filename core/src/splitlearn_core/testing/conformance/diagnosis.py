@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from splitlearn_core.build.component import architecture_class
-from splitlearn_core.errors import BrokenPluginError, InvalidSplitError, TensorMismatchError, UnknownModelTypeError
+from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import map_keys, placement
 from splitlearn_core.plugins.registry import registry
@@ -23,48 +23,55 @@ from splitlearn_core.types import Component, LayerRange
 COMMON = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"
 )  # fmt: skip
+#: The one of them that says which tensors there are; the others say how many layers, and how large the cache is.
+READ_FOR_TIES = ("tie_word_embeddings",)
 _MAP_HOOK = "hook splitlearn_map_weight_keys"
+MAPPER = Suspect(_MAP_HOOK, "it must answer for every key, and name no module key twice")
+#: What a refusal of tensors says of each, and what may have made it so where nothing else is wrong.
+_MISFITS = {
+    "unexpected: ": Suspect("ignored_suffixes", "tensors that no module wants are left out by the ends of their keys"),
+    "missing: ": Suspect("renamed", "keys of old checkpoints, (old, new)"),
+}
 
 
-def explain(error: Exception, family: ModelFamily | None, values: Mapping[str, Any]) -> tuple[Suspect, ...]:
-    """Say where the cause of an exception may lie.
+def explain(error: Exception, family: ModelFamily, values: Mapping[str, Any]) -> tuple[Suspect, ...]:
+    """Say where the cause of an exception lies, as far as something of the family is evidence for it.
 
     Args:
         error: What core, transformers or torch raised.
-        family: The family under test; None where its plugin cannot be used.
-        values: The author's values of the configuration.
+        family: The family under test.
+        values: The values of the configuration that the model was made of.
     """
     if isinstance(error, BrokenPluginError) and _MAP_HOOK in str(error):
-        return (Suspect(_MAP_HOOK, "it must answer for every key, and name no module key twice"),)
-    if family is None:
-        unseen = isinstance(error, UnknownModelTypeError)
-        entry = Suspect("the entry point", 'in the group "splitlearn.families", named after the model type')
-        return (entry if unseen else Suspect("the plugin", "splitlearn plugins --check says what is wrong with it"),)
+        return (MAPPER,)
     try:
         hf_class: Any = architecture_class(family)
-    except BrokenPluginError:
-        return (Suspect("architecture", "a class of transformers, or module:Class"),)
-    if hf_class.config_class.model_type != family.model_type:
-        return (Suspect("architecture", f"it is a class of {hf_class.config_class.model_type!r} models"),)
-    try:
         model = random_model(hf_class, configure(family, values, {}))
-        found = [*misnamed(family, model), *misconfigured(family, model), *wrong_defaults(family)]
-        # What is named wrongly is placed wrongly, too.
-        found = found or [suspect for _, suspect in misplaced(family, model)]
-    # A tiny model of this class cannot be made or run: that is what to mend first.
-    except Exception as cause:  # noqa: BLE001
-        return (Suspect("tiny_config", f"a tiny model is not to be had: {type(cause).__name__}: {cause}"),)
-    return tuple(found) or _by_words(error)
+        return tuple(_explained(error, family, model))
+    # A model that cannot be made or run is another matter, and told as that.
+    except Exception:  # noqa: BLE001
+        return ()
 
 
-def _by_words(error: Exception) -> tuple[Suspect, ...]:
-    """Guess by the error alone, where the family says nothing that is plainly wrong."""
-    if isinstance(error, TensorMismatchError):
-        return (
-            Suspect("ignored_suffixes", "tensors that no module wants are left out by the ends of their keys"),
-            Suspect("renamed", "keys of old checkpoints, (old, new)"),
-        )
-    return (Suspect("impossible_cuts", "a cut that is declared so"),) if isinstance(error, InvalidSplitError) else ()
+def _explained(error: Exception, family: ModelFamily, model: Any) -> list[Suspect]:
+    if isinstance(error, InvalidSplitError):
+        impossible = family.impossible_cuts(model.config.to_dict())
+        declared = any(reason in str(error) for reason in impossible.values())
+        return [Suspect("impossible_cuts", "a cut that is declared so")] if declared else []
+    if isinstance(error, ConfigurationError):
+        spelled = {name: (name, family.config_names.get(name, name)) for name in COMMON}
+        named = [name for name in COMMON if any(word in str(error) for word in spelled[name])]
+        return list(misread(family, model.config, named))
+    if not isinstance(error, TensorMismatchError):
+        return list(misnamed(family, model))
+    # What is named wrongly is placed wrongly, too.
+    found = [*misnamed(family, model), *misread(family, model.config, READ_FOR_TIES)]
+    found = found or [suspect for problem, suspect in misplaced(family, model) if _shares_a_name(problem, str(error))]
+    return found or [suspect for words, suspect in _MISFITS.items() if words in str(error)]
+
+
+def _shares_a_name(problem: str, words: str) -> bool:
+    return any(word in words for word in problem.replace(",", " ").split() if "." in word)
 
 
 def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
@@ -103,6 +110,17 @@ def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
 def _instead(said: str, right: Iterable[str]) -> str:
     names = [name for name in right if name]
     return f"{said!r} is not it; " + (f"it is {' or '.join(map(repr, names))}" if names else "there is none")
+
+
+def undeclared_inlets(family: ModelFamily, model: Any) -> Iterator[Suspect]:
+    """Say what changes states before the first layer, and is not said to run in the bottom alone."""
+    seen = anatomy(model)
+    added = [name for name in seen.added if name not in family.zero_outside_bottom]
+    passed = [name for name in seen.passed if name not in family.skip_outside_bottom]
+    if added:
+        yield Suspect("zero_outside_bottom", f"added again: {', '.join(added)}")
+    if passed:
+        yield Suspect("skip_outside_bottom", f"states pass through again: {', '.join(passed)}")
 
 
 def mixed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
@@ -149,6 +167,28 @@ def misconfigured(family: ModelFamily, model: Any) -> Iterator[Suspect]:
         else:
             field = "config_names" if name in family.config_names else "config_defaults"
             yield Suspect(f"{field}[{name!r}]", f"the family reads {read!r} where transformers has {right!r}")
+
+
+def misread(family: ModelFamily, config: Any, names: Iterable[str] = COMMON) -> Iterator[Suspect]:
+    """Hold what a plan of one model reads, stated or filled in, against what transformers has.
+
+    Args:
+        family: The family.
+        config: The model's configuration.
+        names: The values that matter.
+    """
+    # As it lies in the file: what is as transformers fills it in is left out.
+    written = json.loads(config.to_json_string())
+    for name in names:
+        right, read = getattr(config, name, None), effective(family, written, name)
+        if right is not None and read != right:
+            own = type(config).attribute_map.get(name, name)
+            if own in written and family.config_names.get(name, name) != own:
+                yield Suspect(f"config_names[{name!r}]", f"config.json calls it {own!r}")
+            elif own in written and name in family.config_names:
+                yield Suspect(f"config_names[{name!r}]", f"{read!r} is read where transformers has {right!r}")
+            else:
+                yield Suspect(f"config_defaults[{name!r}]", f"{read!r} is read where transformers has {right!r}")
 
 
 def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.findings import Suspect, expect
 
@@ -35,14 +32,3 @@ class Guarding(Checks):
         expect(
             not wrong, f"no check, or no reason: {'; '.join(wrong)}", Suspect("expected_failures", f"checks: {names}")
         )
-
-    @classmethod
-    def checks(cls) -> dict[str, Callable[..., Any]]:
-        """Return the checks of the kit, by name."""
-        kit = [base for base in cls.__mro__ if base.__module__.startswith(__package__ or "")]
-        return {
-            name: value
-            for base in reversed(kit)
-            for name, value in vars(base).items()
-            if name.startswith("test_") and callable(value)
-        }

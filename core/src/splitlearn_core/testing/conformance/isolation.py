@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.metadata import FAMILY, PluginEntry, discover
-from splitlearn_core.plugins.registry import ALLOW_VARIABLE, PluginRegistry, reset_registry
+from splitlearn_core.plugins.registry import ALLOW_VARIABLE, reset_registry
 from splitlearn_core.testing.conformance.findings import ConformanceError
 
 _LIMIT = 120
@@ -43,12 +42,6 @@ def alone(model_type: str, distribution: str = "") -> Iterator[None]:
         reset_registry()
         yield
     reset_registry()
-
-
-def describe(model_type: str, distribution: str = "") -> ModelFamily:
-    """Return the family by a registry of its own; raises what a registry raises."""
-    with alone(model_type, distribution):
-        return PluginRegistry().family(model_type)
 
 
 def fresh_process(*arguments: str, **environment: str) -> str:

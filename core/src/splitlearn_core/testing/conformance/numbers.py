@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from splitlearn_core import SplitCausalLM
-from splitlearn_core.testing.conformance.anatomy import anatomy
 from splitlearn_core.testing.conformance.batches import no_grad
-from splitlearn_core.testing.conformance.diagnosis import misconfigured, misnamed
+from splitlearn_core.testing.conformance.diagnosis import READ_FOR_TIES, misnamed, misread, undeclared_inlets
 from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect
 from splitlearn_core.testing.conformance.subject import Subject
 
@@ -44,8 +43,8 @@ def expect_equal(
 
 def locate(subject: Subject, whole: Any, split: SplitCausalLM) -> tuple[str, tuple[Suspect, ...]]:
     """Find the components that differ when each is given what it would be given in the unsplit model."""
-    plain = [*misnamed(subject.family, whole), *misconfigured(subject.family, whole)]
-    ids = torch.arange(3, 10).reshape(1, -1)
+    plain = [*misnamed(subject.family, whole)]
+    ids = _plain_ids()
     states, logits = _states(subject, whole, ids)
     cuts = (split.trunk.start_layer, split.top.start_layer)
     given = (ids, states[cuts[0]], states[cuts[1]])
@@ -111,22 +110,40 @@ def _inside(
             "uniform_layers", f"layer {last} is a {type(layers[last]).__name__}, not a {type(theirs[last]).__name__}"
         )
     elif part.component == "top" and not astray:
-        yield Suspect("norm", "all layers of the top are right, what comes after them is not")
-        yield Suspect("head", "all layers of the top are right, what comes after them is not")
+        yield from _at_the_outlet(subject, whole, part, state)
     else:
         yield Suspect("impossible_cuts", f"layer {last} needs what another component holds, if not its input differs")
-        yield Suspect("uniform_layers", f"layer {last} may be made with other arguments than (config, layer_idx)")
+        if subject.family.uniform_layers:
+            yield Suspect("uniform_layers", f"layer {last} may be made with other arguments than (config, layer_idx)")
+
+
+def _at_the_outlet(subject: Subject, whole: Any, part: Any, state: torch.Tensor) -> Iterator[Suspect]:
+    """Tell apart, in a top whose layers are right, what ends the base and what follows it."""
+    ends: list[torch.Tensor] = []
+    base_of = (model.base_model for model in (whole, part))
+    handles = [base.register_forward_hook(lambda *args: ends.append(args[-1].last_hidden_state)) for base in base_of]
+    try:
+        no_grad(whole, input_ids=_plain_ids(), use_cache=False)
+        no_grad(part, hidden_states=state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if compare(*ends):
+        yield Suspect("head", "all layers of the top are right and so is its base, what comes after it is not")
+        yield from misread(subject.family, whole.config, READ_FOR_TIES)
+    else:
+        yield Suspect("norm", "all layers of the top are right, what ends its base is not")
+
+
+def _plain_ids() -> torch.Tensor:
+    return torch.arange(3, 10).reshape(1, -1)
 
 
 def _at_the_inlet(subject: Subject, whole: Any, part: Any) -> Iterator[Suspect]:
     if part.component == "bottom":
         yield Suspect("embedding", "what enters the first layer of the bottom is not what enters it in the whole model")
         return
-    seen, family = anatomy(whole), subject.family
-    added = [name for name in seen.added if name not in family.zero_outside_bottom]
-    passed = [name for name in seen.passed if name not in family.skip_outside_bottom]
-    why = f"what enters the {part.component} is changed before its first layer"
-    if added or not passed:
-        yield Suspect("zero_outside_bottom", f"{why}; is something added again? {', '.join(added) or '(unknown)'}")
-    if passed or not added:
-        yield Suspect("skip_outside_bottom", f"{why}; does it pass through again? {', '.join(passed) or '(unknown)'}")
+    found = [*misnamed(subject.family, whole), *undeclared_inlets(subject.family, whole)]
+    yield from found
+    if not found and not subject.family.enter_at_layers:
+        yield Suspect("enter_at_layers", f"what enters the {part.component} is changed, and by no module: say True")

@@ -12,6 +12,7 @@ import torch
 from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import no_grad
+from splitlearn_core.testing.conformance.diagnosis import misread
 from splitlearn_core.testing.conformance.findings import Suspect, expect
 from splitlearn_core.testing.conformance.isolation import fresh_process
 from splitlearn_core.testing.conformance.subject import Cut, Subject
@@ -19,7 +20,6 @@ from splitlearn_core.testing.planning import told
 from splitlearn_core.testing.worlds import write_checkpoint
 
 _NAMES = Suspect("base, layers, embedding, norm, head", "they say which component holds which tensor")
-_SIZES = Suspect("config_names and config_defaults", "the sizes that a plan is computed from")
 
 
 @explained
@@ -31,7 +31,7 @@ class Planning(Checks):
         plan, split = plan_split(subject.checkpoint, cut), subject.split(cut)
         for planned, part in zip(plan.components, split.components, strict=True):
             _expect_planned(subject, planned, dict(part.state_dict()))
-        expect(plan.num_layers == subject.layers, f"{plan.num_layers} layers are planned", _SIZES)
+        expect(plan.num_layers == subject.layers, f"{plan.num_layers} layers are planned")
         expect(plan.parameters == subject.whole().num_parameters(), f"{plan.parameters} parameters are planned", _NAMES)
 
     def test_plan_is_deterministic(self, subject: Subject) -> None:
@@ -54,8 +54,7 @@ class Planning(Checks):
         expect(
             guessed["costs"] == known["costs"],
             f"without weights {guessed['costs']} are planned, with them {known['costs']}",
-            Suspect("config_defaults['tie_word_embeddings']", "a tied head is planned once"),
-            _NAMES,
+            *misread(subject.family, subject.whole().config),
         )
 
     def test_cache_bytes(self, subject: Subject) -> None:
@@ -71,7 +70,7 @@ class Planning(Checks):
                 held == planned.kv_bytes_per_token,
                 f"a token takes {held} bytes in the cache of the {planned.component}, "
                 f"and {planned.kv_bytes_per_token} are planned",
-                *(Suspect(f"config_defaults[{name!r}]", "or its name in config_names") for name in _CACHE_SIZES),
+                *misread(subject.family, subject.whole().config, _CACHE_SIZES),
             )
 
     def test_only_needed_shards(self, subject: Subject, tmp_path: Path) -> None:

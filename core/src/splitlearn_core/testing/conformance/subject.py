@@ -68,7 +68,9 @@ class Subject:
             folder: Where its checkpoint may be written.
         """
         self._model_type = model_type
-        self._values, self._overrides = values, overrides
+        self._values = values
+        #: What the variant changes of them.
+        self.overrides = overrides
         self._folder = folder
         self._kept: dict[Hashable, Any] = {}
 
@@ -79,7 +81,7 @@ class Subject:
 
     @cached_property
     def _made_of(self) -> Any:
-        return configure(self.family, self._values, self._overrides)
+        return configure(self.family, self._values, self.overrides)
 
     def once(self, key: Hashable, make: Callable[..., _T], *arguments: Any) -> _T:
         """Return what was made under a key before, or make it of these arguments."""

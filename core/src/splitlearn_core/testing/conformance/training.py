@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, entering
-from splitlearn_core.testing.conformance.anatomy import anatomy
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import batch, labels_of, no_grad
-from splitlearn_core.testing.conformance.findings import Suspect, expect
+from splitlearn_core.testing.conformance.diagnosis import undeclared_inlets
+from splitlearn_core.testing.conformance.findings import ConformanceError, expect
 from splitlearn_core.testing.conformance.numbers import compare, expect_equal
 from splitlearn_core.testing.conformance.subject import Cut, Subject
 
@@ -38,11 +38,9 @@ class Training(Checks):
             expect_equal(loss, expected_loss, f"loss under cut {cut}", subject, subject.whole(), split)
             expect(got.keys() == expected.keys(), f"cut {cut}: parameters {sorted(got.keys() ^ expected.keys())}")
             differ = [name for name, gradient in got.items() if not compare(gradient, expected[name])]
-            expect(
-                not differ,
-                f"under cut {cut} the gradients of {', '.join(differ[:5])} differ",
-                Suspect("zero_outside_bottom and skip_outside_bottom", "something else than layers is trained again"),
-            )
+            if differ:
+                words = f"under cut {cut} the gradients of {', '.join(differ[:5])} differ"
+                raise ConformanceError(words, undeclared_inlets(subject.family, subject.whole()))
 
     @pytest.mark.parametrize("component", ["trunk", "top"])
     def test_only_layers_outside_bottom(self, subject: Subject, component: str) -> None:
@@ -66,15 +64,8 @@ class Training(Checks):
         with entering(hidden):
             got = part.base_model(inputs_embeds=hidden).last_hidden_state
         if not compare(got.detach(), expected.detach()):
-            seen = anatomy(subject.whole())
-            added = [name for name in seen.added if name not in family.zero_outside_bottom]
-            passed = [name for name in seen.passed if name not in family.skip_outside_bottom]
-            expect(
-                False,
-                f"with no layers, the {component} changes hidden states beyond its end",
-                Suspect("skip_outside_bottom", f"states pass through again: {', '.join(passed) or '(none seen)'}"),
-                Suspect("zero_outside_bottom", f"added again: {', '.join(added) or '(none seen)'}"),
-            )
+            changes = f"with no layers, the {component} changes hidden states beyond its end"
+            raise ConformanceError(changes, undeclared_inlets(family, subject.whole()))
 
 
 def _loss(model: Any, arguments: dict[str, Any]) -> torch.Tensor:

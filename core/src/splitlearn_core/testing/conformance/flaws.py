@@ -1,0 +1,179 @@
+"""What makes a family of no use at all: found once, before any check, and told by the check whose subject it is."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitlearn_core.build.component import architecture_class, check_names
+from splitlearn_core.errors import (
+    BrokenPluginError,
+    IncompatiblePluginError,
+    PluginConflictError,
+    PluginError,
+    UnknownModelTypeError,
+)
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.split import impossible_cuts
+from splitlearn_core.plugins.registry import blocked_by, registry
+from splitlearn_core.testing.conformance.diagnosis import MAPPER, misnamed, misplaced, misread
+from splitlearn_core.testing.conformance.findings import Suspect
+from splitlearn_core.testing.conformance.isolation import claims
+from splitlearn_core.testing.conformance.subject import configure
+from splitlearn_core.testing.worlds import random_model
+
+#: Fixtures that are of no use without a model of the family; and those that are so without its plugin.
+_MODELS = frozenset({"subjects"})
+_PLUGIN = frozenset({"subjects", "registered"})
+
+#: Names of modules for which transformers has a function, or of which there is a list.
+_CERTAIN = ("base", "layers", "embedding", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """Why every check that needs some fixtures would fail, and with the same words."""
+
+    #: The check whose subject it is.
+    telling: str
+    message: str
+    suspects: tuple[Suspect, ...]
+    #: The fixtures; what can be said without them stays true.
+    spoils: frozenset[str] = _MODELS
+
+
+def flaw_of(model_type: str, values: Mapping[str, Any]) -> Flaw | None:
+    """Return what keeps every model of a family from being made or cut, or None.
+
+    Args:
+        model_type: The family's; its plugin is the only one to be seen.
+        values: The author's values of the configuration.
+    """
+    try:
+        family = registry().family(model_type)
+    except PluginError as error:
+        return Flaw("test_entry_point", error.message, (_of_plugin(error, model_type),), _PLUGIN)
+    return _of_class(family) or _of_model(family, values)
+
+
+def _of_plugin(error: PluginError, model_type: str) -> Suspect:
+    """Say what to look at where the registry does not let a plugin in."""
+    if isinstance(error, UnknownModelTypeError):
+        named = f'group "splitlearn.families": {model_type} = "module"; then install again'
+        return Suspect("the entry point", named)
+    if isinstance(error, PluginConflictError):
+        return Suspect("distribution", "say in the test class which of them is tested")
+    if isinstance(error, IncompatiblePluginError):
+        return Suspect("the plugin's metadata", error.hint)
+    entry = next(entry for entry in claims(model_type) if not blocked_by(entry))
+    module = entry.module.partition(":")[0]
+    homes = _homes(module)
+    if not homes:
+        return Suspect("the entry point", f"there is no module {module!r}")
+    # To tell the plugin's authors, or to leave it out, is no way out for those who test it.
+    mend = "" if error.hint.startswith("report it") else error.hint.partition("; or leave")[0]
+    where = _where(error.__cause__, homes)
+    return Suspect("the plugin's module", "; ".join(filter(None, (where, mend))) or str(homes[0]))
+
+
+def _homes(module: str) -> list[Path]:
+    """Return the file, or the folders, of what a module is part of."""
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    found = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+    return [Path(place) for place in found if place]
+
+
+def _where(cause: BaseException | None, homes: list[Path]) -> str:
+    """Return the line of the plugin that raised something, as far as that is to be had."""
+    if isinstance(cause, SyntaxError) and cause.filename:
+        return f"{cause.filename}, line {cause.lineno}"
+    frames = traceback.extract_tb(cause.__traceback__) if cause else []
+    own = [frame for frame in frames if any(Path(frame.filename).is_relative_to(home) for home in homes)]
+    return f"{own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
+
+
+def _of_class(family: ModelFamily) -> Flaw | None:
+    """Hold ``architecture`` against transformers."""
+    try:
+        hf_class: Any = architecture_class(family)
+    except BrokenPluginError as error:
+        why = f"a class of transformers, or module:Class; {error.hint}"
+        return Flaw("test_architecture", error.message, (Suspect("architecture", why),))
+    stated = hf_class.config_class.model_type
+    if stated == family.model_type:
+        return None
+    return Flaw(
+        "test_architecture",
+        f"{hf_class.__name__} is made of configurations of model type {stated!r}",
+        (Suspect("architecture", f"name the class of {family.model_type!r}"),),
+    )
+
+
+def _of_model(family: ModelFamily, values: Mapping[str, Any]) -> Flaw | None:
+    """Hold what else every load asks a family for against a model in memory."""
+    hf_class: Any = architecture_class(family)
+    tiny = Suspect("config of the test" if values else "tiny_config", "values that a small model of it bears")
+    try:
+        model = random_model(hf_class, configure(family, values, {}))
+    # What a class of transformers raises over values that it cannot use is anybody's guess.
+    except Exception as error:  # noqa: BLE001
+        words = f"a tiny {hf_class.__name__} cannot be made: {type(error).__name__}: {error}"
+        return Flaw("test_architecture", words, (tiny,))
+    missing = _of_missing(family, model)
+    if missing:
+        return missing
+    try:
+        wrong = tuple(misnamed(family, model))
+    # As above: it runs the model.
+    except Exception as error:  # noqa: BLE001
+        words = f"a tiny {hf_class.__name__} cannot be run: {type(error).__name__}: {error}"
+        return Flaw("test_module_names", words, (tiny,))
+    if any(suspect.field in _CERTAIN for suspect in wrong):
+        return Flaw("test_module_names", "the family names modules otherwise than the model does", wrong)
+    return _of_depth(family, model) or _of_answers(family, model)
+
+
+def _of_missing(family: ModelFamily, model: Any) -> Flaw | None:
+    """Say which modules are not there."""
+    try:
+        check_names(model, family)
+    except BrokenPluginError as error:
+        suspects: tuple[Suspect, ...] = (Suspect("base, layers, embedding, norm, head", error.hint),)
+        # What it is called is found by running the model, whose class may raise what it likes.
+        with contextlib.suppress(Exception):
+            suspects = tuple(misnamed(family, model)) or suspects
+        return Flaw("test_module_names", error.message, suspects)
+    return None
+
+
+def _of_depth(family: ModelFamily, model: Any) -> Flaw | None:
+    """Say that another number of layers is read than there are; and what else is read wrongly."""
+    suspects = tuple(misread(family, model.config, ("num_hidden_layers",)))
+    if not suspects:
+        return None
+    others = misread(family, model.config)
+    return Flaw("test_config_names", "config.json is read otherwise than transformers reads it", (*suspects, *others))
+
+
+def _of_answers(family: ModelFamily, model: Any) -> Flaw | None:
+    """Ask for the cuts and the keys of an ordinary checkpoint, as every load does, and look for each tensor's place."""
+    written = json.loads(model.config.to_json_string())
+    try:
+        impossible_cuts(family, written)
+    except BrokenPluginError as error:
+        why = Suspect("impossible_cuts", "given config.json, it answers with cuts, each with the reason")
+        return Flaw("test_impossible_cuts", error.message, (why,))
+    # Each once, as a file has them.
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        found = misplaced(family, model, own & set(model.state_dict()))
+    except BrokenPluginError as error:
+        return Flaw("test_every_key_has_its_place", error.message, (MAPPER,))
+    words = "\n".join(problem for problem, _ in found)
+    return Flaw("test_every_key_has_its_place", words, tuple(suspect for _, suspect in found)) if found else None
