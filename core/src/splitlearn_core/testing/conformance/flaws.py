@@ -21,6 +21,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.split import impossible_cuts
+from splitlearn_core.plugins.mending import mend_for
 from splitlearn_core.plugins.registry import blocked_by, registry
 from splitlearn_core.testing.conformance.diagnosis import MAPPER, misnamed, misplaced, misread
 from splitlearn_core.testing.conformance.findings import Suspect
@@ -76,10 +77,10 @@ def _of_plugin(error: PluginError, model_type: str) -> Suspect:
     homes = _homes(module)
     if not homes:
         return Suspect("the entry point", f"there is no module {module!r}")
-    # To tell the plugin's authors, or to leave it out, is no way out for those who test it.
-    mend = "" if error.hint.startswith("report it") else error.hint.partition("; or leave")[0]
-    where = _where(error.__cause__, homes)
-    return Suspect("the plugin's module", "; ".join(filter(None, (where, mend))) or str(homes[0]))
+    where = _where(error.__cause__, homes) or str(homes[0])
+    # Who tests a plugin is not helped by leaving it out, and knows best whom to tell.
+    mend = [] if error.hint == mend_for(entry) else [error.hint.partition("; or leave")[0]]
+    return Suspect("the plugin's module", "; ".join([where, *mend]))
 
 
 def _homes(module: str) -> list[Path]:
