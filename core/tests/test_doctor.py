@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from splitlearn_core.doctor import cache, devices, machine, packages, tested, variables, versions
+from splitlearn_core.doctor.apart import make_apart
 from splitlearn_core.doctor.examine import examine
 from splitlearn_core.doctor.findings import Finding, Level, Report
 from splitlearn_core.doctor.model import check_model, room
-from splitlearn_core.doctor.running import Check, make, make_apart
+from splitlearn_core.doctor.running import Check, findings_of, make
 from splitlearn_core.memory import MemoryReading
 from splitlearn_core.plan.splitplan import MemoryNeeds
 from splitlearn_core.plugins.registry import registry, reset_registry
@@ -108,17 +110,24 @@ def test_everything_is_proven_where_a_plugin_carries_a_model(world: Any, single:
     assert about("read by mapped (0 B)", report.findings)
 
 
-def test_a_torch_that_cannot_be_imported_is_a_finding(world: Any) -> None:
-    """So is what depends on it; the rest is examined as ever."""
+def test_a_torch_that_cannot_be_imported_is_one_finding(world: Any, llama: Any, single: Path) -> None:
+    """The only one: what depends on it is left out, plugins and models too, and the rest is examined as ever."""
     (world.folder / "torch.py").write_text("raise OSError('libtorch is not what it was')\n")
     world.install("alpha")
+    world.install("beta", "import torch\n" + world.source("beta"))
 
-    report = examine()
+    report = examine(str(single))
 
-    found = about("libtorch is not what it was", report.findings)
-    assert {finding.check for finding in found} >= {"devices", "transformers"}
-    assert all(finding.mend for finding in found)
+    (found,) = about("libtorch is not what it was", report.findings)
+    assert (found.check, found.level) == ("torch", Level.WRONG)
+    assert found.mend == "pip install --force-reinstall torch"
+    left = about("left out: torch cannot be imported", report.findings)
+    assert {finding.check for finding in left} == {"devices", "transformers", "self-test", "plugins", "model"}
+    assert {finding.level for finding in left} == {Level.NOTE}
+    assert about("'beta'", left)
     assert about("'alpha'", report.findings)[0].level is Level.OK
+    assert about("read by mapped", report.findings)
+    assert [finding for finding in wrong(report.findings) if finding.check != "packages"] == [found]
 
 
 # --- checks that fail
@@ -129,9 +138,10 @@ def test_a_check_that_fails_is_a_finding() -> None:
     failing = Check("odd", "splitlearn_core.doctor.machine:open_files", ("many",), "files", "count them")
     sound = Check("machine", "splitlearn_core.doctor.machine:check_machine")
 
-    for found in (make(failing), make_apart([failing, sound], 60)):
+    for made in ([make(failing)], make_apart([failing, sound], 60)):
+        found = findings_of(made)
         assert (found[0].check, found[0].level, found[0].mend) == ("odd", Level.WRONG, "count them")
-        assert "the check of files itself failed: TypeError: " in found[0].what
+        assert "files failed: TypeError: " in found[0].what
         assert re.search(r"machine\.py:\d+$", found[0].where)
     assert about("processors", found)
 
@@ -151,7 +161,7 @@ def test_a_plugin_may_end_its_process(world: Any, source: str, said: str) -> Non
     world.install("alpha", f"{source}\n{HEAD}{GIVEN.format(ALPHA)}")
     world.install("beta")
 
-    found = make_apart([plugin_check("alpha"), plugin_check("beta")], 2)
+    found = findings_of(make_apart([plugin_check("alpha"), plugin_check("beta")], 2))
 
     assert [finding.level for finding in found] == [Level.WRONG, Level.OK]
     assert found[0].what.startswith(f"alpha {said}")
@@ -193,7 +203,7 @@ def test_what_is_odd_about_a_plugin_is_said(world: Any, source: str, level: Leve
     (world.folder / "torch.py").write_text("")  # what counts is that it is imported
     world.install("alpha", source)
 
-    found = make_apart([plugin_check("alpha")], 60)
+    found = findings_of(make_apart([plugin_check("alpha")], 60))
 
     (finding,) = about(said, found)
     assert finding.level is level
@@ -386,16 +396,22 @@ def test_no_plugin_at_all_is_said() -> None:
 
 
 def test_lists_and_what_they_misspell(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A blocked plugin is a note, a name that is nobody's is wrong."""
+    """A blocked plugin is a note, and so is a name that is nobody's: what is gone is blocked well enough."""
     world.install("alpha")
     monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "alpha,alhpa")
 
     report = examine(quick=True)
 
-    assert [f.what for f in wrong(report.findings) if f.check == "variables"] == [
-        "SPLITLEARN_DISABLE_PLUGINS names alhpa: no such plugin is installed"
-    ]
+    (unknown,) = about("SPLITLEARN_DISABLE_PLUGINS names alhpa: no such plugin is installed", report.findings)
+    assert unknown.level is Level.NOTE
     assert about("blocked by SPLITLEARN_DISABLE_PLUGINS", report.findings)[0].level is Level.NOTE
+
+
+def test_a_name_that_cannot_be_allowed_is_wrong() -> None:
+    """Somebody wants it, and it is not there."""
+    said = variables.lists({"SPLITLEARN_PLUGINS": "alhpa"}, {"SPLITLEARN_PLUGINS": ("alhpa",)})
+
+    assert [finding.level for finding in said] == [Level.NOTE, Level.WRONG]
 
 
 def test_an_empty_allow_list_is_told() -> None:
@@ -513,13 +529,18 @@ def test_a_gpu_that_is_not_used_has_a_reason(facts: Any, level: Level, said: str
 
 def test_a_model_that_can_be_loaded_is_described(llama: Any, single: Path) -> None:
     """Whose it is, where it can be cut, who reads it and what that takes."""
-    found = check_model(str(single))
+    found = check_model(str(single), load=True)
 
     assert not wrong(found)
     assert about("is of type llama, which splitlearn-llama 1.0 provides; 6 layers", found)
     assert about("--split 2 4", found)
     assert about("read by mapped", found)
     assert about("it has no tokenizer", found)[0].level is Level.NOTE
+    assert about("bottom, trunk and top load", found)[0].level is Level.OK
+
+
+#: A tensor inside a layer, of which no plan sees whether it is as the model needs it.
+TENSOR = "model.layers.3.mlp.down_proj.weight"
 
 
 def spoil(folder: Path, how: str, edit_json: Any) -> None:
@@ -531,6 +552,17 @@ def spoil(folder: Path, how: str, edit_json: Any) -> None:
     elif how == "no weights":
         for path in folder.glob("*.safetensors*"):
             path.unlink()
+    elif how in ("a missing tensor", "a tensor of another shape"):
+        shard = next(path for path in folder.glob("*.safetensors") if TENSOR in load_file(path))
+        tensors = load_file(shard)
+        tensor = tensors.pop(TENSOR)
+        save_file(tensors if "missing" in how else {**tensors, TENSOR: tensor.mT.contiguous()}, shard)
+        index = folder / "model.safetensors.index.json"
+        if "missing" in how:
+            names = json.loads(index.read_text())["weight_map"]
+            edit_json(index, weight_map={name: where for name, where in names.items() if name != TENSOR})
+    elif how == "other heads":
+        edit_json(folder / "config.json", num_attention_heads=2, num_key_value_heads=1)
     elif how == "two layers":
         edit_json(folder / "config.json", num_hidden_layers=2)
     elif how == "another type":
@@ -548,16 +580,58 @@ def spoil(folder: Path, how: str, edit_json: Any) -> None:
         ("two layers", "three components need two"),
         ("another type", "mamba9"),
         ("no configuration", "config.json"),
+        ("a missing tensor", TENSOR),
+        ("a tensor of another shape", TENSOR),
+        ("other heads", "self_attn.k_proj.weight"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_says_why(llama: Any, sharded: Path, edit_json: Any, how: str, said: str) -> None:
     """The error that a load would raise, with its hint as the mend; nothing is raised."""
     spoil(sharded, how, edit_json)
 
-    (finding,) = wrong(check_model(str(sharded)))
+    (finding,) = wrong(check_model(str(sharded), load=True))
 
     assert said in finding.what
     assert finding.mend
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("quick", ""), ("pickled", "weights in the format pytorch"), ("quantised", "its weights are quantised")],
+)
+def test_a_model_that_is_not_loaded_says_why(
+    llama: Any, single: Path, edit_json: Any, monkeypatch: pytest.MonkeyPatch, how: str, said: str
+) -> None:
+    """What was not tried is a note with the command that tries it; nothing is loaded for it."""
+    if how == "pickled":
+        torch.save(load_file(single / "model.safetensors"), single / "pytorch_model.bin")
+        (single / "model.safetensors").unlink()
+    elif how == "quantised":
+        edit_json(single / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    monkeypatch.setattr("splitlearn_core.doctor.model.load_components", pytest.fail)
+
+    found = check_model(str(single), load=how != "quick")
+
+    notes = about("was not tried", found)
+    assert [said in note.what for note in notes] == [True] * bool(said)
+    assert all(note.mend == f"splitlearn verify {single} --split 2 4" for note in notes)
+    assert not wrong(found)
+
+
+def test_a_model_of_the_hub_is_not_fetched_to_be_looked_at(
+    llama: Any, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are not here stay where they are; those that are here are loaded."""
+    with LoopbackHub() as hub:
+        hub.add("owner/model", single)
+        hub.configure(monkeypatch, tmp_path / "hub")
+        before = check_model("owner/model", load=True)
+        splitlearn_core.load_split_model(split_points=(2, 4), model_name_or_path="owner/model")
+        after = check_model("owner/model", load=True)
+
+    (note,) = about("was not tried: its weights are not all here", before)
+    assert note.mend == "splitlearn verify owner/model --split 2 4"
+    assert about("bottom, trunk and top load", after)
 
 
 def test_a_model_that_is_nowhere_is_said_at_the_command_line(llama: Any, cli: Any) -> None:
@@ -581,7 +655,7 @@ def test_cuts_keep_to_what_the_family_allows(world: Any, single: Path) -> None:
     family = "ModelFamily(model_type='llama', architecture='LlamaForCausalLM', impossible_cuts={})"
     world.install("llama", HEAD + GIVEN.format(family.format("lambda config: {2: 'x', 4: 'x'}")))
 
-    (finding,) = about("it can be cut", check_model(str(single)))
+    (finding,) = about("it can be cut", check_model(str(single), load=True))
 
     points = [int(word) for word in finding.what.split()[-2:]]
     assert not {2, 4} & set(points)

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
 from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, Zero, entering
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
+from splitlearn_core.causes import cause_of
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.origin import Origin
@@ -338,6 +339,8 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
             raise AttributeError(f"it is no model class but {found!r}")
         return cast("type[PreTrainedModel]", found)
     except (ImportError, AttributeError, ValueError) as error:
+        if cause_of(error) is not None:
+            raise  # a library that cannot be imported is nothing that the family says wrongly
         raise BrokenPluginError(
             f"family {family.model_type!r} names the architecture {family.architecture!r}, which is not there: {error}",
             hint=_nearest_class(name, names),

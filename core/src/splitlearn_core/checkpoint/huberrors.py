@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from splitlearn_core.causes import refusal
 from splitlearn_core.checkpoint.transport import transport
 from splitlearn_core.errors import CheckpointError, InsufficientDiskError, MissingFileError, SplitLearnError
 
@@ -85,10 +86,11 @@ def _broken_transfer(what: str, error: Exception) -> SplitLearnError:
         return InsufficientDiskError(
             f"{what}: the disk is full: {error}", hint="free some space, or choose another disk with cache_dir="
         )
-    if isinstance(error, PermissionError):
-        return CheckpointError(
-            f"{what}: the cache cannot be written: {error}", hint="choose another folder with cache_dir= or HF_HOME"
-        )
+    if isinstance(error, OSError) and error.filename:
+        # What names a path is about the disk. The client takes its connections for no files.
+        other = "choose another folder with cache_dir= or HF_HOME"
+        hint = f"{refusal(error).hint}, or {other}" if isinstance(error, PermissionError) else other
+        return CheckpointError(f"{what}: the cache of models cannot be used: {error}", hint=hint)
     return CheckpointError(
         f"{what}: the connection to the Hub was lost: {error}",
         hint="run it again: what was downloaded is kept; what is cached loads with local_files_only=True",

@@ -13,7 +13,7 @@ _WIDTH = len("transformers")
 
 @click.command("doctor", short_help="Why is a plugin not seen, why does a model not load.")
 @click.argument("model", required=False)
-@click.option("--quick", is_flag=True, help="Leave out what imports torch and transformers.")
+@click.option("--quick", is_flag=True, help="Leave out what imports torch and transformers, and load no model.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -> None:
@@ -23,7 +23,7 @@ def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -
     """
     from splitlearn_core.doctor.examine import examine
 
-    report = examine(model, quick=quick)
+    report = examine(model, quick=quick, tell=lambda doing: click.echo(f"still {doing} ...", err=True))
     if as_json:
         print_json(report.to_dict())
     else:

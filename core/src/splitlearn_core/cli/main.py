@@ -37,6 +37,7 @@ def cli(verbose: bool, trace: bool) -> None:
     if trace:
         from splitlearn_core.plugins.tracing import trace_to_stderr
 
+        # SPLITLEARN_TRACE still says how.
         trace_to_stderr()
 
 
@@ -54,17 +55,30 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
-    except SplitLearnError as error:
-        click.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
-        sys.exit(1)
     except BrokenPipeError:
         # The reader of a pipe has gone (`| head`); without this, flushing at exit would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        # A disk that is full, or a closed output: nothing of ours, and no reason for a traceback.
-        click.echo(f"error: {error}", err=True)
+    except Exception as error:
+        said = _said(error)
+        if said is None:
+            raise
+        message, hint = said
+        click.echo(f"error: {message}", err=True)
+        if hint:
+            click.echo(f"hint: {hint}", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _said(error: Exception) -> tuple[str, str] | None:
+    """Return message and hint of an error that its reader can do something about; None for a bug."""
+    from splitlearn_core.causes import cause_of
+
+    cause = cause_of(error)
+    if isinstance(error, SplitLearnError) and not (cause and cause.library):
+        return error.message, error.hint
+    if cause is not None:
+        return cause.message, cause.hint
+    # A disk that is full, or a closed output: nothing of ours, and no reason for a traceback.
+    return (str(error), "") if isinstance(error, OSError) else None

@@ -1,31 +1,35 @@
-"""One model: can it be opened, whose is it, how can it be cut, who reads it, and does it fit?"""
+"""One model: can it be opened, whose is it, how can it be cut, who reads it, does it fit, and does it load?"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 
-from splitlearn_core.checkpoint.strategy import BUILT_IN
+from splitlearn_core.checkpoint.strategy import BUILT_IN, MappedStrategy
+from splitlearn_core.doctor.explaining import failed
 from splitlearn_core.doctor.findings import Finding, Level
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, SplitLearnError
-from splitlearn_core.loading import OpenModel, make_plan, open_model
+from splitlearn_core.loading import LoadOptions, OpenModel, load_components, make_plan, open_model
 from splitlearn_core.loading.planning import refuse_misfit
 from splitlearn_core.loading.reads import memory_by_strategy, read_plans, whole_model
 from splitlearn_core.memory import available_memory
+from splitlearn_core.plan.names import KeyTable
 from splitlearn_core.plan.split import count_layers, impossible_cuts
 from splitlearn_core.plan.splitplan import MemoryNeeds, SplitPlan
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.text import has_tokenizer
-from splitlearn_core.types import Component
+from splitlearn_core.types import SAFETENSORS, Component
 from splitlearn_core.units import human_bytes
 
 _NAME = "model"
 
 
-def check_model(name: str) -> list[Finding]:
-    """Do all that comes before a load, and stop where a load would.
+def check_model(name: str, load: bool) -> list[Finding]:
+    """Do all that comes before a load, and then load, where that costs next to nothing.
 
     Args:
         name: A directory, a repository on the Hub, or ``bundled:MODEL_TYPE``.
+        load: Whether to load it, which imports torch and transformers.
     """
     found: list[Finding] = []
     try:
@@ -43,8 +47,10 @@ def check_model(name: str) -> list[Finding]:
         files = f"{len(plan.shards)} files" if len(plan.shards) > 1 else "one file"
         found.append(_ok(f"{human_bytes(plan.nbytes)} in {files}, loads as {plan.dtype}"))
         found += readers(model, plan)
-    except SplitLearnError as error:
-        found.append(Finding(_NAME, Level.WRONG, error.message, name, error.hint))
+        if load:
+            found.append(loaded(model, plan, table))
+    except (SplitLearnError, ImportError, OSError) as error:
+        found.append(failed(_NAME, error, f"looking at {name}", "report it", name))
     return found
 
 
@@ -104,6 +110,34 @@ def readers(model: OpenModel, plan: SplitPlan) -> Iterator[Finding]:
     shown = [f"{name} ({human_bytes(needs[name].peak)})" if name in needs else name for name in able]
     yield _ok(f"read by {', '.join(shown)}")
     yield from room(needs, available_memory())
+
+
+def loaded(model: OpenModel, plan: SplitPlan, table: KeyTable) -> Finding:
+    """Load the three components as views of the mapped file, which reads next to nothing, or say why not.
+
+    Raises:
+        SplitLearnError: They do not load.
+    """
+    refusal = not_loaded(model, plan)
+    if refusal:
+        a, b = plan.split_points
+        what = f"whether its tensors are those of the model was not tried: {refusal}"
+        return Finding(_NAME, Level.NOTE, what, mend=f"splitlearn verify {shlex.quote(model.name)} --split {a} {b}")
+    load_components(model, plan, table, LoadOptions("cpu", MappedStrategy.name), lambda _: None)
+    return _ok("bottom, trunk and top load")
+
+
+def not_loaded(model: OpenModel, plan: SplitPlan) -> str:
+    """Say why a model is not loaded for a check; empty where it can be."""
+    checkpoint = model.checkpoint
+    if checkpoint.quantization:
+        return "its weights are quantised, and all of them would be dequantised"
+    if checkpoint.format != SAFETENSORS:
+        return f"weights in the format {checkpoint.format} are read as a whole"
+    if not all(file.is_here for file in checkpoint.source.plan_fetch(checkpoint.wanted(plan.infos))):
+        return "its weights are not all here"
+    takes, free = memory_by_strategy(model, plan)[MappedStrategy.name].peak, available_memory()
+    return f"it takes {human_bytes(takes)}, and {human_bytes(free)} are free" if takes > free else ""
 
 
 def room(needs: Mapping[str, MemoryNeeds], free: int) -> Iterator[Finding]:

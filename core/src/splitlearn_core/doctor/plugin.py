@@ -6,9 +6,13 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TextIO
 
+from splitlearn_core.causes import cause_of, is_halted
+from splitlearn_core.doctor.explaining import left_out
 from splitlearn_core.doctor.findings import Finding, Level
+from splitlearn_core.errors import PluginError
 from splitlearn_core.plugins.asking import LoadedPlugin
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.registry import PluginStatus, registry
@@ -30,7 +34,7 @@ def check_plugin(kind: str, name: str, distribution: str) -> list[Finding]:
     said, before = _Overheard(sys.stdout), set(sys.modules)
     with contextlib.redirect_stdout(said):
         status = registry().status(entry, check=True)
-    found = [_as_finding(status)]
+    found = [_as_finding(status) if status.status != "broken" else _broken(status)]
     if status.status == "ready":
         found += manners(entry, said.getvalue(), [name for name in _HEAVY if name in set(sys.modules) - before])
         if kind == FAMILY:
@@ -63,6 +67,24 @@ def _as_finding(status: PluginStatus) -> Finding:
     # A conflict is between packages, and each of them tells the same.
     where = "" if status.status == "conflict" else entry.origin or entry.module
     return Finding(_NAME, level, what, where, status.hint)
+
+
+def _broken(status: PluginStatus) -> Finding:
+    """Judge a plugin that is broken: perhaps it is not, and a library that it imports is."""
+    entry = status.entry
+    cause = None
+    try:
+        if entry.kind == FAMILY:
+            registry().plugin(entry.name)
+        else:
+            registry().strategies(None, entry.name)
+    except PluginError as error:
+        cause = cause_of(error)
+    if cause is None or not cause.library:
+        return _as_finding(status)
+    if is_halted(cause.library):
+        return left_out(_NAME, cause.library, f"{entry.what} ({entry.label})")
+    return replace(_as_finding(status), mend=cause.hint)
 
 
 def manners(entry: PluginEntry, said: str, heavy: list[str]) -> Iterator[Finding]:

@@ -33,8 +33,10 @@ def lists(environment: Mapping[str, str], unknown: Mapping[str, tuple[str, ...]]
             yield Finding(_NAME, Level.NOTE, what, variable, f"unset {variable}, if other plugins are wanted")
         if variable in unknown:
             what = f"{variable} names {', '.join(unknown[variable])}: no such plugin is installed"
-            mend = "correct the name: splitlearn plugins lists them, by model type and by package"
-            yield Finding(_NAME, Level.WRONG, what, variable, mend)
+            mend = "correct the name or take it out: splitlearn plugins lists them, by model type and by package"
+            # What is gone cannot be blocked, and that is as it was wanted; what cannot be allowed is missing.
+            level = Level.NOTE if variable == BLOCK_VARIABLE else Level.WRONG
+            yield Finding(_NAME, level, what, variable, mend)
 
 
 def hub(environment: Mapping[str, str]) -> Iterator[Finding]:

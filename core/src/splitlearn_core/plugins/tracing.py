@@ -110,8 +110,14 @@ def listening() -> bool:
     return log.isEnabledFor(logging.DEBUG)
 
 
-def trace_to_stderr(*, as_json: bool = False) -> None:
-    """Print every step to stderr from now on; a second call changes how."""
+def trace_to_stderr(*, as_json: bool | None = None) -> None:
+    """Print every step to stderr from now on; a second call changes how.
+
+    Args:
+        as_json: JSON lines rather than text; None for what ``SPLITLEARN_TRACE`` says.
+    """
+    if as_json is None:
+        as_json = os.environ.get(VARIABLE, "").lower() == "json"
     for handler in [handler for handler in log.handlers if isinstance(handler, _Stderr)]:
         log.removeHandler(handler)
     log.addHandler(_Stderr(as_json=as_json))
@@ -122,9 +128,9 @@ def trace_to_stderr(*, as_json: bool = False) -> None:
 
 def trace_as_environment_says() -> None:
     """Print steps where ``SPLITLEARN_TRACE`` asks for it, and only once."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "0") and not any(isinstance(handler, _Stderr) for handler in log.handlers):
-        trace_to_stderr(as_json=wanted.lower() == "json")
+    wanted = os.environ.get(VARIABLE, "") not in ("", "0")
+    if wanted and not any(isinstance(handler, _Stderr) for handler in log.handlers):
+        trace_to_stderr()
 
 
 class _Stderr(logging.Handler):
