@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,3 +214,89 @@ def test_verify_for_people(cli: Cli, llama: Any, tied: Path) -> None:
 def test_verify_takes_a_sharded_checkpoint(cli: Cli, llama: Any, sharded: Path) -> None:
     """The unsplit model is loaded through the index."""
     assert cli("verify", sharded, "--split", "1", "5")[0] == 0
+
+
+#: How torch may be broken, or any library: the text of its module, and what is said of it.
+BROKEN = {
+    "ImportError": ("import torch.no_such_part", "torch cannot be imported: ModuleNotFoundError: No module named"),
+    "OSError": ("raise OSError('libtorch is gone')", "torch cannot be imported: OSError: libtorch is gone"),
+    "RuntimeError": ("raise RuntimeError('other numpy')", "torch cannot be imported: RuntimeError: other numpy"),
+}
+
+
+@pytest.mark.parametrize(("source", "said"), BROKEN.values(), ids=list(BROKEN))
+def test_a_broken_library_is_named(llama: Any, single: Path, source: str, said: str) -> None:
+    """Which one, why, and the line that mends it; no traceback."""
+    (llama.folder / "torch").mkdir()
+    (llama.folder / "torch" / "__init__.py").write_text(source)
+
+    done = llama.python("-m", "splitlearn_core", "verify", str(single), *CUTS)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.endswith("\nhint: pip install --force-reinstall torch\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broken_transformers_is_not_the_plugins_fault(llama: Any, single: Path) -> None:
+    """It is imported for a class that the family names."""
+    (llama.folder / "transformers.py").write_text("raise ValueError('half installed')")
+
+    done = llama.python("-m", "splitlearn_core", "verify", str(single), *CUTS)
+
+    assert done.stderr == (
+        "error: transformers cannot be imported: ValueError: half installed\n"
+        "hint: pip install --force-reinstall transformers\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (None, "error: torch is not installed\nhint: pip install torch\n"),
+        ("2.13", "error: torch is installed, and its files are not there\nhint: pip install --force-reinstall torch\n"),
+    ],
+)
+def test_a_missing_library_is_named(
+    cli: Cli, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch, metadata: str | None, said: str
+) -> None:
+    """Not installed, or installed and gone."""
+    monkeypatch.setattr("splitlearn_core.plugins.metadata.version_of", lambda _: metadata)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in [name for name in sys.modules if name.startswith(("splitlearn_core.build", "splitlearn_core.pipe"))]:
+        monkeypatch.delitem(sys.modules, name)
+
+    assert cli("verify", single, *CUTS) == (1, "", said)
+
+
+@pytest.mark.parametrize(
+    "bug", [ImportError("cannot import name 'x' from 'torch'", name="torch"), ModuleNotFoundError(name="splitlearn_x")]
+)
+def test_a_bug_keeps_its_traceback(cli: Cli, single: Path, monkeypatch: pytest.MonkeyPatch, bug: Exception) -> None:
+    """An import of ours that is wrong is nothing that its reader can mend."""
+
+    def wrong(*_: object, **__: object) -> None:
+        raise bug
+
+    monkeypatch.setattr("splitlearn_core.quickstart.plan_split", wrong)
+    with pytest.raises(type(bug)):
+        cli("plan", single, *CUTS)
+
+
+def test_what_may_not_be_read_comes_with_the_line_that_changes_it(
+    cli: Cli, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path that is barred, quoted for a shell."""
+    barred = single / "not yours"
+    barred.mkdir()
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(barred))
+
+    monkeypatch.setattr("splitlearn_core.quickstart.plan_split", refused)
+
+    assert cli("plan", single, *CUTS) == (
+        1,
+        "",
+        f"error: Permission denied: {barred}\nhint: chmod u+rwx '{barred}'\n",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from splitlearn_core.doctor import cache, devices, machine, packages, tested, variables, versions
+from splitlearn_core.doctor import apart, cache, devices, machine, packages, tested, variables, versions
 from splitlearn_core.doctor.apart import make_apart
 from splitlearn_core.doctor.examine import examine
 from splitlearn_core.doctor.findings import Finding, Level, Report
@@ -151,22 +153,53 @@ FATAL = {
     "exits": ("import os; print('so long', flush=True); os._exit(3)", "ended its process with exit code 3"),
     "exits well": ("import os; os._exit(0)", "ended its process with exit code 0"),
     "is killed": ("import os; os.kill(os.getpid(), 9)", "ended its process by signal SIGKILL"),
-    "hangs": ("import threading; threading.Event().wait()", "did not come to an end in 2 seconds"),
+    "hangs": ("import threading; threading.Event().wait()", "did not come to an end in 3 seconds"),
 }
 
 
 @pytest.mark.parametrize(("source", "said"), FATAL.values(), ids=list(FATAL))
-def test_a_plugin_may_end_its_process(world: Any, source: str, said: str) -> None:
-    """It is named, and the plugin after it is examined."""
+def test_a_plugin_may_end_its_process(world: Any, monkeypatch: pytest.MonkeyPatch, source: str, said: str) -> None:
+    """It is named, and the plugin after it is examined; who is waited for is told meanwhile, and once."""
     world.install("alpha", f"{source}\n{HEAD}{GIVEN.format(ALPHA)}")
     world.install("beta")
 
-    found = findings_of(make_apart([plugin_check("alpha"), plugin_check("beta")], 2))
+    monkeypatch.setattr(apart, "_PATIENCE", 0.2)
+    waited: list[str] = []
+
+    made = make_apart([plugin_check("alpha"), plugin_check("beta")], 3, tell=waited.append)
+
+    found = findings_of(made)
+    assert [one.is_lost for one in made] == [True, False]
+    if "did not come to an end" in said:
+        assert waited.count("alpha") == 1
 
     assert [finding.level for finding in found] == [Level.WRONG, Level.OK]
     assert found[0].what.startswith(f"alpha {said}")
     assert ("so long" in found[0].what) == ("so long" in source)
     assert "'beta'" in found[1].what
+
+
+def test_a_plugin_that_ends_its_process_is_left_alone_then(world: Any) -> None:
+    """One finding: what comes after it neither ends nor waits for it, and says so where it needs it."""
+    world.install("alpha", f"import os; os._exit(3)\n{HEAD}{GIVEN.format(ALPHA)}")
+
+    report = examine()
+
+    assert [finding.check for finding in wrong(report.findings) if finding.check != "versions"] == ["plugins"]
+
+
+def test_who_is_waited_for_is_told_at_the_command_line(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stderr, terminal or not; stdout is as ever."""
+    monkeypatch.setattr("splitlearn_core.doctor.examine._PLUGIN_SECONDS", 3.0)
+    monkeypatch.setattr(apart, "_PATIENCE", 0.2)
+    world.install("alpha", "import threading; threading.Event().wait()\n")
+    monkeypatch.setenv("SPLITLEARN_PLUGINS", "alpha")
+
+    code, out, err = cli("doctor", "--quick", "--json")
+
+    assert code == 1
+    assert json.loads(out)["healthy"] is False
+    assert "still looking at splitlearn-alpha 1.0 (model type 'alpha') ..." in err.splitlines()
 
 
 # --- plugins
@@ -595,6 +628,19 @@ def test_a_model_that_cannot_be_loaded_says_why(llama: Any, sharded: Path, edit_
     assert finding.mend
 
 
+def bar(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody read a file: not even root, who may read every other."""
+    opened = Path.open
+
+    def refused(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(self, *arguments, **options)
+
+    path.chmod(0)
+    monkeypatch.setattr(Path, "open", refused)
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [("quick", ""), ("pickled", "weights in the format pytorch"), ("quantised", "its weights are quantised")],
@@ -618,20 +664,17 @@ def test_a_model_that_is_not_loaded_says_why(
     assert not wrong(found)
 
 
-def test_a_model_of_the_hub_is_not_fetched_to_be_looked_at(
-    llama: Any, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_a_finding(
+    llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Weights that are not here stay where they are; those that are here are loaded."""
-    with LoopbackHub() as hub:
-        hub.add("owner/model", single)
-        hub.configure(monkeypatch, tmp_path / "hub")
-        before = check_model("owner/model", load=True)
-        splitlearn_core.load_split_model(split_points=(2, 4), model_name_or_path="owner/model")
-        after = check_model("owner/model", load=True)
+    """With its path and the line that changes it, and nobody is asked to report it."""
+    bar(single / name, monkeypatch)
 
-    (note,) = about("was not tried: its weights are not all here", before)
-    assert note.mend == "splitlearn verify owner/model --split 2 4"
-    assert about("bottom, trunk and top load", after)
+    (finding,) = wrong(check_model(str(single), load=True))
+
+    assert finding.what == f"Permission denied: {single / name}"
+    assert finding.mend == f"chmod u+r {single / name}"
 
 
 def test_a_model_that_is_nowhere_is_said_at_the_command_line(llama: Any, cli: Any) -> None:

@@ -179,6 +179,29 @@ def test_the_option_traces_one_command(llama: Any, single: Any, cli: Any) -> Non
     assert "splitlearn_map_weight_keys(family=ModelFamily('llama')" in err
 
 
+def test_the_option_leaves_the_form_to_the_variable(
+    llama: Any, single: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for JSON gets it, with the option too."""
+    monkeypatch.setenv("SPLITLEARN_TRACE", "json")
+
+    _, _, err = cli("--trace", "plan", single, "--split", 2, 4)
+
+    steps = [json.loads(line) for line in err.splitlines()]
+    assert {step["event"] for step in steps if step["what"] == "splitlearn_map_weight_keys"} == {"hook"}
+
+
+def test_the_doctor_traces_plugins_in_their_own_process(world: Any) -> None:
+    """In the form that the variable asks for; stdout is its report."""
+    world.install("alpha")
+
+    done = world.python("-m", "splitlearn_core", "--trace", "doctor", "--quick", "--json", SPLITLEARN_TRACE="json")
+
+    steps = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [step["event"] for step in steps if step["plugin"] == "splitlearn-alpha 1.0"][:2] == ["import", "hook"]
+    assert json.loads(done.stdout)["counts"]
+
+
 def test_a_closed_stderr_disturbs_nobody(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace that cannot be written is lost; what is traced goes on."""
     import io

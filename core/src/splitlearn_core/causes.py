@@ -76,7 +76,7 @@ def _library(error: BaseException) -> Cause | None:
     if isinstance(error, MemoryError):
         return None
     if isinstance(error, ModuleNotFoundError) and error.name in _LIBRARIES:
-        return Cause(f"{error.name} is not installed", f"pip install {_LIBRARIES[error.name]}", error.name)
+        return _missing(error.name)
     library = _importing(error.__traceback__)
     if not library:
         return None
@@ -84,6 +84,16 @@ def _library(error: BaseException) -> Cause | None:
     return Cause(
         f"{library} cannot be imported: {said}", f"pip install --force-reinstall {_LIBRARIES[library]}", library
     )
+
+
+def _missing(library: str) -> Cause:
+    from splitlearn_core.plugins.metadata import version_of
+
+    distribution = _LIBRARIES[library]
+    if version_of(distribution) is None:
+        return Cause(f"{library} is not installed", f"pip install {distribution}", library)
+    hint = f"pip install --force-reinstall {distribution}"
+    return Cause(f"{library} is installed, and its files are not there", hint, library)
 
 
 def _importing(trace: TracebackType | None) -> str:

@@ -9,7 +9,7 @@ from splitlearn_core.doctor.apart import Tell, Without, make_apart
 from splitlearn_core.doctor.findings import Report
 from splitlearn_core.doctor.running import Check, Made, findings_of, make, unusable
 from splitlearn_core.plugins.mending import mend_for
-from splitlearn_core.plugins.metadata import PluginEntry
+from splitlearn_core.plugins.metadata import PluginEntry, version_of
 from splitlearn_core.plugins.registry import registry
 
 _HERE = f"{__package__}."
@@ -49,7 +49,7 @@ def examine(model: str | None = None, *, quick: bool = False, tell: Tell = lambd
     findings = findings_of(make(check) for check in _QUICK)
     entries = registry().entries
     # What is not installed has its finding among the versions.
-    absent = () if quick else tuple(name for name in _LIBRARIES if importlib.util.find_spec(name) is None)
+    absent = () if quick else tuple(filter(_is_absent, _LIBRARIES))
     plugins = make_apart(_plugins(entries), _PLUGIN_SECONDS, Without(absent), tell)
     without = Without(absent, _distributions(plugins))
     torch = [] if quick else make_apart((*_imports(absent), *_TORCH), _TORCH_SECONDS, without, tell)
@@ -62,6 +62,10 @@ def examine(model: str | None = None, *, quick: bool = False, tell: Tell = lambd
         check = Check("model", f"{_HERE}model:check_model", (model, not quick), f"looking at {model}", "report it")
         findings += findings_of(make_apart((check,), _MODEL_SECONDS, without, tell))
     return Report(tuple(dict.fromkeys(findings)))
+
+
+def _is_absent(library: str) -> bool:
+    return version_of(library) is None and importlib.util.find_spec(library) is None
 
 
 def _plugins(entries: Sequence[PluginEntry]) -> list[Check]:
