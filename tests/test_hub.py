@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +31,7 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
+from splitlearn_core.doctor.model import check_model
 from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 
@@ -688,6 +691,52 @@ class Usage(NamedTuple):
 
 
 class TestDisk:
+    def test_a_cache_that_cannot_be_used(
+        self, hub: LoopbackHub, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Cli
+    ) -> None:
+        """The connection is not blamed for a folder that is a file."""
+        hub.add_repo(REPO, single)
+        (tmp_path / "file").touch()
+        for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(CheckpointError, match=r"cache of models cannot be used: .*Not a directory") as caught:
+                plan_split(REPO, SPLIT, cache_dir=folder)
+            assert "HF_HOME" in caught.value.hint
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "file" / "token"))
+        result = command("plan", REPO, "--split", 2, 4)
+        assert failed_cleanly(result)
+        assert "the cache of models cannot be used" in result.stderr
+
+    @pytest.mark.parametrize("place", ["", "refs", "snapshots"])
+    def test_a_cache_that_may_not_be_read(
+        self, hub: LoopbackHub, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    ) -> None:
+        """To the client it is as if nothing were there; the error has the folder and the line that changes it."""
+        hub.add_repo(REPO, single)
+        barred = tmp_path / ("models--" + REPO.replace("/", "--")) / place
+        barred.mkdir(parents=True)
+        scan = os.scandir
+
+        def refused(path: Any) -> Any:
+            if Path(path) == barred:
+                raise PermissionError(errno.EACCES, "Permission denied", str(barred))
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", refused)
+        with pytest.raises(CheckpointError, match=r"cache of models cannot be used: .*Permission denied") as caught:
+            plan_split(REPO, SPLIT, cache_dir=tmp_path, local_files_only=True)
+        assert caught.value.hint.startswith(f"chmod u+rwx {barred!s}, or choose another folder")
+
+    def test_a_model_is_not_fetched_to_be_looked_at(self, hub: LoopbackHub, single: Path) -> None:
+        """The doctor leaves weights where they are, and loads those that are here."""
+        hub.add_repo(REPO, single)
+        (before,) = [found for found in check_model(REPO, load=True) if "was not tried" in found.what]
+        assert whole_downloads(hub) == []
+        load()
+        after = check_model(REPO, load=True)
+        assert before.what.endswith("its weights are not all here")
+        assert before.mend == f"splitlearn verify {REPO} --split 3 5"
+        assert [found.what for found in after][-1] == "bottom, trunk and top load"
+
     def test_too_little_disk(self, hub: LoopbackHub, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Weights that do not fit on the disk are not begun to be downloaded; the hint says how to make room."""
         hub.add_repo(REPO, single)

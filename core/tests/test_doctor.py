@@ -313,7 +313,7 @@ def test_groups_of_others_are_theirs(world: Any) -> None:
 
 
 def test_a_package_that_is_there_twice_hides_itself(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """In two folders of the path, or in two versions in one folder; the first counts."""
+    """In two folders of the path: the first is used."""
     world.install("alpha", version="1.0")
     older = type(world)(tmp_path / "older", monkeypatch)
     older.install("alpha", version="0.9")
@@ -321,9 +321,37 @@ def test_a_package_that_is_there_twice_hides_itself(world: Any, tmp_path: Path, 
 
     (finding,) = about("splitlearn-alpha is installed 2 times", packages.check_packages())
 
-    assert "1.0 counts, and hides 0.9" in finding.what
-    assert str(older.folder) in finding.what
-    assert "pip uninstall splitlearn-alpha" in finding.mend
+    hidden = older.folder / "splitlearn_alpha-0.9.dist-info"
+    assert finding.what.endswith(f"2 times: 1.0 is used and hides 0.9 in {hidden}")
+    assert finding.mend.startswith("pip uninstall splitlearn-alpha until pip finds none; then pip install")
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_metadata_that_was_left_behind_is_one_finding(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, editable: bool
+) -> None:
+    """Whichever of two the system lists first: the older is stale, and is to be removed; neither is judged besides."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "pyproject.toml").write_text(PROJECT.replace("1.0", "2.0") + 'alpha = "splitlearn_alpha"\n')
+    for version in ("1.0", "2.0"):
+        info = world.install("alpha", version=version, requires=f"=={version}")
+        if editable:
+            record = {"url": checkout.as_uri(), "dir_info": {"editable": True}}
+            (info / "direct_url.json").write_text(json.dumps(record))
+    older, newer = (world.folder / f"splitlearn_alpha-{version}.dist-info" for version in ("1.0", "2.0"))
+    kin = [one for one in packages.installed() if one.name == "splitlearn-alpha"]
+
+    for first, said in (
+        (older, f"1.0 is used and is stale; 2.0 in {newer} is not used"),
+        (newer, "2.0 is used; 1.0 in"),
+    ):
+        ordered = sorted(kin, key=lambda one, first=first: one.info != first)
+        monkeypatch.setattr(packages, "installed", lambda _, ordered=ordered: tuple(ordered))
+        (finding,) = about("splitlearn-alpha", wrong(packages.check_packages()))
+        assert said in finding.what
+        again = f"-e {checkout}" if editable else "--force-reinstall splitlearn-alpha"
+        assert finding.mend == f"remove {older}; then pip install {again}"
 
 
 def test_a_folder_that_is_on_the_path_twice_is_one(world: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -48,8 +48,10 @@ def cause_of(error: BaseException) -> Cause | None:
 def refusal(error: OSError) -> Cause:
     """Say which path may not be used, and how its owner lets it be."""
     path = Path(os.fsdecode(error.filename))
-    # Below a folder that may not be searched nothing can be said of what is in it.
-    barred = next((one for one in reversed(path.absolute().parents) if not os.access(one, os.R_OK | os.X_OK)), path)
+    # Below a folder that may not be searched, nothing can be said of what is in it.
+    barred = next((one for one in reversed(path.absolute().parents) if not os.access(one, os.X_OK)), path)
+    while not os.path.lexists(barred):
+        barred = barred.parent  # what is not there yet is made in there
     return Cause(f"{error.strerror or error}: {path}", _chmod(barred))
 
 
@@ -112,12 +114,8 @@ def _importing(trace: TracebackType | None) -> str:
 
 def _chmod(path: Path) -> str:
     """Return the line that lets the owner of a path use it."""
-    name = shlex.quote(str(path))
-    try:
-        found = path.stat()
-    except OSError:
-        return f"chmod u+r {name}"
-    is_folder = stat.S_ISDIR(found.st_mode)
+    found = path.lstat()
+    name, is_folder = shlex.quote(str(path)), stat.S_ISDIR(found.st_mode)
     if sys.platform != "win32" and os.geteuid() not in (0, found.st_uid):
         return f"have its owner do: chmod a+{'rx' if is_folder else 'r'} {name}"
     return f"chmod u+{'rwx' if is_folder else 'r'} {name}"

@@ -291,7 +291,15 @@ class HubSource:
             )
 
     def _guarded(self, action: Callable[[], _T], name: str = "") -> _T:
-        return guarded(action, Asked(self.model, self._revision, name, self._offline(), self.hint_for_missing))
+        asked = Asked(
+            self.model,
+            self._revision,
+            name,
+            self._offline(),
+            self.hint_for_missing,
+            self._options["cache_dir"],
+        )
+        return guarded(action, asked)
 
 
 def _holds_header(held: PartialFile) -> bool:

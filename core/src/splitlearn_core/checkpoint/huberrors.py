@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from splitlearn_core.causes import refusal
@@ -24,6 +26,8 @@ class Asked:
     name: str
     is_offline: bool
     hint_for_missing: str
+    #: The folder of the cache; None for that of the environment.
+    cache_dir: str | os.PathLike[str] | None = None
 
     @property
     def where(self) -> str:
@@ -58,6 +62,8 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
             f"{asked.repo!r} has no revision {asked.revision!r}", hint="name a branch, a tag or a full commit hash"
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        if (refused := _refused(asked)) is not None:
+            raise _broken_transfer(what, refused) from refused
         if asked.is_offline:
             raise MissingFileError(
                 f"{what}: there is no such directory, it is not in the cache, and looking on the Hub is off",
@@ -78,6 +84,24 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
         raise _unreachable(what) from error
     except (transport().HTTPError, OSError) as error:
         raise _broken_transfer(what, error) from error
+
+
+def _refused(asked: Asked) -> PermissionError | None:
+    """Return what keeps one from the cache of a repository: to the client it is as if nothing were there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(asked.cache_dir or HF_HUB_CACHE).expanduser() / repo_folder_name(
+        repo_id=asked.repo, repo_type="model"
+    )
+    for place in (folder, folder / "refs", folder / "snapshots"):
+        try:
+            os.scandir(place).close()
+        except PermissionError as error:
+            return error
+        except OSError:
+            continue  # not there: then nothing is
+    return None
 
 
 def _broken_transfer(what: str, error: Exception) -> SplitLearnError:

@@ -11,6 +11,7 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 import splitlearn_core
 from splitlearn_core.doctor.findings import Finding, Level
@@ -36,12 +37,15 @@ _GROUPS = (*KINDS, API_GROUP)
 def check_packages() -> list[Finding]:
     """Look at the metadata of everything that has to do with plugins; nothing of it is imported."""
     found = installed(("torch", "transformers"))
-    kin = [one for one in found if one.name not in LIBRARIES]
+    counts = Counter(one.name for one in found)
+    # Of a package that is there twice, no copy says what holds of it.
+    alone = [one for one in found if counts[one.name] == 1]
+    kin = [one for one in alone if one.name not in LIBRARIES]
     problems = [
-        *damaged(found),
+        *damaged(alone),
         *twice(found),
         *(finding for one in kin for finding in (*stale(one), *wrong_groups(one), *unmet(one))),
-        *elsewhere(Path(splitlearn_core.__file__).parents[1], kin),
+        *elsewhere(Path(splitlearn_core.__file__).parents[1], found),
     ]
     return [*problems, *plugins_found(registry().entries)]
 
@@ -75,18 +79,32 @@ def damaged(found: Sequence[Installed]) -> Iterator[Finding]:
 
 
 def twice(found: Sequence[Installed]) -> Iterator[Finding]:
-    """Find packages that are installed more than once: the first on the path counts."""
-    counts = Counter(one.name for one in found)
-    for name in (name for name, count in counts.items() if count > 1):
-        first, *others = [one for one in found if one.name == name]
-        yield Finding(
-            _NAME,
-            Level.WRONG,
-            f"{name} is installed {counts[name]} times: {first.version or 'unknown'} counts, and hides "
-            + ", ".join(f"{one.version or 'unknown'} in {one.info}" for one in others),
-            str(first.info),
-            f"pip uninstall {name}, again and again until pip finds none; then install it once",
-        )
+    """Find packages that are installed more than once, and say which is used and which is stale."""
+    for name in (name for name, count in Counter(one.name for one in found).items() if count > 1):
+        copies = [one for one in found if one.name == name]
+        used, newest = copies[0], max(copies, key=_version)
+        others = ", ".join(f"{_of(one)} in {one.info}" for one in copies if one is not used)
+        if len({one.home for one in copies}) > 1:
+            so, mend = f"is used and hides {others}", f"pip uninstall {name} until pip finds none; then {_again(used)}"
+        else:
+            # Of two in one folder, the older was left behind by an installation, whichever is found first.
+            stale_too = _version(used) < _version(newest)
+            so = f"is used and is stale; {others} is not used" if stale_too else f"is used; {others} is stale"
+            kept = newest if stale_too else used
+            mend = f"remove {' and '.join(str(one.info) for one in copies if one is not kept)}; then {_again(kept)}"
+        what = f"{name} is installed {len(copies)} times: {_of(used)} {so}"
+        yield Finding(_NAME, Level.WRONG, what, str(used.info), mend)
+
+
+def _of(one: Installed) -> str:
+    return one.version or "a version unknown"
+
+
+def _version(one: Installed) -> Version:
+    try:
+        return Version(one.version)
+    except InvalidVersion:
+        return Version("0")
 
 
 def stale(one: Installed) -> Iterator[Finding]:
