@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core import ConfigurationError, MissingFileError, ModelFamily, PluginError
+from splitlearn_core import ConfigurationError, MissingFileError, ModelFamily, PluginError, UnknownModelTypeError
 from splitlearn_core.scaffold import NewPlugin, new_plugin
 from splitlearn_core.scaffold.examining import examine
 from splitlearn_core.scaffold.findings import CannotSplitError, Derived, Question
@@ -200,6 +201,70 @@ def test_origins(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError):
         new_plugin("mistral", tmp_path / "out", origin="owner/nowhere", local_files_only=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_origin_that_is_a_file_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody means a repository that is named like a file: it is not asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "splitlearn_core.scaffold.asking.open_source", lambda *_, **__: pytest.fail("the Hub was asked")
+    )
+    for origin in ("x.json", "some/config.json", str(tmp_path / "x.json")):
+        with pytest.raises(MissingFileError, match="there is no file") as caught:
+            new_plugin("mistral", tmp_path / "out", origin=origin)
+        assert origin in caught.value.message
+
+
+def test_a_bundled_model_is_an_origin(world: Any, tmp_path: Path) -> None:
+    """As everywhere else; whose plugin carries none, or is not there, is said."""
+    carrier = world.folder / "carrier"
+    carrier.mkdir()
+    (carrier / "__init__.py").touch()
+    (carrier / "config.json").write_text(json.dumps({"model_type": "mistral", "sliding_window": None}))
+    world.install(
+        "mistral", world.source("mistral").replace('ForCausalLM"', 'ForCausalLM", bundled_checkpoint="carrier:."')
+    )
+    world.install("llama")
+
+    made = new_plugin("mistral", None, origin="bundled:mistral", dry_run=True, force=True)
+
+    assert made.verified
+    with pytest.raises(MissingFileError, match="'llama' carries no model"):
+        new_plugin("llama", None, origin="bundled:llama", dry_run=True, force=True)
+    with pytest.raises(UnknownModelTypeError, match="brandnew"):
+        new_plugin("llama", None, origin="bundled:brandnew", dry_run=True, force=True)
+
+
+def test_a_dry_run_asks_for_no_folder(tmp_path: Path, cli: Any) -> None:
+    """None is needed, and one that is taken does not matter; otherwise one is asked for by name."""
+    (tmp_path / "taken").write_text("mine")
+
+    assert new_plugin("stablelm", None, dry_run=True).folder is None
+    assert new_plugin("stablelm", tmp_path / "taken", dry_run=True).verified
+    code, out, err = cli("plugins", "new", "stablelm")
+
+    assert (code, out) == (2, "")
+    assert "plugins new stablelm: give --out DIR" in err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_what_a_plan_gets_wrong_is_said_by_a_dry_run_as_well(tmp_path: Path, cli: Any) -> None:
+    """Falcon keeps one head of keys and values, which no value of its configuration says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dry, wet = cli("plugins", "new", "falcon", "--dry-run"), cli("plugins", "new", "falcon", "--out", tmp_path / "out")
+
+    (said,) = (line for line in dry[2].splitlines() if line.startswith("not covered: "))
+    assert said in wet[2].splitlines()
+    assert said.removeprefix("not covered: ") in (tmp_path / "out" / "README.md").read_text()
+    planned, held = (int(word) for word in re.findall(r"\d+", said))
+    # The truth: a model of as many layers and heads, and what its cache holds of one token.
+    config = AutoConfig.for_model(
+        "falcon", hidden_size=32, num_hidden_layers=6, num_attention_heads=4, vocab_size=100, multi_query=True
+    )
+    cache = AutoModelForCausalLM.from_config(config)(torch.tensor([[1]]), use_cache=True).past_key_values
+    assert held == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert planned == 4 * held
 
 
 # -- what it writes ---------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def open_model(
                 f"the family {model_type!r} names no default model", hint="give model_name_or_path as well"
             )
     log.info("Resolving %s", model_name_or_path)
-    source = open_source(_unbundled(model_name_or_path), readable_suffixes=_readable_suffixes, **hub)
+    source = open_source(unbundled(model_name_or_path), readable_suffixes=_readable_suffixes, **hub)
     if not source.has_config and source.commit is None and holds_components(source.model):
         raise MissingFileError(
             f"{source.model} is a split that was saved, and not a model: it holds components, each a folder",
@@ -111,8 +111,13 @@ def _readable_suffixes() -> tuple[str, ...]:
     return tuple(suffix for reader in _readers(None) for suffix in reader.suffixes)
 
 
-def _unbundled(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Resolve ``bundled:MODEL_TYPE``, a name that no directory or repository usually has."""
+def unbundled(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Resolve ``bundled:MODEL_TYPE``, a name that no directory or repository usually has.
+
+    Raises:
+        UnknownModelTypeError: No plugin provides the model type.
+        MissingFileError: Its plugin carries no checkpoint.
+    """
     if isinstance(model, str) and model.startswith(BUNDLED):
         return bundled_checkpoint(registry().family(model.removeprefix(BUNDLED)))
     return model

@@ -160,7 +160,7 @@ def plan_components(
     """Put the tensors of the components that have a dtype together, in the order in which the files hold them."""
     plans = []
     for component, dtype in dtypes.items():
-        per_layer = _kv_bytes_per_layer(family, config, dtype)
+        per_layer = kv_bytes_per_layer(family, config, dtype)
         planned = [PlannedTensor(name, tensors[key]) for name, key in table.sources[component].items()]
         planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
         owned = ranges[component]
@@ -233,7 +233,8 @@ def parse_parts(parts: Sequence[str] | str) -> tuple[Component, ...]:
     return tuple(component for component in Component if component in names)
 
 
-def _kv_bytes_per_layer(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
+def kv_bytes_per_layer(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
+    """Bytes that the key-value cache of one layer grows by for each token of each sequence."""
     heads = _number(family, config, "num_attention_heads")
     kv_heads = _number(family, config, "num_key_value_heads", heads)
     head_dim = _number(family, config, "head_dim", _number(family, config, "hidden_size") // heads)

@@ -22,7 +22,8 @@ class NewPlugin:
     """A package that was written, or would be."""
 
     names: Names
-    folder: Path
+    #: Where it was written; None where nothing was.
+    folder: Path | None
     #: Its files, by path.
     files: dict[str, str]
     derived: Derived
@@ -42,7 +43,7 @@ class NewPlugin:
             "architecture": self.derived.fields["architecture"],
             "distribution": self.names.distribution,
             "module": self.names.module,
-            "folder": str(self.folder),
+            "folder": str(self.folder) if self.folder else None,
             "files": sorted(self.files),
             "verified": self.verified,
             "variants": list(self.derived.variants),
@@ -54,7 +55,7 @@ class NewPlugin:
 
 def new_plugin(
     model_type: str,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
     *,
     origin: str | None = None,
     licence: str = LICENCES[0],
@@ -69,9 +70,9 @@ def new_plugin(
 
     Args:
         model_type: What ``config.json`` says.
-        out: The folder to write; new or empty.
-        origin: A directory, a ``config.json`` or a Hub repository whose configuration is followed; by
-            default that of the configuration class.
+        out: The folder to write; new or empty. A dry run neither needs nor looks at one.
+        origin: A directory, a ``config.json``, ``bundled:MODEL_TYPE`` or a Hub repository whose configuration is
+            followed; by default that of the configuration class.
         licence: One of :data:`LICENCES`, or ``none``.
         force: Write it although an installed plugin has the type.
         dry_run: Write nothing.
@@ -83,21 +84,30 @@ def new_plugin(
         PluginConflictError: An installed plugin has the type already.
         MissingFileError: The origin is not there.
     """
-    folder = Path(out)
+    folder = None if dry_run else _free_folder(out, model_type)
     if licence not in (*LICENCES, NO_LICENCE):
         raise ConfigurationError(
             f"there is no text of a licence {licence!r} here", hint=f"choose {', '.join((*LICENCES, NO_LICENCE))}"
         )
-    check_free(folder)
     _check_unclaimed(model_type, force)
     said = given_config(model_type, origin, **hub) if origin is not None else {}
     from splitlearn_core.scaffold.examining import examine
 
     derived = examine(model_type, said)
     files = package_files(derived, core_version(), licence, datetime.now(UTC).year)
-    if not dry_run:
+    if folder is not None:
         write_folder(folder, files)
     return NewPlugin(Names(model_type), folder, files, derived)
+
+
+def _free_folder(out: str | os.PathLike[str] | None, model_type: str) -> Path:
+    if out is None:
+        raise ConfigurationError(
+            f"no folder is named for the package of model type {model_type!r}", hint="give --out DIR"
+        )
+    folder = Path(out)
+    check_free(folder)
+    return folder
 
 
 def _check_unclaimed(model_type: str, force: bool) -> None:

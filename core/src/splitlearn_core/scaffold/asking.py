@@ -8,7 +8,8 @@ from typing import Any
 
 from splitlearn_core.checkpoint.config import CONFIG, read_config
 from splitlearn_core.checkpoint.source import open_source
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, MissingFileError
+from splitlearn_core.loading.opening import unbundled
 
 
 def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
@@ -16,7 +17,8 @@ def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
 
     Args:
         model_type: What it has to say it is.
-        origin: A directory, a ``config.json``, or a Hub repository, of which nothing else is fetched.
+        origin: A directory, a ``config.json``, ``bundled:MODEL_TYPE``, or a Hub repository, of which nothing else is
+            fetched.
         hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
 
     Raises:
@@ -25,7 +27,13 @@ def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
         ConfigurationError: It is one of another model type.
     """
     path = Path(origin)
-    config = read_config(path if _is_file(path) else open_source(origin, **hub).path(CONFIG))
+    if not _is_file(path):
+        if origin.endswith(".json"):
+            raise MissingFileError(
+                f"there is no file {origin}", hint="give a config.json, its folder, or a Hub repository: owner/name"
+            )
+        path = open_source(unbundled(origin), **hub).path(CONFIG)
+    config = read_config(path)
     stated = config["model_type"]
     if stated != model_type:
         raise ConfigurationError(

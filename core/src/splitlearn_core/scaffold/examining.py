@@ -20,7 +20,7 @@ from splitlearn_core.scaffold.findings import CannotSplitError, Derived, Questio
 from splitlearn_core.scaffold.keys import ignored_suffixes, renamed_keys
 from splitlearn_core.scaffold.knowledge import causal_class, check_config
 from splitlearn_core.scaffold.making import quiet, tiny_config, tiny_model, with_values
-from splitlearn_core.scaffold.proving import differences
+from splitlearn_core.scaffold.proving import cache_note, differences
 from splitlearn_core.scaffold.settings import config_defaults, config_names
 
 _TIED = "tie_word_embeddings"
@@ -202,6 +202,8 @@ def _prove(derived: Derived, config: Any, settled: _Variants) -> None:
         derived.questions.append(Question("base", "what is missing for a split to equal the whole model?", found[0]))
         derived.variants, derived.attention = {"plain": {}}, _ATTENTION
         return
+    if note := cache_note(tiny_model(with_values(config, {})), ModelFamily(**derived.fields)):
+        derived.notes.append(note)
     tied = bool(config.tie_word_embeddings)
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},

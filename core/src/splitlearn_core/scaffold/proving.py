@@ -17,7 +17,7 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.pipeline import SplitCausalLM
 from splitlearn_core.plan.names import map_keys, place_keys
 from splitlearn_core.plan.split import split_layers
-from splitlearn_core.plan.splitplan import plan_components
+from splitlearn_core.plan.splitplan import kv_bytes_per_layer, plan_components
 from splitlearn_core.types import Component, TensorInfo
 
 #: Tokens of a prompt, and of the steps after it.
@@ -129,3 +129,19 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
     tied = bool(family.config_value(values, "tie_word_embeddings"))
     if tied != bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight):
         yield f"its plan takes head and embedding for {'one tensor' if tied else 'two tensors'}, and they are not"
+
+
+@torch.no_grad()
+def cache_note(model: Any, family: ModelFamily) -> str:
+    """Say where a plan is wrong about the cache of a model whose family is right otherwise; empty where it is not.
+
+    A type may keep fewer heads of keys and values than any value of ``config.json`` says (Falcon: one).
+    """
+    depth = int(model.config.num_hidden_layers)
+    planned = depth * kv_bytes_per_layer(family, json.loads(model.config.to_json_string()), "float32")
+    ids = _ids(_EMPTY_TOKENS, 0)
+    cache = model(input_ids=ids, use_cache=True)[CACHE_FIELD]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()
+    if held == planned:
+        return ""
+    return f"what a plan says of the cache: {planned} bytes a token for the small model, which takes {held}"

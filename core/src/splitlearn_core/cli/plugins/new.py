@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @click.command("new", short_help="Write a package for a model type.")
 @click.argument("model_type")
-@click.option("--out", required=True, metavar="DIR", help="The package's folder; new or empty.")
+@click.option("--out", metavar="DIR", help="The package's folder; new or empty.")
 @click.option(
     "--from",
     "origin",
     metavar="CONFIG_OR_MODEL",
-    help="A config.json, a directory or a Hub repository whose configuration is followed.",
+    help="A config.json, or a MODEL whose configuration is followed.",
 )
 @click.option(
     "--license",
@@ -30,17 +30,19 @@ if TYPE_CHECKING:
     help="The licence of the package.",
 )
 @click.option("--force", is_flag=True, help="Write it although an installed plugin has the type.")
-@click.option("--dry-run", is_flag=True, help="Print the family module, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the family module, and write nothing; needs no --out.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--cache-dir", help="Where the Hub's files are kept.")
 @click.option("--local-files-only", is_flag=True, help="Do not look on the Hub.")
 @json_option
-def command(model_type: str, out: str, as_json: bool, dry_run: bool, **options: Any) -> None:
+def command(model_type: str, out: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Write an installable package for MODEL_TYPE, the "model_type" of config.json.
 
     Makes a small model of the type with random weights, watches it to find its parts, cuts it, and
     compares with the model in one piece. What cannot be found out is left as a question in the file.
     """
+    if out is None and not dry_run:
+        raise click.UsageError(f"plugins new {model_type}: give --out DIR, the folder of the package, or --dry-run")
     from splitlearn_core.scaffold import new_plugin
 
     made = new_plugin(model_type, out, dry_run=dry_run, **options)
