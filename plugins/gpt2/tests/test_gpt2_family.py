@@ -1,5 +1,12 @@
 """GPT-2 against the unsplit model, in every variant that the Hub holds."""
 
+from importlib import resources
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, modeling_utils
+
+from splitlearn_core import SplitCausalLM, load_split_model
 from splitlearn_core.testing import FamilyConformance
 
 
@@ -12,3 +19,19 @@ class TestGpt2(FamilyConformance):
         "h.5.attn.bias": (1, 1, 64, 64),
         "h.0.attn.masked_bias": (),
     }
+
+
+def test_a_load_and_a_loss_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of GPT-2's class tells no loss, of which transformers warns; the loss is the unsplit model's."""
+    said: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", lambda text, *_: said.append(text))
+    ids = torch.tensor([[11, 22, 33]])
+
+    split = SplitCausalLM(*load_split_model("gpt2", (1, 5), "bundled:gpt2", dtype="float32"))
+    loss = split(input_ids=ids, labels=ids).loss
+
+    assert said == []
+    folder = resources.files("splitlearn_gpt2") / "bundled"
+    whole = GPT2LMHeadModel.from_pretrained(str(folder), dtype=torch.float32)
+    assert torch.equal(loss, whole(input_ids=ids, labels=ids).loss)
+    assert any("loss_type" in text for text in said)

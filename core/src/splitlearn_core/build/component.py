@@ -28,6 +28,8 @@ from splitlearn_core.types import Component, LayerRange
 _MASK_DIMENSIONS = 2
 #: How transformers marks the floats in ``config.json`` that JSON has no word for.
 _FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
+#: What transformers calls the loss of a causal language model.
+_LOSS = "ForCausalLM"
 #: What a module has of a name that it does not know.
 _ASTRAY = object()
 #: What transformers hands on to attention kernels and losses, by its own list.
@@ -55,6 +57,10 @@ class ComponentModel(PreTrainedModel):
         with _depth(config, 1 if self.family.uniform_layers else layer_range.total):
             super().__init__(config)
         self.layer_range = layer_range
+        # transformers reads the loss off the name of a class, and where the name tells none (GPT2LMHeadModel) it takes
+        # this one all the same, complaining of a configuration that says nothing of it.
+        if getattr(self, "loss_type", None) is None:
+            self.loss_type = _LOSS
         check_names(self, self.family)
         self._keywords = _keywords(self)
 
