@@ -57,8 +57,9 @@ def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
     assert found.what == "model type 'alpha': splitlearn-alpha 3.1, with model_families"
 
 
-def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any) -> None:
+def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON and text hold the same; a broken plugin is exit code 1, with its mend underneath."""
+    monkeypatch.setattr(apart, "_PATIENCE", 60.0)
     world.install("alpha", "import surely_absent_package")
 
     code, out, err = cli("doctor", "--quick", "--json")
@@ -179,13 +180,16 @@ def test_a_plugin_may_end_its_process(world: Any, monkeypatch: pytest.MonkeyPatc
     assert "'beta'" in found[1].what
 
 
-def test_a_plugin_that_ends_its_process_is_left_alone_then(world: Any) -> None:
+def test_a_plugin_that_ends_its_process_is_left_alone_then(world: Any, single: Path) -> None:
     """One finding: what comes after it neither ends nor waits for it, and says so where it needs it."""
-    world.install("alpha", f"import os; os._exit(3)\n{HEAD}{GIVEN.format(ALPHA)}")
+    world.install("llama", f"import os; os._exit(3)\n{HEAD}{GIVEN.format(ALPHA)}")
 
-    report = examine()
+    report = examine(str(single))
 
-    assert [finding.check for finding in wrong(report.findings) if finding.check != "versions"] == ["plugins"]
+    assert [finding.check for finding in wrong(report.findings)] == ["plugins"]
+    assert [finding.what for finding in report.findings if finding.check == "model"] == [
+        "left out: splitlearn-llama cannot be used"
+    ]
 
 
 def test_who_is_waited_for_is_told_at_the_command_line(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,6 +707,20 @@ def test_a_file_that_may_not_be_read_is_a_finding(
 
     assert finding.what == f"Permission denied: {single / name}"
     assert finding.mend == f"chmod u+r {single / name}"
+
+
+def test_a_model_for_which_there_is_no_memory_is_not_loaded(
+    llama: Any, single: Path, edit_json: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that are converted take memory, mapped or not."""
+    edit_json(single / "config.json", dtype="float64")
+    monkeypatch.setattr("splitlearn_core.doctor.model.available_memory", lambda: 1)
+    monkeypatch.setattr("splitlearn_core.doctor.model.load_components", pytest.fail)
+
+    found = check_model(str(single), load=True)
+
+    assert about("and 1 B are free", about("was not tried: it takes", found))
+    assert about("loading all of it takes", wrong(found))
 
 
 def test_a_model_that_is_nowhere_is_said_at_the_command_line(llama: Any, cli: Any) -> None:

@@ -27,7 +27,7 @@ _CODE = (
 )
 _TAIL = 400
 #: Seconds that a check may take before it is told who is waited for.
-_PATIENCE = 3.0
+_PATIENCE = 5.0
 
 #: Told what a check does that takes long.
 Tell = Callable[[str], None]

@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Container, Iterable, Sequence
 
 from splitlearn_core.doctor.apart import Tell, Without, make_apart
-from splitlearn_core.doctor.findings import Report
+from splitlearn_core.doctor.findings import Finding, Level, Report
 from splitlearn_core.doctor.running import Check, Made, findings_of, make, unusable
-from splitlearn_core.plugins.mending import mend_for
+from splitlearn_core.plugins.mending import BLOCK_VARIABLE, mend_for
 from splitlearn_core.plugins.metadata import PluginEntry, version_of
 from splitlearn_core.plugins.registry import registry
 
@@ -51,16 +51,17 @@ def examine(model: str | None = None, *, quick: bool = False, tell: Tell = lambd
     # What is not installed has its finding among the versions.
     absent = () if quick else tuple(filter(_is_absent, _LIBRARIES))
     plugins = make_apart(_plugins(entries), _PLUGIN_SECONDS, Without(absent), tell)
-    without = Without(absent, _distributions(plugins))
+    without = Without(absent, _lost(plugins))
     torch = [] if quick else make_apart((*_imports(absent), *_TORCH), _TORCH_SECONDS, without, tell)
     if broken := unusable(torch):
         # What is wrong with a library is not to be said of each plugin that imports it.
         plugins = make_apart(_plugins(entries), _PLUGIN_SECONDS, Without((*absent, *broken)), tell)
-        without = Without((*absent, *broken), _distributions(plugins))
+        without = Without((*absent, *broken), _lost(plugins))
     findings += findings_of((*plugins, *map(make, _MACHINE), *torch))
     if model is not None:
         check = Check("model", f"{_HERE}model:check_model", (model, not quick), f"looking at {model}", "report it")
-        findings += findings_of(make_apart((check,), _MODEL_SECONDS, without, tell))
+        made = make_apart((check,), _MODEL_SECONDS, without, tell)
+        findings += [_without_blame(finding, without.plugins) for finding in findings_of(made)]
     return Report(tuple(dict.fromkeys(findings)))
 
 
@@ -96,6 +97,12 @@ def _imports(absent: Container[str]) -> list[Check]:
     ]
 
 
-def _distributions(plugins: Iterable[Made]) -> tuple[str, ...]:
+def _lost(plugins: Iterable[Made]) -> tuple[str, ...]:
     """Return the packages of plugins that ended their process, or hang: the other checks would fare no better."""
     return tuple(dict.fromkeys(str(made.check.arguments[-1]) for made in plugins if made.is_lost))
+
+
+def _without_blame(finding: Finding, lost: Iterable[str]) -> Finding:
+    """Say of a model whose plugin was lost that it was left out: nobody set the variable but the doctor."""
+    culprit = next((name for name in lost if f"({name} " in finding.what and BLOCK_VARIABLE in finding.what), "")
+    return Finding(finding.check, Level.NOTE, f"left out: {culprit} cannot be used") if culprit else finding
