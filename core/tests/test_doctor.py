@@ -133,6 +133,18 @@ def test_a_torch_that_cannot_be_imported_is_one_finding(world: Any, llama: Any, 
     assert [finding for finding in wrong(report.findings) if finding.check != "packages"] == [found]
 
 
+def test_a_torch_that_is_not_installed_is_one_finding(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the versions; nothing that needs it is tried."""
+    monkeypatch.setattr("splitlearn_core.doctor.examine._is_absent", "torch".__eq__)
+    world.install("alpha", "import torch\n" + world.source("alpha"))
+
+    report = examine()
+
+    left = about("left out: torch cannot be imported", report.findings)
+    assert {finding.check for finding in left} == {"devices", "transformers", "self-test", "plugins"}
+    assert not wrong(finding for finding in report.findings if finding.check != "packages")
+
+
 # --- checks that fail
 
 
