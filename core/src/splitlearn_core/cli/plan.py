@@ -67,6 +67,7 @@ def render_plan(plan: SplitPlan) -> str:
         f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
     ]
     lines += [f"tied: {key} is held by more than one component, and counted in each" for key in plan.tied]
+    lines += [f"warning: {text}: the file may not be whole" for text in plan.warnings]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from splitlearn_core.errors import (
     TensorMismatchError,
 )
 from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.plan.evenness import uneven_layers
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
 from splitlearn_core.plan.placement import parse_dtypes
 from splitlearn_core.plan.split import split_layers
@@ -87,6 +88,8 @@ def make_plan(
         components=plan_components(family, config, table, ranges, tensors, dtypes),
         tied=table.tied,
         cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
+        # Of all layers, those of components that were not asked for too: one alone has no neighbours.
+        warnings=uneven_layers(f"{family.base}.{family.layers}.", (k for held in table.sources.values() for k in held)),
     )
     return plan, table
 

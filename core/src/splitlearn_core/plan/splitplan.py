@@ -103,6 +103,8 @@ class SplitPlan:
     cut_bytes_per_token: int
     #: What loading all of it on the CPU would take, by strategy; of core's own, those that can read it.
     memory: Mapping[str, MemoryNeeds] = field(default_factory=dict, compare=False)
+    #: What looks wrong about the files, and may be on purpose: a layer that lacks what all others have.
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def component(self, name: Component | str) -> ComponentPlan:
         """Return the plan of one component; KeyError where it was not asked for."""
@@ -145,6 +147,7 @@ class SplitPlan:
             "tied": list(self.tied),
             "cut_bytes_per_token": self.cut_bytes_per_token,
             "components": [component.to_dict() for component in self.components],
+            "warnings": list(self.warnings),
             "memory": {strategy: asdict(needs) for strategy, needs in self.memory.items()},
         }
 
