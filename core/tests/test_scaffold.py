@@ -126,9 +126,10 @@ def test_a_wrong_family_is_not_proven(wrong: str, value: Any) -> None:
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:
-    """Nothing is written for it."""
-    with pytest.raises(CannotSplitError, match=reason):
+    """The type is named, and nothing is written for it."""
+    with pytest.raises(CannotSplitError, match=reason) as caught:
         new_plugin(model_type, tmp_path / "out")
+    assert model_type in caught.value.message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -92,9 +92,13 @@ _DEFAULTS = {field.name: _default(field) for field in fields(ModelFamily)}
 
 @contextmanager
 def _blaming_model(model_type: str) -> Iterator[None]:
-    """Say that transformers' own code fails, where it does."""
+    """Name the type in every refusal, and say that transformers' own code fails, where it does."""
     try:
         yield
+    except CannotSplitError as error:
+        if model_type in error.message:
+            raise
+        raise CannotSplitError(f"{model_type} cannot be split: {error.message}", hint=error.hint) from error
     except SplitLearnError:
         raise
     # The model's code raises what it likes.
