@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from splitlearn_core.errors import (
+    ConfigurationError,
     InvalidCheckpointError,
     TensorMismatchError,
 )
@@ -56,7 +58,8 @@ def make_plan(
         CheckpointError: Files are missing or contradict themselves.
     """
     family, config, checkpoint = model.family, model.config, model.checkpoint
-    ranges = split_layers(family, config, split_points)
+    with _naming(model):
+        ranges = split_layers(family, config, split_points)
     wishes = parse_dtypes(dtype, tuple(parts))
     # A load wants weights: without any, asking for the weight map below says what is missing.
     by_config = fetch is None and not (checkpoint.has_weights and checkpoint.is_describable)
@@ -77,21 +80,33 @@ def make_plan(
     if told is not None:
         checkpoint.fetch_tensors(tensors.values(), told)
     dtypes = {component: resolve_dtype(wish, config, tensors.values()) for component, wish in wishes.items()}
-    plan = SplitPlan(
-        model=model.name,
-        commit=checkpoint.source.commit,
-        model_type=family.model_type,
-        split_points=(ranges[Component.TRUNK].start, ranges[Component.TRUNK].end),
-        num_layers=ranges[Component.TOP].total,
-        dtype=common_dtype(dtypes.values()),
-        source="headers" if described is None else "config",
-        components=plan_components(family, config, table, ranges, tensors, dtypes),
-        tied=table.tied,
-        cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
-        # Of all layers, those of components that were not asked for too: one alone has no neighbours.
-        warnings=uneven_layers(f"{family.base}.{family.layers}.", (k for held in table.sources.values() for k in held)),
-    )
+    with _naming(model):
+        plan = SplitPlan(
+            model=model.name,
+            commit=checkpoint.source.commit,
+            model_type=family.model_type,
+            split_points=(ranges[Component.TRUNK].start, ranges[Component.TRUNK].end),
+            num_layers=ranges[Component.TOP].total,
+            dtype=common_dtype(dtypes.values()),
+            source="headers" if described is None else "config",
+            components=plan_components(family, config, table, ranges, tensors, dtypes),
+            tied=table.tied,
+            cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
+            # Of all layers, those of components that were not asked for too: one alone has no neighbours.
+            warnings=uneven_layers(
+                f"{family.base}.{family.layers}.", (k for held in table.sources.values() for k in held)
+            ),
+        )
     return plan, table
+
+
+@contextmanager
+def _naming(model: OpenModel) -> Iterator[None]:
+    """Name the model in what is said of its numbers by those who know but the numbers."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise type(error)(f"{model.name}: {error.message}", hint=error.hint) from error
 
 
 def wanted_keys(model: OpenModel, split_points: Sequence[int], parts: Iterable[Component]) -> list[str]:
