@@ -32,8 +32,9 @@ def measurement(
 ) -> Callable[[], dict[str, Any]]:
     """Describe one measurement, to be called as often as it is wanted.
 
-    Its answer holds ``load`` and ``first`` (load and first forward) in seconds, ``grown_mb`` of
-    anonymous memory, and the ``digest`` of what the trunk computed.
+    Its answer holds ``load``, ``first`` (load and first forward) and ``again`` (a second forward, when
+    everything is in place) in seconds, ``grown_mb`` of anonymous memory, and the ``digest`` of what
+    the trunk computed.
     """
     job = {
         "loader": loader,
@@ -99,4 +100,7 @@ def _timed(loader: Loader, target: Job, hidden: torch.Tensor, job: dict[str, Any
         output = trunk(hidden)
         answer["first"] = answer["load"] + time.monotonic() - begin
         answer["digest"] = digest(output)
+        begin = time.monotonic()
+        trunk(hidden)
+        answer["again"] = time.monotonic() - begin
     return answer
