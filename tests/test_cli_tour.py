@@ -263,6 +263,7 @@ class TestPlan:
             assert re.search(rf"^{component} .*{re.escape(layers)}", text, re.MULTILINE)
         assert not ANSI.search(text)
 
+    @pytest.mark.once
     def test_colours(self, sharded: Path) -> None:
         """A terminal gets colours; NO_COLOR with any value takes them away and changes nothing else; empty is unset."""
         arguments = ("plan", sharded, *SPLIT)
@@ -275,6 +276,7 @@ class TestPlan:
         assert plain == ANSI.sub("", coloured)
         assert terminal(*arguments, stream="stdout", NO_COLOR="")[0] == coloured
 
+    @pytest.mark.once
     def test_narrow_encoding(self, cli: Cli, sharded: Path) -> None:
         """Where stdout cannot carry the bar's characters, a plan is still printed and not a traceback."""
         result = cli("plan", sharded, *SPLIT, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
@@ -360,6 +362,7 @@ class TestVerify:
         assert "DIFFERS" in people.stdout
         assert "NOT equal" in people.stdout
 
+    @pytest.mark.once
     def test_bar_is_on_a_terminal_and_on_stderr_only(self, sharded: Path) -> None:
         """With stderr on a terminal a bar is drawn there, and stdout is the same JSON document alone."""
         drawn, data, code = terminal("verify", sharded, *SPLIT, "--json", stream="stderr")
@@ -368,6 +371,7 @@ class TestVerify:
         assert json.loads(data)["equal"] is True
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "command",
     [
@@ -391,6 +395,7 @@ def test_reader_that_goes_away(talking: Path, command: tuple[object, ...]) -> No
 
 
 class TestDemo:
+    @pytest.mark.once
     def test_for_people(self, cli: Cli) -> None:
         """Offline, with every way out closed, the demonstration plans, loads, tells a story and verifies equal."""
         result = cli("demo", **CUT_OFF)
@@ -406,6 +411,7 @@ class TestDemo:
         assert "equal to the last bit; maximum difference 0" in text
         assert "DIFFERS" not in text
 
+    @pytest.mark.once
     def test_streams(self) -> None:
         """The text comes piece by piece: it is begun on stdout before the process is done."""
         process = subprocess.Popen(
