@@ -201,7 +201,7 @@ class Reader:
     def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, cwd=self.folder, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=200, check=False,
+            timeout=400, check=False,
         )  # fmt: skip
 
     def _serve(self, block: Block, command: str, expected: list[re.Pattern[str]]) -> None:
@@ -242,6 +242,8 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
+# The tutorial runs a whole conformance kit, beside other checks.
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_document_shows_what_happens(document: str, tmp_path: Path) -> None:
     """As a reader would do it who starts with an empty folder and goes on to the end."""
