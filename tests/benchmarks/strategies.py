@@ -63,7 +63,7 @@ def _cold(session: Session, checkpoint: Checkpoint) -> None:
     answers, failures = interleave(
         min(session.runs, 3),
         {
-            "ours": lambda: cold(partial(_read, checkpoint, "ours")),
+            "ours": lambda: cold(partial(_read, checkpoint, "ours", cold=True)),
             "dd": lambda: cold(partial(_dd, checkpoint)),
         },
     )
@@ -147,17 +147,19 @@ def _device(checkpoint: Checkpoint) -> Row:
     return faster(NAME, what, mine, "a pinned copy", pinned, times=0.8)
 
 
-def _job(checkpoint: Checkpoint, reader: str) -> dict[str, Any]:
-    return {"action": "read", "reader": reader, "directory": str(checkpoint.directory), "cut": checkpoint.recipe.cut}
+def _job(checkpoint: Checkpoint, reader: str, *, cold: bool = False) -> dict[str, Any]:
+    target = {"directory": str(checkpoint.directory), "cut": checkpoint.recipe.cut}
+    return {"action": "read", "reader": reader, "cold": cold, **target}
 
 
-def _read(checkpoint: Checkpoint, reader: str) -> dict[str, Any]:
-    return in_fresh_process("strategies", _job(checkpoint, reader))
+def _read(checkpoint: Checkpoint, reader: str, *, cold: bool = False) -> dict[str, Any]:
+    return in_fresh_process("strategies", _job(checkpoint, reader, cold=cold))
 
 
 def _dd(checkpoint: Checkpoint) -> dict[str, Any]:
     """Let ``dd`` read the trunk's bytes, stretch by stretch."""
     stretches = list(_stretches(Job(str(checkpoint.directory), checkpoint.recipe.cut)))
+    _touch(sum(count for _, _, count in stretches))
     begin = time.monotonic()
     for path, start, count in stretches:
         flags = ["bs=8M", "iflag=skip_bytes,count_bytes", f"skip={start}", f"count={count}", "status=none"]
@@ -179,7 +181,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         "fastsafetensors": _fastsafetensors,
         "runai": _runai,
     }[job["reader"]](target)
-    _touch(sum(count for _, _, count in _stretches(target)))
+    # What is not in the page cache takes memory there, too.
+    _touch(sum(count for _, _, count in _stretches(target)) * (2 if job["cold"] else 1))
     begin = time.monotonic()
     kept = read()
     seconds = time.monotonic() - begin
@@ -188,7 +191,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _touch(nbytes: int) -> None:
-    """Have the machine underneath provide memory now: a virtual one takes it back from a guest that does not use it."""
+    """Have the machine underneath provide memory now: a virtual one takes it back from a guest that does not use it.
+
+    As much as the reader takes, in its own memory and in the page cache.
+    """
     memory = _huge(nbytes)
     for position in range(0, nbytes, 2**12):
         memory[position] = 1
