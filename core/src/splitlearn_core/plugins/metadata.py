@@ -8,6 +8,8 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from email.message import Message
+from email.parser import HeaderParser
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -167,7 +169,7 @@ def version_of(name: str) -> str | None:
 @cache
 def core_version() -> str:
     """Return the installed version of core."""
-    return importlib_metadata.version(CORE)
+    return str(_fields(cast("importlib_metadata.Distribution", importlib_metadata.distribution(CORE)))["Version"])
 
 
 def summary(distribution: str) -> str:
@@ -228,12 +230,21 @@ def _description(distribution: importlib_metadata.Distribution) -> tuple[str, st
     """Return name, version and what is demanded of core; ``unknown`` where METADATA is damaged."""
     # A half-removed distribution may have lost its METADATA file or a field of it.
     try:
-        fields = distribution.metadata
+        fields = _fields(distribution)
         lines = fields.get_all("Requires-Dist") or []
         return fields.get("Name") or "unknown", fields.get("Version") or "unknown", _requires_core(lines)
     # By version of the backport, missing metadata is None (AttributeError) or an error of files.
     except (AttributeError, KeyError, ValueError, OSError):
         return "unknown", "unknown", ""
+
+
+def _fields(distribution: importlib_metadata.Distribution) -> Message:
+    """Return the fields of METADATA, without the README below them.
+
+    ``distribution.metadata`` parses that, too, with a policy whose imports are a third of a first scan.
+    """
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    return HeaderParser().parsestr(text, headersonly=True)
 
 
 def _requires_core(lines: list[str]) -> str:
