@@ -98,8 +98,11 @@ BAD = {
     "length of all ones": (b"\xff" * 8 + b"{}", ["ends before its header"]),
     "data cut off": (file_of(SOUND)[:-1], ["complete"]),
     "all data cut off": (file_of(SOUND, b""), ["complete"]),
-    "an HTML page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", ["ends before its header"]),
-    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", ["header"]),
+    "an HTML page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", ["it is an HTML page and not the weights"]),
+    "a pointer of Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 130\n",
+        ["it is a pointer of Git LFS and not the weights", "git lfs pull"],
+    ),
     "header is no JSON": (raw(b"{nonsense}"), ["no JSON"]),
     "header is empty": (raw(b"", b""), ["no JSON"]),
     "header is not in UTF-8": (raw(b'{"\xff": 1}'), ["no JSON"]),

@@ -20,6 +20,12 @@ from splitlearn_core.types import DTYPE_BYTES, TensorInfo
 LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_SHOWN = 8
+#: What a download leaves in place of weights: its first bytes, what it is, and how to have the weights.
+_OTHERS = {
+    b"version ": ("a pointer of Git LFS and not the weights", "git lfs pull, in the folder of the repository"),
+    b"<!doctyp": ("an HTML page and not the weights", "download it anew: the server answered with a page"),
+    b"<html": ("an HTML page and not the weights", "download it anew: the server answered with a page"),
+}
 #: What torch can make a tensor of: as many dimensions, sizes up to this number.
 _MAX_DIMENSIONS, _MAX_NUMBER = 64, 2**63 - 1
 #: Characters of a name or value from a file that a message repeats.
@@ -50,6 +56,9 @@ def header_length(where: str, prefix: bytes, size: int | None) -> int:
     Raises:
         InvalidCheckpointError: The file cannot hold such a header.
     """
+    for beginning, (what, mend) in _OTHERS.items():
+        if prefix.lower().startswith(beginning):
+            raise _invalid(where, [f"it is {what}"], mend)
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if len(prefix) < LENGTH_BYTES or (size is not None and length > size - LENGTH_BYTES):
         problem = f"the file of {len(prefix) if size is None else size} bytes ends before its header does"

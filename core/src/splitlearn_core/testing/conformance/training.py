@@ -12,7 +12,7 @@ from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, 
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import batch, labels_of, no_grad
 from splitlearn_core.testing.conformance.diagnosis import undeclared_inlets
-from splitlearn_core.testing.conformance.findings import ConformanceError, expect
+from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect, expect
 from splitlearn_core.testing.conformance.numbers import compare, expect_equal
 from splitlearn_core.testing.conformance.subject import Cut, Subject
 
@@ -65,7 +65,11 @@ class Training(Checks):
             got = part.base_model(inputs_embeds=hidden).last_hidden_state
         if not compare(got.detach(), expected.detach()):
             changes = f"with no layers, the {component} changes hidden states beyond its end"
-            raise ConformanceError(changes, undeclared_inlets(family, subject.whole()))
+            suspects = tuple(undeclared_inlets(family, subject.whole()))
+            if not suspects and not family.enter_at_layers:
+                by_none = "states are changed on their way in, and by no module that could be named: say True"
+                suspects = (Suspect("enter_at_layers", by_none),)
+            raise ConformanceError(changes, suspects)
 
 
 def _loss(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
