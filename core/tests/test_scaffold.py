@@ -75,6 +75,41 @@ def test_peculiar_decoders(model_type: str, expected: dict[str, Any]) -> None:
     assert {name: derived.fields.get(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("said", [{}, {"embedding_dropout": 0.1}], ids=["by default at 0", "given"])
+def test_a_dropout_in_no_module_is_seen(said: dict[str, Any]) -> None:
+    """StarCoder2 drops values in a function, in training alone, and by default with a probability of 0."""
+    derived = examine("starcoder2", said)
+    assert derived.questions == []
+    assert derived.fields["enter_at_layers"] is True
+    assert "before the first layer in training" in derived.reasons["enter_at_layers"]
+    # Its tests turn it on.
+    on = {**derived.fields.get("tiny_config", {}), **derived.variants.get("dropout", {})}
+    assert on["embedding_dropout"] > 0
+
+
+def test_a_dropout_that_reaches_trunk_and_top_is_not_proven() -> None:
+    """In training both would drop values of what a component before them has dropped values of already."""
+    from transformers import AutoConfig
+
+    from splitlearn_core.scaffold.sizes import tiny_sizes
+
+    sizes = tiny_sizes(AutoConfig.for_model("starcoder2"))
+    model = tiny_model(AutoConfig.for_model("starcoder2", **sizes, embedding_dropout=0.5))
+    said: dict[str, Any] = {"model_type": "starcoder2", "architecture": "Starcoder2ForCausalLM"}
+    found = differences(model, ModelFamily(**said))
+    assert [line.split(", ", 1)[1] for line in found[:2]] == [
+        f"in training, the {part} changes hidden states outside its layers" for part in ("trunk", "top")
+    ]
+    assert differences(model, ModelFamily(**said, enter_at_layers=True)) == []
+
+
+def test_what_is_computed_in_the_default_dtype_is_computed_in_that_of_the_weights() -> None:
+    """XGLM asks torch for the default dtype when it makes its positions; transformers sets it to the weights'."""
+    derived = examine("xglm", {})
+    assert (derived.questions, derived.notes) == ([], [])
+    assert derived.dtypes == ("float32", "bfloat16")
+
+
 def test_names_on_disk_that_transformers_changes_are_renamed() -> None:
     """GPT-NeoX has its head under another name on disk than in newer modules."""
     family = fields("gpt_neox")
@@ -325,6 +360,18 @@ def test_questions_are_asked_in_the_file() -> None:
     assert names["splitlearn_model_families"]()[0].model_type == "1x-y"
     assert '# QUESTION (norm): which one is the "final" norm?' in text
     assert "#   a, b" in text
+
+
+def test_a_dtype_that_does_not_hold_is_not_tested_and_said() -> None:
+    """The tests of the package are in those that were equal, and the README has the reason."""
+    derived = Derived(
+        {"model_type": "x", "architecture": "XForCausalLM"},
+        dtypes=("float32",),
+        notes=["in bfloat16: a forward differs by up to 1"],
+    )
+    files = package_files(derived, "0.1.0", "Apache-2.0", 2026)
+    assert '    dtypes = ("float32",)\n' in files["tests/test_x_family.py"]
+    assert "in bfloat16: a forward differs by up to 1" in files["README.md"]
 
 
 @pytest.mark.parametrize("value", [{"a": (1, 2.5, None)}, ("x",), (), [], {}, 'a"b\\c\nd', "ä\u2028", True])

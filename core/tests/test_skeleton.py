@@ -79,11 +79,23 @@ def test_other_threads_are_not_concerned() -> None:
     seen: list[str] = []
 
     with skeleton(torch.float16):
-        thread = threading.Thread(target=lambda: seen.append(f"{device_here()} {torch.ones(1).dtype}"))
+        thread = threading.Thread(
+            target=lambda: seen.append(f"{device_here()} {torch.ones(1).dtype} {torch.get_default_dtype()}")
+        )
         thread.start()
         thread.join(30)
 
-    assert seen == ["cpu torch.float32"]
+    assert seen == ["cpu torch.float32 torch.float32"]
+
+
+def test_who_asks_for_the_default_dtype_is_told_that_of_the_weights() -> None:
+    """As under ``from_pretrained``; and afterwards the function is torch's own again."""
+    own = torch.get_default_dtype
+    with skeleton(torch.float16):
+        assert torch.get_default_dtype() == torch.float16
+
+    assert torch.get_default_dtype is own
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_two_threads_build_one_after_the_other() -> None:

@@ -59,5 +59,19 @@ class _Skeleton(TorchFunctionMode):
 @contextmanager
 def skeleton(dtype: torch.dtype) -> Iterator[None]:
     """Build modules whose parameters have shapes but no memory."""
-    with BUILD_LOCK, _Skeleton(dtype):
+    with BUILD_LOCK, _Skeleton(dtype), _told_as_default(dtype):
         yield
+
+
+@contextmanager
+def _told_as_default(dtype: torch.dtype) -> Iterator[None]:
+    """Tell a model that asks for the default dtype (XGLM, for its positions); this thread only, and nobody sets it.
+
+    The function is none of those that a mode is asked about.
+    """
+    own, builder = torch.get_default_dtype, threading.get_ident()
+    torch.get_default_dtype = lambda: dtype if threading.get_ident() == builder else own()
+    try:
+        yield
+    finally:
+        torch.get_default_dtype = own

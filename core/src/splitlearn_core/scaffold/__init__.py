@@ -48,6 +48,7 @@ class NewPlugin:
             "verified": self.verified,
             "variants": list(self.derived.variants),
             "attention": list(self.derived.attention),
+            "dtypes": list(self.derived.dtypes),
             "questions": [question.to_dict() for question in self.derived.questions],
             "notes": self.derived.notes,
         }

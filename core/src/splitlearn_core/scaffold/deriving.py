@@ -28,6 +28,8 @@ _MAX_SHOWN = 6
 _ROUNDING = 1e-4
 #: Dimensions of the running state.
 _STATE = 3
+#: What a function does may be done in training alone (a dropout): the mode, and the words for it.
+_MODES = ((False, ""), (True, " in training"))
 
 
 @dataclass(slots=True)
@@ -85,8 +87,8 @@ class _Frame:
     embeddings: torch.Tensor
     spine: list[str]
 
-    def watch(self, replaced: Mapping[str, Replacement] | None = None) -> Forward:
-        return watch(self.base, self.embeddings, self.spine, replaced)
+    def watch(self, replaced: Mapping[str, Replacement] | None = None, training: bool = False) -> Forward:
+        return watch(self.base, self.embeddings, self.spine, replaced, training=training)
 
 
 def _base(model: Any) -> Any:
@@ -207,12 +209,14 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
     }
     # As wide as the state: it may be another width than the embeddings'.
     inside = _Frame(frame.base, random_embeddings(state.shape[-1]), frame.spine)
-    entered = inside.watch(neutral).of(first.path)[0].state
-    if not _same(entered, inside.embeddings):
-        parts.enter_at_layers = True
-        parts.reasons["enter_at_layers"] = (
-            f"Outside any module, before the first layer: {_difference(entered, inside.embeddings)}."
-        )
+    for training, when in _MODES:
+        entered = inside.watch(neutral, training).of(first.path)[0].state
+        if not _same(entered, inside.embeddings):
+            parts.enter_at_layers = True
+            parts.reasons["enter_at_layers"] = (
+                f"Outside any module, before the first layer{when}: {_difference(entered, inside.embeddings)}."
+            )
+            return
 
 
 def _outermost(calls: Sequence[Call], parts: Parts) -> list[Call]:
@@ -235,10 +239,13 @@ def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
             f"{', '.join(twice)} is called before the first layer and after the last, and would be needed on both ends"
         )
     parts.norm, parts.skip_outside_top = (through[0], through[1:]) if through else ("", [])
-    left = frame.watch(dict.fromkeys(through, passed))
-    answer = left.of(last.path)[0].tensors[0]
-    if not _same(left.hidden, answer):
-        parts.questions.append(Question("norm", "what happens after the last layer?", _difference(left.hidden, answer)))
+    for training, when in _MODES:
+        left = frame.watch(dict.fromkeys(through, passed), training)
+        answer = left.of(last.path)[0].tensors[0]
+        if not _same(left.hidden, answer):
+            asked = f"what happens after the last layer{when}?"
+            parts.questions.append(Question("norm", asked, _difference(left.hidden, answer)))
+            return
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> str:

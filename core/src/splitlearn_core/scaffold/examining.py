@@ -19,7 +19,7 @@ from splitlearn_core.scaffold.deriving import Parts, derive_parts
 from splitlearn_core.scaffold.findings import CannotSplitError, Derived, Question
 from splitlearn_core.scaffold.keys import ignored_suffixes, renamed_keys
 from splitlearn_core.scaffold.knowledge import causal_class, check_config
-from splitlearn_core.scaffold.making import quiet, tiny_config, tiny_model, with_values
+from splitlearn_core.scaffold.making import in_dtype, quiet, tiny_config, tiny_model, with_values
 from splitlearn_core.scaffold.proving import cache_note, differences
 from splitlearn_core.scaffold.settings import config_defaults, config_names
 
@@ -31,6 +31,13 @@ _NO_SWITCHES = {
 }
 _MULTIPLIERS = ("multiplier", "scale")
 _ATTENTION = ("eager", "sdpa")
+#: The first is that in which everything else is proven.
+_DTYPES = ("float32", "bfloat16")
+#: The probability that a tiny model drops values with, and parts of names of what drops something else: whole layers,
+#: or values of another head.
+_DROPOUT = 0.5
+_DROPOUTS = "dropout"
+_NO_DROPOUT = ("layer", "classifier", "summary")
 _WINDOW = 4
 
 
@@ -121,6 +128,8 @@ class _Variants:
     def __init__(self, config: Any, parts: Parts) -> None:
         self._config = config
         self.parts = parts
+        #: Every dropout of the configuration, turned on.
+        self.dropouts = _dropouts(config)
         #: Those that tests have to cover.
         self.variants: dict[str, dict[str, Any]] = {}
         #: Values that the family does not cover, with the reason.
@@ -154,6 +163,8 @@ class _Variants:
         }
         if scaled:
             yield "scaled", scaled
+        if self.dropouts:
+            yield _DROPOUTS, self.dropouts
 
     def _take_in(self, other: Parts, said: str) -> bool:
         """Widen the parts by what another value of a switch brings; say whether it brings anything."""
@@ -197,14 +208,14 @@ def _prove(derived: Derived, config: Any, settled: _Variants) -> None:
     """Cut tiny models of all variants, and note where they differ from the models in one piece."""
     for uniform in (True, False):
         derived.fields["uniform_layers"] = uniform
-        found = _differences(derived, config, {}, None)
+        found = _differences(derived, config)
         if not found:
             break
     if found:
         _check_cache(config)
         derived.fields["uniform_layers"] = True
         derived.questions.append(Question("base", "what is missing for a split to equal the whole model?", found[0]))
-        derived.variants, derived.attention = {"plain": {}}, _ATTENTION
+        derived.variants, derived.attention, derived.dtypes = {"plain": {}}, _ATTENTION, _DTYPES
         return
     if note := cache_note(tiny_model(with_values(config, {})), ModelFamily(**derived.fields)):
         derived.notes.append(note)
@@ -215,13 +226,21 @@ def _prove(derived: Derived, config: Any, settled: _Variants) -> None:
         **settled.variants,
     }
     derived.variants = {"plain": {}}
-    for name, values in candidates.items():
-        found = _differences(derived, config, values, None)
+    # Proven also where it changes nothing of the family, which is why the tests need not cover it.
+    dropouts = {_DROPOUTS: settled.dropouts} if settled.dropouts else {}
+    for name, values in {**dropouts, **candidates}.items():
+        found = _differences(derived, config, values)
         if found:
             derived.notes.append(f"with {', '.join(f'{k}={v!r}' for k, v in values.items())}: {found[0]}")
-        else:
+        elif name in candidates:
             derived.variants = {**derived.variants, name: values}
-    derived.attention = tuple(name for name in _ATTENTION if not _differences(derived, config, {}, name))
+    derived.attention = tuple(name for name in _ATTENTION if not _differences(derived, config, attention=name))
+    derived.dtypes = _DTYPES[:1]
+    for dtype in _DTYPES[1:]:
+        if found := _differences(derived, config, dtype=dtype):
+            derived.notes.append(f"in {dtype}: {found[0]}")
+        else:
+            derived.dtypes = (*derived.dtypes, dtype)
 
 
 def _check_cache(config: Any) -> None:
@@ -242,15 +261,30 @@ def _check_cache(config: Any) -> None:
         )
 
 
+def _dropouts(config: Any) -> dict[str, Any]:
+    return {
+        name: _DROPOUT
+        for name, value in config.to_dict().items()
+        if "drop" in name and not any(part in name for part in _NO_DROPOUT)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
 def _has_window(config: Any) -> bool:
     value = getattr(config, "sliding_window", None)
     return type(value) is int and value > _WINDOW
 
 
-def _differences(derived: Derived, config: Any, values: Mapping[str, Any], attention: str | None) -> list[str]:
+def _differences(
+    derived: Derived,
+    config: Any,
+    values: Mapping[str, Any] | None = None,
+    attention: str | None = None,
+    dtype: str = _DTYPES[0],
+) -> list[str]:
     # A model that cannot be made so at all is evidence like one that differs.
     try:
-        model = tiny_model(with_values(config, values), attention)
-        return differences(model, ModelFamily(**derived.fields))
+        model = tiny_model(with_values(config, values or {}), attention)
+        return differences(model if dtype == _DTYPES[0] else in_dtype(model, dtype), ModelFamily(**derived.fields))
     except Exception as error:  # noqa: BLE001
         return [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"]

@@ -42,5 +42,6 @@ class Derived:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: The version of transformers that was looked at: names of modules differ from one to another.
     transformers: str = ""
-    #: Attention implementations that the model bears.
+    #: Attention implementations that the model bears, and dtypes.
     attention: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -151,3 +152,10 @@ def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
     return model.eval()
+
+
+def in_dtype(model: Any, dtype: str) -> Any:
+    """Load a model anew in another dtype: buffers of no file are computed otherwise than a conversion has them."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, dtype=dtype).eval()

@@ -56,17 +56,22 @@ def watch(
     embeddings: torch.Tensor,
     spine: Sequence[str],
     replaced: Mapping[str, Replacement] | None = None,
+    *,
+    training: bool = False,
 ) -> Forward:
     """Run the base model on embeddings, and write down what happens.
 
     Args:
-        base: The base model, in evaluation mode.
+        base: The base model, in evaluation mode, in which it is left.
         embeddings: What stands in for the embeddings of tokens, ``[batch, sequence, width]``.
         spine: Paths of the modules that hold the layers, the layers excluded: their calls are the frame.
         replaced: Modules whose answers are replaced, by path.
+        training: Run it as it is trained.
     """
     seen, stack = Forward(), _Stack(set(spine))
     with ExitStack() as hooks:
+        hooks.callback(base.eval)
+        base.train(training)
         for path, module in base.named_modules():
             if path and path not in stack.frame:
                 hooks.enter_context(_recorded(module, path, seen, stack, (replaced or {}).get(path)))

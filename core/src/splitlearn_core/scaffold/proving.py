@@ -11,6 +11,7 @@ import torch
 
 from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
 from splitlearn_core.build.component import hf_config
+from splitlearn_core.build.outside import through_no_layers
 from splitlearn_core.build.state_dict import component_from_state_dict
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.family import ModelFamily
@@ -30,19 +31,21 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
     """Say where the model that the family describes is another than the model itself; empty where it is the same.
 
     Args:
-        model: The tiny model in one piece, in evaluation mode and float32.
+        model: The tiny model in one piece, in evaluation mode.
         family: What was derived of it.
     """
     # As a file says it: the family has to understand that, and not only the object.
     values = json.loads(model.config.to_json_string())
     attention = model.config._attn_implementation  # noqa: SLF001  # the name that transformers gives it
+    dtype = str(model.dtype).removeprefix("torch.")
     found: list[str] = []
     for cut in cuts(int(model.config.num_hidden_layers)):
         try:
-            split = _cut(model, family, hf_config(family, values, "the tiny model", "float32", attention), cut)
+            split = _cut(model, family, hf_config(family, values, "the tiny model", dtype, attention), cut)
         except SplitLearnError as error:
             return [f"it cannot be cut at {cut[0]} and {cut[1]}: {error.message}"]
-        found += [f"cut at {cut[0]} and {cut[1]}, {what}" for what in _compare(model, split)]
+        problems = (*_compare(model, split), *_training(split, family))
+        found += [f"cut at {cut[0]} and {cut[1]}, {what}" for what in problems]
     return found or list(_plan_problems(model, family, values))
 
 
@@ -77,6 +80,14 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
             continue
         if not all(map(torch.equal, got, expected)):
             yield f"{title} differs by up to {max(_distance(*pair) for pair in zip(got, expected, strict=True)):.3g}"
+
+
+def _training(split: SplitCausalLM, family: ModelFamily) -> Iterator[str]:
+    """Say where hidden states that enter meet something else than layers; the split is of no use afterwards."""
+    for component in (Component.TRUNK, Component.TOP):
+        got, expected = through_no_layers(getattr(split, component.value), family)
+        if not torch.equal(got, expected):
+            yield f"in training, the {component.value} changes hidden states outside its layers"
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -141,6 +141,8 @@ def test_module(derived: Derived, title: str) -> str:
     ]
     if derived.attention and derived.attention != ("eager", "sdpa"):
         lines += ["    # transformers refuses the others for it.", f"    attention = {literal(derived.attention)}"]
+    if len(derived.dtypes) == 1:
+        lines += ["    # In others it is not equal; see the README.", f"    dtypes = {literal(derived.dtypes)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -79,6 +79,6 @@ def _remarks(made: NewPlugin) -> list[str]:
         number = len(made.derived.questions)
         head = f"done, but {number} question{'s' * (number > 1)} could not be answered; see {made.family_file}:"
     else:
-        ways = ", ".join([*made.derived.variants, *made.derived.attention])
+        ways = ", ".join([*made.derived.variants, *made.derived.attention, *made.derived.dtypes])
         head = f"verified: a small model, cut in three, equals the model in one piece to the last bit ({ways})"
     return [head, *questions, *(f"not covered: {note}" for note in made.derived.notes)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, entering
+from splitlearn_core.build.outside import through_no_layers
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import batch, labels_of, no_grad
 from splitlearn_core.testing.conformance.diagnosis import undeclared_inlets
@@ -46,24 +46,8 @@ class Training(Checks):
     def test_only_layers_outside_bottom(self, subject: Subject, component: str) -> None:
         """In training, hidden states that come in from outside meet nothing but layers and the final norm."""
         family = subject.family
-        part: Any = getattr(subject.fresh_split(subject.middle), component)
-        base = part.get_submodule(family.base)
-        layers = base.get_submodule(family.layers)
-        for number, layer in enumerate(layers):
-            # The first of a component that hidden states enter at its layers is neutral as it is.
-            if not isinstance(layer, EnteringLayer):
-                layers[number] = TupleLayer() if family.layers_return_tuple else PassLayer()
-        for module in part.train().modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.5
-        hidden = torch.randn(2, 5, part.config.hidden_size, generator=torch.Generator().manual_seed(0))
-        expected = hidden
-        for outlet in family.outlets:
-            # A model that does without it has None in its place.
-            expected = base.get_submodule(outlet)(expected) if outlet in dict(base.named_modules()) else expected
-        with entering(hidden):
-            got = part.base_model(inputs_embeds=hidden).last_hidden_state
-        if not compare(got.detach(), expected.detach()):
+        got, expected = through_no_layers(getattr(subject.fresh_split(subject.middle), component), family)
+        if not compare(got, expected):
             changes = f"with no layers, the {component} changes hidden states beyond its end"
             suspects = tuple(undeclared_inlets(family, subject.whole()))
             if not suspects and not family.enter_at_layers:
