@@ -58,6 +58,16 @@ def test_a_sound_header_says_where_each_tensor_is(shard: Callable[[bytes], Path]
     ]
 
 
+def test_what_is_remembered_of_a_header_is_nobodys_to_change(shard: Callable[[bytes], Path]) -> None:
+    """The same bytes are understood once; other bytes of the same path and length are other bytes."""
+    path = shard(file_of(SOUND))
+    read_header(path).clear()
+    assert list(read_header(path)) == ["a", "b"]
+
+    shard(file_of(SOUND).replace(b'"a"', b'"c"'))
+    assert list(read_header(path)) == ["c", "b"]
+
+
 def test_headers_agree_with_the_safetensors_library(tmp_path: Path) -> None:
     """Names, shapes and bytes of a file that the library wrote, odd shapes and dtypes included."""
     tensors = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from splitlearn_core import (
     BrokenPluginError,
@@ -18,6 +19,8 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
+from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.checkpoint.strategies.views import views
 from splitlearn_core.checkpoint.strategy import (
     BUILT_IN,
     CopiedStrategy,
@@ -25,6 +28,7 @@ from splitlearn_core.checkpoint.strategy import (
     ReadPlan,
     choose_strategy,
 )
+from splitlearn_core.checkpoint.torchtypes import dtype_names
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.types import TensorInfo
 
@@ -84,6 +88,33 @@ def test_copied_parameters_have_memory_of_their_own(single: Path, options: dict[
     (single / "model.safetensors").write_bytes(b"gone")
     for name, tensor in trunk.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_views_are_what_the_library_reads(tmp_path: Path, padding: int) -> None:
+    """Of every dtype and of odd shapes, wherever in a word the data begin; none shares its storage with another."""
+    written = {
+        **{f"of {name}": torch.arange(6).view(2, 3).to(dtype) for dtype, name in dtype_names().items()},
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 3),
+    }
+    path = tmp_path / "all.safetensors"
+    save_file(written, path)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:start].rstrip() + b" " * padding
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+
+    tensors = tuple(PlannedTensor(key, info) for key, info in read_header(path).items())
+    plan = ReadPlan(tensors, {path.name: path}, "cpu", "float32")
+    got = {planned.module_key: view for planned, view in views(plan)}
+
+    expected = load_file(path)
+    assert got.keys() == expected.keys() == written.keys()
+    for key, view in got.items():
+        assert (view.dtype, view.shape) == (expected[key].dtype, expected[key].shape)
+        assert torch.equal(view.flatten().view(torch.uint8), expected[key].flatten().view(torch.uint8))
+        assert view.untyped_storage().nbytes() == view.nbytes
 
 
 @needs_maps

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ def tensor_problems(module: nn.Module, planned: Mapping[str, TensorInfo]) -> lis
     Returns:
         Missing, unexpected, mis-shaped and mis-typed tensors, in words.
     """
-    wanted = module.state_dict()
+    wanted = {name: tensor for name, tensor, in_file in _tensors(module) if in_file}
     problems = [f"missing: {name} {list(wanted[name].shape)}" for name in sorted(wanted.keys() - planned.keys())]
     problems += [f"unexpected: {name} {list(planned[name].shape)}" for name in sorted(planned.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & planned.keys()):
@@ -64,16 +63,27 @@ def finish(module: nn.Module, device: str) -> None:
         InternalError: A parameter or buffer has no memory, or is on another device.
     """
     for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
-    empty = [name for name, tensor in _tensors(module) if tensor.device.type == "meta"]
+        for name, buffer in owner._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                owner._buffers[name] = buffer.to(device)  # noqa: SLF001
+    empty = [name for name, tensor, _ in _tensors(module) if tensor.is_meta]
     if empty:
         raise InternalError(f"tensors without memory after loading: {', '.join(empty)}", hint="please report this")
 
 
-def _tensors(module: nn.Module) -> Iterable[tuple[str, Any]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield each parameter and buffer of a module with its name, and whether a checkpoint holds it.
+
+    In one walk over the registers that nn.Module documents; its own iterators walk the tree once for each kind.
+    """
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in owner._parameters.items():  # noqa: SLF001
+            if parameter is not None:
+                yield prefix + name, parameter, True
+        for name, buffer in owner._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                yield prefix + name, buffer, name not in owner._non_persistent_buffers_set  # noqa: SLF001
 
 
 def tie_if_equal(first: nn.Module, first_key: str, second: nn.Module, second_key: str) -> bool:

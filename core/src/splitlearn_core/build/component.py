@@ -419,8 +419,9 @@ def hf_config(
     config_class = architecture_class(family).config_class
     with BUILD_LOCK, blaming_config(family, name_or_path):
         own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
-        # Components pass results on by name, whatever the checkpoint prefers.
-        config = config_class.from_dict({**own, "dtype": dtype, "return_dict": True}, name_or_path=name_or_path)
+        # Components pass results on by name, whatever the checkpoint prefers. As from_dict does it, which besides
+        # writes the whole of it for a log that nobody keeps.
+        config = config_class(**{**own, "dtype": dtype, "return_dict": True, "name_or_path": name_or_path})
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
     return config
@@ -494,10 +495,10 @@ def _replace(parent: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _replace_all(base: nn.Module, neutral: Mapping[str, nn.Module]) -> None:
-    there = dict(base.named_modules())
     for path, module in neutral.items():
+        holder, _, name = path.rpartition(".")
         # A model that does without it has None in its place.
-        if path in there:
+        if base.get_submodule(holder)._modules.get(name) is not None:  # noqa: SLF001
             _replace(base, path, module)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.types import DTYPE_BYTES, TensorInfo
@@ -30,6 +31,8 @@ _OTHERS = {
 _MAX_DIMENSIONS, _MAX_NUMBER = 64, 2**63 - 1
 #: Characters of a name or value from a file that a message repeats.
 _MAX_WORD = 80
+#: Bytes of a header that is remembered.
+_MAX_REMEMBERED = 256 * 2**10
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -40,9 +43,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             contradictions are listed.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(LENGTH_BYTES)
-        return parse_header(str(path), prefix + file.read(header_length(str(path), prefix, size)), size)
+        return header_of(path, file)
+
+
+def header_of(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
+    """The same of a file that is open, at its beginning."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(LENGTH_BYTES)
+    return parse_header(str(path), prefix + file.read(header_length(str(path), prefix, size)), size)
 
 
 def header_length(where: str, prefix: bytes, size: int | None) -> int:
@@ -70,6 +78,12 @@ def header_length(where: str, prefix: bytes, size: int | None) -> int:
 
 def parse_header(where: str, content: bytes, size: int | None) -> dict[str, TensorInfo]:
     """Check the beginning of a safetensors file and return its tensors; see :func:`read_header`."""
+    if len(content) > _MAX_REMEMBERED:
+        return _parsed(where, content, size)
+    return dict(_remembered(where, content, size))
+
+
+def _parsed(where: str, content: bytes, size: int | None) -> dict[str, TensorInfo]:
     length = header_length(where, content, size)
     try:
         # Decoded here: json would guess other encodings from the first bytes, and it takes NaN for a number.
@@ -91,6 +105,10 @@ def parse_header(where: str, content: bytes, size: int | None) -> dict[str, Tens
         raise _invalid(where, problems)
     shard = where.replace("\\", "/").rpartition("/")[2]
     return _check_layout(where, [_tensor(shard, key, entry, start) for key, entry in header.items()], start, size)
+
+
+#: A header is looked at when a load is planned, and again when the file is read, where the same bytes mean the same.
+_remembered = lru_cache(maxsize=64)(_parsed)
 
 
 def _refuse_constant(name: str) -> None:

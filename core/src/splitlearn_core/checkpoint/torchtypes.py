@@ -24,6 +24,7 @@ def dtype_names() -> dict[torch.dtype, str]:
     }  # fmt: skip
 
 
+@cache
 def stored_dtype(name: str) -> torch.dtype:
     """Return torch's dtype of the safetensors format's name."""
     return next(dtype for dtype, known in dtype_names().items() if known == name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from splitlearn_core.checkpoint.header import read_header
 from splitlearn_core.checkpoint.strategies.base import ReadPlan
 from splitlearn_core.errors import InvalidCheckpointError, MissingFileError
+from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.types import SAFETENSORS, TensorInfo
 
 
@@ -24,18 +26,23 @@ def refuse_other_files(plan: ReadPlan) -> None:
             path = plan.paths[shard]
             if not path.exists():
                 raise MissingFileError(f"{path} is not there any more", hint="fetch it anew, then load again")
-            found = read_header(path)
-            for planned in tensors:
-                if found.get(planned.info.key) != planned.info:
-                    raise changed(path, planned.info)
+            refuse_changed(path, read_header(path), tensors)
 
 
-def changed(path: Path, info: TensorInfo) -> InvalidCheckpointError:
-    """Say that a file is not what it was when it was planned."""
-    return InvalidCheckpointError(
-        f"{path} was changed while it was being loaded: {info.key} is not what and where it was",
-        hint="load it again once it is written completely",
-    )
+def refuse_changed(path: Path, found: Mapping[str, TensorInfo], tensors: Iterable[PlannedTensor]) -> None:
+    """Refuse a file whose header is not the one that was planned with.
+
+    Args:
+        path: The file.
+        found: The tensors that it holds by now.
+        tensors: Those of it that are wanted.
+    """
+    for planned in tensors:
+        if found.get(planned.info.key) != planned.info:
+            raise InvalidCheckpointError(
+                f"{path} was changed while it was being loaded: {planned.info.key} is not what and where it was",
+                hint="load it again once it is written completely",
+            )
 
 
 def refuse_cut(path: Path, size: int, last: TensorInfo) -> None:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from splitlearn_core.checkpoint.header import header_of
 from splitlearn_core.checkpoint.strategies.base import CHUNK_BYTES, ReadPlan
 from splitlearn_core.checkpoint.strategies.memory import fresh_memory
-from splitlearn_core.checkpoint.strategies.unchanged import changed, refuse_cut
+from splitlearn_core.checkpoint.strategies.unchanged import refuse_changed, refuse_cut
 from splitlearn_core.checkpoint.torchtypes import stored_dtype
-from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.splitplan import PlannedTensor
 
 if TYPE_CHECKING:
@@ -18,30 +18,26 @@ if TYPE_CHECKING:
 
 
 def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
-    """Yield each planned tensor as a view of its mapped file; one file is open at a time."""
-    from safetensors import SafetensorError, safe_open
+    """Yield each planned tensor as a view of its mapped file; one file is open at a time.
+
+    As safetensors makes them, whose ``safe_open`` keeps the interpreter while it opens a file and looks at the first
+    page of each tensor: where the disk or the network hangs, every thread of the process would hang with it.
+    """
+    import torch
 
     for shard, tensors in plan.by_shard().items():
-        # safetensors opens a file without letting go of the interpreter: where the disk or the network
-        # hangs, every thread of the process would hang with it. Here only this one does.
         path = plan.paths[shard]
-        with path.open("rb", buffering=0) as plain:
-            try:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    for planned in tensors:
-                        # Nor does it where it looks at a tensor's first page; from the cache that takes no time.
-                        plain.seek(planned.info.begin)
-                        plain.read(1)
-                        view = file.get_tensor(planned.info.key)
-                        if (view.dtype, tuple(view.shape)) != (stored_dtype(planned.info.dtype), planned.info.shape):
-                            raise changed(path, planned.info)
-                        yield planned, view
-            except SafetensorError as error:
-                raise InvalidCheckpointError(
-                    f"{path} is no sound safetensors file: {error}", hint="fetch or write the file anew"
-                ) from error
+        with path.open("rb") as file:
+            refuse_changed(path, header_of(path, file), tensors)
+            size = os.fstat(file.fileno()).st_size
+            storage = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).untyped_storage()
+            for planned in tensors:
+                info = planned.info
+                empty = torch.empty(0, dtype=stored_dtype(info.dtype))
+                # A storage of its own for each, as everybody expects of tensors that are not tied.
+                yield planned, empty.set_(storage[info.begin : info.end]).view(info.shape)
             # What is mapped of a file that was cut would end the process where it is used.
-            refuse_cut(path, os.fstat(plain.fileno()).st_size, tensors[-1].info)
+            refuse_cut(path, os.fstat(file.fileno()).st_size, tensors[-1].info)
 
 
 def copy_to_plan(plan: ReadPlan, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
