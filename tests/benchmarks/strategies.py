@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import subprocess
@@ -16,7 +15,18 @@ from typing import Any
 
 from checkpoints import Checkpoint, gemma, qwen2
 from loaders import Job, wanted_files, wanted_keys
-from measuring import MeasurementError, Session, drop, in_fresh_process, interleave, is_installed, read_through, sample
+from measuring import (
+    MeasurementError,
+    Session,
+    drop,
+    huge,
+    in_fresh_process,
+    interleave,
+    is_installed,
+    read_through,
+    sample,
+    touch,
+)
 from report import Row, Sample, at_most, faster
 from trunk import measurement
 
@@ -159,7 +169,7 @@ def _read(checkpoint: Checkpoint, reader: str, *, cold: bool = False) -> dict[st
 def _dd(checkpoint: Checkpoint) -> dict[str, Any]:
     """Let ``dd`` read the trunk's bytes, stretch by stretch."""
     stretches = list(_stretches(Job(str(checkpoint.directory), checkpoint.recipe.cut)))
-    _touch(sum(count for _, _, count in stretches))
+    touch(sum(count for _, _, count in stretches))
     begin = time.monotonic()
     for path, start, count in stretches:
         flags = ["bs=8M", "iflag=skip_bytes,count_bytes", f"skip={start}", f"count={count}", "status=none"]
@@ -182,29 +192,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         "runai": _runai,
     }[job["reader"]](target)
     # What is not in the page cache takes memory there, too.
-    _touch(sum(count for _, _, count in _stretches(target)) * (2 if job["cold"] else 1))
+    touch(sum(count for _, _, count in _stretches(target)) * (2 if job["cold"] else 1))
     begin = time.monotonic()
     kept = read()
     seconds = time.monotonic() - begin
     del kept
     return {"seconds": seconds}
-
-
-def _touch(nbytes: int) -> None:
-    """Have the machine underneath provide memory now: a virtual one takes it back from a guest that does not use it.
-
-    As much as the reader takes, in its own memory and in the page cache.
-    """
-    memory = _huge(nbytes)
-    for position in range(0, nbytes, 2**12):
-        memory[position] = 1
-    memory.close()
-
-
-def _huge(nbytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, -(-nbytes // 2**21) * 2**21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _stretches(job: Job) -> Iterator[tuple[str, int, int]]:
@@ -268,7 +261,7 @@ def _preadv(job: Job) -> Callable[[], Any]:
         position += count
 
     def read() -> Any:
-        memory = _huge(position)
+        memory = huge(position)
         view, coming = memoryview(memory), iter(chunks)
 
         def fill() -> None:

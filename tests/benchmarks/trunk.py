@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoints import Checkpoint
 from loaders import LOADERS, Job, Loader, model_class
-from measuring import anonymous_mb, in_fresh_process, say
+from measuring import anonymous_mb, in_fresh_process, say, touch
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +29,13 @@ def measurement(
     forward: bool = True,
     watch: bool = False,
     cut: tuple[int, int] | None = None,
+    room: int = 0,
 ) -> Callable[[], dict[str, Any]]:
     """Describe one measurement, to be called as often as it is wanted.
 
     Its answer holds ``load``, ``first`` (load and first forward) and ``again`` (a second forward, when
     everything is in place) in seconds, ``grown_mb`` of anonymous memory, and the ``digest`` of what
-    the trunk computed.
+    the trunk computed. ``room`` is memory that the machine has to provide before the clock starts.
     """
     job = {
         "loader": loader,
@@ -43,6 +44,7 @@ def measurement(
         "dtype": dtype,
         "strategy": strategy,
         "forward": forward,
+        "room": room,
         "hidden_size": checkpoint.recipe.hidden_size,
         "hidden_dtype": TORCH_NAMES[checkpoint.recipe.dtype] if dtype == "auto" else dtype,
     }
@@ -88,6 +90,7 @@ def _prepare(loader: Loader, directory: str) -> None:
 
 
 def _timed(loader: Loader, target: Job, hidden: torch.Tensor, job: dict[str, Any]) -> dict[str, Any]:
+    touch(job["room"])
     gc.collect()
     before = anonymous_mb()
     begin = time.monotonic()
