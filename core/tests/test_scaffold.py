@@ -103,6 +103,15 @@ def test_a_dropout_that_reaches_trunk_and_top_is_not_proven() -> None:
     assert differences(model, ModelFamily(**said, enter_at_layers=True)) == []
 
 
+def test_layers_that_are_left_out_now_and_then_are_all_watched() -> None:
+    """A given model may be one that leaves out nearly all of its layers in each step of training."""
+    derived = examine("biogpt", {"model_type": "biogpt", "layerdrop": 0.99, "hidden_dropout_prob": 0.2})
+    assert (derived.questions, derived.notes) == ([], [])
+    assert derived.fields["tiny_config"]["hidden_dropout_prob"] == 0.2
+    assert "layerdrop" not in derived.fields["tiny_config"]
+    assert derived.fields["enter_at_layers"] is True
+
+
 def test_what_is_computed_in_the_default_dtype_is_computed_in_that_of_the_weights() -> None:
     """XGLM asks torch for the default dtype when it makes its positions; transformers sets it to the weights'."""
     derived = examine("xglm", {})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError
+from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError
 from splitlearn_core.loading import OpenModel
 
 if TYPE_CHECKING:
@@ -52,30 +53,25 @@ def load_tokenizer(model: OpenModel) -> Any:
 
     Raises:
         MissingFileError: The checkpoint has none.
-        CheckpointError: The one in a weight file is of no use.
+        CheckpointError: The one it has is of no use.
     """
-    inside = model.checkpoint.pretrained_arguments()
-    if not has_tokenizer(model) and inside is not None:
-        return _tokenizer_in_weights(model, inside)
-    if not has_tokenizer(model):
+    arguments: Mapping[str, Any] = {}
+    source = model.checkpoint.source
+    if has_tokenizer(model):
+        for name in tokenizer_files(model):
+            source.path(name)
+    elif (inside := model.checkpoint.pretrained_arguments()) is not None:
+        arguments = inside
+    else:
         raise MissingFileError(
             f"{model.name} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})",
             hint=_HINT,
         )
     from transformers import AutoTokenizer
 
-    source = model.checkpoint.source
-    for name in tokenizer_files(model):
-        source.path(name)
-    return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True)
-
-
-def _tokenizer_in_weights(model: OpenModel, arguments: Mapping[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True, **arguments)
-    # transformers rebuilds it from what the file says, and raises whatever comes of that.
+    # transformers rebuilds it from what files say, and raises whatever comes of that.
     except Exception as error:
         raise CheckpointError(
             f"{model.name} holds no tokenizer that transformers can use: {type(error).__name__}: {error}", hint=_HINT
@@ -110,6 +106,7 @@ def generate_text(
     Raises:
         ConfigurationError: The prompt is empty, the text would not fit the model, or the temperature
             is no number from 0.
+        CheckpointError: The model's own code fails, on a value of its configuration most likely.
     """
     import torch
 
@@ -131,17 +128,33 @@ def generate_text(
         torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     started = time.perf_counter()
-    output = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        streamer=_streamer(tokenizer, on_text) if on_text else None,
-        **sampling,
-    )
+    with _blaming_config():
+        output = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=_streamer(tokenizer, on_text) if on_text else None,
+            **sampling,
+        )
     seconds = time.perf_counter() - started
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     return Generation(prompt, text, length, output.shape[1] - length, seconds)
+
+
+@contextmanager
+def _blaming_config() -> Iterator[None]:
+    """Say that the model's own code fails on its configuration; what fails where the text is shown is not meant."""
+    try:
+        yield
+    except (SplitLearnError, OSError):
+        raise
+    # It meets values that no check of a configuration looks at, and may raise anything.
+    except Exception as error:
+        raise CheckpointError(
+            f"the model fails in transformers: {type(error).__name__}: {error}",
+            hint="check the values of config.json; splitlearn verify says whether the unsplit model fails likewise",
+        ) from error
 
 
 def _check_length(model: SplitCausalLM, length: int, new_tokens: int) -> None:

@@ -76,7 +76,8 @@ def verify_split(
     Raises:
         SplitLearnError: As :func:`load_split_model`.
         ConfigurationError: Components were to have different dtypes or devices, which the unsplit model cannot have.
-        CheckpointError: transformers fails on the unsplit model, so that there is nothing to compare with.
+        CheckpointError: transformers fails on the unsplit model, or it answers with NaN: there is nothing to compare
+            with.
     """
     from splitlearn_core.pipeline import SplitCausalLM
 
@@ -104,6 +105,11 @@ def verify_split(
     ids, mask = ids.to(options.device), mask.to(options.device)
     with _blaming_transformers(model):
         expected = _ask(unsplit, ids, mask)
+    if bool(expected.logits.isnan().any()):
+        raise CheckpointError(
+            f"{model.name} unsplit answers with NaN, which equals nothing, so that there is nothing to compare",
+            hint=f"its weights hold values that are no numbers, or {plan.dtype} is too narrow: try --dtype float32",
+        )
     checks, difference = _compare(expected, _ask(split, ids, mask))
     unsplit_forward, forwards = _time_forwards(unsplit, parts, ids, mask)
     costs = tuple(

@@ -13,6 +13,7 @@ from splitlearn_core.errors import (
     InvalidCheckpointError,
     TensorMismatchError,
 )
+from splitlearn_core.loading.misfit import folded, likely_cause
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.plan.evenness import uneven_layers
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
@@ -152,8 +153,8 @@ def _refuse_saved(model: OpenModel, plan: SplitPlan) -> None:
 def mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:
     return TensorMismatchError(
         f"the tensors of {model.name} are not those of a {model.family.model_type} model; "
-        f"{len(problems)} are wrong:\n  " + "\n  ".join(problems),
-        hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
+        f"{len(problems)} are wrong:\n  " + "\n  ".join(folded(problems)),
+        hint=likely_cause(problems, model.family.model_type),
     )
 
 

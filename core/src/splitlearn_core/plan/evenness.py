@@ -34,7 +34,7 @@ def uneven_layers(prefix: str, module_keys: Iterable[str]) -> tuple[str, ...]:
         for layer in layers - holders[name] - peculiar:
             lacking[layer, tuple(sorted(holders[name]))].append(name)
     return tuple(
-        f"layer {layer} lacks {_some(names)}, which layers {_ranges(having)} have"
+        f"layer {layer} lacks {_some(names)}, which layers {number_ranges(having)} have"
         for (layer, having), names in sorted(lacking.items())
     )
 
@@ -44,7 +44,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def number_ranges(numbers: Sequence[int]) -> str:
     """Write sorted numbers as ``0-6 and 8-11``."""
     spans: list[list[int]] = []
     for number in numbers:

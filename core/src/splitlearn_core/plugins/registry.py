@@ -292,7 +292,8 @@ class PluginRegistry:
         return UnknownModelTypeError(
             f"no installed plugin provides model type {model_type!r} (installed: {', '.join(installed) or 'none'})",
             hint=(f"did you mean {close[0]!r}? Otherwise " if close else "")
-            + f'{_install_line(model_type)}check "model_type" in config.json',
+            + f'{_install_line(model_type)}check "model_type" in config.json; '
+            "if it is installed, splitlearn doctor says why it is not seen",
         )
 
     def _load(self, entry: PluginEntry) -> LoadedPlugin | PluginError:

@@ -16,10 +16,12 @@ from splitlearn_core.scaffold.sizes import TINY, tiny_sizes
 _DEPTH = TINY["num_hidden_layers"]
 #: A model that tests make anew many times must be smaller than this.
 _MAX_PARAMETERS = 20_000_000
-#: What a configuration says of its files, and not of the model.
+#: What a configuration says of its files or of training alone, and not of the model: a layer that is left out now and
+#: then cannot be watched.
 _NOT_OF_THE_MODEL = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "model_type", "quantization_config"),
     *("transformers_version", "_name_or_path", "use_cache", "return_dict", "tie_word_embeddings"),
+    *("layerdrop", "decoder_layerdrop"),
 }
 
 
