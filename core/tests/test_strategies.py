@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from splitlearn_core import (
     BrokenPluginError,
@@ -90,11 +90,19 @@ def test_copied_parameters_have_memory_of_their_own(single: Path, options: dict[
         assert torch.equal(tensor, before[name])
 
 
+def known(dtype: torch.dtype) -> bool:
+    """Say whether this version of the library writes a dtype."""
+    try:
+        return bool(save({"x": torch.zeros(2).to(dtype)}))
+    except KeyError:
+        return False
+
+
 @pytest.mark.parametrize("padding", range(4))
 def test_views_are_what_the_library_reads(tmp_path: Path, padding: int) -> None:
     """Of every dtype and of odd shapes, wherever in a word the data begin; none shares its storage with another."""
     written = {
-        **{f"of {name}": torch.arange(6).view(2, 3).to(dtype) for dtype, name in dtype_names().items()},
+        **{f"of {name}": torch.arange(6).view(2, 3).to(dtype) for dtype, name in dtype_names().items() if known(dtype)},
         "scalar": torch.tensor(1.5),
         "empty": torch.zeros(0, 3),
     }
@@ -111,6 +119,7 @@ def test_views_are_what_the_library_reads(tmp_path: Path, padding: int) -> None:
 
     expected = load_file(path)
     assert got.keys() == expected.keys() == written.keys()
+    assert len(got) > 10
     for key, view in got.items():
         assert (view.dtype, view.shape) == (expected[key].dtype, expected[key].shape)
         assert torch.equal(view.flatten().view(torch.uint8), expected[key].flatten().view(torch.uint8))
