@@ -63,9 +63,9 @@ def finish(module: nn.Module, device: str) -> None:
         InternalError: A parameter or buffer has no memory, or is on another device.
     """
     for owner in module.modules():
-        for name, buffer in owner._buffers.items():  # noqa: SLF001
+        for name, buffer in owner._buffers.items():  # noqa: SLF001  # a register that nn.Module documents
             if buffer is not None:
-                owner._buffers[name] = buffer.to(device)  # noqa: SLF001
+                owner._buffers[name] = buffer.to(device)  # noqa: SLF001  # a register that nn.Module documents
     empty = [name for name, tensor, _ in _tensors(module) if tensor.is_meta]
     if empty:
         raise InternalError(f"tensors without memory after loading: {', '.join(empty)}", hint="please report this")
@@ -78,12 +78,12 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """
     for path, owner in module.named_modules():
         prefix = f"{path}." if path else ""
-        for name, parameter in owner._parameters.items():  # noqa: SLF001
+        for name, parameter in owner._parameters.items():  # noqa: SLF001  # a register that nn.Module documents
             if parameter is not None:
                 yield prefix + name, parameter, True
-        for name, buffer in owner._buffers.items():  # noqa: SLF001
+        for name, buffer in owner._buffers.items():  # noqa: SLF001  # a register that nn.Module documents
             if buffer is not None:
-                yield prefix + name, buffer, name not in owner._non_persistent_buffers_set  # noqa: SLF001
+                yield prefix + name, buffer, name not in owner._non_persistent_buffers_set  # noqa: SLF001  # a register that nn.Module documents
 
 
 def tie_if_equal(first: nn.Module, first_key: str, second: nn.Module, second_key: str) -> bool:

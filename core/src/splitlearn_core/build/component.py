@@ -498,7 +498,7 @@ def _replace_all(base: nn.Module, neutral: Mapping[str, nn.Module]) -> None:
     for path, module in neutral.items():
         holder, _, name = path.rpartition(".")
         # A model that does without it has None in its place.
-        if base.get_submodule(holder)._modules.get(name) is not None:  # noqa: SLF001
+        if base.get_submodule(holder)._modules.get(name) is not None:  # noqa: SLF001  # a register that nn.Module documents
             _replace(base, path, module)
 
 
