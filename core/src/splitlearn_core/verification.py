@@ -108,7 +108,8 @@ def verify_split(
     if bool(expected.logits.isnan().any()):
         raise CheckpointError(
             f"{model.name} unsplit answers with NaN, which equals nothing, so that there is nothing to compare",
-            hint=f"its weights hold values that are no numbers, or {plan.dtype} is too narrow: try --dtype float32",
+            hint="its weights hold values that are no numbers"
+            + ("" if plan.dtype == "float32" else f", or {plan.dtype} is too narrow: try --dtype float32"),
         )
     checks, difference = _compare(expected, _ask(split, ids, mask))
     unsplit_forward, forwards = _time_forwards(unsplit, parts, ids, mask)
