@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from splitlearn_core.adapters import adapter_mismatches
@@ -144,16 +146,32 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     _chain: ComponentChain
+    #: The family's own class, of which an instance is one too.
+    family_class: ClassVar[type[Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a class that names the configuration of a family be of that family, before there is an instance."""
+        config_class = vars(cls).get("config_class")
+        super().__init_subclass__(**kwargs)
+        family_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) if config_class is not None else None
+        if family_class is None or issubclass(cls, family_class):
+            return
+        cls.__bases__ = (*cls.__bases__, family_class)
+        cls.family_class = family_class
+        if cls.forward is SplitCausalLM.forward:
+            cls.forward = _with_signature_of(family_class)  # type: ignore[method-assign]  # the same, by other names
 
     def __init__(
         self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, *, mixed_dtypes: bool = False
     ) -> None:
         parts = {Component.BOTTOM: bottom, Component.TRUNK: trunk, Component.TOP: top}
         _check_fit(parts, mixed_dtypes)
-        made = class_over(type(self), architecture_class(top.family))
-        if type(self).forward is SplitCausalLM.forward:
-            made.forward = _with_signature_of(made.family_class)
-        object.__setattr__(self, "__class__", made)
+        family_class = architecture_class(top.family)
+        if not isinstance(self, family_class):
+            made = class_over(type(self), family_class)
+            if made.forward is SplitCausalLM.forward:
+                made.forward = _with_signature_of(family_class)
+            object.__setattr__(self, "__class__", made)
         PreTrainedModel.__init__(self, top.config)
         self.training = top.training
         # What the checkpoint says about generation came with the top; without it, the model's own.
@@ -252,27 +270,37 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder of saved components; or a checkpoint, where ``split_points`` say how to cut it.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        split_points: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Load saved components; or a checkpoint, where ``split_points`` say how to cut it.
 
         Args:
-            pretrained_model_name_or_path: What ``save_split`` or ``splitlearn split`` wrote, or a checkpoint.
-            args: None: there is nothing else that goes by its place.
-            kwargs: ``split_points=(a, b)``, and arguments of ``load_split_model``; for saved components, those of
-                ``load_component``.
+            pretrained_model_name_or_path: What ``save_split`` wrote, or a checkpoint.
+            split_points: ``(a, b)``, for a checkpoint.
+            kwargs: Further arguments of ``load_split_model``.
 
         Raises:
-            ConfigurationError: A checkpoint, and no split points.
+            ConfigurationError: A checkpoint without split points, or saved components with them.
         """
-        from splitlearn_core.loading.pretrained import load_pretrained
+        from splitlearn_core.quickstart import load_split_model
+        from splitlearn_core.storage.directory import holds_components, load_split_directory
 
-        if args:
+        name = pretrained_model_name_or_path
+        saved = holds_components(name)
+        if saved == bool(split_points):
             raise ConfigurationError(
-                "from_pretrained of a split model takes the model by its place, and all else by name",
-                hint="SplitCausalLM.from_pretrained(MODEL, split_points=(a, b))",
+                f"{name} holds components that are cut already" if saved else f"{name} is to be cut, and not said where",
+                hint="leave split_points out" if saved else f"SplitCausalLM.from_pretrained({str(name)!r}, "
+                "split_points=(a, b)); splitlearn plan shows its layers",
             )
-        parts = load_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(*parts)
+        if saved:
+            return cls(*cast("Any", load_split_directory(name, **kwargs)))
+        return cls(*cast("Any", load_split_model(None, split_points, name, **kwargs)))
 
     def train(self, mode: bool = True) -> SplitCausalLM:
         super().train(mode)
