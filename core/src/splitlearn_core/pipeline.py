@@ -316,7 +316,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         # Through the components, each of which has buffers of its own: rotary frequencies, say.
         own: list[Any] = [*self.components, *cast("LinkedModules", self._modules).added()]
         for module in own:
-            module._apply(fn, recurse)
+            module._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
         return self
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:

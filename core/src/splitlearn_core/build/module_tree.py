@@ -15,7 +15,6 @@ from torch import nn
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.types import Component
 
-
 _CLASSES: dict[tuple[Any, Any], Any] = {}
 
 
@@ -103,7 +102,8 @@ def class_over(own: Any, family_class: Any) -> Any:
             "__reduce_ex__": lambda self, _: (_instance, (own, family_class), self.__dict__),
             "family_class": family_class,
         }
-        _CLASSES[own, family_class] = type(family_class.__name__, (own, family_class), attributes)
+        # Of two threads that come here at once, both get the class of one.
+        _CLASSES.setdefault((own, family_class), type(family_class.__name__, (own, family_class), attributes))
     return _CLASSES[own, family_class]
 
 
