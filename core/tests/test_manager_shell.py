@@ -98,9 +98,8 @@ def test_three_loaded_components_give_the_whole_models_logits(single: Path, whol
         async with closing(AsyncModelManager()) as models:
             await asyncio.gather(*(models.load_model(part(single, name, warmup=name == "top")) for name in NAMES))
             async with models.lease("bottom") as bottom, models.lease("trunk") as trunk, models.lease("top") as top:
-                with torch.inference_mode():
-                    hidden = await trunk(hidden_states=await bottom(input_ids=IDS))
-                    logits: torch.Tensor = (await top(hidden_states=hidden)).logits
+                hidden = await trunk(hidden_states=await bottom(input_ids=IDS))
+                logits: torch.Tensor = (await top(hidden_states=hidden)).logits
             return logits
 
     with torch.inference_mode():
@@ -116,12 +115,11 @@ def test_a_cache_goes_through_calls(single: Path, whole: Any) -> None:
             parts = [await models.load_model(part(single, name)) for name in NAMES]
             caches = [one.new_cache() for one in parts]
             pieces = []
-            with torch.inference_mode():
-                for piece in (IDS[:, :4], IDS[:, 4:]):
-                    state: Any = piece
-                    for one, cache in zip(parts, caches, strict=True):
-                        state = await one(state, past_key_values=cache)
-                    pieces.append(state.logits)
+            for piece in (IDS[:, :4], IDS[:, 4:]):
+                state: Any = piece
+                for one, cache in zip(parts, caches, strict=True):
+                    state = await one(state, past_key_values=cache)
+                pieces.append(state.logits)
             return torch.cat(pieces, 1)
 
     with torch.inference_mode():

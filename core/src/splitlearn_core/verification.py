@@ -79,8 +79,6 @@ def verify_split(
         CheckpointError: transformers fails on the unsplit model, or it answers with NaN: there is nothing to compare
             with.
     """
-    from splitlearn_core.pipeline import SplitCausalLM
-
     if not isinstance(dtype, str) or options.device_map is not None:
         raise ConfigurationError(
             f"{model.name} unsplit, with which is compared, has one dtype and one device",
@@ -89,6 +87,17 @@ def verify_split(
 
     check_options(model, options)
     import_builders(model.family)
+    from splitlearn_core.build.modes import own_modes
+
+    with own_modes(gradients=False):
+        return _verify(model, split_points, dtype, options, progress)
+
+
+def _verify(
+    model: OpenModel, split_points: Sequence[int], dtype: str, options: LoadOptions, progress: ProgressCallback
+) -> Verification:
+    from splitlearn_core.pipeline import SplitCausalLM
+
     plan, _ = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
     parts, loads = {}, {}
     for component in Component:
