@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from splitlearn_core.doctor import apart, cache, devices, machine, packages, tested, variables, versions
 from splitlearn_core.doctor.apart import make_apart
@@ -636,6 +634,8 @@ def spoil(folder: Path, how: str, edit_json: Any) -> None:
         for path in folder.glob("*.safetensors*"):
             path.unlink()
     elif how in ("a missing tensor", "a tensor of another shape"):
+        from safetensors.torch import load_file, save_file
+
         shard = next(path for path in folder.glob("*.safetensors") if TENSOR in load_file(path))
         tensors = load_file(shard)
         tensor = tensors.pop(TENSOR)
@@ -700,6 +700,9 @@ def test_a_model_that_is_not_loaded_says_why(
 ) -> None:
     """What was not tried is a note with the command that tries it; nothing is loaded for it."""
     if how == "pickled":
+        import torch
+        from safetensors.torch import load_file
+
         torch.save(load_file(single / "model.safetensors"), single / "pytorch_model.bin")
         (single / "model.safetensors").unlink()
     elif how == "quantised":
