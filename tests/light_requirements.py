@@ -1,4 +1,4 @@
-"""Print what the tests with the marker ``light`` need: the dependencies of core and of the tests that bring no torch."""
+"""Print what the tests with the marker ``light`` need: what core and the tests depend on, but torch and its users."""
 
 from __future__ import annotations
 
