@@ -38,7 +38,7 @@ test-alone: $(VENV)/tools
 
 # What needs no torch, in an environment without it: VENV must be one of its own.
 test-light: $(VENV)/light
-	$(BIN)/python -m pytest $(PARALLEL) -m "light and not slow" $(LIGHT)
+	$(BIN)/python -m pytest $(PARALLEL) -m "light and not heavy" $(LIGHT)
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from splitlearn_core.manager.messages import Job
 from splitlearn_core.manager.status import FailureInfo, ModelStatus
 from splitlearn_core.types import Progress
 
+pytestmark = pytest.mark.light
+
 S = ModelStatus
 FAILURE = FailureInfo("MemoryError", "no memory", "", "reading", retryable=True)
 

@@ -24,6 +24,8 @@ from splitlearn_core.manager.status import (
     ModelStatus,
 )
 
+pytestmark = pytest.mark.light
+
 #: An id that a careless writer of the text format would break on.
 ODD = 'a"b\\c\nd{}'
 

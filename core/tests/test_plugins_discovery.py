@@ -19,6 +19,8 @@ from splitlearn_core import (
 )
 from splitlearn_core.plugins.registry import PluginStatus, registry, reset_registry
 
+pytestmark = pytest.mark.light
+
 HEAD = "from splitlearn_core import ModelFamily, hookimpl\n"
 
 
@@ -52,6 +54,7 @@ def test_using_a_type_imports_its_plugin_only(world: Any) -> None:
     assert not world.marker("beta").exists()
 
 
+@pytest.mark.heavy
 def test_using_a_checkpoint_imports_its_plugin_only(world: Any, single: Path) -> None:
     """A plan of a llama checkpoint imports the plugin named llama and no other."""
     from splitlearn_core import plan_split
