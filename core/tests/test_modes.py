@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from splitlearn_core import ModelRegistry, SplitCausalLM, load_component, load_split_model, save_split
-from splitlearn_core.build.modes import own_modes
+from splitlearn_core.build.modes import own_state
 from splitlearn_core.loading import LoadOptions, open_model
 from splitlearn_core.scaffold.examining import examine
 from splitlearn_core.testing.process_state import read_state
@@ -179,7 +179,7 @@ def test_the_callers_state_comes_back_after_an_error() -> None:
     with everything():
         before = read_state()
         try:
-            with own_modes(gradients=True):
+            with own_state(gradients=True):
                 assert torch.ones(1, requires_grad=True).mul(2).requires_grad
                 assert torch.ones(1).device.type == "cpu"
                 raise ZeroDivisionError

@@ -87,9 +87,9 @@ def verify_split(
 
     check_options(model, options)
     import_builders(model.family)
-    from splitlearn_core.build.modes import own_modes
+    from splitlearn_core.build.modes import own_state
 
-    with own_modes(gradients=False):
+    with own_state(gradients=False):
         return _verify(model, split_points, dtype, options, progress)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from splitlearn_core.build.modes import own_modes
+from splitlearn_core.build.modes import own_state
 from splitlearn_core.testing.installing import write_plugin as write_plugin  # noqa: PLC0414  # it is found here, too
 
 #: Sizes that suit every ordinary decoder; six layers bear all the cuts that tests make.
@@ -57,7 +57,7 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
     return config_class(**{**sizes, **overrides})
 
 
-@own_modes(gradients=True)
+@own_state(gradients=True)
 def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Make a model whose every parameter is random.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from splitlearn_core.build.component import architecture_class
-from splitlearn_core.build.modes import own_modes
+from splitlearn_core.build.modes import own_state
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.diagnosis import explain
@@ -46,7 +46,7 @@ def _explained(check: Callable[..., None]) -> Callable[..., None]:
             raise ConformanceError(self._flaw.message, self._flaw.suspects)
         try:
             # A test run may begin in any state.
-            with own_modes(gradients=True):
+            with own_state(gradients=True):
                 check(self, **fixtures)
         except AssertionError:
             raise
@@ -214,7 +214,7 @@ def _spelled(value: Any) -> str:
 def axes(cls: type[Checks]) -> Axes:
     """Ask the model class what it bears, once; of a family that cannot be asked, try everything."""
     if cls not in _asked:
-        with alone(cls.model_type, cls.distribution), own_modes(gradients=False):
+        with alone(cls.model_type, cls.distribution), own_state(gradients=False):
             _asked[cls] = _ask(cls)
     return _asked[cls]
 
