@@ -34,7 +34,7 @@ test: $(VENV)/tools
 
 # Each test in a process of its own, so that none needs what another one did.
 test-alone: $(VENV)/tools
-	$(BIN)/python -m pytest --forked $(PARALLEL) $(TESTS)
+	$(BIN)/python -m pytest -p tests.alone $(PARALLEL) $(TESTS)
 
 # What needs no torch, in an environment without it: VENV must be one of its own.
 test-light: $(VENV)/light
