@@ -358,10 +358,15 @@ class AsyncModelManager:
     # --- lending --------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, model_id: str) -> AsyncIterator[AsyncManagedModel]:
+    async def lease(self, model_id: str, *, gradients: bool = False) -> AsyncIterator[AsyncManagedModel]:
         """Borrow a model: it is neither freed nor evicted before the block ends.
 
         A model that is loading is waited for.
+
+        Args:
+            model_id: The model.
+            gradients: Whether its calls record gradients, for training; whatever the caller's mode is. Other
+                leases of the model go by what they asked for.
 
         Raises:
             UnknownModelError: There is no such model (a KeyError).
@@ -370,7 +375,8 @@ class AsyncModelManager:
         """
         key = await self._borrow(model_id)
         try:
-            yield self._shell.model_of(key)
+            model = self._shell.model_of(key)
+            yield model.with_gradients() if gradients else model
         finally:
             self._shell.tell(m.LeaseReleased(self._shell.clock(), key))
 

@@ -30,6 +30,7 @@ from splitlearn_core.manager.jobs import LAST_STEPS, Jobs, Stopped
 from splitlearn_core.manager.lending import AsyncManagedModel, CallGate, LoadingPlaceholder
 from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
+from splitlearn_core.manager.modes import ModeWatch
 from splitlearn_core.manager.records import fresh, record
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.manager.slot import Slot
@@ -98,6 +99,7 @@ class Shell:
         self._ticker: asyncio.Task[None] | None = None
         #: Set whenever nothing is loaded, loading or being freed any more.
         self._quiet: asyncio.Event | None = None
+        self._modes: ModeWatch | None = None
 
     def bind(self, *, closed_too: bool = False) -> None:
         """Tie the manager to the running loop, the first time it is used."""
@@ -106,6 +108,7 @@ class Shell:
             self._loop = loop
             self._quiet = asyncio.Event()
             self._quiet.set()
+            self._modes = ModeWatch()
             self._ticker = loop.create_task(self._tick_for_ever(), name="splitlearn-tick")
         elif self._loop is not loop:
             raise ConfigurationError(
@@ -411,12 +414,18 @@ class Shell:
         count = 0
         while True:
             await asyncio.sleep(_TICK)
+            self._look_at_mode()
             working = self.machine.keys(*WORKING)
             progress = {key: self.slots[key].progress for key in working if key in self.slots}
             self.tell(m.Tick(self.clock(), progress))
             count += 1
             if count % _SAMPLE_EVERY == 0 and self.machine.keys(ModelStatus.WAITING):
                 await self._sample()
+
+    def _look_at_mode(self) -> None:
+        """Say once that the loop's thread is in a mode of torch; called by tasks of the manager's own."""
+        if self._modes is not None and (problem := self._modes.look()):
+            log.warning("%s", problem)
 
     async def _sample(self) -> None:
         try:
@@ -447,6 +456,7 @@ class Shell:
     async def close(self, limit: float) -> None:
         """End everything within so many seconds; see :meth:`AsyncModelManager.close`."""
         started = self.clock()
+        self._look_at_mode()
         self.tell(m.CloseRequested(started))
         if not await self._quiet_within(limit * _PATIENCE):
             self.tell(m.CloseRequested(self.clock(), force=True))
