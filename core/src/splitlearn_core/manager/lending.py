@@ -16,7 +16,7 @@ from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.messages import Key
 from splitlearn_core.manager.modes import in_mode
 from splitlearn_core.manager.status import ModelInfo, ModelStatus
-from splitlearn_core.manager.threads import CallPool
+from splitlearn_core.manager.threads import CallPool, answering
 
 if TYPE_CHECKING:
     import torch
@@ -243,8 +243,8 @@ class CallGate:
         box: list[Any] = []
         self._under_way[number] = call, box
         call.started, call.function = True, None
-        done = partial(self._done, number)
-        self._pool.submit(partial(_into, box, function), partial(asyncio.get_running_loop().call_soon_threadsafe, done))
+        done = answering(asyncio.get_running_loop(), partial(self._done, number))
+        self._pool.submit(partial(_into, box, function), done)
 
     def _done(self, number: int, refusal: Any) -> None:
         call, box = self._under_way.pop(number)

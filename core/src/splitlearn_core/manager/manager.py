@@ -168,6 +168,7 @@ class AsyncModelManager:
         self._drain_timeout, self._close_timeout = drain_timeout, close_timeout
         self._keep_alive = keep_alive
         self._closing: asyncio.Task[None] | None = None
+        self._entered = False
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -346,8 +347,19 @@ class AsyncModelManager:
 
     async def __aenter__(self) -> Self:
         self._shell.bind()
-        # The first look at what is installed takes as long as dozens of files to read.
-        await self._shell.in_thread("splitlearn-plugins", lambda: registry().model_types())
+        if self._entered:
+            raise ConfigurationError(
+                "this manager was entered already, and the end of that `async with` closes it",
+                hint="enter it once and pass it on, or make a manager for each",
+            )
+        self._entered = True
+        try:
+            # The first look at what is installed takes as long as dozens of files to read.
+            await self._shell.in_thread("splitlearn-plugins", lambda: registry().model_types())
+        except BaseException:
+            # There will be no __aexit__: what was started has to end here.
+            await self.close()
+            raise
         return self
 
     async def __aexit__(

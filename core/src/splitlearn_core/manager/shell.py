@@ -36,7 +36,7 @@ from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.manager.slot import Slot
 from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus, UnloadReport
 from splitlearn_core.manager.stream import History
-from splitlearn_core.manager.threads import CallPool, Worker, run_in_thread
+from splitlearn_core.manager.threads import CallPool, Worker, answering, run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -203,11 +203,8 @@ class Shell:
         """Run a function in a thread, and tell on the loop how it ended, also where no thread can be had."""
         loop = asyncio.get_running_loop()
 
-        def answer(outcome: Any) -> None:
-            loop.call_soon_threadsafe(on_done, outcome)
-
         try:
-            worker = run_in_thread(name, function, answer, torch_threads=torch_threads)
+            worker = run_in_thread(name, function, answering(loop, on_done), torch_threads=torch_threads)
         except RuntimeError as error:
             # The system's limit of threads or of memory for their stacks.
             loop.call_soon(on_done, error)
@@ -455,6 +452,13 @@ class Shell:
 
     async def close(self, limit: float) -> None:
         """End everything within so many seconds; see :meth:`AsyncModelManager.close`."""
+        try:
+            await self._close_in_order(limit)
+        finally:
+            # Also where the loop ends first, and cancels this: nothing below waits.
+            self._let_go()
+
+    async def _close_in_order(self, limit: float) -> None:
         started = self.clock()
         self._look_at_mode()
         self.tell(m.CloseRequested(started))
@@ -472,6 +476,14 @@ class Shell:
         for worker in self._ending_workers():
             # Only the thread that waited for the others: it has answered, and is about to go.
             worker.join(LAST_STEPS)
+
+    def _let_go(self) -> None:
+        """Let everything end that has not, whoever waits for it, without waiting for it here."""
+        if not self.machine.is_quiet:
+            self.tell(m.CloseRequested(self.clock(), force=True))
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._pool.close(0.0)
         self.history.end()
         for slot in self.slots.values():
             self._resolve_for_good(slot)

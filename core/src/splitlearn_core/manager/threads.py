@@ -7,6 +7,7 @@ likes, and then goes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import sys
@@ -187,6 +188,19 @@ def _with_torch_threads(function: Callable[[], Any], count: int | None) -> Calla
         return function()
 
     return run
+
+
+def answering(loop: asyncio.AbstractEventLoop, callback: OnDone) -> OnDone:
+    """Return what tells a callback of a loop, from any thread; a loop that has ended has nobody who waits."""
+
+    def answer(outcome: Any) -> None:
+        try:
+            loop.call_soon_threadsafe(callback, outcome)
+        except RuntimeError:
+            if not loop.is_closed():
+                raise
+
+    return answer
 
 
 def _refusal() -> ManagerClosedError:
