@@ -46,7 +46,7 @@ STATISTICS = ManagerStatistics(
     models={"ready": 1, "loading": 1, "failed": 1},
     ledgers={"host": LedgerInfo(1000, 40, 7)},
     loads_started=9, loads_succeeded=5, loads_failed=3, loads_cancelled=1, joined=2, unloads=4, evictions=1,
-    expirations=2, leases=20, calls=30, calls_failed=6, calls_rejected=8, stuck={"x": "stack"}, uptime=12.5,
+    expirations=2, leases=20, calls=30, calls_failed=6, calls_rejected=8, stuck={"x": "stack"}, uptime=12.5, failures_forgotten=9,
 )  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def test_every_number_is_there_under_its_name() -> None:
     assert value("unloads_total") == 4
     assert value("evictions_total") == 1
     assert value("expirations_total") == 2
+    assert value("failures_forgotten_total") == 9
     assert value("leases_taken_total") == 20
     assert [value(f"calls{end}_total") for end in ("", "_failed", "_rejected")] == [30, 6, 8]
     assert [value(f"memory_{name}_bytes", ledger="host") for name in ("capacity", "charged", "reserved")] == [

@@ -121,6 +121,7 @@ MUTATIONS = {
         "return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)",
         "return reload is None",
     ),
+    "I32: failures are kept without bound": ("machine", "while len(failed) > self.limits.max_failed:", "while False:"),
     "I31: reloads of pinned models wait their turn": ("machine", "generation.goes_before = int(place)", "pass"),
     "I31: reloads of pinned models wait for each other": (
         "machine",

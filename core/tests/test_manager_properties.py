@@ -1,7 +1,7 @@
 """The machine against a small reference of its own, over random lives of four models.
 
 The reference knows only what was asked and what came out (events and effects), and keeps its own
-account of it. I1 to I31 are the invariants of the design.
+account of it. I1 to I32 are the invariants of the design.
 """
 
 from __future__ import annotations
@@ -375,6 +375,13 @@ class Reference:
             still_going = [key for key in life.victims if self.lives[key].status == "unloading"]
             assert not still_going, f"{effect.key} is refused, and {still_going} went for it (I13)"
 
+    def _effect_Forgotten(self, event: m.Event, effect: m.Forgotten) -> None:  # noqa: N802
+        """I32: only what failed is forgotten, once more have failed than are kept; what is required last."""
+        failed = {key: life for key, life in self.lives.items() if life.status == "failed"}
+        (key,) = (key for key in failed if key[0] == effect.model_id)
+        assert len(failed) > self.limits.max_failed
+        assert not failed[key].request.required or all(life.request.required for life in failed.values())
+
     def _effect_DrainEnded(self, event: m.Event, effect: m.DrainEnded) -> None:  # noqa: N802
         life = self.lives[effect.key]
         assert effect.leases == life.leases > 0
@@ -515,6 +522,7 @@ _WHICH = range(10)
 #: What may happen, and what each argument may be. Values that are there twice come twice as often.
 CHOICES: dict[str, dict[str, Sequence[Any]]] = {
     "begin": {
+        "max_failed": [1, 2, 100],
         "max_models": [None, 1, 2],
         "max_memory": [None, None, 14],
         "max_workers": [1, 2],
@@ -531,6 +539,7 @@ CHOICES: dict[str, dict[str, Sequence[Any]]] = {
         "fingerprint": [1, 1, 1, 2],
         "keep_alive": [None, None, 0.0, 20.0],
         "pinned": [False, False, False, True],
+        "required": [False, True],
         "allow_paging": [False, True],
         "warmup": [False, True],
     },
@@ -798,6 +807,7 @@ class Lives(RuleBasedStateMachine):
         for key, life in there.items():
             assert generations[key].waiters == (0 if life.outcomes else life.waiters), f"waiters of {key}"
             assert generations[key].leases == life.leases, f"leases of {key}"
+            assert sum(other.status == "failed" for other in there.values()) <= self.limits.max_failed
             assert bool(life.outcomes) == (life.status not in (*COMING, "cancelling")), f"{key} is {life.status}"
             assert life.held is not None or life.status not in ("ready", "draining", "unloading")
             assert life.told_to_stop or life.status != "cancelling", f"nobody told the worker of {key} to stop"

@@ -882,6 +882,42 @@ def test_a_failed_reload_keeps_the_old_one_and_shows_why() -> None:
     run(main())
 
 
+def test_the_newest_failures_stay_listed_and_the_others_are_counted() -> None:
+    """Each caller gets its error; nothing of a forgotten one is kept, but its last events for a while."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        async with closing(manager(loader, max_failed=3, required=["r"])) as models:
+            for model_id in ("r", *map(str, range(20))):
+                loader.hold(model_id).fail(ValueError(model_id))
+                error = await outcome_of(models.load_model(fake(model_id, required=model_id in ("r", "4"))))
+                assert isinstance(error, LoadFailedError)
+            assert [info.model_id for info in models.list_models()] == ["r", "4", "19"]
+            assert models.get_statistics().failures_forgotten == 18
+            assert set(models._shell.slots) == {(info.model_id, info.generation) for info in models.list_models()}
+            assert models.health().missing.keys() == {"r", "4"}
+            with pytest.raises(UnknownModelError):
+                models.get_model_info("18")
+            assert [event.cause for event in models.story("18")][-1] == "the newest 3 failures are kept"
+
+    run(main())
+
+
+def test_readiness_does_not_collect_the_ids_of_failures_without_bound() -> None:
+    """Those that were named when the manager was made stay."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        async with closing(manager(loader, max_failed=2, required=["r"])) as models:
+            for model_id in ("r", *map(str, range(5))):
+                loader.hold(model_id).fail(ValueError(model_id))
+                await outcome_of(models.load_model(fake(model_id, required=True)))
+            assert models.health().missing.keys() == {"r", "3", "4"}
+            assert models.health().missing["r"] == "not loaded"
+
+    run(main())
+
+
 def test_reload_of_a_failed_model_loads_it() -> None:
     """With the configuration that failed, by default."""
 

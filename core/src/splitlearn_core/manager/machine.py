@@ -45,6 +45,8 @@ from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, M
 from splitlearn_core.manager.work import HOST, MAPPED
 
 _S = ModelStatus
+#: Entries that may be useless before they are looked for.
+_SOME = 64
 
 #: From where a generation may go where; None is a generation that is no more.
 TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
@@ -77,6 +79,8 @@ class Limits:
     stall_timeout: float | None = 300.0
     cancel_grace: float = 10.0
     min_residency: float = 5.0
+    #: Models that failed and are still listed: the newest.
+    max_failed: int = 100
 
 
 @dataclass(slots=True)
@@ -91,6 +95,7 @@ class Counters:
     unloads: int = 0
     evictions: int = 0
     expirations: int = 0
+    failures_forgotten: int = 0
     leases: int = 0
 
 
@@ -461,6 +466,17 @@ class Machine:
             self._go(generation, None, "a newer generation took its place")
         elif model.serving is not None:
             self._go(generation, None, "the older generation serves on")
+        else:
+            self._forget_failed()
+
+    def _forget_failed(self) -> None:
+        """Keep the newest failures; of the others those go first that readiness does not depend on."""
+        failed = self._by_status[_S.FAILED]
+        while len(failed) > self.limits.max_failed:
+            oldest = next((g for g in failed.values() if not g.request.required), next(iter(failed.values())))
+            self.counters.failures_forgotten += 1
+            self._effects.append(m.Forgotten(oldest.model_id))
+            self._go(oldest, None, f"the newest {self.limits.max_failed} failures are kept")
 
     def _note_failure(self, generation: Generation, failure: FailureInfo) -> FailureInfo:
         """Count a failed attempt, and keep why it failed where it will be looked for."""
@@ -684,6 +700,10 @@ class Machine:
         if moment is not None and not generation.watched:
             generation.watched = True
             heapq.heappush(self._expiries, (moment, generation.key))
+            if len(self._expiries) > 2 * len(self._models) + _SOME:
+                # Of models that are gone, and would only be skipped when their moment comes.
+                self._expiries = [entry for entry in self._expiries if self.find(entry[1])]
+                heapq.heapify(self._expiries)
 
     def _expire(self) -> None:
         due: list[Generation] = []

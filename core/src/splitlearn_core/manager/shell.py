@@ -82,6 +82,8 @@ class Shell:
         self.history = History()
         #: Models without which the manager is not ready.
         self.required: set[str] = set()
+        #: Those of them that were named when the manager was made.
+        self.always_required: frozenset[str] = frozenset()
         self.jobs = Jobs(loader, resources, self.machine.at_work)
         self._jobs: Mapping[m.Job, Callable[[Slot], Any]] = {
             m.Job.PLAN: self.jobs.plan,
@@ -263,6 +265,11 @@ class Shell:
         # A worker that came back late: nobody waits for it any more, whatever it brings.
         if not slot.resolved.done():
             slot.resolved.set_result(record(LoadCancelledError("the load was given up"), slot.progress.stage))
+
+    def _forgotten(self, effect: m.Forgotten) -> None:
+        # Among so many that failed there are others that keep the manager from being ready.
+        if effect.model_id not in self.always_required:
+            self.required.discard(effect.model_id)
 
     def _answer_unloads(self, slot: Slot, outcome: UnloadReport | int | FailureInfo) -> None:
         for ended in slot.unloads:
@@ -528,6 +535,7 @@ class Shell:
         m.Resolve: _resolve,
         m.DrainEnded: _drain_ended,
         m.Gone: _gone,
+        m.Forgotten: _forgotten,
         m.Changed: _changed,
     }
 
