@@ -46,7 +46,8 @@ STATISTICS = ManagerStatistics(
     models={"ready": 1, "loading": 1, "failed": 1},
     ledgers={"host": LedgerInfo(1000, 40, 7)},
     loads_started=9, loads_succeeded=5, loads_failed=3, loads_cancelled=1, joined=2, unloads=4, evictions=1,
-    expirations=2, leases=20, calls=30, calls_failed=6, calls_rejected=8, stuck={"x": "stack"}, uptime=12.5, failures_forgotten=9,
+    expirations=2, leases=20, calls=30, calls_failed=6, calls_rejected=8, stuck={"x": "stack"}, uptime=12.5,
+    failures_forgotten=9,
 )  # fmt: skip
 
 
