@@ -7,7 +7,6 @@ likes, and then goes.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
 import sys
@@ -15,9 +14,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import ManagerClosedError
+
+if TYPE_CHECKING:
+    import asyncio
 
 log = logging.getLogger(__name__)
 
