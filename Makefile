@@ -1,6 +1,6 @@
 # Two commands on a fresh machine with Python 3.11+, pip and make:
 #   make demo    install core and the three plugins, and run the main job on the bundled model, offline
-#   make test    the same set-up, then every test of every package
+#   make test    the same set-up, then every test of every package, in random order
 #
 # PYTHON chooses the interpreter, VENV the virtual environment.
 
@@ -13,17 +13,32 @@ TRANSFORMERS ?= transformers
 PACKAGES := ./core ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
 # What `make test` runs: folders, and options of pytest.
 TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf tests
+# A process for each core, four at most: each of them imports torch and transformers.
+PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist worksteal
+# The files with tests that need no torch.
+LIGHT = $(shell grep -rl "mark.light" core/tests --include="test_*.py")
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types docs bench clean
+.PHONY: demo test test-alone test-light lint types docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/splitlearn demo
 	@echo "To go on here: . $(BIN)/activate"
 
+# Tiny tensors gain nothing from threads, which spin for each other on a busy machine.
+test test-alone test-light: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/tools
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
+
+# Each test in a process of its own, so that none needs what another one did.
+test-alone: $(VENV)/tools
+	$(BIN)/python -m pytest -p tests.alone $(PARALLEL) $(TESTS)
+
+# What needs no torch, in an environment without it: VENV must be one of its own.
+test-light: $(VENV)/light
+	$(BIN)/python -m pytest $(PARALLEL) -m "light and not heavy" $(LIGHT)
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
@@ -51,4 +66,11 @@ $(VENV)/installed: $(wildcard core/pyproject.toml plugins/*/pyproject.toml) Make
 
 $(VENV)/tools: $(VENV)/installed tests/requirements.txt
 	$(PIP) install --quiet -e "./plugins/gguf[verify]" -r tests/requirements.txt
+	touch $@
+
+$(VENV)/light: core/pyproject.toml tests/requirements.txt tests/light_requirements.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tests/light_requirements.py > $(VENV)/light.txt
+	$(PIP) install --quiet -r $(VENV)/light.txt
+	$(PIP) install --quiet --no-deps $(addprefix -e ,$(PACKAGES))
 	touch $@

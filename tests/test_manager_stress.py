@@ -60,8 +60,7 @@ class Hand:
     async def _use(self, config: ModelConfig) -> None:
         async with self._models.lease(config.model_id) as model:
             given = {"input_ids": IDS} if config.component == "bottom" else {"hidden_states": HIDDEN}
-            with torch.inference_mode():
-                await model(**given)
+            await model(**given)
 
     async def _ensure(self, config: ModelConfig) -> None:
         model = await self._models.ensure_model(config)
@@ -170,8 +169,7 @@ config = ModelConfig(
 
 async def call(model):
     try:
-        with torch.inference_mode():
-            await model(hidden_states=torch.ones(1, 3, 512 if use == "called" else 7))
+        await model(hidden_states=torch.ones(1, 3, 512 if use == "called" else 7))
     except RuntimeError:
         assert use == "failing calls"
 

@@ -331,7 +331,7 @@ def test_nothing_is_imported_once_it_serves(process: Cli, sharded: Path) -> None
 
 def test_preload_survives_a_broken_plugin(process: Cli, tmp_path: Path) -> None:
     """The other families are imported, and which is of no use is said."""
-    from splitlearn_core.testing.worlds import write_plugin
+    from splitlearn_core.testing.installing import write_plugin
 
     folder = write_plugin(tmp_path / "plugins", "broken", "raise RuntimeError('no')\n")
     code = (

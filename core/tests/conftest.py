@@ -50,7 +50,7 @@ class World:
 
     def install(self, model_type: str, source: str | None = None, **options: Any) -> Path:
         """Write a plugin, sound unless ``source`` says otherwise, and return its dist-info folder."""
-        from splitlearn_core.testing.worlds import write_plugin
+        from splitlearn_core.testing.installing import write_plugin
 
         write_plugin(self.folder, model_type, self.source(model_type) if source is None else source, **options)
         importlib.invalidate_caches()

@@ -15,6 +15,8 @@ from splitlearn_core import hookspecs
 from splitlearn_core.plugins import protocols
 from splitlearn_core.plugins.contract import HOOKS
 
+pytestmark = pytest.mark.light
+
 #: Heavy libraries are not needed to check a plugin against a hook.
 CONFIGURATION = """
 [mypy]

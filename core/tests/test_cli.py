@@ -13,6 +13,8 @@ import pytest
 
 from splitlearn_core import plan_split
 
+pytestmark = pytest.mark.light
+
 CUTS = ("--split", "2", "4")
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -159,6 +161,7 @@ def test_no_plugins_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install splitlearn-gpt2" in cli("plugins")[1]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["single", "sharded", "tied"])
 def test_a_plan_as_json_is_the_plan(cli: Cli, llama: Any, checkpoint: Callable[[str], Path], kind: str) -> None:
     """The same numbers as from Python, and nothing on stderr."""
@@ -170,6 +173,7 @@ def test_a_plan_as_json_is_the_plan(cli: Cli, llama: Any, checkpoint: Callable[[
     assert json.loads(out) == plan_split(folder, (2, 4)).to_dict()
 
 
+@pytest.mark.heavy
 def test_a_plan_for_people_names_every_component(cli: Cli, llama: Any, tied: Path) -> None:
     """Layers, parameters and bytes, and what is tied."""
     code, out, err = cli("plan", tied, *CUTS)
@@ -180,6 +184,7 @@ def test_a_plan_for_people_names_every_component(cli: Cli, llama: Any, tied: Pat
     assert "\x1b" not in out
 
 
+@pytest.mark.heavy
 def test_a_plan_without_weights_says_where_it_is_from(cli: Cli, llama: Any, single: Path) -> None:
     """From config.json, with no shards yet."""
     (single / "model.safetensors").unlink()
@@ -191,6 +196,7 @@ def test_a_plan_without_weights_says_where_it_is_from(cli: Cli, llama: Any, sing
     assert "none yet" in out
 
 
+@pytest.mark.heavy
 def test_verify_says_equal(cli: Cli, llama: Any, single: Path) -> None:
     """A split model is the unsplit one to the last bit; exit code 0, JSON on stdout."""
     code, out, _ = cli("verify", single, *CUTS, "--json")
@@ -203,6 +209,7 @@ def test_verify_says_equal(cli: Cli, llama: Any, single: Path) -> None:
     assert [part["component"] for part in result["components"]] == ["bottom", "trunk", "top"]
 
 
+@pytest.mark.heavy
 def test_verify_for_people(cli: Cli, llama: Any, tied: Path) -> None:
     """The verdict is the last line."""
     code, out, _ = cli("verify", tied, *CUTS, "--dtype", "bfloat16")
@@ -211,6 +218,7 @@ def test_verify_for_people(cli: Cli, llama: Any, tied: Path) -> None:
     assert out.splitlines()[-1] == "equal to the last bit; maximum difference 0"
 
 
+@pytest.mark.heavy
 def test_verify_takes_a_sharded_checkpoint(cli: Cli, llama: Any, sharded: Path) -> None:
     """The unsplit model is loaded through the index."""
     assert cli("verify", sharded, "--split", "1", "5")[0] == 0
@@ -224,6 +232,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("source", "said"), BROKEN.values(), ids=list(BROKEN))
 def test_a_broken_library_is_named(llama: Any, single: Path, source: str, said: str) -> None:
     """Which one, why, and the line that mends it; no traceback."""
@@ -238,6 +247,7 @@ def test_a_broken_library_is_named(llama: Any, single: Path, source: str, said: 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.heavy
 def test_a_broken_transformers_is_not_the_plugins_fault(llama: Any, single: Path) -> None:
     """It is imported for a class that the family names."""
     (llama.folder / "transformers.py").write_text("raise ValueError('half installed')")
@@ -250,6 +260,7 @@ def test_a_broken_transformers_is_not_the_plugins_fault(llama: Any, single: Path
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
@@ -269,6 +280,7 @@ def test_a_missing_library_is_named(
     assert cli("verify", single, *CUTS) == (1, "", said)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "bug", [ImportError("cannot import name 'x' from 'torch'", name="torch"), ModuleNotFoundError(name="splitlearn_x")]
 )
@@ -283,6 +295,7 @@ def test_a_bug_keeps_its_traceback(cli: Cli, single: Path, monkeypatch: pytest.M
         cli("plan", single, *CUTS)
 
 
+@pytest.mark.heavy
 def test_what_may_not_be_read_comes_with_the_line_that_changes_it(
     cli: Cli, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

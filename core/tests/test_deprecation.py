@@ -23,6 +23,8 @@ from splitlearn_core.plugins.contract import HOOKS
 from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.plugins.registry import registry, reset_registry
 
+pytestmark = pytest.mark.light
+
 MAP = "splitlearn_map_weight_keys"
 HEAD = "from splitlearn_core import ModelFamily, hookimpl\n\n"
 FAMILIES = "\n@hookimpl\ndef splitlearn_model_families():\n    return [ModelFamily(model_type='alpha', {})]\n"

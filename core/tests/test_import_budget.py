@@ -11,6 +11,8 @@ import pytest
 
 import splitlearn_core
 
+pytestmark = pytest.mark.light
+
 ROOT = Path(splitlearn_core.__file__).parent
 MODULES = {
     "splitlearn_core." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -60,6 +62,7 @@ def test_the_command_line_lists_and_helps_lightly(llama: Any) -> None:
     )
 
 
+@pytest.mark.heavy
 def test_planning_is_light(llama: Any, single: Path, sharded: Path) -> None:
     """A plan of a checkpoint with weights, of one file or several, in Python and on the command line."""
     light(
@@ -74,6 +77,7 @@ def test_planning_is_light(llama: Any, single: Path, sharded: Path) -> None:
     )
 
 
+@pytest.mark.heavy
 def test_failing_to_plan_is_light(llama: Any, single: Path) -> None:
     """An error needs no torch either."""
     light(
@@ -86,6 +90,7 @@ def test_failing_to_plan_is_light(llama: Any, single: Path) -> None:
     )
 
 
+@pytest.mark.heavy
 def test_every_public_name_is_there() -> None:
     """What ``__all__`` lists can be imported, and ``dir`` shows it."""
     for name in splitlearn_core.__all__:

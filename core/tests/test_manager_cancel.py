@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core import AsyncModelManager, ModelConfig, SplitLearnError
+from splitlearn_core import AsyncModelManager, ConfigurationError, ModelConfig, SplitLearnError
+from splitlearn_core.errors import ManagerClosedError
+from splitlearn_core.manager import manager as manager_module
 from splitlearn_core.manager.status import ModelStatus
 from splitlearn_core.testing.managing import (
+    LIMIT,
     CancelAt,
     Gate,
     GatedLoader,
@@ -234,6 +237,153 @@ async def _works(scene: Scene) -> None:
     for info in models.list_models():
         await models.unload_model(info.model_id)
     assert (models.list_models(), charges(models)) == ((), {})
+
+
+async def _enter(models: AsyncModelManager) -> None:
+    async with models:
+        raise AssertionError("it was cancelled before")
+
+
+def descriptors() -> int:
+    folder = Path("/proc/self/fd")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["as it waits", "as it has come"])
+def test_a_cancelled_entry_leaves_nothing(late: bool) -> None:
+    """Nobody closes what could not be entered: no task, thread or descriptor of it is left."""
+
+    async def main() -> None:
+        models = AsyncModelManager()
+        cancelled = CancelAt(_enter(models), 1, late=late)
+
+        async def body() -> None:
+            await cancelled
+
+        before = descriptors()
+        assert isinstance(await outcome_of(asyncio.create_task(body())), asyncio.CancelledError)
+        check_closed(models)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert descriptors() == before
+        with pytest.raises(ManagerClosedError):
+            await models.__aenter__()
+        check_closed(models)
+
+    run(main())
+
+
+def test_an_entry_that_is_cancelled_twice_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second cancellation does not wait for the end, which goes on and comes."""
+    gate = Gate(deaf=True)
+    monkeypatch.setattr(manager_module, "registry", lambda: gate.enter(lambda _: None))
+
+    async def main() -> None:
+        models = AsyncModelManager()
+        task = asyncio.create_task(_enter(models))
+        await gate.arrival()
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        assert isinstance(await outcome_of(task), asyncio.CancelledError)
+        gate.open()
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+        check_closed(models)
+
+    run(main())
+
+
+def test_an_entry_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at what is installed may raise anything."""
+
+    def raising() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(manager_module, "registry", raising)
+
+    async def main() -> None:
+        models = AsyncModelManager()
+        with pytest.raises(ZeroDivisionError):
+            await _enter(models)
+        check_closed(models)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(main())
+
+
+def test_a_manager_is_entered_once_and_in_one_loop() -> None:
+    """A second entry is refused, and neither closes the manager of the first nor starts anything."""
+    models = AsyncModelManager(loader=GatedLoader())
+
+    async def main() -> None:
+        async with models:
+            before = asyncio.all_tasks()
+            with pytest.raises(ConfigurationError, match="entered already"):
+                await _enter(models)
+            assert asyncio.all_tasks() == before
+            assert not models._shell.machine.closed
+        with pytest.raises(ManagerClosedError):
+            await _enter(models)
+        check_closed(models)
+
+    async def elsewhere() -> None:
+        with pytest.raises(ConfigurationError, match="another event loop"):
+            await _enter(models)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(main())
+    run(elsewhere())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_cancelled_exit_still_ends(times: int) -> None:
+    """The block is cancelled, and then its end: what goes on, ends by itself."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        gate = loader.hold("a", deaf=True)
+        models = AsyncModelManager(loader=loader, resources=loader.memory)
+
+        async def block() -> None:
+            async with models:
+                await models.load_model(part(Path("/x")))
+
+        task = asyncio.create_task(block())
+        await gate.arrival()
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0)
+        gate.open()
+        assert isinstance(await outcome_of(task), asyncio.CancelledError)
+        await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+        check_closed(models)
+
+    run(main())
+
+
+def test_a_loop_that_ends_before_the_manager_leaves_no_thread(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever waits is answered, and the threads end with what they do."""
+    loader = GatedLoader()
+    models = AsyncModelManager(loader=loader, resources=loader.memory)
+    gate = Gate(deaf=True)
+
+    async def main() -> None:
+        model: Any = await models.load_model(part(Path("/x")))
+        module = model.model
+        await model(torch.ones(1))
+        module.gate = gate
+        call = asyncio.create_task(model(torch.ones(1)))
+        await gate.arrival()
+        closing = asyncio.create_task(models.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await outcome_of(closing)
+        assert not call.done()
+
+    asyncio.run(main())
+    gate.open()
+    for worker in models._shell._pool.workers:
+        assert worker.join(LIMIT)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("stage", ["plan", "load", "warm_up"])

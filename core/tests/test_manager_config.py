@@ -21,6 +21,8 @@ from splitlearn_core import Component, ConfigurationError, MissingFileError, Spl
 from splitlearn_core.manager.config import FIELDS, MAX_MEMORY_MB, ModelConfig
 from splitlearn_core.manager.configfile import ConfigFile, load_configs, read_config_file
 
+pytestmark = pytest.mark.light
+
 FAMILY: dict[str, Any] = {"model_id": "t", "model_type": "llama", "component": "trunk", "split_points": (2, 4)}
 WHOLE: dict[str, Any] = {"model_id": "w", "model_type": "huggingface", "model_path": "org/model"}
 PYTORCH: dict[str, Any] = {
@@ -245,6 +247,7 @@ def test_dtypes_lose_the_prefix_of_torch(name: str) -> None:
     assert ModelConfig(**{**FAMILY, "dtype": f"torch.{name}"}).dtype == name
 
 
+@pytest.mark.heavy
 def test_objects_of_torch_are_taken_for_their_names() -> None:
     """Dtypes and devices, as Hugging Face takes them."""
     import torch

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import gc
 import os
+import socket
 import sys
 import threading
 import weakref
@@ -127,26 +128,23 @@ async def with_a_neighbour(
 def hanging(
     checkpoint: Callable[[str], Path], single: Path
 ) -> Iterator[tuple[Path, Callable[[], None], Callable[[], None]]]:
-    """Return a checkpoint, what turns its weights into a pipe that nobody writes to, and what ends the hanging."""
+    """Return a checkpoint, what lets a load hang in a call of the system, as that of a plugin may, and what ends it."""
     folder = single.parent / "hanging"
     folder.mkdir()
     for path in single.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    weights = folder / WEIGHTS
+    pipe = single.parent / "pipe"
 
     def hang() -> None:
-        weights.rename(folder / "aside")
-        os.mkfifo(weights)
-        os.link(weights, folder / "pipe")
+        os.mkfifo(pipe)
+        with pipe.open("rb"):
+            pass
 
     def free() -> None:
-        # First the name is that of a file again: what goes on opens it a second time, with the interpreter held.
-        if (folder / "aside").exists():
-            (folder / "aside").rename(weights)
         while any(name.startswith("splitlearn-load") for name in splitlearn_threads()):
-            # Whoever stands in open() goes on once there is a writer, and finds nothing to read.
+            # Whoever stands in open() goes on once there is a writer.
             with contextlib.suppress(OSError):
-                os.close(os.open(folder / "pipe", os.O_WRONLY | os.O_NONBLOCK))
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
             threading.Event().wait(0.005)
 
     yield folder, hang, free
@@ -166,6 +164,43 @@ def test_a_pipe_in_place_of_the_weights_is_refused(single: Path) -> None:
         await fails(models, part(single), CheckpointError)
 
     run(with_a_neighbour(single, None, act))
+
+
+def _put_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _put_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+IRREGULAR = {
+    "a named pipe": _put_pipe,
+    "a folder": Path.mkdir,
+    "a socket": _put_socket,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@needs_pipes
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("strategy", ["mapped", "copied", "incremental", "whole"])
+def test_what_takes_the_place_of_the_weights_between_plan_and_load_is_refused(
+    single: Path, strategy: str, kind: str
+) -> None:
+    """At once, by what it is: opening it does not wait for the other end of a pipe."""
+
+    def replace() -> None:
+        (single / WEIGHTS).rename(single / "aside")
+        IRREGULAR[kind](single / WEIGHTS)
+
+    async def act(models: AsyncModelManager) -> None:
+        # transformers opens the file by itself, and looks at it before.
+        named = () if strategy == "whole" else (f"is {kind}, where a regular file is needed",)
+        await fails(models, part(single, strategy=strategy), CheckpointError, WEIGHTS, *named)
+
+    run(with_a_neighbour(single, Meddling("building", replace), act))
 
 
 @needs_pipes
@@ -247,16 +282,12 @@ import asyncio, os
 from splitlearn_core import AsyncModelManager, ModelConfig, SplitLearnError
 from splitlearn_core.manager.loader import ModelLoader
 
-weights = {str(folder / WEIGHTS)!r}
+pipe = {str(folder / "pipe")!r}
+os.mkfifo(pipe)
 
 class Loader(ModelLoader):
     def load(self, config, plan, report):
-        def spying(progress):
-            report(progress)
-            if progress.stage == "building" and os.path.exists(weights):
-                os.unlink(weights)
-                os.mkfifo(weights)
-        return super().load(config, plan, spying)
+        open(pipe)
 
 async def main():
     async with AsyncModelManager(loader=Loader(), cancel_grace=0.1, close_timeout=2) as models:

@@ -15,6 +15,8 @@ from splitlearn_core.manager.messages import Job
 from splitlearn_core.manager.status import FailureInfo, ModelStatus
 from splitlearn_core.types import Progress
 
+pytestmark = pytest.mark.light
+
 S = ModelStatus
 FAILURE = FailureInfo("MemoryError", "no memory", "", "reading", retryable=True)
 
@@ -291,6 +293,136 @@ def test_a_reload_neither_evicts_what_it_replaces_nor_needs_a_second_place():
     assert desk.status(small) is S.LOADING
     desk.send(m.Loaded(desk.now, small))
     assert desk.status(old) is S.UNLOADING
+
+
+def reload_all(desk: Desk, *model_ids: str, needs: int = 4) -> list[m.Key]:
+    """Ask for reloads, and plan them all."""
+    keys = [desk.ask(model_id, reload=True) for model_id in model_ids]
+    for key in keys:
+        desk.plan(key, needs)
+    return keys
+
+
+def finish(desk: Desk) -> None:
+    """Let workers load and memory come back until nothing moves; time stands still."""
+    while moving := desk.machine.keys(S.LOADING, S.UNLOADING):
+        for key in moving:
+            desk.send((m.Loaded if desk.status(key) is S.LOADING else m.Unloaded)(desk.now, key))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_reloads_at_once_do_not_wait_for_each_other(count):
+    """Room for each model and half of one more: each new generation needs room of another's old one."""
+    desk = Desk(total={"host": 4 * count + 2})
+    ids = "abcd"[:count]
+    old = [desk.load(model_id) for model_id in ids]
+    new = reload_all(desk, *ids)
+    # The first goes at the cost of one that would wait behind it; the others serve until their reloads.
+    assert [desk.status(key) for key in old].count(S.UNLOADING) == 1
+    assert desk.status(old[0]) is S.READY
+    finish(desk)
+    assert [desk.outcomes(key) for key in new] == [[None]] * count
+
+
+def test_a_reload_does_not_keep_an_earlier_load_from_what_it_waits_for_itself():
+    desk = Desk(total={"host": 9}, max_workers=8)
+    old = desk.load("a")
+    kept = desk.load("b")
+    desk.send(m.LeaseTaken(desk.now, "a"))
+    desk.send(m.LeaseTaken(desk.now, "b"))
+    first = desk.ask("c")
+    desk.plan(first)
+    new = desk.ask("a", reload=True)
+    desk.plan(new)
+    assert desk.machine.find(new).waiting_for == "others that came first wait for memory too"
+    desk.send(m.LeaseReleased(desk.now, old))
+    assert desk.status(old) is S.UNLOADING
+    finish(desk)
+    desk.send(m.LeaseReleased(desk.now, kept))
+    finish(desk)
+    assert (desk.outcomes(first), desk.outcomes(new)) == ([None], [None])
+
+
+def test_what_is_to_be_reloaded_goes_last():
+    """Also where it was used least recently: it serves as long as others suffice."""
+    desk = Desk(min_residency=5.0)
+    reloaded, plain = desk.load("a"), desk.load("b")
+    gainer = desk.ask("c")
+    desk.plan(gainer)
+    (new,) = reload_all(desk, "a")
+    assert [desk.status(key) for key in (reloaded, plain, gainer, new)] == [S.READY, S.READY, S.WAITING, S.WAITING]
+    desk.tick(6.0)
+    assert (desk.status(plain), desk.status(reloaded)) == (S.UNLOADING, S.READY)
+
+
+def test_an_earlier_reload_is_not_evicted_for_a_later_load():
+    desk = Desk(total={"host": 10, "cuda:0": 4})
+    old, other = desk.load("a"), desk.load("b")
+    desk.send(m.LeaseTaken(desk.now, "b"))
+    (new,) = reload_all(desk, "a")
+    later = desk.ask("c")
+    desk.plan(later)
+    assert (desk.status(old), desk.status(new), desk.status(later)) == (S.READY, S.WAITING, S.WAITING)
+    desk.send(m.LeaseReleased(desk.now, other))
+    finish(desk)
+    assert (desk.outcomes(new), desk.outcomes(later)) == ([None], [None])
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_reload_of_a_pinned_model_goes_before_those_who_need_its_room(order):
+    """Whichever came first: the pinned one cannot be evicted, and its reload is the one way on."""
+    desk = Desk()
+    old = {"a": desk.load("a"), "b": desk.load("b", pinned=True)}
+    new = reload_all(desk, *order)
+    assert desk.status(old["a"]) is S.UNLOADING
+    assert desk.status(old["b"]) is S.READY
+    finish(desk)
+    assert [desk.outcomes(key) for key in new] == [[None], [None]]
+
+
+def test_the_last_of_reloads_of_pinned_models_that_need_each_others_room_is_refused():
+    """Both would wait for ever, whoever does what; the old ones serve on, and one can be unloaded by hand."""
+    desk = Desk()
+    old = [desk.load("a", pinned=True), desk.load("b", pinned=True)]
+    new = reload_all(desk, "a", "b")
+    assert [desk.status(key) for key in (*old, *new)] == [S.READY, S.READY, S.WAITING, None]
+    failure = desk.outcome(new[1])
+    assert (failure.type, failure.retryable) == ("InsufficientMemoryError", True)
+    assert "pinned models that wait to be reloaded themselves: a" in failure.message
+    assert desk.machine.find(new[0]).waiting_for.endswith(
+        "waiting for a, which serves until it is reloaded, b, which is pinned"
+    )
+    desk.send(m.UnloadRequested(desk.now, "b"))
+    finish(desk)
+    assert desk.outcomes(new[0]) == [None]
+
+
+def test_a_small_reload_of_a_pinned_model_passes_the_large_one_that_waits_for_it():
+    desk = Desk(total={"host": 11})
+    old = [desk.load("a", pinned=True), desk.load("b", pinned=True)]
+    large = desk.ask("a", reload=True)
+    desk.plan(large, 4)
+    small = desk.ask("b", reload=True)
+    desk.plan(small, 2)
+    assert desk.status(small) is S.LOADING
+    finish(desk)
+    assert (desk.outcomes(small), desk.outcomes(large)) == ([None], [None])
+    assert [desk.status(key) for key in old] == [None, None]
+
+
+def test_a_reload_whose_old_one_had_to_go_is_a_load_like_others():
+    desk = Desk(max_models=2)
+    desk.load("a")
+    lost = desk.load("b")
+    first, second = reload_all(desk, "a", "b")
+    assert desk.status(lost) is S.UNLOADING
+    desk.free(lost)
+    assert desk.machine.info("b").status is S.WAITING
+    desk.send(m.WorkerFailed(desk.now, first, FAILURE))
+    # The failed one's old generation serves on, and makes room like any other idle model.
+    assert desk.machine.info("a").error.message == "no memory"
+    finish(desk)
+    assert desk.outcomes(second) == [None]
 
 
 def test_a_reload_keeps_an_idle_one_from_expiring():

@@ -24,6 +24,8 @@ from splitlearn_core.manager.status import (
     ModelStatus,
 )
 
+pytestmark = pytest.mark.light
+
 #: An id that a careless writer of the text format would break on.
 ODD = 'a"b\\c\nd{}'
 
@@ -47,6 +49,7 @@ STATISTICS = ManagerStatistics(
     ledgers={"host": LedgerInfo(1000, 40, 7)},
     loads_started=9, loads_succeeded=5, loads_failed=3, loads_cancelled=1, joined=2, unloads=4, evictions=1,
     expirations=2, leases=20, calls=30, calls_failed=6, calls_rejected=8, stuck={"x": "stack"}, uptime=12.5,
+    failures_forgotten=9,
 )  # fmt: skip
 
 
@@ -83,6 +86,7 @@ def test_every_number_is_there_under_its_name() -> None:
     assert value("unloads_total") == 4
     assert value("evictions_total") == 1
     assert value("expirations_total") == 2
+    assert value("failures_forgotten_total") == 9
     assert value("leases_taken_total") == 20
     assert [value(f"calls{end}_total") for end in ("", "_failed", "_rejected")] == [30, 6, 8]
     assert [value(f"memory_{name}_bytes", ledger="host") for name in ("capacity", "charged", "reserved")] == [

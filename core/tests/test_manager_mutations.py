@@ -89,8 +89,8 @@ MUTATIONS = {
     ),
     "I16: a model that is reloaded goes first": (
         "machine",
-        "            and self._models[generation.model_id].coming is None\n",
-        "",
+        "return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)",
+        "return True",
     ),
     "I17: a closed manager lends": (
         "machine",
@@ -113,8 +113,21 @@ MUTATIONS = {
         'self._drain(generation, "the manager is closing", force=event.force)',
         'self._drain(generation, "the manager is closing")',
     ),
-    "I30: later loads pass earlier ones": ("machine", "key=lambda g: g.order)", "key=lambda g: -g.order)"),
+    "I30: later loads pass earlier ones": ("machine", "key=lambda g: g.rank) if", "key=lambda g: -g.order) if"),
     "I30: later loads take what earlier ones will need": ("machine", " - ahead.get(name, 0)", ""),
+    # The rule of versions before: two reloads wait for each other's old generation.
+    "I31: what is to be reloaded serves until then, whoever waits for it": (
+        "machine",
+        "return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)",
+        "return reload is None",
+    ),
+    "I32: failures are kept without bound": ("machine", "while len(failed) > self.limits.max_failed:", "while False:"),
+    "I31: reloads of pinned models wait their turn": ("machine", "generation.goes_before = int(place)", "pass"),
+    "I31: reloads of pinned models wait for each other": (
+        "machine",
+        "            if any(not self._waits_for_a_reload(g, reloads, for_good=True) for g in reloads):\n",
+        "            if True:\n",
+    ),
 }
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from splitlearn_core.manager.policy import Admit, Evict, Refuse, Room, Tenant, Wait, decide
 
+pytestmark = pytest.mark.light
+
 LEDGERS = ("host", "mapped", "cuda:0")
 SETTINGS = settings(max_examples=400, deadline=None, derandomize=True, database=None)
 

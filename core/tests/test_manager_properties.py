@@ -1,7 +1,7 @@
 """The machine against a small reference of its own, over random lives of four models.
 
 The reference knows only what was asked and what came out (events and effects), and keeps its own
-account of it. I1 to I30 are the invariants of the design.
+account of it. I1 to I32 are the invariants of the design.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ class Reference:
         assert after in TABLE[life.status], effect
         if after == "unloading" and effect.cause.startswith("evicted for "):
             evicted.append((key, effect.cause.removeprefix("evicted for ")))
-            self._check_victim(key)
+            self._check_victim(key, self.coming(effect.cause.removeprefix("evicted for ")))
         if after == "unloading" and "keep_alive" in effect.cause:
             moment = life.idle_until(self.limits.min_residency)
             assert moment is not None, f"{key} expired although it may not"
@@ -370,9 +370,17 @@ class Reference:
         if kind == "WaitTimeoutError":
             assert life.waited >= self.limits.wait_timeout, f"{effect.key} waited {life.waited} s"
         if kind == "InsufficientMemoryError":
-            assert not effect.failure.retryable or self.limits.when_full == "refuse"
+            knotted = self._is_knotted(effect.key)
+            assert not effect.failure.retryable or self.limits.when_full == "refuse" or knotted
             still_going = [key for key in life.victims if self.lives[key].status == "unloading"]
             assert not still_going, f"{effect.key} is refused, and {still_going} went for it (I13)"
+
+    def _effect_Forgotten(self, event: m.Event, effect: m.Forgotten) -> None:  # noqa: N802
+        """I32: only what failed is forgotten, once more have failed than are kept; what is required last."""
+        failed = {key: life for key, life in self.lives.items() if life.status == "failed"}
+        (key,) = (key for key in failed if key[0] == effect.model_id)
+        assert len(failed) > self.limits.max_failed
+        assert not failed[key].request.required or all(life.request.required for life in failed.values())
 
     def _effect_DrainEnded(self, event: m.Event, effect: m.DrainEnded) -> None:  # noqa: N802
         life = self.lives[effect.key]
@@ -407,18 +415,24 @@ class Reference:
             for name in self._wanted(self.lives[key]).keys() - paged:
                 assert self._free(name) >= 0, f"{key} was admitted, and {name} is short of {-self._free(name)}"
                 for other, life in earlier:
-                    if other[1] < key[1]:
+                    # Where only the reload of a pinned model can help an earlier load, it goes first.
+                    if other[1] < key[1] and not self._may_pass(key, other):
                         assert self._free(name) >= life.needs.get(name, 0), f"{key} took {name} of {other}"
 
-    def _check_victim(self, key: m.Key) -> None:
-        """I16: who is never a victim."""
+    def _check_victim(self, key: m.Key, gainer: m.Key | None) -> None:
+        """I16: who is never a victim. What is being reloaded goes only for what comes before the reload."""
         life = self.lives[key]
         assert life.status == "ready", f"{key} is {life.status}, and was evicted"
         assert not life.leases, f"{key} was evicted while it was lent"
         assert not life.request.pinned, f"{key} was evicted although it is pinned"
         assert life.ready_at is not None
         assert self.now - life.ready_at >= self.limits.min_residency, f"{key} was evicted at once"
-        assert self.coming(key[0]) is None, f"{key} was evicted while it was reloaded"
+        reload = self.coming(key[0])
+        if reload is not None:
+            assert gainer is not None
+            behind = reload[1] > gainer[1] or self._reloads_pinned(gainer)
+            assert self.lives[reload].status == "waiting", f"{key} was evicted while it was reloaded"
+            assert behind, f"{key} was evicted for {gainer}, and its reload {reload} came first"
 
     def _check_evicted(self, evicted: list[tuple[m.Key, str]], *, alone: bool) -> None:
         """I13: victims suffice, and none is needless."""
@@ -432,6 +446,65 @@ class Reference:
             assert self._would_fit(key, set()), f"{victims} went for {key}, and do not suffice"
             for victim in victims if alone else ():
                 assert not self._would_fit(key, {victim}), f"{victim} went for {key} needlessly"
+
+    def check_waits(self) -> None:
+        """I31: at rest, whatever waits for memory waits for what somebody outside can give, and not for waiters alone.
+
+        What the machine can do by itself is done by then: leases are back, workers have answered, idle models may go.
+        """
+        waiting = {key: life for key, life in self.lives.items() if life.status == "waiting"}
+        outside = {key for key in waiting if self._waits_for_others_than_waiters(key)}
+        for key in waiting:
+            before = {other for other in outside if other[1] <= key[1] or self._reloads_pinned(other)}
+            assert before, f"{key} waits for what only waiters hold: {waiting}"
+
+    def _waits_for_others_than_waiters(self, key: m.Key) -> bool:
+        """Whether something stays in the way of a load, even if each model that may go and each other reload went."""
+        life, own = self.lives[key], self.serving(key[0])
+        stays = [
+            other.held
+            for k, other in self.lives.items()
+            if other.held is not None
+            if k == own or other.status != "ready" or (other.request.pinned and self.coming(k[0]) is None)
+        ]
+        short = any(
+            count > self.capacity.get(name, 0) - sum(held.get(name, 0) for held in stays)
+            for name, count in self._wanted(life).items()
+        )
+        limit = self.limits.max_models
+        return short or (limit is not None and len(stays) - (own is not None) >= limit)
+
+    def _may_pass(self, key: m.Key, other: m.Key) -> bool:
+        """Whether the reload of a pinned model goes before an earlier load that waits for it, or for such a one."""
+        waiting = [k for k, life in self.lives.items() if life.status == "waiting" and k[1] <= other[1]]
+        return self._reloads_pinned(key) and any(self._needs_pinned(k) for k in waiting)
+
+    def _is_knotted(self, key: m.Key) -> bool:
+        """Whether the reload of a pinned model needs the room of another whose reload waits."""
+        others = [k for k, life in self.lives.items() if life.status == "waiting" and k != key]
+        return self._reloads_pinned(key) and self._needs_pinned(key) and any(map(self._reloads_pinned, others))
+
+    def _needs_pinned(self, key: m.Key) -> bool:
+        """Whether a load fits only once some pinned model has gone."""
+        life, own = self.lives[key], self.serving(key[0])
+        pinned = [
+            other.held or {}
+            for k, other in self.lives.items()
+            if k == own
+            or other.status == "stuck"
+            or (other.request.pinned and other.status in ("ready", "loading", "warming"))
+        ]
+        short = any(
+            count > self.capacity.get(name, 0) - sum(held.get(name, 0) for held in pinned)
+            for name, count in self._wanted(life).items()
+        )
+        limit = self.limits.max_models
+        return short or (limit is not None and own is None and len(pinned) >= limit)
+
+    def _reloads_pinned(self, key: m.Key) -> bool:
+        """Whether a load is to replace a pinned model, which nothing else can make go."""
+        serving = self.serving(key[0])
+        return serving is not None and self.lives[serving].request.pinned
 
     def _would_fit(self, key: m.Key, staying: set[m.Key]) -> bool:
         life = self.lives[key]
@@ -449,6 +522,7 @@ _WHICH = range(10)
 #: What may happen, and what each argument may be. Values that are there twice come twice as often.
 CHOICES: dict[str, dict[str, Sequence[Any]]] = {
     "begin": {
+        "max_failed": [1, 2, 100],
         "max_models": [None, 1, 2],
         "max_memory": [None, None, 14],
         "max_workers": [1, 2],
@@ -465,6 +539,7 @@ CHOICES: dict[str, dict[str, Sequence[Any]]] = {
         "fingerprint": [1, 1, 1, 2],
         "keep_alive": [None, None, 0.0, 20.0],
         "pinned": [False, False, False, True],
+        "required": [False, True],
         "allow_paging": [False, True],
         "warmup": [False, True],
     },
@@ -499,6 +574,7 @@ CHOICES: dict[str, dict[str, Sequence[Any]]] = {
     "sample": {"outside": range(6)},
     "tick": {"seconds": [0.0, 1.0, 5.0, 11.0, 31.0], "moving": range(8), "step": range(1, 6)},
     "close": {"sure": [False] * 29 + [True], "force": [False, True]},
+    "come_to_rest": {},
 }
 
 
@@ -731,6 +807,7 @@ class Lives(RuleBasedStateMachine):
         for key, life in there.items():
             assert generations[key].waiters == (0 if life.outcomes else life.waiters), f"waiters of {key}"
             assert generations[key].leases == life.leases, f"leases of {key}"
+            assert sum(other.status == "failed" for other in there.values()) <= self.limits.max_failed
             assert bool(life.outcomes) == (life.status not in (*COMING, "cancelling")), f"{key} is {life.status}"
             assert life.held is not None or life.status not in ("ready", "draining", "unloading")
             assert life.told_to_stop or life.status != "cancelling", f"nobody told the worker of {key} to stop"
@@ -785,6 +862,7 @@ class Lives(RuleBasedStateMachine):
         if not hasattr(self, "machine"):
             return
         if not self.reference.closed:
+            self.come_to_rest()
             self._let_all_finish()
         self.send(m.CloseRequested(self.now))
         self._settle()
@@ -801,6 +879,23 @@ class Lives(RuleBasedStateMachine):
         self.it_is_consistent()
         self.the_reference_agrees()
         self.the_counters_add_up()
+
+    @rule()
+    def come_to_rest(self) -> None:
+        """I31: all but those that wait for memory do their part; then no wait is left that only waiters could end."""
+        if self.reference.closed:
+            return
+        before, after = None, self._statuses()
+        while before != after:
+            self._settle()
+            self.sample(0)
+            # Longer than any model has to stay, and not long enough for most waits to end by their limit.
+            self.tick(self.limits.min_residency, 7, 1)
+            before, after = after, self._statuses()
+        without_workers = self.reference.stuck() - self.limits.max_stuck >= self.limits.max_workers
+        assert without_workers or not any(life.job for life in self.reference.lives.values())
+        if not without_workers:
+            self.reference.check_waits()
 
     def _let_all_finish(self) -> None:
         """Everybody does his part: then nobody waits for ever, whose load could fit."""
@@ -819,6 +914,9 @@ class Lives(RuleBasedStateMachine):
         waiting = {key: life.status for key, life in self.reference.there().items() if life.status in COMING}
         hopeless = self.reference.stuck() > self.limits.max_stuck or self._stuck_in_the_way()
         assert hopeless or not waiting, f"{waiting} wait for ever (I30)"
+
+    def _statuses(self) -> dict[m.Key, str | None]:
+        return {key: life.status for key, life in self.reference.lives.items()}
 
     def _give_up(self, model_id: str) -> None:
         if self.reference.coming(model_id):

@@ -15,6 +15,8 @@ from splitlearn_core import ConfigurationError
 from splitlearn_core.manager.resources import MemorySample, ResourceManager, ledger_of
 from splitlearn_core.memory import MemoryReading, anonymous_memory, available_memory, read_memory
 
+pytestmark = pytest.mark.light
+
 MB, GB = 2**20, 2**30
 #: What kernels write where there is no limit in version 1.
 UNLIMITED = 9223372036854771712
@@ -237,6 +239,7 @@ def test_an_amount_that_is_none_is_refused(asked: float) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("device", ["tpu:7", "cuda:99"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     """Named, with what there is."""
@@ -328,6 +331,7 @@ def test_a_sample_is_a_value() -> None:
     assert isinstance(ResourceManager().sample(), MemorySample)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps large blocks")
 def test_large_blocks_can_be_had_back_at_once(world: Any) -> None:
     """Whatever size was freed before: without the call, the second block would stay in the heap."""

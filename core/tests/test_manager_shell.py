@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections.abc import Callable
@@ -98,9 +99,8 @@ def test_three_loaded_components_give_the_whole_models_logits(single: Path, whol
         async with closing(AsyncModelManager()) as models:
             await asyncio.gather(*(models.load_model(part(single, name, warmup=name == "top")) for name in NAMES))
             async with models.lease("bottom") as bottom, models.lease("trunk") as trunk, models.lease("top") as top:
-                with torch.inference_mode():
-                    hidden = await trunk(hidden_states=await bottom(input_ids=IDS))
-                    logits: torch.Tensor = (await top(hidden_states=hidden)).logits
+                hidden = await trunk(hidden_states=await bottom(input_ids=IDS))
+                logits: torch.Tensor = (await top(hidden_states=hidden)).logits
             return logits
 
     with torch.inference_mode():
@@ -116,12 +116,11 @@ def test_a_cache_goes_through_calls(single: Path, whole: Any) -> None:
             parts = [await models.load_model(part(single, name)) for name in NAMES]
             caches = [one.new_cache() for one in parts]
             pieces = []
-            with torch.inference_mode():
-                for piece in (IDS[:, :4], IDS[:, 4:]):
-                    state: Any = piece
-                    for one, cache in zip(parts, caches, strict=True):
-                        state = await one(state, past_key_values=cache)
-                    pieces.append(state.logits)
+            for piece in (IDS[:, :4], IDS[:, 4:]):
+                state: Any = piece
+                for one, cache in zip(parts, caches, strict=True):
+                    state = await one(state, past_key_values=cache)
+                pieces.append(state.logits)
             return torch.cat(pieces, 1)
 
     with torch.inference_mode():
@@ -883,6 +882,42 @@ def test_a_failed_reload_keeps_the_old_one_and_shows_why() -> None:
     run(main())
 
 
+def test_the_newest_failures_stay_listed_and_the_others_are_counted() -> None:
+    """Each caller gets its error; nothing of a forgotten one is kept, but its last events for a while."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        async with closing(manager(loader, max_failed=3, required=["r"])) as models:
+            for model_id in ("r", *map(str, range(20))):
+                loader.hold(model_id).fail(ValueError(model_id))
+                error = await outcome_of(models.load_model(fake(model_id, required=model_id in ("r", "4"))))
+                assert isinstance(error, LoadFailedError)
+            assert [info.model_id for info in models.list_models()] == ["r", "4", "19"]
+            assert models.get_statistics().failures_forgotten == 18
+            assert set(models._shell.slots) == {(info.model_id, info.generation) for info in models.list_models()}
+            assert models.health().missing.keys() == {"r", "4"}
+            with pytest.raises(UnknownModelError):
+                models.get_model_info("18")
+            assert [event.cause for event in models.story("18")][-1] == "the newest 3 failures are kept"
+
+    run(main())
+
+
+def test_readiness_does_not_collect_the_ids_of_failures_without_bound() -> None:
+    """Those that were named when the manager was made stay."""
+
+    async def main() -> None:
+        loader = GatedLoader()
+        async with closing(manager(loader, max_failed=2, required=["r"])) as models:
+            for model_id in ("r", *map(str, range(5))):
+                loader.hold(model_id).fail(ValueError(model_id))
+                await outcome_of(models.load_model(fake(model_id, required=True)))
+            assert models.health().missing.keys() == {"r", "3", "4"}
+            assert models.health().missing["r"] == "not loaded"
+
+    run(main())
+
+
 def test_reload_of_a_failed_model_loads_it() -> None:
     """With the configuration that failed, by default."""
 
@@ -991,19 +1026,19 @@ def test_a_body_that_raises_gives_the_lease_back() -> None:
     run(main())
 
 
-@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference"])
-def test_a_call_runs_off_the_loop_in_the_callers_gradient_mode(mode: str) -> None:
-    """In a thread of the pool."""
-    context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]
+def test_a_call_runs_off_the_loop() -> None:
+    """In a thread of the pool, in the caller's context."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
 
     async def main() -> None:
         async with closing(manager(GatedLoader())) as models:
             model = await models.load_model(fake())
-            value = torch.ones(1, requires_grad=True)
-            with context():
-                out = await model(value)
-                assert torch.is_grad_enabled() is (mode == "grad")
-            assert (out.requires_grad, out.is_inference()) == (mode == "grad", mode == "inference")
+            variable.set("the caller's")
+            assert await model.run(lambda _: (variable.get(), threading.current_thread().name)) == (
+                "the caller's",
+                "splitlearn-call-0",
+            )
+            await model(torch.ones(1))
             assert all(name.startswith("splitlearn-call") for name in model.model.threads)
 
     run(main())

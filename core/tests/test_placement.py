@@ -11,6 +11,8 @@ from splitlearn_core.plan.placement import bytes_on, check_fit, parse_device_map
 from splitlearn_core.plan.splitplan import ComponentPlan, PlannedTensor
 from splitlearn_core.types import TensorInfo
 
+pytestmark = pytest.mark.light
+
 ALL = tuple(Component)
 
 

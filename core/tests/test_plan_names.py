@@ -12,6 +12,8 @@ from splitlearn_core.plan.split import split_layers
 from splitlearn_core.plan.splitplan import parse_parts, plan_components, resolve_dtype
 from splitlearn_core.types import Component, TensorInfo
 
+pytestmark = pytest.mark.light
+
 FAMILY = ModelFamily(model_type="llama", architecture="LlamaForCausalLM")
 GPT = ModelFamily(
     model_type="gpt",

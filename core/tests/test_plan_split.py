@@ -14,6 +14,8 @@ from splitlearn_core import ConfigurationError, InvalidSplitError, ModelFamily, 
 from splitlearn_core.plan.split import check_split_points, count_layers, split_layers
 from splitlearn_core.types import Component, LayerRange
 
+pytestmark = pytest.mark.light
+
 FAMILY = ModelFamily(model_type="llama", architecture="LlamaForCausalLM")
 
 

@@ -19,6 +19,8 @@ from splitlearn_core import (
 )
 from splitlearn_core.plugins.registry import PluginStatus, registry, reset_registry
 
+pytestmark = pytest.mark.light
+
 HEAD = "from splitlearn_core import ModelFamily, hookimpl\n"
 
 
@@ -52,6 +54,7 @@ def test_using_a_type_imports_its_plugin_only(world: Any) -> None:
     assert not world.marker("beta").exists()
 
 
+@pytest.mark.heavy
 def test_using_a_checkpoint_imports_its_plugin_only(world: Any, single: Path) -> None:
     """A plan of a llama checkpoint imports the plugin named llama and no other."""
     from splitlearn_core import plan_split
@@ -538,7 +541,7 @@ def test_an_editable_plugin_of_another_core_is_not_to_be_upgraded(world: Any) ->
 
 def test_a_distribution_twice_on_the_path_is_one(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first copy on the path shadows the second, as it does for import; that is no conflict."""
-    from splitlearn_core.testing.worlds import write_plugin
+    from splitlearn_core.testing.installing import write_plugin
 
     world.install("alpha", version="1.0")
     monkeypatch.syspath_prepend(str(write_plugin(tmp_path / "other", "alpha", world.source("alpha"), version="2.0")))
@@ -562,7 +565,7 @@ def test_a_folder_that_was_not_there_is_seen_after_a_reset(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plugin in a folder that came into being after the first import is found and can be imported."""
-    from splitlearn_core.testing.worlds import write_plugin
+    from splitlearn_core.testing.installing import write_plugin
 
     monkeypatch.syspath_prepend(str(tmp_path / "later"))
     with pytest.raises(UnknownModelTypeError):

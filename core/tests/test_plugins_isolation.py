@@ -10,6 +10,8 @@ import pytest
 from splitlearn_core import BrokenPluginError, ModelFamily, SplitLearnError, load_split_model
 from splitlearn_core.plugins.registry import PluginRegistry, registry
 
+pytestmark = pytest.mark.light
+
 HEAD = "from splitlearn_core import ModelFamily, hookimpl\n"
 SOUND = """
 @hookimpl
@@ -327,6 +329,7 @@ def test_a_hook_that_is_beside_the_point_may_answer_none(world: Any) -> None:
     assert registry().plugin("alpha").strategies == ()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("architecture", "near"),
     [("LlamaForCasualLM", "'LlamaForCausalLM'"), ("torch.nn:Lineer", "'Linear'")],
@@ -343,6 +346,7 @@ def test_an_architecture_that_is_misspelt_names_the_nearest(
     assert caught.value.hint.startswith(f"did you mean {near}?")
 
 
+@pytest.mark.heavy
 def test_an_architecture_like_no_other_names_none(world: Any, single: Path) -> None:
     """A guess is made only where there is something near."""
     world.install("llama", world.source("llama").replace("LlamaForCausalLM", "Xyzzy9Plugh"))
@@ -384,6 +388,7 @@ WRONG_FAMILIES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("arguments", WRONG_FAMILIES.values(), ids=list(WRONG_FAMILIES))
 def test_a_family_that_describes_another_model_is_an_error_of_ours(world: Any, single: Path, arguments: str) -> None:
     """A plugin's slip in its description is said with a hint, never as a stray exception."""

@@ -14,6 +14,8 @@ import pytest
 from splitlearn_core.plugins.printing import printing_aside, stdout_for_data
 from splitlearn_core.plugins.registry import registry
 
+pytestmark = pytest.mark.light
+
 #: Prints when it is imported and in each hook.
 TALKING = """
 import sys
@@ -30,6 +32,7 @@ def splitlearn_model_families():
 """
 
 
+@pytest.mark.heavy
 def test_json_is_json_whatever_a_plugin_prints(world: Any, single: Any, cli: Any) -> None:
     """Data alone is on stdout, whether the plugin was asked for or all are."""
     world.install("llama", TALKING)
@@ -43,6 +46,7 @@ def test_json_is_json_whatever_a_plugin_prints(world: Any, single: Any, cli: Any
     assert json.loads(planned)["model_type"] == "llama"
 
 
+@pytest.mark.heavy
 def test_what_a_plugin_prints_is_on_stderr(world: Any, single: Any, cli: Any) -> None:
     """Its author sees it, at import and in the hook."""
     world.install("llama", TALKING)
@@ -53,6 +57,7 @@ def test_what_a_plugin_prints_is_on_stderr(world: Any, single: Any, cli: Any) ->
     assert json.loads(out)["model_type"] == "llama"
 
 
+@pytest.mark.heavy
 def test_a_process_of_its_own_keeps_them_apart(world: Any, single: Any) -> None:
     """So do the real streams of a process."""
     world.install("llama", TALKING)

@@ -19,6 +19,8 @@ from splitlearn_core import (
 )
 from splitlearn_core.plugins.registry import registry
 
+pytestmark = pytest.mark.light
+
 GROUP = "splitlearn.strategies"
 #: Modules that these tests write.
 OURS = ("strategy_", "splitlearn_llama", "splitlearn_alpha", "first_", "second_")
@@ -105,6 +107,7 @@ def test_the_familys_own_are_among_them(world: Any, install: Any) -> None:
     assert names(family, "own") == ["one", "own"]
 
 
+@pytest.mark.heavy
 def test_a_model_loads_by_a_packages_strategy(llama: Any, install: Any, single: Path) -> None:
     """By name, through the public function; without the name the package is not imported."""
     install("one")

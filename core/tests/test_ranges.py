@@ -21,6 +21,8 @@ from splitlearn_core.checkpoint.ranges import (
     without,
 )
 
+pytestmark = pytest.mark.light
+
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), max_size=8)
 MEGABYTE = 2**20
 

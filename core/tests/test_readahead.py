@@ -12,6 +12,8 @@ from splitlearn_core.checkpoint import readahead
 from splitlearn_core.checkpoint.readahead import is_cached, read_ahead
 from splitlearn_core.types import TensorInfo
 
+pytestmark = pytest.mark.light
+
 SIZE = 48 * 2**20
 BEGIN = 12_345
 

@@ -28,6 +28,8 @@ from huggingface_hub.errors import (
 
 from splitlearn_core.testing.hub import Faults, LoopbackHub
 
+pytestmark = pytest.mark.light
+
 REPO = "someone/tiny"
 WEIGHTS = "model.safetensors"
 WAIT = 30.0

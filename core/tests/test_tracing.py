@@ -15,6 +15,8 @@ from splitlearn_core.plugins import tracing
 from splitlearn_core.plugins.registry import registry, reset_registry
 from splitlearn_core.plugins.tracing import Trace, trace_to_stderr
 
+pytestmark = pytest.mark.light
+
 HEAD = "from splitlearn_core import ModelFamily, hookimpl\n"
 SOUND = "@hookimpl\ndef splitlearn_model_families():\n    return [ModelFamily(model_type='alpha', architecture='X')]\n"
 MAP = "@hookimpl\ndef splitlearn_map_weight_keys(checkpoint_keys):\n    {body}\n"
@@ -169,6 +171,7 @@ def test_the_variable_turns_it_on(
         )
 
 
+@pytest.mark.heavy
 def test_the_option_traces_one_command(llama: Any, single: Any, cli: Any) -> None:
     """Before the command; what it prints on stdout is what it prints without."""
     plain = cli("plan", single, "--split", 2, 4)
@@ -179,6 +182,7 @@ def test_the_option_traces_one_command(llama: Any, single: Any, cli: Any) -> Non
     assert "splitlearn_map_weight_keys(family=ModelFamily('llama')" in err
 
 
+@pytest.mark.heavy
 def test_the_option_leaves_the_form_to_the_variable(
     llama: Any, single: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

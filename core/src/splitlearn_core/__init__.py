@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from splitlearn_core.adapters import unload_adapter as unload_adapter
     from splitlearn_core.checkpoint.fetchplan import FetchPlan as FetchPlan
     from splitlearn_core.checkpoint.fetchplan import FileFetch as FileFetch
+    from splitlearn_core.checkpoint.regular import open_regular as open_regular
     from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
     from splitlearn_core.checkpoint.strategy import ReadPlan as ReadPlan
     from splitlearn_core.checkpoint.strategy import WeightReader as WeightReader
@@ -116,6 +117,7 @@ _LAZY = {
     "load_split_model": "quickstart",
     "merge_and_unload": "adapters",
     "merge_split": "storage.merging",
+    "open_regular": "checkpoint.regular",
     "plan_fetch": "quickstart",
     "plan_split": "quickstart",
     "preload": "manager.imports",

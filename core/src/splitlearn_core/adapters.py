@@ -21,6 +21,7 @@ from splitlearn_core.checkpoint.adapter import (
     open_adapter,
     write_adapter,
 )
+from splitlearn_core.checkpoint.regular import open_regular, path_of
 from splitlearn_core.errors import (
     ConfigurationError,
     InvalidCheckpointError,
@@ -392,7 +393,10 @@ def _read(loaded: _Loaded) -> None:
         return
     peft = _import_peft()
     try:
-        with safe_open(loaded.adapter.weights, framework="pt", device="cpu") as file:
+        with (
+            open_regular(loaded.adapter.weights) as regular,
+            safe_open(path_of(regular, loaded.adapter.weights), framework="pt", device="cpu") as file,
+        ):
             tensors = {key: file.get_tensor(key) for key in loaded.slice.keys}
     except SafetensorError as error:
         raise InvalidCheckpointError(

@@ -110,6 +110,8 @@ def generate_text(
     """
     import torch
 
+    from splitlearn_core.build.modes import own_state
+
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigurationError(f"temperature {temperature} is no number from 0", hint="0 takes the likeliest token")
     try:
@@ -118,7 +120,8 @@ def generate_text(
         raise ConfigurationError(
             f"the prompt is no text: {error}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
         ) from error
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with own_state(gradients=False):
+        encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = encoded["input_ids"].shape[1]
     _check_length(model, length, max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -128,7 +131,7 @@ def generate_text(
         torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     started = time.perf_counter()
-    with _blaming_config():
+    with own_state(gradients=False), _blaming_config():
         output = model.generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],

@@ -79,8 +79,6 @@ def verify_split(
         CheckpointError: transformers fails on the unsplit model, or it answers with NaN: there is nothing to compare
             with.
     """
-    from splitlearn_core.pipeline import SplitCausalLM
-
     if not isinstance(dtype, str) or options.device_map is not None:
         raise ConfigurationError(
             f"{model.name} unsplit, with which is compared, has one dtype and one device",
@@ -89,6 +87,17 @@ def verify_split(
 
     check_options(model, options)
     import_builders(model.family)
+    from splitlearn_core.build.modes import own_state
+
+    with own_state(gradients=False):
+        return _verify(model, split_points, dtype, options, progress)
+
+
+def _verify(
+    model: OpenModel, split_points: Sequence[int], dtype: str, options: LoadOptions, progress: ProgressCallback
+) -> Verification:
+    from splitlearn_core.pipeline import SplitCausalLM
+
     plan, _ = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
     parts, loads = {}, {}
     for component in Component:
@@ -137,17 +146,13 @@ def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
     checkpoint = model.checkpoint
     paths = checkpoint.fetch(set(checkpoint.weight_map.values()), lambda _: None)
     directory = next(iter(paths.values())).parent
-    from transformers.utils import logging as hf_logging
-
-    if not sys.stderr.isatty():
-        hf_logging.disable_progress_bar()
     arguments = checkpoint.pretrained_arguments()
     if arguments is not None:
         # transformers would take the configuration out of the weight file, whatever config.json says.
         config = hf_config(model.family, model.config, model.name, dtype, options.attn_implementation)
         arguments = {**arguments, "config": config}
     try:
-        with BUILD_LOCK:
+        with BUILD_LOCK, _bars_on_terminals():
             whole = architecture_class(model.family).from_pretrained(
                 directory,
                 dtype=dtype,
@@ -163,6 +168,21 @@ def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
             hint="pip install accelerate, if that is what it lacks; the split model may be right nevertheless",
         ) from error
     return whole.to(options.device)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Keep transformers from drawing bars into a file or a pipe."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _inputs(model: OpenModel, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:

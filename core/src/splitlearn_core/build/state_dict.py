@@ -11,6 +11,7 @@ import torch
 
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems
 from splitlearn_core.build.component import ComponentModel, architecture_class, build_component, hf_config
+from splitlearn_core.build.modes import own_modes
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import map_keys, place_keys
@@ -21,6 +22,7 @@ _MAX_SHOWN = 3
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
+@own_modes(gradients=True)
 def component_from_state_dict(
     family: ModelFamily,
     component: Component,
@@ -54,7 +56,9 @@ def component_from_state_dict(
         )
     modules = dict(built.named_modules())
     for name, key in sources.items():
-        assign_tensor(modules, name, state_dict[key].detach())
+        tensor = state_dict[key].detach()
+        # One that was made in inference mode could never be trained.
+        assign_tensor(modules, name, tensor.clone() if tensor.is_inference() else tensor)
     finish(built, str(first.device))
     return built
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.checkpoint.regular import open_regular, read_regular
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.types import TensorInfo
@@ -66,7 +67,7 @@ def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> Ada
             f"{name} lacks {', '.join(absent)}", hint="give the folder that PEFT's save_pretrained wrote"
         )
     path, weights = source.path(ADAPTER_CONFIG), source.path(ADAPTER_WEIGHTS)
-    text = path.read_bytes()
+    text = read_regular(path)
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -78,7 +79,7 @@ def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> Ada
 
 def _digest(text: bytes, weights: Path) -> str:
     digest = hashlib.sha256(text)
-    with weights.open("rb") as file:
+    with open_regular(weights) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 
 CONFIG = "config.json"
@@ -69,7 +70,7 @@ def _is_shard_name(shard: str, suffix: str) -> bool:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         read = file.read(_MAX_JSON_BYTES + 1)
     if len(read) > _MAX_JSON_BYTES:
         raise InvalidCheckpointError(

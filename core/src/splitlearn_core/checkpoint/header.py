@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.types import DTYPE_BYTES, TensorInfo
 
@@ -42,7 +43,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         InvalidCheckpointError: The file is truncated or its header contradicts itself; all
             contradictions are listed.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return header_of(path, file)
 
 

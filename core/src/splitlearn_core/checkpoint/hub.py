@@ -20,6 +20,7 @@ from splitlearn_core.checkpoint.huberrors import Asked, guarded
 from splitlearn_core.checkpoint.partial import PartialFile, partial_files
 from splitlearn_core.checkpoint.rangefetch import RangesNotServedError, RemoteFile, fetch_ranges
 from splitlearn_core.checkpoint.ranges import Span, Wanted, count, merged, pays, to_request, without
+from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.checkpoint.transport import opened
 from splitlearn_core.errors import (
     CheckpointError,
@@ -307,6 +308,6 @@ def _holds_header(held: PartialFile) -> bool:
     spans = held.coverage().spans
     if without([(0, LENGTH_BYTES)], spans):
         return False
-    with held.path.open("rb") as file:
+    with open_regular(held.path) as file:
         length = header_length(str(held.path), file.read(LENGTH_BYTES), held.size)
     return not without([(0, LENGTH_BYTES + length)], spans)

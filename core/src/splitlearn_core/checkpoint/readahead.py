@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from splitlearn_core.checkpoint.regular import open_regular
+from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
 
 _CHUNK = 8 * 2**20
@@ -53,7 +55,7 @@ def read_in(paths: Iterable[Path], progress: ProgressCallback) -> None:
         if is_cached(path, 0, size):
             done += size
             continue
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path, buffering=0) as file:
             while count := file.readinto(buffer):
                 done += count
                 progress(Progress("reading", None, min(done, total), total, path.name))
@@ -76,12 +78,12 @@ def is_cached(path: Path, begin: int, end: int) -> bool:
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path, buffering=0) as file:
             for number in range(_PROBES):
                 position = begin + (end - 1 - begin) * number // (_PROBES - 1)
                 os.preadv(file.fileno(), [bytearray(1)], position, os.RWF_NOWAIT)
-    except OSError:
-        return False  # not cached, or a file system that cannot tell
+    except (OSError, InvalidCheckpointError):
+        return False  # not cached, no file any more, or a file system that cannot tell
     return True
 
 
@@ -94,11 +96,11 @@ def _fill(chunks: Iterator[tuple[str, int, int]], paths: Mapping[str, Path]) -> 
         for shard, begin, end in chunks:
             try:
                 if shard not in opened:
-                    opened[shard] = files.enter_context(paths[shard].open("rb", buffering=0)).fileno()
+                    opened[shard] = files.enter_context(open_regular(paths[shard], buffering=0)).fileno()
                 if not _populate(opened[shard], begin, end):
                     os.posix_fadvise(opened[shard], begin, end - begin, os.POSIX_FADV_WILLNEED)
-            except (OSError, ValueError):
-                continue  # gone, or shorter by now: the reader that follows opens it too, and reports it
+            except (OSError, ValueError, InvalidCheckpointError):
+                continue  # gone, no file, or shorter by now: the reader that follows opens it too, and reports it
 
 
 def _populate(descriptor: int, begin: int, end: int) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from splitlearn_core.checkpoint.regular import open_regular
+
 _PROBES, _PROBE_BYTES = 16, 4096
 
 
@@ -13,7 +15,7 @@ def sample_values(path: Path) -> str:
 
     It costs the same for a file of any size. Files that differ between the pieces alone have the same one.
     """
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         size = file.seek(0, 2)
         digest = hashlib.sha256(size.to_bytes(8, "little"))
         room = max(0, size - _PROBE_BYTES)

@@ -7,10 +7,11 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from splitlearn_core.checkpoint.regular import open_regular, path_of
 from splitlearn_core.checkpoint.torchtypes import dtype_names
-from splitlearn_core.errors import CheckpointError, InvalidCheckpointError
+from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError
 from splitlearn_core.types import PYTORCH, TensorInfo
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ _MAX_SHOWN = 8
 
 def is_mappable(path: Path) -> bool:
     """Say whether the file can be mapped: what older versions of torch wrote has to be read whole."""
-    with path.open("rb") as file:
-        return file.read(len(_ZIP)) == _ZIP
+    with open_regular(path) as file:
+        return _is_zip(file)
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    return file.read(len(_ZIP)) == _ZIP
 
 
 def open_torch_file(path: Path, *, hint: str, allow_pickle: bool = False) -> Any:
@@ -47,8 +52,10 @@ def open_torch_file(path: Path, *, hint: str, allow_pickle: bool = False) -> Any
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", mmap=is_mappable(path), weights_only=not allow_pickle)
-    except MemoryError:
+        with open_regular(path) as file:
+            again, mappable = path_of(file, path), _is_zip(file)
+            return torch.load(again, map_location="cpu", mmap=mappable, weights_only=not allow_pickle)
+    except (MemoryError, SplitLearnError):
         raise
     except OSError as error:
         # torch looks for the end of the archive where the file has no bytes.

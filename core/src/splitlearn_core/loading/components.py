@@ -55,6 +55,7 @@ def load_components(
     progress(Progress("importing"))
     import_builders(model.family)
     from splitlearn_core.build.component import build_component, hf_config
+    from splitlearn_core.build.modes import own_modes
 
     reads = read_plans(plan, paths, devices, whole_model(model, plan, progress))
     strategies = choose_strategies(model, options, reads)
@@ -62,20 +63,22 @@ def load_components(
     if any(isinstance(strategy, WholeStrategy) for strategy in strategies.values()):
         model.checkpoint.fetch(model.checkpoint.weight_files(), logging_downloads(model.name, progress))
     built: dict[Component, ComponentModel] = {}
-    for part in plan.components:
-        log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
-        progress(Progress("building", part.component))
-        config = hf_config(model.family, model.config, model.name, part.dtype, options.attn_implementation)
-        built[part.component] = build_component(
-            model.family, config, part.component, part.layers, on_layer=options.on_layer
-        )
-    _check_all(model, plan.components, table, built)
-    _attach_generation_config(model, built.get(Component.TOP))
-    for component, origin in origins.items():
-        built[component].origin = origin
-    with passing_through(progress) as tell:
-        read_all(plan, reads, built, strategies, tell)
-    _tie_if_equal(built, table)
+    # As from_pretrained: what is loaded can be trained, and has the same values, wherever the call stands.
+    with own_modes(gradients=True):
+        for part in plan.components:
+            log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
+            progress(Progress("building", part.component))
+            config = hf_config(model.family, model.config, model.name, part.dtype, options.attn_implementation)
+            built[part.component] = build_component(
+                model.family, config, part.component, part.layers, on_layer=options.on_layer
+            )
+        _check_all(model, plan.components, table, built)
+        _attach_generation_config(model, built.get(Component.TOP))
+        for component, origin in origins.items():
+            built[component].origin = origin
+        with passing_through(progress) as tell:
+            read_all(plan, reads, built, strategies, tell)
+        _tie_if_equal(built, table)
     total = sum(read.nbytes for read in reads.values())
     _log_ready(model.name, plan, devices, total, time.perf_counter() - started)
     progress(Progress("ready", None, total, total))

@@ -51,6 +51,8 @@ class Generation:
     active_at: float = 0.0
     stalled: bool = False
     waiting_for: str = ""
+    #: The earlier load before which it is considered, since that one waits for its end; by order.
+    goes_before: int | None = None
     #: Seconds spent waiting for a worker or for room, before the present wait.
     waited: float = 0.0
     location: str = ""
@@ -77,6 +79,12 @@ class Generation:
     @property
     def is_loading(self) -> bool:
         return self.status.is_loading
+
+    @property
+    def rank(self) -> tuple[int, bool, int]:
+        """Place among those that wait for memory."""
+        own = self.goes_before is None
+        return self.order if self.goes_before is None else self.goes_before, own, self.order
 
     def advance(self, now: float, progress: Progress) -> bool:
         """Take in how far the worker is; say whether it has got anywhere."""

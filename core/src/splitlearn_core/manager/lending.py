@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from splitlearn_core.errors import BusyError, ModelGoneError
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.messages import Key
+from splitlearn_core.manager.modes import in_mode
 from splitlearn_core.manager.status import ModelInfo, ModelStatus
-from splitlearn_core.manager.threads import CallPool
+from splitlearn_core.manager.threads import CallPool, answering
 
 if TYPE_CHECKING:
     import torch
@@ -32,52 +34,71 @@ class Lender(Protocol):
     def wait_for(self, key: Key) -> Awaitable[AsyncManagedModel]: ...
 
 
+@dataclass(slots=True, eq=False)
+class _Holder:
+    """What all handles of one generation share."""
+
+    module: torch.nn.Module | None
+
+
 class AsyncManagedModel:
     """A loaded model. ``await model(hidden_states=...)`` runs it in a worker thread.
 
     Take it from :meth:`AsyncModelManager.lease`: while a lease or a call lasts, it is not freed. One
     that was unloaded by force raises :class:`ModelGoneError` when it is called.
+
+    Calls record no gradients, whatever the caller's mode is; those of :meth:`with_gradients` do. So no
+    ``torch.no_grad()`` has to be held over an ``await``, where it would be in force for every other task.
     """
 
     def __init__(self, key: Key, config: ModelConfig, module: torch.nn.Module, lender: Lender) -> None:
         self.model_id, self.generation = key
         self.config = config
-        self._module: torch.nn.Module | None = module
+        self.gradients = False
+        self._holder = _Holder(module)
         self._lender = lender
+
+    def with_gradients(self) -> AsyncManagedModel:
+        """Return a handle of the same model whose calls record gradients, whatever the caller's mode is."""
+        handle = copy.copy(self)
+        handle.gradients = True
+        return handle
 
     @property
     def model(self) -> torch.nn.Module:
-        """The module itself, for what needs it. Calling it here blocks the event loop.
+        """The module itself, for what needs it. Calling it here blocks the event loop, in the caller's mode.
 
         Raises:
             ModelGoneError: It was unloaded.
         """
-        if self._module is None:
+        if self._holder.module is None:
             raise self._gone()
-        return self._module
+        return self._holder.module
 
     @property
     def is_gone(self) -> bool:
         """Whether it was unloaded, and can only be taken anew."""
-        return self._module is None
+        return self._holder.module is None
 
     @property
     def info(self) -> ModelInfo:
         """The present snapshot; ModelGoneError once it was unloaded."""
-        if self._module is None:
+        if self.is_gone:
             raise self._gone()
         return self._lender.info_of((self.model_id, self.generation))
 
     @property
     def status(self) -> ModelStatus:
-        return ModelStatus.UNLOADING if self._module is None else self.info.status
+        return ModelStatus.UNLOADING if self.is_gone else self.info.status
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with these arguments off the event loop; see :meth:`run`."""
         return await self.run(lambda module: module(*args, **kwargs))
 
     async def run(self, function: Callable[[Any], _T]) -> _T:
-        """Run ``function(module)`` off the event loop, in the caller's gradient mode and context.
+        """Run ``function(module)`` off the event loop, in the caller's context, with this handle's :attr:`gradients`.
+
+        For what is more than one call: ``await model.run(lambda module: module.generate(ids))``.
 
         Cancelling the caller does not stop a call that has begun; the model stays lent until it ends.
 
@@ -85,7 +106,7 @@ class AsyncManagedModel:
             BusyError: As many calls wait for this model as its queue takes.
             ModelGoneError: It was unloaded.
         """
-        bound = _as_the_caller(partial(function, self.model))
+        bound = in_mode(partial(contextvars.copy_context().run, function, self.model), gradients=self.gradients)
         result: _T = await self._lender.call((self.model_id, self.generation), bound)
         return result
 
@@ -95,11 +116,12 @@ class AsyncManagedModel:
         return make()
 
     def __repr__(self) -> str:
-        return f"<AsyncManagedModel {self.model_id!r}, generation {self.generation}, {self.status}>"
+        gradients = ", with gradients" * self.gradients
+        return f"<AsyncManagedModel {self.model_id!r}, generation {self.generation}, {self.status}{gradients}>"
 
     def take(self) -> torch.nn.Module | None:
         """Let go of the module: from here on the model is gone. For the manager."""
-        module, self._module = self._module, None
+        module, self._holder.module = self._holder.module, None
         return module
 
     def _gone(self) -> ModelGoneError:
@@ -131,20 +153,6 @@ class LoadingPlaceholder:
 
     def __repr__(self) -> str:
         return f"<LoadingPlaceholder {self.model_id!r}, generation {self.generation}>"
-
-
-def _as_the_caller(function: Callable[[], _T]) -> Callable[[], _T]:
-    """Carry the caller's context variables and torch's gradient mode into the thread that runs it."""
-    import torch
-
-    context = contextvars.copy_context()
-    gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-    def run() -> _T:
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
-            return context.run(function)
-
-    return run
 
 
 @dataclass(slots=True, eq=False)
@@ -235,8 +243,8 @@ class CallGate:
         box: list[Any] = []
         self._under_way[number] = call, box
         call.started, call.function = True, None
-        done = partial(self._done, number)
-        self._pool.submit(partial(_into, box, function), partial(asyncio.get_running_loop().call_soon_threadsafe, done))
+        done = answering(asyncio.get_running_loop(), partial(self._done, number))
+        self._pool.submit(partial(_into, box, function), done)
 
     def _done(self, number: int, refusal: Any) -> None:
         call, box = self._under_way.pop(number)

@@ -8,7 +8,7 @@ from typing import Any
 from splitlearn_core.manager.config import show
 
 #: Settings that count from 1; those of the second line may be None, for no limit.
-_COUNTS = frozenset({"max_workers", "call_workers", "calls_per_model"})
+_COUNTS = frozenset({"max_workers", "call_workers", "calls_per_model", "max_failed"})
 _COUNTS_OR_NONE = frozenset({"max_models", "load_threads", "call_threads"})
 #: Settings that are a number from 0.
 _AMOUNTS = frozenset({"headroom_mb", "call_queue", "stall_after", "cancel_grace", "close_timeout", "min_residency"})

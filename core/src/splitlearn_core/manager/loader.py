@@ -14,6 +14,7 @@ from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError, 
 from splitlearn_core.manager import components, pickled, whole
 from splitlearn_core.manager.config import HUGGINGFACE, PYTORCH, ModelConfig
 from splitlearn_core.manager.failures import explaining
+from splitlearn_core.manager.modes import recording
 from splitlearn_core.manager.work import LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.types import Component, Progress
 from splitlearn_core.units import MEGABYTE, human_bytes
@@ -74,11 +75,10 @@ class ModelLoader:
             ConfigurationError: The module does not run on this device, in this dtype.
             InsufficientMemoryError: Running it takes more memory than there is.
         """
-        import torch
-
         component = Component(config.component) if config.component is not None else None
         try:
-            with explaining(_name(config)), torch.inference_mode():
+            # As calls are made: what a model computes once and keeps, from inference_mode, could not be trained with.
+            with explaining(_name(config)), recording(gradients=False):
                 for _ in range(_ROUNDS):
                     report(Progress("warming up", component))
                     _one_round(loaded, component, lambda: report(Progress("warming up", component)))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -40,11 +40,13 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.generation import CHARGED, RESERVED, WORKING, Generation
-from splitlearn_core.manager.policy import BUDGET, NAMED, Evict, Refuse, Room, Tenant, Wait, decide
+from splitlearn_core.manager.policy import BUDGET, NAMED, Evict, Refuse, Room, Tenant, Wait, decide, lacks_even_without
 from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, ModelStatus
 from splitlearn_core.manager.work import HOST, MAPPED
 
 _S = ModelStatus
+#: Entries that may be useless before they are looked for.
+_SOME = 64
 
 #: From where a generation may go where; None is a generation that is no more.
 TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
@@ -77,6 +79,8 @@ class Limits:
     stall_timeout: float | None = 300.0
     cancel_grace: float = 10.0
     min_residency: float = 5.0
+    #: Models that failed and are still listed: the newest.
+    max_failed: int = 100
 
 
 @dataclass(slots=True)
@@ -91,6 +95,7 @@ class Counters:
     unloads: int = 0
     evictions: int = 0
     expirations: int = 0
+    failures_forgotten: int = 0
     leases: int = 0
 
 
@@ -461,6 +466,17 @@ class Machine:
             self._go(generation, None, "a newer generation took its place")
         elif model.serving is not None:
             self._go(generation, None, "the older generation serves on")
+        else:
+            self._forget_failed()
+
+    def _forget_failed(self) -> None:
+        """Keep the newest failures; of the others those go first that readiness does not depend on."""
+        failed = self._by_status[_S.FAILED]
+        while len(failed) > self.limits.max_failed:
+            oldest = next((g for g in failed.values() if not g.request.required), next(iter(failed.values())))
+            self.counters.failures_forgotten += 1
+            self._effects.append(m.Forgotten(oldest.model_id))
+            self._go(oldest, None, f"the newest {self.limits.max_failed} failures are kept")
 
     def _note_failure(self, generation: Generation, failure: FailureInfo) -> FailureInfo:
         """Count a failed attempt, and keep why it failed where it will be looked for."""
@@ -684,6 +700,10 @@ class Machine:
         if moment is not None and not generation.watched:
             generation.watched = True
             heapq.heappush(self._expiries, (moment, generation.key))
+            if len(self._expiries) > 2 * len(self._models) + _SOME:
+                # Of models that are gone, and would only be skipped when their moment comes.
+                self._expiries = [entry for entry in self._expiries if self.find(entry[1])]
+                heapq.heapify(self._expiries)
 
     def _expire(self) -> None:
         due: list[Generation] = []
@@ -708,7 +728,9 @@ class Machine:
         short: set[str] = set()
         ahead: dict[str, int] = {}
         waiting = self._by_status[_S.WAITING]
-        for generation in sorted(waiting.values(), key=lambda g: g.order) if waiting else ():
+        if waiting:
+            self._break_knots()
+        for generation in sorted(waiting.values(), key=lambda g: g.rank) if waiting else ():
             self._consider(generation, short, ahead)
         # In the order in which they came: nothing enters this status a second time.
         for generation in tuple(self._by_status[_S.QUEUED].values()):
@@ -716,6 +738,62 @@ class Machine:
                 return
             self._go(generation, _S.PLANNING, "a worker is free")
             self._effects.append(m.StartWorker(generation.key, m.Job.PLAN))
+
+    def _break_knots(self) -> None:
+        """See to it that no load waits for what only loads behind it could give.
+
+        A generation that is to be replaced serves until its reload is ready, or, if it may be evicted, until
+        one that comes before the reload needs its room. A pinned one cannot be evicted, so its reload goes
+        before those that need its room. Where all such reloads need the room of each other, the last is refused.
+        """
+        waiting = self._by_status[_S.WAITING]
+        for generation in waiting.values():
+            generation.goes_before = None
+        if not self._capacity:
+            return
+        while reloads := [g for g in waiting.values() if (old := self._serving_of(g)) and old.request.pinned]:
+            if any(not self._waits_for_a_reload(g, reloads, for_good=True) for g in reloads):
+                break
+            last = max(reloads, key=lambda g: g.order)
+            others = ", ".join(sorted(g.model_id for g in reloads if g is not last)[:NAMED])
+            reason = f"it needs room of pinned models that wait to be reloaded themselves: {others}"
+            self._refuse(last, reason, retryable=True)
+        behind = [g for g in waiting.values() if reloads and self._waits_for_a_reload(g, reloads)]
+        place = min((g.order for g in behind), default=math.inf)
+        for generation in reloads:
+            if generation not in behind and place < generation.order:
+                generation.goes_before = int(place)
+
+    def _waits_for_a_reload(
+        self, generation: Generation, reloads: Iterable[Generation], *, for_good: bool = False
+    ) -> bool:
+        """Say whether a load cannot fit before another's reload, which waits, has replaced a pinned generation.
+
+        Args:
+            generation: The load.
+            reloads: Those of pinned models that wait.
+            for_good: Whether workers that are stuck, and what others have of this machine's memory, count as free.
+        """
+        own = self._serving_of(generation)
+        others = [old for g in reloads if g is not generation and (old := self._serving_of(g))]
+        # What is pinned and loading will take what it keeps; what it replaces goes by itself.
+        coming = [g for s in (_S.LOADING, _S.WARMING) for g in self._by_status[s].values() if g.request.pinned]
+        replaced = [self._serving_of(g) for g in coming]
+        ready = [g for g in self._by_status[_S.READY].values() if g.request.pinned and g not in replaced]
+        staying = [g.held for g in ready if g is not own] + [_held(g, _S.READY) for g in coming]
+        if own is not None:
+            staying.append(own.held)
+        if not for_good:
+            staying += [g.held for g in self._by_status[_S.STUCK].values() if g.held]
+        most = self._total if for_good else self._capacity
+        paging = generation.request.allow_paging
+        short = lacks_even_without(generation.needs, most, staying, allow_paging=paging)
+        no_place = own is None and self.limits.max_models is not None and len(staying) >= self.limits.max_models
+        return bool(others) and (no_place or any(old.held.get(name) for old in others for name in short))
+
+    def _serving_of(self, generation: Generation) -> Generation | None:
+        """Return what serves until a generation is ready, if anything does."""
+        return self._models[generation.model_id].serving
 
     def _consider(self, generation: Generation, short: set[str], ahead: dict[str, int]) -> None:
         """Admit one planned generation, or say why not.
@@ -737,7 +815,7 @@ class Machine:
         verdict = decide(needs, room, (), allow_paging=paging)
         if isinstance(verdict, Wait):
             # Who has the rest matters only now, and they may be a thousand.
-            verdict = decide(needs, room, self._tenants(needs, room, paging=paging), allow_paging=paging)
+            verdict = decide(needs, room, self._tenants(generation, room), allow_paging=paging)
         full = isinstance(verdict, Wait) and not verdict.soon and self.limits.when_full == "refuse"
         if isinstance(verdict, Refuse) or (isinstance(verdict, Wait) and full):
             self._refuse(generation, verdict.reason, retryable=isinstance(verdict, Wait))
@@ -761,12 +839,13 @@ class Machine:
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
 
-    def _tenants(self, needs: Mapping[str, int], room: Room, *, paging: bool) -> list[Tenant]:
+    def _tenants(self, generation: Generation, room: Room) -> list[Tenant]:
         """Return whom a decision hangs on: who is leaving, whom to evict if that suffices, and some of the others."""
         leaving = list(self._by_status[_S.UNLOADING].values())
-        lacking, places = self._lacking(needs, room, paging=paging)
-        chosen = [*leaving, *self._evictable(lacking, places)]
-        return [self._tenant(generation) for generation in (*chosen, *self._holders(chosen, lacking, places))]
+        lacking, places = self._lacking(generation.needs, room, paging=generation.request.allow_paging)
+        chosen = [*leaving, *self._evictable(generation, lacking, places)]
+        tenants = (*chosen, *self._holders(chosen, lacking, places))
+        return [self._tenant(tenant, evictable=self._is_evictable(tenant, generation)) for tenant in tenants]
 
     def _lacking(self, needs: Mapping[str, int], room: Room, *, paging: bool) -> tuple[dict[str, int], int]:
         """Return the bytes, by ledger, and the places that are short once everybody who is leaving has gone."""
@@ -784,25 +863,37 @@ class Machine:
 
         Asked whenever a model is given back; ticks look at everything.
         """
-        first = min(self._by_status[_S.WAITING].values(), key=lambda g: g.order, default=None)
+        first = min(self._by_status[_S.WAITING].values(), key=lambda g: g.rank, default=None)
         if first is None:
             return False
         lacking, places = self._lacking(first.needs, self._room(first, {}), paging=first.request.allow_paging)
         return places <= len(self._idle) and all(n <= self._idle_held.get(name, 0) for name, n in lacking.items())
 
-    def _evictable(self, lacking: Mapping[str, int], places: int) -> list[Generation]:
-        """Return idle generations, least recently used first, as many as suffice; none where all do not."""
+    def _evictable(self, gainer: Generation, lacking: Mapping[str, int], places: int) -> list[Generation]:
+        """Return idle generations that may go for another, as many as suffice; none where all do not.
+
+        The least recently used come first, and those that are to be reloaded last.
+        """
         left, chosen = dict(lacking), []
         if places > len(self._idle) or any(lack > self._idle_held.get(name, 0) for name, lack in left.items()):
             return []
-        for generation in self._idle.values():
-            if not self._is_evictable(generation):
+        for generation in self._by_preference():
+            if not self._is_evictable(generation, gainer):
                 continue
             chosen.append(generation)
             left = {name: rest for name, lack in left.items() if (rest := lack - generation.held.get(name, 0)) > 0}
             if not left and len(chosen) >= places:
                 return chosen
         return []
+
+    def _by_preference(self) -> Iterator[Generation]:
+        reloading = []
+        for generation in self._idle.values():
+            if self._models[generation.model_id].coming is None:
+                yield generation
+            else:
+                reloading.append(generation)
+        yield from reloading
 
     def _holders(self, known: Sequence[Generation], lacking: Mapping[str, int], places: int) -> Iterable[Generation]:
         """Yield some of those who have what is lacking and do not go by themselves, to be named to people."""
@@ -815,13 +906,14 @@ class Machine:
                     shown += 1
                     yield generation
 
-    def _is_evictable(self, generation: Generation) -> bool:
+    def _is_evictable(self, generation: Generation, gainer: Generation) -> bool:
+        """Say whether a generation may go for another: idle, long enough here, and not protected by a reload."""
         resident = self._now - (self._now if generation.ready_at is None else generation.ready_at)
-        return (
-            generation.key in self._idle
-            and resident >= self.limits.min_residency
-            and self._models[generation.model_id].coming is None
-        )
+        if generation.key not in self._idle or resident < self.limits.min_residency:
+            return False
+        reload = self._models[generation.model_id].coming
+        # A reload that waits behind the gainer cannot go first, so nothing is gained by waiting for it.
+        return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)
 
     def _room(self, generation: Generation, ahead: Mapping[str, int]) -> Room:
         available = {
@@ -837,12 +929,12 @@ class Machine:
         total = {name: count - kept.get(name, 0) for name, count in self._total.items()}
         return Room(total, available, places)
 
-    def _tenant(self, generation: Generation) -> Tenant:
+    def _tenant(self, generation: Generation, *, evictable: bool) -> Tenant:
         status = generation.status
         return Tenant(
             generation.key,
             generation.held,
-            evictable=self._is_evictable(generation),
+            evictable=evictable,
             leaving=status is _S.UNLOADING,
             last_used=generation.last_used_at or generation.ready_at or 0.0,
             leases=generation.leases,

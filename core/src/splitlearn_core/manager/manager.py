@@ -85,6 +85,8 @@ class AsyncModelManager:
         keep_alive: Seconds of idleness after which a model is unloaded, unless its configuration
             says otherwise; None for never.
         min_residency: Seconds that a model stays, idle or not, once it is loaded.
+        max_failed: Models that failed and stay listed with the reason: the newest. Older ones are forgotten, and
+            counted in ``get_statistics().failures_forgotten``.
         required: Models without which the manager is not ready, beside those whose configuration
             says so.
         loader, resources: Replacements for the usual ones.
@@ -115,6 +117,7 @@ class AsyncModelManager:
         close_timeout: float = 30.0,
         keep_alive: float | None = None,
         min_residency: float = 5.0,
+        max_failed: int = 100,
         required: Iterable[str] = (),
         loader: ModelLoader | None = None,
         resources: ResourceManager | None = None,
@@ -140,6 +143,7 @@ class AsyncModelManager:
                 "close_timeout": close_timeout,
                 "keep_alive": keep_alive,
                 "min_residency": min_residency,
+                "max_failed": max_failed,
                 "required": required,
             }
         )
@@ -154,6 +158,7 @@ class AsyncModelManager:
             stall_timeout=stall_timeout,
             cancel_grace=cancel_grace,
             min_residency=min_residency,
+            max_failed=max_failed,
         )
         self._shell = Shell(
             limits,
@@ -164,10 +169,12 @@ class AsyncModelManager:
             load_threads=load_threads,
             clock=clock,
         )
-        self._shell.required.update(required)
+        self._shell.always_required = frozenset(required)
+        self._shell.required.update(self._shell.always_required)
         self._drain_timeout, self._close_timeout = drain_timeout, close_timeout
         self._keep_alive = keep_alive
         self._closing: asyncio.Task[None] | None = None
+        self._entered = False
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -346,8 +353,19 @@ class AsyncModelManager:
 
     async def __aenter__(self) -> Self:
         self._shell.bind()
-        # The first look at what is installed takes as long as dozens of files to read.
-        await self._shell.in_thread("splitlearn-plugins", lambda: registry().model_types())
+        if self._entered:
+            raise ConfigurationError(
+                "this manager was entered already, and the end of that `async with` closes it",
+                hint="enter it once and pass it on, or make a manager for each",
+            )
+        self._entered = True
+        try:
+            # The first look at what is installed takes as long as dozens of files to read.
+            await self._shell.in_thread("splitlearn-plugins", lambda: registry().model_types())
+        except BaseException:
+            # There will be no __aexit__: what was started has to end here.
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -358,10 +376,15 @@ class AsyncModelManager:
     # --- lending --------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def lease(self, model_id: str) -> AsyncIterator[AsyncManagedModel]:
+    async def lease(self, model_id: str, *, gradients: bool = False) -> AsyncIterator[AsyncManagedModel]:
         """Borrow a model: it is neither freed nor evicted before the block ends.
 
         A model that is loading is waited for.
+
+        Args:
+            model_id: The model.
+            gradients: Whether its calls record gradients, for training; whatever the caller's mode is. Other
+                leases of the model go by what they asked for.
 
         Raises:
             UnknownModelError: There is no such model (a KeyError).
@@ -370,7 +393,8 @@ class AsyncModelManager:
         """
         key = await self._borrow(model_id)
         try:
-            yield self._shell.model_of(key)
+            model = self._shell.model_of(key)
+            yield model.with_gradients() if gradients else model
         finally:
             self._shell.tell(m.LeaseReleased(self._shell.clock(), key))
 
@@ -417,6 +441,7 @@ class AsyncModelManager:
             unloads=counters.unloads,
             evictions=counters.evictions,
             expirations=counters.expirations,
+            failures_forgotten=counters.failures_forgotten,
             leases=counters.leases,
             calls=self._shell.calls,
             calls_failed=self._shell.calls_failed,

@@ -286,6 +286,13 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """A model that failed is listed no more, since newer ones have failed; it goes next."""
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Changed:
     """A generation changed its status."""
 
@@ -295,4 +302,4 @@ class Changed:
     cause: str
 
 
-Effect = StartWorker | StopWorker | StartUnload | Discard | Resolve | DrainEnded | Gone | Changed
+Effect = StartWorker | StopWorker | StartUnload | Discard | Resolve | DrainEnded | Gone | Forgotten | Changed

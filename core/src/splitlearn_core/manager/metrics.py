@@ -142,6 +142,7 @@ class ManagerCollector:
             ("unloads", "Models that were unloaded", statistics.unloads),
             ("evictions", "Models that were unloaded to make room", statistics.evictions),
             ("expirations", "Models that were unloaded because nobody used them", statistics.expirations),
+            ("failures_forgotten", "Failed models that are listed no more", statistics.failures_forgotten),
             ("leases_taken", "Leases that were taken", statistics.leases),
             ("calls", "Calls of models that were started", statistics.calls),
             ("calls_failed", "Calls of models that raised", statistics.calls_failed),

@@ -109,10 +109,24 @@ def decide(needs: Mapping[str, int], room: Room, tenants: Sequence[Tenant], *, a
     return Wait(_reason(short, places, needs, room, tenants))
 
 
+def lacks_even_without(
+    needs: Mapping[str, int], total: Mapping[str, int], staying: Iterable[Mapping[str, int]], *, allow_paging: bool
+) -> frozenset[str]:
+    """Return the ledgers in which a load does not fit beside what stays, whatever else goes."""
+    held = list(staying)
+    return frozenset(
+        name
+        for name, count in needs.items()
+        if count and not (allow_paging and name == MAPPED)
+        if count > total.get(name, 0) - sum(each.get(name, 0) for each in held)
+    )
+
+
 def _victims(short: Mapping[str, int], places: int, tenants: Iterable[Tenant]) -> list[Tenant] | None:
     """Choose whom to evict, least recently used first; None where all of them do not suffice."""
     candidates = [tenant for tenant in tenants if tenant.evictable]
-    candidates.sort(key=lambda tenant: (tenant.last_used, tenant.key))
+    # What is to be reloaded serves as long as the others suffice.
+    candidates.sort(key=lambda tenant: (tenant.reloading, tenant.last_used, tenant.key))
     chosen: list[Tenant] = []
     left = dict(short)
     for tenant in candidates:

@@ -30,12 +30,13 @@ from splitlearn_core.manager.jobs import LAST_STEPS, Jobs, Stopped
 from splitlearn_core.manager.lending import AsyncManagedModel, CallGate, LoadingPlaceholder
 from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
+from splitlearn_core.manager.modes import ModeWatch
 from splitlearn_core.manager.records import fresh, record
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.manager.slot import Slot
 from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus, UnloadReport
 from splitlearn_core.manager.stream import History
-from splitlearn_core.manager.threads import CallPool, Worker, run_in_thread
+from splitlearn_core.manager.threads import CallPool, Worker, answering, run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ class Shell:
         self.history = History()
         #: Models without which the manager is not ready.
         self.required: set[str] = set()
+        #: Those of them that were named when the manager was made.
+        self.always_required: frozenset[str] = frozenset()
         self.jobs = Jobs(loader, resources, self.machine.at_work)
         self._jobs: Mapping[m.Job, Callable[[Slot], Any]] = {
             m.Job.PLAN: self.jobs.plan,
@@ -98,6 +101,7 @@ class Shell:
         self._ticker: asyncio.Task[None] | None = None
         #: Set whenever nothing is loaded, loading or being freed any more.
         self._quiet: asyncio.Event | None = None
+        self._modes: ModeWatch | None = None
 
     def bind(self, *, closed_too: bool = False) -> None:
         """Tie the manager to the running loop, the first time it is used."""
@@ -106,6 +110,7 @@ class Shell:
             self._loop = loop
             self._quiet = asyncio.Event()
             self._quiet.set()
+            self._modes = ModeWatch()
             self._ticker = loop.create_task(self._tick_for_ever(), name="splitlearn-tick")
         elif self._loop is not loop:
             raise ConfigurationError(
@@ -200,11 +205,8 @@ class Shell:
         """Run a function in a thread, and tell on the loop how it ended, also where no thread can be had."""
         loop = asyncio.get_running_loop()
 
-        def answer(outcome: Any) -> None:
-            loop.call_soon_threadsafe(on_done, outcome)
-
         try:
-            worker = run_in_thread(name, function, answer, torch_threads=torch_threads)
+            worker = run_in_thread(name, function, answering(loop, on_done), torch_threads=torch_threads)
         except RuntimeError as error:
             # The system's limit of threads or of memory for their stacks.
             loop.call_soon(on_done, error)
@@ -263,6 +265,11 @@ class Shell:
         # A worker that came back late: nobody waits for it any more, whatever it brings.
         if not slot.resolved.done():
             slot.resolved.set_result(record(LoadCancelledError("the load was given up"), slot.progress.stage))
+
+    def _forgotten(self, effect: m.Forgotten) -> None:
+        # Among so many that failed there are others that keep the manager from being ready.
+        if effect.model_id not in self.always_required:
+            self.required.discard(effect.model_id)
 
     def _answer_unloads(self, slot: Slot, outcome: UnloadReport | int | FailureInfo) -> None:
         for ended in slot.unloads:
@@ -411,12 +418,18 @@ class Shell:
         count = 0
         while True:
             await asyncio.sleep(_TICK)
+            self._look_at_mode()
             working = self.machine.keys(*WORKING)
             progress = {key: self.slots[key].progress for key in working if key in self.slots}
             self.tell(m.Tick(self.clock(), progress))
             count += 1
             if count % _SAMPLE_EVERY == 0 and self.machine.keys(ModelStatus.WAITING):
                 await self._sample()
+
+    def _look_at_mode(self) -> None:
+        """Say once that the loop's thread is in a mode of torch; called by tasks of the manager's own."""
+        if self._modes is not None and (problem := self._modes.look()):
+            log.warning("%s", problem)
 
     async def _sample(self) -> None:
         try:
@@ -446,7 +459,15 @@ class Shell:
 
     async def close(self, limit: float) -> None:
         """End everything within so many seconds; see :meth:`AsyncModelManager.close`."""
+        try:
+            await self._close_in_order(limit)
+        finally:
+            # Also where the loop ends first, and cancels this: nothing below waits.
+            self._let_go()
+
+    async def _close_in_order(self, limit: float) -> None:
         started = self.clock()
+        self._look_at_mode()
         self.tell(m.CloseRequested(started))
         if not await self._quiet_within(limit * _PATIENCE):
             self.tell(m.CloseRequested(self.clock(), force=True))
@@ -462,6 +483,14 @@ class Shell:
         for worker in self._ending_workers():
             # Only the thread that waited for the others: it has answered, and is about to go.
             worker.join(LAST_STEPS)
+
+    def _let_go(self) -> None:
+        """Let everything end that has not, whoever waits for it, without waiting for it here."""
+        if not self.machine.is_quiet:
+            self.tell(m.CloseRequested(self.clock(), force=True))
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._pool.close(0.0)
         self.history.end()
         for slot in self.slots.values():
             self._resolve_for_good(slot)
@@ -506,6 +535,7 @@ class Shell:
         m.Resolve: _resolve,
         m.DrainEnded: _drain_ended,
         m.Gone: _gone,
+        m.Forgotten: _forgotten,
         m.Changed: _changed,
     }
 

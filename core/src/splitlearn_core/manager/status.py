@@ -166,6 +166,8 @@ class ManagerStatistics:
     #: Workers that were told to stop and did not come back, with the stack where each stands.
     stuck: Mapping[str, str]
     uptime: float
+    #: Models that failed and are not listed any more, since as many newer ones have failed as are kept.
+    failures_forgotten: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""

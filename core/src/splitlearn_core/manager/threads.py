@@ -14,9 +14,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import ManagerClosedError
+
+if TYPE_CHECKING:
+    import asyncio
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +190,19 @@ def _with_torch_threads(function: Callable[[], Any], count: int | None) -> Calla
         return function()
 
     return run
+
+
+def answering(loop: asyncio.AbstractEventLoop, callback: OnDone) -> OnDone:
+    """Return what tells a callback of a loop, from any thread; a loop that has ended has nobody who waits."""
+
+    def answer(outcome: Any) -> None:
+        try:
+            loop.call_soon_threadsafe(callback, outcome)
+        except RuntimeError:
+            if not loop.is_closed():
+                raise
+
+    return answer
 
 
 def _refusal() -> ManagerClosedError:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from splitlearn_core.build.cache import CACHE_FIELD
+from splitlearn_core.build.modes import own_state
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.scaffold.deriving import Parts, derive_parts
@@ -43,7 +44,7 @@ _WINDOW = 4
 
 def examine(model_type: str, said: Mapping[str, Any]) -> Derived:
     """Find out, without transformers saying what it thinks of each small model; see :func:`_examine`."""
-    with quiet(), _blaming_model(model_type):
+    with quiet(), own_state(gradients=True), _blaming_model(model_type):
         return _examine(model_type, said)
 
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds for which one snapshot serves everybody who asks.
 _FRESH = 0.2
+#: Configurations that are kept of models that are neither in the file nor listed.
+_REMEMBERED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ class Control:
         self._refuse_when_closing()
         task = self._spawn(self.manager.load_model(config), config.model_id)
         await self._accepted(task, config.model_id, wait=wait)
-        self._configs[config.model_id] = config
+        self._keep(config)
         return self.manager.get_model_info(config.model_id)
 
     async def load_known(self, model_id: str, *, wait: bool) -> ModelInfo:
@@ -181,7 +183,7 @@ class Control:
         task = self._spawn(self.manager.reload_model(model_id, config), model_id)
         await self._accepted(task, model_id, wait=wait)
         if config is not None:
-            self._configs[model_id] = config
+            self._keep(config)
         return self.manager.get_model_info(model_id)
 
     async def unload(self, model_id: str, *, force: bool, patience: float | None) -> dict[str, Any]:
@@ -216,9 +218,20 @@ class Control:
         """Keep the configuration of a model that goes, so that its id is enough to load it again."""
         if model_id not in self._configs:
             try:
-                self._configs[model_id] = self.manager.get_model(model_id).config
+                self._keep(self.manager.get_model(model_id).config)
             except UnknownModelError:
                 return
+
+    def _keep(self, config: ModelConfig) -> None:
+        """Remember a configuration: those of the file and of listed models, and the newest of the others."""
+        self._configs[config.model_id] = config
+        if len(self._configs) <= len(self._in_file) + _REMEMBERED:
+            return
+        listed = {info.model_id for info in self.manager.list_models()}
+        others = [each for each in self._configs if each not in self._in_file and each not in listed]
+        for forgotten in others[:-_REMEMBERED]:
+            del self._configs[forgotten]
+            self._refusals.pop(forgotten, None)
 
     async def end(self) -> None:
         """Stop waiting for loads. Their fate is the manager's affair."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.origin import origin_mismatches
 from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -97,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not stat.S_ISREG(path.lstat().st_mode):
         raise InvalidCheckpointError(f"{path} is no plain file", hint="copy the component itself, not a link to it")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), str(path))
 
 

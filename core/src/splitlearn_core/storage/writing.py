@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import InsufficientDiskError, InvalidCheckpointError
 from splitlearn_core.storage.manifest import FileRecord
 from splitlearn_core.storage.weights import WeightFile
@@ -57,7 +58,7 @@ def range_pieces(
 
     def pieces() -> Iterator[memoryview]:
         own = buffers or Buffers(min(CHUNK_BYTES, end - begin))
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path, buffering=0) as file:
             file.seek(begin)
             left = end - begin
             while left:
@@ -150,7 +151,7 @@ def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> F
     """Hash a file in chunks."""
     digest, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from splitlearn_core.build.modes import own_state
+from splitlearn_core.testing.installing import write_plugin as write_plugin  # noqa: PLC0414  # it is found here, too
 
 #: Sizes that suit every ordinary decoder; six layers bear all the cuts that tests make.
 TINY: Mapping[str, Any] = {
@@ -55,6 +57,7 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
     return config_class(**{**sizes, **overrides})
 
 
+@own_state(gradients=True)
 def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Make a model whose every parameter is random.
 
@@ -91,47 +94,3 @@ def parts_equal(one: Iterable[Any], other: Iterable[Any]) -> bool:
             if left.keys() != right.keys() or not all(torch.equal(left[key], right[key]) for key in left):
                 return False
     return True
-
-
-def write_plugin(
-    folder: Path,
-    model_type: str,
-    source: str,
-    *,
-    distribution: str = "",
-    version: str = "1.0",
-    requires: str = "",
-    plugin_api: str = "",
-    module: str = "",
-    group: str = "splitlearn.families",
-) -> Path:
-    """Write an installed plugin as pip would leave it: a module and its metadata, in one folder.
-
-    Put the folder on ``sys.path`` (or ``PYTHONPATH``) and it is discovered.
-
-    Args:
-        folder: Where to write; may hold several plugins.
-        model_type: The entry point's name: the model type, or the name of a strategy.
-        source: The text of the module with the hooks.
-        distribution: Its name; by default ``splitlearn-`` and the model type.
-        version: Its version.
-        requires: What it demands of core, ``>=0.1`` say.
-        plugin_api: Which plugin API it says it was made for.
-        module: The module's name; by default derived from the distribution.
-        group: The entry point's group; ``splitlearn.strategies`` for a package of a loading strategy.
-    """
-    distribution = distribution or f"splitlearn-{model_type}"
-    module = module or distribution.replace("-", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{module}.py").write_text(source)
-    importlib.invalidate_caches()
-    info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
-    lines += [f"Requires-Dist: splitlearn-core{requires}"] if requires else []
-    (info / "METADATA").write_text("\n".join(lines) + "\n")
-    points = f"[{group}]\n{model_type} = {module}\n"
-    points += f"[splitlearn.plugin_api]\nversion = {plugin_api}\n" if plugin_api else ""
-    (info / "entry_points.txt").write_text(points)
-    (info / "RECORD").write_text(f"{module}.py,,\n")
-    return folder

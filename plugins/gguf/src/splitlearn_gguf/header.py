@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from splitlearn_core import InvalidCheckpointError
+from splitlearn_core import InvalidCheckpointError, open_regular
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -84,7 +84,7 @@ def read_header(path: Path) -> Header:
         InvalidCheckpointError: It is no GGUF file, it is truncated, or it contradicts itself; all
             contradictions of its tensors are listed.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return _Reader(path, file).header()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core import CheckpointError, InvalidCheckpointError, PlannedTensor, ReadPlan, TensorInfo
+from splitlearn_core import CheckpointError, InvalidCheckpointError, PlannedTensor, ReadPlan, TensorInfo, open_regular
 from splitlearn_gguf.architectures import Architecture, Change, architecture
 from splitlearn_gguf.configuration import read_config
 from splitlearn_gguf.header import Header, StoredTensor, read_header, type_name
@@ -89,7 +89,7 @@ class GgufStrategy:
             header = read_header(plan.paths[shard])
             known = architecture(header.architecture, str(header.path))
             wanted = _wanted(header, known, planned)
-            with header.path.open("rb", buffering=0) as file:
+            with open_regular(header.path, buffering=0) as file:
                 for tensor, stored in wanted:
                     change = known.change(stored.name)
                     heads = _heads(header, change)

@@ -11,6 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.checkpoint.strategies.pieces import Piece
 from splitlearn_core.errors import InvalidCheckpointError
 
@@ -103,7 +104,7 @@ def _work(
                 if stopped.is_set():
                     return
                 if piece.shard not in opened:
-                    opened[piece.shard] = files.enter_context(paths[piece.shard].open("rb", buffering=0)).fileno()
+                    opened[piece.shard] = files.enter_context(open_regular(paths[piece.shard], buffering=0)).fileno()
                 _fill(opened[piece.shard], piece, landing.views(piece, slot), paths[piece.shard])
                 arrived.put((piece, landing.landed(piece, slot)))
     except BaseException as error:  # noqa: BLE001  # handed over, not swallowed

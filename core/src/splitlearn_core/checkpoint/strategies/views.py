@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from splitlearn_core.checkpoint.header import header_of
+from splitlearn_core.checkpoint.regular import open_regular, path_of
 from splitlearn_core.checkpoint.strategies.base import CHUNK_BYTES, ReadPlan
 from splitlearn_core.checkpoint.strategies.memory import fresh_memory
 from splitlearn_core.checkpoint.strategies.unchanged import refuse_changed, refuse_cut
@@ -27,10 +28,10 @@ def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
 
     for shard, tensors in plan.by_shard().items():
         path = plan.paths[shard]
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             refuse_changed(path, header_of(path, file), tensors)
             size = os.fstat(file.fileno()).st_size
-            storage = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).untyped_storage()
+            storage = torch.from_file(path_of(file, path), shared=False, size=size, dtype=torch.uint8).untyped_storage()
             for planned in tensors:
                 info = planned.info
                 empty = torch.empty(0, dtype=stored_dtype(info.dtype))

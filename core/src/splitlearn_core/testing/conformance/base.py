@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from splitlearn_core.build.component import architecture_class
+from splitlearn_core.build.modes import own_state
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.diagnosis import explain
@@ -44,7 +45,9 @@ def _explained(check: Callable[..., None]) -> Callable[..., None]:
         if self._flaw is not None:
             raise ConformanceError(self._flaw.message, self._flaw.suspects)
         try:
-            check(self, **fixtures)
+            # A test run may begin in any state.
+            with own_state(gradients=True):
+                check(self, **fixtures)
         except AssertionError:
             raise
         # Whatever the family under test makes core, transformers or torch raise.
@@ -211,7 +214,7 @@ def _spelled(value: Any) -> str:
 def axes(cls: type[Checks]) -> Axes:
     """Ask the model class what it bears, once; of a family that cannot be asked, try everything."""
     if cls not in _asked:
-        with alone(cls.model_type, cls.distribution):
+        with alone(cls.model_type, cls.distribution), own_state(gradients=False):
             _asked[cls] = _ask(cls)
     return _asked[cls]
 

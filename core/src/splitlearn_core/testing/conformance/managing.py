@@ -57,8 +57,7 @@ async def _lent(subject: Subject) -> torch.Tensor:
         for component in Component:
             await manager.load_model(_config(subject, component))
             async with manager.lease(component) as model:
-                with torch.no_grad():
-                    state = await model(state, attention_mask=mask)
+                state = await model(state, attention_mask=mask)
         logits: torch.Tensor = state.logits  # type: ignore[attr-defined]  # the top's output
         return logits
 

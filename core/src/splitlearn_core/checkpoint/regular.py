@@ -1,0 +1,105 @@
+"""Opening the files of a checkpoint: regular files alone, and never waiting for the other end of anything else.
+
+A name that was a file when it was looked at may be a pipe, a device, a socket or a folder when it is opened. Opening
+a pipe waits for its writer, for ever where there is none. So a file is opened first, without waiting, and then it is
+looked at what was opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from io import BufferedReader, FileIO
+from pathlib import Path
+from typing import BinaryIO, Literal, overload
+
+from splitlearn_core.errors import InvalidCheckpointError
+
+#: What opening a socket, or a device without a driver, says.
+_NOT_TO_BE_OPENED = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@overload
+def open_regular(path: Path) -> BufferedReader: ...
+
+
+@overload
+def open_regular(path: Path, *, buffering: Literal[0]) -> FileIO: ...
+
+
+def open_regular(path: Path, *, buffering: Literal[-1, 0] = -1) -> BufferedReader | FileIO:
+    """Open a file to read it, at once; with ``buffering=0`` each read is one of the system's.
+
+    Raises:
+        InvalidCheckpointError: It is no regular file.
+        OSError: It is not there, or may not be read.
+    """
+    descriptor = _open(path)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise _irregular(path, mode)
+        file = FileIO(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return file if buffering == 0 else BufferedReader(file)
+
+
+def read_regular(path: Path) -> bytes:
+    """Return what a regular file holds; raises as :func:`open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def refuse_irregular(path: Path) -> None:
+    """Refuse what is no regular file, for libraries that open it by its path: what takes its place later, they open.
+
+    Raises:
+        InvalidCheckpointError: It is no regular file.
+        OSError: It is not there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise _irregular(path, mode)
+
+
+def path_of(file: BinaryIO, path: Path) -> str:
+    """Return a path by which a library opens the same file again, whatever ``path`` has become meanwhile.
+
+    Where the system has no such paths it is ``path``, and what takes the place of the file before the library opens
+    it is opened.
+    """
+    again = f"/proc/self/fd/{file.fileno()}"
+    return again if sys.platform == "linux" and os.path.exists(again) else str(path)  # noqa: PTH110  # not resolved
+
+
+def _open(path: Path) -> int:
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    except BlockingIOError:
+        # A regular file that another process has a lease on, which is given up when one waits for it.
+        if stat.S_ISREG(path.stat().st_mode):
+            return os.open(path, flags)
+        raise
+    except OSError as error:
+        if error.errno in _NOT_TO_BE_OPENED:
+            raise _irregular(path, path.stat().st_mode) from error
+        raise
+
+
+def _irregular(path: Path, mode: int) -> InvalidCheckpointError:
+    kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+    return InvalidCheckpointError(
+        f"{path} is {kind}, where a regular file is needed", hint="put the file there, or a link to it"
+    )
