@@ -261,7 +261,7 @@ class TestSignals:
         hub.add_repo("own/slow", sharded)
         with hub.hold("model.safetensors.index.json", after=10) as held:
             process = serve(component("slow", "own/slow", "bottom"), manager={"close_timeout": 2, "cancel_grace": 0.5})
-            assert held.reached.wait(60)
+            assert held.reached.wait(120)
             with (
                 socket.create_connection(("127.0.0.1", process.port), timeout=60) as watcher,
                 socket.create_connection(("127.0.0.1", process.port), timeout=60) as waiter,
@@ -303,7 +303,7 @@ class TestSignals:
             process = serve(
                 component("slow", "own/slow", "bottom"), manager={"close_timeout": 600, "cancel_grace": 600}
             )
-            assert held.reached.wait(60)
+            assert held.reached.wait(120)
             os.kill(process.pid, signal.SIGTERM)
             process.until("Got SIGTERM")
 
