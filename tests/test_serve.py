@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -38,17 +41,29 @@ Cli = Callable[..., CompletedProcess[str]]
 class Process:
     """A running ``splitlearn serve``, and what it has said on stderr so far."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **environment: str) -> None:
         self._process = subprocess.Popen(
             [str(part) for part in (SCRIPT, "serve", *arguments)],
-            env=dict(os.environ),
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         self.log = ""
-        self.url = self.until(r"Serving at (http://\S+)")[1]
+
+    @functools.cached_property
+    def url(self) -> str:
+        """Where it serves, once it does."""
+        return self.until(r"Serving at (http://\S+)")[1]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def until(self, pattern: str) -> re.Match[str]:
         """Read on until something was said."""
@@ -93,8 +108,11 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Return a function that serves some models on a free port, for as long as the test runs at most."""
     running: list[Process] = []
 
-    def serve(*models: dict[str, Any], manager: dict[str, Any] | None = None) -> Process:
-        running.append(Process("--config", write(tmp_path, *models, manager=manager), "--port", 0))
+    def serve(*models: dict[str, Any], starting: bool = False, environment: Any = None, **tables: Any) -> Process:
+        config = write(tmp_path, *models, **tables)
+        running.append(Process("--config", config, "--port", 0, **(environment or {})))
+        if not starting:
+            running[-1].until("Serving at ")
         return running[-1]
 
     yield serve
@@ -102,9 +120,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         process.kill()
 
 
-def write(folder: Path, *models: dict[str, Any], manager: dict[str, Any] | None = None) -> Path:
+def write(folder: Path, *models: dict[str, Any], **tables: Any) -> Path:
     path = folder / "models.yaml"
-    path.write_text(dump_yaml({"manager": manager or {}, "models": list(models)}))
+    path.write_text(dump_yaml({**tables, "models": list(models)}))
     return path
 
 
@@ -190,6 +208,191 @@ def test_a_load_that_hangs_holds_nothing_up(
         assert process.end()[0] == 0
         assert time.monotonic() - begun < 8
         assert "%|" not in process.log  # no bar of a download
+
+
+#: Makes an import stand still that swallows whatever is raised in it, as imports of others do.
+STANDING = """
+import signal, sys
+
+class Stand:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            print("importing", name, file=sys.stderr, flush=True)
+            while True:
+                try:
+                    signal.pause()
+                except BaseException:
+                    pass
+
+sys.meta_path.insert(0, Stand())
+"""
+
+
+class TestSignals:
+    @pytest.mark.parametrize(
+        ("name", "number"),
+        [("uvicorn", signal.SIGTERM), ("torch", signal.SIGINT), ("splitlearn_qwen2", signal.SIGTERM)],
+    )
+    def test_while_it_imports(
+        self, serve: Callable[..., Process], sharded: Path, tmp_path: Path, name: str, number: signal.Signals
+    ) -> None:
+        """Whatever is being imported, the end is an end, and no failure."""
+        (tmp_path / "sitecustomize.py").write_text(STANDING.format(name=name))
+        process = serve(component("trunk", sharded, "trunk"), starting=True, environment={"PYTHONPATH": str(tmp_path)})
+        process.until(f"importing {name}")
+
+        assert process.end(number) == (0, "")
+        assert "Traceback" not in process.log
+        assert f"Ended by {number.name}" in process.log
+
+    def test_while_it_reads_its_file(self, tmp_path: Path) -> None:
+        """Before anything of a model is imported."""
+        os.mkfifo(tmp_path / "models.yaml")
+        process = Process("--config", tmp_path / "models.yaml", "--port", 0)
+        try:
+            with (tmp_path / "models.yaml").open("w"):  # which waits until it is opened for reading
+                assert process.end() == (0, "")
+        finally:
+            process.kill()
+        assert "Traceback" not in process.log
+
+    def test_while_a_model_loads(self, serve: Callable[..., Process], hub: LoopbackHub, sharded: Path) -> None:
+        """As soon as a load has begun, and while a client waits for it and another one watches."""
+        hub.add_repo("own/slow", sharded)
+        with hub.hold("model.safetensors.index.json", after=10) as held:
+            process = serve(component("slow", "own/slow", "bottom"), manager={"close_timeout": 2, "cancel_grace": 0.5})
+            assert held.reached.wait(120)
+            with (
+                socket.create_connection(("127.0.0.1", process.port), timeout=60) as watcher,
+                socket.create_connection(("127.0.0.1", process.port), timeout=60) as waiter,
+            ):
+                watcher.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert b"snapshot" in watcher.recv(65536) + watcher.recv(65536)
+                waiter.sendall(b"POST /api/models/slow/reload?wait=true HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+                assert process.end()[0] == 0
+
+        assert "Traceback" not in process.log
+        assert process.log.rstrip().endswith("Closed")
+
+    def test_with_clients_of_every_kind(self, serve: Callable[..., Process]) -> None:
+        """Silent, half a request, half a body, watching without reading: none of them makes the end a failure."""
+        process = serve()
+        head = b"POST /api/models HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with ExitStack() as stack:
+            for said in (
+                b"",
+                b"GET / HTTP/1.1\r\nX: ",
+                head + b"Content-Length: 9\r\n\r\n{",
+                head + b"Content-Length: 9999999\r\n\r\n{",
+                b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000,
+            ):
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", process.port), timeout=60))
+                client.sendall(said)
+            assert process.get("/health/live")["live"] is True
+
+            assert process.end() == (0, "")
+        assert "Traceback" not in process.log
+        assert "ERROR" not in process.log
+
+    def test_twice(self, serve: Callable[..., Process], hub: LoopbackHub, sharded: Path) -> None:
+        """The second one does not wait for what the first one waits for, and leaves no traceback either."""
+        hub.add_repo("own/slow", sharded)
+        with hub.hold("config.json", after=10) as held:
+            process = serve(
+                component("slow", "own/slow", "bottom"), manager={"close_timeout": 600, "cancel_grace": 600}
+            )
+            assert held.reached.wait(120)
+            os.kill(process.pid, signal.SIGTERM)
+            process.until("Got SIGTERM")
+
+            code, _ = process.end()
+
+        assert code in (0, -signal.SIGTERM)
+        assert "Traceback" not in process.log
+
+
+def test_more_connections_than_descriptors(serve: Callable[..., Process]) -> None:
+    """Health is answered while hundreds of connections say nothing and no descriptor is left; the log stays short."""
+    process = serve()
+    taken = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+    # Fewer than it has counted on, as if loads had taken the others.
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (taken + 20, taken + 20))
+    with ExitStack() as stack:
+        for _ in range(300):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", process.port), timeout=60))
+            client.sendall(b"GET / HTTP/1.1\r\nX: ")
+
+        for _ in range(3):
+            assert process.get("/health/live")["live"] is True
+
+    assert process.end() == (0, "")
+    assert "Traceback" not in process.log
+    assert len(process.log) < 2000
+    assert "No connection can be accepted (Too many open files)" in process.log
+
+
+class TestTokens:
+    @pytest.mark.parametrize("kind", ["family", "whole"])
+    def test_requests_have_none(
+        self, serve: Callable[..., Process], hub: LoopbackHub, sharded: Path, tmp_path: Path, kind: str
+    ) -> None:
+        """A load asked for over HTTP sends no token of the server's user, in a variable or stored; the file's do."""
+        for name in ("filed", "private"):
+            hub.add_repo(f"own/{name}", sharded, private=True, token=SECRET)
+        hub.add_repo("own/public", sharded)
+        make: Callable[[str, str], dict[str, Any]] = whole
+        if kind == "family":
+            make = functools.partial(component, part="trunk")
+        else:
+            (tmp_path / "home").mkdir(exist_ok=True)
+            (tmp_path / "home" / "token").write_text(SECRET)
+        process = serve(make("filed", "own/filed"), environment={"HF_TOKEN": SECRET} if kind == "family" else {})
+        process.until("filed .*-> ready")
+
+        private, refusal = process.send("POST", "/api/models?wait=true", make("private", "own/private"))
+        public, _ = process.send("POST", "/api/models?wait=true", make("public", "own/public"))
+        assert process.send("DELETE", "/api/models/filed")[0] == 200
+        again, _ = process.send("POST", "/api/models/filed/load?wait=true")
+
+        assert (private, public, again) == (422, 200, 200)
+        assert SECRET not in json.dumps(refusal)
+        asked = [request for request in hub.requests if request.repo in ("own/private", "own/public")]
+        assert {request.authorization for request in asked} == {None}
+        assert len({request.filename for request in asked}) > 2
+
+    def test_the_file_may_give_them_one(self, serve: Callable[..., Process], hub: LoopbackHub, sharded: Path) -> None:
+        """The server's own, say; it is not shown."""
+        hub.add_repo("own/private", sharded, private=True, token=SECRET)
+        process = serve(http={"token": True}, environment={"HF_TOKEN": SECRET})
+
+        status, info = process.send("POST", "/api/models?wait=true", component("trunk", "own/private", "trunk"))
+
+        assert (status, info["status"]) == (200, "ready")
+        shown = json.dumps([info, process.get("/api/models"), process.get("/api/models/trunk/events")])
+        process.end()
+        assert SECRET not in shown + process.log
+
+
+def whole(model_id: str, path: str) -> dict[str, Any]:
+    return {"model_id": model_id, "model_type": "huggingface", "model_path": path}
+
+
+def test_a_folder_in_the_working_directory_is_not_the_hubs(
+    serve: Callable[..., Process], hub: LoopbackHub, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name in a request means the Hub's repository, though the server stands beside a folder of this name."""
+    (tmp_path / "here" / "own" / "model").mkdir(parents=True)
+    (tmp_path / "here" / "own" / "model" / "my-private-file.txt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    process = serve()
+
+    status, refusal = process.send("POST", "/api/models?wait=true", component("x", "own/model", "trunk"))
+    assert (status, refusal["error"]["type"]) == (422, "MissingFileError")
+    assert "my-private-file" not in json.dumps(refusal)
+    hub.add_repo("own/model", single)
+    assert process.send("POST", "/api/models?wait=true", component("y", "own/model", "trunk"))[0] == 200
 
 
 def test_five_mistakes(cli: Cli, tmp_path: Path) -> None:

@@ -784,7 +784,7 @@ models:
     said = problems(error)
     assert said == {
         "modles": "unknown key at the top level; did you mean 'models'?",
-        "device": "unknown key at the top level; there are manager, models; it belongs into an entry of models",
+        "device": "unknown key at the top level; there are manager, http, models; it belongs into an entry of models",
         "manager": "[1] is no table of settings",
         "models[1]": "'just a text' is no table of a model's fields",
         "models[2].split_point": "unknown field; did you mean 'split_points'?",

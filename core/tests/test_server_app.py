@@ -26,11 +26,13 @@ from splitlearn_core.types import Progress
 
 Serve = Callable[..., StatusServer]
 JSON = {"Content-Type": "application/json"}
+#: A folder in which requests may name models; the scripted loader never looks into it.
+MODELS = Path(__file__).parent
 
 
 def configuration(model_id: str = "trunk", **values: Any) -> dict[str, Any]:
     return {
-        "model_id": model_id, "model_type": "llama", "model_path": "/nowhere", "component": "trunk",
+        "model_id": model_id, "model_type": "llama", "model_path": str(MODELS), "component": "trunk",
         "split_points": [2, 4], **values,
     }  # fmt: skip
 
@@ -48,9 +50,10 @@ def loader() -> ScriptedLoader:
 def serve(llama: Any, loader: ScriptedLoader) -> Iterator[Serve]:
     """Return a function that starts a server for as long as the test runs."""
     with ExitStack() as stack:
+        usual = {"loader": loader, "min_residency": 0, "http": {"model_roots": [str(MODELS)]}}
 
         def serve(*configs: ModelConfig, **options: Any) -> StatusServer:
-            return stack.enter_context(StatusServer(configs, **{"loader": loader, "min_residency": 0, **options}))
+            return stack.enter_context(StatusServer(configs, **{**usual, **options}))
 
         yield serve
 
@@ -300,10 +303,11 @@ class TestDoing:
 
     def test_real_components(self, serve: Serve, single: Path) -> None:
         """The server loads what the manager's own loader loads, and what fails says why."""
-        server = serve(loader=None)
+        server = serve(loader=None, http={"model_roots": [str(single.parent)]})
 
         good = server.request("POST", "/api/models?wait=true", configuration(model_path=str(single)))
-        missing = server.request("POST", "/api/models?wait=true", configuration("x", model_path="./nowhere"))
+        nowhere = configuration("x", model_path=str(single.parent / "nowhere"))
+        missing = server.request("POST", "/api/models?wait=true", nowhere)
         split = server.request(
             "POST", "/api/models?wait=true", configuration("y", model_path=str(single), split_points=[2, 40])
         )
@@ -356,7 +360,7 @@ class TestBadRequests:
         answer = server.request(
             "POST",
             "/api/models?wait=true",
-            {"model_id": "b", "model_type": "pytorch", "model_path": "/x.pt", "architecture": "torch.nn:Identity"},
+            {**filed.to_dict(), "model_id": "b", "model_path": str(MODELS / "x.pt")},
         )
 
         assert answer.status == 200

@@ -15,6 +15,9 @@ from splitlearn_core.checkpoint.ranges import Wanted
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.types import ProgressCallback, TensorInfo
 
+#: Prefix of a name that means a repository on the Hub, whatever folders there are here.
+HUB = "hub:"
+
 
 class Source(Protocol):
     """The files of one checkpoint."""
@@ -74,7 +77,8 @@ def open_source(
     """Find a checkpoint: a directory wins over a repository of the same name.
 
     Args:
-        model_name_or_path: A directory, a repository, or a weight file that an added reader knows.
+        model_name_or_path: A directory, a repository, or a weight file that an added reader knows;
+            ``hub:`` before a name means the repository, even where there is such a directory.
         cache_dir: As in Hugging Face's own functions, and so the next three.
         revision: See there.
         token: See there.
@@ -90,6 +94,9 @@ def open_source(
             f"model_name_or_path is {model_name_or_path!r}", hint="give a directory or a Hub repository"
         )
     name = os.fspath(model_name_or_path)
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision, "token": token}
+    if name.startswith(HUB):
+        return HubSource(name.removeprefix(HUB), entrance=entrance, local_files_only=local_files_only, **hub)
     try:
         path = Path(model_name_or_path).expanduser()
         is_directory, is_there = path.is_dir(), path.exists()
@@ -104,5 +111,4 @@ def open_source(
         raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
     if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
         raise MissingFileError(f"there is no directory {name}", hint="check the path")
-    hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision, "token": token}
     return HubSource(name, entrance=entrance, local_files_only=local_files_only, **hub)

@@ -36,6 +36,14 @@ def command(config_file: Path, host: str, port: int, allow_remote: bool, names: 
     Ends with SIGINT or SIGTERM. There is no password: whoever can reach the address can load and
     unload models, so any other address than loopback needs --allow-remote.
     """
+    from splitlearn_core.server.signals import exit_at_once
+
+    with exit_at_once():
+        _serve(config_file, host, port, allow_remote, names)
+
+
+def _serve(config_file: Path, host: str, port: int, allow_remote: bool, names: tuple[str, ...]) -> None:
+    # It takes a second to import, in which a signal may come.
     from splitlearn_core.server.run import Address, run_server
 
     address = Address(host, port, names)

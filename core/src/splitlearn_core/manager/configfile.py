@@ -4,6 +4,8 @@
 
     manager:                # what the manager is made with; optional
       max_models: 4
+    http:                   # what `splitlearn serve` lets requests load; optional
+      model_roots: [/srv/models]
     models:
       - model_id: trunk
         model_type: qwen2
@@ -22,7 +24,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +32,14 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.manager.config import FIELDS, ModelConfig, complaint, examine, near, show, unknown_name
 
-_TOP_LEVEL = ("manager", "models")
+_TOP_LEVEL = ("manager", "http", "models")
+
+#: Says what is wrong with a table of settings.
+Check = Callable[[Mapping[str, Any]], list[str]]
+
+
+def _unchecked(settings: Mapping[str, Any]) -> list[str]:
+    return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +49,12 @@ class ConfigFile:
     models: tuple[ModelConfig, ...]
     #: The table ``manager`` as it stands there; empty where there is none. Not checked here.
     manager: Mapping[str, Any]
+    #: Likewise the table ``http``.
+    http: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config_file(
-    path: str | os.PathLike[str], check_manager: Callable[[Mapping[str, Any]], list[str]] = lambda _: []
+    path: str | os.PathLike[str], check_manager: Check = _unchecked, check_http: Check = _unchecked
 ) -> ConfigFile:
     """Read all models of a file, and what it says of the manager.
 
@@ -51,6 +62,7 @@ def read_config_file(
         path: A file in YAML, TOML or JSON, by its suffix.
         check_manager: Says what is wrong with the table ``manager``, so that it is reported together
             with what is wrong with the models.
+        check_http: Likewise for the table ``http``.
 
     Raises:
         MissingFileError: There is no such file.
@@ -58,28 +70,30 @@ def read_config_file(
             it says cannot be carried out: all problems of all models are listed, as
             ``models[2].component: ...``.
     """
-    return _interpret(path, _read(Path(path)), check_manager)
+    return _interpret(path, _read(Path(path)), {"manager": check_manager, "http": check_http})
 
 
 def _interpret(
     path: str | os.PathLike[str],
     table: Mapping[str, Any],
-    check_manager: Callable[[Mapping[str, Any]], list[str]] = lambda _: [],
+    checks: Mapping[str, Check] = MappingProxyType({"manager": _unchecked, "http": _unchecked}),
 ) -> ConfigFile:
     problems = []
     for name in table:
         if name not in _TOP_LEVEL:
             place = "; it belongs into an entry of models" if name in FIELDS else ""
             problems.append(unknown_name(name, _TOP_LEVEL, "key at the top level") + place)
-    manager = table.get("manager", {})
-    if not isinstance(manager, Mapping):
-        problems.append(f"manager: {show(manager)} is no table of settings")
-    else:
-        problems += [f"manager.{problem}" for problem in check_manager(manager)]
+    settings = {name: table.get(name, {}) for name in checks}
+    for name, values in settings.items():
+        if not isinstance(values, Mapping):
+            problems.append(f"{name}: {show(values)} is no table of settings")
+        else:
+            problems += [f"{name}.{problem}" for problem in checks[name](values)]
     models, found = _examine_all(table)
     if problems or found:
         raise complaint(str(path), problems + found)
-    return ConfigFile(tuple(ModelConfig(**values) for values in models), MappingProxyType(dict(manager)))
+    tables = {name: MappingProxyType(dict(values)) for name, values in settings.items()}
+    return ConfigFile(tuple(ModelConfig(**values) for values in models), **tables)
 
 
 def load_configs(path: str | os.PathLike[str]) -> tuple[ModelConfig, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import generate_latest
@@ -20,7 +20,7 @@ from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.manager.metrics import LoopLag, ManagerCollector
 from splitlearn_core.server.answers import RequestError, error_answer, json_answer, model_json
 from splitlearn_core.server.control import Control
-from splitlearn_core.server.events import WatchRoute
+from splitlearn_core.server.events import WatchRoute, client_left
 from splitlearn_core.server.guard import Guard, HostRule
 from splitlearn_core.server.page import status_page
 
@@ -29,16 +29,23 @@ _BODY_LIMIT = 64 * 1024
 #: Seconds within which a body must have arrived.
 _BODY_TIMEOUT = 10.0
 
+_T = TypeVar("_T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def build_app(control: Control, hosts: HostRule | None = None, lag: LoopLag | None = None) -> ASGIApp:
+def build_app(
+    control: Control,
+    hosts: HostRule | None = None,
+    lag: LoopLag | None = None,
+    is_full: Callable[[], bool] = lambda: False,
+) -> ASGIApp:
     """Make the ASGI application of one manager.
 
     Args:
         control: The manager, and what it may be asked to load.
         hosts: Which Host headers are this server's; by default loopback's.
         lag: Where the lag of the event loop is measured, for ``/metrics``.
+        is_full: Says whether there are so many requests that only health checks are answered.
     """
     routes = _Routes(control, lag)
     model = "/api/models/{model_id}"
@@ -62,12 +69,12 @@ def build_app(control: Control, hosts: HostRule | None = None, lag: LoopLag | No
         exception_handlers={
             SplitLearnError: _on_error,
             HTTPException: _on_http_error,
-            # Whoever left gets no answer; without this it would count as an error of ours.
+            # A client that has left gets no answer; without this it would count as an error of ours.
             ClientDisconnect: _on_disconnect,
             Exception: _on_surprise,
         },
     )
-    return Guard(app, hosts or HostRule())
+    return Guard(app, hosts or HostRule(), is_full)
 
 
 class _Routes:
@@ -99,20 +106,20 @@ class _Routes:
     async def load(self, request: Request) -> Response:
         given = await _read_json(request)
         wait = _flag(request, "wait")
-        info = await self._control.load(self._control.parse(given), wait=wait)
+        info = await _attended(request, self._control.load(self._control.parse(given), wait=wait))
         return json_answer(model_json(info), 200 if wait else 202)
 
     async def load_known(self, request: Request) -> Response:
         await _read_nothing(request)
         wait = _flag(request, "wait")
-        info = await self._control.load_known(_model_id(request), wait=wait)
+        info = await _attended(request, self._control.load_known(_model_id(request), wait=wait))
         return json_answer(model_json(info), 200 if wait else 202)
 
     async def reload(self, request: Request) -> Response:
         given = await _read_json(request)
         wait = _flag(request, "wait")
         config = self._control.parse(given) if given else None
-        info = await self._control.reload(_model_id(request), config, wait=wait)
+        info = await _attended(request, self._control.reload(_model_id(request), config, wait=wait))
         return json_answer(model_json(info), 200 if wait else 202)
 
     async def cancel(self, request: Request) -> Response:
@@ -121,8 +128,10 @@ class _Routes:
         return json_answer({"cancelled": _model_id(request)})
 
     async def unload(self, request: Request) -> Response:
+        await _read_nothing(request)
         force, patience = _flag(request, "force"), _seconds(request, "timeout")
-        return json_answer(await self._control.unload(_model_id(request), force=force, patience=patience))
+        work = self._control.unload(_model_id(request), force=force, patience=patience)
+        return json_answer(await _attended(request, work))
 
     async def metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._registry), 200, {"Content-Type": CONTENT_TYPE_LATEST})
@@ -134,6 +143,24 @@ class _Routes:
     async def ready(self, request: Request) -> Response:
         health = self._control.health()
         return json_answer(health.to_dict(), 200 if health.ready else 503)
+
+
+async def _attended(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for what may take long, for as long as the client does; what was begun goes on without it.
+
+    Raises:
+        ClientDisconnect: It has left.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client_left(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _model_id(request: Request) -> str:
@@ -168,15 +195,19 @@ async def _read_nothing(request: Request) -> None:
 
 async def _read_json(request: Request) -> Any:
     """Read a JSON body of bearable size; None where there is none."""
+    if int(request.headers.get("content-length", "0")) > _BODY_LIMIT:
+        raise _too_long()
     try:
         async with asyncio.timeout(_BODY_TIMEOUT):
             body = await _read_body(request)
     except TimeoutError as error:
-        raise RequestError(408, f"the body did not arrive within {_BODY_TIMEOUT:.0f} s") from error
+        raise RequestError(
+            408, f"the body did not arrive within {_BODY_TIMEOUT:.0f} s", headers={"Connection": "close"}
+        ) from error
     if not body:
         return None
     try:
-        return json.loads(body)
+        return json.loads(body, object_pairs_hook=_unique)
     # Brackets in brackets in brackets exhaust the stack.
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {str(error)[:200]}") from error
@@ -187,10 +218,20 @@ async def _read_body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > _BODY_LIMIT:
-            raise RequestError(
-                413, f"the body is longer than {_BODY_LIMIT // 1024} KiB", headers={"Connection": "close"}
-            )
+            raise _too_long()
     return bytes(body)
+
+
+def _too_long() -> RequestError:
+    return RequestError(413, f"the body is longer than {_BODY_LIMIT // 1024} KiB", headers={"Connection": "close"})
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse what two readers of the same body may read differently."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return values
 
 
 def _on_error(request: Request, error: Exception) -> Response:

@@ -22,13 +22,14 @@ from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.manager import AsyncModelManager
 from splitlearn_core.manager.status import Health, ModelInfo, ModelStatus
 from splitlearn_core.server.answers import RequestError, encode, error_json, model_json
+from splitlearn_core.server.permissions import RequestRules
 
 log = logging.getLogger(__name__)
 
 #: Seconds for which one snapshot serves everybody who asks.
 _FRESH = 0.2
-#: Configurations that are kept of models that are neither in the file nor listed.
-_REMEMBERED = 100
+#: Configurations of requests that are kept, beyond those of models that are listed.
+_REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,13 @@ class Control:
     Args:
         manager: Runs in the loop in which the server runs.
         configs: The models that can be loaded by their id alone.
+        rules: What else may be loaded; by default what the Hub has for everybody, and what the
+            configurations name.
     """
 
-    def __init__(self, manager: AsyncModelManager, configs: Iterable[ModelConfig] = ()) -> None:
+    def __init__(
+        self, manager: AsyncModelManager, configs: Iterable[ModelConfig] = (), rules: RequestRules | None = None
+    ) -> None:
         self.manager = manager
         #: Set once no more work is taken.
         self.closing = asyncio.Event()
@@ -57,7 +62,7 @@ class Control:
         self.ended = asyncio.Event()
         self._configs = {config.model_id: config for config in configs}
         self._in_file = frozenset(self._configs)
-        self._trusted_architectures = {config.architecture for config in self._configs.values()}
+        self._rules = rules or RequestRules.of({}, self._configs.values())
         #: Model -> why its last load was refused before it began: nothing else would show it.
         self._refusals: dict[str, dict[str, Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -150,7 +155,7 @@ class Control:
         """
         if not isinstance(given, Mapping):
             raise ConfigurationError("the body must be a JSON object: the fields of a model's configuration")
-        refused = self._refused(given)
+        refused = self._rules.refusals(given)
         if refused:
             raise ConfigurationError(
                 "this is not done over HTTP:\n  " + "\n  ".join(refused),
@@ -159,12 +164,14 @@ class Control:
         return ModelConfig.from_dict(given)
 
     async def load(self, config: ModelConfig, *, wait: bool) -> ModelInfo:
-        """Load a model; without ``wait``, return as soon as it is on its way."""
+        """Load a model as a request asks for it; without ``wait``, return as soon as it is on its way.
+
+        Raises:
+            ConfigurationError: It asks for what requests may not have.
+            SplitLearnError: The manager refuses it or, with ``wait``, the load failed.
+        """
         self._refuse_when_closing()
-        task = self._spawn(self.manager.load_model(config), config.model_id)
-        await self._accepted(task, config.model_id, wait=wait)
-        self._keep(config)
-        return self.manager.get_model_info(config.model_id)
+        return await self._load(await self._permitted(config), wait=wait)
 
     async def load_known(self, model_id: str, *, wait: bool) -> ModelInfo:
         """Load a model by its id alone: one of the configuration file, or one that was loaded before.
@@ -172,7 +179,7 @@ class Control:
         Raises:
             UnknownModelError: No configuration of this id is known.
         """
-        return await self.load(self._config_of(model_id), wait=wait)
+        return await self._load(self._config_of(model_id), wait=wait)
 
     async def reload(self, model_id: str, config: ModelConfig | None, *, wait: bool) -> ModelInfo:
         """Load a model anew; the old one serves until the new one is ready."""
@@ -180,11 +187,9 @@ class Control:
         if config is not None and config.model_id != model_id:
             raise ConfigurationError(f"model_id {config.model_id!r} is not the {model_id!r} of the address")
         self.info(model_id)
-        task = self._spawn(self.manager.reload_model(model_id, config), model_id)
-        await self._accepted(task, model_id, wait=wait)
         if config is not None:
-            self._keep(config)
-        return self.manager.get_model_info(model_id)
+            config = await self._permitted(config)
+        return await self._begin(self.manager.reload_model(model_id, config), model_id, config, wait=wait)
 
     async def unload(self, model_id: str, *, force: bool, patience: float | None) -> dict[str, Any]:
         """Unload a model, and return what came back; forget one that failed, or that is only remembered."""
@@ -218,20 +223,9 @@ class Control:
         """Keep the configuration of a model that goes, so that its id is enough to load it again."""
         if model_id not in self._configs:
             try:
-                self._keep(self.manager.get_model(model_id).config)
+                self._configs[model_id] = self.manager.get_model(model_id).config
             except UnknownModelError:
                 return
-
-    def _keep(self, config: ModelConfig) -> None:
-        """Remember a configuration: those of the file and of listed models, and the newest of the others."""
-        self._configs[config.model_id] = config
-        if len(self._configs) <= len(self._in_file) + _REMEMBERED:
-            return
-        listed = {info.model_id for info in self.manager.list_models()}
-        others = [each for each in self._configs if each not in self._in_file and each not in listed]
-        for forgotten in others[:-_REMEMBERED]:
-            del self._configs[forgotten]
-            self._refusals.pop(forgotten, None)
 
     async def end(self) -> None:
         """Stop waiting for loads. Their fate is the manager's affair."""
@@ -240,17 +234,21 @@ class Control:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _refused(self, given: Mapping[str, Any]) -> list[str]:
-        reasons = []
-        if given.get("allow_pickle"):
-            reasons.append("allow_pickle: a pickle runs whatever its author wrote")
-        if given.get("token"):
-            reasons.append("token: it would let others read with your rights")
-        if given.get("cache_dir"):
-            reasons.append("cache_dir: downloads go where the server was told to put them")
-        if given.get("architecture") not in (None, *self._trusted_architectures):
-            reasons.append("architecture: importing a module runs it; only those of the configuration file are known")
-        return reasons
+    async def _permitted(self, config: ModelConfig) -> ModelConfig:
+        return await asyncio.to_thread(self._rules.permitted, config)
+
+    async def _load(self, config: ModelConfig, *, wait: bool) -> ModelInfo:
+        self._refuse_when_closing()
+        return await self._begin(self.manager.load_model(config), config.model_id, config, wait=wait)
+
+    def _keep(self, config: ModelConfig) -> None:
+        """Keep a configuration, and of those that nothing else holds only the newest."""
+        self._configs.pop(config.model_id, None)
+        self._configs[config.model_id] = config
+        held = {*self._in_file, *(info.model_id for info in self.manager.list_models())}
+        for model_id in [name for name in self._configs if name not in held][:-_REMEMBERED]:
+            del self._configs[model_id]
+            self._refusals.pop(model_id, None)
 
     def _config_of(self, model_id: str) -> ModelConfig:
         self.remember(model_id)
@@ -286,17 +284,30 @@ class Control:
     def _is_listed(self, model_id: str) -> bool:
         return any(info.model_id == model_id for info in self.manager.list_models())
 
-    async def _accepted(self, task: asyncio.Task[Any], model_id: str, *, wait: bool) -> None:
-        """Wait until a load is done, or has only been accepted; raise what became of it."""
-        if not wait:
-            # The manager refuses or accepts before it waits for anything.
-            await asyncio.sleep(0)
-            if task.done():
-                task.result()
-            return
+    async def _begin(
+        self, work: Coroutine[Any, Any, Any], model_id: str, config: ModelConfig | None, *, wait: bool
+    ) -> ModelInfo:
+        """Start a load, and return once it is done or, without ``wait``, accepted; raise what became of it."""
+        task = self._spawn(work, model_id)
+        # The manager refuses or accepts before it waits for anything.
+        await asyncio.sleep(0)
+        if task.done():
+            await self._finished(task, model_id)
+        if config is not None:
+            self._keep(config)
+        if wait:
+            await self._finished(task, model_id)
+        return self.manager.get_model_info(model_id)
+
+    async def _finished(self, task: asyncio.Task[Any], model_id: str) -> None:
         try:
-            # The load goes on when whoever asked for it leaves.
+            # The load goes on when the client that asked for it leaves.
             await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+            # It is the server that has stopped waiting, not the client.
+            raise ManagerClosedError("the server is closing and waits for no load") from None
         except CapacityError as error:
             # Too large for now, or for ever: only the record of the failure tells.
             failures = [info.error for info in self.manager.list_models() if info.model_id == model_id]

@@ -50,7 +50,7 @@ class WatchRoute:
         self._watchers += 1
         events = self._control.manager.events()
         waits: set[asyncio.Future[Any]] = {
-            asyncio.ensure_future(_left(receive)),
+            asyncio.ensure_future(client_left(receive)),
             asyncio.ensure_future(self._control.ended.wait()),
         }
         try:
@@ -131,7 +131,7 @@ class _Changes:
             self._news.set()
 
 
-async def _left(receive: Receive) -> None:
+async def client_left(receive: Receive) -> None:
     """Wait until the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -13,8 +13,10 @@ any page. So:
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
@@ -25,6 +27,10 @@ from splitlearn_core.server.answers import RequestError, error_answer
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+#: The status of a request that did not come in time.
+_TOO_SLOW = 408
+#: Seconds for which a body is read that nobody wants.
+_LINGER = 10.0
 
 #: On every answer; the page adds what it needs.
 _HEADERS = {
@@ -64,11 +70,18 @@ class HostRule:
 
 
 class Guard:
-    """The outermost layer: refuses what must not pass, and puts the security headers on every answer."""
+    """The outermost layer: refuses what must not pass, and puts the security headers on every answer.
 
-    def __init__(self, app: ASGIApp, hosts: HostRule) -> None:
+    Args:
+        app: What answers the rest.
+        hosts: Which Host headers are this server's.
+        is_full: Says whether there are so many requests that only health checks are answered.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: HostRule, is_full: Callable[[], bool] = lambda: False) -> None:
         self._app = app
         self._hosts = hosts
+        self._is_full = is_full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -83,9 +96,60 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
+        # With another method it could wait for a body.
+        is_probe = scope["path"].startswith("/health/") and scope["method"] in _SAFE_METHODS
+        if self._is_full() and not is_probe:
+            await error_answer(_full())(scope, receive, send_guarded)
+            return
         problem = _problem(self._hosts, scope["method"], Headers(scope=scope))
         answer = self._app if problem is None else error_answer(problem)
-        await answer(scope, receive, send_guarded)
+        body = _Body(scope, receive, send_guarded)
+        await answer(scope, body.receive, body.send)
+
+
+class _Body:
+    """Reads what is left of a request's body before its answer ends.
+
+    A connection that is closed while bytes of the client's lie unread is reset, and the client, which
+    is still sending, may lose the answer.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        headers = Headers(scope=scope)
+        self._is_unread = scope["method"] not in _SAFE_METHODS and (
+            headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        )
+        # Such a client sends nothing before it is told to, which the first call of `receive` does.
+        self._is_held_back = "expect" in headers
+
+    async def receive(self) -> Message:
+        """Return the next part of the body."""
+        self._is_held_back = False
+        message = await self._receive()
+        self._is_unread = self._is_unread and message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer; the end of it once the body has been read, or for long enough."""
+        if message["type"] == "http.response.start" and message["status"] == _TOO_SLOW:
+            self._is_unread = False
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if is_last and self._is_unread and not self._is_held_back:
+            await self._send({**message, "more_body": True})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER):
+                    while self._is_unread:
+                        await self.receive()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+
+def _full() -> RequestError:
+    return RequestError(
+        503, "the server has too many requests at once", headers={"Retry-After": "5", "Connection": "close"}
+    )
 
 
 def _problem(hosts: HostRule, method: str, headers: Headers) -> RequestError | None:

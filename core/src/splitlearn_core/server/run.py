@@ -23,12 +23,13 @@ from splitlearn_core.manager.limits import limit_problems
 from splitlearn_core.manager.manager import AsyncModelManager
 
 try:
-    import uvicorn
-
     from splitlearn_core.manager.metrics import LoopLag
     from splitlearn_core.server.app import build_app
+    from splitlearn_core.server.connections import Pool, Server, uvicorn_config
     from splitlearn_core.server.control import Control
     from splitlearn_core.server.guard import HostRule
+    from splitlearn_core.server.permissions import RequestRules, request_problems
+    from splitlearn_core.server.signals import ENDING
 except ImportError as error:
     raise ConfigurationError(
         f"`splitlearn serve` needs packages that are not installed: {error}",
@@ -36,9 +37,6 @@ except ImportError as error:
     ) from error
 
 log = logging.getLogger(__name__)
-
-#: Seconds that open connections have to end once everything else is over.
-_GOODBYE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +70,12 @@ def run_server(config_file: str | os.PathLike[str], address: Address, announce: 
         ConfigurationError: The file, or the address.
         MissingFileError: There is no such file.
     """
-    configuration = read_config_file(config_file, setting_problems)
+    configuration = read_config_file(config_file, setting_problems, request_problems)
     manager = make_manager(configuration)
+    rules = RequestRules.of(configuration.http, configuration.models)
     with listening(address) as listener:
         preload({config.model_type for config in configuration.models}, serving=True)
-        asyncio.run(_serve(manager, configuration.models, address, listener, announce))
+        asyncio.run(_serve(manager, configuration.models, rules, address, listener, announce))
 
 
 @contextlib.contextmanager
@@ -110,13 +109,14 @@ def listening(address: Address) -> Iterator[socket.socket]:
 async def _serve(
     manager: AsyncModelManager,
     models: Iterable[ModelConfig],
+    rules: RequestRules,
     address: Address,
     listener: socket.socket,
     announce: Callable[[str], None],
 ) -> None:
     async with manager:
-        control, lag = Control(manager, models), LoopLag()
-        server = Server(uvicorn_config(build_app(control, _hosts(address), lag)))
+        control, lag, pool = Control(manager, models, rules), LoopLag(), Pool()
+        server = Server(uvicorn_config(build_app(control, _hosts(address), lag, lambda: pool.is_full)), pool)
         with _stopping(control.closing):
             # Before anybody can ask, so that no probe sees the moment at which nothing was wanted yet.
             control.load_configured()
@@ -158,56 +158,24 @@ def _hosts(address: Address) -> HostRule:
     return HostRule.of(names, any_address=True)
 
 
-class Server(uvicorn.Server):
-    """uvicorn, but for its signals: it would end the process by the signal, and ours ends it with 0."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.answering = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.answering.set()
-
-
-def uvicorn_config(app: Any) -> uvicorn.Config:
-    """Set uvicorn up as a plain server of HTTP/1.1 that leaves logging and headers to us."""
-    return uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=_GOODBYE,
-    )
-
-
 @contextlib.contextmanager
 def _stopping(stop: asyncio.Event) -> Iterator[None]:
     """Set an event at the first SIGINT or SIGTERM; a second one has its usual effect."""
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM)
 
     def first(number: signal.Signals) -> None:
         log.info("Got %s", number.name)
         stop.set()
-        for each in signals:
+        for each in ENDING:
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
 
-    for number in signals:
+    for number in ENDING:
         loop.add_signal_handler(number, first, number)
     try:
         yield
     finally:
-        for number in signals:
+        for number in ENDING:
             loop.remove_signal_handler(number)
 
 

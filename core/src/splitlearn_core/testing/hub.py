@@ -43,6 +43,7 @@ class RequestRecord:
     repo: str | None = None
     filename: str | None = None
     sent: int = 0
+    authorization: str | None = None
 
 
 @dataclass
@@ -208,7 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _start(self, status: int, headers: dict[str, str], length: int) -> None:
         asked, names = self.headers.get("Range"), (self.repo, self.filename)
-        self.record = RequestRecord(self.command, self.path, asked, status, length, *names)
+        self.record = RequestRecord(
+            self.command, self.path, asked, status, length, *names, authorization=self.headers.get("Authorization")
+        )
         with self.server.hub._lock:
             self.server.hub._answers.append(self)
         self.send_response(status)

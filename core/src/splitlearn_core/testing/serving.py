@@ -8,7 +8,7 @@ import http.client
 import json
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,9 +18,11 @@ from splitlearn_core.manager.loader import ModelLoader
 from splitlearn_core.manager.manager import AsyncModelManager
 from splitlearn_core.manager.work import MAPPED, LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.server.app import build_app
+from splitlearn_core.server.connections import Pool, Server, uvicorn_config
 from splitlearn_core.server.control import Control
 from splitlearn_core.server.guard import HostRule
-from splitlearn_core.server.run import Address, Server, listening, uvicorn_config
+from splitlearn_core.server.permissions import RequestRules
+from splitlearn_core.server.run import Address, listening
 from splitlearn_core.types import Progress
 
 _T = TypeVar("_T")
@@ -44,15 +46,27 @@ class Answer:
 class StatusServer:
     """A manager and its server, running while the context lasts."""
 
-    def __init__(self, configs: Iterable[ModelConfig] = (), *, hosts: HostRule | None = None, **manager: Any) -> None:
+    def __init__(
+        self,
+        configs: Iterable[ModelConfig] = (),
+        *,
+        hosts: HostRule | None = None,
+        http: Mapping[str, Any] | None = None,
+        connections: int | None = None,
+        **manager: Any,
+    ) -> None:
         """Prepare one.
 
         Args:
             configs: The models that are loaded as it starts.
             hosts: Which Host headers it answers for; by default loopback's.
+            http: What requests may load, as in the table ``http`` of a configuration file.
+            connections: How many there may be; by default what the process can bear.
             manager: What the manager is made with.
         """
         self._configs = tuple(configs)
+        self._rules = RequestRules.of(http or {}, self._configs)
+        self._connections = connections
         self._hosts = hosts or HostRule()
         self._options = manager
         self._started = threading.Event()
@@ -106,6 +120,11 @@ class StatusServer:
         finally:
             connection.close()
 
+    @property
+    def requests(self) -> Collection[object]:
+        """The requests that are being answered."""
+        return self._server.server_state.tasks
+
     def run(self, function: Callable[[AsyncModelManager], Awaitable[_T]]) -> _T:
         """Run an asynchronous function of the manager in its loop."""
 
@@ -136,9 +155,11 @@ class StatusServer:
         with listening(Address(port=0)) as listener:
             self.port = listener.getsockname()[1]
             async with AsyncModelManager(**self._options) as manager:
-                self.control = Control(manager, self._configs)
+                self.control = Control(manager, self._configs, self._rules)
                 self.control.load_configured()
-                server = Server(uvicorn_config(build_app(self.control, self._hosts)))
+                pool = Pool(self._connections)
+                app = build_app(self.control, self._hosts, is_full=lambda: pool.is_full)
+                self._server = server = Server(uvicorn_config(app), pool)
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
                 await server.answering.wait()
                 self._started.set()
