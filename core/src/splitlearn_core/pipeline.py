@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from splitlearn_core.adapters import adapter_mismatches
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.component import ComponentModel, named_cache, refuse_recordings
+from splitlearn_core.build.ties import keeping_ties
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.origin import origin_mismatches
 from splitlearn_core.types import Component
@@ -54,8 +56,20 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         )
         self.all_tied_weights_keys: dict[str, str] = {}
         self.training = top.training
-        # One parameter of each, to know device and dtype without a walk over the module at every token.
-        self._probes = tuple(next(part.parameters()) for part in self.components)
+        self._probes = self._first_parameters()
+
+    def _first_parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """Return one parameter of each, to know device and dtype without a walk over the module at every token."""
+        return tuple(next(part.parameters()) for part in self.components)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load values as any module does; with ``assign``, too, a tied embedding and head stay one parameter."""
+        if not assign:
+            return super().load_state_dict(state_dict, strict)
+        with keeping_ties(self):
+            answer = super().load_state_dict(state_dict, strict, assign)
+        self._probes = self._first_parameters()
+        return answer
 
     @property
     def components(self) -> tuple[ComponentModel, ComponentModel, ComponentModel]:

@@ -19,11 +19,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
 from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, Zero, entering
+from splitlearn_core.build.pickling import reduce_by
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
+from splitlearn_core.build.ties import refuse_parting
 from splitlearn_core.causes import cause_of
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.origin import Origin
+from splitlearn_core.plugins.registry import registry
 from splitlearn_core.types import Component, LayerRange
 
 _MASK_DIMENSIONS = 2
@@ -126,6 +129,16 @@ class ComponentModel(PreTrainedModel):
             f"a {self.component} is not saved as a checkpoint of the whole model",
             hint="save it as a component: save_split(component, DIR)",
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load values as any module does; ``assign`` replaces no parameter that another component shares.
+
+        Raises:
+            ConfigurationError: It would: embedding and head would no longer be one.
+        """
+        if assign:
+            refuse_parting(self.component, self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the embedding and the head, which may be another component's, are of one size."""
@@ -370,8 +383,14 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
         # them, and a class of another module would count as remote code.
         "__module__": hf_class.__module__,
         "__qualname__": hf_class.__qualname__,
+        "__reduce_ex__": reduce_by(_installed_class, family.model_type, component.value),
     }
     return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
+
+
+def _installed_class(model_type: str, component: str) -> type[ComponentModel]:
+    """Return the class of a component of an installed plugin's family: how a pickle refers to it."""
+    return component_class(registry().family(model_type), Component(component))
 
 
 def build_component(
