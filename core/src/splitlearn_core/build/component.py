@@ -19,14 +19,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
 from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, Zero, entering
-from splitlearn_core.build.pickling import reduce_by
+from splitlearn_core.build.pickling import installed_class, reduce_by
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
 from splitlearn_core.build.ties import refuse_parting
 from splitlearn_core.causes import cause_of
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.origin import Origin
-from splitlearn_core.plugins.registry import registry
+from splitlearn_core.quoting import reason, said
 from splitlearn_core.types import Component, LayerRange
 
 _MASK_DIMENSIONS = 2
@@ -358,7 +358,8 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
         if cause_of(error) is not None:
             raise  # a library that cannot be imported is nothing that the family says wrongly
         raise BrokenPluginError(
-            f"family {family.model_type!r} names the architecture {family.architecture!r}, which is not there: {error}",
+            f"family {family.model_type!r} names the architecture {family.architecture!r}, "
+            f"which is not there: {reason(error)}",
             hint=_nearest_class(module or "transformers", name),
         ) from error
 
@@ -383,14 +384,9 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
         # them, and a class of another module would count as remote code.
         "__module__": hf_class.__module__,
         "__qualname__": hf_class.__qualname__,
-        "__reduce_ex__": reduce_by(_installed_class, family.model_type, component.value),
+        "__reduce_ex__": reduce_by(installed_class, family.model_type, component.value),
     }
     return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
-
-
-def _installed_class(model_type: str, component: str) -> type[ComponentModel]:
-    """Return the class of a component of an installed plugin's family: how a pickle refers to it."""
-    return component_class(registry().family(model_type), Component(component))
 
 
 def build_component(
@@ -465,7 +461,7 @@ def blaming_config(family: ModelFamily, name_or_path: str) -> Iterator[None]:
     # The model's code raises what comes of a wrong value: from a validator's own class to KeyError.
     except Exception as error:
         raise ConfigurationError(
-            f"transformers cannot make a {family.model_type} model of {name_or_path}: {type(error).__name__}: {error}",
+            f"transformers cannot make a {family.model_type} model of {name_or_path}: {said(error)}",
             hint="check the values of config.json, and attn_implementation where it was given",
         ) from error
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, SplitLearnError
+
+
+def installed_class(model_type: str, component: str) -> type[Any]:
+    """Return the class of a component of an installed plugin's family: how a pickle refers to it.
+
+    Modules know no registry; who opens a pickle asks the one of the process, by the public name for that.
+    """
+    made: type[Any] = importlib.import_module("splitlearn_core").ModelRegistry.get_model_class(model_type, component)
+    return made
 
 
 class _ClassReference:
