@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,18 @@ def test_it_reads_in_every_mode(tmp_path: Path, tensors: dict[str, torch.Tensor]
     for planned, tensor in read.items():
         assert torch.equal(tensor, expected(tensors[planned.info.key], dtype))
         assert tensor.is_inference() == (mode is torch.inference_mode)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", [CopiedStrategy(), IncrementalStrategy(), MappedStrategy()], ids=lambda s: s.name)
+def test_every_tensor_is_saved_at_its_own_size(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: str, strategy: LoadingStrategy
+) -> None:
+    """torch.save writes the whole storage of a tensor, and accelerate holds tensors of one storage for tied."""
+    for planned, tensor in strategy.read(plan_of(tmp_path, tensors, dtype)):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, planned.info.key
+        buffer = io.BytesIO()
+        torch.save(tensor, buffer)
+        assert buffer.getbuffer().nbytes < tensor.nbytes + 4096
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer), tensor)

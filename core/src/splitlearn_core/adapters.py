@@ -35,8 +35,10 @@ from splitlearn_core.plan.adapter import (
     adapts_ends,
     config_problems,
     key_problems,
+    rank_problems,
     slice_keys,
 )
+from splitlearn_core.quoting import LINE, listed, reason, said
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +109,9 @@ def load_adapter(
             f"{found.name} cannot be cut into slices for components: {'; '.join(problems)}",
             hint="merge it into the whole model with PEFT, save that, and split the result",
         )
+    problems = rank_problems(found.config, found.tensors.values())
+    if problems:
+        raise _mismatch(found, problems)
     first = components[0]
     problems = key_problems(found.tensors, found.config, first.family, first.layer_range)
     if problems:
@@ -295,7 +300,7 @@ def _import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ConfigurationError(
-            f"adapters need the package peft: {error}", hint='pip install "splitlearn-core[peft]"'
+            f"adapters need the package peft: {reason(error)}", hint='pip install "splitlearn-core[peft]"'
         ) from error
     return peft
 
@@ -400,7 +405,7 @@ def _read(loaded: _Loaded) -> None:
             tensors = {key: file.get_tensor(key) for key in loaded.slice.keys}
     except SafetensorError as error:
         raise InvalidCheckpointError(
-            f"{loaded.adapter.weights} has changed while it was read: {error}", hint="load the adapter again"
+            f"{loaded.adapter.weights} has changed while it was read: {reason(error)}", hint="load the adapter again"
         ) from error
     component = loaded.peft.get_base_model()
     for key in loaded.slice.base_keys:
@@ -451,7 +456,7 @@ def _blaming(adapter: AdapterFiles) -> Iterator[None]:
     # PEFT raises what comes of a wrong value: TypeError, ValueError, KeyError, re.error and others.
     except Exception as error:
         raise InvalidCheckpointError(
-            f"PEFT cannot load {adapter.name}: {type(error).__name__}: {error}",
+            f"PEFT cannot load {adapter.name}: {said(error)}",
             hint=f"check {ADAPTER_CONFIG}, and whether the adapter was made for this model",
         ) from error
 
@@ -459,7 +464,7 @@ def _blaming(adapter: AdapterFiles) -> Iterator[None]:
 def _mismatch(adapter: AdapterFiles, problems: list[str]) -> TensorMismatchError:
     return TensorMismatchError(
         f"the adapter {adapter.name} does not fit these components; {len(problems)} tensors are wrong:\n  "
-        + "\n  ".join(problems),
+        + listed(problems, "\n  ", limit=LINE),
         hint="was it made for this model, and saved by PEFT for the whole of it?",
     )
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from splitlearn_core.quoting import said
+
 #: What core needs and imports where it needs it: module -> distribution.
 _LIBRARIES = {
     "huggingface_hub": "huggingface-hub",
@@ -82,9 +84,8 @@ def _library(error: BaseException) -> Cause | None:
     library = _importing(error.__traceback__)
     if not library:
         return None
-    said = f"{type(error).__name__}: {error}"
     return Cause(
-        f"{library} cannot be imported: {said}", f"pip install --force-reinstall {_LIBRARIES[library]}", library
+        f"{library} cannot be imported: {said(error)}", f"pip install --force-reinstall {_LIBRARIES[library]}", library
     )
 
 

@@ -34,11 +34,53 @@
 
 from __future__ import annotations
 
+import re
+
+#: Characters of a whole message, of one line of it, and of a hint: what people read.
+_MESSAGE, _LINE, _HINT = 2_700, 1_000, 1_200
+#: What moves a cursor, colours a terminal or cannot be encoded; a line break is none.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shortened(text: str, limit: int) -> str:
+    """Leave out the middle of a text that is longer than a limit, and say how much."""
+    if len(text) <= limit:
+        return text
+    gap = f"...({len(text):,} characters)..."
+    kept = max(limit - len(gap), 2)
+    return f"{text[: kept - kept // 3]}{gap}{text[len(text) - kept // 3 :]}"
+
+
+def printable(text: str) -> str:
+    """Escape what is no character that people read: control characters, and halves of characters."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _bounded(text: str, limit: int) -> str:
+    """Cut a text of several lines to a size, whole lines where there are some."""
+    if len(text) <= limit and len(text) <= _LINE and text.isprintable():
+        return text
+    # Before it is looked through: it may be of any size.
+    lines = shortened(text, 50 * limit).split("\n")
+    kept: list[str] = []
+    room = limit
+    for line in (shortened(printable(line), min(_LINE, limit)) for line in lines):
+        if len(line) > room:
+            kept.append(f"... and {len(lines) - len(kept):,} more lines")
+            break
+        kept.append(line)
+        room -= len(line) + 1
+    return "\n".join(kept)
+
 
 class SplitLearnError(Exception):
-    """What all errors of splitlearn have in common: a message, and a hint that says the way out."""
+    """What all errors of splitlearn have in common: a message, and a hint that says the way out.
+
+    Both are cut to what people read. Who puts text of files into them cuts that to a line before.
+    """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        message, hint = _bounded(message, _MESSAGE), _bounded(hint, _HINT)
         super().__init__(message)
         self.message = message
         #: What to do about it, in one or two sentences; empty where the message says it all.

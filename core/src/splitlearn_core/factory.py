@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from splitlearn_core.checkpoint.strategy import AUTO
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.paths import user_path
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quickstart import SplitModel, load_split_model
 from splitlearn_core.types import Component, ProgressCallback
@@ -104,7 +104,9 @@ class ModelFactory:
             return load_split_model(model_type, points, model_name_or_path, **loading, **hub)
         from splitlearn_core.storage.keeping import create_kept
 
-        return create_kept(Path(storage_path), model_type, model_name_or_path, points, loading, hub, save=auto_save)
+        return create_kept(
+            user_path(storage_path), model_type, model_name_or_path, points, loading, hub, save=auto_save
+        )
 
 
 def _dtype_names(dtype: Any) -> Any:

@@ -19,6 +19,7 @@ from splitlearn_core.build.arguments import RECORDINGS, is_paged, named_cache
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.component import ComponentModel, architecture_class
 from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree
+from splitlearn_core.build.ties import keeping_ties
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.origin import origin_mismatches
 from splitlearn_core.types import Component
@@ -305,6 +306,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         if saved:
             return cls(*cast("Any", load_split_directory(name, **kwargs)))
         return cls(*cast("Any", load_split_model(None, split_points, name, **kwargs)))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load values as any module does; with ``assign``, too, a tied embedding and head stay one parameter."""
+        if not assign:
+            return super().load_state_dict(state_dict, strict)
+        with keeping_ties(self):
+            return super().load_state_dict(state_dict, strict, assign)
 
     def train(self, mode: bool = True) -> SplitCausalLM:
         super().train(mode)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError
 from splitlearn_core.loading import OpenModel
+from splitlearn_core.quoting import reason, said
 
 if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
@@ -74,7 +75,7 @@ def load_tokenizer(model: OpenModel) -> Any:
     # transformers rebuilds it from what files say, and raises whatever comes of that.
     except Exception as error:
         raise CheckpointError(
-            f"{model.name} holds no tokenizer that transformers can use: {type(error).__name__}: {error}", hint=_HINT
+            f"{model.name} holds no tokenizer that transformers can use: {said(error)}", hint=_HINT
         ) from error
 
 
@@ -118,7 +119,7 @@ def generate_text(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"the prompt is no text: {error}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
+            f"the prompt is no text: {reason(error)}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
         ) from error
     with own_state(gradients=False):
         encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -155,7 +156,7 @@ def _blaming_config() -> Iterator[None]:
     # It meets values that no check of a configuration looks at, and may raise anything.
     except Exception as error:
         raise CheckpointError(
-            f"the model fails in transformers: {type(error).__name__}: {error}",
+            f"the model fails in transformers: {said(error)}",
             hint="check the values of config.json; splitlearn verify says whether the unsplit model fails likewise",
         ) from error
 

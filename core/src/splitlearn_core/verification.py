@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.errors import CheckpointError, ConfigurationError, SplitLearnError
 from splitlearn_core.loading import LoadOptions, OpenModel, check_options, import_builders, load_components, make_plan
 from splitlearn_core.memory import anonymous_memory
+from splitlearn_core.quoting import reason, said
 from splitlearn_core.text import has_tokenizer, load_tokenizer
 from splitlearn_core.types import Component, ProgressCallback
 
@@ -164,7 +165,8 @@ def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
         if arguments is None:
             raise
         raise CheckpointError(
-            f"transformers does not read {model.name} itself, so that there is nothing to compare with: {error}",
+            f"transformers does not read {model.name} itself, so that there is nothing to compare with: "
+            f"{reason(error)}",
             hint="pip install accelerate, if that is what it lacks; the split model may be right nevertheless",
         ) from error
     return whole.to(options.device)
@@ -210,8 +212,7 @@ def _blaming_transformers(model: OpenModel) -> Iterator[None]:
     # What a model's code meets in a configuration that does not suit it may be any error.
     except Exception as error:
         raise CheckpointError(
-            f"{model.name} unsplit fails in transformers, so that there is nothing to compare with: "
-            f"{type(error).__name__}: {error}",
+            f"{model.name} unsplit fails in transformers, so that there is nothing to compare with: {said(error)}",
             hint="check the values of config.json: what from_pretrained of transformers makes of them fails likewise",
         ) from error
 

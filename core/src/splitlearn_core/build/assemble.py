@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from splitlearn_core.build.ties import note_shared
 from splitlearn_core.errors import InternalError
 from splitlearn_core.types import FLOAT_DTYPES, TensorInfo
 
@@ -49,9 +50,11 @@ def assign_tensor(
     if leaf in owner._buffers:  # noqa: SLF001  # the register that nn.Module documents for buffers
         setattr(owner, leaf, tensor)
         return tensor
-    parameter = (
-        tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    )
+    if isinstance(tensor, nn.Parameter):
+        parameter = tensor
+        note_shared(parameter)
+    else:
+        parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     setattr(owner, leaf, parameter)
     return parameter
 

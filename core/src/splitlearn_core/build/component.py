@@ -18,11 +18,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from splitlearn_core.build.arguments import RECORDINGS, Routing, is_paged, mask_for_layers, named_cache, routing
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
 from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, Zero, entering
+from splitlearn_core.build.pickling import installed_class, reduce_by
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
+from splitlearn_core.build.ties import refuse_parting
 from splitlearn_core.causes import cause_of
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.origin import Origin
+from splitlearn_core.quoting import reason, said
 from splitlearn_core.types import Component, LayerRange
 
 #: Hidden states are [batch, sequence, hidden].
@@ -132,6 +135,16 @@ class ComponentModel(PreTrainedModel):
             f"a {self.component} is not saved as a checkpoint of the whole model",
             hint="save it as a component: save_split(component, DIR)",
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load values as any module does; ``assign`` replaces no parameter that another component shares.
+
+        Raises:
+            ConfigurationError: It would: embedding and head would no longer be one.
+        """
+        if assign:
+            refuse_parting(self.component, self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the embedding and the head, which may be another component's, are of one size."""
@@ -379,7 +392,8 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
         if cause_of(error) is not None:
             raise  # a library that cannot be imported is nothing that the family says wrongly
         raise BrokenPluginError(
-            f"family {family.model_type!r} names the architecture {family.architecture!r}, which is not there: {error}",
+            f"family {family.model_type!r} names the architecture {family.architecture!r}, "
+            f"which is not there: {reason(error)}",
             hint=_nearest_class(module or "transformers", name),
         ) from error
 
@@ -404,6 +418,7 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
         # them, and a class of another module would count as remote code.
         "__module__": hf_class.__module__,
         "__qualname__": hf_class.__qualname__,
+        "__reduce_ex__": reduce_by(installed_class, family.model_type, component.value),
     }
     return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
 
@@ -480,7 +495,7 @@ def blaming_config(family: ModelFamily, name_or_path: str) -> Iterator[None]:
     # The model's code raises what comes of a wrong value: from a validator's own class to KeyError.
     except Exception as error:
         raise ConfigurationError(
-            f"transformers cannot make a {family.model_type} model of {name_or_path}: {type(error).__name__}: {error}",
+            f"transformers cannot make a {family.model_type} model of {name_or_path}: {said(error)}",
             hint="check the values of config.json, and attn_implementation where it was given",
         ) from error
 

@@ -16,6 +16,7 @@ from splitlearn_core.errors import ConfigurationError, InvalidSplitError, Tensor
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import map_keys, place_keys
 from splitlearn_core.plan.split import ranges_around
+from splitlearn_core.quoting import LINE, listed
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 _MAX_SHOWN = 3
@@ -51,7 +52,7 @@ def component_from_state_dict(
     if problems:
         raise TensorMismatchError(
             f"the state dict is not that of a {family.model_type} model; {len(problems)} tensors are wrong:\n  "
-            + "\n  ".join(problems),
+            + listed(problems, "\n  ", most=20, limit=LINE),
             hint="give model.state_dict() of the whole causal language model, and its own config",
         )
     modules = dict(built.named_modules())
@@ -81,7 +82,8 @@ def _refuse_unusable(tensors: Mapping[str, torch.Tensor]) -> None:
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise ConfigurationError(
-            f"{len(empty)} tensors of full_state_dict are on the meta device, and have no memory: {_some(empty)}",
+            f"{len(empty)} tensors of full_state_dict are on the meta device, and have no memory: "
+            f"{listed(empty, most=_MAX_SHOWN)}",
             hint="load the weights first, and give the state dict of that model",
         )
     dtypes: dict[torch.dtype, list[str]] = {}
@@ -89,15 +91,11 @@ def _refuse_unusable(tensors: Mapping[str, torch.Tensor]) -> None:
         if tensor.is_floating_point():
             dtypes.setdefault(tensor.dtype, []).append(key)
     if len(dtypes) > 1:
-        mixed = "; ".join(f"{dtype}: {_some(keys)}" for dtype, keys in dtypes.items())
+        mixed = "; ".join(f"{dtype}: {listed(keys, most=_MAX_SHOWN)}" for dtype, keys in dtypes.items())
         raise ConfigurationError(
             f"the component's tensors are of several dtypes: {mixed}",
             hint="convert them to one: {key: tensor.to(dtype) for key, tensor in state_dict.items()}",
         )
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:_MAX_SHOWN]) + (f" and {len(keys) - _MAX_SHOWN} more" if len(keys) > _MAX_SHOWN else "")
 
 
 def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[Component, LayerRange]:

@@ -9,20 +9,27 @@ from typing import Any
 
 import torch
 
-from splitlearn_core.build.component import architecture_class
+from splitlearn_core.build.component import architecture_class, hf_config
 from splitlearn_core.build.skeleton import BUILD_LOCK
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.quoting import LINE, listed, said
 
 log = logging.getLogger(__name__)
 
-_MAX_SHOWN = 8
 #: Seconds between two looks at whether the load is still wanted.
 _PATIENCE = 0.05
 
 
 def load_whole(
-    family: ModelFamily, name: str, directory: str, dtype: str, *, safetensors: bool, waiting: Callable[[], None]
+    family: ModelFamily,
+    name: str,
+    directory: str,
+    dtype: str,
+    *,
+    values: Mapping[str, Any],
+    safetensors: bool,
+    waiting: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
     """Load a whole model as ``from_pretrained`` does, and return its tensors, dequantised.
 
@@ -31,6 +38,7 @@ def load_whole(
         name: The model, as the caller named it.
         directory: Where its ``config.json`` and all of its weight files lie.
         dtype: torch's name of the dtype that its tensors take on.
+        values: Those of its ``config.json``, which is not read a second time.
         safetensors: Whether the weight files are such.
         waiting: Called while another load has the turn; it may raise.
 
@@ -41,6 +49,7 @@ def load_whole(
     with alone(waiting), blaming(name):
         model, info = architecture_class(family).from_pretrained(
             directory,
+            config=hf_config(family, values, name, dtype),
             dtype=getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=safetensors,
@@ -68,8 +77,7 @@ def check_quantization(name: str, quantization: str, stated: Any) -> None:
     # Each quantiser raises what it likes of what it misses.
     except Exception as error:
         raise CheckpointError(
-            f"{name} is quantised ({quantization}), and transformers cannot read it here: "
-            f"{type(error).__name__}: {_first_line(error)}",
+            f"{name} is quantised ({quantization}), and transformers cannot read it here: {said(error)}",
             hint=hint,
         ) from error
 
@@ -95,12 +103,15 @@ def blaming(name: str) -> Iterator[None]:
     """Say that it was transformers that could not load a model."""
     try:
         yield
-    except (SplitLearnError, OSError, MemoryError):
+    except (SplitLearnError, MemoryError):
         raise
     # The model's own code, and that of quantisers, raises what it likes.
     except Exception as error:
+        # One of the system's has a number; transformers raises others of this class for what it cannot read.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise CheckpointError(
-            f"transformers cannot load {name}: {type(error).__name__}: {_first_line(error)}",
+            f"transformers cannot load {name}: {said(error)}",
             hint="do config.json and the weights belong together?",
         ) from error
 
@@ -110,20 +121,14 @@ def refuse_incomplete(name: str, module: Any, info: Mapping[str, Any]) -> None:
     problems = [f"missing: {key}" for key in sorted(info.get("missing_keys") or ())]
     problems += [f"mis-shaped: {entry}" for entry in sorted(map(str, info.get("mismatched_keys") or ()))]
     if problems:
-        more = f"\n  and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
         raise TensorMismatchError(
             f"the tensors of {name} are not those of its model; {len(problems)} are wrong:\n  "
-            + "\n  ".join(problems[:_MAX_SHOWN])
-            + more,
+            + listed(problems, "\n  ", limit=LINE),
             hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
         )
     empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if empty:
         raise InvalidCheckpointError(
-            f"{name}: transformers left tensors without memory: {', '.join(empty[:_MAX_SHOWN])}",
+            f"{name}: transformers left tensors without memory: {listed(empty)}",
             hint="another version of transformers may do better",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:300]

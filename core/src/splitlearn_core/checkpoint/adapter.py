@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -11,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.checkpoint.config import MAX_CONFIG_BYTES
 from splitlearn_core.checkpoint.header import read_header
-from splitlearn_core.checkpoint.regular import open_regular, read_regular
+from splitlearn_core.checkpoint.jsonfile import parse_object
+from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
+from splitlearn_core.paths import user_path
+from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.types import TensorInfo
 
 if TYPE_CHECKING:
@@ -67,13 +70,10 @@ def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> Ada
             f"{name} lacks {', '.join(absent)}", hint="give the folder that PEFT's save_pretrained wrote"
         )
     path, weights = source.path(ADAPTER_CONFIG), source.path(ADAPTER_WEIGHTS)
-    text = read_regular(path)
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{path} is no JSON: {error}", hint="fetch it anew") from error
-    if not isinstance(config, dict):
-        raise InvalidCheckpointError(f"{path} is no JSON object", hint="fetch it anew")
+    with open_regular(path) as file:
+        text = file.read(MAX_CONFIG_BYTES + 1)
+    config = parse_object(text, str(path), MAX_CONFIG_BYTES, hint="fetch it again")
+    check_numbers(config, str(path))
     return AdapterFiles(name, config, text, weights, read_header(weights), _digest(text, weights))
 
 
@@ -94,7 +94,7 @@ def check_adapter_target(directory: Any) -> Path:
     hint = "give a new or empty folder, or that of an earlier adapter"
     if not isinstance(directory, str | os.PathLike):
         raise ConfigurationError(f"{directory!r} is no path to save an adapter to", hint=hint)
-    target = Path(directory)
+    target = user_path(directory)
     if not target.exists():
         return target
     if not target.is_dir():

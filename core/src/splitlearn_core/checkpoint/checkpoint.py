@@ -14,6 +14,7 @@ from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.strategies.base import PretrainedReader, WeightReader
 from splitlearn_core.checkpoint.torchfile import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
+from splitlearn_core.quoting import LINE, listed, plain
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
 
 SINGLE = "model.safetensors"
@@ -21,7 +22,6 @@ INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_MAX_SHOWN = 8
 
 #: Asked for the readers of other formats, with the model type where ``config.json`` says it.
 FindReaders = Callable[[str | None], Iterable[WeightReader]]
@@ -82,7 +82,7 @@ class Checkpoint:
         stated = self.config.get("quantization_config")
         if not stated:
             return ""
-        return str(stated.get("quant_method") if isinstance(stated, dict) else stated)
+        return plain(stated.get("quant_method") if isinstance(stated, dict) else stated)
 
     def weight_files(self) -> tuple[str, ...]:
         """Return all weight files, for those who read the whole model."""
@@ -145,11 +145,14 @@ class Checkpoint:
         shards = self.shards(wanted)
         self.source.require(shards)
         headers = {shard: self._header(shard) for shard in shards}
-        astray = [f"{key} in {self.weight_map[key]}" for key in wanted if key not in headers[self.weight_map[key]]]
+        astray = [
+            f"{plain(key)} in {self.weight_map[key]}" for key in wanted if key not in headers[self.weight_map[key]]
+        ]
         if astray:
             index = self._layout.entrance if self._layout is not None else INDEX
+            shown = listed(astray, "; ", limit=LINE)
             raise InvalidCheckpointError(
-                f"{index} of {self.source.model} names tensors that are not where it says: {_list(astray, '; ')}",
+                f"{index} of {self.source.model} names tensors that are not where it says: {shown}",
                 hint="index and shards belong to different versions: fetch them anew",
             )
         return {key: headers[self.weight_map[key]][key] for key in wanted}
@@ -223,8 +226,7 @@ class Checkpoint:
                     claimed.setdefault(name, _Layout(name, reader.format, Path(name).suffix, reader))
         if len(claimed) > 1:
             raise CheckpointError(
-                f"{self.source.model} holds {len(claimed)} weight files, each a model of its own: "
-                f"{_list(list(claimed), ', ')}",
+                f"{self.source.model} holds {len(claimed)} weight files, each a model of its own: {listed(claimed)}",
                 hint="give the path of the one that is meant",
             )
         return next(iter(claimed.values()), None)
@@ -245,7 +247,7 @@ class Checkpoint:
         sharded = sorted(name for name in self._files if name.endswith(".safetensors"))
         if sharded:
             return MissingFileError(
-                f"{self.source.model} has {len(sharded)} safetensors files ({', '.join(sharded[:3])}) "
+                f"{self.source.model} has {len(sharded)} safetensors files ({listed(sharded, most=3)}) "
                 f"but neither {SINGLE} nor {INDEX}",
                 hint="fetch the index too: it says which shard holds which tensor",
             )
@@ -253,13 +255,7 @@ class Checkpoint:
         if pickled:
             return CheckpointError(
                 f"{self.source.model} has its weights only in pickle files of unknown layout "
-                f"({', '.join(pickled[:4])}); of those {TORCH_SINGLE} and {TORCH_INDEX} are read",
+                f"({listed(pickled, most=4)}); of those {TORCH_SINGLE} and {TORCH_INDEX} are read",
                 hint="convert it once: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIR), then load DIR",
             )
         return MissingFileError(f"{self.source.model} has a {CONFIG} but no weights", hint=self.source.hint_for_missing)
-
-
-def _list(items: list[str], separator: str) -> str:
-    """Join the first few of many."""
-    more = [f"and {len(items) - _MAX_SHOWN} more"] if len(items) > _MAX_SHOWN else []
-    return separator.join(items[:_MAX_SHOWN] + more)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from splitlearn_core.checkpoint.regular import open_regular
+from splitlearn_core.checkpoint.jsonfile import read_object
 from splitlearn_core.errors import InvalidCheckpointError
+from splitlearn_core.plan.bounds import check_numbers
+from splitlearn_core.quoting import LINE, listed, quote
 
 CONFIG = "config.json"
 
-#: The largest index in use is a few megabytes; nobody reads a gigabyte to find that it is none.
-_MAX_JSON_BYTES = 100_000_000
+#: The largest configuration in use, with a label for each of many classes, is a few megabytes, and the largest index
+#: a dozen; what is parsed takes twenty times as much.
+MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 10_000_000, 50_000_000
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -20,17 +22,19 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         InvalidCheckpointError: It is no JSON object, or names no model type.
+        ConfigurationError: Numbers in it are out of all proportion.
     """
-    return check_config(_read_object(path), str(path))
+    return check_config(read_object(path, MAX_CONFIG_BYTES), str(path))
 
 
 def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a configuration that names its model type; raises InvalidCheckpointError, naming ``where``."""
+    """Return a configuration that names its model type; raises as :func:`read_config`, naming ``where``."""
     if not isinstance(config.get("model_type"), str):
         raise InvalidCheckpointError(
             f'{where} has no "model_type", so nothing says which family the model belongs to',
             hint='add "model_type": "gpt2" (or what it is) to the file',
         )
+    check_numbers(config, where)
     return config
 
 
@@ -44,17 +48,20 @@ def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     Raises:
         InvalidCheckpointError: It is no index, or it names a shard outside its own folder.
     """
-    weight_map = _read_object(path).get("weight_map")
+    weight_map = read_object(path, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index anew")
     # Each name is judged once: an index has a thousand tensors and a few dozen shards.
     sound = {shard for shard in {str(shard) for shard in weight_map.values()} if _is_shard_name(shard, suffix)}
     wrong = [
-        f"{key!r} -> {shard!r}" for key, shard in weight_map.items() if not isinstance(shard, str) or shard not in sound
+        f"{quote(key)} -> {quote(shard)}"
+        for key, shard in weight_map.items()
+        if not isinstance(shard, str) or shard not in sound
     ]
     if wrong:
+        shown = listed(sorted(wrong), "; ", limit=LINE)
         raise InvalidCheckpointError(
-            f"{path} names shards that are no {suffix} files in its own folder: {'; '.join(sorted(wrong)[:8])}",
+            f"{path} names shards that are no {suffix} files in its own folder: {shown}",
             hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",
         )
     return weight_map
@@ -67,21 +74,3 @@ def _is_shard_name(shard: str, suffix: str) -> bool:
         and "\0" not in shard
         and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
     )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        read = file.read(_MAX_JSON_BYTES + 1)
-    if len(read) > _MAX_JSON_BYTES:
-        raise InvalidCheckpointError(
-            f"{path} is over {_MAX_JSON_BYTES} bytes long, which no file of its kind is", hint="fetch it anew"
-        )
-    try:
-        content = json.loads(read)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{path} is no JSON: {error}", hint="fetch or write the file anew") from error
-    if not isinstance(content, dict):
-        raise InvalidCheckpointError(
-            f"{path} holds a JSON {type(content).__name__}, not an object", hint="fetch or write the file anew"
-        )
-    return content

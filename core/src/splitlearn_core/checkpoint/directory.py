@@ -10,6 +10,7 @@ from splitlearn_core.checkpoint.fetchplan import FileFetch, here
 from splitlearn_core.checkpoint.header import read_header
 from splitlearn_core.checkpoint.ranges import Wanted
 from splitlearn_core.errors import MissingFileError
+from splitlearn_core.quoting import listed
 from splitlearn_core.types import ProgressCallback, TensorInfo
 
 
@@ -52,7 +53,7 @@ class DirectorySource:
         missing = [name for name in names if not (self._directory / name).is_file()]
         if missing:
             raise MissingFileError(
-                f"{self._directory} lacks {', '.join(missing)}, which its index names and the asked parts need",
+                f"{self._directory} lacks {listed(missing)}, which its index names and the asked parts need",
                 hint=self.hint_for_missing,
             )
 

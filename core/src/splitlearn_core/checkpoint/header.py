@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 
 from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
+from splitlearn_core.quoting import LINE, listed, plain, reason
 from splitlearn_core.types import DTYPE_BYTES, TensorInfo
 
 #: Bytes of the number before the header.
 LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
-_MAX_SHOWN = 8
 #: What a download leaves in place of weights: its first bytes, what it is, and how to have the weights.
 _OTHERS = {
     b"version ": ("a pointer of Git LFS and not the weights", "git lfs pull, in the folder of the repository"),
@@ -30,8 +30,6 @@ _OTHERS = {
 }
 #: What torch can make a tensor of: as many dimensions, sizes up to this number.
 _MAX_DIMENSIONS, _MAX_NUMBER = 64, 2**63 - 1
-#: Characters of a name or value from a file that a message repeats.
-_MAX_WORD = 80
 #: Bytes of a header that is remembered.
 _MAX_REMEMBERED = 256 * 2**10
 
@@ -93,7 +91,7 @@ def _parsed(where: str, content: bytes, size: int | None) -> dict[str, TensorInf
         if "\\ud" in text.lower():  # half a character, perhaps, and such a name fits into no message or file
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise _invalid(where, [f"its header is no JSON: {error}"]) from error
+        raise _invalid(where, [f"its header is no JSON: {reason(error)}"]) from error
     if not isinstance(header, dict):
         raise _invalid(where, [f"its header is a JSON {type(header).__name__}, not an object"])
     metadata = header.pop("__metadata__", None)
@@ -118,12 +116,12 @@ def _refuse_constant(name: str) -> None:
 
 def _entry_problem(key: str, entry: Any) -> str:
     """Say what is wrong with one tensor's entry in the header, or nothing."""
-    name = _short(key)
+    name = plain(key)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"{name}: its entry lacks dtype, shape or data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        return f"{name}: dtype {_short(repr(dtype))} is unknown"
+        return f"{name}: dtype {plain(repr(dtype))} is unknown"
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:  # noqa: PLR2004  # a pair
         return f"{name}: shape and data_offsets must be a list of sizes and a pair"
     return _size_problem(name, dtype, shape, offsets)
@@ -135,17 +133,12 @@ def _size_problem(name: str, dtype: str, shape: list[Any], offsets: list[Any]) -
     if len(shape) > _MAX_DIMENSIONS:
         return f"{name}: a shape of {len(shape)} dimensions; {_MAX_DIMENSIONS} is the limit"
     if any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in (*shape, *offsets)):
-        return f"{name}: shape {_short(str(shape))} and offsets {_short(str(offsets))} must be whole numbers from 0"
+        return f"{name}: shape {plain(str(shape))} and offsets {plain(str(offsets))} must be whole numbers from 0"
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
-        sizes = f"takes {_short(str(expected))} bytes, its offsets span {offsets[1] - offsets[0]}"
-        return f"{name}: {dtype} of shape {_short(str(shape))} {sizes}"
+        sizes = f"takes {plain(str(expected))} bytes, its offsets span {offsets[1] - offsets[0]}"
+        return f"{name}: {dtype} of shape {plain(str(shape))} {sizes}"
     return ""
-
-
-def _short(text: str) -> str:
-    """Repeat what a file says, but no more of it than a message bears."""
-    return text if len(text) <= _MAX_WORD else f"{text[:_MAX_WORD]}..."
 
 
 def _tensor(shard: str, key: str, entry: Any, start: int) -> TensorInfo:
@@ -161,7 +154,7 @@ def _check_layout(where: str, tensors: list[TensorInfo], start: int, size: int |
         if info.begin != position:
             relation = "overlaps" if info.begin < position else "leaves a gap after"
             problems.append(
-                f"{_short(info.key)} {relation} {_short(previous)}: it begins at {info.begin}, not at {position}"
+                f"{plain(info.key)} {relation} {plain(previous)}: it begins at {info.begin}, not at {position}"
             )
         position, previous = max(position, info.end), info.key
     if size is not None and position > size:
@@ -174,9 +167,7 @@ def _check_layout(where: str, tensors: list[TensorInfo], start: int, size: int |
 
 
 def _invalid(where: str, problems: list[str], hint: str = "") -> InvalidCheckpointError:
-    shown = problems[:_MAX_SHOWN]
-    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return InvalidCheckpointError(
-        f"{where} is no sound safetensors file: {'; '.join(shown + more)}",
+        f"{where} is no sound safetensors file: {listed(problems, '; ', limit=LINE)}",
         hint=hint or "fetch or write the file anew",
     )

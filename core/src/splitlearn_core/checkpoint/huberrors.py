@@ -12,6 +12,7 @@ from typing import TypeVar
 from splitlearn_core.causes import refusal
 from splitlearn_core.checkpoint.transport import transport
 from splitlearn_core.errors import CheckpointError, InsufficientDiskError, MissingFileError, SplitLearnError
+from splitlearn_core.quoting import reason
 
 _T = TypeVar("_T")
 
@@ -78,7 +79,9 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
             hint="check the path, or give owner/name",
         ) from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
-        raise CheckpointError(f"{what}: the Hub answered with an error: {error}", hint="try again later") from error
+        raise CheckpointError(
+            f"{what}: the Hub answered with an error: {reason(error)}", hint="try again later"
+        ) from error
     except RuntimeError as error:
         # huggingface_hub 1.x, when nothing answers, retries on a session that it has closed.
         raise _unreachable(what) from error
@@ -108,15 +111,15 @@ def _broken_transfer(what: str, error: Exception) -> SplitLearnError:
     """Say what a transfer failed of: the disk, the cache or the connection."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InsufficientDiskError(
-            f"{what}: the disk is full: {error}", hint="free some space, or choose another disk with cache_dir="
+            f"{what}: the disk is full: {reason(error)}", hint="free some space, or choose another disk with cache_dir="
         )
     if isinstance(error, OSError) and error.filename:
         # What names a path is about the disk. The client takes its connections for no files.
         other = "choose another folder with cache_dir= or HF_HOME"
         hint = f"{refusal(error).hint}, or {other}" if isinstance(error, PermissionError) else other
-        return CheckpointError(f"{what}: the cache of models cannot be used: {error}", hint=hint)
+        return CheckpointError(f"{what}: the cache of models cannot be used: {reason(error)}", hint=hint)
     return CheckpointError(
-        f"{what}: the connection to the Hub was lost: {error}",
+        f"{what}: the connection to the Hub was lost: {reason(error)}",
         hint="run it again: what was downloaded is kept; what is cached loads with local_files_only=True",
     )
 

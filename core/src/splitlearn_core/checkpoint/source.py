@@ -13,6 +13,8 @@ from splitlearn_core.checkpoint.fetchplan import FileFetch
 from splitlearn_core.checkpoint.hub import HubSource
 from splitlearn_core.checkpoint.ranges import Wanted
 from splitlearn_core.errors import ConfigurationError, MissingFileError
+from splitlearn_core.paths import user_path
+from splitlearn_core.quoting import reason
 from splitlearn_core.types import ProgressCallback, TensorInfo
 
 #: Prefix of a name that means a repository on the Hub, whatever folders there are here.
@@ -94,15 +96,15 @@ def open_source(
             f"model_name_or_path is {model_name_or_path!r}", hint="give a directory or a Hub repository"
         )
     name = os.fspath(model_name_or_path)
-    hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision, "token": token}
+    hub: dict[str, Any] = {"cache_dir": cache_dir and user_path(cache_dir), "revision": revision, "token": token}
     if name.startswith(HUB):
         return HubSource(name.removeprefix(HUB), entrance=entrance, local_files_only=local_files_only, **hub)
     try:
-        path = Path(model_name_or_path).expanduser()
+        path = user_path(model_name_or_path)
         is_directory, is_there = path.is_dir(), path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         # Too long for a path, a home of nobody, or a NUL byte: no directory, and no repository either.
-        raise MissingFileError(f"{name!r} names no directory: {error}", hint="check the path") from error
+        raise MissingFileError(f"{name!r} names no directory: {reason(error)}", hint="check the path") from error
     if is_directory:
         return DirectorySource(path)
     if is_there:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from splitlearn_core.checkpoint.regular import open_regular, path_of
 from splitlearn_core.checkpoint.torchtypes import dtype_names
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError
+from splitlearn_core.quoting import listed
 from splitlearn_core.types import PYTORCH, TensorInfo
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ _ZIP = b"PK\x03\x04"
 _MORE_THAN_TENSORS = re.compile(r"Unsupported (?!operand)|unsupported GLOBAL")
 #: What torch found stands behind this; before it, how to run the code of the file after all.
 _FOUND = "WeightsUnpickler error: "
-_MAX_SHOWN = 8
 
 
 def is_mappable(path: Path) -> bool:
@@ -96,8 +96,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if len(plain) < len(saved):
         wrong = [f"{key!r} ({_words(value, torch)})" for key, value in saved.items() if key not in plain]
         raise InvalidCheckpointError(
-            f"{path} holds entries that are no plain tensors: {', '.join(wrong[:_MAX_SHOWN])}"
-            + (f", and {len(wrong) - _MAX_SHOWN} more" if len(wrong) > _MAX_SHOWN else ""),
+            f"{path} holds entries that are no plain tensors: {listed(wrong)}",
             hint="save the state dict alone, on the CPU, without quantised or sparse tensors",
         )
     return {key: value.detach() for key, value in plain.items()}

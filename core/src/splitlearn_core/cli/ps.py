@@ -15,6 +15,7 @@ import click
 
 from splitlearn_core.cli.options import json_option, print_json, table
 from splitlearn_core.errors import ConfigurationError, SplitLearnError
+from splitlearn_core.quoting import reason
 from splitlearn_core.units import human_bytes
 
 _TIMEOUT = 10.0
@@ -139,7 +140,7 @@ def _address(url: str) -> str:
         parts = urlsplit(url)
         parts.port  # noqa: B018  # reading it is what checks it
     except ValueError as error:
-        raise ConfigurationError(f"{url!r} is no URL: {error}", hint="http://127.0.0.1:8710, say") from error
+        raise ConfigurationError(f"{url!r} is no URL: {reason(error)}", hint="http://127.0.0.1:8710, say") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigurationError(f"{url!r} is no http or https URL", hint="http://127.0.0.1:8710, say")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from splitlearn_core.cli.fetching import print_fetch
 from splitlearn_core.cli.options import dry_run_option, json_option, model_options, print_json, table
+from splitlearn_core.paths import user_path
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.units import human_bytes
 
@@ -51,7 +51,7 @@ def command(
     names = [part.strip() for part in parts.split(",")]
     if dry_run:
         parse_size(max_shard_size)
-        check_target(Path(out), overwrite=force)
+        check_target(user_path(out), overwrite=force)
         opened = open_model(model, **others)
         check_source(opened, dtype)
         print_fetch(opened, split_points, dtype, parts=parse_parts(names), as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +17,7 @@ from splitlearn_core.cli.options import (
     saved_model_options,
     table,
 )
+from splitlearn_core.paths import user_path
 from splitlearn_core.storage.checking import SavedVerification
 from splitlearn_core.units import human_bytes
 from splitlearn_core.verification import Verification
@@ -80,7 +80,7 @@ def _verify_saved(directory: str, *, as_json: bool) -> bool:
     from splitlearn_core.storage.checking import verify_saved
     from splitlearn_core.storage.directory import holds_components
 
-    if not Path(directory).is_dir():
+    if not user_path(directory).is_dir():
         raise click.UsageError(f"there is no directory {directory}")
     if not holds_components(directory):
         raise click.UsageError(f"{directory} holds no saved components: to compare a model, give --split A B")

@@ -7,6 +7,7 @@ import traceback
 from splitlearn_core.causes import cause_of, is_halted
 from splitlearn_core.doctor.findings import Finding, Level
 from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.quoting import said
 
 
 def failed(name: str, error: BaseException, subject: str, mend: str, where: str = "") -> Finding:
@@ -28,7 +29,7 @@ def failed(name: str, error: BaseException, subject: str, mend: str, where: str 
     if cause is not None:
         return Finding(name, Level.WRONG, cause.message, where, cause.hint)
     last = traceback.extract_tb(error.__traceback__)[-1]
-    what = f"{subject or 'the check'} failed: {type(error).__name__}: {error}"
+    what = f"{subject or 'the check'} failed: {said(error)}"
     return Finding(name, Level.WRONG, what, f"{last.filename}:{last.lineno}", mend or "report it")
 
 

@@ -29,6 +29,7 @@ from splitlearn_core.plugins.metadata import (
     version_of,
 )
 from splitlearn_core.plugins.registry import registry
+from splitlearn_core.quoting import reason
 
 _NAME = "packages"
 _GROUPS = (*KINDS, API_GROUP)
@@ -117,7 +118,7 @@ def stale(one: Installed) -> Iterator[Finding]:
         stated = tomllib.loads(project.read_text("utf-8")).get("project", {})
         wanted = _stated_points(stated)
     except (OSError, ValueError, AttributeError) as error:
-        what = f"{one.name} is an editable checkout whose pyproject.toml cannot be read: {error}"
+        what = f"{one.name} is an editable checkout whose pyproject.toml cannot be read: {reason(error)}"
         yield Finding(_NAME, Level.WRONG, what, str(project), f"{again}, or pip uninstall {one.name}")
         return
     if not stated or "entry-points" in stated.get("dynamic", ()):
@@ -170,7 +171,7 @@ def unmet(one: Installed) -> Iterator[Finding]:
             wanted = Requirement(line)
         except InvalidRequirement as error:
             yield Finding(
-                _NAME, Level.WRONG, f"{one.name} requires {line!r}, which says nothing: {error}", str(one.info)
+                _NAME, Level.WRONG, f"{one.name} requires {line!r}, which says nothing: {reason(error)}", str(one.info)
             )
             continue
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.checkpoint.config import MAX_CONFIG_BYTES
+from splitlearn_core.checkpoint.jsonfile import read_object
 from splitlearn_core.checkpoint.readahead import read_ahead
 from splitlearn_core.checkpoint.strategy import (
     WholeStrategy,
@@ -21,12 +23,14 @@ from splitlearn_core.loading.origins import origins_of
 from splitlearn_core.loading.planning import make_plan, mismatch
 from splitlearn_core.loading.reading import read_all
 from splitlearn_core.loading.reads import check_memory, choose_strategies, read_plans, whole_model
+from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.plan.names import KeyTable
 from splitlearn_core.plan.splitplan import (
     ComponentPlan,
     SplitPlan,
 )
 from splitlearn_core.progress import logging_downloads, passing_through
+from splitlearn_core.quoting import reason
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback
 from splitlearn_core.units import human_bytes
 
@@ -120,6 +124,7 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
     path = model.checkpoint.optional_file("generation_config.json") if top is not None else None
     if top is None or path is None:
         return
+    check_numbers(read_object(path, MAX_CONFIG_BYTES), str(path))
     from transformers import GenerationConfig
 
     try:
@@ -127,7 +132,8 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
     # Its values are checked by transformers' own code, which raises whatever comes of them.
     except Exception as error:
         raise InvalidCheckpointError(
-            f"{path} is no sound generation configuration: {error}", hint="mend it, or remove it for the defaults"
+            f"{path} is no sound generation configuration: {reason(error)}",
+            hint="mend it, or remove it for the defaults",
         ) from error
 
 

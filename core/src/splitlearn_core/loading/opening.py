@@ -20,7 +20,9 @@ from splitlearn_core.errors import (
     MissingFileError,
 )
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plugins.known import way_out
 from splitlearn_core.plugins.registry import registry
+from splitlearn_core.quoting import plain, quote
 from splitlearn_core.storage.directory import holds_components
 
 log = logging.getLogger(__name__)
@@ -77,14 +79,17 @@ def open_model(
     config = checkpoint.config
     stated = config["model_type"]
     if model_type is not None and model_type != stated:
+        provided = registry().model_types()
+        given = f"pass model_type={stated!r}, or None to take what config.json says"
         raise ConfigurationError(
-            f"model_type {model_type!r} was asked for, but config.json of {model_name_or_path} says {stated!r}",
-            hint=f"pass model_type={stated!r}, or None to take what config.json says",
+            f"model_type {quote(model_type)} was asked for, but config.json of {model_name_or_path} "
+            f"says {quote(stated)}",
+            hint=given if stated in provided else way_out(stated, provided),
         )
     commit = checkpoint.source.commit
-    log.info("Found a %s model in %s%s", stated, checkpoint.source.model, f" at {commit}" if commit else "")
-    plain = {name: value for name, value in config.items() if name != "quantization_config"}
-    return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), plain)
+    log.info("Found a %s model in %s%s", plain(stated), checkpoint.source.model, f" at {commit}" if commit else "")
+    unquantised = {name: value for name, value in config.items() if name != "quantization_config"}
+    return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), unquantised)
 
 
 def bundled_checkpoint(family: ModelFamily) -> Path:

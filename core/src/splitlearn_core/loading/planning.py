@@ -29,6 +29,7 @@ from splitlearn_core.plan.splitplan import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
+from splitlearn_core.quoting import LINE, listed
 from splitlearn_core.storage.directory import read_manifest
 from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
@@ -153,7 +154,7 @@ def _refuse_saved(model: OpenModel, plan: SplitPlan) -> None:
 def mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:
     return TensorMismatchError(
         f"the tensors of {model.name} are not those of a {model.family.model_type} model; "
-        f"{len(problems)} are wrong:\n  " + "\n  ".join(folded(problems)),
+        f"{len(problems)} are wrong:\n  " + listed(folded(problems), "\n  ", most=20, limit=LINE),
         hint=likely_cause(problems, model.family.model_type),
     )
 

@@ -81,6 +81,7 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
             model.name,
             str(checkpoint.folder),
             dtype,
+            values=checkpoint.config,
             safetensors=checkpoint.format == SAFETENSORS,
             waiting=lambda: progress(Progress("reading")),
         )

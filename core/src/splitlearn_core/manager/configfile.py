@@ -31,6 +31,8 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.manager.config import FIELDS, ModelConfig, complaint, examine, near, show, unknown_name
+from splitlearn_core.paths import user_path
+from splitlearn_core.quoting import reason
 
 _TOP_LEVEL = ("manager", "http", "models")
 
@@ -70,7 +72,7 @@ def read_config_file(
             it says cannot be carried out: all problems of all models are listed, as
             ``models[2].component: ...``.
     """
-    return _interpret(path, _read(Path(path)), {"manager": check_manager, "http": check_http})
+    return _interpret(path, _read(user_path(path)), {"manager": check_manager, "http": check_http})
 
 
 def _interpret(
@@ -103,7 +105,7 @@ def load_configs(path: str | os.PathLike[str]) -> tuple[ModelConfig, ...]:
 
 def read_model(path: str | os.PathLike[str]) -> ModelConfig:
     """Read a file of one model; see :meth:`ModelConfig.from_file`."""
-    table = _read(Path(path))
+    table = _read(user_path(path))
     if "models" not in table:
         values, problems = examine(table)
         if problems:
@@ -176,7 +178,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         table = parse(_decode(data))
     except _SyntaxProblemError as error:
         raise ConfigurationError(
-            f"{path}{error.place}: {error}", hint=f"mend the file, which has to be {_FORMATS[path.suffix.lower()]}"
+            f"{path}{error.place}: {reason(error)}",
+            hint=f"mend the file, which has to be {_FORMATS[path.suffix.lower()]}",
         ) from None
     except RecursionError:
         raise ConfigurationError(

@@ -16,6 +16,7 @@ from splitlearn_core.manager.config import HUGGINGFACE, PYTORCH, ModelConfig
 from splitlearn_core.manager.failures import explaining
 from splitlearn_core.manager.modes import recording
 from splitlearn_core.manager.work import LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.quoting import said
 from splitlearn_core.types import Component, Progress
 from splitlearn_core.units import MEGABYTE, human_bytes
 
@@ -87,7 +88,7 @@ class ModelLoader:
         # The model's own code raises what comes of a device or dtype that it does not bear.
         except Exception as error:
             raise ConfigurationError(
-                f"{_name(config)} was loaded but does not run: {type(error).__name__}: {error}",
+                f"{_name(config)} was loaded but does not run: {said(error)}",
                 hint="check device, dtype and attn_implementation, or load it without warmup to look into it",
             ) from error
 

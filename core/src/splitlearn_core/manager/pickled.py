@@ -22,6 +22,8 @@ from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.failures import Version, explaining, refuse_changes, versions
 from splitlearn_core.manager.resources import ledger_of
 from splitlearn_core.manager.work import HOST, MAPPED, LoadPlan, ReportProgress
+from splitlearn_core.paths import user_path
+from splitlearn_core.quoting import LINE, listed, said
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Progress
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
 def _find(config: ModelConfig) -> Path:
     if config.model_path is None:
         raise ConfigurationError(f"{config.model_id} has no model_path", hint="give the path of the .pt or .pth file")
-    path = Path(config.model_path).expanduser()
+    path = user_path(config.model_path)
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in (".pt", ".pth"))[:8])
         raise MissingFileError(f"{path} is a folder", hint=f"give a file{f', one of {inside}' if inside else ''}")
@@ -147,7 +149,7 @@ def _module(config: ModelConfig, saved: Any, report: ReportProgress) -> torch.nn
     # The class is the user's own: it raises what it likes.
     except Exception as error:
         raise ConfigurationError(
-            f"{config.architecture} cannot be made without arguments: {type(error).__name__}: {error}",
+            f"{config.architecture} cannot be made without arguments: {said(error)}",
             hint="name a class, or a function, that takes none",
         ) from error
     _refuse_misfit(config, module, state)
@@ -165,7 +167,7 @@ def _architecture(name: str) -> Any:
     # Importing runs the user's own module: it raises what it likes.
     except Exception as error:
         raise ConfigurationError(
-            f"the architecture {name} cannot be imported: {type(error).__name__}: {error}",
+            f"the architecture {name} cannot be imported: {said(error)}",
             hint="write it as package.module:Class, of a package that this Python can import",
         ) from error
     if not callable(found):
@@ -202,7 +204,7 @@ def _refuse_misfit(config: ModelConfig, module: Any, state: Mapping[str, Any]) -
     if problems:
         raise TensorMismatchError(
             f"the tensors of {config.model_path} are not those of {config.architecture}; "
-            f"{len(problems)} are wrong:\n  " + "\n  ".join(sorted(problems)),
+            f"{len(problems)} are wrong:\n  " + listed(sorted(problems), "\n  ", most=20, limit=LINE),
             hint="is it the class that was saved, with the same sizes?",
         )
 
@@ -239,6 +241,6 @@ def _check_complete(config: ModelConfig, module: torch.nn.Module) -> None:
     empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if empty:
         raise InvalidCheckpointError(
-            f"{config.model_path} leaves tensors of {config.architecture} without values: {', '.join(empty[:8])}",
+            f"{config.model_path} leaves tensors of {config.architecture} without values: {listed(empty)}",
             hint="register them as persistent, or compute them in the class without torch.empty",
         )

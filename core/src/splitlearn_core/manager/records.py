@@ -8,9 +8,11 @@ from __future__ import annotations
 import traceback
 
 from splitlearn_core import errors
-from splitlearn_core.errors import LoadFailedError, SplitLearnError
+from splitlearn_core.errors import LoadFailedError, SplitLearnError, printable, shortened
 from splitlearn_core.manager.status import FailureInfo
 
+#: Characters of another library's error, and of its traceback: both are kept in every snapshot.
+_MESSAGE, _TRACEBACK = 2_000, 20_000
 #: Trying again unchanged cannot help against these.
 _PERMANENT = (
     errors.ConfigurationError,
@@ -27,14 +29,14 @@ def record(error: BaseException, stage: str) -> FailureInfo:
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
-    message = error.message if isinstance(error, SplitLearnError) else str(error)
+    message = error.message if isinstance(error, SplitLearnError) else shortened(printable(str(error)), _MESSAGE)
     return FailureInfo(
         type=type(error).__name__,
         message=message or type(error).__name__,
         hint=error.hint if isinstance(error, SplitLearnError) else "",
         stage=stage,
         retryable=not isinstance(error, _PERMANENT),
-        traceback=trace,
+        traceback=shortened(printable(trace), _TRACEBACK),
     )
 
 

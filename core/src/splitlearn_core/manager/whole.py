@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.config import MAX_CONFIG_BYTES
+from splitlearn_core.checkpoint.jsonfile import read_object
 from splitlearn_core.checkpoint.readahead import read_in
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import (
@@ -24,7 +26,9 @@ from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.failures import Version, explaining, refuse_changes, versions
 from splitlearn_core.manager.resources import ledger_of
 from splitlearn_core.manager.work import HOST, MAPPED, LoadPlan, ReportProgress
+from splitlearn_core.plan.bounds import check_against_tensors, check_numbers
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes, resolve_dtype
+from splitlearn_core.quoting import quote, reason, said
 from splitlearn_core.types import FLOAT_DTYPES, SAFETENSORS, Progress, TensorInfo
 
 if TYPE_CHECKING:
@@ -64,9 +68,12 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     paths = checkpoint.fetch(checkpoint.shards(keys), report)
     report(Progress("planning"))
     tensors = checkpoint.tensors(keys)
+    check_against_tensors(stated, tensors.values(), config.model_path)
     dtype = resolve_dtype(config.dtype, stated, tensors.values())
     # Small, and looked for by from_pretrained, which is not to ask the Hub itself.
-    checkpoint.optional_file("generation_config.json")
+    generation = checkpoint.optional_file("generation_config.json")
+    if generation is not None:
+        check_numbers(read_object(generation, MAX_CONFIG_BYTES), str(generation))
     needs, keeps = _memory(tensors.values(), dtype, config.device)
     details = _Details(
         directory=checkpoint.source.path("config.json").parent,
@@ -119,7 +126,7 @@ def _check_is_known(model: str, stated: Mapping[str, Any]) -> None:
 
     if stated["model_type"] not in CONFIG_MAPPING:
         raise ConfigurationError(
-            f"transformers knows no model type {stated['model_type']!r}, which config.json of {model} says; "
+            f"transformers knows no model type {quote(stated['model_type'])}, which config.json of {model} says; "
             "code that comes with a checkpoint is not run",
             hint="a newer transformers may have it: pip install --upgrade transformers",
         )
@@ -154,16 +161,17 @@ def _blaming(model: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise InvalidCheckpointError(
-            f"a weight file of {model} is no sound safetensors file: {error}", hint="fetch or write the file anew"
+            f"a weight file of {model} is no sound safetensors file: {reason(error)}",
+            hint="fetch or write the file anew",
         ) from error
     except (ValueError, ImportError, KeyError) as error:
         raise ConfigurationError(
-            f"transformers cannot load {model}: {type(error).__name__}: {error}",
+            f"transformers cannot load {model}: {said(error)}",
             hint="check the values of config.json, and attn_implementation where it was given",
         ) from error
     # The model's own code raises what comes of tensors that do not fit.
     except Exception as error:
         raise CheckpointError(
-            f"transformers cannot load {model}: {type(error).__name__}: {error}",
+            f"transformers cannot load {model}: {said(error)}",
             hint="do config.json and the weights belong together?",
         ) from error

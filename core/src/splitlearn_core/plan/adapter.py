@@ -9,7 +9,8 @@ from typing import Any
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import placement
 from splitlearn_core.plan.split import ranges_around
-from splitlearn_core.types import Component, LayerRange
+from splitlearn_core.quoting import plain, quote
+from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 #: What PEFT writes before the name of a module of the whole model.
 PREFIX = "base_model.model."
@@ -50,17 +51,31 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     kind, task = config.get("peft_type"), config.get("task_type")
     if not isinstance(kind, str) or kind not in KINDS:
-        problems.append(f"peft_type is {kind!r}, and its tensors do not go by module; {', '.join(KINDS)} are cut")
+        problems.append(f"peft_type is {quote(kind)}, and its tensors do not go by module; {', '.join(KINDS)} are cut")
     if task not in (None, "CAUSAL_LM"):
-        problems.append(f"task_type is {task!r}, not CAUSAL_LM")
+        problems.append(f"task_type is {quote(task)}, not CAUSAL_LM")
     problems += [f"{name}: {why}" for name, why in _REFUSED.items() if config.get(name)]
     beginning = config.get("init_lora_weights")
     if beginning not in _HARMLESS_BEGINNINGS:
-        problems.append(f"init_lora_weights is {beginning!r}, which changes the model's own weights too")
+        problems.append(f"init_lora_weights is {quote(beginning)}, which changes the model's own weights too")
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
-        problems.append(f"modules_to_save is {saved!r}, no list of names")
+        problems.append(f"modules_to_save is {quote(saved)}, no list of names")
     return problems
+
+
+def rank_problems(config: Mapping[str, Any], infos: Iterable[TensorInfo]) -> list[str]:
+    """Say which ranks of a LoRA adapter none of its tensors has: PEFT would make matrices of that size first."""
+    if config.get("peft_type") != "LORA":
+        return []
+    largest = max((size for info in infos for size in info.shape), default=0)
+    pattern = config.get("rank_pattern")
+    ranks = {"r": config.get("r"), **(pattern if isinstance(pattern, Mapping) else {})}
+    return [
+        f"the rank {quote(rank)} of {plain(name)}, and no tensor has a dimension over {largest:,}"
+        for name, rank in ranks.items()
+        if rank is not None and not (type(rank) is int and rank <= largest)
+    ]
 
 
 def key_problems(keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily, owned: LayerRange) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.quoting import reason
 from splitlearn_core.types import Component, LayerRange
 
 #: Far above any model's; a number beyond it is a slip or an attack, and would fill the memory.
@@ -126,7 +127,7 @@ def _integers(split_points: object) -> list[int]:
         return [operator.index(point) for point in split_points]
     except TypeError as error:
         raise InvalidSplitError(
-            f"split points {_show(list(split_points))} are not all integers: {error}",
+            f"split points {_show(list(split_points))} are not all integers: {reason(error)}",
             hint="give two layer numbers, (2, 10) say",
         ) from error
 

@@ -10,6 +10,7 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.names import KeyTable
+from splitlearn_core.quoting import quote
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Component, LayerRange, TensorInfo
 
 #: Stands for the dtype of components that have different ones.
@@ -197,7 +198,7 @@ def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[Tenso
     name = asked.removeprefix("torch.")
     if name not in FLOAT_DTYPES:
         raise ConfigurationError(
-            f"dtype {asked!r} is none of {', '.join(FLOAT_DTYPES)}", hint='leave dtype="auto" for the stored one'
+            f"dtype {quote(asked)} is none of {', '.join(FLOAT_DTYPES)}", hint='leave dtype="auto" for the stored one'
         )
     return name
 

@@ -18,6 +18,7 @@ from splitlearn_core.plugins.mending import mend_for
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.printing import printing_aside
 from splitlearn_core.plugins.tracing import HOOK, IMPORT, NOT_IMPLEMENTED, traced
+from splitlearn_core.quoting import said
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy
@@ -57,7 +58,7 @@ def import_plugin(entry: PluginEntry) -> object:
         missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
         package = missing.split(".")[0]
         hint = f"pip install {package}" if package and package != name.split(".")[0] else ""
-        raise broken(entry, f"importing {name!r} failed: {type(error).__name__}: {error}", hint) from error
+        raise broken(entry, f"importing {name!r} failed: {said(error)}", hint) from error
     return plugin
 
 
@@ -75,7 +76,7 @@ def hook_functions(entry: PluginEntry, plugin: object) -> list[HookFunction]:
         return [_described(name, function, getattr(function, mark)) for name, function in marked]
     # Looking at an attribute may run code of the plugin.
     except (Exception, SystemExit) as error:
-        raise broken(entry, f"looking at its hooks failed: {type(error).__name__}: {error}") from error
+        raise broken(entry, f"looking at its hooks failed: {said(error)}") from error
 
 
 def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **argum
             answered(_shown(loaded, hook, settled))
     # Foreign code again, see import_plugin.
     except (Exception, SystemExit) as error:
-        raise broken(loaded.entry, f"hook {hook} raised {type(error).__name__}: {error}") from error
+        raise broken(loaded.entry, f"hook {hook} raised {said(error)}") from error
     for answer in filter(inspect.iscoroutine, settled):
         answer.close()
         raise broken(loaded.entry, f"hook {hook} answered a coroutine: hooks answer at once")

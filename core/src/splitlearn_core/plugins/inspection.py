@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitlearn_core.plugins.contract import HOOKS, HookFunction, signature_problem, without_hooks
+from splitlearn_core.quoting import reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,13 @@ def inspect_source(module: str) -> Inspection:
     try:
         path = _source_of(module)
     except (ImportError, AttributeError, ValueError) as error:
-        return Inspection(problem=f"module {module!r} is not there: {error}")
+        return Inspection(problem=f"module {module!r} is not there: {reason(error)}")
     if path is None or path.suffix != ".py":
         return Inspection()
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (OSError, SyntaxError, ValueError) as error:
-        return Inspection(problem=f"module {module!r} cannot be read: {error}")
+        return Inspection(problem=f"module {module!r} cannot be read: {reason(error)}")
     body = list(_statements(tree.body))
     marks = _names_of_hookimpl(body)
     nodes = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

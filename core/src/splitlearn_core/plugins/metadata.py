@@ -22,6 +22,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from splitlearn_core.quoting import said
+
 log = logging.getLogger(__name__)
 
 #: Entry points of plugins: the name is the model type, the value the module with the hooks.
@@ -219,7 +221,7 @@ def _look_at(distribution: importlib_metadata.Distribution, wanted: set[str]) ->
         )
     # As in version_of: whatever is wrong with it is what is wanted to be known.
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        return Installed(name, "", info, home, problem=f"{type(error).__name__}: {error}")
+        return Installed(name, "", info, home, problem=said(error))
 
 
 def _module(point: importlib_metadata.EntryPoint) -> str:

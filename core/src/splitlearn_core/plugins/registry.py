@@ -6,7 +6,6 @@ import difflib
 import importlib
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,9 +37,11 @@ from splitlearn_core.plugins.asking import (
     verify_hooks,
 )
 from splitlearn_core.plugins.inspection import inspect_source
+from splitlearn_core.plugins.known import way_out
 from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.tracing import skipped, trace_as_environment_says
+from splitlearn_core.quoting import listed, quote
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.strategy import LoadingStrategy
@@ -48,9 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ALLOW_VARIABLE = "SPLITLEARN_PLUGINS"
-
-#: Packages of this repository, so that a missing one is named rightly. Anything else is a guess.
-_KNOWN_PACKAGES = {"gemma2": "splitlearn-gemma", "gemma3_text": "splitlearn-gemma"}
+#: Characters of a model type that are compared with others.
+_LONGEST_TYPE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +288,11 @@ class PluginRegistry:
                 hint=f"change or unset {variable}",
             )
         installed = self.model_types()
-        close = difflib.get_close_matches(str(model_type), installed, n=1)
+        close = difflib.get_close_matches(str(model_type)[:_LONGEST_TYPE], installed, n=1)
         return UnknownModelTypeError(
-            f"no installed plugin provides model type {model_type!r} (installed: {', '.join(installed) or 'none'})",
-            hint=(f"did you mean {close[0]!r}? Otherwise " if close else "")
-            + f'{_install_line(model_type)}check "model_type" in config.json; '
-            "if it is installed, splitlearn doctor says why it is not seen",
+            f"no installed plugin provides model type {quote(model_type)} "
+            f"(installed: {listed(installed, most=50) or 'none'})",
+            hint=(f"did you mean {close[0]!r}? Otherwise " if close else "") + way_out(model_type, installed),
         )
 
     def _load(self, entry: PluginEntry) -> LoadedPlugin | PluginError:
@@ -330,14 +329,6 @@ def reset_registry() -> None:
     global _registry  # noqa: PLW0603  # see registry()
     importlib.invalidate_caches()
     _registry = None
-
-
-def _install_line(model_type: str) -> str:
-    """Return the line to try, but only for a plain name: it may come from anybody's config.json."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", str(model_type)):
-        return ""
-    package = _KNOWN_PACKAGES.get(model_type, f"splitlearn-{canonicalize_name(model_type)}")
-    return f"try: pip install {package}, or write a plugin: splitlearn plugins new {model_type} --out DIR, or "
 
 
 def _new_manager() -> pluggy.PluginManager:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, PluginConflictError
+from splitlearn_core.paths import user_path
 from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.scaffold.asking import given_config
@@ -106,7 +107,7 @@ def _free_folder(out: str | os.PathLike[str] | None, model_type: str) -> Path:
         raise ConfigurationError(
             f"no folder is named for the package of model type {model_type!r}", hint="give --out DIR"
         )
-    folder = Path(out)
+    folder = user_path(out)
     check_free(folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from splitlearn_core.checkpoint.config import CONFIG, read_config
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.loading.opening import unbundled
+from splitlearn_core.paths import user_path
+from splitlearn_core.plugins.known import WRITTEN, way_out
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.quoting import quote
 
 
 def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
@@ -26,7 +31,7 @@ def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
         InvalidCheckpointError: It is no configuration.
         ConfigurationError: It is one of another model type.
     """
-    path = Path(origin)
+    path = user_path(origin)
     if not _is_file(path):
         if origin.endswith(".json"):
             raise MissingFileError(
@@ -36,10 +41,13 @@ def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
     config = read_config(path)
     stated = config["model_type"]
     if stated != model_type:
-        raise ConfigurationError(
-            f"{origin} is a model of type {stated!r}, not {model_type!r}",
-            hint=f"splitlearn plugins new {stated} --from {origin} --out DIR",
-        )
+        provided = registry().model_types()
+        way = f"use its plugin, which is installed: splitlearn plan {shlex.quote(origin)} --split A B"
+        if stated not in provided:
+            way = way_out(stated, provided)
+        if stated in WRITTEN and stated not in provided:
+            way = f"splitlearn plugins new {stated} --from {shlex.quote(origin)} --out DIR"
+        raise ConfigurationError(f"{origin} is a model of type {quote(stated)}, not {model_type!r}", hint=way)
     return config
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitlearn_core.quoting import reason
 from splitlearn_core.scaffold.findings import CannotSplitError, Question
 from splitlearn_core.scaffold.observing import (
     COLUMNS,
@@ -137,7 +138,7 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
     try:
         seen = watch(base, embeddings, ())
     except TypeError as error:
-        raise CannotSplitError(f"{type(base).__name__}.forward takes no inputs_embeds: {error}") from error
+        raise CannotSplitError(f"{type(base).__name__}.forward takes no inputs_embeds: {reason(error)}") from error
     for path in candidates:
         wanted = [f"{path}.{number}" for number in range(depth)]
         called = [call.path for call in seen.calls if call.path in wanted]

@@ -6,6 +6,8 @@ import difflib
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.plugins.known import text_model
+from splitlearn_core.plugins.registry import registry
 from splitlearn_core.scaffold.findings import CannotSplitError
 
 
@@ -73,7 +75,8 @@ def check_config(model_type: str, known: Any) -> None:
     if text is not known:
         raise CannotSplitError(
             f"{model_type} is made of several models ({', '.join(known.sub_configs)})",
-            hint=f"its language model is a type of its own: splitlearn plugins new {text.model_type} --out DIR",
+            hint=text_model(model_type, registry().model_types())
+            or f"its language model is of type {text.model_type}: save that alone as a checkpoint of its own",
         )
     if type(getattr(known, "num_hidden_layers", None)) is not int:
         raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")

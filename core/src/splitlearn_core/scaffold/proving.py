@@ -19,6 +19,7 @@ from splitlearn_core.pipeline import SplitCausalLM
 from splitlearn_core.plan.names import map_keys, place_keys
 from splitlearn_core.plan.split import split_layers
 from splitlearn_core.plan.splitplan import kv_bytes_per_layer, plan_components
+from splitlearn_core.quoting import said
 from splitlearn_core.types import Component, TensorInfo
 
 #: Tokens of a prompt, and of the steps after it.
@@ -76,7 +77,7 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
         try:
             got = check(split)
         except Exception as error:  # noqa: BLE001
-            yield f"{title} fails: {type(error).__name__}: {error}"
+            yield f"{title} fails: {said(error)}"
             continue
         if not all(map(torch.equal, got, expected)):
             yield f"{title} differs by up to {max(_distance(*pair) for pair in zip(got, expected, strict=True)):.3g}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.quoting import reason
 
 
 def check_free(folder: Path) -> None:
@@ -30,7 +31,9 @@ def check_free(folder: Path) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"{str(folder)!r} is no place for a folder: {error}", hint="check --out") from error
+        raise ConfigurationError(
+            f"{str(folder)!r} is no place for a folder: {reason(error)}", hint="check --out"
+        ) from error
 
 
 def write_folder(folder: Path, files: Mapping[str, str]) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.origin import origin_mismatches
+from splitlearn_core.paths import user_path
+from splitlearn_core.quoting import LINE, listed
 from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from splitlearn_core.types import Component, ProgressCallback
 
@@ -65,7 +67,7 @@ class SplitDirectory:
                     )
                 found[component] = saved
         ordered = {component: found[component] for component in Component if component in found}
-        return cls(Path(directories[0]), ordered)
+        return cls(user_path(directories[0]), ordered)
 
     def mismatches(self) -> list[str]:
         """Say why the components do not belong together."""
@@ -76,7 +78,7 @@ def as_path(given: Any, what: str) -> Path:
     """Take a path from a caller; raises ConfigurationError where it is none."""
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):
         raise ConfigurationError(f"{what} is {given!r}", hint="give the path of a directory")
-    return Path(given)
+    return user_path(given)
 
 
 def is_split_directory(path: Path) -> bool:
@@ -89,7 +91,7 @@ def is_split_directory(path: Path) -> bool:
 
 def holds_components(path: str | os.PathLike[str]) -> bool:
     """Say whether a path is a directory of saved components, or of one."""
-    folder = Path(path)
+    folder = user_path(path)
     return any((each / MANIFEST).is_file() for each in (folder, *(folder / name for name in Component)))
 
 
@@ -179,7 +181,7 @@ def load_split_directory(
     problems = split.mismatches()
     if problems:
         raise ConfigurationError(
-            f"these components do not belong together: {'; '.join(problems)}",
+            f"these components do not belong together: {listed(problems, '; ', limit=LINE)}",
             hint="load components of one source and one split",
         )
     loaded = load_saved(
@@ -214,7 +216,7 @@ def load_pipeline(
         problems.append("saved components take one dtype and one device here")
     if problems:
         raise ConfigurationError(
-            f"{directory} cannot be run as one model: {'; '.join(problems)}",
+            f"{directory} cannot be run as one model: {listed(problems, '; ', limit=LINE)}",
             hint="give a directory with bottom, trunk and top, or load each with load_component",
         )
     parts = load_split_directory(
@@ -269,7 +271,7 @@ def load_saved(
         problems = [problem for saved in components for problem in hash_problems(saved)]
     if problems:
         raise InvalidCheckpointError(
-            f"{len(problems)} files are not as they were saved: {'; '.join(problems[:8])}",
+            f"{len(problems)} files are not as they were saved: {listed(problems, '; ', limit=LINE)}",
             hint="copy the component anew, or save it again",
         )
     loaded = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.origin import Origin
+from splitlearn_core.paths import user_path
 from splitlearn_core.plan.placement import parse_dtypes
 from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.plugins.registry import registry
@@ -151,5 +152,7 @@ def load_kept(
 
 def _is_source(origin: Origin, model: str | os.PathLike[str], revision: str | None) -> bool:
     name = os.fspath(model)
-    same = origin.model == name or (Path(name).is_dir() and Path(origin.model).absolute() == Path(name).absolute())
+    same = origin.model == name or (
+        user_path(name).is_dir() and user_path(origin.model).absolute() == user_path(name).absolute()
+    )
     return same and (revision is None or origin.commit == revision)

@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from splitlearn_core.checkpoint.jsonfile import parse_object
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.origin import Origin
 from splitlearn_core.plan.split import MAX_LAYERS
+from splitlearn_core.quoting import LINE, listed, quote
 from splitlearn_core.types import FLOAT_DTYPES, Component
 
 MANIFEST = "split_manifest.json"
 FORMAT, VERSION = "splitlearn-split", 1
 #: Nobody reads a gigabyte to find that it is no manifest; a real one has a few kilobytes.
 MAX_MANIFEST_BYTES = 4 * 2**20
-_MAX_TEXT, _MAX_SIZE, _MAX_SHOWN = 4096, 2**63 - 1, 8
+_MAX_TEXT, _MAX_SIZE = 4096, 2**63 - 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PAIR = 2
+_ANEW = "save the split again: splitlearn split MODEL --split A B --out DIR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +99,13 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         InvalidCheckpointError: It is none, or of a newer format, or contradicts itself; all
             contradictions are listed.
     """
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise _invalid(where, [f"it is over {MAX_MANIFEST_BYTES} bytes long, which no manifest is"])
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(where, [f"it is no JSON: {error}"]) from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    values = parse_object(content, where, MAX_MANIFEST_BYTES, kind="manifest", hint=_ANEW)
+    if values.get("format") != FORMAT:
         raise _invalid(where, [f'its "format" is not {FORMAT!r}'])
     version = values.get("format_version")
     if type(version) is not int or version != VERSION:
         raise InvalidCheckpointError(
-            f"{where} is of format version {_short(version)}; this splitlearn reads version {VERSION}",
+            f"{where} is of format version {quote(version)}; this splitlearn reads version {VERSION}",
             hint="install a splitlearn-core that is as new as the one that saved it",
         )
     return _Reader(values, where).manifest()
@@ -144,10 +142,10 @@ class _Reader:
             self._problems.append("source.fingerprint is no SHA-256")
         dtype = self._text(self._values.get("dtype"), "dtype")
         if dtype not in FLOAT_DTYPES:
-            self._problems.append(f"dtype {_short(dtype)} is none of {', '.join(FLOAT_DTYPES)}")
+            self._problems.append(f"dtype {quote(dtype)} is none of {', '.join(FLOAT_DTYPES)}")
         own = self._values.get("own_values")
         if not isinstance(own, bool):
-            self._problems.append(f"own_values is {_short(own)}, neither true nor false")
+            self._problems.append(f"own_values is {quote(own)}, neither true nor false")
         origin = Origin(
             model=self._text(source.get("model"), "source.model"),
             commit=None if commit is None else self._text(commit, "source.commit"),
@@ -189,15 +187,15 @@ class _Reader:
         records = {}
         for name, record in self._object("files").items():
             if not is_plain_name(name) or name == MANIFEST:
-                self._problems.append(f"files names {_short(name)}, which is no file beside the manifest")
+                self._problems.append(f"files names {quote(name)}, which is no file beside the manifest")
                 continue
             fields = record if isinstance(record, dict) else {}
             digest = fields.get("sha256")
             if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-                self._problems.append(f"files: sha256 of {_short(name)} is none")
+                self._problems.append(f"files: sha256 of {quote(name)} is none")
                 continue
             records[name] = FileRecord(
-                self._number(fields.get("size"), f"files: size of {_short(name)}", _MAX_SIZE), digest
+                self._number(fields.get("size"), f"files: size of {quote(name)}", _MAX_SIZE), digest
             )
         if "config.json" not in records or not any(name.endswith(".safetensors") for name in records):
             self._problems.append("files lacks config.json or the weights")
@@ -206,64 +204,52 @@ class _Reader:
     def _samples(self, value: Any) -> dict[str, str]:
         """Read the samples of the source's values, which older manifests have not."""
         if not isinstance(value, dict):
-            self._problems.append(f"source.samples is {_short(value)}, no object")
+            self._problems.append(f"source.samples is {quote(value)}, no object")
             return {}
         wrong = [name for name, text in value.items() if not isinstance(text, str) or not _SHA256.fullmatch(text)]
-        self._problems += [f"source.samples: that of {_short(name)} is no SHA-256" for name in wrong]
+        self._problems += [f"source.samples: that of {quote(name)} is no SHA-256" for name in wrong]
         return value if not wrong else {}
 
     def _object(self, name: str) -> dict[str, Any]:
         value = self._values.get(name)
         if not isinstance(value, dict):
-            self._problems.append(f"{name} is {_short(value)}, no object")
+            self._problems.append(f"{name} is {quote(value)}, no object")
             return {}
         return value
 
     def _component(self, value: Any, name: str) -> Component:
         if not isinstance(value, str) or value not in set(Component):
-            self._problems.append(f"{name} names {_short(value)}, which is none of {', '.join(Component)}")
+            self._problems.append(f"{name} names {quote(value)}, which is none of {', '.join(Component)}")
             return Component.TRUNK
         return Component(value)
 
     def _text(self, value: Any, name: str) -> str:
         if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
-            self._problems.append(f"{name} is {_short(value)}, no text of 1 to {_MAX_TEXT} characters")
+            self._problems.append(f"{name} is {quote(value)}, no text of 1 to {_MAX_TEXT} characters")
             return ""
         return value
 
     def _texts(self, name: str) -> tuple[str, ...]:
         value = self._values.get(name)
         if not isinstance(value, list):
-            self._problems.append(f"{name} is {_short(value)}, no list")
+            self._problems.append(f"{name} is {quote(value)}, no list")
             return ()
         return tuple(self._text(item, name) for item in value)
 
     def _number(self, value: Any, name: str, limit: int) -> int:
         if type(value) is not int or not 0 <= value <= limit:
-            self._problems.append(f"{name} is {_short(value)}, no whole number from 0 to {limit}")
+            self._problems.append(f"{name} is {quote(value)}, no whole number from 0 to {limit}")
             return 0
         return value
 
     def _pair(self, name: str) -> tuple[int, int]:
         value = self._values.get(name)
         if not isinstance(value, list) or len(value) != _PAIR:
-            self._problems.append(f"{name} is {_short(value)}, no pair")
+            self._problems.append(f"{name} is {quote(value)}, no pair")
             return 0, 0
         first, second = (self._number(item, name, MAX_LAYERS) for item in value)
         return first, second
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, list | dict):
-        # Of what is nested deeply, even a text cannot be made.
-        return "a list" if isinstance(value, list) else "an object"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."  # noqa: PLR2004  # what a line of a message bears
-
-
 def _invalid(where: str, problems: list[str]) -> InvalidCheckpointError:
-    more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
-    return InvalidCheckpointError(
-        f"{where} is no sound manifest: {'; '.join(problems[:_MAX_SHOWN] + more)}",
-        hint="save the split anew: splitlearn split MODEL --split A B --out DIR",
-    )
+    return InvalidCheckpointError(f"{where} is no sound manifest: {listed(problems, '; ', limit=LINE)}", hint=_ANEW)

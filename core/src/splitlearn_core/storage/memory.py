@@ -14,6 +14,7 @@ from splitlearn_core.checkpoint.torchfile import read_state_dict
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading import LoadOptions, OpenModel, load_components, make_plan
 from splitlearn_core.origin import origin_mismatches
+from splitlearn_core.quoting import LINE, listed
 from splitlearn_core.storage.saving import CONFIG, GENERATION, Part, companion_files, config_text
 from splitlearn_core.storage.weights import Tensor
 from splitlearn_core.storage.writing import CHUNK_BYTES
@@ -31,7 +32,6 @@ _NAMES = {
 #: How PEFT calls its own tensors, and the modules that it puts around those of the model.
 _OF_ADAPTERS = ("lora_", "ia3_", "hada_", "lokr_")
 _ADAPTED = {"base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"}
-_MAX_SHOWN = 8
 
 
 def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -123,10 +123,9 @@ def _refuse_changed(component: ComponentModel) -> None:
         if names[name].shape != plain[name].shape
     ]
     if problems:
-        more = f"; and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
         raise ConfigurationError(
             f"the {component.component} has not the tensors it was loaded with: "
-            f"{'; '.join(sorted(problems)[:_MAX_SHOWN])}{more}",
+            f"{listed(sorted(problems), '; ', limit=LINE)}",
             hint="undo the change of its modules, and save it then; its values may be any",
         )
 

@@ -10,6 +10,7 @@ from splitlearn_core.checkpoint.strategies.base import LoadingStrategy, ReadPlan
 from splitlearn_core.checkpoint.strategies.choice import BUILT_IN
 from splitlearn_core.errors import BrokenPluginError, SplitLearnError
 from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.quoting import said
 from splitlearn_core.types import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _blaming(strategy: LoadingStrategy) -> Iterator[None]:
     except Exception as error:
         if strategy in BUILT_IN:
             raise
-        raise _broken(strategy, f"it raised {type(error).__name__}: {error}") from error
+        raise _broken(strategy, f"it raised {said(error)}") from error
 
 
 def _broken(strategy: LoadingStrategy, why: str) -> BrokenPluginError:

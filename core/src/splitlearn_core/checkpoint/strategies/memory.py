@@ -28,16 +28,19 @@ def fresh_memory(sizes: Iterable[int]) -> list[torch.Tensor]:
 
     Each large one is a block of its own, so that the memory of a tensor that is replaced or
     converted goes back at once. The small ones share a block, which lives as long as any of them.
+    Each has a storage of its own size nevertheless: what saves a tensor saves all of its storage.
     """
+    import torch
+
     wanted = list(sizes)
     small = [nbytes for nbytes in wanted if nbytes < HUGE]
-    shared, position = _block(sum(map(aligned, small))), 0
+    shared, position = _block(sum(map(aligned, small))).untyped_storage(), 0
     found = []
     for nbytes in wanted:
         if nbytes >= HUGE:
             found.append(_block(nbytes))
             continue
-        found.append(shared[position : position + nbytes])
+        found.append(torch.empty(0, dtype=torch.uint8).set_(shared[position : position + nbytes]))
         position += aligned(nbytes)
     return found
 

@@ -1,0 +1,93 @@
+"""What is known of model types that no installed plugin provides: what to do with a model of one. Pure.
+
+What leads nowhere is not proposed: the tables say what ``splitlearn plugins new`` does with each type of
+transformers 5.24, and a test holds them against it.
+"""
+
+from __future__ import annotations
+
+import re
+
+#: Model type -> the package of this project that provides it.
+PACKAGES = {
+    "gemma": "splitlearn-gemma",
+    "gemma2": "splitlearn-gemma",
+    "gemma3_text": "splitlearn-gemma",
+    "gpt2": "splitlearn-gpt2",
+    "qwen2": "splitlearn-qwen2",
+}
+#: Types that ``splitlearn plugins new`` writes a package for.
+_WRITTEN = """
+    apertus apertus1p5_text arcee aria_text biogpt bitnet bloom codegen cohere cohere2 ctrl cwm diffllama doge
+    ernie4_5 exaone4 falcon falcon_h1 glm glm4 gpt-sw3 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss
+    gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hyperclovax
+    inkling_text internlm3 iquestcoder jais2 jetmoe lfm2 llama minicpm3 minimax_m3_vl_text ministral ministral3
+    mistral moshi mpt nemotron olmo olmo2 olmo3 opt persimmon phi phi3 qwen3 seed_oss smollm3 stablelm
+    starcoder2 trocr vaultgemma xglm youtu
+"""
+WRITTEN = frozenset(_WRITTEN.split())
+#: Types that it refuses, of those that are causal language models in transformers.
+_REFUSED = """
+    afmoe axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation big_bird bigbird_pegasus blenderbot
+    blenderbot-small blt camembert cohere2_moe cohere_compass_text cpmant data2vec-text dbrx deepseek_v2
+    deepseek_v3 deepseek_v32 deepseek_v4 dory dots1 dots3_note dots3_note_text electra emu3 ernie ernie4_5_moe
+    exaone exaone_moe falcon_mamba flex_olmo flint fuyu gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text
+    gemma4_unified gemma4_unified_assistant gemma4_unified_text git glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2
+    granitemoehybrid hrm_text hunyuan_v1_moe hy_v3 hy_v4 inkling2_loop_text inkling2_text jamba kimi_linear
+    kolibri1 laguna lara_mini lfm2_moe lfm3 llama4 llama4_text longcat_flash mamba mamba2 marian mbart
+    megatron-bert mellum mimo_v2_flash minimax minimax_m2 mixtral mllama modernbert-decoder
+    moss_transcribe_diarize musicgen musicgen_melody mvp nanochat nemotron_h olmo_hybrid olmoe openai-gpt
+    pegasus phi4_multimodal phimoe plbart prophetnet qwen2_moe qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
+    qwen3_moe qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma reformer rembert roberta roberta-prelayernorm
+    roc_bert roformer rwkv sarvam_mla sarvam_moe solar_open whisper xlm xlm-roberta xlm-roberta-xl xlnet xlstm
+    xmod zamba zamba2 zaya
+"""
+REFUSED = frozenset(_REFUSED.split())
+#: A checkpoint of several models -> the type of its language model, and how that is saved alone.
+_TEXT_OF = {
+    "gemma3": (
+        "gemma3_text",
+        """
+from transformers import AutoModelForImageTextToText, Gemma3ForCausalLM
+whole = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="auto")
+text = Gemma3ForCausalLM(whole.config.text_config)
+text.model, text.lm_head = whole.model.language_model, whole.lm_head
+text.save_pretrained(DIR)""",
+    )
+}
+_TYPE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}", re.IGNORECASE)
+_CHECK = 'check "model_type" in config.json; if a plugin for it is installed, splitlearn doctor says why it is not seen'
+
+
+def way_out(model_type: object, provided: tuple[str, ...] = ()) -> str:
+    """Say what to do with a model of a type that no installed plugin provides.
+
+    A type comes out of anybody's config.json: a command is made of it only where a table has it.
+
+    Args:
+        model_type: The type.
+        provided: The types that installed plugins provide.
+    """
+    if not isinstance(model_type, str) or not _TYPE.fullmatch(model_type):
+        return _CHECK
+    if model_type in _TEXT_OF:
+        text, lines = _TEXT_OF[model_type]
+        first = f"a {model_type} checkpoint holds an image model besides; its language model is of type {text}"
+        package = "" if text in provided else f" (pip install {PACKAGES[text]})"
+        return f"{first}{package}. Save that alone, with transformers, and load DIR:{lines}"
+    if model_type in PACKAGES:
+        return f"try: pip install {PACKAGES[model_type]}, or {_CHECK}"
+    if model_type in WRITTEN:
+        return f"write a plugin: splitlearn plugins new {model_type} --out DIR, or {_CHECK}"
+    if model_type in REFUSED:
+        return (
+            f"models of type {model_type} cannot be split: their layers do not follow one another as those of a plain "
+            "decoder do, or their tensors are others in the file than in the model; "
+            "the manager loads one as a whole, with model_type 'huggingface'"
+        )
+    return f"{_CHECK}; splitlearn plugins new TYPE says whether models of a type can be split"
+
+
+def text_model(model_type: str, provided: tuple[str, ...] = ()) -> str:
+    """Say how the language model of a checkpoint of several models is saved alone; empty where that is not known."""
+    return way_out(model_type, provided) if model_type in _TEXT_OF else ""
