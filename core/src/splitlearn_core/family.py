@@ -90,6 +90,9 @@ class ModelFamily:
     #: the last layer (OPT's ``project_out``); they hand it on unchanged in every component but the top.
     #: A module of the three tuples, or ``norm``, may be None in some models of the type.
     skip_outside_top: tuple[str, ...] = ()
+    #: Arguments of the model's forward that its embeddings use up, and that mean nothing to layers; the bottom
+    #: alone takes them. Where they matter to all layers (masks by type of token), say ``()``.
+    bottom_arguments: tuple[str, ...] = ("token_type_ids",)
     #: True where the model does something to the embeddings that no module does (Granite multiplies them).
     #: Hidden states from outside are then handed to the layers past whatever is done there.
     enter_at_layers: bool = False
@@ -157,7 +160,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("norm", "preferred_strategy", "default_model", "bundled_checkpoint"):
         if not isinstance(getattr(family, name), str):
             yield name, "a text"
-    for name in ("zero_outside_bottom", "skip_outside_bottom", "skip_outside_top", "ignored_suffixes"):
+    for name in ("zero_outside_bottom", "skip_outside_bottom", "skip_outside_top", "bottom_arguments", "ignored_suffixes"):
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of texts"
     pairs = family.renamed

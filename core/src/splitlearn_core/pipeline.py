@@ -2,22 +2,136 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from splitlearn_core.adapters import adapter_mismatches
+from splitlearn_core.build.arguments import RECORDINGS, is_paged, named_cache
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
-from splitlearn_core.build.component import ComponentModel, named_cache, refuse_recordings
+from splitlearn_core.build.component import ComponentModel, architecture_class
+from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.origin import origin_mismatches
 from splitlearn_core.types import Component
 
+_PARTS = tuple(component.value for component in Component)
+
+
+class ComponentChain:
+    """Components in order, and the way of a forward's arguments through them.
+
+    Args:
+        parts: The components by name, in order.
+        mixed_dtypes: Whether hidden states are cast at a cut.
+    """
+
+    def __init__(self, parts: dict[Component, ComponentModel], mixed_dtypes: bool) -> None:
+        self.parts = parts
+        self.mixed_dtypes = mixed_dtypes
+        self.config = parts[Component.TOP].config
+        self.routing = parts[Component.BOTTOM].routing
+        # Where a parameter of each is, to know device and dtype without a walk over the module at every token.
+        self._probes = [_first_parameter(part) for part in parts.values()]
+
+    def run(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, head: bool) -> Any:
+        """Run the components one after the other.
+
+        Args:
+            owner: The module whose forward this is.
+            args, kwargs: The arguments of that forward, as the family's class takes them.
+            head: Whether to go on to logits and loss, or to end with the final norm.
+
+        Raises:
+            ConfigurationError: An argument that components cannot honour.
+            TypeError: A name that the family's forward does not know.
+        """
+        # An argument of None is one that was not given.
+        given = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
+        return_dict = given.pop("return_dict", self.config.return_dict)
+        recordings = {name: given.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
+        use_cache = given.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
+        cache = self._whole_cache(named_cache(given, given.pop("past_key_values", None)), use_cache)
+        tokens = given.pop("input_ids", None)
+        first = {name: given.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in given}
+        last = {name: given.pop(name) for name in self.routing.top if name in given} if head else {}
+        if not is_paged(cache):
+            self._refuse_unknown(owner, given)
+        given.update({name: True for name, wanted in recordings.items() if wanted})
+
+        parts = list(self.parts.values())
+        output: Any = parts[0](tokens, **first, **given, past_key_values=_share(cache, parts[0]))
+        outputs = [output]
+        for number, part in enumerate(parts[1:], start=1):
+            is_last = part is parts[-1]
+            given = _move({**given, **last} if is_last else given, self.device(number))
+            run = cast("Any", part).without_head if is_last and not head else part
+            output = run(self._enter(number, output), **given, past_key_values=_share(cache, part))
+            outputs.append(output)
+        result = _whole_output(outputs, recordings, cache if use_cache else None)
+        return result if return_dict else result.to_tuple()
+
+    def device(self, number: int) -> torch.device:
+        """Return where a component is, by its number in the order."""
+        holder, name = self._probes[number]
+        return cast("torch.device", getattr(holder, name).device)
+
+    def _enter(self, number: int, output: Any) -> torch.Tensor:
+        """Take hidden states over a cut: to the next component's device, and to its dtype where those may differ."""
+        hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+        holder, name = self._probes[number]
+        probe = getattr(holder, name)
+        return hidden.to(probe.device, probe.dtype) if self.mixed_dtypes else hidden.to(probe.device)
+
+    def _is_recomputed(self, owner: Any) -> bool:
+        """Say whether layers run twice, which would cache their keys twice: transformers turns the cache off."""
+        checkpointing = getattr(self.parts[Component.BOTTOM].base_model, "gradient_checkpointing", False)
+        return bool(checkpointing and owner.training and torch.is_grad_enabled())
+
+    def _whole_cache(self, cache: Any, use_cache: bool) -> Any:
+        """Return the cache of the whole model, of which each component uses its own layers."""
+        if cache is None:
+            return DynamicCache(config=self.config) if use_cache else None
+        refusal = "" if is_paged(cache) else _cache_refusal(cache)
+        if refusal:
+            raise ConfigurationError(
+                f"a split model cannot use {refusal}",
+                hint="use DynamicCache(config=model.config), or leave past_key_values and cache_implementation out",
+            )
+        return cache
+
+    def _refuse_unknown(self, owner: Any, given: Mapping[str, Any]) -> None:
+        for name in given:
+            if name not in self.routing.everywhere:
+                raise TypeError(f"{type(owner).__name__}.forward() got an unexpected keyword argument {name!r}")
+
+
+class Backbone(PreTrainedModel):
+    """The family's base model, whose layers are the components': ``model.model`` of a split Qwen2, say.
+
+    Calling it runs the components up to the final norm, and returns what the base model returns.
+    """
+
+    _chain: ComponentChain
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the components without the head; arguments and result are those of the family's base model."""
+        return self._chain.run(self, args, kwargs, head=False)
+
 
 class SplitCausalLM(PreTrainedModel, GenerationMixin):
-    """Runs bottom, trunk and top one after the other; generates as the unsplit model does.
+    """Runs bottom, trunk and top one after the other; it is an instance of the family's own class too.
+
+    What asks a model for its class, its loss, the arguments of its forward, its base model or a parameter by name
+    gets the unsplit model's answer; its modules and parameters are those of the components.
 
     Args:
         bottom: The component with the embeddings.
@@ -31,31 +145,80 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         ConfigurationError: The components do not make up one model.
     """
 
-    # The components have made this choice; nothing of it is left to this class.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _chain: ComponentChain
+    #: The family's own class, of which an instance is one too.
+    family_class: ClassVar[type[Any]]
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a class that names the configuration of a family be of that family, before there is an instance."""
+        config_class = vars(cls).get("config_class")
+        super().__init_subclass__(**kwargs)
+        family_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) if config_class is not None else None
+        if family_class is None or issubclass(cls, family_class):
+            return
+        cls.__bases__ = (*cls.__bases__, family_class)
+        cls.family_class = family_class
+        if cls.forward is SplitCausalLM.forward:
+            cls.forward = _with_signature_of(family_class)  # type: ignore[method-assign]  # the same, by other names
 
     def __init__(
         self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, *, mixed_dtypes: bool = False
     ) -> None:
-        _check_fit(bottom, trunk, top, mixed_dtypes)
-        super().__init__(top.config)
-        self.bottom, self.trunk, self.top = bottom, trunk, top
-        self._mixed_dtypes = mixed_dtypes
+        parts = {Component.BOTTOM: bottom, Component.TRUNK: trunk, Component.TOP: top}
+        _check_fit(parts, mixed_dtypes)
+        family_class = architecture_class(top.family)
+        if not isinstance(self, family_class):
+            made = class_over(type(self), family_class)
+            if made.forward is SplitCausalLM.forward:
+                made.forward = _with_signature_of(family_class)
+            object.__setattr__(self, "__class__", made)
+        PreTrainedModel.__init__(self, top.config)
+        self.training = top.training
         # What the checkpoint says about generation came with the top; without it, the model's own.
         self.generation_config = getattr(top, "generation_config", None) or GenerationConfig.from_model_config(
             top.config
         )
-        self.all_tied_weights_keys: dict[str, str] = {}
-        self.training = top.training
-        # One parameter of each, to know device and dtype without a walk over the module at every token.
-        self._probes = tuple(next(part.parameters()) for part in self.components)
+        self._assemble(parts, mixed_dtypes)
+
+    def _assemble(self, parts: dict[Component, Any], mixed_dtypes: bool) -> None:
+        """Take components, and make the unsplit model's modules of theirs."""
+        top = parts[Component.TOP]
+        ours = vars(self)
+        # What the family's own class gives a model besides modules, and its methods rely on.
+        own = {"loss_type", "generation_config", "training", *nn.Module().__dict__}
+        ours.update({name: getattr(top, name) for name in top.family_attributes if name not in own})
+        self._chain = ComponentChain(parts, mixed_dtypes)
+        ours["_modules"] = module_tree(parts, Backbone, {"_chain": self._chain})
+        # Ends that two loads made hold a copy each, which nothing keeps equal.
+        tied = self.get_expanded_tied_weights_keys(all_submodels=True)
+        self.all_tied_weights_keys = {
+            target: source
+            for target, source in tied.items()
+            if self.get_parameter(target) is self.get_parameter(source)
+        }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _PARTS:
+            super().__setattr__(name, value)
+            return
+        parts = {**self._chain.parts, Component(name): value}
+        _check_fit(parts, self._chain.mixed_dtypes)
+        self._assemble(parts, self._chain.mixed_dtypes)
+
+    @property
+    def bottom(self) -> ComponentModel:
+        """The component with the embeddings."""
+        return self._chain.parts[Component.BOTTOM]
+
+    @property
+    def trunk(self) -> ComponentModel:
+        """The component with the middle layers."""
+        return self._chain.parts[Component.TRUNK]
+
+    @property
+    def top(self) -> ComponentModel:
+        """The component with the head."""
+        return self._chain.parts[Component.TOP]
 
     @property
     def components(self) -> tuple[ComponentModel, ComponentModel, ComponentModel]:
@@ -65,134 +228,220 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """Where token ids go: the bottom's device."""
-        device: torch.device = self._probes[0].device
-        return device
+        return self._chain.device(0)
 
-    def get_input_embeddings(self) -> Any:
-        return self.bottom.get_input_embeddings()
-
-    def get_output_embeddings(self) -> Any:
-        return self.top.get_output_embeddings()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole model; arguments and result are those of the family's own class.
 
         Args:
             input_ids: Token ids ``[batch, sequence]``.
-            attention_mask: 1 for tokens, 0 for padding, ``[batch, past + sequence]``.
+            attention_mask: 1 for tokens, 0 for padding, ``[batch, past + sequence]``; or a mask
+                ``[batch, heads, sequence, past + sequence]``, or a mapping of such by type of layer.
             position_ids: Positions ``[batch, sequence]``.
             past_key_values: A cache of the whole model; each component uses its own layers of it.
+            cache: ``past_key_values`` by the name that transformers gives it from 5.24 on.
             inputs_embeds: Instead of token ids, their embeddings.
             labels: Token ids ``[batch, sequence]``; they are shifted inside.
             use_cache: Whether to return a cache; by default what the configuration says.
             logits_to_keep: How many last positions get logits; 0 for all.
+            output_hidden_states, output_attentions: Return those of all layers too.
             return_dict: False for a plain tuple.
-            cache: ``past_key_values`` by the name that transformers gives it from 5.24 on.
         """
-        refuse_recordings(kwargs)
-        past_key_values = named_cache({"cache": cache}, past_key_values)
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        caches = [self._part_of(past_key_values, component) for component in self.components]
-        common: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
-        if "cache_position" in kwargs:
-            common["cache_position"] = kwargs.pop("cache_position")
-        hidden = self.bottom(input_ids, inputs_embeds=inputs_embeds, past_key_values=caches[0], **common)
-        common = _move(common, self._probes[1].device)
-        hidden = self.trunk(self._enter(1, hidden), past_key_values=caches[1], **common)
-        common = _move({**common, "labels": labels}, self._probes[2].device)
-        output: CausalLMOutputWithPast = self.top(
-            self._enter(2, hidden),
-            past_key_values=caches[2],
-            logits_to_keep=logits_to_keep,
-            **common,
-            **kwargs,
-        )
-        setattr(output, CACHE_FIELD, past_key_values)
-        return output.to_tuple() if return_dict is False else output
+        return self._chain.run(self, args, kwargs, head=True)
 
-    def _enter(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Take hidden states over a cut: to the next component's device, and to its dtype where those may differ."""
-        probe = self._probes[number]
-        return hidden.to(probe.device, probe.dtype) if self._mixed_dtypes else hidden.to(probe.device)
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as Hugging Face models do; arguments and result are theirs.
+
+        Raises:
+            ConfigurationError: Text instead of token ids, or an option that a split model cannot honour.
+        """
+        if inputs is not None and not isinstance(inputs, torch.Tensor):
+            raise ConfigurationError(
+                f"generate takes token ids [batch, sequence], a tensor, and was given a {type(inputs).__name__}",
+                hint='model.generate(**tokenizer(text, return_tensors="pt")); '
+                "splitlearn generate MODEL --prompt TEXT takes text",
+            )
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("assistant_early_exit", getattr(settings, "assistant_early_exit", None)) is not None:
+            raise ConfigurationError(
+                "a split model cannot draft with its own first layers (assistant_early_exit)",
+                hint="give a small model as assistant_model, or prompt_lookup_num_tokens",
+            )
+        return super().generate(inputs, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        split_points: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Load saved components; or a checkpoint, where ``split_points`` say how to cut it.
+
+        Args:
+            pretrained_model_name_or_path: What ``save_split`` wrote, or a checkpoint.
+            split_points: ``(a, b)``, for a checkpoint.
+            kwargs: Further arguments of ``load_split_model``.
+
+        Raises:
+            ConfigurationError: A checkpoint without split points, or saved components with them.
+        """
+        from splitlearn_core.quickstart import load_split_model
+        from splitlearn_core.storage.directory import holds_components, load_split_directory
+
+        name = pretrained_model_name_or_path
+        saved = holds_components(name)
+        if saved == bool(split_points):
+            raise ConfigurationError(
+                f"{name} holds components that are cut already" if saved else f"{name} is to be cut, and not said where",
+                hint="leave split_points out" if saved else f"SplitCausalLM.from_pretrained({str(name)!r}, "
+                "split_points=(a, b)); splitlearn plan shows its layers",
+            )
+        if saved:
+            return cls(*cast("Any", load_split_directory(name, **kwargs)))
+        return cls(*cast("Any", load_split_model(None, split_points, name, **kwargs)))
+
+    def train(self, mode: bool = True) -> SplitCausalLM:
+        super().train(mode)
+        for component in self.components:
+            component.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SplitCausalLM:
+        # Through the components, each of which has buffers of its own: rotary frequencies, say.
+        for component in self.components:
+            component._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
+        for module in cast("LinkedModules", self._modules).added():
+            module._apply(fn, recurse)  # noqa: SLF001  # as above
+        return self
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn checkpointing on in each component, by its newer name."""
         for component in self.components:
             component.activation_checkpointing_enable(*args, **kwargs)
+        super().activation_checkpointing_enable(*args, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
         """Turn checkpointing off in each component, by its newer name."""
         for component in self.components:
             component.activation_checkpointing_disable()
+        super().activation_checkpointing_disable()
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn gradient checkpointing on in each component; arguments as of Hugging Face models."""
         for component in self.components:
             component.gradient_checkpointing_enable(*args, **kwargs)
+        super().gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Turn gradient checkpointing off in each component."""
         for component in self.components:
             component.gradient_checkpointing_disable()
+        super().gradient_checkpointing_disable()
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: three components in one file are a checkpoint that nothing could load."""
-        raise ConfigurationError(
-            "a split model is not saved as one checkpoint",
-            hint="save its components, each into a folder of its own: save_split(model, DIR)",
-        )
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Set the attention implementation of each component; arguments as of Hugging Face models."""
+        for component in self.components:
+            component.set_attn_implementation(*args, **kwargs)
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Set the implementation of experts in each component; arguments as of Hugging Face models."""
+        for component in self.components:
+            component.set_experts_implementation(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the embedding and the head are two components'."""
-        raise ConfigurationError(
-            "the vocabulary of a split model cannot be resized",
-            hint="resize the whole model with transformers, save it, and split the result",
-        )
+        """Resize the vocabulary, in bottom and top; arguments and result as of Hugging Face models."""
+        resized = super().resize_token_embeddings(*args, **kwargs)
+        for component in self.components:
+            component.config.vocab_size = self.config.vocab_size
+            component.vocab_size = self.config.vocab_size
+        self._assemble(self._chain.parts, self._chain.mixed_dtypes)
+        return resized
 
-    def _part_of(self, cache: Cache | None, component: ComponentModel) -> PartCache | None:
-        if cache is None:
-            return None
-        refusal = _cache_refusal(cache)
-        if refusal:
-            raise ConfigurationError(
-                f"a split model cannot use {refusal}",
-                hint="use DynamicCache(config=model.config), or leave past_key_values and cache_implementation out",
-            )
-        return PartCache.view(cache, component.layer_range)
+
+def _by_name(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a forward that were given by their place."""
+    if not args:
+        return kwargs
+    names = _parameter_names(owner.family_class)
+    given = dict(zip(names, args, strict=False))
+    twice = sorted(given.keys() & kwargs.keys())
+    if twice or len(args) > len(names):
+        what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} arguments by place"
+        raise TypeError(f"{type(owner).__name__}.forward() got {what}")
+    return {**given, **kwargs}
+
+
+@functools.cache
+def _parameter_names(family_class: type[Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(family_class.forward).parameters.values())[1:]
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _with_signature_of(family_class: type[Any]) -> Callable[..., Any]:
+    """Return a forward that says of itself what the family's says: trainers and ``generate`` go by its parameters."""
+
+    @functools.wraps(family_class.forward)
+    def forward(self: SplitCausalLM, *args: Any, **kwargs: Any) -> Any:
+        return SplitCausalLM.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _first_parameter(part: Any) -> tuple[Any, str]:
+    path, _, name = next(part.named_parameters())[0].rpartition(".")
+    return part.get_submodule(path), name
+
+
+def _share(cache: Any, part: ComponentModel) -> Any:
+    """Return a component's own layers of a cache of the whole model."""
+    return cache if cache is None or is_paged(cache) else PartCache.view(cache, part.layer_range)
+
+
+def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any) -> Any:
+    """Put together what the last component returned, and what each recorded of its own layers."""
+    last = outputs[-1]
+    recorded: dict[str, Any] = {CACHE_FIELD: cache}
+    wanted = recordings["output_hidden_states"]
+    if wanted:
+        # The last state of a component is the first of the next.
+        states = [state for output in outputs[:-1] for state in output.hidden_states[:-1]]
+        recorded["hidden_states"] = _selected((*states, *last.hidden_states), wanted)
+    if recordings["output_attentions"]:
+        recorded["attentions"] = tuple(item for output in outputs for item in output.attentions or ())
+    if isinstance(last, CausalLMOutputWithPast):
+        return CausalLMOutputWithPast(loss=last.loss, logits=last.logits, **recorded)
+    hidden = last if isinstance(last, torch.Tensor) else last.last_hidden_state
+    return BaseModelOutputWithPast(last_hidden_state=hidden, **recorded)
+
+
+def _selected(states: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
+    """Keep the states that were asked for by number, as newer transformers lets one do, in their places."""
+    if isinstance(wanted, bool):
+        return states
+    count = len(states)
+    kept = {number % count for number in ([wanted] if isinstance(wanted, int) else wanted) if -count <= number < count}
+    return tuple(state if number in kept else None for number, state in enumerate(states))
 
 
 def _cache_refusal(cache: Any) -> str:
     if not isinstance(cache, Cache):
         return f"a {type(cache).__name__} as a cache"
-    if cache.offloading:
-        return "an offloaded cache"
-    return f"a static cache ({type(cache).__name__})" if cache.is_compileable else ""
+    return "an offloaded cache" if cache.offloading else ""
 
 
-def _move(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return {name: _move(item, device) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, mixed_dtypes: bool) -> None:
-    given = {"bottom": bottom, "trunk": trunk, "top": top}
+def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
     problems = [
         f"{name} is a {getattr(part, 'component', type(part).__name__)}"
         for name, part in given.items()
-        if getattr(part, "component", None) != Component(name)
+        if getattr(part, "component", None) != name
     ]
     if not problems:
         edges = [part.layer_range for part in given.values()]

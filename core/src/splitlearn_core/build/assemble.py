@@ -69,6 +69,19 @@ def finish(module: nn.Module, device: str) -> None:
     empty = [name for name, tensor, _ in _tensors(module) if tensor.is_meta]
     if empty:
         raise InternalError(f"tensors without memory after loading: {', '.join(empty)}", hint="please report this")
+    mark_initialized(module)
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Mark modules and tensors as transformers marks what it has loaded.
+
+    Any of its models that holds them, and says that it is complete, gives random values to what is not marked.
+    """
+    for owner in module.modules():
+        vars(owner)["_is_hf_initialized"] = True
+        for tensor in (*owner._parameters.values(), *owner._buffers.values()):  # noqa: SLF001  # registers that nn.Module documents
+            if tensor is not None:
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001  # transformers' own mark
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel, utils
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from splitlearn_core.build.arguments import RECORDINGS, Routing, is_paged, mask_for_layers, named_cache, routing
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
 from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, Zero, entering
 from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
@@ -26,17 +25,14 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.origin import Origin
 from splitlearn_core.types import Component, LayerRange
 
-_MASK_DIMENSIONS = 2
+#: Hidden states are [batch, sequence, hidden].
+_STATE_DIMENSIONS = 3
 #: How transformers marks the floats in ``config.json`` that JSON has no word for.
 _FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 #: What transformers calls the loss of a causal language model.
 _LOSS = "ForCausalLM"
 #: What a module has of a name that it does not know.
 _ASTRAY = object()
-#: What transformers hands on to attention kernels and losses, by its own list.
-_KERNELS = frozenset(getattr(getattr(utils, "TransformersKwargs", None), "__annotations__", ())) | frozenset(
-    FlashAttentionKwargs.__annotations__
-)
 
 
 class ComponentModel(PreTrainedModel):
@@ -53,17 +49,26 @@ class ComponentModel(PreTrainedModel):
     layer_range: LayerRange
     #: Where the component comes from; None where it was made of a state dict.
     origin: Origin | None = None
+    #: The names of the attributes that the Hugging Face class gives a model.
+    family_attributes: frozenset[str]
+    #: Which components the arguments of the family's forward concern.
+    routing: Routing
 
     def __init__(self, config: Any, layer_range: LayerRange) -> None:
         with _depth(config, 1 if self.family.uniform_layers else layer_range.total):
             super().__init__(config)
+        self.family_attributes = frozenset(vars(self))
         self.layer_range = layer_range
         # transformers reads the loss off the name of a class, and where the name tells none (GPT2LMHeadModel) it takes
         # this one all the same, complaining of a configuration that says nothing of it.
         if getattr(self, "loss_type", None) is None:
             self.loss_type = _LOSS
         check_names(self, self.family)
-        self._keywords = _keywords(self)
+        forward = architecture_class(self.family).forward
+        self.routing = routes = routing(forward, self, self.family.bottom_arguments)
+        self._known = routes.everywhere | {
+            Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top
+        }[self.component]
 
     @classmethod
     def from_pretrained_split(
@@ -134,41 +139,49 @@ class ComponentModel(PreTrainedModel):
             hint="resize the whole model with transformers, save it, and split the result",
         )
 
-    def _forward_arguments(
+    def _layer_arguments(
         self,
         kwargs: dict[str, Any],
-        attention_mask: torch.Tensor | None,
+        attention_mask: Any,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Any,
     ) -> dict[str, Any]:
-        """Check what a component was given, and say it in the words of the Hugging Face class."""
-        refuse_recordings(kwargs)
+        """Check what a component was given besides its input, and put it in the words of the Hugging Face class."""
         past_key_values = named_cache(kwargs, past_key_values)
+        paged = is_paged(past_key_values)
         for name, instead in (("use_cache", "past_key_values=component.new_cache()"), ("return_dict", "nothing")):
-            if name in kwargs:
+            if name in kwargs and not paged:
                 raise ConfigurationError(f"a component takes no {name}", hint=f"give {instead} instead")
+        for name in self.routing.bottom.intersection(kwargs) if self.component != Component.BOTTOM else ():
+            # Used up by the embeddings; the family's own code would take hidden states for embeddings.
+            del kwargs[name]
         for name in kwargs:
-            if name not in self._keywords:
+            # Continuous batching tells the kernels where to read and write, under names of its own.
+            if name not in self._known and not paged:
                 raise TypeError(f"{self.component}.forward() got an unexpected keyword argument {name!r}")
-        if attention_mask is not None and attention_mask.dim() != _MASK_DIMENSIONS:
-            raise ConfigurationError(
-                f"attention_mask has {attention_mask.dim()} dimensions; components take [batch, past + sequence]",
-                hint="give the padding mask as the tokenizer makes it; each component derives its own causal mask",
-            )
-        if past_key_values is not None and (
-            not isinstance(past_key_values, PartCache) or past_key_values.layer_range != self.layer_range
-        ):
-            held = getattr(past_key_values, "layer_range", "all layers")
+        held = getattr(past_key_values, "layer_range", "all layers")
+        if past_key_values is not None and not paged and held != self.layer_range:
             raise ConfigurationError(
                 f"past_key_values is a cache of {held}; this {self.component} runs layers {self.layer_range}",
                 hint=f"use {self.component}.new_cache(); a cache of other layers would give wrong text silently",
             )
+        kinds = getattr(self.config, "layer_types", None)
         return {
-            "attention_mask": attention_mask,
+            **kwargs,
+            "attention_mask": mask_for_layers(attention_mask, kinds, self.layer_range),
             "position_ids": position_ids,
             self.cache_argument: past_key_values,
             "use_cache": past_key_values is not None,
         }
+
+    def _run_layers(self, inputs: dict[str, Any], arguments: dict[str, Any]) -> torch.Tensor | BaseModelOutputWithPast:
+        """Run the layers; the result is hidden states alone unless more was asked for."""
+        # What the configuration wants recorded, it wants of the whole model.
+        recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
+        output = self.base_model(**inputs, **{**arguments, **recordings})
+        if any(arguments.get(name) for name in RECORDINGS):
+            return cast("BaseModelOutputWithPast", output)
+        return cast("torch.Tensor", output.last_hidden_state)
 
     @contextmanager
     def _past_the_embeddings(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -180,12 +193,31 @@ class ComponentModel(PreTrainedModel):
             # A copy, because a model may change its embeddings in place.
             yield hidden_states.detach().clone()
 
-    def _check_states(self, hidden_states: torch.Tensor) -> None:
-        if not hidden_states.is_floating_point():
+    def _check_states(self, hidden_states: Any) -> None:
+        """Refuse what is no hidden states of this model, before the model's own code makes something of it."""
+        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+            given = getattr(hidden_states, "dtype", type(hidden_states).__name__)
             raise ConfigurationError(
-                f"hidden_states are {hidden_states.dtype}; a {self.component} takes no token ids",
+                f"hidden_states are {given}; a {self.component} takes no token ids",
                 hint="give what the component before it returned; token ids go to the bottom",
             )
+        width = self.config.hidden_size
+        if hidden_states.dim() != _STATE_DIMENSIONS or hidden_states.shape[-1] != width:
+            raise ConfigurationError(
+                f"hidden_states are {list(hidden_states.shape)}; this {self.component} takes "
+                f"[batch, sequence, {width}]",
+                hint="give what the component before it returned, as it is",
+            )
+        if hidden_states.dtype != next(self.parameters()).dtype and not torch.is_autocast_enabled(
+            hidden_states.device.type
+        ):
+            own = {parameter.dtype for parameter in self.parameters()}
+            if hidden_states.dtype not in own:
+                names = " and ".join(sorted(map(str, own)))
+                raise ConfigurationError(
+                    f"hidden_states are {hidden_states.dtype}; the parameters of this {self.component} are {names}",
+                    hint=f"load the components with one dtype, or convert: hidden_states.to({names.split(' and ')[0]})",
+                )
 
 
 class _Bottom(ComponentModel):
@@ -194,30 +226,51 @@ class _Bottom(ComponentModel):
         input_ids: torch.Tensor | None = None,
         *,
         inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | BaseModelOutputWithPast:
         """Run the embeddings and the first layers.
 
         Args:
             input_ids: Token ids ``[batch, sequence]``.
             inputs_embeds: Instead of token ids, their embeddings ``[batch, sequence, hidden]``.
-            attention_mask: 1 for tokens, 0 for padding, ``[batch, past + sequence]``.
+            attention_mask: 1 for tokens, 0 for padding, ``[batch, past + sequence]``; or a mask
+                ``[batch, heads, sequence, past + sequence]``, or a mapping of such by type of layer, as transformers
+                makes them.
             position_ids: Positions ``[batch, sequence]``; by default they count on from the cache.
             past_key_values: A cache from :meth:`new_cache`; grows by the sequence.
 
         Returns:
-            Hidden states ``[batch, sequence, hidden]``.
+            Hidden states ``[batch, sequence, hidden]``. With ``output_hidden_states`` or ``output_attentions``,
+            transformers' own output, in which they are ``last_hidden_state``.
         """
         if "hidden_states" in kwargs:
             raise ConfigurationError("a bottom takes no hidden_states", hint="give input_ids, or inputs_embeds")
-        if input_ids is not None and input_ids.is_floating_point():
-            raise ConfigurationError(f"input_ids are {input_ids.dtype}", hint="give embeddings as inputs_embeds")
-        arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
-        output = self.base_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments, **kwargs)
-        return cast("torch.Tensor", output.last_hidden_state)
+        if input_ids is not None and (not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point()):
+            given = getattr(input_ids, "dtype", type(input_ids).__name__)
+            raise ConfigurationError(
+                f"input_ids are {given}; a bottom takes token ids [batch, sequence], a tensor of whole numbers",
+                hint='tokenizer(text, return_tensors="pt").input_ids makes them; embeddings go to inputs_embeds',
+            )
+        arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
+        try:
+            return self._run_layers({"input_ids": input_ids, "inputs_embeds": inputs_embeds}, arguments)
+        except IndexError as error:
+            # The embedding's own, which names neither the token nor the vocabulary.
+            if input_ids is not None:
+                self._check_tokens(input_ids, error)
+            raise
+
+    def _check_tokens(self, input_ids: torch.Tensor, error: IndexError) -> None:
+        size = self.get_input_embeddings().weight.shape[0]
+        astray = input_ids[(input_ids < 0) | (input_ids >= size)]
+        if astray.numel():
+            raise ConfigurationError(
+                f"input_ids have {astray.numel()} token ids beyond the vocabulary of {size}: {astray[0].item()}, say",
+                hint="does the tokenizer belong to this model? Tokens that were added need resize_token_embeddings",
+            ) from error
 
 
 class _Trunk(ComponentModel):
@@ -225,11 +278,11 @@ class _Trunk(ComponentModel):
         self,
         hidden_states: torch.Tensor,
         *,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | BaseModelOutputWithPast:
         """Run the middle layers.
 
         Args:
@@ -239,13 +292,13 @@ class _Trunk(ComponentModel):
             past_key_values: A cache from this component's :meth:`new_cache`.
 
         Returns:
-            Hidden states ``[batch, sequence, hidden]``.
+            Hidden states ``[batch, sequence, hidden]``. With ``output_hidden_states`` or ``output_attentions``,
+            transformers' own output, in which they are ``last_hidden_state``.
         """
         self._check_states(hidden_states)
-        arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
+        arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
-            output = self.base_model(inputs_embeds=states, **arguments, **kwargs)
-        return cast("torch.Tensor", output.last_hidden_state)
+            return self._run_layers({"inputs_embeds": states}, arguments)
 
 
 class _Top(ComponentModel):
@@ -253,7 +306,7 @@ class _Top(ComponentModel):
         self,
         hidden_states: torch.Tensor,
         *,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: torch.Tensor | None = None,
@@ -272,54 +325,34 @@ class _Top(ComponentModel):
 
         Returns:
             ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
-            the cache.
+            the cache; hidden states and attentions of these layers where they were asked for.
         """
         self._check_states(hidden_states)
-        arguments = self._forward_arguments(kwargs, attention_mask, position_ids, past_key_values)
+        arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
-            output = super().forward(
-                inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments, **kwargs
-            )
+            output = super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
         return CausalLMOutputWithPast(
-            loss=output.loss, logits=output.logits, **{CACHE_FIELD: arguments[self.cache_argument]}
+            loss=output.loss,
+            logits=output.logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            **{CACHE_FIELD: arguments[self.cache_argument]},
         )
 
-
-def _keywords(model: Any) -> frozenset[str]:
-    """Return the names that the Hugging Face class knows what to do with; it would ignore others silently."""
-    named = [model.base_model.forward]
-    if model.component == Component.TOP:
-        named += [architecture_class(model.family).forward, model.loss_function]
-    names = {
-        name
-        for function in named
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    # What tokenizers and generate give, whether the family makes use of it or not; and what goes to the kernels.
-    return frozenset({*names, *_KERNELS, "cache_position", "token_type_ids"} - {"self", "input_ids", "inputs_embeds"})
-
-
-def named_cache(kwargs: dict[str, Any], past_key_values: Cache | None) -> Cache | None:
-    """Take the cache out of ``kwargs``, where it goes by the name that newer transformers give it.
-
-    Raises:
-        ConfigurationError: It was given by both names.
-    """
-    cache: Cache | None = kwargs.pop("cache", None)
-    if cache is not None and past_key_values is not None:
-        raise ConfigurationError("cache and past_key_values are two names of one argument", hint="give one of them")
-    return past_key_values if cache is None else cache
-
-
-def refuse_recordings(kwargs: dict[str, Any]) -> None:
-    """Refuse to record attentions or hidden states, which would be dropped silently."""
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.pop(name, None):
-            raise ConfigurationError(
-                f"a split model does not return what {name}=True asks for",
-                hint="hidden states at the cuts are what bottom and trunk return",
-            )
+    def without_head(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | BaseModelOutputWithPast:
+        """Run the last layers and the final norm; arguments as of :meth:`forward`, results as of a trunk's."""
+        self._check_states(hidden_states)
+        arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
+        with self._past_the_embeddings(hidden_states) as states:
+            return self._run_layers({"inputs_embeds": states}, arguments)
 
 
 _KINDS: dict[Component, type[ComponentModel]] = {

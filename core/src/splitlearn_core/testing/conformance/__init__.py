@@ -19,6 +19,7 @@ from splitlearn_core.testing.conformance.discovery import Discovery
 from splitlearn_core.testing.conformance.generation import Generation
 from splitlearn_core.testing.conformance.guarding import Guarding
 from splitlearn_core.testing.conformance.keys import Keys
+from splitlearn_core.testing.conformance.likeness import Likeness
 from splitlearn_core.testing.conformance.managing import Managing
 from splitlearn_core.testing.conformance.parity import Parity
 from splitlearn_core.testing.conformance.planning import Planning
@@ -30,7 +31,7 @@ __all__ = ["FamilyConformance"]
 
 # pytest runs the checks of the last base first.
 class FamilyConformance(
-    Managing, Storage, Training, Generation, Parity, Planning, Keys, Description, Discovery, Guarding
+    Managing, Storage, Training, Likeness, Generation, Parity, Planning, Keys, Description, Discovery, Guarding
 ):
     """Subclass it, name the model type, and every method is a test.
 

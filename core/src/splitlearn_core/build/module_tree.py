@@ -1,0 +1,180 @@
+"""The module tree of the unsplit model, over the modules that its components hold.
+
+Everything that looks for a module or a parameter by name (PEFT, optimizers, state dicts, a trainer's checkpoint)
+finds it where the unsplit model has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Mapping, Sequence, ValuesView
+from functools import cache
+from types import MappingProxyType
+from typing import Any, cast
+
+from torch import nn
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.types import Component
+
+
+class LinkedModules(dict[str, Any]):
+    """The children of a module, most of which are children of a component's module too.
+
+    What takes the place of a linked child (a wrapper of PEFT's, a resized embedding) takes its place in the component
+    as well, and what takes its place in the component is seen here.
+
+    Args:
+        own: The children that this module alone has. They stay.
+        links: Name of a child -> the module of a component that has it by the same name.
+        order: The names of these children, in order.
+        added: Further children, which may change.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[str, nn.Module],
+        links: Mapping[str, nn.Module],
+        order: Sequence[str],
+        added: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
+        super().__init__({**{name: own.get(name) for name in order}, **added})
+        self._links = links
+        self._fixed = frozenset(own)
+
+    def added(self) -> list[nn.Module]:
+        """Return the children that were put here since: by a subclass, say."""
+        return [module for name, module in self.items() if name not in self._fixed and name not in self._links]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = {name: self[name] for name in self._fixed}
+        added = {name: self[name] for name in self if name not in own and name not in self._links}
+        order = [name for name in self if name not in added]
+        return type(self), (own, dict(self._links), order, added)
+
+    def __getitem__(self, name: str) -> Any:
+        holder = self._links.get(name)
+        return super().__getitem__(name) if holder is None else holder._modules[name]  # noqa: SLF001  # the register that nn.Module documents
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def items(self) -> ItemsView[str, Any]:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> ValuesView[Any]:
+        return {name: self[name] for name in self}.values()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __setitem__(self, name: str, module: Any) -> None:
+        if name in self._fixed:
+            raise ConfigurationError(
+                f"{name} of a split model cannot be replaced as a whole: its modules are the components'",
+                hint="replace the modules in it, or change the unsplit model before it is split",
+            )
+        holder = self._links.get(name)
+        if holder is None:
+            super().__setitem__(name, module)
+        else:
+            setattr(holder, name, module)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self._fixed or name in self._links:
+            raise ConfigurationError(
+                f"{name} cannot be taken out of a split model: a component runs it",
+                hint="take it out of the unsplit model, save that, and split the result",
+            )
+        super().__delitem__(name)
+
+
+@cache
+def class_over(own: type[Any], family_class: type[Any]) -> type[Any]:
+    """Return a class of ours over a class of the family's, by the family's name.
+
+    transformers and what builds on it decide by names and attributes of a class, and by its module, which counts as
+    remote code where it is not their own.
+    """
+    return type(
+        family_class.__name__,
+        (own, family_class),
+        {
+            "__module__": family_class.__module__,
+            "__qualname__": family_class.__qualname__,
+            "family_class": family_class,
+            "__reduce_ex__": lambda self, _: (_instance, (own, family_class), self.__dict__),
+        },
+    )
+
+
+def _instance(own: type[Any], family_class: type[Any]) -> Any:
+    """Make an instance to be filled: what pickle and copy call."""
+    made = class_over(own, family_class)
+    return made.__new__(made)
+
+
+def module_tree(parts: Mapping[Component, Any], backbone: type[Any], attributes: Mapping[str, Any]) -> LinkedModules:
+    """Make the children of the unsplit model's root, out of the components' modules.
+
+    Args:
+        parts: The components by name.
+        backbone: What the family's base model, whose own forward knows nothing of components, is made an instance of.
+        attributes: Attributes that it gets besides those of the family's base model.
+    """
+    bottom, top = parts[Component.BOTTOM], parts[Component.TOP]
+    family = top.family
+    layers = f"{family.base}.{family.layers}"
+    outlets = {f"{family.base}.{name}" for name in family.outlets}
+    elsewhere = {layers, *outlets, *(f"{family.base}.{name}" for name in family.inlets)}
+
+    def children(path: str) -> LinkedModules:
+        own: dict[str, nn.Module] = {}
+        links: dict[str, nn.Module] = {}
+        module = top.get_submodule(path)
+        for name in module._modules:  # noqa: SLF001  # the register that nn.Module documents
+            full = f"{path}.{name}".lstrip(".")
+            if full == layers:
+                own[name] = _layer_list([part.get_submodule(layers) for part in parts.values()], parts)
+            elif any(other.startswith(f"{full}.") for other in elsewhere):
+                own[name] = shell(full)
+            else:
+                inside = full.startswith(f"{family.base}.") and full not in outlets
+                links[name] = (bottom if inside else top).get_submodule(path)
+        return LinkedModules(own, links, list(module._modules))  # noqa: SLF001  # the register that nn.Module documents
+
+    def shell(path: str) -> nn.Module:
+        module = top.get_submodule(path)
+        is_backbone = f"{family.base}.".startswith(f"{path}.")
+        made = _shell(module, class_over(backbone, type(module)) if is_backbone else type(module))
+        vars(made).update({"_modules": children(path), **(attributes if is_backbone else {})})
+        return made
+
+    return children("")
+
+
+def _layer_list(lists: Sequence[Any], parts: Mapping[Component, Any]) -> nn.ModuleList:
+    """Return the list of all layers, each from the component that runs it."""
+    links = {
+        str(number): held
+        for held, part in zip(lists, parts.values(), strict=True)
+        for number in range(part.start_layer, part.end_layer)
+    }
+    made = nn.ModuleList()
+    vars(made)["_modules"] = LinkedModules({}, links, list(links))
+    made.training = lists[-1].training
+    return made
+
+
+def _shell(module: nn.Module, made_of: type[Any]) -> nn.Module:
+    """Return an instance with the attributes and tensors of a module, and none of its children and hooks."""
+    made = cast("nn.Module", made_of.__new__(made_of))
+    nn.Module.__init__(made)
+    ours = vars(made)
+    # accelerate puts a forward of its own over that of a module that it moves.
+    kept = {name: value for name, value in vars(module).items() if name not in {"forward", "_old_forward", "_hf_hook"}}
+    ours.update({name: value for name, value in kept.items() if name not in ours})
+    for register in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        # The very same, so that what moves the component's tensors moves these.
+        ours[register] = vars(module)[register]
+    made.training = module.training
+    return made
