@@ -424,7 +424,9 @@ def test_gradient_checkpointing(world: World) -> None:
         gradients.append(model.get_input_embeddings().weight.grad)
         getattr(model, f"{kind}_checkpointing_disable")()
         assert not getattr(model, f"is_{kind}_checkpointing")
-        flags = [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        flags = [
+            module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")
+        ]
         assert flags
         assert not any(flags)
     assert_same(*gradients)
@@ -517,7 +519,7 @@ def test_says_what_its_class_says(world: World) -> None:
 
 
 def test_backbone(world: World) -> None:
-    """``base_model``, the attribute of its name and ``get_decoder`` give hidden states, and the head's weight logits."""
+    """``base_model``, the attribute of its name and ``get_decoder`` give the backbone's hidden states."""
     whole, split = world.load()
     assert split.base_model is not split
     assert_same(whole.base_model(IDS, output_hidden_states=True), split.base_model(IDS, output_hidden_states=True))

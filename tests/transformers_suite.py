@@ -2,12 +2,12 @@
 
 transformers tests every model class with one suite (``tests/test_modeling_common.py``, ``tests/generation``). Here a
 split model of three layers stands in for the causal class of a family. Only tests that pass on the unsplit class
-count, since what fails there says nothing about the split. The suite is no part of the wheel of transformers; a git
-checkout of the installed version has all of it::
+count, since what fails there says nothing about the split. The suite is no part of the wheel of transformers, and its
+source archive has only a part; a git checkout of the installed version has all of it::
 
     python tests/transformers_suite.py PATH/TO/transformers [--family qwen2 ...] [--json FILE]
 
-pytest and parameterized have to be installed. Tests need a quarter of an hour for each family on two cores.
+pytest and parameterized have to be installed. A family takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ def split_class(architecture: Any) -> Any:
         def __init__(self, config: Any, *_: Any, **__: Any) -> None:
             with tempfile.TemporaryDirectory() as directory:
                 architecture(copy.deepcopy(config)).save_pretrained(directory)
-                parts = parts_of(
-                    directory, config.num_hidden_layers, attn_implementation=config._attn_implementation
-                )
+                parts = parts_of(directory, config.num_hidden_layers, attn_implementation=config._attn_implementation)
             super().__init__(*parts)
             self.train()
 
@@ -310,7 +308,9 @@ def missing(tree: Path) -> list[str]:
 
 
 def _table(results: dict[str, Any]) -> str:
-    lines = ["family                unsplit pass/fail/skip   split pass/fail/skip   of the unsplit passes, split passes"]
+    lines = [
+        "family                unsplit pass/fail/skip   split pass/fail/skip   of the unsplit passes, split passes"
+    ]
     for family, ran in results.items():
         kinds = {kind: ran.get(kind, {}) for kind in KINDS}
         counts = {kind: Counter(each["outcome"] for each in tests.values()) for kind, tests in kinds.items()}
@@ -362,7 +362,9 @@ def main() -> int:
             results[family][kind] = run(tree, family, kind, options.expression, log)
         if options.expression and family in earlier:
             ran = results[family].get("split", {})
-            results[family]["unsplit"] = {name: each for name, each in earlier[family]["unsplit"].items() if name in ran}
+            results[family]["unsplit"] = {
+                name: each for name, each in earlier[family]["unsplit"].items() if name in ran
+            }
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
         for name, each in _differences(results[family]).items():
