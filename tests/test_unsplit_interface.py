@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +432,19 @@ def test_gradient_checkpointing(world: World) -> None:
         assert flags
         assert not any(flags)
     assert_same(*gradients)
+
+
+def test_config_json_asks_for_checkpointing(world: World, tmp_path: Path) -> None:
+    """``gradient_checkpointing`` in config.json turns it on in every layer, as in the unsplit model."""
+    checkpointing = World(world.model_type, shutil.copytree(world.folder, tmp_path / "copy"))
+    file = checkpointing.folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "gradient_checkpointing": True}))
+    flags = [
+        [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        for model in checkpointing.load()
+    ]
+    assert all(flags[0])
+    assert flags[0] == flags[1]
 
 
 # --- embeddings
