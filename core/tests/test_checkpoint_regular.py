@@ -14,7 +14,7 @@ import torch
 from splitlearn_core import InvalidCheckpointError, load_split_model
 from splitlearn_core.checkpoint.config import read_config
 from splitlearn_core.checkpoint.header import read_header
-from splitlearn_core.checkpoint.regular import open_regular, path_of, read_regular, refuse_irregular
+from splitlearn_core.checkpoint.regular import open_regular, path_of, refuse_irregular
 from splitlearn_core.checkpoint.sample import sample_values
 from splitlearn_core.checkpoint.torchfile import is_mappable, open_torch_file
 from splitlearn_core.storage.directory import read_manifest
@@ -37,7 +37,6 @@ KINDS: dict[str, Callable[[Path], object]] = {
 READERS: dict[str, Callable[[Path], object]] = {
     "open_regular": open_regular,
     "unbuffered": lambda path: open_regular(path, buffering=0),
-    "read_regular": read_regular,
     "refuse_irregular": refuse_irregular,
     "a header": read_header,
     "a configuration": read_config,
@@ -88,7 +87,6 @@ def test_a_pipe_in_place_of_a_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert read_regular(tmp_path / "link") == b"abc"
     with open_regular(tmp_path / "link", buffering=0) as file:
         assert file.read() == b"abc"
     with pytest.raises(FileNotFoundError):

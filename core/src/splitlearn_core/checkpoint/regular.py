@@ -55,12 +55,6 @@ def open_regular(path: Path, *, buffering: Literal[-1, 0] = -1) -> BufferedReade
     return file if buffering == 0 else BufferedReader(file)
 
 
-def read_regular(path: Path) -> bytes:
-    """Return what a regular file holds; raises as :func:`open_regular`."""
-    with open_regular(path) as file:
-        return file.read()
-
-
 def refuse_irregular(path: Path) -> None:
     """Refuse what is no regular file, for libraries that open it by its path: what takes its place later, they open.
 
