@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.config import CONFIG, check_config, read_config, read_weight_map
+from splitlearn_core.checkpoint.config import CONFIG, check_config, read_config, read_index_dtype, read_weight_map
 from splitlearn_core.checkpoint.ranges import Span, Wanted
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.strategies.base import PretrainedReader, WeightReader
 from splitlearn_core.checkpoint.torchfile import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
+
+log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -118,6 +121,35 @@ class Checkpoint:
         if layout.is_index:
             return read_weight_map(self.source.path(layout.entrance), layout.suffix)
         return dict.fromkeys(self._header(layout.entrance), layout.entrance)
+
+    @cached_property
+    def deciding_shard(self) -> str:
+        """The weight file whose tensors say the dtype where ``config.json`` does not: the first by name.
+
+        A folder may hold only the shards that some components need: then it is the first that is there.
+        """
+        shards, there = self.weight_files(), self.source.files()
+        shard = next((name for name in shards if name in there), shards[0])
+        if shard != shards[0]:
+            log.warning(
+                "%s lacks %s, whose tensors say the dtype of the model; that of %s is taken",
+                self.source.model,
+                shards[0],
+                shard,
+            )
+        return shard
+
+    @cached_property
+    def index_dtype(self) -> str:
+        """torch's name of the dtype that the index states; empty where there is none, or it states none."""
+        layout = self._layout
+        return read_index_dtype(self.source.path(layout.entrance)) if layout is not None and layout.is_index else ""
+
+    def deciding_tensors(self) -> Iterator[TensorInfo]:
+        """Yield the tensors of the deciding shard in the order in which ``from_pretrained`` looks at them."""
+        infos = self._header(self.deciding_shard)
+        # The order of a pickle is that of its dictionary.
+        yield from ((infos[key] for key in sorted(infos)) if self.format == SAFETENSORS else infos.values())
 
     @property
     def opaque_file(self) -> str | None:

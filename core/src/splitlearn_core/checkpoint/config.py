@@ -59,6 +59,13 @@ def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     return weight_map
 
 
+def read_index_dtype(path: Path) -> str:
+    """Return the dtype that an index file states in its metadata; empty where it states none."""
+    metadata = _read_object(path).get("metadata")
+    stated = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return stated if isinstance(stated, str) else ""
+
+
 def _is_shard_name(shard: str, suffix: str) -> bool:
     # One plain name under the rules of both systems, whatever this one is.
     return (

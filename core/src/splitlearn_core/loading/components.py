@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.readahead import read_ahead
@@ -21,11 +22,9 @@ from splitlearn_core.loading.origins import origins_of
 from splitlearn_core.loading.planning import make_plan, mismatch
 from splitlearn_core.loading.reading import read_all
 from splitlearn_core.loading.reads import check_memory, choose_strategies, read_plans, whole_model
+from splitlearn_core.plan.misfit import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.names import KeyTable
-from splitlearn_core.plan.splitplan import (
-    ComponentPlan,
-    SplitPlan,
-)
+from splitlearn_core.plan.splitplan import SplitPlan
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback
 from splitlearn_core.units import human_bytes
@@ -69,7 +68,11 @@ def load_components(
         built[part.component] = build_component(
             model.family, config, part.component, part.layers, on_layer=options.on_layer
         )
-    _check_all(model, plan.components, table, built)
+    unread = _check_all(model, plan, table, built, strict=options.strict)
+    if unread:
+        plan, table = _without(plan, table, unread)
+        reads = read_plans(plan, paths, devices, whole_model(model, plan, progress))
+        origins = origins_of(model, plan, table, paths)
     _attach_generation_config(model, built.get(Component.TOP))
     for component, origin in origins.items():
         built[component].origin = origin
@@ -99,17 +102,49 @@ def load_all(
 
 
 def _check_all(
-    model: OpenModel, parts: Iterable[ComponentPlan], table: KeyTable, built: Mapping[Component, ComponentModel]
-) -> None:
-    """Report at once all that is wrong with the tensors of the asked components."""
-    from splitlearn_core.build.assemble import tensor_problems
+    model: OpenModel, plan: SplitPlan, table: KeyTable, built: Mapping[Component, ComponentModel], *, strict: bool
+) -> dict[Component, set[str]]:
+    """Report at once all that is wrong with the tensors of the asked components.
 
-    problems = list(table.problems)
-    for part in parts:
+    Tensors that the model has no place for are a warning, as in ``from_pretrained``, unless ``strict``.
+
+    Returns:
+        The module keys of planned tensors that the components have no place for.
+    """
+    from splitlearn_core.build.assemble import tensor_problems, unexpected_names
+
+    problems, surplus = list(table.problems), unexpected_words(table.unexpected)
+    unread: dict[Component, set[str]] = {}
+    keys = set(table.unexpected)
+    for part in plan.components:
         planned = {tensor.module_key: tensor.info for tensor in part.tensors}
-        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], planned)]
-    if problems:
-        raise mismatch(model, problems)
+        names = unexpected_names(built[part.component], planned)
+        wanted = {name: info for name, info in planned.items() if name not in names}
+        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], wanted)]
+        surplus += [f"unexpected: {name} {list(planned[name].shape)} ({part.component})" for name in sorted(names)]
+        keys.update(planned[name].key for name in names)
+        unread |= {part.component: names} if names else {}
+    if problems or (surplus and (strict or any(map(alters_weights, keys)))):
+        raise mismatch(model, problems + surplus, plan)
+    if keys:
+        log.warning("%s", unread_words(model.name, model.family.model_type, sorted(keys)))
+    return unread
+
+
+def _without(plan: SplitPlan, table: KeyTable, unread: Mapping[Component, set[str]]) -> tuple[SplitPlan, KeyTable]:
+    """Leave tensors out of what is planned, by their module keys."""
+    parts = tuple(
+        replace(
+            part,
+            tensors=tuple(t for t in part.tensors if t.module_key not in unread.get(part.component, ())),
+        )
+        for part in plan.components
+    )
+    sources = {
+        component: {name: key for name, key in held.items() if name not in unread.get(component, ())}
+        for component, held in table.sources.items()
+    }
+    return replace(plan, components=parts), replace(table, sources=sources)
 
 
 def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> None:

@@ -35,6 +35,8 @@ class LoadOptions:
     device_map: Mapping[Component, str] | str | None = None
     #: Device -> bytes that may be used of it; empty for no limits.
     max_memory: Mapping[str, int] = field(default_factory=dict)
+    #: Refuse tensors that the model has no place for; otherwise they are a warning.
+    strict: bool = False
     #: Called before each layer is built; it may raise to stop the load.
     on_layer: Callable[[], None] = lambda: None
 
