@@ -305,3 +305,91 @@ def test_an_adapter_among_the_weights_is_refused(single: Path) -> None:
         load_split_model(None, CUTS, single)
 
     assert "merge_and_unload" in caught.value.hint
+
+
+FILES = {
+    "an adapter": ("adapter_model.safetensors", "load_adapter"),
+    "Mistral's layout": ("consolidated.safetensors", "convert"),
+    "Meta's layout": ("consolidated.00.pth", "convert"),
+    "a variant": ("model.fp16.safetensors", "variant"),
+    "shards of a variant": ("model.safetensors.index.fp16.json", "variant"),
+    "DeepSpeed": ("zero_to_fp32.py", "zero_to_fp32.py DIR"),
+    "FSDP": ("__0_0.distcp", "merge-weights"),
+    "Flax": ("flax_model.msgpack", "from_flax"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_other_files_in_the_place_of_weights(single: Path, kind: str) -> None:
+    """What is there is named, and what to do with it; nobody is sent for an index that never was."""
+    name, hint = FILES[kind]
+    (single / WEIGHTS).rename(single / name)
+
+    with pytest.raises(CheckpointError, match=re.escape(name)) as caught:
+        load_split_model(None, CUTS, single)
+
+    assert hint in caught.value.hint
+
+
+def test_files_of_a_training_run_do_not_matter(single: Path) -> None:
+    """Optimizer, scheduler and others lie beside the weights of a checkpoint of Trainer."""
+    for name in ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth", "consolidated.safetensors"):
+        (single / name).write_bytes(b"not read")
+
+    assert torch.equal(logits(split(single)), logits(unsplit(single)))
+
+
+def test_weights_that_the_configuration_names(single: Path, edit_json: Callable[..., None]) -> None:
+    """``from_pretrained`` reads the file that config.json names; another one is not read instead."""
+    save_file(load_file(single / WEIGHTS), single / "other.safetensors", {"format": "pt"})
+    edit_json(single / "config.json", transformers_weights=WEIGHTS)
+    assert torch.equal(logits(split(single)), logits(unsplit(single)))
+    edit_json(single / "config.json", transformers_weights="other.safetensors")
+
+    with pytest.raises(CheckpointError, match="transformers_weights") as caught:
+        load_split_model(None, CUTS, single)
+
+    assert WEIGHTS in caught.value.hint
+
+
+MLX = {"group_size": 64, "bits": 4}
+
+
+@pytest.mark.parametrize("names", [("quantization", "quantization_config"), ("quantization",)])
+def test_mlx_quantisation_is_named(single: Path, edit_json: Callable[..., None], names: tuple[str, ...]) -> None:
+    """Its settings name no method, or are not where transformers looks."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        packed = {k: torch.zeros(32, 4, dtype=torch.uint32) if "q_proj.weight" in k else v for k, v in tensors.items()}
+        scales = {k.replace("weight", "scales"): torch.zeros(32, 1) for k in tensors if "q_proj.weight" in k}
+        return {**packed, **scales}
+
+    rewrite(single, change)
+    edit_json(single / "config.json", **dict.fromkeys(names, MLX))
+
+    with pytest.raises(CheckpointError) as caught:
+        load_split_model(None, CUTS, single)
+
+    assert "None" not in str(caught.value)
+    assert "MLX" in str(caught.value)
+    assert "mlx_lm.convert" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["quantization", "compression_config"])
+def test_settings_that_transformers_does_not_read_change_nothing(
+    single: Path, edit_json: Callable[..., None], name: str
+) -> None:
+    """Plain weights are plain weights."""
+    edit_json(single / "config.json", **{name: {**MLX, "format": "dense"}})
+
+    assert torch.equal(logits(split(single)), logits(unsplit(single)))
+
+
+def test_a_quantisation_without_a_method_is_refused(single: Path, edit_json: Callable[..., None]) -> None:
+    """As by transformers, and without the word None."""
+    edit_json(single / "config.json", quantization_config={"scheme": "own"})
+
+    with pytest.raises(CheckpointError) as caught:
+        load_split_model(None, CUTS, single)
+
+    assert "None" not in caught.value.message

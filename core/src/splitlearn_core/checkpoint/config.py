@@ -9,9 +9,13 @@ from typing import Any
 from splitlearn_core.errors import InvalidCheckpointError
 
 CONFIG = "config.json"
+#: Of an adapter that PEFT saved.
+ADAPTER_CONFIG = "adapter_config.json"
 
 #: The largest index in use is a few megabytes; nobody reads a gigabyte to find that it is none.
 _MAX_JSON_BYTES = 100_000_000
+#: Characters of a name from a file that a message repeats.
+_MAX_NAME = 200
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -64,6 +68,15 @@ def read_index_dtype(path: Path) -> str:
     metadata = _read_object(path).get("metadata")
     stated = metadata.get("dtype") if isinstance(metadata, dict) else None
     return stated if isinstance(stated, str) else ""
+
+
+def base_of(path: Path) -> str:
+    """Return the model that an adapter's configuration names; a word for it where it names none."""
+    try:
+        stated = _read_object(path).get("base_model_name_or_path")
+    except InvalidCheckpointError:
+        stated = None
+    return stated[:_MAX_NAME] if isinstance(stated, str) and stated else "its base model"
 
 
 def _is_shard_name(shard: str, suffix: str) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.adapters import apply_adapter
+from splitlearn_core.checkpoint.adapter import adapter_in
 from splitlearn_core.checkpoint.readahead import read_ahead
 from splitlearn_core.checkpoint.strategy import (
     WholeStrategy,
@@ -79,6 +81,9 @@ def load_components(
     with passing_through(progress) as tell:
         read_all(plan, reads, built, strategies, tell)
     _tie_if_equal(built, table)
+    if model.checkpoint.has_adapter:
+        log.info("Applying the adapter that lies with the weights of %s", model.name)
+        apply_adapter(list(built.values()), adapter_in(model.checkpoint.source), widen=False)
     total = sum(read.nbytes for read in reads.values())
     _log_ready(model.name, plan, devices, total, time.perf_counter() - started)
     progress(Progress("ready", None, total, total))

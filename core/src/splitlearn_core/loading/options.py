@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
 from splitlearn_core.checkpoint.strategy import (
     check_strategy,
 )
@@ -48,6 +50,11 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
         ConfigurationError: The name is no device or strategy, or this machine has no such device.
     """
     check_strategy(options.strategy, registry().strategies(model.family, options.strategy))
+    if model.checkpoint.has_adapter and find_spec("peft") is None:
+        raise ConfigurationError(
+            f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}); to put it onto them needs peft",
+            hint=f'pip install "splitlearn-core[peft]"; or move {ADAPTER_CONFIG} away for the model without it',
+        )
     if model.checkpoint.quantization:
         from splitlearn_core.build.whole import check_quantization
 

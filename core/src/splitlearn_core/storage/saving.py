@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading import OpenModel, make_plan, open_model, origins_of, refuse_misfit
 from splitlearn_core.origin import Origin, origin_mismatches
@@ -179,7 +180,13 @@ def check_place(target: Path) -> None:
 
 
 def check_source(model: OpenModel, dtype: str | torch.dtype) -> None:
-    """Refuse to copy quantised weights as they are stored; raises ConfigurationError."""
+    """Refuse an adapter with the weights, and quantised weights as they are stored; raises ConfigurationError."""
+    if model.checkpoint.has_adapter:
+        raise ConfigurationError(
+            f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}), and a saved component has none",
+            hint="move its files into a folder of their own, and use load_adapter on the components; "
+            "or merge it first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(DIR)",
+        )
     if dtype == "auto" and model.checkpoint.quantization:
         raise ConfigurationError(
             f"{model.name} is quantised ({model.checkpoint.quantization}), and components have plain weights",
