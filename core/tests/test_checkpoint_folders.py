@@ -393,3 +393,27 @@ def test_a_quantisation_without_a_method_is_refused(single: Path, edit_json: Cal
         load_split_model(None, CUTS, single)
 
     assert "None" not in caught.value.message
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_gguf_file_names_the_package_that_reads_it(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_config: bool
+) -> None:
+    """Whether the file or its folder is given, and from the doctor too: no hint leads to the other one."""
+    from splitlearn_core.doctor.model import check_model
+    from splitlearn_core.plugins.registry import reset_registry
+
+    monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "gguf")
+    reset_registry()
+    folder = tmp_path / "quantised"
+    folder.mkdir()
+    if with_config:
+        (folder / "config.json").write_bytes((single / "config.json").read_bytes())
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+    for name in (folder, folder / "model.gguf"):
+        with pytest.raises(CheckpointError, match="GGUF") as caught:
+            load_split_model(None, CUTS, name)
+        assert "pip install splitlearn-gguf" in caught.value.hint
+        assert "./plugins/gguf" in caught.value.hint
+        assert "splitlearn-gguf" in check_model(str(name), load=False)[-1].mend

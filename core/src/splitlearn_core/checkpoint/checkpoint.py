@@ -14,6 +14,7 @@ from splitlearn_core.checkpoint.config import (
     ADAPTER_CONFIG,
     CONFIG,
     check_config,
+    needed_reader,
     read_config,
     read_index_dtype,
     read_weight_map,
@@ -351,6 +352,12 @@ class Checkpoint:
         return describe_torch_file(path) if reader is None else dict(reader.tensors(path, self.config))
 
     def _no_weights(self) -> CheckpointError:
+        needed = needed_reader(self._files)
+        if needed is not None:
+            return MissingFileError(
+                f"{self.source.model} has its weights in {needed[0]}, a {needed[1]} file, and nothing here reads those",
+                hint=needed[2],
+            )
         for pattern, what, remedy in _OTHER_FILES:
             found = sorted(name for name in self._files if re.fullmatch(pattern, name))
             if found:

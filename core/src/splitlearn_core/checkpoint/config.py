@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from splitlearn_core.errors import InvalidCheckpointError
 
 CONFIG = "config.json"
+#: Ends of weight files that a package of their own reads: what they are, the package, its folder in a checkout.
+_READ_BY_OTHERS = {".gguf": ("GGUF", "splitlearn-gguf", "./plugins/gguf")}
 #: Of an adapter that PEFT saved.
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -68,6 +71,16 @@ def read_index_dtype(path: Path) -> str:
     metadata = _read_object(path).get("metadata")
     stated = metadata.get("dtype") if isinstance(metadata, dict) else None
     return stated if isinstance(stated, str) else ""
+
+
+def needed_reader(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Return the first file that a package of its own reads, what it is, and the way to have that package; or None."""
+    for name in sorted(names):
+        for suffix, (format_name, package, folder) in _READ_BY_OTHERS.items():
+            if name.lower().endswith(suffix):
+                install = f"pip install {package} (from a checkout: pip install {folder})"
+                return name, format_name, f"{install}; where it is there, splitlearn plugins says why it is not used"
+    return None
 
 
 def base_of(path: Path) -> str:
