@@ -47,7 +47,7 @@ class DirectorySource:
             needed = needed_reader(entry.name for entry in self._directory.iterdir() if entry.is_file())
             if needed is not None:
                 raise MissingFileError(
-                    f"{self._directory} has no {CONFIG}; {needed[0]} is a {needed[1]} file, and nothing here reads those",
+                    f"{self._directory} has no {CONFIG}; {needed[0]} is a {needed[1]} file, which nothing reads here",
                     hint=needed[2],
                 )
             beside = ", ".join(sorted(entry.name for entry in self._directory.iterdir())[:8]) or "nothing"

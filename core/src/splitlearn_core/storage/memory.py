@@ -69,7 +69,7 @@ def parts_converted(
     """Load components in a dtype, to be saved in it."""
     plan, table = make_plan(model, split_points, asked, dtype, fetch=report)
     components = load_components(model, plan, table, LoadOptions(), report)
-    return [_part(component, companion_files(model, name)) for name, component in components.items()]
+    return [_part(component, companion_files(model, name, report)) for name, component in components.items()]
 
 
 def parts_in_memory(
