@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from splitlearn_core.checkpoint.adapter import (
-    ADAPTER_CONFIG,
     AdapterFiles,
     check_adapter_target,
     open_adapter,
     write_adapter,
 )
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
 from splitlearn_core.errors import (
     ConfigurationError,
     InvalidCheckpointError,

@@ -66,7 +66,8 @@ def load_components(
     for part in plan.components:
         log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
         progress(Progress("building", part.component))
-        config = hf_config(model.family, model.config, model.name, part.dtype, options.attn_implementation)
+        values = _without_cross_attention(model.config, table)
+        config = hf_config(model.family, values, model.name, part.dtype, options.attn_implementation)
         built[part.component] = build_component(
             model.family, config, part.component, part.layers, on_layer=options.on_layer
         )
@@ -104,6 +105,12 @@ def load_all(
     from splitlearn_core.pipeline import SplitCausalLM
 
     return SplitCausalLM(*(parts[component] for component in Component), mixed_dtypes=isinstance(dtype, Mapping))
+
+
+def _without_cross_attention(config: Mapping[str, Any], table: KeyTable) -> Mapping[str, Any]:
+    """Leave out cross-attention that the checkpoint has no tensors for: a decoder alone never computes it."""
+    held = any("cross" in name for names in table.sources.values() for name in names)
+    return {**config, "add_cross_attention": False} if config.get("add_cross_attention") and not held else config
 
 
 def _check_all(
