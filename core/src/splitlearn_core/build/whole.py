@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from splitlearn_core.build.component import architecture_class
 from splitlearn_core.build.skeleton import BUILD_LOCK
-from splitlearn_core.checkpoint.checkpoint import MLX
-from splitlearn_core.checkpoint.config import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 
@@ -42,9 +38,9 @@ def load_whole(
         CheckpointError: transformers cannot load it, or not all of it.
     """
     log.info("Loading the whole of %s in %s", name, directory)
-    with alone(waiting), blaming(name), _without_adapter(directory) as folder:
+    with alone(waiting), blaming(name):
         model, info = architecture_class(family).from_pretrained(
-            folder,
+            directory,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=safetensors,
@@ -63,12 +59,6 @@ def check_quantization(name: str, quantization: str, stated: Any) -> None:
     Raises:
         CheckpointError: It cannot: it does not know the method, or a package is missing.
     """
-    if quantization == MLX:
-        raise CheckpointError(
-            f"{name} is quantised as {MLX} does it (group_size and bits in {CONFIG}), and packed for it alone",
-            hint="write plain weights: mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize; "
-            "or use the original checkpoint",
-        )
     from transformers.quantizers.auto import AutoHfQuantizer
 
     hint = "install what it asks for, or use the original, unquantised checkpoint"
@@ -98,19 +88,6 @@ def alone(waiting: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         BUILD_LOCK.release()
-
-
-@contextmanager
-def _without_adapter(directory: str) -> Iterator[str]:
-    """Give a folder without the adapter that ``from_pretrained`` would put onto the weights: components get it last."""
-    if not (Path(directory) / ADAPTER_CONFIG).is_file():
-        yield directory
-        return
-    with tempfile.TemporaryDirectory(prefix="splitlearn-") as folder:
-        for path in Path(directory).iterdir():
-            if path.name != ADAPTER_CONFIG:
-                (Path(folder) / path.name).symlink_to(path.resolve())
-        yield folder
 
 
 @contextmanager

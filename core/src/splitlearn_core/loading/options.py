@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
+from splitlearn_core.checkpoint.checkpoint import MLX
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.checkpoint.strategy import (
     check_strategy,
 )
-from splitlearn_core.errors import (
-    ConfigurationError,
-)
+from splitlearn_core.errors import CheckpointError, ConfigurationError
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.plan.placement import AUTO, check_fit, place
 from splitlearn_core.plan.splitplan import (
@@ -56,6 +55,12 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
             hint=f'pip install "splitlearn-core[peft]"; or move {ADAPTER_CONFIG} away for the model without it',
         )
     if model.checkpoint.quantization:
+        if model.checkpoint.quantization == MLX:
+            raise CheckpointError(
+                f"{model.name} is quantised as {MLX} does it (group_size and bits in {CONFIG}), and packed for it alone",
+                hint="write plain weights: mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize; "
+                "or use the original checkpoint",
+            )
         from splitlearn_core.build.whole import check_quantization
 
         check_quantization(model.name, model.checkpoint.quantization, model.checkpoint.config["quantization_config"])
