@@ -57,7 +57,7 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
     if model.checkpoint.quantization:
         if model.checkpoint.quantization == MLX:
             raise CheckpointError(
-                f"{model.name} is quantised as {MLX} does it (group_size and bits in {CONFIG}), and packed for it alone",
+                f"{model.name} is quantised as {MLX} does it (group_size, bits in {CONFIG}), and packed for it alone",
                 hint="write plain weights: mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize; "
                 "or use the original checkpoint",
             )
