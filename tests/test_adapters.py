@@ -26,6 +26,7 @@ from splitlearn_core import (
     load_split_model,
     merge_and_unload,
     save_adapter,
+    save_split,
     unload_adapter,
 )
 from splitlearn_core.testing.hub import LoopbackHub
@@ -508,3 +509,107 @@ def test_an_earlier_adapter_is_replaced(plain: World, tmp_path: Path) -> None:
 
     for _ in range(2):
         save_adapter(parts, plain.adapter)
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A whole model in a folder of its own, to which an adapter may be added."""
+    return write_checkpoint(tmp_path / "single", tiny_model("qwen2", tie_word_embeddings=False))
+
+
+def unsplit(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def split(folder: Path, **options: Any) -> SplitCausalLM:
+    return SplitCausalLM(*load_split_model(None, CUTS, folder, **options)).eval()
+
+
+def add_adapter(folder: Path, *, rank: int = 4, **options: Any) -> None:
+    """Write the adapter that PEFT makes for a folder's model, with values of its own, beside the weights."""
+    torch.manual_seed(2)
+    settings = {"target_modules": ["q_proj", "down_proj"], **options}
+    model = peft.get_peft_model(unsplit(folder), peft.LoraConfig(r=rank, task_type="CAUSAL_LM", **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["mapped", "copied", "incremental", "whole"])
+def test_an_adapter_with_the_weights_is_applied(single: Path, strategy: str, dtype: str) -> None:
+    """As ``from_pretrained`` does: bit for bit, whichever way the weights are read."""
+    plain = logits(unsplit(single))
+    add_adapter(single)
+    whole = AutoModelForCausalLM.from_pretrained(single, dtype=dtype).eval()
+
+    got = logits(split(single, strategy=strategy, dtype=dtype))
+
+    assert torch.equal(got, logits(whole))
+    assert not torch.allclose(got.float(), plain)
+
+
+def test_one_component_gets_its_share_of_the_adapter(single: Path) -> None:
+    """A trunk alone is the one of a load of all."""
+    add_adapter(single)
+    hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+
+    alone = load_split_model(None, CUTS, single, parts=("trunk",)).trunk
+    together = load_split_model(None, CUTS, single).trunk
+
+    assert alone is not None
+    assert together is not None
+    assert torch.equal(alone(hidden), together(hidden))
+    assert any("lora_A" in name for name, _ in alone.named_parameters())
+
+
+def test_an_adapter_with_the_weights_needs_peft(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers leaves it out in silence then; here the package is named."""
+    from splitlearn_core.loading import options
+
+    add_adapter(single)
+    monkeypatch.setattr(options, "find_spec", lambda _: None)
+
+    with pytest.raises(SplitLearnError, match="adapter") as caught:
+        load_split_model(None, CUTS, single)
+
+    assert "[peft]" in caught.value.hint
+
+
+def test_an_adapter_that_cannot_be_cut_is_refused(single: Path) -> None:
+    """With the reason, and nothing is loaded without it."""
+    add_adapter(single)
+    path = single / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer_replication": [[0, 2]]}))
+
+    with pytest.raises(SplitLearnError, match="layer_replication") as caught:
+        load_split_model(None, CUTS, single)
+
+    assert "merge" in caught.value.hint
+
+
+def test_a_folder_with_an_adapter_is_not_split_without_it(single: Path, tmp_path: Path) -> None:
+    """Components on disk have none: what they would lack is said, and the way out."""
+    add_adapter(single)
+
+    for dtype in ("auto", "bfloat16"):
+        with pytest.raises(SplitLearnError, match="adapter") as caught:
+            save_split(single, tmp_path / "out", CUTS, dtype=dtype)
+        assert "load_adapter" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_alone_names_load_adapter(single: Path, tmp_path: Path) -> None:
+    """The error says what the folder is and what it belongs onto."""
+    add_adapter(single)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for path in single.glob("adapter_*"):
+        path.rename(alone / path.name)
+
+    with pytest.raises(SplitLearnError, match="adapter") as caught:
+        load_split_model(None, CUTS, alone)
+
+    assert "load_adapter" in caught.value.hint
+    assert str(single) in caught.value.hint

@@ -495,12 +495,14 @@ def test_a_config_of_another_size_lists_what_does_not_fit(single: Path, edit_jso
     assert "is [48, 32] in the file, [64, 32] by config.json" in mismatch(single)
 
 
-@pytest.mark.parametrize("layers", [5, 7])
-def test_a_config_of_another_depth_is_a_mismatch(single: Path, edit_json: Callable[..., None], layers: int) -> None:
-    """Too many layers or too few in config.json: unexpected or missing tensors."""
+@pytest.mark.parametrize(("layers", "options"), [(5, {"strict": True}), (7, {})])
+def test_a_config_of_another_depth_is_a_mismatch(
+    single: Path, edit_json: Callable[..., None], layers: int, options: dict[str, Any]
+) -> None:
+    """Too many layers in config.json: missing tensors; too few: unexpected ones, which a strict load refuses."""
     edit_json(single / "config.json", num_hidden_layers=layers)
 
-    message = mismatch(single)
+    message = mismatch(single, **options)
 
     assert f"model.layers.{min(layers, 6)}.mlp.up_proj.weight" in message or "model.layers.5." in message
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import SplitLearnError, TensorMismatchError, load_split_model
-from splitlearn_core.loading.misfit import folded, likely_cause
+from splitlearn_core.plan.misfit import folded, likely_cause
 
 
 def test_lines_that_differ_in_the_layer_alone_are_one() -> None:

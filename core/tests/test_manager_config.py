@@ -292,7 +292,7 @@ def test_threads_are_a_sane_integer(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", ["yes", "true", 1, 0, None, "", [True], np.bool_(True)])
-@pytest.mark.parametrize("name", ["warmup", "pinned", "required", "allow_paging", "local_files_only"])
+@pytest.mark.parametrize("name", ["warmup", "pinned", "required", "allow_paging", "strict", "local_files_only"])
 def test_flags_are_true_or_false(name: str, value: object) -> None:
     """A text such as "yes" would be true whatever it says."""
     text = refusal(**{name: value})[name]
@@ -599,7 +599,7 @@ CONFIGS = [
     ModelConfig(
         **{**FAMILY, "component": Component.TOP},
         model_path="org/model", device="cuda:3", dtype="torch.bfloat16", max_memory_mb=1500.5, warmup=True,
-        keep_alive="1h30m", pinned=True, required=True, allow_paging=True, strategy="copied",
+        keep_alive="1h30m", pinned=True, required=True, allow_paging=True, strategy="copied", strict=True,
         attn_implementation="eager", revision="main", cache_dir="/cache", local_files_only=True, load_threads=3,
     ),
     ModelConfig(**{**PYTORCH, "architecture": None}, allow_pickle=True),

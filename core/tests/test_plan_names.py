@@ -131,14 +131,14 @@ def test_a_tensor_without_a_place_is_unexpected(key: str) -> None:
     """The problem names the key as the file has it, and no component gets the tensor."""
     table = place(FAMILY, [key, *ENDS])
 
-    assert len(table.problems) == 1
-    assert table.problems[0].startswith(f"unexpected: {key}")
+    assert list(table.unexpected) == [key]
     assert not any(key in names.values() for names in table.sources.values())
 
 
 def test_all_tensors_without_a_place_are_listed() -> None:
     """Unexpected and doubled tensors are noted together."""
-    problems = place(FAMILY, [*ENDS, "vision.a", "vision.b", "norm.weight"]).problems
+    table = place(FAMILY, [*ENDS, "vision.a", "vision.b", "norm.weight"])
+    problems = [*table.unexpected, *table.problems]
 
     assert len(problems) == 3
     for text in ("vision.a", "vision.b", "model.norm.weight and norm.weight"):

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from splitlearn_core.checkpoint.adapter import (
-    ADAPTER_CONFIG,
     AdapterFiles,
     check_adapter_target,
     open_adapter,
     write_adapter,
 )
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
 from splitlearn_core.checkpoint.regular import open_regular, path_of
 from splitlearn_core.errors import (
     ConfigurationError,
@@ -95,9 +95,23 @@ def load_adapter(
         CheckpointError: Its files are missing or no sound ones.
     """
     components = _components(parts)
-    _import_peft()
+    import_peft()
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
-    found = open_adapter(adapter, hub)
+    apply_adapter(components, open_adapter(adapter, hub), is_trainable=is_trainable)
+
+
+def apply_adapter(
+    components: Sequence[ComponentModel], found: AdapterFiles, *, is_trainable: bool = False, widen: bool = True
+) -> None:
+    """Put an adapter whose files are here onto components; all or nothing. Raises like :func:`load_adapter`.
+
+    Args:
+        components: The components.
+        found: The adapter.
+        is_trainable: Let it learn.
+        widen: Compute halves in float32, as PEFT does; ``from_pretrained`` of a model with an adapter does not.
+    """
+    import_peft()
     taken = [str(component.component) for component in components if _loaded(component) is not None]
     if taken:
         raise ConfigurationError(
@@ -122,7 +136,7 @@ def load_adapter(
     loads: list[tuple[ComponentModel, _Loaded]] = []
     try:
         for component in components:
-            loads.append((component, _inject(component, found, is_trainable)))  # noqa: PERF401  # undone if the next fails
+            loads.append((component, _inject(component, found, is_trainable, widen)))  # noqa: PERF401  # undone if the next fails
         problems = [problem for component, loaded in loads for problem in _tensor_problems(component, loaded)]
         if problems:
             raise _mismatch(found, problems)
@@ -295,7 +309,8 @@ def _forget(component: ComponentModel) -> None:
     component.__dict__.pop("peft_config", None)
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """Import PEFT; raises ConfigurationError with the command that installs it."""
     try:
         import peft
     except ImportError as error:
@@ -305,7 +320,7 @@ def _import_peft() -> Any:
     return peft
 
 
-def _target_problems(components: list[ComponentModel], adapter: AdapterFiles) -> list[str]:
+def _target_problems(components: Sequence[ComponentModel], adapter: AdapterFiles) -> list[str]:
     """Hold ``target_modules`` against the tensors there are, which PEFT does when it makes its modules by them."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -317,7 +332,7 @@ def _target_problems(components: list[ComponentModel], adapter: AdapterFiles) ->
     if not adapted:
         return [f"missing: every tensor of target_modules, {given!r}"]
     with _blaming(adapter):
-        config = _import_peft().PeftConfig.from_pretrained(str(adapter.weights.parent))
+        config = import_peft().PeftConfig.from_pretrained(str(adapter.weights.parent))
         problems = [
             f"unexpected: tensors of {name}, which target_modules does not name"
             for name in adapted
@@ -339,11 +354,11 @@ def _target_problems(components: list[ComponentModel], adapter: AdapterFiles) ->
     return problems
 
 
-def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool) -> _Loaded:
+def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool, widen: bool) -> _Loaded:
     """Let PEFT put its modules, still without the adapter's tensors, into a component."""
     import torch
 
-    peft = _import_peft()
+    peft = import_peft()
     own = slice_keys(adapter.tensors, adapter.config, component.family, component.component, component.layer_range)
     if not own.keys:
         return _Loaded(adapter, own, is_trainable, None)
@@ -352,7 +367,7 @@ def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool
         config.inference_mode = not is_trainable
         _narrow(config, own)
         was_training = component.training
-        wrapper = peft.PeftModel(component, config)
+        wrapper = peft.PeftModel(component, config, autocast_adapter_dtype=widen)
         component.train(was_training)
     return _Loaded(adapter, own, is_trainable, wrapper)
 
@@ -396,7 +411,7 @@ def _read(loaded: _Loaded) -> None:
 
     if loaded.peft is None:
         return
-    peft = _import_peft()
+    peft = import_peft()
     try:
         with (
             open_regular(loaded.adapter.weights) as regular,
@@ -422,7 +437,7 @@ def _read(loaded: _Loaded) -> None:
 
 def _held(loaded: _Loaded) -> dict[str, torch.Tensor]:
     """Return the tensors that PEFT holds for a component, by the keys of an adapter's file."""
-    return dict(_import_peft().get_peft_model_state_dict(loaded.peft, adapter_name=_NAME, save_embedding_layers=False))
+    return dict(import_peft().get_peft_model_state_dict(loaded.peft, adapter_name=_NAME, save_embedding_layers=False))
 
 
 def _slice_tensors(component: ComponentModel, loaded: _Loaded) -> dict[str, torch.Tensor]:

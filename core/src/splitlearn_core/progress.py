@@ -80,6 +80,9 @@ class _Bar:
         self._bar: Any = None
 
     def show(self, progress: Progress) -> None:
+        if progress.stage == "converting":
+            sys.stderr.write(f"Converting the tokenizer of {progress.file}; it is remembered\n")
+            sys.stderr.flush()
         # The Hub's client draws its own bars while it downloads.
         if progress.stage not in _WORDS:
             return

@@ -122,6 +122,7 @@ def load_split_model(
     strategy: str = "auto",
     progress: ProgressCallback | Literal[False] | None = None,
     attn_implementation: str | None = None,
+    strict: bool = False,
 ) -> SplitModel:
     """Load the asked components of a model, and read no byte of the others.
 
@@ -143,6 +144,8 @@ def load_split_model(
         progress: Called with each :class:`Progress`; None for a bar where stderr is a terminal,
             False for neither.
         attn_implementation: ``eager``, ``sdpa``, ...; by default what transformers chooses.
+        strict: Refuse a checkpoint with tensors that the model has no place for (a value head, MTP layers).
+            By default they are not read, and named in a warning, as by ``from_pretrained``.
 
     Returns:
         A named tuple ``(bottom, trunk, top)``: Hugging Face modules in evaluation mode.
@@ -152,7 +155,7 @@ def load_split_model(
     """
     asked = parse_parts(parts)
     dtypes = parse_dtypes(dtype, asked)
-    options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation)
+    options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation, strict=strict)
     with reporting(progress) as report:
         report(Progress("resolving"))
         model = open_model(
@@ -176,8 +179,15 @@ def load_options(
     max_memory: Mapping[int | str, int | str] | None,
     strategy: str,
     attn_implementation: str | None,
+    *,
+    strict: bool = False,
 ) -> LoadOptions:
     """Check and put together what :func:`load_split_model` was told; raises ConfigurationError."""
     return LoadOptions(
-        str(device), strategy, attn_implementation, parse_device_map(device_map, asked), parse_max_memory(max_memory)
+        str(device),
+        strategy,
+        attn_implementation,
+        parse_device_map(device_map, asked),
+        parse_max_memory(max_memory),
+        strict=strict,
     )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError
 from splitlearn_core.loading import OpenModel
 from splitlearn_core.quoting import reason, said
+from splitlearn_core.tokenization import load_converted
+from splitlearn_core.types import ProgressCallback
 
 if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
@@ -49,21 +51,23 @@ def tokenizer_files(model: OpenModel) -> list[str]:
     return [name for name in model.checkpoint.source.files() if name.startswith(_TOKENIZER_NAMES)]
 
 
-def load_tokenizer(model: OpenModel) -> Any:
+def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None) -> Any:
     """Load the checkpoint's own tokenizer: one of the files beside the weights, or one in a weight file.
+
+    Args:
+        model: The checkpoint.
+        progress: Told where the tokenizer has to be made of a weight file first, which takes many seconds.
 
     Raises:
         MissingFileError: The checkpoint has none.
         CheckpointError: The one it has is of no use.
     """
-    arguments: Mapping[str, Any] = {}
+    inside: Mapping[str, Any] | None = None
     source = model.checkpoint.source
     if has_tokenizer(model):
         for name in tokenizer_files(model):
             source.path(name)
-    elif (inside := model.checkpoint.pretrained_arguments()) is not None:
-        arguments = inside
-    else:
+    elif (inside := model.checkpoint.pretrained_arguments()) is None:
         raise MissingFileError(
             f"{model.name} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})",
             hint=_HINT,
@@ -71,7 +75,9 @@ def load_tokenizer(model: OpenModel) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True, **arguments)
+        if inside is not None:
+            return load_converted(source.path(model.checkpoint.weight_files()[0]), dict(inside), progress)
+        return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True)
     # transformers rebuilds it from what files say, and raises whatever comes of that.
     except Exception as error:
         raise CheckpointError(

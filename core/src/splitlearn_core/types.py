@@ -84,7 +84,7 @@ class Progress:
     """Where a load stands. Bytes are those of the stage; 0 of 0 where a stage counts none."""
 
     #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``,
-    #: ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
+    #: ``converting``, ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
     stage: str
     #: The component at work, or None where the stage concerns all of them.
     component: Component | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,7 +94,14 @@ def model() -> Callable[..., Any]:
 def gguf_file(model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes the GGUF file of a small model."""
 
-    def write(model_type: str, quantization: str = "F32", *, name: str = "model.gguf", **overrides: Any) -> Path:
-        return writing.write_gguf(tmp_path / name, model(model_type, **overrides), quantization)
+    def write(
+        model_type: str,
+        quantization: str = "F32",
+        *,
+        name: str = "model.gguf",
+        metadata: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Path:
+        return writing.write_gguf(tmp_path / name, model(model_type, **overrides), quantization, **(metadata or {}))
 
     return write

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,3 +133,100 @@ def test_a_family_that_is_not_installed_is_named(
 
     assert code == 1
     assert "'llama'" in err
+
+
+@pytest.fixture
+def talking(gguf_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a tokenizer that this transformers can make, and a cache of its own."""
+    from splitlearn_core import CheckpointError
+    from splitlearn_core.loading import open_model
+    from splitlearn_core.text import load_tokenizer
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    path = gguf_file("qwen2", "Q8_0", vocab_size=257, max_position_embeddings=64)
+    try:
+        load_tokenizer(open_model(path))
+    except CheckpointError as error:
+        if "protobuf" in str(error):
+            pytest.skip("this version of transformers wants protobuf for it")
+        raise
+    return path
+
+
+def tokens(path: Path, stages: list[str]) -> Any:
+    from splitlearn_core.loading import open_model
+    from splitlearn_core.text import load_tokenizer
+
+    tokenizer = load_tokenizer(open_model(path), lambda said: stages.append(said.stage))
+    ids = tokenizer("hello there, <3> you")["input_ids"]
+    return ids, tokenizer.decode(ids), tokenizer.eos_token, tokenizer.bos_token, len(tokenizer), tokenizer.chat_template
+
+
+def test_a_tokenizer_is_converted_once(talking: Path) -> None:
+    """The second time it comes from the disk, and is the same; another file is another tokenizer."""
+    from splitlearn_core.tokenization import cache_folder
+
+    (entry,) = cache_folder().iterdir()
+    stages: list[str] = []
+    kept = tokens(talking, stages)
+    assert stages == []
+
+    shutil.rmtree(entry)
+    assert tokens(talking, stages) == kept
+    assert stages == ["converting"]
+    assert [path.name for path in cache_folder().iterdir()] == [entry.name]
+
+    os.utime(talking, ns=(1, 1))
+    assert tokens(talking, stages) == kept
+    assert stages == ["converting"] * 2
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone", "no digests", "other digests"])
+def test_a_damaged_tokenizer_is_made_again(talking: Path, damage: str) -> None:
+    """Whatever is wrong with the entry, the answer is the file's."""
+    from splitlearn_core.tokenization import cache_folder
+
+    (entry,) = cache_folder().iterdir()
+    expected = tokens(talking, [])
+    if damage == "cut short":
+        content = (entry / "tokenizer.json").read_bytes()
+        (entry / "tokenizer.json").write_bytes(content[:-50])
+    elif damage == "gone":
+        (entry / "tokenizer.json").unlink()
+    elif damage == "no digests":
+        (entry / "digests.json").unlink()
+    else:
+        (entry / "digests.json").write_text("[")
+
+    stages: list[str] = []
+    assert tokens(talking, stages) == expected
+    assert stages == ["converting"]
+    stages.clear()
+    assert tokens(talking, stages) == expected
+    assert stages == []
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokenizer is there all the same, and it is said that it is not remembered."""
+    expected = tokens(talking, [])
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+
+    assert tokens(talking, []) == expected
+    assert "not remembered" in caplog.text
+
+
+def test_a_split_keeps_the_tokenizer(talking: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """What generate has just used goes with bottom and top, and saved components answer as the file does."""
+    prompt = ("--max-new-tokens", 5, "--prompt", "hello", "--json")
+    code, _, err = cli("split", talking, "--split", 1, 3, "--dtype", "float32", "--out", tmp_path / "split")
+    assert code == 0, err
+
+    assert (tmp_path / "split" / "bottom" / "tokenizer.json").is_file()
+    assert (tmp_path / "split" / "top" / "tokenizer_config.json").is_file()
+    assert not list((tmp_path / "split" / "trunk").glob("tokenizer*"))
+    saved = json.loads(cli("generate", tmp_path / "split", *prompt)[1])
+    whole = json.loads(cli("generate", talking, "--split", 1, 3, *prompt)[1])
+    assert saved["text"] == whole["text"]

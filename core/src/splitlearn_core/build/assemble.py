@@ -35,6 +35,11 @@ def tensor_problems(module: nn.Module, planned: Mapping[str, TensorInfo]) -> lis
     return problems
 
 
+def unexpected_names(module: nn.Module, planned: Mapping[str, TensorInfo]) -> set[str]:
+    """Return the module keys of planned tensors that a module has no place for."""
+    return planned.keys() - {name for name, _, in_file in _tensors(module) if in_file}
+
+
 def assign_tensor(
     modules: Mapping[str, nn.Module], name: str, tensor: torch.Tensor | nn.Parameter
 ) -> nn.Parameter | torch.Tensor:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems
+from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
 from splitlearn_core.build.component import ComponentModel, architecture_class, build_component, hf_config
 from splitlearn_core.build.modes import own_modes
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.misfit import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.names import map_keys, place_keys
 from splitlearn_core.plan.split import ranges_around
 from splitlearn_core.quoting import LINE, listed
 from splitlearn_core.types import Component, LayerRange, TensorInfo
+
+log = logging.getLogger(__name__)
 
 _MAX_SHOWN = 3
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -48,7 +52,14 @@ def component_from_state_dict(
     own_config.dtype = first.dtype
     built = build_component(family, own_config, component, ranges[component])
     infos = {name: _info(key, state_dict[key]) for name, key in sources.items()}
-    problems = [*table.problems, *tensor_problems(built, infos)]
+    names = unexpected_names(built, infos)
+    sources = {name: key for name, key in sources.items() if name not in names}
+    problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
+    surplus = {**table.unexpected, **{table.sources[component][name]: name for name in sorted(names)}}
+    if surplus and not problems and not any(map(alters_weights, surplus)):
+        log.warning("%s", unread_words("the state dict", family.model_type, sorted(surplus)))
+    elif surplus:
+        problems += unexpected_words(surplus)
     if problems:
         raise TensorMismatchError(
             f"the state dict is not that of a {family.model_type} model; {len(problems)} tensors are wrong:\n  "

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.checkpoint.config import MAX_CONFIG_BYTES
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG, MAX_CONFIG_BYTES
 from splitlearn_core.checkpoint.header import read_header
 from splitlearn_core.checkpoint.jsonfile import parse_object
 from splitlearn_core.checkpoint.regular import open_regular
-from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.checkpoint.source import Source, open_source
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.paths import user_path
 from splitlearn_core.plan.bounds import check_numbers
@@ -23,7 +23,6 @@ from splitlearn_core.types import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 #: What PEFT's save_pretrained leaves, and core's own.
@@ -57,7 +56,11 @@ def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> Ada
         MissingFileError: There is none, or a file of it is missing.
         InvalidCheckpointError: Its files are no sound ones, or pickles.
     """
-    source = open_source(adapter, entrance=ADAPTER_CONFIG, **hub)
+    return adapter_in(open_source(adapter, entrance=ADAPTER_CONFIG, **hub))
+
+
+def adapter_in(source: Source) -> AdapterFiles:
+    """Read the adapter among the files of a source; raises like :func:`open_adapter`."""
     name, there = source.model, source.files()
     absent = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if file not in there]
     if absent and _PICKLE in there:

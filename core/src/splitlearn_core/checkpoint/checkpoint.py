@@ -2,26 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.config import CONFIG, check_config, read_config, read_weight_map
+from splitlearn_core.checkpoint.config import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    check_config,
+    needed_reader,
+    read_config,
+    read_index_dtype,
+    read_weight_map,
+)
 from splitlearn_core.checkpoint.ranges import Span, Wanted
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.strategies.base import PretrainedReader, WeightReader
 from splitlearn_core.checkpoint.torchfile import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.quoting import LINE, listed, plain
+from splitlearn_core.quoting import LINE, listed, plain, quote
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
+
+log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: What stands for the method of MLX, which names none.
+MLX = "MLX"
+
+#: Files in the place of weights: pattern of their names, what they are, and the way out; the first that is there.
+_OTHER_FILES = (
+    (
+        r"adapter_model\.(safetensors|bin)",
+        "an adapter",
+        "load the model that it was made for, and put it onto the components: load_adapter(parts, DIR)",
+    ),
+    (
+        r"consolidated.*\.(safetensors|pth)",
+        "in the layout of Meta or Mistral",
+        "convert it to Hugging Face's layout: python -m transformers.models.TYPE.convert_TYPE_weights_to_hf",
+    ),
+    (
+        r"(pytorch_)?model\.(?!safetensors|bin)[\w-]+\.(safetensors|bin)|.*\.index\.(?!json)[\w-]+\.json",
+        "a variant",
+        "write plain names: AutoModelForCausalLM.from_pretrained(DIR, variant=VARIANT).save_pretrained(OUT)",
+    ),
+    (
+        r"zero_to_fp32\.py",
+        "DeepSpeed's, which puts the pieces of its checkpoint together",
+        "python zero_to_fp32.py DIR OUT",
+    ),
+    (
+        r".*\.distcp|.*_rank_?\d+.*\.(pt|bin|pth)|pytorch_model_fsdp.*\.bin",
+        "a piece of a distributed checkpoint",
+        "join the pieces: accelerate merge-weights DIR OUT, or the tool that saved them",
+    ),
+    (
+        r"model_optim_rng\.pt|.*\.nemo",
+        "of Megatron or NeMo",
+        "convert it to the layout of Hugging Face with the tools of those",
+    ),
+    (
+        r"(tf_model\.h5|flax_model\.msgpack)(\.index\.json)?|model\.ckpt.*",
+        "of TensorFlow or Flax, which transformers 5 does not read either",
+        "convert it with transformers 4: AutoModelForCausalLM.from_pretrained(DIR, from_flax=True)",
+    ),
+)
 
 #: Asked for the readers of other formats, with the model type where ``config.json`` says it.
 FindReaders = Callable[[str | None], Iterable[WeightReader]]
@@ -82,7 +135,14 @@ class Checkpoint:
         stated = self.config.get("quantization_config")
         if not stated:
             return ""
-        return plain(stated.get("quant_method") if isinstance(stated, dict) else stated)
+        if not isinstance(stated, dict):
+            return plain(stated)
+        if stated.get("quant_method"):
+            return plain(stated["quant_method"])
+        if stated.get("load_in_4bit") or stated.get("load_in_8bit"):
+            return "bitsandbytes"
+        # MLX writes its own settings under this name too, for those who look for it.
+        return MLX if {"group_size", "bits"} <= stated.keys() else "by no method that it names"
 
     def weight_files(self) -> tuple[str, ...]:
         """Return all weight files, for those who read the whole model."""
@@ -118,6 +178,35 @@ class Checkpoint:
         if layout.is_index:
             return read_weight_map(self.source.path(layout.entrance), layout.suffix)
         return dict.fromkeys(self._header(layout.entrance), layout.entrance)
+
+    @cached_property
+    def deciding_shard(self) -> str:
+        """The weight file whose tensors say the dtype where ``config.json`` does not: the first by name.
+
+        A folder may hold only the shards that some components need: then it is the first that is there.
+        """
+        shards, there = self.weight_files(), self.source.files()
+        shard = next((name for name in shards if name in there), shards[0])
+        if shard != shards[0]:
+            log.warning(
+                "%s lacks %s, whose tensors say the dtype of the model; that of %s is taken",
+                self.source.model,
+                shards[0],
+                shard,
+            )
+        return shard
+
+    @cached_property
+    def index_dtype(self) -> str:
+        """torch's name of the dtype that the index states; empty where there is none, or it states none."""
+        layout = self._layout
+        return read_index_dtype(self.source.path(layout.entrance)) if layout is not None and layout.is_index else ""
+
+    def deciding_tensors(self) -> Iterator[TensorInfo]:
+        """Yield the tensors of the deciding shard in the order in which ``from_pretrained`` looks at them."""
+        infos = self._header(self.deciding_shard)
+        # The order of a pickle is that of its dictionary.
+        yield from ((infos[key] for key in sorted(infos)) if self.format == SAFETENSORS else infos.values())
 
     @property
     def opaque_file(self) -> str | None:
@@ -192,6 +281,11 @@ class Checkpoint:
         return layout.reader.pretrained_arguments(self.source.path(layout.entrance))
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter lies with the weights, which ``from_pretrained`` puts onto them."""
+        return ADAPTER_CONFIG in self._files
+
+    @property
     def folder(self) -> Path:
         """The folder of ``config.json``, or of the weight file that says what it would. Raises CheckpointError."""
         if not self.source.has_config and self._layout is not None:
@@ -208,9 +302,23 @@ class Checkpoint:
 
     @cached_property
     def _layout(self) -> _Layout | None:
-        """The layout that is read; None where nobody knows the files."""
+        """The layout that is read; None where nobody knows the files.
+
+        Raises:
+            CheckpointError: ``config.json`` names a weight file of its own, or several files might be meant.
+        """
+        self._refuse_named_weights()
         known = next((layout for layout in _LAYOUTS if layout.entrance in self._files), None)
         return known or self._claimed()
+
+    def _refuse_named_weights(self) -> None:
+        """Refuse to read other weights than ``from_pretrained``, which heeds ``transformers_weights``."""
+        named = read_config(self.source.path(CONFIG)).get("transformers_weights") if self.source.has_config else None
+        if named is not None and named != next((f.entrance for f in _LAYOUTS if f.entrance in self._files), None):
+            raise CheckpointError(
+                f"{CONFIG} of {self.source.model} names its weights: transformers_weights: {quote(named)}",
+                hint=f"let the file be {SINGLE} (or its index {INDEX}), and remove that entry of {CONFIG}",
+            )
 
     def _claimed(self) -> _Layout | None:
         """Find the one file that an added reader knows.
@@ -244,6 +352,19 @@ class Checkpoint:
         return describe_torch_file(path) if reader is None else dict(reader.tensors(path, self.config))
 
     def _no_weights(self) -> CheckpointError:
+        needed = needed_reader(self._files)
+        if needed is not None:
+            return MissingFileError(
+                f"{self.source.model} has its weights in {needed[0]}, a {needed[1]} file, and nothing here reads those",
+                hint=needed[2],
+            )
+        for pattern, what, remedy in _OTHER_FILES:
+            found = sorted(name for name in self._files if re.fullmatch(pattern, name))
+            if found:
+                return MissingFileError(
+                    f"{self.source.model} has a {CONFIG}, and no weights that are read: {found[0]} is {what}",
+                    hint=remedy,
+                )
         sharded = sorted(name for name in self._files if name.endswith(".safetensors"))
         if sharded:
             return MissingFileError(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from splitlearn_core.checkpoint.jsonfile import read_object
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.bounds import check_numbers
-from splitlearn_core.quoting import LINE, listed, quote
+from splitlearn_core.quoting import LINE, listed, plain, quote
 
 CONFIG = "config.json"
+#: Ends of weight files that a package of their own reads: what they are, the package, its folder in a checkout.
+_READ_BY_OTHERS = {".gguf": ("GGUF", "splitlearn-gguf", "./plugins/gguf")}
+#: Of an adapter that PEFT saved.
+ADAPTER_CONFIG = "adapter_config.json"
 
 #: The largest configuration in use, with a label for each of many classes, is a few megabytes, and the largest index
 #: a dozen; what is parsed takes twenty times as much.
@@ -65,6 +70,32 @@ def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
             hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",
         )
     return weight_map
+
+
+def read_index_dtype(path: Path) -> str:
+    """Return the dtype that an index file states in its metadata; empty where it states none."""
+    metadata = read_object(path, _MAX_INDEX_BYTES).get("metadata")
+    stated = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return stated if isinstance(stated, str) else ""
+
+
+def needed_reader(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Return the first file that a package of its own reads, what it is, and the way to have that package; or None."""
+    for name in sorted(names):
+        for suffix, (format_name, package, folder) in _READ_BY_OTHERS.items():
+            if name.lower().endswith(suffix):
+                install = f"pip install {package} (from a checkout: pip install {folder})"
+                return name, format_name, f"{install}; where it is there, splitlearn plugins says why it is not used"
+    return None
+
+
+def base_of(path: Path) -> str:
+    """Return the model that an adapter's configuration names; a word for it where it names none."""
+    try:
+        stated = read_object(path, MAX_CONFIG_BYTES).get("base_model_name_or_path")
+    except InvalidCheckpointError:
+        stated = None
+    return plain(stated) if isinstance(stated, str) and stated else "its base model"
 
 
 def _is_shard_name(shard: str, suffix: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from splitlearn_core.checkpoint.config import CONFIG
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG, CONFIG, base_of, needed_reader
 from splitlearn_core.checkpoint.fetchplan import FileFetch, here
 from splitlearn_core.checkpoint.header import read_header
 from splitlearn_core.checkpoint.ranges import Wanted
@@ -39,6 +39,18 @@ class DirectorySource:
 
     def path(self, name: str) -> Path:
         if name == CONFIG and not self.has_config:
+            if (self._directory / ADAPTER_CONFIG).is_file():
+                raise MissingFileError(
+                    f"{self._directory} holds an adapter ({ADAPTER_CONFIG}) and no model ({CONFIG})",
+                    hint=f"load the model that it was made for, {base_of(self._directory / ADAPTER_CONFIG)}, "
+                    "and put the adapter onto its components: load_adapter(parts, DIR)",
+                )
+            needed = needed_reader(entry.name for entry in self._directory.iterdir() if entry.is_file())
+            if needed is not None:
+                raise MissingFileError(
+                    f"{self._directory} has no {CONFIG}; {needed[0]} is a {needed[1]} file, which nothing reads here",
+                    hint=needed[2],
+                )
             beside = ", ".join(sorted(entry.name for entry in self._directory.iterdir())[:8]) or "nothing"
             raise MissingFileError(
                 f"{self._directory} has no {CONFIG} (it holds: {beside})",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from splitlearn_core.checkpoint.config import CONFIG
+from splitlearn_core.checkpoint.config import CONFIG, needed_reader
 from splitlearn_core.checkpoint.directory import DirectorySource
 from splitlearn_core.checkpoint.fetchplan import FileFetch
 from splitlearn_core.checkpoint.hub import HubSource
@@ -110,6 +110,9 @@ def open_source(
     if is_there:
         if path.name.endswith(readable_suffixes()):
             return DirectorySource(path.parent, path.name)
+        needed = needed_reader([path.name])
+        if needed is not None:
+            raise MissingFileError(f"{name} is a {needed[1]} file, and nothing here reads those", hint=needed[2])
         raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
     if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
         raise MissingFileError(f"there is no directory {name}", hint="check the path")

@@ -64,8 +64,8 @@ def command(
         if dry_run:
             print_fetch(opened, split_points, dtype, as_json=as_json)
             return
-        tokenizer = load_tokenizer(opened)
         with reporting(None) as report:
+            tokenizer = load_tokenizer(opened, report)
             split = load_all(opened, split_points, dtype, options, report)
     show = None if as_json else write_text
     result = generate_text(split, tokenizer, prompt, max_new_tokens, on_text=show, **sampling)

@@ -68,6 +68,7 @@ def load_options(command: _Command) -> _Command:
             click.option("--max-memory", help="What may be used of each device: 0=10GiB,cpu=30GiB."),
             click.option("--strategy", default="auto", show_default=True, help="How the weights are read."),
             click.option("--attn-implementation", help="eager, sdpa, ...; by default what transformers chooses."),
+            click.option("--strict", is_flag=True, help="Refuse tensors that the model has no place for."),
         )
     ):
         command = option(command)
@@ -101,6 +102,7 @@ def load_options_of(options: dict[str, Any]) -> LoadOptions:
         options.pop("attn_implementation"),
         parse_device_map(device_map, tuple(Component)),
         parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in given.items()}),
+        strict=options.pop("strict"),
     )
 
 

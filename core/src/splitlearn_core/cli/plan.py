@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from splitlearn_core.cli.options import json_option, model_options, print_json, styled, table
+from splitlearn_core.plan.misfit import unread_words
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
 from splitlearn_core.units import human_bytes
 
@@ -68,6 +69,8 @@ def render_plan(plan: SplitPlan) -> str:
     ]
     lines += [f"tied: {key} is held by more than one component, and counted in each" for key in plan.tied]
     lines += [f"warning: {text}: the file may not be whole" for text in plan.warnings]
+    if plan.unexpected:
+        lines.append(f"warning: {unread_words(plan.model, plan.model_type, plan.unexpected)}")
     return "\n".join(lines)
 
 

@@ -38,8 +38,8 @@ def check_model(name: str, load: bool) -> list[Finding]:
         points = cuts(model)
         found.append(_ok(f"it can be cut, for example with --split {points[0]} {points[1]}"))
         if not model.checkpoint.has_weights:
-            missing = f"{name} has no weights that anybody here can read"
-            return [*found, Finding(_NAME, Level.WRONG, missing, mend=model.checkpoint.source.hint_for_missing)]
+            # Raises what a load would: which files there are instead, and what reads them.
+            model.checkpoint.weight_files()
         if model.checkpoint.is_describable:
             model.checkpoint.source.require(model.checkpoint.weight_files())
         plan, table = make_plan(model, points, tuple(Component), "auto")

@@ -7,7 +7,7 @@ from splitlearn_core.loading.importing import collection_paused, import_builders
 from splitlearn_core.loading.opening import BUNDLED, OpenModel, bundled_checkpoint, open_model
 from splitlearn_core.loading.options import LoadOptions, check_device, check_options, choose_devices
 from splitlearn_core.loading.origins import origins_of
-from splitlearn_core.loading.planning import make_plan, refuse_misfit, wanted_keys
+from splitlearn_core.loading.planning import default_dtype, make_plan, refuse_misfit, wanted_keys
 from splitlearn_core.loading.reads import memory_by_strategy, memory_needed
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_options",
     "choose_devices",
     "collection_paused",
+    "default_dtype",
     "import_builders",
     "load_all",
     "load_components",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.adapters import apply_adapter
+from splitlearn_core.checkpoint.adapter import adapter_in
 from splitlearn_core.checkpoint.config import MAX_CONFIG_BYTES
 from splitlearn_core.checkpoint.jsonfile import read_object
 from splitlearn_core.checkpoint.readahead import read_ahead
@@ -24,11 +27,9 @@ from splitlearn_core.loading.planning import make_plan, mismatch
 from splitlearn_core.loading.reading import read_all
 from splitlearn_core.loading.reads import check_memory, choose_strategies, read_plans, whole_model
 from splitlearn_core.plan.bounds import check_numbers
+from splitlearn_core.plan.misfit import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.names import KeyTable
-from splitlearn_core.plan.splitplan import (
-    ComponentPlan,
-    SplitPlan,
-)
+from splitlearn_core.plan.splitplan import SplitPlan
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.quoting import reason
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback
@@ -72,17 +73,25 @@ def load_components(
         for part in plan.components:
             log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
             progress(Progress("building", part.component))
-            config = hf_config(model.family, model.config, model.name, part.dtype, options.attn_implementation)
+            values = _without_cross_attention(model.config, table)
+            config = hf_config(model.family, values, model.name, part.dtype, options.attn_implementation)
             built[part.component] = build_component(
                 model.family, config, part.component, part.layers, on_layer=options.on_layer
             )
-        _check_all(model, plan.components, table, built)
+        unread = _check_all(model, plan, table, built, strict=options.strict)
+        if unread:
+            plan, table = _without(plan, table, unread)
+            reads = read_plans(plan, paths, devices, whole_model(model, plan, progress))
+            origins = origins_of(model, plan, table, paths)
         _attach_generation_config(model, built.get(Component.TOP))
         for component, origin in origins.items():
             built[component].origin = origin
         with passing_through(progress) as tell:
             read_all(plan, reads, built, strategies, tell)
         _tie_if_equal(built, table)
+        if model.checkpoint.has_adapter:
+            log.info("Applying the adapter that lies with the weights of %s", model.name)
+            apply_adapter(list(built.values()), adapter_in(model.checkpoint.source), widen=False)
     total = sum(read.nbytes for read in reads.values())
     _log_ready(model.name, plan, devices, total, time.perf_counter() - started)
     progress(Progress("ready", None, total, total))
@@ -105,18 +114,56 @@ def load_all(
     return SplitCausalLM(*(parts[component] for component in Component), mixed_dtypes=isinstance(dtype, Mapping))
 
 
-def _check_all(
-    model: OpenModel, parts: Iterable[ComponentPlan], table: KeyTable, built: Mapping[Component, ComponentModel]
-) -> None:
-    """Report at once all that is wrong with the tensors of the asked components."""
-    from splitlearn_core.build.assemble import tensor_problems
+def _without_cross_attention(config: Mapping[str, Any], table: KeyTable) -> Mapping[str, Any]:
+    """Leave out cross-attention that the checkpoint has no tensors for: a decoder alone never computes it."""
+    held = any("cross" in name for names in table.sources.values() for name in names)
+    return {**config, "add_cross_attention": False} if config.get("add_cross_attention") and not held else config
 
-    problems = list(table.problems)
-    for part in parts:
+
+def _check_all(
+    model: OpenModel, plan: SplitPlan, table: KeyTable, built: Mapping[Component, ComponentModel], *, strict: bool
+) -> dict[Component, set[str]]:
+    """Report at once all that is wrong with the tensors of the asked components.
+
+    Tensors that the model has no place for are a warning, as in ``from_pretrained``, unless ``strict``.
+
+    Returns:
+        The module keys of planned tensors that the components have no place for.
+    """
+    from splitlearn_core.build.assemble import tensor_problems, unexpected_names
+
+    problems, surplus = list(table.problems), unexpected_words(table.unexpected)
+    unread: dict[Component, set[str]] = {}
+    keys = set(table.unexpected)
+    for part in plan.components:
         planned = {tensor.module_key: tensor.info for tensor in part.tensors}
-        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], planned)]
-    if problems:
-        raise mismatch(model, problems)
+        names = unexpected_names(built[part.component], planned)
+        wanted = {name: info for name, info in planned.items() if name not in names}
+        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], wanted)]
+        surplus += [f"unexpected: {name} {list(planned[name].shape)} ({part.component})" for name in sorted(names)]
+        keys.update(planned[name].key for name in names)
+        unread |= {part.component: names} if names else {}
+    if problems or (surplus and (strict or any(map(alters_weights, keys)))):
+        raise mismatch(model, problems + surplus, plan)
+    if keys:
+        log.warning("%s", unread_words(model.name, model.family.model_type, sorted(keys)))
+    return unread
+
+
+def _without(plan: SplitPlan, table: KeyTable, unread: Mapping[Component, set[str]]) -> tuple[SplitPlan, KeyTable]:
+    """Leave tensors out of what is planned, by their module keys."""
+    parts = tuple(
+        replace(
+            part,
+            tensors=tuple(t for t in part.tensors if t.module_key not in unread.get(part.component, ())),
+        )
+        for part in plan.components
+    )
+    sources = {
+        component: {name: key for name, key in held.items() if name not in unread.get(component, ())}
+        for component, held in table.sources.items()
+    }
+    return replace(plan, components=parts), replace(table, sources=sources)
 
 
 def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> None:

@@ -28,6 +28,8 @@ from splitlearn_core.storage.directory import holds_components
 log = logging.getLogger(__name__)
 #: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
 BUNDLED = "bundled:"
+#: Characters of a value from a file that a message repeats.
+_MAX_WORD = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,13 @@ def open_model(
     checkpoint = Checkpoint(source, _readers)
     config = checkpoint.config
     stated = config["model_type"]
+    inner = config.get("text_config")
+    if model_type is not None and isinstance(inner, dict) and model_type == inner.get("model_type") != stated:
+        raise ConfigurationError(
+            f"{model_name_or_path} is a multimodal {stated[:_MAX_WORD]!r} model; its language model, {model_type!r}, "
+            "is not loaded out of it",
+            hint=_language_model_alone(config, os.fspath(model_name_or_path)),
+        )
     if model_type is not None and model_type != stated:
         provided = registry().model_types()
         given = f"pass model_type={stated!r}, or None to take what config.json says"
@@ -90,6 +99,20 @@ def open_model(
     log.info("Found a %s model in %s%s", plain(stated), checkpoint.source.model, f" at {commit}" if commit else "")
     unquantised = {name: value for name, value in config.items() if name != "quantization_config"}
     return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), unquantised)
+
+
+def _language_model_alone(config: Mapping[str, Any], name: str) -> str:
+    """Return the lines that save the language model of a multimodal model as one of its own."""
+    stated = config.get("architectures")
+    whole = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
+    if not whole.isidentifier():
+        whole = "AutoModelForImageTextToText"
+    return (
+        "save it alone once, in Python: from transformers import AutoModelForCausalLM, "
+        f"{whole}; m = {whole}.from_pretrained({name!r}); "
+        "t = AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
+        "t.model = m.model.language_model; t.lm_head = m.lm_head; t.save_pretrained('OUT')"
+    )
 
 
 def bundled_checkpoint(family: ModelFamily) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
+from splitlearn_core.checkpoint.checkpoint import MLX
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.checkpoint.strategy import (
     check_strategy,
 )
-from splitlearn_core.errors import (
-    ConfigurationError,
-)
+from splitlearn_core.errors import CheckpointError, ConfigurationError
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.plan.placement import AUTO, check_fit, place
 from splitlearn_core.plan.splitplan import (
@@ -35,6 +36,8 @@ class LoadOptions:
     device_map: Mapping[Component, str] | str | None = None
     #: Device -> bytes that may be used of it; empty for no limits.
     max_memory: Mapping[str, int] = field(default_factory=dict)
+    #: Refuse tensors that the model has no place for; otherwise they are a warning.
+    strict: bool = False
     #: Called before each layer is built; it may raise to stop the load.
     on_layer: Callable[[], None] = lambda: None
 
@@ -46,7 +49,18 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
         ConfigurationError: The name is no device or strategy, or this machine has no such device.
     """
     check_strategy(options.strategy, registry().strategies(model.family, options.strategy))
+    if model.checkpoint.has_adapter and find_spec("peft") is None:
+        raise ConfigurationError(
+            f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}); to put it onto them needs peft",
+            hint=f'pip install "splitlearn-core[peft]"; or move {ADAPTER_CONFIG} away for the model without it',
+        )
     if model.checkpoint.quantization:
+        if model.checkpoint.quantization == MLX:
+            raise CheckpointError(
+                f"{model.name} is quantised as {MLX} does it (group_size, bits in {CONFIG}), and packed for it alone",
+                hint="write plain weights: mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize; "
+                "or use the original checkpoint",
+            )
         from splitlearn_core.build.whole import check_quantization
 
         check_quantization(model.name, model.checkpoint.quantization, model.checkpoint.config["quantization_config"])

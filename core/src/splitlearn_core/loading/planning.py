@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.errors import (
     ConfigurationError,
     InvalidCheckpointError,
     TensorMismatchError,
 )
-from splitlearn_core.loading.misfit import folded, likely_cause
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.plan.evenness import uneven_layers
+from splitlearn_core.plan.misfit import alters_weights, cause_in_names, folded, likely_cause, unexpected_words
 from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
-from splitlearn_core.plan.placement import parse_dtypes
+from splitlearn_core.plan.placement import AUTO, parse_dtypes
 from splitlearn_core.plan.split import split_layers
 from splitlearn_core.plan.splitplan import (
     SplitPlan,
@@ -26,6 +27,7 @@ from splitlearn_core.plan.splitplan import (
     layers_without_tensors,
     plan_components,
     resolve_dtype,
+    states_dtype,
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
@@ -77,11 +79,15 @@ def make_plan(
         log.info("Planning %s of %s, cut at %d and %d", ", ".join(wishes), model.name, *split_points)
         if checkpoint.format != SAFETENSORS:
             # They have no headers that could be had alone.
-            checkpoint.fetch(checkpoint.shards(wanted), told)
+            decides = [] if states_dtype(config) or AUTO not in wishes.values() else [checkpoint.deciding_shard]
+            checkpoint.fetch({*checkpoint.shards(wanted), *decides}, told)
     tensors = checkpoint.tensors(wanted) if described is None else described
     if told is not None:
         checkpoint.fetch_tensors(tensors.values(), told)
-    dtypes = {component: resolve_dtype(wish, config, tensors.values()) for component, wish in wishes.items()}
+    dtypes = {
+        component: wish if wish != AUTO else default_dtype(checkpoint, config, known=described is None)
+        for component, wish in wishes.items()
+    }
     with _naming(model):
         plan = SplitPlan(
             model=model.name,
@@ -98,6 +104,7 @@ def make_plan(
             warnings=uneven_layers(
                 f"{family.base}.{family.layers}.", (k for held in table.sources.values() for k in held)
             ),
+            unexpected=tuple(table.unexpected),
         )
     return plan, table
 
@@ -124,18 +131,40 @@ def parts_without_layers(model: OpenModel, split_points: Sequence[int]) -> list[
     return [part for part in Component if not any(key.startswith(prefix) for key in table.sources[part])]
 
 
-def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable) -> None:
-    """Refuse to plan a checkpoint with tensors that have no place, or layers that have no tensors.
+def default_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], *, known: bool = True) -> str:
+    """Return the dtype that ``from_pretrained`` gives all of a model, however little of it is loaded.
+
+    That is what ``config.json`` states; else what the index states; else the first floating dtype in the
+    first weight file.
+
+    Args:
+        checkpoint: The weights.
+        config: ``config.json``.
+        known: Whether the weights can be looked at.
+    """
+    if states_dtype(config) or not known:
+        return resolve_dtype("auto", config, ())
+    return resolve_dtype(checkpoint.index_dtype or "auto", config, checkpoint.deciding_tensors())
+
+
+def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable, *, strict: bool = False) -> None:
+    """Refuse to plan a checkpoint with layers that have no tensors.
+
+    Args:
+        model, plan, table: What is planned.
+        strict: Refuse tensors too that the model has no place for.
 
     Raises:
-        TensorMismatchError: There are such tensors or layers; all are listed.
+        TensorMismatchError: There are such; all are listed, with the tensors that have no place.
         InvalidCheckpointError: It is one saved component, and others were asked for.
     """
     empty = layers_without_tensors(model.family, plan.components)
     problems = [*table.problems, *(f"missing: every tensor of layer {layer}" for layer in empty)]
+    if problems or strict or any(map(alters_weights, table.unexpected)):
+        problems += unexpected_words(table.unexpected)
     if problems:
         _refuse_saved(model, plan)
-        raise mismatch(model, problems)
+        raise mismatch(model, problems, plan)
 
 
 def _refuse_saved(model: OpenModel, plan: SplitPlan) -> None:
@@ -151,11 +180,12 @@ def _refuse_saved(model: OpenModel, plan: SplitPlan) -> None:
         )
 
 
-def mismatch(model: OpenModel, problems: Sequence[str]) -> TensorMismatchError:
+def mismatch(model: OpenModel, problems: Sequence[str], plan: SplitPlan) -> TensorMismatchError:
+    keys = model.checkpoint.weight_map if plan.source == "headers" else ()
     return TensorMismatchError(
         f"the tensors of {model.name} are not those of a {model.family.model_type} model; "
         f"{len(problems)} are wrong:\n  " + listed(folded(problems), "\n  ", most=20, limit=LINE),
-        hint=likely_cause(problems, model.family.model_type),
+        hint=cause_in_names(model.family, keys, plan.infos) or likely_cause(problems, model.family.model_type),
     )
 
 

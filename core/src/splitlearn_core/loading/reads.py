@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
 from splitlearn_core.checkpoint.strategy import (
     BUILT_IN,
     LoadingStrategy,
@@ -76,17 +79,31 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
     def load() -> Mapping[str, Any]:
         from splitlearn_core.build.whole import load_whole
 
-        return load_whole(
-            model.family,
-            model.name,
-            str(checkpoint.folder),
-            dtype,
-            values=checkpoint.config,
-            safetensors=checkpoint.format == SAFETENSORS,
-            waiting=lambda: progress(Progress("reading")),
-        )
+        with _without_adapter(checkpoint.folder) as folder:
+            return load_whole(
+                model.family,
+                model.name,
+                str(folder),
+                dtype,
+                values=checkpoint.config,
+                safetensors=checkpoint.format == SAFETENSORS,
+                waiting=lambda: progress(Progress("reading")),
+            )
 
     return WholeModel(measure, load, lambda: _missing(model, plan))
+
+
+@contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """Give a folder without the adapter that ``from_pretrained`` would put onto the weights: components get it last."""
+    if not (directory / ADAPTER_CONFIG).is_file():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="splitlearn-") as folder:
+        for path in directory.iterdir():
+            if path.name != ADAPTER_CONFIG:
+                (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder)
 
 
 def _missing(model: OpenModel, plan: SplitPlan) -> str:

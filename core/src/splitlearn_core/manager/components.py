@@ -49,7 +49,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
         )
     component = Component(config.component)
     model = open_model(config.model_path, config.model_type, **hub_options(config))
-    options = LoadOptions(config.device, config.strategy, config.attn_implementation)
+    options = LoadOptions(config.device, config.strategy, config.attn_implementation, strict=config.strict)
     check_options(model, options)
     split, table = make_plan(model, config.split_points, (component,), config.dtype, fetch=report)
     paths = model.checkpoint.fetch_tensors(split.infos, report)

@@ -83,6 +83,8 @@ class ModelConfig:
     allow_paging: bool = False
     #: How a component's weights are read; a plugin may add strategies.
     strategy: str = "auto"
+    #: Refuse a component's checkpoint with tensors that the model has no place for; otherwise they are a warning.
+    strict: bool = False
     #: ``eager``, ``sdpa``, ...; None for what transformers chooses.
     attn_implementation: str | None = None
     #: Branch, tag or commit on the Hub.
@@ -484,6 +486,7 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "required": _flag,
     "allow_paging": _flag,
     "strategy": _text,
+    "strict": _flag,
     "attn_implementation": _text,
     "revision": _text,
     "cache_dir": _path,
@@ -506,8 +509,8 @@ _MODEL_PATH = {HUGGINGFACE: "give a directory or a Hub id", PYTORCH: "give the p
 
 #: Fields that would change nothing: to take them in silence would mislead.
 _REFUSED = {
-    HUGGINGFACE: ("component", "split_points", "strategy", "architecture", "allow_pickle"),
-    PYTORCH: ("component", "split_points", "strategy", "attn_implementation", "revision"),
+    HUGGINGFACE: ("component", "split_points", "strategy", "strict", "architecture", "allow_pickle"),
+    PYTORCH: ("component", "split_points", "strategy", "strict", "attn_implementation", "revision"),
 }
 _REFUSED_FOR_FAMILY = ("architecture", "allow_pickle")
 _NEEDED = {HUGGINGFACE: ("model_path",), PYTORCH: ("model_path", "architecture")}
@@ -537,6 +540,7 @@ _WHY = {
     "component": f"{_OF_FAMILIES}: it is loaded whole",
     "split_points": f"{_OF_FAMILIES}: it is loaded whole",
     "strategy": _OF_FAMILIES,
+    "strict": _OF_FAMILIES,
     "attn_implementation": "only for models of transformers",
     "revision": "only for models of the Hub",
     "architecture": f"only for {PYTORCH!r}",

@@ -20,7 +20,7 @@ from splitlearn_core.errors import (
     InvalidCheckpointError,
     SplitLearnError,
 )
-from splitlearn_core.loading import check_device, collection_paused
+from splitlearn_core.loading import check_device, collection_paused, default_dtype
 from splitlearn_core.manager.components import hub_options
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.failures import Version, explaining, refuse_changes, versions
@@ -69,7 +69,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     report(Progress("planning"))
     tensors = checkpoint.tensors(keys)
     check_against_tensors(stated, tensors.values(), config.model_path)
-    dtype = resolve_dtype(config.dtype, stated, tensors.values())
+    dtype = resolve_dtype(config.dtype, stated, ()) if config.dtype != "auto" else default_dtype(checkpoint, stated)
     # Small, and looked for by from_pretrained, which is not to ask the Hub itself.
     generation = checkpoint.optional_file("generation_config.json")
     if generation is not None:

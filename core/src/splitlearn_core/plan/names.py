@@ -22,7 +22,9 @@ class KeyTable:
     sources: Mapping[Component, Mapping[str, str]]
     #: Checkpoint keys that are used in more than one component.
     tied: tuple[str, ...]
-    #: What has no place, in words: tensors that no component wants, or two for one place.
+    #: Checkpoint keys that have no place in a model of the family -> the module key that each would be.
+    unexpected: Mapping[str, str]
+    #: Two tensors for one place, in words.
     problems: tuple[str, ...]
     #: Module keys that config ties but the file holds apart: equal or not is known only by value.
     apart: tuple[str, str] | None
@@ -55,7 +57,7 @@ def place_keys(
 ) -> KeyTable:
     """Give every tensor of a checkpoint to the component that holds its module.
 
-    What has no place is noted, not raised: a load reports it together with what is missing.
+    What has no place is noted, not raised: a load warns of it, or reports it together with what is missing.
     """
     origins: dict[str, str] = {}
     twice: list[str] = []
@@ -71,21 +73,21 @@ def place_keys(
             if present in origins and absent not in origins:
                 origins[absent] = origins[present]
     sources: dict[Component, dict[str, str]] = {component: {} for component in Component}
-    unexpected: list[str] = []
+    unexpected: dict[str, str] = {}
     component_of = placement(family, ranges)
     for name, key in origins.items():
         component = component_of(name)
         if component is None:
-            unexpected.append(f"{key} (as {name})" if name != key else key)
+            unexpected[key] = name
         else:
             sources[component][name] = key
-    problems = [f"unexpected: {key}" for key in sorted(unexpected)] + [f"twice: {pair}" for pair in sorted(twice)]
+    problems = [f"twice: {pair}" for pair in sorted(twice)]
     users: dict[str, int] = {}
     for table in sources.values():
         for key in table.values():
             users[key] = users.get(key, 0) + 1
     shared = tuple(sorted(key for key, count in users.items() if count > 1))
-    return KeyTable(sources, shared, tuple(problems), apart)
+    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), apart)
 
 
 def placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Callable[[str], Component | None]:

@@ -106,6 +106,8 @@ class SplitPlan:
     memory: Mapping[str, MemoryNeeds] = field(default_factory=dict, compare=False)
     #: What looks wrong about the files, and may be on purpose: a layer that lacks what all others have.
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    #: Checkpoint keys that a model of the type has no place for; they are not read.
+    unexpected: tuple[str, ...] = field(default=(), compare=False)
 
     def component(self, name: Component | str) -> ComponentPlan:
         """Return the plan of one component; KeyError where it was not asked for."""
@@ -149,6 +151,7 @@ class SplitPlan:
             "cut_bytes_per_token": self.cut_bytes_per_token,
             "components": [component.to_dict() for component in self.components],
             "warnings": list(self.warnings),
+            "unexpected": list(self.unexpected),
             "memory": {strategy: asdict(needs) for strategy, needs in self.memory.items()},
         }
 
@@ -184,7 +187,7 @@ def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) 
 def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
     """Decide the dtype of the loaded weights, by the rule of ``from_pretrained``.
 
-    ``auto`` is what ``config.json`` says, or else the first floating dtype in the files.
+    ``auto`` is what ``config.json`` says, or else the first floating dtype of the tensors.
 
     Raises:
         ConfigurationError: No floating dtype of that name.
@@ -201,6 +204,11 @@ def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[Tenso
             f"dtype {quote(asked)} is none of {', '.join(FLOAT_DTYPES)}", hint='leave dtype="auto" for the stored one'
         )
     return name
+
+
+def states_dtype(config: Mapping[str, Any]) -> bool:
+    """Say whether ``config.json`` states the dtype of the weights."""
+    return bool(config.get("dtype") or config.get("torch_dtype"))
 
 
 def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:

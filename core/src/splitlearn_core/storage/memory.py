@@ -69,7 +69,7 @@ def parts_converted(
     """Load components in a dtype, to be saved in it."""
     plan, table = make_plan(model, split_points, asked, dtype, fetch=report)
     components = load_components(model, plan, table, LoadOptions(), report)
-    return [_part(component, companion_files(model, name)) for name, component in components.items()]
+    return [_part(component, companion_files(model, name, report)) for name, component in components.items()]
 
 
 def parts_in_memory(
@@ -114,6 +114,9 @@ def _refuse_changed(component: ComponentModel) -> None:
             hint="save the adapter with save_adapter, or put it into the weights first: merge_and_unload",
         )
     config = hf_config(component.family, origin.config, origin.model, origin.dtype)
+    if getattr(config, "add_cross_attention", False):
+        # It is left out where the checkpoint has no tensors for it.
+        config.add_cross_attention = component.config.add_cross_attention
     plain = build_component(component.family, config, component.component, component.layer_range).state_dict()
     problems = [f"{name} is missing" for name in plain.keys() - names.keys()]
     problems += [f"{name} is not in the checkpoint" for name in names.keys() - plain.keys()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading import OpenModel, make_plan, open_model, origins_of, refuse_misfit
 from splitlearn_core.origin import Origin, origin_mismatches
@@ -29,6 +30,7 @@ from splitlearn_core.storage.writing import (
     write_text,
     write_weights,
 )
+from splitlearn_core.tokenization import converted_files
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
 
 if TYPE_CHECKING:
@@ -179,7 +181,13 @@ def check_place(target: Path) -> None:
 
 
 def check_source(model: OpenModel, dtype: str | torch.dtype) -> None:
-    """Refuse to copy quantised weights as they are stored; raises ConfigurationError."""
+    """Refuse an adapter with the weights, and quantised weights as they are stored; raises ConfigurationError."""
+    if model.checkpoint.has_adapter:
+        raise ConfigurationError(
+            f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}), and a saved component has none",
+            hint="move its files into a folder of their own, and use load_adapter on the components; "
+            "or merge it first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(DIR)",
+        )
     if dtype == "auto" and model.checkpoint.quantization:
         raise ConfigurationError(
             f"{model.name} is quantised ({model.checkpoint.quantization}), and components have plain weights",
@@ -221,7 +229,7 @@ def _parts_of_checkpoint(
     parts, buffers = [], Buffers()
     for component in asked:
         own = sorted((infos[key] for key in keys[component]), key=lambda info: (info.shard, info.begin, info.key))
-        small = companion_files(model, component)
+        small = companion_files(model, component, report)
         parts.append(
             Part(
                 origin=origins[component],
@@ -234,14 +242,22 @@ def _parts_of_checkpoint(
     return parts
 
 
-def companion_files(model: OpenModel, component: Component) -> dict[str, Path]:
-    """Return the small files that go with a component: the trunk has neither words nor tokens."""
+def companion_files(model: OpenModel, component: Component, progress: ProgressCallback) -> dict[str, Path]:
+    """Return the small files that go with a component: the trunk has neither words nor tokens.
+
+    A tokenizer that is part of a weight file is made into files.
+    """
     names = [CONFIG] if model.checkpoint.source.has_config else []
     if component is not Component.TRUNK:
         there = sorted(model.checkpoint.source.files())
         names += [name for name in there if name == GENERATION or (name.startswith(_TOKENIZER) and is_plain_name(name))]
     # A tokenizer's file is no weight file, whatever it is called.
-    return {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
+    found = {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
+    inside = model.checkpoint.pretrained_arguments()
+    if inside is None or component is Component.TRUNK or any(name.startswith(_TOKENIZER) for name in found):
+        return found
+    file = model.checkpoint.source.path(model.checkpoint.weight_files()[0])
+    return found | converted_files(file, dict(inside), progress)
 
 
 def config_text(config: Mapping[str, Any]) -> str:

@@ -6,12 +6,17 @@ cannot say in full is refused, not guessed: the original ``config.json`` then ha
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from splitlearn_core import CheckpointError, InvalidCheckpointError
 from splitlearn_gguf.architectures import architecture
 from splitlearn_gguf.header import Header
+from splitlearn_gguf.metadata import head_size, metadata_problems
+
+log = logging.getLogger(__name__)
 
 _BESIDE = "put the config.json of the original checkpoint beside the file"
 
@@ -33,6 +38,11 @@ _GPT2_SIZES = {
 #: Numbers of special tokens, where the file states them.
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 _DEFAULT_THETA = 10_000.0
+#: Architectures with layers that see a window alone, and with caps on logits.
+_SLIDING = ("gemma2", "gemma3")
+#: ``query_pre_attn_scalar`` where nothing else is said; the size of a head in the released models.
+_USUAL_SCALAR = 256
+_MAX_SHOWN = 8
 #: Layers of the Gemmas whose attention is scaled by the size of a head as if heads shared the hidden
 #: size; llama.cpp knows these models by that number too.
 _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
@@ -48,6 +58,13 @@ def read_config(header: Header) -> dict[str, Any]:
     known = architecture(header.architecture, str(header.path))
     needed = _GPT2_SIZES if known.name == "gpt2" else _SIZES
     _refuse_unsound(header, tuple(needed))
+    problems = metadata_problems(header)
+    if problems:
+        shown = [*problems[:_MAX_SHOWN], *([f"and {len(problems) - _MAX_SHOWN} more"] * (len(problems) > _MAX_SHOWN))]
+        raise CheckpointError(
+            f"{header.path}: metadata changes what the model computes, in ways that are not read: {'; '.join(shown)}",
+            hint=f"{_BESIDE}: it says in full what is computed",
+        )
     config: dict[str, Any] = {"model_type": known.model_types[0]}
     config |= {name: _get(header, key) for key, name in needed.items()}
     config |= {
@@ -71,7 +88,7 @@ def read_config(header: Header) -> dict[str, Any]:
     head_dim = _head_dim(header)
     if head_dim is not None:
         config["head_dim"] = head_dim
-    return config | _windows(header) | _attention_scale(header, config)
+    return config | _windows(header) | _softcaps(header) | _attention_scale(header, config)
 
 
 def _refuse_unsound(header: Header, needed: tuple[str, ...]) -> None:
@@ -134,11 +151,78 @@ def _head_dim(header: Header) -> int | None:
 
 
 def _windows(header: Header) -> dict[str, Any]:
-    window = _get(header, "attention.sliding_window")
-    return {"sliding_window": window} if window is not None and header.architecture in ("gemma2", "gemma3") else {}
+    if header.architecture not in _SLIDING:
+        return {}
+    window, pattern = _get(header, "attention.sliding_window"), _get(header, "attention.sliding_window_pattern")
+    config = {} if window is None else {"sliding_window": window}
+    return config if pattern is None else {**config, "layer_types": _layer_types(header, pattern)}
+
+
+def _layer_types(header: Header, pattern: Any) -> list[str]:
+    """Return the kinds of layers: by a flag for each, or, as llama.cpp counts, every so many is a full one.
+
+    Raises:
+        InvalidCheckpointError: It is neither.
+    """
+    count = _get(header, "block_count")
+    if isinstance(pattern, list | tuple) and len(pattern) == count and all(flag in (0, 1) for flag in pattern):
+        slides = [bool(flag) for flag in pattern]
+    elif type(pattern) is int and pattern >= 0:
+        slides = [pattern == 0 or layer % pattern < pattern - 1 for layer in range(count)]
+    else:
+        raise InvalidCheckpointError(
+            f"{header.path}: {header.architecture}.attention.sliding_window_pattern is {str(pattern)[:80]}, "
+            f"neither a number nor a flag for each of {count} layers",
+            hint=_BESIDE,
+        )
+    return ["sliding_attention" if sliding else "full_attention" for sliding in slides]
+
+
+def _softcaps(header: Header) -> dict[str, Any]:
+    """Return how logits are capped, where the file says so; 0 is no cap.
+
+    Raises:
+        InvalidCheckpointError: It is no number from 0.
+    """
+    caps: dict[str, Any] = {}
+    for name in ("attn_logit_softcapping", "final_logit_softcapping") if header.architecture in _SLIDING else ():
+        value = _get(header, name)
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise InvalidCheckpointError(
+                f"{header.path}: {header.architecture}.{name} is {str(value)[:80]}, no number from 0", hint=_BESIDE
+            )
+        caps[name] = float(value) or None
+    return caps
 
 
 def _attention_scale(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
-    if (header.architecture, config["num_hidden_layers"]) not in _SCALED_BY_HIDDEN:
+    """Return by what the scores of the Gemmas are divided, squared.
+
+    Raises:
+        InvalidCheckpointError: It is stated, and no whole number.
+    """
+    if header.architecture not in _SLIDING:
         return {}
-    return {"query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]}
+    scale = _get(header, "attention.scale")
+    if scale:
+        scalar = float(scale) ** -2 if type(scale) in (int, float) and 0 < scale < math.inf else 0.0
+        if not scalar or not math.isclose(scalar, round(scalar), rel_tol=1e-4):
+            raise InvalidCheckpointError(
+                f"{header.path}: {header.architecture}.attention.scale is {str(scale)[:80]}, "
+                "not 1 by the root of a whole number",
+                hint=_BESIDE,
+            )
+        return {"query_pre_attn_scalar": round(scalar)}
+    if (header.architecture, config["num_hidden_layers"]) in _SCALED_BY_HIDDEN:
+        return {"query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]}
+    if head_size(header) != _USUAL_SCALAR:
+        log.warning(
+            "%s does not say how attention is scaled; by %d as in transformers, where llama.cpp takes the size "
+            "of a head, %s. The config.json of the original checkpoint, put into its folder, says it",
+            header.path,
+            _USUAL_SCALAR,
+            head_size(header),
+        )
+    return {}

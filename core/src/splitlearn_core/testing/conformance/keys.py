@@ -116,7 +116,7 @@ def _expect_alike(subject: Subject, folder: Path, tensors: Mapping[str, torch.Te
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
     got = {
         name: tensor
-        for part in load_split_model(None, subject.middle, folder)
+        for part in load_split_model(None, subject.middle, folder, strict=True)
         if part is not None
         for name, tensor in part.state_dict().items()
     }

@@ -87,7 +87,7 @@ class Planning(Checks):
             for file in tmp_path.iterdir():
                 if file.suffix == ".json" or file.name in needed:
                     (folder / file.name).write_bytes(file.read_bytes())
-            loaded = load_split_model(None, subject.middle, folder, parts=(component,))
+            loaded = load_split_model(None, subject.middle, folder, parts=(component,), strict=True)
             got, expected = getattr(loaded, component).state_dict(), part.state_dict()
             expect(got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}", _NAMES)
             differ = [name for name, tensor in got.items() if not torch.equal(tensor, expected[name])]

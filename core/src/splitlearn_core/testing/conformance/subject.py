@@ -130,7 +130,7 @@ class Subject:
     def fresh_whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
         """Load the unsplit model, to be changed."""
         hf_class: Any = architecture_class(self.family)
-        return hf_class.from_pretrained(self.checkpoint, dtype=dtype, attn_implementation=attention).eval()
+        return hf_class.from_pretrained(self.checkpoint, dtype=dtype, attn_implementation=attention, strict=True).eval()
 
     def whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
         """Return the unsplit model, to be looked at and called."""
@@ -142,7 +142,7 @@ class Subject:
 
     def fresh_split(self, cut: Cut, dtype: str = "auto", attention: str | None = None) -> SplitCausalLM:
         """Cut the model in three, to be changed."""
-        parts = load_split_model(None, cut, self.checkpoint, dtype=dtype, attn_implementation=attention)
+        parts = load_split_model(None, cut, self.checkpoint, dtype=dtype, attn_implementation=attention, strict=True)
         return SplitCausalLM(*cast("tuple[ComponentModel, ComponentModel, ComponentModel]", parts))
 
     def weights(self) -> dict[str, torch.Tensor]:
