@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
@@ -20,7 +20,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     """Runs bottom, trunk and top one after the other; generates as the unsplit model does.
 
     Args:
-        bottom: The component with the embeddings.
+        bottom: The component with the embeddings; None, a part that was not loaded, is refused like any other misfit.
         trunk: The component with the middle layers.
         top: The component with the head.
         mixed_dtypes: Let the components have different dtypes. At each cut, hidden states are then
@@ -42,9 +42,14 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return True
 
     def __init__(
-        self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, *, mixed_dtypes: bool = False
+        self,
+        bottom: ComponentModel | None,
+        trunk: ComponentModel | None,
+        top: ComponentModel | None,
+        *,
+        mixed_dtypes: bool = False,
     ) -> None:
-        _check_fit(bottom, trunk, top, mixed_dtypes)
+        bottom, trunk, top = _fitting(bottom, trunk, top, mixed_dtypes)
         super().__init__(top.config)
         self.bottom, self.trunk, self.top = bottom, trunk, top
         self._mixed_dtypes = mixed_dtypes
@@ -56,6 +61,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         self.training = top.training
         # One parameter of each, to know device and dtype without a walk over the module at every token.
         self._probes = tuple(next(part.parameters()) for part in self.components)
+
+    if TYPE_CHECKING:
+        # transformers types its own for a protocol of which models have not all; what it returns depends on arguments.
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @property
     def components(self) -> tuple[ComponentModel, ComponentModel, ComponentModel]:
@@ -103,6 +112,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             cache: ``past_key_values`` by the name that transformers gives it from 5.24 on.
         """
         refuse_recordings(kwargs)
+        # Of generate with stop_strings: transformers hands it on to the model, whose forward ignores it.
+        kwargs.pop("tokenizer", None)
         past_key_values = named_cache({"cache": cache}, past_key_values)
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
@@ -187,10 +198,16 @@ def _move(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
-def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, mixed_dtypes: bool) -> None:
-    given = {"bottom": bottom, "trunk": trunk, "top": top}
+def _kind(part: object) -> str:
+    return str(getattr(part, "component", type(part).__name__))
+
+
+def _fitting(
+    bottom: ComponentModel | None, trunk: ComponentModel | None, top: ComponentModel | None, mixed_dtypes: bool
+) -> tuple[ComponentModel, ComponentModel, ComponentModel]:
+    given: dict[str, Any] = {"bottom": bottom, "trunk": trunk, "top": top}
     problems = [
-        f"{name} is a {getattr(part, 'component', type(part).__name__)}"
+        f"{name} is {'None: it was not loaded' if part is None else f'a {_kind(part)}'}"
         for name, part in given.items()
         if getattr(part, "component", None) != Component(name)
     ]
@@ -219,3 +236,4 @@ def _check_fit(bottom: ComponentModel, trunk: ComponentModel, top: ComponentMode
             hint="load bottom, trunk and top of one checkpoint with the same split points"
             + ("; mixed_dtypes=True where dtypes differ on purpose" if any("dtype" in p for p in problems) else ""),
         )
+    return given["bottom"], given["trunk"], given["top"]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -188,7 +188,9 @@ class ComponentModel(PreTrainedModel):
             )
 
 
-class _Bottom(ComponentModel):
+class BottomModel(ComponentModel):
+    """The embeddings and the first layers."""
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -219,8 +221,14 @@ class _Bottom(ComponentModel):
         output = self.base_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
 
+    if TYPE_CHECKING:
 
-class _Trunk(ComponentModel):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+
+
+class TrunkModel(ComponentModel):
+    """The middle layers."""
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -247,8 +255,23 @@ class _Trunk(ComponentModel):
             output = self.base_model(inputs_embeds=states, **arguments, **kwargs)
         return cast("torch.Tensor", output.last_hidden_state)
 
+    if TYPE_CHECKING:
 
-class _Top(ComponentModel):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+
+
+if TYPE_CHECKING:
+
+    class TopOutput(CausalLMOutputWithPast):
+        """What a top returns: there are logits in any case, and a loss where there were labels."""
+
+        logits: torch.Tensor
+        loss: Any
+
+
+class TopModel(ComponentModel):
+    """The last layers, the final norm and the head."""
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -283,6 +306,10 @@ class _Top(ComponentModel):
         return CausalLMOutputWithPast(
             loss=output.loss, logits=output.logits, **{CACHE_FIELD: arguments[self.cache_argument]}
         )
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> TopOutput: ...
 
 
 def _keywords(model: Any) -> frozenset[str]:
@@ -323,9 +350,9 @@ def refuse_recordings(kwargs: dict[str, Any]) -> None:
 
 
 _KINDS: dict[Component, type[ComponentModel]] = {
-    Component.BOTTOM: _Bottom,
-    Component.TRUNK: _Trunk,
-    Component.TOP: _Top,
+    Component.BOTTOM: BottomModel,
+    Component.TRUNK: TrunkModel,
+    Component.TOP: TopModel,
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.arguments import naming_foreign
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.origin import origin_mismatches
 from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -123,6 +124,7 @@ def file_problems(saved: SavedComponent) -> list[str]:
     return problems + [f"{saved.folder / name} is not in the manifest" for name in sorted(strange)]
 
 
+@naming_foreign
 def load_component(
     directory: str | os.PathLike[str],
     component: str | None = None,
@@ -153,6 +155,7 @@ def load_component(
     ]
 
 
+@naming_foreign
 def load_split_directory(
     directory: str | os.PathLike[str],
     *others: str | os.PathLike[str],
