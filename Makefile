@@ -10,7 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
 
-PACKAGES := ./core ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
+PACKAGES := "./core[testing]" ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
 # What `make test` runs: folders, and options of pytest.
 TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf tests
 # A process for each core, four at most: each of them imports torch and transformers.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sphinx.pycode.parser import VariableCommentPicker
+
 import splitlearn_core
 
 project = "splitlearn"
@@ -28,13 +30,16 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 
+# A signature is shown once, as the function has it; overloads are for type checkers.
+VariableCommentPicker.is_overload = lambda *_: False
+
 nitpicky = True
 #: What signatures name and other projects document, which this build has no network to ask; and the names of types
 #: that the text beside them explains.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|os|pathlib|pluggy|torch|transformers|types|typing)\..*"),
     ("py:.*", r"PluginManager.*"),  # pluggy's own docstrings of the markers
-    ("py:class", r"DType|Module|Parts|Path|ProgressCallback|ReportProgress"),
+    ("py:class", r"DType|Module|Parts|Path|ProgressCallback|ReportProgress|.*_co"),
 ]
 
 

@@ -12,6 +12,7 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
@@ -152,14 +153,14 @@ class TestEntry:
         [
             ("no-such-command",),
             ("plan",),
-            ("plan", "model"),
             ("plan", "model", "--split", 2),
             ("plan", "model", "--split", "two", "four"),
             ("plan", "model", *SPLIT, "--no-such-option"),
             ("generate", "model", *SPLIT),
+            ("generate", "model", *SPLIT, "--prompt", "x", "--prompt-file", "-"),
+            ("generate", "model", *SPLIT, "--prompt", "x", "--system", "y"),
             ("generate", "model", *SPLIT, "--prompt", "x", "--max-new-tokens", 0),
             ("generate", "model", *SPLIT, "--prompt", "x", "--top-p", 2),
-            ("verify", "model"),
             ("plugins", "no-such-command"),
             ("demo", "--max-new-tokens", "many"),
         ],
@@ -317,6 +318,65 @@ class TestGenerate:
 
         assert draw(1) == draw(1) != draw(2)
 
+    @pytest.mark.parametrize("ending", ["", "\n", "\r\n"], ids=["none", "line feed", "both"])
+    def test_prompt_of_a_file(self, command: Cli, talking: Path, tmp_path: Path, ending: str) -> None:
+        """It is the text of the file, but for its last line end, whatever is in it."""
+        text = "Once\nupon \u00e4"
+        (tmp_path / "prompt").write_text(text + ending, encoding="utf-8", newline="")
+        arguments = ("generate", talking, *SPLIT, "--max-new-tokens", 9, "--json")
+        answers = [
+            json.loads(succeeded(command(*arguments, *prompt)))
+            for prompt in (("--prompt", text), ("--prompt-file", tmp_path / "prompt"))
+        ]
+        assert answers[0]["prompt"] == answers[1]["prompt"] == text
+        assert answers[0]["text"] == answers[1]["text"]
+
+    def test_prompt_of_stdin(self, talking: Path) -> None:
+        """``--prompt-file -`` reads it to its end."""
+        arguments = [str(SCRIPT), "generate", str(talking), "--split", "2", "4", "--prompt-file", "-", "--json"]
+        done = subprocess.run(
+            [*arguments, "--max-new-tokens", "3"], input="Once\nupon\n", capture_output=True, text=True, check=False
+        )
+        assert json.loads(succeeded(done))["prompt"] == "Once\nupon"
+
+    @pytest.mark.parametrize(("content", "says"), [(None, "cannot be read"), (b"\xff\xfe", "no UTF-8")])
+    def test_prompt_that_cannot_be_read(
+        self, command: Cli, talking: Path, tmp_path: Path, content: bytes | None, says: str
+    ) -> None:
+        """A file that is not there, or holds no text, is an error line and a hint."""
+        if content is not None:
+            (tmp_path / "prompt").write_bytes(content)
+        result = command("generate", talking, *SPLIT, "--prompt-file", tmp_path / "prompt")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert says in result.stderr
+        assert re.search(r"^hint: .+", result.stderr, re.MULTILINE)
+
+    def test_stop(self, command: Cli, talking: Path) -> None:
+        """The text ends where one of the stop strings comes, as transformers ends it."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(talking)
+        model = AutoModelForCausalLM.from_pretrained(talking)
+        ids = tokenizer("Once upon", return_tensors="pt")["input_ids"]
+        sampling = {"do_sample": True, "temperature": 1.5, "top_k": 50, "top_p": 1.0}
+
+        def generate(**stopping: Any) -> Any:
+            torch.manual_seed(3)
+            return model.generate(ids, **sampling, max_new_tokens=60, pad_token_id=0, **stopping)[0]
+
+        text = tokenizer.decode(generate()[ids.shape[1] + 1 :])
+        stop = next(letter for letter in text if letter.isascii())
+        expected = generate(stop_strings=[stop, "never"], tokenizer=tokenizer)
+        assert len(expected) < ids.shape[1] + 60
+        drawing = ("--temperature", 1.5, "--seed", 3, "--max-new-tokens", 60, "--json")
+        result = command(
+            "generate", talking, *SPLIT, "--prompt", "Once upon", *drawing, "--stop", stop, "--stop", "never"
+        )
+        answer = json.loads(succeeded(result))
+        assert answer["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert answer["new_tokens"] == len(expected) - ids.shape[1]
+
     def test_too_long(self, command: Cli, talking: Path) -> None:
         """More tokens than the model has positions is refused with the number that would fit."""
         result = command("generate", talking, *SPLIT, "--prompt", "Once", "--max-new-tokens", 1000)
@@ -330,7 +390,38 @@ class TestGenerate:
         assert "Traceback" not in result.stderr
 
 
+class TestWithoutSplit:
+    @pytest.mark.parametrize("words", [("plan",), ("generate", "--prompt", "x"), ("verify",)], ids=" ".join)
+    def test_even_thirds_are_taken(self, command: Cli, talking: Path, words: tuple[str, ...]) -> None:
+        """What only reads goes on with even thirds, and says on stderr which they are, as options to repeat."""
+        name, *options = words
+        proposed = command(name, talking, *options, "--json")
+        said = re.search(r"(--split) (\d+) (\d+)", proposed.stderr)
+        assert said
+        assert said.groups() == ("--split", "2", "4")
+        given = command(name, talking, *options, *said.groups(), "--json")
+        assert given.stderr.count("--split") == 0
+        timed = ("components", "seconds", "tokens_per_second", "unsplit_load_seconds", "unsplit_forward_seconds")
+        one, other = (json.loads(succeeded(result)) for result in (proposed, given))
+        untimed = timed if name != "plan" else ()
+        assert {key: one[key] for key in one if key not in untimed} == {
+            key: other[key] for key in other if key not in untimed
+        }
+
+    def test_what_writes_is_not_begun(self, command: Cli, talking: Path, tmp_path: Path) -> None:
+        """``split`` is wrong usage without it, and proposes what to write."""
+        for more in ((), ("--dry-run",)):
+            result = command("split", talking, "--out", tmp_path / "out", *more)
+            assert result.returncode == 2
+            assert "--split 2 4" in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
 class TestVerify:
+    def test_says_what_memory_is_counted(self, command: Cli, sharded: Path) -> None:
+        """Mapped components take next to nothing of it, which the table explains itself."""
+        assert re.search(r"^memory taken: .*mapped", succeeded(command("verify", sharded, *SPLIT)), re.MULTILINE)
+
     def test_json(self, cli: Cli, sharded: Path) -> None:
         """Equal is exit code 0 and ``"equal": true``, with every comparison named."""
         answer = json.loads(succeeded(cli("verify", sharded, *SPLIT, "--json")))

@@ -256,6 +256,77 @@ def test_a_document_shows_what_happens(document: str, tmp_path: Path) -> None:
     assert ended == [0] * len(ended)
 
 
+#: What type checkers are to know of what a load returns, by the parts that were asked for.
+TYPED = """\
+from collections.abc import Sequence
+from typing import Literal
+
+from splitlearn_core import BottomModel, Component, SplitCausalLM, SplitModel, TopModel, TrunkModel, load_split_model
+from torch import Tensor
+from typing_extensions import assert_type
+
+bottom, trunk, top = load_split_model("gpt2", (1, 5), "bundled:gpt2", dtype="float32")
+assert_type(bottom, BottomModel)
+assert_type(trunk, TrunkModel)
+assert_type(top, TopModel)
+assert_type(load_split_model("gpt2", (1, 5), parts=("trunk",)).trunk, TrunkModel)
+assert_type(load_split_model("gpt2", (1, 5), parts=["trunk"]).bottom, None)
+assert_type(load_split_model("gpt2", (1, 5), parts=(Component.TOP,)).top, TopModel)
+ends = load_split_model("gpt2", (1, 5), parts=("bottom", "top"))
+assert_type(ends.bottom, BottomModel)
+assert_type(ends.trunk, None)
+assert_type(ends.top, TopModel)
+assert_type(load_split_model("gpt2", (1, 5), parts=["top", "bottom"]).top, TopModel)
+assert_type(load_split_model("gpt2", (1, 5), parts=("bottom", "trunk", "top")).trunk, TrunkModel)
+hidden = trunk(hidden_states=bottom(input_ids=Tensor()))
+assert_type(hidden, Tensor)
+assert_type(top(hidden_states=hidden).logits, Tensor)
+top(hidden_states=hidden, labels=Tensor()).loss.backward()
+SplitCausalLM(*load_split_model("gpt2", (1, 5))).generate(Tensor(), max_new_tokens=5)
+
+
+def load(parts: Sequence[str], some: tuple[Literal["bottom", "trunk", "top"], ...]) -> SplitModel:
+    assert_type(load_split_model("gpt2", (1, 5), parts=some).trunk, TrunkModel | None)
+    return load_split_model("gpt2", (1, 5), parts=parts)
+
+
+assert_type(load(("trunk",), ()).trunk, TrunkModel | None)
+"""
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the Python of all documents, a file a block, and what checkers are to know besides."""
+    folder = tmp_path_factory.mktemp("typed")
+    for document in DOCUMENTS:
+        for block in blocks_of(document):
+            if block.language == "python":
+                name = f"{document.removesuffix('.md')}_{block.line}"
+                (folder / f"{re.sub('[^a-zA-Z0-9]', '_', name)}.py").write_text(block.text, encoding="utf-8")
+    (folder / "typed_usage.py").write_text(TYPED, encoding="utf-8")
+    return folder
+
+
+# A checker reads torch and transformers before it says anything.
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_python_in_documents_has_no_type_errors(typed: Path, checker: str) -> None:
+    """As a reader's own checker sees it, without a configuration."""
+    pytest.importorskip(checker)
+    call = [sys.executable, "-m", checker]
+    environment = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    there = subprocess.run([*call, "--version"], env=environment, capture_output=True, text=True, check=False)
+    if there.returncode != 0:
+        pytest.skip(
+            f"{checker} does not run here (pyright needs Node.js: pip install 'pyright[nodejs]'): {there.stderr}"
+        )
+    options = {"mypy": ["--config-file=", "--cache-dir=.cache"], "pyright": ["--pythonpath", sys.executable]}[checker]
+    done = subprocess.run(
+        [*call, *options, "."], cwd=typed, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_little_is_left_out() -> None:
     """Each block that is not run says why, and there are few of each sort; each block names its language."""
     known = {"python", "console", "sh", "toml", "yaml", "json", "text"}

@@ -260,10 +260,22 @@ def test_objects_of_torch_are_taken_for_their_names() -> None:
 
 @pytest.mark.parametrize(
     ("value", "meant"),
-    [("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("Float32", "float32"), ("flaot64", "float64")],
+    [
+        ("fp16", "float16"),
+        ("half", "float16"),
+        ("bf16", "bfloat16"),
+        ("Float32", "float32"),
+        ("torch.float", "float32"),
+    ],
 )
-def test_other_names_of_dtypes_are_guessed(value: str, meant: str) -> None:
-    """Common short names, cases and slips."""
+def test_other_names_of_dtypes_are_taken(value: str, meant: str) -> None:
+    """Common short names and cases."""
+    assert ModelConfig(**{**FAMILY, "dtype": value}).dtype == meant
+
+
+@pytest.mark.parametrize(("value", "meant"), [("flaot64", "float64"), ("bf61", "bfloat16")])
+def test_slips_in_names_of_dtypes_are_guessed(value: str, meant: str) -> None:
+    """A name that is none has the nearest that is one."""
     assert f"did you mean {meant!r}?" in refusal(dtype=value)["dtype"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from splitlearn_core import ConfigurationError, InvalidSplitError, ModelFamily, SplitLearnError
-from splitlearn_core.plan.split import check_split_points, count_layers, split_layers
+from splitlearn_core.plan.split import check_split_points, count_layers, even_thirds, split_layers
 from splitlearn_core.types import Component, LayerRange
 
 pytestmark = pytest.mark.light
@@ -225,3 +225,41 @@ def test_layer_ranges_say_what_they_hold() -> None:
     assert (middle.is_first, middle.is_last) == (False, False)
     assert LayerRange(0, 2, 6).is_first
     assert LayerRange(4, 6, 6).is_last
+
+
+@pytest.mark.parametrize(
+    ("total", "points"),
+    [(3, (1, 2)), (4, (1, 3)), (5, (1, 4)), (6, (2, 4)), (8, (2, 6)), (24, (8, 16)), (32, (10, 22))],
+)
+def test_even_thirds(total: int, points: tuple[int, int]) -> None:
+    """Bottom and top have a third of the layers each, and the trunk the rest."""
+    assert even_thirds(FAMILY, {"num_hidden_layers": total}) == points
+    assert check_split_points(points, total) == points
+
+
+@pytest.mark.parametrize(
+    ("impossible", "points"), [((2,), (1, 4)), ((4,), (2, 3)), ((2, 3, 4), (1, 5)), ((1, 2, 3), (4, 5))]
+)
+def test_even_thirds_are_possible(impossible: tuple[int, ...], points: tuple[int, int]) -> None:
+    """Where a family bears no such cut, the nearest that it bears."""
+    family = ModelFamily(
+        model_type="x", architecture="X", impossible_cuts=lambda _: dict.fromkeys(impossible, "layers share a cache")
+    )
+    assert even_thirds(family, {"num_hidden_layers": 6}) == points
+
+
+def test_no_thirds_without_two_cuts() -> None:
+    """A model that cannot be cut into three is not proposed to be."""
+    with pytest.raises(InvalidSplitError, match="cannot be cut into bottom, trunk and top"):
+        even_thirds(FAMILY, {"num_hidden_layers": 2})
+    family = ModelFamily(model_type="x", architecture="X", impossible_cuts=lambda _: dict.fromkeys((1, 2, 3), "no"))
+    with pytest.raises(InvalidSplitError) as caught:
+        even_thirds(family, {"num_hidden_layers": 5})
+    assert "before layers 4" in caught.value.hint
+
+
+def test_split_points_left_out() -> None:
+    """Who gives none is proposed even thirds."""
+    with pytest.raises(InvalidSplitError) as caught:
+        check_split_points((), 24)
+    assert "(8, 16)" in caught.value.hint

@@ -325,7 +325,7 @@ def test_verify_says_what_it_does_not_do(cli: Any, single: Path, tmp_path: Path)
     """No directory, and options that mean nothing for saved components."""
     save_split(single, tmp_path / "out", CUTS)
     code, _, err = cli("verify", tmp_path / "nosuch")
-    assert (code, "there is no directory" in err) == (2, True)
+    assert (code, "there is no directory" in err) == (1, True)
     code, _, err = cli("verify", tmp_path / "out", "--device", "cpu")
     assert (code, "--device" in err) == (2, True)
 

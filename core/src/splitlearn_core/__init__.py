@@ -35,6 +35,7 @@ from splitlearn_core.errors import (
     SplitLearnDeprecationWarning,
     SplitLearnError,
     TensorMismatchError,
+    UnexpectedArgumentError,
     UnknownModelError,
     UnknownModelTypeError,
     WaitTimeoutError,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from splitlearn_core.adapters import merge_and_unload as merge_and_unload
     from splitlearn_core.adapters import save_adapter as save_adapter
     from splitlearn_core.adapters import unload_adapter as unload_adapter
+    from splitlearn_core.build.component import BottomModel as BottomModel
+    from splitlearn_core.build.component import TopModel as TopModel
+    from splitlearn_core.build.component import TrunkModel as TrunkModel
     from splitlearn_core.checkpoint.fetchplan import FetchPlan as FetchPlan
     from splitlearn_core.checkpoint.fetchplan import FileFetch as FileFetch
     from splitlearn_core.checkpoint.regular import open_regular as open_regular
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "AsyncManagedModel": "manager.lending",
     "AsyncModelManager": "manager.manager",
+    "BottomModel": "build.component",
     "ComponentPlan": "plan.splitplan",
     "FamilyPlugin": "plugins.protocols",
     "FetchPlan": "checkpoint.fetchplan",
@@ -110,6 +115,8 @@ _LAZY = {
     "SplitModel": "quickstart",
     "SplitPlan": "plan.splitplan",
     "StrategyPlugin": "plugins.protocols",
+    "TopModel": "build.component",
+    "TrunkModel": "build.component",
     "WeightReader": "checkpoint.strategy",
     "load_adapter": "adapters",
     "load_component": "storage.directory",
@@ -160,6 +167,7 @@ __all__ = [  # noqa: PLE0604  # the second half is computed
     "SplitLearnError",
     "TensorInfo",
     "TensorMismatchError",
+    "UnexpectedArgumentError",
     "UnknownModelError",
     "UnknownModelTypeError",
     "WaitTimeoutError",

@@ -11,7 +11,7 @@ from splitlearn_core.loading import BUNDLED, LoadOptions, OpenModel, load_compon
 from splitlearn_core.plan.split import count_layers
 from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, registry
-from splitlearn_core.text import Generation, generate_text, load_tokenizer
+from splitlearn_core.text import Generation, Sampling, generate_text, load_tokenizer
 from splitlearn_core.types import Component, ProgressCallback
 from splitlearn_core.verification import Verification, verify_split
 
@@ -40,9 +40,8 @@ class Demo:
 
         split = SplitCausalLM(*(self._parts[component] for component in Component))
         tokenizer = load_tokenizer(self._model)
-        return generate_text(
-            split, tokenizer, prompt, max_new_tokens, temperature=0.8, top_k=40, seed=seed, on_text=on_text
-        )
+        sampling = Sampling(temperature=0.8, top_k=40, seed=seed)
+        return generate_text(split, tokenizer, prompt, max_new_tokens, sampling, on_text=on_text)
 
     def verify(self) -> Verification:
         """Compare with the unsplit model."""

@@ -13,7 +13,8 @@
     │   ├── InvalidCheckpointError       (ValueError) a file contradicts its format or its index
     │   └── TensorMismatchError          (ValueError) missing, unexpected or mis-shaped tensors, all of them
     ├── ConfigurationError               (ValueError) the caller's arguments
-    │   └── InvalidSplitError            split points that do not cut this model
+    │   ├── InvalidSplitError            split points that do not cut this model
+    │   └── UnexpectedArgumentError      (TypeError) arguments that a function does not have
     ├── CapacityError                    the machine
     │   ├── InsufficientMemoryError      (RuntimeError)
     │   └── InsufficientDiskError        (OSError)
@@ -133,6 +134,10 @@ class ConfigurationError(SplitLearnError, ValueError):
 
 class InvalidSplitError(ConfigurationError):
     """The split points do not cut this model into three."""
+
+
+class UnexpectedArgumentError(ConfigurationError, TypeError):
+    """A function was given arguments that it does not have."""
 
 
 class CapacityError(SplitLearnError):

@@ -4,32 +4,75 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
+from splitlearn_core.arguments import naming_foreign
 from splitlearn_core.checkpoint.strategy import AUTO
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.loading import type_and_model
 from splitlearn_core.paths import user_path
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quickstart import SplitModel, load_split_model
-from splitlearn_core.types import Component, ProgressCallback
+from splitlearn_core.types import Component, ProgressCallback, dtype_name
 
 if TYPE_CHECKING:
     import torch
 
-    from splitlearn_core.build.component import ComponentModel
-
-    DType: TypeAlias = str | torch.dtype
+    from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
+    from splitlearn_core.quickstart import DType
 
 #: The strategy that ``low_memory`` asks for.
 _LOW_MEMORY = "incremental"
 
 
+class _Arguments(TypedDict, total=False):
+    """The arguments of ``create_split_models`` that may be left out, but the parts."""
+
+    low_memory: bool
+    storage_path: str | os.PathLike[str] | None
+    auto_save: bool
+    dtype: DType | Mapping[str, DType] | None
+    torch_dtype: DType | Mapping[str, DType] | None
+    device_map: str | Mapping[str, str | int | torch.device] | None
+    max_memory: Mapping[int | str, int | str] | None
+    attn_implementation: str | None
+    strategy: str
+    cache_dir: str | os.PathLike[str] | None
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
+    progress: ProgressCallback | Literal[False] | None
+
+
 class ModelFactory:
     """Makes split models."""
 
+    @overload
     @staticmethod
     def create_split_models(
-        model_type: str | None,
+        model_type: str | os.PathLike[str] | None,
+        model_name_or_path: str | os.PathLike[str] | None,
+        split_point_1: int,
+        split_point_2: int,
+        device: str | torch.device = "cpu",
+        **arguments: Unpack[_Arguments],
+    ) -> SplitModel[BottomModel, TrunkModel, TopModel]: ...
+    @overload
+    @staticmethod
+    def create_split_models(
+        model_type: str | os.PathLike[str] | None,
+        model_name_or_path: str | os.PathLike[str] | None,
+        split_point_1: int,
+        split_point_2: int,
+        device: str | torch.device = "cpu",
+        *,
+        parts: Sequence[str],
+        **arguments: Unpack[_Arguments],
+    ) -> SplitModel: ...
+    @staticmethod
+    @naming_foreign
+    def create_split_models(
+        model_type: str | os.PathLike[str] | None,
         model_name_or_path: str | os.PathLike[str] | None,
         split_point_1: int,
         split_point_2: int,
@@ -82,6 +125,7 @@ class ModelFactory:
             problems.append("auto_save is given, and no storage_path to save to")
         if problems:
             raise ConfigurationError("; ".join(problems), hint="give arguments that agree")
+        model_type, model_name_or_path = type_and_model(model_type, model_name_or_path)
         named = dtype if dtype is not None else torch_dtype
         points = (split_point_1, split_point_2)
         hub: dict[str, Any] = {
@@ -91,7 +135,6 @@ class ModelFactory:
             "local_files_only": local_files_only,
         }
         loading: dict[str, Any] = {
-            "parts": parts,
             "device": device,
             "device_map": device_map,
             "max_memory": max_memory,
@@ -101,19 +144,19 @@ class ModelFactory:
             "progress": progress,
         }
         if storage_path is None:
-            return load_split_model(model_type, points, model_name_or_path, **loading, **hub)
+            return load_split_model(model_type, points, model_name_or_path, parts=parts, **loading, **hub)
         from splitlearn_core.storage.keeping import create_kept
 
         return create_kept(
-            user_path(storage_path), model_type, model_name_or_path, points, loading, hub, save=auto_save
+            user_path(storage_path), model_type, model_name_or_path, points, parts, loading, hub, save=auto_save
         )
 
 
 def _dtype_names(dtype: Any) -> Any:
-    """Return dtypes by their names alone: ``torch.float16`` and ``float16`` are one."""
+    """Return dtypes by their names alone: ``torch.float16``, ``float16`` and ``half`` are one."""
     if isinstance(dtype, Mapping):
-        return {str(part): _dtype_names(one) for part, one in dtype.items()}
-    return str(dtype).removeprefix("torch.")
+        return {str(part): dtype_name(each) for part, each in dtype.items()}
+    return dtype_name(dtype)
 
 
 class ModelRegistry:

@@ -61,6 +61,8 @@ class ComponentChain:
         recordings = {name: given.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
         use_cache = given.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
         cache = self._whole_cache(named_cache(given, given.pop("past_key_values", None)), use_cache)
+        # generate hands on what it needs for stop_strings, and the family's forward ignores it.
+        given.pop("tokenizer", None)
         tokens = given.pop("input_ids", None)
         first = {name: given.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in given}
         last = {name: given.pop(name) for name in self.routing.top if name in given} if head else {}
@@ -135,7 +137,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     gets the unsplit model's answer; its modules and parameters are those of the components.
 
     Args:
-        bottom: The component with the embeddings.
+        bottom: The component with the embeddings; None, a part that was not loaded, is refused like any other misfit.
         trunk: The component with the middle layers.
         top: The component with the head.
         mixed_dtypes: Let the components have different dtypes. At each cut, hidden states are then
@@ -163,22 +165,27 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             cls.forward = _with_signature_of(family_class)  # type: ignore[method-assign]  # the same, by other names
 
     def __init__(
-        self, bottom: ComponentModel, trunk: ComponentModel, top: ComponentModel, *, mixed_dtypes: bool = False
+        self,
+        bottom: ComponentModel | None,
+        trunk: ComponentModel | None,
+        top: ComponentModel | None,
+        *,
+        mixed_dtypes: bool = False,
     ) -> None:
-        parts = {Component.BOTTOM: bottom, Component.TRUNK: trunk, Component.TOP: top}
+        parts: dict[Component, Any] = {Component.BOTTOM: bottom, Component.TRUNK: trunk, Component.TOP: top}
         _check_fit(parts, mixed_dtypes)
-        family_class = architecture_class(top.family)
+        config, training = parts[Component.TOP].config, parts[Component.TOP].training
+        family_class = architecture_class(parts[Component.TOP].family)
         if not isinstance(self, family_class):
             made = class_over(type(self), family_class)
             if made.forward is SplitCausalLM.forward:
                 made.forward = _with_signature_of(family_class)
             object.__setattr__(self, "__class__", made)
-        PreTrainedModel.__init__(self, top.config)
-        self.training = top.training
+        PreTrainedModel.__init__(self, config)
+        self.training = training
         # What the checkpoint says about generation came with the top; without it, the model's own.
-        self.generation_config = getattr(top, "generation_config", None) or GenerationConfig.from_model_config(
-            top.config
-        )
+        stated = getattr(top, "generation_config", None)
+        self.generation_config = stated or GenerationConfig.from_model_config(config)
         self._assemble(parts, mixed_dtypes)
 
     def _assemble(self, parts: dict[Component, Any], mixed_dtypes: bool) -> None:
@@ -295,9 +302,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         saved = holds_components(name)
         if saved == bool(split_points):
             raise ConfigurationError(
-                f"{name} holds components that are cut already"
+                f"{name} holds components, which are cut already"
                 if saved
-                else f"{name} is to be cut, and not said where",
+                else f"{name} is a model, and no cuts are given",
                 hint="leave split_points out"
                 if saved
                 else f"SplitCausalLM.from_pretrained({str(name)!r}, "
@@ -435,9 +442,13 @@ def _move(value: Any, device: torch.device) -> Any:
     return {name: _move(item, device) for name, item in value.items()} if isinstance(value, dict) else value
 
 
+def _kind(part: object) -> str:
+    return str(getattr(part, "component", type(part).__name__))
+
+
 def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
     problems = [
-        f"{name} is a {getattr(part, 'component', type(part).__name__)}"
+        f"{name} is {'None: it was not loaded' if part is None else f'a {_kind(part)}'}"
         for name, part in given.items()
         if getattr(part, "component", None) != name
     ]

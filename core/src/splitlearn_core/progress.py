@@ -1,9 +1,10 @@
-"""Showing a load: to a callback, or as a bar on a terminal."""
+"""Showing a load: to a callback, or as a bar on a terminal or in a notebook."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,17 +17,37 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[ProgressCallback]:
-    """Yield where progress goes: the caller's callback, a bar on a terminal, or nowhere."""
+    """Yield where progress goes: the caller's callback, a bar on a terminal or in a notebook, or nowhere."""
     if callable(progress):
         yield progress
-    elif progress is False or not sys.stderr.isatty():
+    elif progress is False or not (sys.stderr.isatty() or _in_notebook()):
         yield lambda _: None
     else:
+        _import_bars()
         bar = _Bar()
         try:
             yield bar.show
         finally:
             bar.close()
+
+
+def _in_notebook() -> bool:
+    """Say whether this process is the kernel of a notebook, whose stderr is no terminal, and which shows bars."""
+    return "ipykernel.zmqshell" in sys.modules
+
+
+def _import_bars() -> None:
+    """Import the bars of terminals and notebooks, and with them those of the Hub's client and of transformers.
+
+    In a notebook without ipywidgets tqdm warns, once, of bars that are texts.
+    """
+    if "tqdm.auto" in sys.modules:
+        return
+    from tqdm import TqdmWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)
+        import tqdm.auto  # noqa: F401
 
 
 def logging_downloads(name: str, progress: ProgressCallback) -> ProgressCallback:
@@ -87,7 +108,7 @@ class _Bar:
         if progress.stage not in _WORDS:
             return
         if self._bar is None:
-            from tqdm import tqdm
+            from tqdm.auto import tqdm
 
             self._bar = tqdm(total=progress.bytes_total, unit="B", unit_scale=True, unit_divisor=1024)
         self._bar.set_description(" ".join(filter(None, (_WORDS[progress.stage], progress.component))), refresh=False)

@@ -5,9 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
+from splitlearn_core.arguments import naming_foreign
 from splitlearn_core.checkpoint.fetchplan import FetchPlan
+from splitlearn_core.errors import InvalidSplitError
 from splitlearn_core.fetching import plan_model_fetch
 from splitlearn_core.loading import (
     LoadOptions,
@@ -17,33 +30,124 @@ from splitlearn_core.loading import (
     memory_by_strategy,
     open_model,
     refuse_misfit,
+    type_and_model,
 )
 from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse_max_memory
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
 from splitlearn_core.progress import reporting
-from splitlearn_core.types import Component, Progress, ProgressCallback
+from splitlearn_core.types import Component, Progress, ProgressCallback, dtype_name
 
 if TYPE_CHECKING:
     import torch
 
-    from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
+
+    DType: TypeAlias = str | torch.dtype
+
+_BOTTOM: TypeAlias = Literal["bottom", Component.BOTTOM]
+_TRUNK: TypeAlias = Literal["trunk", Component.TRUNK]
+_TOP: TypeAlias = Literal["top", Component.TOP]
 
 
-class SplitModel(NamedTuple):
-    """The three components of a model; a part that was not asked for is None."""
+# Parameters have no defaults in typing until Python 3.13: a SplitModel without them has all parts optional.
+if TYPE_CHECKING:
+    import typing_extensions
 
-    bottom: ComponentModel | None
-    trunk: ComponentModel | None
-    top: ComponentModel | None
+    _Bottom_co = typing_extensions.TypeVar(
+        "_Bottom_co", bound="BottomModel | None", default="BottomModel | None", covariant=True
+    )
+    _Trunk_co = typing_extensions.TypeVar(
+        "_Trunk_co", bound="TrunkModel | None", default="TrunkModel | None", covariant=True
+    )
+    _Top_co = typing_extensions.TypeVar("_Top_co", bound="TopModel | None", default="TopModel | None", covariant=True)
+else:
+    _Bottom_co, _Trunk_co, _Top_co = (TypeVar(name, covariant=True) for name in ("_Bottom_co", "_Trunk_co", "_Top_co"))
 
 
+class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
+    """The three components of a model; a part that was not asked for is None.
+
+    Its type says which parts there are, where the call says it: what ``parts=("trunk",)`` loads is a
+    ``SplitModel[None, TrunkModel, None]``.
+    """
+
+    bottom: _Bottom_co
+    trunk: _Trunk_co
+    top: _Top_co
+
+    def __repr__(self) -> str:
+        """Name the components in a line; the modules' own repr is theirs."""
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={_summary(part)}' for name, part in self._asdict().items())})"
+        )
+
+
+_MOVED = "give {0} to load_split_model, or move each component: for part in parts: part.{1}(...)"
+_JOINED = "join the components: SplitCausalLM(*parts).{}(...)"
+#: Attributes of one model that people look for in a tuple of components, and where these are to be had.
+_MODEL_ATTRIBUTES = {
+    "to": _MOVED.format("device and dtype", "to"),
+    "cuda": _MOVED.format("device='cuda'", "cuda"),
+    "cpu": _MOVED.format("device='cpu'", "cpu"),
+    "half": _MOVED.format("dtype='float16'", "half"),
+    "float": _MOVED.format("dtype='float32'", "float"),
+    "bfloat16": _MOVED.format("dtype='bfloat16'", "bfloat16"),
+    "device": "each component has one: parts.trunk.device",
+    "dtype": "each component has one: parts.trunk.dtype",
+    "config": "each component has the whole model's: parts.trunk.config",
+    "eval": "components are in evaluation mode once loaded",
+    "train": "each component has it: parts.trunk.train()",
+    "parameters": "each component has them: parts.trunk.parameters()",
+    "state_dict": "each component has one: parts.trunk.state_dict()",
+    "forward": _JOINED.format("forward"),
+    "generate": _JOINED.format("generate"),
+    "save_pretrained": "save_split(parts, DIR) saves the components, each into a folder of its own",
+    "push_to_hub": "save_split(parts, DIR) saves the components, each into a folder of its own",
+    "trunks": "there is one trunk: parts.trunk",
+}
+
+
+def _explain_attribute(parts: SplitModel, name: str) -> Any:
+    hint = _MODEL_ATTRIBUTES.get(name)
+    raise AttributeError(f"a SplitModel, a tuple of components, has no {name!r}" + (f"; {hint}" if hint else ""))
+
+
+if not TYPE_CHECKING:  # a type checker is to say of any other attribute that there is none
+    SplitModel.__getattr__ = _explain_attribute
+
+
+def _summary(part: ComponentModel | None) -> str:
+    if part is None:
+        return "None"
+    layers = f"[{part.layer_range.start}, {part.layer_range.end})"
+    return f"<{part.family.model_type} {part.component}, layers {layers}, {dtype_name(part.dtype)}, {part.device}>"
+
+
+class LoadArguments(TypedDict, total=False):
+    """The arguments of :func:`load_split_model` that say nothing of which parts are loaded."""
+
+    device: str | torch.device
+    device_map: str | Mapping[str, str | int | torch.device] | None
+    max_memory: Mapping[int | str, int | str] | None
+    dtype: DType | Mapping[str, DType] | None
+    cache_dir: str | os.PathLike[str] | None
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
+    strategy: str
+    progress: ProgressCallback | Literal[False] | None
+    attn_implementation: str | None
+    strict: bool
+
+
+@naming_foreign
 def plan_split(
     model_name_or_path: str | os.PathLike[str],
     split_points: Sequence[int],
     *,
     model_type: str | None = None,
     parts: Sequence[str] = ("bottom", "trunk", "top"),
-    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
+    dtype: DType | Mapping[str, DType] | None = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -76,13 +180,14 @@ def plan_split(
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
 
 
+@naming_foreign
 def plan_fetch(
     model_name_or_path: str | os.PathLike[str],
     split_points: Sequence[int],
     *,
     model_type: str | None = None,
     parts: Sequence[str] = ("bottom", "trunk", "top"),
-    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
+    dtype: DType | Mapping[str, DType] | None = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -105,8 +210,82 @@ def plan_fetch(
     return plan_model_fetch(model, split_points, asked, parse_dtypes(dtype, asked))
 
 
+# The literals of one part are none of another's, which mypy does not see in tuples and sequences.
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_BOTTOM, _TRUNK, _TOP] = ...,
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, TrunkModel, TopModel]: ...
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_BOTTOM],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, None, None]: ...
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_TRUNK],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[None, TrunkModel, None]: ...
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_TOP],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[None, None, TopModel]: ...
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_BOTTOM, _TRUNK] | tuple[_TRUNK, _BOTTOM] | list[_BOTTOM | _TRUNK],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, TrunkModel, None]: ...
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_TRUNK, _TOP] | tuple[_TOP, _TRUNK] | list[_TRUNK | _TOP],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[None, TrunkModel, TopModel]: ...
+@overload
 def load_split_model(
-    model_type: str | None = None,
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_BOTTOM, _TOP] | tuple[_TOP, _BOTTOM] | list[_BOTTOM | _TOP],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, None, TopModel]: ...
+@overload
+def load_split_model(
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[str],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel: ...
+@naming_foreign
+def load_split_model(
+    model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
     *,
@@ -114,7 +293,7 @@ def load_split_model(
     device: str | torch.device = "cpu",
     device_map: str | Mapping[str, str | int | torch.device] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
-    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] = "auto",
+    dtype: DType | Mapping[str, DType] | None = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -127,7 +306,8 @@ def load_split_model(
     """Load the asked components of a model, and read no byte of the others.
 
     Args:
-        model_type: What the model is; None to take what ``config.json`` says.
+        model_type: What the model is; None to take what ``config.json`` says. A path, a Hub repository or
+            ``bundled:gpt2`` in its place is the model.
         split_points: ``(a, b)`` with ``0 < a < b < number of layers``.
         model_name_or_path: A directory, or a repository on the Hub; by default the family's own.
         parts: The components to load.
@@ -136,8 +316,9 @@ def load_split_model(
             as much on the GPUs as fits, in order, the rest on the CPU.
         max_memory: What may be used of each device, ``{0: "10GiB", "cpu": "30GiB"}``, as in accelerate.
             By default nine tenths of what is free on each GPU.
-        dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored. A mapping
-            gives each component its own; ``SplitCausalLM(..., mixed_dtypes=True)`` joins such components.
+        dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored. ``torch.float16``,
+            ``"fp16"`` and ``"half"`` are one; ``torch_dtype`` is taken for it. A mapping gives each component
+            its own; ``SplitCausalLM(..., mixed_dtypes=True)`` joins such components.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
         strategy: ``auto``, the cheapest that can; ``mapped``, ``copied``, ``incremental``, ``whole``, or one
             that a plugin adds.
@@ -153,6 +334,8 @@ def load_split_model(
     Raises:
         SplitLearnError: With a hint, before anything is half made; see :func:`plan_split`.
     """
+    _check_points(split_points, model_name_or_path)
+    model_type, model_name_or_path = type_and_model(model_type, model_name_or_path)
     asked = parse_parts(parts)
     dtypes = parse_dtypes(dtype, asked)
     options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation, strict=strict)
@@ -170,6 +353,15 @@ def load_split_model(
         plan, table = make_plan(model, split_points, asked, dtypes, fetch=report)
         components = load_components(model, plan, table, options, report)
     return SplitModel(*(components.get(component) for component in Component))
+
+
+def _check_points(split_points: object, model_name_or_path: object) -> None:
+    """Notice split points that were given as two arguments; raises InvalidSplitError."""
+    if isinstance(split_points, int) and isinstance(model_name_or_path, int):
+        raise InvalidSplitError(
+            f"split_points is {split_points!r}, and model_name_or_path {model_name_or_path!r}",
+            hint=f"give the split points as one argument: ({split_points}, {model_name_or_path})",
+        )
 
 
 def load_options(

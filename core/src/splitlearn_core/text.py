@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError
@@ -16,6 +16,8 @@ from splitlearn_core.tokenization import load_converted
 from splitlearn_core.types import ProgressCallback
 
 if TYPE_CHECKING:
+    import torch
+
     from splitlearn_core.pipeline import SplitCausalLM
 
 _HINT = "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
@@ -85,16 +87,45 @@ def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, and what ends a text besides the model's own end."""
+
+    #: 0 for the likeliest token each time; above, tokens are drawn.
+    temperature: float = 0.0
+    #: Draw from so many likeliest tokens.
+    top_k: int = 50
+    #: Draw from the likeliest tokens that make up this probability.
+    top_p: float = 1.0
+    #: Makes draws repeatable.
+    seed: int | None = None
+    #: Texts that end what is generated, and are its last part.
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigurationError(
+                f"temperature {self.temperature} is no number from 0", hint="0 takes the likeliest token"
+            )
+        if "" in self.stop:
+            raise ConfigurationError("an empty text stops nothing", hint="leave --stop out, or give it a text")
+
+    def arguments(self, tokenizer: Any) -> dict[str, Any]:
+        """Return this as arguments of ``generate``."""
+        stopping = {"stop_strings": list(self.stop), "tokenizer": tokenizer} if self.stop else {}
+        if self.temperature == 0:
+            return {"do_sample": False, **stopping}
+        drawing = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {"do_sample": True, **drawing, **stopping}
+
+
 def generate_text(
     model: SplitCausalLM,
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int,
+    sampling: Sampling = Sampling(),
     *,
-    temperature: float = 0.0,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue a prompt, handing the text on as it comes.
@@ -104,52 +135,164 @@ def generate_text(
         tokenizer: The checkpoint's.
         prompt: The text to continue.
         max_new_tokens: How many tokens to add at most.
-        temperature: 0 for the likeliest token each time; above, tokens are drawn.
-        top_k: Draw from so many likeliest tokens.
-        top_p: Draw from the likeliest tokens that make up this probability.
-        seed: Makes draws repeatable.
+        sampling: How they are chosen.
         on_text: Called with each piece of text, the prompt first.
 
     Raises:
-        ConfigurationError: The prompt is empty, the text would not fit the model, or the temperature
-            is no number from 0.
+        ConfigurationError: The prompt is empty, or the text would not fit the model.
         CheckpointError: The model's own code fails, on a value of its configuration most likely.
     """
-    import torch
-
     from splitlearn_core.build.modes import own_state
 
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigurationError(f"temperature {temperature} is no number from 0", hint="0 takes the likeliest token")
+    _check_text(prompt)
+    with own_state(gradients=False):
+        encoded = tokenizer(prompt, return_tensors="pt")
+    streamer = _streamer(tokenizer, on_text, skip_prompt=False) if on_text else None
+    output, seconds = _generate(model, tokenizer, encoded, max_new_tokens, sampling, streamer)
+    length = encoded["input_ids"].shape[1]
+    text = tokenizer.decode(output, skip_special_tokens=True)
+    return Generation(prompt, text, length, len(output) - length, seconds)
+
+
+class Conversation:
+    """Messages of a user and a model in turn, in the words of the checkpoint's chat template.
+
+    Args:
+        model: Bottom, trunk and top.
+        tokenizer: The checkpoint's.
+        max_new_tokens: How many tokens an answer has at most.
+        sampling: How they are chosen; draws are made repeatable once, with the first answer.
+        system: What stands before the first message, where that is wanted.
+
+    Raises:
+        ConfigurationError: The tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: SplitCausalLM,
+        tokenizer: Any,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        *,
+        system: str | None = None,
+    ) -> None:
+        check_chat_template(tokenizer)
+        self._model, self._tokenizer = model, tokenizer
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
+        #: What was said so far.
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
+
+    def answer(
+        self,
+        text: str,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Generation:
+        """Answer a message, handing the text on as it comes.
+
+        Args:
+            text: The message.
+            on_text: Called with each piece of the answer.
+            is_stopped: Asked after each token; where it says yes, the answer ends there.
+
+        Returns:
+            Its ``text`` is the answer alone, its ``prompt`` the message.
+
+        Raises:
+            ConfigurationError: The message is empty, the conversation would not fit the model, or the template
+                refuses it. Nothing of it is kept then.
+            CheckpointError: The model's own code fails.
+        """
+        _check_text(text)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        encoded = self._encoded(messages)
+        streamer = _streamer(self._tokenizer, on_text, skip_prompt=True) if on_text else None
+        output, seconds = _generate(
+            self._model, self._tokenizer, encoded, self._max_new_tokens, self._sampling, streamer, is_stopped
+        )
+        self._sampling = replace(self._sampling, seed=None)
+        length = encoded["input_ids"].shape[1]
+        answer = self._tokenizer.decode(output[length:], skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return Generation(text, answer, length, len(output) - length, seconds)
+
+    def _encoded(self, messages: list[dict[str, str]]) -> Any:
+        from splitlearn_core.build.modes import own_state
+
+        try:
+            with own_state(gradients=False):
+                return self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+        # A template is a program, which raises what it likes, on roles that it does not know for instance.
+        except Exception as error:
+            raise ConfigurationError(
+                f"the chat template refuses the conversation: {said(error)}",
+                hint="leave --system out, if the template knows no such role; or generate without --chat",
+            ) from error
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """Refuse a tokenizer without a chat template; raises ConfigurationError."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigurationError(
+            "the tokenizer has no chat template: the model is none for conversations, or its template is not here",
+            hint="leave --chat out to continue a text, or put the model's chat_template.jinja beside its tokenizer",
+        )
+
+
+def _check_text(text: str) -> None:
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(
             f"the prompt is no text: {reason(error)}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
         ) from error
-    with own_state(gradients=False):
-        encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = encoded["input_ids"].shape[1]
-    _check_length(model, length, max_new_tokens)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if seed is not None:
-        torch.manual_seed(seed)
+
+
+def _generate(
+    model: SplitCausalLM,
+    tokenizer: Any,
+    encoded: Any,
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: Any,
+    is_stopped: Callable[[], bool] | None = None,
+) -> tuple[torch.Tensor, float]:
+    """Return the tokens of prompt and continuation, and the seconds that it took."""
+    import torch
+
+    from splitlearn_core.build.modes import own_state
+
+    _check_length(model, encoded["input_ids"].shape[1], max_new_tokens)
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     started = time.perf_counter()
     with own_state(gradients=False), _blaming_config():
         output = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
+            input_ids=encoded["input_ids"].to(model.device),
+            attention_mask=encoded["attention_mask"].to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            streamer=_streamer(tokenizer, on_text) if on_text else None,
-            **sampling,
+            streamer=streamer,
+            stopping_criteria=_stopping(is_stopped) if is_stopped else None,
+            **sampling.arguments(tokenizer),
         )
-    seconds = time.perf_counter() - started
-    text = tokenizer.decode(output[0], skip_special_tokens=True)
-    return Generation(prompt, text, length, output.shape[1] - length, seconds)
+    return output[0], time.perf_counter() - started
+
+
+def _stopping(is_stopped: Callable[[], bool]) -> Any:
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Stopped(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), is_stopped(), device=input_ids.device)
+
+    return StoppingCriteriaList([Stopped()])
 
 
 @contextmanager
@@ -178,11 +321,11 @@ def _check_length(model: SplitCausalLM, length: int, new_tokens: int) -> None:
         )
 
 
-def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Any, on_text: Callable[[str], None], *, skip_prompt: bool) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)
 
-    return Streamer(tokenizer, skip_special_tokens=True)
+    return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)

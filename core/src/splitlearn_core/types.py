@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,6 +16,15 @@ DTYPE_BYTES = {
 }  # fmt: skip
 #: torch's name of a floating dtype -> the safetensors format's.
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+#: Other names by which people know floating dtypes -> torch's.
+DTYPE_ALIASES = {
+    "float": "float32", "fp32": "float32", "f32": "float32", "single": "float32",
+    "half": "float16", "fp16": "float16", "f16": "float16",
+    "bf16": "bfloat16",
+    "double": "float64", "fp64": "float64", "f64": "float64",
+}  # fmt: skip
+#: The dtype that leaves the choice to the checkpoint.
+AUTO_DTYPE = "auto"
 
 #: The formats of weight files that core reads.
 SAFETENSORS, PYTORCH = "safetensors", "pytorch"
@@ -29,6 +39,26 @@ class Component(StrEnum):
     BOTTOM = "bottom"
     TRUNK = "trunk"
     TOP = "top"
+
+
+def dtype_name(dtype: object) -> str:
+    """Return torch's name of a floating dtype, however it is spelled, or ``auto``; what is neither comes back as text.
+
+    ``torch.float16``, ``"fp16"``, ``"half"`` and ``numpy.float16`` are one; None, as in transformers, is ``auto``.
+    """
+    if dtype is None:
+        return AUTO_DTYPE
+    text = dtype if isinstance(dtype, str) else dtype.__name__ if isinstance(dtype, type) else str(dtype)
+    name = text.strip().lower().removeprefix("torch.")
+    name = DTYPE_ALIASES.get(name, name)
+    return name if name in (AUTO_DTYPE, *FLOAT_DTYPES) else text
+
+
+def nearest_dtype(name: str) -> str:
+    """Return the dtype that is most like a name that is none."""
+    names = [*FLOAT_DTYPES, *DTYPE_ALIASES]
+    close = difflib.get_close_matches(name.strip().lower().removeprefix("torch."), names, n=1, cutoff=0)[0]
+    return DTYPE_ALIASES.get(close, close)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -234,7 +234,9 @@ class ComponentModel(PreTrainedModel):
                 )
 
 
-class _Bottom(ComponentModel):
+class BottomModel(ComponentModel):
+    """The embeddings and the first layers."""
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -286,8 +288,14 @@ class _Bottom(ComponentModel):
                 hint="does the tokenizer belong to this model? Tokens that were added need resize_token_embeddings",
             ) from error
 
+    if TYPE_CHECKING:
 
-class _Trunk(ComponentModel):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+
+
+class TrunkModel(ComponentModel):
+    """The middle layers."""
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -314,8 +322,23 @@ class _Trunk(ComponentModel):
         with self._past_the_embeddings(hidden_states) as states:
             return self._run_layers({"inputs_embeds": states}, arguments)
 
+    if TYPE_CHECKING:
 
-class _Top(ComponentModel):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+
+
+if TYPE_CHECKING:
+
+    class TopOutput(CausalLMOutputWithPast):
+        """What a top returns: there are logits in any case, and a loss where there were labels."""
+
+        logits: torch.Tensor
+        loss: Any
+
+
+class TopModel(ComponentModel):
+    """The last layers, the final norm and the head."""
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -353,6 +376,10 @@ class _Top(ComponentModel):
             **{CACHE_FIELD: arguments[self.cache_argument]},
         )
 
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> TopOutput: ...
+
     def without_head(
         self,
         hidden_states: torch.Tensor,
@@ -370,9 +397,9 @@ class _Top(ComponentModel):
 
 
 _KINDS: dict[Component, type[ComponentModel]] = {
-    Component.BOTTOM: _Bottom,
-    Component.TRUNK: _Trunk,
-    Component.TOP: _Top,
+    Component.BOTTOM: BottomModel,
+    Component.TRUNK: TrunkModel,
+    Component.TOP: TopModel,
 }
 
 

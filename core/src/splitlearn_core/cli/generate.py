@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from splitlearn_core.cli.conversation import converse
 from splitlearn_core.cli.fetching import print_fetch
 from splitlearn_core.cli.options import (
     dry_run_option,
     json_option,
     load_options,
     load_options_of,
+    model_options,
     print_json,
-    saved_model_options,
+    split_points_of,
 )
+from splitlearn_core.errors import ConfigurationError, MissingFileError
+
+if TYPE_CHECKING:
+    from splitlearn_core.loading import OpenModel
+    from splitlearn_core.types import ProgressCallback
 
 
-@click.command("generate", short_help="Continue a prompt, cut in three.")
-@saved_model_options
+@click.command("generate", short_help="Continue a prompt, or talk, cut in three.")
+@model_options
 @load_options
-@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--prompt", help="The text to continue.")
+@click.option(
+    "--prompt-file", metavar="FILE", help="A file with that text; - for stdin. Its last line end is left out."
+)
+@click.option(
+    "--chat", is_flag=True, help="Talk, by the checkpoint's chat template: --prompt, or else each line of stdin."
+)
+@click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End where this text comes. Repeatable.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: always the likeliest token.")
 @click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
@@ -30,10 +46,14 @@ from splitlearn_core.cli.options import (
 @dry_run_option
 @json_option
 def command(
+    *,
     model: str,
     split_points: tuple[int, int] | None,
     dtype: str | dict[str, str],
-    prompt: str,
+    prompt: str | None,
+    prompt_file: str | None,
+    chat: bool,
+    system: str | None,
     max_new_tokens: int,
     dry_run: bool,
     as_json: bool,
@@ -44,31 +64,46 @@ def command(
 ) -> None:
     """Continue a prompt with MODEL, cut in three; the text streams as it comes.
 
+    With --chat and no prompt it is a conversation: each line of stdin is a message. At a terminal,
+    Ctrl-C stops an answer, and Ctrl-D ends.
+
     A directory of saved components needs no --split.
     """
     from splitlearn_core.loading import load_all, open_model
     from splitlearn_core.progress import reporting
     from splitlearn_core.storage.directory import holds_components, load_pipeline
-    from splitlearn_core.text import generate_text, load_tokenizer
+    from splitlearn_core.text import Conversation, Sampling, generate_text
 
-    options, sampling = load_options_of(others), others
-    if split_points is None:
-        if not holds_components(model):
-            raise click.UsageError(f"{model} holds no saved components: say how to cut it, --split A B")
+    _check_prompts(prompt, prompt_file, system, chat=chat, needed=not dry_run)
+    options = load_options_of(others)
+    sampling = Sampling(**others)
+    if split_points is None and holds_components(model):
         if dry_run:
-            raise click.UsageError("--dry-run goes with --split: saved components are here already")
+            raise click.UsageError("--dry-run is for models: saved components are here already")
+        prompt = _read_prompt(prompt_file) if prompt_file is not None else prompt
         split, opened = load_pipeline(model, dtype, options)
-        tokenizer = load_tokenizer(opened)
+        with reporting(None) as report:
+            tokenizer = _tokenizer(opened, report, chat=chat)
     else:
         opened = open_model(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        split_points = split_points_of(opened, split_points)
         if dry_run:
             print_fetch(opened, split_points, dtype, as_json=as_json)
             return
+        # Before the weights, which may take long.
+        prompt = _read_prompt(prompt_file) if prompt_file is not None else prompt
         with reporting(None) as report:
-            tokenizer = load_tokenizer(opened, report)
+            tokenizer = _tokenizer(opened, report, chat=chat)
             split = load_all(opened, split_points, dtype, options, report)
     show = None if as_json else write_text
-    result = generate_text(split, tokenizer, prompt, max_new_tokens, on_text=show, **sampling)
+    if chat:
+        conversation = Conversation(split, tokenizer, max_new_tokens, sampling, system=system)
+        if prompt is None:
+            converse(conversation, show)
+            return
+        result = conversation.answer(prompt, on_text=show)
+    else:
+        result = generate_text(split, tokenizer, prompt or "", max_new_tokens, sampling, on_text=show)
     if as_json:
         print_json(result.to_dict())
         return
@@ -82,3 +117,36 @@ def write_text(text: str) -> None:
     """Show a piece of text at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _read_prompt(name: str) -> str:
+    """Read a prompt from a file or from stdin, without its last line end, which an editor put there."""
+    try:
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+        return raw.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"the prompt in {name} is no UTF-8 text: {error}", hint="convert it: iconv -t UTF-8"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MissingFileError(f"the prompt cannot be read: {error}", hint="check --prompt-file") from error
+
+
+def _check_prompts(
+    prompt: str | None, prompt_file: str | None, system: str | None, *, chat: bool, needed: bool
+) -> None:
+    if prompt is not None and prompt_file is not None:
+        raise click.UsageError("--prompt and --prompt-file are two prompts: give one of them")
+    if system is not None and not chat:
+        raise click.UsageError("--system goes with --chat")
+    if needed and not chat and prompt is None and prompt_file is None:
+        raise click.UsageError("give the text to continue: --prompt TEXT, --prompt-file FILE (- for stdin), or --chat")
+
+
+def _tokenizer(opened: OpenModel, report: ProgressCallback, *, chat: bool) -> Any:
+    from splitlearn_core.text import check_chat_template, load_tokenizer
+
+    tokenizer = load_tokenizer(opened, report)
+    if chat:
+        check_chat_template(tokenizer)
+    return tokenizer

@@ -10,22 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from splitlearn_core.loading import LoadOptions
+    from splitlearn_core.loading import LoadOptions, OpenModel
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def model_options(command: _Command) -> _Command:
     """Add MODEL, where to find it, and how to cut it."""
-    return _model_options(command, split_required=True)
-
-
-def saved_model_options(command: _Command) -> _Command:
-    """Add the same for a MODEL that may be cut already: saved components, which need no --split."""
-    return _model_options(command, split_required=False)
-
-
-def _model_options(command: _Command, *, split_required: bool) -> _Command:
     for option in reversed(
         (
             click.argument("model"),
@@ -34,16 +25,16 @@ def _model_options(command: _Command, *, split_required: bool) -> _Command:
                 "split_points",
                 nargs=2,
                 type=int,
-                required=split_required,
                 metavar="A B",
-                help="Layers of the two cuts.",
+                help="Layers of the two cuts; without it, even thirds are proposed.",
             ),
             click.option(
                 "--dtype",
                 default="auto",
                 show_default=True,
                 callback=_for_each_part,
-                help="float32, bfloat16, float16, float64 or auto; or bottom=float32,trunk=bfloat16,...",
+                help="float32, bfloat16, float16, float64 (or fp32, bf16, fp16, half, ...) or auto; "
+                "or bottom=float32,trunk=bfloat16,...",
             ),
             click.option("--revision", help="Branch, tag or commit on the Hub."),
             click.option("--cache-dir", help="Where the Hub's files are kept."),
@@ -104,6 +95,18 @@ def load_options_of(options: dict[str, Any]) -> LoadOptions:
         parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in given.items()}),
         strict=options.pop("strict"),
     )
+
+
+def split_points_of(model: OpenModel, given: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the split points that were given, or even thirds of the model, and say then on stderr which these are."""
+    if given is not None:
+        return given
+    from splitlearn_core.plan.split import count_layers, even_thirds
+
+    a, b = even_thirds(model.family, model.config)
+    layers = count_layers(model.family, model.config)
+    click.echo(f"no --split was given: taking --split {a} {b}, even thirds of {layers} layers", err=True)
+    return a, b
 
 
 dry_run_option = click.option(

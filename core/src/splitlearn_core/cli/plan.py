@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, model_options, print_json, styled, table
+from splitlearn_core.cli.options import json_option, model_options, print_json, split_points_of, styled, table
 from splitlearn_core.plan.misfit import unread_words
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
 from splitlearn_core.units import human_bytes
@@ -18,14 +18,19 @@ _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", 
 @click.command("plan", short_help="What a split gives, from headers alone.")
 @model_options
 @json_option
-def command(model: str, split_points: tuple[int, int], as_json: bool, **options: Any) -> None:
+def command(
+    model: str, split_points: tuple[int, int] | None, dtype: str | dict[str, str], as_json: bool, **hub: Any
+) -> None:
     """Show what cutting MODEL gives: layers, bytes and shards of each component.
 
     Reads config.json and the headers of the weight files, and no weights.
     """
+    from splitlearn_core.loading import open_model
     from splitlearn_core.quickstart import plan_split
 
-    plan = plan_split(model, split_points, **options)
+    if split_points is None:
+        split_points = split_points_of(open_model(model, **hub), None)
+    plan = plan_split(model, split_points, dtype=dtype, **hub)
     if as_json:
         print_json(plan.to_dict())
     else:

@@ -27,7 +27,7 @@ from splitlearn_core.units import human_bytes
 @json_option
 def command(
     model: str,
-    split_points: tuple[int, int],
+    split_points: tuple[int, int] | None,
     dtype: str | dict[str, str],
     out: str,
     parts: str,
@@ -42,12 +42,17 @@ def command(
     Weights are copied piece by piece, however large they are. DIR appears as a whole.
     """
     from splitlearn_core.loading import open_model
+    from splitlearn_core.plan.split import even_thirds
     from splitlearn_core.plan.splitplan import parse_parts
     from splitlearn_core.storage.saving import check_source, check_target, save_split
     from splitlearn_core.storage.weights import parse_size
 
     if not isinstance(dtype, str):
         raise click.BadParameter("give one dtype for all components", param_hint="--dtype")
+    if split_points is None:
+        opened = open_model(model, **others)
+        a, b = even_thirds(opened.family, opened.config)
+        raise click.UsageError(f"say where to cut what is saved; --split {a} {b} makes even thirds of the layers")
     names = [part.strip() for part in parts.split(",")]
     if dry_run:
         parse_size(max_shard_size)

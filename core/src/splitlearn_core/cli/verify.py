@@ -13,18 +13,18 @@ from splitlearn_core.cli.options import (
     json_option,
     load_options,
     load_options_of,
+    model_options,
     print_json,
-    saved_model_options,
+    split_points_of,
     table,
 )
-from splitlearn_core.paths import user_path
 from splitlearn_core.storage.checking import SavedVerification
 from splitlearn_core.units import human_bytes
 from splitlearn_core.verification import Verification
 
 
 @click.command("verify", short_help="Compare with the unsplit model, or with manifests.")
-@saved_model_options
+@model_options
 @load_options
 @dry_run_option
 @json_option
@@ -41,12 +41,17 @@ def command(
 ) -> None:
     """Compare MODEL, cut in three, with MODEL unsplit. Exit code 1 where a bit differs.
 
-    Without --split, MODEL is a directory of saved components: their files are held against their
-    manifests (hashes, sizes, tensors, ties), and the components against each other.
+    Where MODEL is a directory of saved components, and --split is left out, their files are held
+    against their manifests (hashes, sizes, tensors, ties), and the components against each other.
     """
-    if split_points is None:
+    from splitlearn_core.loading import open_model
+    from splitlearn_core.progress import reporting
+    from splitlearn_core.storage.directory import holds_components
+    from splitlearn_core.verification import verify_split
+
+    if split_points is None and holds_components(model):
         if dry_run:
-            raise click.UsageError("--dry-run goes with --split: saved components are here already")
+            raise click.UsageError("--dry-run is for models: saved components are here already")
         given = [
             f"--{name.replace('_', '-')}"
             for name in ("dtype", *others)
@@ -54,15 +59,12 @@ def command(
         ]
         if given:
             raise click.UsageError(
-                f"{', '.join(given)}: for a comparison with --split; files are held against manifests"
+                f"{', '.join(given)}: for a comparison with the unsplit model; files are held against manifests"
             )
         ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
-    from splitlearn_core.loading import open_model
-    from splitlearn_core.progress import reporting
-    from splitlearn_core.verification import verify_split
-
     options = load_options_of(others)
     opened = open_model(model, **others)
+    split_points = split_points_of(opened, split_points)
     if dry_run:
         print_fetch(opened, split_points, dtype, whole=True, as_json=as_json)
         return
@@ -78,12 +80,7 @@ def command(
 def _verify_saved(directory: str, *, as_json: bool) -> bool:
     from splitlearn_core.progress import reporting
     from splitlearn_core.storage.checking import verify_saved
-    from splitlearn_core.storage.directory import holds_components
 
-    if not user_path(directory).is_dir():
-        raise click.UsageError(f"there is no directory {directory}")
-    if not holds_components(directory):
-        raise click.UsageError(f"{directory} holds no saved components: to compare a model, give --split A B")
     with reporting(None) as report:
         result = verify_saved(directory, progress=report)
     if as_json:
@@ -100,6 +97,10 @@ def render_saved(result: SavedVerification) -> str:
     whole = "" if result.complete else " (not a whole model)"
     faults = [f"fault   {problem}" for problem in result.problems]
     return "\n".join([f"{result.path}: {held}{whole}, {human_bytes(result.nbytes)} hashed", *faults, verdict])
+
+
+#: What would surprise in a table that says of a component of 300 MB that it took 0 B.
+_MEMORY_NOTE = "memory taken: beyond pages of the weight files, which are mapped, and given back where memory is short"
 
 
 def render_verification(result: Verification) -> str:
@@ -125,6 +126,7 @@ def render_verification(result: Verification) -> str:
             f"{result.model} cut at {first} and {second}, {result.dtype}, {result.input}",
             "",
             table(("component", "layers", "bytes", "memory taken", "load", "forward"), rows),
+            _MEMORY_NOTE,
             "",
             *checks,
             f"{verdict}; maximum difference {result.max_difference:g}",

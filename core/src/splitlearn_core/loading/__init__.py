@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from splitlearn_core.loading.components import load_all, load_components
 from splitlearn_core.loading.importing import collection_paused, import_builders
+from splitlearn_core.loading.naming import type_and_model
 from splitlearn_core.loading.opening import BUNDLED, OpenModel, bundled_checkpoint, open_model
 from splitlearn_core.loading.options import LoadOptions, check_device, check_options, choose_devices
 from splitlearn_core.loading.origins import origins_of
@@ -29,5 +30,6 @@ __all__ = [
     "open_model",
     "origins_of",
     "refuse_misfit",
+    "type_and_model",
     "wanted_keys",
 ]

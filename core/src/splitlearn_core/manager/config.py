@@ -21,7 +21,7 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError, UnknownModelTypeError
 from splitlearn_core.plan.split import MAX_LAYERS
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.types import FLOAT_DTYPES, Component
+from splitlearn_core.types import AUTO_DTYPE, FLOAT_DTYPES, Component, dtype_name, nearest_dtype
 from splitlearn_core.units import MEGABYTE
 
 #: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
@@ -423,19 +423,13 @@ def _device(value: object) -> str:
     return name
 
 
-_DTYPES = ("auto", *FLOAT_DTYPES)
-_DTYPE_ALIASES = {
-    "float": "float32", "fp32": "float32", "f32": "float32", "half": "float16", "fp16": "float16", "f16": "float16",
-    "bf16": "bfloat16", "double": "float64", "fp64": "float64", "f64": "float64",
-}  # fmt: skip
+_DTYPES = (AUTO_DTYPE, *FLOAT_DTYPES)
 
 
 def _dtype(value: object) -> str:
-    name = _text(_of_torch(value, "dtype")).removeprefix("torch.")
+    name = dtype_name(_text(_of_torch(value, "dtype")))
     if name not in _DTYPES:
-        alias = _DTYPE_ALIASES.get(name.strip().lower())
-        meant = f"; did you mean {alias!r}?" if alias else near(name, _DTYPES)
-        raise _RefusedError(f"is none of {', '.join(_DTYPES)}{meant}")
+        raise _RefusedError(f"is none of {', '.join(_DTYPES)}; did you mean {nearest_dtype(name)!r}?")
     return name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError
 from splitlearn_core.plan.splitplan import ComponentPlan, loaded_nbytes
-from splitlearn_core.types import FLOAT_DTYPES, Component
+from splitlearn_core.types import FLOAT_DTYPES, Component, dtype_name, nearest_dtype
 from splitlearn_core.units import human_bytes
 
 #: Asks for as much on the GPUs as fits, the rest on the CPU.
@@ -32,7 +32,7 @@ def parse_dtypes(dtype: Any, asked: Iterable[Component]) -> dict[Component, str]
         ConfigurationError: Names that are no component, or no floating dtype; all are listed.
     """
     given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(asked, dtype)
-    names = {part: str(name).removeprefix("torch.") for part, name in given.items()}
+    names = {part: dtype_name(name) for part, name in given.items()}
     problems = _not_components("dtype", given)
     problems += [
         f"dtype {name!r}{f' of {part}' if isinstance(dtype, Mapping) else ''} is none of {', '.join(FLOAT_DTYPES)}"
@@ -40,8 +40,10 @@ def parse_dtypes(dtype: Any, asked: Iterable[Component]) -> dict[Component, str]
         if name not in (AUTO, *FLOAT_DTYPES)
     ]
     if problems:
+        wrong = next((name for name in names.values() if name not in (AUTO, *FLOAT_DTYPES)), "")
+        meant = f"the nearest is {nearest_dtype(wrong)!r}; or " if wrong else ""
         raise ConfigurationError(
-            "; ".join(dict.fromkeys(problems)), hint='leave dtype="auto" for the one that the checkpoint states'
+            "; ".join(dict.fromkeys(problems)), hint=f'{meant}leave dtype="auto" for the one that the checkpoint states'
         )
     return {component: names.get(component, AUTO) for component in asked}
 

@@ -61,6 +61,28 @@ def split_layers(
     }
 
 
+def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return split points that give bottom and top a third of the layers each, and the trunk the rest.
+
+    Where a family declares a cut impossible, the nearest that is possible.
+
+    Raises:
+        InvalidSplitError: The model cannot be cut into three.
+    """
+    total = count_layers(family, config)
+    impossible = impossible_cuts(family, config)
+    possible = [point for point in range(1, total) if point not in impossible]
+    if len(possible) < 2:  # noqa: PLR2004  # two cuts make three components
+        raise InvalidSplitError(
+            f"this {family.model_type} model of {total} layers cannot be cut into bottom, trunk and top",
+            hint=f"cuts are possible before layers {', '.join(map(str, possible)) or '(none)'}",
+        )
+    first, last = _thirds(total)
+    a = min(possible[:-1], key=lambda point: abs(point - first))
+    b = min((point for point in possible if point > a), key=lambda point: abs(point - last))
+    return a, b
+
+
 def ranges_around(component: Component, owned: LayerRange) -> dict[Component, LayerRange]:
     """Cut a model so that one component has these layers; the other two share the rest, and may be empty."""
     first, last, total = owned.start, owned.end, owned.total
@@ -132,10 +154,14 @@ def _integers(split_points: object) -> list[int]:
         ) from error
 
 
+def _thirds(total: int) -> tuple[int, int]:
+    return total // 3, total - total // 3
+
+
 def _nearest(points: Sequence[int], total: int) -> tuple[int, int]:
-    low, high = (
-        (min(points), max(points)) if len(points) > 1 else (*points, total - 1)[:2] if points else (1, total - 1)
-    )
+    if not points:
+        return _thirds(total)
+    low, high = (min(points), max(points)) if len(points) > 1 else (*points, total - 1)
     first = min(max(low, 1), total - 2)
     return first, min(max(high, first + 1), total - 1)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.arguments import naming_foreign
 from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.origin import origin_mismatches
@@ -126,6 +127,7 @@ def file_problems(saved: SavedComponent) -> list[str]:
     return problems + [f"{saved.folder / name} is not in the manifest" for name in sorted(strange)]
 
 
+@naming_foreign
 def load_component(
     directory: str | os.PathLike[str],
     component: str | None = None,
@@ -156,6 +158,7 @@ def load_component(
     ]
 
 
+@naming_foreign
 def load_split_directory(
     directory: str | os.PathLike[str],
     *others: str | os.PathLike[str],

@@ -31,6 +31,7 @@ def create_kept(
     model_type: str | None,
     model: str | os.PathLike[str] | None,
     split_points: tuple[int, int],
+    parts: Sequence[str],
     loading: Mapping[str, Any],
     hub: Mapping[str, Any],
     *,
@@ -40,8 +41,8 @@ def create_kept(
 
     Args:
         directory: Where it is kept.
-        model_type, model, split_points: As in :func:`load_split_model`.
-        loading: Its arguments that say what is loaded and how, all of them.
+        model_type, model, split_points, parts: As in :func:`load_split_model`.
+        loading: Its arguments that say how they are loaded, all of them.
         hub: Its arguments about the Hub.
         save: Keep what had to be loaded from the source.
 
@@ -53,7 +54,7 @@ def create_kept(
     from splitlearn_core.storage.saving import check_target, save_split
 
     how = dict(loading)
-    asked, progress = parse_parts(how.pop("parts")), how.pop("progress")
+    asked, progress = parse_parts(parts), how.pop("progress")
     dtypes = parse_dtypes(how.pop("dtype"), asked)
     options = load_options(asked, **how)
     name = model if model is not None or model_type is None else registry().family(model_type).default_model
@@ -71,7 +72,7 @@ def create_kept(
         check_target(directory, overwrite=False)
     elif directory.exists():
         log.warning("%s does not hold this split: %s. It is loaded from its source", directory, why)
-    loaded = load_split_model(model_type, split_points, model, **loading, **hub)
+    loaded = load_split_model(model_type, split_points, model, parts=parts, **loading, **hub)
     if save:
         log.info("Saving %s of %s to %s", ", ".join(asked), name, directory)
         save_split(name or "", directory, split_points, parts=asked, model_type=model_type, progress=progress, **hub)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.arguments import naming_foreign
 from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading import OpenModel, make_plan, open_model, origins_of, refuse_misfit
@@ -31,7 +32,7 @@ from splitlearn_core.storage.writing import (
     write_weights,
 )
 from splitlearn_core.tokenization import converted_files
-from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo, dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,7 @@ class Part:
     written: Mapping[str, str]
 
 
+@naming_foreign
 def save_split(
     source: str | os.PathLike[str] | SplitModel | SplitCausalLM | ComponentModel | Iterable[ComponentModel],
     out: str | os.PathLike[str],
@@ -101,7 +103,7 @@ def save_split(
         InsufficientDiskError: It does not fit.
         CheckpointError: The source is not what it has to be.
     """
-    target, limit = as_path(out, "out"), parse_size(max_shard_size)
+    target, limit, dtype = as_path(out, "out"), parse_size(max_shard_size), dtype_name(dtype)
     earlier = snapshot(target)
     check_target(target, overwrite=overwrite)
     with reporting(progress) as report:
@@ -129,7 +131,7 @@ def save_split(
             else:
                 from splitlearn_core.storage.memory import parts_converted
 
-                saved = parts_converted(model, split_points, asked, str(dtype), report)
+                saved = parts_converted(model, split_points, asked, dtype, report)
         kept = _kept(target, saved)
         with passing_through(report) as tell:
             _save(saved, kept, target, earlier, limit, tell)

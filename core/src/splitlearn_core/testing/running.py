@@ -18,7 +18,8 @@ try:
     import pytest
 except ImportError as error:
     raise ConfigurationError(
-        f"the conformance kit needs pytest: {error}", hint='pip install "splitlearn-core[testing]"'
+        f"the conformance kit needs pytest: {error}",
+        hint='pip install "pytest>=9.0" (the extra "testing" of splitlearn-core)',
     ) from error
 
 _MODULE = "test_conformance.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,10 @@ def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = t
     return model.eval()
 
 
-def write_checkpoint(directory: Path, model: Any, *, max_shard_size: str | int = "5GB") -> Path:
+def write_checkpoint(directory: str | os.PathLike[str], model: Any, *, max_shard_size: str | int = "5GB") -> Path:
     """Save a model as a checkpoint, and return its folder."""
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    return directory
+    return Path(directory)
 
 
 def parts_equal(one: Iterable[Any], other: Iterable[Any]) -> bool:

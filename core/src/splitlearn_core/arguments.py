@@ -1,0 +1,140 @@
+"""Arguments by the names that other libraries give them: taken where they mean what ours mean, else explained."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from splitlearn_core.errors import UnexpectedArgumentError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+#: Other names of arguments -> ours.
+RENAMED: Mapping[str, str] = {
+    "torch_dtype": "dtype",
+    "pretrained_model_name_or_path": "model_name_or_path",
+    "use_auth_token": "token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignArgument:
+    """An argument of another library's function that loads models."""
+
+    #: What to do instead.
+    hint: str
+    #: Values that ask for what is done in any case, or for nothing; they are taken.
+    harmless: tuple[Any, ...] = (None,)
+
+
+_PLAIN = (
+    "components have plain weights: leave it out; quantised checkpoints are read dequantised, GGUF by splitlearn-gguf"
+)
+_HUB = "fetch the files first (hf download), and give their folder"
+_WHOLE = "it is an argument of transformers' from_pretrained: leave it out"
+
+#: Arguments of ``from_pretrained`` and its like that have no counterpart here.
+FOREIGN: Mapping[str, ForeignArgument] = {
+    "low_cpu_mem_usage": ForeignArgument("components are never built twice in memory", (None, True, False)),
+    "trust_remote_code": ForeignArgument(
+        "no code of a checkpoint is run; a plugin provides the model type (splitlearn plugins new TYPE)", (None, False)
+    ),
+    "load_in_8bit": ForeignArgument(_PLAIN, (None, False)),
+    "load_in_4bit": ForeignArgument(_PLAIN, (None, False)),
+    "quantization_config": ForeignArgument(_PLAIN),
+    "gguf_file": ForeignArgument(
+        "give the path of the GGUF file as model_name_or_path, with splitlearn-gguf installed"
+    ),
+    "use_safetensors": ForeignArgument(
+        "leave it out: safetensors are read where there are any, and of .bin files tensors alone"
+    ),
+    "weights_only": ForeignArgument("of a .bin file tensors alone are read, in any case", (None, True)),
+    "use_flash_attention_2": ForeignArgument("give attn_implementation='flash_attention_2'", (None, False)),
+    "attn_implementation": ForeignArgument("give attn_implementation where components are loaded"),
+    "device_map": ForeignArgument("give one device='cuda:0' here, or device_map in load_split_model"),
+    "max_memory": ForeignArgument("limits of memory are set where components are loaded: load_split_model"),
+    "low_memory": ForeignArgument("give strategy='incremental'", (None, False)),
+    "offload_folder": ForeignArgument("mapped weights are pages of their file already: give strategy='mapped'"),
+    "offload_state_dict": ForeignArgument("mapped weights are pages of their file already", (None, False)),
+    "offload_buffers": ForeignArgument(_WHOLE, (None, False)),
+    "config": ForeignArgument("config.json of the checkpoint counts; change it there"),
+    "state_dict": ForeignArgument(
+        "a component is made of a state dict by ModelRegistry.get_model_class(TYPE, 'trunk').from_pretrained_split"
+    ),
+    "num_labels": ForeignArgument("components are those of causal language models; there are no labels"),
+    "ignore_mismatched_sizes": ForeignArgument("tensors have to fit the model", (None, False)),
+    "subfolder": ForeignArgument(_HUB, (None, "")),
+    "variant": ForeignArgument(_HUB),
+    "force_download": ForeignArgument("remove the model from the cache: hf cache delete", (None, False)),
+    "resume_download": ForeignArgument("downloads are resumed in any case", (None, True)),
+    "proxies": ForeignArgument("set HTTPS_PROXY, which the Hub's client heeds"),
+    "mirror": ForeignArgument("set HF_ENDPOINT"),
+    "tp_plan": ForeignArgument("a component is on one device: give device, or device_map"),
+    "device_mesh": ForeignArgument("a component is on one device: give device, or device_map"),
+    "adapter_kwargs": ForeignArgument("load the adapter afterwards: load_adapter(components, DIR)"),
+    "output_loading_info": ForeignArgument("what does not fit is an error; leave it out", (None, False)),
+    "use_cache": ForeignArgument(
+        "caches are made by component.new_cache(), or by SplitCausalLM.generate", (None, True)
+    ),
+}
+
+
+def naming_foreign(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function take arguments by the names that transformers gives them, and explain those that it cannot take.
+
+    Raises:
+        UnexpectedArgumentError: From the function that is returned, for arguments that it does not have.
+    """
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if kwargs.keys() <= parameters.keys():
+            return function(*args, **kwargs)
+        given: Any = translated(function.__name__, kwargs, tuple(parameters), positional=len(args))
+        return function(*args, **given)
+
+    return call
+
+
+def translated(function: str, given: Mapping[str, Any], names: tuple[str, ...], *, positional: int) -> dict[str, Any]:
+    """Return arguments by the names that a function has for them.
+
+    Args:
+        function: Its name.
+        given: The arguments that were given by name.
+        names: Those that it has, in their order.
+        positional: How many arguments were given by position.
+
+    Raises:
+        UnexpectedArgumentError: It has no such arguments; all are named, each with what to do.
+    """
+    taken = {name: value for name, value in given.items() if name in names}
+    problems, hints = [], []
+    for name, value in given.items():
+        if name in names:
+            continue
+        ours = RENAMED.get(name)
+        foreign = FOREIGN.get(name)
+        if ours in names:
+            if ours in taken or ours in names[:positional]:
+                problems.append(f"{name} is another name of {ours}, which was given as well")
+                hints.append(f"give {ours} alone")
+            else:
+                taken[ours] = value
+        elif foreign is None:
+            problems.append(f"unexpected keyword argument {name!r}")
+            close = difflib.get_close_matches(name, names, n=1)
+            hints.append(f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}")
+        # By identity of type too: 1 is no True here, and an array compares to no truth value.
+        elif not any(type(value) is type(each) and value == each for each in foreign.harmless):
+            problems.append(f"unexpected keyword argument {name!r}")
+            hints.append(f"{name}: {foreign.hint}")
+    if problems:
+        raise UnexpectedArgumentError(f"{function}(): {'; '.join(problems)}", hint="; ".join(dict.fromkeys(hints)))
+    return taken

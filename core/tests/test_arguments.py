@@ -1,0 +1,218 @@
+"""What people of transformers call things: taken where it means the same, and else explained by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from splitlearn_core import (
+    ConfigurationError,
+    ModelFactory,
+    SplitCausalLM,
+    SplitModel,
+    UnexpectedArgumentError,
+    UnknownModelTypeError,
+    load_component,
+    load_split_directory,
+    load_split_model,
+    plan_fetch,
+    plan_split,
+    save_split,
+)
+from splitlearn_core.arguments import FOREIGN, RENAMED
+from splitlearn_core.types import DTYPE_ALIASES, FLOAT_DTYPES, dtype_name, nearest_dtype
+
+CUTS = (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("fp16", "float16"), ("half", "float16"), ("torch.half", "float16"), (torch.float16, "float16"),
+        ("F16", "float16"), ("bf16", "bfloat16"), (torch.bfloat16, "bfloat16"), ("float", "float32"),
+        (float, "float32"), ("FP32", "float32"),
+        (np.float32, "float32"), (np.dtype("float64"), "float64"), ("double", "float64"), (" float32 ", "float32"),
+        ("auto", "auto"), (None, "auto"),
+    ],
+)  # fmt: skip
+def test_a_dtype_has_many_names(given: object, name: str) -> None:
+    """However a floating dtype is spelled, it is torch's."""
+    assert dtype_name(given) == name
+
+
+def test_each_alias_is_what_torch_calls_so() -> None:
+    """Where torch knows a short name, it is of the same dtype."""
+    for alias, name in DTYPE_ALIASES.items():
+        assert name in FLOAT_DTYPES
+        assert getattr(torch, alias, getattr(torch, name)) is getattr(torch, name)
+
+
+@pytest.mark.parametrize("given", ["float7", "int8", "", "torch.int64", torch.int8, 16, "fp 16"])
+def test_what_is_no_floating_dtype_comes_back(given: object) -> None:
+    """It is quoted where it is refused, with the nearest that is one."""
+    name = dtype_name(given)
+    assert name == str(given)
+    assert nearest_dtype(name) in FLOAT_DTYPES
+
+
+def test_the_dtype_is_loaded(llama: Any, single: Path) -> None:
+    """By an alias, by the old name of the argument, one for each component."""
+    for how in ({"dtype": "half"}, {"torch_dtype": torch.float16}, {"torch_dtype": "fp16"}):
+        parts: Any = load_split_model("llama", CUTS, single, parts=("trunk",), **how)
+        assert parts.trunk.dtype is torch.float16
+    assert plan_split(single, CUTS, dtype={"trunk": "bf16", "top": "fp32"}).components[1].dtype == "bfloat16"
+    with pytest.raises(ConfigurationError) as caught:
+        load_split_model("llama", CUTS, single, dtype="float61")
+    assert "'float64'" in caught.value.hint
+
+
+class TestTheModelInTheTypesPlace:
+    def test_a_path(self, llama: Any, single: Path) -> None:
+        """As text and as path, with the same components as by name."""
+        expected = load_split_model(None, CUTS, single)
+        for given in (single, str(single)):
+            parts = load_split_model(given, CUTS)
+            for part, other in zip(parts, expected, strict=True):
+                assert all(map(torch.equal, part.state_dict().values(), other.state_dict().values()))
+        kept = ModelFactory.create_split_models(single, None, *CUTS)
+        assert kept.trunk.layer_range == expected.trunk.layer_range
+
+    def test_by_the_argument_of_transformers(self, llama: Any, single: Path) -> None:
+        """``pretrained_model_name_or_path`` is the model."""
+        parts: Any = load_split_model(split_points=CUTS, pretrained_model_name_or_path=single, parts=("top",))
+        assert parts.top is not None
+
+    @pytest.mark.parametrize("name", ["someone/llama-1b", "bundled:llama", "./llama", "~/llama", "C:\\models\\llama"])
+    def test_two_models(self, llama: Any, single: Path, name: str) -> None:
+        """What is no model type is not taken for one; both arguments are named."""
+        with pytest.raises(ConfigurationError, match="two models are named") as caught:
+            load_split_model(name, CUTS, single)
+        assert "model_type=" in str(caught.value)
+        assert "model_name_or_path=" in str(caught.value)
+
+    def test_a_type_that_is_a_directory_too(self, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is guessed: the error has both ways to say what is meant."""
+        monkeypatch.chdir(single.parent)
+        (single.parent / "llama").symlink_to(single)
+        (single.parent / "my-model").symlink_to(single)
+        with pytest.raises(ConfigurationError) as caught:
+            load_split_model("llama", CUTS)
+        assert "model_name_or_path='./llama'" in caught.value.hint
+        assert load_split_model("my-model", CUTS, parts=("trunk",)).trunk.layer_range.start == CUTS[0]
+
+    def test_a_bare_name(self, llama: Any) -> None:
+        """It may be a model's or a type's; the error says where each stands."""
+        with pytest.raises(UnknownModelTypeError) as caught:
+            load_split_model("gpt2-medium", CUTS)
+        assert "model_name_or_path='gpt2-medium'" in caught.value.hint
+
+    def test_cuts_as_two_arguments(self) -> None:
+        """The pair is proposed."""
+        wrong: Any = 5
+        with pytest.raises(ConfigurationError) as caught:
+            load_split_model("bundled:gpt2", 1, wrong)  # type: ignore[arg-type]
+        assert "(1, 5)" in caught.value.hint
+
+
+def functions() -> list[Callable[..., Any]]:
+    return [
+        load_split_model, plan_split, plan_fetch, save_split, load_component, load_split_directory,
+        ModelFactory.create_split_models,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", functions(), ids=lambda function: function.__name__)
+class TestForeignArguments:
+    def test_each_is_explained(self, function: Callable[..., Any]) -> None:
+        """A name of transformers is refused by name with what to do, as a ValueError and as a TypeError."""
+        own = inspect.signature(function).parameters
+        for name, foreign in FOREIGN.items():
+            if name in own:
+                continue
+            with pytest.raises(UnexpectedArgumentError, match=f"unexpected keyword argument {name!r}") as caught:
+                function(**{name: object()})
+            assert foreign.hint in caught.value.hint
+            assert isinstance(caught.value, TypeError)
+
+    def test_slips_have_the_nearest(self, function: Callable[..., Any]) -> None:
+        """All at once, as all errors of arguments."""
+        name = list(inspect.signature(function).parameters)[-1]
+        with pytest.raises(UnexpectedArgumentError) as caught:
+            function(**{f"{name}s": 1, "no_such_thing_at_all": 2})
+        assert f"did you mean {name}?" in caught.value.hint
+        assert "no_such_thing_at_all" in caught.value.message
+
+
+def test_what_asks_for_nothing_is_taken(llama: Any, single: Path) -> None:
+    """Habits that ask for what is done in any case change nothing."""
+    parts: Any = load_split_model(
+        single,
+        CUTS,
+        parts=("trunk",),
+        low_cpu_mem_usage=True,
+        trust_remote_code=False,
+        load_in_8bit=False,
+        subfolder="",
+    )
+    assert parts.trunk is not None
+    for value in (True, 1):
+        with pytest.raises(UnexpectedArgumentError, match="trust_remote_code"):
+            load_split_model(single, CUTS, trust_remote_code=value)
+    with pytest.raises(UnexpectedArgumentError, match="weights_only"):
+        load_split_model(single, CUTS, weights_only=np.zeros(3))
+
+
+def test_one_argument_by_two_names(llama: Any, single: Path) -> None:
+    """Both are named."""
+    for arguments in (
+        {"split_points": CUTS, "dtype": "auto", "torch_dtype": "half"},
+        {"split_points": CUTS, "model_name_or_path": single, "pretrained_model_name_or_path": single},
+    ):
+        with pytest.raises(UnexpectedArgumentError, match="another name of"):
+            load_split_model("llama", **arguments)
+    with pytest.raises(UnexpectedArgumentError, match="another name of"):
+        plan_split(single, CUTS, pretrained_model_name_or_path=single)
+
+
+def test_the_tables_do_not_name_arguments_of_ours() -> None:
+    """What is renamed has a place to go, and nothing is in both tables."""
+    ours = {name for function in functions() for name in inspect.signature(function).parameters}
+    assert set(RENAMED.values()) <= ours
+    assert not RENAMED.keys() & FOREIGN.keys()
+
+
+class TestSplitModel:
+    def test_repr(self, llama: Any, single: Path) -> None:
+        """One line; a part that is not there is None."""
+        ends = load_split_model("llama", CUTS, single, parts=("bottom", "top"), dtype="bf16")
+        assert repr(ends) == (
+            "SplitModel(bottom=<llama bottom, layers [0, 2), bfloat16, cpu>, trunk=None, "
+            "top=<llama top, layers [4, 6), bfloat16, cpu>)"
+        )
+        assert "LlamaDecoderLayer" in repr(ends.bottom)
+
+    def test_what_people_look_for_in_it(self) -> None:
+        """It is a tuple; where a model's methods are to be had is said, and hasattr says no."""
+        parts: Any = SplitModel(None, None, None)
+        for name, way in (
+            ("to", "load_split_model"),
+            ("generate", "SplitCausalLM(*parts)"),
+            ("eval", "evaluation mode"),
+        ):
+            with pytest.raises(AttributeError) as caught:
+                getattr(parts, name)
+            assert way in str(caught.value)
+        assert not hasattr(parts, "no_such_attribute")
+        assert parts == (None, None, None)
+        assert parts._fields == ("bottom", "trunk", "top")
+
+    def test_joining_what_is_not_there(self, llama: Any, single: Path) -> None:
+        """The part that was not loaded is named."""
+        with pytest.raises(ConfigurationError, match="trunk is None: it was not loaded"):
+            SplitCausalLM(*load_split_model("llama", CUTS, single, parts=("bottom", "top")))
