@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from splitlearn_core.adapters import adapter_mismatches
+from splitlearn_core.adapters import adapter_mismatches, refuse_adapters
 from splitlearn_core.build.arguments import RECORDINGS, is_paged, named_cache
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.component import ComponentModel, architecture_class
@@ -301,6 +301,17 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         if saved:
             return cls(*cast("Any", load_split_directory(name, **kwargs)))
         return cls(*cast("Any", load_split_model(None, split_points, name, **kwargs)))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint of the whole model; arguments as of Hugging Face models.
+
+        Raises:
+            ConfigurationError: There is an adapter on the components, which such a checkpoint cannot hold.
+        """
+        # What add_adapter of transformers put there, its save_pretrained saves as an adapter.
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            refuse_adapters(self.components)
+        super().save_pretrained(*args, **kwargs)
 
     def train(self, mode: bool = True) -> SplitCausalLM:
         super().train(mode)
