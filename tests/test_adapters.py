@@ -38,6 +38,7 @@ pytestmark = [
     # PEFT says so of the whole model and of components alike.
     pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
     # Its 0.21 uses the name that transformers had before 5.23.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
@@ -613,3 +614,108 @@ def test_an_adapter_alone_names_load_adapter(single: Path, tmp_path: Path) -> No
 
     assert "load_adapter" in caught.value.hint
     assert str(single) in caught.value.hint
+
+
+def state(parts: Any) -> dict[str, torch.Tensor]:
+    return {f"{part.component}.{name}": each.clone() for part in parts for name, each in part.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        # No layer of the first projection refuses, each of the second does: qwen2 has a bias in one of them alone.
+        ("lora_bias", {}, "base layer has no bias"),
+        ("nan", {"safe_merge": True}, "NaNs detected"),
+    ],
+)
+def test_a_merge_that_peft_refuses_changes_nothing(
+    tmp_path: Path, spoil: str, options: dict[str, Any], words: str
+) -> None:
+    """Nor does it at a second try; the adapter comes off, and the components are those of a fresh load."""
+    config = lora(target_modules=["q_proj", "o_proj"], lora_bias=spoil == "lora_bias")
+    world = World(tmp_path, "qwen2", {}, torch.float32, config)
+    if spoil == "nan":
+        last = "base_model.model.model.layers.5.self_attn.o_proj.lora_B.weight"
+        spoil_tensors(lambda tensors: tensors[last].fill_(float("nan")))(world.adapter)
+    parts = world.parts()
+    load_adapter(parts, world.adapter)
+    before = state(parts)
+
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=words) as caught:
+            merge_and_unload(parts, **options)
+        after = state(parts)
+        assert list(after) == list(before)
+        for name, each in before.items():
+            torch.testing.assert_close(after[name], each, rtol=0, atol=0, equal_nan=True)
+
+    assert "o_proj of" in caught.value.message
+    unload_adapter(parts)
+    fresh = state(world.parts())
+    assert all(torch.equal(each, fresh[name]) for name, each in state(parts).items())
+
+
+def test_an_adapter_on_the_components_is_seen_by_their_model(plain: World, tmp_path: Path) -> None:
+    """Also one that came after the model was made of them; it is no part of a checkpoint of the whole model."""
+    split, whole = SplitCausalLM(*plain.parts()), plain.whole()
+    bare = list(split.state_dict())
+    for component in split.components:
+        if component is not split.top:
+            load_adapter(component, plain.adapter)
+    load_adapter(split.top, plain.adapter)
+
+    assert torch.equal(logits(split), logits(whole))
+    learned = {f"base_model.model.{name}" for name, _ in split.named_parameters() if ".lora_" in name}
+    assert learned == {name for name, _ in whole.named_parameters() if ".lora_" in name}
+    with pytest.raises(ConfigurationError, match="adapter on bottom, trunk, top"):
+        split.save_pretrained(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+    merge_and_unload(split)
+    assert list(split.state_dict()) == bare
+    split.save_pretrained(tmp_path / "checkpoint")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert torch.equal(logits(merged), logits(whole.merge_and_unload()))
+
+
+def test_an_adapter_of_pefts_own_is_not_taken_for_ours(plain: World, tmp_path: Path) -> None:
+    """What get_peft_model put on a split model is neither overwritten, nor dropped, nor saved as part of a component."""
+    split = SplitCausalLM(*plain.parts())
+    own = peft.get_peft_model(split, lora(target_modules=["q_proj"], init_lora_weights=False))
+    before, weights = logits(own), state(split.components)
+    out = tmp_path / "saved"
+    for action in (
+        lambda: load_adapter(split, plain.adapter),
+        lambda: save_adapter(split, out),
+        lambda: merge_and_unload(split.trunk),
+        lambda: unload_adapter(split),
+    ):
+        with pytest.raises(ConfigurationError, match="put there by PEFT itself"):
+            action()
+    for saved in (split, split.trunk, own):
+        with pytest.raises(ConfigurationError, match=r"there is an adapter|PeftModelForCausalLM cannot be saved"):
+            save_split(saved, out)
+    with pytest.raises(ConfigurationError, match="PeftModelForCausalLM is no component") as caught:
+        save_adapter(own, out)
+    with pytest.raises(ConfigurationError, match="a checkpoint of the whole model cannot hold"):
+        split.save_pretrained(out)
+
+    assert "save_pretrained" in caught.value.hint
+    assert not out.exists()
+    assert torch.equal(logits(own), before)
+    assert all(torch.equal(each, weights[name]) for name, each in state(split.components).items())
+    own.unload()
+    load_adapter(split, plain.adapter)
+    assert torch.equal(logits(split), logits(plain.whole()))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_an_adapter_that_peft_changed_is_not_saved_as_the_one_that_was_loaded(plain: World, tmp_path: Path) -> None:
+    """PEFT takes the same name again, and overwrites what was there."""
+    split = SplitCausalLM(*plain.parts())
+    load_adapter(split, plain.adapter)
+    peft.get_peft_model(split, lora(target_modules=["q_proj"], init_lora_weights=False))
+
+    for action in (lambda: save_adapter(split, tmp_path / "saved"), lambda: merge_and_unload(split)):
+        with pytest.raises(ConfigurationError, match="PEFT itself has changed the adapter"):
+            action()
+    assert not (tmp_path / "saved").exists()

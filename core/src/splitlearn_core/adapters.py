@@ -6,6 +6,7 @@ an adapter's file are those of the component's own modules.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,6 +65,8 @@ class _Loaded:
     is_trainable: bool
     #: PEFT's wrapper, whose base model is the component; None where the adapter has nothing here.
     peft: Any = field(compare=False)
+    #: PEFT's modules as they were loaded, by name: what PEFT adds or replaces later is no part of this adapter.
+    modules: dict[str, Any] = field(compare=False, default_factory=dict)
 
 
 def load_adapter(
@@ -112,6 +115,7 @@ def apply_adapter(
         widen: Compute halves in float32, as PEFT does; ``from_pretrained`` of a model with an adapter does not.
     """
     import_peft()
+    _refuse_others(components)
     taken = [str(component.component) for component in components if _loaded(component) is not None]
     if taken:
         raise ConfigurationError(
@@ -168,6 +172,7 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
     """
     target = check_adapter_target(directory)
     components = _components(parts)
+    _refuse_others(components)
     loads = _all_loaded(components)
     adapter = loads[0].adapter
     for problem in _differences(loads):
@@ -185,16 +190,22 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
     return write_adapter(target, adapter.text, tensors)
 
 
-def merge_and_unload(parts: Parts) -> None:
+def merge_and_unload(parts: Parts, *, safe_merge: bool = False) -> None:
     """Add the adapter to the weights of components, which are plain components afterwards.
 
-    Mapped weights are copied where they change; the file does not.
+    Mapped weights are copied where they change; the file does not. Each layer is merged twice, into a copy
+    first: what PEFT refuses, it refuses before any weight has changed.
+
+    Args:
+        parts: As in :func:`load_adapter`.
+        safe_merge: Refuse merged weights that are not finite, as PEFT does by this name.
 
     Raises:
-        ConfigurationError: A component has no adapter; or the adapter adapts an embedding that is also
-            the head, which another component may hold.
+        ConfigurationError: A component has no adapter, or PEFT cannot merge it; or the adapter adapts an
+            embedding that is also the head, which another component may hold. The components are as before.
     """
     components = _components(parts)
+    _refuse_others(components)
     loads = _all_loaded(components)
     adapter, family = loads[0].adapter, components[0].family
     if components[0].config.tie_word_embeddings and adapts_ends(adapter.tensors, adapter.config, family):
@@ -204,8 +215,10 @@ def merge_and_unload(parts: Parts) -> None:
             hint="use the adapter unmerged",
         )
     for component, loaded in zip(components, loads, strict=True):
+        _try_merge(component, loaded, safe_merge)
+    for component, loaded in zip(components, loads, strict=True):
         if loaded.peft is not None:
-            loaded.peft.base_model.merge_and_unload(safe_merge=False)
+            loaded.peft.base_model.merge_and_unload(safe_merge=safe_merge)
         _forget(component)
 
 
@@ -216,6 +229,7 @@ def unload_adapter(parts: Parts) -> None:
         ConfigurationError: A component has no adapter; or the adapter has changed the model's own biases.
     """
     components = _components(parts)
+    _refuse_others(components)
     loads = _all_loaded(components)
     if any(loaded.adapter.config.get("bias", "none") != "none" for loaded in loads):
         raise ConfigurationError(
@@ -261,9 +275,12 @@ def _components(parts: Parts) -> list[ComponentModel]:
     given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
     wrong = sorted({type(part).__name__ for part in given if not isinstance(part, ComponentModel)})
     if wrong or not given:
+        own = any(name.startswith("Peft") for name in wrong)
         raise ConfigurationError(
             f"{', '.join(wrong) or 'nothing'} is no component",
-            hint="give what load_split_model returned, or some of it",
+            hint="a PeftModel saves, merges and removes its adapters itself: save_pretrained, merge_and_unload, unload"
+            if own
+            else "give what load_split_model returned, or some of it",
         )
     kinds = {(part.family.model_type, part.layer_range.total) for part in given}
     if len(kinds) > 1 or len({part.component for part in given}) < len(given):
@@ -278,6 +295,70 @@ def _all_loaded(components: list[ComponentModel]) -> list[_Loaded]:
     if bare:
         raise ConfigurationError(f"there is no adapter on {', '.join(bare)}", hint="call load_adapter first")
     return [loaded for loaded in loads if loaded is not None]
+
+
+def refuse_adapters(components: Iterable[ComponentModel]) -> None:
+    """Refuse components with an adapter, whoever put it there; raises ConfigurationError."""
+    adapted = [str(component.component) for component in components if _peft_modules(component)]
+    if adapted:
+        raise ConfigurationError(
+            f"there is an adapter on {', '.join(adapted)}, which a checkpoint of the whole model cannot hold",
+            hint="save the adapter (save_adapter, or save_pretrained of the PeftModel), or merge it first",
+        )
+
+
+def _refuse_others(components: list[ComponentModel]) -> None:
+    """Refuse an adapter that PEFT put on components by itself, whose settings they do not know."""
+    for component in components:
+        loaded, there = _loaded(component), _peft_modules(component)
+        known = {} if loaded is None else loaded.modules
+        if there.keys() == known.keys() and all(there[name] is module for name, module in known.items()):
+            continue
+        if loaded is None:
+            raise ConfigurationError(
+                f"the adapter on {component.component} was put there by PEFT itself, not by load_adapter",
+                hint="save, merge or remove it with the PeftModel: save_pretrained, merge_and_unload, unload",
+            )
+        raise ConfigurationError(
+            f"PEFT itself has changed the adapter {loaded.adapter.name} on {component.component}, "
+            "which load_adapter put there",
+            hint="load the components again, and use load_adapter or PEFT's own means, not both",
+        )
+
+
+def _peft_modules(component: ComponentModel) -> dict[str, Any]:
+    """Return PEFT's modules in a component, and the modules in them, by name."""
+    return {
+        f"{name}.{inner}": each
+        for name, module in component.named_modules()
+        if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)
+        for inner, each in module.named_modules()
+    }
+
+
+def _try_merge(component: ComponentModel, loaded: _Loaded, safe_merge: bool) -> None:
+    """Merge copies of a component's layers, one at a time, so that a refusal leaves the component as it was.
+
+    Raises:
+        ConfigurationError: PEFT refuses.
+    """
+    if loaded.peft is None:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    name = ""
+    try:
+        loaded.peft.base_model._check_merge_allowed()  # noqa: SLF001  # what PEFT's merge begins with
+        for name, module in component.named_modules():  # noqa: B007  # the error names the last one
+            if isinstance(module, BaseTunerLayer):
+                copy.deepcopy(module).merge(safe_merge=safe_merge)
+    # PEFT raises ValueError, RuntimeError, NotImplementedError, TypeError, by the kind of adapter.
+    except Exception as error:
+        raise ConfigurationError(
+            f"PEFT cannot merge {loaded.adapter.name} into {name or 'the layers'} of {component.component}: "
+            f"{type(error).__name__}: {error}",
+            hint="use the adapter unmerged; no weight has changed",
+        ) from error
 
 
 def _loaded(component: ComponentModel) -> _Loaded | None:
@@ -369,7 +450,7 @@ def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool
         was_training = component.training
         wrapper = peft.PeftModel(component, config, autocast_adapter_dtype=widen)
         component.train(was_training)
-    return _Loaded(adapter, own, is_trainable, wrapper)
+    return _Loaded(adapter, own, is_trainable, wrapper, _peft_modules(component))
 
 
 def _narrow(config: Any, own: AdapterSlice) -> None:

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from splitlearn_core.adapters import adapter_mismatches
+from splitlearn_core.adapters import adapter_mismatches, refuse_adapters
 from splitlearn_core.build.arguments import RECORDINGS, is_paged, named_cache
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.component import ComponentModel, architecture_class
@@ -320,6 +320,17 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             return super().load_state_dict(state_dict, strict)
         with keeping_ties(self):
             return super().load_state_dict(state_dict, strict, assign)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint of the whole model; arguments as of Hugging Face models.
+
+        Raises:
+            ConfigurationError: There is an adapter on the components, which such a checkpoint cannot hold.
+        """
+        # What add_adapter of transformers put there, its save_pretrained saves as an adapter.
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            refuse_adapters(self.components)
+        super().save_pretrained(*args, **kwargs)
 
     def train(self, mode: bool = True) -> SplitCausalLM:
         super().train(mode)

@@ -137,7 +137,8 @@ def _components(source: Any) -> list[ComponentModel]:
     given = source
     if isinstance(source, ComponentModel):
         given = [source]
-    elif hasattr(source, "components"):
+    # By the class: a PeftModel passes on the attributes of the model that it wraps, and would lose its adapter.
+    elif hasattr(type(source), "components"):
         given = source.components
     elif isinstance(source, Mapping):
         given = source.values()
