@@ -141,7 +141,7 @@ def test_many_hands_leave_nothing_behind(tmp_path: Path) -> None:
             check_sound(models)
         check_closed(models)
 
-    run(main(), limit=120)
+    run(main(), limit=280)
 
 
 @pytest.fixture(scope="module")

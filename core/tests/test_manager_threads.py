@@ -16,7 +16,7 @@ import torch
 from splitlearn_core.errors import ManagerClosedError
 from splitlearn_core.manager.threads import CallPool, own_torch_threads, run_in_thread
 
-LONG = 20.0
+LONG = 60.0
 
 
 def outcome_of(start: Callable[[Callable[[Any], None]], Any]) -> Any:
