@@ -307,7 +307,7 @@ def refuse_adapters(components: Iterable[ComponentModel]) -> None:
         )
 
 
-def _refuse_others(components: list[ComponentModel]) -> None:
+def _refuse_others(components: Sequence[ComponentModel]) -> None:
     """Refuse an adapter that PEFT put on components by itself, whose settings they do not know."""
     for component in components:
         loaded, there = _loaded(component), _peft_modules(component)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -18,7 +17,7 @@ from splitlearn_core.adapters import adapter_mismatches, refuse_adapters
 from splitlearn_core.build.arguments import RECORDINGS, is_paged, named_cache
 from splitlearn_core.build.cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.component import ComponentModel, architecture_class
-from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree
+from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree, places_of
 from splitlearn_core.build.ties import keeping_ties
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.origin import origin_mismatches
@@ -151,6 +150,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     _chain: ComponentChain
     #: The family's own class, of which an instance is one too.
     family_class: ClassVar[type[Any]]
+    #: The arguments that its forward takes by their place.
+    places: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a class that names the configuration of a family be of that family, before there is an instance."""
@@ -160,7 +161,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         if family_class is None or issubclass(cls, family_class):
             return
         cls.__bases__ = (*cls.__bases__, family_class)
-        cls.family_class = family_class
+        cls.family_class, cls.places = family_class, places_of(family_class)
         if cls.forward is SplitCausalLM.forward:
             cls.forward = _with_signature_of(family_class)  # type: ignore[method-assign]  # the same, by other names
 
@@ -380,19 +381,13 @@ def _by_name(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     """Name the arguments of a forward that were given by their place."""
     if not args:
         return kwargs
-    names = _parameter_names(owner.family_class)
+    names = owner.places
     given = dict(zip(names, args, strict=False))
     twice = sorted(given.keys() & kwargs.keys())
     if twice or len(args) > len(names):
         what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} arguments by place"
         raise TypeError(f"{type(owner).__name__}.forward() got {what}")
     return {**given, **kwargs}
-
-
-@functools.cache
-def _parameter_names(family_class: type[Any]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(family_class.forward).parameters.values())[1:]
-    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _with_signature_of(family_class: type[Any]) -> Callable[..., Any]:
@@ -426,10 +421,17 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
         recorded["hidden_states"] = _selected((*states, *last.hidden_states), wanted)
     if recordings["output_attentions"]:
         recorded["attentions"] = tuple(item for output in outputs for item in output.attentions or ())
+    if isinstance(last, torch.Tensor):
+        return BaseModelOutputWithPast(last_hidden_state=last, **recorded)
     if isinstance(last, CausalLMOutputWithPast):
-        return CausalLMOutputWithPast(loss=last.loss, logits=last.logits, **recorded)
-    hidden = last if isinstance(last, torch.Tensor) else last.last_hidden_state
-    return BaseModelOutputWithPast(last_hidden_state=hidden, **recorded)
+        result = CausalLMOutputWithPast(loss=last.loss, logits=last.logits, **recorded)
+    else:
+        result = BaseModelOutputWithPast(last_hidden_state=last.last_hidden_state, **recorded)
+    for name, value in last.items():
+        if name not in result and name not in {CACHE_FIELD, *RECORDINGS.values()}:
+            whole = tuple(item for output in outputs for item in output.get(name) or ())
+            result[name] = whole if isinstance(value, tuple) else value
+    return result
 
 
 def _selected(states: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:

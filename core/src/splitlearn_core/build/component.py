@@ -368,13 +368,18 @@ class TopModel(ComponentModel):
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
             output = super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
-        return CausalLMOutputWithPast(
+        result = CausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             **{CACHE_FIELD: arguments[self.cache_argument]},
         )
+        # What the family's own output has besides: attentions across to an encoder, for one.
+        for name, value in output.items():
+            if name not in result and name != CACHE_FIELD:
+                result[name] = value
+        return result
 
     if TYPE_CHECKING:
 
@@ -445,6 +450,8 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
         # them, and a class of another module would count as remote code.
         "__module__": hf_class.__module__,
         "__qualname__": hf_class.__qualname__,
+        # Embedding and head are two components'.
+        "_tied_weights_keys": {},
         "__reduce_ex__": reduce_by(installed_class, family.model_type, component.value),
     }
     return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
@@ -476,6 +483,10 @@ def build_component(
         with skeleton(config.dtype), blaming_config(family, config.name_or_path):
             layers.append(_layer(model, family, number))
     _prune(model, family, layer_range, layers)
+    base = model.base_model
+    if getattr(base, "gradient_checkpointing", False):
+        # config.json asks for it, and layers that were made after the model do not know.
+        model._set_gradient_checkpointing(gradient_checkpointing_func=base._gradient_checkpointing_func)  # noqa: SLF001  # transformers' own way
     model.eval()
     return model
 

@@ -6,6 +6,7 @@ finds it where the unsplit model has it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -101,10 +102,17 @@ def class_over(own: Any, family_class: Any) -> Any:
             "__qualname__": family_class.__qualname__,
             "__reduce_ex__": lambda self, _: (_instance, (own, family_class), self.__dict__),
             "family_class": family_class,
+            "places": places_of(family_class),
         }
         # Of two threads that come here at once, both get the class of one.
         _CLASSES.setdefault((own, family_class), type(family_class.__name__, (own, family_class), attributes))
     return _CLASSES[own, family_class]
+
+
+def places_of(family_class: Any) -> tuple[str, ...]:
+    """Return the names of the arguments that the forward of a class takes by their place, in order."""
+    parameters = list(inspect.signature(family_class.forward).parameters.values())[1:]
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _instance(own: Any, family_class: Any) -> Any:
