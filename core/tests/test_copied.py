@@ -106,11 +106,18 @@ def test_neighbours_are_read_together(tmp_path: Path) -> None:
     assert len(dict(CopiedStrategy().read(plan))) == 2 * MAX_SPANS
 
 
-def test_tensors_begin_where_a_cache_line_does(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Which kernels want; the large one has a block of its own, that begins where a huge page does."""
-    read = {planned.info.key: tensor for planned, tensor in CopiedStrategy().read(plan_of(tmp_path, tensors))}
-
-    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in read.values())
+@pytest.mark.parametrize("converted", [False, True])
+def test_tensors_begin_where_from_pretrained_lets_them(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], converted: bool
+) -> None:
+    """In a cache line as in the file, or, converted, at its beginning; the large one has a block of its own."""
+    plan = plan_of(tmp_path, tensors, "float64" if converted else "float32")
+    header, read = read_header(tmp_path / FILE), {}
+    for planned, tensor in CopiedStrategy().read(plan):
+        read[planned.info.key] = tensor
+        begin = header[planned.info.key].begin % ALIGNMENT
+        as_in_the_file = not plan.needs_conversion(planned) and begin % tensor.itemsize == 0
+        assert tensor.data_ptr() % ALIGNMENT == (begin if as_in_the_file and tensor.numel() else 0)
     assert read["large"].untyped_storage().data_ptr() != read["0"].untyped_storage().data_ptr()
 
 

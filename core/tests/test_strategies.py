@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForCausalLM
 
 from splitlearn_core import (
     BrokenPluginError,
     ConfigurationError,
     LoadingStrategy,
+    SplitCausalLM,
     SplitLearnError,
     load_split_model,
     plan_split,
@@ -30,6 +32,7 @@ from splitlearn_core.checkpoint.strategy import (
 )
 from splitlearn_core.checkpoint.torchtypes import dtype_names
 from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from splitlearn_core.types import TensorInfo
 
 CUTS = (2, 4)
@@ -364,3 +367,17 @@ def test_listing_strategies_imports_nothing_heavy(world: Any) -> None:
     assert done.stderr.strip() == "[]"
     assert "mapped" in done.stdout
     assert not world.marker("llama").exists()
+
+
+@pytest.mark.usefixtures("llama")
+@pytest.mark.parametrize("strategy", ["mapped", "copied", "incremental", "whole"])
+def test_one_token_alone_is_equal(strategy: str, tmp_path: Path) -> None:
+    """Products of one row depend on where in a cache line a matrix begins: where it does with ``from_pretrained``."""
+    for hidden_size in (40, 48, 64):
+        folder = write_checkpoint(tmp_path / str(hidden_size), tiny_model("llama", hidden_size=hidden_size, head_dim=8))
+        whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+        split = SplitCausalLM(*load_split_model("llama", (2, 4), folder, strategy=strategy))
+        for token in range(8):
+            with torch.no_grad():
+                ids = torch.tensor([[token]])
+                assert torch.equal(split(ids).logits, whole(ids).logits), (hidden_size, token)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.strategies.base import ReadPlan, torch_dtype
-from splitlearn_core.checkpoint.strategies.memory import aligned, fresh_memory
+from splitlearn_core.checkpoint.strategies.memory import ALIGNMENT, aligned, fresh_memory
 from splitlearn_core.checkpoint.strategies.pieces import Piece, Span
 from splitlearn_core.checkpoint.strategies.readers import Landing, reader_count
 from splitlearn_core.checkpoint.torchtypes import stored_dtype
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
+from splitlearn_core.types import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,12 @@ class HostLanding(Landing["torch.Tensor"]):
             yield self._flat[span.planned.module_key][first : first + source.numel()], source
 
     def _targets(self) -> dict[str, torch.Tensor]:
-        blocks = fresh_memory(loaded_nbytes(planned, self.plan.dtype) for planned in self.plan.tensors)
+        tensors = self.plan.tensors
+        blocks = fresh_memory(
+            (loaded_nbytes(planned, self.plan.dtype) for planned in tensors),
+            # Converted, a tensor begins where torch lets it begin.
+            (0 if is_staged(self.plan, planned) else phase(planned.info) for planned in tensors),
+        )
         return {
             planned.module_key: block.view(_dtype(self.plan, planned)).view(planned.info.shape)
             for planned, block in zip(self.plan.tensors, blocks, strict=True)
@@ -171,6 +177,11 @@ class CudaLanding(DeviceLanding):
         import torch
 
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def phase(info: TensorInfo) -> int:
+    """Return where in a cache line a tensor begins in its file; 0 where values of its dtype cannot begin there."""
+    return 0 if info.begin % stored_dtype(info.dtype).itemsize else info.begin % ALIGNMENT
 
 
 def make_landing(plan: ReadPlan, pieces: list[Piece]) -> HostLanding:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Bytes of a huge page; what is smaller shares a block with its like.
 HUGE = 2 * 2**20
-#: Where in a shared block a tensor may begin: at the beginning of a cache line, as torch's own do.
+#: Where a tensor begins by itself: at the beginning of a cache line, as torch's own do.
 ALIGNMENT = 64
 
 
@@ -23,25 +23,33 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def fresh_memory(sizes: Iterable[int]) -> list[torch.Tensor]:
+def fresh_memory(sizes: Iterable[int], phases: Iterable[int] = ()) -> list[torch.Tensor]:
     """Return memory of the wanted sizes in bytes, as flat tensors of bytes; nothing of it is touched yet.
 
     Each large one is a block of its own, so that the memory of a tensor that is replaced or
     converted goes back at once. The small ones share a block, which lives as long as any of them.
     Each has a storage of its own size nevertheless: what saves a tensor saves all of its storage.
+
+    Args:
+        sizes: The sizes.
+        phases: How many bytes after the beginning of a cache line each begins; by default there. Products of one
+            row differ in the last bit by it, and ``from_pretrained`` leaves tensors where they are in their file.
     """
     import torch
 
     wanted = list(sizes)
-    small = [nbytes for nbytes in wanted if nbytes < HUGE]
-    shared, position = _block(sum(map(aligned, small))).untyped_storage(), 0
+    begins = list(phases) or [0] * len(wanted)
+    places = list(zip(wanted, begins, strict=True))
+    small = [aligned(phase + nbytes) for nbytes, phase in places if nbytes < HUGE]
+    shared, position = _block(sum(small)).untyped_storage(), 0
     found = []
-    for nbytes in wanted:
+    for nbytes, phase in places:
         if nbytes >= HUGE:
-            found.append(_block(nbytes))
-            continue
-        found.append(torch.empty(0, dtype=torch.uint8).set_(shared[position : position + nbytes]))
-        position += aligned(nbytes)
+            block, start = _block(phase + nbytes).untyped_storage(), phase
+        else:
+            block, start = shared, position + phase
+            position += aligned(phase + nbytes)
+        found.append(torch.empty(0, dtype=torch.uint8).set_(block[start : start + nbytes]))
     return found
 
 
