@@ -130,7 +130,7 @@ class Subject:
     def fresh_whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
         """Load the unsplit model, to be changed."""
         hf_class: Any = architecture_class(self.family)
-        return hf_class.from_pretrained(self.checkpoint, dtype=dtype, attn_implementation=attention, strict=True).eval()
+        return hf_class.from_pretrained(self.checkpoint, dtype=dtype, attn_implementation=attention).eval()
 
     def whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
         """Return the unsplit model, to be looked at and called."""
