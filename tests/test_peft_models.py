@@ -18,15 +18,10 @@ from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
 
 pytestmark = [
-    # PEFT says these of the unsplit model too.
-    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
-    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
-    pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying=True`"),
-    pytest.mark.filterwarnings("ignore:`ensure_weight_tying` is not applicable"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+    # PEFT warns of its own settings, of the unsplit model too.
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    # Its 0.21 uses names that transformers had before 5.23.
+    pytest.mark.filterwarnings("ignore:`(is_gradient_checkpointing|past_key_values)` is deprecated:FutureWarning"),
 ]
 
 CUTS = (2, 4)
@@ -207,7 +202,7 @@ def test_several_adapters(checkpoint: Checkpoints, tmp_path: Path) -> None:
         results[make] = found
 
     assert [torch.equal(*pair) for pair in zip(*results.values(), strict=True)] == [True] * 7
-    assert torch.equal(results[split][-1], results[split][3])
+    assert not torch.equal(results[split][0], results[split][3])
 
 
 def test_copies_of_an_adapted_model_are_its_own(checkpoint: Checkpoints) -> None:
