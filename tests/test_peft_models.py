@@ -126,9 +126,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_split_model_learns_an_adapter_as_the_unsplit_one(
-    checkpoint: Checkpoints, name: str, tmp_path: Path
-) -> None:
+def test_a_split_model_learns_an_adapter_as_the_unsplit_one(checkpoint: Checkpoints, name: str, tmp_path: Path) -> None:
     """Losses, tensors, files and logits are equal; each loads the other's; merged, they are one checkpoint."""
     model_type, sizes, make_config = CASES[name]
     folder = checkpoint(model_type, **sizes)
@@ -211,9 +209,7 @@ def test_copies_of_an_adapted_model_are_its_own(checkpoint: Checkpoints) -> None
     for make in (unsplit, split):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            models[make] = peft.get_peft_model(
-                make(folder), lora(target_modules=["q_proj"], init_lora_weights=False)
-            )
+            models[make] = peft.get_peft_model(make(folder), lora(target_modules=["q_proj"], init_lora_weights=False))
     expected = logits(models[unsplit])
     copied = copy.deepcopy(models[split])
     assert torch.equal(logits(copied), expected)

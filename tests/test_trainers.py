@@ -18,7 +18,8 @@ from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # Names that older transformers knows alone.
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
@@ -79,9 +80,7 @@ def rows(*, token_types: bool = False) -> list[dict[str, list[int]]]:
 def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Pad on the right; what is padding has no label."""
     width = max(len(row["input_ids"]) for row in batch)
-    padded = {
-        name: torch.tensor([row[name] + [0] * (width - len(row[name])) for row in batch]) for name in batch[0]
-    }
+    padded = {name: torch.tensor([row[name] + [0] * (width - len(row[name])) for row in batch]) for name in batch[0]}
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch])
     return {**padded, "attention_mask": mask, "labels": padded["input_ids"].masked_fill(mask == 0, -100)}
 
@@ -125,8 +124,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
         ("qwen2", {"label_smoothing_factor": 0.1}),
         ("qwen2", {"neftune_noise_alpha": 5.0}),
         ("qwen2", {"bf16": True}),
-        ("qwen2", {"gradient_checkpointing": True}),
-        ("gpt2", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        ("gpt2", {"gradient_checkpointing": True}),
     ],
     ids=str,
 )
@@ -198,9 +196,7 @@ def test_checkpoints_of_a_trainer(
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_accelerate_saves_and_restores_a_split_model(
-    checkpoint: Checkpoints, adapted: bool, tmp_path: Path
-) -> None:
+def test_accelerate_saves_and_restores_a_split_model(checkpoint: Checkpoints, adapted: bool, tmp_path: Path) -> None:
     """After load_state, a step is the step it was; saved weights are those of the unsplit model."""
     from accelerate import Accelerator
 
@@ -221,7 +217,7 @@ def test_accelerate_saves_and_restores_a_split_model(
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            return float(loss)
+            return float(loss.detach())
 
         losses = [step()]
         accelerator.save_state(str(tmp_path / make.__name__ / "state"))

@@ -33,9 +33,7 @@ MEASURED = ("runtime", "per_second", "flos")
 
 
 def lora() -> Any:
-    return peft.LoraConfig(
-        r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1, task_type="CAUSAL_LM"
-    )
+    return peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1, task_type="CAUSAL_LM")
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +107,7 @@ def compare(results: list[Any]) -> None:
         {"loss_type": "dft"},
         {"loss_type": "chunked_nll"},
         {"loss_type": "chunked_nll", "peft_config": lora(), "gradient_checkpointing": True},
-        {"padding_free": True},
+        {"padding_free": True, "max_length": None},
     ],
     ids=lambda options: "-".join(str(options.get(name, name)) if name == "loss_type" else name for name in options),
 )
