@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaForCausalLM
 
-from splitlearn_core import ConfigurationError, ModelFamily, SplitCausalLM, load_split_model
+from splitlearn_core import ConfigurationError, ModelFamily, SplitCausalLM, load_split_model, save_split
+from splitlearn_core.build.arguments import mask_for_layers
 from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
 from splitlearn_core.build.component import architecture_class
+from splitlearn_core.types import LayerRange
 
 CUTS = (2, 4)
 NAMES = ("bottom", "trunk", "top")
@@ -60,9 +64,9 @@ def test_another_components_cache_is_refused(parts: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(5,), (1, 1, 5), (1, 1, 5, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 5), (1, 1, 1, 5, 5)], ids=str)
 def test_a_mask_of_other_dimensions_is_refused(parts: Any, name: str, shape: tuple[int, ...]) -> None:
-    """Only the padding mask goes in; each component derives its own causal mask."""
+    """A padding mask has two dimensions, a whole mask four."""
     assert f"{len(shape)} dimensions" in refusal(parts, name, attention_mask=torch.ones(shape)).message
 
 
@@ -161,23 +165,12 @@ def test_components_of_other_models_make_no_model(
     assert named in wrong(parts.bottom, parts.trunk, other.top)
 
 
-@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_recordings_are_refused(parts: Any, name: str) -> None:
-    """A split model returns no hidden states of every layer."""
-    with pytest.raises(ConfigurationError, match=name) as caught:
-        SplitCausalLM(*parts)(IDS, **{name: True})
+def test_what_is_no_cache_is_refused(parts: Any) -> None:
+    """The message names its type."""
+    with pytest.raises(ConfigurationError, match="a str as a cache") as caught:
+        SplitCausalLM(*parts)(IDS, past_key_values="cache")
 
     assert caught.value.hint
-
-
-def test_a_static_cache_is_refused(parts: Any) -> None:
-    """And so is what is no cache at all."""
-    split = SplitCausalLM(*parts)
-
-    for cache in (StaticCache(config=split.config, max_cache_len=16), "cache"):
-        with pytest.raises(ConfigurationError, match=type(cache).__name__) as caught:
-            split(IDS, past_key_values=cache)
-        assert caught.value.hint
 
 
 @pytest.mark.parametrize("with_config", [True, False], ids=["with a config", "without"])
@@ -225,11 +218,11 @@ def test_a_component_is_not_saved_as_a_whole_model(parts: Any, name: str, tmp_pa
     assert not (tmp_path / "saved").exists()
 
 
-def test_the_vocabulary_is_not_resized(parts: Any) -> None:
+def test_the_vocabulary_of_a_component_alone_is_not_resized(parts: Any) -> None:
     """Refused before anything changes."""
-    for model in (*parts, SplitCausalLM(*parts)):
+    for part in parts:
         with pytest.raises(ConfigurationError, match="resized"):
-            model.resize_token_embeddings(200)
+            part.resize_token_embeddings(200)
 
     assert SplitCausalLM(*parts)(input_ids=IDS).logits.shape == (1, 5, 101)
 
@@ -262,16 +255,173 @@ def test_token_ids_are_no_hidden_states(parts: Any) -> None:
         parts.bottom(torch.ones(1, 5, 32))
 
 
-def test_a_split_model_is_not_saved_as_one(parts: Any, tmp_path: Path) -> None:
-    """Nothing could load such a checkpoint, so nothing is written."""
-    with pytest.raises(ConfigurationError, match="not saved"):
-        SplitCausalLM(*parts).save_pretrained(tmp_path / "saved")
+@pytest.mark.parametrize("name", ["trunk", "top"])
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (torch.zeros(1, 5, 31), "takes [batch, sequence, 32]"),
+        (torch.zeros(5, 32), "[5, 32]"),
+        (torch.zeros(1, 5, 32, dtype=torch.bfloat16), "torch.bfloat16"),
+        ("text", "str"),
+    ],
+    ids=["width", "rank", "dtype", "type"],
+)
+def test_wrong_hidden_states_are_refused(parts: Any, name: str, wrong: Any, named: str) -> None:
+    """What was given is said, and what the component takes."""
+    with pytest.raises(ConfigurationError, match=re.escape(named)) as caught:
+        getattr(parts, name)(hidden_states=wrong)
 
-    assert not (tmp_path / "saved").exists()
+    assert caught.value.hint
+
+
+def test_autocast_converts_hidden_states(parts: Any) -> None:
+    """Under it, other dtypes are no mistake."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert call(parts, "trunk").shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize("token", [101, -1])
+def test_tokens_beyond_the_vocabulary_are_refused(parts: Any, token: int) -> None:
+    """The token and the size of the vocabulary are named, for a component and for the whole."""
+    ids = torch.tensor([[5, token]])
+
+    for model in (parts.bottom, SplitCausalLM(*parts)):
+        with pytest.raises(ConfigurationError, match=f"vocabulary of 101: {token}"):
+            model(ids)
+
+
+def test_text_is_no_input_of_generate(parts: Any) -> None:
+    """The hint shows how a tokenizer is used."""
+    model = SplitCausalLM(*parts)
+
+    for given in ("My fellow", ["My fellow"], {"input_ids": IDS}):
+        with pytest.raises(ConfigurationError, match=type(given).__name__) as caught:
+            model.generate(given)
+        assert "tokenizer" in caught.value.hint
+
+
+def test_drafting_with_its_own_layers_is_refused(parts: Any) -> None:
+    """By an argument or by settings; other ways of drafting are named."""
+    model = SplitCausalLM(*parts)
+
+    with pytest.raises(ConfigurationError, match="assistant_early_exit"):
+        model.generate(IDS, assistant_early_exit=2)
+    with pytest.raises(ConfigurationError, match="assistant_early_exit"):
+        model.generate(IDS, generation_config=GenerationConfig(assistant_early_exit=2))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("option", ["use_cache", "return_dict", "output_hidden_states", "output_attentions"])
+def test_a_component_records_its_own_layers(parts: Any, whole: Any, name: str) -> None:
+    """On request, with what enters the first of them; by itself it returns one tensor, whatever config.json says."""
+    part = getattr(parts, name)
+    first, last = part.start_layer, part.end_layer
+    states = whole(IDS, output_hidden_states=True).hidden_states
+    given = IDS if name == "bottom" else states[first]
+    part.config.output_hidden_states = name != "top"
+
+    with torch.inference_mode():
+        plain = part(given)
+        output = part(given, output_hidden_states=True)
+
+    assert isinstance(plain, torch.Tensor) or name == "top"
+    assert len(output.hidden_states) == last - first + 1
+    assert all(map(torch.equal, output.hidden_states, states[first : last + 1]))
+
+
+def test_masks_by_type_of_layer_are_cut_to_the_layers(parts: Any) -> None:
+    """A component asks for the types that it has, and for no others."""
+    full, sliding = torch.zeros(1, 1, 5, 5), torch.ones(1, 1, 5, 5)
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+
+    cut = mask_for_layers({"full_attention": full, "sliding_attention": sliding}, types, LayerRange(0, 2, 3))
+
+    assert cut["sliding_attention"] is sliding
+    assert cut["full_attention"] is None
+    assert mask_for_layers({"full_attention": full}, types, LayerRange(2, 3, 3))["full_attention"] is full
+    assert mask_for_layers({"full_attention": full}, None, LayerRange(0, 2, 3)) is full
+    for mask, named in (({"full_attention": full}, "none of sliding_attention"), ({}, "nothing")):
+        with pytest.raises(ConfigurationError, match=named):
+            mask_for_layers(mask, types, LayerRange(0, 2, 3))
+
+
+def test_token_types_mean_nothing_to_layers(parts: Any) -> None:
+    """Embeddings use them up: what a tokenizer gives may be handed to all components alike."""
+    for name in ("trunk", "top"):
+        plain, typed = call(parts, name), call(parts, name, token_type_ids=torch.ones_like(IDS))
+        assert torch.equal(getattr(plain, "logits", plain), getattr(typed, "logits", typed))
+
+
+def test_modules_are_shared_with_the_components(parts: Any) -> None:
+    """What takes the place of a module in the model takes it in the component, and the other way round."""
+    model = SplitCausalLM(*parts)
+    for path in ("model.embed_tokens", "model.layers.3", "model.norm", "lm_head"):
+        part = next(part for part in parts if type(part.get_submodule(path)) is type(model.get_submodule(path)))
+        holder, _, leaf = path.rpartition(".")
+        for changed, seen in ((model, part), (part, model)):
+            other = copy.deepcopy(model.get_submodule(path))
+            setattr(changed.get_submodule(holder), leaf, other)
+            assert seen.get_submodule(path) is other
+
+
+def test_layers_are_not_replaced_as_a_whole(parts: Any) -> None:
+    """A shorter list would be looked at by those who ask, and not run."""
+    model = SplitCausalLM(*parts)
+    layers = model.model.layers
+
+    for change in (
+        lambda: setattr(model.model, "layers", layers[:2]),
+        lambda: delattr(model.model, "norm"),
+        lambda: layers.__delitem__(0),
+    ):
+        with pytest.raises(ConfigurationError, match="component") as caught:
+            change()
+        assert caught.value.hint
+    assert len(model.model.layers) == 6
+
+
+def test_a_component_is_exchanged(parts: Any, single: Path) -> None:
+    """Another trunk of the same cuts is run, and seen in the tree; one that does not fit changes nothing."""
+    model = SplitCausalLM(*parts)
+    other = load_split_model("llama", CUTS, single, parts=("trunk",)).trunk
+    narrow = load_split_model("llama", (2, 3), single, parts=("trunk",)).trunk
+
+    with pytest.raises(ConfigurationError, match="layers"):
+        model.trunk = narrow
+    model.trunk = other
+
+    assert model.trunk is other
+    assert model.model.layers[2] is other.model.layers[2]
+
+
+def test_a_checkpoint_of_the_whole_model_is_saved(parts: Any, whole: Any, tmp_path: Path) -> None:
+    """As transformers saves the unsplit model: the same tensors by the same names."""
+    SplitCausalLM(*parts).save_pretrained(tmp_path / "saved")
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(again) is type(whole)
+    assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values()))
+
+
+def test_from_pretrained(parts: Any, whole: Any, single: Path, tmp_path: Path) -> None:
+    """Saved components as they are, a checkpoint where split points are given."""
+    model = SplitCausalLM(*parts)
+    save_split(model, tmp_path / "parts")
+    expected = whole(IDS).logits
+
+    for loaded in (
+        SplitCausalLM.from_pretrained(tmp_path / "parts"),
+        SplitCausalLM.from_pretrained(single, split_points=CUTS),
+    ):
+        assert torch.equal(loaded(IDS).logits, expected)
+    with pytest.raises(ConfigurationError, match="no cuts are given") as caught:
+        SplitCausalLM.from_pretrained(single)
+    assert "split_points=(a, b)" in caught.value.hint
+    with pytest.raises(ConfigurationError, match="cut already"):
+        SplitCausalLM.from_pretrained(tmp_path / "parts", split_points=CUTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("option", ["use_cache", "return_dict"])
 def test_options_of_the_whole_model_are_refused(parts: Any, name: str, option: str) -> None:
     """A component returns one tensor or logits, and its cache is its argument."""
     assert option in refusal(parts, name, **{option: True}).message
@@ -287,7 +437,7 @@ offloaded = pytest.param(
 )
 
 
-@pytest.mark.parametrize("kind", [offloaded, "static"])
+@pytest.mark.parametrize("kind", [offloaded])
 def test_caches_that_cannot_be_cut_are_refused(parts: Any, kind: str) -> None:
     """The message says what is wrong with the cache, not only its type."""
     model = SplitCausalLM(*parts)

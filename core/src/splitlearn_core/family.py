@@ -160,7 +160,13 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("norm", "preferred_strategy", "default_model", "bundled_checkpoint"):
         if not isinstance(getattr(family, name), str):
             yield name, "a text"
-    for name in ("zero_outside_bottom", "skip_outside_bottom", "skip_outside_top", "bottom_arguments", "ignored_suffixes"):
+    for name in (
+        "zero_outside_bottom",
+        "skip_outside_bottom",
+        "skip_outside_top",
+        "bottom_arguments",
+        "ignored_suffixes",
+    ):
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of texts"
     pairs = family.renamed

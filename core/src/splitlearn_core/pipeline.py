@@ -11,8 +11,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from splitlearn_core.adapters import adapter_mismatches, refuse_adapters
 from splitlearn_core.build.arguments import RECORDINGS, is_paged, named_cache
@@ -183,7 +183,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def _assemble(self, parts: dict[Component, Any], mixed_dtypes: bool) -> None:
         """Take components, and make the unsplit model's modules of theirs."""
         top = parts[Component.TOP]
-        ours = vars(self)
+        ours = self.__dict__
         # What the family's own class gives a model besides modules, and its methods rely on.
         own = {"loss_type", "generation_config", "training", *nn.Module().__dict__}
         ours.update({name: getattr(top, name) for name in top.family_attributes if name not in own})
@@ -294,8 +294,12 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         saved = holds_components(name)
         if saved == bool(split_points):
             raise ConfigurationError(
-                f"{name} holds components that are cut already" if saved else f"{name} is to be cut, and not said where",
-                hint="leave split_points out" if saved else f"SplitCausalLM.from_pretrained({str(name)!r}, "
+                f"{name} holds components that are cut already"
+                if saved
+                else f"{name} is to be cut, and not said where",
+                hint="leave split_points out"
+                if saved
+                else f"SplitCausalLM.from_pretrained({str(name)!r}, "
                 "split_points=(a, b)); splitlearn plan shows its layers",
             )
         if saved:
@@ -321,35 +325,21 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SplitCausalLM:
         # Through the components, each of which has buffers of its own: rotary frequencies, say.
-        for component in self.components:
-            component._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
-        for module in cast("LinkedModules", self._modules).added():
-            module._apply(fn, recurse)  # noqa: SLF001  # as above
+        own: list[Any] = [*self.components, *cast("LinkedModules", self._modules).added()]
+        for module in own:
+            module._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
         return self
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Turn checkpointing on in each component, by its newer name."""
-        for component in self.components:
-            component.activation_checkpointing_enable(*args, **kwargs)
-        super().activation_checkpointing_enable(*args, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Turn checkpointing off in each component, by its newer name."""
-        for component in self.components:
-            component.activation_checkpointing_disable()
-        super().activation_checkpointing_disable()
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Turn gradient checkpointing on in each component; arguments as of Hugging Face models."""
-        for component in self.components:
-            component.gradient_checkpointing_enable(*args, **kwargs)
-        super().gradient_checkpointing_enable(*args, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Turn gradient checkpointing off in each component."""
-        for component in self.components:
-            component.gradient_checkpointing_disable()
-        super().gradient_checkpointing_disable()
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        # Layers, which are counted over the whole model, are the components' own; the modules around them are not.
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+        for path, module in self.named_modules():
+            states = {name: vars(module)[name] for name in names if name in vars(module)}
+            for component in self.components if states and path else ():
+                held = component.get_submodule(path)
+                if hasattr(held, "gradient_checkpointing"):
+                    vars(held).update(states)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the attention implementation of each component; arguments as of Hugging Face models."""

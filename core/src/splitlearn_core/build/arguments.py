@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, utils
+from transformers import utils
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
 from splitlearn_core.errors import ConfigurationError

@@ -66,9 +66,10 @@ class ComponentModel(PreTrainedModel):
         check_names(self, self.family)
         forward = architecture_class(self.family).forward
         self.routing = routes = routing(forward, self, self.family.bottom_arguments)
-        self._known = routes.everywhere | {
-            Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top
-        }[self.component]
+        self._known = (
+            routes.everywhere
+            | {Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top}[self.component]
+        )
 
     @classmethod
     def from_pretrained_split(

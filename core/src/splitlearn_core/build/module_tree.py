@@ -6,15 +6,16 @@ finds it where the unsplit model has it.
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Mapping, Sequence, ValuesView
-from functools import cache
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.types import Component
+
+_CLASSES: dict[tuple[Any, Any], Any] = {}
 
 
 class LinkedModules(dict[str, Any]):
@@ -56,12 +57,12 @@ class LinkedModules(dict[str, Any]):
         return super().__getitem__(name) if holder is None else holder._modules[name]  # noqa: SLF001  # the register that nn.Module documents
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401  # it would call itself
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> Any:
         return {name: self[name] for name in self}.items()
 
-    def values(self) -> ValuesView[Any]:
+    def values(self) -> Any:
         return {name: self[name] for name in self}.values()
 
     def copy(self) -> dict[str, Any]:
@@ -88,29 +89,27 @@ class LinkedModules(dict[str, Any]):
         super().__delitem__(name)
 
 
-@cache
-def class_over(own: type[Any], family_class: type[Any]) -> type[Any]:
+def class_over(own: Any, family_class: Any) -> Any:
     """Return a class of ours over a class of the family's, by the family's name.
 
     transformers and what builds on it decide by names and attributes of a class, and by its module, which counts as
     remote code where it is not their own.
     """
-    return type(
-        family_class.__name__,
-        (own, family_class),
-        {
+    if (own, family_class) not in _CLASSES:
+        attributes = {
             "__module__": family_class.__module__,
             "__qualname__": family_class.__qualname__,
-            "family_class": family_class,
             "__reduce_ex__": lambda self, _: (_instance, (own, family_class), self.__dict__),
-        },
-    )
+            "family_class": family_class,
+        }
+        # Of two threads that come here at once, both get the class of one.
+        _CLASSES.setdefault((own, family_class), type(family_class.__name__, (own, family_class), attributes))
+    return _CLASSES[own, family_class]
 
 
-def _instance(own: type[Any], family_class: type[Any]) -> Any:
+def _instance(own: Any, family_class: Any) -> Any:
     """Make an instance to be filled: what pickle and copy call."""
-    made = class_over(own, family_class)
-    return made.__new__(made)
+    return object.__new__(class_over(own, family_class))
 
 
 def module_tree(parts: Mapping[Component, Any], backbone: type[Any], attributes: Mapping[str, Any]) -> LinkedModules:
@@ -165,9 +164,9 @@ def _layer_list(lists: Sequence[Any], parts: Mapping[Component, Any]) -> nn.Modu
     return made
 
 
-def _shell(module: nn.Module, made_of: type[Any]) -> nn.Module:
+def _shell(module: nn.Module, made_of: Any) -> nn.Module:
     """Return an instance with the attributes and tensors of a module, and none of its children and hooks."""
-    made = cast("nn.Module", made_of.__new__(made_of))
+    made: nn.Module = object.__new__(made_of)
     nn.Module.__init__(made)
     ours = vars(made)
     # accelerate puts a forward of its own over that of a module that it moves.

@@ -32,7 +32,13 @@ class Likeness(Checks):
     def test_identity(self, subject: Subject) -> None:
         """By class, loss, signature, base model and names of modules, it is the unsplit model."""
         whole, split = subject.whole(), subject.split(subject.middle)
-        for what in ("base_model_prefix", "loss_type", "main_input_name", "all_tied_weights_keys", "_tied_weights_keys"):
+        for what in (
+            "base_model_prefix",
+            "loss_type",
+            "main_input_name",
+            "all_tied_weights_keys",
+            "_tied_weights_keys",
+        ):
             expect(getattr(split, what) == getattr(whole, what), f"{what} is {getattr(split, what)!r}")
         expect(isinstance(split, type(whole)), f"it is no {type(whole).__name__}")
         expect(type(split).__name__ == type(whole).__name__, f"its class is called {type(split).__name__}")
