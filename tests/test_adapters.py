@@ -575,7 +575,7 @@ def test_an_adapter_on_the_components_is_seen_by_their_model(plain: World, tmp_p
 
 
 def test_an_adapter_of_pefts_own_is_not_taken_for_ours(plain: World, tmp_path: Path) -> None:
-    """What get_peft_model put on a split model is neither overwritten, nor dropped, nor saved as part of a component."""
+    """What get_peft_model put on a split model is neither overwritten, nor dropped, nor saved with a component."""
     split = SplitCausalLM(*plain.parts())
     own = peft.get_peft_model(split, lora(target_modules=["q_proj"], init_lora_weights=False))
     before, weights = logits(own), state(split.components)

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 pytestmark = [
     # Names that older transformers knows alone.
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
@@ -90,8 +90,8 @@ def trainer(model: Any, out: Path, data: Any = None, **options: Any) -> Any:
         output_dir=str(out),
         **{
             "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 2, "learning_rate": 0.01,
-            "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1,
-            "dataloader_pin_memory": False,
+            "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True,
+            "dataloader_pin_memory": False, "seed": 1,
             **options,
         },
     )  # fmt: skip
