@@ -19,7 +19,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 pytestmark = [
     # Names that older transformers knows alone.
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
