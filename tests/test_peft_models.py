@@ -152,11 +152,13 @@ def test_a_split_model_learns_an_adapter_as_the_unsplit_one(checkpoint: Checkpoi
             assert torch.equal(logits(loaded), expected), saved
     if models[split].peft_type in PROMPTS:
         return
-    merged = models[split].merge_and_unload()
-    expected = logits(models[unsplit].merge_and_unload())
-    assert torch.equal(logits(merged), expected)
-    merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(unsplit(tmp_path / "merged")), expected)
+    merged = {make: model.merge_and_unload() for make, model in models.items()}
+    assert torch.equal(logits(merged[split]), logits(merged[unsplit]))
+    for make, model in merged.items():
+        model.save_pretrained(tmp_path / f"merged-{make.__name__}")
+    folders = [tmp_path / f"merged-{make.__name__}" for make in merged]
+    assert equal(*(load_file(each / "model.safetensors") for each in folders))
+    assert (folders[0] / "config.json").read_text() == (folders[1] / "config.json").read_text()
 
 
 def test_our_load_adapter_takes_what_a_split_model_learned(checkpoint: Checkpoints, tmp_path: Path) -> None:
