@@ -18,15 +18,10 @@ from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
 
 pytestmark = [
-    # PEFT says these of the unsplit model too.
-    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
-    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
-    pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying=True`"),
-    pytest.mark.filterwarnings("ignore:`ensure_weight_tying` is not applicable"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+    # PEFT warns of its own settings, of the unsplit model too.
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    # Its 0.21 uses names that transformers had before 5.23.
+    pytest.mark.filterwarnings("ignore:`(is_gradient_checkpointing|past_key_values)` is deprecated:FutureWarning"),
 ]
 
 CUTS = (2, 4)
@@ -157,11 +152,13 @@ def test_a_split_model_learns_an_adapter_as_the_unsplit_one(checkpoint: Checkpoi
             assert torch.equal(logits(loaded), expected), saved
     if models[split].peft_type in PROMPTS:
         return
-    merged = models[split].merge_and_unload()
-    expected = logits(models[unsplit].merge_and_unload())
-    assert torch.equal(logits(merged), expected)
-    merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(unsplit(tmp_path / "merged")), expected)
+    merged = {make: model.merge_and_unload() for make, model in models.items()}
+    assert torch.equal(logits(merged[split]), logits(merged[unsplit]))
+    for make, model in merged.items():
+        model.save_pretrained(tmp_path / f"merged-{make.__name__}")
+    folders = [tmp_path / f"merged-{make.__name__}" for make in merged]
+    assert equal(*(load_file(each / "model.safetensors") for each in folders))
+    assert (folders[0] / "config.json").read_text() == (folders[1] / "config.json").read_text()
 
 
 def test_our_load_adapter_takes_what_a_split_model_learned(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -205,7 +202,7 @@ def test_several_adapters(checkpoint: Checkpoints, tmp_path: Path) -> None:
         results[make] = found
 
     assert [torch.equal(*pair) for pair in zip(*results.values(), strict=True)] == [True] * 7
-    assert torch.equal(results[split][-1], results[split][3])
+    assert not torch.equal(results[split][0], results[split][3])
 
 
 def test_copies_of_an_adapted_model_are_its_own(checkpoint: Checkpoints) -> None:
