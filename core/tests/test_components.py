@@ -130,10 +130,18 @@ def test_components_in_the_wrong_order_make_no_model(parts: Any) -> None:
     assert "top is a bottom" in wrong(parts.bottom, parts.trunk, parts.bottom)
 
 
-@pytest.mark.parametrize("other", [None, torch.nn.Linear(2, 2), "trunk"], ids=["None", "a module", "a text"])
-def test_what_is_no_component_makes_no_model(parts: Any, other: Any) -> None:
-    """A part that was not asked for is None, and says so here."""
-    assert "trunk is a" in wrong(parts.bottom, other, parts.top)
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (None, "trunk is None: it was not loaded"),
+        (torch.nn.Linear(2, 2), "trunk is a Linear"),
+        ("trunk", "trunk is a str"),
+    ],
+    ids=["None", "a module", "a text"],
+)
+def test_what_is_no_component_makes_no_model(parts: Any, other: Any, named: str) -> None:
+    """A part that was not asked for is None, and the message says so."""
+    assert named in wrong(parts.bottom, other, parts.top)
 
 
 @pytest.mark.parametrize("cuts", [(1, 4), (2, 5), (3, 5)], ids=str)

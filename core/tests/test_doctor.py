@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import tomllib
@@ -690,15 +691,15 @@ def test_a_model_that_cannot_be_loaded_says_why(llama: Any, sharded: Path, edit_
 
 def bar(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nobody read a file: not even root, who may read every other."""
-    opened = Path.open
+    opened = os.open
 
-    def refused(self: Path, *arguments: Any, **options: Any) -> Any:
-        if self == path:
+    def refused(name: Any, *arguments: Any, **options: Any) -> int:
+        if name == path:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return opened(self, *arguments, **options)
+        return opened(name, *arguments, **options)
 
     path.chmod(0)
-    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(os, "open", refused)
 
 
 @pytest.mark.heavy

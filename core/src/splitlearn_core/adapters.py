@@ -39,7 +39,7 @@ from splitlearn_core.plan.adapter import (
     rank_problems,
     slice_keys,
 )
-from splitlearn_core.quoting import LINE, listed, reason, said
+from splitlearn_core.quoting import SENTENCE, listed, reason, said
 
 if TYPE_CHECKING:
     import torch
@@ -560,7 +560,7 @@ def _blaming(adapter: AdapterFiles) -> Iterator[None]:
 def _mismatch(adapter: AdapterFiles, problems: list[str]) -> TensorMismatchError:
     return TensorMismatchError(
         f"the adapter {adapter.name} does not fit these components; {len(problems)} tensors are wrong:\n  "
-        + listed(problems, "\n  ", limit=LINE),
+        + listed(problems, "\n  ", limit=SENTENCE),
         hint="was it made for this model, and saved by PEFT for the whole of it?",
     )
 

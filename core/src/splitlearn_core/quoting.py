@@ -7,8 +7,8 @@ from typing import Any
 
 from splitlearn_core.errors import printable, shortened
 
-#: Characters of one name or value, and of what a library says in its error.
-WORD, LINE = 100, 300
+#: Characters of one name or value, of what a library says in its error, and of a sentence of ours, which has paths.
+WORD, LINE, SENTENCE = 100, 300, 700
 #: Entries of a list.
 MOST = 8
 #: Of a number that is written out: 78 digits.

@@ -20,7 +20,7 @@ from splitlearn_core import (
     plan_split,
     save_split,
 )
-from splitlearn_gguf import splitlearn_loading_strategies, values
+from splitlearn_gguf import splitlearn_loading_strategies, strategy, values
 from splitlearn_gguf.header import read_header
 
 Write = Callable[..., Path]
@@ -49,12 +49,7 @@ def test_only_the_components_bytes_are_read(gguf_file: Write, monkeypatch: pytes
     path = gguf_file("gemma2", "Q8_0")
     plan = read_plan(path)
     monkeypatch.setattr(Watched, "spans", [])
-    opened = Path.open
-
-    def watch(self: Path, mode: str = "r", buffering: int = -1, **more: Any) -> Any:
-        return Watched(self) if buffering == 0 else opened(self, mode, buffering, **more)
-
-    monkeypatch.setattr(Path, "open", watch)
+    monkeypatch.setattr(strategy, "open_regular", lambda path, buffering: Watched(path))
     list(STRATEGY.read(plan))
 
     mine = {

@@ -18,7 +18,7 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.misfit import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.names import map_keys, place_keys
 from splitlearn_core.plan.split import ranges_around
-from splitlearn_core.quoting import LINE, listed
+from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def component_from_state_dict(
     if problems:
         raise TensorMismatchError(
             f"the state dict is not that of a {family.model_type} model; {len(problems)} tensors are wrong:\n  "
-            + listed(problems, "\n  ", most=20, limit=LINE),
+            + listed(problems, "\n  ", most=20, limit=SENTENCE),
             hint="give model.state_dict() of the whole causal language model, and its own config",
         )
     modules = dict(built.named_modules())

@@ -13,7 +13,7 @@ from splitlearn_core.build.component import architecture_class, hf_config
 from splitlearn_core.build.skeleton import BUILD_LOCK
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.quoting import LINE, listed, said
+from splitlearn_core.quoting import SENTENCE, listed, said
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def refuse_incomplete(name: str, module: Any, info: Mapping[str, Any]) -> None:
     if problems:
         raise TensorMismatchError(
             f"the tensors of {name} are not those of its model; {len(problems)} are wrong:\n  "
-            + listed(problems, "\n  ", limit=LINE),
+            + listed(problems, "\n  ", limit=SENTENCE),
             hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
         )
     empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]

@@ -24,7 +24,7 @@ from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.strategies.base import PretrainedReader, WeightReader
 from splitlearn_core.checkpoint.torchfile import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.quoting import LINE, listed, plain, quote
+from splitlearn_core.quoting import SENTENCE, listed, plain, quote
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class Checkpoint:
         ]
         if astray:
             index = self._layout.entrance if self._layout is not None else INDEX
-            shown = listed(astray, "; ", limit=LINE)
+            shown = listed(astray, "; ", limit=SENTENCE)
             raise InvalidCheckpointError(
                 f"{index} of {self.source.model} names tensors that are not where it says: {shown}",
                 hint="index and shards belong to different versions: fetch them anew",

@@ -9,7 +9,7 @@ from typing import Any
 from splitlearn_core.checkpoint.jsonfile import read_object
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.bounds import check_numbers
-from splitlearn_core.quoting import LINE, listed, plain, quote
+from splitlearn_core.quoting import SENTENCE, listed, plain, quote
 
 CONFIG = "config.json"
 #: Ends of weight files that a package of their own reads: what they are, the package, its folder in a checkout.
@@ -64,7 +64,7 @@ def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
         if not isinstance(shard, str) or shard not in sound
     ]
     if wrong:
-        shown = listed(sorted(wrong), "; ", limit=LINE)
+        shown = listed(sorted(wrong), "; ", limit=SENTENCE)
         raise InvalidCheckpointError(
             f"{path} names shards that are no {suffix} files in its own folder: {shown}",
             hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
-from splitlearn_core.quoting import LINE, listed, plain, reason
+from splitlearn_core.quoting import SENTENCE, listed, plain, reason
 from splitlearn_core.types import DTYPE_BYTES, TensorInfo
 
 #: Bytes of the number before the header.
@@ -168,6 +168,6 @@ def _check_layout(where: str, tensors: list[TensorInfo], start: int, size: int |
 
 def _invalid(where: str, problems: list[str], hint: str = "") -> InvalidCheckpointError:
     return InvalidCheckpointError(
-        f"{where} is no sound safetensors file: {listed(problems, '; ', limit=LINE)}",
+        f"{where} is no sound safetensors file: {listed(problems, '; ', limit=SENTENCE)}",
         hint=hint or "fetch or write the file anew",
     )

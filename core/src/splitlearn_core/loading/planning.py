@@ -31,7 +31,7 @@ from splitlearn_core.plan.splitplan import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
-from splitlearn_core.quoting import LINE, listed
+from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import read_manifest
 from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
@@ -184,7 +184,7 @@ def mismatch(model: OpenModel, problems: Sequence[str], plan: SplitPlan) -> Tens
     keys = model.checkpoint.weight_map if plan.source == "headers" else ()
     return TensorMismatchError(
         f"the tensors of {model.name} are not those of a {model.family.model_type} model; "
-        f"{len(problems)} are wrong:\n  " + listed(folded(problems), "\n  ", most=20, limit=LINE),
+        f"{len(problems)} are wrong:\n  " + listed(folded(problems), "\n  ", most=20, limit=SENTENCE),
         hint=cause_in_names(model.family, keys, plan.infos) or likely_cause(problems, model.family.model_type),
     )
 

@@ -23,7 +23,7 @@ from splitlearn_core.manager.failures import Version, explaining, refuse_changes
 from splitlearn_core.manager.resources import ledger_of
 from splitlearn_core.manager.work import HOST, MAPPED, LoadPlan, ReportProgress
 from splitlearn_core.paths import user_path
-from splitlearn_core.quoting import LINE, listed, said
+from splitlearn_core.quoting import SENTENCE, listed, said
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Progress
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _refuse_misfit(config: ModelConfig, module: Any, state: Mapping[str, Any]) -
     if problems:
         raise TensorMismatchError(
             f"the tensors of {config.model_path} are not those of {config.architecture}; "
-            f"{len(problems)} are wrong:\n  " + listed(sorted(problems), "\n  ", most=20, limit=LINE),
+            f"{len(problems)} are wrong:\n  " + listed(sorted(problems), "\n  ", most=20, limit=SENTENCE),
             hint="is it the class that was saved, with the same sizes?",
         )
 

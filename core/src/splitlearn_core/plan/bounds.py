@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.quoting import LINE, listed, plain, quote
+from splitlearn_core.quoting import SENTENCE, listed, plain, quote
 from splitlearn_core.types import TensorInfo
 
 
@@ -122,7 +122,7 @@ def bound_of(name: str) -> int | None:
 def _refuse(problems: list[str], where: str) -> None:
     if problems:
         raise ConfigurationError(
-            f"{where} cannot be the configuration of a model: {listed(problems, '; ', limit=LINE)}",
+            f"{where} cannot be the configuration of a model: {listed(problems, '; ', limit=SENTENCE)}",
             hint="correct the values, or fetch the file again from where the model comes from",
         )
 

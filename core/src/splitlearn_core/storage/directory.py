@@ -14,7 +14,7 @@ from splitlearn_core.checkpoint.regular import open_regular
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.origin import origin_mismatches
 from splitlearn_core.paths import user_path
-from splitlearn_core.quoting import LINE, listed
+from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from splitlearn_core.types import Component, ProgressCallback
 
@@ -184,7 +184,7 @@ def load_split_directory(
     problems = split.mismatches()
     if problems:
         raise ConfigurationError(
-            f"these components do not belong together: {listed(problems, '; ', limit=LINE)}",
+            f"these components do not belong together: {listed(problems, '; ', limit=SENTENCE)}",
             hint="load components of one source and one split",
         )
     loaded = load_saved(
@@ -219,7 +219,7 @@ def load_pipeline(
         problems.append("saved components take one dtype and one device here")
     if problems:
         raise ConfigurationError(
-            f"{directory} cannot be run as one model: {listed(problems, '; ', limit=LINE)}",
+            f"{directory} cannot be run as one model: {listed(problems, '; ', limit=SENTENCE)}",
             hint="give a directory with bottom, trunk and top, or load each with load_component",
         )
     parts = load_split_directory(
@@ -274,7 +274,7 @@ def load_saved(
         problems = [problem for saved in components for problem in hash_problems(saved)]
     if problems:
         raise InvalidCheckpointError(
-            f"{len(problems)} files are not as they were saved: {listed(problems, '; ', limit=LINE)}",
+            f"{len(problems)} files are not as they were saved: {listed(problems, '; ', limit=SENTENCE)}",
             hint="copy the component anew, or save it again",
         )
     loaded = {}

@@ -13,7 +13,7 @@ from splitlearn_core.checkpoint.jsonfile import parse_object
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.origin import Origin
 from splitlearn_core.plan.split import MAX_LAYERS
-from splitlearn_core.quoting import LINE, listed, quote
+from splitlearn_core.quoting import SENTENCE, listed, quote
 from splitlearn_core.types import FLOAT_DTYPES, Component
 
 MANIFEST = "split_manifest.json"
@@ -252,4 +252,4 @@ class _Reader:
 
 
 def _invalid(where: str, problems: list[str]) -> InvalidCheckpointError:
-    return InvalidCheckpointError(f"{where} is no sound manifest: {listed(problems, '; ', limit=LINE)}", hint=_ANEW)
+    return InvalidCheckpointError(f"{where} is no sound manifest: {listed(problems, '; ', limit=SENTENCE)}", hint=_ANEW)

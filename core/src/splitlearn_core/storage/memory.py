@@ -14,7 +14,7 @@ from splitlearn_core.checkpoint.torchfile import read_state_dict
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading import LoadOptions, OpenModel, load_components, make_plan
 from splitlearn_core.origin import origin_mismatches
-from splitlearn_core.quoting import LINE, listed
+from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.saving import CONFIG, GENERATION, Part, companion_files, config_text
 from splitlearn_core.storage.weights import Tensor
 from splitlearn_core.storage.writing import CHUNK_BYTES
@@ -128,7 +128,7 @@ def _refuse_changed(component: ComponentModel) -> None:
     if problems:
         raise ConfigurationError(
             f"the {component.component} has not the tensors it was loaded with: "
-            f"{listed(sorted(problems), '; ', limit=LINE)}",
+            f"{listed(sorted(problems), '; ', limit=SENTENCE)}",
             hint="undo the change of its modules, and save it then; its values may be any",
         )
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.progress import passing_through, reporting
-from splitlearn_core.quoting import LINE, listed
+from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.checking import configuration_problems, hash_problems, tensors_of, tie_problems
 from splitlearn_core.storage.directory import SplitDirectory, as_path, file_problems
 from splitlearn_core.storage.manifest import MANIFEST
@@ -92,7 +92,7 @@ def _check_hashes(split: SplitDirectory, tell: ProgressCallback) -> None:
     problems = [problem for saved in split.components.values() for problem in hash_problems(saved, count)]
     if problems:
         raise InvalidCheckpointError(
-            f"these components are not what was saved: {listed(problems, '; ', limit=LINE)}",
+            f"these components are not what was saved: {listed(problems, '; ', limit=SENTENCE)}",
             hint="copy the component anew, or save it again",
         )
 
@@ -108,7 +108,7 @@ def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
     problems += damaged
     if problems:
         raise ConfigurationError(
-            f"these components make up no checkpoint: {listed(problems, '; ', limit=LINE)}",
+            f"these components make up no checkpoint: {listed(problems, '; ', limit=SENTENCE)}",
             hint="give bottom, trunk and top of one source and one split",
         )
     tensors: dict[str, Tensor] = {}

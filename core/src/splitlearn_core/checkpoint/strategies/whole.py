@@ -9,7 +9,7 @@ from splitlearn_core.checkpoint.strategies.base import ReadPlan, torch_dtype
 from splitlearn_core.checkpoint.strategies.views import copy_to_plan
 from splitlearn_core.errors import TensorMismatchError
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
-from splitlearn_core.quoting import LINE, listed
+from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.types import OPAQUE, PYTORCH, SAFETENSORS
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class WholeStrategy:
         if problems:
             raise TensorMismatchError(
                 f"the model that transformers loads lacks {len(problems)} of the planned tensors:\n  "
-                + listed(problems, "\n  ", limit=LINE),
+                + listed(problems, "\n  ", limit=SENTENCE),
                 hint="weights of this kind cannot be brought into plain modules; use the unquantised checkpoint",
             )
         for planned in plan.tensors:
