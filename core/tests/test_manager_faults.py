@@ -390,8 +390,8 @@ def test_memory_that_runs_out_in_the_middle(
         settled.append(None)
         settle(self, piece, slot)
 
-    def allocate_seen(sizes: Iterable[int]) -> list[torch.Tensor]:
-        blocks = allocate(sizes)
+    def allocate_seen(*sizes: Iterable[int]) -> list[torch.Tensor]:
+        blocks = allocate(*sizes)
         alive.extend(map(weakref.ref, blocks))
         return blocks
 
