@@ -16,7 +16,7 @@ from splitlearn_core.loading import LoadOptions, open_model
 from splitlearn_core.scaffold.examining import examine
 from splitlearn_core.testing.process_state import read_state
 from splitlearn_core.testing.worlds import tiny_model
-from splitlearn_core.text import generate_text
+from splitlearn_core.text import Sampling, generate_text
 from splitlearn_core.verification import Verification, verify_split
 
 pytestmark = pytest.mark.usefixtures("llama")
@@ -145,7 +145,7 @@ def test_text_is_generated_as_without_the_mode(single: Path, mode: Callable[[], 
     split = SplitCausalLM(*load_split_model("llama", CUTS, single))
 
     def text() -> str:
-        return generate_text(split, tokenizer, "w5 w17 w42", 8, temperature=0.9, seed=3).text
+        return generate_text(split, tokenizer, "w5 w17 w42", 8, Sampling(temperature=0.9, seed=3)).text
 
     expected = text()
     with mode():
