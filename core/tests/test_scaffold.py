@@ -181,7 +181,8 @@ def test_a_model_of_several_names_its_language_model(tmp_path: Path) -> None:
     """The way out is the type of the language model inside."""
     with pytest.raises(CannotSplitError) as caught:
         new_plugin("gemma3", tmp_path / "out")
-    assert "splitlearn plugins new gemma3_text" in caught.value.hint
+    assert "its language model is of type gemma3_text" in caught.value.hint
+    assert "text.save_pretrained(DIR)" in caught.value.hint
 
 
 @pytest.mark.parametrize(("name", "near"), [("lama", "'llama'"), ("qwen-3", "'qwen3'"), ("../x", "model_type")])
