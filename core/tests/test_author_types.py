@@ -162,6 +162,8 @@ def verdict(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     paths = [folder, *([] if source_of_core.name == "site-packages" else [source_of_core])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYPYPATH", os.pathsep.join(map(str, paths)))
+        # mypy sets it, and leaves it.
+        patch.setenv("MYPY_CONFIG_FILE_DIR", str(folder))
         patch.chdir(folder)
         output, errors, _ = api.run(
             ["--config-file", "mypy.ini", "--cache-dir", str(folder / "cache"), *(f"{name}.py" for name in files)]
