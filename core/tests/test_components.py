@@ -371,6 +371,14 @@ def test_modules_are_shared_with_the_components(parts: Any) -> None:
             assert seen.get_submodule(path) is other
 
 
+def test_the_backbone_ignores_what_is_for_the_head(parts: Any, whole: Any) -> None:
+    """Trainers hand the same arguments to it and to the model."""
+    with torch.no_grad():
+        got, expected = (model.model(IDS, num_items_in_batch=3) for model in (SplitCausalLM(*parts), whole))
+
+    assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
+
+
 def test_layers_are_not_replaced_as_a_whole(parts: Any) -> None:
     """A shorter list would be looked at by those who ask, and not run."""
     model = SplitCausalLM(*parts)

@@ -64,7 +64,8 @@ class ComponentChain:
         given.pop("tokenizer", None)
         tokens = given.pop("input_ids", None)
         first = {name: given.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in given}
-        last = {name: given.pop(name) for name in self.routing.top if name in given} if head else {}
+        # The family's base model ignores what is meant for the head.
+        last = {name: given.pop(name) for name in self.routing.top if name in given}
         if not is_paged(cache):
             self._refuse_unknown(owner, given)
         given.update({name: True for name, wanted in recordings.items() if wanted})
@@ -74,7 +75,7 @@ class ComponentChain:
         outputs = [output]
         for number, part in enumerate(parts[1:], start=1):
             is_last = part is parts[-1]
-            given = _move({**given, **last} if is_last else given, self.device(number))
+            given = _move({**given, **last} if is_last and head else given, self.device(number))
             run = cast("Any", part).without_head if is_last and not head else part
             output = run(self._enter(number, output), **given, past_key_values=_share(cache, part))
             outputs.append(output)
