@@ -298,6 +298,13 @@ def test_tokens_beyond_the_vocabulary_are_refused(parts: Any, token: int) -> Non
             model(ids)
 
 
+def test_tokens_of_another_rank_are_refused(parts: Any) -> None:
+    """One row of them is no batch."""
+    for model in (parts.bottom, SplitCausalLM(*parts)):
+        with pytest.raises(ConfigurationError, match=r"\[5\]; a bottom takes token ids"):
+            model(IDS[0])
+
+
 def test_text_is_no_input_of_generate(parts: Any) -> None:
     """The hint shows how a tokenizer is used."""
     model = SplitCausalLM(*parts)

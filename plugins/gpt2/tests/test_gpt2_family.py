@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, modeling_utils
 
-from splitlearn_core import SplitCausalLM, load_split_model
+from splitlearn_core import ConfigurationError, SplitCausalLM, load_split_model
 from splitlearn_core.testing import FamilyConformance
 
 
@@ -35,3 +35,11 @@ def test_a_load_and_a_loss_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = GPT2LMHeadModel.from_pretrained(str(folder), dtype=torch.float32)
     assert torch.equal(loss, whole(input_ids=ids, labels=ids).loss)
     assert any("loss_type" in text for text in said)
+
+
+def test_a_sequence_beyond_the_positions_is_refused() -> None:
+    """With the number of positions, where torch says of an index that it is out of range."""
+    split = SplitCausalLM(*load_split_model("gpt2", (1, 5), "bundled:gpt2"))
+
+    with pytest.raises(ConfigurationError, match="300 tokens goes beyond the 256 positions"):
+        split(torch.ones(1, 300, dtype=torch.long))

@@ -28,8 +28,8 @@ from splitlearn_core.origin import Origin
 from splitlearn_core.quoting import reason, said
 from splitlearn_core.types import Component, LayerRange
 
-#: Hidden states are [batch, sequence, hidden].
-_STATE_DIMENSIONS = 3
+#: Token ids are [batch, sequence], hidden states [batch, sequence, hidden].
+_TOKEN_DIMENSIONS, _STATE_DIMENSIONS = 2, 3
 #: How transformers marks the floats in ``config.json`` that JSON has no word for.
 _FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 #: What transformers calls the loss of a causal language model.
@@ -264,8 +264,11 @@ class BottomModel(ComponentModel):
         """
         if "hidden_states" in kwargs:
             raise ConfigurationError("a bottom takes no hidden_states", hint="give input_ids, or inputs_embeds")
-        if input_ids is not None and (not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point()):
-            given = getattr(input_ids, "dtype", type(input_ids).__name__)
+        is_tensor = isinstance(input_ids, torch.Tensor)
+        if input_ids is not None and (
+            not is_tensor or input_ids.is_floating_point() or input_ids.dim() != _TOKEN_DIMENSIONS
+        ):
+            given = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else type(input_ids).__name__
             raise ConfigurationError(
                 f"input_ids are {given}; a bottom takes token ids [batch, sequence], a tensor of whole numbers",
                 hint='tokenizer(text, return_tensors="pt").input_ids makes them; embeddings go to inputs_embeds',
@@ -284,8 +287,15 @@ class BottomModel(ComponentModel):
         astray = input_ids[(input_ids < 0) | (input_ids >= size)]
         if astray.numel():
             raise ConfigurationError(
-                f"input_ids have {astray.numel()} token ids beyond the vocabulary of {size}: {astray[0].item()}, say",
-                hint="does the tokenizer belong to this model? Tokens that were added need resize_token_embeddings",
+                f"input_ids have tokens beyond the vocabulary of {size}: {astray[0].item()}, say",
+                hint="does the tokenizer belong to this model? Tokens that were added need resize_token_embeddings; "
+                "-100 is for labels alone",
+            ) from error
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None:
+            raise ConfigurationError(
+                f"a sequence of {input_ids.shape[1]} tokens goes beyond the {limit} positions of this model",
+                hint="shorten it, or generate fewer tokens",
             ) from error
 
     if TYPE_CHECKING:

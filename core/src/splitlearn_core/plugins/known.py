@@ -59,6 +59,11 @@ _TYPE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}", re.IGNORECASE)
 _CHECK = 'check "model_type" in config.json; if a plugin for it is installed, splitlearn doctor says why it is not seen'
 
 
+def is_known(model_type: str) -> bool:
+    """Say whether it is a type of transformers of which something is known, and no misspelt name of another."""
+    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *_TEXT_OF}
+
+
 def way_out(model_type: object, provided: tuple[str, ...] = ()) -> str:
     """Say what to do with a model of a type that no installed plugin provides.
 

@@ -37,7 +37,7 @@ from splitlearn_core.plugins.asking import (
     verify_hooks,
 )
 from splitlearn_core.plugins.inspection import inspect_source
-from splitlearn_core.plugins.known import way_out
+from splitlearn_core.plugins.known import is_known, way_out
 from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.tracing import skipped, trace_as_environment_says
@@ -292,7 +292,8 @@ class PluginRegistry:
         return UnknownModelTypeError(
             f"no installed plugin provides model type {quote(model_type)} "
             f"(installed: {listed(installed, most=50) or 'none'})",
-            hint=(f"did you mean {close[0]!r}? Otherwise " if close else "") + way_out(model_type, installed),
+            hint=(f"did you mean {close[0]!r}? Otherwise " if close and not is_known(model_type) else "")
+            + way_out(model_type, installed),
         )
 
     def _load(self, entry: PluginEntry) -> LoadedPlugin | PluginError:
