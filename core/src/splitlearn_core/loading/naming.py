@@ -26,7 +26,7 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
         return None, model_name_or_path
     if not isinstance(model_type, str | os.PathLike):
         raise ConfigurationError(
-            f"model_type is {model_type!r}",
+            f"model_type is a {type(model_type).__name__}, where a model type or a model is named",
             hint="give the model as model_name_or_path, and the cuts as split_points=(a, b)",
         )
     name = os.fspath(model_type)
