@@ -76,7 +76,7 @@ class Likeness(Checks):
 
     def test_trainer(self, subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> None:
         """The Trainer of transformers logs the losses of the unsplit model."""
-        pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
+        pytest.importorskip("accelerate", "1.3", reason="the Trainer needs accelerate: pip install 'accelerate>=1.3'")
         folder = tmp_path_factory.mktemp("trainer")
         models = (subject.fresh_whole("float32"), subject.fresh_split(subject.middle, "float32"))
         expected, got = (_logged(model, str(folder)) for model in models)
