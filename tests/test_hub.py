@@ -825,7 +825,7 @@ def test_pickled_repository_is_refused(hub: LoopbackHub, single: Path, tmp_path:
     hub.add_repo(REPO, folder)
     with pytest.raises(CheckpointError, match=r"consolidated\.pth") as caught:
         load()
-    assert "save_pretrained" in caught.value.hint
+    assert "convert_TYPE_weights_to_hf" in caught.value.hint
     assert hub.downloaded(REPO) == {CONFIG}
 
 

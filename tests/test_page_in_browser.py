@@ -461,6 +461,7 @@ def draw(browser: Browser, path: Path) -> None:
         config("small-trunk", model_path="/srv/models/qwen2-0.5b", keep_alive="5m"),
     ]
     options = {"loader": loader, "resources": FixedMemory(), "max_workers": 4, "stall_after": 1.0}
+    options["http"] = {"model_roots": ["/srv/models"]}
 
     def in_status(status: str, *names: str) -> None:
         server.wait_until(lambda manager: all(manager.get_model_info(name).status == status for name in names))

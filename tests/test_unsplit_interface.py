@@ -36,6 +36,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64], [1, 2, 3, 4, 5, 6, 7]])
 LEFT_PADDED = torch.tensor([[1] * 7, [0] * 2 + [1] * 5])
 NEW_TOKENS = 5
+#: What transformers 5.4 does not do, or does otherwise than it does today.
+newest = pytest.mark.once
+
+
+@pytest.fixture(autouse=True)
+def forked_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what compiling sets for the processes that it starts."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")
 
 
 class World:
@@ -144,6 +152,7 @@ def test_config_json_asks_for_recordings(world: World, tmp_path: Path) -> None:
     assert_same(whole(IDS), split(IDS))
 
 
+@newest
 @pytest.mark.parametrize("selection", [[0, 2], [-1], 1])
 def test_chosen_hidden_states(world: World, selection: list[int] | int) -> None:
     """Where transformers takes numbers of layers, the same states are recorded."""
@@ -300,6 +309,7 @@ def test_generation_from_embeddings(world: World) -> None:
         assert_same_generation(world, inputs_embeds=embeds, attention_mask=LEFT_PADDED, **more)
 
 
+@newest
 def test_generation_with_an_assistant(world: World) -> None:
     """A split model is the assistant or is assisted, with all that generation records."""
     assistants = world.load()
@@ -344,6 +354,7 @@ def test_going_on_from_a_cache(world: World) -> None:
     assert_same(*texts)
 
 
+@newest
 def test_continuous_batching(world: World) -> None:
     """``generate_batch`` gives each request the tokens that it has from the unsplit model."""
     batching = getattr(transformers, "ContinuousBatchingConfig", None)
@@ -378,6 +389,7 @@ def test_compiles_as_one_graph(world: World) -> None:
         assert_same(whole(IDS, use_cache=False), compiled(IDS, use_cache=False))
 
 
+@newest
 def test_compiled_decoding(world: World) -> None:
     """Generation with a static cache compiles the split model's forward, and gives the same text."""
     from transformers import CompileConfig

@@ -416,4 +416,4 @@ def test_the_error_for_an_unknown_type_names_the_command(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text('{"model_type": "brandnew"}')
     with pytest.raises(UnknownModelTypeError) as caught:
         plan_split(tmp_path, (1, 2))
-    assert "splitlearn plugins new brandnew --out DIR" in caught.value.hint
+    assert "splitlearn plugins new TYPE" in caught.value.hint

@@ -194,8 +194,18 @@ class ComponentModel(PreTrainedModel):
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         output = self.base_model(**inputs, **{**arguments, **recordings})
         if any(arguments.get(name) for name in RECORDINGS):
-            return cast("BaseModelOutputWithPast", output)
+            return cast("BaseModelOutputWithPast", self._own_recordings(output))
         return cast("torch.Tensor", output.last_hidden_state)
+
+    def _own_recordings(self, output: Any) -> Any:
+        """Leave out what a model that records by itself, in its own forward, recorded of neutral layers."""
+        owned = self.layer_range
+        states, attentions = output.get("hidden_states"), output.get("attentions")
+        if states is not None and len(states) == owned.total + 1:
+            output["hidden_states"] = states[owned.start : owned.end + 1]
+        if attentions is not None and len(attentions) == owned.total:
+            output["attentions"] = attentions[owned.start : owned.end]
+        return output
 
     @contextmanager
     def _past_the_embeddings(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -377,7 +387,9 @@ class TopModel(ComponentModel):
         self._check_states(hidden_states)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
-            output = super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
+            output = self._own_recordings(
+                super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
+            )
         result = CausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,

@@ -30,6 +30,7 @@ WHOLE, PICKLED = "huggingface", "pytorch"
 _BUILDING = (
     "splitlearn_core.build.assemble",
     "splitlearn_core.build.component",
+    "splitlearn_core.build.modes",
     "splitlearn_core.build.skeleton",
     "splitlearn_core.checkpoint.checkpoint",
     "safetensors.torch",

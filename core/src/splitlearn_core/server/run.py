@@ -164,11 +164,12 @@ def _stopping(stop: asyncio.Event) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def first(number: signal.Signals) -> None:
-        log.info("Got %s", number.name)
-        stop.set()
+        # Before a word is said of it: who reads that may send the second one at once.
         for each in ENDING:
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
+        log.info("Got %s", number.name)
+        stop.set()
 
     for number in ENDING:
         loop.add_signal_handler(number, first, number)
