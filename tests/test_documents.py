@@ -153,6 +153,8 @@ class Reader:
         self._environment = {
             **{name: value for name, value in os.environ.items() if name not in CHANGES_OUTPUT},
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
+            # Who reads a document has no plugin for random order.
+            "PYTEST_ADDOPTS": "-p no:randomly",
             "LC_ALL": "C.UTF-8",
             "PIP_NO_INDEX": "1",
             "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it so: no isolation

@@ -461,7 +461,6 @@ def draw(browser: Browser, path: Path) -> None:
         config("small-trunk", model_path="/srv/models/qwen2-0.5b", keep_alive="5m"),
     ]
     options = {"loader": loader, "resources": FixedMemory(), "max_workers": 4, "stall_after": 1.0}
-    options["http"] = {"model_roots": ["/srv/models"]}
 
     def in_status(status: str, *names: str) -> None:
         server.wait_until(lambda manager: all(manager.get_model_info(name).status == status for name in names))
@@ -481,7 +480,7 @@ def draw(browser: Browser, path: Path) -> None:
         )
         in_status("failed", "gemma-trunk")
         assert server.request("DELETE", "/api/models/small-trunk").status == 200
-        large = config("llama-trunk", model_path="/srv/models/llama-3b")
+        large = config("llama-trunk")
         assert server.request("POST", "/api/models", large.to_dict()).status == 202
         in_status("waiting", "llama-trunk")
         for _ in range(2):
