@@ -335,6 +335,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(*args, **kwargs)
 
     def train(self, mode: bool = True) -> SplitCausalLM:
+        """Set training or evaluation mode, of each component too."""
         super().train(mode)
         for component in self.components:
             component.train(mode)

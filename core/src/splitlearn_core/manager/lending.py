@@ -96,7 +96,7 @@ class AsyncManagedModel:
         return await self.run(lambda module: module(*args, **kwargs))
 
     async def run(self, function: Callable[[Any], _T]) -> _T:
-        """Run ``function(module)`` off the event loop, in the caller's context, with this handle's :attr:`gradients`.
+        """Run ``function(module)`` off the event loop, in the caller's context, with this handle's ``gradients``.
 
         For what is more than one call: ``await model.run(lambda module: module.generate(ids))``.
 
