@@ -180,7 +180,7 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
     except Exception as error:
         raise InvalidCheckpointError(
             f"{path} is no sound generation configuration: {reason(error)}",
-            hint="mend it, or remove it for the defaults",
+            hint="correct it, or remove it for the defaults",
         ) from error
 
 
