@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core import SplitCausalLM, load_split_model, plan_split
-from splitlearn_core.testing.worlds import write_plugin
+from splitlearn_core.testing.installing import write_plugin
 
 SCRIPT = Path(sys.executable).with_name("splitlearn")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core import ConfigurationError, SplitCausalLM, load_split_model, save_split
-from splitlearn_core.text import Conversation, Sampling
+from splitlearn_core.generation import Conversation, Sampling
 
 SCRIPT = Path(sys.executable).with_name("splitlearn")
 SPLIT = ("--split", "2", "4")

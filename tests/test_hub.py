@@ -31,7 +31,7 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
-from splitlearn_core.doctor.model import check_model
+from splitlearn_core.doctor.model_checks import check_model
 from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 

@@ -32,11 +32,11 @@ from splitlearn_core import (
     plan_fetch,
     plan_split,
 )
-from splitlearn_core.checkpoint import rangefetch
-from splitlearn_core.checkpoint.partial import FOLDER, partial_files
-from splitlearn_core.checkpoint.ranges import Span, count, merged, without
+from splitlearn_core.checkpoint.hub import transfer
+from splitlearn_core.checkpoint.hub.fetch_plan import Span, count, merged, without
+from splitlearn_core.checkpoint.hub.partial_file import FOLDER, partial_files
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 
@@ -543,8 +543,8 @@ class TestLimits:
     def test_pieces_of_many_connections(self, hub: LoopbackHub, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Cut small, the pieces of one range come over several connections, and are recorded as they come."""
         hub.add_repo(REPO, large)
-        monkeypatch.setattr(rangefetch, "REQUEST_BYTES", 100_000)
-        monkeypatch.setattr(rangefetch, "_RECORD_BYTES", 30_000)
+        monkeypatch.setattr(transfer, "REQUEST_BYTES", 100_000)
+        monkeypatch.setattr(transfer, "_RECORD_BYTES", 30_000)
         assert parts_equal(load("trunk"), load("trunk", model=large))
         assert len(asked(hub)) > 20
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))

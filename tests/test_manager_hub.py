@@ -16,7 +16,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from splitlearn_core import CheckpointError, Progress, load_split_model
 from splitlearn_core.errors import LoadCancelledError
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.testing.hub import LoopbackHub
 
 REPO = "someone/tiny"

@@ -158,7 +158,7 @@ CYCLING = """
 import asyncio, sys
 import torch
 from splitlearn_core import AsyncModelManager, ModelConfig, preload
-from splitlearn_core.memory import anonymous_memory
+from splitlearn_core.system_memory import anonymous_memory
 
 preload(["qwen2"], serving=True)
 folder, use, cycles = sys.argv[1], sys.argv[2], int(sys.argv[3])

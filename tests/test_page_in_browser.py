@@ -31,7 +31,7 @@ pytest.importorskip("prometheus_client", reason="needs splitlearn-core[serve]")
 
 from splitlearn_core import errors
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.imports import preload
+from splitlearn_core.manager.preload import preload
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.testing.serving import ScriptedLoader, StatusServer
 from splitlearn_core.types import Component, Progress

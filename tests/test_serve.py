@@ -29,7 +29,7 @@ pytest.importorskip("uvicorn", reason="needs splitlearn-core[serve]")
 pytest.importorskip("prometheus_client", reason="needs splitlearn-core[serve]")
 
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.configfile import dump_yaml
+from splitlearn_core.manager.config_text import dump_yaml
 from splitlearn_core.testing.hub import LoopbackHub
 
 SCRIPT = Path(sys.executable).with_name("splitlearn")
@@ -517,8 +517,8 @@ def test_nothing_is_imported_once_it_serves(process: Cli, sharded: Path) -> None
     code = (
         "import sys\n"
         "from splitlearn_core.manager.config import ModelConfig\n"
-        "from splitlearn_core.manager.imports import preload\n"
-        "from splitlearn_core.manager.loader import ModelLoader\n"
+        "from splitlearn_core.manager.preload import preload\n"
+        "from splitlearn_core.manager.loaders.loader import ModelLoader\n"
         "assert preload({'qwen2'}) == {}\n"
         "before = set(sys.modules)\n"
         "for part in ('bottom', 'trunk', 'top'):\n"
@@ -538,7 +538,7 @@ def test_preload_survives_a_broken_plugin(process: Cli, tmp_path: Path) -> None:
 
     folder = write_plugin(tmp_path / "plugins", "broken", "raise RuntimeError('no')\n")
     code = (
-        "from splitlearn_core.manager.imports import preload\n"
+        "from splitlearn_core.manager.preload import preload\n"
         "failures = preload({'broken', 'nonsense', 'pytorch'})\n"
         "print({name: type(error).__name__ for name, error in sorted(failures.items())})"
     )
@@ -649,7 +649,7 @@ def test_the_table_is_plain_text() -> None:
 
 def test_the_example_of_the_manual_is_valid() -> None:
     """The configuration file that the documentation shows can be read."""
-    from splitlearn_core.manager.configfile import read_config_file
+    from splitlearn_core.manager.config import read_config_file
     from splitlearn_core.server.run import make_manager
 
     manual = Path(__file__).parents[1] / "docs" / "operating-the-manager.md"

@@ -25,7 +25,7 @@ from splitlearn_core import (
     plan_split,
     save_split,
 )
-from splitlearn_core.arguments import FOREIGN, RENAMED
+from splitlearn_core.foreign_arguments import FOREIGN, RENAMED
 from splitlearn_core.types import DTYPE_ALIASES, FLOAT_DTYPES, dtype_name, nearest_dtype
 
 CUTS = (2, 4)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core import hookspecs
-from splitlearn_core.plugins import protocols
+from splitlearn_core.plugins import contract
 from splitlearn_core.plugins.contract import HOOKS
 
 pytestmark = pytest.mark.light
@@ -24,9 +24,9 @@ strict = true
 [mypy-torch.*,transformers.*,huggingface_hub.*,safetensors.*,psutil.*,tqdm.*,yaml.*,peft.*]
 follow_imports = skip
 ignore_missing_imports = true
-[mypy-splitlearn_core.adapters,splitlearn_core.build.*,splitlearn_core.factory,splitlearn_core.manager.*]
+[mypy-splitlearn_core.adapters.peft_models,splitlearn_core.build.*,splitlearn_core.factory,splitlearn_core.manager.*]
 follow_imports = skip
-[mypy-splitlearn_core.pipeline,splitlearn_core.quickstart,splitlearn_core.storage.*,splitlearn_core.loading.*]
+[mypy-splitlearn_core.pipeline,splitlearn_core.api,splitlearn_core.storage.*,splitlearn_core.loading.*]
 follow_imports = skip
 """
 
@@ -140,7 +140,7 @@ from splitlearn_core import ModelFamily, hookimpl
 """
 
 SPECS: dict[str, Callable[..., Any]] = {name: getattr(hookspecs, name) for name in HOOKS}
-PROTOCOLS = {name: value for name, value in vars(protocols).items() if name.endswith("Plugin")}
+PROTOCOLS = {name: value for name, value in vars(contract).items() if name.endswith("Plugin")}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_the_protocols_are_public_and_light(world: Any) -> None:
 
 def test_the_manual_shows_the_idiom() -> None:
     """The example in the protocols' manual is Python, and assigns a module to a protocol."""
-    manual = inspect.getdoc(protocols) or ""
+    manual = inspect.getdoc(contract) or ""
     block = "\n".join(line[4:] for line in manual.splitlines() if line.startswith("    "))
     tree = ast.parse(block)
 

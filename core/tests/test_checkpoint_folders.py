@@ -185,7 +185,7 @@ def test_a_strict_load_refuses_surplus_tensors(single: Path, kind: str) -> None:
 
 def test_surplus_tensors_are_neither_planned_nor_read(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan names them, and their bytes are asked for by nobody."""
-    from splitlearn_core.checkpoint.strategies import incremental
+    from splitlearn_core.readers import incremental
 
     rewrite(single, lambda tensors: {**tensors, **EXTRA["a score"], **EXTRA["more in each layer"]})
     read: list[str] = []
@@ -400,7 +400,7 @@ def test_a_gguf_file_names_the_package_that_reads_it(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_config: bool
 ) -> None:
     """Whether the file or its folder is given, and from the doctor too: no hint leads to the other one."""
-    from splitlearn_core.doctor.model import check_model
+    from splitlearn_core.doctor.model_checks import check_model
     from splitlearn_core.plugins.registry import reset_registry
 
     monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "gguf")

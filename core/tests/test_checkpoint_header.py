@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from splitlearn_core import InvalidCheckpointError
-from splitlearn_core.checkpoint.header import read_header
+from splitlearn_core.checkpoint.safetensors_header import read_header
 
 #: Two tensors of 8 and 4 bytes.
 SOUND = {

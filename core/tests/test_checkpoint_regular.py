@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from splitlearn_core import InvalidCheckpointError, load_split_model
-from splitlearn_core.checkpoint.config import read_config
-from splitlearn_core.checkpoint.header import read_header
-from splitlearn_core.checkpoint.regular import open_regular, path_of, refuse_irregular
-from splitlearn_core.checkpoint.sample import sample_values
-from splitlearn_core.checkpoint.torchfile import is_mappable, open_torch_file
-from splitlearn_core.storage.directory import read_manifest
-from splitlearn_core.storage.writing import hash_file
+from splitlearn_core.checkpoint.config_json import read_config
+from splitlearn_core.checkpoint.manifest import read_manifest
+from splitlearn_core.checkpoint.origin import sample_values
+from splitlearn_core.checkpoint.regular_files import open_regular, path_of, refuse_irregular
+from splitlearn_core.checkpoint.safetensors_header import read_header
+from splitlearn_core.checkpoint.torch_file import is_mappable, open_torch_file
+from splitlearn_core.storage.durable_files import hash_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 

@@ -288,7 +288,7 @@ def test_a_bug_keeps_its_traceback(cli: Cli, single: Path, monkeypatch: pytest.M
     def wrong(*_: object, **__: object) -> None:
         raise bug
 
-    monkeypatch.setattr("splitlearn_core.quickstart.plan_split", wrong)
+    monkeypatch.setattr("splitlearn_core.api.plan_split", wrong)
     with pytest.raises(type(bug)):
         cli("plan", single, *CUTS)
 
@@ -304,7 +304,7 @@ def test_what_may_not_be_read_comes_with_the_line_that_changes_it(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(barred))
 
-    monkeypatch.setattr("splitlearn_core.quickstart.plan_split", refused)
+    monkeypatch.setattr("splitlearn_core.api.plan_split", refused)
 
     assert cli("plan", single, *CUTS) == (
         1,

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from splitlearn_core import ConfigurationError, ModelFamily, SplitCausalLM, load_split_model, save_split
-from splitlearn_core.build.arguments import mask_for_layers
-from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
-from splitlearn_core.build.component import architecture_class
+from splitlearn_core.build.configuration import architecture_class
+from splitlearn_core.build.forward_arguments import mask_for_layers
+from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
 from splitlearn_core.types import LayerRange
 
 CUTS = (2, 4)

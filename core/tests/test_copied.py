@@ -12,18 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import InvalidCheckpointError, LoadCancelledError, MissingFileError
-from splitlearn_core.checkpoint.header import read_header
-from splitlearn_core.checkpoint.strategies import copied
-from splitlearn_core.checkpoint.strategies.memory import ALIGNMENT, HUGE, fresh_memory
-from splitlearn_core.checkpoint.strategies.pieces import MAX_SPANS, cut
-from splitlearn_core.checkpoint.strategy import (
-    CopiedStrategy,
-    IncrementalStrategy,
-    LoadingStrategy,
-    MappedStrategy,
-    ReadPlan,
-)
+from splitlearn_core.checkpoint.safetensors_header import read_header
+from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.readers import copied
+from splitlearn_core.readers.copied import CopiedStrategy
+from splitlearn_core.readers.incremental import IncrementalStrategy
+from splitlearn_core.readers.mapped import MappedStrategy
+from splitlearn_core.readers.staging import ALIGNMENT, HUGE, MAX_SPANS, cut, fresh_memory
 from splitlearn_core.types import FLOAT_DTYPES
 
 FILE = "model.safetensors"
@@ -123,7 +119,7 @@ def test_tensors_begin_where_from_pretrained_lets_them(
 
 def test_memory_of_one_tensor_is_given_back_alone() -> None:
     """A tensor that is replaced does not live on in the block of its neighbours."""
-    from splitlearn_core.memory import anonymous_memory
+    from splitlearn_core.system_memory import anonymous_memory
 
     first, second = fresh_memory([32 * HUGE, 32 * HUGE])
     first.fill_(1)

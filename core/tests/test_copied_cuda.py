@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from splitlearn_core import LoadCancelledError, load_split_model
-from splitlearn_core.checkpoint.header import read_header
-from splitlearn_core.checkpoint.strategies import copied
-from splitlearn_core.checkpoint.strategy import CopiedStrategy, ReadPlan
+from splitlearn_core.checkpoint.safetensors_header import read_header
+from splitlearn_core.loading_strategy import ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.readers import copied
+from splitlearn_core.readers.copied import CopiedStrategy
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core.doctor import apart, cache, devices, machine, packages, tested, variables, versions
-from splitlearn_core.doctor.apart import make_apart
-from splitlearn_core.doctor.examine import examine
-from splitlearn_core.doctor.findings import Finding, Level, Report
-from splitlearn_core.doctor.model import check_model, room
-from splitlearn_core.doctor.running import Check, findings_of, make
-from splitlearn_core.memory import MemoryReading
+from splitlearn_core.doctor import installation, runner, system
+from splitlearn_core.doctor.model_checks import check_model, room
+from splitlearn_core.doctor.report import Check, Finding, Level, Report, findings_of, make
+from splitlearn_core.doctor.runner import examine, make_apart
 from splitlearn_core.plan.splitplan import MemoryNeeds
 from splitlearn_core.plugins.registry import registry, reset_registry
+from splitlearn_core.system_memory import MemoryReading
 
 pytestmark = pytest.mark.light
 
@@ -41,7 +39,9 @@ def wrong(findings: Any) -> list[Finding]:
 
 
 def plugin_check(name: str, kind: str = "family") -> Check:
-    return Check("plugins", "splitlearn_core.doctor.plugin:check_plugin", (kind, name, f"splitlearn-{name}"), name)
+    return Check(
+        "plugins", "splitlearn_core.doctor.plugin_checks:check_plugin", (kind, name, f"splitlearn-{name}"), name
+    )
 
 
 # --- the whole of it
@@ -60,7 +60,7 @@ def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
 
 def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON and text hold the same; a broken plugin is exit code 1, with its mend underneath."""
-    monkeypatch.setattr(apart, "_PATIENCE", 60.0)
+    monkeypatch.setattr(runner, "_PATIENCE", 60.0)
     world.install("alpha", "import surely_absent_package")
 
     code, out, err = cli("doctor", "--quick", "--json")
@@ -145,7 +145,7 @@ def test_a_torch_that_cannot_be_imported_is_one_finding(world: Any, llama: Any, 
 @pytest.mark.heavy
 def test_a_torch_that_is_not_installed_is_one_finding(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the versions; nothing that needs it is tried."""
-    monkeypatch.setattr("splitlearn_core.doctor.examine._is_absent", "torch".__eq__)
+    monkeypatch.setattr("splitlearn_core.doctor.runner._is_absent", "torch".__eq__)
     world.install("alpha", "import torch\n" + world.source("alpha"))
 
     report = examine()
@@ -160,8 +160,8 @@ def test_a_torch_that_is_not_installed_is_one_finding(world: Any, monkeypatch: p
 
 def test_a_check_that_fails_is_a_finding() -> None:
     """Its type, text and place are named, here and in another process; what comes after it is made."""
-    failing = Check("odd", "splitlearn_core.doctor.machine:open_files", ("many",), "files", "count them")
-    sound = Check("machine", "splitlearn_core.doctor.machine:check_machine")
+    failing = Check("odd", "splitlearn_core.doctor.system:open_files", ("many",), "files", "count them")
+    sound = Check("machine", "splitlearn_core.doctor.system:check_machine")
 
     for made in ([make(failing)], make_apart([failing, sound], 60)):
         found = findings_of(made)
@@ -186,7 +186,7 @@ def test_a_plugin_may_end_its_process(world: Any, monkeypatch: pytest.MonkeyPatc
     world.install("alpha", f"{source}\n{HEAD}{GIVEN.format(ALPHA)}")
     world.install("beta")
 
-    monkeypatch.setattr(apart, "_PATIENCE", 0.2)
+    monkeypatch.setattr(runner, "_PATIENCE", 0.2)
     waited: list[str] = []
 
     # The other process takes seconds to start on a busy machine; a plugin that hangs costs all of them.
@@ -219,8 +219,8 @@ def test_a_plugin_that_ends_its_process_is_left_alone_then(world: Any, single: P
 
 def test_who_is_waited_for_is_told_at_the_command_line(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On stderr, terminal or not; stdout is as ever."""
-    monkeypatch.setattr("splitlearn_core.doctor.examine._PLUGIN_SECONDS", 3.0)
-    monkeypatch.setattr(apart, "_PATIENCE", 0.2)
+    monkeypatch.setattr("splitlearn_core.doctor.runner._PLUGIN_SECONDS", 3.0)
+    monkeypatch.setattr(runner, "_PATIENCE", 0.2)
     world.install("alpha", "import threading; threading.Event().wait()\n")
     monkeypatch.setenv("SPLITLEARN_PLUGINS", "alpha")
 
@@ -322,7 +322,7 @@ def test_a_group_that_nobody_reads_is_corrected(world: Any, group: str, meant: s
     """The group as it is and as it is meant, and no plugin is found."""
     metadata_of(world, entry_points_txt=f"[{group}]\nalpha = splitlearn_alpha\n")
 
-    (finding,) = about(f"in the group {group}, which nobody reads", packages.check_packages())
+    (finding,) = about(f"in the group {group}, which nobody reads", installation.check_packages())
 
     assert finding.level is Level.WRONG
     assert f'[project.entry-points."{meant}"]' in finding.mend
@@ -333,7 +333,7 @@ def test_groups_of_others_are_theirs(world: Any) -> None:
     """A group that only sounds like a list of plugins is not taken for ours."""
     metadata_of(world, entry_points_txt="[console_scripts]\na = b:c\n[llm.families]\nx = y\n")
 
-    found = packages.check_packages()
+    found = installation.check_packages()
 
     assert not about("nobody reads", found)
     assert [f.level for f in about("splitlearn-alpha is named like a plugin, and has no entry point", found)] == [
@@ -348,7 +348,7 @@ def test_a_package_that_is_there_twice_hides_itself(world: Any, tmp_path: Path, 
     older.install("alpha", version="0.9")
     monkeypatch.syspath_prepend(str(world.folder))
 
-    (finding,) = about("splitlearn-alpha is installed 2 times", packages.check_packages())
+    (finding,) = about("splitlearn-alpha is installed 2 times", installation.check_packages())
 
     hidden = older.folder / "splitlearn_alpha-0.9.dist-info"
     assert finding.what.endswith(f"2 times: 1.0 is used and hides 0.9 in {hidden}")
@@ -369,15 +369,15 @@ def test_metadata_that_was_left_behind_is_one_finding(
             record = {"url": checkout.as_uri(), "dir_info": {"editable": True}}
             (info / "direct_url.json").write_text(json.dumps(record))
     older, newer = (world.folder / f"splitlearn_alpha-{version}.dist-info" for version in ("1.0", "2.0"))
-    kin = [one for one in packages.installed() if one.name == "splitlearn-alpha"]
+    kin = [one for one in installation.installed() if one.name == "splitlearn-alpha"]
 
     for first, said in (
         (older, f"1.0 is used and is stale; 2.0 in {newer} is not used"),
         (newer, "2.0 is used; 1.0 in"),
     ):
         ordered = sorted(kin, key=lambda one, first=first: one.info != first)
-        monkeypatch.setattr(packages, "installed", lambda _, ordered=ordered: tuple(ordered))
-        (finding,) = about("splitlearn-alpha", wrong(packages.check_packages()))
+        monkeypatch.setattr(installation, "installed", lambda _, ordered=ordered: tuple(ordered))
+        (finding,) = about("splitlearn-alpha", wrong(installation.check_packages()))
         assert said in finding.what
         again = f"-e {checkout}" if editable else "--force-reinstall splitlearn-alpha"
         assert finding.mend == f"remove {older}; then pip install {again}"
@@ -389,14 +389,14 @@ def test_a_folder_that_is_on_the_path_twice_is_one(world: Any, tmp_path: Path, m
     (tmp_path / "again").symlink_to(world.folder)
     monkeypatch.syspath_prepend(str(tmp_path / "again"))
 
-    assert not about("splitlearn-alpha is installed", packages.check_packages())
+    assert not about("splitlearn-alpha is installed", installation.check_packages())
 
 
 def test_damaged_metadata_is_wrong(world: Any) -> None:
     """METADATA that is gone: the package is known by its folder's name."""
     (metadata_of(world) / "METADATA").unlink()
 
-    (finding,) = about("the metadata of splitlearn-alpha is damaged", packages.check_packages())
+    (finding,) = about("the metadata of splitlearn-alpha is damaged", installation.check_packages())
 
     assert finding.level is Level.WRONG
     assert "--force-reinstall splitlearn-alpha" in finding.mend
@@ -425,7 +425,7 @@ def test_an_editable_package_is_held_against_its_project(world: Any, tmp_path: P
     (checkout / "pyproject.toml").write_text(project)
     metadata_of(world, direct_url_json=json.dumps({"url": checkout.as_uri(), "dir_info": {"editable": True}}))
 
-    found = [finding for finding in packages.check_packages() if finding.where == str(checkout / "pyproject.toml")]
+    found = [finding for finding in installation.check_packages() if finding.where == str(checkout / "pyproject.toml")]
 
     assert [said in finding.what for finding in found] == [True] * bool(said)
     assert all(f"pip install -e {checkout}" in finding.mend for finding in found)
@@ -437,7 +437,7 @@ def test_a_checkout_that_is_gone_is_wrong(world: Any, tmp_path: Path) -> None:
         world, direct_url_json=json.dumps({"url": (tmp_path / "gone").as_uri(), "dir_info": {"editable": True}})
     )
 
-    (finding,) = about("splitlearn-alpha is an editable checkout whose", packages.check_packages())
+    (finding,) = about("splitlearn-alpha is an editable checkout whose", installation.check_packages())
 
     assert finding.level is Level.WRONG
 
@@ -457,7 +457,7 @@ def test_requirements_are_held_against_what_is_installed(world: Any, line: str, 
     """Those that apply here, each with the line that installs it."""
     metadata_of(world, METADATA=f"Metadata-Version: 2.1\nName: splitlearn-alpha\nVersion: 1.0\nRequires-Dist: {line}\n")
 
-    found = about("splitlearn-alpha", wrong(packages.check_packages()))
+    found = about("splitlearn-alpha", wrong(installation.check_packages()))
 
     assert [said in finding.what for finding in found] == [True] * bool(said)
 
@@ -465,10 +465,10 @@ def test_requirements_are_held_against_what_is_installed(world: Any, line: str, 
 def test_code_from_elsewhere_is_said(world: Any, tmp_path: Path) -> None:
     """PYTHONPATH that hides the installed core is a note; a core that is not installed at all is wrong."""
     world.install("alpha")
-    found = packages.installed()
+    found = installation.installed()
 
-    (note,) = packages.elsewhere(tmp_path, found)
-    (missing,) = packages.elsewhere(tmp_path, [one for one in found if one.name != "splitlearn-core"])
+    (note,) = installation.elsewhere(tmp_path, found)
+    (missing,) = installation.elsewhere(tmp_path, [one for one in found if one.name != "splitlearn-core"])
 
     assert (note.level, note.where) == (Level.NOTE, str(tmp_path))
     assert missing.level is Level.WRONG
@@ -476,7 +476,7 @@ def test_code_from_elsewhere_is_said(world: Any, tmp_path: Path) -> None:
 
 def test_no_plugin_at_all_is_said() -> None:
     """With a package to begin with."""
-    (finding,) = packages.plugins_found(())
+    (finding,) = installation.plugins_found(())
 
     assert finding.level is Level.NOTE
     assert "pip install splitlearn-gpt2" in finding.mend
@@ -499,14 +499,14 @@ def test_lists_and_what_they_misspell(world: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_a_name_that_cannot_be_allowed_is_wrong() -> None:
     """Somebody wants it, and it is not there."""
-    said = variables.lists({"SPLITLEARN_PLUGINS": "alhpa"}, {"SPLITLEARN_PLUGINS": ("alhpa",)})
+    said = system.lists({"SPLITLEARN_PLUGINS": "alhpa"}, {"SPLITLEARN_PLUGINS": ("alhpa",)})
 
     assert [finding.level for finding in said] == [Level.NOTE, Level.WRONG]
 
 
 def test_an_empty_allow_list_is_told() -> None:
     """Set and empty means none; an empty block-list means nothing."""
-    said = variables.lists({"SPLITLEARN_PLUGINS": "", "SPLITLEARN_DISABLE_PLUGINS": ""}, {})
+    said = system.lists({"SPLITLEARN_PLUGINS": "", "SPLITLEARN_DISABLE_PLUGINS": ""}, {})
 
     assert [finding.what for finding in said] == ["SPLITLEARN_PLUGINS allows only no plugin at all"]
 
@@ -521,7 +521,7 @@ def test_variables_of_the_network_are_notes_without_secrets() -> None:
         "TRANSFORMERS_OFFLINE": "0",
     }
 
-    found = list(variables.hub(environment))
+    found = list(system.hub(environment))
 
     assert [finding.where for finding in found] == ["HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "https_proxy"]
     assert {finding.level for finding in found} == {Level.NOTE}
@@ -535,7 +535,7 @@ def test_variables_of_the_network_are_notes_without_secrets() -> None:
 )
 def test_versions_are_held_against_what_was_tested(version: str, level: str) -> None:
     """Older is wrong, newer a note, and so is what cannot be compared."""
-    (finding,) = versions.python(version)
+    (finding,) = installation.python(version)
 
     assert finding.level == level
     assert version in finding.what
@@ -543,10 +543,10 @@ def test_versions_are_held_against_what_was_tested(version: str, level: str) -> 
 
 def test_a_library_that_is_missing_or_old_comes_with_its_line() -> None:
     """All that core needs is judged at once."""
-    there: dict[str, str | None] = {name: versions_.lowest for name, versions_ in tested.LIBRARIES.items()}
+    there: dict[str, str | None] = {name: versions_.lowest for name, versions_ in installation.LIBRARIES.items()}
     there |= {"torch": None, "transformers": "4.57.1", "tqdm": "99"}
 
-    found = {finding.what.split()[0]: finding for finding in versions.libraries(there)}
+    found = {finding.what.split()[0]: finding for finding in installation.libraries(there)}
 
     assert (found["torch"].level, found["torch"].mend) == (Level.WRONG, "pip install 'torch>=2.13'")
     assert (found["transformers"].level, found["transformers"].mend) == (Level.WRONG, "pip install 'transformers>=5.4'")
@@ -560,11 +560,14 @@ def test_the_table_of_versions_says_what_is_tested() -> None:
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
     more = project["optional-dependencies"]
     bounds = dict(line.split(">=") for line in (*project["dependencies"], *more["peft"], *more["serve"]))
-    table = {**tested.LIBRARIES, **{name: r for _, needs in tested.EXTRAS.values() for name, r in needs.items()}}
+    table = {
+        **installation.LIBRARIES,
+        **{name: r for _, needs in installation.EXTRAS.values() for name, r in needs.items()},
+    }
 
     assert {name: one.lowest for name, one in table.items()} == bounds
-    assert project["requires-python"] == f">={tested.PYTHON.lowest}"
-    assert f"Programming Language :: Python :: {tested.PYTHON.newest}" in project["classifiers"]
+    assert project["requires-python"] == f">={installation.PYTHON.lowest}"
+    assert f"Programming Language :: Python :: {installation.PYTHON.newest}" in project["classifiers"]
     assert not any(one.is_above(one.lowest) for one in table.values())
     constraints = PACKAGE.parent / "tests" / "oldest-constraints.txt"
     if constraints.exists():
@@ -577,20 +580,20 @@ def test_the_table_of_versions_says_what_is_tested() -> None:
 
 def test_little_memory_and_few_files_are_notes() -> None:
     """With who sets the limit."""
-    tight = machine.memory(MemoryReading(2**30, 2**28, "/sys/fs/cgroup/job"))
+    tight = system.memory(MemoryReading(2**30, 2**28, "/sys/fs/cgroup/job"))
 
     assert (tight.level, tight.where) == (Level.NOTE, "/sys/fs/cgroup/job")
-    assert machine.memory(MemoryReading(2**36, 2**35)).level is Level.OK
-    assert [machine.open_files(most)[0].level for most in (64, 1024, -1)] == [Level.NOTE, Level.OK, Level.OK]
-    assert machine.address_space(None) == []
-    assert machine.address_space(2**33)[0].level is Level.NOTE
+    assert system.memory(MemoryReading(2**36, 2**35)).level is Level.OK
+    assert [system.open_files(most)[0].level for most in (64, 1024, -1)] == [Level.NOTE, Level.OK, Level.OK]
+    assert system.address_space(None) == []
+    assert system.address_space(2**33)[0].level is Level.NOTE
 
 
 def test_a_cache_is_tried(tmp_path: Path) -> None:
     """One that can be made is fine, one under a file is wrong, and nothing is left behind."""
     (tmp_path / "file").write_text("")
 
-    levels = [cache.folder(path)[0].level for path in (tmp_path, tmp_path / "a" / "b", tmp_path / "file" / "hub")]
+    levels = [system.folder(path)[0].level for path in (tmp_path, tmp_path / "a" / "b", tmp_path / "file" / "hub")]
 
     assert levels[2] is Level.WRONG
     assert Level.WRONG not in levels[:2]
@@ -608,7 +611,7 @@ def test_a_cache_is_tried(tmp_path: Path) -> None:
 )
 def test_a_gpu_that_is_not_used_has_a_reason(facts: Any, level: Level, said: str) -> None:
     """None there, the wrong build, hidden, or a driver that does not fit."""
-    (finding,) = devices.without_gpu(**facts)
+    (finding,) = system.without_gpu(**facts)
 
     assert finding.level is level
     assert said in finding.what
@@ -719,7 +722,7 @@ def test_a_model_that_is_not_loaded_says_why(
         (single / "model.safetensors").unlink()
     elif how == "quantised":
         edit_json(single / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    monkeypatch.setattr("splitlearn_core.doctor.model.load_components", pytest.fail)
+    monkeypatch.setattr("splitlearn_core.doctor.model_checks.load_components", pytest.fail)
 
     found = check_model(str(single), load=how != "quick")
 
@@ -749,8 +752,8 @@ def test_a_model_for_which_there_is_no_memory_is_not_loaded(
 ) -> None:
     """Tensors that are converted take memory, mapped or not."""
     edit_json(single / "config.json", dtype="float64")
-    monkeypatch.setattr("splitlearn_core.doctor.model.available_memory", lambda: 1)
-    monkeypatch.setattr("splitlearn_core.doctor.model.load_components", pytest.fail)
+    monkeypatch.setattr("splitlearn_core.doctor.model_checks.available_memory", lambda: 1)
+    monkeypatch.setattr("splitlearn_core.doctor.model_checks.load_components", pytest.fail)
 
     found = check_model(str(single), load=True)
 

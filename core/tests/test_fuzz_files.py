@@ -16,8 +16,8 @@ import pytest
 import safetensors
 
 from splitlearn_core import InvalidCheckpointError, SplitLearnError, plan_split
-from splitlearn_core.checkpoint.config import read_config, read_weight_map
-from splitlearn_core.checkpoint.header import LENGTH_BYTES, parse_header
+from splitlearn_core.checkpoint.config_json import read_config, read_weight_map
+from splitlearn_core.checkpoint.safetensors_header import LENGTH_BYTES, parse_header
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 pytestmark = pytest.mark.once

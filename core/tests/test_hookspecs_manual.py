@@ -99,7 +99,7 @@ def test_the_example_is_taken_by_the_registry(world: Any, name: str) -> None:
     families = section(inspect.getdoc(SPECS["splitlearn_model_families"]) or "", "Example")
     source = (
         "from splitlearn_core import ModelFamily, hookimpl\n"
-        "from splitlearn_core.checkpoint.strategy import CopiedStrategy\n\n"
+        "from splitlearn_core.readers.copied import CopiedStrategy\n\n"
         "class MyStrategy(CopiedStrategy):\n    name = 'mine'\n\n"
     )
     world.install("llama", source + "\n\n".join(dict.fromkeys([families, code])) + "\n")

@@ -255,7 +255,7 @@ def test_core_imports_no_plugin() -> None:
 def test_saved_components_know_torch_in_one_file() -> None:
     """``storage`` plans and writes bytes; ``storage.memory`` alone holds tensors."""
     knowing = [m for m in MODULES if within(m, ours("storage")) and any(within(n, ("torch",)) for n in imports(m))]
-    assert knowing == ["splitlearn_core.storage.memory"]
+    assert knowing == ["splitlearn_core.storage.from_modules"]
 
 
 def test_only_one_module_reads_installed_metadata() -> None:

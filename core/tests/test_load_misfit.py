@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import SplitLearnError, TensorMismatchError, load_split_model
-from splitlearn_core.plan.misfit import folded, likely_cause
+from splitlearn_core.plan.mismatch import folded, likely_cause
 
 
 def test_lines_that_differ_in_the_layer_alone_are_one() -> None:
@@ -84,7 +84,7 @@ def test_what_fails_in_transformers_while_text_is_made(
 ) -> None:
     """It is named as that; a closed pipe where the text goes is not."""
     from splitlearn_core import SplitCausalLM
-    from splitlearn_core.text import generate_text
+    from splitlearn_core.generation import generate_text
 
     parts = load_split_model("llama", (2, 4), single)
     model = SplitCausalLM(parts.bottom, parts.trunk, parts.top)

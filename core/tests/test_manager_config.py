@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from splitlearn_core import Component, ConfigurationError, MissingFileError, SplitLearnError, UnknownModelTypeError
-from splitlearn_core.manager.config import FIELDS, MAX_MEMORY_MB, ModelConfig
-from splitlearn_core.manager.configfile import ConfigFile, load_configs, read_config_file
+from splitlearn_core.manager.config import FIELDS, ConfigFile, ModelConfig, load_configs, read_config_file
+from splitlearn_core.manager.config_checks import MAX_MEMORY_MB
 
 pytestmark = pytest.mark.light
 
@@ -486,7 +486,7 @@ def test_nothing_heavy_is_imported(llama: Any, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from splitlearn_core.manager.config import ModelConfig\n"
-        "from splitlearn_core.manager.configfile import load_configs\n"
+        "from splitlearn_core.manager.config import load_configs\n"
         "assert 'yaml' not in sys.modules\n"
         "config = ModelConfig(model_id='t', model_type='llama', component='trunk', split_points=(2, 4))\n"
         "config.check_installed()\n"

@@ -33,11 +33,11 @@ from splitlearn_core import (
     ModelConfig,
     SplitLearnError,
 )
-from splitlearn_core.checkpoint.strategies import copied, landing
 from splitlearn_core.errors import LoadCancelledError, LoadStalledError, ManagerClosedError
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.manager.work import LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.readers import copied, staging
 from splitlearn_core.testing.managing import (
     charges,
     check_closed,
@@ -280,7 +280,7 @@ def test_a_hanging_load_does_not_keep_the_process(hanging: tuple[Path, Any, Any]
         f"""
 import asyncio, os
 from splitlearn_core import AsyncModelManager, ModelConfig, SplitLearnError
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.loaders.loader import ModelLoader
 
 pipe = {str(folder / "pipe")!r}
 os.mkfifo(pipe)
@@ -382,7 +382,7 @@ def test_memory_that_runs_out_in_the_middle(
     """At a piece in the middle of the trunk; what was allocated and read before it is freed, without a collection."""
     alive: list[weakref.ref[torch.Tensor]] = []
     settled: list[object] = []
-    settle, allocate = landing.HostLanding.settle, landing.fresh_memory
+    settle, allocate = staging.HostLanding.settle, staging.fresh_memory
 
     def settle_some(self: Any, piece: Any, slot: Any) -> None:
         if len(settled) == after:
@@ -401,8 +401,8 @@ def test_memory_that_runs_out_in_the_middle(
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(copied, "CHUNK_BYTES", 1024)
-                patch.setattr(landing.HostLanding, "settle", settle_some)
-                patch.setattr(landing, "fresh_memory", allocate_seen)
+                patch.setattr(staging.HostLanding, "settle", settle_some)
+                patch.setattr(staging, "fresh_memory", allocate_seen)
                 await fails(models, part(single, strategy="copied"), InsufficientMemoryError)
             assert len(settled) == after
             assert alive

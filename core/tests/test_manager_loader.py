@@ -32,13 +32,12 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
-from splitlearn_core.build.skeleton import BUILD_LOCK
-from splitlearn_core.checkpoint.strategies import copied, landing, views
+from splitlearn_core.build.pruning import BUILD_LOCK
 from splitlearn_core.errors import LoadCancelledError
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.failures import explaining
-from splitlearn_core.manager.loader import ModelLoader
-from splitlearn_core.manager.work import LoadedModel
+from splitlearn_core.manager.loaders.loadable import LoadedModel, explaining
+from splitlearn_core.manager.loaders.loader import ModelLoader
+from splitlearn_core.readers import copied, mapped, staging
 
 CUTS = (2, 4)
 SINGLE = "model.safetensors"
@@ -676,7 +675,7 @@ class TestEveryKind:
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Let tiny tensors be read in several chunks."""
-    monkeypatch.setattr(views, "CHUNK_BYTES", size)
+    monkeypatch.setattr(mapped, "CHUNK_BYTES", size)
     monkeypatch.setattr(copied, "CHUNK_BYTES", size)
     monkeypatch.setattr(copied, "STAGED_BYTES", size)
 
@@ -866,7 +865,7 @@ def test_the_loader_is_light(world: Any) -> None:
     """Importing it imports neither torch nor transformers."""
     done = world.python(
         "-c",
-        "import sys, splitlearn_core.manager.loader, splitlearn_core.manager.threads\n"
+        "import sys, splitlearn_core.manager.loaders.loader, splitlearn_core.manager.threads\n"
         "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))",
     )
     assert done.stdout.strip() == "[]", done.stderr
@@ -874,7 +873,7 @@ def test_the_loader_is_light(world: Any) -> None:
 
 def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A MemoryError in the middle of reading, as the allocator raises it."""
-    landed = landing.HostLanding.landed
+    landed = staging.HostLanding.landed
 
     def scarce(self: Any, piece: Any, slot: Any) -> Any:
         if piece.begin > 10_000:
@@ -882,7 +881,7 @@ def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkey
         return landed(self, piece, slot)
 
     small_chunks(monkeypatch, 1024)
-    monkeypatch.setattr(landing.HostLanding, "landed", scarce)
+    monkeypatch.setattr(staging.HostLanding, "landed", scarce)
     with pytest.raises(InsufficientMemoryError, match="ran out") as caught:
         load(component(single, strategy="copied"))
     assert caught.value.hint

@@ -16,13 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.manager.metrics import LoopLag, ManagerCollector
-from splitlearn_core.manager.status import (
-    FailureInfo,
-    LedgerInfo,
-    ManagerStatistics,
-    ModelInfo,
-    ModelStatus,
-)
+from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ManagerStatistics, ModelInfo, ModelStatus
 
 pytestmark = pytest.mark.light
 

@@ -10,12 +10,12 @@ from types import ModuleType
 import pytest
 
 from splitlearn_core.errors import SplitLearnError
-from splitlearn_core.manager import generation, machine, policy
+from splitlearn_core.manager import admission, attempt, machine
 
 pytestmark = pytest.mark.once
 
 #: In the order in which they import each other.
-SOURCES = {"policy": policy, "generation": generation, "machine": machine}
+SOURCES = {"policy": admission, "generation": attempt, "machine": machine}
 
 #: Random lives in which each must be caught.
 LIVES = 2000

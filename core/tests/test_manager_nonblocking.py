@@ -14,10 +14,10 @@ import torch
 
 from splitlearn_core import AsyncModelManager, ModelConfig, Progress
 from splitlearn_core.errors import UnknownModelError
-from splitlearn_core.manager import lending, manager, shell
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager import handles, manager, shell
+from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.manager.work import LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.testing.managing import GatedLoader, closing, reached, run
 
 pytestmark = pytest.mark.usefixtures("llama")
@@ -305,7 +305,7 @@ def test_every_effect_of_the_machine_is_carried_out() -> None:
 
 def test_nothing_of_the_shell_locks_or_sleeps_on_the_loop() -> None:
     """No lock is held across an await because there is none; time passes in the ticker alone."""
-    for module in (manager, shell, lending):
+    for module in (manager, shell, handles):
         source = Path(module.__file__).read_text()
         assert "Lock(" not in source
     assert {name for name, node in _functions(shell).items() if _calls(node, "sleep")} == {"_tick_for_ever"}

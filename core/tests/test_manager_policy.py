@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitlearn_core.manager.policy import Admit, Evict, Refuse, Room, Tenant, Wait, decide
+from splitlearn_core.manager.admission import Admit, Evict, Refuse, Room, Tenant, Wait, decide
 
 pytestmark = pytest.mark.light
 

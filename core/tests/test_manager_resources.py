@@ -13,7 +13,7 @@ import pytest
 
 from splitlearn_core import ConfigurationError
 from splitlearn_core.manager.resources import MemorySample, ResourceManager, ledger_of
-from splitlearn_core.memory import MemoryReading, anonymous_memory, available_memory, read_memory
+from splitlearn_core.system_memory import MemoryReading, anonymous_memory, available_memory, read_memory
 
 pytestmark = pytest.mark.light
 
@@ -338,7 +338,7 @@ def test_large_blocks_can_be_had_back_at_once(world: Any) -> None:
     done = world.python(
         "-c",
         "import threading\nimport torch\n"
-        "from splitlearn_core.memory import anonymous_memory, return_large_blocks\n"
+        "from splitlearn_core.system_memory import anonymous_memory, return_large_blocks\n"
         "assert return_large_blocks()\n"
         "grown = []\n"
         "def work():\n"

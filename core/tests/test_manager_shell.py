@@ -38,7 +38,7 @@ from splitlearn_core.errors import (
     WaitTimeoutError,
 )
 from splitlearn_core.manager import messages as m
-from splitlearn_core.manager.lending import AsyncManagedModel, LoadingPlaceholder
+from splitlearn_core.manager.handles import AsyncManagedModel, LoadingPlaceholder
 from splitlearn_core.manager.status import ModelStatus
 from splitlearn_core.testing.managing import (
     FixedMemory,

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from splitlearn_core import ModelRegistry, SplitCausalLM, load_component, load_split_model, save_split
-from splitlearn_core.build.modes import own_state
-from splitlearn_core.loading import LoadOptions, open_model
+from splitlearn_core.build.torch_state import own_state
+from splitlearn_core.generation import Sampling, generate_text
+from splitlearn_core.loading.opening import open_model
+from splitlearn_core.loading.options import LoadOptions
 from splitlearn_core.scaffold.examining import examine
 from splitlearn_core.testing.process_state import read_state
 from splitlearn_core.testing.worlds import tiny_model
-from splitlearn_core.text import Sampling, generate_text
 from splitlearn_core.verification import Verification, verify_split
 
 pytestmark = pytest.mark.usefixtures("llama")

@@ -22,11 +22,11 @@ from splitlearn_core import (
     plan_split,
     save_split,
 )
-from splitlearn_core.checkpoint.adapter import check_adapter_target
+from splitlearn_core.adapters.adapter_files import check_adapter_target
 from splitlearn_core.checkpoint.source import open_source
-from splitlearn_core.manager.configfile import load_configs
-from splitlearn_core.paths import user_path
-from splitlearn_core.storage.checking import verify_saved
+from splitlearn_core.manager.config import load_configs
+from splitlearn_core.storage.integrity import verify_saved
+from splitlearn_core.user_paths import user_path
 
 CUTS = (2, 4)
 

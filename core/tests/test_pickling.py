@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from splitlearn_core import ConfigurationError, ModelFamily, SplitCausalLM, load_split_model
-from splitlearn_core.build.component import component_class
+from splitlearn_core.build.construction import component_class
 from splitlearn_core.types import Component
 
 IDS = torch.tensor([[5, 17, 42, 9, 3], [1, 2, 3, 4, 5]])

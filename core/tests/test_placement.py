@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from splitlearn_core import Component, ConfigurationError, InsufficientMemoryError, LayerRange
-from splitlearn_core.plan.placement import bytes_on, check_fit, parse_device_map, parse_dtypes, parse_max_memory, place
+from splitlearn_core.plan.placement import (
+    bytes_on,
+    check_fit,
+    parse_device_map,
+    parse_dtypes,
+    parse_max_memory,
+    place,
+)
 from splitlearn_core.plan.splitplan import ComponentPlan, PlannedTensor
 from splitlearn_core.types import TensorInfo
 

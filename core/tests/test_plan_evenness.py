@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import plan_split
-from splitlearn_core.plan.evenness import uneven_layers
+from splitlearn_core.plan.keys import uneven_layers
 
 P = "model.layers."
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from splitlearn_core import ConfigurationError, ModelFamily
-from splitlearn_core.plan.names import map_keys, place_keys
-from splitlearn_core.plan.split import split_layers
+from splitlearn_core.plan.keys import map_keys, place_keys
+from splitlearn_core.plan.split_points import split_layers
 from splitlearn_core.plan.splitplan import parse_parts, plan_components, resolve_dtype
 from splitlearn_core.types import Component, TensorInfo
 

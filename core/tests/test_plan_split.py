@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from splitlearn_core import ConfigurationError, InvalidSplitError, ModelFamily, SplitLearnError
-from splitlearn_core.plan.split import check_split_points, count_layers, even_thirds, split_layers
+from splitlearn_core.plan.split_points import check_split_points, count_layers, even_thirds, split_layers
 from splitlearn_core.types import Component, LayerRange
 
 pytestmark = pytest.mark.light

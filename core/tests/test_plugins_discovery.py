@@ -11,12 +11,7 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core import (
-    IncompatiblePluginError,
-    PluginConflictError,
-    SplitLearnError,
-    UnknownModelTypeError,
-)
+from splitlearn_core import IncompatiblePluginError, PluginConflictError, SplitLearnError, UnknownModelTypeError
 from splitlearn_core.plugins.registry import PluginStatus, registry, reset_registry
 
 pytestmark = pytest.mark.light

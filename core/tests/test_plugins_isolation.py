@@ -110,7 +110,7 @@ BROKEN = {
     "strategy with a name of core's": (
         HEAD
         + SOUND
-        + "from splitlearn_core.checkpoint.strategy import MappedStrategy\n"
+        + "from splitlearn_core.readers.mapped import MappedStrategy\n"
         + f"@hookimpl\ndef {STRATEGIES}():\n    return [MappedStrategy()]\n",
         [STRATEGIES, "mapped"],
     ),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core.plugins.printing import printing_aside, stdout_for_data
+from splitlearn_core.plugins.host import printing_aside, stdout_for_data
 from splitlearn_core.plugins.registry import registry
 
 pytestmark = pytest.mark.light

@@ -10,7 +10,7 @@ import pytest
 
 from splitlearn_core import ConfigurationError, InvalidCheckpointError, SplitLearnError, load_split_model, plan_split
 from splitlearn_core import errors as tree
-from splitlearn_core.manager.records import record
+from splitlearn_core.manager.status import record
 from splitlearn_core.plan.bounds import MAX_LEVELS, check_numbers
 from splitlearn_core.plugins.known import PACKAGES, REFUSED, WRITTEN, way_out
 from splitlearn_core.plugins.registry import PluginRegistry

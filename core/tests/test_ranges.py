@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitlearn_core.checkpoint import ranges
-from splitlearn_core.checkpoint.ranges import (
+from splitlearn_core.checkpoint.hub import fetch_plan
+from splitlearn_core.checkpoint.hub.fetch_plan import (
     Coverage,
     count,
     merged,
@@ -32,7 +32,7 @@ def as_set(spans: object) -> set[int]:
 
 
 @given(SPANS, SPANS)
-def test_spans_are_sets_of_bytes(one: list[ranges.Span], other: list[ranges.Span]) -> None:
+def test_spans_are_sets_of_bytes(one: list[fetch_plan.Span], other: list[fetch_plan.Span]) -> None:
     """Merging keeps the bytes, subtracting takes away just those; both give sorted spans that do not touch."""
     for got, expected in ((merged(one), as_set(one)), (without(one, other), as_set(one) - as_set(other))):
         assert as_set(got) == expected
@@ -42,10 +42,10 @@ def test_spans_are_sets_of_bytes(one: list[ranges.Span], other: list[ranges.Span
 
 
 @given(SPANS, SPANS, st.integers(0, 20))
-def test_what_is_requested(wanted: list[ranges.Span], held: list[ranges.Span], gap: int) -> None:
+def test_what_is_requested(wanted: list[fetch_plan.Span], held: list[fetch_plan.Span], gap: int) -> None:
     """All that is wanted and not held, nothing that is held, and of the rest only gaps between the two ends."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "GAP_BYTES", gap)
+        patch.setattr(fetch_plan, "GAP_BYTES", gap)
         asked = as_set(to_request(wanted, held))
     missing = as_set(wanted) - as_set(held)
     assert missing <= asked
@@ -57,7 +57,7 @@ def test_what_is_requested(wanted: list[ranges.Span], held: list[ranges.Span], g
 
 
 @given(SPANS, st.integers(1, 10))
-def test_pieces(spans: list[ranges.Span], limit: int) -> None:
+def test_pieces(spans: list[fetch_plan.Span], limit: int) -> None:
     """They are the same bytes in the same order, none longer than the limit."""
     cut = list(pieces(merged(spans), limit))
     assert as_set(cut) == as_set(spans)
@@ -102,7 +102,7 @@ def test_content_range(text: str | None, expected: object) -> None:
 
 
 @given(SPANS)
-def test_a_record_is_read_as_it_was_written(spans: list[ranges.Span]) -> None:
+def test_a_record_is_read_as_it_was_written(spans: list[fetch_plan.Span]) -> None:
     """With its spans merged."""
     coverage = Coverage("abc", 60)
     for span in merged(spans):

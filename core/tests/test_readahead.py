@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from splitlearn_core.checkpoint import readahead
-from splitlearn_core.checkpoint.readahead import is_cached, read_ahead
+from splitlearn_core.checkpoint import prefetch
+from splitlearn_core.checkpoint.prefetch import is_cached, read_ahead
 from splitlearn_core.types import TensorInfo
 
 pytestmark = pytest.mark.light
@@ -45,7 +45,7 @@ def wait_for_readers() -> None:
 @pytest.mark.parametrize("can_populate", [True, False])
 def test_a_planned_range_is_read(cold_file: Path, can_populate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_populate:
-        monkeypatch.setattr(readahead, "_madvise", lambda mapped, advice: False)
+        monkeypatch.setattr(prefetch, "_madvise", lambda mapped, advice: False)
     read_ahead([planned(BEGIN, SIZE)], {"model.safetensors": cold_file})
     wait_for_readers()
     if can_populate:  # the other call asks, and does not wait for the disk

@@ -15,8 +15,7 @@ pytest.importorskip("uvicorn", reason="needs splitlearn-core[serve]")
 pytest.importorskip("prometheus_client", reason="needs splitlearn-core[serve]")
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.configfile import read_config_file
+from splitlearn_core.manager.config import ModelConfig, read_config_file
 from splitlearn_core.server.permissions import RequestRules, request_problems
 from splitlearn_core.testing.serving import ScriptedLoader, StatusServer
 

@@ -11,9 +11,8 @@ from torch import nn
 
 from splitlearn_core import BrokenPluginError, InternalError, ModelFamily
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, tie_if_equal
-from splitlearn_core.build.component import build_component, component_class
-from splitlearn_core.build.neutral import PassLayer, Zero
-from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
+from splitlearn_core.build.construction import build_component, component_class
+from splitlearn_core.build.pruning import BUILD_LOCK, PassLayer, Zero, skeleton
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 FAMILY = ModelFamily(model_type="llama", architecture="LlamaForCausalLM")

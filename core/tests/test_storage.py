@@ -27,8 +27,8 @@ from splitlearn_core import (
     save_split,
     verify_saved,
 )
-from splitlearn_core.storage.manifest import MANIFEST
-from splitlearn_core.storage.writing import Buffers, range_pieces
+from splitlearn_core.checkpoint.manifest import MANIFEST
+from splitlearn_core.storage.durable_files import Buffers, range_pieces
 
 pytestmark = pytest.mark.usefixtures("llama")
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitlearn_core import InvalidCheckpointError, SplitLearnError, load_component, save_split, verify_saved
-from splitlearn_core.storage.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest, render_manifest
+from splitlearn_core.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest, render_manifest
 
 SOUND: dict[str, Any] = {
     "format": "splitlearn-split",

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from splitlearn_core import ConfigurationError, Progress, merge_split, save_split, verify_saved
-from splitlearn_core.storage import replacing as swap
-from splitlearn_core.storage.replacing import recover, replacing
+from splitlearn_core.storage import atomic as swap
+from splitlearn_core.storage.atomic import recover, replacing
 
 pytestmark = [
     pytest.mark.once,
@@ -23,8 +23,8 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 from splitlearn_core import load_split_directory, save_split, verify_saved
-from splitlearn_core.checkpoint.header import read_header
-from splitlearn_core.storage import replacing
+from splitlearn_core.checkpoint.safetensors_header import read_header
+from splitlearn_core.storage import atomic
 from splitlearn_core.storage.directory import SplitDirectory
 
 source, out, exchange = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "exchange"

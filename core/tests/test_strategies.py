@@ -21,19 +21,14 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
-from splitlearn_core.checkpoint.header import read_header
-from splitlearn_core.checkpoint.strategies.views import views
-from splitlearn_core.checkpoint.strategy import (
-    BUILT_IN,
-    CopiedStrategy,
-    MappedStrategy,
-    ReadPlan,
-    choose_strategy,
-)
-from splitlearn_core.checkpoint.torchtypes import dtype_names
+from splitlearn_core.checkpoint.safetensors_header import read_header
+from splitlearn_core.loading_strategy import ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.readers.copied import CopiedStrategy
+from splitlearn_core.readers.mapped import MappedStrategy, views
+from splitlearn_core.readers.selection import BUILT_IN, choose_strategy
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
-from splitlearn_core.types import TensorInfo
+from splitlearn_core.types import TensorInfo, dtype_names
 
 CUTS = (2, 4)
 MAPS = Path("/proc/self/maps")
@@ -243,7 +238,7 @@ def test_the_memory_of_a_read_is_predicted(plan: ReadPlan, mapped: int, copied: 
 
 
 STRATEGY = """
-from splitlearn_core.checkpoint.strategy import CopiedStrategy
+from splitlearn_core.readers.copied import CopiedStrategy
 
 
 class Mine(CopiedStrategy):

@@ -113,7 +113,7 @@ def test_a_blocked_plugin_is_said_to_be(
 def test_an_answer_that_cannot_be_shown_is_no_failure(world: Any, listening: pytest.LogCaptureFixture) -> None:
     """A ``repr`` that raises costs the trace its text, and nobody anything else."""
     strategies = (
-        "from splitlearn_core.checkpoint.strategy import CopiedStrategy\n"
+        "from splitlearn_core.readers.copied import CopiedStrategy\n"
         "class Shy(CopiedStrategy):\n"
         "    name = 'shy'\n"
         "    def __getattribute__(self, key):\n"

@@ -45,7 +45,8 @@ def test_a_config_that_transformers_refuses_in_its_forward(windowless: Path, cli
 
 def test_the_cause_is_chained(windowless: Path) -> None:
     """Python users see where in transformers it fails."""
-    from splitlearn_core.loading import LoadOptions, open_model
+    from splitlearn_core.loading.opening import open_model
+    from splitlearn_core.loading.options import LoadOptions
     from splitlearn_core.verification import verify_split
 
     with pytest.raises(CheckpointError) as caught:

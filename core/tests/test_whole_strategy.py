@@ -23,9 +23,11 @@ from splitlearn_core import (
     plan_split,
     save_split,
 )
-from splitlearn_core.build.skeleton import BUILD_LOCK
-from splitlearn_core.build.whole import alone
-from splitlearn_core.loading import LoadOptions, make_plan, memory_needed, open_model
+from splitlearn_core.build.pretrained import alone
+from splitlearn_core.build.pruning import BUILD_LOCK
+from splitlearn_core.loading.opening import open_model
+from splitlearn_core.loading.options import LoadOptions, memory_needed
+from splitlearn_core.loading.planning import make_plan
 from splitlearn_core.types import Component
 
 CUTS = (2, 4)

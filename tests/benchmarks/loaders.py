@@ -115,7 +115,7 @@ LOADERS = {
     "ours": Loader(
         "splitlearn",
         load_ours,
-        ("splitlearn_core.quickstart", "splitlearn_core.build.component", "splitlearn_core.build.assemble", *_HF),
+        ("splitlearn_core.api", "splitlearn_core.build.component", "splitlearn_core.build.assemble", *_HF),
     ),
     "whole": Loader("from_pretrained", load_whole, _HF),
     "recipe": Loader("whole model, 3 parts copied", load_recipe, _HF),

@@ -220,7 +220,8 @@ def _ours(device: str, job: Job) -> Callable[[], Any]:
     import torch
 
     from splitlearn_core import plan_split
-    from splitlearn_core.checkpoint.strategy import CopiedStrategy, ReadPlan
+    from splitlearn_core.loading_strategy import ReadPlan
+    from splitlearn_core.readers.copied import CopiedStrategy
 
     part = plan_split(job.directory, job.cut, parts=["trunk"]).component("trunk")
     paths = {shard: Path(job.directory) / shard for shard in part.shards}
@@ -252,7 +253,7 @@ def _pinned(job: Job) -> Callable[[], Any]:
 
 def _preadv(job: Job) -> Callable[[], Any]:
     """The system call alone, with as many threads as ours has."""
-    from splitlearn_core.checkpoint.strategies.readers import reader_count
+    from splitlearn_core.readers.staging import reader_count
 
     chunks, position = [], 0
     for path, start, count in _stretches(job):

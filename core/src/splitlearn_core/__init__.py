@@ -45,27 +45,31 @@ from splitlearn_core.hookspecs import PLUGIN_API, hookimpl, hookspec
 from splitlearn_core.types import Component, LayerRange, Progress, TensorInfo
 
 if TYPE_CHECKING:
-    from splitlearn_core.adapters import load_adapter as load_adapter
-    from splitlearn_core.adapters import merge_and_unload as merge_and_unload
-    from splitlearn_core.adapters import save_adapter as save_adapter
-    from splitlearn_core.adapters import unload_adapter as unload_adapter
+    from splitlearn_core.adapters.peft_models import load_adapter as load_adapter
+    from splitlearn_core.adapters.peft_models import merge_and_unload as merge_and_unload
+    from splitlearn_core.adapters.peft_models import save_adapter as save_adapter
+    from splitlearn_core.adapters.peft_models import unload_adapter as unload_adapter
+    from splitlearn_core.api import SplitModel as SplitModel
+    from splitlearn_core.api import load_split_model as load_split_model
+    from splitlearn_core.api import plan_fetch as plan_fetch
+    from splitlearn_core.api import plan_split as plan_split
     from splitlearn_core.build.component import BottomModel as BottomModel
     from splitlearn_core.build.component import TopModel as TopModel
     from splitlearn_core.build.component import TrunkModel as TrunkModel
-    from splitlearn_core.checkpoint.fetchplan import FetchPlan as FetchPlan
-    from splitlearn_core.checkpoint.fetchplan import FileFetch as FileFetch
-    from splitlearn_core.checkpoint.regular import open_regular as open_regular
-    from splitlearn_core.checkpoint.strategy import LoadingStrategy as LoadingStrategy
-    from splitlearn_core.checkpoint.strategy import ReadPlan as ReadPlan
-    from splitlearn_core.checkpoint.strategy import WeightReader as WeightReader
+    from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan as FetchPlan
+    from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch as FileFetch
+    from splitlearn_core.checkpoint.regular_files import open_regular as open_regular
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
+    from splitlearn_core.loading_strategy import LoadingStrategy as LoadingStrategy
+    from splitlearn_core.loading_strategy import ReadPlan as ReadPlan
+    from splitlearn_core.loading_strategy import WeightReader as WeightReader
     from splitlearn_core.manager.config import ModelConfig as ModelConfig
-    from splitlearn_core.manager.imports import preload as preload
-    from splitlearn_core.manager.lending import AsyncManagedModel as AsyncManagedModel
-    from splitlearn_core.manager.lending import LoadingPlaceholder as LoadingPlaceholder
-    from splitlearn_core.manager.loader import ModelLoader as ModelLoader
+    from splitlearn_core.manager.handles import AsyncManagedModel as AsyncManagedModel
+    from splitlearn_core.manager.handles import LoadingPlaceholder as LoadingPlaceholder
+    from splitlearn_core.manager.loaders.loader import ModelLoader as ModelLoader
     from splitlearn_core.manager.manager import AsyncModelManager as AsyncModelManager
+    from splitlearn_core.manager.preload import preload as preload
     from splitlearn_core.manager.resources import ResourceManager as ResourceManager
     from splitlearn_core.manager.status import ManagerEvent as ManagerEvent
     from splitlearn_core.manager.status import ModelInfo as ModelInfo
@@ -74,64 +78,60 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.splitplan import ComponentPlan as ComponentPlan
     from splitlearn_core.plan.splitplan import PlannedTensor as PlannedTensor
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
-    from splitlearn_core.plugins.protocols import FamilyPlugin as FamilyPlugin
-    from splitlearn_core.plugins.protocols import KeyMappingPlugin as KeyMappingPlugin
-    from splitlearn_core.plugins.protocols import StrategyPlugin as StrategyPlugin
-    from splitlearn_core.quickstart import SplitModel as SplitModel
-    from splitlearn_core.quickstart import load_split_model as load_split_model
-    from splitlearn_core.quickstart import plan_fetch as plan_fetch
-    from splitlearn_core.quickstart import plan_split as plan_split
-    from splitlearn_core.storage.checking import verify_saved as verify_saved
+    from splitlearn_core.plugins.contract import FamilyPlugin as FamilyPlugin
+    from splitlearn_core.plugins.contract import KeyMappingPlugin as KeyMappingPlugin
+    from splitlearn_core.plugins.contract import StrategyPlugin as StrategyPlugin
     from splitlearn_core.storage.directory import SplitDirectory as SplitDirectory
-    from splitlearn_core.storage.directory import load_component as load_component
-    from splitlearn_core.storage.directory import load_split_directory as load_split_directory
+    from splitlearn_core.storage.integrity import verify_saved as verify_saved
     from splitlearn_core.storage.merging import merge_split as merge_split
+    from splitlearn_core.storage.saved_components import load_component as load_component
+    from splitlearn_core.storage.saved_components import load_split_directory as load_split_directory
     from splitlearn_core.storage.saving import save_split as save_split
 
 #: Names that are imported when they are first used, and where they live.
 _LAZY = {
-    "AsyncManagedModel": "manager.lending",
+    "AsyncManagedModel": "manager.handles",
     "AsyncModelManager": "manager.manager",
     "BottomModel": "build.component",
     "ComponentPlan": "plan.splitplan",
-    "FamilyPlugin": "plugins.protocols",
-    "FetchPlan": "checkpoint.fetchplan",
-    "FileFetch": "checkpoint.fetchplan",
-    "KeyMappingPlugin": "plugins.protocols",
-    "LoadingPlaceholder": "manager.lending",
-    "LoadingStrategy": "checkpoint.strategy",
+    "FamilyPlugin": "plugins.contract",
+    "FetchPlan": "checkpoint.hub.fetch_plan",
+    "FileFetch": "checkpoint.hub.fetch_plan",
+    "KeyMappingPlugin": "plugins.contract",
+    "LoadingPlaceholder": "manager.handles",
+    "LoadingStrategy": "loading_strategy",
     "ManagerEvent": "manager.status",
     "ModelConfig": "manager.config",
     "ModelFactory": "factory",
     "ModelInfo": "manager.status",
-    "ModelLoader": "manager.loader",
+    "ModelLoader": "manager.loaders.loader",
     "ModelRegistry": "factory",
     "ModelStatus": "manager.status",
     "PlannedTensor": "plan.splitplan",
-    "ReadPlan": "checkpoint.strategy",
+    "ReadPlan": "loading_strategy",
     "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",
     "SplitDirectory": "storage.directory",
-    "SplitModel": "quickstart",
+    "SplitModel": "api",
     "SplitPlan": "plan.splitplan",
-    "StrategyPlugin": "plugins.protocols",
+    "StrategyPlugin": "plugins.contract",
     "TopModel": "build.component",
     "TrunkModel": "build.component",
-    "WeightReader": "checkpoint.strategy",
-    "load_adapter": "adapters",
-    "load_component": "storage.directory",
-    "load_split_directory": "storage.directory",
-    "load_split_model": "quickstart",
-    "merge_and_unload": "adapters",
+    "WeightReader": "loading_strategy",
+    "load_adapter": "adapters.peft_models",
+    "load_component": "storage.saved_components",
+    "load_split_directory": "storage.saved_components",
+    "load_split_model": "api",
+    "merge_and_unload": "adapters.peft_models",
     "merge_split": "storage.merging",
-    "open_regular": "checkpoint.regular",
-    "plan_fetch": "quickstart",
-    "plan_split": "quickstart",
-    "preload": "manager.imports",
-    "save_adapter": "adapters",
+    "open_regular": "checkpoint.regular_files",
+    "plan_fetch": "api",
+    "plan_split": "api",
+    "preload": "manager.preload",
+    "save_adapter": "adapters.peft_models",
     "save_split": "storage.saving",
-    "unload_adapter": "adapters",
-    "verify_saved": "storage.checking",
+    "unload_adapter": "adapters.peft_models",
+    "verify_saved": "storage.integrity",
 }
 
 __all__ = [  # noqa: PLE0604  # the second half is computed

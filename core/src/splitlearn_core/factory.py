@@ -6,20 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from splitlearn_core.arguments import naming_foreign
-from splitlearn_core.checkpoint.strategy import AUTO
+from splitlearn_core.api import SplitModel, load_split_model
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.loading import type_and_model
-from splitlearn_core.paths import user_path
+from splitlearn_core.foreign_arguments import naming_foreign
+from splitlearn_core.loading.opening import type_and_model
+from splitlearn_core.loading_strategy import AUTO
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.quickstart import SplitModel, load_split_model
 from splitlearn_core.types import Component, ProgressCallback, dtype_name
+from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
 
+    from splitlearn_core.api import DType
     from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
-    from splitlearn_core.quickstart import DType
 
 #: The strategy that ``low_memory`` asks for.
 _LOW_MEMORY = "incremental"
@@ -145,7 +145,7 @@ class ModelFactory:
         }
         if storage_path is None:
             return load_split_model(model_type, points, model_name_or_path, parts=parts, **loading, **hub)
-        from splitlearn_core.storage.keeping import create_kept
+        from splitlearn_core.storage.split_cache import create_kept
 
         return create_kept(
             user_path(storage_path), model_type, model_name_or_path, points, parts, loading, hub, save=auto_save
@@ -187,6 +187,6 @@ class ModelRegistry:
         family = registry().family(model_type)
         if component not in set(Component):
             raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {', '.join(Component)}")
-        from splitlearn_core.build.component import component_class
+        from splitlearn_core.build.construction import component_class
 
         return component_class(family, Component(component))

@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from splitlearn_core.checkpoint.strategy import LoadingStrategy
     from splitlearn_core.family import ModelFamily
+    from splitlearn_core.loading_strategy import LoadingStrategy
 
 #: pluggy's project name.
 PROJECT = "splitlearn"

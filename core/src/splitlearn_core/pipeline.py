@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -13,15 +13,31 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from splitlearn_core.adapters import adapter_mismatches, refuse_adapters
-from splitlearn_core.build.arguments import RECORDINGS, is_paged, named_cache
-from splitlearn_core.build.cache import CACHE_FIELD, PartCache
-from splitlearn_core.build.component import ComponentModel, architecture_class
+from splitlearn_core.adapters.peft_models import adapter_mismatches, refuse_adapters
+from splitlearn_core.build.assemble import keeping_ties
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.build.configuration import architecture_class
+from splitlearn_core.build.forward_arguments import RECORDINGS, is_paged, named_cache
+from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache
 from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree, places_of
-from splitlearn_core.build.ties import keeping_ties
+from splitlearn_core.checkpoint.manifest import holds_components
+from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.origin import origin_mismatches
-from splitlearn_core.types import Component
+from splitlearn_core.loading.load import load_components
+from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.loading.options import (
+    LoadOptions,
+    check_options,
+)
+from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.quoting import SENTENCE, listed
+from splitlearn_core.storage.directory import SplitDirectory
+from splitlearn_core.storage.saved_components import load_split_directory
+from splitlearn_core.types import Component, ProgressCallback
+
+if TYPE_CHECKING:
+    pass
+
 
 _PARTS = tuple(component.value for component in Component)
 
@@ -297,8 +313,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigurationError: A checkpoint without split points, or saved components with them.
         """
-        from splitlearn_core.quickstart import load_split_model
-        from splitlearn_core.storage.directory import holds_components, load_split_directory
+        from splitlearn_core.api import load_split_model
+        from splitlearn_core.storage.saved_components import load_split_directory
 
         name = pretrained_model_name_or_path
         saved = holds_components(name)
@@ -492,3 +508,49 @@ def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
             hint="load bottom, trunk and top of one checkpoint with the same split points"
             + ("; mixed_dtypes=True where dtypes differ on purpose" if any("dtype" in p for p in problems) else ""),
         )
+
+
+def load_pipeline(
+    directory: str | os.PathLike[str], dtype: str | Mapping[str, str], options: LoadOptions
+) -> tuple[SplitCausalLM, OpenModel]:
+    """Load all three saved components as one generation model, and open the folder that has the tokenizer.
+
+    Raises:
+        ConfigurationError: Components are missing, or an option is for checkpoints alone.
+    """
+    from splitlearn_core.loading.opening import open_model
+
+    split = SplitDirectory.open(directory)
+    missing = [str(component) for component in Component if component not in split.components]
+    problems = [f"the {name} is missing" for name in missing]
+    if not isinstance(dtype, str) or options.device_map is not None or options.max_memory:
+        problems.append("saved components take one dtype and one device here")
+    if problems:
+        raise ConfigurationError(
+            f"{directory} cannot be run as one model: {listed(problems, '; ', limit=SENTENCE)}",
+            hint="give a directory with bottom, trunk and top, or load each with load_component",
+        )
+    parts = load_split_directory(
+        directory,
+        device=options.device,
+        dtype=str(dtype),
+        strategy=options.strategy,
+        attn_implementation=options.attn_implementation,
+    )
+    components: tuple[Any, ...] = parts
+    return SplitCausalLM(*components), open_model(split.components[Component.BOTTOM].folder)
+
+
+def load_all(
+    model: OpenModel,
+    split_points: Sequence[int],
+    dtype: str | Mapping[Any, str],
+    options: LoadOptions,
+    progress: ProgressCallback,
+) -> SplitCausalLM:
+    """Load all three components as one generation model; raises like :func:`load_components`."""
+    check_options(model, options)
+    plan, table = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
+    parts = load_components(model, plan, table, options, progress)
+
+    return SplitCausalLM(*(parts[component] for component in Component), mixed_dtypes=isinstance(dtype, Mapping))

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from splitlearn_core.types import Progress, ProgressCallback
-from splitlearn_core.units import human_bytes
+from splitlearn_core.types import Progress, ProgressCallback, human_bytes
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 
 #: Bytes of one element, by the safetensors format's name of the dtype.
 DTYPE_BYTES = {
@@ -14,8 +20,10 @@ DTYPE_BYTES = {
     "I32": 4, "U32": 4, "F32": 4,
     "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
+
 #: torch's name of a floating dtype -> the safetensors format's.
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
 #: Other names by which people know floating dtypes -> torch's.
 DTYPE_ALIASES = {
     "float": "float32", "fp32": "float32", "f32": "float32", "single": "float32",
@@ -23,11 +31,13 @@ DTYPE_ALIASES = {
     "bf16": "bfloat16",
     "double": "float64", "fp64": "float64", "f64": "float64",
 }  # fmt: skip
+
 #: The dtype that leaves the choice to the checkpoint.
 AUTO_DTYPE = "auto"
 
 #: The formats of weight files that core reads.
 SAFETENSORS, PYTORCH = "safetensors", "pytorch"
+
 #: Of tensors that are known from the configuration alone, because transformers has to make them of
 #: what is in the files: of quantised weights.
 OPAQUE = "quantised"
@@ -125,3 +135,39 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+_STEP = 1024
+
+#: Bytes of what settings in megabytes count in.
+MEGABYTE = 2**20
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes with a binary unit: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < _STEP:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _STEP
+    return f"{count:.1f} TiB"
+
+
+@cache
+def dtype_names() -> dict[torch.dtype, str]:
+    """Return the safetensors format's name of each dtype that it knows."""
+    import torch
+
+    return {
+        torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
+        torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0",
+        torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+        torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16", torch.bfloat16: "BF16",
+        torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
+        torch.complex64: "C64", torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
+    }  # fmt: skip
+
+
+@cache
+def stored_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of the safetensors format's name."""
+    return next(dtype for dtype, known in dtype_names().items() if known == name)

@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import CheckpointError, ConfigurationError, SplitLearnError
-from splitlearn_core.loading import LoadOptions, OpenModel, check_options, import_builders, load_components, make_plan
-from splitlearn_core.memory import anonymous_memory
+from splitlearn_core.generation import has_tokenizer, load_tokenizer
+from splitlearn_core.loading.load import import_builders, load_components
+from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.loading.options import LoadOptions, check_options
+from splitlearn_core.loading.planning import make_plan
 from splitlearn_core.quoting import reason, said
-from splitlearn_core.text import has_tokenizer, load_tokenizer
+from splitlearn_core.system_memory import anonymous_memory
 from splitlearn_core.types import Component, ProgressCallback
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ def verify_split(
 
     check_options(model, options)
     import_builders(model.family)
-    from splitlearn_core.build.modes import own_state
+    from splitlearn_core.build.torch_state import own_state
 
     with own_state(gradients=False):
         return _verify(model, split_points, dtype, options, progress)
@@ -141,8 +144,8 @@ def _verify(
 
 
 def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
-    from splitlearn_core.build.component import architecture_class, hf_config
-    from splitlearn_core.build.skeleton import BUILD_LOCK
+    from splitlearn_core.build.configuration import architecture_class, hf_config
+    from splitlearn_core.build.pruning import BUILD_LOCK
 
     checkpoint = model.checkpoint
     paths = checkpoint.fetch(set(checkpoint.weight_map.values()), lambda _: None)

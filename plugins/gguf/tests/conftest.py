@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from splitlearn_core.plugins.registry import registry, reset_registry
-from splitlearn_core.testing.worlds import tiny_model, write_plugin
+from splitlearn_core.testing.installing import write_plugin
+from splitlearn_core.testing.worlds import tiny_model
 
 #: Families that the tests need, as the text of a call; those that are installed are taken instead.
 FAMILIES = {

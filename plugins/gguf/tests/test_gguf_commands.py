@@ -139,8 +139,8 @@ def test_a_family_that_is_not_installed_is_named(
 def talking(gguf_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file with a tokenizer that this transformers can make, and a cache of its own."""
     from splitlearn_core import CheckpointError
-    from splitlearn_core.loading import open_model
-    from splitlearn_core.text import load_tokenizer
+    from splitlearn_core.generation import load_tokenizer
+    from splitlearn_core.loading.opening import open_model
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     path = gguf_file("qwen2", "Q8_0", vocab_size=257, max_position_embeddings=64)
@@ -154,8 +154,8 @@ def talking(gguf_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def tokens(path: Path, stages: list[str]) -> Any:
-    from splitlearn_core.loading import open_model
-    from splitlearn_core.text import load_tokenizer
+    from splitlearn_core.generation import load_tokenizer
+    from splitlearn_core.loading.opening import open_model
 
     tokenizer = load_tokenizer(open_model(path), lambda said: stages.append(said.stage))
     ids = tokenizer("hello there, <3> you")["input_ids"]

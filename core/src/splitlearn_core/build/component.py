@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from splitlearn_core.build.arguments import RECORDINGS, Routing, is_paged, mask_for_layers, named_cache, routing
-from splitlearn_core.build.cache import CACHE_FIELD, PartCache, cache_argument
-from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, Zero, entering
-from splitlearn_core.build.pickling import installed_class, reduce_by
-from splitlearn_core.build.skeleton import BUILD_LOCK, skeleton
-from splitlearn_core.build.ties import refuse_parting
-from splitlearn_core.causes import cause_of
-from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
+from splitlearn_core.build.assemble import refuse_parting
+from splitlearn_core.build.configuration import architecture_class, layer_count_set
+from splitlearn_core.build.forward_arguments import (
+    RECORDINGS,
+    Routing,
+    is_paged,
+    mask_for_layers,
+    named_cache,
+    routing,
+)
+from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache
+from splitlearn_core.build.pruning import (
+    check_names,
+    entering,
+)
+from splitlearn_core.checkpoint.origin import Origin
+from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.origin import Origin
-from splitlearn_core.quoting import reason, said
 from splitlearn_core.types import Component, LayerRange
 
 #: Token ids are [batch, sequence], hidden states [batch, sequence, hidden].
 _TOKEN_DIMENSIONS, _STATE_DIMENSIONS = 2, 3
-#: How transformers marks the floats in ``config.json`` that JSON has no word for.
-_FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
+
 #: What transformers calls the loss of a causal language model.
 _LOSS = "ForCausalLM"
-#: What a module has of a name that it does not know.
-_ASTRAY = object()
 
 
 class ComponentModel(PreTrainedModel):
@@ -58,7 +57,7 @@ class ComponentModel(PreTrainedModel):
     routing: Routing
 
     def __init__(self, config: Any, layer_range: LayerRange) -> None:
-        with _depth(config, 1 if self.family.uniform_layers else layer_range.total):
+        with layer_count_set(config, 1 if self.family.uniform_layers else layer_range.total):
             super().__init__(config)
         self.family_attributes = frozenset(vars(self))
         self.layer_range = layer_range
@@ -96,7 +95,7 @@ class ComponentModel(PreTrainedModel):
             InvalidSplitError: There are no such layers.
             TensorMismatchError: Tensors are missing, unexpected or mis-shaped; all are listed.
         """
-        from splitlearn_core.build.state_dict import component_from_state_dict
+        from splitlearn_core.build.construction import component_from_state_dict
 
         return component_from_state_dict(cls.family, cls.component, full_state_dict, config, start_layer, end_layer)
 
@@ -421,217 +420,3 @@ class TopModel(ComponentModel):
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
             return self._run_layers({"inputs_embeds": states}, arguments)
-
-
-_KINDS: dict[Component, type[ComponentModel]] = {
-    Component.BOTTOM: BottomModel,
-    Component.TRUNK: TrunkModel,
-    Component.TOP: TopModel,
-}
-
-
-def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
-    """Import the Hugging Face class of a family, and only what that class needs.
-
-    Raises:
-        BrokenPluginError: There is no such class.
-    """
-    module, _, name = family.architecture.rpartition(":")
-    try:
-        found = getattr(importlib.import_module(module or "transformers"), name)
-        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-            raise AttributeError(f"it is no model class but {found!r}")
-        return cast("type[PreTrainedModel]", found)
-    except (ImportError, AttributeError, ValueError) as error:
-        if cause_of(error) is not None:
-            raise  # a library that cannot be imported is nothing that the family says wrongly
-        raise BrokenPluginError(
-            f"family {family.model_type!r} names the architecture {family.architecture!r}, "
-            f"which is not there: {reason(error)}",
-            hint=_nearest_class(module or "transformers", name),
-        ) from error
-
-
-def _nearest_class(module: str, name: str) -> str:
-    # Of transformers that is a list of names, and none of its models is imported for it. It takes a fifth of a second.
-    names = dir(sys.modules[module]) if module in sys.modules else []
-    close = difflib.get_close_matches(name, names, n=1)
-    meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
-    return f"{meant}a newer transformers may have it: pip install --upgrade transformers"
-
-
-@cache
-def component_class(family: ModelFamily, component: Component) -> type[ComponentModel]:
-    """Return the class of a family's bottom, trunk or top, importing the Hugging Face class."""
-    hf_class, kind = architecture_class(family), _KINDS[component]
-    attributes = {
-        "component": component,
-        "family": family,
-        "cache_argument": cache_argument(hf_class.forward),
-        # The names of the Hugging Face class: save_pretrained writes them, the loss is chosen by
-        # them, and a class of another module would count as remote code.
-        "__module__": hf_class.__module__,
-        "__qualname__": hf_class.__qualname__,
-        # Embedding and head are two components'.
-        "_tied_weights_keys": {},
-        "__reduce_ex__": reduce_by(installed_class, family.model_type, component.value),
-    }
-    return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
-
-
-def build_component(
-    family: ModelFamily,
-    config: Any,
-    component: Component,
-    layer_range: LayerRange,
-    on_layer: Callable[[], None] = lambda: None,
-) -> ComponentModel:
-    """Build a component whose parameters have shapes but no memory yet.
-
-    Args:
-        family: The model's family.
-        config: A Hugging Face configuration of the whole model, which becomes the component's own;
-            its ``dtype`` is that of the weights to come.
-        component: Which component.
-        layer_range: The layers it runs.
-        on_layer: Called before each layer is built; it may raise, and then nothing is left behind.
-    """
-    with skeleton(config.dtype), blaming_config(family, config.name_or_path):
-        model = component_class(family, component)(config, layer_range)
-    layers = []
-    for number in range(layer_range.start, layer_range.end):
-        # Outside the lock and the mode: it may take its time, and use torch.
-        on_layer()
-        with skeleton(config.dtype), blaming_config(family, config.name_or_path):
-            layers.append(_layer(model, family, number))
-    _prune(model, family, layer_range, layers)
-    base = model.base_model
-    if getattr(base, "gradient_checkpointing", False):
-        # config.json asks for it, and layers that were made after the model do not know.
-        model._set_gradient_checkpointing(gradient_checkpointing_func=base._gradient_checkpointing_func)  # noqa: SLF001  # transformers' own way
-    model.eval()
-    return model
-
-
-def hf_config(
-    family: ModelFamily,
-    values: Mapping[str, Any],
-    name_or_path: str,
-    dtype: str,
-    attn_implementation: str | None = None,
-) -> Any:
-    """Make the Hugging Face configuration from the values of ``config.json``, for weights of a dtype.
-
-    Raises:
-        ConfigurationError: The configuration class refuses a value.
-    """
-    config_class = architecture_class(family).config_class
-    with BUILD_LOCK, blaming_config(family, name_or_path):
-        own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
-        # Components pass results on by name, whatever the checkpoint prefers. As from_dict does it, which besides
-        # writes the whole of it for a log that nobody keeps.
-        config = config_class(**{**own, "dtype": dtype, "return_dict": True, "name_or_path": name_or_path})
-        if attn_implementation is not None:
-            config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
-    return config
-
-
-def _plain(value: Any) -> Any:
-    """Read the floats that JSON has no word for, as transformers writes them: ``{"__float__": "Infinity"}``."""
-    if isinstance(value, Mapping):
-        if value.keys() == {_FLOAT_TAG} and value[_FLOAT_TAG] in _FLOATS:
-            return float(value[_FLOAT_TAG])
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-@contextmanager
-def blaming_config(family: ModelFamily, name_or_path: str) -> Iterator[None]:
-    """Say that a value of the configuration is wrong when the model's own code refuses it."""
-    try:
-        yield
-    except SplitLearnError:
-        raise
-    # The model's code raises what comes of a wrong value: from a validator's own class to KeyError.
-    except Exception as error:
-        raise ConfigurationError(
-            f"transformers cannot make a {family.model_type} model of {name_or_path}: {said(error)}",
-            hint="check the values of config.json, and attn_implementation where it was given",
-        ) from error
-
-
-@contextmanager
-def _depth(config: Any, layers: int) -> Iterator[None]:
-    """Let a configuration say that the model has so many layers, while its modules are made."""
-    # Past the configuration's own setter, which validates the whole of it each time.
-    values, name = vars(config), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    total = values[name]
-    values[name] = layers
-    try:
-        yield
-    finally:
-        values[name] = total
-
-
-def _layer(model: Any, family: ModelFamily, number: int) -> nn.Module:
-    """Make a layer of the model, or take it where the model made all of them."""
-    layers = model.get_submodule(family.base).get_submodule(family.layers)
-    layer_class: type[nn.Module] = type(layers[0])
-    return layer_class(model.config, number) if family.uniform_layers else cast("nn.Module", layers[number])
-
-
-def _prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
-    """Keep what the component owns, and make everything else neutral."""
-    base = model.get_submodule(family.base)
-    elsewhere = TupleLayer() if family.layers_return_tuple else PassLayer()
-    slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
-    if family.enter_at_layers and not owned.is_first:
-        slots[0] = EnteringLayer(elsewhere)
-    _replace(base, family.layers, nn.ModuleList(slots))
-    if not owned.is_first:
-        neutral = {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets}
-        _replace_all(base, neutral)
-    if not owned.is_last:
-        _replace_all(base, {name: PassLayer() for name in family.outlets})
-        _replace(model, family.head, PassLayer())
-    # A tied head is assigned by the plan: within one component no two parameters are tied.
-    model.all_tied_weights_keys = {}
-
-
-def _replace(parent: nn.Module, path: str, module: nn.Module) -> None:
-    holder, _, name = path.rpartition(".")
-    setattr(parent.get_submodule(holder), name, module)
-
-
-def _replace_all(base: nn.Module, neutral: Mapping[str, nn.Module]) -> None:
-    for path, module in neutral.items():
-        holder, _, name = path.rpartition(".")
-        # A model that does without it has None in its place.
-        if base.get_submodule(holder)._modules.get(name) is not None:  # noqa: SLF001  # a register that nn.Module documents
-            _replace(base, path, module)
-
-
-def check_names(model: nn.Module, family: ModelFamily) -> None:
-    """Hold the names of a family against the modules there are, before any is replaced.
-
-    Raises:
-        BrokenPluginError: There are no modules of these names; those there are, are listed.
-    """
-    inside = (family.layers, *family.inlets, *family.outlets)
-    paths = [family.base, family.head, *(f"{family.base}.{name}" for name in inside)]
-    there = dict(model.named_modules())
-    optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
-    astray = [path for path in paths if path not in there and not (path in optional and _is_left_out(there, path))]
-    if astray:
-        shallow = sorted(name for name in there if name and name.count(".") <= family.base.count(".") + 1)
-        raise BrokenPluginError(
-            f"the family {family.model_type!r} names {', '.join(astray)}, "
-            f"and {type(model).__name__} has no such modules",
-            hint=f"it has: {', '.join(shallow)}",
-        )
-
-
-def _is_left_out(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Say whether a module has None where others of its class have a module of this name."""
-    holder, _, name = path.rpartition(".")
-    return holder in modules and getattr(modules[holder], name, _ASTRAY) is None

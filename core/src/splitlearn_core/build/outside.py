@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitlearn_core.build.neutral import EnteringLayer, PassLayer, TupleLayer, entering
+from splitlearn_core.build.pruning import EnteringLayer, PassLayer, TupleLayer, entering
 from splitlearn_core.family import ModelFamily
 
 #: That of every dropout module, which a configuration may have at 0.

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.config import (
+from splitlearn_core.checkpoint.config_json import (
     ADAPTER_CONFIG,
     CONFIG,
     check_config,
@@ -19,11 +19,11 @@ from splitlearn_core.checkpoint.config import (
     read_index_dtype,
     read_weight_map,
 )
-from splitlearn_core.checkpoint.ranges import Span, Wanted
+from splitlearn_core.checkpoint.hub.fetch_plan import Span, Wanted
 from splitlearn_core.checkpoint.source import Source
-from splitlearn_core.checkpoint.strategies.base import PretrainedReader, WeightReader
-from splitlearn_core.checkpoint.torchfile import describe_torch_file
+from splitlearn_core.checkpoint.torch_file import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
+from splitlearn_core.loading_strategy import PretrainedReader, WeightReader
 from splitlearn_core.quoting import SENTENCE, listed, plain, quote
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
 

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from splitlearn_core.checkpoint.config import CONFIG, needed_reader
-from splitlearn_core.checkpoint.directory import DirectorySource
-from splitlearn_core.checkpoint.fetchplan import FileFetch
-from splitlearn_core.checkpoint.hub import HubSource
-from splitlearn_core.checkpoint.ranges import Wanted
+from splitlearn_core.checkpoint.config_json import CONFIG, needed_reader
+from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted
+from splitlearn_core.checkpoint.hub.repository import HubSource
+from splitlearn_core.checkpoint.local_directory import DirectorySource
 from splitlearn_core.errors import ConfigurationError, MissingFileError
-from splitlearn_core.paths import user_path
 from splitlearn_core.quoting import reason
 from splitlearn_core.types import ProgressCallback, TensorInfo
+from splitlearn_core.user_paths import user_path
 
 #: Prefix of a name that means a repository on the Hub, whatever folders there are here.
 HUB = "hub:"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from splitlearn_core.cli.options import print_json
+from splitlearn_core.cli.shared_options import print_json
 
 if TYPE_CHECKING:
-    from splitlearn_core.text import Conversation
+    from splitlearn_core.generation import Conversation
 
 _PROMPT = "> "
 

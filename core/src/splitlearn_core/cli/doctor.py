@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from splitlearn_core.cli.options import json_option, print_json, styled
-from splitlearn_core.doctor.findings import Finding, Level, Report
+from splitlearn_core.cli.shared_options import json_option, print_json, styled
+from splitlearn_core.doctor.report import Finding, Level, Report
 
 _COLOURS = {Level.OK: "green", Level.NOTE: "yellow", Level.WRONG: "red"}
 _WIDTH = len("transformers")
@@ -21,7 +21,7 @@ def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -
 
     Each finding has what mends it underneath. Exit code 1 where something is wrong; notes do not count.
     """
-    from splitlearn_core.doctor.examine import examine
+    from splitlearn_core.doctor.runner import examine
 
     report = examine(model, quick=quick, tell=lambda doing: click.echo(f"still {doing} ...", err=True))
     if as_json:

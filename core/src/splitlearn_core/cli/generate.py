@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from splitlearn_core.cli.conversation import converse
-from splitlearn_core.cli.fetching import print_fetch
-from splitlearn_core.cli.options import (
+from splitlearn_core.cli.dry_run import print_fetch
+from splitlearn_core.cli.shared_options import (
     dry_run_option,
     json_option,
     load_options,
@@ -22,7 +22,7 @@ from splitlearn_core.cli.options import (
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 
 if TYPE_CHECKING:
-    from splitlearn_core.loading import OpenModel
+    from splitlearn_core.loading.opening import OpenModel
     from splitlearn_core.types import ProgressCallback
 
 
@@ -69,10 +69,11 @@ def command(
 
     A directory of saved components needs no --split.
     """
-    from splitlearn_core.loading import load_all, open_model
+    from splitlearn_core.checkpoint.manifest import holds_components
+    from splitlearn_core.generation import Conversation, Sampling, generate_text
+    from splitlearn_core.loading.opening import open_model
+    from splitlearn_core.pipeline import load_all, load_pipeline
     from splitlearn_core.progress import reporting
-    from splitlearn_core.storage.directory import holds_components, load_pipeline
-    from splitlearn_core.text import Conversation, Sampling, generate_text
 
     _check_prompts(prompt, prompt_file, system, chat=chat, needed=not dry_run)
     options = load_options_of(others)
@@ -144,7 +145,7 @@ def _check_prompts(
 
 
 def _tokenizer(opened: OpenModel, report: ProgressCallback, *, chat: bool) -> Any:
-    from splitlearn_core.text import check_chat_template, load_tokenizer
+    from splitlearn_core.generation import check_chat_template, load_tokenizer
 
     tokenizer = load_tokenizer(opened, report)
     if chat:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
-from splitlearn_core.cli.lazy import LazyGroup
 from splitlearn_core.errors import SplitLearnError
-from splitlearn_core.plugins.printing import stdout_for_data
+from splitlearn_core.plugins.host import stdout_for_data
+
+
+class LazyGroup(click.Group):
+    """Finds a command where a table says: name -> full name of the module whose ``command`` it is."""
+
+    def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._modules = modules
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._modules:
+            return None
+        command: click.Command = importlib.import_module(self._modules[cmd_name]).command
+        return command
+
 
 #: The commands, each a module of this package.
 _COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps", "doctor")
@@ -73,7 +93,7 @@ def main() -> None:
 
 def _said(error: Exception) -> tuple[str, str] | None:
     """Return message and hint of an error that its reader can do something about; None for a bug."""
-    from splitlearn_core.causes import cause_of
+    from splitlearn_core.environment_errors import cause_of
 
     cause = cause_of(error)
     if isinstance(error, SplitLearnError) and not (cause and cause.library):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from splitlearn_core.cli.options import json_option, print_json
+from splitlearn_core.cli.shared_options import json_option, print_json
 
 
 @click.command("merge", short_help="Make one checkpoint of saved components again.")

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, model_options, print_json, split_points_of, styled, table
-from splitlearn_core.plan.misfit import unread_words
+from splitlearn_core.cli.shared_options import json_option, model_options, print_json, split_points_of, styled, table
+from splitlearn_core.plan.mismatch import unread_words
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
-from splitlearn_core.units import human_bytes
+from splitlearn_core.types import human_bytes
 
 _BAR_WIDTH = 64
 _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}
@@ -25,8 +25,8 @@ def command(
 
     Reads config.json and the headers of the weight files, and no weights.
     """
-    from splitlearn_core.loading import open_model
-    from splitlearn_core.quickstart import plan_split
+    from splitlearn_core.api import plan_split
+    from splitlearn_core.loading.opening import open_model
 
     if split_points is None:
         split_points = split_points_of(open_model(model, **hub), None)

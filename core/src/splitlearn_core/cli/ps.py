@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from splitlearn_core.cli.options import json_option, print_json, table
+from splitlearn_core.cli.shared_options import json_option, print_json, table
 from splitlearn_core.errors import ConfigurationError, SplitLearnError
 from splitlearn_core.quoting import reason
-from splitlearn_core.units import human_bytes
+from splitlearn_core.types import human_bytes
 
 _TIMEOUT = 10.0
 #: Thousands of models; more is not a server of ours.

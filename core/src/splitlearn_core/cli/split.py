@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.fetching import print_fetch
-from splitlearn_core.cli.options import dry_run_option, json_option, model_options, print_json, table
-from splitlearn_core.paths import user_path
+from splitlearn_core.cli.dry_run import print_fetch
+from splitlearn_core.cli.shared_options import dry_run_option, json_option, model_options, print_json, table
 from splitlearn_core.storage.directory import SplitDirectory
-from splitlearn_core.units import human_bytes
+from splitlearn_core.types import human_bytes
+from splitlearn_core.user_paths import user_path
 
 
 @click.command("split", short_help="Save bottom, trunk and top, each as a folder.")
@@ -41,11 +41,11 @@ def command(
 
     Weights are copied piece by piece, however large they are. DIR appears as a whole.
     """
-    from splitlearn_core.loading import open_model
-    from splitlearn_core.plan.split import even_thirds
+    from splitlearn_core.loading.opening import open_model
+    from splitlearn_core.plan.split_points import even_thirds
     from splitlearn_core.plan.splitplan import parse_parts
     from splitlearn_core.storage.saving import check_source, check_target, save_split
-    from splitlearn_core.storage.weights import parse_size
+    from splitlearn_core.storage.weight_layout import parse_size
 
     if not isinstance(dtype, str):
         raise click.BadParameter("give one dtype for all components", param_hint="--dtype")

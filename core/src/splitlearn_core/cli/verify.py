@@ -7,8 +7,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from splitlearn_core.cli.fetching import print_fetch
-from splitlearn_core.cli.options import (
+from splitlearn_core.cli.dry_run import print_fetch
+from splitlearn_core.cli.shared_options import (
     dry_run_option,
     json_option,
     load_options,
@@ -18,8 +18,8 @@ from splitlearn_core.cli.options import (
     split_points_of,
     table,
 )
-from splitlearn_core.storage.checking import SavedVerification
-from splitlearn_core.units import human_bytes
+from splitlearn_core.storage.integrity import SavedVerification
+from splitlearn_core.types import human_bytes
 from splitlearn_core.verification import Verification
 
 
@@ -44,9 +44,9 @@ def command(
     Where MODEL is a directory of saved components, and --split is left out, their files are held
     against their manifests (hashes, sizes, tensors, ties), and the components against each other.
     """
-    from splitlearn_core.loading import open_model
+    from splitlearn_core.checkpoint.manifest import holds_components
+    from splitlearn_core.loading.opening import open_model
     from splitlearn_core.progress import reporting
-    from splitlearn_core.storage.directory import holds_components
     from splitlearn_core.verification import verify_split
 
     if split_points is None and holds_components(model):
@@ -79,7 +79,7 @@ def command(
 
 def _verify_saved(directory: str, *, as_json: bool) -> bool:
     from splitlearn_core.progress import reporting
-    from splitlearn_core.storage.checking import verify_saved
+    from splitlearn_core.storage.integrity import verify_saved
 
     with reporting(None) as report:
         result = verify_saved(directory, progress=report)

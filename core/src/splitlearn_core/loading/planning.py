@@ -9,17 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
-from splitlearn_core.errors import (
-    ConfigurationError,
-    InvalidCheckpointError,
-    TensorMismatchError,
-)
+from splitlearn_core.checkpoint.manifest import MANIFEST, read_manifest
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, TensorMismatchError
 from splitlearn_core.loading.opening import OpenModel
-from splitlearn_core.plan.evenness import uneven_layers
-from splitlearn_core.plan.misfit import alters_weights, cause_in_names, folded, likely_cause, unexpected_words
-from splitlearn_core.plan.names import KeyTable, map_keys, place_keys
+from splitlearn_core.plan.keys import KeyTable, map_keys, place_keys, uneven_layers
+from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded, likely_cause, unexpected_words
 from splitlearn_core.plan.placement import AUTO, parse_dtypes
-from splitlearn_core.plan.split import split_layers
+from splitlearn_core.plan.split_points import split_layers
 from splitlearn_core.plan.splitplan import (
     SplitPlan,
     common_dtype,
@@ -32,8 +28,6 @@ from splitlearn_core.plan.splitplan import (
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
 from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.storage.directory import read_manifest
-from splitlearn_core.storage.manifest import MANIFEST
 from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -191,7 +185,7 @@ def mismatch(model: OpenModel, problems: Sequence[str], plan: SplitPlan) -> Tens
 
 def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
     """Describe the tensors that ``config.json`` implies, for a checkpoint without weights."""
-    from splitlearn_core.build.describe import describe_tensors
+    from splitlearn_core.build.pretrained import describe_tensors
 
     infos = describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
     if not model.checkpoint.quantization:

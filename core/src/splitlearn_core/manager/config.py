@@ -1,40 +1,31 @@
 """What one model is to be loaded as: a value that is valid once it exists.
 
 Everything that can be told without a file, a plugin or a device is checked here, and all of it is
-reported at once. :mod:`splitlearn_core.manager.configfile` reads and writes the files.
+reported at once. :mod:`splitlearn_core.manager.config` reads and writes the files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import numbers
-import operator
 import os
-import re
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, UnknownModelTypeError
-from splitlearn_core.plan.split import MAX_LAYERS
+from splitlearn_core.manager.config_checks import (
+    FIELDS_HINT,
+    NOT_FAMILIES,
+    SECRET_FIELDS,
+    complaint,
+    examine,
+    unknown_name,
+)
+from splitlearn_core.manager.config_text import dump_toml, dump_yaml, near, read_table, show
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.types import AUTO_DTYPE, FLOAT_DTYPES, Component, dtype_name, nearest_dtype
-from splitlearn_core.units import MEGABYTE
-
-#: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
-HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
-#: 2**63 bytes; more is a slip.
-MAX_MEMORY_MB = 2**63 // MEGABYTE
-#: Three centuries in seconds; who wants more wants for ever.
-MAX_SECONDS = 10**10
-MAX_THREADS = 4096
-MAX_NAME = 128
-
-_PAIR = 2
-_HINT = "each field is documented in splitlearn_core.ModelConfig"
+from splitlearn_core.user_paths import user_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +105,7 @@ class ModelConfig:
     @property
     def is_family(self) -> bool:
         """Say whether a plugin loads it, as one component of a model."""
-        return self.model_type not in _WHOLE
+        return self.model_type not in NOT_FAMILIES
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
@@ -137,7 +128,7 @@ class ModelConfig:
             # No plugin owns the type, so this imports none before it says so.
             plugins.family(self.model_type)
         except UnknownModelTypeError as error:
-            close = near(self.model_type, _WHOLE)
+            close = near(self.model_type, NOT_FAMILIES)
             if not close:
                 raise
             raise UnknownModelTypeError(error.message, hint=f"{close.removeprefix('; ')} {error.hint}") from None
@@ -150,7 +141,7 @@ class ModelConfig:
             ConfigurationError: As the class does; unknown and missing fields are listed too.
         """
         if not isinstance(values, Mapping):
-            raise ConfigurationError(f"{show(values)} is no mapping of a model's fields", hint=_HINT)
+            raise ConfigurationError(f"{show(values)} is no mapping of a model's fields", hint=FIELDS_HINT)
         plain, problems = examine(values)
         if problems:
             raise complaint(f"the configuration of model {show(values.get('model_id'))}", problems)
@@ -164,7 +155,7 @@ class ModelConfig:
         plain: dict[str, Any] = {}
         for name, default in FIELDS.items():
             value = getattr(self, name)
-            if name not in _SECRET and value != default:
+            if name not in SECRET_FIELDS and value != default:
                 plain[name] = -1 if value == math.inf else list(value) if isinstance(value, tuple) else value
         return plain
 
@@ -178,365 +169,128 @@ class ModelConfig:
             MissingFileError: There is no such file.
             ConfigurationError: It cannot be read as its format, or its fields cannot be carried out.
         """
-        from splitlearn_core.manager.configfile import read_model
 
         return read_model(path)
 
     def to_yaml(self) -> str:
         """Return :meth:`to_dict` as YAML."""
-        from splitlearn_core.manager.configfile import dump_yaml
 
         return dump_yaml(self.to_dict())
 
     def to_toml(self) -> str:
         """Return :meth:`to_dict` as TOML."""
-        from splitlearn_core.manager.configfile import dump_toml
 
         return dump_toml(self.to_dict())
 
 
 #: Field -> its default; ``dataclasses.MISSING`` for the two that have none.
 FIELDS: Mapping[str, Any] = {spec.name: spec.default for spec in dataclasses.fields(ModelConfig)}
-
-_WHOLE = (HUGGINGFACE, PYTORCH)
-_SECRET = frozenset({"token"})
 _NO_PART_OF_THE_LOAD = frozenset({"keep_alive", "pinned", "required", "token"})
 
 
-def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
-    """Check fields one by one and together.
+_TOP_LEVEL = ("manager", "http", "models")
 
-    Returns:
-        The plain values of the sound fields, and the problems, each beginning with its field.
+#: Says what is wrong with a table of settings.
+Check = Callable[[Mapping[str, Any]], list[str]]
+
+
+def _unchecked(settings: Mapping[str, Any]) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """What a file says."""
+
+    models: tuple[ModelConfig, ...]
+    #: The table ``manager`` as it stands there; empty where there is none. Not checked here.
+    manager: Mapping[str, Any]
+    #: Likewise the table ``http``.
+    http: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_config_file(
+    path: str | os.PathLike[str], check_manager: Check = _unchecked, check_http: Check = _unchecked
+) -> ConfigFile:
+    """Read all models of a file, and what it says of the manager.
+
+    Args:
+        path: A file in YAML, TOML or JSON, by its suffix.
+        check_manager: Says what is wrong with the table ``manager``, so that it is reported together
+            with what is wrong with the models.
+        check_http: Likewise for the table ``http``.
+
+    Raises:
+        MissingFileError: There is no such file.
+        ConfigurationError: It cannot be read as its format (with line and column), or some of what
+            it says cannot be carried out: all problems of all models are listed, as
+            ``models[2].component: ...``.
     """
-    # The value of an unknown field is not shown: it may be a token under a misspelt name.
-    problems = [unknown_name(name, FIELDS, "field") for name in values if name not in FIELDS]
-    plain: dict[str, Any] = {}
-    bad: set[str] = set()
-    for name, check in _CHECKS.items():
-        if name not in values:
-            continue
-        value = values[name]
-        try:
-            plain[name] = None if value is None and FIELDS[name] is None else check(value)
-        except _RefusedError as error:
-            bad.add(name)
-            problems.append(f"{name}: {'what was given' if name in _SECRET else show(value)} {error}")
-    problems += [
-        f"{name}: missing; {_MEANING[name]}" for name in ("model_id", "model_type") if name not in plain.keys() | bad
-    ]
-    return plain, problems + list(_misfits(plain, bad))
+    return _interpret(path, read_table(user_path(path)), {"manager": check_manager, "http": check_http})
 
 
-def complaint(what: str, problems: Sequence[str]) -> ConfigurationError:
-    """Return the error that lists all problems."""
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return ConfigurationError(f"{what} has {count}:\n  " + "\n  ".join(problems), hint=_HINT)
+def _interpret(
+    path: str | os.PathLike[str],
+    table: Mapping[str, Any],
+    checks: Mapping[str, Check] = MappingProxyType({"manager": _unchecked, "http": _unchecked}),
+) -> ConfigFile:
+    problems = []
+    for name in table:
+        if name not in _TOP_LEVEL:
+            place = "; it belongs into an entry of models" if name in FIELDS else ""
+            problems.append(unknown_name(name, _TOP_LEVEL, "key at the top level") + place)
+    settings = {name: table.get(name, {}) for name in checks}
+    for name, values in settings.items():
+        if not isinstance(values, Mapping):
+            problems.append(f"{name}: {show(values)} is no table of settings")
+        else:
+            problems += [f"{name}.{problem}" for problem in checks[name](values)]
+    models, found = _examine_all(table)
+    if problems or found:
+        raise complaint(str(path), problems + found)
+    tables = {name: MappingProxyType(dict(values)) for name, values in settings.items()}
+    return ConfigFile(tuple(ModelConfig(**values) for values in models), **tables)
 
 
-def unknown_name(name: object, known: Iterable[str], kind: str) -> str:
-    """Say that there is no such field, and which is meant, most likely."""
-    known = tuple(known)
-    return f"{name if _is_plain(name) else show(name)}: unknown {kind}" + (
-        near(name, known) or f"; there are {', '.join(known)}"
-    )
+def load_configs(path: str | os.PathLike[str]) -> tuple[ModelConfig, ...]:
+    """Read all models of a file; raises like :func:`read_config_file`."""
+    return read_config_file(path).models
 
 
-def near(value: object, choices: Iterable[str]) -> str:
-    """Return a guess at what was meant, to go on a sentence with; empty where nothing is near."""
-    close = difflib.get_close_matches(value.strip().lower(), choices, n=1) if isinstance(value, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother = 2, 100, 100
-
-
-def show(value: object) -> str:
-    """Return a value's repr on one line, however large, deep or odd the value is."""
-    try:
-        return _short.repr(value)
-    except ValueError:
-        # Python refuses to write out integers of thousands of digits.
-        return f"a huge {type(value).__name__}"
-
-
-def _is_plain(name: object) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) is not None
-
-
-class _RefusedError(Exception):
-    """A value that its field does not take; the text goes on after the value."""
-
-
-# What each field takes: a function from the given value to the plain one.
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        quotes = "; put it in quotes" if isinstance(value, int | float) else ""
-        raise _RefusedError(f"is no text{quotes}")
-    if not value:
-        raise _RefusedError("is empty; leave the field out, or say what is meant")
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise _RefusedError("holds a character that no text file can hold; write it without")
-    # The plain class: writers of YAML know no other.
-    return str.__str__(value)
-
-
-def _path(value: object) -> str:
-    return _text(os.fspath(value) if isinstance(value, os.PathLike) else value)
-
-
-def _name(value: object) -> str:
-    name = _text(value)
-    if len(name) > MAX_NAME:
-        raise _RefusedError(f"is {len(name)} characters long; {MAX_NAME} at most")
-    if not name.isprintable():
-        cleaned = "".join(filter(str.isprintable, name)).strip()
-        raise _RefusedError("holds characters that cannot be printed" + (f"; {cleaned!r} would do" if cleaned else ""))
-    if name != name.strip():
-        raise _RefusedError(
-            "begins or ends with a space" + (f"; {name.strip()!r} would do" if name.strip() else ""),
+def read_model(path: str | os.PathLike[str]) -> ModelConfig:
+    """Read a file of one model; see :meth:`ModelConfig.from_file`."""
+    table = read_table(user_path(path))
+    if "models" not in table:
+        values, problems = examine(table)
+        if problems:
+            raise complaint(str(path), problems)
+        return ModelConfig(**values)
+    models = _interpret(path, table).models
+    if len(models) != 1:
+        raise ConfigurationError(
+            f"{path} describes {len(models)} models, not one", hint="load_configs(path) reads all of them"
         )
-    return name
+    return models[0]
 
 
-def _model_id(value: object) -> str:
-    if isinstance(value, str) and ("/" in value or "\\" in value or value in {".", ".."}):
-        segments = [part for part in re.split(r"[/\\]", value) if part.strip(". ") and part.isprintable()]
-        last = segments[-1][:MAX_NAME].strip() if segments else "my-model"
-        raise _RefusedError(f"is a path, not a name; {last!r} would do, and model_path takes paths")
-    return _name(value)
-
-
-def _model_type(value: object) -> str:
-    name = _name(value)
-    if name.lower() in _WHOLE and name not in _WHOLE:
-        raise _RefusedError(f"is spelt {name.lower()!r}")
-    return name
-
-
-def _component(value: object) -> str:
-    name = _text(value)
-    if name not in _COMPONENTS:
-        raise _RefusedError(f"is none of {', '.join(_COMPONENTS)}{near(name, _COMPONENTS)}")
-    return name
-
-
-def _split_points(value: object) -> tuple[int, int]:
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise _RefusedError("is no pair of layer numbers, (2, 10) say")
-    if len(value) != _PAIR:
-        raise _RefusedError(f"has {len(value)} numbers; two cut a model into bottom, trunk and top")
-    try:
-        first, second = (_integer(point) for point in value)
-    except TypeError:
-        raise _RefusedError("holds something else than integers; a pair such as (2, 10) is needed") from None
-    if not 0 < first < second < MAX_LAYERS:
-        low = min(max(min(first, second), 1), MAX_LAYERS - 2)
-        high = min(max(first, second, low + 1), MAX_LAYERS - 1)
-        raise _RefusedError(f"does not keep to 0 < a < b < {MAX_LAYERS}; the nearest that does is {(low, high)}")
-    return first, second
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError("a truth value is no number")
-    return operator.index(value)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        quoted = "; write it without quotes and as plain digits, 1500 say" if isinstance(value, str) else ""
-        raise _RefusedError(f"is no number{quoted}")
-    try:
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    except OverflowError:
-        raise _RefusedError("is beyond all bounds") from None
-
-
-def _memory(value: object) -> float:
-    number = _number(value)
-    # Written so that nan, which compares with nothing, is refused.
-    if not 0 < number <= MAX_MEMORY_MB:
-        raise _RefusedError(f"is not above 0 and at most {MAX_MEMORY_MB}; leave it out for no limit")
-    return number
-
-
-def _threads(value: object) -> int:
-    try:
-        number = _integer(value)
-    except TypeError:
-        raise _RefusedError(f"is no integer; 1 to {MAX_THREADS} is possible") from None
-    if not 1 <= number <= MAX_THREADS:
-        raise _RefusedError(f"is not between 1 and {MAX_THREADS}; leave it out for the manager's choice")
-    return number
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _RefusedError("is neither true nor false")
-    return value
-
-
-_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|[dhms]))+")
-_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[dhms])")
-_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_KEEP_ALIVE = "give seconds or a text such as '5m' or '1h30m'; 0 unloads at once, -1 never"
-
-
-def _keep_alive(value: object) -> float:
-    seconds = _duration(value.strip().lower()) if isinstance(value, str) else _number(value)
-    if seconds < 0 or value == math.inf:
-        return math.inf
-    if not seconds <= MAX_SECONDS:
-        raise _RefusedError(f"is not at most {MAX_SECONDS} seconds; {_KEEP_ALIVE}")
-    # The sum makes 0.0 of -0.0.
-    return float(seconds) + 0.0
-
-
-def _duration(text: str) -> float:
-    if text in {"inf", "forever"}:
-        return -1.0
-    size = text.removeprefix("-")
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", size):
-        seconds = float(size)
-    elif _DURATION.fullmatch(size):
-        seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
-    else:
-        raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
-    return -seconds if text.startswith("-") else seconds
-
-
-_DEVICE = re.compile(r"[a-z]{1,32}(?::(?:0|[1-9][0-9]{0,3}))?")
-
-
-def _device(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        raise _RefusedError("is no device; write 'cpu', or 'cuda:0' for the first GPU")
-    name = _text(_of_torch(value, "device"))
-    if not _DEVICE.fullmatch(name):
-        guess = re.sub(r"(?<=[a-z])[\s:_-]*(?=[0-9]+$)", ":", name[:MAX_NAME].strip().lower())
-        meant = f"; did you mean {guess!r}?" if _DEVICE.fullmatch(guess) else "; write cpu, cuda, cuda:0 or mps"
-        raise _RefusedError(f"is no device{meant}")
-    return name
-
-
-_DTYPES = (AUTO_DTYPE, *FLOAT_DTYPES)
-
-
-def _dtype(value: object) -> str:
-    name = dtype_name(_text(_of_torch(value, "dtype")))
-    if name not in _DTYPES:
-        raise _RefusedError(f"is none of {', '.join(_DTYPES)}; did you mean {nearest_dtype(name)!r}?")
-    return name
-
-
-def _of_torch(value: object, kind: str) -> object:
-    """Return an object of torch as torch writes it; told by its class's name, so as not to import torch."""
-    return str(value) if (type(value).__module__, type(value).__name__) == ("torch", kind) else value
-
-
-def _architecture(value: object) -> str:
-    name = _text(value)
-    module, colon, attribute = name.partition(":")
-    if not (_is_dotted(module) and _is_dotted(attribute)):
-        module, _, attribute = name.rpartition(".")
-        sound = not colon and _is_dotted(module) and _is_dotted(attribute)
-        meant = f"; did you mean '{module}:{attribute}'?" if sound else ""
-        raise _RefusedError(f"does not name a class as 'package.module:Class' does{meant}")
-    return name
-
-
-def _is_dotted(name: str) -> bool:
-    return all(part.isidentifier() for part in name.split("."))
-
-
-def _token(value: object) -> str | bool:
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, str) or not value:
-        raise _RefusedError("is neither a text nor true; leave it out for the environment's own")
-    if not (value.isascii() and value.isprintable()) or value != value.strip():
-        raise _RefusedError("holds spaces at its ends, a line break or another character that no token has")
-    return str.__str__(value)
-
-
-_COMPONENTS = tuple(str(component) for component in Component)
-
-_CHECKS: Mapping[str, Callable[[object], Any]] = {
-    "model_id": _model_id,
-    "model_type": _model_type,
-    "model_path": _path,
-    "component": _component,
-    "split_points": _split_points,
-    "device": _device,
-    "dtype": _dtype,
-    "max_memory_mb": _memory,
-    "warmup": _flag,
-    "keep_alive": _keep_alive,
-    "pinned": _flag,
-    "required": _flag,
-    "allow_paging": _flag,
-    "strategy": _text,
-    "strict": _flag,
-    "attn_implementation": _text,
-    "revision": _text,
-    "cache_dir": _path,
-    "token": _token,
-    "local_files_only": _flag,
-    "architecture": _architecture,
-    "allow_pickle": _flag,
-    "load_threads": _threads,
-}
-
-#: What a field is, said where it is missing.
-_MEANING = {
-    "model_id": "give the model a name",
-    "model_type": f"name an installed family, {HUGGINGFACE!r} or {PYTORCH!r}",
-    "component": f"a family's model is loaded in parts, so one of {', '.join(_COMPONENTS)} is needed",
-    "split_points": "a family's model is cut in two places, (2, 10) say",
-    "architecture": "the weights fill a class, 'package.module:Class' (allow_pickle=True does without, and runs code)",
-}
-_MODEL_PATH = {HUGGINGFACE: "give a directory or a Hub id", PYTORCH: "give the path of the .pt or .pth file"}
-
-#: Fields that would change nothing: to take them in silence would mislead.
-_REFUSED = {
-    HUGGINGFACE: ("component", "split_points", "strategy", "strict", "architecture", "allow_pickle"),
-    PYTORCH: ("component", "split_points", "strategy", "strict", "attn_implementation", "revision"),
-}
-_REFUSED_FOR_FAMILY = ("architecture", "allow_pickle")
-_NEEDED = {HUGGINGFACE: ("model_path",), PYTORCH: ("model_path", "architecture")}
-_NEEDED_FOR_FAMILY = ("component", "split_points")
-
-
-def _misfits(plain: Mapping[str, Any], bad: set[str]) -> Iterator[str]:
-    """Say which fields the model type needs or does not take; nothing of those that are wrong anyway."""
-    kind = plain.get("model_type")
-    if kind is None:
-        return
-    for name in _NEEDED.get(kind, _NEEDED_FOR_FAMILY):
-        done_without = name == "architecture" and (plain.get("allow_pickle") or "allow_pickle" in bad)
-        if plain.get(name) is None and name not in bad and not done_without:
-            meaning = _MODEL_PATH[kind] if name == "model_path" else _MEANING[name]
-            guess = near(kind, _WHOLE) if kind not in _WHOLE else ""
-            yield f"{name}: missing; {meaning}{guess and guess + f' ({kind!r} is taken for a family)'}"
-    for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
-        if plain.get(name, FIELDS[name]) != FIELDS[name]:
-            yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
-        elif name in bad:
-            yield f"{name}: not for model type {kind!r} at all, {_WHY[name]}; leave it out"
-
-
-_OF_FAMILIES = "only for a family's"
-_WHY = {
-    "component": f"{_OF_FAMILIES}: it is loaded whole",
-    "split_points": f"{_OF_FAMILIES}: it is loaded whole",
-    "strategy": _OF_FAMILIES,
-    "strict": _OF_FAMILIES,
-    "attn_implementation": "only for models of transformers",
-    "revision": "only for models of the Hub",
-    "architecture": f"only for {PYTORCH!r}",
-    "allow_pickle": f"only for {PYTORCH!r}",
-}
+def _examine_all(table: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    if "models" not in table:
+        return [], ["models: missing; list the models there, or give an empty list"]
+    entries = table["models"]
+    if not isinstance(entries, list):
+        return [], [f"models: {show(entries)} is no list; each model is one entry of it"]
+    models: list[dict[str, Any]] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        place = f"models[{number}]"
+        if not isinstance(entry, Mapping):
+            problems.append(f"{place}: {show(entry)} is no table of a model's fields")
+            continue
+        values, found = examine(entry)
+        models.append(values)
+        problems += [f"{place}.{problem}" for problem in found]
+        name = values.get("model_id")
+        if name is not None and seen.setdefault(name, number) != number:
+            problems.append(f"{place}.model_id: {name!r} is the id of models[{seen[name]}] too; give it another")
+    return models, problems

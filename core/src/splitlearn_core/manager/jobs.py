@@ -1,30 +1,60 @@
-"""What worker threads do for the manager: plan, load, warm up, free. Nothing here touches the event loop.
-
-A job answers with a value: what it made, :class:`Stopped`, or a record of its failure. An exception
-would keep the frames it went through alive, and they keep the weights they worked on.
-"""
+"""What the shell holds for one generation: everything that is not a decision."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from splitlearn_core.errors import ConfigurationError, InternalError, LoadCancelledError
-from splitlearn_core.manager.loader import ModelLoader
-from splitlearn_core.manager.records import record
+from splitlearn_core.manager.config import ModelConfig
+from splitlearn_core.manager.handles import AsyncManagedModel, CallGate, LoadingPlaceholder
+from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
-from splitlearn_core.manager.slot import Slot
+from splitlearn_core.manager.status import FailureInfo, UnloadReport, record
 from splitlearn_core.manager.threads import Worker
-from splitlearn_core.manager.work import LoadedModel, LoadPlan
-from splitlearn_core.memory import anonymous_memory
+from splitlearn_core.system_memory import anonymous_memory
 from splitlearn_core.types import Progress
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One generation: who waits for it, what its worker says, and what came of it."""
+
+    config: ModelConfig
+    placeholder: LoadingPlaceholder
+    #: Result: None when ready, or why not. Never an exception, so that nobody has to retrieve it.
+    resolved: asyncio.Future[FailureInfo | None]
+    #: Who waits for an unload. Result: a report, the leases that stood in the way, or why it could not be freed.
+    unloads: list[asyncio.Future[UnloadReport | int | FailureInfo]] = field(default_factory=list)
+    #: Written by the worker's thread, read by the tick.
+    progress: Progress = field(default_factory=lambda: Progress("queued"))
+    #: Read by the worker's thread at each report: not empty means stop, and says why.
+    stop: str = ""
+    #: When the worker's thread last let others have the interpreter.
+    breathed: float = 0.0
+    worker: Worker | None = None
+    #: All threads that worked for it; one that has answered may still be on its last steps.
+    workers: list[Worker] = field(default_factory=list)
+    #: The manager's ``_activity`` when the worker began alone; None where it did not.
+    measuring: int | None = None
+    plan: LoadPlan | None = None
+    loaded: LoadedModel | None = None
+    model: AsyncManagedModel | None = None
+    gate: CallGate | None = None
+    broken_leases: int = 0
+    freed: int | None = None
+
 
 _T = TypeVar("_T")
 
 #: Seconds of a worker's work after which it lets others have the interpreter, alone and beside others, and for how
 #: long. Two are more than twice as hard on an event loop as one, for they hand the interpreter to each other.
 _BREATHE_ALONE, _BREATHE_EVERY, _BREATH = 0.004, 0.002, 0.00005
+
 #: Seconds that a thread has between its answer and its end, where somebody waits for that.
 LAST_STEPS = 1.0
 
@@ -122,6 +152,6 @@ def _answer_of(answer: Any, kind: type[_T], method: str, loader: ModelLoader) ->
     if not isinstance(answer, kind):
         raise ConfigurationError(
             f"{type(loader).__name__}.{method} returned {type(answer).__name__}, not {kind.__name__}",
-            hint="splitlearn_core.manager.loader.ModelLoader says what each method returns",
+            hint="splitlearn_core.manager.loaders.loader.ModelLoader says what each method returns",
         )
     return answer

@@ -39,10 +39,20 @@ from splitlearn_core.errors import (
     WaitTimeoutError,
 )
 from splitlearn_core.manager import messages as m
-from splitlearn_core.manager.generation import CHARGED, RESERVED, WORKING, Generation
-from splitlearn_core.manager.policy import BUDGET, NAMED, Evict, Refuse, Room, Tenant, Wait, decide, lacks_even_without
+from splitlearn_core.manager.admission import (
+    BUDGET,
+    NAMED,
+    Evict,
+    Refuse,
+    Room,
+    Tenant,
+    Wait,
+    decide,
+    lacks_even_without,
+)
+from splitlearn_core.manager.attempt import CHARGED, RESERVED, WORKING, Generation
+from splitlearn_core.manager.loaders.loadable import HOST, MAPPED
 from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, ModelStatus
-from splitlearn_core.manager.work import HOST, MAPPED
 
 _S = ModelStatus
 #: Entries that may be useless before they are looked for.

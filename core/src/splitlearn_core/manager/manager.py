@@ -15,19 +15,15 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from splitlearn_core.errors import (
-    ConfigurationError,
-    DrainTimeoutError,
-    LoadStalledError,
-    UnknownModelError,
-)
+from splitlearn_core.errors import ConfigurationError, DrainTimeoutError, LoadStalledError, UnknownModelError
 from splitlearn_core.manager import messages as m
-from splitlearn_core.manager.config import ModelConfig, show
-from splitlearn_core.manager.lending import AsyncManagedModel, LoadingPlaceholder
-from splitlearn_core.manager.limits import is_amount, limit_problems
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.config import ModelConfig
+from splitlearn_core.manager.config_checks import is_amount, limit_problems
+from splitlearn_core.manager.config_text import show
+from splitlearn_core.manager.event_stream import EventStream
+from splitlearn_core.manager.handles import AsyncManagedModel, LoadingPlaceholder
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits
-from splitlearn_core.manager.records import fresh
 from splitlearn_core.manager.resources import ResourceManager
 from splitlearn_core.manager.shell import Shell
 from splitlearn_core.manager.status import (
@@ -38,11 +34,11 @@ from splitlearn_core.manager.status import (
     ModelInfo,
     ModelStatus,
     UnloadReport,
+    fresh,
 )
-from splitlearn_core.manager.stream import EventStream
 from splitlearn_core.manager.threads import CallPool
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.units import MEGABYTE
+from splitlearn_core.types import MEGABYTE
 
 _NO_KEY: m.Key = ("", 0)
 
@@ -61,7 +57,7 @@ class AsyncModelManager:
                 hidden = await trunk(hidden_states=hidden)
 
     Use it from one event loop. Importing torch and transformers stalls a loop wherever it happens:
-    call :func:`splitlearn_core.manager.imports.preload` before the loop serves anybody.
+    call :func:`splitlearn_core.manager.preload.preload` before the loop serves anybody.
 
     Args:
         max_models: Models that are loaded or loading at once; None for no limit.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.manager.work import HOST, MAPPED
-from splitlearn_core.memory import read_memory
-from splitlearn_core.units import MEGABYTE, human_bytes
+from splitlearn_core.manager.loaders.loadable import HOST, MAPPED
+from splitlearn_core.system_memory import read_memory
+from splitlearn_core.types import MEGABYTE, human_bytes
 
 #: Bytes of this machine's memory that are left to everything else.
 HEADROOM = 512 * 2**20

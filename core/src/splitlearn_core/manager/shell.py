@@ -24,19 +24,17 @@ from splitlearn_core.errors import (
     UnknownModelError,
 )
 from splitlearn_core.manager import messages as m
+from splitlearn_core.manager.attempt import WORKING
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.generation import WORKING
-from splitlearn_core.manager.jobs import LAST_STEPS, Jobs, Stopped
-from splitlearn_core.manager.lending import AsyncManagedModel, CallGate, LoadingPlaceholder
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.event_stream import History
+from splitlearn_core.manager.handles import AsyncManagedModel, CallGate, LoadingPlaceholder
+from splitlearn_core.manager.jobs import LAST_STEPS, Jobs, Slot, Stopped
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
-from splitlearn_core.manager.modes import ModeWatch
-from splitlearn_core.manager.records import fresh, record
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
-from splitlearn_core.manager.slot import Slot
-from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus, UnloadReport
-from splitlearn_core.manager.stream import History
+from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus, UnloadReport, fresh, record
 from splitlearn_core.manager.threads import CallPool, Worker, answering, run_in_thread
+from splitlearn_core.manager.torch_modes import ModeWatch
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError
 from splitlearn_core.plan.splitplan import ComponentPlan, loaded_nbytes
-from splitlearn_core.types import FLOAT_DTYPES, Component, dtype_name, nearest_dtype
-from splitlearn_core.units import human_bytes
+from splitlearn_core.types import FLOAT_DTYPES, Component, dtype_name, human_bytes, nearest_dtype
 
 #: Asks for as much on the GPUs as fits, the rest on the CPU.
 AUTO = "auto"

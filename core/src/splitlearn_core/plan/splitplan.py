@@ -9,7 +9,7 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plan.names import KeyTable
+from splitlearn_core.plan.keys import KeyTable
 from splitlearn_core.quoting import quote
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Component, LayerRange, TensorInfo
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from splitlearn_core.deprecation import deprecated_api, deprecated_field, deprecated_in_hook
 from splitlearn_core.errors import SplitLearnDeprecationWarning
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plugins.asking import hook_functions
+from splitlearn_core.plugins.host import hook_functions
 from splitlearn_core.plugins.metadata import PluginEntry
 
 

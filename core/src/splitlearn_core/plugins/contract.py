@@ -1,13 +1,19 @@
-"""What a hook implementation has to look like, in one place for source code and for live modules."""
+"""What a plugin's hooks have to look like, for live modules and for type checkers."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from splitlearn_core import hookspecs
+
+if TYPE_CHECKING:
+    from splitlearn_core.family import ModelFamily
+    from splitlearn_core.loading_strategy import LoadingStrategy
+
 
 PREFIX = "splitlearn_"
 
@@ -21,6 +27,7 @@ def _specifications() -> dict[str, inspect.Signature]:
 
 
 _SIGNATURES = _specifications()
+
 #: Hook name -> names of its arguments.
 HOOKS = {name: tuple(signature.parameters) for name, signature in _SIGNATURES.items()}
 
@@ -121,3 +128,26 @@ def _bare(annotation: object) -> object:
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
+
+
+class FamilyPlugin(Protocol):
+    """A plugin that provides model families: what an entry point in ``splitlearn.families`` names."""
+
+    def splitlearn_model_families(self) -> Iterable[ModelFamily]:
+        """See :func:`splitlearn_core.hookspecs.splitlearn_model_families`."""
+
+
+class KeyMappingPlugin(Protocol):
+    """A plugin that maps the keys of its checkpoints itself."""
+
+    def splitlearn_map_weight_keys(
+        self, *, family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
+    ) -> Mapping[str, str | None] | None:
+        """See :func:`splitlearn_core.hookspecs.splitlearn_map_weight_keys`."""
+
+
+class StrategyPlugin(Protocol):
+    """A plugin that adds loading strategies: what an entry point in ``splitlearn.strategies`` names."""
+
+    def splitlearn_loading_strategies(self) -> Iterable[LoadingStrategy]:
+        """See :func:`splitlearn_core.hookspecs.splitlearn_loading_strategies`."""

@@ -25,7 +25,8 @@ from splitlearn_core.errors import (
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins import metadata
 from splitlearn_core.plugins.announcing import announce
-from splitlearn_core.plugins.asking import (
+from splitlearn_core.plugins.host import (
+    BLOCK_VARIABLE,
     LoadedPlugin,
     answers,
     broken,
@@ -38,13 +39,12 @@ from splitlearn_core.plugins.asking import (
 )
 from splitlearn_core.plugins.inspection import inspect_source
 from splitlearn_core.plugins.known import is_known, way_out
-from splitlearn_core.plugins.mending import BLOCK_VARIABLE
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.tracing import skipped, trace_as_environment_says
 from splitlearn_core.quoting import listed, quote
 
 if TYPE_CHECKING:
-    from splitlearn_core.checkpoint.strategy import LoadingStrategy
+    from splitlearn_core.loading_strategy import LoadingStrategy
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class PluginRegistry:
             PluginError: The package of the asked name cannot be used, or the family's plugin cannot.
             ConfigurationError: A variable blocks the package of the asked name.
         """
-        from splitlearn_core.checkpoint.strategy import reserved_names
+        from splitlearn_core.loading_strategy import reserved_names
 
         own = self.plugin(family.model_type).strategies if family is not None else ()
         known = {*reserved_names(), *(entry.name for entry in self._of(STRATEGY)), *(item.name for item in own)}

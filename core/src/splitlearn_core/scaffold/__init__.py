@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, PluginConflictError
-from splitlearn_core.paths import user_path
 from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.scaffold.asking import given_config
 from splitlearn_core.scaffold.findings import Derived
 from splitlearn_core.scaffold.package import LICENCES, NO_LICENCE, Names, package_files
 from splitlearn_core.scaffold.writing import check_free, write_folder
+from splitlearn_core.user_paths import user_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.config import CONFIG, read_config
+from splitlearn_core.checkpoint.config_json import CONFIG, read_config
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.loading.opening import unbundled
-from splitlearn_core.paths import user_path
 from splitlearn_core.plugins.known import WRITTEN, way_out
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import quote
+from splitlearn_core.user_paths import user_path
 
 
 def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:

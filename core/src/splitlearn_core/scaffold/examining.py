@@ -12,8 +12,8 @@ import transformers
 from transformers import AutoConfig, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from splitlearn_core.build.cache import CACHE_FIELD
-from splitlearn_core.build.modes import own_state
+from splitlearn_core.build.kv_cache import CACHE_FIELD
+from splitlearn_core.build.torch_state import own_state
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.scaffold.deriving import Parts, derive_parts

@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import torch
 
-from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
-from splitlearn_core.build.component import hf_config
+from splitlearn_core.build.configuration import hf_config
+from splitlearn_core.build.construction import component_from_state_dict
+from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
 from splitlearn_core.build.outside import through_no_layers
-from splitlearn_core.build.state_dict import component_from_state_dict
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.pipeline import SplitCausalLM
-from splitlearn_core.plan.names import map_keys, place_keys
-from splitlearn_core.plan.split import split_layers
+from splitlearn_core.plan.keys import map_keys, place_keys
+from splitlearn_core.plan.split_points import split_layers
 from splitlearn_core.plan.splitplan import kv_bytes_per_layer, plan_components
 from splitlearn_core.quoting import said
 from splitlearn_core.types import Component, TensorInfo

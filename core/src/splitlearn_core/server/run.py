@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, InternalError
-from splitlearn_core.manager.config import ModelConfig, examine, show, unknown_name
-from splitlearn_core.manager.configfile import ConfigFile, read_config_file
-from splitlearn_core.manager.imports import preload
-from splitlearn_core.manager.limits import limit_problems
+from splitlearn_core.manager.config import ConfigFile, ModelConfig, read_config_file
+from splitlearn_core.manager.config_checks import examine, limit_problems, unknown_name
+from splitlearn_core.manager.config_text import show
 from splitlearn_core.manager.manager import AsyncModelManager
+from splitlearn_core.manager.preload import preload
 
 try:
     from splitlearn_core.manager.metrics import LoopLag

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from splitlearn_core.arguments import naming_foreign
-from splitlearn_core.checkpoint.config import ADAPTER_CONFIG
+from splitlearn_core.checkpoint.config_json import ADAPTER_CONFIG
+from splitlearn_core.checkpoint.manifest import MANIFEST, FileRecord, Manifest, render_manifest
+from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
-from splitlearn_core.loading import OpenModel, make_plan, open_model, origins_of, refuse_misfit
-from splitlearn_core.origin import Origin, origin_mismatches
-from splitlearn_core.plan.names import companions
+from splitlearn_core.foreign_arguments import naming_foreign
+from splitlearn_core.loading.load import origins_of
+from splitlearn_core.loading.opening import OpenModel, open_model
+from splitlearn_core.loading.planning import make_plan, refuse_misfit
+from splitlearn_core.plan.keys import companions
 from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.progress import logging_downloads, passing_through, reporting
+from splitlearn_core.storage.atomic import Snapshot, replacing, snapshot
+from splitlearn_core.storage.contents import CONFIG, Part, companion_files, config_text
 from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, as_path, is_split_directory
-from splitlearn_core.storage.manifest import MANIFEST, FileRecord, Manifest, is_plain_name, render_manifest
-from splitlearn_core.storage.replacing import Snapshot, replacing, snapshot
-from splitlearn_core.storage.weights import Tensor, WeightFile, index_of, pack, parse_size
-from splitlearn_core.storage.writing import (
+from splitlearn_core.storage.durable_files import (
     Buffers,
     check_room,
     copy_durably,
@@ -31,33 +31,18 @@ from splitlearn_core.storage.writing import (
     write_text,
     write_weights,
 )
-from splitlearn_core.tokenization import converted_files
+from splitlearn_core.storage.weight_layout import Tensor, WeightFile, index_of, pack, parse_size
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo, dtype_name
 
 if TYPE_CHECKING:
     import torch
 
+    from splitlearn_core.api import SplitModel
     from splitlearn_core.build.component import ComponentModel
     from splitlearn_core.pipeline import SplitCausalLM
-    from splitlearn_core.quickstart import SplitModel
+
 
 INDEX = "model.safetensors.index.json"
-CONFIG, GENERATION = "config.json", "generation_config.json"
-#: Small files that `generate` needs beside the weights, by how their names begin.
-_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A component that is to be saved."""
-
-    origin: Origin
-    own_values: bool
-    tensors: tuple[Tensor, ...]
-    #: Small files to be copied, by the name that they get.
-    copied: Mapping[str, Path]
-    #: Small files to be written, with what they hold.
-    written: Mapping[str, str]
 
 
 @naming_foreign
@@ -108,7 +93,7 @@ def save_split(
     check_target(target, overwrite=overwrite)
     with reporting(progress) as report:
         if not isinstance(source, str | os.PathLike):
-            from splitlearn_core.storage.memory import parts_in_memory
+            from splitlearn_core.storage.from_modules import parts_in_memory
 
             if split_points is not None or dtype != "auto":
                 raise ConfigurationError(
@@ -129,7 +114,7 @@ def save_split(
             if dtype == "auto":
                 saved = _parts_of_checkpoint(model, split_points, asked, report)
             else:
-                from splitlearn_core.storage.memory import parts_converted
+                from splitlearn_core.storage.from_modules import parts_converted
 
                 saved = parts_converted(model, split_points, asked, dtype, report)
         kept = _kept(target, saved)
@@ -244,34 +229,11 @@ def _parts_of_checkpoint(
     return parts
 
 
-def companion_files(model: OpenModel, component: Component, progress: ProgressCallback) -> dict[str, Path]:
-    """Return the small files that go with a component: the trunk has neither words nor tokens.
-
-    A tokenizer that is part of a weight file is made into files.
-    """
-    names = [CONFIG] if model.checkpoint.source.has_config else []
-    if component is not Component.TRUNK:
-        there = sorted(model.checkpoint.source.files())
-        names += [name for name in there if name == GENERATION or (name.startswith(_TOKENIZER) and is_plain_name(name))]
-    # A tokenizer's file is no weight file, whatever it is called.
-    found = {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
-    inside = model.checkpoint.pretrained_arguments()
-    if inside is None or component is Component.TRUNK or any(name.startswith(_TOKENIZER) for name in found):
-        return found
-    file = model.checkpoint.source.path(model.checkpoint.weight_files()[0])
-    return found | converted_files(file, dict(inside), progress)
-
-
-def config_text(config: Mapping[str, Any]) -> str:
-    """Write a ``config.json``."""
-    return json.dumps(config, indent=2) + "\n"
-
-
 def _stored(info: TensorInfo, path: Path, buffers: Buffers) -> Tensor:
     if info.format == SAFETENSORS:
         pieces = range_pieces(path, info.begin, info.end, buffers)
     else:
-        from splitlearn_core.storage.memory import torch_file_pieces
+        from splitlearn_core.storage.from_modules import torch_file_pieces
 
         pieces = torch_file_pieces(path, info)
     return Tensor(info.key, info.dtype, info.shape, info.nbytes, pieces)

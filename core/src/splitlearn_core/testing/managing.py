@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.loaders.loadable import HOST, MAPPED, LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.manager import AsyncModelManager
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.manager.work import HOST, MAPPED, LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.types import Progress
 
 _T = TypeVar("_T")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from splitlearn_core import SplitPlan, plan_split
-from splitlearn_core.plugins.printing import stdout_for_data
+from splitlearn_core.plugins.host import stdout_for_data
 
 
 def told(plan: SplitPlan) -> dict[str, Any]:

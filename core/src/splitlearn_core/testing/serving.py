@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.loader import ModelLoader
+from splitlearn_core.manager.loaders.loadable import MAPPED, LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.manager import AsyncModelManager
-from splitlearn_core.manager.work import MAPPED, LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.server.app import build_app
 from splitlearn_core.server.connections import Pool, Server, uvicorn_config
 from splitlearn_core.server.control import Control

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from splitlearn_core.build.modes import own_state
+from splitlearn_core.build.torch_state import own_state
 from splitlearn_core.testing.installing import write_plugin as write_plugin  # noqa: PLC0414  # it is found here, too
 
 #: Sizes that suit every ordinary decoder; six layers bear all the cuts that tests make.

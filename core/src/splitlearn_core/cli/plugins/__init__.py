@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from splitlearn_core.cli.lazy import LazyGroup
+from splitlearn_core.cli.main import LazyGroup
 from splitlearn_core.cli.plugins.listing import list_options, print_plugins
 
 #: Command -> its module in this package.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import click
 
-from splitlearn_core.cli.options import json_option, print_json, table
+from splitlearn_core.cli.shared_options import json_option, print_json, table
 from splitlearn_core.plugins.metadata import CORE, core_version, summary
 from splitlearn_core.plugins.registry import PluginStatus, registry
 
@@ -43,7 +43,7 @@ def print_plugins(*, check: bool, strategies: bool, as_json: bool) -> int:
 
 def _print_strategies(check: bool, as_json: bool) -> int:
     """Print the loading strategies; return 1 where a check was asked for and found something wrong."""
-    from splitlearn_core.checkpoint.strategy import BUILT_IN
+    from splitlearn_core.readers.selection import BUILT_IN
 
     statuses = [status for status in registry().statuses(check=check) if status.entry.kind == "strategy"]
     added = {strategy.name: strategy for strategy in registry().strategies()} if check else {}

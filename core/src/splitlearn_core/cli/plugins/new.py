@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from splitlearn_core.cli.options import json_option, print_json
+from splitlearn_core.cli.shared_options import json_option, print_json
 
 if TYPE_CHECKING:
     from splitlearn_core.scaffold import NewPlugin

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
-from splitlearn_core.cli.options import json_option, print_json, table
+from splitlearn_core.cli.shared_options import json_option, print_json, table
 
 if TYPE_CHECKING:
     from splitlearn_core.testing.results import Case, Check, FamilyReport

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import pytest
 import torch
 
-from splitlearn_core.build.component import architecture_class
-from splitlearn_core.build.modes import own_state
+from splitlearn_core.build.configuration import architecture_class
+from splitlearn_core.build.torch_state import own_state
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.diagnosis import explain

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from splitlearn_core.build.component import architecture_class
+from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.testing.conformance.base import TIE, TIES, Checks, axes, explained
 from splitlearn_core.testing.conformance.diagnosis import (
     READ_FOR_TIES,

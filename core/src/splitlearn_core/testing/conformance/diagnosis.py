@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from splitlearn_core.build.component import architecture_class
+from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plan.names import map_keys, placement
+from splitlearn_core.plan.keys import map_keys, placement
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.anatomy import Anatomy, anatomy
 from splitlearn_core.testing.conformance.findings import Suspect

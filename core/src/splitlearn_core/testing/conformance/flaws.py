@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.build.component import architecture_class, check_names
+from splitlearn_core.build.configuration import architecture_class
+from splitlearn_core.build.pruning import check_names
 from splitlearn_core.errors import (
     BrokenPluginError,
     IncompatiblePluginError,
@@ -20,8 +21,8 @@ from splitlearn_core.errors import (
     UnknownModelTypeError,
 )
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plan.split import impossible_cuts
-from splitlearn_core.plugins.mending import mend_for
+from splitlearn_core.plan.split_points import impossible_cuts
+from splitlearn_core.plugins.host import mend_for
 from splitlearn_core.plugins.registry import blocked_by, registry
 from splitlearn_core.testing.conformance.diagnosis import MAPPER, misnamed, misplaced, misread
 from splitlearn_core.testing.conformance.findings import Suspect

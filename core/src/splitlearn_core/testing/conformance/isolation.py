@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from splitlearn_core.plugins.mending import BLOCK_VARIABLE
+from splitlearn_core.plugins.host import BLOCK_VARIABLE
 from splitlearn_core.plugins.metadata import FAMILY, PluginEntry, discover
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, reset_registry
 from splitlearn_core.testing.conformance.findings import ConformanceError

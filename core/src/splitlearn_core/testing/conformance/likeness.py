@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from splitlearn_core import SplitCausalLM
-from splitlearn_core.build.component import architecture_class
+from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import batch, labels_of, no_grad, positions, token_ids
 from splitlearn_core.testing.conformance.findings import Suspect, expect

@@ -7,8 +7,8 @@ import asyncio
 import torch
 
 from splitlearn_core import AsyncModelManager, LoadCancelledError, ModelConfig
-from splitlearn_core.manager.loader import ModelLoader
-from splitlearn_core.manager.work import LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.testing.conformance.base import Checks, axes, explained
 from splitlearn_core.testing.conformance.batches import batch, no_grad
 from splitlearn_core.testing.conformance.findings import expect

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from splitlearn_core import ModelRegistry, SplitCausalLM
-from splitlearn_core.build.cache import CACHE_FIELD, cache_argument
+from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import PADDINGS, PROMPT_TOKENS, batch, no_grad, positions, token_ids
 from splitlearn_core.testing.conformance.findings import Suspect, expect

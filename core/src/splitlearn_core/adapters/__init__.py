@@ -1,0 +1,1 @@
+"""PEFT adapters of a whole model on its components."""

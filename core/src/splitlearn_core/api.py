@@ -1,0 +1,451 @@
+"""The short path: a plan, a download list or components from one call. Holds no logic of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
+
+from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, Wanted
+from splitlearn_core.errors import InvalidSplitError
+from splitlearn_core.foreign_arguments import naming_foreign
+from splitlearn_core.loading.load import load_components
+from splitlearn_core.loading.opening import OpenModel, open_model, type_and_model
+from splitlearn_core.loading.options import LoadOptions, check_options, memory_by_strategy
+from splitlearn_core.loading.planning import make_plan, refuse_misfit, wanted_keys
+from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse_max_memory
+from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
+from splitlearn_core.progress import reporting
+from splitlearn_core.types import Component, Progress, ProgressCallback, dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
+
+
+if TYPE_CHECKING:
+    DType: TypeAlias = str | torch.dtype
+_BOTTOM: TypeAlias = Literal["bottom", Component.BOTTOM]
+_TRUNK: TypeAlias = Literal["trunk", Component.TRUNK]
+_TOP: TypeAlias = Literal["top", Component.TOP]
+
+# Parameters have no defaults in typing until Python 3.13: a SplitModel without them has all parts optional.
+if TYPE_CHECKING:
+    import typing_extensions
+
+    _Bottom_co = typing_extensions.TypeVar(
+        "_Bottom_co", bound="BottomModel | None", default="BottomModel | None", covariant=True
+    )
+    _Trunk_co = typing_extensions.TypeVar(
+        "_Trunk_co", bound="TrunkModel | None", default="TrunkModel | None", covariant=True
+    )
+    _Top_co = typing_extensions.TypeVar("_Top_co", bound="TopModel | None", default="TopModel | None", covariant=True)
+else:
+    _Bottom_co, _Trunk_co, _Top_co = (TypeVar(name, covariant=True) for name in ("_Bottom_co", "_Trunk_co", "_Top_co"))
+
+
+class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
+    """The three components of a model; a part that was not asked for is None.
+
+    Its type says which parts there are, where the call says it: what ``parts=("trunk",)`` loads is a
+    ``SplitModel[None, TrunkModel, None]``.
+    """
+
+    bottom: _Bottom_co
+    trunk: _Trunk_co
+    top: _Top_co
+
+    def __repr__(self) -> str:
+        """Name the components in a line; the modules' own repr is theirs."""
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={_summary(part)}' for name, part in self._asdict().items())})"
+        )
+
+
+_MOVED = "give {0} to load_split_model, or move each component: for part in parts: part.{1}(...)"
+_JOINED = "join the components: SplitCausalLM(*parts).{}(...)"
+
+#: Attributes of one model that people look for in a tuple of components, and where these are to be had.
+_MODEL_ATTRIBUTES = {
+    "to": _MOVED.format("device and dtype", "to"),
+    "cuda": _MOVED.format("device='cuda'", "cuda"),
+    "cpu": _MOVED.format("device='cpu'", "cpu"),
+    "half": _MOVED.format("dtype='float16'", "half"),
+    "float": _MOVED.format("dtype='float32'", "float"),
+    "bfloat16": _MOVED.format("dtype='bfloat16'", "bfloat16"),
+    "device": "each component has one: parts.trunk.device",
+    "dtype": "each component has one: parts.trunk.dtype",
+    "config": "each component has the whole model's: parts.trunk.config",
+    "eval": "components are in evaluation mode once loaded",
+    "train": "each component has it: parts.trunk.train()",
+    "parameters": "each component has them: parts.trunk.parameters()",
+    "state_dict": "each component has one: parts.trunk.state_dict()",
+    "forward": _JOINED.format("forward"),
+    "generate": _JOINED.format("generate"),
+    "save_pretrained": "save_split(parts, DIR) saves the components, each into a folder of its own",
+    "push_to_hub": "save_split(parts, DIR) saves the components, each into a folder of its own",
+    "trunks": "there is one trunk: parts.trunk",
+}
+
+
+def _explain_attribute(parts: SplitModel, name: str) -> Any:
+    hint = _MODEL_ATTRIBUTES.get(name)
+    raise AttributeError(f"a SplitModel, a tuple of components, has no {name!r}" + (f"; {hint}" if hint else ""))
+
+
+if not TYPE_CHECKING:  # a type checker is to say of any other attribute that there is none
+    SplitModel.__getattr__ = _explain_attribute
+
+
+def _summary(part: ComponentModel | None) -> str:
+    if part is None:
+        return "None"
+    layers = f"[{part.layer_range.start}, {part.layer_range.end})"
+    return f"<{part.family.model_type} {part.component}, layers {layers}, {dtype_name(part.dtype)}, {part.device}>"
+
+
+class LoadArguments(TypedDict, total=False):
+    """The arguments of :func:`load_split_model` that say nothing of which parts are loaded."""
+
+    device: str | torch.device
+    device_map: str | Mapping[str, str | int | torch.device] | None
+    max_memory: Mapping[int | str, int | str] | None
+    dtype: DType | Mapping[str, DType] | None
+    cache_dir: str | os.PathLike[str] | None
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
+    strategy: str
+    progress: ProgressCallback | Literal[False] | None
+    attn_implementation: str | None
+    strict: bool
+
+
+@naming_foreign
+def plan_split(
+    model_name_or_path: str | os.PathLike[str],
+    split_points: Sequence[int],
+    *,
+    model_type: str | None = None,
+    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    dtype: DType | Mapping[str, DType] | None = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> SplitPlan:
+    """Say what cutting a model gives: layers, parameters, bytes and shards of each component.
+
+    Reads ``config.json`` and the headers of the weight files, over the network only these where the
+    model is on the Hub. Imports neither torch nor transformers, unless there are no weights: then
+    the model is built on the meta device.
+
+    Args:
+        model_name_or_path: A directory, a repository on the Hub, or ``bundled:gpt2``.
+        split_points: ``(a, b)``: bottom is layers ``[0, a)``, trunk ``[a, b)``, top ``[b, N)``.
+        model_type: What the caller expects it to be; by default ``config.json`` says.
+        parts: The components to plan.
+        dtype: The dtype the weights shall have once loaded; ``auto`` as ``from_pretrained``. A mapping
+            gives each component its own, ``{"bottom": "float32", "trunk": "bfloat16"}``.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+
+    Raises:
+        SplitLearnError: With a hint; invalid split points are a ValueError, a missing file is a
+            FileNotFoundError, an unknown model type a KeyError.
+    """
+    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    asked = parse_parts(parts)
+    model = open_model(model_name_or_path, model_type, **hub)
+    plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked))
+    refuse_misfit(model, plan, table)
+    return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
+
+
+@naming_foreign
+def plan_fetch(
+    model_name_or_path: str | os.PathLike[str],
+    split_points: Sequence[int],
+    *,
+    model_type: str | None = None,
+    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    dtype: DType | Mapping[str, DType] | None = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> FetchPlan:
+    """Say what loading components would fetch: files, bytes that are needed, here, and to be transferred.
+
+    Takes the arguments of :func:`plan_split`, and reads no more than that does. Headers, which it
+    reads, are not counted again.
+
+    Returns:
+        A frozen value. Of a directory, everything is here.
+
+    Raises:
+        SplitLearnError: As :func:`plan_split`; and a FileNotFoundError where there are no weights.
+    """
+    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    asked = parse_parts(parts)
+    model = open_model(model_name_or_path, model_type, **hub)
+    return plan_model_fetch(model, split_points, asked, parse_dtypes(dtype, asked))
+
+
+# The literals of one part are none of another's, which mypy does not see in tuples and sequences.
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_BOTTOM, _TRUNK, _TOP] = ...,
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, TrunkModel, TopModel]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_BOTTOM],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, None, None]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_TRUNK],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[None, TrunkModel, None]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_TOP],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[None, None, TopModel]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_BOTTOM, _TRUNK] | tuple[_TRUNK, _BOTTOM] | list[_BOTTOM | _TRUNK],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, TrunkModel, None]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_TRUNK, _TOP] | tuple[_TOP, _TRUNK] | list[_TRUNK | _TOP],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[None, TrunkModel, TopModel]: ...
+
+
+@overload
+def load_split_model(
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_BOTTOM, _TOP] | tuple[_TOP, _BOTTOM] | list[_BOTTOM | _TOP],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel[BottomModel, None, TopModel]: ...
+
+
+@overload
+def load_split_model(
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[str],
+    **arguments: Unpack[LoadArguments],
+) -> SplitModel: ...
+
+
+@naming_foreign
+def load_split_model(
+    model_type: str | os.PathLike[str] | None = None,
+    split_points: Sequence[int] = (),
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    device: str | torch.device = "cpu",
+    device_map: str | Mapping[str, str | int | torch.device] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    dtype: DType | Mapping[str, DType] | None = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    strategy: str = "auto",
+    progress: ProgressCallback | Literal[False] | None = None,
+    attn_implementation: str | None = None,
+    strict: bool = False,
+) -> SplitModel:
+    """Load the asked components of a model, and read no byte of the others.
+
+    Args:
+        model_type: What the model is; None to take what ``config.json`` says. A path, a Hub repository or
+            ``bundled:gpt2`` in its place is the model.
+        split_points: ``(a, b)`` with ``0 < a < b < number of layers``.
+        model_name_or_path: A directory, or a repository on the Hub; by default the family's own.
+        parts: The components to load.
+        device: Where they go.
+        device_map: Where each goes, ``{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}``; or ``auto``:
+            as much on the GPUs as fits, in order, the rest on the CPU.
+        max_memory: What may be used of each device, ``{0: "10GiB", "cpu": "30GiB"}``, as in accelerate.
+            By default nine tenths of what is free on each GPU.
+        dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored. ``torch.float16``,
+            ``"fp16"`` and ``"half"`` are one; ``torch_dtype`` is taken for it. A mapping gives each component
+            its own; ``SplitCausalLM(..., mixed_dtypes=True)`` joins such components.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+        strategy: ``auto``, the cheapest that can; ``mapped``, ``copied``, ``incremental``, ``whole``, or one
+            that a plugin adds.
+        progress: Called with each :class:`Progress`; None for a bar where stderr is a terminal,
+            False for neither.
+        attn_implementation: ``eager``, ``sdpa``, ...; by default what transformers chooses.
+        strict: Refuse a checkpoint with tensors that the model has no place for (a value head, MTP layers).
+            By default they are not read, and named in a warning, as by ``from_pretrained``.
+
+    Returns:
+        A named tuple ``(bottom, trunk, top)``: Hugging Face modules in evaluation mode.
+
+    Raises:
+        SplitLearnError: With a hint, before anything is half made; see :func:`plan_split`.
+    """
+    _check_points(split_points, model_name_or_path)
+    model_type, model_name_or_path = type_and_model(model_type, model_name_or_path)
+    asked = parse_parts(parts)
+    dtypes = parse_dtypes(dtype, asked)
+    options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation, strict=strict)
+    with reporting(progress) as report:
+        report(Progress("resolving"))
+        model = open_model(
+            model_name_or_path,
+            model_type,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        check_options(model, options)
+        plan, table = make_plan(model, split_points, asked, dtypes, fetch=report)
+        components = load_components(model, plan, table, options, report)
+    return SplitModel(*(components.get(component) for component in Component))
+
+
+def _check_points(split_points: object, model_name_or_path: object) -> None:
+    """Notice split points that were given as two arguments; raises InvalidSplitError."""
+    if isinstance(split_points, int) and isinstance(model_name_or_path, int):
+        raise InvalidSplitError(
+            f"split_points is {split_points!r}, and model_name_or_path {model_name_or_path!r}",
+            hint=f"give the split points as one argument: ({split_points}, {model_name_or_path})",
+        )
+
+
+def load_options(
+    asked: Sequence[Component],
+    device: str | torch.device,
+    device_map: str | Mapping[str, str | int | torch.device] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    strategy: str,
+    attn_implementation: str | None,
+    *,
+    strict: bool = False,
+) -> LoadOptions:
+    """Check and put together what :func:`load_split_model` was told; raises ConfigurationError."""
+    return LoadOptions(
+        str(device),
+        strategy,
+        attn_implementation,
+        parse_device_map(device_map, asked),
+        parse_max_memory(max_memory),
+        strict=strict,
+    )
+
+
+#: Small files that a load reads where there are any.
+_SETTINGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_OF_TOP = "generation_config.json"
+
+
+def plan_model_fetch(
+    model: OpenModel,
+    split_points: Sequence[int],
+    parts: Sequence[Component],
+    dtype: str | Mapping[Any, str] = "auto",
+    *,
+    whole: bool = False,
+    others: Iterable[str] = (),
+) -> FetchPlan:
+    """Say which files a load of components needs, and how many bytes of each it would fetch.
+
+    Args:
+        model: The opened checkpoint.
+        split_points: Where to cut.
+        parts: The components to load.
+        dtype: The dtype that is wanted; refused here where a load would refuse it.
+        whole: The unsplit model is loaded, too.
+        others: More files that are read: a tokenizer's, say.
+
+    Raises:
+        SplitLearnError: As a load would raise before it fetches.
+    """
+    checkpoint = model.checkpoint
+    files = checkpoint.source.files()
+    settings = [*_SETTINGS, *([_OF_TOP] if Component.TOP in parts else []), *others]
+    small: Wanted = dict.fromkeys(name for name in settings if name in files)
+    weights = checkpoint.source.plan_fetch({**small, **_weights(model, split_points, parts, dtype, whole)})
+    return FetchPlan(model.name, checkpoint.source.commit, weights)
+
+
+def _weights(
+    model: OpenModel,
+    split_points: Sequence[int],
+    parts: Sequence[Component],
+    dtype: str | Mapping[Any, str],
+    whole: bool,
+) -> Wanted:
+    checkpoint = model.checkpoint
+    # Where there are no weights at all, asking for the files says what is missing.
+    if whole or checkpoint.quantization or not checkpoint.has_weights:
+        return dict.fromkeys(checkpoint.weight_files())
+    if checkpoint.opaque_file is not None:
+        return {checkpoint.opaque_file: None}
+    if not checkpoint.is_describable:
+        # Shards without headers that could be had alone: what they hold is known from the index.
+        return dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
+    plan, table = make_plan(model, split_points, parts, dtype)
+    refuse_misfit(model, plan, table)
+    return checkpoint.wanted(plan.infos)

@@ -1,0 +1,231 @@
+"""Build components: the class of a family and kind, built without weights and pruned, or made of a state dict."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
+from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
+from splitlearn_core.build.configuration import architecture_class, blaming_config, hf_config
+from splitlearn_core.build.kv_cache import cache_argument
+from splitlearn_core.build.pickling import installed_class, reduce_by
+from splitlearn_core.build.pruning import (
+    EnteringLayer,
+    PassLayer,
+    TupleLayer,
+    Zero,
+    layer_at,
+    replace_module,
+    replace_modules,
+    skeleton,
+)
+from splitlearn_core.build.torch_state import own_modes
+from splitlearn_core.errors import (
+    ConfigurationError,
+    InvalidSplitError,
+    TensorMismatchError,
+)
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.keys import map_keys, place_keys
+from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
+from splitlearn_core.plan.split_points import ranges_around
+from splitlearn_core.quoting import SENTENCE, listed
+from splitlearn_core.types import Component, LayerRange, TensorInfo
+
+_KINDS: dict[Component, type[ComponentModel]] = {
+    Component.BOTTOM: BottomModel,
+    Component.TRUNK: TrunkModel,
+    Component.TOP: TopModel,
+}
+
+
+@cache
+def component_class(family: ModelFamily, component: Component) -> type[ComponentModel]:
+    """Return the class of a family's bottom, trunk or top, importing the Hugging Face class."""
+    hf_class, kind = architecture_class(family), _KINDS[component]
+    attributes = {
+        "component": component,
+        "family": family,
+        "cache_argument": cache_argument(hf_class.forward),
+        # The names of the Hugging Face class: save_pretrained writes them, the loss is chosen by
+        # them, and a class of another module would count as remote code.
+        "__module__": hf_class.__module__,
+        "__qualname__": hf_class.__qualname__,
+        # Embedding and head are two components'.
+        "_tied_weights_keys": {},
+        "__reduce_ex__": reduce_by(installed_class, family.model_type, component.value),
+    }
+    return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
+
+
+def build_component(
+    family: ModelFamily,
+    config: Any,
+    component: Component,
+    layer_range: LayerRange,
+    on_layer: Callable[[], None] = lambda: None,
+) -> ComponentModel:
+    """Build a component whose parameters have shapes but no memory yet.
+
+    Args:
+        family: The model's family.
+        config: A Hugging Face configuration of the whole model, which becomes the component's own;
+            its ``dtype`` is that of the weights to come.
+        component: Which component.
+        layer_range: The layers it runs.
+        on_layer: Called before each layer is built; it may raise, and then nothing is left behind.
+    """
+    with skeleton(config.dtype), blaming_config(family, config.name_or_path):
+        model = component_class(family, component)(config, layer_range)
+    layers = []
+    for number in range(layer_range.start, layer_range.end):
+        # Outside the lock and the mode: it may take its time, and use torch.
+        on_layer()
+        with skeleton(config.dtype), blaming_config(family, config.name_or_path):
+            layers.append(layer_at(model, family, number))
+    _prune(model, family, layer_range, layers)
+    base = model.base_model
+    if getattr(base, "gradient_checkpointing", False):
+        # config.json asks for it, and layers that were made after the model do not know.
+        model._set_gradient_checkpointing(gradient_checkpointing_func=base._gradient_checkpointing_func)  # noqa: SLF001  # transformers' own way
+    model.eval()
+    return model
+
+
+def _prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
+    """Keep what the component owns, and make everything else neutral."""
+    base = model.get_submodule(family.base)
+    elsewhere = TupleLayer() if family.layers_return_tuple else PassLayer()
+    slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
+    if family.enter_at_layers and not owned.is_first:
+        slots[0] = EnteringLayer(elsewhere)
+    replace_module(base, family.layers, nn.ModuleList(slots))
+    if not owned.is_first:
+        neutral = {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets}
+        replace_modules(base, neutral)
+    if not owned.is_last:
+        replace_modules(base, {name: PassLayer() for name in family.outlets})
+        replace_module(model, family.head, PassLayer())
+    # A tied head is assigned by the plan: within one component no two parameters are tied.
+    model.all_tied_weights_keys = {}
+
+
+log = logging.getLogger(__name__)
+_MAX_SHOWN = 3
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+@own_modes(gradients=True)
+def component_from_state_dict(
+    family: ModelFamily,
+    component: Component,
+    state_dict: Mapping[str, torch.Tensor],
+    config: Any,
+    start_layer: int | None,
+    end_layer: int | None,
+) -> ComponentModel:
+    """Make a component of the tensors it needs; see :meth:`ComponentModel.from_pretrained_split`."""
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ConfigurationError(
+            "full_state_dict is no mapping from names to tensors", hint="give model.state_dict() of the whole model"
+        )
+    config = _config(family, config)
+    ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
+    table = place_keys(family, config.to_dict(), map_keys(family, state_dict), ranges)
+    sources = table.sources[component]
+    tensors = {key: state_dict[key] for key in sources.values()}
+    _refuse_unusable(tensors)
+    first = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
+    own_config = copy.deepcopy(config)
+    own_config.dtype = first.dtype
+    built = build_component(family, own_config, component, ranges[component])
+    infos = {name: _info(key, state_dict[key]) for name, key in sources.items()}
+    names = unexpected_names(built, infos)
+    sources = {name: key for name, key in sources.items() if name not in names}
+    problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
+    surplus = {**table.unexpected, **{table.sources[component][name]: name for name in sorted(names)}}
+    if surplus and not problems and not any(map(alters_weights, surplus)):
+        log.warning("%s", unread_words("the state dict", family.model_type, sorted(surplus)))
+    elif surplus:
+        problems += unexpected_words(surplus)
+    if problems:
+        raise TensorMismatchError(
+            f"the state dict is not that of a {family.model_type} model; {len(problems)} tensors are wrong:\n  "
+            + listed(problems, "\n  ", most=20, limit=SENTENCE),
+            hint="give model.state_dict() of the whole causal language model, and its own config",
+        )
+    modules = dict(built.named_modules())
+    for name, key in sources.items():
+        tensor = state_dict[key].detach()
+        # One that was made in inference mode could never be trained.
+        assign_tensor(modules, name, tensor.clone() if tensor.is_inference() else tensor)
+    finish(built, str(first.device))
+    return built
+
+
+def _config(family: ModelFamily, config: Any) -> Any:
+    """Return the configuration as the family's own class has it; a mapping is what ``config.json`` says."""
+    if isinstance(config, Mapping):
+        return hf_config(family, config, "the given config", "float32")
+    expected = architecture_class(family).config_class
+    if not isinstance(expected, type) or not isinstance(config, expected):
+        raise ConfigurationError(
+            f"config is a {type(config).__name__}, no configuration of a {family.model_type} model",
+            hint="give model.config of the whole model, or the values of its config.json as a mapping",
+        )
+    return config
+
+
+def _refuse_unusable(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors without memory, and those of several dtypes: a component has one."""
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ConfigurationError(
+            f"{len(empty)} tensors of full_state_dict are on the meta device, and have no memory: "
+            f"{listed(empty, most=_MAX_SHOWN)}",
+            hint="load the weights first, and give the state dict of that model",
+        )
+    dtypes: dict[torch.dtype, list[str]] = {}
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            dtypes.setdefault(tensor.dtype, []).append(key)
+    if len(dtypes) > 1:
+        mixed = "; ".join(f"{dtype}: {listed(keys, most=_MAX_SHOWN)}" for dtype, keys in dtypes.items())
+        raise ConfigurationError(
+            f"the component's tensors are of several dtypes: {mixed}",
+            hint="convert them to one: {key: tensor.to(dtype) for key, tensor in state_dict.items()}",
+        )
+
+
+def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[Component, LayerRange]:
+    """Cut the model so that the component has the asked layers."""
+    first = 0 if start is None else _layer_number(start)
+    last = total if end is None else _layer_number(end)
+    fits = {Component.BOTTOM: first == 0, Component.TRUNK: first > 0 and last < total, Component.TOP: last == total}
+    if not (0 <= first < last <= total and fits[component]):
+        raise InvalidSplitError(
+            f"a {component} of layers [{first}, {last}) does not fit a model of {total} layers",
+            hint="a bottom begins at layer 0, a top ends with the last, a trunk lies between; none is empty",
+        )
+    return ranges_around(component, LayerRange(first, last, total))
+
+
+def _layer_number(value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError("a truth value is no layer number")
+        return operator.index(value)
+    except TypeError as error:
+        raise InvalidSplitError(f"{value!r} is no layer number: {error}", hint="give whole numbers") from error
+
+
+def _info(key: str, tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(key, _STORED.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), "", 0, tensor.nbytes)

@@ -1,0 +1,167 @@
+"""``config.json`` and the index, read as plain JSON: importing a configuration class takes over a second."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.errors import InvalidCheckpointError
+from splitlearn_core.plan.bounds import check_numbers
+from splitlearn_core.quoting import SENTENCE, listed, plain, quote, reason
+
+#: How a file begins that is in another encoding, with a byte order mark and without; the longer ones first.
+_OTHERS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    b"{\0\0\0": "utf-32-le",
+    b"\0\0\0{": "utf-32-be",
+    b"{\0": "utf-16-le",
+    b"\0{": "utf-16-be",
+}
+_ANEW = "fetch or write the file anew"
+
+
+def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        max_bytes: What is longer is none of its kind.
+
+    Raises:
+        InvalidCheckpointError: It is too long, in another encoding, or no JSON object.
+    """
+    with open_regular(path) as file:
+        return parse_object(file.read(max_bytes + 1), str(path), max_bytes)
+
+
+def parse_object(
+    content: bytes, where: str, max_bytes: int, *, kind: str = "file of its kind", hint: str = _ANEW
+) -> dict[str, Any]:
+    """Parse a JSON object; ``content`` may be one byte longer than it should be. Raises as :func:`read_object`."""
+    if len(content) > max_bytes:
+        raise InvalidCheckpointError(f"{where} is over {max_bytes} bytes long, which no {kind} is", hint=hint)
+    encoding = next((name for beginning, name in _OTHERS.items() if content.startswith(beginning)), "")
+    if encoding:
+        raise InvalidCheckpointError(
+            f"{where} is no JSON in UTF-8, but in {encoding}; transformers, too, reads UTF-8 alone",
+            hint=_recode(where, encoding),
+        )
+    try:
+        found = json.loads(content.decode("utf-8-sig"))
+    # A number of thousands of digits is a ValueError, too.
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpointError(f"{where} is no JSON: {reason(error)}", hint=hint) from error
+    if not isinstance(found, dict):
+        raise InvalidCheckpointError(f"{where} holds a JSON {type(found).__name__}, not an object", hint=hint)
+    return found
+
+
+def _recode(where: str, encoding: str) -> str:
+    code = f"import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_bytes(p.read_text('{encoding}').encode())"
+    return f'write it in UTF-8: python -c "{code}" {shlex.quote(where)}'
+
+
+CONFIG = "config.json"
+
+#: Ends of weight files that a package of their own reads: what they are, the package, its folder in a checkout.
+_READ_BY_OTHERS = {".gguf": ("GGUF", "splitlearn-gguf", "./plugins/gguf")}
+
+#: Of an adapter that PEFT saved.
+ADAPTER_CONFIG = "adapter_config.json"
+
+#: The largest configuration in use, with a label for each of many classes, is a few megabytes, and the largest index
+#: a dozen; what is parsed takes twenty times as much.
+MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 10_000_000, 50_000_000
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read ``config.json``.
+
+    Raises:
+        InvalidCheckpointError: It is no JSON object, or names no model type.
+        ConfigurationError: Numbers in it are out of all proportion.
+    """
+    return check_config(read_object(path, MAX_CONFIG_BYTES), str(path))
+
+
+def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a configuration that names its model type; raises as :func:`read_config`, naming ``where``."""
+    if not isinstance(config.get("model_type"), str):
+        raise InvalidCheckpointError(
+            f'{where} has no "model_type", so nothing says which family the model belongs to',
+            hint='add "model_type": "gpt2" (or what it is) to the file',
+        )
+    check_numbers(config, where)
+    return config
+
+
+def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """Read an index file: tensor name -> name of the shard beside it.
+
+    Args:
+        path: The index.
+        suffix: How the names of its shards end.
+
+    Raises:
+        InvalidCheckpointError: It is no index, or it names a shard outside its own folder.
+    """
+    weight_map = read_object(path, _MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index anew")
+    # Each name is judged once: an index has a thousand tensors and a few dozen shards.
+    sound = {shard for shard in {str(shard) for shard in weight_map.values()} if _is_shard_name(shard, suffix)}
+    wrong = [
+        f"{quote(key)} -> {quote(shard)}"
+        for key, shard in weight_map.items()
+        if not isinstance(shard, str) or shard not in sound
+    ]
+    if wrong:
+        shown = listed(sorted(wrong), "; ", limit=SENTENCE)
+        raise InvalidCheckpointError(
+            f"{path} names shards that are no {suffix} files in its own folder: {shown}",
+            hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",
+        )
+    return weight_map
+
+
+def read_index_dtype(path: Path) -> str:
+    """Return the dtype that an index file states in its metadata; empty where it states none."""
+    metadata = read_object(path, _MAX_INDEX_BYTES).get("metadata")
+    stated = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return stated if isinstance(stated, str) else ""
+
+
+def needed_reader(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Return the first file that a package of its own reads, what it is, and the way to have that package; or None."""
+    for name in sorted(names):
+        for suffix, (format_name, package, folder) in _READ_BY_OTHERS.items():
+            if name.lower().endswith(suffix):
+                install = f"pip install {package} (from a checkout: pip install {folder})"
+                return name, format_name, f"{install}; where it is there, splitlearn plugins says why it is not used"
+    return None
+
+
+def base_of(path: Path) -> str:
+    """Return the model that an adapter's configuration names; a word for it where it names none."""
+    try:
+        stated = read_object(path, MAX_CONFIG_BYTES).get("base_model_name_or_path")
+    except InvalidCheckpointError:
+        stated = None
+    return plain(stated) if isinstance(stated, str) and stated else "its base model"
+
+
+def _is_shard_name(shard: str, suffix: str) -> bool:
+    # One plain name under the rules of both systems, whatever this one is.
+    return (
+        shard.endswith(suffix)
+        and "\0" not in shard
+        and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
+    )

@@ -1,0 +1,1 @@
+"""Getting the needed bytes of a repository on the Hub onto this machine."""

@@ -1,0 +1,368 @@
+"""A checkpoint in a repository on the Hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+from splitlearn_core.checkpoint.config_json import CONFIG
+from splitlearn_core.checkpoint.hub.fetch_plan import (
+    FileFetch,
+    Span,
+    Wanted,
+    count,
+    here,
+    merged,
+    pays,
+    to_request,
+    without,
+)
+from splitlearn_core.checkpoint.hub.hub_errors import Asked, guarded
+from splitlearn_core.checkpoint.hub.partial_file import PartialFile, partial_files
+from splitlearn_core.checkpoint.hub.transfer import RangesNotServedError, RemoteFile, fetch_ranges, opened
+from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header, read_header
+from splitlearn_core.errors import (
+    CheckpointError,
+    InsufficientDiskError,
+    InternalError,
+    InvalidCheckpointError,
+    MissingFileError,
+)
+from splitlearn_core.progress import passing_through
+from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+#: Most headers are shorter, so that one request is enough.
+_HEADER_GUESS = 100_000
+
+
+class _Head(NamedTuple):
+    """The first bytes of a file on the Hub, and which version of it they are of."""
+
+    content: bytes
+    #: Empty where the server does not say, or sends no ranges: then the file is fetched whole.
+    etag: str
+    size: int
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Bytes that came, of all files of a fetch, and that are to come."""
+
+    total: int
+    done: int = 0
+
+
+class HubSource:
+    """A checkpoint in a repository on the Hub, through ``huggingface_hub`` and its cache.
+
+    Whole files lie in that cache; files of which only ranges are needed lie beside it, see
+    :mod:`splitlearn_core.checkpoint.hub.partial_file`.
+
+    Args:
+        repo_id: The repository.
+        entrance: The small file that every such repository has; it is fetched first.
+        cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
+
+    Raises:
+        MissingFileError: No such repository or revision, or no access, or nothing cached offline.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        entrance: str = CONFIG,
+        cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        self.model = repo_id
+        self.has_config = entrance == CONFIG
+        self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        self._revision = revision
+        # Everything after the first file is asked for by commit: a push in between changes nothing.
+        first = self._guarded(lambda: self._download(entrance, revision), entrance)
+        self._snapshot = first.parent
+        self._repo_folder = self._snapshot.parent.parent
+        self._commit = self._snapshot.name
+        self.commit: str | None = self._commit
+        self._files: dict[str, int] | None = None
+        self._heads: dict[str, _Head] = {}
+
+    def files(self) -> dict[str, int]:
+        if self._files is None:
+            self._files = self._guarded(self._list_files)
+        return self._files
+
+    def path(self, name: str) -> Path:
+        return self._guarded(lambda: self._download(name, self._commit), name)
+
+    @property
+    def hint_for_missing(self) -> str:
+        if self._offline():
+            return "drop local_files_only or unset HF_HUB_OFFLINE to download it"
+        return "the repository is incomplete: try another revision"
+
+    def require(self, names: Iterable[str]) -> None:
+        absent = [name for name in names if name not in self.files()]
+        if absent:
+            where = "the cache of " if self._offline() else ""
+            raise MissingFileError(
+                f"{where}{self.model}@{self.commit} lacks {', '.join(absent)}, which the asked parts need",
+                hint=self.hint_for_missing,
+            )
+
+    def is_here(self, name: str) -> bool:
+        return (self._snapshot / name).exists()
+
+    def plan_fetch(self, wanted: Wanted) -> tuple[FileFetch, ...]:
+        self.require(wanted)
+        return tuple(self._plan_file(name, spans) for name, spans in wanted.items())
+
+    def fetch(self, wanted: Wanted, progress: ProgressCallback) -> dict[str, Path]:
+        missing = [plan for plan in self.plan_fetch(wanted) if not plan.is_here]
+        if missing and self._offline():
+            raise self._not_cached(missing)
+        if missing:
+            tally = _Tally(sum(plan.fetched for plan in missing))
+            self._check_disk(tally.total)
+            with passing_through(progress) as tell:
+                for plan in missing:
+                    tell(Progress("downloading", None, tally.done, tally.total, plan.name))
+                    self._fetch_file(plan, wanted[plan.name] or (), tally, tell)
+                tell(Progress("downloading", None, tally.total, tally.total))
+        return {name: self._place(name) for name in wanted}
+
+    def header(self, name: str) -> dict[str, TensorInfo]:
+        if self.is_here(name):
+            return read_header(self._snapshot / name)
+        held = self._held(name)
+        if held is not None and _holds_header(held):
+            return read_header(held.path)
+        if self._offline():
+            return read_header(self.path(name))
+        return self._guarded(lambda: self._remote_header(name), name)
+
+    def _plan_file(self, name: str, spans: Iterable[Span] | None) -> FileFetch:
+        size = self.files()[name]
+        asked = None if spans is None else merged(spans)
+        if self.is_here(name):
+            return here(name, size, asked)
+        if asked is None:
+            return FileFetch(name, size, size, 0, size, is_here=False)
+        held, head = self._held(name), self._heads.get(name)
+        coverage = held.coverage().spans if held is not None else ()
+        needed, missing = count(asked), without(asked, coverage)
+        if held is not None and not missing:
+            return here(name, size, asked)
+        known = coverage if head is None else (*coverage, (0, len(head.content)))
+        requested = missing if self._offline() else to_request(asked, known)
+        whole = held is None or not (self._offline() or pays(requested, size))
+        fetched = size if whole else count(requested)
+        return FileFetch(
+            name, size, needed, needed - count(missing), fetched, () if whole else requested, is_here=False
+        )
+
+    def _fetch_file(self, plan: FileFetch, wanted: Sequence[Span], tally: _Tally, tell: ProgressCallback) -> None:
+        before = tally.done
+        held = self._held(plan.name) if plan.is_partial else None
+        if held is not None:
+            try:
+                self._guarded(partial(self._fetch_ranges, plan, held, wanted, tally, tell), plan.name)
+                return
+            except RangesNotServedError:
+                log.info("%s of %s is fetched whole: no ranges of it are served", plan.name, self.model)
+                tally.total += plan.size - plan.fetched + tally.done - before
+                self._check_disk(plan.size)
+                before = tally.done
+        bar = telling_bar(tell, plan.name, plan.size, before, tally.total)
+        self._guarded(partial(self._download, plan.name, self._commit, tqdm_class=bar), plan.name)
+        tally.done = before + plan.size
+
+    def _fetch_ranges(
+        self, plan: FileFetch, held: PartialFile, wanted: Sequence[Span], tally: _Tally, tell: ProgressCallback
+    ) -> None:
+        head = self._heads.get(plan.name)
+        remote = RemoteFile(self.model, plan.name, self._commit, self._options["token"])
+        with closing(byte_bar(plan.name, plan.fetched)) as bar:
+
+            def told(count: int) -> None:
+                tally.done += count
+                bar.update(count)
+                tell(Progress("downloading", None, min(tally.done, tally.total), tally.total, plan.name))
+
+            fetch_ranges(remote, held, wanted, head.content if head is not None else b"", told)
+
+    def _place(self, name: str) -> Path:
+        """Return where a file lies of which all that was asked for is here."""
+        if self.is_here(name):
+            return self._snapshot / name
+        held = self._held(name)
+        if held is None:
+            raise InternalError(f"{name} of {self.model} was fetched and is not here")
+        # Found by its version so far, perhaps: the next time, offline too, it is found by the commit.
+        with held.locked(lambda: None):
+            held.note_commit(self._commit)
+        return held.path
+
+    def _held(self, name: str) -> PartialFile | None:
+        """Return the partial file of this version, which may hold nothing yet; None where the version is not known."""
+        head = self._heads.get(name)
+        if head is not None and head.etag and PurePosixPath(name).name == name:
+            return PartialFile(self._repo_folder, name, head.etag, head.size)
+        return partial_files(self._repo_folder, self._commit).get(name)
+
+    def _remote_header(self, name: str) -> dict[str, TensorInfo]:
+        where = f"{self.model}/{name}"
+        head = self._first_bytes(name, _HEADER_GUESS)
+        needed = LENGTH_BYTES + header_length(where, head.content, head.size or None)
+        if needed > len(head.content):
+            longer = self._first_bytes(name, needed)
+            if longer[1:] != head[1:]:
+                raise InvalidCheckpointError(
+                    f"{where} changed on the Hub while its header was read", hint="run it again to read it as it is now"
+                )
+            head = longer
+        self._heads[name] = head
+        return parse_header(where, head.content, head.size or None)
+
+    def _first_bytes(self, name: str, count: int) -> _Head:
+        """Fetch the beginning of a file, and no more even where the server ignores ranges."""
+        content = bytearray()
+        listed = self.files().get(name) or 0
+        with opened(self.model, name, self._commit, self._options["token"], (0, count)) as (served, chunks):
+            if served.span is not None and served.span[0] != 0:
+                raise CheckpointError(
+                    f"{self.model}/{name}: the Hub was asked for its first bytes and sends others",
+                    hint="another mirror (HF_ENDPOINT) may do better",
+                )
+            for chunk in chunks:
+                content += chunk
+                if len(content) >= count:
+                    break
+        if served.size is None or not served.etag:
+            return _Head(bytes(content[:count]), "", listed)
+        if listed and served.size != listed:
+            raise InvalidCheckpointError(
+                f"{self.model}/{name} has {served.size} bytes on the Hub, which lists it with {listed}",
+                hint="it changed, or the upload is not complete: run it again later",
+            )
+        return _Head(bytes(content[: min(count, served.size)]), served.etag, served.size)
+
+    def _download(self, name: str, revision: str | None, **options: Any) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.model, name, revision=revision, **self._options, **options))
+
+    def _list_files(self) -> dict[str, int]:
+        if self._offline():
+            held = partial_files(self._repo_folder, self._commit)
+            cached = {entry.name: entry.stat().st_size for entry in self._snapshot.iterdir() if entry.is_file()}
+            return {**{name: file.size for name, file in held.items()}, **cached}
+        from huggingface_hub import HfApi
+
+        info = HfApi().model_info(self.model, revision=self._commit, files_metadata=True, token=self._options["token"])
+        return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+
+    def _offline(self) -> bool:
+        from huggingface_hub.constants import is_offline_mode
+
+        return bool(self._options["local_files_only"]) or is_offline_mode()
+
+    def _not_cached(self, missing: Iterable[FileFetch]) -> MissingFileError:
+        parts = ", ".join(f"{plan.needed - plan.cached} of the {plan.needed} bytes of {plan.name}" for plan in missing)
+        return MissingFileError(
+            f"the cache of {self.model}@{self.commit} lacks {parts} that the asked parts need",
+            hint=self.hint_for_missing,
+        )
+
+    def _check_disk(self, needed: int) -> None:
+        free = shutil.disk_usage(self._snapshot).free
+        if needed > free:
+            raise InsufficientDiskError(
+                f"{needed / 2**30:.2f} GiB of {self.model} are to be downloaded; "
+                f"{free / 2**30:.2f} GiB are free in {self._snapshot}",
+                hint="free some space (hf cache rm), or choose another disk with cache_dir= or HF_HOME",
+            )
+
+    def _guarded(self, action: Callable[[], _T], name: str = "") -> _T:
+        asked = Asked(
+            self.model,
+            self._revision,
+            name,
+            self._offline(),
+            self.hint_for_missing,
+            self._options["cache_dir"],
+        )
+        return guarded(action, asked)
+
+
+def _holds_header(held: PartialFile) -> bool:
+    """Say whether the whole header of a partial file is here."""
+    spans = held.coverage().spans
+    if without([(0, LENGTH_BYTES)], spans):
+        return False
+    with open_regular(held.path) as file:
+        length = header_length(str(held.path), file.read(LENGTH_BYTES), held.size)
+    return not without([(0, LENGTH_BYTES + length)], spans)
+
+
+def telling_bar(tell: ProgressCallback, name: str, size: int, before: int, total: int) -> type[Any]:
+    """Return a class of the Hub client's bars that also tells of the bytes of one file.
+
+    Args:
+        tell: Where to tell; if it raises, the client stops, and keeps what it would keep of any
+            download that was cut off.
+        name: The file.
+        size: Its size.
+        before: Bytes of the files before it.
+        total: Bytes of all of them.
+    """
+    from huggingface_hub.utils import tqdm
+
+    told = 0
+
+    class TellingBar(tqdm):
+        # The thread that redraws bars would be one for each class, and stay.
+        monitor_interval = 0
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # Counted here, because a bar that is not shown does not count.
+            self._bytes = int(options.get("initial") or 0)
+            super().__init__(*args, **options)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal told
+            drawn: bool | None = super().update(n)
+            self._bytes += int(n or 0)
+            # Some transfers have two bars, what was received and what was put together from it; and
+            # one that begins anew counts back.
+            if told < min(self._bytes, size):
+                told = min(self._bytes, size)
+                tell(Progress("downloading", None, before + told, total, name))
+            return drawn
+
+    return TellingBar
+
+
+def byte_bar(name: str, total: int) -> Any:
+    """Return a bar of the Hub client's for a transfer of our own: shown where the client would show its own."""
+    from huggingface_hub.utils import tqdm
+
+    class ByteBar(tqdm):
+        monitor_interval = 0
+
+    # None: on a terminal alone.
+    return ByteBar(total=total, desc=name, unit="B", unit_scale=True, name="huggingface_hub.http_get", disable=None)

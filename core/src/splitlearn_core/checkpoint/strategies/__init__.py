@@ -1,1 +1,0 @@
-"""Loading strategies: how planned bytes become tensors. One file for each."""

@@ -1,0 +1,140 @@
+"""Files that ``torch.save`` wrote: opened without running code, and described without reading weights."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from splitlearn_core.checkpoint.regular_files import open_regular, path_of
+from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError
+from splitlearn_core.quoting import listed
+from splitlearn_core.types import PYTORCH, TensorInfo, dtype_names
+
+if TYPE_CHECKING:
+    import torch
+
+#: The first bytes of what torch.save writes since 1.6; only that can be mapped.
+_ZIP = b"PK\x03\x04"
+#: What torch says of a pickle that names anything but tensors and plain values. (An unsupported
+#: operand is what it finds in a file that is no pickle at all.)
+_MORE_THAN_TENSORS = re.compile(r"Unsupported (?!operand)|unsupported GLOBAL")
+#: What torch found stands behind this; before it, how to run the code of the file after all.
+_FOUND = "WeightsUnpickler error: "
+
+
+def is_mappable(path: Path) -> bool:
+    """Say whether the file can be mapped: what older versions of torch wrote has to be read whole."""
+    with open_regular(path) as file:
+        return _is_zip(file)
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    return file.read(len(_ZIP)) == _ZIP
+
+
+def open_torch_file(path: Path, *, hint: str, allow_pickle: bool = False) -> Any:
+    """Return what ``torch.save`` wrote, on the CPU and mapped where that can be.
+
+    Args:
+        path: The file.
+        hint: What to do about a file that holds more than tensors and plain values.
+        allow_pickle: Run the code that such a file names.
+
+    Raises:
+        CheckpointError: The file holds more than tensors, and opening it could run code.
+        InvalidCheckpointError: It is damaged, or no such file.
+    """
+    import torch
+
+    try:
+        with open_regular(path) as file:
+            again, mappable = path_of(file, path), _is_zip(file)
+            return torch.load(again, map_location="cpu", mmap=mappable, weights_only=not allow_pickle)
+    except (MemoryError, SplitLearnError):
+        raise
+    except OSError as error:
+        # torch looks for the end of the archive where the file has no bytes.
+        if error.errno == errno.EINVAL:
+            raise _damaged(path, error) from error
+        raise
+    except pickle.UnpicklingError as error:
+        if not allow_pickle and _MORE_THAN_TENSORS.search(str(error)):
+            # Torch goes on about how to trust what it names.
+            reason = _line(error, _MORE_THAN_TENSORS).partition(" Please use ")[0]
+            raise CheckpointError(
+                f"{path} holds more than tensors, and opening it could run code: {reason}", hint=hint
+            ) from error
+        raise _damaged(path, error) from error
+    # Unpickling runs what the file says, and raises what comes of it.
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of one ``.bin`` file by checkpoint key; those of a mappable file are views of it.
+
+    Raises:
+        CheckpointError: The file holds more than tensors, and opening it could run code.
+        InvalidCheckpointError: It is damaged, or no state dict.
+    """
+    import torch
+
+    saved = open_torch_file(
+        path, hint="use a checkpoint in safetensors, or save a plain state dict: model.save_pretrained(DIR)"
+    )
+    if not isinstance(saved, Mapping) or not saved:
+        what = "an empty mapping" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
+        raise InvalidCheckpointError(
+            f"{path} holds {what}, no state dict", hint="is it the file that save_pretrained or torch.save wrote?"
+        )
+    plain = {key: value for key, value in saved.items() if isinstance(key, str) and _is_plain(value, torch)}
+    if len(plain) < len(saved):
+        wrong = [f"{key!r} ({_words(value, torch)})" for key, value in saved.items() if key not in plain]
+        raise InvalidCheckpointError(
+            f"{path} holds entries that are no plain tensors: {listed(wrong)}",
+            hint="save the state dict alone, on the CPU, without quantised or sparse tensors",
+        )
+    return {key: value.detach() for key, value in plain.items()}
+
+
+def describe_torch_file(path: Path) -> dict[str, TensorInfo]:
+    """Say what tensors a ``.bin`` file holds; raises like :func:`read_state_dict`."""
+    names = dtype_names()
+    return {
+        key: TensorInfo(key, names[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes, PYTORCH)
+        for key, tensor in read_state_dict(path).items()
+    }
+
+
+def _is_plain(value: Any, torch: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in dtype_names()
+    )
+
+
+def _words(value: Any, torch: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
+    return type(value).__name__
+
+
+def _damaged(path: Path, error: Exception) -> InvalidCheckpointError:
+    return InvalidCheckpointError(
+        f"{path} cannot be read as a PyTorch file: {type(error).__name__}: {_line(error)}",
+        hint="is it complete, and was it written by torch.save?",
+    )
+
+
+def _line(error: Exception, words: re.Pattern[str] = re.compile("")) -> str:
+    """Return the first line of a message that holds the words."""
+    text = str(error)
+    lines = text[text.find(_FOUND) + len(_FOUND) if _FOUND in text else 0 :].splitlines()
+    found = [line.strip() for line in lines if line.strip() and words.search(line)]
+    return found[0][:300] if found else ""

@@ -1,0 +1,331 @@
+"""Tokenizers and text generation for people at a command line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError
+from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.quoting import reason, said
+from splitlearn_core.tokenization import load_converted
+from splitlearn_core.types import ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.pipeline import SplitCausalLM
+
+_HINT = "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was generated, and how fast."""
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+def has_tokenizer(model: OpenModel) -> bool:
+    """Say whether the checkpoint carries a tokenizer."""
+    return any(name in model.checkpoint.source.files() for name in _TOKENIZER_FILES)
+
+
+def tokenizer_files(model: OpenModel) -> list[str]:
+    """Return the names of the files that a tokenizer may be made of."""
+    return [name for name in model.checkpoint.source.files() if name.startswith(_TOKENIZER_NAMES)]
+
+
+def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None) -> Any:
+    """Load the checkpoint's own tokenizer: one of the files beside the weights, or one in a weight file.
+
+    Args:
+        model: The checkpoint.
+        progress: Told where the tokenizer has to be made of a weight file first, which takes many seconds.
+
+    Raises:
+        MissingFileError: The checkpoint has none.
+        CheckpointError: The one it has is of no use.
+    """
+    inside: Mapping[str, Any] | None = None
+    source = model.checkpoint.source
+    if has_tokenizer(model):
+        for name in tokenizer_files(model):
+            source.path(name)
+    elif (inside := model.checkpoint.pretrained_arguments()) is None:
+        raise MissingFileError(
+            f"{model.name} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})",
+            hint=_HINT,
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        if inside is not None:
+            return load_converted(source.path(model.checkpoint.weight_files()[0]), dict(inside), progress)
+        return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True)
+    # transformers rebuilds it from what files say, and raises whatever comes of that.
+    except Exception as error:
+        raise CheckpointError(
+            f"{model.name} holds no tokenizer that transformers can use: {said(error)}", hint=_HINT
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, and what ends a text besides the model's own end."""
+
+    #: 0 for the likeliest token each time; above, tokens are drawn.
+    temperature: float = 0.0
+    #: Draw from so many likeliest tokens.
+    top_k: int = 50
+    #: Draw from the likeliest tokens that make up this probability.
+    top_p: float = 1.0
+    #: Makes draws repeatable.
+    seed: int | None = None
+    #: Texts that end what is generated, and are its last part.
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigurationError(
+                f"temperature {self.temperature} is no number from 0", hint="0 takes the likeliest token"
+            )
+        if "" in self.stop:
+            raise ConfigurationError("an empty text stops nothing", hint="leave --stop out, or give it a text")
+
+    def arguments(self, tokenizer: Any) -> dict[str, Any]:
+        """Return this as arguments of ``generate``."""
+        stopping = {"stop_strings": list(self.stop), "tokenizer": tokenizer} if self.stop else {}
+        if self.temperature == 0:
+            return {"do_sample": False, **stopping}
+        drawing = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {"do_sample": True, **drawing, **stopping}
+
+
+def generate_text(
+    model: SplitCausalLM,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    *,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt, handing the text on as it comes.
+
+    Args:
+        model: Bottom, trunk and top.
+        tokenizer: The checkpoint's.
+        prompt: The text to continue.
+        max_new_tokens: How many tokens to add at most.
+        sampling: How they are chosen.
+        on_text: Called with each piece of text, the prompt first.
+
+    Raises:
+        ConfigurationError: The prompt is empty, or the text would not fit the model.
+        CheckpointError: The model's own code fails, on a value of its configuration most likely.
+    """
+    from splitlearn_core.build.torch_state import own_state
+
+    _check_text(prompt)
+    with own_state(gradients=False):
+        encoded = tokenizer(prompt, return_tensors="pt")
+    streamer = _streamer(tokenizer, on_text, skip_prompt=False) if on_text else None
+    output, seconds = _generate(model, tokenizer, encoded, max_new_tokens, sampling, streamer)
+    length = encoded["input_ids"].shape[1]
+    text = tokenizer.decode(output, skip_special_tokens=True)
+    return Generation(prompt, text, length, len(output) - length, seconds)
+
+
+class Conversation:
+    """Messages of a user and a model in turn, in the words of the checkpoint's chat template.
+
+    Args:
+        model: Bottom, trunk and top.
+        tokenizer: The checkpoint's.
+        max_new_tokens: How many tokens an answer has at most.
+        sampling: How they are chosen; draws are made repeatable once, with the first answer.
+        system: What stands before the first message, where that is wanted.
+
+    Raises:
+        ConfigurationError: The tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: SplitCausalLM,
+        tokenizer: Any,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        *,
+        system: str | None = None,
+    ) -> None:
+        check_chat_template(tokenizer)
+        self._model, self._tokenizer = model, tokenizer
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
+        #: What was said so far.
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
+
+    def answer(
+        self,
+        text: str,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Generation:
+        """Answer a message, handing the text on as it comes.
+
+        Args:
+            text: The message.
+            on_text: Called with each piece of the answer.
+            is_stopped: Asked after each token; where it says yes, the answer ends there.
+
+        Returns:
+            Its ``text`` is the answer alone, its ``prompt`` the message.
+
+        Raises:
+            ConfigurationError: The message is empty, the conversation would not fit the model, or the template
+                refuses it. Nothing of it is kept then.
+            CheckpointError: The model's own code fails.
+        """
+        _check_text(text)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        encoded = self._encoded(messages)
+        streamer = _streamer(self._tokenizer, on_text, skip_prompt=True) if on_text else None
+        output, seconds = _generate(
+            self._model, self._tokenizer, encoded, self._max_new_tokens, self._sampling, streamer, is_stopped
+        )
+        self._sampling = replace(self._sampling, seed=None)
+        length = encoded["input_ids"].shape[1]
+        answer = self._tokenizer.decode(output[length:], skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return Generation(text, answer, length, len(output) - length, seconds)
+
+    def _encoded(self, messages: list[dict[str, str]]) -> Any:
+        from splitlearn_core.build.torch_state import own_state
+
+        try:
+            with own_state(gradients=False):
+                return self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+        # A template is a program, which raises what it likes, on roles that it does not know for instance.
+        except Exception as error:
+            raise ConfigurationError(
+                f"the chat template refuses the conversation: {said(error)}",
+                hint="leave --system out, if the template knows no such role; or generate without --chat",
+            ) from error
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """Refuse a tokenizer without a chat template; raises ConfigurationError."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigurationError(
+            "the tokenizer has no chat template: the model is none for conversations, or its template is not here",
+            hint="leave --chat out to continue a text, or put the model's chat_template.jinja beside its tokenizer",
+        )
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"the prompt is no text: {reason(error)}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
+        ) from error
+
+
+def _generate(
+    model: SplitCausalLM,
+    tokenizer: Any,
+    encoded: Any,
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: Any,
+    is_stopped: Callable[[], bool] | None = None,
+) -> tuple[torch.Tensor, float]:
+    """Return the tokens of prompt and continuation, and the seconds that it took."""
+    import torch
+
+    from splitlearn_core.build.torch_state import own_state
+
+    _check_length(model, encoded["input_ids"].shape[1], max_new_tokens)
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    started = time.perf_counter()
+    with own_state(gradients=False), _blaming_config():
+        output = model.generate(
+            input_ids=encoded["input_ids"].to(model.device),
+            attention_mask=encoded["attention_mask"].to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            stopping_criteria=_stopping(is_stopped) if is_stopped else None,
+            **sampling.arguments(tokenizer),
+        )
+    return output[0], time.perf_counter() - started
+
+
+def _stopping(is_stopped: Callable[[], bool]) -> Any:
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Stopped(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), is_stopped(), device=input_ids.device)
+
+    return StoppingCriteriaList([Stopped()])
+
+
+@contextmanager
+def _blaming_config() -> Iterator[None]:
+    """Say that the model's own code fails on its configuration; what fails where the text is shown is not meant."""
+    try:
+        yield
+    except (SplitLearnError, OSError):
+        raise
+    # It meets values that no check of a configuration looks at, and may raise anything.
+    except Exception as error:
+        raise CheckpointError(
+            f"the model fails in transformers: {said(error)}",
+            hint="check the values of config.json; splitlearn verify says whether the unsplit model fails likewise",
+        ) from error
+
+
+def _check_length(model: SplitCausalLM, length: int, new_tokens: int) -> None:
+    if length == 0:
+        raise ConfigurationError("the prompt has no tokens", hint="give at least one word")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length + new_tokens > limit:
+        raise ConfigurationError(
+            f"{length} tokens of prompt and {new_tokens} new ones are more than the {limit} positions of the model",
+            hint=f"ask for at most {max(limit - length, 0)} new tokens, or shorten the prompt",
+        )
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None], *, skip_prompt: bool) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)

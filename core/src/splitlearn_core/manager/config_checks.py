@@ -1,0 +1,388 @@
+"""What each field of a model's configuration takes, and what the manager's limits may be. Pure."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.manager.config import FIELDS
+from splitlearn_core.manager.config_text import near, show
+from splitlearn_core.plan.split_points import MAX_LAYERS
+from splitlearn_core.types import AUTO_DTYPE, FLOAT_DTYPES, MEGABYTE, Component, dtype_name, nearest_dtype
+
+#: Settings that count from 1; those of the second line may be None, for no limit.
+_COUNTS = frozenset({"max_workers", "call_workers", "calls_per_model", "max_failed"})
+_COUNTS_OR_NONE = frozenset({"max_models", "load_threads", "call_threads"})
+
+#: Settings that are a number from 0.
+_AMOUNTS = frozenset({"headroom_mb", "call_queue", "stall_after", "cancel_grace", "close_timeout", "min_residency"})
+_AMOUNTS_OR_NONE = frozenset({"max_memory_mb", "wait_timeout", "stall_timeout", "drain_timeout", "keep_alive"})
+
+#: More than any machine has, and longer than any process lives.
+_MOST = 2.0**43
+
+
+def limit_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the settings that are given, each with what would do."""
+    problems = []
+    for name, value in settings.items():
+        optional = name in _COUNTS_OR_NONE | _AMOUNTS_OR_NONE
+        none = " (or none, for no limit)" if optional else ""
+        if value is None and optional:
+            continue
+        if name in _COUNTS | _COUNTS_OR_NONE and (type(value) is not int or not 1 <= value < _MOST):
+            problems.append(f"{name} is {show(value)}; a whole number from 1 is needed{none}")
+        elif name in _AMOUNTS | _AMOUNTS_OR_NONE and not is_amount(value):
+            problems.append(f"{name} is {show(value)}; a number from 0 to {_MOST:g} is needed{none}")
+        elif name == "when_full" and value not in ("wait", "refuse"):
+            problems.append(f"when_full is {show(value)}; it may be 'wait' or 'refuse'")
+        elif name == "required" and isinstance(value, str):
+            problems.append(f"required is the text {show(value)}; a list of model ids is needed")
+    return problems
+
+
+def is_amount(value: Any) -> bool:
+    """Say whether a value is a number from 0 that is not beyond belief."""
+    # Compared rather than converted: an integer may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+#: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
+HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
+
+#: 2**63 bytes; more is a slip.
+MAX_MEMORY_MB = 2**63 // MEGABYTE
+
+#: Three centuries in seconds; who wants more wants for ever.
+MAX_SECONDS = 10**10
+MAX_THREADS = 4096
+MAX_NAME = 128
+_PAIR = 2
+FIELDS_HINT = "each field is documented in splitlearn_core.ModelConfig"
+NOT_FAMILIES = (HUGGINGFACE, PYTORCH)
+SECRET_FIELDS = frozenset({"token"})
+
+
+def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
+    """Check fields one by one and together.
+
+    Returns:
+        The plain values of the sound fields, and the problems, each beginning with its field.
+    """
+    # The value of an unknown field is not shown: it may be a token under a misspelt name.
+    problems = [unknown_name(name, FIELDS, "field") for name in values if name not in FIELDS]
+    plain: dict[str, Any] = {}
+    bad: set[str] = set()
+    for name, check in _CHECKS.items():
+        if name not in values:
+            continue
+        value = values[name]
+        try:
+            plain[name] = None if value is None and FIELDS[name] is None else check(value)
+        except _RefusedError as error:
+            bad.add(name)
+            problems.append(f"{name}: {'what was given' if name in SECRET_FIELDS else show(value)} {error}")
+    problems += [
+        f"{name}: missing; {_MEANING[name]}" for name in ("model_id", "model_type") if name not in plain.keys() | bad
+    ]
+    return plain, problems + list(_misfits(plain, bad))
+
+
+def complaint(what: str, problems: Sequence[str]) -> ConfigurationError:
+    """Return the error that lists all problems."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigurationError(f"{what} has {count}:\n  " + "\n  ".join(problems), hint=FIELDS_HINT)
+
+
+def unknown_name(name: object, known: Iterable[str], kind: str) -> str:
+    """Say that there is no such field, and which is meant, most likely."""
+    known = tuple(known)
+    return f"{name if _is_plain(name) else show(name)}: unknown {kind}" + (
+        near(name, known) or f"; there are {', '.join(known)}"
+    )
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) is not None
+
+
+class _RefusedError(Exception):
+    """A value that its field does not take; the text goes on after the value."""
+
+
+# What each field takes: a function from the given value to the plain one.
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        quotes = "; put it in quotes" if isinstance(value, int | float) else ""
+        raise _RefusedError(f"is no text{quotes}")
+    if not value:
+        raise _RefusedError("is empty; leave the field out, or say what is meant")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise _RefusedError("holds a character that no text file can hold; write it without")
+    # The plain class: writers of YAML know no other.
+    return str.__str__(value)
+
+
+def _path(value: object) -> str:
+    return _text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def _name(value: object) -> str:
+    name = _text(value)
+    if len(name) > MAX_NAME:
+        raise _RefusedError(f"is {len(name)} characters long; {MAX_NAME} at most")
+    if not name.isprintable():
+        cleaned = "".join(filter(str.isprintable, name)).strip()
+        raise _RefusedError("holds characters that cannot be printed" + (f"; {cleaned!r} would do" if cleaned else ""))
+    if name != name.strip():
+        raise _RefusedError(
+            "begins or ends with a space" + (f"; {name.strip()!r} would do" if name.strip() else ""),
+        )
+    return name
+
+
+def _model_id(value: object) -> str:
+    if isinstance(value, str) and ("/" in value or "\\" in value or value in {".", ".."}):
+        segments = [part for part in re.split(r"[/\\]", value) if part.strip(". ") and part.isprintable()]
+        last = segments[-1][:MAX_NAME].strip() if segments else "my-model"
+        raise _RefusedError(f"is a path, not a name; {last!r} would do, and model_path takes paths")
+    return _name(value)
+
+
+def _model_type(value: object) -> str:
+    name = _name(value)
+    if name.lower() in NOT_FAMILIES and name not in NOT_FAMILIES:
+        raise _RefusedError(f"is spelt {name.lower()!r}")
+    return name
+
+
+def _component(value: object) -> str:
+    name = _text(value)
+    if name not in _COMPONENTS:
+        raise _RefusedError(f"is none of {', '.join(_COMPONENTS)}{near(name, _COMPONENTS)}")
+    return name
+
+
+def _split_points(value: object) -> tuple[int, int]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise _RefusedError("is no pair of layer numbers, (2, 10) say")
+    if len(value) != _PAIR:
+        raise _RefusedError(f"has {len(value)} numbers; two cut a model into bottom, trunk and top")
+    try:
+        first, second = (_integer(point) for point in value)
+    except TypeError:
+        raise _RefusedError("holds something else than integers; a pair such as (2, 10) is needed") from None
+    if not 0 < first < second < MAX_LAYERS:
+        low = min(max(min(first, second), 1), MAX_LAYERS - 2)
+        high = min(max(first, second, low + 1), MAX_LAYERS - 1)
+        raise _RefusedError(f"does not keep to 0 < a < b < {MAX_LAYERS}; the nearest that does is {(low, high)}")
+    return first, second
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a truth value is no number")
+    return operator.index(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        quoted = "; write it without quotes and as plain digits, 1500 say" if isinstance(value, str) else ""
+        raise _RefusedError(f"is no number{quoted}")
+    try:
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except OverflowError:
+        raise _RefusedError("is beyond all bounds") from None
+
+
+def _memory(value: object) -> float:
+    number = _number(value)
+    # Written so that nan, which compares with nothing, is refused.
+    if not 0 < number <= MAX_MEMORY_MB:
+        raise _RefusedError(f"is not above 0 and at most {MAX_MEMORY_MB}; leave it out for no limit")
+    return number
+
+
+def _threads(value: object) -> int:
+    try:
+        number = _integer(value)
+    except TypeError:
+        raise _RefusedError(f"is no integer; 1 to {MAX_THREADS} is possible") from None
+    if not 1 <= number <= MAX_THREADS:
+        raise _RefusedError(f"is not between 1 and {MAX_THREADS}; leave it out for the manager's choice")
+    return number
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _RefusedError("is neither true nor false")
+    return value
+
+
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|[dhms]))+")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[dhms])")
+_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_KEEP_ALIVE = "give seconds or a text such as '5m' or '1h30m'; 0 unloads at once, -1 never"
+
+
+def _keep_alive(value: object) -> float:
+    seconds = _duration(value.strip().lower()) if isinstance(value, str) else _number(value)
+    if seconds < 0 or value == math.inf:
+        return math.inf
+    if not seconds <= MAX_SECONDS:
+        raise _RefusedError(f"is not at most {MAX_SECONDS} seconds; {_KEEP_ALIVE}")
+    # The sum makes 0.0 of -0.0.
+    return float(seconds) + 0.0
+
+
+def _duration(text: str) -> float:
+    if text in {"inf", "forever"}:
+        return -1.0
+    size = text.removeprefix("-")
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", size):
+        seconds = float(size)
+    elif _DURATION.fullmatch(size):
+        seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
+    else:
+        raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
+    return -seconds if text.startswith("-") else seconds
+
+
+_DEVICE = re.compile(r"[a-z]{1,32}(?::(?:0|[1-9][0-9]{0,3}))?")
+
+
+def _device(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise _RefusedError("is no device; write 'cpu', or 'cuda:0' for the first GPU")
+    name = _text(_of_torch(value, "device"))
+    if not _DEVICE.fullmatch(name):
+        guess = re.sub(r"(?<=[a-z])[\s:_-]*(?=[0-9]+$)", ":", name[:MAX_NAME].strip().lower())
+        meant = f"; did you mean {guess!r}?" if _DEVICE.fullmatch(guess) else "; write cpu, cuda, cuda:0 or mps"
+        raise _RefusedError(f"is no device{meant}")
+    return name
+
+
+_DTYPES = (AUTO_DTYPE, *FLOAT_DTYPES)
+
+
+def _dtype(value: object) -> str:
+    name = dtype_name(_text(_of_torch(value, "dtype")))
+    if name not in _DTYPES:
+        raise _RefusedError(f"is none of {', '.join(_DTYPES)}; did you mean {nearest_dtype(name)!r}?")
+    return name
+
+
+def _of_torch(value: object, kind: str) -> object:
+    """Return an object of torch as torch writes it; told by its class's name, so as not to import torch."""
+    return str(value) if (type(value).__module__, type(value).__name__) == ("torch", kind) else value
+
+
+def _architecture(value: object) -> str:
+    name = _text(value)
+    module, colon, attribute = name.partition(":")
+    if not (_is_dotted(module) and _is_dotted(attribute)):
+        module, _, attribute = name.rpartition(".")
+        sound = not colon and _is_dotted(module) and _is_dotted(attribute)
+        meant = f"; did you mean '{module}:{attribute}'?" if sound else ""
+        raise _RefusedError(f"does not name a class as 'package.module:Class' does{meant}")
+    return name
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def _token(value: object) -> str | bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or not value:
+        raise _RefusedError("is neither a text nor true; leave it out for the environment's own")
+    if not (value.isascii() and value.isprintable()) or value != value.strip():
+        raise _RefusedError("holds spaces at its ends, a line break or another character that no token has")
+    return str.__str__(value)
+
+
+_COMPONENTS = tuple(str(component) for component in Component)
+_CHECKS: Mapping[str, Callable[[object], Any]] = {
+    "model_id": _model_id,
+    "model_type": _model_type,
+    "model_path": _path,
+    "component": _component,
+    "split_points": _split_points,
+    "device": _device,
+    "dtype": _dtype,
+    "max_memory_mb": _memory,
+    "warmup": _flag,
+    "keep_alive": _keep_alive,
+    "pinned": _flag,
+    "required": _flag,
+    "allow_paging": _flag,
+    "strategy": _text,
+    "strict": _flag,
+    "attn_implementation": _text,
+    "revision": _text,
+    "cache_dir": _path,
+    "token": _token,
+    "local_files_only": _flag,
+    "architecture": _architecture,
+    "allow_pickle": _flag,
+    "load_threads": _threads,
+}
+
+#: What a field is, said where it is missing.
+_MEANING = {
+    "model_id": "give the model a name",
+    "model_type": f"name an installed family, {HUGGINGFACE!r} or {PYTORCH!r}",
+    "component": f"a family's model is loaded in parts, so one of {', '.join(_COMPONENTS)} is needed",
+    "split_points": "a family's model is cut in two places, (2, 10) say",
+    "architecture": "the weights fill a class, 'package.module:Class' (allow_pickle=True does without, and runs code)",
+}
+_MODEL_PATH = {HUGGINGFACE: "give a directory or a Hub id", PYTORCH: "give the path of the .pt or .pth file"}
+
+#: Fields that would change nothing: to take them in silence would mislead.
+_REFUSED = {
+    HUGGINGFACE: ("component", "split_points", "strategy", "strict", "architecture", "allow_pickle"),
+    PYTORCH: ("component", "split_points", "strategy", "strict", "attn_implementation", "revision"),
+}
+_REFUSED_FOR_FAMILY = ("architecture", "allow_pickle")
+_NEEDED = {HUGGINGFACE: ("model_path",), PYTORCH: ("model_path", "architecture")}
+_NEEDED_FOR_FAMILY = ("component", "split_points")
+
+
+def _misfits(plain: Mapping[str, Any], bad: set[str]) -> Iterator[str]:
+    """Say which fields the model type needs or does not take; nothing of those that are wrong anyway."""
+    kind = plain.get("model_type")
+    if kind is None:
+        return
+    for name in _NEEDED.get(kind, _NEEDED_FOR_FAMILY):
+        done_without = name == "architecture" and (plain.get("allow_pickle") or "allow_pickle" in bad)
+        if plain.get(name) is None and name not in bad and not done_without:
+            meaning = _MODEL_PATH[kind] if name == "model_path" else _MEANING[name]
+            guess = near(kind, NOT_FAMILIES) if kind not in NOT_FAMILIES else ""
+            yield f"{name}: missing; {meaning}{guess and guess + f' ({kind!r} is taken for a family)'}"
+    for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
+        if plain.get(name, FIELDS[name]) != FIELDS[name]:
+            yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
+        elif name in bad:
+            yield f"{name}: not for model type {kind!r} at all, {_WHY[name]}; leave it out"
+
+
+_OF_FAMILIES = "only for a family's"
+_WHY = {
+    "component": f"{_OF_FAMILIES}: it is loaded whole",
+    "split_points": f"{_OF_FAMILIES}: it is loaded whole",
+    "strategy": _OF_FAMILIES,
+    "strict": _OF_FAMILIES,
+    "attn_implementation": "only for models of transformers",
+    "revision": "only for models of the Hub",
+    "architecture": f"only for {PYTORCH!r}",
+    "allow_pickle": f"only for {PYTORCH!r}",
+}

@@ -1,0 +1,98 @@
+"""One component of a family's model, as the plugin of the family has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.loading.load import import_builders, load_components
+from splitlearn_core.loading.opening import OpenModel, open_model
+from splitlearn_core.loading.options import LoadOptions, check_options, memory_needed
+from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.manager.config import ModelConfig
+from splitlearn_core.manager.loaders.loadable import (
+    HOST,
+    MAPPED,
+    LoadPlan,
+    ReportProgress,
+    Version,
+    refuse_changes,
+    versions,
+)
+from splitlearn_core.manager.resources import ledger_of
+from splitlearn_core.plan.keys import KeyTable
+from splitlearn_core.plan.splitplan import SplitPlan
+from splitlearn_core.types import Component, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class _Details:
+    model: OpenModel
+    plan: SplitPlan
+    table: KeyTable
+    options: LoadOptions
+    files: Mapping[Path, Version]
+
+
+def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
+    """Find the files, fetch what is missing, and say what loading takes."""
+    report(Progress("resolving"))
+    if config.component is None or config.split_points is None:
+        raise ConfigurationError(
+            f"{config.model_id} has no component or no split points", hint="a family's model is loaded in components"
+        )
+    component = Component(config.component)
+    model = open_model(config.model_path, config.model_type, **hub_options(config))
+    options = LoadOptions(config.device, config.strategy, config.attn_implementation, strict=config.strict)
+    check_options(model, options)
+    split, table = make_plan(model, config.split_points, (component,), config.dtype, fetch=report)
+    paths = model.checkpoint.fetch_tensors(split.infos, report)
+    memory = memory_needed(model, split, options, paths)
+    needs, keeps = {HOST: memory.peak, MAPPED: memory.mapped}, {HOST: memory.kept, MAPPED: memory.mapped}
+    if config.device != "cpu":
+        ledger, loaded = ledger_of(config.device), split.component(component).loaded_bytes(split.dtype)
+        for charge in (needs, keeps):
+            charge[ledger] = charge.get(ledger, 0) + loaded
+    location = model.checkpoint.folder
+    files = versions(paths.values())
+    return LoadPlan(
+        needs, keeps, str(location), split.dtype, config.device, _Details(model, split, table, options, files)
+    )
+
+
+def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
+    """Build the component and read its weights; all of it or nothing."""
+    details: _Details = plan.details
+    refuse_changes(details.files)
+
+    def tell(progress: Progress) -> None:
+        # It is ready once it is verified.
+        if progress.stage != "ready":
+            report(progress)
+
+    # Before any bytes are asked for, so that importing is not counted as a stall of reading.
+    report(Progress("importing"))
+    import_builders(details.model.family)
+    (part,) = details.plan.components
+    options = replace(details.options, on_layer=partial(report, Progress("building", part.component)))
+    module = load_components(details.model, details.plan, details.table, options, tell)[part.component]
+    report(Progress("verifying", part.component, part.nbytes, part.nbytes))
+    refuse_changes(details.files)
+    return module
+
+
+def hub_options(config: ModelConfig) -> dict[str, Any]:
+    """Return what the configuration says of the Hub."""
+    return {
+        "cache_dir": config.cache_dir,
+        "revision": config.revision,
+        "token": config.token,
+        "local_files_only": config.local_files_only,
+    }

@@ -1,0 +1,181 @@
+"""From checkpoint keys to module keys, and from module keys to components."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.types import Component, LayerRange
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTable:
+    """Where the tensors of a checkpoint go.
+
+    The tied tensor is one checkpoint key with two module keys; :attr:`sources` therefore runs from
+    module key to checkpoint key.
+    """
+
+    #: Component -> module key -> checkpoint key.
+    sources: Mapping[Component, Mapping[str, str]]
+    #: Checkpoint keys that are used in more than one component.
+    tied: tuple[str, ...]
+    #: Checkpoint keys that have no place in a model of the family -> the module key that each would be.
+    unexpected: Mapping[str, str]
+    #: Two tensors for one place, in words.
+    problems: tuple[str, ...]
+    #: Module keys that config ties but the file holds apart: equal or not is known only by value.
+    apart: tuple[str, str] | None
+
+
+def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, str | None]:
+    """Map checkpoint keys to module keys by the family's tables; None leaves a tensor out.
+
+    Some checkpoints name their tensors relative to the base module (GPT-2's on the Hub), some
+    relative to the whole model; both are understood.
+    """
+    roots = (f"{family.base}.", f"{family.head}.")
+    mapped: dict[str, str | None] = {}
+    for key in checkpoint_keys:
+        name = key
+        for old, new in family.renamed:
+            name = name.replace(old, new)
+        if name.endswith(family.ignored_suffixes):
+            mapped[key] = None
+        else:
+            mapped[key] = name if name.startswith(roots) else f"{family.base}.{name}"
+    return mapped
+
+
+def place_keys(
+    family: ModelFamily,
+    config: Mapping[str, Any],
+    mapping: Mapping[str, str | None],
+    ranges: Mapping[Component, LayerRange],
+) -> KeyTable:
+    """Give every tensor of a checkpoint to the component that holds its module.
+
+    What has no place is noted, not raised: a load warns of it, or reports it together with what is missing.
+    """
+    origins: dict[str, str] = {}
+    twice: list[str] = []
+    for key, name in sorted(mapping.items()):
+        if name is not None and origins.setdefault(name, key) != key:
+            twice.append(f"{origins[name]} and {key} (both are {name})")
+    tied = bool(family.config_value(config, "tie_word_embeddings"))
+    embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
+    apart = (embedding, head) if tied and embedding in origins and head in origins else None
+    if tied and apart is None:
+        # One tensor, two names: either may be the one that was written.
+        for present, absent in ((embedding, head), (head, embedding)):
+            if present in origins and absent not in origins:
+                origins[absent] = origins[present]
+    sources: dict[Component, dict[str, str]] = {component: {} for component in Component}
+    unexpected: dict[str, str] = {}
+    component_of = placement(family, ranges)
+    for name, key in origins.items():
+        component = component_of(name)
+        if component is None:
+            unexpected[key] = name
+        else:
+            sources[component][name] = key
+    problems = [f"twice: {pair}" for pair in sorted(twice)]
+    users: dict[str, int] = {}
+    for table in sources.values():
+        for key in table.values():
+            users[key] = users.get(key, 0) + 1
+    shared = tuple(sorted(key for key, count in users.items() if count > 1))
+    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), apart)
+
+
+def placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Callable[[str], Component | None]:
+    """Return a function from a module key to the component that holds it, or None where none does."""
+    owners = [component for component in Component for _ in range(len(ranges[component]))]
+    layers = f"{family.base}.{family.layers}."
+    bottom = tuple(f"{family.base}.{inlet}." for inlet in family.inlets)
+    top = (*(f"{family.base}.{outlet}." for outlet in family.outlets), f"{family.head}.")
+
+    def component_of(name: str) -> Component | None:
+        if name.startswith(layers):
+            # Parsed, not matched as text: layers.1 is no prefix of layers.10.
+            number = name[len(layers) :].partition(".")[0]
+            return owners[int(number)] if number.isdecimal() and int(number) < len(owners) else None
+        if name.startswith(top):
+            return Component.TOP
+        return Component.BOTTOM if name.startswith(bottom) else None
+
+    return component_of
+
+
+def companions(table: KeyTable, checkpoint_keys: Iterable[str]) -> dict[Component, tuple[str, ...]]:
+    """Say with which component the tensors go that no module wants, the masks of old checkpoints say.
+
+    Each goes where the tensors lie whose names are the most like its own.
+    """
+    owners = {key: component for component in reversed(Component) for key in table.sources[component].values()}
+    homes: dict[str, Component] = {}
+    for key, component in owners.items():
+        while "." in key:
+            key = key.rpartition(".")[0]  # noqa: PLW2901  # the name of the module around it
+            homes.setdefault(key, component)
+    found: dict[Component, list[str]] = {component: [] for component in Component}
+    for key in sorted(set(checkpoint_keys) - owners.keys()):
+        around = key
+        while around and around not in homes:
+            around = around.rpartition(".")[0]
+        found[homes.get(around, Component.BOTTOM)].append(key)
+    return {component: tuple(keys) for component, keys in found.items()}
+
+
+#: At most one layer of so many may lack something for that to look like a loss: types of models whose layers
+#: differ on purpose have more of each kind.
+_ONE_OF = 4
+_NAMED = 3
+
+
+def uneven_layers(prefix: str, module_keys: Iterable[str]) -> tuple[str, ...]:
+    """Say of each layer what it lacks that nearly all others have.
+
+    It is no proof of a fault: the layers of a type may differ on purpose. So a layer that has something of its
+    own instead (one with no experts among layers with experts) is left alone.
+
+    Args:
+        prefix: Of the layers' module keys, up to their numbers: ``model.layers.``.
+        module_keys: The tensors that are there.
+    """
+    holders: dict[str, set[int]] = defaultdict(set)
+    for key in module_keys:
+        number, _, name = key.removeprefix(prefix).partition(".")
+        if key.startswith(prefix) and number.isdecimal() and name:
+            holders[name].add(int(number))
+    layers = set().union(*holders.values())
+    usual = {name for name, having in holders.items() if len(layers - having) * _ONE_OF <= len(layers)}
+    peculiar = set().union(*(having for name, having in holders.items() if name not in usual))
+    lacking: dict[tuple[int, tuple[int, ...]], list[str]] = defaultdict(list)
+    for name in sorted(usual):
+        for layer in layers - holders[name] - peculiar:
+            lacking[layer, tuple(sorted(holders[name]))].append(name)
+    return tuple(
+        f"layer {layer} lacks {_some(names)}, which layers {number_ranges(having)} have"
+        for (layer, having), names in sorted(lacking.items())
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Write sorted numbers as ``0-6 and 8-11``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))

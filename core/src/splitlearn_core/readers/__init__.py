@@ -1,0 +1,1 @@
+"""Loading strategies: planned bytes become tensors. Knows no family."""

@@ -1,0 +1,191 @@
+"""Copies of planned bytes, on any device and in any dtype: large reads by several threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.errors import InvalidCheckpointError
+from splitlearn_core.loading_strategy import ReadPlan, refused_formats
+from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
+from splitlearn_core.readers.checks import refuse_other_files
+from splitlearn_core.readers.staging import (
+    Landing,
+    Piece,
+    Slot,
+    cut,
+    is_staged,
+    make_landing,
+    reader_count,
+    slot_bytes,
+    slot_count,
+)
+from splitlearn_core.types import SAFETENSORS
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def reading(
+    pieces: Sequence[Piece], paths: Mapping[str, Path], landing: Landing[Slot]
+) -> Iterator[Iterator[tuple[Piece, Slot | None]]]:
+    """Read pieces in parallel; yield an iterator over them in the order in which they arrive.
+
+    A slot that comes with a piece has to be put back into ``landing.free`` once it is empty. When
+    the block is left, however it is, the threads have ended.
+    """
+    coming, arrived = iter(pieces), SimpleQueue[tuple[Piece, Slot | None] | BaseException]()
+    stopped = threading.Event()
+    arguments = (coming, paths, landing, arrived, stopped)
+    threads = [
+        threading.Thread(target=_work, args=arguments, name="splitlearn-reader", daemon=True)
+        for _ in range(min(reader_count(), len(pieces)))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield _arrivals(len(pieces), arrived)
+    finally:
+        stopped.set()
+        for _ in threads:
+            landing.free.put(None)  # whoever waits for a slot is woken
+        for thread in threads:
+            thread.join()
+
+
+def _arrivals(
+    count: int, arrived: SimpleQueue[tuple[Piece, Slot | None] | BaseException]
+) -> Iterator[tuple[Piece, Slot | None]]:
+    for _ in range(count):
+        item = arrived.get()
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+def _work(
+    coming: Iterator[Piece],
+    paths: Mapping[str, Path],
+    landing: Landing[Slot],
+    arrived: SimpleQueue[tuple[Piece, Slot | None] | BaseException],
+    stopped: threading.Event,
+) -> None:
+    """Read one piece after the other; several threads take from one iterator."""
+    # What goes wrong is raised where the pieces are wanted.
+    try:
+        with ExitStack() as files:
+            # A file for each thread: the kernel reads ahead by open file.
+            opened: dict[str, int] = {}
+            for piece in coming:
+                slot = landing.free.get() if landing.needs_slot(piece) else None
+                if stopped.is_set():
+                    return
+                if piece.shard not in opened:
+                    opened[piece.shard] = files.enter_context(open_regular(paths[piece.shard], buffering=0)).fileno()
+                _fill(opened[piece.shard], piece, landing.views(piece, slot), paths[piece.shard])
+                arrived.put((piece, landing.landed(piece, slot)))
+    except BaseException as error:  # noqa: BLE001  # handed over, not swallowed
+        arrived.put(error)
+
+
+def _fill(descriptor: int, piece: Piece, views: list[memoryview], path: Path) -> None:
+    done, total = 0, piece.nbytes
+    while done < total:
+        count = _read(descriptor, views, piece.begin + done)
+        if count == 0:
+            raise ends_early(piece, done, path)
+        done += count
+        while count and views:
+            taken = min(count, len(views[0]))
+            count -= taken
+            views[0] = views[0][taken:]
+            if not views[0]:
+                views.pop(0)
+
+
+def ends_early(piece: Piece, done: int, path: Path) -> InvalidCheckpointError:
+    """Say which tensor a file does not hold to its end."""
+    position, at = 0, piece.spans[-1]
+    for span in piece.spans:
+        position += span.nbytes
+        if done < position:
+            at = span
+            break
+    return InvalidCheckpointError(
+        f"{path} ends at byte {piece.begin + done}, in the middle of {at.planned.info.key}, "
+        f"which goes to byte {at.planned.info.end}",
+        hint="it was cut or replaced after it was planned: load it again once it is complete",
+    )
+
+
+def _read_each(descriptor: int, views: Sequence[memoryview], position: int) -> int:
+    """Read into the first place alone, where the system cannot read into several at once."""
+    os.lseek(descriptor, position, os.SEEK_SET)
+    content = os.read(descriptor, len(views[0]))
+    views[0][: len(content)] = content
+    return len(content)
+
+
+_read: Callable[[int, Sequence[memoryview], int], int] = getattr(os, "preadv", _read_each)
+
+
+#: Bytes that are read with one call. Those that are converted or moved are read in smaller pieces,
+#: which are still in the processor's cache when they are.
+CHUNK_BYTES = 8 * 2**20
+STAGED_BYTES = 2**20
+
+
+class CopiedStrategy:
+    """Tensors in memory of their own, on any device and in any dtype.
+
+    Where they are wanted as they are stored, the system reads straight into their memory. Where
+    they are to be converted or moved, pieces go through a few buffers that are used again.
+    """
+
+    name = "copied"
+    reads = "safetensors, in any dtype, on any device; in parallel"
+
+    def refusal(self, plan: ReadPlan) -> str:
+        return refused_formats(plan, SAFETENSORS)
+
+    def anonymous_bytes(self, plan: ReadPlan) -> int:
+        kept = sum(loaded_nbytes(tensor, plan.dtype) for tensor in plan.tensors) if plan.device == "cpu" else 0
+        return kept + self.passing_bytes(plan)
+
+    def passing_bytes(self, plan: ReadPlan) -> int:
+        pieces = _pieces(plan)
+        return slot_count(pieces, plan) * slot_bytes(pieces)
+
+    def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+        refuse_other_files(plan)
+        pieces = _pieces(plan)
+        landing = make_landing(plan, pieces)
+        missing = {planned.module_key: planned.info.nbytes for planned in plan.tensors}
+        for planned in plan.tensors:
+            if not planned.info.nbytes:
+                yield planned, landing.tensors.pop(planned.module_key)
+        try:
+            with reading(pieces, plan.paths, landing) as arrivals:
+                for piece, slot in arrivals:
+                    landing.settle(piece, slot)
+                    plan.on_bytes(piece.nbytes)
+                    for span in piece.spans:
+                        key = span.planned.module_key
+                        missing[key] -= span.nbytes
+                        if not missing[key]:
+                            yield span.planned, landing.tensors.pop(key)
+        finally:
+            landing.finish()
+        refuse_other_files(plan)
+
+
+def _pieces(plan: ReadPlan) -> list[Piece]:
+    staged = any(is_staged(plan, planned) for planned in plan.tensors)
+    return cut(plan.tensors, STAGED_BYTES if staged else CHUNK_BYTES)

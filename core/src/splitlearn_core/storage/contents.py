@@ -1,0 +1,61 @@
+"""What the folder of a saved component will hold: tensors, copied files, written files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.checkpoint.manifest import is_plain_name
+from splitlearn_core.checkpoint.origin import Origin
+from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.storage.weight_layout import Tensor
+from splitlearn_core.tokenization import converted_files
+from splitlearn_core.types import Component, ProgressCallback
+
+if TYPE_CHECKING:
+    pass
+
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+#: Small files that `generate` needs beside the weights, by how their names begin.
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A component that is to be saved."""
+
+    origin: Origin
+    own_values: bool
+    tensors: tuple[Tensor, ...]
+    #: Small files to be copied, by the name that they get.
+    copied: Mapping[str, Path]
+    #: Small files to be written, with what they hold.
+    written: Mapping[str, str]
+
+
+def companion_files(model: OpenModel, component: Component, progress: ProgressCallback) -> dict[str, Path]:
+    """Return the small files that go with a component: the trunk has neither words nor tokens.
+
+    A tokenizer that is part of a weight file is made into files.
+    """
+    names = [CONFIG] if model.checkpoint.source.has_config else []
+    if component is not Component.TRUNK:
+        there = sorted(model.checkpoint.source.files())
+        names += [name for name in there if name == GENERATION or (name.startswith(_TOKENIZER) and is_plain_name(name))]
+    # A tokenizer's file is no weight file, whatever it is called.
+    found = {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
+    inside = model.checkpoint.pretrained_arguments()
+    if inside is None or component is Component.TRUNK or any(name.startswith(_TOKENIZER) for name in found):
+        return found
+    file = model.checkpoint.source.path(model.checkpoint.weight_files()[0])
+    return found | converted_files(file, dict(inside), progress)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Write a ``config.json``."""
+    return json.dumps(config, indent=2) + "\n"

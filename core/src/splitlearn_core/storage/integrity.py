@@ -1,0 +1,156 @@
+"""Whether saved components are what was saved, and belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.errors import SplitLearnError
+from splitlearn_core.loading.opening import open_model
+from splitlearn_core.loading.planning import make_plan, refuse_misfit
+from splitlearn_core.progress import passing_through
+from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, file_problems
+from splitlearn_core.storage.durable_files import hash_file, range_pieces
+from splitlearn_core.types import Component, Progress, ProgressCallback, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class SavedVerification:
+    """What was found of saved components; nothing is wrong where there are no problems."""
+
+    path: str
+    components: tuple[Component, ...]
+    #: Whether they are bottom, trunk and top: a whole model.
+    complete: bool
+    #: Bytes that were hashed.
+    nbytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "components": [str(component) for component in self.components],
+            "complete": self.complete,
+            "bytes": self.nbytes,
+            "sound": self.sound,
+            "problems": list(self.problems),
+        }
+
+
+def verify_saved(
+    *directories: str | os.PathLike[str], progress: ProgressCallback = lambda _: None
+) -> SavedVerification:
+    """Check saved components: hashes, sizes, tensors, ties, and whether they belong together.
+
+    Args:
+        directories: What :func:`save_split` made, or folders of components.
+        progress: Called with each :class:`Progress`; it may raise to stop.
+
+    Returns:
+        All that is wrong, at once.
+
+    Raises:
+        MissingFileError: There are no saved components.
+        InvalidCheckpointError: A manifest is not sound.
+    """
+    split = SplitDirectory.open(*directories)
+    total = sum(record.size for saved in split.components.values() for record in saved.manifest.files.values())
+    done = 0
+
+    with passing_through(progress) as tell:
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            tell(Progress("hashing", None, done, total))
+
+        problems = split.mismatches() + absent_problems(split)
+        readable = []
+        for saved in split.components.values():
+            found = file_problems(saved)
+            if not found:
+                readable.append(saved)
+                found = hash_problems(saved, count) + tensor_problems(saved)
+            problems += found
+    problems += tie_problems(readable)
+    names = tuple(split.components)
+    shown = " ".join(os.fspath(directory) for directory in directories)
+    return SavedVerification(shown, names, names == tuple(Component), done, tuple(dict.fromkeys(problems)))
+
+
+def absent_problems(split: SplitDirectory) -> list[str]:
+    """Say which components were saved into the same directory, and are gone."""
+    wanted = {name for saved in split.components.values() for name in saved.manifest.saved_with}
+    lone = len(split.components) == 1 and next(iter(split.components.values())).folder == split.path
+    gone = [name for name in Component if name in wanted and name not in split.components]
+    return [] if lone else [f"the {name} that was saved with the others is missing" for name in gone]
+
+
+def hash_problems(saved: SavedComponent, on_bytes: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Read the files of a component, and hold their hashes against its manifest."""
+    return [
+        f"{saved.folder / name} is not what was saved: its SHA-256 is another"
+        for name, record in saved.manifest.files.items()
+        if hash_file(saved.folder / name, on_bytes).sha256 != record.sha256
+    ]
+
+
+def tensor_problems(saved: SavedComponent) -> list[str]:
+    """Say whether the tensors are those of the layers that the manifest names."""
+    origin = saved.manifest.origin
+    try:
+        model = open_model(saved.folder, origin.model_type)
+        refuse_misfit(model, *make_plan(model, origin.split_points, (origin.component,), origin.dtype))
+    except SplitLearnError as error:
+        return [f"{saved.folder}: {error.message}"]
+    return []
+
+
+def tie_problems(components: list[SavedComponent]) -> list[str]:
+    """Say which tensors two components hold with different values."""
+    first: dict[str, tuple[SavedComponent, TensorInfo]] = {}
+    problems = []
+    for saved in components:
+        for key, info in tensors_of(saved).items():
+            other, theirs = first.setdefault(key, (saved, info))
+            if other is not saved and not _equal(other.folder, theirs, saved.folder, info):
+                names = f"{other.manifest.component} and {saved.manifest.component}"
+                problems.append(f"{key} is one tensor for {names}, and they hold different values of it")
+    return problems
+
+
+def tensors_of(saved: SavedComponent) -> dict[str, TensorInfo]:
+    """Describe the tensors of a saved component by their checkpoint keys."""
+    checkpoint = Checkpoint(open_source(saved.folder))
+    return checkpoint.tensors(checkpoint.weight_map)
+
+
+def configuration_problems(split: SplitDirectory) -> list[str]:
+    """Say whether the components have different configurations; who wrote the file, and the dtype, do not count."""
+    from splitlearn_core.checkpoint.origin import fingerprint
+
+    found: dict[str, Path] = {}
+    for saved in split.components.values():
+        path = saved.folder / "config.json"
+        found.setdefault(fingerprint(Checkpoint(open_source(saved.folder)).config, ()), path)
+    paths = list(found.values())
+    return [f"{path} is another configuration than {paths[0]}" for path in paths[1:]]
+
+
+def _equal(folder: Path, one: TensorInfo, other_folder: Path, other: TensorInfo) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(left == right for left, right in zip(_pieces(folder, one), _pieces(other_folder, other), strict=True))
+
+
+def _pieces(folder: Path, info: TensorInfo) -> Iterator[memoryview]:
+    return range_pieces(folder / info.shard, info.begin, info.end)()

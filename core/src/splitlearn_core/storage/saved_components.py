@@ -1,0 +1,172 @@
+"""Load saved components: one, or all of a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
+from splitlearn_core.foreign_arguments import naming_foreign
+from splitlearn_core.quoting import SENTENCE, listed
+from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, file_problems
+from splitlearn_core.types import Component, ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitlearn_core.api import SplitModel
+    from splitlearn_core.build.component import ComponentModel
+
+
+@naming_foreign
+def load_component(
+    directory: str | os.PathLike[str],
+    component: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    strategy: str = "auto",
+    attn_implementation: str | None = None,
+    verify: bool = False,
+    progress: ProgressCallback | Literal[False] | None = None,
+) -> ComponentModel:
+    """Load a saved component; bit-equal to what :func:`load_split_model` makes of the source.
+
+    Args:
+        directory: What :func:`save_split` made, or the folder of one component in it.
+        component: ``bottom``, ``trunk`` or ``top``; may be left out where there is only one.
+        device, strategy, attn_implementation, progress: As in :func:`load_split_model`.
+        dtype: ``auto`` for what the source loads as.
+        verify: Read all files first and compare their hashes with the manifest.
+
+    Raises:
+        MissingFileError: There is no such component.
+        InvalidCheckpointError: The files are not those that were saved.
+    """
+    saved = _choose(SplitDirectory.open(directory), component)
+    return load_saved([saved], device, dtype, strategy, attn_implementation, verify=verify, progress=progress)[
+        saved.manifest.component
+    ]
+
+
+@naming_foreign
+def load_split_directory(
+    directory: str | os.PathLike[str],
+    *others: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    strategy: str = "auto",
+    attn_implementation: str | None = None,
+    verify: bool = False,
+    progress: ProgressCallback | Literal[False] | None = None,
+) -> SplitModel:
+    """Load all saved components that are there; a part that is not is None.
+
+    Args:
+        directory: What :func:`save_split` made, or the folder of one component.
+        others: Further ones, where the components lie apart.
+        device, dtype, strategy, attn_implementation, verify, progress: As in :func:`load_component`.
+
+    Raises:
+        ConfigurationError: They do not belong together; both sides are named.
+        CheckpointError: As there.
+    """
+    split = SplitDirectory.open(directory, *others)
+    problems = split.mismatches()
+    if problems:
+        raise ConfigurationError(
+            f"these components do not belong together: {listed(problems, '; ', limit=SENTENCE)}",
+            hint="load components of one source and one split",
+        )
+    loaded = load_saved(
+        list(split.components.values()),
+        device,
+        dtype,
+        strategy,
+        attn_implementation,
+        verify=verify,
+        progress=progress,
+    )
+    from splitlearn_core.api import SplitModel
+
+    return SplitModel(*(loaded.get(component) for component in Component))
+
+
+def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
+    """Let embedding and head be one parameter where the configuration ties them, as one load would."""
+    from splitlearn_core.build.assemble import tie_if_equal
+
+    family, origin = bottom.family, bottom.origin
+    if (bottom.device, bottom.dtype) != (top.device, top.dtype):
+        return  # One parameter has one device and one dtype.
+    if origin is not None and family.config_value(origin.config, "tie_word_embeddings"):
+        embedding = f"{family.base}.{family.embedding}.weight"
+        equal = tie_if_equal(bottom, embedding, top, f"{family.head}.weight")
+        # A checkpoint may hold both apart, whatever it says; one that holds one tensor for both has one value.
+        if not equal and top.origin is not None and origin.keys.get(embedding) in {*origin.ties} & {*top.origin.ties}:
+            raise ConfigurationError(
+                f"{origin.keys[embedding]} is one tensor for bottom and top, and they hold different values of it",
+                hint="give ends that were saved together, or load each alone with load_component",
+            )
+
+
+def load_saved(
+    components: list[SavedComponent],
+    device: str | torch.device | Mapping[Component, str] = "cpu",
+    dtype: str | torch.dtype | Mapping[Component, str] = "auto",
+    strategy: str = "auto",
+    attn_implementation: str | None = None,
+    *,
+    verify: bool = False,
+    progress: ProgressCallback | Literal[False] | None = None,
+) -> dict[Component, ComponentModel]:
+    """Load saved components, each by the ordinary path: its folder is a checkpoint that holds a part.
+
+    Device and dtype are one for all, or a mapping that has each component's.
+    """
+    from splitlearn_core.api import load_split_model
+    from splitlearn_core.plan.placement import parse_dtypes
+    from splitlearn_core.storage.integrity import hash_problems
+
+    problems = [problem for saved in components for problem in file_problems(saved)]
+    if verify and not problems:
+        problems = [problem for saved in components for problem in hash_problems(saved)]
+    if problems:
+        raise InvalidCheckpointError(
+            f"{len(problems)} files are not as they were saved: {listed(problems, '; ', limit=SENTENCE)}",
+            hint="copy the component anew, or save it again",
+        )
+    loaded = {}
+    for saved in components:
+        origin = saved.manifest.origin
+        named = parse_dtypes(dtype, (origin.component,))[origin.component]
+        parts = load_split_model(
+            origin.model_type,
+            origin.split_points,
+            saved.folder,
+            parts=(origin.component,),
+            device=device[origin.component] if isinstance(device, Mapping) else device,
+            dtype=origin.dtype if named == "auto" else named,
+            strategy=strategy,
+            attn_implementation=attn_implementation,
+            progress=progress,
+        )
+        model: Any = getattr(parts, origin.component)
+        loaded[origin.component] = model
+    if {Component.BOTTOM, Component.TOP} <= loaded.keys():
+        _tie(loaded[Component.BOTTOM], loaded[Component.TOP])
+    return loaded
+
+
+def _choose(found: SplitDirectory, component: str | None) -> SavedComponent:
+    if component is None and len(found.components) == 1:
+        return next(iter(found.components.values()))
+    there = ", ".join(found.components)
+    if component is None:
+        raise ConfigurationError(f"{found.path} holds {there}", hint="say which component is meant")
+    if component not in set(Component):
+        raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {', '.join(Component)}")
+    if component not in found.components:
+        raise MissingFileError(f"{found.path} holds {there}, and no {component}", hint="name the folder that holds it")
+    return found.components[Component(component)]

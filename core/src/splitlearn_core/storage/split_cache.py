@@ -1,0 +1,161 @@
+"""A directory that keeps one split of one model: checked, and loaded from instead of the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from splitlearn_core.checkpoint.manifest import holds_components
+from splitlearn_core.checkpoint.origin import Origin
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.plan.placement import parse_dtypes
+from splitlearn_core.plan.splitplan import parse_parts
+from splitlearn_core.plugins.registry import registry
+from splitlearn_core.storage.directory import SplitDirectory
+from splitlearn_core.storage.saved_components import load_saved
+from splitlearn_core.types import Component, ProgressCallback
+from splitlearn_core.user_paths import user_path
+
+if TYPE_CHECKING:
+    from splitlearn_core.api import SplitModel
+    from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.loading.options import LoadOptions
+
+log = logging.getLogger(__name__)
+
+
+def create_kept(
+    directory: Path,
+    model_type: str | None,
+    model: str | os.PathLike[str] | None,
+    split_points: tuple[int, int],
+    parts: Sequence[str],
+    loading: Mapping[str, Any],
+    hub: Mapping[str, Any],
+    *,
+    save: bool,
+) -> SplitModel:
+    """Load a split from where it is kept, or else from its source, and keep it then if that is wished.
+
+    Args:
+        directory: Where it is kept.
+        model_type, model, split_points, parts: As in :func:`load_split_model`.
+        loading: Its arguments that say how they are loaded, all of them.
+        hub: Its arguments about the Hub.
+        save: Keep what had to be loaded from the source.
+
+    Raises:
+        ConfigurationError: It is to be kept where another split is, or something else.
+        SplitLearnError: As :func:`load_split_model` and :func:`save_split`.
+    """
+    from splitlearn_core.api import SplitModel, load_options, load_split_model
+    from splitlearn_core.storage.saving import check_target, save_split
+
+    how = dict(loading)
+    asked, progress = parse_parts(parts), how.pop("progress")
+    dtypes = parse_dtypes(how.pop("dtype"), asked)
+    options = load_options(asked, **how)
+    name = model if model is not None or model_type is None else registry().family(model_type).default_model
+    kept, why = find_kept(directory, model_type, name or "", hub["revision"], split_points, asked)
+    if kept is not None:
+        log.info("Loading from %s, where this split of %s is kept", directory, name)
+        components = load_kept(kept, dtypes, options, progress)
+        return SplitModel(*(components.get(component) for component in Component))
+    if save and holds_components(directory):
+        raise ConfigurationError(
+            f"{directory} holds another split than the one that is to be kept there: {why}",
+            hint="choose another storage_path, or remove what is there",
+        )
+    if save:
+        check_target(directory, overwrite=False)
+    elif directory.exists():
+        log.warning("%s does not hold this split: %s. It is loaded from its source", directory, why)
+    loaded = load_split_model(model_type, split_points, model, parts=parts, **loading, **hub)
+    if save:
+        log.info("Saving %s of %s to %s", ", ".join(asked), name, directory)
+        save_split(name or "", directory, split_points, parts=asked, model_type=model_type, progress=progress, **hub)
+    return loaded
+
+
+def find_kept(
+    directory: Path,
+    model_type: str | None,
+    model: str | os.PathLike[str],
+    revision: str | None,
+    split_points: tuple[int, int],
+    parts: Sequence[Component],
+) -> tuple[SplitDirectory | None, str]:
+    """Find a split in the directory where it is kept; the source itself is not looked at.
+
+    A split is known by the name of its source, by the commit where ``revision`` names one, and by its
+    split points. Another kind of revision, a branch say, may have moved on, and so is never found.
+
+    Returns:
+        The split, of the asked parts alone, or None and the reason why it is not this one.
+    """
+    if not directory.is_dir() or not holds_components(directory):
+        return None, "it holds no saved components"
+    kept = SplitDirectory.open(directory)
+    missing = [str(part) for part in parts if part not in kept.components]
+    reasons = [f"it has no {', '.join(missing)}"] if missing else []
+    for saved in kept.components.values():
+        origin = saved.manifest.origin
+        if not _is_source(origin, model, revision):
+            commit = f"@{origin.commit}" if origin.commit else ""
+            reasons.append(f"its {origin.component} is that of {origin.model}{commit}")
+        if model_type not in (None, origin.model_type):
+            reasons.append(f"its {origin.component} is a {origin.model_type}")
+        if origin.split_points != split_points:
+            reasons.append(f"its {origin.component} was cut at {origin.split_points}")
+        if saved.manifest.own_values:
+            reasons.append(f"its {origin.component} has values of its own, not the source's")
+    reasons += kept.mismatches()
+    if reasons:
+        return None, "; ".join(reasons)
+    return replace(kept, components={part: kept.components[part] for part in parts}), ""
+
+
+def load_kept(
+    kept: SplitDirectory,
+    dtypes: Mapping[Component, str],
+    options: LoadOptions,
+    progress: ProgressCallback | Literal[False] | None,
+) -> dict[Component, ComponentModel]:
+    """Load what was kept, each component on its device and in its dtype; raises as a load from the source."""
+    from splitlearn_core.api import plan_split
+    from splitlearn_core.loading.options import choose_devices
+
+    plans = []
+    for component, saved in kept.components.items():
+        origin = saved.manifest.origin
+        named: Any = dtypes[component]
+        plans.append(
+            plan_split(
+                saved.folder,
+                origin.split_points,
+                model_type=origin.model_type,
+                parts=(component,),
+                dtype=origin.dtype if named == "auto" else named,
+            )
+        )
+    devices = choose_devices(replace(plans[0], components=tuple(plan.components[0] for plan in plans)), options)
+    return load_saved(
+        list(kept.components.values()),
+        devices,
+        dtypes,
+        options.strategy,
+        options.attn_implementation,
+        progress=progress,
+    )
+
+
+def _is_source(origin: Origin, model: str | os.PathLike[str], revision: str | None) -> bool:
+    name = os.fspath(model)
+    same = origin.model == name or (
+        user_path(name).is_dir() and user_path(origin.model).absolute() == user_path(name).absolute()
+    )
+    return same and (revision is None or origin.commit == revision)
