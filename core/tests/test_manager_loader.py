@@ -743,7 +743,7 @@ class TestChunks:
         world.install(
             "llama",
             world.source("llama").replace('architecture="', 'preferred_strategy="mine", architecture="')
-            + "\nfrom splitlearn_core.checkpoint.strategy import CopiedStrategy\n"
+            + "\nfrom splitlearn_core.readers.copied import CopiedStrategy\n"
             "class Mine(CopiedStrategy):\n    name = 'mine'\n"
             "@hookimpl\ndef splitlearn_loading_strategies():\n    return [Mine()]\n",
         )

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.light
 GROUP = "splitlearn.strategies"
 #: Modules that these tests write.
 OURS = ("strategy_", "splitlearn_llama", "splitlearn_alpha", "first_", "second_")
-HEAD = "from splitlearn_core import hookimpl\nfrom splitlearn_core.checkpoint.strategy import CopiedStrategy\n"
+HEAD = "from splitlearn_core import hookimpl\nfrom splitlearn_core.readers.copied import CopiedStrategy\n"
 
 
 def source(*names: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from splitlearn_core.plan.splitplan import PlannedTensor
-from splitlearn_core.readers.selection import BUILT_IN
 from splitlearn_core.types import FLOAT_DTYPES, OPAQUE, TensorInfo
 
 if TYPE_CHECKING:
@@ -168,8 +167,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 AUTO = "auto"
+#: Core's own strategies, in the order in which ``auto`` tries them; the classes are in ``readers``.
+BUILT_IN_NAMES = ("mapped", "copied", "incremental", "whole")
 
 
 def reserved_names() -> tuple[str, ...]:
     """Return the names that no added strategy may take."""
-    return (AUTO, *(strategy.name for strategy in BUILT_IN))
+    return (AUTO, *BUILT_IN_NAMES)

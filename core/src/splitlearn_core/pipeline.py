@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from splitlearn_core.adapters.peft_models import adapter_mismatches, refuse_adapters
+from splitlearn_core.api import load_split_model
 from splitlearn_core.build.assemble import keeping_ties
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.configuration import architecture_class
@@ -24,7 +25,7 @@ from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.loading.load import load_components
-from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.loading.opening import OpenModel, open_model
 from splitlearn_core.loading.options import (
     LoadOptions,
     check_options,
@@ -34,10 +35,6 @@ from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import Component, ProgressCallback
-
-if TYPE_CHECKING:
-    pass
-
 
 _PARTS = tuple(component.value for component in Component)
 
@@ -313,7 +310,6 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigurationError: A checkpoint without split points, or saved components with them.
         """
-        from splitlearn_core.api import load_split_model
         from splitlearn_core.storage.saved_components import load_split_directory
 
         name = pretrained_model_name_or_path
@@ -518,8 +514,6 @@ def load_pipeline(
     Raises:
         ConfigurationError: Components are missing, or an option is for checkpoints alone.
     """
-    from splitlearn_core.loading.opening import open_model
-
     split = SplitDirectory.open(directory)
     missing = [str(component) for component in Component if component not in split.components]
     problems = [f"the {name} is missing" for name in missing]
@@ -552,5 +546,4 @@ def load_all(
     check_options(model, options)
     plan, table = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
     parts = load_components(model, plan, table, options, progress)
-
     return SplitCausalLM(*(parts[component] for component in Component), mixed_dtypes=isinstance(dtype, Mapping))

@@ -254,10 +254,9 @@ def _differences(loads: list[_Loaded]) -> list[str]:
 
 def _components(parts: Parts) -> list[ComponentModel]:
     from splitlearn_core.build.component import ComponentModel
-    from splitlearn_core.pipeline import SplitCausalLM
 
-    if isinstance(parts, SplitCausalLM):
-        parts = parts.components
+    # A SplitCausalLM, which is built on this module.
+    parts = getattr(parts, "components", parts)
     given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
     wrong = sorted({type(part).__name__ for part in given if not isinstance(part, ComponentModel)})
     if wrong or not given:

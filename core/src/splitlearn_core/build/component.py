@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -47,6 +47,8 @@ class ComponentModel(PreTrainedModel):
     family: ClassVar[ModelFamily]
     #: What the Hugging Face class calls its key-value cache.
     cache_argument: ClassVar[str]
+    #: Builds an instance from the tensors of a state dict; set where the class is made, in ``construction``.
+    _from_state_dict: ClassVar[Callable[..., Any]]
     #: The layers of the whole model that this component runs.
     layer_range: LayerRange
     #: Where the component comes from; None where it was made of a state dict.
@@ -95,9 +97,7 @@ class ComponentModel(PreTrainedModel):
             InvalidSplitError: There are no such layers.
             TensorMismatchError: Tensors are missing, unexpected or mis-shaped; all are listed.
         """
-        from splitlearn_core.build.construction import component_from_state_dict
-
-        return component_from_state_dict(cls.family, cls.component, full_state_dict, config, start_layer, end_layer)
+        return cls._from_state_dict(cls.family, cls.component, full_state_dict, config, start_layer, end_layer)
 
     @property
     def start_layer(self) -> int:

@@ -54,6 +54,7 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
     attributes = {
         "component": component,
         "family": family,
+        "_from_state_dict": staticmethod(component_from_state_dict),
         "cache_argument": cache_argument(hf_class.forward),
         # The names of the Hugging Face class: save_pretrained writes them, the loss is chosen by
         # them, and a class of another module would count as remote code.

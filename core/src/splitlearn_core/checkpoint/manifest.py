@@ -9,7 +9,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from splitlearn_core.checkpoint.config_json import parse_object
 from splitlearn_core.checkpoint.origin import Origin
@@ -19,10 +19,6 @@ from splitlearn_core.plan.split_points import MAX_LAYERS
 from splitlearn_core.quoting import SENTENCE, listed, quote
 from splitlearn_core.types import FLOAT_DTYPES, Component
 from splitlearn_core.user_paths import user_path
-
-if TYPE_CHECKING:
-    pass
-
 
 MANIFEST = "split_manifest.json"
 FORMAT, VERSION = "splitlearn-split", 1

@@ -19,8 +19,8 @@ from splitlearn_core.manager.config_checks import (
     FIELDS_HINT,
     NOT_FAMILIES,
     SECRET_FIELDS,
+    check_fields,
     complaint,
-    examine,
     unknown_name,
 )
 from splitlearn_core.manager.config_text import dump_toml, dump_yaml, near, read_table, show
@@ -185,6 +185,13 @@ class ModelConfig:
 
 #: Field -> its default; ``dataclasses.MISSING`` for the two that have none.
 FIELDS: Mapping[str, Any] = {spec.name: spec.default for spec in dataclasses.fields(ModelConfig)}
+
+
+def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
+    """Check the fields of a model, one by one and together; see :func:`check_fields`."""
+    return check_fields(values, FIELDS)
+
+
 _NO_PART_OF_THE_LOAD = frozenset({"keep_alive", "pinned", "required", "token"})
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.manager.config import FIELDS
 from splitlearn_core.manager.config_text import near, show
 from splitlearn_core.plan.split_points import MAX_LAYERS
 from splitlearn_core.types import AUTO_DTYPE, FLOAT_DTYPES, MEGABYTE, Component, dtype_name, nearest_dtype
@@ -69,14 +68,18 @@ NOT_FAMILIES = (HUGGINGFACE, PYTORCH)
 SECRET_FIELDS = frozenset({"token"})
 
 
-def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
+def check_fields(values: Mapping[Any, object], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Check fields one by one and together.
 
+    Args:
+        values: Field -> what was given.
+        defaults: Every field there is -> its default.
+
     Returns:
-        The plain values of the sound fields, and the problems, each beginning with its field.
+        The plain values of the valid fields, and the problems, each beginning with its field.
     """
     # The value of an unknown field is not shown: it may be a token under a misspelt name.
-    problems = [unknown_name(name, FIELDS, "field") for name in values if name not in FIELDS]
+    problems = [unknown_name(name, defaults, "field") for name in values if name not in defaults]
     plain: dict[str, Any] = {}
     bad: set[str] = set()
     for name, check in _CHECKS.items():
@@ -84,14 +87,14 @@ def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
             continue
         value = values[name]
         try:
-            plain[name] = None if value is None and FIELDS[name] is None else check(value)
+            plain[name] = None if value is None and defaults[name] is None else check(value)
         except _RefusedError as error:
             bad.add(name)
             problems.append(f"{name}: {'what was given' if name in SECRET_FIELDS else show(value)} {error}")
     problems += [
         f"{name}: missing; {_MEANING[name]}" for name in ("model_id", "model_type") if name not in plain.keys() | bad
     ]
-    return plain, problems + list(_misfits(plain, bad))
+    return plain, problems + list(_misfits(plain, bad, defaults))
 
 
 def complaint(what: str, problems: Sequence[str]) -> ConfigurationError:
@@ -357,7 +360,7 @@ _NEEDED = {HUGGINGFACE: ("model_path",), PYTORCH: ("model_path", "architecture")
 _NEEDED_FOR_FAMILY = ("component", "split_points")
 
 
-def _misfits(plain: Mapping[str, Any], bad: set[str]) -> Iterator[str]:
+def _misfits(plain: Mapping[str, Any], bad: set[str], defaults: Mapping[str, Any]) -> Iterator[str]:
     """Say which fields the model type needs or does not take; nothing of those that are wrong anyway."""
     kind = plain.get("model_type")
     if kind is None:
@@ -369,7 +372,7 @@ def _misfits(plain: Mapping[str, Any], bad: set[str]) -> Iterator[str]:
             guess = near(kind, NOT_FAMILIES) if kind not in NOT_FAMILIES else ""
             yield f"{name}: missing; {meaning}{guess and guess + f' ({kind!r} is taken for a family)'}"
     for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
-        if plain.get(name, FIELDS[name]) != FIELDS[name]:
+        if plain.get(name, defaults[name]) != defaults[name]:
             yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
         elif name in bad:
             yield f"{name}: not for model type {kind!r} at all, {_WHY[name]}; leave it out"

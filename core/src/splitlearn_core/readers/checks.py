@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.errors import BrokenPluginError, InvalidCheckpointError, MissingFileError, SplitLearnError
-from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan, torch_dtype
+from splitlearn_core.loading_strategy import BUILT_IN_NAMES, LoadingStrategy, ReadPlan, torch_dtype
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.quoting import said
-from splitlearn_core.readers.selection import BUILT_IN
 from splitlearn_core.types import FLOAT_DTYPES, SAFETENSORS, TensorInfo
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def _blaming(strategy: LoadingStrategy) -> Iterator[None]:
         raise
     # A strategy of a plugin is foreign code, and a broken one must be named.
     except Exception as error:
-        if strategy in BUILT_IN:
+        if strategy.name in BUILT_IN_NAMES:
             raise
         raise _broken(strategy, f"it raised {said(error)}") from error
 

@@ -18,8 +18,8 @@ from typing import Any
 from splitlearn_core.checkpoint.source import HUB
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.loading.opening import BUNDLED
-from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.config_checks import PYTORCH, examine, unknown_name
+from splitlearn_core.manager.config import ModelConfig, examine
+from splitlearn_core.manager.config_checks import PYTORCH, unknown_name
 from splitlearn_core.manager.config_text import show
 from splitlearn_core.plugins.registry import registry
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, InternalError
-from splitlearn_core.manager.config import ConfigFile, ModelConfig, read_config_file
-from splitlearn_core.manager.config_checks import examine, limit_problems, unknown_name
+from splitlearn_core.manager.config import ConfigFile, ModelConfig, examine, read_config_file
+from splitlearn_core.manager.config_checks import limit_problems, unknown_name
 from splitlearn_core.manager.config_text import show
 from splitlearn_core.manager.manager import AsyncModelManager
 from splitlearn_core.manager.preload import preload

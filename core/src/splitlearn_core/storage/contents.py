@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from splitlearn_core.checkpoint.manifest import is_plain_name
 from splitlearn_core.checkpoint.origin import Origin
@@ -14,10 +14,6 @@ from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.storage.weight_layout import Tensor
 from splitlearn_core.tokenization import converted_files
 from splitlearn_core.types import Component, ProgressCallback
-
-if TYPE_CHECKING:
-    pass
-
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
