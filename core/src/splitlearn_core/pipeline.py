@@ -310,8 +310,6 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigurationError: A checkpoint without split points, or saved components with them.
         """
-        from splitlearn_core.storage.saved_components import load_split_directory
-
         name = pretrained_model_name_or_path
         saved = holds_components(name)
         if saved == bool(split_points):

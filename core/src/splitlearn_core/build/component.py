@@ -97,7 +97,10 @@ class ComponentModel(PreTrainedModel):
             InvalidSplitError: There are no such layers.
             TensorMismatchError: Tensors are missing, unexpected or mis-shaped; all are listed.
         """
-        return cls._from_state_dict(cls.family, cls.component, full_state_dict, config, start_layer, end_layer)
+        built: ComponentModel = cls._from_state_dict(
+            cls.family, cls.component, full_state_dict, config, start_layer, end_layer
+        )
+        return built
 
     @property
     def start_layer(self) -> int:
