@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import statistics
@@ -100,6 +101,7 @@ class _Imports(ast.NodeVisitor):
         self.names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     visitor = _Imports()
     visitor.visit(ast.parse(MODULES[module].read_text()))
@@ -185,7 +187,8 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
     """Modules that a plan or a list goes through import torch and transformers in functions alone."""
     light = (
         "errors", "types", "family", "hookspecs", "plugins", "plan", "checkpoint", "loading_strategy", "readers",
-        "loading", "api", "quickstart", "system_memory", "progress", "cli", "generation", "tokenization", "verification",
+        "loading", "api", "quickstart", "system_memory", "progress", "cli", "generation", "tokenization",
+        "verification",
     )  # fmt: skip
     for module, path in MODULES.items():
         visitor = _Imports()
