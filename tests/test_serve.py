@@ -603,8 +603,8 @@ class TestPs:
         """Only http and https, and only what can be asked."""
         result = cli("ps", "--url", url)
 
-        assert (result.returncode, result.stdout) == (1, "")
-        assert "hint: " in result.stderr
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "'--url'" in result.stderr
         assert "Traceback" not in result.stderr
 
     @pytest.mark.parametrize("kind", ["html", "list", "other", "lost", "redirect", "broken"])

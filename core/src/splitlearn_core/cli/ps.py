@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from splitlearn_core.cli.shared_options import json_option, print_json, table
+from splitlearn_core.cli.shared_options import json_option, print_json, table, usage_errors
 from splitlearn_core.errors import ConfigurationError, SplitLearnError
 from splitlearn_core.quoting import reason
 from splitlearn_core.types import human_bytes
@@ -25,8 +25,13 @@ _COLUMNS = ("model", "status", "stage", "progress", "memory", "leases", "expires
 _ERROR_WIDTH = 60
 
 
+def _check_url(_: click.Context, __: click.Parameter, value: str) -> str:
+    with usage_errors():
+        return _address(value)
+
+
 @click.command("ps", short_help="Show the models of a running `serve`.")
-@click.option("--url", default="http://127.0.0.1:8710", show_default=True, help="Where it serves.")
+@click.option("--url", default="http://127.0.0.1:8710", show_default=True, callback=_check_url, help="Where it serves.")
 @json_option
 def command(url: str, as_json: bool) -> None:
     """Show the models of a running `splitlearn serve`: status, progress, memory, leases and errors."""
