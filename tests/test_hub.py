@@ -34,8 +34,8 @@ from splitlearn_core import (
 )
 from splitlearn_core.checkpoint.hub.transfer import transport
 from splitlearn_core.doctor.model_checks import check_model
-from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
+from support.hub import LoopbackHub, RequestRecord
 
 REPO = "someone/tiny"
 SPLIT = (2, 4)

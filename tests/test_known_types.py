@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from splitlearn_auto import new_plugin
+from splitlearn_auto.findings import CannotSplitError
 from splitlearn_core import SplitCausalLM, SplitLearnError, UnknownModelTypeError, load_split_model, plan_split
 from splitlearn_core.plugins.known import ENCODER_DECODERS, REFUSED, WRITTEN
-from splitlearn_core.scaffold import new_plugin
-from splitlearn_core.scaffold.findings import CannotSplitError
 from splitlearn_core.testing.worlds import write_checkpoint
 
 IDS = torch.tensor([[5, 17, 42, 99, 3]])

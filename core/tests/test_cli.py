@@ -71,7 +71,7 @@ def test_wrong_usage_exits_with_2(cli: Cli, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "plugins", "plugins list", "plan", "generate", "verify", "serve", "ps"]
+    "command", ["", "demo", "plugins", "plugins list", "plan", "generate", "verify", "split", "merge", "doctor"]
 )
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_is_data(cli: Cli, command: str, option: str) -> None:

@@ -230,11 +230,11 @@ def mend_for(entry: PluginEntry, how: str = "") -> str:
         entry: The plugin's.
         how: What mends it, where that is known; by default what its installation suggests.
     """
-    return f"{how or _mending(entry)}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}"
+    return f"{how or repair_of(entry)}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}"
 
 
-def _mending(entry: PluginEntry) -> str:
-    """Say who mends it: whoever has a checkout of it, or else its authors, whose newer version may have done so."""
+def repair_of(entry: PluginEntry) -> str:
+    """Say who can fix a package: the owner of its checkout, or its authors, whose newer version may have done so."""
     if entry.editable:
         return f"mend it in {entry.origin}"
     if entry.is_local:

@@ -1,4 +1,4 @@
-"""What is known of model types that no installed plugin provides: what to do with a model of one. Pure.
+"""What is known of model types and commands that no installed package provides, and what to do about it. Pure.
 
 What leads nowhere is not proposed: the tables say what ``splitlearn plugins new`` does with each type of
 transformers 5.24, and a test holds them against it.
@@ -15,6 +15,13 @@ PACKAGES = {
     "gemma3_text": "splitlearn-gemma",
     "gpt2": "splitlearn-gpt2",
     "qwen2": "splitlearn-qwen2",
+}
+#: Commands of this project's packages: words joined by dots -> the package, and the line of ``--help``. It stands here
+#: because a list of commands imports none of them, and metadata has no room for a line about each.
+COMMANDS = {
+    "plugins.new": ("splitlearn-auto", "Write a package for a model type."),
+    "ps": ("splitlearn-serve", "Show the models of a running `serve`."),
+    "serve": ("splitlearn-serve", "Keep models loaded, with a status page."),
 }
 #: Types that ``splitlearn plugins new`` writes a package for.
 _WRITTEN = """
