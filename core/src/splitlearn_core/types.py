@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -50,11 +51,53 @@ OPAQUE = "quantised"
 
 
 class Component(StrEnum):
-    """One of the three pieces of a model, in the order in which hidden states pass through them."""
+    """The kinds of components, in the order in which hidden states pass through them.
+
+    They are the names of the components, too, of a model that is cut in two places; see :func:`component_names`.
+    """
 
     BOTTOM = "bottom"
     TRUNK = "trunk"
     TOP = "top"
+
+
+#: The names of the components of a model that is cut in two places.
+THREE: tuple[str, ...] = tuple(Component)
+
+#: What ``parts`` is where it is left out: all components, also of a model that is cut in fewer or more places. That
+#: it is this very object tells it from the same names given by a caller, of which there may be no such components.
+ALL_PARTS: tuple[str, ...] = ("bottom", "trunk", "top")
+
+#: The name of a trunk, alone or numbered.
+_TRUNK_NAME = re.compile(r"trunk([1-9][0-9]{0,4})?")
+
+
+def component_names(count: int) -> tuple[str, ...]:
+    """Return the names of the components of a model that is cut into so many, in order.
+
+    The first is the bottom and the last the top. A trunk between them is the trunk; of several, each has a number.
+    """
+    if count == len(THREE):
+        return THREE
+    return (Component.BOTTOM, *(f"{Component.TRUNK}{number}" for number in range(1, count - 1)), Component.TOP)
+
+
+def is_component_name(name: object) -> bool:
+    """Say whether some model has a component of this name."""
+    return name in (Component.BOTTOM, Component.TOP) or (
+        isinstance(name, str) and _TRUNK_NAME.fullmatch(name) is not None
+    )
+
+
+def kind_of(name: str) -> Component:
+    """Return the kind of the component of a name."""
+    return Component(name) if name in (Component.BOTTOM, Component.TOP) else Component.TRUNK
+
+
+def place_of(name: str) -> tuple[int, int]:
+    """Return what sorts the names of components into the order of the model."""
+    number = _TRUNK_NAME.fullmatch(name)
+    return list(Component).index(kind_of(name)), int(number[1] or 0) if number else 0
 
 
 def dtype_name(dtype: object) -> str:
@@ -133,7 +176,7 @@ class Progress:
     #: ``converting``, ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
     stage: str
     #: The component at work, or None where the stage concerns all of them.
-    component: Component | None = None
+    component: str | None = None
     bytes_done: int = 0
     bytes_total: int = 0
     #: The file at work, where there is one.
