@@ -269,7 +269,7 @@ def plan_split(
 def plan_opened(
     model: OpenModel,
     split_points: Sequence[int],
-    asked: Sequence[str] | None,
+    asked: Sequence[str],
     dtype: DType | Mapping[str, DType] | None,
 ) -> SplitPlan:
     """Plan components of a model that is open; see :func:`plan_split`."""

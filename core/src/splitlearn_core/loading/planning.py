@@ -28,7 +28,7 @@ from splitlearn_core.plan.splitplan import (
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
 from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.types import OPAQUE, SAFETENSORS, LayerRange, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
 
