@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from splitlearn_core.adapters.peft_models import merge_and_unload as merge_and_unload
     from splitlearn_core.adapters.peft_models import save_adapter as save_adapter
     from splitlearn_core.adapters.peft_models import unload_adapter as unload_adapter
-    from splitlearn_core.api import SplitChain as SplitChain
-    from splitlearn_core.api import SplitModel as SplitModel
-    from splitlearn_core.api import SplitPair as SplitPair
     from splitlearn_core.api import load_split_model as load_split_model
     from splitlearn_core.api import plan_fetch as plan_fetch
     from splitlearn_core.api import plan_split as plan_split
@@ -85,6 +82,9 @@ if TYPE_CHECKING:
     from splitlearn_core.plugins.contract import FamilyPlugin as FamilyPlugin
     from splitlearn_core.plugins.contract import KeyMappingPlugin as KeyMappingPlugin
     from splitlearn_core.plugins.contract import StrategyPlugin as StrategyPlugin
+    from splitlearn_core.split_model import SplitChain as SplitChain
+    from splitlearn_core.split_model import SplitModel as SplitModel
+    from splitlearn_core.split_model import SplitPair as SplitPair
     from splitlearn_core.storage.directory import SplitDirectory as SplitDirectory
     from splitlearn_core.storage.integrity import verify_saved as verify_saved
     from splitlearn_core.storage.merging import merge_split as merge_split
@@ -117,10 +117,10 @@ _LAZY = {
     "ReadPlan": "loading_strategy",
     "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",
-    "SplitChain": "api",
+    "SplitChain": "split_model",
     "SplitDirectory": "storage.directory",
-    "SplitModel": "api",
-    "SplitPair": "api",
+    "SplitModel": "split_model",
+    "SplitPair": "split_model",
     "SplitPlan": "plan.splitplan",
     "StrategyPlugin": "plugins.contract",
     "TopModel": "build.component",

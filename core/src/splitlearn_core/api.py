@@ -8,14 +8,10 @@ from dataclasses import replace
 from typing import (
     TYPE_CHECKING,
     Any,
-    Generic,
     Literal,
-    NamedTuple,
     TypeAlias,
     TypedDict,
-    TypeVar,
     Unpack,
-    cast,
     overload,
 )
 
@@ -30,21 +26,19 @@ from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse
 from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
 from splitlearn_core.progress import reporting
+from splitlearn_core.split_model import AnySplitModel, SplitChain, SplitModel, SplitPair, split_model
 from splitlearn_core.types import (
     ALL_PARTS,
     THREE,
     Component,
     Progress,
     ProgressCallback,
-    component_names,
-    dtype_name,
-    is_component_name,
 )
 
 if TYPE_CHECKING:
     import torch
 
-    from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
+    from splitlearn_core.build.component import BottomModel, TopModel, TrunkModel
 
 
 if TYPE_CHECKING:
@@ -52,162 +46,6 @@ if TYPE_CHECKING:
 _BOTTOM: TypeAlias = Literal["bottom", Component.BOTTOM]
 _TRUNK: TypeAlias = Literal["trunk", Component.TRUNK]
 _TOP: TypeAlias = Literal["top", Component.TOP]
-
-# Parameters have no defaults in typing until Python 3.13: a SplitModel without them has all parts optional.
-if TYPE_CHECKING:
-    import typing_extensions
-
-    _Bottom_co = typing_extensions.TypeVar(
-        "_Bottom_co", bound="BottomModel | None", default="BottomModel | None", covariant=True
-    )
-    _Trunk_co = typing_extensions.TypeVar(
-        "_Trunk_co", bound="TrunkModel | None", default="TrunkModel | None", covariant=True
-    )
-    _Top_co = typing_extensions.TypeVar("_Top_co", bound="TopModel | None", default="TopModel | None", covariant=True)
-else:
-    _Bottom_co, _Trunk_co, _Top_co = (TypeVar(name, covariant=True) for name in ("_Bottom_co", "_Trunk_co", "_Top_co"))
-
-
-class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
-    """The components of a model that is cut in two places; a part that was not asked for is None.
-
-    Its type says which parts there are, where the call says it: what ``parts=("trunk",)`` loads is a
-    ``SplitModel[None, TrunkModel, None]``.
-    """
-
-    bottom: _Bottom_co
-    trunk: _Trunk_co
-    top: _Top_co
-
-    @property
-    def trunks(self) -> tuple[_Trunk_co, ...]:
-        """The components between bottom and top, in order."""
-        return (self.trunk,)
-
-    def __repr__(self) -> str:
-        """Name the components in a line; the modules' own repr is theirs."""
-        return _shown(self)
-
-
-class SplitPair(NamedTuple, Generic[_Bottom_co, _Top_co]):
-    """The components of a model that is cut in one place; a part that was not asked for is None."""
-
-    bottom: _Bottom_co
-    top: _Top_co
-
-    @property
-    def trunks(self) -> tuple[()]:
-        """The components between bottom and top: none."""
-        return ()
-
-    def __repr__(self) -> str:
-        """Name the components in a line; the modules' own repr is theirs."""
-        return _shown(self)
-
-
-class SplitChain(tuple[Any, ...], Generic[_Bottom_co, _Trunk_co, _Top_co]):
-    """The components of a model that is cut in three or more places; a part that was not asked for is None.
-
-    A named tuple like :class:`SplitModel`, with the names ``bottom``, ``trunk1``, ``trunk2``, ..., ``top``.
-    """
-
-    __slots__ = ()
-
-    @property
-    def bottom(self) -> _Bottom_co:
-        """The component with the embeddings."""
-        return cast("_Bottom_co", self[0])
-
-    @property
-    def trunks(self) -> tuple[_Trunk_co, ...]:
-        """The components between bottom and top, in order."""
-        return self[1:-1]
-
-    @property
-    def top(self) -> _Top_co:
-        """The component with the head."""
-        return cast("_Top_co", self[-1])
-
-    @property
-    def _fields(self) -> tuple[str, ...]:
-        return component_names(len(self))
-
-    def _asdict(self) -> dict[str, Any]:
-        return dict(zip(self._fields, self, strict=True))
-
-    def __getattr__(self, name: str) -> _Trunk_co:
-        """Return one of the trunks, by its name."""
-        if name in self._fields:
-            return cast("_Trunk_co", self[self._fields.index(name)])
-        raise _no_attribute(self, name)
-
-    def __repr__(self) -> str:
-        """Name the components in a line; the modules' own repr is theirs."""
-        return _shown(self)
-
-
-#: The components of a model, one of the three.
-AnySplitModel: TypeAlias = SplitModel | SplitPair | SplitChain
-
-
-def split_model(names: Sequence[str], components: Mapping[str, ComponentModel]) -> AnySplitModel:
-    """Put the components of a model that there are into a named tuple of all its components."""
-    parts = [components.get(name) for name in names]
-    if len(names) == len(THREE):
-        return SplitModel(*parts)
-    return SplitPair(*parts) if len(names) < len(THREE) else SplitChain(parts)
-
-
-_MOVED = "give {0} to load_split_model, or move each component: for part in parts: part.{1}(...)"
-_JOINED = "join the components: SplitCausalLM(*parts).{}(...)"
-
-#: Attributes of one model that people look for in a tuple of components, and where these are to be had.
-_MODEL_ATTRIBUTES = {
-    "to": _MOVED.format("device and dtype", "to"),
-    "cuda": _MOVED.format("device='cuda'", "cuda"),
-    "cpu": _MOVED.format("device='cpu'", "cpu"),
-    "half": _MOVED.format("dtype='float16'", "half"),
-    "float": _MOVED.format("dtype='float32'", "float"),
-    "bfloat16": _MOVED.format("dtype='bfloat16'", "bfloat16"),
-    "device": "each component has one: parts.trunk.device",
-    "dtype": "each component has one: parts.trunk.dtype",
-    "config": "each component has the whole model's: parts.trunk.config",
-    "eval": "components are in evaluation mode once loaded",
-    "train": "each component has it: parts.trunk.train()",
-    "parameters": "each component has them: parts.trunk.parameters()",
-    "state_dict": "each component has one: parts.trunk.state_dict()",
-    "forward": _JOINED.format("forward"),
-    "generate": _JOINED.format("generate"),
-    "save_pretrained": "save_split(parts, DIR) saves the components, each into a folder of its own",
-    "push_to_hub": "save_split(parts, DIR) saves the components, each into a folder of its own",
-}
-
-
-def _no_attribute(parts: Any, name: str) -> AttributeError:
-    hint = _MODEL_ATTRIBUTES.get(name, "")
-    if is_component_name(name):
-        hint = f"it has {', '.join(parts._fields)}"
-    what = f"a {type(parts).__name__}, a tuple of components, has no {name!r}"
-    return AttributeError(f"{what}; {hint}" if hint else what)
-
-
-def _explain_attribute(parts: Any, name: str) -> Any:
-    raise _no_attribute(parts, name)
-
-
-if not TYPE_CHECKING:  # a type checker is to say of any other attribute that there is none
-    SplitModel.__getattr__ = SplitPair.__getattr__ = _explain_attribute
-
-
-def _shown(parts: Any) -> str:
-    return f"{type(parts).__name__}({', '.join(f'{name}={_summary(part)}' for name, part in parts._asdict().items())})"
-
-
-def _summary(part: ComponentModel | None) -> str:
-    if part is None:
-        return "None"
-    layers = f"[{part.layer_range.start}, {part.layer_range.end})"
-    return f"<{part.family.model_type} {part.component}, layers {layers}, {dtype_name(part.dtype)}, {part.device}>"
 
 
 class LoadArguments(TypedDict, total=False):

@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from splitlearn_core.api import SplitModel, load_split_model
+from splitlearn_core.api import load_split_model
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.opening import type_and_model
 from splitlearn_core.loading_strategy import AUTO
 from splitlearn_core.plugins.registry import registry
+from splitlearn_core.split_model import SplitModel
 from splitlearn_core.types import THREE, Component, ProgressCallback, dtype_name
 from splitlearn_core.user_paths import user_path
 

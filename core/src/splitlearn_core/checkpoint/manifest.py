@@ -18,12 +18,12 @@ from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.split_points import MAX_LAYERS, layers_between
 from splitlearn_core.quoting import SENTENCE, listed, quote
-from splitlearn_core.storage.directory import _folders_in
 from splitlearn_core.types import (
     FLOAT_DTYPES,
     THREE,
     Component,
     is_component_name,
+    place_of,
 )
 from splitlearn_core.user_paths import user_path
 
@@ -277,10 +277,18 @@ def _invalid(where: str, problems: list[str]) -> InvalidCheckpointError:
     return InvalidCheckpointError(f"{where} is no sound manifest: {listed(problems, '; ', limit=SENTENCE)}", hint=_ANEW)
 
 
+def component_folders(directory: Path) -> list[Path]:
+    """Return the folders in a directory that are named as a component and have a manifest, in the model's order."""
+    if not directory.is_dir():
+        return []
+    names = [entry.name for entry in directory.iterdir() if is_component_name(entry.name)]
+    return [directory / name for name in sorted(names, key=place_of) if (directory / name / MANIFEST).is_file()]
+
+
 def holds_components(path: str | os.PathLike[str]) -> bool:
     """Say whether a path is a directory of saved components, or of one."""
     folder = user_path(path)
-    return (folder / MANIFEST).is_file() or bool(_folders_in(folder))
+    return (folder / MANIFEST).is_file() or bool(component_folders(folder))
 
 
 def read_manifest(folder: Path) -> Manifest:

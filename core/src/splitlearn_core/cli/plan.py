@@ -32,11 +32,12 @@ def command(
     """
     from splitlearn_core.api import plan_opened
     from splitlearn_core.loading.opening import open_model
+    from splitlearn_core.plan.split_points import names_of_parts
 
     opened = open_model(model, **hub)
     opened.checkpoint.require_weights()
     split_points = split_points_of(opened, split_points)
-    plan = plan_opened(opened, split_points, tuple(Component), dtype)
+    plan = plan_opened(opened, split_points, names_of_parts(split_points), dtype)
     if as_json:
         print_json(plan.to_dict())
     else:

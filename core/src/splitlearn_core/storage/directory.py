@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from splitlearn_core.checkpoint.manifest import MANIFEST, Manifest, component_folders, read_manifest
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.types import component_names, is_component_name, place_of
@@ -111,18 +111,10 @@ def file_problems(saved: SavedComponent) -> list[str]:
     return problems + [f"{saved.folder / name} is not in the manifest" for name in sorted(strange)]
 
 
-def _folders_in(directory: Path) -> list[Path]:
-    """Return the folders in a directory that are called as a component and have a manifest, in the model's order."""
-    if not directory.is_dir():
-        return []
-    names = [entry.name for entry in directory.iterdir() if is_component_name(entry.name)]
-    return [directory / name for name in sorted(names, key=place_of) if (directory / name / MANIFEST).is_file()]
-
-
 def _component_folders(directory: Path) -> list[Path]:
     if (directory / MANIFEST).is_file():
         return [directory]
-    folders = _folders_in(directory)
+    folders = component_folders(directory)
     links = [str(folder) for folder in folders if folder.is_symlink()]
     if links:
         raise InvalidCheckpointError(

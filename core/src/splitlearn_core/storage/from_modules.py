@@ -26,8 +26,8 @@ from splitlearn_core.storage.weight_layout import Tensor
 from splitlearn_core.types import DTYPE_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo, place_of
 
 if TYPE_CHECKING:
-    from splitlearn_core.api import AnySplitModel
     from splitlearn_core.pipeline import SplitCausalLM
+    from splitlearn_core.split_model import AnySplitModel
 
 _NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",

@@ -15,8 +15,8 @@ from splitlearn_core.types import Component, ProgressCallback, component_names
 if TYPE_CHECKING:
     import torch
 
-    from splitlearn_core.api import SplitModel
     from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.split_model import SplitModel
 
 
 @naming_foreign
@@ -88,7 +88,7 @@ def load_split_directory(
         verify=verify,
         progress=progress,
     )
-    from splitlearn_core.api import split_model
+    from splitlearn_core.split_model import split_model
 
     return cast("SplitModel", split_model(split.names, loaded))
 

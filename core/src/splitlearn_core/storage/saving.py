@@ -47,9 +47,9 @@ from splitlearn_core.types import (
 if TYPE_CHECKING:
     import torch
 
-    from splitlearn_core.api import AnySplitModel
     from splitlearn_core.build.component import ComponentModel
     from splitlearn_core.pipeline import SplitCausalLM
+    from splitlearn_core.split_model import AnySplitModel
 
 
 INDEX = "model.safetensors.index.json"

@@ -21,9 +21,9 @@ from splitlearn_core.types import THREE, ProgressCallback
 from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
-    from splitlearn_core.api import SplitModel
     from splitlearn_core.build.component import ComponentModel
     from splitlearn_core.loading.options import LoadOptions
+    from splitlearn_core.split_model import SplitModel
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def create_kept(
         ConfigurationError: It is to be kept where another split is, or something else.
         SplitLearnError: As :func:`load_split_model` and :func:`save_split`.
     """
-    from splitlearn_core.api import SplitModel, load_options, load_split_model
+    from splitlearn_core.api import load_options, load_split_model
+    from splitlearn_core.split_model import SplitModel
     from splitlearn_core.storage.saving import check_target, save_split
 
     how = dict(loading)
