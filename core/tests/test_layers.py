@@ -29,8 +29,8 @@ MODULES = {
 LAYERS = (
     "errors", "types", "quoting", "user_paths", "system_memory", "foreign_arguments", "progress", "tokenization",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "readers",
-    "build", "adapters", "split_model", "loading", "api", "storage", "pipeline", "factory", "generation", "verification",
-    "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "build", "adapters", "split_model", "loading", "api", "storage", "pipeline", "factory", "generation",
+    "verification", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
