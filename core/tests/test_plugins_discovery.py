@@ -171,13 +171,25 @@ def test_block_wins_over_allow(world: Any, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ({"plugin_api": "2"}, ["plugin API 2", "plugin API 1"]),
         ({"plugin_api": "0"}, ["plugin API 0"]),
+        ({"plugin_api": "01"}, ["plugin API 01"]),
+        ({"plugin_api": "²"}, ["plugin API ²"]),
         ({"plugin_api": "new"}, ["plugin API new"]),
         ({"requires": ">=99"}, ["splitlearn-core>=99"]),
         ({"requires": "<0.0.1"}, ["splitlearn-core<0.0.1"]),
         ({"requires": " (>=99)"}, ["splitlearn-core>=99"]),
         ({"requires": '>=99; python_version >= "3"'}, ["splitlearn-core>=99"]),
     ],
-    ids=["api 2", "api 0", "api rubbish", "core 99", "core too new", "core in brackets", "core 99 with a true marker"],
+    ids=[
+        "api 2",
+        "api 0",
+        "api with a zero",
+        "api of a digit that is none",
+        "api rubbish",
+        "core 99",
+        "core too new",
+        "core in brackets",
+        "core 99 with a true marker",
+    ],
 )
 def test_an_incompatible_plugin_is_refused_before_import(world: Any, options: dict[str, str], named: list[str]) -> None:
     """Metadata says it: the message names both versions, the hint is a pip line, no line of it runs."""

@@ -20,7 +20,7 @@ import click
 import pytest
 
 import splitlearn_core
-from splitlearn_core import deprecation, errors, testing
+from splitlearn_core import errors, testing
 from splitlearn_core.plugins import contract, metadata
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
@@ -37,7 +37,6 @@ def public_api() -> str:
         "hooks": hooks(),
         "entry-point groups": sorted([*metadata.KINDS, metadata.API_GROUP]),
         "environment variables": environment_variables(),
-        "deprecated": deprecated(),
         "splitlearn_core": names(splitlearn_core),
         "splitlearn_core.testing": names(testing),
         "command line": commands(),
@@ -69,11 +68,6 @@ def environment_variables() -> list[str]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     return sorted({name for text in texts for name in re.findall(r"\bSPLITLEARN_[A-Z_]+\b", text)})
-
-
-def deprecated() -> list[str]:
-    tables = (deprecation.HOOKS, deprecation.ARGUMENTS, deprecation.FIELDS, deprecation.APIS)
-    return [f"{key}: {entry}" for table in tables for key, entry in table.items()] or ["nothing"]
 
 
 def names(module: Any) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 from packaging.utils import canonicalize_name
 
-from splitlearn_core import deprecation, hookspecs
+from splitlearn_core import hookspecs
 from splitlearn_core.errors import (
     ConfigurationError,
     IncompatiblePluginError,
@@ -24,7 +24,6 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins import metadata
-from splitlearn_core.plugins.announcing import announce
 from splitlearn_core.plugins.host import (
     BLOCK_VARIABLE,
     LoadedPlugin,
@@ -308,7 +307,6 @@ class PluginRegistry:
             strategies = strategies_of(entry, answers(trial, candidate, "splitlearn_loading_strategies"))
         except PluginError as error:
             return error
-        announce(entry, plugin, families.values())
         with self._lock:
             self._manager.register(plugin, name=f"{entry.distribution}:{entry.module}")
         return LoadedPlugin(entry, families, strategies, hooks, plugin)
@@ -373,11 +371,10 @@ def _check_compatible(entry: PluginEntry) -> None:
     upgrade = f"pip install --upgrade {entry.distribution} {metadata.CORE}"
     if entry.editable:
         upgrade = f"pip install --upgrade {metadata.CORE}, or change what {entry.origin} asks for and install it again"
-    taken = sorted({hookspecs.PLUGIN_API, *deprecation.APIS})
-    if entry.plugin_api not in map(str, taken):
+    if entry.plugin_api != str(hookspecs.PLUGIN_API):
         raise IncompatiblePluginError(
             f"{entry.label} was made for plugin API {entry.plugin_api}; "
-            f"this {metadata.CORE} {metadata.core_version()} takes plugin API {' or '.join(map(str, taken))}",
+            f"this {metadata.CORE} {metadata.core_version()} takes plugin API {hookspecs.PLUGIN_API}",
             hint=upgrade,
         )
     if not metadata.core_satisfies(entry.requires_core):
