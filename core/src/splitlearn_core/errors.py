@@ -36,6 +36,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 #: Characters of a whole message, of one line of it, and of a hint: what people read.
 _MESSAGE, _LINE, _HINT = 2_700, 1_000, 1_200
@@ -90,6 +92,31 @@ class SplitLearnError(Exception):
     def __str__(self) -> str:
         # Spelled out because KeyError would show the repr of its argument.
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+@contextmanager
+def translate(
+    to: Callable[[BaseException], SplitLearnError | None],
+    kinds: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+    *,
+    unchanged: tuple[type[BaseException], ...] = (SplitLearnError,),
+) -> Iterator[None]:
+    """Raise the errors of foreign code as errors of splitlearn, each with the original as its cause.
+
+    Args:
+        to: Makes the new error from the original; None lets the original pass.
+        kinds: The classes of errors that are translated.
+        unchanged: Of those, the classes that pass as they are.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, unchanged):
+            raise
+        translated = to(error)
+        if translated is None:
+            raise
+        raise translated from error
 
 
 class PluginError(SplitLearnError):
