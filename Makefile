@@ -12,7 +12,7 @@ TRANSFORMERS ?= transformers
 
 PACKAGES := "./core[testing]" ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
 # What `make test` runs: folders, and options of pytest.
-TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf tests
+TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf plugins/serve plugins/auto tests
 # A process for each core, four at most: each of them imports torch and transformers.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 # The files with tests that need no torch.
@@ -45,7 +45,7 @@ lint: $(VENV)/tools
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/tools
-	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src plugins/gguf/src
+	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src plugins/gguf/src plugins/serve/src plugins/auto/src
 
 docs: $(VENV)/tools
 	$(PIP) install --quiet -r docs/requirements.txt
@@ -64,8 +64,8 @@ $(VENV)/installed: $(wildcard core/pyproject.toml plugins/*/pyproject.toml) Make
 	$(PIP) install --quiet "$(TRANSFORMERS)" $(addprefix -e ,$(PACKAGES))
 	touch $@
 
-$(VENV)/tools: $(VENV)/installed tests/requirements.txt
-	$(PIP) install --quiet -e "./plugins/gguf[verify]" -r tests/requirements.txt
+$(VENV)/tools: $(VENV)/installed tests/requirements.txt tests/once-requirements.txt
+	$(PIP) install --quiet -e "./plugins/gguf[verify]" -e ./plugins/serve -e ./plugins/auto -r tests/requirements.txt -r tests/once-requirements.txt
 	touch $@
 
 $(VENV)/light: core/pyproject.toml tests/requirements.txt tests/light_requirements.py Makefile

@@ -14,8 +14,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from splitlearn_core.testing.hub import LoopbackHub
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from support.hub import LoopbackHub
 
 #: Nothing listens on the discard port: whoever tries to reach the world through it is refused.
 DEAD_PROXY = "http://127.0.0.1:9"

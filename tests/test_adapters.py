@@ -29,8 +29,8 @@ from splitlearn_core import (
     save_split,
     unload_adapter,
 )
-from splitlearn_core.testing.hub import LoopbackHub
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from support.hub import LoopbackHub
 
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
 

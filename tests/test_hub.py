@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -31,9 +32,10 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
+from splitlearn_core.checkpoint.hub.transfer import transport
 from splitlearn_core.doctor.model_checks import check_model
-from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
+from support.hub import LoopbackHub, RequestRecord
 
 REPO = "someone/tiny"
 SPLIT = (2, 4)
@@ -556,6 +558,38 @@ class TestConnection:
             load()
         assert REPO in caught.value.message
         assert said_well(caught.value)
+
+    def test_a_name_that_nothing_answers_to_is_said_soon(
+        self, closed_port: str, point_at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The client would wait 23 seconds between attempts before it says that nothing is there."""
+        point_at(closed_port)
+        waits: list[float] = []
+        monkeypatch.setattr(time, "sleep", waits.append)
+        with pytest.raises(MissingFileError, match="cannot be reached") as caught:
+            load()
+        assert sum(waits) <= 2
+        assert closed_port in caught.value.message
+        assert "refused" in caught.value.message
+
+    def test_a_moment_without_the_hub_is_no_error(
+        self, hub: LoopbackHub, single: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first attempt to connect may fail; and where something answers, the client's own attempts go on."""
+        hub.add_repo(REPO, single)
+        attempts: list[str] = []
+        session = get_session()
+        ask = session.head
+
+        def fail_once(url: str, **options: Any) -> Any:
+            attempts.append(url)
+            if len(attempts) == 1:
+                raise transport().ConnectError("no route")
+            return ask(url, **options)
+
+        monkeypatch.setattr(session, "head", fail_once)
+        assert parts_equal(load(), load_split_model(None, SPLIT, single))
+        assert len(attempts) == 2
 
     def test_unreachable_with_a_cache(
         self, hub: LoopbackHub, sharded: Path, closed_port: str, point_at: Callable[[str], None]

@@ -37,8 +37,8 @@ from splitlearn_core.checkpoint.hub.fetch_plan import Span, count, merged, witho
 from splitlearn_core.checkpoint.hub.partial_file import FOLDER, partial_files
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loader import ModelLoader
-from splitlearn_core.testing.hub import LoopbackHub, RequestRecord
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
+from support.hub import LoopbackHub, RequestRecord
 
 REPO = "someone/large"
 SPLIT = (2, 4)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
+from splitlearn_auto import new_plugin
+from splitlearn_auto.findings import CannotSplitError
 from splitlearn_core import SplitCausalLM, SplitLearnError, UnknownModelTypeError, load_split_model, plan_split
-from splitlearn_core.plugins.known import REFUSED, WRITTEN
-from splitlearn_core.scaffold import new_plugin
-from splitlearn_core.scaffold.findings import CannotSplitError
+from splitlearn_core.plugins.known import ENCODER_DECODERS, REFUSED, WRITTEN
 from splitlearn_core.testing.worlds import write_checkpoint
 
 IDS = torch.tensor([[5, 17, 42, 99, 3]])
@@ -26,6 +29,30 @@ def test_what_is_said_to_be_refused_is(model_type: str) -> None:
     assert model_type in REFUSED
     with pytest.raises(CannotSplitError):
         new_plugin(model_type, None, dry_run=True)
+
+
+@pytest.mark.parametrize("model_type", sorted(ENCODER_DECODERS))
+def test_what_is_said_to_have_an_encoder_has_one(model_type: str, tmp_path: Path) -> None:
+    """And the class that is named loads it; no command is named, for each would refuse it."""
+    if model_type not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this transformers knows no {model_type}")
+    assert model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    with pytest.raises(CannotSplitError):
+        new_plugin(model_type, None, dry_run=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UnknownModelTypeError) as caught:
+        plan_split(tmp_path, (2, 4))
+    assert "only causal decoders" in caught.value.hint
+    assert "AutoModelForSeq2SeqLM" in caught.value.hint
+    assert "splitlearn " not in caught.value.hint
+
+
+def test_an_unknown_type_that_says_it_has_an_encoder(tmp_path: Path) -> None:
+    """What config.json says of it is enough."""
+    (tmp_path / "config.json").write_text('{"model_type": "t9", "is_encoder_decoder": true}')
+    with pytest.raises(UnknownModelTypeError, match="'t9'") as caught:
+        plan_split(tmp_path, (2, 4))
+    assert "only causal decoders" in caught.value.hint
 
 
 @pytest.mark.slow

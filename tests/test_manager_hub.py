@@ -17,7 +17,7 @@ from splitlearn_core import CheckpointError, Progress, load_split_model
 from splitlearn_core.errors import LoadCancelledError
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loader import ModelLoader
-from splitlearn_core.testing.hub import LoopbackHub
+from support.hub import LoopbackHub
 
 REPO = "someone/tiny"
 SPLIT = (2, 4)

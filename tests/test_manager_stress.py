@@ -15,8 +15,8 @@ import torch
 
 from splitlearn_core import AsyncModelManager, ModelConfig, SplitLearnError
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.testing.managing import charges, check_closed, check_sound, resting, run
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from support.managing import charges, check_closed, check_sound, resting, run
 
 pytestmark = pytest.mark.once
 

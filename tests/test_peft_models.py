@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from splitlearn_core import SplitCausalLM, load_adapter, load_split_model
+from splitlearn_core import MissingFileError, SplitCausalLM, load_adapter, load_split_model
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
@@ -235,3 +236,27 @@ def test_layers_that_peft_would_replicate_are_refused(checkpoint: Checkpoints) -
         peft.get_peft_model(model, lora(target_modules=["q_proj"], layer_replication=[[0, 4], [2, 6]]))
 
     assert torch.equal(logits(model), expected)
+
+
+def test_an_adapter_of_a_bundled_model_names_its_folder(tmp_path: Path) -> None:
+    """``bundled:gpt2`` is a name that PEFT and transformers cannot look up."""
+    model = SplitCausalLM(*load_split_model("bundled:gpt2", (2, 4)))
+    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).save_pretrained(tmp_path)
+
+    stated = json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"]
+    whole = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+
+    assert Path(stated, "config.json").is_file()
+    assert type(whole.get_base_model()).__name__ == "GPT2LMHeadModel"
+
+
+def test_an_adapter_that_names_a_bundled_model_says_what_to_load(tmp_path: Path) -> None:
+    """Written by an earlier version: the file is named, and its base, which is a model here."""
+    (tmp_path / CONFIG).write_text('{"base_model_name_or_path": "bundled:gpt2", "peft_type": "LORA"}')
+
+    with pytest.raises(MissingFileError, match=r"adapter_config\.json") as caught:
+        load_split_model(None, (2, 4), tmp_path)
+
+    assert "bundled:gpt2" in caught.value.hint
+    assert "load_adapter" in caught.value.hint

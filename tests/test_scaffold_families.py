@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from splitlearn_auto.examining import examine
 from splitlearn_core import ModelFamily
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.scaffold.examining import examine
 
 #: What no model tells: where to find one, what files of long ago carry, how a plugin's own tests go.
 NOT_DERIVED = {"default_model", "bundled_checkpoint", "ignored_suffixes", "tiny_config"}

@@ -9,7 +9,7 @@ import torch
 
 from splitlearn_core import ConfigurationError, load_component, load_split_model, merge_split, save_split
 from splitlearn_core.checkpoint.manifest import read_manifest
-from splitlearn_core.testing.hub import LoopbackHub
+from support.hub import LoopbackHub
 
 REPO, SPLIT = "owner/model", (2, 4)
 

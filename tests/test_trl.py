@@ -20,8 +20,12 @@ trl = pytest.importorskip("trl", reason="trl is not installed")
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
 from datasets import Dataset  # noqa: E402  # comes with trl
 
-# Of TRL's, PEFT's and datasets' own making, on the unsplit model too.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    # trl asks for a newer accelerate than the oldest that core admits.
+    pytest.mark.once,
+    # Of TRL's, PEFT's and datasets' own making, on the unsplit model too.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 TEXTS = ["My fellow citizens of the union", "We the people of the states", "The union is strong", "Be it so"] * 2
 PREFERENCES = {

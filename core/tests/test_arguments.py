@@ -15,6 +15,7 @@ from splitlearn_core import (
     ConfigurationError,
     ModelFactory,
     SplitCausalLM,
+    SplitLearnError,
     SplitModel,
     UnexpectedArgumentError,
     UnknownModelTypeError,
@@ -105,6 +106,27 @@ class TestTheModelInTheTypesPlace:
             load_split_model("llama", CUTS)
         assert "model_name_or_path='./llama'" in caught.value.hint
         assert load_split_model("my-model", CUTS, parts=("trunk",)).trunk.layer_range.start == CUTS[0]
+
+    def test_what_is_there_and_no_type_is_a_path(
+        self, llama: Any, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Saved components, a file, an empty folder: the answer is that of the same name with ./ before it."""
+        monkeypatch.chdir(tmp_path)
+        save_split(single, "saved", CUTS)
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "weights.safetensors").write_bytes((single / "model.safetensors").read_bytes())
+        for name in ("saved", "empty", "weights.safetensors"):
+            answers = []
+            for given in (name, f"./{name}"):
+                with pytest.raises(SplitLearnError) as caught:
+                    load_split_model(given, CUTS)
+                answers.append(str(caught.value).replace("./", ""))
+            assert answers[0] == answers[1]
+            assert "model_type" not in answers[0]
+        (tmp_path / "llama").mkdir()
+        save_split(single, "llama", CUTS, overwrite=True)
+        with pytest.raises(ConfigurationError, match="'llama' is a model type, and there is a directory"):
+            load_split_model("llama", CUTS)
 
     def test_a_bare_name(self, llama: Any) -> None:
         """It may be a model's or a type's; the error says where each stands."""

@@ -571,3 +571,68 @@ def test_a_linked_shard_is_read(single: Path, tmp_path: Path) -> None:
     (single / SINGLE).symlink_to(tmp_path / "blob")
 
     assert load_split_model("llama", CUTS, single).trunk is not None
+
+
+#: Changes of config.json that mean nothing, and what is said of each.
+MEANINGLESS: list[tuple[dict[str, Any], str]] = [
+    ({"dtype": "float99"}, "dtype is 'float99'"),
+    ({"dtype": ..., "torch_dtype": "float99"}, "torch_dtype is 'float99'"),
+    ({"dtype": 7}, "dtype is 7"),
+    ({"dtype": ["float32"]}, "dtype is a list"),
+    ({"dtype": {"trunk": "float32"}}, "dtype is an object"),
+    ({"dtype": "int8"}, "dtype is 'int8'"),
+    ({"model_type": 5}, "model_type is 5, not a text"),
+    ({"model_type": ["llama"]}, "model_type is a list"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or false"),
+    ({"layer_types": "full_attention"}, "layer_types is 'full_attention', not a list"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), MEANINGLESS, ids=[named for _, named in MEANINGLESS])
+def test_a_value_of_the_wrong_type_is_named(
+    single: Path, edit_json: Callable[..., None], cli: Callable[..., Any], changes: dict[str, Any], named: str
+) -> None:
+    """The file and the field, in every command and in Python, before the tokenizer is looked at."""
+    (single / "tokenizer.json").write_text("{}")
+    edit_json(single / "config.json", **changes)
+
+    with pytest.raises(InvalidCheckpointError) as caught:
+        load_split_model(None, CUTS, single)
+
+    assert str(single / "config.json") in caught.value.message
+    assert named in caught.value.message
+    for command in (
+        ["generate", "--prompt", "x"],
+        ["generate", "--prompt", "x", "--dtype", "float32"],
+        ["plan"],
+        ["verify"],
+    ):
+        code, out, err = cli(command[0], single, "--split", "2", "4", *command[1:])
+        assert (code, out) == (1, "")
+        assert named in err
+        assert "tokenizer" not in err
+
+
+@pytest.mark.parametrize(
+    ("stated", "dtype"), [("half", "float16"), ("torch.bfloat16", "bfloat16"), ("double", "float64")]
+)
+def test_names_of_torch_are_dtypes(single: Path, edit_json: Callable[..., None], stated: str, dtype: str) -> None:
+    """As ``from_pretrained`` takes them."""
+    edit_json(single / "config.json", dtype=stated)
+
+    assert plan_split(single, CUTS).dtype == dtype
+
+
+def test_an_error_in_the_configuration_is_no_error_of_the_tokenizer(
+    single: Path, edit_json: Callable[..., None], cli: Callable[..., Any]
+) -> None:
+    """transformers reads it to choose a tokenizer, and its own classes may refuse any value."""
+    (single / "tokenizer.json").write_text("{}")
+    edit_json(single / "config.json", hidden_act=5)
+
+    code, _, err = cli("generate", single, "--split", "2", "4", "--prompt", "x")
+
+    assert code == 1
+    assert "hidden_act" in err
+    assert "config.json" in err
+    assert "no tokenizer" not in err

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core import plan_split
+from splitlearn_core.cli.plan import render_plan
 
 pytestmark = pytest.mark.light
 
@@ -35,6 +36,24 @@ Cli = Callable[..., tuple[int, str, str]]
         ["generate", "x", *CUTS, "--prompt", "x", "--max-new-tokens", "0"],
         ["generate", "x", *CUTS, "--prompt", "x", "--temperature", "-1"],
         ["generate", "x", *CUTS, "--prompt", "x", "--top-p", "0"],
+        ["plan", "x", "--split", "5", "1"],
+        ["plan", "x", "--split", "2", "2"],
+        ["generate", "x", "--split", "0", "4", "--prompt", "x"],
+        ["verify", "x", "--split", "-1", "4"],
+        ["split", "x", "--split", "4", "2", "--out", "y"],
+        ["plan", "x", *CUTS, "--dtype", "int8"],
+        ["plan", "x", *CUTS, "--dtype", "trunk=int8"],
+        ["plan", "x", *CUTS, "--dtype", "head=float32"],
+        ["plan", "x", *CUTS, "--dtype", "trunk="],
+        ["verify", "x", *CUTS, "--device", "trunk=cpu"],
+        ["verify", "x", *CUTS, "--max-memory", "0=much"],
+        ["verify", "x", *CUTS, "--max-memory", "disk=1GiB"],
+        ["split", "x", *CUTS, "--out", "y", "--parts", "bottom,head"],
+        ["split", "x", *CUTS, "--out", "y", "--max-shard-size", "much"],
+        ["merge", "x", "--out", "y", "--max-shard-size", "much"],
+        ["generate", "x", *CUTS, "--prompt", "x", "--stop", ""],
+        ["generate", "x", *CUTS, "--prompt", "x", "--temperature", "inf"],
+        ["ps", "--url", "nonsense"],
         ["plugins", "nonsense"],
         ["plugins", "--nonsense"],
         ["demo", "--max-new-tokens", "0"],
@@ -52,7 +71,7 @@ def test_wrong_usage_exits_with_2(cli: Cli, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "plugins", "plugins list", "plan", "generate", "verify", "serve", "ps"]
+    "command", ["", "demo", "plugins", "plugins list", "plan", "generate", "verify", "split", "merge", "doctor"]
 )
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_is_data(cli: Cli, command: str, option: str) -> None:
@@ -183,15 +202,18 @@ def test_a_plan_for_people_names_every_component(cli: Cli, llama: Any, tied: Pat
 
 
 @pytest.mark.heavy
-def test_a_plan_without_weights_says_where_it_is_from(cli: Cli, llama: Any, single: Path) -> None:
-    """From config.json, with no shards yet."""
+def test_a_plan_without_weights_fails_as_a_load(cli: Cli, llama: Any, single: Path) -> None:
+    """What is missing is named; in Python the same folder can be planned, and the plan says what it is made of."""
     (single / "model.safetensors").unlink()
+    drawn = render_plan(plan_split(single, (2, 4)))
 
-    code, out, _ = cli("plan", single, *CUTS)
+    for options in ((), ("--json",), ("--dtype", "bfloat16")):
+        code, out, err = cli("plan", single, *CUTS, *options)
+        assert (code, out) == (1, "")
+        assert "no weights" in err
 
-    assert code == 0
-    assert "read from config" in out
-    assert "none yet" in out
+    assert "read from config" in drawn
+    assert "none yet" in drawn
 
 
 @pytest.mark.heavy
@@ -288,7 +310,7 @@ def test_a_bug_keeps_its_traceback(cli: Cli, single: Path, monkeypatch: pytest.M
     def wrong(*_: object, **__: object) -> None:
         raise bug
 
-    monkeypatch.setattr("splitlearn_core.api.plan_split", wrong)
+    monkeypatch.setattr("splitlearn_core.loading.opening.open_model", wrong)
     with pytest.raises(type(bug)):
         cli("plan", single, *CUTS)
 
@@ -304,7 +326,7 @@ def test_what_may_not_be_read_comes_with_the_line_that_changes_it(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(barred))
 
-    monkeypatch.setattr("splitlearn_core.api.plan_split", refused)
+    monkeypatch.setattr("splitlearn_core.loading.opening.open_model", refused)
 
     assert cli("plan", single, *CUTS) == (
         1,

@@ -524,3 +524,46 @@ def test_a_class_that_is_there_costs_no_list_of_all_others(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "endless", Endless("endless"))
 
     assert architecture_class(ModelFamily(model_type="llama", architecture="endless:Llama")) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize("name", ["trunk", "top"])
+def test_missing_hidden_states_are_named(parts: Any, name: str) -> None:
+    """What was given is said, and what the component takes; for the last layers without their head as well."""
+    for given, named in (({"input_ids": IDS}, "input_ids"), ({}, "nothing")):
+        for run in [getattr(parts, name), *([parts.top.without_head] if name == "top" else [])]:
+            with pytest.raises(ConfigurationError, match=f"{name} was given {named}, and no hidden_states") as caught:
+                run(**given)
+            assert "[batch, sequence, 32]" in caught.value.message
+            assert "go to the bottom" in caught.value.hint
+
+
+def test_a_bottom_takes_one_input(parts: Any) -> None:
+    """Token ids or embeddings: neither and both are refused."""
+    for given, named in (({}, "neither"), ({"input_ids": IDS, "inputs_embeds": torch.ones(1, 5, 32)}, "both")):
+        with pytest.raises(ConfigurationError, match=f"given {named}") as caught:
+            parts.bottom(**given)
+        assert "input_ids" in caught.value.hint
+
+
+def test_unknown_arguments_come_with_those_that_there_are(parts: Any) -> None:
+    """A slip is found in the list."""
+    with pytest.raises(TypeError, match="'foo'") as caught:
+        parts.trunk(torch.ones(1, 5, 32), foo=1)
+    assert "takes hidden_states, attention_mask, position_ids, past_key_values" in str(caught.value)
+
+
+@pytest.mark.parametrize("as_type", [tuple, list, lambda parts: parts], ids=["tuple", "list", "SplitModel"])
+def test_components_in_one_argument_are_refused(parts: Any, as_type: Any) -> None:
+    """The star that was forgotten is in the hint."""
+    with pytest.raises(ConfigurationError, match="of 3") as caught:
+        SplitCausalLM(as_type(parts))
+    assert "SplitCausalLM(*parts)" in caught.value.hint
+
+
+def test_missing_and_misplaced_components_are_named(parts: Any) -> None:
+    """Where all are there, the hint is their order."""
+    assert "trunk is None: it was not loaded, or not given" in wrong(parts.bottom)
+    assert "bottom is None: it was not loaded, or not given" in wrong()
+    with pytest.raises(ConfigurationError, match="bottom is a trunk") as caught:
+        SplitCausalLM(parts.trunk, parts.bottom, parts.top)
+    assert "in this order: bottom, trunk, top" in caught.value.hint

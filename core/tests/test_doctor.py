@@ -559,7 +559,7 @@ def test_the_table_of_versions_says_what_is_tested() -> None:
     """Its lowest are core's own lower bounds and those that the oldest environment is held to."""
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
     more = project["optional-dependencies"]
-    bounds = dict(line.split(">=") for line in (*project["dependencies"], *more["peft"], *more["serve"]))
+    bounds = dict(line.split(">=") for line in (*project["dependencies"], *more["peft"]))
     table = {
         **installation.LIBRARIES,
         **{name: r for _, needs in installation.EXTRAS.values() for name, r in needs.items()},
@@ -576,6 +576,20 @@ def test_the_table_of_versions_says_what_is_tested() -> None:
         assert {n: one.lowest for n, one in table.items() if n != "torch"}.items() <= {
             name: re.sub(r"\.0$", "", pin) if pin not in bounds.values() else pin for name, pin in pins.items()
         }.items()
+
+
+def test_commands_that_are_not_there_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package that has each."""
+    monkeypatch.setattr(installation, "discover_commands", tuple)
+    notes = {finding.what: finding for finding in installation.extras()}
+
+    for command, package in (
+        ("plugins new", "splitlearn-auto"),
+        ("ps", "splitlearn-serve"),
+        ("serve", "splitlearn-serve"),
+    ):
+        note = notes[f"there is no command splitlearn {command}"]
+        assert (note.level, note.mend) == (Level.NOTE, f"pip install {package}")
 
 
 def test_little_memory_and_few_files_are_notes() -> None:

@@ -24,7 +24,7 @@ def light(world: Any, code: str, *paths: Path) -> None:
 
 def test_importing_the_package_is_light(world: Any) -> None:
     """A fresh interpreter has neither torch nor transformers after it."""
-    light(world, "import splitlearn_core")
+    light(world, "import splitlearn_core, splitlearn_core.cli, splitlearn_core.extension")
 
 
 def test_the_public_light_names_are_light(world: Any) -> None:

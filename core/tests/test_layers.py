@@ -30,7 +30,7 @@ LAYERS = (
     "errors", "types", "quoting", "user_paths", "system_memory", "foreign_arguments", "progress", "tokenization",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "readers",
     "build", "adapters", "loading", "api", "storage", "pipeline", "factory", "generation", "verification", "manager",
-    "quickstart", "doctor", "testing", "cli", "__main__",
+    "quickstart", "extension", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from splitlearn_core import SplitLearnError, TensorMismatchError, load_split_model
 from splitlearn_core.plan.mismatch import folded, likely_cause
@@ -43,7 +44,7 @@ def test_lines_that_differ_in_the_layer_alone_are_one() -> None:
 )
 def test_the_cause_depends_on_the_faults(kinds: list[str], named: str) -> None:
     """Where to look is not the same for each kind of fault."""
-    assert named in likely_cause([f"{kind}: x" for kind in kinds], "llama")
+    assert named in likely_cause([f"{kind}: x" for kind in kinds], "llama", "lm_head")
 
 
 @pytest.mark.usefixtures("llama")
@@ -124,3 +125,22 @@ def test_a_tokenizer_that_is_none(single: Path, cli: Any) -> None:
     assert (code, out) == (1, "")
     assert f"error: {single} holds no tokenizer that transformers can use" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.usefixtures("llama")
+def test_a_missing_head_may_be_the_embedding(tied: Path, edit_json: Any, cli: Any) -> None:
+    """Plan and load alike; with what the hint says, the load is as it should be."""
+    edit_json(tied / "config.json", tie_word_embeddings=False)
+
+    code, out, err = cli("plan", tied, "--split", "2", "4")
+    with pytest.raises(TensorMismatchError, match=r"missing: lm_head\.weight") as caught:
+        load_split_model(None, (2, 4), tied)
+
+    assert (code, out) == (1, "")
+    assert "missing: lm_head.weight" in err
+    assert '"tie_word_embeddings": true' in err
+    assert '"tie_word_embeddings": true' in caught.value.hint
+    edit_json(tied / "config.json", tie_word_embeddings=True)
+    top = load_split_model(None, (2, 4), tied, parts=("top",)).top
+    whole = AutoModelForCausalLM.from_pretrained(tied)
+    assert torch.equal(top.lm_head.weight, whole.lm_head.weight)

@@ -19,7 +19,7 @@ from splitlearn_core import AsyncModelManager, ConfigurationError, ModelConfig, 
 from splitlearn_core.errors import ManagerClosedError
 from splitlearn_core.manager import manager as manager_module
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.testing.managing import (
+from support.managing import (
     LIMIT,
     CancelAt,
     Gate,

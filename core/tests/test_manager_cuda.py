@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from splitlearn_core import AsyncModelManager, InsufficientMemoryError, ModelConfig
-from splitlearn_core.testing.managing import charges, run
+from support.managing import charges, run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -38,7 +38,8 @@ from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, Repo
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
 from splitlearn_core.readers import copied, staging
-from splitlearn_core.testing.managing import (
+from splitlearn_core.types import Progress
+from support.managing import (
     charges,
     check_closed,
     check_sound,
@@ -51,7 +52,6 @@ from splitlearn_core.testing.managing import (
     status_of,
     until,
 )
-from splitlearn_core.types import Progress
 
 pytestmark = pytest.mark.usefixtures("llama")
 

@@ -18,7 +18,7 @@ from splitlearn_core.manager import handles, manager, shell
 from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.testing.managing import GatedLoader, closing, reached, run
+from support.managing import GatedLoader, closing, reached, run
 
 pytestmark = pytest.mark.usefixtures("llama")
 

@@ -40,7 +40,8 @@ from splitlearn_core.errors import (
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.handles import AsyncManagedModel, LoadingPlaceholder
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.testing.managing import (
+from splitlearn_core.types import Progress
+from support.managing import (
     FixedMemory,
     Gate,
     GatedLoader,
@@ -59,7 +60,6 @@ from splitlearn_core.testing.managing import (
     status_of,
     until,
 )
-from splitlearn_core.types import Progress
 
 pytestmark = pytest.mark.usefixtures("llama")
 

@@ -15,10 +15,9 @@ from splitlearn_core.build.torch_state import own_state
 from splitlearn_core.generation import Sampling, generate_text
 from splitlearn_core.loading.opening import open_model
 from splitlearn_core.loading.options import LoadOptions
-from splitlearn_core.scaffold.examining import examine
-from splitlearn_core.testing.process_state import read_state
 from splitlearn_core.testing.worlds import tiny_model
 from splitlearn_core.verification import Verification, verify_split
+from support.process_state import read_state
 
 pytestmark = pytest.mark.usefixtures("llama")
 
@@ -121,17 +120,6 @@ def test_a_comparison_comes_out_as_without_the_mode(single: Path, mode: Callable
 
     assert expected.equal
     assert (got.checks, got.max_difference, got.dtype) == (expected.checks, expected.max_difference, expected.dtype)
-
-
-@pytest.mark.parametrize("name", ["no gradients", "everything"])
-def test_a_type_is_examined_as_without_the_mode(name: str) -> None:
-    """The scaffold derives and proves the same."""
-    with MODES[name]():
-        derived = examine("llama", {})
-
-    assert derived.questions == []
-    assert (derived.attention, derived.dtypes) == (("eager", "sdpa"), ("float32", "bfloat16"))
-    assert derived.notes == []
 
 
 @in_each_mode

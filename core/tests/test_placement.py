@@ -149,3 +149,15 @@ def test_maps_of_devices() -> None:
     for wrong in ("balanced", 0, ["cpu"]):
         with pytest.raises(ConfigurationError, match="device_map is"):
             parse_device_map(wrong, ALL)
+
+
+@pytest.mark.parametrize(("given", "device"), [("cpu", "'cpu'"), ("cuda:1", "'cuda:1'"), (1, "'cuda:1'")])
+def test_one_device_as_a_map_names_the_argument_for_it(given: Any, device: str) -> None:
+    """Words of accelerate that place single modules are no devices."""
+    with pytest.raises(ConfigurationError, match="device_map is") as caught:
+        parse_device_map(given, ALL)
+    assert f"device={device}" in caught.value.hint
+
+    with pytest.raises(ConfigurationError, match="device_map is 'balanced'") as caught:
+        parse_device_map("balanced", ALL)
+    assert "device=" not in caught.value.hint

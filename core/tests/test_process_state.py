@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core.testing.process_state import changes, read_state
+from support.process_state import changes, read_state
 
 #: What a test does, and what is said of it.
 LEAKS = {
@@ -58,7 +58,7 @@ def pytest_run(world: Any, tmp_path: Path) -> Any:
         module = tmp_path / "test_made.py"
         module.write_text(source)
         plugins = ("-p", "no:randomly", "-p", "no:xdist", "-p", "no:cacheprovider")
-        state = ("-p", "splitlearn_core.testing.process_state")
+        state = ("-p", "support.process_state", "-o", f"pythonpath={Path(__file__).parent}")
         return world.python("-m", "pytest", "-q", "--rootdir", tmp_path, *plugins, *state, module, KEPT="kept")
 
     return run

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
 import splitlearn_core
-from splitlearn_core import errors, testing
+from splitlearn_core import cli, errors, testing
+from splitlearn_core.cli import main
 from splitlearn_core.plugins import contract, metadata
+from support.command_lines import command_lines
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 SOURCE = Path(splitlearn_core.__file__).parent
@@ -35,11 +36,12 @@ def public_api() -> str:
     sections = {
         "errors": error_tree(errors.SplitLearnError),
         "hooks": hooks(),
-        "entry-point groups": sorted([*metadata.KINDS, metadata.API_GROUP]),
+        "entry-point groups": sorted([*metadata.KINDS, metadata.COMMAND_GROUP, metadata.API_GROUP]),
         "environment variables": environment_variables(),
         "splitlearn_core": names(splitlearn_core),
         "splitlearn_core.testing": names(testing),
-        "command line": commands(),
+        "splitlearn_core.cli": names(cli),
+        "command line": command_lines("splitlearn", main.cli),
     }
     return "\n".join(f"# {title}\n\n" + "".join(f"{line}\n" for line in lines) for title, lines in sections.items())
 
@@ -180,40 +182,6 @@ def plain(value: Any) -> str:
         return str(value.__name__)
     text = repr(value).replace("'", '"')
     return re.sub(r"mappingproxy\((.*)\)", r"\1", re.sub(r" at 0x[0-9a-f]+", "", text))
-
-
-def commands() -> list[str]:
-    """Every command with its arguments and options, down the tree."""
-    from splitlearn_core.cli.main import cli
-
-    def lines(path: str, command: click.Command) -> Iterator[str]:
-        yield " ".join([path, *(argument.make_metavar(context) for argument in arguments(command))])
-        yield from sorted(f"    {option_line(item)}" for item in command.params if isinstance(item, click.Option))
-        if isinstance(command, click.Group):
-            for name in sorted(command.list_commands(context)):
-                below = command.get_command(context, name)
-                assert below is not None, name
-                yield from lines(f"{path} {name}", below)
-
-    context = click.Context(cli)
-    return list(lines("splitlearn", cli))
-
-
-def arguments(command: click.Command) -> list[click.Argument]:
-    return [item for item in command.params if isinstance(item, click.Argument)]
-
-
-def option_line(item: click.Option) -> str:
-    value = "" if item.is_flag else f" {item.type.name}" + (f" x{item.nargs}" if item.nargs != 1 else "")
-    choices = f" {list(item.type.choices)}" if isinstance(item.type, click.Choice) else ""
-    return (
-        " / ".join([*item.opts, *item.secondary_opts])
-        + value
-        + choices
-        + (" required" if item.required else "")
-        + (" repeated" if item.multiple else "")
-        + (f" ({item.envvar})" if item.envvar else "")
-    )
 
 
 def test_the_public_api_is_the_one_that_was_reviewed() -> None:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from splitlearn_core.testing.hub import Faults, LoopbackHub
+from support.hub import Faults, LoopbackHub
 
 pytestmark = pytest.mark.light
 
@@ -327,7 +327,7 @@ def test_held_download_waits_for_release(hub: LoopbackHub, folder: Path, tmp_pat
 
 
 def test_big_files_count_as_lfs(hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitlearn_core.testing.hub.LFS_BYTES", 22)
+    monkeypatch.setattr("support.hub.LFS_BYTES", 22)
     _, headers, body = raw(hub, f"/{REPO}/resolve/main/config.json")
     assert headers["X-Linked-ETag"] == headers["ETag"] == f'"{hashlib.sha256(body).hexdigest()}"'
     assert headers["X-Linked-Size"] == "22"

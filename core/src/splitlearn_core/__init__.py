@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.manager import AsyncModelManager as AsyncModelManager
     from splitlearn_core.manager.preload import preload as preload
     from splitlearn_core.manager.resources import ResourceManager as ResourceManager
+    from splitlearn_core.manager.status import FailureInfo as FailureInfo
+    from splitlearn_core.manager.status import Health as Health
     from splitlearn_core.manager.status import ManagerEvent as ManagerEvent
     from splitlearn_core.manager.status import ModelInfo as ModelInfo
     from splitlearn_core.manager.status import ModelStatus as ModelStatus
@@ -94,9 +96,11 @@ _LAZY = {
     "AsyncModelManager": "manager.manager",
     "BottomModel": "build.component",
     "ComponentPlan": "plan.splitplan",
+    "FailureInfo": "manager.status",
     "FamilyPlugin": "plugins.contract",
     "FetchPlan": "checkpoint.hub.fetch_plan",
     "FileFetch": "checkpoint.hub.fetch_plan",
+    "Health": "manager.status",
     "KeyMappingPlugin": "plugins.contract",
     "LoadingPlaceholder": "manager.handles",
     "LoadingStrategy": "loading_strategy",

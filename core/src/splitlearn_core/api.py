@@ -168,7 +168,13 @@ def plan_split(
     """
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
     asked = parse_parts(parts)
-    model = open_model(model_name_or_path, model_type, **hub)
+    return plan_opened(open_model(model_name_or_path, model_type, **hub), split_points, asked, dtype)
+
+
+def plan_opened(
+    model: OpenModel, split_points: Sequence[int], asked: Sequence[Component], dtype: DType | Mapping[str, DType] | None
+) -> SplitPlan:
+    """Plan components of a model that is open; see :func:`plan_split`."""
     plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked))
     refuse_misfit(model, plan, table)
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan

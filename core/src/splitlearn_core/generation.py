@@ -79,12 +79,25 @@ def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None
     try:
         if inside is not None:
             return load_converted(source.path(model.checkpoint.weight_files()[0]), dict(inside), progress)
-        return AutoTokenizer.from_pretrained(model.checkpoint.folder, local_files_only=True)
+        config = _config_for_tokenizer(model)
+        return AutoTokenizer.from_pretrained(model.checkpoint.folder, config=config, local_files_only=True)
+    except SplitLearnError:
+        raise
     # transformers rebuilds it from what files say, and raises whatever comes of that.
     except Exception as error:
         raise CheckpointError(
             f"{model.name} holds no tokenizer that transformers can use: {said(error)}", hint=_HINT
         ) from error
+
+
+def _config_for_tokenizer(model: OpenModel) -> Any:
+    """Make the configuration that transformers looks at to choose a tokenizer, so that errors in it are called so.
+
+    It would read the file itself, and a wrong value in there would seem one of the tokenizer.
+    """
+    from splitlearn_core.build.configuration import hf_config
+
+    return hf_config(model.family, model.config, model.checkpoint.source.model, "float32")
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,12 +181,17 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(
         self,
-        bottom: ComponentModel | None,
-        trunk: ComponentModel | None,
-        top: ComponentModel | None,
+        bottom: ComponentModel | None = None,
+        trunk: ComponentModel | None = None,
+        top: ComponentModel | None = None,
         *,
         mixed_dtypes: bool = False,
     ) -> None:
+        if isinstance(bottom, list | tuple):
+            raise ConfigurationError(
+                f"SplitCausalLM takes components, and was given a {type(bottom).__name__} of {len(bottom)}",
+                hint="give them one by one: SplitCausalLM(*parts)",
+            )
         parts: dict[Component, Any] = {Component.BOTTOM: bottom, Component.TRUNK: trunk, Component.TOP: top}
         _check_fit(parts, mixed_dtypes)
         config, training = parts[Component.TOP].config, parts[Component.TOP].training
@@ -473,7 +478,7 @@ def _kind(part: object) -> str:
 
 def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
     problems = [
-        f"{name} is {'None: it was not loaded' if part is None else f'a {_kind(part)}'}"
+        f"{name} is {'None: it was not loaded, or not given' if part is None else f'a {_kind(part)}'}"
         for name, part in given.items()
         if getattr(part, "component", None) != name
     ]
@@ -497,9 +502,13 @@ def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
         problems += origin_mismatches([part.origin for part in given.values() if part.origin is not None], dtypes=False)
         problems += adapter_mismatches(given.values())
     if problems:
+        kinds = [getattr(part, "component", None) for part in given.values()]
+        hint = "load bottom, trunk and top of one checkpoint with the same split points"
+        if kinds != list(given) and set(kinds) == set(given):
+            hint = "give them in this order: bottom, trunk, top"
         raise ConfigurationError(
             f"these components make up no model: {'; '.join(problems)}",
-            hint="load bottom, trunk and top of one checkpoint with the same split points"
+            hint=hint
             + ("; mixed_dtypes=True where dtypes differ on purpose" if any("dtype" in p for p in problems) else ""),
         )
 

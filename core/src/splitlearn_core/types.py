@@ -32,6 +32,12 @@ DTYPE_ALIASES = {
     "double": "float64", "fp64": "float64", "f64": "float64",
 }  # fmt: skip
 
+#: Where ``config.json`` states the dtype of the weights; the first that is there counts.
+DTYPE_FIELDS = ("dtype", "torch_dtype")
+
+#: The names it may state, which are those that torch itself knows -> torch's first name.
+STATED_DTYPES = {**{name: name for name in FLOAT_DTYPES}, "float": "float32", "half": "float16", "double": "float64"}
+
 #: The dtype that leaves the choice to the checkpoint.
 AUTO_DTYPE = "auto"
 

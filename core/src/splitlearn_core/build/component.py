@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -26,7 +27,7 @@ from splitlearn_core.build.pruning import (
     entering,
 )
 from splitlearn_core.checkpoint.origin import Origin
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import Component, LayerRange
 
@@ -174,7 +175,10 @@ class ComponentModel(PreTrainedModel):
         for name in kwargs:
             # Continuous batching tells the kernels where to read and write, under names of its own.
             if name not in self._known and not paged:
-                raise TypeError(f"{self.component}.forward() got an unexpected keyword argument {name!r}")
+                raise UnexpectedArgumentError(
+                    f"{self.component}.forward() got an unexpected keyword argument {name!r}",
+                    hint=f"a {self.component} takes {', '.join(list(inspect.signature(self.forward).parameters)[:-1])}",
+                )
         held = getattr(past_key_values, "layer_range", "all layers")
         if past_key_values is not None and not paged and held != self.layer_range:
             raise ConfigurationError(
@@ -219,8 +223,14 @@ class ComponentModel(PreTrainedModel):
             # A copy, because a model may change its embeddings in place.
             yield hidden_states.detach().clone()
 
-    def _check_states(self, hidden_states: Any) -> None:
+    def _checked_states(self, hidden_states: Any, others: Mapping[str, Any]) -> torch.Tensor:
         """Refuse what is no hidden states of this model, before the model's own code makes something of it."""
+        if hidden_states is None:
+            raise ConfigurationError(
+                f"this {self.component} was given {', '.join(others) or 'nothing'}, and no hidden_states; it takes "
+                f"those of the component before it, [batch, sequence, {self.config.hidden_size}]",
+                hint="give what the component before it returned; token ids (input_ids) go to the bottom",
+            )
         if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
             given = getattr(hidden_states, "dtype", type(hidden_states).__name__)
             raise ConfigurationError(
@@ -244,6 +254,7 @@ class ComponentModel(PreTrainedModel):
                     f"hidden_states are {hidden_states.dtype}; the parameters of this {self.component} are {names}",
                     hint=f"load the components with one dtype, or convert: hidden_states.to({names.split(' and ')[0]})",
                 )
+        return hidden_states
 
 
 class BottomModel(ComponentModel):
@@ -276,6 +287,12 @@ class BottomModel(ComponentModel):
         """
         if "hidden_states" in kwargs:
             raise ConfigurationError("a bottom takes no hidden_states", hint="give input_ids, or inputs_embeds")
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ConfigurationError(
+                f"a bottom takes input_ids or inputs_embeds, and was given {given}",
+                hint="give token ids [batch, sequence] as input_ids, or their embeddings as inputs_embeds",
+            )
         is_tensor = isinstance(input_ids, torch.Tensor)
         if input_ids is not None and (
             not is_tensor or input_ids.is_floating_point() or input_ids.dim() != _TOKEN_DIMENSIONS
@@ -320,7 +337,7 @@ class TrunkModel(ComponentModel):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
         *,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
@@ -339,7 +356,7 @@ class TrunkModel(ComponentModel):
             Hidden states ``[batch, sequence, hidden]``. With ``output_hidden_states`` or ``output_attentions``,
             transformers' own output, in which they are ``last_hidden_state``.
         """
-        self._check_states(hidden_states)
+        hidden_states = self._checked_states(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
             return self._run_layers({"inputs_embeds": states}, arguments)
@@ -363,7 +380,7 @@ class TopModel(ComponentModel):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
         *,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
@@ -386,7 +403,7 @@ class TopModel(ComponentModel):
             ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
             the cache; hidden states and attentions of these layers where they were asked for.
         """
-        self._check_states(hidden_states)
+        hidden_states = self._checked_states(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
             output = self._own_recordings(
@@ -411,7 +428,7 @@ class TopModel(ComponentModel):
 
     def without_head(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
         *,
         attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
@@ -419,7 +436,7 @@ class TopModel(ComponentModel):
         **kwargs: Any,
     ) -> torch.Tensor | BaseModelOutputWithPast:
         """Run the last layers and the final norm; arguments as of :meth:`forward`, results as of a trunk's."""
-        self._check_states(hidden_states)
+        hidden_states = self._checked_states(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states) as states:
             return self._run_layers({"inputs_embeds": states}, arguments)

@@ -150,6 +150,15 @@ class Checkpoint:
             raise self._no_weights()
         return tuple(sorted(set(self.weight_map.values()))) if self._layout.is_index else (self._layout.entrance,)
 
+    def require_weights(self) -> None:
+        """Raise what a load would, where there are no weights: says which files there are instead, and what reads them.
+
+        Raises:
+            CheckpointError: There are none that are read.
+        """
+        if not self.has_weights:
+            raise self._no_weights()
+
     @property
     def format(self) -> str:
         """The format of the weights: ``safetensors``, ``pytorch`` or an added reader's; empty without weights."""

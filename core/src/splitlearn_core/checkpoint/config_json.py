@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,6 +13,7 @@ from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.quoting import SENTENCE, listed, plain, quote, reason
+from splitlearn_core.types import DTYPE_FIELDS, FLOAT_DTYPES, STATED_DTYPES
 
 #: How a file begins that is in another encoding, with a byte order mark and without; the longer ones first.
 _OTHERS = {
@@ -77,6 +78,13 @@ _READ_BY_OTHERS = {".gguf": ("GGUF", "splitlearn-gguf", "./plugins/gguf")}
 #: Of an adapter that PEFT saved.
 ADAPTER_CONFIG = "adapter_config.json"
 
+#: What readers of a configuration rely on: name -> type, and how a message names it.
+_TYPES: Mapping[str, tuple[type, str]] = {
+    "model_type": (str, "a text"),
+    "layer_types": (list, "a list with a text for each layer"),
+    "tie_word_embeddings": (bool, "true or false"),
+}
+
 #: The largest configuration in use, with a label for each of many classes, is a few megabytes, and the largest index
 #: a dozen; what is parsed takes twenty times as much.
 MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 10_000_000, 50_000_000
@@ -94,13 +102,31 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a configuration that names its model type; raises as :func:`read_config`, naming ``where``."""
-    if not isinstance(config.get("model_type"), str):
+    if config.get("model_type") is None:
         raise InvalidCheckpointError(
             f'{where} has no "model_type", so nothing says which family the model belongs to',
             hint='add "model_type": "gpt2" (or what it is) to the file',
         )
+    problems = list(_wrong_types(config))
+    if problems:
+        raise InvalidCheckpointError(
+            f"{where} has values that mean nothing: {'; '.join(problems)}",
+            hint="correct them, or fetch the file again from where the model comes from",
+        )
     check_numbers(config, where)
     return config
+
+
+def _wrong_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say which values are of another type than every model's; numbers are checked apart."""
+    for name, (kind, words) in _TYPES.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, kind):
+            yield f"{name} is {quote(value)}, not {words}"
+    for name in DTYPE_FIELDS:
+        value = config.get(name)
+        if value is not None and (not isinstance(value, str) or value.removeprefix("torch.") not in STATED_DTYPES):
+            yield f"{name} is {quote(value)}, none of {', '.join(FLOAT_DTYPES)}"
 
 
 def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:

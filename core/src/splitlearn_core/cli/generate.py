@@ -18,6 +18,7 @@ from splitlearn_core.cli.shared_options import (
     model_options,
     print_json,
     split_points_of,
+    usage_errors,
 )
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 
@@ -77,7 +78,8 @@ def command(
 
     _check_prompts(prompt, prompt_file, system, chat=chat, needed=not dry_run)
     options = load_options_of(others)
-    sampling = Sampling(**others)
+    with usage_errors():
+        sampling = Sampling(**others)
     if split_points is None and holds_components(model):
         if dry_run:
             raise click.UsageError("--dry-run is for models: saved components are here already")

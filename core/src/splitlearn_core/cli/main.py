@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import click
 
+from splitlearn_core.cli.command_group import CommandGroup
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.plugins.host import stdout_for_data
 
-
-class LazyGroup(click.Group):
-    """Finds a command where a table says: name -> full name of the module whose ``command`` it is."""
-
-    def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._modules = modules
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self._modules)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self._modules:
-            return None
-        command: click.Command = importlib.import_module(self._modules[cmd_name]).command
-        return command
-
-
-#: The commands, each a module of this package.
-_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps", "doctor")
+#: The commands of core, each a module of this package; other packages add theirs.
+_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "doctor")
 
 
 @click.group(
-    cls=LazyGroup,
+    cls=CommandGroup,
     modules={name: f"splitlearn_core.cli.{name}" for name in _COMMANDS},
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

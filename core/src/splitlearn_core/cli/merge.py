@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import click
 
-from splitlearn_core.cli.shared_options import json_option, print_json
+from splitlearn_core.cli.shared_options import check_shard_size, json_option, print_json
 
 
 @click.command("merge", short_help="Make one checkpoint of saved components again.")
 @click.argument("directories", metavar="DIR...", nargs=-1, required=True)
 @click.option("--out", required=True, metavar="DIR", help="The directory to make.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Weights above it are sharded.")
+@click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    callback=check_shard_size,
+    help="Weights above it are sharded.",
+)
 @json_option
 def command(directories: tuple[str, ...], out: str, max_shard_size: str, as_json: bool) -> None:
     """Put the components in DIR (or in several) together: a checkpoint that transformers loads.

@@ -9,7 +9,7 @@ import click
 from splitlearn_core.cli.shared_options import json_option, model_options, print_json, split_points_of, styled, table
 from splitlearn_core.plan.mismatch import unread_words
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
-from splitlearn_core.types import human_bytes
+from splitlearn_core.types import Component, human_bytes
 
 _BAR_WIDTH = 64
 _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}
@@ -25,12 +25,13 @@ def command(
 
     Reads config.json and the headers of the weight files, and no weights.
     """
-    from splitlearn_core.api import plan_split
+    from splitlearn_core.api import plan_opened
     from splitlearn_core.loading.opening import open_model
 
-    if split_points is None:
-        split_points = split_points_of(open_model(model, **hub), None)
-    plan = plan_split(model, split_points, dtype=dtype, **hub)
+    opened = open_model(model, **hub)
+    opened.checkpoint.require_weights()
+    split_points = split_points_of(opened, split_points)
+    plan = plan_opened(opened, split_points, tuple(Component), dtype)
     if as_json:
         print_json(plan.to_dict())
     else:

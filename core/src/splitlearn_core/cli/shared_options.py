@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.types import Component
 
 if TYPE_CHECKING:
     from splitlearn_core.loading.opening import OpenModel
@@ -27,13 +32,14 @@ def model_options(command: _Command) -> _Command:
                 nargs=2,
                 type=int,
                 metavar="A B",
+                callback=_check_split,
                 help="Layers of the two cuts; without it, even thirds are proposed.",
             ),
             click.option(
                 "--dtype",
                 default="auto",
                 show_default=True,
-                callback=_for_each_part,
+                callback=_check_dtype,
                 help="float32, bfloat16, float16, float64 (or fp32, bf16, fp16, half, ...) or auto; "
                 "or bottom=float32,trunk=bfloat16,...",
             ),
@@ -54,10 +60,12 @@ def load_options(command: _Command) -> _Command:
                 "--device",
                 default="cpu",
                 show_default=True,
-                callback=_for_each_part,
+                callback=_check_device,
                 help="Where the components go; or bottom=cpu,trunk=cuda:0,...; or auto.",
             ),
-            click.option("--max-memory", help="What may be used of each device: 0=10GiB,cpu=30GiB."),
+            click.option(
+                "--max-memory", callback=_parse_max_memory, help="What may be used of each device: 0=10GiB,cpu=30GiB."
+            ),
             click.option("--strategy", default="auto", show_default=True, help="How the weights are read."),
             click.option("--attn-implementation", help="eager, sdpa, ...; by default what transformers chooses."),
             click.option("--strict", is_flag=True, help="Refuse tensors that the model has no place for."),
@@ -67,33 +75,82 @@ def load_options(command: _Command) -> _Command:
     return command
 
 
-def _for_each_part(_: click.Context, parameter: click.Parameter, value: str) -> str | dict[str, str]:
-    return _pairs(str(parameter.opts[0]), value) if "=" in value else value
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Make an error about arguments one of usage, where nothing but the command line was looked at."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise click.BadParameter(f"{error.message}\n{error.hint}") from error
 
 
-def _pairs(option: str, value: str) -> dict[str, str]:
+def _check_split(_: click.Context, __: click.Parameter, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if value is not None and any(a >= b for a, b in pairwise((0, *value))):
+        shown = " < ".join(map(str, (0, *value)))
+        raise click.BadParameter(f"cuts are layers from 1 on, in increasing order; {shown} does not hold")
+    return value
+
+
+def _check_dtype(_: click.Context, __: click.Parameter, value: str) -> str | dict[str, str]:
+    from splitlearn_core.plan.placement import parse_dtypes
+
+    given = _for_each_part(value)
+    with usage_errors():
+        parse_dtypes(given, tuple(Component))
+    return given
+
+
+def _check_device(_: click.Context, __: click.Parameter, value: str) -> str | dict[str, str]:
+    from splitlearn_core.plan.placement import parse_device_map
+
+    given = _for_each_part(value)
+    with usage_errors():
+        parse_device_map(given if isinstance(given, dict) else None, tuple(Component))
+    return given
+
+
+def _parse_max_memory(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, int]:
+    from splitlearn_core.plan.placement import parse_max_memory
+
+    given = _pairs(value) if value else {}
+    with usage_errors():
+        return parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in given.items()})
+
+
+def _for_each_part(value: str) -> str | dict[str, str]:
+    return _pairs(value) if "=" in value else value
+
+
+def _pairs(value: str) -> dict[str, str]:
     """Read NAME=VALUE,NAME=VALUE."""
     pairs = [pair.partition("=") for pair in value.split(",")]
     if not all(name and equals and said for name, equals, said in pairs):
-        raise click.BadParameter(f"{value!r} is not NAME=VALUE,NAME=VALUE", param_hint=option)
+        raise click.BadParameter(f"{value!r} is not NAME=VALUE,NAME=VALUE")
     return {name: said for name, _, said in pairs}
+
+
+def check_shard_size(_: click.Context, __: click.Parameter, value: str) -> str:
+    """Refuse what is no size, as a callback of an option."""
+    from splitlearn_core.storage.weight_layout import parse_size
+
+    with usage_errors():
+        parse_size(value)
+    return value
 
 
 def load_options_of(options: dict[str, Any]) -> LoadOptions:
     """Take what :func:`load_options` added out of a command's options."""
     from splitlearn_core.loading.options import LoadOptions
-    from splitlearn_core.plan.placement import AUTO, parse_device_map, parse_max_memory
-    from splitlearn_core.types import Component
+    from splitlearn_core.plan.placement import AUTO, parse_device_map
 
-    device, max_memory = options.pop("device"), options.pop("max_memory")
+    device = options.pop("device")
     device_map = device if isinstance(device, dict) or device == AUTO else None
-    given = _pairs("--max-memory", max_memory) if max_memory else {}
     return LoadOptions(
         "cpu" if device_map is not None else device,
         options.pop("strategy"),
         options.pop("attn_implementation"),
         parse_device_map(device_map, tuple(Component)),
-        parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in given.items()}),
+        options.pop("max_memory"),
         strict=options.pop("strict"),
     )
 

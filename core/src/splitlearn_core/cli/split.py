@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from splitlearn_core.cli.dry_run import print_fetch
-from splitlearn_core.cli.shared_options import dry_run_option, json_option, model_options, print_json, table
+from splitlearn_core.cli.shared_options import (
+    check_shard_size,
+    dry_run_option,
+    json_option,
+    model_options,
+    print_json,
+    table,
+    usage_errors,
+)
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.types import human_bytes
 from splitlearn_core.user_paths import user_path
@@ -17,7 +25,13 @@ from splitlearn_core.user_paths import user_path
 @model_options
 @click.option("--out", required=True, metavar="DIR", help="The directory to make.")
 @click.option("--parts", default="bottom,trunk,top", show_default=True, help="The components to save.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Weights above it are sharded.")
+@click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    callback=check_shard_size,
+    help="Weights above it are sharded.",
+)
 @click.option(
     "--force",
     is_flag=True,
@@ -45,21 +59,21 @@ def command(
     from splitlearn_core.plan.split_points import even_thirds
     from splitlearn_core.plan.splitplan import parse_parts
     from splitlearn_core.storage.saving import check_source, check_target, save_split
-    from splitlearn_core.storage.weight_layout import parse_size
 
     if not isinstance(dtype, str):
         raise click.BadParameter("give one dtype for all components", param_hint="--dtype")
+    names = [part.strip() for part in parts.split(",")]
+    with usage_errors():
+        asked = parse_parts(names)
     if split_points is None:
         opened = open_model(model, **others)
         a, b = even_thirds(opened.family, opened.config)
         raise click.UsageError(f"say where to cut what is saved; --split {a} {b} makes even thirds of the layers")
-    names = [part.strip() for part in parts.split(",")]
     if dry_run:
-        parse_size(max_shard_size)
         check_target(user_path(out), overwrite=force)
         opened = open_model(model, **others)
         check_source(opened, dtype)
-        print_fetch(opened, split_points, dtype, parts=parse_parts(names), as_json=as_json)
+        print_fetch(opened, split_points, dtype, parts=asked, as_json=as_json)
         return
     saved = save_split(
         model, out, split_points, parts=names, dtype=dtype, max_shard_size=max_shard_size, overwrite=force, **others

@@ -19,8 +19,10 @@ from packaging.version import InvalidVersion, Version
 
 import splitlearn_core
 from splitlearn_core.doctor.report import Finding, Level
+from splitlearn_core.plugins.known import COMMANDS
 from splitlearn_core.plugins.metadata import (
     API_GROUP,
+    COMMAND_GROUP,
     CORE,
     FAMILY,
     FAMILY_GROUP,
@@ -28,6 +30,7 @@ from splitlearn_core.plugins.metadata import (
     STRATEGY,
     Installed,
     PluginEntry,
+    discover_commands,
     installed,
     nearest_group,
     version_of,
@@ -87,14 +90,6 @@ LIBRARIES = {
 #: What core can do with more: extra -> what it is good for, and the distributions it needs.
 EXTRAS = {
     "peft": ("adapters", {"peft": Range("0.18", "0.21")}),
-    "serve": (
-        "splitlearn serve",
-        {
-            "prometheus-client": Range("0.21", "0.26"),
-            "starlette": Range("0.45", "1.10"),
-            "uvicorn": Range("0.34", "0.54"),
-        },
-    ),
 }
 
 
@@ -166,10 +161,17 @@ def extras() -> Iterator[Finding]:
                 yield _judged(name, str(there[name]), tested, "", mend)
     if not any(entry.kind == STRATEGY and entry.name == "gguf" for entry in registry().entries):
         yield Finding(_VERSIONS, Level.NOTE, "GGUF files cannot be read", mend="pip install splitlearn-gguf")
+    offered = {entry.name for entry in discover_commands()}
+    for command, (package, _) in COMMANDS.items():
+        if command not in offered:
+            words = command.replace(".", " ")
+            yield Finding(
+                _VERSIONS, Level.NOTE, f"there is no command splitlearn {words}", mend=f"pip install {package}"
+            )
 
 
 _PACKAGES = "packages"
-_GROUPS = (*KINDS, API_GROUP)
+_GROUPS = (*KINDS, COMMAND_GROUP, API_GROUP)
 
 
 def check_packages() -> list[Finding]:

@@ -37,9 +37,7 @@ def check_model(name: str, load: bool) -> list[Finding]:
         found += opened(model)
         points = cuts(model)
         found.append(_ok(f"it can be cut, for example with --split {points[0]} {points[1]}"))
-        if not model.checkpoint.has_weights:
-            # Raises what a load would: which files there are instead, and what reads them.
-            model.checkpoint.weight_files()
+        model.checkpoint.require_weights()
         if model.checkpoint.is_describable:
             model.checkpoint.source.require(model.checkpoint.weight_files())
         plan, table = make_plan(model, points, tuple(Component), "auto")

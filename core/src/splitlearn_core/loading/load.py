@@ -224,7 +224,10 @@ def load_components(
             log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
             progress(Progress("building", part.component))
             values = _without_cross_attention(model.config, table)
-            config = hf_config(model.family, values, model.name, part.dtype, options.attn_implementation)
+            # Not as the caller named it: what others make of the model keeps this name, and bundled: means nothing to
+            # them. PEFT writes it into adapter_config.json.
+            name = model.checkpoint.source.model
+            config = hf_config(model.family, values, name, part.dtype, options.attn_implementation)
             built[part.component] = build_component(
                 model.family, config, part.component, part.layers, on_layer=options.on_layer
             )

@@ -17,7 +17,7 @@ from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import ConfigurationError, MissingFileError, UnknownModelTypeError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import WeightReader
-from splitlearn_core.plugins.known import way_out
+from splitlearn_core.plugins.known import is_known, way_out
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import plain, quote
 
@@ -50,11 +50,11 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
             hint=f"give the model as model_name_or_path, and its type, or None, as model_type: "
             f"model_type=None, model_name_or_path={name!r}",
         )
+    if model_name_or_path is None and name not in registry().model_types() and _is_there(name):
+        return None, name
     if model_name_or_path is None and _is_checkpoint(name):
-        if name not in registry().model_types():
-            return None, name
         raise ConfigurationError(
-            f"{name!r} is a model type, and there is a directory {name} with a {CONFIG}",
+            f"{name!r} is a model type, and there is a directory {name} that holds a model",
             hint=f"say which is meant: model_name_or_path='./{name}' for the directory, or model_type={name!r} with "
             f"model_name_or_path={registry().family(name).default_model or 'the model'!r}",
         )
@@ -77,8 +77,12 @@ def _is_model(given: _Path) -> bool:
 
 
 def _is_checkpoint(name: str) -> bool:
+    return _is_there(f"{name}/{CONFIG}") or (_is_there(name) and holds_components(name))
+
+
+def _is_there(name: str) -> bool:
     try:
-        return (Path(name) / CONFIG).is_file()
+        return Path(name).exists()
     except (OSError, ValueError):
         return False  # too long for a path, or a NUL byte
 
@@ -158,7 +162,18 @@ def open_model(
     commit = checkpoint.source.commit
     log.info("Found a %s model in %s%s", plain(stated), checkpoint.source.model, f" at {commit}" if commit else "")
     unquantised = {name: value for name, value in config.items() if name != "quantization_config"}
-    return OpenModel(os.fspath(model_name_or_path), checkpoint, registry().family(stated), unquantised)
+    return OpenModel(os.fspath(model_name_or_path), checkpoint, _family(config), unquantised)
+
+
+def _family(config: Mapping[str, Any]) -> ModelFamily:
+    """Return the family that a configuration names; raises UnknownModelTypeError."""
+    stated = config["model_type"]
+    try:
+        return registry().family(stated)
+    except UnknownModelTypeError as error:
+        if config.get("is_encoder_decoder") is True and not is_known(stated):
+            raise UnknownModelTypeError(error.message, hint=way_out(stated, encodes=True)) from error
+        raise
 
 
 def _language_model_alone(config: Mapping[str, Any], name: str) -> str:

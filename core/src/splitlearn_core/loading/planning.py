@@ -154,6 +154,11 @@ def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable, *, strict:
     """
     empty = layers_without_tensors(model.family, plan.components)
     problems = [*table.problems, *(f"missing: every tensor of layer {layer}" for layer in empty)]
+    head, top = f"{model.family.head}.", Component.TOP
+    if top in (part.component for part in plan.components) and not any(
+        name.startswith(head) for name in table.sources[top]
+    ):
+        problems.append(f"missing: {head}weight ({top})")
     if problems or strict or any(map(alters_weights, table.unexpected)):
         problems += unexpected_words(table.unexpected)
     if problems:
@@ -179,7 +184,8 @@ def mismatch(model: OpenModel, problems: Sequence[str], plan: SplitPlan) -> Tens
     return TensorMismatchError(
         f"the tensors of {model.name} are not those of a {model.family.model_type} model; "
         f"{len(problems)} are wrong:\n  " + listed(folded(problems), "\n  ", most=20, limit=SENTENCE),
-        hint=cause_in_names(model.family, keys, plan.infos) or likely_cause(problems, model.family.model_type),
+        hint=cause_in_names(model.family, keys, plan.infos)
+        or likely_cause(problems, model.family.model_type, model.family.head),
     )
 
 

@@ -184,13 +184,19 @@ def _common_prefix(family: ModelFamily, keys: Sequence[str]) -> str:
     return ""
 
 
-def likely_cause(problems: Sequence[str], model_type: str) -> str:
+def likely_cause(problems: Sequence[str], model_type: str, head: str) -> str:
     """Say where to look, by the kinds of faults there are.
 
     Args:
         problems: Each begins with its kind: ``missing:``, ``unexpected:``, ``mis-shaped:``, ``mis-typed:``, ``twice:``.
         model_type: Of the family that names the modules.
+        head: What the family calls the head.
     """
+    if problems and all(problem.startswith(f"missing: {head}.") for problem in problems):
+        return (
+            'if the head is the embedding itself, config.json has to say so: "tie_word_embeddings": true; otherwise '
+            "the weights are not whole, or those of a base model, which has no head"
+        )
     kinds = Counter(problem.partition(":")[0] for problem in problems)
     if kinds["mis-shaped"] * 2 > len(problems):
         return "config.json has other sizes than the weights: is it the one that belongs to them?"

@@ -9,10 +9,13 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError
 from splitlearn_core.plan.splitplan import ComponentPlan, loaded_nbytes
+from splitlearn_core.quoting import quote
 from splitlearn_core.types import FLOAT_DTYPES, Component, dtype_name, human_bytes, nearest_dtype
 
 #: Asks for as much on the GPUs as fits, the rest on the CPU.
 AUTO = "auto"
+#: Words of accelerate that place single modules.
+_ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")
 
 #: Powers of 1024 and of 1000, as accelerate spells them; a small b at the end of the latter counts bits.
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -56,8 +59,11 @@ def parse_device_map(device_map: Any, asked: Iterable[Component]) -> dict[Compon
     if device_map is None or device_map == AUTO:
         return device_map  # type: ignore[no-any-return]  # one of the two
     if not isinstance(device_map, Mapping):
+        names_one = device_map not in _ACCELERATE_MAPS and not isinstance(device_map, list | tuple)
+        one = f"for all components on one device give device={quote(_device_name(device_map))}; " if names_one else ""
         raise ConfigurationError(
-            f"device_map is {device_map!r}", hint='give "auto", or {"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}'
+            f"device_map is {quote(device_map)}, and says where each component goes",
+            hint=f'{one}device_map is "auto", or {{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}}',
         )
     problems = _not_components("device_map", device_map)
     problems += [f"device_map leaves out {component}" for component in asked if component not in device_map]

@@ -11,7 +11,15 @@ from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.keys import KeyTable
 from splitlearn_core.quoting import quote
-from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Component, LayerRange, TensorInfo
+from splitlearn_core.types import (
+    DTYPE_BYTES,
+    DTYPE_FIELDS,
+    FLOAT_DTYPES,
+    STATED_DTYPES,
+    Component,
+    LayerRange,
+    TensorInfo,
+)
 
 #: Stands for the dtype of components that have different ones.
 MIXED = "mixed"
@@ -193,12 +201,12 @@ def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[Tenso
         ConfigurationError: No floating dtype of that name.
     """
     if asked == "auto":
-        stated = config.get("dtype") or config.get("torch_dtype")
+        stated = _stated_dtype(config)
         if stated is None:
             stored = {stored: name for name, stored in FLOAT_DTYPES.items()}
             return next((stored[info.dtype] for info in tensors if info.dtype in stored), "float32")
-        asked = str(stated)
-    name = asked.removeprefix("torch.")
+        asked = stated
+    name = STATED_DTYPES.get(asked.removeprefix("torch."), asked)
     if name not in FLOAT_DTYPES:
         raise ConfigurationError(
             f"dtype {quote(asked)} is none of {', '.join(FLOAT_DTYPES)}", hint='leave dtype="auto" for the stored one'
@@ -208,7 +216,11 @@ def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[Tenso
 
 def states_dtype(config: Mapping[str, Any]) -> bool:
     """Say whether ``config.json`` states the dtype of the weights."""
-    return bool(config.get("dtype") or config.get("torch_dtype"))
+    return _stated_dtype(config) is not None
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> str | None:
+    return next((str(config[name]) for name in DTYPE_FIELDS if config.get(name)), None)
 
 
 def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:

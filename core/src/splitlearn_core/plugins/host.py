@@ -112,14 +112,18 @@ def fix_hint(entry: PluginEntry, fix: str = "") -> str:
         entry: The plugin's entry point.
         fix: What fixes it, if known; by default what its kind of installation suggests.
     """
-    if not fix and entry.editable:
-        fix = f"fix it in {entry.origin}"
-    elif not fix and entry.is_local:
-        fix = f"fix it in the source of {entry.origin}, and install it again"
-    elif not fix:
-        upgrade = "" if entry.origin else f"pip install --upgrade {entry.distribution}, or "
-        fix = f"{upgrade}report it to its authors" + (f" ({entry.origin})" if entry.origin else "")
-    return f"{fix}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}"
+    return f"{fix or repair_of(entry)}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}"
+
+
+def repair_of(entry: PluginEntry) -> str:
+    """Return what fixes a broken package: an edit of its source, or a newer version by its authors."""
+    if entry.editable:
+        return f"fix it in {entry.origin}"
+    if entry.is_local:
+        return f"fix it in the source of {entry.origin}, and install it again"
+    if entry.origin:
+        return f"report it to its authors ({entry.origin})"
+    return f"pip install --upgrade {entry.distribution}, or report it to its authors"
 
 
 def _imported(entry: PluginEntry) -> object:

@@ -1,4 +1,4 @@
-"""What is known of model types that no installed plugin provides: what to do with a model of one. Pure.
+"""What is known of model types and commands that no installed package provides, and what to do about it. Pure.
 
 What leads nowhere is not proposed: the tables say what ``splitlearn plugins new`` does with each type of
 transformers 5.24, and a test holds them against it.
@@ -15,6 +15,13 @@ PACKAGES = {
     "gemma3_text": "splitlearn-gemma",
     "gpt2": "splitlearn-gpt2",
     "qwen2": "splitlearn-qwen2",
+}
+#: Commands of this project's packages: words joined by dots -> the package, and the line of ``--help``. It stands here
+#: because a list of commands imports none of them, and metadata has no room for a line about each.
+COMMANDS = {
+    "plugins.new": ("splitlearn-auto", "Write a package for a model type."),
+    "ps": ("splitlearn-serve", "Show the models of a running `serve`."),
+    "serve": ("splitlearn-serve", "Keep models loaded, with a status page."),
 }
 #: Types that ``splitlearn plugins new`` writes a package for.
 _WRITTEN = """
@@ -43,6 +50,12 @@ _REFUSED = """
     xmod zamba zamba2 zaya
 """
 REFUSED = frozenset(_REFUSED.split())
+#: Types of text in, text out, that have an encoder and a decoder, and no class of the decoder alone.
+_ENCODER_DECODERS = """
+    encoder-decoder fsmt led longt5 m2m_100 mt5 nllb-moe pegasus_x seamless_m4t seamless_m4t_v2
+    switch_transformers t5 t5gemma t5gemma2 umt5
+"""
+ENCODER_DECODERS = frozenset(_ENCODER_DECODERS.split())
 #: A checkpoint of several models -> the type of its language model, and how that is saved alone.
 _TEXT_OF = {
     "gemma3": (
@@ -55,16 +68,24 @@ text.model, text.lm_head = whole.model.language_model, whole.lm_head
 text.save_pretrained(DIR)""",
     )
 }
+_CANNOT = (
+    "cannot be split: their layers do not follow one another as those of a plain decoder do, or their tensors are "
+    "others in the file than in the model; the manager loads one as a whole, with model_type 'huggingface'"
+)
+_ENCODES = (
+    "have an encoder and a decoder; only causal decoders, one stack of layers that predicts the next token, are split. "
+    "transformers itself loads one: AutoModelForSeq2SeqLM, or the class that config.json names"
+)
 _TYPE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}", re.IGNORECASE)
 _CHECK = 'check "model_type" in config.json; if a plugin for it is installed, splitlearn doctor says why it is not seen'
 
 
 def is_known(model_type: str) -> bool:
     """Say whether it is a type of transformers of which something is known, and no misspelt name of another."""
-    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *_TEXT_OF}
+    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS, *_TEXT_OF}
 
 
-def way_out(model_type: object, provided: tuple[str, ...] = ()) -> str:
+def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False) -> str:
     """Say what to do with a model of a type that no installed plugin provides.
 
     A type comes out of anybody's config.json: a command is made of it only where a table has it.
@@ -72,6 +93,7 @@ def way_out(model_type: object, provided: tuple[str, ...] = ()) -> str:
     Args:
         model_type: The type.
         provided: The types that installed plugins provide.
+        encodes: Whether the configuration says that the model has an encoder (``is_encoder_decoder``).
     """
     if not isinstance(model_type, str) or not _TYPE.fullmatch(model_type):
         return _CHECK
@@ -84,12 +106,9 @@ def way_out(model_type: object, provided: tuple[str, ...] = ()) -> str:
         return f"try: pip install {PACKAGES[model_type]}, or {_CHECK}"
     if model_type in WRITTEN:
         return f"write a plugin: splitlearn plugins new {model_type} --out DIR, or {_CHECK}"
-    if model_type in REFUSED:
-        return (
-            f"models of type {model_type} cannot be split: their layers do not follow one another as those of a plain "
-            "decoder do, or their tensors are others in the file than in the model; "
-            "the manager loads one as a whole, with model_type 'huggingface'"
-        )
+    cannot = _CANNOT if model_type in REFUSED else _ENCODES if encodes or model_type in ENCODER_DECODERS else ""
+    if cannot:
+        return f"models of type {model_type} {cannot}"
     return f"{_CHECK}; splitlearn plugins new TYPE says whether models of a type can be split"
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import HeaderParser
@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 FAMILY_GROUP = "splitlearn.families"
 #: Entry points of packages that add a loading strategy to every family: the name is the strategy's.
 STRATEGY_GROUP = "splitlearn.strategies"
-FAMILY, STRATEGY = "family", "strategy"
-#: Group -> what its entry points name.
+#: Entry points of commands for the command line: the name is the command's words joined by dots (``plugins.new``), the
+#: value where its click command is (``package.module:attribute``).
+COMMAND_GROUP = "splitlearn.commands"
+FAMILY, STRATEGY, COMMAND = "family", "strategy", "command"
+#: Group -> what its entry points name: what loads models.
 KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY}
 #: An optional entry point ``version = "1"`` that says which plugin API a plugin was made for.
 API_GROUP = "splitlearn.plugin_api"
@@ -48,9 +51,9 @@ _ALIKE = 0.8
 class PluginEntry:
     """One entry point, as the metadata of an installed distribution states it."""
 
-    #: The model type of a family, or the name of a loading strategy.
+    #: The model type of a family, the name of a loading strategy, or the words of a command joined by dots.
     name: str
-    #: The module with the hook implementations, ``package.module``.
+    #: The module with the hook implementations, ``package.module``; of a command ``package.module:attribute``.
     module: str
     distribution: str
     version: str
@@ -60,7 +63,7 @@ class PluginEntry:
     plugin_api: str = "1"
     #: What the distribution demands of core, ``>=0.1``; empty where it demands nothing.
     requires_core: str = ""
-    #: ``family`` or ``strategy``.
+    #: ``family``, ``strategy`` or ``command``.
     kind: str = FAMILY
 
     @property
@@ -71,6 +74,8 @@ class PluginEntry:
     @property
     def what(self) -> str:
         """What the entry point names, in words."""
+        if self.kind == COMMAND:
+            return f"command '{self.name.replace('.', ' ')}'"
         return f"model type {self.name!r}" if self.kind == FAMILY else f"loading strategy {self.name!r}"
 
     @property
@@ -102,10 +107,19 @@ def discover() -> tuple[PluginEntry, ...]:
 
     A damaged distribution, whether it holds a plugin or not, costs nobody else's plugin.
     """
+    return _discover(KINDS)
+
+
+def discover_commands() -> tuple[PluginEntry, ...]:
+    """Return the commands that installed distributions add to the command line, as :func:`discover` does plugins."""
+    return _discover({COMMAND_GROUP: COMMAND})
+
+
+def _discover(kinds: Mapping[str, str]) -> tuple[PluginEntry, ...]:
     found: dict[str, PluginEntry] = {}
     for distribution in importlib_metadata.distributions():
         # The backport's iterator is typed by a protocol that its own classes satisfy.
-        for entry in _entries(cast("importlib_metadata.Distribution", distribution)):
+        for entry in _entries(cast("importlib_metadata.Distribution", distribution), kinds):
             # A copy of a distribution that comes later on the path is shadowed by the first.
             found.setdefault(f"{canonicalize_name(entry.distribution)} {entry.kind} {entry.name}", entry)
     return tuple(sorted(found.values(), key=lambda entry: (entry.kind, entry.name, entry.distribution)))
@@ -151,7 +165,7 @@ def installed(names: Iterable[str] = ()) -> tuple[Installed, ...]:
 
 def nearest_group(group: str) -> str:
     """Return the group of ours that a group's name means or looks like; empty where it looks like none."""
-    ours = (*KINDS, API_GROUP)
+    ours = (*KINDS, COMMAND_GROUP, API_GROUP)
     close = difflib.get_close_matches(group.lower().replace("-", "."), ours, n=1, cutoff=_ALIKE)
     if close:
         return close[0]
@@ -175,15 +189,19 @@ def core_version() -> str:
 
 
 def summary(distribution: str) -> str:
-    """Return the line in which a distribution says what it is."""
-    return str(importlib_metadata.metadata(distribution).get("Summary") or "")
+    """Return the line in which a distribution says what it is; empty where its metadata is damaged."""
+    try:
+        return str(importlib_metadata.metadata(distribution).get("Summary") or "")
+    # As in version_of.
+    except (importlib_metadata.PackageNotFoundError, AttributeError, KeyError, TypeError, ValueError, OSError):
+        return ""
 
 
-def _entries(distribution: importlib_metadata.Distribution) -> list[PluginEntry]:
+def _entries(distribution: importlib_metadata.Distribution, kinds: Mapping[str, str]) -> list[PluginEntry]:
     try:
         # Most distributions have no plugin, and parsing them all is most of the scan.
         text = distribution.read_text("entry_points.txt") or ""
-        if not any(group in text for group in KINDS):
+        if not any(group in text for group in kinds):
             return []
         points = list(distribution.entry_points)
     except (ValueError, TypeError, OSError) as error:
@@ -193,9 +211,9 @@ def _entries(distribution: importlib_metadata.Distribution) -> list[PluginEntry]
     origin, editable = _origin(distribution)
     api = next((point.value for point in points if point.group == API_GROUP), "1")
     return [
-        PluginEntry(point.name, _module(point), name, version, origin, editable, api, requires, KINDS[point.group])
+        PluginEntry(point.name, _module(point), name, version, origin, editable, api, requires, kinds[point.group])
         for point in points
-        if point.group in KINDS
+        if point.group in kinds
     ]
 
 

@@ -70,7 +70,7 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
                 f"{what}: there is no such directory, it is not in the cache, and looking on the Hub is off",
                 hint=asked.hint_for_missing,
             ) from error
-        raise _unreachable(what) from error
+        raise unreachable(asked) from error
     except errors.EntryNotFoundError as error:
         raise MissingFileError(f"{where} has no {asked.name}", hint="is it a transformers checkpoint?") from error
     except errors.HFValidationError as error:
@@ -84,7 +84,7 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
         ) from error
     except RuntimeError as error:
         # huggingface_hub 1.x, when nothing answers, retries on a session that it has closed.
-        raise _unreachable(what) from error
+        raise unreachable(asked) from error
     except (transport().HTTPError, OSError) as error:
         raise _broken_transfer(what, error) from error
 
@@ -124,9 +124,15 @@ def _broken_transfer(what: str, error: Exception) -> SplitLearnError:
     )
 
 
-def _unreachable(what: str) -> MissingFileError:
-    """Say that nothing answers where the Hub should be."""
+def unreachable(asked: Asked, why: str = "") -> SplitLearnError:
+    """Say that nothing answers where the Hub should be, or that the cache may not be looked into."""
+    from huggingface_hub import constants
+
+    refused = _refused(asked)
+    if refused is not None:
+        return _broken_transfer(asked.what, refused)
+    hub = f"the Hub ({constants.ENDPOINT}) cannot be reached" + (f" ({why})" if why else "")
     return MissingFileError(
-        f"{what}: there is no such directory, the Hub cannot be reached, and the cache has no copy",
+        f"{asked.what}: there is no such directory, {hub}, and the cache has no copy",
         hint="check the spelling, the network and HF_ENDPOINT",
     )

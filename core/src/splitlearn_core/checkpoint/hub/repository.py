@@ -24,9 +24,15 @@ from splitlearn_core.checkpoint.hub.fetch_plan import (
     to_request,
     without,
 )
-from splitlearn_core.checkpoint.hub.hub_errors import Asked, guarded
+from splitlearn_core.checkpoint.hub.hub_errors import Asked, guarded, unreachable
 from splitlearn_core.checkpoint.hub.partial_file import PartialFile, partial_files
-from splitlearn_core.checkpoint.hub.transfer import RangesNotServedError, RemoteFile, fetch_ranges, opened
+from splitlearn_core.checkpoint.hub.transfer import (
+    RangesNotServedError,
+    RemoteFile,
+    connection_failure,
+    fetch_ranges,
+    opened,
+)
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header, read_header
 from splitlearn_core.errors import (
@@ -37,6 +43,7 @@ from splitlearn_core.errors import (
     MissingFileError,
 )
 from splitlearn_core.progress import passing_through
+from splitlearn_core.quoting import reason
 from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -93,7 +100,7 @@ class HubSource:
         self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         self._revision = revision
         # Everything after the first file is asked for by commit: a push in between changes nothing.
-        first = self._guarded(lambda: self._download(entrance, revision), entrance)
+        first = self._guarded(lambda: self._first(entrance), entrance)
         self._snapshot = first.parent
         self._repo_folder = self._snapshot.parent.parent
         self._commit = self._snapshot.name
@@ -261,6 +268,17 @@ class HubSource:
             )
         return _Head(bytes(content[: min(count, served.size)]), served.etag, served.size)
 
+    def _first(self, name: str) -> Path:
+        """Fetch the first file, and do not wait long where nothing answers and none is cached."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if not self._offline():
+            held = try_to_load_from_cache(self.model, name, self._options["cache_dir"], self._revision)
+            failure = None if isinstance(held, str) else connection_failure()
+            if failure is not None:
+                raise unreachable(self._asked(name), reason(failure)) from failure
+        return self._download(name, self._revision)
+
     def _download(self, name: str, revision: str | None, **options: Any) -> Path:
         from huggingface_hub import hf_hub_download
 
@@ -298,7 +316,10 @@ class HubSource:
             )
 
     def _guarded(self, action: Callable[[], _T], name: str = "") -> _T:
-        asked = Asked(
+        return guarded(action, self._asked(name))
+
+    def _asked(self, name: str) -> Asked:
+        return Asked(
             self.model,
             self._revision,
             name,
@@ -306,7 +327,6 @@ class HubSource:
             self.hint_for_missing,
             self._options["cache_dir"],
         )
-        return guarded(action, asked)
 
 
 def _holds_header(held: PartialFile) -> bool:

@@ -27,6 +27,9 @@ from splitlearn_core.errors import CheckpointError, InvalidCheckpointError
 
 #: Seconds that the Hub may stay silent.
 TIMEOUT = 20.0
+
+#: Seconds between two attempts to connect.
+_PAUSE = 1.0
 _OK, _PARTIAL = 200, 206
 
 
@@ -77,6 +80,31 @@ def _served(response: Any) -> Served:
         found = None
     span, size = found or (None, None)
     return Served(span, size, str(etag).removeprefix("W/").strip('"'), str(commit))
+
+
+def connection_failure() -> Exception | None:
+    """Ask once, and a second time a moment later, whether anything answers where the Hub should be.
+
+    The client itself goes on trying for half a minute, which is right for a download that has begun, and a long
+    time for a name that was misspelt.
+
+    Returns:
+        Why there is no connection; None where something answers, whatever it says.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    failures = transport()
+    for pause in (_PAUSE, 0.0):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return None
+        except (failures.ConnectError, failures.ConnectTimeout) as error:
+            failure: Exception = error
+            time.sleep(pause)
+        except (failures.HTTPError, OSError):
+            return None  # The download asks again, and says what is wrong.
+    return failure
 
 
 def transport() -> ModuleType:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import click
 
-from splitlearn_core.cli.main import LazyGroup
+from splitlearn_core.cli.command_group import CommandGroup
 from splitlearn_core.cli.plugins.listing import list_options, print_plugins
 
 #: Command -> its module in this package.
-_COMMANDS = {"list": "listing", "new": "new", "test": "testing"}
+_COMMANDS = {"list": "listing", "test": "testing"}
 
 
 @click.group(
     "plugins",
-    cls=LazyGroup,
+    cls=CommandGroup,
+    prefix="plugins",
     modules={name: f"{__name__}.{module}" for name, module in _COMMANDS.items()},
     invoke_without_command=True,
     short_help="List, test and write plugins.",

@@ -1,0 +1,101 @@
+"""What packages build on that do more than provide a family or a strategy: examine models, or serve them.
+
+``splitlearn-auto`` and ``splitlearn-serve`` import these names and the public ones, and nothing else of core. Unlike
+the public names, they may change with any minor version of core: a package that uses them pins it
+(``splitlearn-core>=0.1,<0.2``).
+
+Importing this module imports nothing: names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitlearn_core.build.configuration import hf_config as hf_config
+    from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
+    from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
+    from splitlearn_core.build.kv_cache import cache_argument as cache_argument
+    from splitlearn_core.build.outside import through_no_layers as through_no_layers
+    from splitlearn_core.build.torch_state import own_state as own_state
+    from splitlearn_core.checkpoint.config_json import CONFIG as CONFIG
+    from splitlearn_core.checkpoint.config_json import read_config as read_config
+    from splitlearn_core.checkpoint.source import HUB as HUB
+    from splitlearn_core.checkpoint.source import open_source as open_source
+    from splitlearn_core.loading.opening import BUNDLED as BUNDLED
+    from splitlearn_core.loading.opening import unbundled as unbundled
+    from splitlearn_core.manager.config import ConfigFile as ConfigFile
+    from splitlearn_core.manager.config import examine as examine
+    from splitlearn_core.manager.config import read_config_file as read_config_file
+    from splitlearn_core.manager.config_checks import PYTORCH as PYTORCH
+    from splitlearn_core.manager.config_checks import limit_problems as limit_problems
+    from splitlearn_core.manager.config_checks import unknown_name as unknown_name
+    from splitlearn_core.manager.config_text import show as show
+    from splitlearn_core.manager.metrics import LoopLag as LoopLag
+    from splitlearn_core.manager.metrics import ManagerCollector as ManagerCollector
+    from splitlearn_core.plan.keys import map_keys as map_keys
+    from splitlearn_core.plan.keys import place_keys as place_keys
+    from splitlearn_core.plan.split_points import split_layers as split_layers
+    from splitlearn_core.plan.splitplan import kv_bytes_per_layer as kv_bytes_per_layer
+    from splitlearn_core.plan.splitplan import plan_components as plan_components
+    from splitlearn_core.plugins.known import WRITTEN as WRITTEN
+    from splitlearn_core.plugins.known import text_model as text_model
+    from splitlearn_core.plugins.known import way_out as way_out
+    from splitlearn_core.plugins.metadata import core_version as core_version
+    from splitlearn_core.plugins.registry import registry as registry
+    from splitlearn_core.quoting import quote as quote
+    from splitlearn_core.quoting import reason as reason
+    from splitlearn_core.quoting import said as said
+    from splitlearn_core.types import human_bytes as human_bytes
+    from splitlearn_core.user_paths import user_path as user_path
+
+#: Name -> the module of core that it is in.
+_HOMES = {
+    "BUNDLED": "loading.opening",
+    "CACHE_FIELD": "build.kv_cache",
+    "CONFIG": "checkpoint.config_json",
+    "ConfigFile": "manager.config",
+    "HUB": "checkpoint.source",
+    "LoopLag": "manager.metrics",
+    "ManagerCollector": "manager.metrics",
+    "PYTORCH": "manager.config_checks",
+    "WRITTEN": "plugins.known",
+    "cache_argument": "build.kv_cache",
+    "component_from_state_dict": "build.construction",
+    "core_version": "plugins.metadata",
+    "examine": "manager.config",
+    "hf_config": "build.configuration",
+    "human_bytes": "types",
+    "kv_bytes_per_layer": "plan.splitplan",
+    "limit_problems": "manager.config_checks",
+    "map_keys": "plan.keys",
+    "open_source": "checkpoint.source",
+    "own_state": "build.torch_state",
+    "place_keys": "plan.keys",
+    "plan_components": "plan.splitplan",
+    "quote": "quoting",
+    "read_config": "checkpoint.config_json",
+    "read_config_file": "manager.config",
+    "reason": "quoting",
+    "registry": "plugins.registry",
+    "said": "quoting",
+    "show": "manager.config_text",
+    "split_layers": "plan.split_points",
+    "text_model": "plugins.known",
+    "through_no_layers": "build.outside",
+    "unbundled": "loading.opening",
+    "unknown_name": "manager.config_checks",
+    "user_path": "user_paths",
+    "way_out": "plugins.known",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604  # found by __getattr__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"splitlearn_core.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

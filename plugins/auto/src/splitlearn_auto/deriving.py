@@ -1,0 +1,259 @@
+"""From a tiny model to the names of its parts: found by watching it, not by guessing from names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitlearn_auto.findings import CannotSplitError, Question
+from splitlearn_auto.observing import (
+    COLUMNS,
+    ROWS,
+    Call,
+    Forward,
+    Replacement,
+    passed,
+    random_embeddings,
+    watch,
+    zeroed,
+)
+from splitlearn_core.extension import reason
+
+_MAX_SHOWN = 6
+#: What numbers may differ by that were summed in another order, as a part of what differs in truth.
+_ROUNDING = 1e-4
+#: Dimensions of the running state.
+_STATE = 3
+#: What a function does may be done in training alone (a dropout): the mode, and the words for it.
+_MODES = ((False, ""), (True, " in training"))
+
+
+@dataclass(slots=True)
+class Parts:
+    """Where the parts of a model are, as the fields of :class:`ModelFamily` have it."""
+
+    base: str
+    layers: str = ""
+    embedding: str = ""
+    norm: str = ""
+    head: str = ""
+    zero_outside_bottom: list[str] = field(default_factory=list)
+    skip_outside_bottom: list[str] = field(default_factory=list)
+    skip_outside_top: list[str] = field(default_factory=list)
+    enter_at_layers: bool = False
+    layers_return_tuple: bool = False
+    #: Field -> what was seen that led to it.
+    reasons: dict[str, str] = field(default_factory=dict)
+    questions: list[Question] = field(default_factory=list)
+
+
+def derive_parts(model: Any) -> Parts:
+    """Find the parts of a causal language model by watching a forward of it.
+
+    Args:
+        model: A tiny model with random weights, in evaluation mode.
+
+    Raises:
+        CannotSplitError: The model is no chain of layers that one tensor runs through, with the reason.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    base = _base(model)
+    parts = Parts(model.base_model_prefix)
+    parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
+    parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
+    _check_causal(model)
+    embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
+    parts.layers = _layers(base, model.config, embeddings)
+    frame = _Frame(base, embeddings, _ancestors(parts.layers))
+    seen = frame.watch()
+    layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(_depth(model))]
+    _check_chain(layers)
+    parts.layers_return_tuple = not isinstance(layers[0].output, torch.Tensor)
+    _before(frame, seen, layers[0], parts)
+    _after(frame, seen, layers[-1], parts)
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What stays the same from one forward to the next."""
+
+    base: Any
+    embeddings: torch.Tensor
+    spine: list[str]
+
+    def watch(self, replaced: Mapping[str, Replacement] | None = None, training: bool = False) -> Forward:
+        return watch(self.base, self.embeddings, self.spine, replaced, training=training)
+
+
+def _base(model: Any) -> Any:
+    base = model.base_model
+    if base is model:
+        raise CannotSplitError(
+            f"{type(model).__name__} has no base model: its base_model_prefix is {model.base_model_prefix!r}, "
+            "and there is no module of that name"
+        )
+    return base
+
+
+def _end(root: nn.Module, module: Any, how: str) -> str:
+    for path, candidate in root.named_modules():
+        if candidate is module and path:
+            return str(path)
+    raise CannotSplitError(f"{type(root).__name__} does not hold what {how} answers with ({type(module).__name__})")
+
+
+def _depth(model: Any) -> int:
+    return int(model.config.num_hidden_layers)
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    ids = torch.randint(3, 100, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % 100
+    first, second = (model(input_ids=tokens, use_cache=False).logits for tokens in (ids, other))
+    if first.shape[:2] != ids.shape:
+        raise CannotSplitError(f"its logits are {list(first.shape)} for {list(ids.shape)} tokens")
+    before, at_last = (float((first[:, span] - second[:, span]).abs().max()) for span in (slice(-1), slice(-1, None)))
+    # Not to the last bit: experts are asked in another order when a token goes to another of them.
+    if before > _ROUNDING * at_last:
+        raise CannotSplitError(
+            "it is no causal decoder: another last token changes what it says of the tokens before it (an encoder does)"
+        )
+
+
+def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
+    """Return the path of the list of layers that a forward runs one after another."""
+    depth = config.num_hidden_layers
+    lists = {path: module for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    lengths = ", ".join(f"{path} ({len(module)})" for path, module in list(lists.items())[:_MAX_SHOWN]) or "none"
+    candidates = [path for path, module in lists.items() if len(module) == depth]
+    try:
+        seen = watch(base, embeddings, ())
+    except TypeError as error:
+        raise CannotSplitError(f"{type(base).__name__}.forward takes no inputs_embeds: {reason(error)}") from error
+    for path in candidates:
+        wanted = [f"{path}.{number}" for number in range(depth)]
+        called = [call.path for call in seen.calls if call.path in wanted]
+        if called == wanted:
+            return str(path)
+        if sorted(set(called)) == sorted(wanted):
+            raise CannotSplitError(
+                f"its {depth} layers ({path}) do not run one after another, each once: "
+                f"{', '.join(called[: depth + _MAX_SHOWN])}"
+            )
+    raise CannotSplitError(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
+
+
+def _ancestors(path: str) -> list[str]:
+    names = path.split(".")
+    return [".".join(names[:length]) for length in range(1, len(names))]
+
+
+def _only_call(seen: Forward, path: str) -> Call:
+    calls = seen.of(path)
+    if len(calls) != 1:
+        raise CannotSplitError(f"{path} is called {len(calls)} times in one forward")
+    return calls[0]
+
+
+def _check_chain(layers: Sequence[Call]) -> None:
+    """Refuse layers between which more than one tensor passes, or between which something happens."""
+    for before, after in pairwise(layers):
+        if not before.tensors or not _same(after.state, before.tensors[0]):
+            raise CannotSplitError(
+                f"{after.path} is not given what {before.path} answered: the model does something between its layers"
+            )
+    shape = layers[0].state.shape
+    if any(layer.state.shape != shape or layer.tensors[0].shape != shape for layer in layers) or len(shape) != _STATE:
+        raise CannotSplitError(
+            f"what runs through its layers is no tensor [batch, sequence, hidden]: it is {list(layers[0].state.shape)} "
+            f"for {ROWS} rows of {COLUMNS} tokens"
+        )
+    # What every layer is given besides: none of it may be computed from the running state.
+    for layer in layers:
+        name, *others = layer.inputs
+        beside = [other for other in others if layer.inputs[other].requires_grad]
+        if beside:
+            raise CannotSplitError(
+                f"{layer.path} is given {', '.join(beside)} besides {name}, computed from the embeddings or from "
+                "layers before it; only one tensor crosses a cut"
+            )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
+    """Sort out the modules that are called before the first layer."""
+    state = first.state
+    for call in _outermost(seen.calls[: seen.calls.index(first)], parts):
+        if not call.tensors or not call.tensors[0].is_floating_point():
+            continue
+        if not call.tensors[0].requires_grad:
+            # It knows nothing of the embeddings; does it still tell?
+            if not torch.equal(frame.watch({call.path: zeroed}).of(first.path)[0].state, state):
+                parts.zero_outside_bottom.append(call.path)
+        elif any(tensor.requires_grad for tensor in call.inputs.values()):
+            parts.skip_outside_bottom.append(call.path)
+    neutral = {
+        **dict.fromkeys(parts.skip_outside_bottom, passed),
+        **dict.fromkeys(parts.zero_outside_bottom, zeroed),
+    }
+    # As wide as the state: it may be another width than the embeddings'.
+    inside = _Frame(frame.base, random_embeddings(state.shape[-1]), frame.spine)
+    for training, when in _MODES:
+        entered = inside.watch(neutral, training).of(first.path)[0].state
+        if not _same(entered, inside.embeddings):
+            parts.enter_at_layers = True
+            parts.reasons["enter_at_layers"] = (
+                f"Outside any module, before the first layer{when}: {_difference(entered, inside.embeddings)}."
+            )
+            return
+
+
+def _outermost(calls: Sequence[Call], parts: Parts) -> list[Call]:
+    """Return the first call of each module that the frame calls, and that is no part of embedding or layers."""
+    aside = (f"{parts.embedding}.", f"{parts.layers}.")
+    found: dict[str, Call] = {}
+    for call in calls:
+        if call.outermost and not f"{call.path}.".startswith(aside):
+            found.setdefault(call.path, call)
+    return list(found.values())
+
+
+def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
+    """Find the final norm among the modules that are called after the last layer."""
+    called = _outermost(seen.calls[seen.calls.index(last) + 1 :], parts)
+    through = [call.path for call in called if call.tensors and call.tensors[0].requires_grad]
+    twice = sorted({*through} & {*parts.skip_outside_bottom, *parts.zero_outside_bottom})
+    if twice:
+        raise CannotSplitError(
+            f"{', '.join(twice)} is called before the first layer and after the last, and would be needed on both ends"
+        )
+    parts.norm, parts.skip_outside_top = (through[0], through[1:]) if through else ("", [])
+    for training, when in _MODES:
+        left = frame.watch(dict.fromkeys(through, passed), training)
+        answer = left.of(last.path)[0].tensors[0]
+        if not _same(left.hidden, answer):
+            asked = f"what happens after the last layer{when}?"
+            parts.questions.append(Question("norm", asked, _difference(left.hidden, answer)))
+            return
+
+
+def _difference(got: torch.Tensor, expected: torch.Tensor) -> str:
+    if got.shape != expected.shape:
+        return f"a tensor {list(expected.shape)} becomes {list(got.shape)}"
+    got, expected = got.detach(), expected.detach()
+    ratio = got / expected
+    if torch.allclose(ratio, ratio.flatten()[0], rtol=1e-4):
+        return f"what comes is multiplied by {ratio.flatten()[0].item():.6g}"
+    return f"what comes differs by up to {(got - expected).abs().max().item():.3g}"

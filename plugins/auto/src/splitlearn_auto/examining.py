@@ -1,0 +1,289 @@
+"""One model type, from its name to what a family file will say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from splitlearn_auto.deriving import Parts, derive_parts
+from splitlearn_auto.findings import CannotSplitError, Derived, Question
+from splitlearn_auto.keys import ignored_suffixes, renamed_keys
+from splitlearn_auto.knowledge import causal_class, check_config
+from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
+from splitlearn_auto.proving import cache_note, differences
+from splitlearn_auto.settings import config_defaults, config_names
+from splitlearn_core import ModelFamily, SplitLearnError
+from splitlearn_core.extension import CACHE_FIELD, own_state
+
+_TIED = "tie_word_embeddings"
+#: Switches that say nothing of how a decoder is built.
+_NO_SWITCHES = {
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", _TIED),
+    *("is_encoder_decoder", "is_decoder", "add_cross_attention", "use_mambapy", "tie_encoder_decoder"),
+}
+_MULTIPLIERS = ("multiplier", "scale")
+_ATTENTION = ("eager", "sdpa")
+#: The first is that in which everything else is proven.
+_DTYPES = ("float32", "bfloat16")
+#: The probability that a tiny model drops values with, and parts of names of what drops something else: whole layers,
+#: or values of another head.
+_DROPOUT = 0.5
+_DROPOUTS = "dropout"
+_NO_DROPOUT = ("layer", "classifier", "summary")
+_WINDOW = 4
+
+
+def examine(model_type: str, said: Mapping[str, Any]) -> Derived:
+    """Find out, without transformers saying what it thinks of each small model; see :func:`_examine`."""
+    with quiet(), own_state(gradients=True), _blaming_model(model_type):
+        return _examine(model_type, said)
+
+
+def _examine(model_type: str, said: Mapping[str, Any]) -> Derived:
+    """Find out how the models of a type are split, and prove it on a tiny one.
+
+    Args:
+        model_type: The type.
+        said: What the ``config.json`` of a model of it says; empty for the class's own values.
+
+    Raises:
+        ConfigurationError: There is no such type.
+        CannotSplitError: Models of the type cannot be split, with the reason.
+    """
+    architecture = causal_class(model_type)
+    known = AutoConfig.for_model(model_type)
+    check_config(model_type, known)
+    config, needed = tiny_config(model_type, known, said)
+    model = tiny_model(config)
+    parts = derive_parts(model)
+    renamed = renamed_keys(model)
+    settled = _Variants(config, parts)
+    settled.sweep()
+    derived = Derived(
+        {
+            "model_type": model_type,
+            "architecture": architecture,
+            **settled.fields(),
+            "ignored_suffixes": ignored_suffixes(model),
+            "renamed": renamed,
+            "config_names": config_names(known),
+            "config_defaults": config_defaults(known),
+            "tiny_config": needed,
+        },
+        reasons=dict(parts.reasons),
+        questions=list(parts.questions),
+        notes=settled.notes,
+        transformers=transformers.__version__,
+    )
+    _prove(derived, config, settled)
+    derived.fields = {name: value for name, value in derived.fields.items() if value != _DEFAULTS.get(name)}
+    return derived
+
+
+def _default(field: Any) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+_DEFAULTS = {field.name: _default(field) for field in fields(ModelFamily)}
+
+
+@contextmanager
+def _blaming_model(model_type: str) -> Iterator[None]:
+    """Name the type in every refusal, and say that transformers' own code fails, where it does."""
+    try:
+        yield
+    except CannotSplitError as error:
+        if model_type in error.message:
+            raise
+        raise CannotSplitError(f"{model_type} cannot be split: {error.message}", hint=error.hint) from error
+    except SplitLearnError:
+        raise
+    # The model's code raises what it likes.
+    except Exception as error:
+        raise CannotSplitError(
+            f"transformers' own code fails on a small model of type {model_type}: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}",
+            hint="give the config.json of a model that works: --from FILE",
+        ) from error
+
+
+class _Variants:
+    """The switches of a configuration, and which of them change how a model is taken apart.
+
+    Args:
+        config: The tiny configuration.
+        parts: What was derived with it.
+    """
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        self._config = config
+        self.parts = parts
+        #: Every dropout of the configuration, turned on.
+        self.dropouts = _dropouts(config)
+        #: Those that tests have to cover.
+        self.variants: dict[str, dict[str, Any]] = {}
+        #: Values that the family does not cover, with the reason.
+        self.notes: list[str] = []
+
+    def sweep(self) -> None:
+        """Turn each switch, one at a time, and take in what changes."""
+        for name, values in self._switches():
+            said = ", ".join(f"{key}={value!r}" for key, value in values.items())
+            try:
+                model = tiny_model(with_values(self._config, values))
+                other = derive_parts(model)
+            except CannotSplitError as refusal:
+                self.notes.append(f"with {said}: {refusal.message}")
+                continue
+            # Values that do not go together, which the class says in its own way.
+            except Exception:  # noqa: BLE001, S112
+                continue
+            if self._take_in(other, said):
+                self.variants[name] = values
+
+    def _switches(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        own = self._config.to_dict()
+        for name, value in own.items():
+            if isinstance(value, bool) and name not in _NO_SWITCHES:
+                yield name.replace("_", " ").strip(), {name: not value}
+        scaled = {
+            name: 2.0
+            for name, value in own.items()
+            if isinstance(value, float) and value == 1.0 and name.endswith(_MULTIPLIERS)
+        }
+        if scaled:
+            yield "scaled", scaled
+        if self.dropouts:
+            yield _DROPOUTS, self.dropouts
+
+    def _take_in(self, other: Parts, said: str) -> bool:
+        """Widen the parts by what another value of a switch brings; say whether it brings anything."""
+        mine = self.parts
+        changed = False
+        for name in ("zero_outside_bottom", "skip_outside_bottom", "skip_outside_top"):
+            more = [path for path in getattr(other, name) if path not in getattr(mine, name)]
+            getattr(mine, name).extend(more)
+            changed = changed or bool(more)
+        if other.enter_at_layers and not mine.enter_at_layers:
+            mine.enter_at_layers, changed = True, True
+            mine.reasons["enter_at_layers"] = f"{other.reasons['enter_at_layers'].rstrip('.')}, with {said}."
+        if other.norm != mine.norm:
+            changed = True
+            # A model without a norm may have something else behind its layers.
+            if mine.norm and other.norm and other.norm not in mine.skip_outside_top:
+                self.notes.append(f"with {said}: the final norm is {other.norm}, not {mine.norm}")
+            mine.norm = mine.norm or other.norm
+        for name in ("base", "layers", "embedding", "head", "layers_return_tuple"):
+            if getattr(other, name) != getattr(mine, name):
+                self.notes.append(f"with {said}: {name} is {getattr(other, name)!r}, not {getattr(mine, name)!r}")
+        return changed
+
+    def fields(self) -> dict[str, Any]:
+        parts = self.parts
+        return {
+            "base": parts.base,
+            "layers": parts.layers,
+            "embedding": parts.embedding,
+            "norm": parts.norm,
+            "head": parts.head,
+            "zero_outside_bottom": tuple(parts.zero_outside_bottom),
+            "skip_outside_bottom": tuple(parts.skip_outside_bottom),
+            "skip_outside_top": tuple(parts.skip_outside_top),
+            "enter_at_layers": parts.enter_at_layers,
+            "layers_return_tuple": parts.layers_return_tuple,
+        }
+
+
+def _prove(derived: Derived, config: Any, settled: _Variants) -> None:
+    """Cut tiny models of all variants, and note where they differ from the models in one piece."""
+    for uniform in (True, False):
+        derived.fields["uniform_layers"] = uniform
+        found = _differences(derived, config)
+        if not found:
+            break
+    if found:
+        _check_cache(config)
+        derived.fields["uniform_layers"] = True
+        derived.questions.append(Question("base", "what is missing for a split to equal the whole model?", found[0]))
+        derived.variants, derived.attention, derived.dtypes = {"plain": {}}, _ATTENTION, _DTYPES
+        return
+    if note := cache_note(tiny_model(with_values(config, {})), ModelFamily(**derived.fields)):
+        derived.notes.append(note)
+    tied = bool(config.tie_word_embeddings)
+    candidates: dict[str, Mapping[str, Any]] = {
+        "untied" if tied else "tied": {_TIED: not tied},
+        **({"short window": {"sliding_window": _WINDOW}} if _has_window(config) else {}),
+        **settled.variants,
+    }
+    derived.variants = {"plain": {}}
+    # Proven also where it changes nothing of the family, which is why the tests need not cover it.
+    dropouts = {_DROPOUTS: settled.dropouts} if settled.dropouts else {}
+    for name, values in {**dropouts, **candidates}.items():
+        found = _differences(derived, config, values)
+        if found:
+            derived.notes.append(f"with {', '.join(f'{k}={v!r}' for k, v in values.items())}: {found[0]}")
+        elif name in candidates:
+            derived.variants = {**derived.variants, name: values}
+    derived.attention = tuple(name for name in _ATTENTION if not _differences(derived, config, attention=name))
+    derived.dtypes = _DTYPES[:1]
+    for dtype in _DTYPES[1:]:
+        if found := _differences(derived, config, dtype=dtype):
+            derived.notes.append(f"in {dtype}: {found[0]}")
+        else:
+            derived.dtypes = (*derived.dtypes, dtype)
+
+
+def _check_cache(config: Any) -> None:
+    """Refuse a type whose layers keep something else than keys and values, where a split of it is not equal.
+
+    Raises:
+        CannotSplitError: They do.
+    """
+    model = tiny_model(with_values(config, {}))
+    cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
+    if not isinstance(cache, Cache):
+        raise CannotSplitError(f"{type(model).__name__} keeps no key-value cache from one token to the next")
+    kinds = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, CacheLayerMixin)}
+    if kinds:
+        raise CannotSplitError(
+            f"some layers of it keep a running state and no keys and values ({', '.join(sorted(kinds))}), "
+            "and a component of such layers alone cannot tell how many tokens it has seen"
+        )
+
+
+def _dropouts(config: Any) -> dict[str, Any]:
+    return {
+        name: _DROPOUT
+        for name, value in config.to_dict().items()
+        if "drop" in name and not any(part in name for part in _NO_DROPOUT)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _has_window(config: Any) -> bool:
+    value = getattr(config, "sliding_window", None)
+    return type(value) is int and value > _WINDOW
+
+
+def _differences(
+    derived: Derived,
+    config: Any,
+    values: Mapping[str, Any] | None = None,
+    attention: str | None = None,
+    dtype: str = _DTYPES[0],
+) -> list[str]:
+    # A model that cannot be made so at all is evidence like one that differs.
+    try:
+        model = tiny_model(with_values(config, values or {}), attention)
+        return differences(model if dtype == _DTYPES[0] else in_dtype(model, dtype), ModelFamily(**derived.fields))
+    except Exception as error:  # noqa: BLE001
+        return [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"]

@@ -1,0 +1,76 @@
+"""How the names of a type's tensors on disk become those in the module."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from splitlearn_auto.findings import CannotSplitError
+
+_ROTARY = "rotary_emb.inv_freq"
+_LITERAL = re.compile(r"[A-Za-z0-9_]+(?:\\?\.[A-Za-z0-9_]+)+")
+
+
+def ignored_suffixes(model: Any) -> tuple[str, ...]:
+    """Return what old checkpoints carry and no module wants, by what transformers passes over."""
+    patterns = [str(pattern) for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ())]  # noqa: SLF001
+    literal = [pattern.replace("\\", "") for pattern in patterns if _LITERAL.fullmatch(pattern)]
+    if any(name.endswith(_ROTARY) for name, _ in model.named_buffers()):
+        literal.append(_ROTARY)
+    keys = [f".{key}" for key in model.state_dict()]
+    return tuple(f".{suffix}" for suffix in literal if not any(key.endswith(f".{suffix}") for key in keys))
+
+
+def renamed_keys(model: Any) -> tuple[tuple[str, str], ...]:
+    """Return which parts of names are others on disk than in the module, ``(on disk, in the module)``.
+
+    Raises:
+        CannotSplitError: transformers makes other tensors of those on disk when it loads a checkpoint.
+    """
+    inside = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = {key: tensor for file in Path(folder).glob("*.safetensors") for key, tensor in load_file(file).items()}
+    pairs: dict[tuple[str, str], None] = {}
+    for key in sorted(saved.keys() - inside.keys()):
+        origin = next((name for name, tensor in inside.items() if _same(tensor, saved[key])), None)
+        if origin is not None:
+            pairs[_difference(key, origin)] = None
+    foreign = sorted({_replaced(key, pairs) for key in saved} - inside.keys())
+    if foreign:
+        missing = sorted(inside.keys() - saved.keys())
+        raise CannotSplitError(
+            f"its checkpoints hold {len(foreign)} tensors that are none of the module's ({foreign[0]}, ...): "
+            f"transformers makes others of them when it loads ({missing[0]}, ...), "
+            "and components are made of tensors as they lie in the file",
+        )
+    return tuple(pairs)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _difference(key: str, name: str) -> tuple[str, str]:
+    """Return what two names of one tensor do not share, cut at the dots."""
+    one, other = key.split("."), name.split(".")
+    while len(one) > 1 and len(other) > 1 and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    after = "." if one != key.split(".") else ""
+    shared = 0
+    while shared < min(len(one), len(other)) - 1 and one[shared] == other[shared]:
+        shared += 1
+    before = "." if shared else ""
+    return tuple(f"{before}{'.'.join(names[shared:])}{after}" for names in (one, other))  # type: ignore[return-value]
+
+
+def _replaced(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        key = key.replace(old, new)
+    return key

@@ -1,0 +1,138 @@
+"""The files of a new package, as texts by their path."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+
+from packaging.utils import canonicalize_name
+
+from splitlearn_auto.findings import Derived
+from splitlearn_auto.rendering import family_module, literal, test_module
+from splitlearn_core import PLUGIN_API
+
+#: Licences a package may be given, by SPDX identifier.
+LICENCES = ("Apache-2.0", "MIT", "BSD-3-Clause")
+NO_LICENCE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How a package for a model type is called."""
+
+    model_type: str
+
+    @property
+    def distribution(self) -> str:
+        return f"splitlearn-{canonicalize_name(self.model_type)}"
+
+    @property
+    def module(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "_", self.distribution)
+
+    @property
+    def title(self) -> str:
+        """What a reader calls it: the class of its models without what all of them have in their names."""
+        return self.model_type.replace("_", " ").replace("-", " ").capitalize()
+
+
+def package_files(derived: Derived, core_version: str, licence: str, year: int) -> dict[str, str]:
+    """Return the files of a package.
+
+    Args:
+        derived: What is known of the family.
+        core_version: The oldest core that it needs.
+        licence: One of :data:`LICENCES`, or :data:`NO_LICENCE`.
+        year: Of the copyright.
+    """
+    names = Names(derived.fields["model_type"])
+    files = {
+        "pyproject.toml": _pyproject(names, core_version, licence),
+        f"src/{names.module}/__init__.py": family_module(derived, names.title),
+        f"src/{names.module}/py.typed": "",
+        f"tests/test_{names.module.removeprefix('splitlearn_')}_family.py": test_module(derived, names.title),
+        "README.md": _readme(names, derived),
+        "CHANGELOG.md": _changelog(names),
+        ".gitignore": "__pycache__/\n*.egg-info/\n/build/\n/dist/\n/.venv/\n/.*_cache/\n",
+    }
+    if licence != NO_LICENCE:
+        files["LICENSE"] = _licence(licence, names, year)
+    return files
+
+
+def _pyproject(names: Names, core_version: str, licence: str) -> str:
+    stated = "" if licence == NO_LICENCE else f'license = "{licence}"\n'
+    files = ["src", "tests", "README.md", "CHANGELOG.md", *(["LICENSE"] if stated else [])]
+    return f"""\
+[build-system]
+requires = ["hatchling>=1.26"]
+build-backend = "hatchling.build"
+
+[project]
+name = "{names.distribution}"
+version = "0.1.0"
+description = "{names.title} for splitlearn"
+readme = "README.md"
+requires-python = ">=3.11"
+{stated}keywords = ["split learning", "splitlearn", "transformers"]
+dependencies = ["splitlearn-core>={core_version}"]
+
+[project.optional-dependencies]
+test = ["pytest>=9", "pytest-timeout>=2"]
+
+[project.entry-points."splitlearn.families"]
+{names.model_type} = "{names.module}"
+
+[project.entry-points."splitlearn.plugin_api"]
+version = "{PLUGIN_API}"
+
+[tool.hatch.build.targets.wheel]
+packages = ["src/{names.module}"]
+
+[tool.hatch.build.targets.sdist]
+include = {literal(files)}
+"""
+
+
+def _readme(names: Names, derived: Derived) -> str:
+    made_with = f"Its parts were found with transformers {derived.transformers}.\n" if derived.transformers else ""
+    limits = "".join(f"- {' '.join(note.split())}\n" for note in derived.notes)
+    return f"""\
+# {names.distribution}
+
+{names.title} for splitlearn: model type `{names.model_type}`.
+
+```sh
+pip install {names.distribution}     # from here: pip install -e .
+splitlearn plan MODEL --split A B
+```
+
+`MODEL` is a directory or a Hub repository whose `config.json` says `"model_type": "{names.model_type}"`.
+
+## Tests
+
+```sh
+pip install -e ".[test]"
+pytest
+```
+
+They compare a small model, cut in three, with the model in one piece, to the last bit.
+{made_with}""" + (f"\n## What it does not cover\n\n{limits}" if limits else "")
+
+
+def _changelog(names: Names) -> str:
+    return f"""\
+# Changelog of {names.distribution}
+
+## 0.1.0 (unreleased)
+
+First version; plugin API {PLUGIN_API}.
+
+- Model type `{names.model_type}`.
+"""
+
+
+def _licence(licence: str, names: Names, year: int) -> str:
+    text = resources.files("splitlearn_auto").joinpath("licences", f"{licence}.txt").read_text()
+    return text.replace("{year}", str(year)).replace("{holder}", f"the authors of {names.distribution}")

@@ -1,0 +1,442 @@
+"""``splitlearn plugins new``: what it finds out, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splitlearn_auto import NewPlugin, new_plugin
+from splitlearn_auto.examining import examine
+from splitlearn_auto.findings import CannotSplitError, Derived, Question
+from splitlearn_auto.making import tiny_model
+from splitlearn_auto.package import package_files
+from splitlearn_auto.proving import differences
+from splitlearn_auto.rendering import family_module, literal
+from splitlearn_core import ConfigurationError, MissingFileError, ModelFamily, PluginError, UnknownModelTypeError
+
+
+def fields(model_type: str, said: dict[str, Any] | None = None) -> dict[str, Any]:
+    return examine(model_type, said or {}).fields
+
+
+@contextmanager
+def every_mode() -> Iterator[None]:
+    """Change all modes of torch that a caller may have set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# -- what it finds out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, every_mode])
+def test_a_type_is_examined_alike_in_every_mode(mode: Callable[[], Any]) -> None:
+    """What is derived and proven depends on no mode of the caller's."""
+    with mode():
+        derived = examine("llama", {})
+
+    assert derived.questions == []
+    assert (derived.attention, derived.dtypes) == (("eager", "sdpa"), ("float32", "bfloat16"))
+    assert derived.notes == []
+
+
+def test_an_ordinary_decoder_is_its_class_alone() -> None:
+    """Of llama nothing is said but its class, what old files carry, and the defaults of its configuration."""
+    derived = examine("llama", {})
+    assert derived.fields == {
+        "model_type": "llama",
+        "architecture": "LlamaForCausalLM",
+        "ignored_suffixes": (".rotary_emb.inv_freq",),
+        # Not num_key_value_heads and head_dim, which follow the other two.
+        "config_defaults": {
+            "num_hidden_layers": 32,
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "tie_word_embeddings": False,
+        },
+    }
+    assert derived.questions == []
+    assert list(derived.variants) == ["plain", "tied"]
+    assert derived.attention == ("eager", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("bloom", {"skip_outside_bottom": ("word_embeddings_layernorm",), "layers_return_tuple": True}),
+        ("gpt_neox", {"skip_outside_bottom": ("emb_dropout",)}),
+        ("granite", {"enter_at_layers": True}),
+        (
+            "opt",
+            {
+                "layers": "decoder.layers",
+                "norm": "decoder.final_layer_norm",
+                "zero_outside_bottom": ("decoder.embed_positions",),
+                "skip_outside_bottom": ("decoder.project_in",),
+                "skip_outside_top": ("decoder.project_out",),
+            },
+        ),
+    ],
+)
+def test_peculiar_decoders(model_type: str, expected: dict[str, Any]) -> None:
+    """What is peculiar of a type is found by watching it, proven by cutting it, and its switches are turned."""
+    derived = examine(model_type, {})
+    assert derived.questions == []
+    assert {name: derived.fields.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("said", [{}, {"embedding_dropout": 0.1}], ids=["by default at 0", "given"])
+def test_a_dropout_in_no_module_is_seen(said: dict[str, Any]) -> None:
+    """StarCoder2 drops values in a function, in training alone, and by default with a probability of 0."""
+    derived = examine("starcoder2", said)
+    assert derived.questions == []
+    assert derived.fields["enter_at_layers"] is True
+    assert "before the first layer in training" in derived.reasons["enter_at_layers"]
+    # Its tests turn it on.
+    on = {**derived.fields.get("tiny_config", {}), **derived.variants.get("dropout", {})}
+    assert on["embedding_dropout"] > 0
+
+
+def test_a_dropout_that_reaches_trunk_and_top_is_not_proven() -> None:
+    """In training both would drop values of what a component before them has dropped values of already."""
+    from transformers import AutoConfig
+
+    from splitlearn_auto.sizes import tiny_sizes
+
+    sizes = tiny_sizes(AutoConfig.for_model("starcoder2"))
+    model = tiny_model(AutoConfig.for_model("starcoder2", **sizes, embedding_dropout=0.5))
+    said: dict[str, Any] = {"model_type": "starcoder2", "architecture": "Starcoder2ForCausalLM"}
+    found = differences(model, ModelFamily(**said))
+    assert [line.split(", ", 1)[1] for line in found[:2]] == [
+        f"in training, the {part} changes hidden states outside its layers" for part in ("trunk", "top")
+    ]
+    assert differences(model, ModelFamily(**said, enter_at_layers=True)) == []
+
+
+def test_layers_that_are_left_out_now_and_then_are_all_watched() -> None:
+    """A given model may be one that leaves out nearly all of its layers in each step of training."""
+    derived = examine("biogpt", {"model_type": "biogpt", "layerdrop": 0.99, "hidden_dropout_prob": 0.2})
+    assert (derived.questions, derived.notes) == ([], [])
+    assert derived.fields["tiny_config"]["hidden_dropout_prob"] == 0.2
+    assert "layerdrop" not in derived.fields["tiny_config"]
+    assert derived.fields["enter_at_layers"] is True
+
+
+def test_what_is_computed_in_the_default_dtype_is_computed_in_that_of_the_weights() -> None:
+    """XGLM asks torch for the default dtype when it makes its positions; transformers sets it to the weights'."""
+    derived = examine("xglm", {})
+    assert (derived.questions, derived.notes) == ([], [])
+    assert derived.dtypes == ("float32", "bfloat16")
+
+
+def test_names_on_disk_that_transformers_changes_are_renamed() -> None:
+    """GPT-NeoX has its head under another name on disk than in newer modules."""
+    family = fields("gpt_neox")
+    head = family.get("head", "lm_head")
+    assert (head, family.get("renamed", ())) in (("lm_head", (("embed_out.", "lm_head."),)), ("embed_out", ()))
+
+
+def test_a_given_configuration_is_followed() -> None:
+    """Switches of the given model hold for the small one, too; its sizes do not."""
+    said = {"model_type": "llama", "attention_bias": True, "hidden_size": 8192, "num_hidden_layers": 80}
+    assert fields("llama", said)["tiny_config"] == {"attention_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "value"),
+    [("enter_at_layers", False), ("layers", "layers.0"), ("skip_outside_bottom", ("norm",)), ("norm", "rotary_emb")],
+)
+def test_a_wrong_family_is_not_proven(wrong: str, value: Any) -> None:
+    """A family that is wrong in one field differs, or cannot be cut: the proof is one."""
+    from transformers import AutoConfig
+
+    from splitlearn_auto.sizes import tiny_sizes
+
+    known = AutoConfig.for_model("granite")
+    config = AutoConfig.for_model("granite", **{**tiny_sizes(known), "embedding_multiplier": 3.0})
+    config.dtype = torch.float32
+    model = tiny_model(config)
+    right: dict[str, Any] = {"enter_at_layers": True, "model_type": "granite", "architecture": "GraniteForCausalLM"}
+    assert differences(model, ModelFamily(**right)) == []
+    assert differences(model, ModelFamily(**{**right, wrong: value})) != []
+
+
+# -- what it refuses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("bert", "no causal decoder"),
+        ("t5", "no causal language model: transformers has T5ForConditionalGeneration"),
+        ("bart", "encoder-decoder"),
+        ("gemma3", "made of several models"),
+        ("mixtral", "its checkpoints hold"),
+        ("rwkv", "keeps no key-value cache"),
+        ("mamba", "keep a running state|keeps no key-value cache"),
+        # Older transformers cannot run a small one without kernels for a GPU.
+        ("zamba", "original_hidden_states|Fast Mamba kernels"),
+        ("nanochat", "norm is called before the first layer and after the last"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:
+    """The type is named, and nothing is written for it."""
+    with pytest.raises(CannotSplitError, match=reason) as caught:
+        new_plugin(model_type, tmp_path / "out")
+    assert model_type in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_several_names_its_language_model(tmp_path: Path) -> None:
+    """The way out is the type of the language model inside."""
+    with pytest.raises(CannotSplitError) as caught:
+        new_plugin("gemma3", tmp_path / "out")
+    assert "its language model is of type gemma3_text" in caught.value.hint
+    assert "text.save_pretrained(DIR)" in caught.value.hint
+
+
+@pytest.mark.parametrize(("name", "near"), [("lama", "'llama'"), ("qwen-3", "'qwen3'"), ("../x", "model_type")])
+def test_names_that_are_no_model_type(tmp_path: Path, name: str, near: str) -> None:
+    """The nearest is named, and nothing written."""
+    with pytest.raises(ConfigurationError, match="knows no model type") as caught:
+        new_plugin(name, tmp_path / "out")
+    assert near in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    """A folder with something in it, a file and a link are taken; an empty folder is free."""
+    full, file, link, empty = (tmp_path / name for name in ("full", "file", "link", "empty"))
+    full.mkdir()
+    (full / "mine").write_text("mine")
+    file.write_text("mine")
+    empty.mkdir()
+    link.symlink_to(empty)
+    for taken in (full, file, link, file / "below"):
+        with pytest.raises(ConfigurationError):
+            new_plugin("llama", taken)
+    assert (full / "mine").read_text() == file.read_text() == "mine"
+    assert list(full.iterdir()) == [full / "mine"]
+    assert (new_plugin("llama", empty).folder / "pyproject.toml").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "link"]
+
+
+def test_a_folder_is_written_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails at the last file leaves nothing behind."""
+    write = Path.write_text
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.name == "LICENSE":
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", failing)
+    with pytest.raises(OSError, match="No space left"):
+        new_plugin("llama", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_that_a_plugin_has_is_refused(llama: Any, tmp_path: Path) -> None:
+    """The plugin is named; --force writes all the same."""
+    with pytest.raises(PluginError, match=r"splitlearn-llama 1\.0"):
+        new_plugin("llama", tmp_path / "out")
+    assert new_plugin("llama", tmp_path / "out", force=True).verified
+
+
+def test_origins(tmp_path: Path) -> None:
+    """A directory and a file are read; one of another type, one that is no JSON and none at all are refused."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "mistral", "sliding_window": None}))
+    for origin in (file, tmp_path):
+        assert new_plugin("mistral", tmp_path / "out", origin=str(origin), dry_run=True).verified
+    with pytest.raises(ConfigurationError, match="'mistral', not 'llama'"):
+        new_plugin("llama", tmp_path / "out", origin=str(file))
+    file.write_text("{")
+    with pytest.raises(ValueError, match="no JSON"):
+        new_plugin("mistral", tmp_path / "out", origin=str(file))
+    with pytest.raises(MissingFileError):
+        new_plugin("mistral", tmp_path / "out", origin="owner/nowhere", local_files_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_origin_that_is_a_file_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody means a repository that is named like a file: it is not asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("splitlearn_auto.asking.open_source", lambda *_, **__: pytest.fail("the Hub was asked"))
+    for origin in ("x.json", "some/config.json", str(tmp_path / "x.json")):
+        with pytest.raises(MissingFileError, match="there is no file") as caught:
+            new_plugin("mistral", tmp_path / "out", origin=origin)
+        assert origin in caught.value.message
+
+
+def test_a_bundled_model_is_an_origin(world: Any, tmp_path: Path) -> None:
+    """As everywhere else; whose plugin carries none, or is not there, is said."""
+    carrier = world.folder / "carrier"
+    carrier.mkdir()
+    (carrier / "__init__.py").touch()
+    (carrier / "config.json").write_text(json.dumps({"model_type": "mistral", "sliding_window": None}))
+    world.install(
+        "mistral", world.source("mistral").replace('ForCausalLM"', 'ForCausalLM", bundled_checkpoint="carrier:."')
+    )
+    world.install("llama")
+
+    made = new_plugin("mistral", None, origin="bundled:mistral", dry_run=True, force=True)
+
+    assert made.verified
+    with pytest.raises(MissingFileError, match="'llama' carries no model"):
+        new_plugin("llama", None, origin="bundled:llama", dry_run=True, force=True)
+    with pytest.raises(UnknownModelTypeError, match="brandnew"):
+        new_plugin("llama", None, origin="bundled:brandnew", dry_run=True, force=True)
+
+
+def test_a_dry_run_asks_for_no_folder(tmp_path: Path, cli: Any) -> None:
+    """None is needed, and one that is taken does not matter; otherwise one is asked for by name."""
+    (tmp_path / "taken").write_text("mine")
+
+    assert new_plugin("stablelm", None, dry_run=True).folder is None
+    assert new_plugin("stablelm", tmp_path / "taken", dry_run=True).verified
+    code, out, err = cli("plugins", "new", "stablelm")
+
+    assert (code, out) == (2, "")
+    assert "plugins new stablelm: give --out DIR" in err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_what_a_plan_gets_wrong_is_said_by_a_dry_run_as_well(tmp_path: Path, cli: Any) -> None:
+    """Falcon keeps one head of keys and values, which no value of its configuration says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dry, wet = cli("plugins", "new", "falcon", "--dry-run"), cli("plugins", "new", "falcon", "--out", tmp_path / "out")
+
+    (said,) = (line for line in dry[2].splitlines() if line.startswith("not covered: "))
+    assert said in wet[2].splitlines()
+    assert said.removeprefix("not covered: ") in (tmp_path / "out" / "README.md").read_text()
+    planned, held = (int(word) for word in re.findall(r"\d+", said))
+    # The truth: a model of as many layers and heads, and what its cache holds of one token.
+    config = AutoConfig.for_model(
+        "falcon", hidden_size=32, num_hidden_layers=6, num_attention_heads=4, vocab_size=100, multi_query=True
+    )
+    cache = AutoModelForCausalLM.from_config(config)(torch.tensor([[1]]), use_cache=True).past_key_values
+    assert held == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert planned == 4 * held
+
+
+# -- what it writes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> NewPlugin:
+    """A package for llama."""
+    return new_plugin("llama", tmp_path_factory.mktemp("new") / "splitlearn-llama", licence="MIT")
+
+
+def test_the_files_of_a_package(package: NewPlugin) -> None:
+    """All that a package needs, and a family module within forty lines."""
+    written = {path.relative_to(package.folder).as_posix() for path in package.folder.rglob("*") if path.is_file()}
+    assert written == set(package.files)
+    assert "MIT License" in (package.folder / "LICENSE").read_text()
+    assert len(package.files[package.family_file].splitlines()) <= 40
+    assert package.folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def test_a_package_without_a_licence() -> None:
+    """``none`` leaves the choice open: no file, and no claim."""
+    files = package_files(Derived({"model_type": "llama", "architecture": "LlamaForCausalLM"}), "0.1", "none", 2026)
+    assert "LICENSE" not in files
+    assert "license" not in files["pyproject.toml"].lower()
+
+
+def test_a_package_is_installed_and_passes_its_own_tests(world: Any, package: NewPlugin, tmp_path: Path) -> None:
+    """pip builds and installs it; it is ready; and its test file, as it was written, is green."""
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--isolated", "--no-deps", "--no-build-isolation")
+    subprocess.run(
+        [*pip, "--no-index", "--target", world.folder, package.folder], check=True, capture_output=True, timeout=120
+    )
+    listed = world.python("-m", "splitlearn_core", "plugins", "--check", "--json")
+    row = next(row for row in json.loads(listed.stdout) if row["model_type"] == "llama")
+    assert (row["status"], row["distribution"]) == ("ready", "splitlearn-llama")
+    chosen = "test_entry_point or test_import_budget or test_config_defaults or (test_logits and 2-3 and float32)"
+    options = ("-q", "-p", "no:cacheprovider", "--rootdir", str(package.folder), "-k", chosen)
+    done = world.python("-m", "pytest", *options, str(package.folder / "tests"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_questions_are_asked_in_the_file() -> None:
+    """The module is sound Python, and shows each question with what was seen."""
+    question = Question("norm", 'which one is the "final" norm?', "called after the last layer:\na, b")
+    derived = Derived({"model_type": "1x-y", "architecture": "XForCausalLM"}, questions=[question])
+    text = family_module(derived, "X")
+    names: dict[str, Any] = {}
+    exec(compile(text, "family", "exec"), names)
+    assert names["splitlearn_model_families"]()[0].model_type == "1x-y"
+    assert '# QUESTION (norm): which one is the "final" norm?' in text
+    assert "#   a, b" in text
+
+
+def test_a_dtype_that_does_not_hold_is_not_tested_and_said() -> None:
+    """The tests of the package are in those that were equal, and the README has the reason."""
+    derived = Derived(
+        {"model_type": "x", "architecture": "XForCausalLM"},
+        dtypes=("float32",),
+        notes=["in bfloat16: a forward differs by up to 1"],
+    )
+    files = package_files(derived, "0.1.0", "Apache-2.0", 2026)
+    assert '    dtypes = ("float32",)\n' in files["tests/test_x_family.py"]
+    assert "in bfloat16: a forward differs by up to 1" in files["README.md"]
+
+
+@pytest.mark.parametrize("value", [{"a": (1, 2.5, None)}, ("x",), (), [], {}, 'a"b\\c\nd', "ä\u2028", True])
+def test_values_are_written_as_they_are(value: Any) -> None:
+    """What is read back is what was written."""
+    assert eval(literal(value)) == value
+
+
+# -- the command ------------------------------------------------------------------------------------
+
+
+def test_the_command(world: Any, tmp_path: Path) -> None:
+    """Data on stdout, what is to be known on stderr; a refusal is one line and a hint, with exit code 1."""
+    new = ("-m", "splitlearn_core", "plugins", "new")
+    made = world.python(*new, "stablelm", "--out", str(tmp_path / "out"), "--json")
+    assert made.returncode == 0, made.stderr
+    answer = json.loads(made.stdout)
+    assert (answer["distribution"], answer["verified"]) == ("splitlearn-stablelm", True)
+    assert answer["questions"] == []
+    assert "to the last bit" in made.stderr
+    assert (tmp_path / "out" / "pyproject.toml").is_file()
+    refused = world.python(*new, "stablelmm", "--out", str(tmp_path / "other"))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "did you mean 'stablelm'" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_error_for_an_unknown_type_names_the_command(tmp_path: Path) -> None:
+    """Who has a model without a plugin is told how to write one."""
+    from splitlearn_core import UnknownModelTypeError, plan_split
+
+    (tmp_path / "config.json").write_text('{"model_type": "brandnew"}')
+    with pytest.raises(UnknownModelTypeError) as caught:
+        plan_split(tmp_path, (1, 2))
+    assert "splitlearn plugins new TYPE" in caught.value.hint

@@ -1,0 +1,318 @@
+"""What the routes do: it knows the configurations, starts loads in the background, and says what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from splitlearn_core import (
+    AsyncModelManager,
+    CapacityError,
+    ConfigurationError,
+    Health,
+    LoadCancelledError,
+    ManagerClosedError,
+    ModelConfig,
+    ModelInfo,
+    ModelStatus,
+    SplitLearnError,
+    UnknownModelError,
+)
+from splitlearn_serve.answers import RequestError, encode, error_json, model_json
+from splitlearn_serve.permissions import RequestRules
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which one snapshot serves everybody who asks.
+_FRESH = 0.2
+#: Configurations of requests that are kept, beyond those of models that are listed.
+_REMEMBERED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that the page shows, as JSON."""
+
+    #: What changes only when something has happened.
+    content: bytes
+    #: The same with the time at which it was so.
+    document: bytes
+
+
+class Control:
+    """A manager, and the configurations that it was or may be asked to load.
+
+    Args:
+        manager: Runs in the loop in which the server runs.
+        configs: The models that can be loaded by their id alone.
+        rules: What else may be loaded; by default what the Hub has for everybody, and what the
+            configurations name.
+    """
+
+    def __init__(
+        self, manager: AsyncModelManager, configs: Iterable[ModelConfig] = (), rules: RequestRules | None = None
+    ) -> None:
+        self.manager = manager
+        #: Set once no more work is taken.
+        self.closing = asyncio.Event()
+        #: Set once nothing more will happen.
+        self.ended = asyncio.Event()
+        self._configs = {config.model_id: config for config in configs}
+        self._in_file = frozenset(self._configs)
+        self._rules = rules or RequestRules.of({}, self._configs.values())
+        #: Model -> why its last load was refused before it began: nothing else would show it.
+        self._refusals: dict[str, dict[str, Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._snapshot: Snapshot | None = None
+        self._taken_at = float("-inf")
+
+    # --- what there is ----------------------------------------------------------------------------
+
+    def health(self) -> Health:
+        """Return the manager's health; not ready while the server ends."""
+        health = self.manager.health()
+        if self.closing.is_set():
+            return Health(health.live, False, health.missing, health.reason or "the server is closing")
+        return health
+
+    def not_loaded(self) -> list[dict[str, Any]]:
+        """Return the configured models that the manager does not have at the moment."""
+        there = {info.model_id for info in self.manager.list_models()}
+        return [
+            {
+                "model_id": config.model_id,
+                "model_type": config.model_type,
+                "component": config.component,
+                "required": config.required,
+                "in_file": config.model_id in self._in_file,
+                "error": self._refusals.get(config.model_id),
+            }
+            for config in self._configs.values()
+            if config.model_id not in there
+        ]
+
+    def snapshot(self, *, fresh: bool = False) -> Snapshot:
+        """Return all that the page shows; made at most every 0.2 s, however many watch, unless it must be fresh."""
+        now = time.monotonic()
+        if self._snapshot is None or fresh or now - self._taken_at > _FRESH:
+            self._snapshot, self._taken_at = self._take_snapshot(), now
+        return self._snapshot
+
+    def _take_snapshot(self) -> Snapshot:
+        statistics = self.manager.get_statistics().to_dict()
+        uptime = statistics.pop("uptime")
+        statistics["stuck"] = sorted(statistics["stuck"])  # the stacks are for /api/statistics
+        content = encode(
+            {
+                "models": [model_json(info) for info in self.manager.list_models()],
+                "not_loaded": self.not_loaded(),
+                "health": self.health().to_dict(),
+                "statistics": statistics,
+            }
+        )
+        return Snapshot(content, encode({"now": time.time(), "uptime": uptime})[:-1] + b"," + content[1:])
+
+    def is_moving(self) -> bool:
+        """Say whether something will soon look different without a change of status."""
+        return any(info.status.is_loading for info in self.manager.list_models())
+
+    def info(self, model_id: str) -> ModelInfo:
+        """Return a model that is listed.
+
+        Raises:
+            UnknownModelError: There is none; whether it is configured is said.
+        """
+        try:
+            return self.manager.get_model_info(model_id)
+        except UnknownModelError:
+            if model_id not in self._configs:
+                raise
+            raise UnknownModelError(
+                f"model {model_id!r} is configured, and not loaded", hint="load_model() loads it"
+            ) from None
+
+    def story(self, model_id: str) -> list[dict[str, Any]]:
+        """Return the last events of a model.
+
+        Raises:
+            UnknownModelError: There never was such a model, or it is long gone.
+        """
+        events = [event.to_dict() for event in self.manager.story(model_id)]
+        if not events and model_id not in self._configs:
+            self.manager.get_model_info(model_id)
+        return events
+
+    # --- what can be done -------------------------------------------------------------------------
+
+    def parse(self, given: Any) -> ModelConfig:
+        """Make a configuration of what somebody sent.
+
+        Raises:
+            ConfigurationError: It is none, or asks for what is not done for strangers; all reasons are listed.
+        """
+        if not isinstance(given, Mapping):
+            raise ConfigurationError("the body must be a JSON object: the fields of a model's configuration")
+        refused = self._rules.refusals(given)
+        if refused:
+            raise ConfigurationError(
+                "this is not done over HTTP:\n  " + "\n  ".join(refused),
+                hint="put the model into the configuration file of `splitlearn serve`",
+            )
+        return ModelConfig.from_dict(given)
+
+    async def load(self, config: ModelConfig, *, wait: bool) -> ModelInfo:
+        """Load a model as a request asks for it; without ``wait``, return as soon as it is on its way.
+
+        Raises:
+            ConfigurationError: It asks for what requests may not have.
+            SplitLearnError: The manager refuses it or, with ``wait``, the load failed.
+        """
+        self._refuse_when_closing()
+        return await self._load(await self._permitted(config), wait=wait)
+
+    async def load_known(self, model_id: str, *, wait: bool) -> ModelInfo:
+        """Load a model by its id alone: one of the configuration file, or one that was loaded before.
+
+        Raises:
+            UnknownModelError: No configuration of this id is known.
+        """
+        return await self._load(self._config_of(model_id), wait=wait)
+
+    async def reload(self, model_id: str, config: ModelConfig | None, *, wait: bool) -> ModelInfo:
+        """Load a model anew; the old one serves until the new one is ready."""
+        self._refuse_when_closing()
+        if config is not None and config.model_id != model_id:
+            raise ConfigurationError(f"model_id {config.model_id!r} is not the {model_id!r} of the address")
+        self.info(model_id)
+        if config is not None:
+            config = await self._permitted(config)
+        return await self._begin(self.manager.reload_model(model_id, config), model_id, config, wait=wait)
+
+    async def unload(self, model_id: str, *, force: bool, patience: float | None) -> dict[str, Any]:
+        """Unload a model, and return what came back; forget one that failed, or that is only remembered."""
+        listed = {info.model_id: info.status for info in self.manager.list_models()}
+        self.remember(model_id)
+        if listed.get(model_id, ModelStatus.FAILED) is ModelStatus.FAILED and model_id not in self._in_file:
+            remembered = self._configs.pop(model_id, None)
+            self._refusals.pop(model_id, None)
+            if remembered is not None and model_id not in listed:
+                return {"model_id": model_id, "released": {}, "measured": None, "broken_leases": 0}
+        self.info(model_id)
+        report = await self.manager.unload_model(model_id, force=force, timeout=patience)
+        return {
+            "model_id": report.model_id,
+            "released": dict(report.released),
+            "measured": report.measured,
+            "broken_leases": report.broken_leases,
+        }
+
+    async def cancel(self, model_id: str) -> None:
+        """Cancel the load of a model."""
+        self.remember(model_id)
+        await self.manager.cancel_load(model_id)
+
+    def load_configured(self) -> None:
+        """Start loading every configured model; what fails is shown, and stops nothing."""
+        for config in self._configs.values():
+            self._spawn(self.manager.ensure_model(config), config.model_id)
+
+    def remember(self, model_id: str) -> None:
+        """Keep the configuration of a model that goes, so that its id is enough to load it again."""
+        if model_id not in self._configs:
+            try:
+                self._configs[model_id] = self.manager.get_model(model_id).config
+            except UnknownModelError:
+                return
+
+    async def end(self) -> None:
+        """Stop waiting for loads. Their fate is the manager's affair."""
+        self.ended.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _permitted(self, config: ModelConfig) -> ModelConfig:
+        return await asyncio.to_thread(self._rules.permitted, config)
+
+    async def _load(self, config: ModelConfig, *, wait: bool) -> ModelInfo:
+        self._refuse_when_closing()
+        return await self._begin(self.manager.load_model(config), config.model_id, config, wait=wait)
+
+    def _keep(self, config: ModelConfig) -> None:
+        """Keep a configuration, and of those that nothing else holds only the newest."""
+        self._configs.pop(config.model_id, None)
+        self._configs[config.model_id] = config
+        held = {*self._in_file, *(info.model_id for info in self.manager.list_models())}
+        for model_id in [name for name in self._configs if name not in held][:-_REMEMBERED]:
+            del self._configs[model_id]
+            self._refusals.pop(model_id, None)
+
+    def _config_of(self, model_id: str) -> ModelConfig:
+        self.remember(model_id)
+        if model_id not in self._configs:
+            raise UnknownModelError(
+                f"no model {model_id!r} is configured or loaded", hint="send its configuration to POST /api/models"
+            )
+        return self._configs[model_id]
+
+    def _refuse_when_closing(self) -> None:
+        if self.closing.is_set():
+            raise ManagerClosedError("the server is closing and takes no more work")
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], model_id: str) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work, name=f"load {model_id}")
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._done, model_id))
+        return task
+
+    def _done(self, model_id: str, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        self._refusals.pop(model_id, None)
+        if error is None:
+            return
+        if not isinstance(error, SplitLearnError):
+            log.error("Loading %s ended with an error of the server's", model_id, exc_info=error)
+        elif model_id in self._configs and not isinstance(error, LoadCancelledError) and not self._is_listed(model_id):
+            # The manager keeps and shows why a load failed, but not why it refused to begin one.
+            self._refusals[model_id] = error_json(error)
+            log.warning("%s is not loaded: %s", model_id, error.message)
+
+    def _is_listed(self, model_id: str) -> bool:
+        return any(info.model_id == model_id for info in self.manager.list_models())
+
+    async def _begin(
+        self, work: Coroutine[Any, Any, Any], model_id: str, config: ModelConfig | None, *, wait: bool
+    ) -> ModelInfo:
+        """Start a load, and return once it is done or, without ``wait``, accepted; raise what became of it."""
+        task = self._spawn(work, model_id)
+        # The manager refuses or accepts before it waits for anything.
+        await asyncio.sleep(0)
+        if task.done():
+            await self._finished(task, model_id)
+        if config is not None:
+            self._keep(config)
+        if wait:
+            await self._finished(task, model_id)
+        return self.manager.get_model_info(model_id)
+
+    async def _finished(self, task: asyncio.Task[Any], model_id: str) -> None:
+        try:
+            # The load goes on when the client that asked for it leaves.
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+            # It is the server that has stopped waiting, not the client.
+            raise ManagerClosedError("the server is closing and waits for no load") from None
+        except CapacityError as error:
+            # Too large for now, or for ever: only the record of the failure tells.
+            failures = [info.error for info in self.manager.list_models() if info.model_id == model_id]
+            if any(failure is not None and not failure.retryable for failure in failures):
+                raise RequestError.for_good(error) from error
+            raise
