@@ -287,7 +287,7 @@ def test_a_broken_transformers_is_not_the_plugins_fault(llama: Any, single: Path
     ("metadata", "said"),
     [
         (None, "error: torch is not installed\nhint: pip install torch\n"),
-        ("2.13", "error: torch is installed, and its files are not there\nhint: pip install --force-reinstall torch\n"),
+        ("2.13", "error: torch is installed, but its files are missing\nhint: pip install --force-reinstall torch\n"),
     ],
 )
 def test_a_missing_library_is_named(

@@ -1,4 +1,4 @@
-"""What a plugin says about a family of models: data, hardly ever code."""
+"""The description of a model family that a plugin provides: almost only data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
 
-_PAIR = 2
+_PAIR_LENGTH = 2
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -20,10 +20,10 @@ def _no_impossible_cuts(config: Mapping[str, Any]) -> Mapping[int, str]:
 # Compared by identity, so that a family can be a key although it holds mappings.
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelFamily:
-    """How the modules and tensors of one model type are named, and what is peculiar about them.
+    """The names of the modules and tensors of one model type, and its peculiarities.
 
     A component is Hugging Face's own model class with the modules of the other components made
-    neutral, so a family says only *where things are*. Most decoders are one line::
+    neutral, so a family only names *where things are*. Most decoders take one line::
 
         ModelFamily(model_type="llama", architecture="LlamaForCausalLM")
 
@@ -41,7 +41,7 @@ class ModelFamily:
     layers: str = "layers"
     #: The token embedding, relative to ``base``.
     embedding: str = "embed_tokens"
-    #: The final norm, relative to ``base``; empty where the model has none.
+    #: The final norm, relative to ``base``; empty if the model has none.
     norm: str = "norm"
     #: The language model head.
     head: str = "lm_head"
@@ -90,7 +90,7 @@ class ModelFamily:
     tiny_config: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
 
     def __post_init__(self) -> None:
-        """Refuse, naming the field, what would fail later and elsewhere."""
+        """Refuse wrong values, which would fail later and elsewhere, naming the field."""
         problems = [f"{name} must be {what}, not {getattr(self, name)!r}" for name, what in _wrong_fields(self)]
         if problems:
             raise ConfigurationError(
@@ -100,16 +100,16 @@ class ModelFamily:
 
     @property
     def inlets(self) -> tuple[str, ...]:
-        """What the bottom alone holds, relative to ``base``."""
+        """The modules of the bottom alone, relative to ``base``."""
         return (self.embedding, *self.zero_outside_bottom, *self.skip_outside_bottom)
 
     @property
     def outlets(self) -> tuple[str, ...]:
-        """What the top alone holds besides the head, relative to ``base``."""
+        """The modules of the top alone, other than the head, relative to ``base``."""
         return (*filter(None, (self.norm,)), *self.skip_outside_top)
 
     def config_value(self, config: Mapping[str, Any], name: str) -> Any:
-        """Return a value of ``config.json`` by its common name, or None where nothing says it."""
+        """Return a value of ``config.json`` by its common name, or None if it is not set."""
         for candidate in (self.config_names.get(name, name), name):
             if config.get(candidate) is not None:
                 return config[candidate]
@@ -133,7 +133,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of texts"
     pairs = family.renamed
-    if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR for pair in pairs)):
+    if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR_LENGTH for pair in pairs)):
         yield "renamed", "a tuple of pairs of texts"
     for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):

@@ -1,4 +1,4 @@
-"""Small frozen values that flow between the rooms of the house."""
+"""Small frozen values that flow between the packages of core, and the table of dtypes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPE_BYTES = {
 #: torch's name of a floating dtype -> the safetensors format's.
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
-#: Other names by which people know floating dtypes -> torch's.
+#: Common other names of floating dtypes -> torch's.
 DTYPE_ALIASES = {
     "float": "float32", "fp32": "float32", "f32": "float32", "single": "float32",
     "half": "float16", "fp16": "float16", "f16": "float16",
@@ -38,19 +38,19 @@ DTYPE_FIELDS = ("dtype", "torch_dtype")
 #: The names it may state, which are those that torch itself knows -> torch's first name.
 STATED_DTYPES = {**{name: name for name in FLOAT_DTYPES}, "float": "float32", "half": "float16", "double": "float64"}
 
-#: The dtype that leaves the choice to the checkpoint.
+#: The dtype of the checkpoint.
 AUTO_DTYPE = "auto"
 
 #: The formats of weight files that core reads.
 SAFETENSORS, PYTORCH = "safetensors", "pytorch"
 
-#: Of tensors that are known from the configuration alone, because transformers has to make them of
-#: what is in the files: of quantised weights.
+#: The format of quantised weights: transformers computes the tensors from the files, so that only the configuration
+#: describes them.
 OPAQUE = "quantised"
 
 
 class Component(StrEnum):
-    """One of the three pieces of a model, in the order in which hidden states pass through them."""
+    """One of the three parts of a model, in the order in which hidden states pass through them."""
 
     BOTTOM = "bottom"
     TRUNK = "trunk"
@@ -58,9 +58,9 @@ class Component(StrEnum):
 
 
 def dtype_name(dtype: object) -> str:
-    """Return torch's name of a floating dtype, however it is spelled, or ``auto``; what is neither comes back as text.
+    """Return torch's name of a floating dtype in any spelling, or ``auto``; anything else is returned as text.
 
-    ``torch.float16``, ``"fp16"``, ``"half"`` and ``numpy.float16`` are one; None, as in transformers, is ``auto``.
+    ``torch.float16``, ``"fp16"``, ``"half"`` and ``numpy.float16`` are the same; None, as in transformers, is ``auto``.
     """
     if dtype is None:
         return AUTO_DTYPE
@@ -71,7 +71,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def nearest_dtype(name: str) -> str:
-    """Return the dtype that is most like a name that is none."""
+    """Return the dtype whose name is most similar to an unknown one."""
     names = [*FLOAT_DTYPES, *DTYPE_ALIASES]
     close = difflib.get_close_matches(name.strip().lower().removeprefix("torch."), names, n=1, cutoff=0)[0]
     return DTYPE_ALIASES.get(close, close)
@@ -108,16 +108,16 @@ class TensorInfo:
     """A tensor in a file, known from the file's header alone."""
 
     key: str
-    #: The dtype in the words of the safetensors format: ``F32``, ``BF16``, ...
+    #: The safetensors format's name of the dtype: ``F32``, ``BF16``, ...
     dtype: str
     shape: tuple[int, ...]
-    #: Name of the shard that holds it; empty where there are no weights yet.
+    #: Name of the shard that holds it; empty if there are no weights yet.
     shard: str
-    #: First byte in the shard, counted from the start of the file; 0 where the format is not safetensors.
+    #: First byte, from the start of the shard; 0 if the format is not safetensors.
     begin: int
-    #: One past the last byte; the tensor's bytes where the format is not safetensors.
+    #: One past the last byte; the number of bytes if the format is not safetensors.
     end: int
-    #: Of the shard: ``safetensors``, ``pytorch``, or what an added weight reader names.
+    #: Format of the shard: ``safetensors``, ``pytorch``, or that of a plugin's weight reader.
     format: str = SAFETENSORS
 
     @property
@@ -127,16 +127,16 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a load stands. Bytes are those of the stage; 0 of 0 where a stage counts none."""
+    """The progress of a load. Bytes are those of the stage; 0 of 0 if it counts none."""
 
     #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``,
     #: ``converting``, ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
     stage: str
-    #: The component at work, or None where the stage concerns all of them.
+    #: The component that is worked on, or None if the stage concerns all of them.
     component: Component | None = None
     bytes_done: int = 0
     bytes_total: int = 0
-    #: The file at work, where there is one.
+    #: The file that is worked on, if there is one.
     file: str = ""
 
 
@@ -145,12 +145,12 @@ ProgressCallback = Callable[[Progress], None]
 
 _STEP = 1024
 
-#: Bytes of what settings in megabytes count in.
+#: Bytes of the unit of settings in megabytes.
 MEGABYTE = 2**20
 
 
 def human_bytes(count: float) -> str:
-    """Write a number of bytes with a binary unit: 1.5 GiB."""
+    """Return a number of bytes with a binary unit: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < _STEP:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

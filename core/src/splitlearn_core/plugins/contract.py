@@ -9,7 +9,7 @@ protocol when it is assigned to a name of that type, in a test file for example:
     plugin: FamilyPlugin = splitlearn_llama
 
 A misspelt hook, an argument that the hook does not have, or a wrong return type is then an error of the checker.
-Arguments may come in any order. At run time a hook may also omit arguments; the protocols require all of them, because a
+Arguments may come in any order. At run time a hook may also omit arguments; the protocols require all, because a
 type checker cannot distinguish an omitted argument from a misspelt one.
 """
 
