@@ -286,6 +286,18 @@ assert_type(hidden, Tensor)
 assert_type(top(hidden_states=hidden).logits, Tensor)
 top(hidden_states=hidden, labels=Tensor()).loss.backward()
 SplitCausalLM(*load_split_model("gpt2", (1, 5))).generate(Tensor(), max_new_tokens=5)
+SplitCausalLM(bottom=bottom, trunk=trunk, top=top, mixed_dtypes=True)
+first, last = load_split_model("gpt2", (3,), "bundled:gpt2")
+assert_type(first, BottomModel)
+assert_type(last, TopModel)
+assert_type(load_split_model("gpt2", (3,), parts=("top",)).bottom, None)
+SplitCausalLM(first, last)
+many = load_split_model("gpt2", (1, 3, 5), dtype="float32")
+assert_type(many.bottom, BottomModel)
+assert_type(many.trunks, tuple[TrunkModel, ...])
+assert_type(many.trunk2, TrunkModel)
+SplitCausalLM(many.bottom, *many.trunks, many.top)
+assert_type(load_split_model("gpt2", (1, 2, 3, 4), parts=("trunk2",)).trunk2, TrunkModel | None)
 
 
 def load(parts: Sequence[str], some: tuple[Literal["bottom", "trunk", "top"], ...]) -> SplitModel:

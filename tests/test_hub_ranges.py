@@ -132,6 +132,19 @@ class TestTransfer:
         assert sent(hub) <= HEAD + count(spans_of(large, part))
         assert parts_equal(loaded, load(part, model=large))
 
+    @pytest.mark.parametrize(
+        ("points", "part"), [((1,), "bottom"), ((1, 2, 5), "trunk1")], ids=["one cut", "three cuts"]
+    )
+    def test_a_part_of_other_cuts(self, hub: LoopbackHub, large: Path, points: tuple[int, ...], part: str) -> None:
+        """A part of a model that is cut in one place, or in three, costs its bytes as well; the plan says so."""
+        hub.add_repo(REPO, large)
+        planned = plan_fetch(REPO, points, parts=(part,))
+        loaded = load_split_model(None, points, REPO, parts=(part,))
+        wanted = merged((info.begin, info.end) for info in plan_split(large, points, parts=(part,)).infos)
+        assert planned.fetched <= count(wanted) < (large / SINGLE).stat().st_size / 3
+        assert sent(hub) <= 2 * HEAD + count(wanted)  # the plan read the header, too
+        assert parts_equal(loaded, load_split_model(None, points, large, parts=(part,)))
+
     @pytest.mark.parametrize("strategy", ["mapped", "copied"])
     def test_all_strategies_read_it(self, hub: LoopbackHub, large: Path, strategy: str) -> None:
         """A file with holes is read like any other, into another dtype too."""

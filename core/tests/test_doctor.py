@@ -673,8 +673,8 @@ def spoil(folder: Path, how: str, edit_json: Any) -> None:
             edit_json(index, weight_map={name: where for name, where in names.items() if name != TENSOR})
     elif how == "other heads":
         edit_json(folder / "config.json", num_attention_heads=2, num_key_value_heads=1)
-    elif how == "two layers":
-        edit_json(folder / "config.json", num_hidden_layers=2)
+    elif how == "one layer":
+        edit_json(folder / "config.json", num_hidden_layers=1)
     elif how == "another type":
         edit_json(folder / "config.json", model_type="mamba9")
     else:
@@ -688,7 +688,7 @@ def spoil(folder: Path, how: str, edit_json: Any) -> None:
         ("a missing shard", "safetensors"),
         ("a shard cut short", "safetensors"),
         ("no weights", "no weights"),
-        ("two layers", "three components need two"),
+        ("one layer", "two components need one"),
         ("another type", "mamba9"),
         ("no configuration", "config.json"),
         ("a missing tensor", TENSOR),

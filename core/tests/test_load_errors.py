@@ -79,7 +79,9 @@ def test_a_device_that_is_not_here_is_refused(single: Path, device: str) -> None
 
 
 @pytest.mark.parametrize(
-    "points", [(4, 2), (0, 3), (2, 6), (2,), (2, 3, 4), (2.0, 4), ("2", "4"), "24", None, 3], ids=repr
+    "points",
+    [(4, 2), (0, 3), (2, 6), (6,), (2, 4, 3), (1, 2, 3, 4, 5, 6), (2.0, 4), ("2", "4"), "24", None, 3],
+    ids=repr,
 )
 def test_bad_split_points_are_refused(single: Path, points: Any) -> None:
     """By the plan and by the load, alike, as a ValueError."""

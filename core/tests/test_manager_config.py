@@ -212,11 +212,34 @@ def test_every_other_pair_is_refused_with_a_pair_that_would_do(pair: tuple[int, 
 
 
 @pytest.mark.parametrize(
-    "value", ["24", 2, (2,), (1, 2, 3), (), (True, 4), (2.0, 4.0), ("2", "4"), {2: 4}, b"24", (2, None), 2.5]
+    "value",
+    ["24", 2, (0,), (1, 3, 3), (), (1,) * 10_000, (True, 4), (2.0, 4.0), ("2", "4"), {2: 4}, b"24", (2, None), 2.5],
 )
-def test_what_is_no_pair_of_integers_is_refused(value: object) -> None:
+def test_what_is_no_sequence_of_layers_is_refused(value: object) -> None:
     """Truth values and floats are no layer numbers."""
     assert set(refusal(split_points=value)) == {"split_points"}
+
+
+@pytest.mark.parametrize(
+    ("points", "names"),
+    [
+        ((3,), ["bottom", "top"]),
+        ((1, 2, 5), ["bottom", "trunk1", "trunk2", "top"]),
+        ((2, 4), ["bottom", "trunk", "top"]),
+    ],
+)
+def test_components_are_those_of_the_split_points(points: tuple[int, ...], names: list[str]) -> None:
+    """Each name that the split points make is taken; of any other, those that there are are listed."""
+    for name in ("bottom", "trunk", "trunk1", "trunk2", "trunk3", "top"):
+        fields = {"split_points": points, "component": name}
+        if name in names:
+            config = ModelConfig(**{**FAMILY, **fields})
+            assert (config.component, config.split_points) == (name, points)
+            assert ModelConfig.from_dict(config.to_dict()) == config
+        else:
+            assert refusal(**fields) == {
+                "component": f"{name!r} is none of {', '.join(names)}, into which {points} cut"
+            }
 
 
 @pytest.mark.parametrize("value", ["cpu", "cuda", "cuda:0", "cuda:15", "mps", "xpu:1"])

@@ -10,7 +10,7 @@ from splitlearn_core import ConfigurationError, ModelFamily
 from splitlearn_core.plan.keys import map_keys, place_keys
 from splitlearn_core.plan.split_points import split_layers
 from splitlearn_core.plan.splitplan import parse_parts, plan_components, resolve_dtype
-from splitlearn_core.types import Component, TensorInfo
+from splitlearn_core.types import ALL_PARTS, Component, TensorInfo
 
 pytestmark = pytest.mark.light
 
@@ -266,3 +266,13 @@ def test_parts_that_are_none_are_refused(parts: Any) -> None:
         parse_parts(parts)
 
     assert "bottom, trunk, top" in caught.value.hint
+
+
+def test_parts_that_are_left_out_are_all() -> None:
+    """The default is all of the components that there are; the same names from a caller are taken at their word."""
+    there = ("bottom", "trunk1", "trunk2", "top")
+    assert parse_parts(ALL_PARTS, there) == there
+    assert parse_parts(["top", "trunk2"], there) == ("trunk2", "top")
+    with pytest.raises(ConfigurationError, match="parts names 'trunk'") as caught:
+        parse_parts(("bottom", "trunk", "top"), there)
+    assert "bottom, trunk1, trunk2, top" in caught.value.hint

@@ -1,7 +1,8 @@
-"""Split points: what cuts a model into three, and what is said where it does not."""
+"""Split points: what cuts a model into components, and what is said where it does not."""
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 from collections.abc import Mapping
@@ -11,8 +12,14 @@ import numpy as np
 import pytest
 
 from splitlearn_core import ConfigurationError, InvalidSplitError, ModelFamily, SplitLearnError
-from splitlearn_core.plan.split_points import check_split_points, count_layers, even_thirds, split_layers
-from splitlearn_core.types import Component, LayerRange
+from splitlearn_core.plan.split_points import (
+    check_split_points,
+    count_layers,
+    even_thirds,
+    names_of_parts,
+    split_layers,
+)
+from splitlearn_core.types import Component, LayerRange, component_names, is_component_name, kind_of, place_of
 
 pytestmark = pytest.mark.light
 
@@ -101,9 +108,9 @@ def test_all_broken_comparisons_are_shown() -> None:
     assert caught.value.message.count("does not hold") == 2
 
 
-@pytest.mark.parametrize("number", [(), (1,), (1, 2, 3), [1], range(5)], ids=repr)
-def test_a_wrong_number_of_points_is_refused(number: Any) -> None:
-    """Two points are needed; the hint names a pair that works."""
+@pytest.mark.parametrize("number", [(), [], range(0)], ids=repr)
+def test_no_points_are_refused(number: Any) -> None:
+    """One point at least is needed; the hint names a pair that works."""
     with pytest.raises(InvalidSplitError) as caught:
         check_split_points(number, 6)
 
@@ -112,15 +119,71 @@ def test_a_wrong_number_of_points_is_refused(number: Any) -> None:
     assert check_split_points(choice, 6) == choice
 
 
-@pytest.mark.parametrize("point", range(-3, 12))
-@pytest.mark.parametrize("total", [3, 4, 6])
-def test_one_point_gets_a_valid_choice(point: int, total: int) -> None:
-    """The hint after a single point names a valid pair, wherever that point lies."""
-    with pytest.raises(InvalidSplitError) as caught:
-        check_split_points((point,), total)
+@pytest.mark.parametrize("total", [2, 4, 6])
+def test_any_number_of_increasing_points_is_taken(total: int) -> None:
+    """The ranges cover every layer once; the names are bottom, trunk or numbered trunks, and top."""
+    for count in range(1, total):
+        trunks = ["trunk"] if count == 2 else [f"trunk{number}" for number in range(1, count)]
+        for points in itertools.combinations(range(1, total), count):
+            ranges = split_layers(FAMILY, {"num_hidden_layers": total}, points)
+            assert list(ranges) == ["bottom", *trunks, "top"] == list(names_of_parts(points))
+            edges = (0, *points, total)
+            assert [(owned.start, owned.end) for owned in ranges.values()] == list(itertools.pairwise(edges))
 
-    choice = named_choice(caught.value.hint)
-    assert check_split_points(choice, total) == choice
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_other_points_are_refused_with_a_valid_choice(count: int) -> None:
+    """The message shows the arithmetic, and the hint points that cut the model, as many."""
+    letters = ", ".join("abcd"[:count]).replace(", ", " < ")
+    for points in itertools.product((-2, 0, 1, 3, 5, 9), repeat=count):
+        if list(points) == sorted(set(points)) and points[0] > 0 and points[-1] < 6:
+            continue
+        with pytest.raises(InvalidSplitError) as caught:
+            check_split_points(points, 6)
+        assert repr(points) in caught.value.message
+        assert f"0 < {letters} < 6 is needed" in caught.value.message
+        choice = ast.literal_eval(caught.value.hint.removeprefix("the nearest valid choice is "))
+        assert len(choice) == count
+        assert check_split_points(choice, 6) == choice
+
+
+def test_a_component_has_a_layer_at_least() -> None:
+    """There are fewer components than the points ask for; the message counts them, the hint layers."""
+    with pytest.raises(InvalidSplitError, match="a model of 3 layers cannot be cut into 4 components") as caught:
+        check_split_points((1, 2, 3), 3)
+    assert "at least 4" in caught.value.hint
+    with pytest.raises(InvalidSplitError, match="a model of 1 layers cannot be cut into bottom and top"):
+        check_split_points((1,), 1)
+
+
+def test_more_points_than_any_model_has_layers() -> None:
+    """They are counted, and not written out."""
+    with pytest.raises(InvalidSplitError, match="1000000 split points") as caught:
+        check_split_points(range(1, 1_000_001), 6)
+    assert len(str(caught.value)) < 300
+
+
+def test_one_number_alone_gets_a_tuple() -> None:
+    """The slip of who wants one cut: ``split_points=3``."""
+    with pytest.raises(InvalidSplitError) as caught:
+        check_split_points(3, 6)  # type: ignore[arg-type]
+    assert "(3,) for one cut" in caught.value.hint
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 12])
+def test_names_of_components(count: int) -> None:
+    """Each is a component's name, of the right kind, and sorts to its place."""
+    names = component_names(count)
+    assert len(set(names)) == count
+    assert all(map(is_component_name, names))
+    assert [str(kind_of(name)) for name in names] == ["bottom", *["trunk"] * (count - 2), "top"]
+    assert sorted(set(names), key=place_of) == list(names)
+
+
+@pytest.mark.parametrize("name", ["trunk0", "trunk01", "trunk-1", "trunk 1", "trunkk", "Trunk", "head", "", 1, None])
+def test_what_is_no_name_of_a_component(name: Any) -> None:
+    """Numbers of trunks begin with 1, and are written plainly."""
+    assert not is_component_name(name)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from splitlearn_core.adapters.peft_models import merge_and_unload as merge_and_unload
     from splitlearn_core.adapters.peft_models import save_adapter as save_adapter
     from splitlearn_core.adapters.peft_models import unload_adapter as unload_adapter
+    from splitlearn_core.api import SplitChain as SplitChain
     from splitlearn_core.api import SplitModel as SplitModel
+    from splitlearn_core.api import SplitPair as SplitPair
     from splitlearn_core.api import load_split_model as load_split_model
     from splitlearn_core.api import plan_fetch as plan_fetch
     from splitlearn_core.api import plan_split as plan_split
@@ -115,8 +117,10 @@ _LAZY = {
     "ReadPlan": "loading_strategy",
     "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",
+    "SplitChain": "api",
     "SplitDirectory": "storage.directory",
     "SplitModel": "api",
+    "SplitPair": "api",
     "SplitPlan": "plan.splitplan",
     "StrategyPlugin": "plugins.contract",
     "TopModel": "build.component",

@@ -15,6 +15,7 @@ from typing import (
     TypedDict,
     TypeVar,
     Unpack,
+    cast,
     overload,
 )
 
@@ -26,9 +27,19 @@ from splitlearn_core.loading.opening import OpenModel, open_model, type_and_mode
 from splitlearn_core.loading.options import LoadOptions, check_options, memory_by_strategy
 from splitlearn_core.loading.planning import make_plan, refuse_misfit, wanted_keys
 from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse_max_memory
+from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
 from splitlearn_core.progress import reporting
-from splitlearn_core.types import Component, Progress, ProgressCallback, dtype_name
+from splitlearn_core.types import (
+    ALL_PARTS,
+    THREE,
+    Component,
+    Progress,
+    ProgressCallback,
+    component_names,
+    dtype_name,
+    is_component_name,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +69,7 @@ else:
 
 
 class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
-    """The three components of a model; a part that was not asked for is None.
+    """The components of a model that is cut in two places; a part that was not asked for is None.
 
     Its type says which parts there are, where the call says it: what ``parts=("trunk",)`` loads is a
     ``SplitModel[None, TrunkModel, None]``.
@@ -68,11 +79,83 @@ class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
     trunk: _Trunk_co
     top: _Top_co
 
+    @property
+    def trunks(self) -> tuple[_Trunk_co, ...]:
+        """The components between bottom and top, in order."""
+        return (self.trunk,)
+
     def __repr__(self) -> str:
         """Name the components in a line; the modules' own repr is theirs."""
-        return (
-            f"{type(self).__name__}({', '.join(f'{name}={_summary(part)}' for name, part in self._asdict().items())})"
-        )
+        return _shown(self)
+
+
+class SplitPair(NamedTuple, Generic[_Bottom_co, _Top_co]):
+    """The components of a model that is cut in one place; a part that was not asked for is None."""
+
+    bottom: _Bottom_co
+    top: _Top_co
+
+    @property
+    def trunks(self) -> tuple[()]:
+        """The components between bottom and top: none."""
+        return ()
+
+    def __repr__(self) -> str:
+        """Name the components in a line; the modules' own repr is theirs."""
+        return _shown(self)
+
+
+class SplitChain(tuple[Any, ...], Generic[_Bottom_co, _Trunk_co, _Top_co]):
+    """The components of a model that is cut in three or more places; a part that was not asked for is None.
+
+    A named tuple like :class:`SplitModel`, with the names ``bottom``, ``trunk1``, ``trunk2``, ..., ``top``.
+    """
+
+    __slots__ = ()
+
+    @property
+    def bottom(self) -> _Bottom_co:
+        """The component with the embeddings."""
+        return cast("_Bottom_co", self[0])
+
+    @property
+    def trunks(self) -> tuple[_Trunk_co, ...]:
+        """The components between bottom and top, in order."""
+        return self[1:-1]
+
+    @property
+    def top(self) -> _Top_co:
+        """The component with the head."""
+        return cast("_Top_co", self[-1])
+
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        return component_names(len(self))
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self, strict=True))
+
+    def __getattr__(self, name: str) -> _Trunk_co:
+        """Return one of the trunks, by its name."""
+        if name in self._fields:
+            return cast("_Trunk_co", self[self._fields.index(name)])
+        raise _no_attribute(self, name)
+
+    def __repr__(self) -> str:
+        """Name the components in a line; the modules' own repr is theirs."""
+        return _shown(self)
+
+
+#: The components of a model, one of the three.
+AnySplitModel: TypeAlias = SplitModel | SplitPair | SplitChain
+
+
+def split_model(names: Sequence[str], components: Mapping[str, ComponentModel]) -> AnySplitModel:
+    """Put the components of a model that there are into a named tuple of all its components."""
+    parts = [components.get(name) for name in names]
+    if len(names) == len(THREE):
+        return SplitModel(*parts)
+    return SplitPair(*parts) if len(names) < len(THREE) else SplitChain(parts)
 
 
 _MOVED = "give {0} to load_split_model, or move each component: for part in parts: part.{1}(...)"
@@ -97,17 +180,27 @@ _MODEL_ATTRIBUTES = {
     "generate": _JOINED.format("generate"),
     "save_pretrained": "save_split(parts, DIR) saves the components, each into a folder of its own",
     "push_to_hub": "save_split(parts, DIR) saves the components, each into a folder of its own",
-    "trunks": "there is one trunk: parts.trunk",
 }
 
 
-def _explain_attribute(parts: SplitModel, name: str) -> Any:
-    hint = _MODEL_ATTRIBUTES.get(name)
-    raise AttributeError(f"a SplitModel, a tuple of components, has no {name!r}" + (f"; {hint}" if hint else ""))
+def _no_attribute(parts: Any, name: str) -> AttributeError:
+    hint = _MODEL_ATTRIBUTES.get(name, "")
+    if is_component_name(name):
+        hint = f"it has {', '.join(parts._fields)}"
+    what = f"a {type(parts).__name__}, a tuple of components, has no {name!r}"
+    return AttributeError(f"{what}; {hint}" if hint else what)
+
+
+def _explain_attribute(parts: Any, name: str) -> Any:
+    raise _no_attribute(parts, name)
 
 
 if not TYPE_CHECKING:  # a type checker is to say of any other attribute that there is none
-    SplitModel.__getattr__ = _explain_attribute
+    SplitModel.__getattr__ = SplitPair.__getattr__ = _explain_attribute
+
+
+def _shown(parts: Any) -> str:
+    return f"{type(parts).__name__}({', '.join(f'{name}={_summary(part)}' for name, part in parts._asdict().items())})"
 
 
 def _summary(part: ComponentModel | None) -> str:
@@ -140,7 +233,7 @@ def plan_split(
     split_points: Sequence[int],
     *,
     model_type: str | None = None,
-    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    parts: Sequence[str] = ALL_PARTS,
     dtype: DType | Mapping[str, DType] | None = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -155,9 +248,10 @@ def plan_split(
 
     Args:
         model_name_or_path: A directory, a repository on the Hub, or ``bundled:gpt2``.
-        split_points: ``(a, b)``: bottom is layers ``[0, a)``, trunk ``[a, b)``, top ``[b, N)``.
+        split_points: ``(a, b)``: bottom is layers ``[0, a)``, trunk ``[a, b)``, top ``[b, N)``. With one point
+            there is no trunk; with more, there are ``trunk1``, ``trunk2``, ...
         model_type: What the caller expects it to be; by default ``config.json`` says.
-        parts: The components to plan.
+        parts: The components to plan; all where it is left out.
         dtype: The dtype the weights shall have once loaded; ``auto`` as ``from_pretrained``. A mapping
             gives each component its own, ``{"bottom": "float32", "trunk": "bfloat16"}``.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
@@ -167,15 +261,19 @@ def plan_split(
             FileNotFoundError, an unknown model type a KeyError.
     """
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
-    asked = parse_parts(parts)
+    there = names_of_parts(split_points)
+    asked = parse_parts(parts, there)
     return plan_opened(open_model(model_name_or_path, model_type, **hub), split_points, asked, dtype)
 
 
 def plan_opened(
-    model: OpenModel, split_points: Sequence[int], asked: Sequence[Component], dtype: DType | Mapping[str, DType] | None
+    model: OpenModel,
+    split_points: Sequence[int],
+    asked: Sequence[str],
+    dtype: DType | Mapping[str, DType] | None,
 ) -> SplitPlan:
     """Plan components of a model that is open; see :func:`plan_split`."""
-    plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked))
+    plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked, names_of_parts(split_points)))
     refuse_misfit(model, plan, table)
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
 
@@ -186,7 +284,7 @@ def plan_fetch(
     split_points: Sequence[int],
     *,
     model_type: str | None = None,
-    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    parts: Sequence[str] = ALL_PARTS,
     dtype: DType | Mapping[str, DType] | None = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -205,12 +303,77 @@ def plan_fetch(
         SplitLearnError: As :func:`plan_split`; and a FileNotFoundError where there are no weights.
     """
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
-    asked = parse_parts(parts)
+    there = names_of_parts(split_points)
+    asked = parse_parts(parts, there)
     model = open_model(model_name_or_path, model_type, **hub)
-    return plan_model_fetch(model, split_points, asked, parse_dtypes(dtype, asked))
+    return plan_model_fetch(model, split_points, asked, parse_dtypes(dtype, asked, there))
 
 
 # The literals of one part are none of another's, which mypy does not see in tuples and sequences.
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None,
+    split_points: tuple[int],
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: tuple[_BOTTOM, _TOP] = ...,
+    **arguments: Unpack[LoadArguments],
+) -> SplitPair[BottomModel, TopModel]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None,
+    split_points: tuple[int],
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_BOTTOM],
+    **arguments: Unpack[LoadArguments],
+) -> SplitPair[BottomModel, None]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None,
+    split_points: tuple[int],
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[_TOP],
+    **arguments: Unpack[LoadArguments],
+) -> SplitPair[None, TopModel]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None,
+    split_points: tuple[int],
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[str],
+    **arguments: Unpack[LoadArguments],
+) -> SplitPair: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None,
+    split_points: tuple[int, int, int, *tuple[int, ...]],
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    **arguments: Unpack[LoadArguments],
+) -> SplitChain[BottomModel, TrunkModel, TopModel]: ...
+
+
+@overload
+def load_split_model(  # type: ignore[overload-overlap]
+    model_type: str | os.PathLike[str] | None,
+    split_points: tuple[int, int, int, *tuple[int, ...]],
+    model_name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    parts: Sequence[str],
+    **arguments: Unpack[LoadArguments],
+) -> SplitChain: ...
+
+
 @overload
 def load_split_model(  # type: ignore[overload-overlap]
     model_type: str | os.PathLike[str] | None = None,
@@ -305,7 +468,7 @@ def load_split_model(
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
     *,
-    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    parts: Sequence[str] = ALL_PARTS,
     device: str | torch.device = "cpu",
     device_map: str | Mapping[str, str | int | torch.device] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -318,15 +481,17 @@ def load_split_model(
     progress: ProgressCallback | Literal[False] | None = None,
     attn_implementation: str | None = None,
     strict: bool = False,
-) -> SplitModel:
+) -> AnySplitModel:
     """Load the asked components of a model, and read no byte of the others.
 
     Args:
         model_type: What the model is; None to take what ``config.json`` says. A path, a Hub repository or
             ``bundled:gpt2`` in its place is the model.
-        split_points: ``(a, b)`` with ``0 < a < b < number of layers``.
+        split_points: ``(a, b)`` with ``0 < a < b < number of layers``; or one point, or more, in order.
         model_name_or_path: A directory, or a repository on the Hub; by default the family's own.
-        parts: The components to load.
+        parts: The components to load, by name: ``bottom``, ``trunk`` and ``top``; with one split point ``bottom``
+            and ``top``, with more than two ``trunk1``, ``trunk2``, ... for ``trunk``.
+            All where it is left out.
         device: Where they go.
         device_map: Where each goes, ``{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}``; or ``auto``:
             as much on the GPUs as fits, in order, the rest on the CPU.
@@ -345,16 +510,18 @@ def load_split_model(
             By default they are not read, and named in a warning, as by ``from_pretrained``.
 
     Returns:
-        A named tuple ``(bottom, trunk, top)``: Hugging Face modules in evaluation mode.
+        A named tuple ``(bottom, trunk, top)``: Hugging Face modules in evaluation mode. It has as many parts as
+        there are components, and ``bottom``, ``trunks`` and ``top`` for any number.
 
     Raises:
         SplitLearnError: With a hint, before anything is half made; see :func:`plan_split`.
     """
     _check_points(split_points, model_name_or_path)
     model_type, model_name_or_path = type_and_model(model_type, model_name_or_path)
-    asked = parse_parts(parts)
-    dtypes = parse_dtypes(dtype, asked)
-    options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation, strict=strict)
+    there = names_of_parts(split_points)
+    asked = parse_parts(parts, there)
+    dtypes = parse_dtypes(dtype, asked, there)
+    options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation, there, strict=strict)
     with reporting(progress) as report:
         report(Progress("resolving"))
         model = open_model(
@@ -368,7 +535,7 @@ def load_split_model(
         check_options(model, options)
         plan, table = make_plan(model, split_points, asked, dtypes, fetch=report)
         components = load_components(model, plan, table, options, report)
-    return SplitModel(*(components.get(component) for component in Component))
+    return split_model(plan.names, components)
 
 
 def _check_points(split_points: object, model_name_or_path: object) -> None:
@@ -381,12 +548,13 @@ def _check_points(split_points: object, model_name_or_path: object) -> None:
 
 
 def load_options(
-    asked: Sequence[Component],
+    asked: Sequence[str],
     device: str | torch.device,
     device_map: str | Mapping[str, str | int | torch.device] | None,
     max_memory: Mapping[int | str, int | str] | None,
     strategy: str,
     attn_implementation: str | None,
+    there: Sequence[str] = THREE,
     *,
     strict: bool = False,
 ) -> LoadOptions:
@@ -395,7 +563,7 @@ def load_options(
         str(device),
         strategy,
         attn_implementation,
-        parse_device_map(device_map, asked),
+        parse_device_map(device_map, asked, there),
         parse_max_memory(max_memory),
         strict=strict,
     )
@@ -409,7 +577,7 @@ _OF_TOP = "generation_config.json"
 def plan_model_fetch(
     model: OpenModel,
     split_points: Sequence[int],
-    parts: Sequence[Component],
+    parts: Sequence[str] | None,
     dtype: str | Mapping[Any, str] = "auto",
     *,
     whole: bool = False,
@@ -420,7 +588,7 @@ def plan_model_fetch(
     Args:
         model: The opened checkpoint.
         split_points: Where to cut.
-        parts: The components to load.
+        parts: The components to load; None for all.
         dtype: The dtype that is wanted; refused here where a load would refuse it.
         whole: The unsplit model is loaded, too.
         others: More files that are read: a tokenizer's, say.
@@ -430,7 +598,7 @@ def plan_model_fetch(
     """
     checkpoint = model.checkpoint
     files = checkpoint.source.files()
-    settings = [*_SETTINGS, *([_OF_TOP] if Component.TOP in parts else []), *others]
+    settings = [*_SETTINGS, *([_OF_TOP] if parts is None or Component.TOP in parts else []), *others]
     small: Wanted = dict.fromkeys(name for name in settings if name in files)
     weights = checkpoint.source.plan_fetch({**small, **_weights(model, split_points, parts, dtype, whole)})
     return FetchPlan(model.name, checkpoint.source.commit, weights)
@@ -439,7 +607,7 @@ def plan_model_fetch(
 def _weights(
     model: OpenModel,
     split_points: Sequence[int],
-    parts: Sequence[Component],
+    parts: Sequence[str] | None,
     dtype: str | Mapping[Any, str],
     whole: bool,
 ) -> Wanted:

@@ -12,7 +12,7 @@ from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.opening import type_and_model
 from splitlearn_core.loading_strategy import AUTO
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.types import Component, ProgressCallback, dtype_name
+from splitlearn_core.types import THREE, Component, ProgressCallback, dtype_name
 from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
@@ -178,14 +178,14 @@ class ModelRegistry:
 
         Args:
             model_type: An installed family's.
-            component: ``bottom``, ``trunk`` or ``top``.
+            component: ``bottom``, ``trunk`` or ``top``; one class is that of every trunk.
 
         Raises:
             UnknownModelTypeError: No plugin provides the model type (a KeyError).
             ConfigurationError: There is no such component.
         """
         family = registry().family(model_type)
-        if component not in set(Component):
+        if component not in THREE:
             raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {', '.join(Component)}")
         from splitlearn_core.build.construction import component_class
 

@@ -1,11 +1,12 @@
-"""Bottom, trunk and top as one Hugging Face generation model."""
+"""Components as one Hugging Face generation model."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -34,9 +35,15 @@ from splitlearn_core.loading.planning import make_plan
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.storage.saved_components import load_split_directory
-from splitlearn_core.types import Component, ProgressCallback
-
-_PARTS = tuple(component.value for component in Component)
+from splitlearn_core.types import (
+    THREE,
+    Component,
+    ProgressCallback,
+    component_names,
+    is_component_name,
+    kind_of,
+    place_of,
+)
 
 
 class ComponentChain:
@@ -47,7 +54,7 @@ class ComponentChain:
         mixed_dtypes: Whether hidden states are cast at a cut.
     """
 
-    def __init__(self, parts: dict[Component, ComponentModel], mixed_dtypes: bool) -> None:
+    def __init__(self, parts: dict[str, ComponentModel], mixed_dtypes: bool) -> None:
         self.parts = parts
         self.mixed_dtypes = mixed_dtypes
         self.config = parts[Component.TOP].config
@@ -144,15 +151,15 @@ class Backbone(PreTrainedModel):
 
 
 class SplitCausalLM(PreTrainedModel, GenerationMixin):
-    """Runs bottom, trunk and top one after the other; it is an instance of the family's own class too.
+    """Runs components one after the other, from bottom to top; it is an instance of the family's own class too.
 
     What asks a model for its class, its loss, the arguments of its forward, its base model or a parameter by name
     gets the unsplit model's answer; its modules and parameters are those of the components.
 
     Args:
         bottom: The component with the embeddings; None, a part that was not loaded, is refused like any other misfit.
-        trunk: The component with the middle layers.
-        top: The component with the head.
+        following: The trunks, in order: none, one or several; then the top, with the head.
+        named: Those of them that are given by name: ``trunk``, or ``trunk1``, ``trunk2``, ...; and ``top``.
         mixed_dtypes: Let the components have different dtypes. At each cut, hidden states are then
             cast to the dtype of the component that they enter. Without it, different dtypes are taken
             for a mistake.
@@ -182,20 +189,22 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         bottom: ComponentModel | None = None,
-        trunk: ComponentModel | None = None,
-        top: ComponentModel | None = None,
-        *,
+        *following: ComponentModel | None,
         mixed_dtypes: bool = False,
+        **named: ComponentModel | None,
     ) -> None:
         if isinstance(bottom, list | tuple):
             raise ConfigurationError(
                 f"SplitCausalLM takes components, and was given a {type(bottom).__name__} of {len(bottom)}",
                 hint="give them one by one: SplitCausalLM(*parts)",
             )
-        parts: dict[Component, Any] = {Component.BOTTOM: bottom, Component.TRUNK: trunk, Component.TOP: top}
+        given = [bottom, *following, *_in_order(type(self), named)]
+        # One alone is told what is missing, by the names of two.
+        parts: dict[str, Any] = dict(zip(component_names(max(len(given), 2)), [*given, None], strict=False))
         _check_fit(parts, mixed_dtypes)
-        config, training = parts[Component.TOP].config, parts[Component.TOP].training
-        family_class = architecture_class(parts[Component.TOP].family)
+        top = parts[Component.TOP]
+        config, training = top.config, top.training
+        family_class = architecture_class(top.family)
         if not isinstance(self, family_class):
             made = class_over(type(self), family_class)
             if made.forward is SplitCausalLM.forward:
@@ -208,7 +217,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = stated or GenerationConfig.from_model_config(config)
         self._assemble(parts, mixed_dtypes)
 
-    def _assemble(self, parts: dict[Component, Any], mixed_dtypes: bool) -> None:
+    def _assemble(self, parts: dict[str, Any], mixed_dtypes: bool) -> None:
         """Take components, and make the unsplit model's modules of theirs."""
         top = parts[Component.TOP]
         ours = self.__dict__
@@ -226,12 +235,27 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _PARTS:
+        if not is_component_name(name):
             super().__setattr__(name, value)
             return
-        parts = {**self._chain.parts, Component(name): value}
+        if name not in self._chain.parts:
+            raise AttributeError(self._lacks(name))
+        parts = {**self._chain.parts, name: value}
         _check_fit(parts, self._chain.mixed_dtypes)
         self._assemble(parts, self._chain.mixed_dtypes)
+
+    if not TYPE_CHECKING:  # a type checker is to know the attributes of the class
+
+        def __getattr__(self, name: str) -> Any:
+            """Return one of several trunks, ``model.trunk2``, or what modules have besides attributes."""
+            if is_component_name(name):
+                if name not in self._chain.parts:
+                    raise AttributeError(self._lacks(name))
+                return self._chain.parts[name]
+            return super().__getattr__(name)
+
+    def _lacks(self, name: str) -> str:
+        return f"this split model has no {name}: its components are {', '.join(self._chain.parts)}"
 
     @property
     def bottom(self) -> ComponentModel:
@@ -240,8 +264,15 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def trunk(self) -> ComponentModel:
-        """The component with the middle layers."""
+        """The component with the middle layers, where there is one; otherwise see :attr:`trunks`."""
+        if Component.TRUNK not in self._chain.parts:
+            raise AttributeError(self._lacks(Component.TRUNK))
         return self._chain.parts[Component.TRUNK]
+
+    @property
+    def trunks(self) -> tuple[ComponentModel, ...]:
+        """The components between bottom and top, in order."""
+        return self.components[1:-1]
 
     @property
     def top(self) -> ComponentModel:
@@ -249,9 +280,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return self._chain.parts[Component.TOP]
 
     @property
-    def components(self) -> tuple[ComponentModel, ComponentModel, ComponentModel]:
-        """The three components, in the order in which hidden states pass through them."""
-        return self.bottom, self.trunk, self.top
+    def components(self) -> tuple[ComponentModel, ...]:
+        """All components, in the order in which hidden states pass through them."""
+        return tuple(self._chain.parts.values())
 
     @property
     def device(self) -> torch.device:
@@ -309,7 +340,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path: What ``save_split`` wrote, or a checkpoint.
-            split_points: ``(a, b)``, for a checkpoint.
+            split_points: ``(a, b)``, or any number of cuts, for a checkpoint.
             kwargs: Further arguments of ``load_split_model``.
 
         Raises:
@@ -394,6 +425,14 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return resized
 
 
+def _in_order(owner: type[Any], named: Mapping[str, ComponentModel | None]) -> list[ComponentModel | None]:
+    """Put components that were given by name into the order of the model."""
+    for name in named:
+        if not is_component_name(name):
+            raise TypeError(f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}")
+    return [named[name] for name in sorted(named, key=place_of)]
+
+
 def _by_name(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name the arguments of a forward that were given by their place."""
     if not args:
@@ -476,17 +515,17 @@ def _kind(part: object) -> str:
     return str(getattr(part, "component", type(part).__name__))
 
 
-def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
+def _check_fit(given: Mapping[str, Any], mixed_dtypes: bool) -> None:
     problems = [
         f"{name} is {'None: it was not loaded, or not given' if part is None else f'a {_kind(part)}'}"
         for name, part in given.items()
-        if getattr(part, "component", None) != name
+        if getattr(part, "kind", None) != kind_of(name)
     ]
     if not problems:
         edges = [part.layer_range for part in given.values()]
-        if not (edges[0].is_first and edges[0].end == edges[1].start and edges[1].end == edges[2].start):
+        if not edges[0].is_first or any(before.end != after.start for before, after in pairwise(edges)):
             problems.append(f"their layers do not follow one another: {', '.join(map(str, edges))}")
-        if not edges[2].is_last or len({edge.total for edge in edges}) > 1:
+        if not edges[-1].is_last or len({edge.total for edge in edges}) > 1:
             problems.append(f"they are of models of different depth: {', '.join(map(str, edges))}")
         facts = {
             what: [getattr(part.config, what) for part in given.values()]
@@ -503,9 +542,10 @@ def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
         problems += adapter_mismatches(given.values())
     if problems:
         kinds = [getattr(part, "component", None) for part in given.values()]
-        hint = "load bottom, trunk and top of one checkpoint with the same split points"
+        which = "bottom, trunk and top" if len(given) == len(THREE) else "all components"
+        hint = f"load {which} of one checkpoint with the same split points"
         if kinds != list(given) and set(kinds) == set(given):
-            hint = "give them in this order: bottom, trunk, top"
+            hint = f"give them in this order: {', '.join(given)}"
         raise ConfigurationError(
             f"these components make up no model: {'; '.join(problems)}",
             hint=hint
@@ -516,20 +556,21 @@ def _check_fit(given: Mapping[Component, Any], mixed_dtypes: bool) -> None:
 def load_pipeline(
     directory: str | os.PathLike[str], dtype: str | Mapping[str, str], options: LoadOptions
 ) -> tuple[SplitCausalLM, OpenModel]:
-    """Load all three saved components as one generation model, and open the folder that has the tokenizer.
+    """Load all saved components as one generation model, and open the folder that has the tokenizer.
 
     Raises:
         ConfigurationError: Components are missing, or an option is for checkpoints alone.
     """
     split = SplitDirectory.open(directory)
-    missing = [str(component) for component in Component if component not in split.components]
-    problems = [f"the {name} is missing" for name in missing]
+    problems = [f"the {name} is missing" for name in split.missing]
     if not isinstance(dtype, str) or options.device_map is not None or options.max_memory:
         problems.append("saved components take one dtype and one device here")
     if problems:
         raise ConfigurationError(
             f"{directory} cannot be run as one model: {listed(problems, '; ', limit=SENTENCE)}",
-            hint="give a directory with bottom, trunk and top, or load each with load_component",
+            hint=f"give a directory with {' and '.join(split.names)}, or load each with load_component"
+            if len(split.names) != len(THREE)
+            else "give a directory with bottom, trunk and top, or load each with load_component",
         )
     parts = load_split_directory(
         directory,
@@ -549,8 +590,8 @@ def load_all(
     options: LoadOptions,
     progress: ProgressCallback,
 ) -> SplitCausalLM:
-    """Load all three components as one generation model; raises like :func:`load_components`."""
+    """Load all components as one generation model; raises like :func:`load_components`."""
     check_options(model, options)
-    plan, table = make_plan(model, split_points, tuple(Component), dtype, fetch=progress)
+    plan, table = make_plan(model, split_points, None, dtype, fetch=progress)
     parts = load_components(model, plan, table, options, progress)
-    return SplitCausalLM(*(parts[component] for component in Component), mixed_dtypes=isinstance(dtype, Mapping))
+    return SplitCausalLM(*parts.values(), mixed_dtypes=isinstance(dtype, Mapping))

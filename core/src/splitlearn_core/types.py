@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -50,11 +51,53 @@ OPAQUE = "quantised"
 
 
 class Component(StrEnum):
-    """One of the three parts of a model, in the order in which hidden states pass through them."""
+    """The kinds of components, in the order in which hidden states pass through them.
+
+    They are also the names of the components of a model that is cut in two places; see :func:`component_names`.
+    """
 
     BOTTOM = "bottom"
     TRUNK = "trunk"
     TOP = "top"
+
+
+#: The names of the components of a model that is cut in two places.
+THREE: tuple[str, ...] = tuple(Component)
+
+#: Default of ``parts``: all components, also of a model with another number of them. It is recognised by identity,
+#: because a caller who gives the same names means those three.
+ALL_PARTS: tuple[str, ...] = ("bottom", "trunk", "top")
+
+#: The name of a trunk, alone or numbered.
+_TRUNK_NAME = re.compile(r"trunk([1-9][0-9]{0,4})?")
+
+
+def component_names(count: int) -> tuple[str, ...]:
+    """Return the names of the components of a model that is cut into ``count`` components, in order.
+
+    The first is the bottom and the last the top. A single trunk is ``trunk``; several are numbered from ``trunk1``.
+    """
+    if count == len(THREE):
+        return THREE
+    return (Component.BOTTOM, *(f"{Component.TRUNK}{number}" for number in range(1, count - 1)), Component.TOP)
+
+
+def is_component_name(name: object) -> bool:
+    """Return whether the name can be that of a component."""
+    return name in (Component.BOTTOM, Component.TOP) or (
+        isinstance(name, str) and _TRUNK_NAME.fullmatch(name) is not None
+    )
+
+
+def kind_of(name: str) -> Component:
+    """Return the kind of the component with a name."""
+    return Component(name) if name in (Component.BOTTOM, Component.TOP) else Component.TRUNK
+
+
+def place_of(name: str) -> tuple[int, int]:
+    """Return the sort key that puts names of components into the order of the model."""
+    number = _TRUNK_NAME.fullmatch(name)
+    return list(Component).index(kind_of(name)), int(number[1] or 0) if number else 0
 
 
 def dtype_name(dtype: object) -> str:
@@ -132,8 +175,8 @@ class Progress:
     #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``,
     #: ``converting``, ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
     stage: str
-    #: The component that is worked on, or None if the stage concerns all of them.
-    component: Component | None = None
+    #: The name of the component that is worked on, or None if the stage concerns all of them.
+    component: str | None = None
     bytes_done: int = 0
     bytes_total: int = 0
     #: The file that is worked on, if there is one.

@@ -34,9 +34,9 @@ def unsplit(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def assert_equal(path: Path, reference: Any, **options: Any) -> None:
+def assert_equal(path: Path, reference: Any, points: tuple[int, ...] = (1, 3), **options: Any) -> None:
     """Compare weights, logits and a cached continuation."""
-    parts = load_split_model(None, (1, 3), path, **options)
+    parts = load_split_model(None, points, path, **options)
     expected = reference.state_dict()
     for part in parts:
         for key, tensor in part.state_dict().items():
@@ -95,3 +95,11 @@ def test_another_dtype(gguf_file: Callable[..., Path], dtype: str) -> None:
     path = gguf_file("gemma2", "Q8_0")
 
     assert_equal(path, unsplit(path, getattr(torch, dtype)), dtype=dtype)
+
+
+@pytest.mark.parametrize("points", [(2,), (1, 2, 3)], ids=["one cut", "three cuts"])
+def test_other_numbers_of_components(gguf_file: Callable[..., Path], points: tuple[int, ...]) -> None:
+    """A file is cut in one place, or in three, as well."""
+    path = gguf_file("gemma2", "Q8_0")
+
+    assert_equal(path, unsplit(path), points)

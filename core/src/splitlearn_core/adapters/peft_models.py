@@ -171,7 +171,7 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
         held = ", ".join(str(component.component) for component in components)
         raise ConfigurationError(
             f"{held} hold {len(tensors)} of the adapter's {len(adapter.tensors)} tensors; missing: {_some(missing)}",
-            hint="give all three components",
+            hint="give all components",
         )
     return write_adapter(target, adapter.text, tensors)
 
@@ -267,8 +267,8 @@ def _components(parts: Parts) -> list[ComponentModel]:
             if own
             else "give what load_split_model returned, or some of it",
         )
-    kinds = {(part.family.model_type, part.layer_range.total) for part in given}
-    if len(kinds) > 1 or len({part.component for part in given}) < len(given):
+    models = {(part.family.model_type, part.layer_range.total) for part in given}
+    if len(models) > 1 or len({(part.kind, part.start_layer, part.component) for part in given}) < len(given):
         seen = ", ".join(f"{part.family.model_type} {part.component} {part.layer_range}" for part in given)
         raise ConfigurationError(f"these are not components of one model: {seen}", hint="give those of one split")
     return given

@@ -10,7 +10,7 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.keys import placement
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import plain, quote
-from splitlearn_core.types import Component, LayerRange, TensorInfo
+from splitlearn_core.types import Component, LayerRange, TensorInfo, kind_of
 
 #: What PEFT writes before the name of a module of the whole model.
 PREFIX = "base_model.model."
@@ -35,7 +35,7 @@ _REFUSED = {
 class AdapterSlice:
     """What one component takes of an adapter."""
 
-    component: Component
+    component: str
     #: Keys of the adapter's file.
     keys: tuple[str, ...]
     #: Those of them that are the model's own embedding or head, saved beside what adapts it.
@@ -93,11 +93,12 @@ def key_problems(keys: Iterable[str], config: Mapping[str, Any], family: ModelFa
 
 
 def slice_keys(
-    keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily, component: Component, owned: LayerRange
+    keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily, component: str, owned: LayerRange
 ) -> AdapterSlice:
     """Pick the tensors of one component, by the layer numbers of the whole model."""
     component_of = placement(family, ranges_around(component, owned))
-    own = sorted(key for key in keys if component_of(key.removeprefix(PREFIX)) == component)
+    kind = kind_of(component)
+    own = sorted(key for key in keys if component_of(key.removeprefix(PREFIX)) == kind)
     saved = dict.fromkeys(filter(None, (_saved(key, config) for key in own)))
     base = tuple(key for key in own if key.endswith(".base_layer.weight"))
     targets = dict.fromkeys(filter(None, (_target(key, config) for key in own)))

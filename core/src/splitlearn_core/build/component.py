@@ -44,7 +44,10 @@ class ComponentModel(PreTrainedModel):
     Layers keep their numbers in the whole model, and so do cache slots, adapters and tensor names.
     """
 
-    component: ClassVar[Component]
+    #: Bottom, trunk or top.
+    kind: ClassVar[Component]
+    #: Its name: that of its kind, but for one of several trunks, which are numbered.
+    component: str
     family: ClassVar[ModelFamily]
     #: What the Hugging Face class calls its key-value cache.
     cache_argument: ClassVar[str]
@@ -73,7 +76,7 @@ class ComponentModel(PreTrainedModel):
         self.routing = routes = routing(forward, self, self.family.bottom_arguments)
         self._known = (
             routes.everywhere
-            | {Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top}[self.component]
+            | {Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top}[self.kind]
         )
 
     @classmethod
@@ -99,7 +102,7 @@ class ComponentModel(PreTrainedModel):
             TensorMismatchError: Tensors are missing, unexpected or mis-shaped; all are listed.
         """
         built: ComponentModel = cls._from_state_dict(
-            cls.family, cls.component, full_state_dict, config, start_layer, end_layer
+            cls.family, cls.kind, full_state_dict, config, start_layer, end_layer
         )
         return built
 
@@ -169,7 +172,7 @@ class ComponentModel(PreTrainedModel):
         for name, instead in (("use_cache", "past_key_values=component.new_cache()"), ("return_dict", "nothing")):
             if name in kwargs and not paged:
                 raise ConfigurationError(f"a component takes no {name}", hint=f"give {instead} instead")
-        for name in self.routing.bottom.intersection(kwargs) if self.component != Component.BOTTOM else ():
+        for name in self.routing.bottom.intersection(kwargs) if self.kind is not Component.BOTTOM else ():
             # Used up by the embeddings; the family's own code would take hidden states for embeddings.
             del kwargs[name]
         for name in kwargs:

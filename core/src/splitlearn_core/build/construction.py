@@ -38,7 +38,7 @@ from splitlearn_core.plan.keys import map_keys, place_keys
 from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.types import Component, LayerRange, TensorInfo
+from splitlearn_core.types import Component, LayerRange, TensorInfo, kind_of
 
 _KINDS: dict[Component, type[ComponentModel]] = {
     Component.BOTTOM: BottomModel,
@@ -52,6 +52,7 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
     """Return the class of a family's bottom, trunk or top, importing the Hugging Face class."""
     hf_class, kind = architecture_class(family), _KINDS[component]
     attributes = {
+        "kind": component,
         "component": component,
         "family": family,
         "_from_state_dict": staticmethod(component_from_state_dict),
@@ -70,7 +71,7 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
 def build_component(
     family: ModelFamily,
     config: Any,
-    component: Component,
+    component: str,
     layer_range: LayerRange,
     on_layer: Callable[[], None] = lambda: None,
 ) -> ComponentModel:
@@ -80,12 +81,13 @@ def build_component(
         family: The model's family.
         config: A Hugging Face configuration of the whole model, which becomes the component's own;
             its ``dtype`` is that of the weights to come.
-        component: Which component.
+        component: The component's name.
         layer_range: The layers it runs.
         on_layer: Called before each layer is built; it may raise, and then nothing is left behind.
     """
     with skeleton(config.dtype), blaming_config(family, config.name_or_path):
-        model = component_class(family, component)(config, layer_range)
+        model = component_class(family, kind_of(component))(config, layer_range)
+    model.component = component
     layers = []
     for number in range(layer_range.start, layer_range.end):
         # Outside the lock and the mode: it may take its time, and use torch.
@@ -206,7 +208,7 @@ def _refuse_unusable(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[Component, LayerRange]:
+def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[str, LayerRange]:
     """Cut the model so that the component has the asked layers."""
     first = 0 if start is None else _layer_number(start)
     last = total if end is None else _layer_number(end)

@@ -120,7 +120,7 @@ def _instance(own: Any, family_class: Any) -> Any:
     return object.__new__(class_over(own, family_class))
 
 
-def module_tree(parts: Mapping[Component, Any], backbone: type[Any], attributes: Mapping[str, Any]) -> LinkedModules:
+def module_tree(parts: Mapping[str, Any], backbone: type[Any], attributes: Mapping[str, Any]) -> LinkedModules:
     """Make the children of the unsplit model's root, out of the components' modules.
 
     Args:
@@ -159,7 +159,7 @@ def module_tree(parts: Mapping[Component, Any], backbone: type[Any], attributes:
     return children("")
 
 
-def _layer_list(lists: Sequence[Any], parts: Mapping[Component, Any]) -> nn.ModuleList:
+def _layer_list(lists: Sequence[Any], parts: Mapping[str, Any]) -> nn.ModuleList:
     """Return the list of all layers, each from the component that runs it."""
     links = {
         str(number): held

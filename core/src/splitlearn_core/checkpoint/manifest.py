@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,9 +16,15 @@ from splitlearn_core.checkpoint.config_json import parse_object
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
-from splitlearn_core.plan.split_points import MAX_LAYERS
+from splitlearn_core.plan.split_points import MAX_LAYERS, layers_between
 from splitlearn_core.quoting import SENTENCE, listed, quote
-from splitlearn_core.types import FLOAT_DTYPES, Component
+from splitlearn_core.storage.directory import _folders_in
+from splitlearn_core.types import (
+    FLOAT_DTYPES,
+    THREE,
+    Component,
+    is_component_name,
+)
 from splitlearn_core.user_paths import user_path
 
 MANIFEST = "split_manifest.json"
@@ -50,12 +57,12 @@ class Manifest:
     #: False for the source's values; True where those of a component in memory were saved.
     own_values: bool
     #: The components that were saved by the same call.
-    saved_with: tuple[Component, ...]
+    saved_with: tuple[str, ...]
     #: File name -> what was written; the manifest itself is not among them.
     files: Mapping[str, FileRecord]
 
     @property
-    def component(self) -> Component:
+    def component(self) -> str:
         return self.origin.component
 
     @property
@@ -138,7 +145,7 @@ class _Reader:
     def manifest(self) -> Manifest:
         source, plugin = self._object("source"), self._object("plugin")
         component = self._component(self._values.get("component"), "component")
-        points, layers = self._pair("split_points"), self._pair("layers")
+        points, layers = self._points("split_points"), self._pair("layers")
         total = self._number(self._values.get("num_layers"), "num_layers", MAX_LAYERS)
         self._check_layers(component, points, layers, total)
         commit = source.get("commit")
@@ -180,12 +187,15 @@ class _Reader:
             raise _invalid(self._where, self._problems)
         return manifest
 
-    def _check_layers(self, component: Component, points: tuple[int, int], layers: tuple[int, int], total: int) -> None:
-        first, second = points
-        if not 0 < first < second < total:
+    def _check_layers(self, component: str, points: tuple[int, ...], layers: tuple[int, int], total: int) -> None:
+        if not points or any(before >= after for before, after in pairwise((0, *points, total))):
             self._problems.append(f"split points {points} do not cut a model of {total} layers")
-        owned = {Component.BOTTOM: (0, first), Component.TRUNK: points, Component.TOP: (second, total)}[component]
-        if layers != owned:
+            return
+        ranges = {name: (owned.start, owned.end) for name, owned in layers_between(points, total).items()}
+        if component not in ranges:
+            self._problems.append(f"a model cut at {points} has no {component}, but {listed(ranges)}")
+        elif layers != ranges[component]:
+            owned = ranges[component]
             self._problems.append(f"a {component} cut at {points} of {total} layers holds {owned}, not {layers}")
 
     def _files(self) -> dict[str, FileRecord]:
@@ -222,11 +232,11 @@ class _Reader:
             return {}
         return value
 
-    def _component(self, value: Any, name: str) -> Component:
-        if not isinstance(value, str) or value not in set(Component):
+    def _component(self, value: Any, name: str) -> str:
+        if not isinstance(value, str) or not is_component_name(value):
             self._problems.append(f"{name} names {quote(value)}, which is none of {', '.join(Component)}")
             return Component.TRUNK
-        return Component(value)
+        return Component(value) if value in THREE else value
 
     def _text(self, value: Any, name: str) -> str:
         if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
@@ -255,6 +265,13 @@ class _Reader:
         first, second = (self._number(item, name, MAX_LAYERS) for item in value)
         return first, second
 
+    def _points(self, name: str) -> tuple[int, ...]:
+        value = self._values.get(name)
+        if not isinstance(value, list) or not 0 < len(value) < MAX_LAYERS:
+            self._problems.append(f"{name} is {quote(value)}, no list of layer numbers")
+            return ()
+        return tuple(self._number(item, name, MAX_LAYERS) for item in value)
+
 
 def _invalid(where: str, problems: list[str]) -> InvalidCheckpointError:
     return InvalidCheckpointError(f"{where} is no sound manifest: {listed(problems, '; ', limit=SENTENCE)}", hint=_ANEW)
@@ -263,7 +280,7 @@ def _invalid(where: str, problems: list[str]) -> InvalidCheckpointError:
 def holds_components(path: str | os.PathLike[str]) -> bool:
     """Say whether a path is a directory of saved components, or of one."""
     folder = user_path(path)
-    return any((each / MANIFEST).is_file() for each in (folder, *(folder / name for name in Component)))
+    return (folder / MANIFEST).is_file() or bool(_folders_in(folder))
 
 
 def read_manifest(folder: Path) -> Manifest:

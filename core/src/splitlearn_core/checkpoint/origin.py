@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.regular_files import open_regular
-from splitlearn_core.types import Component
 
 #: Values of ``config.json`` that say who wrote it and how the values are kept, not what the model is.
 _INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"})
@@ -30,9 +29,9 @@ class Origin:
     #: The distribution of the family's plugin, and its version.
     plugin: str
     plugin_version: str
-    split_points: tuple[int, int]
+    split_points: tuple[int, ...]
     num_layers: int
-    component: Component
+    component: str
     #: The layers ``[start, end)`` of the component.
     layers: tuple[int, int]
     #: The dtype of its weights once loaded as ``auto``, by torch's name.

@@ -36,8 +36,8 @@ class Demo:
         layers = count_layers(model.family, model.config)
         edge = max(1, layers // 6)
         self._split_points = (edge, layers - edge)
-        self.plan, self._table = make_plan(model, self._split_points, tuple(Component), "auto", fetch=lambda _: None)
-        self._parts: dict[Component, Any] = {}
+        self.plan, self._table = make_plan(model, self._split_points, None, "auto", fetch=lambda _: None)
+        self._parts: dict[str, Any] = {}
 
     def load(self, progress: ProgressCallback) -> None:
         """Load all three components."""
@@ -47,7 +47,7 @@ class Demo:
         """Continue a prompt; :meth:`load` comes first."""
         from splitlearn_core.pipeline import SplitCausalLM
 
-        split = SplitCausalLM(*(self._parts[component] for component in Component))
+        split = SplitCausalLM(*self._parts.values())
         tokenizer = load_tokenizer(self._model)
         sampling = Sampling(temperature=0.8, top_k=40, seed=seed)
         return generate_text(split, tokenizer, prompt, max_new_tokens, sampling, on_text=on_text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from splitlearn_core.cli.shared_options import print_json, table
-from splitlearn_core.types import Component, human_bytes
+from splitlearn_core.types import human_bytes
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, FileFetch
@@ -20,7 +20,7 @@ def print_fetch(
     split_points: Sequence[int],
     dtype: str | Mapping[str, str],
     *,
-    parts: Sequence[Component] = tuple(Component),
+    parts: Sequence[str] | None = None,
     whole: bool = False,
     as_json: bool,
 ) -> None:

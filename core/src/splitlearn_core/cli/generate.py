@@ -1,4 +1,4 @@
-"""``splitlearn generate``: text through bottom, trunk and top."""
+"""``splitlearn generate``: text through all components of a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from splitlearn_core.types import ProgressCallback
 
 
-@click.command("generate", short_help="Continue a prompt, or talk, cut in three.")
+@click.command("generate", short_help="Continue a prompt, or talk, cut into components.")
 @model_options
 @load_options
 @click.option("--prompt", help="The text to continue.")
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 def command(
     *,
     model: str,
-    split_points: tuple[int, int] | None,
+    split_points: tuple[int, ...] | None,
     dtype: str | dict[str, str],
     prompt: str | None,
     prompt_file: str | None,
@@ -63,7 +63,7 @@ def command(
     local_files_only: bool,
     **others: Any,
 ) -> None:
-    """Continue a prompt with MODEL, cut in three; the text streams as it comes.
+    """Continue a prompt with MODEL, cut into components; the text streams as it comes.
 
     With --chat and no prompt it is a conversation: each line of stdin is a message. At a terminal,
     Ctrl-C stops an answer, and Ctrl-D ends.
@@ -77,7 +77,7 @@ def command(
     from splitlearn_core.progress import reporting
 
     _check_prompts(prompt, prompt_file, system, chat=chat, needed=not dry_run)
-    options = load_options_of(others)
+    options = load_options_of(others, split_points)
     with usage_errors():
         sampling = Sampling(**others)
     if split_points is None and holds_components(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import click
@@ -9,17 +10,21 @@ import click
 from splitlearn_core.cli.shared_options import json_option, model_options, print_json, split_points_of, styled, table
 from splitlearn_core.plan.mismatch import unread_words
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
-from splitlearn_core.types import Component, human_bytes
+from splitlearn_core.types import Component, human_bytes, kind_of
 
-_BAR_WIDTH = 64
+#: Characters of the bar, and the most that it may have to bear the names of all components.
+_BAR_WIDTH, _MOST_WIDTH = 64, 78
+#: Fill and colour of each kind of component.
 _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}
+#: Fill of every other trunk, so that each can be told from the next.
+_OTHER_TRUNK = "▞"
 
 
 @click.command("plan", short_help="What a split gives, from headers alone.")
 @model_options
 @json_option
 def command(
-    model: str, split_points: tuple[int, int] | None, dtype: str | dict[str, str], as_json: bool, **hub: Any
+    model: str, split_points: tuple[int, ...] | None, dtype: str | dict[str, str], as_json: bool, **hub: Any
 ) -> None:
     """Show what cutting MODEL gives: layers, bytes and shards of each component.
 
@@ -81,11 +86,19 @@ def render_plan(plan: SplitPlan) -> str:
 
 
 def _bar(plan: SplitPlan) -> str:
-    total = sum(part.nbytes for part in plan.components) or 1
+    sizes = [part.nbytes for part in plan.components]
+    total = sum(sizes) or 1
+    widths = [max(len(part.component) + 1, round(_BAR_WIDTH * part.nbytes / total)) for part in plan.components]
+    if sum(widths) > _MOST_WIDTH:
+        # Too many for the name of each.
+        edges = [round(_BAR_WIDTH * bytes_before / total) for bytes_before in accumulate(sizes, initial=0)]
+        widths = [max(1, end - start) for start, end in pairwise(edges)]
     bar, labels = "", ""
-    for part in plan.components:
-        fill, colour = _LOOKS[part.component]
-        width = max(len(part.component) + 1, round(_BAR_WIDTH * part.nbytes / total))
+    for number, (part, width) in enumerate(zip(plan.components, widths, strict=True)):
+        kind = kind_of(part.component)
+        fill, colour = _LOOKS[kind]
+        if kind is Component.TRUNK and number % 2 == 0:
+            fill = _OTHER_TRUNK
         bar += styled(fill * width, fg=colour)
-        labels += str(part.component).ljust(width)
+        labels += (part.component if len(part.component) < width else "").ljust(width)
     return f"{bar}\n{labels.rstrip()}"

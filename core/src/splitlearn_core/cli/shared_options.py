@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -12,13 +13,42 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.types import Component
 
 if TYPE_CHECKING:
     from splitlearn_core.loading.opening import OpenModel
     from splitlearn_core.loading.options import LoadOptions
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_NUMBER = re.compile(r"[+-]?[0-9]+")
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: Sequence[str] | None) -> tuple[int, ...] | None:
+    """Read what the option took; none is none."""
+    if value is None:
+        return None
+    points = tuple(int(click.INT(each, parameter, ctx)) for each in value)
+    if any(a >= b for a, b in pairwise((0, *points))):
+        shown = " < ".join(map(str, (0, *points)))
+        raise click.BadParameter(f"cuts are layers from 1 on, in increasing order; {shown} does not hold")
+    return points
+
+
+class _NumbersOption(click.Option):
+    """An option that takes each number after it: ``--split 1 3 5``. click's own take as many values as they say."""
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the option take, once it is parsed, the numbers that follow its value."""
+        super().add_to_parser(parser, ctx)
+        option = parser._long_opt[self.opts[0]]  # noqa: SLF001  # as click's own documentation does it
+        process = option.process
+
+        def take(value: str, state: Any) -> None:
+            numbers = [value]
+            while state.rargs and _NUMBER.fullmatch(state.rargs[0]):
+                numbers.append(state.rargs.pop(0))
+            process(tuple(numbers), state)
+
+        option.process = take
 
 
 def model_options(command: _Command) -> _Command:
@@ -29,11 +59,13 @@ def model_options(command: _Command) -> _Command:
             click.option(
                 "--split",
                 "split_points",
-                nargs=2,
-                type=int,
+                cls=_NumbersOption,
+                type=click.UNPROCESSED,
+                callback=_numbers,
+                # The other options name components, and these say which there are.
+                is_eager=True,
                 metavar="A B",
-                callback=_check_split,
-                help="Layers of the two cuts; without it, even thirds are proposed.",
+                help="Layers of the cuts, one or more; without it, even thirds are proposed.",
             ),
             click.option(
                 "--dtype",
@@ -84,28 +116,23 @@ def usage_errors() -> Iterator[None]:
         raise click.BadParameter(f"{error.message}\n{error.hint}") from error
 
 
-def _check_split(_: click.Context, __: click.Parameter, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if value is not None and any(a >= b for a, b in pairwise((0, *value))):
-        shown = " < ".join(map(str, (0, *value)))
-        raise click.BadParameter(f"cuts are layers from 1 on, in increasing order; {shown} does not hold")
-    return value
-
-
-def _check_dtype(_: click.Context, __: click.Parameter, value: str) -> str | dict[str, str]:
+def _check_dtype(ctx: click.Context, _: click.Parameter, value: str) -> str | dict[str, str]:
     from splitlearn_core.plan.placement import parse_dtypes
+    from splitlearn_core.plan.split_points import names_of_parts
 
-    given = _for_each_part(value)
+    given, there = _for_each_part(value), names_of_parts(ctx.params.get("split_points"))
     with usage_errors():
-        parse_dtypes(given, tuple(Component))
+        parse_dtypes(given, there, there)
     return given
 
 
-def _check_device(_: click.Context, __: click.Parameter, value: str) -> str | dict[str, str]:
+def _check_device(ctx: click.Context, _: click.Parameter, value: str) -> str | dict[str, str]:
     from splitlearn_core.plan.placement import parse_device_map
+    from splitlearn_core.plan.split_points import names_of_parts
 
-    given = _for_each_part(value)
+    given, there = _for_each_part(value), names_of_parts(ctx.params.get("split_points"))
     with usage_errors():
-        parse_device_map(given if isinstance(given, dict) else None, tuple(Component))
+        parse_device_map(given if isinstance(given, dict) else None, there, there)
     return given
 
 
@@ -138,24 +165,26 @@ def check_shard_size(_: click.Context, __: click.Parameter, value: str) -> str:
     return value
 
 
-def load_options_of(options: dict[str, Any]) -> LoadOptions:
-    """Take what :func:`load_options` added out of a command's options."""
+def load_options_of(options: dict[str, Any], split_points: Sequence[int] | None) -> LoadOptions:
+    """Take what :func:`load_options` added out of a command's options; split points say which components there are."""
     from splitlearn_core.loading.options import LoadOptions
     from splitlearn_core.plan.placement import AUTO, parse_device_map
+    from splitlearn_core.plan.split_points import names_of_parts
 
+    there = names_of_parts(split_points)
     device = options.pop("device")
     device_map = device if isinstance(device, dict) or device == AUTO else None
     return LoadOptions(
         "cpu" if device_map is not None else device,
         options.pop("strategy"),
         options.pop("attn_implementation"),
-        parse_device_map(device_map, tuple(Component)),
+        parse_device_map(device_map, there, there),
         options.pop("max_memory"),
         strict=options.pop("strict"),
     )
 
 
-def split_points_of(model: OpenModel, given: tuple[int, int] | None) -> tuple[int, int]:
+def split_points_of(model: OpenModel, given: tuple[int, ...] | None) -> tuple[int, ...]:
     """Return the split points that were given, or even thirds of the model, and say then on stderr which these are."""
     if given is not None:
         return given

@@ -17,14 +17,14 @@ from splitlearn_core.cli.shared_options import (
     usage_errors,
 )
 from splitlearn_core.storage.directory import SplitDirectory
-from splitlearn_core.types import human_bytes
+from splitlearn_core.types import ALL_PARTS, human_bytes
 from splitlearn_core.user_paths import user_path
 
 
-@click.command("split", short_help="Save bottom, trunk and top, each as a folder.")
+@click.command("split", short_help="Save the components, each as a folder.")
 @model_options
 @click.option("--out", required=True, metavar="DIR", help="The directory to make.")
-@click.option("--parts", default="bottom,trunk,top", show_default=True, help="The components to save.")
+@click.option("--parts", metavar="NAME,...", help="The components to save, bottom,trunk say; by default all.")
 @click.option(
     "--max-shard-size",
     default="5GB",
@@ -41,10 +41,10 @@ from splitlearn_core.user_paths import user_path
 @json_option
 def command(
     model: str,
-    split_points: tuple[int, int] | None,
+    split_points: tuple[int, ...] | None,
     dtype: str | dict[str, str],
     out: str,
-    parts: str,
+    parts: str | None,
     max_shard_size: str,
     force: bool,
     dry_run: bool,
@@ -53,18 +53,20 @@ def command(
 ) -> None:
     """Save the components of MODEL into DIR/bottom, DIR/trunk and DIR/top, as they are stored.
 
+    With one cut there is no trunk; with more than two, there are DIR/trunk1, DIR/trunk2 and so on.
+
     Weights are copied piece by piece, however large they are. DIR appears as a whole.
     """
     from splitlearn_core.loading.opening import open_model
-    from splitlearn_core.plan.split_points import even_thirds
+    from splitlearn_core.plan.split_points import even_thirds, names_of_parts
     from splitlearn_core.plan.splitplan import parse_parts
     from splitlearn_core.storage.saving import check_source, check_target, save_split
 
     if not isinstance(dtype, str):
         raise click.BadParameter("give one dtype for all components", param_hint="--dtype")
-    names = [part.strip() for part in parts.split(",")]
+    names = ALL_PARTS if parts is None else [part.strip() for part in parts.split(",")]
     with usage_errors():
-        asked = parse_parts(names)
+        asked = parse_parts(names, names_of_parts(split_points))
     if split_points is None:
         opened = open_model(model, **others)
         a, b = even_thirds(opened.family, opened.config)

@@ -18,6 +18,7 @@ from splitlearn_core.cli.shared_options import (
     split_points_of,
     table,
 )
+from splitlearn_core.plan.split_points import cut_words
 from splitlearn_core.storage.integrity import SavedVerification
 from splitlearn_core.types import human_bytes
 from splitlearn_core.verification import Verification
@@ -33,13 +34,13 @@ def command(
     ctx: click.Context,
     /,
     model: str,
-    split_points: tuple[int, int] | None,
+    split_points: tuple[int, ...] | None,
     dtype: str | dict[str, str],
     dry_run: bool,
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Compare MODEL, cut in three, with MODEL unsplit. Exit code 1 where a bit differs.
+    """Compare MODEL, cut into components, with MODEL unsplit. Exit code 1 where a bit differs.
 
     Where MODEL is a directory of saved components, and --split is left out, their files are held
     against their manifests (hashes, sizes, tensors, ties), and the components against each other.
@@ -62,7 +63,7 @@ def command(
                 f"{', '.join(given)}: for a comparison with the unsplit model; files are held against manifests"
             )
         ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
-    options = load_options_of(others)
+    options = load_options_of(others, split_points)
     opened = open_model(model, **others)
     split_points = split_points_of(opened, split_points)
     if dry_run:
@@ -119,11 +120,10 @@ def render_verification(result: Verification) -> str:
     unsplit = (f"{result.unsplit_load_seconds * 1000:.0f} ms", f"{result.unsplit_forward_seconds * 1000:.1f} ms")
     rows.append(("unsplit", "", "", "", *unsplit))
     checks = [f"{'equal' if equal else 'DIFFERS':<8}{name}" for name, equal in result.checks.items()]
-    first, second = result.split_points
     verdict = "equal to the last bit" if result.equal else "NOT equal"
     return "\n".join(
         [
-            f"{result.model} cut at {first} and {second}, {result.dtype}, {result.input}",
+            f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}, {result.input}",
             "",
             table(("component", "layers", "bytes", "memory taken", "load", "forward"), rows),
             _MEMORY_NOTE,

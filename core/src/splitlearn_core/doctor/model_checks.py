@@ -19,7 +19,7 @@ from splitlearn_core.plugins.registry import registry
 from splitlearn_core.readers.mapped import MappedStrategy
 from splitlearn_core.readers.selection import BUILT_IN
 from splitlearn_core.system_memory import available_memory
-from splitlearn_core.types import SAFETENSORS, Component, human_bytes
+from splitlearn_core.types import SAFETENSORS, human_bytes
 
 _NAME = "model"
 
@@ -36,11 +36,11 @@ def check_model(name: str, load: bool) -> list[Finding]:
         model = open_model(name)
         found += opened(model)
         points = cuts(model)
-        found.append(_ok(f"it can be cut, for example with --split {points[0]} {points[1]}"))
+        found.append(_ok(f"it can be cut, for example with --split {' '.join(map(str, points))}"))
         model.checkpoint.require_weights()
         if model.checkpoint.is_describable:
             model.checkpoint.source.require(model.checkpoint.weight_files())
-        plan, table = make_plan(model, points, tuple(Component), "auto")
+        plan, table = make_plan(model, points, None, "auto")
         refuse_misfit(model, plan, table)
         files = f"{len(plan.shards)} files" if len(plan.shards) > 1 else "one file"
         found.append(_ok(f"{human_bytes(plan.nbytes)} in {files}, loads as {plan.dtype}"))
@@ -68,18 +68,20 @@ def opened(model: OpenModel) -> Iterator[Finding]:
         yield Finding(_NAME, Level.NOTE, what, mend=mend)
 
 
-def cuts(model: OpenModel) -> tuple[int, int]:
-    """Return split points near the thirds of a model that its family allows.
+def cuts(model: OpenModel) -> tuple[int, ...]:
+    """Return split points near the thirds of a model that its family allows; the only one where there is one.
 
     Raises:
-        InvalidSplitError: There are no two.
+        InvalidSplitError: There are none.
     """
     layers = count_layers(model.family, model.config)
     impossible = impossible_cuts(model.family, model.config)
     possible = [point for point in range(1, layers) if point not in impossible]
-    if len(possible) <= 1:
+    if len(possible) == 1:
+        return tuple(possible)
+    if not possible:
         raise InvalidSplitError(
-            f"{model.name} has {layers} layers and bears {len(possible)} cuts; three components need two",
+            f"{model.name} has {layers} layers and bears no cut; two components need one",
             hint="it can only be loaded whole: a model of the manager with model_type 'huggingface'",
         )
     first = min(possible[:-1], key=lambda point: abs(point - layers / 3))
@@ -91,7 +93,7 @@ def readers(model: OpenModel, plan: SplitPlan) -> Iterator[Finding]:
     """Say which strategies read the model, why others do not, and whether there is the memory for it."""
     source = model.checkpoint.source
     here = {shard: source.path(shard) for shard in plan.shards if source.is_here(shard)}
-    devices = dict.fromkeys(Component, "cpu")
+    devices = dict.fromkeys(plan.names, "cpu")
     reads = read_plans(plan, here, devices, whole_model(model, plan, lambda _: None))
     able: list[str] = []
     for strategy in (*BUILT_IN, *registry().strategies(model.family)):
@@ -111,18 +113,18 @@ def readers(model: OpenModel, plan: SplitPlan) -> Iterator[Finding]:
 
 
 def loaded(model: OpenModel, plan: SplitPlan, table: KeyTable) -> Finding:
-    """Load the three components as views of the mapped file, which reads next to nothing, or say why not.
+    """Load all components as views of the mapped file, which reads next to nothing, or say why not.
 
     Raises:
         SplitLearnError: They do not load.
     """
     refusal = not_loaded(model, plan)
     if refusal:
-        a, b = plan.split_points
+        points = " ".join(map(str, plan.split_points))
         what = f"whether its tensors are those of the model was not tried: {refusal}"
-        return Finding(_NAME, Level.NOTE, what, mend=f"splitlearn verify {shlex.quote(model.name)} --split {a} {b}")
+        return Finding(_NAME, Level.NOTE, what, mend=f"splitlearn verify {shlex.quote(model.name)} --split {points}")
     load_components(model, plan, table, LoadOptions("cpu", MappedStrategy.name), lambda _: None)
-    return _ok("bottom, trunk and top load")
+    return _ok(f"{', '.join(plan.names[:-1])} and {plan.names[-1]} load")
 
 
 def not_loaded(model: OpenModel, plan: SplitPlan) -> str:

@@ -67,9 +67,7 @@ def collection_paused() -> Iterator[None]:
         gc.enable()
 
 
-def origins_of(
-    model: OpenModel, plan: SplitPlan, table: KeyTable, paths: Mapping[str, Path]
-) -> dict[Component, Origin]:
+def origins_of(model: OpenModel, plan: SplitPlan, table: KeyTable, paths: Mapping[str, Path]) -> dict[str, Origin]:
     """Say where the planned components come from: from the model, or, of a saved component, from its source.
 
     Args:
@@ -131,9 +129,9 @@ log = logging.getLogger(__name__)
 
 def read_all(
     plan: SplitPlan,
-    reads: Mapping[Component, ReadPlan],
-    built: Mapping[Component, ComponentModel],
-    strategies: Mapping[Component, LoadingStrategy],
+    reads: Mapping[str, ReadPlan],
+    built: Mapping[str, ComponentModel],
+    strategies: Mapping[str, LoadingStrategy],
     progress: ProgressCallback,
 ) -> None:
     from splitlearn_core.build.assemble import assign_tensor, finish
@@ -163,14 +161,14 @@ class _Count:
     def __init__(self, progress: ProgressCallback, total: int) -> None:
         self._progress = progress
         self._total = total
-        self._component: Component | None = None
+        self._component: str | None = None
         #: Shards of the tensors that are still to come, in the order of the files.
         self._coming: Iterator[str] = iter(())
         self._shard = ""
         #: Bytes of whole tensors, bytes of the one at work, and what was told last.
         self._whole = self._part = self._told = 0
 
-    def begin(self, component: Component, read: ReadPlan) -> None:
+    def begin(self, component: str, read: ReadPlan) -> None:
         self._component = component
         self._coming = iter([shard for shard, tensors in read.by_shard().items() for _ in tensors])
         self._shard = next(self._coming, "")
@@ -193,7 +191,7 @@ class _Count:
 
 def load_components(
     model: OpenModel, plan: SplitPlan, table: KeyTable, options: LoadOptions, progress: ProgressCallback
-) -> dict[Component, ComponentModel]:
+) -> dict[str, ComponentModel]:
     """Carry a plan out: fetch, build, check, read, assign, tie. All or nothing is returned.
 
     Raises:
@@ -217,7 +215,7 @@ def load_components(
     check_memory(model.name, strategies, reads)
     if any(isinstance(strategy, WholeStrategy) for strategy in strategies.values()):
         model.checkpoint.fetch(model.checkpoint.weight_files(), logging_downloads(model.name, progress))
-    built: dict[Component, ComponentModel] = {}
+    built: dict[str, ComponentModel] = {}
     # As from_pretrained: what is loaded can be trained, and has the same values, wherever the call stands.
     with own_modes(gradients=True):
         for part in plan.components:
@@ -258,8 +256,8 @@ def _without_cross_attention(config: Mapping[str, Any], table: KeyTable) -> Mapp
 
 
 def _check_all(
-    model: OpenModel, plan: SplitPlan, table: KeyTable, built: Mapping[Component, ComponentModel], *, strict: bool
-) -> dict[Component, set[str]]:
+    model: OpenModel, plan: SplitPlan, table: KeyTable, built: Mapping[str, ComponentModel], *, strict: bool
+) -> dict[str, set[str]]:
     """Report at once all that is wrong with the tensors of the asked components.
 
     Tensors that the model has no place for are a warning, as in ``from_pretrained``, unless ``strict``.
@@ -270,7 +268,7 @@ def _check_all(
     from splitlearn_core.build.assemble import tensor_problems, unexpected_names
 
     problems, surplus = list(table.problems), unexpected_words(table.unexpected)
-    unread: dict[Component, set[str]] = {}
+    unread: dict[str, set[str]] = {}
     keys = set(table.unexpected)
     for part in plan.components:
         planned = {tensor.module_key: tensor.info for tensor in part.tensors}
@@ -287,7 +285,7 @@ def _check_all(
     return unread
 
 
-def _without(plan: SplitPlan, table: KeyTable, unread: Mapping[Component, set[str]]) -> tuple[SplitPlan, KeyTable]:
+def _without(plan: SplitPlan, table: KeyTable, unread: Mapping[str, set[str]]) -> tuple[SplitPlan, KeyTable]:
     """Leave tensors out of what is planned, by their module keys."""
     parts = tuple(
         replace(
@@ -321,7 +319,7 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
         ) from error
 
 
-def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) -> None:
+def _tie_if_equal(built: Mapping[str, ComponentModel], table: KeyTable) -> None:
     """Tie embedding and head that config ties but the file holds apart, as transformers does."""
     if table.apart is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
         return
@@ -334,6 +332,6 @@ def _tie_if_equal(built: Mapping[Component, ComponentModel], table: KeyTable) ->
         log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart)
 
 
-def _log_ready(name: str, plan: SplitPlan, devices: Mapping[Component, str], nbytes: int, seconds: float) -> None:
+def _log_ready(name: str, plan: SplitPlan, devices: Mapping[str, str], nbytes: int, seconds: float) -> None:
     parts = ", ".join(f"{part.component} on {devices[part.component]} in {part.dtype}" for part in plan.components)
     log.info("Ready: %s of %s; %s in %.2f s", parts, name, human_bytes(nbytes), seconds)

@@ -23,7 +23,7 @@ from splitlearn_core.readers.checks import passing_bytes, predicted_bytes
 from splitlearn_core.readers.selection import BUILT_IN, check_strategy, choose_strategy
 from splitlearn_core.readers.whole import WholeStrategy
 from splitlearn_core.system_memory import available_memory
-from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback
+from splitlearn_core.types import SAFETENSORS, Progress, ProgressCallback
 
 #: The part of a GPU's free memory that weights may take where nobody set a limit.
 _USABLE = 0.9
@@ -38,7 +38,7 @@ class LoadOptions:
     strategy: str = "auto"
     attn_implementation: str | None = None
     #: Where each goes, or ``auto`` to work it out; see :mod:`splitlearn_core.plan.placement`.
-    device_map: Mapping[Component, str] | str | None = None
+    device_map: Mapping[str, str] | str | None = None
     #: Device -> bytes that may be used of it; empty for no limits.
     max_memory: Mapping[str, int] = field(default_factory=dict)
     #: Refuse tensors that the model has no place for; otherwise they are a warning.
@@ -112,7 +112,7 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[Component, str]:
+def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[str, str]:
     """Say where each planned component goes.
 
     Raises:
@@ -136,8 +136,8 @@ def _free_devices() -> dict[str, int | None]:
 
 
 def read_plans(
-    plan: SplitPlan, paths: Mapping[str, Path], devices: Mapping[Component, str], whole: WholeModel
-) -> dict[Component, ReadPlan]:
+    plan: SplitPlan, paths: Mapping[str, Path], devices: Mapping[str, str], whole: WholeModel
+) -> dict[str, ReadPlan]:
     """Say what each component reads; a tied tensor is read once for all that want it as it is."""
     seen: set[tuple[str, str, str]] = set()
     reads = {}
@@ -150,8 +150,8 @@ def read_plans(
 
 
 def choose_strategies(
-    model: OpenModel, options: LoadOptions, reads: Mapping[Component, ReadPlan]
-) -> dict[Component, LoadingStrategy]:
+    model: OpenModel, options: LoadOptions, reads: Mapping[str, ReadPlan]
+) -> dict[str, LoadingStrategy]:
     """Choose how each component is read: one goes to a GPU, and another stays pages of the file."""
     added = registry().strategies(model.family, options.strategy)
     preferred = model.family.preferred_strategy
@@ -166,7 +166,7 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
 
     def measure() -> int:
         infos = {info.key: info for info in plan.infos}
-        if len(plan.components) < len(Component):
+        if not plan.is_whole:
             infos = tensors_of_config(model)
         plain = sum(loaded_nbytes(PlannedTensor(key, info), dtype) for key, info in infos.items())
         if not checkpoint.quantization:
@@ -210,7 +210,7 @@ def _missing(model: OpenModel, plan: SplitPlan) -> str:
     if plan.source != "headers" or not model.checkpoint.is_describable:
         return ""
     absent = parts_without_layers(model, plan.split_points)
-    held = [str(component) for component in Component if component not in absent]
+    held = [str(component) for component in plan.names if component not in absent]
     return f"{model.name} holds {', '.join(held) or 'no component'} only, no whole model" if absent else ""
 
 
@@ -251,7 +251,7 @@ def memory_by_strategy(model: OpenModel, plan: SplitPlan, device: str = "cpu") -
         dict.fromkeys([part.component for part in plan.components], device),
         whole_model(model, plan, lambda _: None),
     )
-    partial = len(plan.components) < len(Component)
+    partial = not plan.is_whole
     able = [
         strategy
         for strategy in BUILT_IN
@@ -260,9 +260,7 @@ def memory_by_strategy(model: OpenModel, plan: SplitPlan, device: str = "cpu") -
     return {strategy.name: _needs(dict.fromkeys(reads, strategy), reads) for strategy in able}
 
 
-def check_memory(
-    name: str, strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]
-) -> None:
+def check_memory(name: str, strategies: Mapping[str, LoadingStrategy], reads: Mapping[str, ReadPlan]) -> None:
     kept, passing = _own_memory(strategies, reads)
     needed = sum(kept.values()) + passing
     free = available_memory()
@@ -274,7 +272,7 @@ def check_memory(
         )
 
 
-def _needs(strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]) -> MemoryNeeds:
+def _needs(strategies: Mapping[str, LoadingStrategy], reads: Mapping[str, ReadPlan]) -> MemoryNeeds:
     kept, passing = _own_memory(strategies, reads)
     here = [(component, read) for component, read in reads.items() if read.device == "cpu"]
     loaded = sum(loaded_nbytes(tensor, read.dtype) for _, read in here for tensor in read.tensors)
@@ -282,9 +280,7 @@ def _needs(strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Compo
     return MemoryNeeds(sum(kept.values()) + passing, sum(kept.values()), max(0, mapped))
 
 
-def _own_memory(
-    strategies: Mapping[Component, LoadingStrategy], reads: Mapping[Component, ReadPlan]
-) -> tuple[dict[Component, int], int]:
+def _own_memory(strategies: Mapping[str, LoadingStrategy], reads: Mapping[str, ReadPlan]) -> tuple[dict[str, int], int]:
     """Return the memory that each component keeps, and the most that reading one takes besides."""
     passing = {component: passing_bytes(strategies[component], read) for component, read in reads.items()}
     taken = {component: predicted_bytes(strategies[component], read) for component, read in reads.items()}
@@ -292,5 +288,5 @@ def _own_memory(
     return {component: taken[component] - passing[component] for component in reads}, max(passing.values(), default=0)
 
 
-def _names(strategies: Mapping[Component, LoadingStrategy]) -> str:
+def _names(strategies: Mapping[str, LoadingStrategy]) -> str:
     return ", ".join(dict.fromkeys(strategy.name for strategy in strategies.values()))

@@ -15,7 +15,7 @@ from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.plan.keys import KeyTable, map_keys, place_keys, uneven_layers
 from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded, likely_cause, unexpected_words
 from splitlearn_core.plan.placement import AUTO, parse_dtypes
-from splitlearn_core.plan.split_points import split_layers
+from splitlearn_core.plan.split_points import cut_words, split_layers
 from splitlearn_core.plan.splitplan import (
     SplitPlan,
     common_dtype,
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def make_plan(
     model: OpenModel,
     split_points: Sequence[int],
-    parts: Iterable[Component],
+    parts: Iterable[str] | None,
     dtype: str | Mapping[Any, str],
     *,
     fetch: ProgressCallback | None = None,
@@ -46,7 +46,7 @@ def make_plan(
     Args:
         model: The opened checkpoint.
         split_points: Where to cut.
-        parts: The components to plan.
+        parts: The components to plan; None for all.
         dtype: The dtype that is wanted, or one for each component.
         fetch: To plan a load: fetch what is planned, too, reporting here. By default headers alone
             are read, even on the Hub.
@@ -58,7 +58,8 @@ def make_plan(
     family, config, checkpoint = model.family, model.config, model.checkpoint
     with _naming(model):
         ranges = split_layers(family, config, split_points)
-    wishes = parse_dtypes(dtype, tuple(parts))
+    names = tuple(ranges)
+    wishes = parse_dtypes(dtype, names if parts is None else tuple(parts), names)
     # A load wants weights: without any, asking for the weight map below says what is missing.
     by_config = fetch is None and not (checkpoint.has_weights and checkpoint.is_describable)
     described = tensors_of_config(model) if by_config or checkpoint.quantization else None
@@ -70,7 +71,7 @@ def make_plan(
     table = _place(model, keys, ranges)
     wanted = sorted({key for component in wishes for key in table.sources[component].values()})
     if told is not None:
-        log.info("Planning %s of %s, cut at %d and %d", ", ".join(wishes), model.name, *split_points)
+        log.info("Planning %s of %s, cut at %s", ", ".join(wishes), model.name, cut_words(split_points))
         if checkpoint.format != SAFETENSORS:
             # They have no headers that could be had alone.
             decides = [] if states_dtype(config) or AUTO not in wishes.values() else [checkpoint.deciding_shard]
@@ -87,8 +88,8 @@ def make_plan(
             model=model.name,
             commit=checkpoint.source.commit,
             model_type=family.model_type,
-            split_points=(ranges[Component.TRUNK].start, ranges[Component.TRUNK].end),
-            num_layers=ranges[Component.TOP].total,
+            split_points=tuple(owned.start for owned in ranges.values())[1:],
+            num_layers=ranges[names[0]].total,
             dtype=common_dtype(dtypes.values()),
             source="headers" if described is None else "config",
             components=plan_components(family, config, table, ranges, tensors, dtypes),
@@ -112,17 +113,18 @@ def _naming(model: OpenModel) -> Iterator[None]:
         raise type(error)(f"{model.name}: {error.message}", hint=error.hint) from error
 
 
-def wanted_keys(model: OpenModel, split_points: Sequence[int], parts: Iterable[Component]) -> list[str]:
+def wanted_keys(model: OpenModel, split_points: Sequence[int], parts: Iterable[str] | None) -> list[str]:
     """Return the checkpoint keys that components need, by the weight map alone."""
     table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
-    return sorted({key for component in parts for key in table.sources[component].values()})
+    wanted = table.sources if parts is None else parts
+    return sorted({key for component in wanted for key in table.sources[component].values()})
 
 
-def parts_without_layers(model: OpenModel, split_points: Sequence[int]) -> list[Component]:
+def parts_without_layers(model: OpenModel, split_points: Sequence[int]) -> list[str]:
     """Return the components none of whose layers has a tensor in the checkpoint, by the weight map alone."""
     table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
     prefix = f"{model.family.base}.{model.family.layers}."
-    return [part for part in Component if not any(key.startswith(prefix) for key in table.sources[part])]
+    return [part for part, held in table.sources.items() if not any(key.startswith(prefix) for key in held)]
 
 
 def default_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], *, known: bool = True) -> str:
@@ -199,6 +201,6 @@ def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
     return {key: replace(info, format=OPAQUE) for key, info in infos.items()}
 
 
-def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[Component, LayerRange]) -> KeyTable:
+def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[str, LayerRange]) -> KeyTable:
     mapping = registry().map_weight_keys(model.family, model.config, keys) or map_keys(model.family, keys)
     return place_keys(model.family, model.config, mapping, ranges)

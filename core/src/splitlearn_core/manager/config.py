@@ -50,10 +50,11 @@ class ModelConfig:
     model_type: str
     #: A directory or a Hub id; for ``"pytorch"`` the file. None for the family's default model.
     model_path: str | None = None
-    #: ``bottom``, ``trunk`` or ``top``: needed for a family, refused otherwise.
+    #: ``bottom``, ``trunk`` or ``top``, or ``trunk1``, ``trunk2``, ... of several trunks: needed for a family,
+    #: refused otherwise.
     component: str | None = None
-    #: ``(a, b)`` with ``0 < a < b``: needed for a family, refused otherwise.
-    split_points: tuple[int, int] | None = None
+    #: ``(a, b)`` with ``0 < a < b``, or any number of cuts: needed for a family, refused otherwise.
+    split_points: tuple[int, ...] | None = None
     #: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
     device: str = "cpu"
     #: ``auto`` (as stored), ``float32``, ``float16``, ``bfloat16`` or ``float64``.

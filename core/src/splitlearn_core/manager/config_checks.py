@@ -8,12 +8,22 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.manager.config_text import near, show
-from splitlearn_core.plan.split_points import MAX_LAYERS
-from splitlearn_core.types import AUTO_DTYPE, FLOAT_DTYPES, MEGABYTE, Component, dtype_name, nearest_dtype
+from splitlearn_core.plan.split_points import MAX_LAYERS, names_of_parts, nearest_points, point_names
+from splitlearn_core.quoting import listed
+from splitlearn_core.types import (
+    AUTO_DTYPE,
+    FLOAT_DTYPES,
+    MEGABYTE,
+    Component,
+    dtype_name,
+    is_component_name,
+    nearest_dtype,
+)
 
 #: Settings that count from 1; those of the second line may be None, for no limit.
 _COUNTS = frozenset({"max_workers", "call_workers", "calls_per_model", "max_failed"})
@@ -62,7 +72,6 @@ MAX_MEMORY_MB = 2**63 // MEGABYTE
 MAX_SECONDS = 10**10
 MAX_THREADS = 4096
 MAX_NAME = 128
-_PAIR = 2
 FIELDS_HINT = "each field is documented in splitlearn_core.ModelConfig"
 NOT_FAMILIES = (HUGGINGFACE, PYTORCH)
 SECRET_FIELDS = frozenset({"token"})
@@ -169,25 +178,25 @@ def _model_type(value: object) -> str:
 
 def _component(value: object) -> str:
     name = _text(value)
-    if name not in _COMPONENTS:
+    if not is_component_name(name):
         raise _RefusedError(f"is none of {', '.join(_COMPONENTS)}{near(name, _COMPONENTS)}")
     return name
 
 
-def _split_points(value: object) -> tuple[int, int]:
+def _split_points(value: object) -> tuple[int, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise _RefusedError("is no pair of layer numbers, (2, 10) say")
-    if len(value) != _PAIR:
-        raise _RefusedError(f"has {len(value)} numbers; two cut a model into bottom, trunk and top")
+        raise _RefusedError("is no sequence of layer numbers, (2, 10) say")
+    if not 0 < len(value) < MAX_LAYERS:
+        raise _RefusedError(f"has {len(value)} numbers; one or more cut a model into components")
     try:
-        first, second = (_integer(point) for point in value)
+        points = tuple(_integer(point) for point in value)
     except TypeError:
-        raise _RefusedError("holds something else than integers; a pair such as (2, 10) is needed") from None
-    if not 0 < first < second < MAX_LAYERS:
-        low = min(max(min(first, second), 1), MAX_LAYERS - 2)
-        high = min(max(first, second, low + 1), MAX_LAYERS - 1)
-        raise _RefusedError(f"does not keep to 0 < a < b < {MAX_LAYERS}; the nearest that does is {(low, high)}")
-    return first, second
+        raise _RefusedError("holds something else than integers; layer numbers such as (2, 10) are needed") from None
+    if any(before >= after for before, after in pairwise((0, *points, MAX_LAYERS))):
+        names = " < ".join(("0", *point_names(len(points)), str(MAX_LAYERS)))
+        nearest = nearest_points(points, MAX_LAYERS)
+        raise _RefusedError(f"does not keep to {names}; the nearest that does is {nearest}")
+    return points
 
 
 def _integer(value: Any) -> int:
@@ -371,6 +380,11 @@ def _misfits(plain: Mapping[str, Any], bad: set[str], defaults: Mapping[str, Any
             meaning = _MODEL_PATH[kind] if name == "model_path" else _MEANING[name]
             guess = near(kind, NOT_FAMILIES) if kind not in NOT_FAMILIES else ""
             yield f"{name}: missing; {meaning}{guess and guess + f' ({kind!r} is taken for a family)'}"
+    component, points = plain.get("component"), plain.get("split_points")
+    if kind not in NOT_FAMILIES and component and points and not bad & {"component", "split_points"}:
+        there = names_of_parts(points)
+        if component not in there:
+            yield f"component: {show(component)} is none of {listed(there)}, into which {points} cut"
     for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
         if plain.get(name, defaults[name]) != defaults[name]:
             yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"

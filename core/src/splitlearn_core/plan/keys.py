@@ -20,7 +20,7 @@ class KeyTable:
     """
 
     #: Component -> module key -> checkpoint key.
-    sources: Mapping[Component, Mapping[str, str]]
+    sources: Mapping[str, Mapping[str, str]]
     #: Checkpoint keys that are used in more than one component.
     tied: tuple[str, ...]
     #: Checkpoint keys that have no place in a model of the family -> the module key that each would be.
@@ -54,7 +54,7 @@ def place_keys(
     family: ModelFamily,
     config: Mapping[str, Any],
     mapping: Mapping[str, str | None],
-    ranges: Mapping[Component, LayerRange],
+    ranges: Mapping[str, LayerRange],
 ) -> KeyTable:
     """Give every tensor of a checkpoint to the component that holds its module.
 
@@ -73,7 +73,7 @@ def place_keys(
         for present, absent in ((embedding, head), (head, embedding)):
             if present in origins and absent not in origins:
                 origins[absent] = origins[present]
-    sources: dict[Component, dict[str, str]] = {component: {} for component in Component}
+    sources: dict[str, dict[str, str]] = {component: {} for component in ranges}
     unexpected: dict[str, str] = {}
     component_of = placement(family, ranges)
     for name, key in origins.items():
@@ -91,14 +91,14 @@ def place_keys(
     return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), apart)
 
 
-def placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Callable[[str], Component | None]:
+def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable[[str], str | None]:
     """Return a function from a module key to the component that holds it, or None where none does."""
-    owners = [component for component in Component for _ in range(len(ranges[component]))]
+    owners = [component for component, owned in ranges.items() for _ in range(len(owned))]
     layers = f"{family.base}.{family.layers}."
     bottom = tuple(f"{family.base}.{inlet}." for inlet in family.inlets)
     top = (*(f"{family.base}.{outlet}." for outlet in family.outlets), f"{family.head}.")
 
-    def component_of(name: str) -> Component | None:
+    def component_of(name: str) -> str | None:
         if name.startswith(layers):
             # Parsed, not matched as text: layers.1 is no prefix of layers.10.
             number = name[len(layers) :].partition(".")[0]
@@ -110,18 +110,20 @@ def placement(family: ModelFamily, ranges: Mapping[Component, LayerRange]) -> Ca
     return component_of
 
 
-def companions(table: KeyTable, checkpoint_keys: Iterable[str]) -> dict[Component, tuple[str, ...]]:
+def companions(table: KeyTable, checkpoint_keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Say with which component the tensors go that no module wants, the masks of old checkpoints say.
 
     Each goes where the tensors lie whose names are the most like its own.
     """
-    owners = {key: component for component in reversed(Component) for key in table.sources[component].values()}
-    homes: dict[str, Component] = {}
+    owners = {
+        key: component for component in reversed(list(table.sources)) for key in table.sources[component].values()
+    }
+    homes: dict[str, str] = {}
     for key, component in owners.items():
         while "." in key:
             key = key.rpartition(".")[0]  # noqa: PLW2901  # the name of the module around it
             homes.setdefault(key, component)
-    found: dict[Component, list[str]] = {component: [] for component in Component}
+    found: dict[str, list[str]] = {component: [] for component in table.sources}
     for key in sorted(set(checkpoint_keys) - owners.keys()):
         around = key
         while around and around not in homes:

@@ -9,8 +9,8 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError
 from splitlearn_core.plan.splitplan import ComponentPlan, loaded_nbytes
-from splitlearn_core.quoting import quote
-from splitlearn_core.types import FLOAT_DTYPES, Component, dtype_name, human_bytes, nearest_dtype
+from splitlearn_core.quoting import listed, quote
+from splitlearn_core.types import FLOAT_DTYPES, THREE, dtype_name, human_bytes, nearest_dtype
 
 #: Asks for as much on the GPUs as fits, the rest on the CPU.
 AUTO = "auto"
@@ -21,21 +21,24 @@ _ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", re.IGNORECASE)
 _BITS = 8
+#: Up to so many components, every choice of some of them is tried.
+_FEW = 6
 
 
-def parse_dtypes(dtype: Any, asked: Iterable[Component]) -> dict[Component, str]:
+def parse_dtypes(dtype: Any, asked: Iterable[str], there: Sequence[str] = THREE) -> dict[str, str]:
     """Return torch's name of the dtype that each asked component shall have, or ``auto``.
 
     Args:
         dtype: One for all, or a mapping from component to dtype; those left out are ``auto``.
         asked: The components.
+        there: The names of all components that there are.
 
     Raises:
         ConfigurationError: Names that are no component, or no floating dtype; all are listed.
     """
     given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(asked, dtype)
     names = {part: dtype_name(name) for part, name in given.items()}
-    problems = _not_components("dtype", given)
+    problems = _not_components("dtype", given, there)
     problems += [
         f"dtype {name!r}{f' of {part}' if isinstance(dtype, Mapping) else ''} is none of {', '.join(FLOAT_DTYPES)}"
         for part, name in names.items()
@@ -50,8 +53,15 @@ def parse_dtypes(dtype: Any, asked: Iterable[Component]) -> dict[Component, str]
     return {component: names.get(component, AUTO) for component in asked}
 
 
-def parse_device_map(device_map: Any, asked: Iterable[Component]) -> dict[Component, str] | str | None:
+def parse_device_map(
+    device_map: Any, asked: Iterable[str], there: Sequence[str] = THREE
+) -> dict[str, str] | str | None:
     """Return where each asked component goes: ``auto`` to work it out, None where nothing is said.
+
+    Args:
+        device_map: A mapping from component to device, ``auto``, or None.
+        asked: The components.
+        there: The names of all components that there are.
 
     Raises:
         ConfigurationError: It is neither, names what is no component, or leaves one out.
@@ -65,10 +75,10 @@ def parse_device_map(device_map: Any, asked: Iterable[Component]) -> dict[Compon
             f"device_map is {quote(device_map)}, and says where each component goes",
             hint=f'{one}device_map is "auto", or {{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}}',
         )
-    problems = _not_components("device_map", device_map)
+    problems = _not_components("device_map", device_map, there)
     problems += [f"device_map leaves out {component}" for component in asked if component not in device_map]
     if problems:
-        raise ConfigurationError("; ".join(problems), hint=f"its keys are {', '.join(Component)}")
+        raise ConfigurationError("; ".join(problems), hint=f"its keys are {listed(there)}")
     # An integer is a CUDA device's number, as in max_memory.
     return {component: _device_name(device_map[component]) for component in asked}
 
@@ -105,7 +115,7 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[s
     return dict(sorted(budgets.items(), key=lambda item: item[0] == "cpu"))
 
 
-def place(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[Component, str]:
+def place(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[str, str]:
     """Give each component a device: as much as fits on the first, then on the next, in the order of the model.
 
     Args:
@@ -121,7 +131,7 @@ def place(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> 
     return found
 
 
-def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[Component, str], budgets: Mapping[str, int]) -> None:
+def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[str, str], budgets: Mapping[str, int]) -> None:
     """Refuse a placement that the caller chose where it goes beyond the limits that the caller set.
 
     Raises:
@@ -134,23 +144,40 @@ def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[Component, str], 
         raise _does_not_fit(parts, budgets, f"with {chosen}")
 
 
-def bytes_on(parts: Iterable[ComponentPlan], devices: Mapping[Component, str]) -> dict[str, int]:
+def bytes_on(parts: Iterable[ComponentPlan], devices: Mapping[str, str]) -> dict[str, int]:
     """Return the bytes that the components take on each device; a tied tensor counts once where it is shared."""
     held: dict[str, dict[tuple[str, str], int]] = {}
     for part in parts:
-        tensors = held.setdefault(devices[part.component], {})
-        tensors.update({(tensor.info.key, part.dtype): loaded_nbytes(tensor, part.dtype) for tensor in part.tensors})
+        held.setdefault(devices[part.component], {}).update(_tensors(part))
     return {device: sum(tensors.values()) for device, tensors in held.items()}
 
 
-def _first_fit(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[Component, str] | None:
-    # Hidden states never go back to an earlier device; of such placements, those that fill the first come first.
-    for choice in itertools.combinations_with_replacement(budgets, len(parts)):
-        devices = {part.component: device for part, device in zip(parts, choice, strict=True)}
-        limits = ((need, budgets[device]) for device, need in bytes_on(parts, devices).items())
-        if all(limit is None or need <= limit for need, limit in limits):
-            return devices
-    return None
+def _tensors(part: ComponentPlan) -> dict[tuple[str, str], int]:
+    return {(tensor.info.key, part.dtype): loaded_nbytes(tensor, part.dtype) for tensor in part.tensors}
+
+
+def _first_fit(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[str, str] | None:
+    """Place components on devices in order; None where that cannot be."""
+    devices = _fill(parts, budgets)
+    return devices if len(devices) == len(parts) else None
+
+
+def _fill(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[str, str]:
+    """Place as many of the first components as fit.
+
+    Hidden states never go back to an earlier device, so each gets components that follow one another. Where each
+    device in turn takes all it can, no other such placement goes further.
+    """
+    devices: dict[str, str] = {}
+    rest = list(parts)
+    for device, limit in budgets.items():
+        held: dict[tuple[str, str], int] = {}
+        while rest:
+            held.update(_tensors(rest[0]))
+            if limit is not None and sum(held.values()) > limit:
+                break
+            devices[rest.pop(0).component] = device
+    return devices
 
 
 def _does_not_fit(
@@ -169,6 +196,10 @@ def _does_not_fit(
 
 def _what_fits(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> str:
     """Return the arguments with which most of the components can be placed; empty where none can."""
+    if len(parts) > _FEW:
+        # There are too many choices: only components that follow one another.
+        longest = max((_fill(parts[first:], budgets) for first in range(len(parts))), key=len)
+        return f"parts={tuple(map(str, longest))}" if longest else ""
     for count in range(len(parts), 0, -1):
         for some in itertools.combinations(parts, count):
             devices = _first_fit(some, budgets)
@@ -179,9 +210,9 @@ def _what_fits(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]
     return ""
 
 
-def _not_components(what: str, given: Mapping[Any, Any]) -> list[str]:
-    wrong = [repr(str(name)) for name in given if name not in set(Component)]
-    return [f"{what} names {', '.join(wrong)}, and there are only {', '.join(Component)}"] if wrong else []
+def _not_components(what: str, given: Mapping[Any, Any], there: Sequence[str]) -> list[str]:
+    wrong = [repr(str(name)) for name in given if name not in there]
+    return [f"{what} names {', '.join(wrong)}, and there are only {listed(there)}"] if wrong else []
 
 
 def _device_name(device: Any) -> str:

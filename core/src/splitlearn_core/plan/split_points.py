@@ -1,15 +1,16 @@
-"""Split arithmetic: from two split points to the layer ranges of the three components."""
+"""Split arithmetic: from split points to the layer ranges of the components."""
 
 from __future__ import annotations
 
 import operator
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.quoting import reason
-from splitlearn_core.types import Component, LayerRange
+from splitlearn_core.quoting import listed, reason
+from splitlearn_core.types import THREE, Component, LayerRange, component_names, kind_of
 
 #: Far above any model's; a number beyond it is a slip or an attack, and would fill the memory.
 MAX_LAYERS = 10_000
@@ -31,34 +32,49 @@ def count_layers(family: ModelFamily, config: Mapping[str, Any]) -> int:
     return layers
 
 
-def split_layers(
-    family: ModelFamily, config: Mapping[str, Any], split_points: Sequence[int]
-) -> dict[Component, LayerRange]:
-    """Cut the layers of a model at two split points.
+def split_layers(family: ModelFamily, config: Mapping[str, Any], split_points: Sequence[int]) -> dict[str, LayerRange]:
+    """Cut the layers of a model at its split points.
 
     Args:
         family: The model's family; it may declare cuts impossible.
         config: ``config.json``.
-        split_points: ``(a, b)`` with ``0 < a < b < number of layers``.
+        split_points: One or more increasing layer numbers, each in ``(0, number of layers)``.
+
+    Returns:
+        The layers of each component, by its name, in order.
 
     Raises:
         InvalidSplitError: The points do not cut this model; the message shows the arithmetic.
     """
     total = count_layers(family, config)
-    first, second = check_split_points(split_points, total)
+    points = check_split_points(split_points, total)
     impossible = impossible_cuts(family, config)
-    refused = [f"no cut before layer {point}: {impossible[point]}" for point in (first, second) if point in impossible]
+    refused = [f"no cut before layer {point}: {impossible[point]}" for point in points if point in impossible]
     if refused:
         possible = [point for point in range(1, total) if point not in impossible]
         raise InvalidSplitError(
-            f"split points ({first}, {second}) do not cut this {family.model_type} model: {'; '.join(refused)}",
+            f"split points {_show(points)} do not cut this {family.model_type} model: {'; '.join(refused)}",
             hint=f"cuts are possible before layers {', '.join(map(str, possible)) or '(none)'}",
         )
+    return layers_between(points, total)
+
+
+def layers_between(points: Sequence[int], total: int) -> dict[str, LayerRange]:
+    """Return the layers of each component, by its name, of a model that is cut at these points."""
+    edges = (0, *points, total)
     return {
-        Component.BOTTOM: LayerRange(0, first, total),
-        Component.TRUNK: LayerRange(first, second, total),
-        Component.TOP: LayerRange(second, total, total),
+        name: LayerRange(start, end, total)
+        for name, start, end in zip(component_names(len(points) + 1), edges, edges[1:], strict=False)
     }
+
+
+def names_of_parts(split_points: object) -> tuple[str, ...]:
+    """Return the names of the components into which split points cut, before they are held against a model.
+
+    What is none, or invalid, is refused where the model is known; till then, two points are taken for granted.
+    """
+    count = len(split_points) if isinstance(split_points, Sequence) and not isinstance(split_points, str) else 0
+    return component_names(count + 1) if 0 < count < MAX_LAYERS else THREE
 
 
 def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -75,7 +91,8 @@ def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, in
     if len(possible) < 2:  # noqa: PLR2004  # two cuts make three components
         raise InvalidSplitError(
             f"this {family.model_type} model of {total} layers cannot be cut into bottom, trunk and top",
-            hint=f"cuts are possible before layers {', '.join(map(str, possible)) or '(none)'}",
+            hint=f"cuts are possible before layers {', '.join(map(str, possible)) or '(none)'}"
+            + ("; one cut makes bottom and top" if possible else ""),
         )
     first, last = _thirds(total)
     a = min(possible[:-1], key=lambda point: abs(point - first))
@@ -83,15 +100,11 @@ def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, in
     return a, b
 
 
-def ranges_around(component: Component, owned: LayerRange) -> dict[Component, LayerRange]:
-    """Cut a model so that one component has these layers; the other two share the rest, and may be empty."""
+def ranges_around(component: str, owned: LayerRange) -> dict[str, LayerRange]:
+    """Cut a model so that a bottom, trunk or top has these layers; the other two share the rest, and may be empty."""
     first, last, total = owned.start, owned.end, owned.total
-    cuts = {Component.BOTTOM: (last, total), Component.TRUNK: (first, last), Component.TOP: (0, first)}[component]
-    return {
-        Component.BOTTOM: LayerRange(0, cuts[0], total),
-        Component.TRUNK: LayerRange(*cuts, total),
-        Component.TOP: LayerRange(cuts[1], total, total),
-    }
+    cuts = {Component.BOTTOM: (last, total), Component.TRUNK: (first, last), Component.TOP: (0, first)}
+    return layers_between(cuts[kind_of(component)], total)
 
 
 def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
@@ -106,42 +119,48 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         ) from error
 
 
-def check_split_points(split_points: Sequence[int], total: int) -> tuple[int, int]:
-    """Return the two split points as integers, or say what is wrong and what would be right."""
+def check_split_points(split_points: Sequence[int], total: int) -> tuple[int, ...]:
+    """Return the split points as integers, or say what is wrong and what would be right."""
     points = _integers(split_points)
-    if total < 3:  # noqa: PLR2004  # bottom, trunk and top each hold at least one layer
+    parts = len(points) + 1 if points else min(len(THREE), total)
+    if total < max(parts, 2):
         raise InvalidSplitError(
-            f"a model of {total} layers cannot be cut into bottom, trunk and top",
-            hint="each component needs at least one layer, so at least 3",
+            f"a model of {total} layers cannot be cut into {_components(max(parts, 2))}",
+            hint=f"each component needs at least one layer, so at least {max(parts, 2)}",
         )
-    if len(points) != 2:  # noqa: PLR2004  # two cuts make three components
+    if not points:
         raise InvalidSplitError(
-            f"{len(points)} split points {_show(points)} were given; two cut a model into bottom, trunk and top",
-            hint=f"try {_nearest(points, total)}",
+            "0 split points () were given; one or more cut a model into components",
+            hint=f"try {nearest_points(points, total)}",
         )
-    first, second = points
+    names = point_names(len(points))
     broken = [
         f"{left} < {right} does not hold ({a} >= {b})"
-        for left, right, a, b in (
-            ("0", "a", 0, first),
-            ("a", "b", first, second),
-            ("b", f"{total} layers", second, total),
+        for left, right, a, b in zip(
+            ("0", *names), (*names, f"{total} layers"), (0, *points), (*points, total), strict=True
         )
         if a >= b
     ]
     if broken:
         raise InvalidSplitError(
             f"split points {_show(points)} do not cut a model of {total} layers: "
-            f"0 < a < b < {total} is needed, but {'; '.join(broken)}",
-            hint=f"the nearest valid choice is {_nearest(points, total)}",
+            f"{' < '.join(('0', *names, str(total)))} is needed, but {listed(broken, '; ')}",
+            hint=f"the nearest valid choice is {nearest_points(points, total)}",
         )
-    return first, second
+    return tuple(points)
 
 
 def _integers(split_points: object) -> list[int]:
     if isinstance(split_points, str) or not isinstance(split_points, Sequence):
+        one = f"({split_points},) for one cut, " if type(split_points) is int else ""
         raise InvalidSplitError(
-            f"split_points is {split_points!r}, not a pair of layer numbers", hint="give a tuple, (2, 10) say"
+            f"split_points is {split_points!r}, and no sequence of layer numbers",
+            hint=f"give a tuple, {one}(2, 10) say",
+        )
+    if len(split_points) >= MAX_LAYERS:
+        raise InvalidSplitError(
+            f"{len(split_points)} split points were given, and no model has more than {MAX_LAYERS} layers",
+            hint="give the layer before which each component but the first begins, (2, 10) say",
         )
     try:
         if any(isinstance(point, bool) for point in split_points):
@@ -150,21 +169,46 @@ def _integers(split_points: object) -> list[int]:
     except TypeError as error:
         raise InvalidSplitError(
             f"split points {_show(list(split_points))} are not all integers: {reason(error)}",
-            hint="give two layer numbers, (2, 10) say",
+            hint="give layer numbers, (2, 10) say",
         ) from error
+
+
+def cut_words(split_points: Sequence[int]) -> str:
+    """Say where a model is cut: ``1, 3 and 5``."""
+    *others, last = map(str, split_points)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _components(count: int) -> str:
+    """Name so many components, or count them where there are many."""
+    if count > len(THREE):
+        return f"{count} components"
+    *others, last = component_names(count)
+    return f"{', '.join(others)} and {last}"
+
+
+def point_names(count: int) -> tuple[str, ...]:
+    """Return what the points are called in a message: a, b, c, ..."""
+    return (
+        tuple(string.ascii_lowercase[:count])
+        if count <= len(string.ascii_lowercase)
+        else tuple(f"p{number}" for number in range(1, count + 1))
+    )
 
 
 def _thirds(total: int) -> tuple[int, int]:
     return total // 3, total - total // 3
 
 
-def _nearest(points: Sequence[int], total: int) -> tuple[int, int]:
+def nearest_points(points: Sequence[int], total: int) -> tuple[int, ...]:
+    """Return split points near these, as many, that cut a model of so many layers; even thirds near none."""
     if not points:
-        return _thirds(total)
-    low, high = (min(points), max(points)) if len(points) > 1 else (*points, total - 1)
-    first = min(max(low, 1), total - 2)
-    return first, min(max(high, first + 1), total - 1)
+        return _thirds(total) if total >= len(THREE) else (1,)
+    near: list[int] = []
+    for number, point in enumerate(sorted(points)):
+        near.append(min(max(point, near[-1] + 1 if near else 1), total - len(points) + number))
+    return tuple(near)
 
 
 def _show(points: Sequence[object]) -> str:
-    return f"({', '.join(map(repr, points))})"
+    return f"({', '.join(map(repr, points))}{',' if len(points) == 1 else ''})"

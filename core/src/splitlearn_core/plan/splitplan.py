@@ -10,15 +10,17 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.keys import KeyTable
-from splitlearn_core.quoting import quote
+from splitlearn_core.quoting import listed, quote
 from splitlearn_core.types import (
+    ALL_PARTS,
     DTYPE_BYTES,
     DTYPE_FIELDS,
     FLOAT_DTYPES,
     STATED_DTYPES,
-    Component,
+    THREE,
     LayerRange,
     TensorInfo,
+    component_names,
 )
 
 #: Stands for the dtype of components that have different ones.
@@ -41,7 +43,7 @@ class PlannedTensor:
 class ComponentPlan:
     """What one component consists of and costs."""
 
-    component: Component
+    component: str
     layers: LayerRange
     tensors: tuple[PlannedTensor, ...]
     #: Bytes that the component's key-value cache grows by for each token of each sequence.
@@ -99,7 +101,7 @@ class SplitPlan:
     #: The commit that a Hub revision was resolved to; None for a directory.
     commit: str | None
     model_type: str
-    split_points: tuple[int, int]
+    split_points: tuple[int, ...]
     num_layers: int
     #: The dtype the weights will have once loaded, by torch's name; ``mixed`` where components differ.
     dtype: str
@@ -108,7 +110,7 @@ class SplitPlan:
     components: tuple[ComponentPlan, ...]
     #: Checkpoint keys of tensors that two components hold.
     tied: tuple[str, ...]
-    #: Bytes that cross each of the two cuts for each token, in the planned dtype (the widest of several).
+    #: Bytes that cross each cut for each token, in the planned dtype (the widest of several).
     cut_bytes_per_token: int
     #: What loading all of it on the CPU would take, by strategy; of core's own, those that can read it.
     memory: Mapping[str, MemoryNeeds] = field(default_factory=dict, compare=False)
@@ -117,7 +119,17 @@ class SplitPlan:
     #: Checkpoint keys that a model of the type has no place for; they are not read.
     unexpected: tuple[str, ...] = field(default=(), compare=False)
 
-    def component(self, name: Component | str) -> ComponentPlan:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all components into which the model is cut, planned or not, in order."""
+        return component_names(len(self.split_points) + 1)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all components are planned."""
+        return len(self.components) == len(self.names)
+
+    def component(self, name: str) -> ComponentPlan:
         """Return the plan of one component; KeyError where it was not asked for."""
         for component in self.components:
             if component.component == name:
@@ -168,9 +180,9 @@ def plan_components(
     family: ModelFamily,
     config: Mapping[str, Any],
     table: KeyTable,
-    ranges: Mapping[Component, LayerRange],
+    ranges: Mapping[str, LayerRange],
     tensors: Mapping[str, TensorInfo],
-    dtypes: Mapping[Component, str],
+    dtypes: Mapping[str, str],
 ) -> tuple[ComponentPlan, ...]:
     """Put the tensors of the components that have a dtype together, in the order in which the files hold them."""
     plans = []
@@ -241,20 +253,26 @@ def common_dtype(dtypes: Iterable[str]) -> str:
     return names.pop() if len(names) == 1 else MIXED
 
 
-def parse_parts(parts: Sequence[str] | str) -> tuple[Component, ...]:
+def parse_parts(parts: Sequence[str] | str, there: Sequence[str] = THREE) -> tuple[str, ...]:
     """Return the asked components in the order of the model.
+
+    Args:
+        parts: Their names; :data:`ALL_PARTS` itself for all.
+        there: The names of the components that there are.
 
     Raises:
         ConfigurationError: A name that is no component, or none at all.
     """
+    if parts is ALL_PARTS:
+        return tuple(there)
     names = [parts] if isinstance(parts, str) or not isinstance(parts, Iterable) else list(parts)
-    wrong = sorted({str(name) for name in names} - set(Component))
+    wrong = sorted({str(name) for name in names} - set(there))
     if wrong or not names:
         raise ConfigurationError(
             f"parts names {', '.join(map(repr, wrong)) or 'no component'}",
-            hint=f"choose from {', '.join(Component)}",
+            hint=f"choose from {listed(there)}",
         )
-    return tuple(component for component in Component if component in names)
+    return tuple(component for component in there if component in names)
 
 
 def kv_bytes_per_layer(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:

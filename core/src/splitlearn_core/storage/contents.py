@@ -13,7 +13,10 @@ from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.storage.weight_layout import Tensor
 from splitlearn_core.tokenization import converted_files
-from splitlearn_core.types import Component, ProgressCallback
+from splitlearn_core.types import (
+    Component,
+    ProgressCallback,
+)
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -34,19 +37,19 @@ class Part:
     written: Mapping[str, str]
 
 
-def companion_files(model: OpenModel, component: Component, progress: ProgressCallback) -> dict[str, Path]:
+def companion_files(model: OpenModel, kind: Component, progress: ProgressCallback) -> dict[str, Path]:
     """Return the small files that go with a component: the trunk has neither words nor tokens.
 
     A tokenizer that is part of a weight file is made into files.
     """
     names = [CONFIG] if model.checkpoint.source.has_config else []
-    if component is not Component.TRUNK:
+    if kind is not Component.TRUNK:
         there = sorted(model.checkpoint.source.files())
         names += [name for name in there if name == GENERATION or (name.startswith(_TOKENIZER) and is_plain_name(name))]
     # A tokenizer's file is no weight file, whatever it is called.
     found = {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
     inside = model.checkpoint.pretrained_arguments()
-    if inside is None or component is Component.TRUNK or any(name.startswith(_TOKENIZER) for name in found):
+    if inside is None or kind is Component.TRUNK or any(name.startswith(_TOKENIZER) for name in found):
         return found
     file = model.checkpoint.source.path(model.checkpoint.weight_files()[0])
     return found | converted_files(file, dict(inside), progress)

@@ -12,7 +12,7 @@ from typing import Any
 from splitlearn_core.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.types import Component
+from splitlearn_core.types import component_names, is_component_name, place_of
 from splitlearn_core.user_paths import user_path
 
 
@@ -29,7 +29,18 @@ class SplitDirectory:
     """Saved components, by name."""
 
     path: Path
-    components: Mapping[Component, SavedComponent]
+    components: Mapping[str, SavedComponent]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all components of the model, by the split points of the first that is here."""
+        points = next(iter(self.components.values())).manifest.origin.split_points
+        return component_names(len(points) + 1)
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the components that are not here."""
+        return [str(name) for name in self.names if name not in self.components]
 
     @classmethod
     def open(cls, *directories: str | os.PathLike[str]) -> SplitDirectory:
@@ -40,7 +51,7 @@ class SplitDirectory:
             InvalidCheckpointError: A manifest is not sound, or lies about its folder.
             ConfigurationError: Two directories hold the same component.
         """
-        found: dict[Component, SavedComponent] = {}
+        found: dict[str, SavedComponent] = {}
         for directory in (as_path(each, "the directory") for each in directories):
             for folder in _component_folders(directory):
                 saved = SavedComponent(folder, read_manifest(folder))
@@ -56,8 +67,7 @@ class SplitDirectory:
                         hint="name each component once",
                     )
                 found[component] = saved
-        ordered = {component: found[component] for component in Component if component in found}
-        return cls(user_path(directories[0]), ordered)
+        return cls(user_path(directories[0]), {name: found[name] for name in sorted(found, key=place_of)})
 
     def mismatches(self) -> list[str]:
         """Say why the components do not belong together."""
@@ -76,7 +86,7 @@ def is_split_directory(path: Path) -> bool:
     if not path.is_dir() or path.is_symlink():
         return False
     entries = list(path.iterdir())
-    return bool(entries) and all(entry.name in set(Component) and (entry / MANIFEST).is_file() for entry in entries)
+    return bool(entries) and all(is_component_name(entry.name) and (entry / MANIFEST).is_file() for entry in entries)
 
 
 def file_problems(saved: SavedComponent) -> list[str]:
@@ -101,10 +111,18 @@ def file_problems(saved: SavedComponent) -> list[str]:
     return problems + [f"{saved.folder / name} is not in the manifest" for name in sorted(strange)]
 
 
+def _folders_in(directory: Path) -> list[Path]:
+    """Return the folders in a directory that are called as a component and have a manifest, in the model's order."""
+    if not directory.is_dir():
+        return []
+    names = [entry.name for entry in directory.iterdir() if is_component_name(entry.name)]
+    return [directory / name for name in sorted(names, key=place_of) if (directory / name / MANIFEST).is_file()]
+
+
 def _component_folders(directory: Path) -> list[Path]:
     if (directory / MANIFEST).is_file():
         return [directory]
-    folders = [directory / name for name in Component if (directory / name / MANIFEST).is_file()]
+    folders = _folders_in(directory)
     links = [str(folder) for folder in folders if folder.is_symlink()]
     if links:
         raise InvalidCheckpointError(

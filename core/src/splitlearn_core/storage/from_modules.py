@@ -23,10 +23,10 @@ from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.contents import CONFIG, GENERATION, Part, companion_files, config_text
 from splitlearn_core.storage.durable_files import CHUNK_BYTES
 from splitlearn_core.storage.weight_layout import Tensor
-from splitlearn_core.types import DTYPE_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo
+from splitlearn_core.types import DTYPE_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo, place_of
 
 if TYPE_CHECKING:
-    from splitlearn_core.api import SplitModel
+    from splitlearn_core.api import AnySplitModel
     from splitlearn_core.pipeline import SplitCausalLM
 
 _NAMES = {
@@ -69,16 +69,16 @@ def torch_file_pieces(path: Path, info: TensorInfo) -> Callable[[], Iterator[mem
 
 
 def parts_converted(
-    model: OpenModel, split_points: Sequence[int], asked: Sequence[Component], dtype: str, report: ProgressCallback
+    model: OpenModel, split_points: Sequence[int], asked: Sequence[str], dtype: str, report: ProgressCallback
 ) -> list[Part]:
     """Load components in a dtype, to be saved in it."""
     plan, table = make_plan(model, split_points, asked, dtype, fetch=report)
     components = load_components(model, plan, table, LoadOptions(), report)
-    return [_part(component, companion_files(model, name, report)) for name, component in components.items()]
+    return [_part(component, companion_files(model, component.kind, report)) for component in components.values()]
 
 
 def parts_in_memory(
-    source: SplitModel | SplitCausalLM | ComponentModel | Mapping[str, ComponentModel] | Iterable[ComponentModel],
+    source: AnySplitModel | SplitCausalLM | ComponentModel | Mapping[str, ComponentModel] | Iterable[ComponentModel],
 ) -> list[Part]:
     """Take the present values of components.
 
@@ -158,7 +158,7 @@ def _components(source: Any) -> list[ComponentModel]:
             f"{what} cannot be saved as a split",
             hint="give a checkpoint, a SplitCausalLM, or components, each once",
         )
-    return sorted(components, key=lambda component: list(Component).index(component.component))
+    return sorted(components, key=lambda component: place_of(component.component))
 
 
 def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
@@ -177,7 +177,7 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
     written = {CONFIG: config_text(config)}
     # A checkpoint need not have any: then a top has none either.
     settings = getattr(component, "generation_config", None)
-    if origin.component is Component.TOP and GENERATION not in copied and settings is not None:
+    if origin.component == Component.TOP and GENERATION not in copied and settings is not None:
         written[GENERATION] = settings.to_json_string()
     return Part(
         origin=replace(origin, dtype=dtype),

@@ -16,7 +16,7 @@ from splitlearn_core.loading.planning import make_plan, refuse_misfit
 from splitlearn_core.progress import passing_through
 from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, file_problems
 from splitlearn_core.storage.durable_files import hash_file, range_pieces
-from splitlearn_core.types import Component, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import Progress, ProgressCallback, TensorInfo, place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class SavedVerification:
     """What was found of saved components; nothing is wrong where there are no problems."""
 
     path: str
-    components: tuple[Component, ...]
-    #: Whether they are bottom, trunk and top: a whole model.
+    components: tuple[str, ...]
+    #: Whether they are all components of a model.
     complete: bool
     #: Bytes that were hashed.
     nbytes: int
@@ -84,14 +84,14 @@ def verify_saved(
     problems += tie_problems(readable)
     names = tuple(split.components)
     shown = " ".join(os.fspath(directory) for directory in directories)
-    return SavedVerification(shown, names, names == tuple(Component), done, tuple(dict.fromkeys(problems)))
+    return SavedVerification(shown, names, names == split.names, done, tuple(dict.fromkeys(problems)))
 
 
 def absent_problems(split: SplitDirectory) -> list[str]:
     """Say which components were saved into the same directory, and are gone."""
     wanted = {name for saved in split.components.values() for name in saved.manifest.saved_with}
     lone = len(split.components) == 1 and next(iter(split.components.values())).folder == split.path
-    gone = [name for name in Component if name in wanted and name not in split.components]
+    gone = sorted(wanted - split.components.keys(), key=place_of)
     return [] if lone else [f"the {name} that was saved with the others is missing" for name in gone]
 
 

@@ -24,7 +24,7 @@ from splitlearn_core.storage.durable_files import (
 from splitlearn_core.storage.integrity import configuration_problems, hash_problems, tensors_of, tie_problems
 from splitlearn_core.storage.saving import check_place
 from splitlearn_core.storage.weight_layout import Tensor, index_of, pack, parse_size
-from splitlearn_core.types import Component, Progress, ProgressCallback
+from splitlearn_core.types import THREE, Component, Progress, ProgressCallback
 
 _INDEX = "model.safetensors.index.json"
 
@@ -36,7 +36,7 @@ def merge_split(
     max_shard_size: str | int = "5GB",
     progress: ProgressCallback | Literal[False] | None = None,
 ) -> Path:
-    """Put bottom, trunk and top together: a checkpoint whose tensors are the source's, byte for byte.
+    """Put all components of a model together: a checkpoint whose tensors are the source's, byte for byte.
 
     Args:
         directory: What :func:`save_split` made, or the folder of one component.
@@ -106,8 +106,7 @@ def _check_hashes(split: SplitDirectory, tell: ProgressCallback) -> None:
 
 def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
     """Return every tensor once, after all has been checked that can go wrong."""
-    missing = [str(component) for component in Component if component not in split.components]
-    problems = [f"the {name} is missing" for name in missing] + split.mismatches()
+    problems = [f"the {name} is missing" for name in split.missing] + split.mismatches()
     components = list(split.components.values())
     damaged = [problem for saved in components for problem in file_problems(saved)]
     if not damaged:
@@ -116,7 +115,9 @@ def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
     if problems:
         raise ConfigurationError(
             f"these components make up no checkpoint: {listed(problems, '; ', limit=SENTENCE)}",
-            hint="give bottom, trunk and top of one source and one split",
+            hint="give bottom, trunk and top of one source and one split"
+            if len(split.names) == len(THREE)
+            else f"give {listed(split.names)} of one source and one split",
         )
     tensors: dict[str, Tensor] = {}
     buffers = Buffers()
@@ -130,8 +131,8 @@ def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
 def _small_files(split: SplitDirectory) -> Mapping[str, Path]:
     """Choose configuration, tokenizer and generation settings; where two have one, the bottom's, or the top's."""
     found: dict[str, Path] = {}
-    for component in (Component.BOTTOM, Component.TOP, Component.TRUNK):
-        saved = split.components[component]
+    ends = [split.components[Component.BOTTOM], split.components[Component.TOP]]
+    for saved in (*ends, *split.components.values()):
         for name in saved.manifest.files:
             if not name.endswith(".safetensors") and name not in (_INDEX, MANIFEST):
                 found.setdefault(name, saved.folder / name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, file_problems
-from splitlearn_core.types import Component, ProgressCallback
+from splitlearn_core.types import Component, ProgressCallback, component_names
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def load_component(
 
     Args:
         directory: What :func:`save_split` made, or the folder of one component in it.
-        component: ``bottom``, ``trunk`` or ``top``; may be left out where there is only one.
+        component: Its name, ``bottom``, ``trunk`` or ``top`` say; may be left out where there is only one.
         device, strategy, attn_implementation, progress: As in :func:`load_split_model`.
         dtype: ``auto`` for what the source loads as.
         verify: Read all files first and compare their hashes with the manifest.
@@ -88,9 +88,9 @@ def load_split_directory(
         verify=verify,
         progress=progress,
     )
-    from splitlearn_core.api import SplitModel
+    from splitlearn_core.api import split_model
 
-    return SplitModel(*(loaded.get(component) for component in Component))
+    return cast("SplitModel", split_model(split.names, loaded))
 
 
 def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
@@ -113,14 +113,14 @@ def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
 
 def load_saved(
     components: list[SavedComponent],
-    device: str | torch.device | Mapping[Component, str] = "cpu",
-    dtype: str | torch.dtype | Mapping[Component, str] = "auto",
+    device: str | torch.device | Mapping[str, str] = "cpu",
+    dtype: str | torch.dtype | Mapping[str, str] = "auto",
     strategy: str = "auto",
     attn_implementation: str | None = None,
     *,
     verify: bool = False,
     progress: ProgressCallback | Literal[False] | None = None,
-) -> dict[Component, ComponentModel]:
+) -> dict[str, ComponentModel]:
     """Load saved components, each by the ordinary path: its folder is a checkpoint that holds a part.
 
     Device and dtype are one for all, or a mapping that has each component's.
@@ -140,7 +140,8 @@ def load_saved(
     loaded = {}
     for saved in components:
         origin = saved.manifest.origin
-        named = parse_dtypes(dtype, (origin.component,))[origin.component]
+        there = component_names(len(origin.split_points) + 1)
+        named = parse_dtypes(dtype, (origin.component,), there)[origin.component]
         parts = load_split_model(
             origin.model_type,
             origin.split_points,
@@ -165,8 +166,8 @@ def _choose(found: SplitDirectory, component: str | None) -> SavedComponent:
     there = ", ".join(found.components)
     if component is None:
         raise ConfigurationError(f"{found.path} holds {there}", hint="say which component is meant")
-    if component not in set(Component):
-        raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {', '.join(Component)}")
+    if component not in found.names:
+        raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {listed(found.names)}")
     if component not in found.components:
         raise MissingFileError(f"{found.path} holds {there}, and no {component}", hint="name the folder that holds it")
-    return found.components[Component(component)]
+    return found.components[component]

@@ -16,6 +16,7 @@ from splitlearn_core.loading.load import origins_of
 from splitlearn_core.loading.opening import OpenModel, open_model
 from splitlearn_core.loading.planning import make_plan, refuse_misfit
 from splitlearn_core.plan.keys import companions
+from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.progress import logging_downloads, passing_through, reporting
@@ -32,12 +33,21 @@ from splitlearn_core.storage.durable_files import (
     write_weights,
 )
 from splitlearn_core.storage.weight_layout import Tensor, WeightFile, index_of, pack, parse_size
-from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo, dtype_name
+from splitlearn_core.types import (
+    ALL_PARTS,
+    SAFETENSORS,
+    Progress,
+    ProgressCallback,
+    TensorInfo,
+    component_names,
+    dtype_name,
+    kind_of,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from splitlearn_core.api import SplitModel
+    from splitlearn_core.api import AnySplitModel
     from splitlearn_core.build.component import ComponentModel
     from splitlearn_core.pipeline import SplitCausalLM
 
@@ -47,11 +57,11 @@ INDEX = "model.safetensors.index.json"
 
 @naming_foreign
 def save_split(
-    source: str | os.PathLike[str] | SplitModel | SplitCausalLM | ComponentModel | Iterable[ComponentModel],
+    source: str | os.PathLike[str] | AnySplitModel | SplitCausalLM | ComponentModel | Iterable[ComponentModel],
     out: str | os.PathLike[str],
     split_points: Sequence[int] | None = None,
     *,
-    parts: Sequence[str] = ("bottom", "trunk", "top"),
+    parts: Sequence[str] = ALL_PARTS,
     dtype: str | torch.dtype = "auto",
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
@@ -64,14 +74,16 @@ def save_split(
 ) -> SplitDirectory:
     """Save components: ``out/bottom``, ``out/trunk`` and ``out/top``, each with a manifest.
 
+    Where there are other components than these three, each folder is called as its component is.
+
     From safetensors the bytes are copied as they are, in chunks, without torch: a checkpoint may be
     larger than memory. ``out`` appears as a whole; whoever is killed leaves the old one or the new.
 
     Args:
         source: A directory, a Hub repository, or components in memory, whose present values are saved.
         out: The directory to make.
-        split_points: ``(a, b)``; for components in memory left out.
-        parts: The components to save, of a checkpoint.
+        split_points: ``(a, b)``, or any number of them; for components in memory left out.
+        parts: The components to save, of a checkpoint; all where it is left out.
         dtype: ``auto`` for as it is stored. Another one loads the components to convert them.
         max_shard_size: Weights above this size are sharded: ``5GB``, or bytes.
         overwrite: Take the place of a split that was saved before; its components that are not saved
@@ -109,7 +121,7 @@ def save_split(
             }  # fmt: skip
             report(Progress("resolving"))
             model = open_model(source, model_type, **hub)
-            asked = parse_parts(parts)
+            asked = parse_parts(parts, names_of_parts(split_points))
             check_source(model, dtype)
             if dtype == "auto":
                 saved = _parts_of_checkpoint(model, split_points, asked, report)
@@ -191,19 +203,21 @@ def _kept(target: Path, parts: Sequence[Part]) -> list[SavedComponent]:
     if not is_split_directory(target):
         return []
     names = {part.origin.component for part in parts}
+    if names.issuperset(component_names(len(parts[0].origin.split_points) + 1)):
+        return []  # All of a model is saved: what is there besides is of another split.
     kept = [each for name, each in SplitDirectory.open(target).components.items() if name not in names]
     problems = origin_mismatches([*(part.origin for part in parts), *(each.manifest.origin for each in kept)])
     if kept and problems:
         lost = ", ".join(each.manifest.component for each in kept)
         raise ConfigurationError(
             f"{target} holds {lost} as well, which would not belong to what is saved: {'; '.join(problems)}",
-            hint="save all three components, or choose another directory",
+            hint="save all components, or choose another directory",
         )
     return kept
 
 
 def _parts_of_checkpoint(
-    model: OpenModel, split_points: Sequence[int], asked: Sequence[Component], report: ProgressCallback
+    model: OpenModel, split_points: Sequence[int], asked: Sequence[str], report: ProgressCallback
 ) -> list[Part]:
     plan, table = make_plan(model, split_points, asked, "auto", fetch=report)
     refuse_misfit(model, plan, table)
@@ -216,7 +230,7 @@ def _parts_of_checkpoint(
     parts, buffers = [], Buffers()
     for component in asked:
         own = sorted((infos[key] for key in keys[component]), key=lambda info: (info.shard, info.begin, info.key))
-        small = companion_files(model, component, report)
+        small = companion_files(model, kind_of(component), report)
         parts.append(
             Part(
                 origin=origins[component],
@@ -266,7 +280,7 @@ def _save(
             records: dict[str, FileRecord] = {}
             for file in files[component]:
 
-                def count(nbytes: int, component: Component = component, file: WeightFile = file) -> None:
+                def count(nbytes: int, component: str = component, file: WeightFile = file) -> None:
                     nonlocal done
                     done += nbytes
                     tell(Progress("saving", component, done, total, file.name))

@@ -17,7 +17,7 @@ from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.storage.saved_components import load_saved
-from splitlearn_core.types import Component, ProgressCallback
+from splitlearn_core.types import THREE, ProgressCallback
 from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def create_kept(
     if kept is not None:
         log.info("Loading from %s, where this split of %s is kept", directory, name)
         components = load_kept(kept, dtypes, options, progress)
-        return SplitModel(*(components.get(component) for component in Component))
+        return SplitModel(*(components.get(component) for component in THREE))
     if save and holds_components(directory):
         raise ConfigurationError(
             f"{directory} holds another split than the one that is to be kept there: {why}",
@@ -74,7 +74,7 @@ def create_kept(
         check_target(directory, overwrite=False)
     elif directory.exists():
         log.warning("%s does not hold this split: %s. It is loaded from its source", directory, why)
-    loaded = load_split_model(model_type, split_points, model, parts=parts, **loading, **hub)
+    loaded: SplitModel = load_split_model(model_type, split_points, model, parts=parts, **loading, **hub)
     if save:
         log.info("Saving %s of %s to %s", ", ".join(asked), name, directory)
         save_split(name or "", directory, split_points, parts=asked, model_type=model_type, progress=progress, **hub)
@@ -87,7 +87,7 @@ def find_kept(
     model: str | os.PathLike[str],
     revision: str | None,
     split_points: tuple[int, int],
-    parts: Sequence[Component],
+    parts: Sequence[str],
 ) -> tuple[SplitDirectory | None, str]:
     """Find a split in the directory where it is kept; the source itself is not looked at.
 
@@ -121,10 +121,10 @@ def find_kept(
 
 def load_kept(
     kept: SplitDirectory,
-    dtypes: Mapping[Component, str],
+    dtypes: Mapping[str, str],
     options: LoadOptions,
     progress: ProgressCallback | Literal[False] | None,
-) -> dict[Component, ComponentModel]:
+) -> dict[str, ComponentModel]:
     """Load what was kept, each component on its device and in its dtype; raises as a load from the source."""
     from splitlearn_core.api import plan_split
     from splitlearn_core.loading.options import choose_devices

@@ -25,8 +25,9 @@ from splitlearn_core.manager.loaders.loadable import (
 )
 from splitlearn_core.manager.resources import ledger_of
 from splitlearn_core.plan.keys import KeyTable
-from splitlearn_core.plan.splitplan import SplitPlan
-from splitlearn_core.types import Component, Progress
+from splitlearn_core.plan.split_points import names_of_parts
+from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
+from splitlearn_core.types import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
         raise ConfigurationError(
             f"{config.model_id} has no component or no split points", hint="a family's model is loaded in components"
         )
-    component = Component(config.component)
+    (component,) = parse_parts(config.component, names_of_parts(config.split_points))
     model = open_model(config.model_path, config.model_type, **hub_options(config))
     options = LoadOptions(config.device, config.strategy, config.attn_implementation, strict=config.strict)
     check_options(model, options)

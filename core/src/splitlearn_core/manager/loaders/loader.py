@@ -75,7 +75,7 @@ class ModelLoader:
             ConfigurationError: The module does not run on this device, in this dtype.
             InsufficientMemoryError: Running it takes more memory than there is.
         """
-        component = Component(config.component) if config.component is not None else None
+        component = config.component
         try:
             # As calls are made: what a model computes once and keeps, from inference_mode, could not be trained with.
             with explaining(_name(config)), recording(gradients=False):
@@ -142,7 +142,7 @@ def _dtype_of(module: torch.nn.Module) -> str:
     return next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "auto")
 
 
-def _one_round(loaded: LoadedModel, component: Component | None, between: Any) -> None:
+def _one_round(loaded: LoadedModel, component: str | None, between: Any) -> None:
     """Run a prompt, and one token that goes on from it."""
     import torch
 

@@ -12,12 +12,12 @@ from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.keys import map_keys, placement
+from splitlearn_core.plan.split_points import layers_between
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.anatomy import Anatomy, anatomy
 from splitlearn_core.testing.conformance.findings import Suspect
 from splitlearn_core.testing.conformance.subject import configure
 from splitlearn_core.testing.worlds import random_model
-from splitlearn_core.types import Component, LayerRange
 
 #: The values of ``config.json`` that core asks a family for.
 COMMON = (
@@ -269,12 +269,7 @@ def _homeless(family: ModelFamily, model: Any, names: list[str]) -> Iterator[tup
     """Yield the tensors that no component holds."""
     layers = model.config.num_hidden_layers
     third = max(layers // 3, 1)
-    ranges = {
-        Component.BOTTOM: LayerRange(0, third, layers),
-        Component.TRUNK: LayerRange(third, 2 * third, layers),
-        Component.TOP: LayerRange(2 * third, layers, layers),
-    }
-    component_of, seen = placement(family, ranges), anatomy(model)
+    component_of, seen = placement(family, layers_between((third, 2 * third), layers)), anatomy(model)
     for name in names:
         if component_of(name) is None:
             yield f"no component holds {name}", _inlet_of(name.removeprefix(f"{family.base}."), seen)

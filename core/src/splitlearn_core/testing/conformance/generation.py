@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 
-from splitlearn_core.testing.conformance.base import Checks, explained
+from splitlearn_core.testing.conformance.base import Checks, axes, explained
 from splitlearn_core.testing.conformance.batches import PADDINGS, batch
 from splitlearn_core.testing.conformance.findings import expect
 from splitlearn_core.testing.conformance.numbers import compare, expect_equal
@@ -42,6 +42,19 @@ class Generation(Checks):
                 expect(len(got) == len(expected), f"{name} generation: {len(got)} and {len(expected)} steps")
         streamed = subject.once(("streamed", dtype, attention), _streamed, whole)
         expect(_streamed(split) == streamed, "streamed generation differs")
+
+    def test_generate_with_any_number_of_cuts(self, subjects: dict[str, Subject]) -> None:
+        """In one piece less and in more pieces, greedy, sampled and beam generation are equal, scores included."""
+        subject = subjects[axes(type(self)).variants[0]]
+        whole = subject.whole()
+        for cut in subject.other_cuts[: 1 if self.quick else None]:
+            split = subject.split(cut)
+            for name, method in list(_METHODS.items())[:3]:
+                expected = subject.once(("any number", name), _generate, whole, 3, method)
+                got = _generate(split, 3, method)
+                expect(len(got) == len(expected), f"{name} generation: {len(got)} and {len(expected)} steps")
+                for mine, right in zip(got, expected, strict=True):
+                    expect_equal(mine, right, f"{name} generation under cut {cut}", subject, whole, split)
 
     def test_chunked_prefill(self, subject: Subject) -> None:
         """Generation that reads its prompt in chunks gives the tokens of the unsplit model that does so, too."""

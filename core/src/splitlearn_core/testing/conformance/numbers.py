@@ -46,9 +46,8 @@ def locate(subject: Subject, whole: Any, split: SplitCausalLM) -> tuple[str, tup
     plain = [*misnamed(subject.family, whole)]
     ids = _plain_ids()
     states, logits = _states(subject, whole, ids)
-    cuts = (split.trunk.start_layer, split.top.start_layer)
-    given = (ids, states[cuts[0]], states[cuts[1]])
-    right = (states[cuts[0]], states[cuts[1]], logits)
+    crossing = [states[part.start_layer] for part in split.components[1:]]
+    given, right = (ids, *crossing), (*crossing, logits)
     wrong: list[str] = []
     for part, state, expected in zip(split.components, given, right, strict=True):
         result = no_grad(part, **{"input_ids" if part is split.bottom else "hidden_states": state})

@@ -97,6 +97,21 @@ class Parity(Checks):
                     what = f"logits of step {number} (of {steps} tokens, padding {padding}) with a cache"
                     expect_equal(got, right, what, subject, whole, split)
 
+    def test_any_number_of_cuts(self, subject: Subject) -> None:
+        """In one piece less and in more pieces, logits are equal: padded or not, without a cache and with one."""
+        whole = subject.whole()
+        for cut in subject.other_cuts[: 1 if self.quick else None]:
+            split = subject.split(cut)
+            for padding in PADDINGS:
+                inputs = {**batch(padding), "use_cache": False}
+                expected = subject.once(("logits of any number", padding), _logits, whole, inputs)
+                what = f"logits under cut {cut}{' with left padding' if padding else ''}"
+                expect_equal(no_grad(split, **inputs).logits, expected, what, subject, whole, split)
+                fed = _fed(padding, _STEPS["prompt first"], with_positions=False)
+                steps = subject.once(("cache of any number", padding), _step_whole, whole, fed)
+                for number, (got, right) in enumerate(zip(_step_split(split, fed), steps, strict=True)):
+                    expect_equal(got, right, f"{what} at step {number} with a cache", subject, whole, split)
+
     def test_causality(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
         """Changing the last token changes no earlier position's logits."""
         split, ids = subject.split(cut, dtype, attention), batch(None)["input_ids"]
@@ -159,7 +174,9 @@ def _step_split(split: SplitCausalLM, fed: list[dict[str, Any]]) -> list[torch.T
     caches, logits = [part.new_cache() for part in split.components], []
     for arguments in fed:
         common = {name: value for name, value in arguments.items() if name != "input_ids"}
-        hidden = no_grad(split.bottom, input_ids=arguments["input_ids"], past_key_values=caches[0], **common)
-        hidden = no_grad(split.trunk, hidden_states=hidden, past_key_values=caches[1], **common)
-        logits.append(no_grad(split.top, hidden_states=hidden, past_key_values=caches[2], **common).logits)
+        state: Any = arguments["input_ids"]
+        for part, cache in zip(split.components, caches, strict=True):
+            entrance = "input_ids" if part is split.bottom else "hidden_states"
+            state = no_grad(part, **{entrance: state}, past_key_values=cache, **common)
+        logits.append(state.logits)
     return logits

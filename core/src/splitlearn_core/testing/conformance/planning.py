@@ -28,11 +28,12 @@ class Planning(Checks):
 
     def test_plan(self, subject: Subject, cut: Cut) -> None:
         """The plan holds, tensor for tensor and byte for byte, what is loaded."""
-        plan, split = plan_split(subject.checkpoint, cut), subject.split(cut)
-        for planned, part in zip(plan.components, split.components, strict=True):
-            _expect_planned(subject, planned, dict(part.state_dict()))
-        expect(plan.num_layers == subject.layers, f"{plan.num_layers} layers are planned")
-        expect(plan.parameters == subject.whole().num_parameters(), f"{plan.parameters} parameters are planned", _NAMES)
+        _expect_plan(subject, cut)
+
+    def test_plan_of_any_number(self, subject: Subject) -> None:
+        """So it does where the model is cut in one place, or in more than two."""
+        for cut in subject.other_cuts:
+            _expect_plan(subject, cut)
 
     def test_plan_is_deterministic(self, subject: Subject) -> None:
         """Made again, and made in another process with another hash seed, the plan is the same."""
@@ -114,6 +115,15 @@ class Planning(Checks):
 
 
 _CACHE_SIZES = ("num_key_value_heads", "head_dim", "hidden_size", "num_attention_heads")
+
+
+def _expect_plan(subject: Subject, cut: Cut) -> None:
+    """Compare a plan with what is loaded."""
+    plan, split = plan_split(subject.checkpoint, cut), subject.split(cut)
+    for planned, part in zip(plan.components, split.components, strict=True):
+        _expect_planned(subject, planned, dict(part.state_dict()))
+    expect(plan.num_layers == subject.layers, f"{plan.num_layers} layers are planned")
+    expect(plan.parameters == subject.whole().num_parameters(), f"{plan.parameters} parameters are planned", _NAMES)
 
 
 def _expect_planned(subject: Subject, planned: ComponentPlan, held: dict[str, torch.Tensor]) -> None:

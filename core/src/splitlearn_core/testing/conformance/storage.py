@@ -22,17 +22,20 @@ class Storage(Checks):
 
     def test_save_load_merge(self, subject: Subject, tmp_path: Path) -> None:
         """Saved components load as they were; merged, the checkpoint has the tensors of the source again."""
-        save_split(subject.checkpoint, tmp_path / "split", subject.middle, progress=False)
-        found = verify_saved(tmp_path / "split")
-        expect(found.sound, f"saved components have faults: {'; '.join(found.problems)}")
-        loaded = load_split_directory(tmp_path / "split", progress=False)
-        for part, saved in zip(subject.split(subject.middle).components, loaded, strict=True):
-            _expect_same(
-                f"the saved {part.component}", dict(saved.state_dict() if saved else {}), dict(part.state_dict())
-            )
-        merged = merge_split(tmp_path / "split", out=tmp_path / "merged", progress=False)
-        again, source = (load_file(folder / "model.safetensors") for folder in (merged, subject.checkpoint))
-        _expect_same("the merged checkpoint", again, source)
+        # In one place, in two, and before every layer.
+        for cut in dict.fromkeys((subject.middle, *subject.other_cuts[:: max(1, len(subject.other_cuts) - 1)])):
+            folder = tmp_path / "-".join(map(str, cut))
+            save_split(subject.checkpoint, folder / "split", cut, progress=False)
+            found = verify_saved(folder / "split")
+            expect(found.sound and found.complete, f"saved components have faults: {'; '.join(found.problems)}")
+            loaded = load_split_directory(folder / "split", progress=False)
+            for part, saved in zip(subject.split(cut).components, loaded, strict=True):
+                _expect_same(
+                    f"the saved {part.component}", dict(saved.state_dict() if saved else {}), dict(part.state_dict())
+                )
+            merged = merge_split(folder / "split", out=folder / "merged", progress=False)
+            again, source = (load_file(each / "model.safetensors") for each in (merged, subject.checkpoint))
+            _expect_same("the merged checkpoint", again, source)
 
     def test_save_from_memory(self, subject: Subject, tmp_path: Path) -> None:
         """Components in memory are saved with their present values, and merged they are the model again."""

@@ -12,14 +12,16 @@ from typing import Any, TypeVar, cast
 import torch
 
 from splitlearn_core import SplitCausalLM, load_split_model
-from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import random_model, tiny_config, write_checkpoint
 
 _T = TypeVar("_T")
-Cut = tuple[int, int]
+#: Split points, one or more.
+Cut = tuple[int, ...]
+#: In how many places a model is cut where other numbers than two are compared; and before every layer.
+_COUNTS = (1, 3, 4)
 
 
 def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
@@ -37,10 +39,24 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
     return tiny_config(config_class, **{**family.tiny_config, **values, **overrides})
 
 
-def possible_cuts(family: ModelFamily, config: Any) -> list[Cut]:
-    """Return all cuts of a model that its family does not declare impossible."""
+def possible_points(family: ModelFamily, config: Any) -> list[int]:
+    """Return the layers before which a model can be cut: those that its family does not declare impossible."""
     refused = family.impossible_cuts(config.to_dict())
-    return list(combinations((point for point in range(1, config.num_hidden_layers) if point not in refused), 2))
+    return [point for point in range(1, config.num_hidden_layers) if point not in refused]
+
+
+def possible_cuts(family: ModelFamily, config: Any) -> list[Cut]:
+    """Return all cuts in two places of a model."""
+    return list(combinations(possible_points(family, config), 2))
+
+
+def cuts_by_number(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
+    """Return cuts of a model in one place, in three and four, and before every layer, as far as it bears them."""
+    points = possible_points(family, config)
+    counts = sorted({count for count in (*_COUNTS, len(points)) if count <= len(points)} - {0, 2})
+    return tuple(
+        tuple(points[(2 * number + 1) * len(points) // (2 * count)] for number in range(count)) for count in counts
+    )
 
 
 def chosen_cuts(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
@@ -102,8 +118,13 @@ class Subject:
 
     @property
     def cuts(self) -> list[Cut]:
-        """All cuts that the family does not declare impossible."""
+        """All cuts in two places that the family does not declare impossible."""
         return possible_cuts(self.family, self._made_of)
+
+    @property
+    def other_cuts(self) -> tuple[Cut, ...]:
+        """Cuts in one place, and in more than two."""
+        return cuts_by_number(self.family, self._made_of)
 
     @property
     def impossible(self) -> Mapping[int, str]:
@@ -138,13 +159,13 @@ class Subject:
         return self.once(("whole", dtype, attention), self.fresh_whole, dtype, attention)
 
     def split(self, cut: Cut, dtype: str = "auto", attention: str | None = None) -> SplitCausalLM:
-        """Return the same model, cut in three."""
+        """Return the same model, cut into components."""
         return self.once(("split", cut, dtype, attention), self.fresh_split, cut, dtype, attention)
 
     def fresh_split(self, cut: Cut, dtype: str = "auto", attention: str | None = None) -> SplitCausalLM:
-        """Cut the model in three, to be changed."""
+        """Cut the model into components, to be changed."""
         parts = load_split_model(None, cut, self.checkpoint, dtype=dtype, attn_implementation=attention, strict=True)
-        return SplitCausalLM(*cast("tuple[ComponentModel, ComponentModel, ComponentModel]", parts))
+        return SplitCausalLM(*parts)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return parameters and buffers of the unsplit model by all their names."""

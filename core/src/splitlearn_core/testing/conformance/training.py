@@ -32,7 +32,7 @@ class Training(Checks):
     def test_gradients(self, subject: Subject) -> None:
         """Under every cut, each parameter has the gradient of the unsplit model, and the loss is the same."""
         expected_loss, expected = subject.once("gradients", _gradients, subject.whole())
-        for cut in subject.cuts[: 1 if self.quick else None]:
+        for cut in (*subject.cuts, *subject.other_cuts)[: 1 if self.quick else None]:
             split = subject.split(cut)
             loss, got = _gradients(split)
             expect_equal(loss, expected_loss, f"loss under cut {cut}", subject, subject.whole(), split)
