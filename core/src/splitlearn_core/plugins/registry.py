@@ -299,7 +299,7 @@ def registry() -> PluginRegistry:
 
 
 def reset_registry() -> None:
-    """Forget what was discovered and loaded, so that packages installed since are seen."""
+    """Forget the discovered and loaded plugins, so that newly installed packages are used."""
     global _registry  # noqa: PLW0603  # see registry()
     importlib.invalidate_caches()
     _registry = None
