@@ -12,7 +12,7 @@ from splitlearn_core import ModelFamily
 from splitlearn_core.plugins.registry import registry
 
 #: What no model tells: where to find one, what files of long ago carry, how a plugin's own tests go.
-NOT_DERIVED = {"default_model", "bundled_checkpoint", "ignored_suffixes", "tiny_config", "_old_names"}
+NOT_DERIVED = {"default_model", "bundled_checkpoint", "ignored_suffixes", "tiny_config"}
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "gemma", "gemma2", "gemma3_text"])

@@ -101,5 +101,5 @@ def test_the_command_line_takes_a_home(home: Path, cli: Callable[..., Any], argu
 
 
 def test_the_home_of_nobody_is_refused() -> None:
-    with pytest.raises(SplitLearnError, match="not known here"):
+    with pytest.raises(SplitLearnError, match="unknown user"):
         user_path("~nobody-of-this-name/m")

@@ -61,14 +61,14 @@ BROKEN = {
         [FAMILIES, "OSError", "disk on fire"],
     ),
     "family that cannot be made": (families("return [ModelFamily('alpha')]"), [FAMILIES, "TypeError"]),
-    "answers None": (families("return None"), [FAMILIES, "answered None", "let the hook return the list"]),
+    "answers None": (families("return None"), [FAMILIES, "returned None", "let the hook return the list"]),
     "misspells a field": (
         families("return [ModelFamily(model_type='alpha', architecture='X', nrom='ln_f')]"),
-        [FAMILIES, "TypeError: ModelFamily has no field 'nrom'; did you mean 'norm'?"],
+        [FAMILIES, "TypeError: ModelFamily", "'nrom'", "did you mean 'norm'?"],
     ),
     "invents a field": (
         families("return [ModelFamily(model_type='alpha', architecture='X', xyzzy='ln_f')]"),
-        ["has no field 'xyzzy'; it has model_type, architecture, base"],
+        ["'xyzzy'", "ModelFamily has the fields model_type, architecture, base"],
     ),
     "answers nothing": (families("return []"), [FAMILIES, "alpha"]),
     "answers a string": (families("return 'alpha'"), [FAMILIES, "'alpha'"]),
@@ -139,7 +139,7 @@ def test_a_broken_plugin_is_named_with_its_cause(world: Any, source: str, named:
 
 @pytest.mark.parametrize("source", [source for source, _ in BROKEN.values()], ids=list(BROKEN))
 def test_a_broken_plugin_does_not_disturb_another(world: Any, source: str) -> None:
-    """The plugin used after it has its own hooks, and pluggy's manager holds nothing of the broken one."""
+    """The plugin used after it has its own hooks, and its pluggy manager holds nothing of the broken one."""
     world.install("alpha", source)
     world.install("beta")
 
@@ -149,7 +149,7 @@ def test_a_broken_plugin_does_not_disturb_another(world: Any, source: str) -> No
 
     assert family.model_type == "beta"
     assert mapping is None
-    assert [name for name, _ in registry()._manager.list_name_plugin()] == ["splitlearn-beta:splitlearn_beta"]
+    assert [name for name, _ in registry().plugin("beta").manager.list_name_plugin()] == ["splitlearn_beta"]
 
 
 @pytest.mark.parametrize("source", [source for source, _ in BROKEN.values()], ids=list(BROKEN))
@@ -365,7 +365,7 @@ def test_two_registries_share_nothing(world: Any) -> None:
     one.family("alpha")
 
     assert isinstance(one.family("alpha"), ModelFamily)
-    assert not other._manager.get_plugins()
+    assert not other._loaded
 
 
 #: What a family may say wrongly about itself, as arguments of ModelFamily, and what the error names.

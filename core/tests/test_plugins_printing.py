@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core.plugins.host import printing_aside, stdout_for_data
+from splitlearn_core.plugins.host import plugin_output, stdout_for_data
 from splitlearn_core.plugins.registry import registry
 
 pytestmark = pytest.mark.light
@@ -85,7 +85,7 @@ def test_other_threads_print_to_stdout_meanwhile() -> None:
     inside, printed = threading.Event(), threading.Event()
 
     def plugin() -> None:
-        with printing_aside():
+        with plugin_output():
             inside.set()
             assert printed.wait(10)
             print("noise")
@@ -109,13 +109,13 @@ def test_other_threads_print_to_stdout_meanwhile() -> None:
 def test_a_closed_stdout_or_stderr_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python has None for a stream that is closed, and printing to it does nothing."""
     monkeypatch.setattr(sys, "stdout", None)
-    with stdout_for_data(), printing_aside():
+    with stdout_for_data(), plugin_output():
         print("nowhere")
     assert sys.stdout is None
 
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", None)
-    with stdout_for_data(), printing_aside():
+    with stdout_for_data(), plugin_output():
         print("somewhere")
     assert out.getvalue() == "somewhere\n"

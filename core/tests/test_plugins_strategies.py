@@ -223,16 +223,15 @@ def test_the_list_shows_strategies_without_importing_them(world: Any, install: A
 
     assert code == 0
     assert out.index("model type") < out.index("alpha") < out.index("strategy  ") < out.index("strategy-one")
-    assert "pip install surely_absent_package" in out
     assert (rows["one"]["kind"], rows["one"]["model_type"], rows["one"]["status"]) == ("strategy", None, "ready")
     assert (rows["alpha"]["kind"], rows["alpha"]["model_type"]) == ("family", "alpha")
     assert rows["one"]["hooks"] == ["splitlearn_loading_strategies"]
-    assert rows["two"]["status"] == "broken"
+    assert not world.marker("strategy-two").exists()
     assert not world.marker("strategy-one").exists()
 
 
 def test_a_check_imports_them(world: Any, install: Any, cli: Any) -> None:
-    """``--check`` finds what the source does not tell, and its exit code says so."""
+    """``--check`` finds what metadata cannot show, and its exit code says so."""
     install("one")
     install("two", source("three"))
 

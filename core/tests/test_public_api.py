@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import splitlearn_core
-from splitlearn_core import cli, deprecation, errors, testing
+from splitlearn_core import cli, errors, testing
 from splitlearn_core.cli import main
 from splitlearn_core.plugins import contract, metadata
 from support.command_lines import command_lines
@@ -38,7 +38,6 @@ def public_api() -> str:
         "hooks": hooks(),
         "entry-point groups": sorted([*metadata.KINDS, metadata.COMMAND_GROUP, metadata.API_GROUP]),
         "environment variables": environment_variables(),
-        "deprecated": deprecated(),
         "splitlearn_core": names(splitlearn_core),
         "splitlearn_core.testing": names(testing),
         "splitlearn_core.cli": names(cli),
@@ -71,11 +70,6 @@ def environment_variables() -> list[str]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     return sorted({name for text in texts for name in re.findall(r"\bSPLITLEARN_[A-Z_]+\b", text)})
-
-
-def deprecated() -> list[str]:
-    tables = (deprecation.HOOKS, deprecation.ARGUMENTS, deprecation.FIELDS, deprecation.APIS)
-    return [f"{key}: {entry}" for table in tables for key, entry in table.items()] or ["nothing"]
 
 
 def names(module: Any) -> list[str]:

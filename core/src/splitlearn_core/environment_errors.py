@@ -13,7 +13,7 @@ from types import TracebackType
 
 from splitlearn_core.quoting import said
 
-#: What core needs and imports where it needs it: module -> distribution.
+#: Libraries that core imports lazily: module -> distribution.
 _LIBRARIES = {
     "huggingface_hub": "huggingface-hub",
     "importlib_metadata": "importlib-metadata",
@@ -30,77 +30,76 @@ _LIBRARIES = {
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What is behind an error, in our words."""
+    """The problem behind an error, and what fixes it."""
 
     message: str
     hint: str
-    #: The module of the library that cannot be imported; empty where it is not about one.
+    #: The module that cannot be imported; empty if the problem is another.
     library: str = ""
 
 
 def cause_of(error: BaseException) -> Cause | None:
-    """Return what is wrong with this machine where an error says so; None for all other errors, ours among them."""
+    """Return the problem of this environment behind an error; None if it has another cause."""
     errors = list(_chain(error))
-    for one in reversed(errors):
-        if (cause := _library(one)) is not None:
+    for link in reversed(errors):
+        if (cause := _library(link)) is not None:
             return cause
-    return next((refusal(one) for one in errors if isinstance(one, PermissionError) and one.filename), None)
+    return next((denied_path(link) for link in errors if isinstance(link, PermissionError) and link.filename), None)
 
 
-def refusal(error: OSError) -> Cause:
-    """Say which path may not be used, and how its owner lets it be."""
+def denied_path(error: OSError) -> Cause:
+    """Return which path may not be used, and the command that permits it."""
     path = Path(os.fsdecode(error.filename))
-    # Below a folder that may not be searched, nothing can be said of what is in it.
-    barred = next((one for one in reversed(path.absolute().parents) if not os.access(one, os.X_OK)), path)
-    while not os.path.lexists(barred):
-        barred = barred.parent  # what is not there yet is made in there
-    return Cause(f"{error.strerror or error}: {path}", _chmod(barred))
+    # A folder without permission to search hides what is in it.
+    denied = next((folder for folder in reversed(path.absolute().parents) if not os.access(folder, os.X_OK)), path)
+    while not os.path.lexists(denied):
+        denied = denied.parent  # a new file is created in its parent
+    status = denied.lstat()
+    name, is_folder = shlex.quote(str(denied)), stat.S_ISDIR(status.st_mode)
+    if sys.platform != "win32" and os.geteuid() not in (0, status.st_uid):
+        command = f"have its owner do: chmod a+{'rx' if is_folder else 'r'} {name}"
+    else:
+        command = f"chmod u+{'rwx' if is_folder else 'r'} {name}"
+    return Cause(f"{error.strerror or error}: {path}", command)
 
 
 def halt(library: str) -> None:
-    """Have every further import of a library fail at once: one that cannot be imported may end the process."""
+    """Make further imports of a library fail at once: one that cannot be imported may end the process."""
     sys.modules[library] = None  # type: ignore[assignment]  # documented: an import of it raises ModuleNotFoundError
 
 
 def is_halted(library: str) -> bool:
-    """Say whether :func:`halt` was told of a library."""
+    """Return whether :func:`halt` was called for a library."""
     return library in sys.modules and sys.modules[library] is None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from; what it was merely raised after is another matter."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
+    """Yield an error and its explicit causes, without the errors that it was merely raised after."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
 
 
 def _library(error: BaseException) -> Cause | None:
-    """Return the library that cannot be imported, where that is what an error is about."""
+    """Return the library whose import failed with an error; None if the error is not of an import."""
     if isinstance(error, MemoryError):
         return None
     if isinstance(error, ModuleNotFoundError) and error.name in _LIBRARIES:
-        return _missing(error.name)
-    library = _importing(error.__traceback__)
-    if not library:
-        return None
-    return Cause(
-        f"{library} cannot be imported: {said(error)}", f"pip install --force-reinstall {_LIBRARIES[library]}", library
-    )
+        from splitlearn_core.plugins.metadata import version_of
 
-
-def _missing(library: str) -> Cause:
-    from splitlearn_core.plugins.metadata import version_of
-
-    distribution = _LIBRARIES[library]
-    if version_of(distribution) is None:
-        return Cause(f"{library} is not installed", f"pip install {distribution}", library)
-    hint = f"pip install --force-reinstall {distribution}"
-    return Cause(f"{library} is installed, and its files are not there", hint, library)
+        library, problem = error.name, "is installed, but its files are missing"
+        if version_of(_LIBRARIES[library]) is None:
+            return Cause(f"{library} is not installed", f"pip install {_LIBRARIES[library]}", library)
+    else:
+        library, problem = _importing(error.__traceback__), f"cannot be imported: {said(error)}"
+        if not library:
+            return None
+    return Cause(f"{library} {problem}", f"pip install --force-reinstall {_LIBRARIES[library]}", library)
 
 
 def _importing(trace: TracebackType | None) -> str:
-    """Return the library in the middle of whose import an error was raised; empty where there is none."""
+    """Return the library during whose import an error was raised; empty if it was not during an import."""
     library = ""
     while trace is not None:
         frame, trace = trace.tb_frame, trace.tb_next
@@ -111,12 +110,3 @@ def _importing(trace: TracebackType | None) -> str:
             elif package.startswith("splitlearn"):
                 library = ""
     return library
-
-
-def _chmod(path: Path) -> str:
-    """Return the line that lets the owner of a path use it."""
-    found = path.lstat()
-    name, is_folder = shlex.quote(str(path)), stat.S_ISDIR(found.st_mode)
-    if sys.platform != "win32" and os.geteuid() not in (0, found.st_uid):
-        return f"have its owner do: chmod a+{'rx' if is_folder else 'r'} {name}"
-    return f"chmod u+{'rwx' if is_folder else 'r'} {name}"

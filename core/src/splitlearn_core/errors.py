@@ -1,50 +1,52 @@
-"""Every error that splitlearn raises on purpose, by whose move comes next.
+"""The exception hierarchy, grouped by who has to act; and the translation of foreign errors.
 
 ::
 
-    SplitLearnError                      .hint: the way out
-    ├── PluginError                      the plugin's author, or who installed it
-    │   ├── BrokenPluginError            does not import, or does not keep to the hook specifications
+    SplitLearnError                      .hint: what to do
+    ├── PluginError                      the plugin's author, or the user who installed it
+    │   ├── BrokenPluginError            cannot be imported, or violates the hook specifications
     │   ├── PluginConflictError          two distributions claim one model type
     │   ├── IncompatiblePluginError      made for another plugin API or another core
     │   └── UnknownModelTypeError        (KeyError) no installed plugin provides the model type
-    ├── CheckpointError                  who made or named the checkpoint
+    ├── CheckpointError                  the author of the checkpoint, or the user who named it
     │   ├── MissingFileError             (FileNotFoundError) no such model, file or shard
     │   ├── InvalidCheckpointError       (ValueError) a file contradicts its format or its index
-    │   └── TensorMismatchError          (ValueError) missing, unexpected or mis-shaped tensors, all of them
+    │   └── TensorMismatchError          (ValueError) missing, unexpected or mis-shaped tensors
     ├── ConfigurationError               (ValueError) the caller's arguments
     │   ├── InvalidSplitError            split points that do not cut this model
-    │   └── UnexpectedArgumentError      (TypeError) arguments that a function does not have
+    │   └── UnexpectedArgumentError      (TypeError) arguments that a function does not take
     ├── CapacityError                    the machine
     │   ├── InsufficientMemoryError      (RuntimeError)
     │   └── InsufficientDiskError        (OSError)
-    ├── ManagerError                     who asks a manager, or the fate of what it manages
+    ├── ManagerError                     the caller of a manager, or the state of its models
     │   ├── UnknownModelError            (KeyError) no model of this id
     │   ├── DuplicateModelError          (ValueError) the id is taken, or taken by another configuration
-    │   ├── ModelNotReadyError           the model is in a state in which this cannot be done
-    │   ├── ModelGoneError               the model was unloaded under its holder, by force
-    │   ├── BusyError                    too many calls wait already
-    │   ├── LoadFailedError              a load failed with an error that is not one of these
-    │   ├── LoadCancelledError           somebody cancelled the load
+    │   ├── ModelNotReadyError           the state of the model does not allow this
+    │   ├── ModelGoneError               the model was unloaded by force during a lease
+    │   ├── BusyError                    too many calls are waiting
+    │   ├── LoadFailedError              a load failed with a foreign error
+    │   ├── LoadCancelledError           the load was cancelled
     │   ├── LoadStalledError             (TimeoutError) a load made no progress for too long
-    │   ├── WaitTimeoutError             (TimeoutError) there was no worker or no room in time
-    │   ├── DrainTimeoutError            (TimeoutError) holders did not give a model back in time
-    │   └── ManagerClosedError           (RuntimeError) the manager takes no more work
-    └── InternalError                    us
+    │   ├── WaitTimeoutError             (TimeoutError) no worker or no memory was free in time
+    │   ├── DrainTimeoutError            (TimeoutError) leases were not released in time
+    │   └── ManagerClosedError           (RuntimeError) the manager accepts no more work
+    └── InternalError                    the authors of splitlearn
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-#: Characters of a whole message, of one line of it, and of a hint: what people read.
-_MESSAGE, _LINE, _HINT = 2_700, 1_000, 1_200
-#: What moves a cursor, colours a terminal or cannot be encoded; a line break is none.
+#: Most characters of a message, of one of its lines, and of a hint.
+_MAX_MESSAGE, _MAX_LINE, _MAX_HINT = 2_700, 1_000, 1_200
+#: Control characters and surrogates; a line break is allowed.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shortened(text: str, limit: int) -> str:
-    """Leave out the middle of a text that is longer than a limit, and say how much."""
+    """Return a text without its middle if it is longer than a limit, with the number of its characters."""
     if len(text) <= limit:
         return text
     gap = f"...({len(text):,} characters)..."
@@ -53,19 +55,19 @@ def shortened(text: str, limit: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape what is no character that people read: control characters, and halves of characters."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Escape control characters and lone surrogates."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def _bounded(text: str, limit: int) -> str:
-    """Cut a text of several lines to a size, whole lines where there are some."""
-    if len(text) <= limit and len(text) <= _LINE and text.isprintable():
+    """Cut a text to a size, at a line break if possible."""
+    if len(text) <= limit and len(text) <= _MAX_LINE and text.isprintable():
         return text
-    # Before it is looked through: it may be of any size.
+    # Shortened before it is split: it may be of any size.
     lines = shortened(text, 50 * limit).split("\n")
     kept: list[str] = []
     room = limit
-    for line in (shortened(printable(line), min(_LINE, limit)) for line in lines):
+    for line in (shortened(printable(line), min(_MAX_LINE, limit)) for line in lines):
         if len(line) > room:
             kept.append(f"... and {len(lines) - len(kept):,} more lines")
             break
@@ -75,16 +77,16 @@ def _bounded(text: str, limit: int) -> str:
 
 
 class SplitLearnError(Exception):
-    """What all errors of splitlearn have in common: a message, and a hint that says the way out.
+    """Base of all errors of splitlearn: a message, and a hint on what to do.
 
-    Both are cut to what people read. Who puts text of files into them cuts that to a line before.
+    Both are cut to a readable size. Quoted text of files is cut to a line before (see ``quoting``).
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        message, hint = _bounded(message, _MESSAGE), _bounded(hint, _HINT)
+        message, hint = _bounded(message, _MAX_MESSAGE), _bounded(hint, _MAX_HINT)
         super().__init__(message)
         self.message = message
-        #: What to do about it, in one or two sentences; empty where the message says it all.
+        #: What to do, in one or two sentences; empty if the message says it all.
         self.hint = hint
 
     def __str__(self) -> str:
@@ -92,12 +94,37 @@ class SplitLearnError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+@contextmanager
+def translate(
+    to: Callable[[BaseException], SplitLearnError | None],
+    kinds: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+    *,
+    unchanged: tuple[type[BaseException], ...] = (SplitLearnError,),
+) -> Iterator[None]:
+    """Raise the errors of foreign code as errors of splitlearn, each with the original as its cause.
+
+    Args:
+        to: Makes the new error from the original; None lets the original pass.
+        kinds: The classes of errors that are translated.
+        unchanged: Of those, the classes that pass as they are.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, unchanged):
+            raise
+        translated = to(error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
 class PluginError(SplitLearnError):
-    """A plugin stands in the way."""
+    """A plugin cannot be used."""
 
 
 class BrokenPluginError(PluginError):
-    """A plugin does not import, or does not keep to the hook specifications."""
+    """A plugin cannot be imported, or violates the hook specifications."""
 
 
 class PluginConflictError(PluginError):
@@ -113,11 +140,11 @@ class UnknownModelTypeError(PluginError, KeyError):
 
 
 class CheckpointError(SplitLearnError):
-    """The files of a model are not what they have to be."""
+    """The files of a model are invalid."""
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
-    """A model, a file of it, or a shard is not there."""
+    """A model, one of its files, or a shard is missing."""
 
 
 class InvalidCheckpointError(CheckpointError, ValueError):
@@ -125,23 +152,23 @@ class InvalidCheckpointError(CheckpointError, ValueError):
 
 
 class TensorMismatchError(CheckpointError, ValueError):
-    """The checkpoint's tensors are not those that the model needs."""
+    """The tensors of the checkpoint do not match the model."""
 
 
 class ConfigurationError(SplitLearnError, ValueError):
-    """The caller's arguments cannot be carried out."""
+    """The arguments of the caller are invalid."""
 
 
 class InvalidSplitError(ConfigurationError):
-    """The split points do not cut this model into three."""
+    """The split points do not cut this model."""
 
 
 class UnexpectedArgumentError(ConfigurationError, TypeError):
-    """A function was given arguments that it does not have."""
+    """A function was given arguments that it does not take."""
 
 
 class CapacityError(SplitLearnError):
-    """The machine is too small for what was asked."""
+    """The machine is too small for the request."""
 
 
 class InsufficientMemoryError(CapacityError, RuntimeError):
@@ -153,15 +180,15 @@ class InsufficientDiskError(CapacityError, OSError):
 
 
 class ManagerError(SplitLearnError):
-    """A manager cannot do what it was asked, or what it was to do has failed."""
+    """A manager cannot carry out a request, or failed to."""
 
 
 class UnknownModelError(ManagerError, KeyError):
-    """The manager has no model of this id."""
+    """The manager has no model with this id."""
 
 
 class DuplicateModelError(ManagerError, ValueError):
-    """The id is loaded or loading already, or belongs to another configuration."""
+    """The id is already loaded or loading, or belongs to another configuration."""
 
 
 class ModelNotReadyError(ManagerError):
@@ -169,15 +196,15 @@ class ModelNotReadyError(ManagerError):
 
 
 class ModelGoneError(ManagerError):
-    """The model was unloaded, by force or because its lease is over."""
+    """The model was unloaded by force, or its lease has ended."""
 
 
 class BusyError(ManagerError):
-    """More calls wait for the model than its queue takes."""
+    """The queue of calls to the model is full."""
 
 
 class LoadFailedError(ManagerError):
-    """A load failed with an error of somebody else's: its type and text are in the message."""
+    """A load failed with a foreign error, whose type and text are in the message."""
 
 
 class LoadCancelledError(ManagerError):
@@ -189,21 +216,21 @@ class LoadStalledError(ManagerError, TimeoutError):
 
 
 class WaitTimeoutError(ManagerError, TimeoutError):
-    """No worker was free, or there was no room, within the time allowed."""
+    """No worker or no memory was free within the time allowed."""
 
 
 class DrainTimeoutError(ManagerError, TimeoutError):
-    """Holders did not give the model back within the time allowed; it serves on."""
+    """Leases were not released within the time allowed; the model stays loaded."""
 
 
 class ManagerClosedError(ManagerError, RuntimeError):
-    """The manager is closed, or closing, and takes no more work."""
+    """The manager is closed or closing, and accepts no more work."""
 
 
 class InternalError(SplitLearnError):
     """splitlearn contradicts itself: please report it."""
 
 
-# A FutureWarning, which Python shows to everybody: whoever has the plugin installed can ask for a newer one.
+# A FutureWarning, which Python shows to all users: they can install a newer version of the plugin.
 class SplitLearnDeprecationWarning(FutureWarning):
-    """No error yet: a plugin does what a later release refuses. Says which, what, until when, and what instead."""
+    """A plugin uses what a later release refuses: the message names it, the replacement and the release."""

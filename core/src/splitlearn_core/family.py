@@ -1,19 +1,15 @@
-"""What a plugin says about a family of models: data, hardly ever code."""
+"""The description of a model family that a plugin provides: almost only data."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from splitlearn_core.deprecation import FIELDS, deprecated_field, translate_fields
-from splitlearn_core.errors import ConfigurationError, SplitLearnDeprecationWarning
+from splitlearn_core.errors import ConfigurationError
 
-_PAIR = 2
+_PAIR_LENGTH = 2
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -21,44 +17,13 @@ def _no_impossible_cuts(config: Mapping[str, Any]) -> Mapping[int, str]:
     return {}
 
 
-def _takes_old_names(family: type[ModelFamily]) -> type[ModelFamily]:
-    """Let a class be made with the names that its fields once had, and read by them.
-
-    Which were used in making is remembered, and announced by who knows the plugin.
-    """
-    make = family.__init__
-    names = [known.name for known in fields(family) if known.init]
-
-    @functools.wraps(make)
-    def __init__(self: ModelFamily, **given: Any) -> None:  # noqa: N807  # stands in for the generated one
-        said, old = translate_fields(given)
-        for name in (name for name in said if name not in names):
-            close = difflib.get_close_matches(name, names, n=1)
-            meant = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}"
-            raise TypeError(f"{family.__name__} has no field {name!r}; {meant}")
-        make(self, **said)
-        object.__setattr__(self, "_old_names", old)
-
-    def __getattr__(self: ModelFamily, name: str) -> Any:  # noqa: N807  # asked for what is no attribute
-        if name not in FIELDS or not FIELDS[name].moved_to:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        warnings.warn(deprecated_field(name), SplitLearnDeprecationWarning, stacklevel=2)
-        return getattr(self, FIELDS[name].moved_to)
-
-    family.__init__ = __init__  # type: ignore[method-assign]  # the generated one takes the names of today alone
-    # Set here, where no type checker sees it: it would take any name for an attribute.
-    setattr(family, "__getattr__", __getattr__)  # noqa: B010
-    return family
-
-
 # Compared by identity, so that a family can be a key although it holds mappings.
-@_takes_old_names
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelFamily:
-    """How the modules and tensors of one model type are named, and what is peculiar about them.
+    """The names of the modules and tensors of one model type, and its peculiarities.
 
     A component is Hugging Face's own model class with the modules of the other components made
-    neutral, so a family says only *where things are*. Most decoders are one line::
+    neutral, so a family only names *where things are*. Most decoders take one line::
 
         ModelFamily(model_type="llama", architecture="LlamaForCausalLM")
 
@@ -76,7 +41,7 @@ class ModelFamily:
     layers: str = "layers"
     #: The token embedding, relative to ``base``.
     embedding: str = "embed_tokens"
-    #: The final norm, relative to ``base``; empty where the model has none.
+    #: The final norm, relative to ``base``; empty if the model has none.
     norm: str = "norm"
     #: The language model head.
     head: str = "lm_head"
@@ -123,11 +88,9 @@ class ModelFamily:
     #: beside the ordinary small sizes: a number of experts, a window that is shorter than a test's prompt.
     #: Only the conformance kit reads it, so that it can test a plugin that brings no test file.
     tiny_config: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    #: Names of the past that it was made with.
-    _old_names: tuple[str, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse, naming the field, what would fail later and elsewhere."""
+        """Refuse wrong values, which would fail later and elsewhere, naming the field."""
         problems = [f"{name} must be {what}, not {getattr(self, name)!r}" for name, what in _wrong_fields(self)]
         if problems:
             raise ConfigurationError(
@@ -137,16 +100,16 @@ class ModelFamily:
 
     @property
     def inlets(self) -> tuple[str, ...]:
-        """What the bottom alone holds, relative to ``base``."""
+        """The modules of the bottom alone, relative to ``base``."""
         return (self.embedding, *self.zero_outside_bottom, *self.skip_outside_bottom)
 
     @property
     def outlets(self) -> tuple[str, ...]:
-        """What the top alone holds besides the head, relative to ``base``."""
+        """The modules of the top alone, other than the head, relative to ``base``."""
         return (*filter(None, (self.norm,)), *self.skip_outside_top)
 
     def config_value(self, config: Mapping[str, Any], name: str) -> Any:
-        """Return a value of ``config.json`` by its common name, or None where nothing says it."""
+        """Return a value of ``config.json`` by its common name, or None if it is not set."""
         for candidate in (self.config_names.get(name, name), name):
             if config.get(candidate) is not None:
                 return config[candidate]
@@ -170,7 +133,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of texts"
     pairs = family.renamed
-    if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR for pair in pairs)):
+    if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR_LENGTH for pair in pairs)):
         yield "renamed", "a tuple of pairs of texts"
     for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):

@@ -1,4 +1,4 @@
-"""Arguments by the names that other libraries give them: taken where they mean what ours mean, else explained."""
+"""Arguments by the names of other libraries: accepted if they mean the same as ours, else refused with a hint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ForeignArgument:
 
     #: What to do instead.
     hint: str
-    #: Values that ask for what is done in any case, or for nothing; they are taken.
+    #: Values that request the behaviour of splitlearn anyway; they are accepted.
     harmless: tuple[Any, ...] = (None,)
 
 
@@ -38,7 +38,7 @@ _PLAIN = (
 _HUB = "fetch the files first (hf download), and give their folder"
 _WHOLE = "it is an argument of transformers' from_pretrained: leave it out"
 
-#: Arguments of ``from_pretrained`` and its like that have no counterpart here.
+#: Arguments of ``from_pretrained`` and similar functions without a counterpart here.
 FOREIGN: Mapping[str, ForeignArgument] = {
     "low_cpu_mem_usage": ForeignArgument("components are never built twice in memory", (None, True, False)),
     "trust_remote_code": ForeignArgument(
@@ -85,10 +85,10 @@ FOREIGN: Mapping[str, ForeignArgument] = {
 
 
 def naming_foreign(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function take arguments by the names that transformers gives them, and explain those that it cannot take.
+    """Let a function accept arguments by their names in transformers, and explain those that it does not accept.
 
     Raises:
-        UnexpectedArgumentError: From the function that is returned, for arguments that it does not have.
+        UnexpectedArgumentError: The returned function is given an argument that it does not accept.
     """
     parameters = inspect.signature(function).parameters
 
@@ -103,18 +103,18 @@ def naming_foreign(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def translated(function: str, given: Mapping[str, Any], names: tuple[str, ...], *, positional: int) -> dict[str, Any]:
-    """Return arguments by the names that a function has for them.
+    """Return arguments by the names of a function's parameters.
 
     Args:
         function: Its name.
         given: The arguments that were given by name.
-        names: Those that it has, in their order.
-        positional: How many arguments were given by position.
+        names: The names of its parameters, in order.
+        positional: The number of arguments that were given by position.
 
     Raises:
-        UnexpectedArgumentError: It has no such arguments; all are named, each with what to do.
+        UnexpectedArgumentError: It has no such parameters; all are named, each with what to do.
     """
-    taken = {name: value for name, value in given.items() if name in names}
+    accepted = {name: value for name, value in given.items() if name in names}
     problems, hints = [], []
     for name, value in given.items():
         if name in names:
@@ -122,19 +122,19 @@ def translated(function: str, given: Mapping[str, Any], names: tuple[str, ...], 
         ours = RENAMED.get(name)
         foreign = FOREIGN.get(name)
         if ours in names:
-            if ours in taken or ours in names[:positional]:
+            if ours in accepted or ours in names[:positional]:
                 problems.append(f"{name} is another name of {ours}, which was given as well")
                 hints.append(f"give {ours} alone")
             else:
-                taken[ours] = value
+                accepted[ours] = value
         elif foreign is None:
             problems.append(f"unexpected keyword argument {name!r}")
             close = difflib.get_close_matches(name, names, n=1)
             hints.append(f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}")
-        # By identity of type too: 1 is no True here, and an array compares to no truth value.
+        # Types must be equal too: 1 is not True here, and comparing an array gives no truth value.
         elif not any(type(value) is type(each) and value == each for each in foreign.harmless):
             problems.append(f"unexpected keyword argument {name!r}")
             hints.append(f"{name}: {foreign.hint}")
     if problems:
         raise UnexpectedArgumentError(f"{function}(): {'; '.join(problems)}", hint="; ".join(dict.fromkeys(hints)))
-    return taken
+    return accepted

@@ -12,20 +12,20 @@ point is in the group ``splitlearn.strategies``, and is named after the strategy
     [project.entry-points."splitlearn.strategies"]
     gguf = "splitlearn_gguf"
 
-Such a package is imported when its strategy is asked for by name, and where core can read nothing of
-a checkpoint: never for a checkpoint that core reads.
+Such a package is imported when its strategy is requested by name, or when core cannot read a checkpoint:
+never for a checkpoint that core reads.
 
-A type checker holds a plugin to the protocols :class:`splitlearn_core.FamilyPlugin`,
+A type checker checks a plugin against the protocols :class:`splitlearn_core.FamilyPlugin`,
 :class:`~splitlearn_core.KeyMappingPlugin` and :class:`~splitlearn_core.StrategyPlugin`, one for each hook::
 
     import splitlearn_llama
 
     plugin: FamilyPlugin = splitlearn_llama
 
-Hooks are plain functions: they answer at once, read no weights and import neither torch nor
-transformers. They name the arguments that they want, in any order. What differs from its specification
-is refused before it is called, and shown beside it. A hook that raises, or answers something else than
-it promises, marks its own plugin as broken and disturbs no other.
+Hooks are plain functions: they return at once, read no weights and import neither torch nor
+transformers. They name the arguments that they need, in any order. A hook that does not match its
+specification is refused before it is called, and the error shows both. A hook that raises, or returns
+something else than specified, marks its own plugin as broken and does not affect others.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ PROJECT = "splitlearn"
 
 #: The number of the plugin API. It grows when a hook or :class:`ModelFamily` changes so that an
 #: older plugin would no longer work. A plugin says which one it was made for with an entry point
-#: ``version = "1"`` in the group ``splitlearn.plugin_api``; one that says nothing means 1. What is promised,
-#: and which older numbers are taken meanwhile, is in ``docs/plugin-api.md``.
+#: ``version = "1"`` in the group ``splitlearn.plugin_api``; the default is 1. ``docs/plugin-api.md`` has the
+#: promise, and the older numbers that are accepted.
 PLUGIN_API = 1
 
 #: Marks a function of a plugin as the implementation of a hook.
@@ -56,13 +56,13 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 
 @hookspec
 def splitlearn_model_families() -> Iterable[ModelFamily]:  # type: ignore[empty-body]  # a specification
-    """Say which model families this plugin provides.
+    """Return the model families that this plugin provides.
 
-    Asked once, when a checkpoint of the plugin's model type is used for the first time in a process.
+    Called once, when a checkpoint of the plugin's model type is used for the first time in a process.
 
     Returns:
         The families. One of them must have the ``model_type`` that the entry point is named after;
-        families that no entry point names are not found.
+        families that no entry point names cannot be used.
 
     Example::
 
@@ -76,10 +76,10 @@ def splitlearn_model_families() -> Iterable[ModelFamily]:  # type: ignore[empty-
 def splitlearn_map_weight_keys(
     family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
 ) -> Mapping[str, str | None] | None:
-    """Say under which name each tensor of a checkpoint stands in the Hugging Face module.
+    """Return the name in the Hugging Face module of each tensor of a checkpoint.
 
-    Only the plugin that owns the family is asked, once a load, with all keys together. Most plugins
-    leave this hook out: the family's ``renamed`` and ``ignored_suffixes``, and the base prefix that
+    Only the plugin that owns the family is called, once per load, with all keys together. Most plugins
+    omit this hook: the family's ``renamed`` and ``ignored_suffixes``, and the base prefix that
     some checkpoints lack, are applied by core.
 
     Args:
@@ -88,8 +88,8 @@ def splitlearn_map_weight_keys(
         checkpoint_keys: The tensor names in the checkpoint, sorted.
 
     Returns:
-        For every key the module key, or None to leave that tensor out; no module key twice.
-        Or None for the whole mapping: then core maps the keys as if there were no such hook.
+        For every key the module key, or None to omit that tensor; no module key twice.
+        Or None instead of a mapping: then core maps the keys as if the hook were not implemented.
 
     Example::
 
@@ -101,9 +101,9 @@ def splitlearn_map_weight_keys(
 
 @hookspec
 def splitlearn_loading_strategies() -> Iterable[LoadingStrategy]:  # type: ignore[empty-body]  # a specification
-    """Say which ways of turning planned bytes into tensors this plugin adds.
+    """Return the loading strategies that this plugin adds: ways of turning planned bytes into tensors.
 
-    Asked together with the families of the plugin. A family chooses a strategy other than core's own
+    Called together with the hook for families. A family chooses a strategy other than core's own
     with ``preferred_strategy``, a caller with ``strategy=``. The strategies of a family's plugin serve
     its families; those that an entry point in the group ``splitlearn.strategies`` names serve all.
 

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Bytes of a large tensor that are copied at a time, so that a load can say how far it is, and be
-#: stopped, in the middle of one.
+#: Bytes of a large tensor that are copied at a time, so that a load reports progress and can be stopped in the
+#: middle of one.
 CHUNK_BYTES = 8 * 2**20
 
 
 class WholeModel:
-    """The whole model, as transformers loads it: once for all components of a load, and only if it is asked for.
+    """The whole model as transformers loads it: lazily, and once for all components of a load.
 
     Args:
-        measure: Says how many bytes of this machine's memory it takes.
+        measure: Returns the bytes of this machine's memory that it takes.
         load: Loads it, and returns its tensors by module key, on the CPU.
-        missing: Says why there is no whole model to load; empty where there is one.
+        missing: Returns why there is no whole model to load; empty if there is one.
     """
 
     def __init__(
@@ -50,37 +50,37 @@ class WholeModel:
         return self._load()
 
 
-def _untold(_: int) -> None:
-    """Count nothing."""
+def _ignore(_: int) -> None:
+    """Ignore the number of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """What is to be read: tensors, the files they are in, and how they are wanted."""
+    """The tensors to read, their files, and their target device and dtype."""
 
     tensors: tuple[PlannedTensor, ...]
     #: Shard -> path of the file on this machine.
     paths: Mapping[str, Path]
     #: torch's name of the device.
     device: str
-    #: torch's name of the dtype that floating tensors take on.
+    #: torch's name of the dtype that floating tensors are converted to.
     dtype: str
-    #: Where the whole model can be had, for those who read no files themselves.
+    #: The whole model, for strategies that do not read files themselves.
     whole: WholeModel | None = field(default=None, compare=False, repr=False)
-    #: Told how many more bytes of a tensor were read, while that takes long; whole tensors are
-    #: counted when they are yielded. It raises where the load is to stop: let that through.
-    on_bytes: Callable[[int], None] = field(default=_untold, compare=False, repr=False)
+    #: Called with the number of bytes just read of a large tensor; whole tensors are counted
+    #: when they are yielded. It raises to stop the load: let the exception pass.
+    on_bytes: Callable[[int], None] = field(default=_ignore, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.info.nbytes for tensor in self.tensors)
 
     def is_floating(self, tensor: PlannedTensor) -> bool:
-        """Say whether a tensor takes on the wanted dtype; integers keep theirs."""
+        """Return whether a tensor is converted to the plan's dtype; integers keep theirs."""
         return tensor.info.dtype in FLOAT_DTYPES.values()
 
     def needs_conversion(self, tensor: PlannedTensor) -> bool:
-        """Say whether a tensor is stored in another floating dtype than the wanted one."""
+        """Return whether a tensor is stored in another floating dtype than the plan's."""
         return self.is_floating(tensor) and tensor.info.dtype != FLOAT_DTYPES[self.dtype]
 
     def formats(self) -> set[str]:
@@ -95,7 +95,7 @@ class ReadPlan:
 
 
 def refused_formats(plan: ReadPlan, *known: str) -> str:
-    """Say which of the plan's files are of another format than the known ones, or nothing."""
+    """Return why a strategy that reads the known formats refuses the plan's files; empty if it reads all."""
     others = sorted(plan.formats() - set(known))
     if OPAQUE in others:
         return "the weights are quantised, and it reads plain ones"
@@ -106,20 +106,20 @@ def refused_formats(plan: ReadPlan, *known: str) -> str:
 class LoadingStrategy(Protocol):
     """One way of turning planned bytes into tensors. Plugins may add others.
 
-    A strategy may have another attribute, ``reads``: a line for people that says what it can read.
+    A strategy may have another attribute, ``reads``: a line for users that describes what it can read.
     """
 
-    #: The name under which a caller asks for it.
+    #: The name by which a caller requests it.
     name: str
 
     def refusal(self, plan: ReadPlan) -> str:
-        """Say why this plan cannot be read this way, or nothing."""
+        """Return why this plan cannot be read this way; empty if it can."""
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
-        """Predict the memory of this machine that the read takes at most, file pages left out.
+        """Predict the peak memory of this machine that the read takes, without file pages.
 
-        Most of it is kept. A strategy that gives some back when the read is over, buffers for
-        example, says how much in another method, ``passing_bytes(plan)``.
+        Most of it stays in use. A strategy that frees some after the read, buffers for example,
+        returns how much in another method, ``passing_bytes(plan)``.
         """
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
@@ -128,34 +128,34 @@ class LoadingStrategy(Protocol):
 
 @runtime_checkable
 class WeightReader(Protocol):
-    """What a strategy adds that reads files which core cannot describe; optional.
+    """An optional part of a strategy, for files that core cannot describe.
 
-    Its files are looked for only where a checkpoint has no weights that core knows. A model may
+    Its files are considered only if a checkpoint has no weights that core can read. A model may
     then be named by the file itself, or by a directory with exactly one such file.
     """
 
     #: The name of the format, as :attr:`TensorInfo.format` has it.
     format: str
-    #: How the names of such files end: ``(".gguf",)``.
+    #: Suffixes of the names of such files: ``(".gguf",)``.
     suffixes: tuple[str, ...]
 
     def config(self, path: Path) -> Mapping[str, Any]:
-        """Read a Hugging Face ``config.json`` out of the file; asked only where the directory has none."""
+        """Read a Hugging Face ``config.json`` from the file; called only if the directory has none."""
 
     def tensors(self, path: Path, config: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
         """Describe the tensors by their Hugging Face checkpoint keys, reading no weights.
 
         ``shard`` is the file's name, ``format`` this reader's, ``begin`` is 0 and ``end`` the bytes
-        that the tensor takes in the file; ``dtype`` is what its values have once they are read.
+        that the tensor takes in the file; ``dtype`` is that of its values once they are read.
         """
 
 
 @runtime_checkable
 class PretrainedReader(Protocol):
-    """What a weight reader adds whose files transformers reads too; optional, for ``verify`` and tokenizers."""
+    """An optional part of a weight reader whose files transformers reads too, for ``verify`` and tokenizers."""
 
     def pretrained_arguments(self, path: Path) -> Mapping[str, Any]:
-        """Return what ``from_pretrained`` has to be told besides the folder: ``{"gguf_file": path.name}``."""
+        """Return the arguments of ``from_pretrained`` other than the folder: ``{"gguf_file": path.name}``."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -172,5 +172,5 @@ BUILT_IN_NAMES = ("mapped", "copied", "incremental", "whole")
 
 
 def reserved_names() -> tuple[str, ...]:
-    """Return the names that no added strategy may take."""
+    """Return the names that a plugin's strategy must not have."""
     return (AUTO, *BUILT_IN_NAMES)

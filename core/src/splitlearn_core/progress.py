@@ -1,4 +1,4 @@
-"""Showing a load: to a callback, or as a bar on a terminal or in a notebook."""
+"""Progress of a load: to a callback, or as a bar on a terminal or in a notebook."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[ProgressCallback]:
-    """Yield where progress goes: the caller's callback, a bar on a terminal or in a notebook, or nowhere."""
+    """Yield the callback to report to: the caller's, that of a bar (on a terminal or in a notebook), or a dummy."""
     if callable(progress):
         yield progress
-    elif progress is False or not (sys.stderr.isatty() or _in_notebook()):
+    # In the kernel of a notebook stderr is not a terminal, but bars are shown.
+    elif progress is False or not (sys.stderr.isatty() or "ipykernel.zmqshell" in sys.modules):
         yield lambda _: None
     else:
-        _import_bars()
+        if "tqdm.auto" not in sys.modules:
+            from tqdm import TqdmWarning
+
+            with warnings.catch_warnings():
+                # In a notebook without ipywidgets tqdm warns that bars are text.
+                warnings.simplefilter("ignore", TqdmWarning)
+                import tqdm.auto  # noqa: F401
         bar = _Bar()
         try:
             yield bar.show
@@ -30,50 +37,31 @@ def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[Pr
             bar.close()
 
 
-def _in_notebook() -> bool:
-    """Say whether this process is the kernel of a notebook, whose stderr is no terminal, and which shows bars."""
-    return "ipykernel.zmqshell" in sys.modules
-
-
-def _import_bars() -> None:
-    """Import the bars of terminals and notebooks, and with them those of the Hub's client and of transformers.
-
-    In a notebook without ipywidgets tqdm warns, once, of bars that are texts.
-    """
-    if "tqdm.auto" in sys.modules:
-        return
-    from tqdm import TqdmWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmWarning)
-        import tqdm.auto  # noqa: F401
-
-
 def logging_downloads(name: str, progress: ProgressCallback) -> ProgressCallback:
-    """Return a callback that also says in the log, once, that files of a model are being downloaded."""
-    said: list[Progress] = []
+    """Return a callback that also logs, once, that files of a model are being downloaded."""
+    logged = False
 
-    def tell(progressed: Progress) -> None:
-        if progressed.stage == "downloading" and not said:
-            said.append(progressed)
-            log.info("Downloading %s of %s", human_bytes(progressed.bytes_total), name)
-        progress(progressed)
+    def report(step: Progress) -> None:
+        nonlocal logged
+        if step.stage == "downloading" and not logged:
+            logged = True
+            log.info("Downloading %s of %s", human_bytes(step.bytes_total), name)
+        progress(step)
 
-    return tell
+    return report
 
 
 @contextmanager
 def passing_through(progress: ProgressCallback) -> Iterator[ProgressCallback]:
-    """Hand a callback to foreign code, and let what it raises come out as it is.
+    """Pass a callback through foreign code, and raise the callback's exception unchanged.
 
-    Code in between may take an exception of the callback for one of its own, dress it up, or
-    swallow it. Whoever raises in a callback wants the work to stop with just that.
+    The code in between may wrap or swallow it, but an exception in a callback has to stop the work.
     """
     raised: list[BaseException] = []
 
-    def relay(said: Progress) -> None:
+    def relay(step: Progress) -> None:
         try:
-            progress(said)
+            progress(step)
         except BaseException as error:
             raised.append(error)
             raise
@@ -85,32 +73,32 @@ def passing_through(progress: ProgressCallback) -> Iterator[ProgressCallback]:
             raised.clear()
             raise
     if raised:
-        # Taken out, as above: the error knows this frame by its traceback, and must not be kept by it.
+        # Removed from the list, as above: the traceback of the error refers to this frame, a reference cycle.
         raise raised.pop(0)
 
 
-#: What the bar calls the stages that count bytes.
-_WORDS = {"reading": "Loading", "saving": "Saving", "merging": "Merging", "hashing": "Hashing"}
+#: Label of the bar in each stage that counts bytes.
+_LABELS = {"reading": "Loading", "saving": "Saving", "merging": "Merging", "hashing": "Hashing"}
 
 
 class _Bar:
-    """A byte bar that appears with the first byte."""
+    """A bar that counts bytes and appears with the first one."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
     def show(self, progress: Progress) -> None:
         if progress.stage == "converting":
-            sys.stderr.write(f"Converting the tokenizer of {progress.file}; it is remembered\n")
+            sys.stderr.write(f"Converting the tokenizer of {progress.file}; the result is cached\n")
             sys.stderr.flush()
-        # The Hub's client draws its own bars while it downloads.
-        if progress.stage not in _WORDS:
+        # During a download huggingface_hub draws its own bars.
+        if progress.stage not in _LABELS:
             return
         if self._bar is None:
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=progress.bytes_total, unit="B", unit_scale=True, unit_divisor=1024)
-        self._bar.set_description(" ".join(filter(None, (_WORDS[progress.stage], progress.component))), refresh=False)
+        self._bar.set_description(" ".join(filter(None, (_LABELS[progress.stage], progress.component))), refresh=False)
         self._bar.update(progress.bytes_done - self._bar.n)
 
     def close(self) -> None:

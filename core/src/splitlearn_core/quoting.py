@@ -1,4 +1,4 @@
-"""Text of others in messages: of files, of answers, of other libraries' errors. Never more of it than a line bears."""
+"""Foreign text in messages (files, responses, errors of other libraries), cut to a readable length."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from splitlearn_core.errors import printable, shortened
 
-#: Characters of one name or value, of what a library says in its error, and of a sentence of ours, which has paths.
+#: Most characters of a name or value, of the text of a library's error, and of a sentence of ours with paths.
 WORD, LINE, SENTENCE = 100, 300, 700
-#: Entries of a list.
+#: Most items of a list.
 MOST = 8
-#: Of a number that is written out: 78 digits.
-_BITS = 256
+#: Most bits of a number that is written out: 78 digits.
+_MAX_BITS = 256
 
 
 def quote(value: Any, limit: int = WORD) -> str:
-    """Repeat a value as Python writes it, in one line and shortened in the middle.
+    """Return the ``repr`` of a value, in one line and shortened in the middle.
 
-    Of what is nested deeply, of large numbers and of long lists not even the text is made.
+    Containers and large numbers are described instead.
     """
     if isinstance(value, str):
-        # Shortened first: the text of a gigabyte takes no other gigabyte.
+        # Shortened first: the repr of a gigabyte would take another one.
         return shortened(repr(shortened(value, 2 * limit)), limit)
-    if isinstance(value, int) and value.bit_length() > _BITS:
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return f"a number of {value.bit_length():,} bits"
     if isinstance(value, list | tuple | dict) and value:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
@@ -31,30 +31,30 @@ def quote(value: Any, limit: int = WORD) -> str:
 
 
 def plain(text: object, limit: int = WORD) -> str:
-    """Repeat a name or a text without quotation marks, in one line and shortened in the middle."""
+    """Return a text without quotation marks, in one line and shortened in the middle."""
     return shortened(printable(shortened(str(text), 2 * limit)).replace("\n", "\\n"), limit)
 
 
 def said(error: BaseException, limit: int = LINE) -> str:
-    """Repeat what an error of another library says: its type, and the beginning of its text in one line."""
+    """Return the type and text of an error of another library, in one line and shortened in the middle."""
     name, text = type(error).__name__, reason(error, limit)
     return f"{name}: {text}" if text else name
 
 
 def reason(error: BaseException, limit: int = LINE) -> str:
-    """Repeat the text of another library's error alone, in one line and shortened in the middle."""
+    """Return the text of an error of another library, in one line and shortened in the middle."""
     text = shortened(str(error).strip(), 4 * limit)
     return shortened(" ".join(printable(text).split()), limit)
 
 
 def listed(items: Iterable[object], separator: str = ", ", most: int = MOST, limit: int = WORD) -> str:
-    """Join the first of many names or sentences, and say how many others there are.
+    """Join the first of many names or sentences, followed by the number of the others.
 
     Args:
-        items: What to join.
-        separator: What goes between them.
-        most: How many are shown.
-        limit: Characters of each.
+        items: Names or sentences.
+        separator: Text between them.
+        most: Number of items shown.
+        limit: Most characters of each.
     """
     every = list(items)
     more = [f"and {len(every) - most:,} more"] if len(every) > most else []

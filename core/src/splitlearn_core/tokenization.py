@@ -1,8 +1,7 @@
-"""Tokenizers that transformers makes of a weight file, remembered on disk: making one takes many seconds.
+"""A disk cache of the tokenizers that transformers converts from weight files, which takes many seconds.
 
-An entry belongs to a file by its size, its time and the hash of its beginning, where the vocabulary is,
-and to a version of transformers and tokenizers. It appears whole or not at all, and one that is damaged
-is made again; processes beside each other do not disturb each other.
+The key is the file's size, modification time and hash of its beginning, which holds the vocabulary, and the versions of
+transformers and tokenizers. An entry is written atomically, a damaged one is replaced; processes may share the cache.
 """
 
 from __future__ import annotations
@@ -16,63 +15,64 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from splitlearn_core.quoting import said
 from splitlearn_core.types import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
 
 _DIGESTS = "digests.json"
-#: Bytes of a file that are hashed: its header, with the vocabulary.
+#: Bytes of a file that are hashed: the header, with the vocabulary.
 _HEAD_BYTES = 16 * 2**20
-#: Entries that are kept, the newest.
+#: The newest entries are kept.
 _MAX_ENTRIES = 32
 _CONFIG = "config.json"
 
 
 def cache_folder() -> Path:
-    """Return the folder of remembered tokenizers, below that of Hugging Face's own caches."""
+    """Return the folder of the cache, below that of Hugging Face's own caches."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or Path(base) / "huggingface"
     return Path(home).expanduser() / "splitlearn" / "tokenizers"
 
 
 def load_converted(file: Path, arguments: dict[str, Any], progress: ProgressCallback) -> Any:
-    """Return the tokenizer that transformers makes of a weight file, from the cache where it is there.
+    """Return the tokenizer that transformers converts from a weight file, from the cache if it is there.
 
     Args:
         file: The weight file.
-        arguments: What ``from_pretrained`` is told besides the folder.
-        progress: Told where the tokenizer has to be made.
+        arguments: Arguments of ``from_pretrained`` other than the folder.
+        progress: Called if the tokenizer has to be converted.
     """
     from transformers import AutoTokenizer
 
-    kept = _kept(file)
-    if kept is not None:
+    cached = _cached(file)
+    if cached is not None:
         try:
-            return AutoTokenizer.from_pretrained(kept, local_files_only=True)
-        # Its files are whole, but of no use to this transformers, which may raise anything.
+            return AutoTokenizer.from_pretrained(cached, local_files_only=True)
+        # The files are intact, but transformers may raise anything if it cannot use them.
         except Exception as error:  # noqa: BLE001
-            log.warning("The tokenizer kept in %s is made again: %s: %s", kept, type(error).__name__, str(error)[:200])
-            shutil.rmtree(kept, ignore_errors=True)
+            log.warning("The tokenizer in %s is converted again: %s", cached, said(error))
+            shutil.rmtree(cached, ignore_errors=True)
     progress(Progress("converting", file=file.name))
-    log.info("Converting the tokenizer of %s, which is remembered", file)
+    log.info("Converting the tokenizer of %s; the result is cached", file)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, local_files_only=True, **arguments)
-    _keep(file, tokenizer)
+    _store(file, tokenizer)
     return tokenizer
 
 
 def converted_files(file: Path, arguments: dict[str, Any], progress: ProgressCallback) -> dict[str, Path]:
-    """Return the files of the tokenizer that transformers makes of a weight file, by name; none where it cannot."""
-    if _kept(file) is None:
+    """Return the files of the tokenizer that transformers converts from a weight file, by name; none if it fails."""
+    if _cached(file) is None:
         try:
             load_converted(file, arguments, progress)
-        # transformers rebuilds it from what the file says, and raises whatever comes of that.
+        # transformers may raise anything on the contents of the file.
         except Exception as error:  # noqa: BLE001
-            log.warning("%s holds no tokenizer that can be saved: %s: %s", file, type(error).__name__, str(error)[:200])
+            log.warning("%s holds no tokenizer that can be saved: %s", file, said(error))
             return {}
-    kept = _kept(file)
-    if kept is None:
+    cached = _cached(file)
+    if cached is None:
         return {}
-    return {path.name: path for path in sorted(kept.iterdir()) if path.name not in (_DIGESTS, _CONFIG)}
+    return {path.name: path for path in sorted(cached.iterdir()) if path.name not in (_DIGESTS, _CONFIG)}
 
 
 def _entry(file: Path) -> Path:
@@ -80,14 +80,14 @@ def _entry(file: Path) -> Path:
     import transformers
 
     with file.open("rb") as opened:
-        known = os.fstat(opened.fileno())
+        status = os.fstat(opened.fileno())
         head = hashlib.sha256(opened.read(_HEAD_BYTES))
-    identity = (known.st_size, known.st_mtime_ns, head.hexdigest(), transformers.__version__, tokenizers.__version__)
+    identity = (status.st_size, status.st_mtime_ns, head.hexdigest(), transformers.__version__, tokenizers.__version__)
     return cache_folder() / hashlib.sha256(repr(identity).encode()).hexdigest()
 
 
-def _kept(file: Path) -> Path | None:
-    """Return the entry of a file if all of it is as it was written."""
+def _cached(file: Path) -> Path | None:
+    """Return the entry of a file if it exists and is intact."""
     try:
         entry = _entry(file)
         digests = json.loads((entry / _DIGESTS).read_bytes())
@@ -96,9 +96,9 @@ def _kept(file: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("A remembered tokenizer cannot be read, and is made again: %s", error)
+        log.warning("A cached tokenizer cannot be read, and is converted again: %s", error)
         return None
-    log.warning("The tokenizer kept in %s is damaged, and is made again", entry)
+    log.warning("The tokenizer in %s is damaged, and is converted again", entry)
     return None
 
 
@@ -110,8 +110,8 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def _keep(file: Path, tokenizer: Any) -> None:
-    """Write an entry beside its place and move it there; a cache that cannot be written is no error."""
+def _store(file: Path, tokenizer: Any) -> None:
+    """Write an entry to a temporary folder and rename it; a cache that cannot be written is not an error."""
     try:
         entry = _entry(file)
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -119,22 +119,16 @@ def _keep(file: Path, tokenizer: Any) -> None:
         try:
             tokenizer.save_pretrained(work)
             (work / _DIGESTS).write_text(json.dumps(_digests(work)))
-            if entry.exists() and _kept(file) is None:
+            if entry.exists() and _cached(file) is None:
                 entry.rename(work / "damaged")
-            # Another process may have been faster: then its entry stays.
+            # Another process may have been faster; its entry stays.
             if not entry.exists():
                 shutil.rmtree(work / "damaged", ignore_errors=True)
                 work.rename(entry)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        _prune(entry.parent)
+        entries = [path for path in entry.parent.iterdir() if not path.name.startswith(".")]
+        for path in sorted(entries, key=lambda path: path.stat().st_mtime)[:-_MAX_ENTRIES]:
+            shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
-        log.warning("The tokenizer of %s is not remembered: %s", file, error)
-
-
-def _prune(folder: Path) -> None:
-    entries = sorted(
-        (path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.stat().st_mtime
-    )
-    for path in entries[:-_MAX_ENTRIES]:
-        shutil.rmtree(path, ignore_errors=True)
+        log.warning("The tokenizer of %s is not cached: %s", file, error)

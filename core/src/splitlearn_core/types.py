@@ -1,4 +1,4 @@
-"""Small frozen values that flow between the rooms of the house."""
+"""Small frozen values that flow between the packages of core, and the table of dtypes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPE_BYTES = {
 #: torch's name of a floating dtype -> the safetensors format's.
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
-#: Other names by which people know floating dtypes -> torch's.
+#: Common other names of floating dtypes -> torch's.
 DTYPE_ALIASES = {
     "float": "float32", "fp32": "float32", "f32": "float32", "single": "float32",
     "half": "float16", "fp16": "float16", "f16": "float16",
@@ -39,21 +39,21 @@ DTYPE_FIELDS = ("dtype", "torch_dtype")
 #: The names it may state, which are those that torch itself knows -> torch's first name.
 STATED_DTYPES = {**{name: name for name in FLOAT_DTYPES}, "float": "float32", "half": "float16", "double": "float64"}
 
-#: The dtype that leaves the choice to the checkpoint.
+#: The dtype of the checkpoint.
 AUTO_DTYPE = "auto"
 
 #: The formats of weight files that core reads.
 SAFETENSORS, PYTORCH = "safetensors", "pytorch"
 
-#: Of tensors that are known from the configuration alone, because transformers has to make them of
-#: what is in the files: of quantised weights.
+#: The format of quantised weights: transformers computes the tensors from the files, so that only the configuration
+#: describes them.
 OPAQUE = "quantised"
 
 
 class Component(StrEnum):
     """The kinds of components, in the order in which hidden states pass through them.
 
-    They are the names of the components, too, of a model that is cut in two places; see :func:`component_names`.
+    They are also the names of the components of a model that is cut in two places; see :func:`component_names`.
     """
 
     BOTTOM = "bottom"
@@ -64,8 +64,8 @@ class Component(StrEnum):
 #: The names of the components of a model that is cut in two places.
 THREE: tuple[str, ...] = tuple(Component)
 
-#: What ``parts`` is where it is left out: all components, also of a model that is cut in fewer or more places. That
-#: it is this very object tells it from the same names given by a caller, of which there may be no such components.
+#: Default of ``parts``: all components, also of a model with another number of them. It is recognised by identity,
+#: because a caller who gives the same names means those three.
 ALL_PARTS: tuple[str, ...] = ("bottom", "trunk", "top")
 
 #: The name of a trunk, alone or numbered.
@@ -73,9 +73,9 @@ _TRUNK_NAME = re.compile(r"trunk([1-9][0-9]{0,4})?")
 
 
 def component_names(count: int) -> tuple[str, ...]:
-    """Return the names of the components of a model that is cut into so many, in order.
+    """Return the names of the components of a model that is cut into ``count`` components, in order.
 
-    The first is the bottom and the last the top. A trunk between them is the trunk; of several, each has a number.
+    The first is the bottom and the last the top. A single trunk is ``trunk``; several are numbered from ``trunk1``.
     """
     if count == len(THREE):
         return THREE
@@ -83,27 +83,27 @@ def component_names(count: int) -> tuple[str, ...]:
 
 
 def is_component_name(name: object) -> bool:
-    """Say whether some model has a component of this name."""
+    """Return whether the name can be that of a component."""
     return name in (Component.BOTTOM, Component.TOP) or (
         isinstance(name, str) and _TRUNK_NAME.fullmatch(name) is not None
     )
 
 
 def kind_of(name: str) -> Component:
-    """Return the kind of the component of a name."""
+    """Return the kind of the component with a name."""
     return Component(name) if name in (Component.BOTTOM, Component.TOP) else Component.TRUNK
 
 
 def place_of(name: str) -> tuple[int, int]:
-    """Return what sorts the names of components into the order of the model."""
+    """Return the sort key that puts names of components into the order of the model."""
     number = _TRUNK_NAME.fullmatch(name)
     return list(Component).index(kind_of(name)), int(number[1] or 0) if number else 0
 
 
 def dtype_name(dtype: object) -> str:
-    """Return torch's name of a floating dtype, however it is spelled, or ``auto``; what is neither comes back as text.
+    """Return torch's name of a floating dtype in any spelling, or ``auto``; anything else is returned as text.
 
-    ``torch.float16``, ``"fp16"``, ``"half"`` and ``numpy.float16`` are one; None, as in transformers, is ``auto``.
+    ``torch.float16``, ``"fp16"``, ``"half"`` and ``numpy.float16`` are the same; None, as in transformers, is ``auto``.
     """
     if dtype is None:
         return AUTO_DTYPE
@@ -114,7 +114,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def nearest_dtype(name: str) -> str:
-    """Return the dtype that is most like a name that is none."""
+    """Return the dtype whose name is most similar to an unknown one."""
     names = [*FLOAT_DTYPES, *DTYPE_ALIASES]
     close = difflib.get_close_matches(name.strip().lower().removeprefix("torch."), names, n=1, cutoff=0)[0]
     return DTYPE_ALIASES.get(close, close)
@@ -151,16 +151,16 @@ class TensorInfo:
     """A tensor in a file, known from the file's header alone."""
 
     key: str
-    #: The dtype in the words of the safetensors format: ``F32``, ``BF16``, ...
+    #: The safetensors format's name of the dtype: ``F32``, ``BF16``, ...
     dtype: str
     shape: tuple[int, ...]
-    #: Name of the shard that holds it; empty where there are no weights yet.
+    #: Name of the shard that holds it; empty if there are no weights yet.
     shard: str
-    #: First byte in the shard, counted from the start of the file; 0 where the format is not safetensors.
+    #: First byte, from the start of the shard; 0 if the format is not safetensors.
     begin: int
-    #: One past the last byte; the tensor's bytes where the format is not safetensors.
+    #: One past the last byte; the number of bytes if the format is not safetensors.
     end: int
-    #: Of the shard: ``safetensors``, ``pytorch``, or what an added weight reader names.
+    #: Format of the shard: ``safetensors``, ``pytorch``, or that of a plugin's weight reader.
     format: str = SAFETENSORS
 
     @property
@@ -170,16 +170,16 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a load stands. Bytes are those of the stage; 0 of 0 where a stage counts none."""
+    """The progress of a load. Bytes are those of the stage; 0 of 0 if it counts none."""
 
     #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``,
     #: ``converting``, ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
     stage: str
-    #: The component at work, or None where the stage concerns all of them.
+    #: The name of the component that is worked on, or None if the stage concerns all of them.
     component: str | None = None
     bytes_done: int = 0
     bytes_total: int = 0
-    #: The file at work, where there is one.
+    #: The file that is worked on, if there is one.
     file: str = ""
 
 
@@ -188,12 +188,12 @@ ProgressCallback = Callable[[Progress], None]
 
 _STEP = 1024
 
-#: Bytes of what settings in megabytes count in.
+#: Bytes of the unit of settings in megabytes.
 MEGABYTE = 2**20
 
 
 def human_bytes(count: float) -> str:
-    """Write a number of bytes with a binary unit: 1.5 GiB."""
+    """Return a number of bytes with a binary unit: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < _STEP:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

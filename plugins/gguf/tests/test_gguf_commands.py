@@ -209,13 +209,13 @@ def test_a_damaged_tokenizer_is_made_again(talking: Path, damage: str) -> None:
 def test_a_cache_that_cannot_be_written_is_no_error(
     talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The tokenizer is there all the same, and it is said that it is not remembered."""
+    """The tokenizer is there all the same, and the log says that it is not cached."""
     expected = tokens(talking, [])
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
 
     assert tokens(talking, []) == expected
-    assert "not remembered" in caplog.text
+    assert "not cached" in caplog.text
 
 
 def test_a_split_keeps_the_tokenizer(talking: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

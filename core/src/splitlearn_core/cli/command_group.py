@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from splitlearn_core.errors import BrokenPluginError, PluginConflictError
-from splitlearn_core.plugins.host import printing_aside, repair_of
+from splitlearn_core.plugins.host import plugin_output, repair_of
 from splitlearn_core.plugins.known import COMMANDS
 from splitlearn_core.plugins.metadata import PluginEntry, discover_commands, summary
 from splitlearn_core.quoting import said
@@ -112,7 +112,7 @@ class PackageCommand(click.Command):
             )
         module, _, attribute = entry.module.partition(":")
         try:
-            with printing_aside():
+            with plugin_output():
                 command: object = importlib.import_module(module)
                 for part in (attribute or "command").split("."):
                     command = getattr(command, part)

@@ -18,7 +18,7 @@ from typing import Any
 from splitlearn_core.doctor.report import Check, Finding, Level, Made, Report, findings_of, make, unusable
 from splitlearn_core.environment_errors import halt
 from splitlearn_core.plugins import tracing
-from splitlearn_core.plugins.host import BLOCK_VARIABLE, mend_for
+from splitlearn_core.plugins.host import BLOCK_VARIABLE, fix_hint
 from splitlearn_core.plugins.metadata import PluginEntry, version_of
 from splitlearn_core.plugins.registry import registry
 
@@ -87,7 +87,7 @@ def _plugins(entries: Sequence[PluginEntry]) -> list[Check]:
             f"{_HERE}plugin:check_plugin",
             (entry.kind, entry.name, entry.distribution),
             f"looking at {entry.label} ({entry.what})",
-            mend_for(entry),
+            fix_hint(entry),
         )
         for entry in entries
     ]

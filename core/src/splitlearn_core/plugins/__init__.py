@@ -1,1 +1,1 @@
-"""Discovery, isolation and look-up of plugins. Nothing here imports a plugin that was not asked for."""
+"""Discovery, isolation and look-up of plugins. Nothing here imports a plugin that was not requested."""

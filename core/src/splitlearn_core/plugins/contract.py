@@ -1,129 +1,110 @@
-"""What a plugin's hooks have to look like, for live modules and for type checkers."""
+"""The hook signatures that plugins implement: checked at run time, and as one protocol per hook for type checkers.
+
+A plugin is a module, or an object that an entry point ``module:object`` names. mypy and pyright check either against a
+protocol when it is assigned to a name of that type, in a test file for example::
+
+    import splitlearn_llama
+    from splitlearn_core import FamilyPlugin
+
+    plugin: FamilyPlugin = splitlearn_llama
+
+A misspelt hook, an argument that the hook does not have, or a wrong return type is then an error of the checker.
+Arguments may come in any order. At run time a hook may also omit arguments; the protocols require all, because a
+type checker cannot distinguish an omitted argument from a misspelt one.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from splitlearn_core import hookspecs
 
 if TYPE_CHECKING:
+    import pluggy
+
     from splitlearn_core.family import ModelFamily
     from splitlearn_core.loading_strategy import LoadingStrategy
 
 
 PREFIX = "splitlearn_"
 
-
-def _specifications() -> dict[str, inspect.Signature]:
-    return {
-        name: inspect.signature(function)
-        for name, function in vars(hookspecs).items()
-        if name.startswith(PREFIX) and callable(function)
-    }
-
-
-_SIGNATURES = _specifications()
+_SIGNATURES = {
+    name: inspect.signature(function)
+    for name, function in vars(hookspecs).items()
+    if name.startswith(PREFIX) and callable(function)
+}
 
 #: Hook name -> names of its arguments.
 HOOKS = {name: tuple(signature.parameters) for name, signature in _SIGNATURES.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HookFunction:
-    """A function that a plugin marks as the implementation of a hook, read from its source or looked at alive."""
+def signature_problem(hook: str, implementation: pluggy.HookImpl) -> str:
+    """Return everything that is wrong with a hook implementation, followed by both signatures; empty if it is valid.
 
-    #: The hook: the function's name, or what its mark gives as ``specname``.
-    hook: str
-    #: Names of the arguments that can be passed by position, in order. pluggy passes them so.
-    arguments: tuple[str, ...] = ()
-    #: Those that have a default value; pluggy never passes them.
-    defaulted: tuple[str, ...] = ()
-    #: Arguments that can be passed by name alone.
-    keyword_only: tuple[str, ...] = ()
-    #: ``*args`` and ``**kwargs``, with their stars.
-    variadic: tuple[str, ...] = ()
-    is_async: bool = False
-    #: Marked as a wrapper of other implementations.
-    is_wrapper: bool = False
-    #: Marked as ``optionalhook``: it may belong to a core that this one is not.
-    is_optional: bool = False
-    #: The function as it is written: ``def name(arguments) -> answer``.
-    text: str = ""
-    #: The file and line where it stands; empty where that is not known.
-    where: str = ""
-
-
-def signature_problem(function: HookFunction) -> str:
-    """Say all that is wrong with an implementation, and show it beside the specification; or nothing."""
-    if function.hook not in HOOKS:
-        if function.is_optional:
-            return ""
-        close = difflib.get_close_matches(function.hook, HOOKS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else f" (hooks: {_list(HOOKS)})"
-        return f"there is no hook {function.hook}{meant}" + _shown(close[0] if close else "", function)
-    problems = "; ".join(_problems(function))
-    return f"hook {function.hook} {problems}{_shown(function.hook, function)}" if problems else ""
+    pluggy itself refuses unknown arguments alone. It accepts what would fail, or silently have no effect, in a call:
+    coroutines, keyword-only arguments, defaults, ``*args``, wrappers.
+    """
+    if hook in HOOKS:
+        nearest = hook
+        problem = "; ".join(_problems(hook, implementation))
+        problem = problem and f"hook {hook} {problem}"
+    elif implementation.optionalhook:
+        return ""
+    else:
+        nearest = next(iter(difflib.get_close_matches(hook, HOOKS, n=1)), "")
+        suggestion = f"; did you mean {nearest}?" if nearest else f" (hooks: {_list(HOOKS)})"
+        problem = f"there is no hook {hook}{suggestion}"
+    if not problem:
+        return ""
+    if nearest:
+        problem += f"\n  specified: {_definition(nearest, _SIGNATURES[nearest])}"
+    function = implementation.function
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    place = f"  ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    keyword = "async " if _is_async(function) else ""
+    name = getattr(function, "__name__", hook)
+    return f"{problem}\n  found:     {keyword}{_definition(name, inspect.signature(function))}{place}"
 
 
-def without_hooks(module: str, names: Iterable[str]) -> str:
-    """Say that a module implements no hook, and which of its names look like one that lacks its mark."""
-    near = [name for name in names if name.startswith(PREFIX)]
-    return f"module {module!r} implements no hook" + (f"; is {near[0]} marked with @hookimpl?" if near else "")
-
-
-def signature_text(name: str, signature: inspect.Signature, *, is_async: bool = False) -> str:
-    """Write a signature as its author wrote it: annotations that are texts without quotes."""
-    parameters = [
-        parameter.replace(annotation=_bare(parameter.annotation)) for parameter in signature.parameters.values()
+def _problems(hook: str, implementation: pluggy.HookImpl) -> Iterator[str]:
+    allowed = HOOKS[hook]
+    parameters = inspect.signature(implementation.function).parameters.values()
+    if _is_async(implementation.function):
+        yield "is asynchronous: hooks return at once, write a plain def"
+    if implementation.wrapper or implementation.hookwrapper:
+        yield "is marked as a wrapper, but only its own plugin is called: return the result instead"
+    variadic = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    unknown = [p.name for p in parameters if p not in variadic and p.name not in allowed]
+    if unknown:
+        near = [match for name in unknown for match in difflib.get_close_matches(name, allowed, n=1)]
+        suggestion = f" (did you mean {_list(near)}?)" if near else ""
+        yield f"has no argument {_list(unknown)}{suggestion}; it may take ({_list(allowed)})"
+    if unknown[:1] == ["self"]:
+        yield "is a method of a class: create an instance, and name that in the entry point"
+    if variadic:
+        names = _list(f"{'*' if p.kind is p.VAR_POSITIONAL else '**'}{p.name}" for p in variadic)
+        yield f"takes {names}, which is never passed; name the arguments"
+    defaults = [p.name for p in parameters if p.default is not p.empty]
+    if defaults:
+        yield f"has a default value for {_list(defaults)}, which would never be passed; remove it"
+    keyword_only = [
+        p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in allowed and p.default is p.empty
     ]
-    plain = signature.replace(parameters=parameters, return_annotation=_bare(signature.return_annotation))
-    return f"{'async ' if is_async else ''}def {name}{plain}"
+    if keyword_only:
+        yield f"takes {_list(keyword_only)} by keyword only, but is called by position; remove the '*'"
 
 
-def _problems(function: HookFunction) -> Iterator[str]:
-    known = HOOKS[function.hook]
-    if function.is_async:
-        yield "is asynchronous: hooks answer at once, write a plain def"
-    if function.is_wrapper:
-        yield "is marked as a wrapper, and only its own plugin is ever asked: answer it instead"
-    foreign = [name for name in (*function.arguments, *function.keyword_only) if name not in known]
-    if foreign:
-        near = [match for name in foreign for match in difflib.get_close_matches(name, known, n=1)]
-        meant = f" (did you mean {_list(near)}?)" if near else ""
-        yield f"has no argument {_list(foreign)}{meant}; it may take ({_list(known)})"
-    if "self" in foreign[:1]:
-        yield "is a method of a class: make an object of the class, and name that in the entry point"
-    if function.variadic:
-        yield f"takes {_list(function.variadic)}, which is never passed; name the arguments"
-    if function.defaulted:
-        yield f"has a default value for {_list(function.defaulted)}, which would never be passed; drop it"
-    by_name = [name for name in function.keyword_only if name in known and name not in function.defaulted]
-    if by_name:
-        yield f"takes {_list(by_name)} by name alone, and is called by position; drop the '*'"
+def _is_async(function: Callable[..., object]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
-def _shown(hook: str, function: HookFunction) -> str:
-    """Show both signatures, each on a line of its own."""
-    place = f"  ({function.where})" if function.where else ""
-    specified = f"\n  specified: {signature_text(hook, _SIGNATURES[hook])}" if hook else ""
-    return f"{specified}\n  found:     {function.text}{place}" if function.text else specified
-
-
-class _Bare(str):
-    """An annotation that shows itself without quotes."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _bare(annotation: object) -> object:
-    return _Bare(annotation) if isinstance(annotation, str) else annotation
+def _definition(name: str, signature: inspect.Signature) -> str:
+    # Postponed annotations are strings, which inspect shows in quotes.
+    return f"def {name}" + re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(signature))
 
 
 def _list(names: Iterable[str]) -> str:

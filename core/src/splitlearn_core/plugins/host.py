@@ -2,283 +2,278 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import pluggy
 
 from splitlearn_core import hookspecs
-from splitlearn_core.errors import BrokenPluginError
+from splitlearn_core.errors import BrokenPluginError, translate
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plugins.contract import HookFunction, signature_problem, signature_text, without_hooks
+from splitlearn_core.plugins.contract import PREFIX, signature_problem
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
-from splitlearn_core.plugins.tracing import HOOK, IMPORT, NOT_IMPLEMENTED, traced
+from splitlearn_core.plugins.tracing import HOOK, IMPORT, traced
 from splitlearn_core.quoting import said
 
 if TYPE_CHECKING:
     from splitlearn_core.loading_strategy import LoadingStrategy
 
 
-#: The hook that answers with what an entry point of a kind names.
-_PROVIDING = {FAMILY: "splitlearn_model_families", STRATEGY: "splitlearn_loading_strategies"}
+#: Kind of entry point -> the hook that returns what it names.
+PROVIDING_HOOKS = {FAMILY: "splitlearn_model_families", STRATEGY: "splitlearn_loading_strategies"}
+#: A block-list of plugins: entry-point or distribution names.
+BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
+#: What a plugin's code may raise, and what only its own plugin may suffer from.
+_ANY = (Exception, SystemExit)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedPlugin:
-    """A plugin that was imported, verified and registered."""
+    """A plugin that was imported and verified, alone in a plugin manager of its own."""
 
     entry: PluginEntry
-    families: Mapping[str, ModelFamily]
-    strategies: tuple[LoadingStrategy, ...]
+    manager: pluggy.PluginManager
+    #: Names of the hooks that it implements.
     hooks: tuple[str, ...]
-    plugin: object
+    families: Mapping[str, ModelFamily] = field(default_factory=dict)
+    strategies: tuple[LoadingStrategy, ...] = ()
 
     def strategy(self, name: str) -> LoadingStrategy | None:
         """Return the strategy of a name, or None where the plugin has none."""
         return next((strategy for strategy in self.strategies if strategy.name == name), None)
 
+    def call(self, hook: str, **arguments: object) -> list[Any]:
+        """Call a hook, and return its results other than None; iterables become lists, mappings become dicts.
 
-def broken(entry: PluginEntry, why: str, hint: str = "") -> BrokenPluginError:
-    return BrokenPluginError(f"plugin {entry.label} ({entry.what}) is broken: {why}", hint=mend_for(entry, hint))
+        Raises:
+            BrokenPluginError: The hook raises, or returns a coroutine.
+        """
+        if hook not in self.hooks:
+            return []
+        with (
+            translate(
+                lambda error: broken(self.entry, f"hook {hook} raised {said(error)}", _field_hint(error)),
+                _ANY,
+                unchanged=(),
+            ),
+            traced(HOOK, self.entry, hook, **arguments) as step,
+            plugin_output(),
+        ):
+            results: list[Any] = getattr(self.manager.hook, hook)(**arguments)
+            # Generators run only now, and a mapping may compute its values on access.
+            results = [dict(r) if isinstance(r, Mapping) else list(r) if _is_list(r) else r for r in results]
+            step["answer"] = results[0] if len(results) == 1 else results or None
+        for coroutine in filter(inspect.iscoroutine, results):
+            coroutine.close()
+            raise broken(self.entry, f"hook {hook} returned a coroutine: hooks return at once")
+        return results
+
+    def call_list(self, hook: str) -> list[Any]:
+        """Call a hook that returns an iterable, and return its items."""
+        results = self.call(hook)
+        # pluggy drops None. From the hook that the entry point stands for, that is a forgotten return.
+        if not results and hook in self.hooks and hook == PROVIDING_HOOKS[self.entry.kind]:
+            raise broken(self.entry, f"hook {hook} returned None, not a list", "let the hook return the list")
+        for result in results:
+            if not isinstance(result, list):
+                problem = f"hook {hook} returned {result!r}, not a list"
+                raise broken(self.entry, problem, "let the hook return a list")
+        return [item for result in results for item in result]
 
 
-def import_plugin(entry: PluginEntry) -> object:
-    name, _, attribute = entry.module.partition(":")
-    try:
-        with traced(IMPORT, entry, entry.module), printing_aside():
-            plugin: object = importlib.import_module(name)
-            for part in filter(None, attribute.split(".")):
-                plugin = getattr(plugin, part)
-    # A plugin's module is foreign code: whatever it does to itself must not reach the others.
-    except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
-        package = missing.split(".")[0]
-        hint = f"pip install {package}" if package and package != name.split(".")[0] else ""
-        raise broken(entry, f"importing {name!r} failed: {said(error)}", hint) from error
-    return plugin
-
-
-def hook_functions(entry: PluginEntry, plugin: object) -> list[HookFunction]:
-    """Return what a plugin marks as implementations of hooks, right or wrong.
+def load_plugin(entry: PluginEntry) -> LoadedPlugin:
+    """Import a plugin, verify its hooks, and call those that say what it provides.
 
     Raises:
-        BrokenPluginError: Looking at the plugin fails.
+        BrokenPluginError: Importing or a hook fails, or the plugin does not follow the hook specifications.
     """
-    mark = f"{hookspecs.PROJECT}_impl"
-    try:
-        with printing_aside():
-            members = inspect.getmembers(plugin, inspect.isroutine)
-        marked = [(name, function) for name, function in members if hasattr(function, mark)]
-        return [_described(name, function, getattr(function, mark)) for name, function in marked]
-    # Looking at an attribute may run code of the plugin.
-    except (Exception, SystemExit) as error:
-        raise broken(entry, f"looking at its hooks failed: {said(error)}") from error
+    loaded = _verified(entry, _imported(entry))
+    families = _families(entry, loaded.call_list("splitlearn_model_families"))
+    strategies = _strategies(entry, loaded.call_list("splitlearn_loading_strategies"))
+    return replace(loaded, families=families, strategies=strategies)
 
 
-def verify_hooks(entry: PluginEntry, plugin: object) -> tuple[str, ...]:
-    """Check every hook implementation before pluggy sees the plugin; return the names of the hooks.
-
-    Raises:
-        BrokenPluginError: An implementation is not as its specification asks; all are named.
-    """
-    hooks = hook_functions(entry, plugin)
-    problems = list(filter(None, map(signature_problem, hooks)))
-    if problems:
-        raise broken(entry, "\n".join(problems))
-    if not hooks:
-        raise broken(entry, without_hooks(entry.module, dir(plugin)))
-    return tuple(function.hook for function in hooks)
+def broken(entry: PluginEntry, problem: str, hint: str = "") -> BrokenPluginError:
+    return BrokenPluginError(f"plugin {entry.label} ({entry.what}) is broken: {problem}", hint=fix_hint(entry, hint))
 
 
-def _described(name: str, function: Any, options: Mapping[str, Any]) -> HookFunction:
-    signature = inspect.signature(function)
-    parameters = signature.parameters.values()
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return HookFunction(
-        hook=options.get("specname") or name,
-        arguments=tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)),
-        defaulted=tuple(p.name for p in parameters if p.default is not p.empty),
-        keyword_only=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
-        variadic=tuple(stars[p.kind] + p.name for p in parameters if p.kind in stars),
-        is_async=is_async,
-        is_wrapper=bool(options.get("wrapper") or options.get("hookwrapper")),
-        is_optional=bool(options.get("optionalhook")),
-        text=signature_text(name, signature, is_async=is_async),
-        where=f"{code.co_filename}:{code.co_firstlineno}" if code else "",
-    )
-
-
-def call(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str, **arguments: object) -> list[Any]:
-    """Call one hook of one plugin; what it raises is its own fault and says so."""
-    others = [plugin for plugin in manager.get_plugins() if plugin is not loaded.plugin]
-    try:
-        with traced(HOOK, loaded.entry, hook, arguments) as answered, printing_aside():
-            answers: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
-            # A generator runs only now, and a mapping may compute its values when they are looked up.
-            settled = [dict(a) if isinstance(a, Mapping) else list(a) if _is_list(a) else a for a in answers]
-            answered(_shown(loaded, hook, settled))
-    # Foreign code again, see import_plugin.
-    except (Exception, SystemExit) as error:
-        raise broken(loaded.entry, f"hook {hook} raised {said(error)}") from error
-    for answer in filter(inspect.iscoroutine, settled):
-        answer.close()
-        raise broken(loaded.entry, f"hook {hook} answered a coroutine: hooks answer at once")
-    return settled
-
-
-def _shown(loaded: LoadedPlugin, hook: str, settled: list[Any]) -> object:
-    """Return what a trace says was answered; pluggy leaves out who answers None, and who does not implement a hook."""
-    if not settled:
-        return None if hook in loaded.hooks else NOT_IMPLEMENTED
-    return settled[0] if len(settled) == 1 else settled
-
-
-def _is_list(answer: object) -> bool:
-    return isinstance(answer, Iterable) and not isinstance(answer, str | bytes | Mapping)
-
-
-def answers(manager: pluggy.PluginManager, loaded: LoadedPlugin, hook: str) -> list[Any]:
-    """Call a hook that answers with an iterable, and return the items of all answers."""
-    items: list[Any] = []
-    found = call(manager, loaded, hook)
-    # pluggy leaves out who answers None. Of the hook that the plugin is there for, that is a forgotten return.
-    if not found and hook in loaded.hooks and hook == _PROVIDING[loaded.entry.kind]:
-        raise broken(loaded.entry, f"hook {hook} answered None, not a list", "let the hook return the list")
-    for answer in found:
-        if not isinstance(answer, list):
-            raise broken(loaded.entry, f"hook {hook} answered {answer!r}, not a list", "let the hook return a list")
-        items += answer
-    return items
-
-
-def families_of(entry: PluginEntry, items: list[Any]) -> dict[str, ModelFamily]:
-    families: dict[str, ModelFamily] = {}
-    for item in items:
-        if not isinstance(item, ModelFamily):
-            raise broken(entry, f"hook splitlearn_model_families answered {item!r}, which is no ModelFamily")
-        if item.model_type in families:
-            raise broken(entry, f"hook splitlearn_model_families answered {item.model_type!r} twice")
-        families[item.model_type] = item
-    if entry.kind == FAMILY and entry.name not in families:
-        provided = ", ".join(sorted(families)) or "none"
-        raise broken(
-            entry,
-            f"its entry point is named {entry.name!r}, but hook splitlearn_model_families provides {provided}",
-            "name the entry point after the model type",
-        )
-    return families
-
-
-def strategies_of(entry: PluginEntry, items: list[Any]) -> tuple[LoadingStrategy, ...]:
-    if items:
-        _check_strategies(entry, items)
-    names = [strategy.name for strategy in items]
-    if entry.kind == STRATEGY and entry.name not in names:
-        raise broken(
-            entry,
-            f"its entry point is named {entry.name!r}, "
-            f"but hook splitlearn_loading_strategies provides {', '.join(sorted(names)) or 'none'}",
-            "name the entry point after the strategy",
-        )
-    return tuple(items)
-
-
-def _check_strategies(entry: PluginEntry, items: list[Any]) -> None:
-    from splitlearn_core.loading_strategy import LoadingStrategy, reserved_names
-
-    taken = set(reserved_names())
-    for item in items:
-        if not isinstance(item, LoadingStrategy) or not isinstance(item.name, str):
-            raise broken(entry, f"hook splitlearn_loading_strategies answered {item!r}, which is no LoadingStrategy")
-        if item.name in taken:
-            raise broken(entry, f"hook splitlearn_loading_strategies: the name {item.name!r} is taken")
-        taken.add(item.name)
-
-
-def mapping_problem(mapping: object, checkpoint_keys: Sequence[str]) -> str:
-    if not isinstance(mapping, Mapping):
-        return f"it answered {type(mapping).__name__}, not a mapping"
-    left_out = sorted(set(checkpoint_keys) - set(mapping))
-    if left_out:
-        return f"no answer for {len(left_out)} of {len(checkpoint_keys)} keys: {', '.join(left_out[:5])}"
-    targets: dict[str, str] = {}
-    for key in checkpoint_keys:
-        target = mapping[key]
-        if not isinstance(target, str | None):
-            return f"{key!r} is mapped to {target!r}, not to a name or None"
-        if target is not None and targets.setdefault(target, key) != key:
-            return f"{targets[target]!r} and {key!r} are both mapped to {target!r}"
-    return ""
-
-
-#: A block-list of plugins: entry-point or distribution names.
-BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
-
-
-def mend_for(entry: PluginEntry, how: str = "") -> str:
-    """Return the way out for those who have a plugin that is broken.
+def fix_hint(entry: PluginEntry, fix: str = "") -> str:
+    """Return the hint for users who have a broken plugin installed.
 
     Args:
-        entry: The plugin's.
-        how: What mends it, where that is known; by default what its installation suggests.
+        entry: The plugin's entry point.
+        fix: What fixes it, if known; by default what its kind of installation suggests.
     """
-    return f"{how or repair_of(entry)}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}"
+    return f"{fix or repair_of(entry)}; or leave the plugin out: {BLOCK_VARIABLE}={entry.distribution}"
 
 
 def repair_of(entry: PluginEntry) -> str:
-    """Say who can fix a package: the owner of its checkout, or its authors, whose newer version may have done so."""
+    """Return what fixes a broken package: an edit of its source, or a newer version by its authors."""
     if entry.editable:
-        return f"mend it in {entry.origin}"
+        return f"fix it in {entry.origin}"
     if entry.is_local:
-        return f"mend it where {entry.origin} was made, and install it again"
+        return f"fix it in the source of {entry.origin}, and install it again"
     if entry.origin:
         return f"report it to its authors ({entry.origin})"
     return f"pip install --upgrade {entry.distribution}, or report it to its authors"
 
 
-#: Whether a plugin's code is running: each thread has a value of its own.
-_ASIDE: ContextVar[bool] = ContextVar("splitlearn_printing_aside", default=False)
+def _imported(entry: PluginEntry) -> object:
+    name, _, attribute = entry.module.partition(":")
+
+    def failure(error: BaseException) -> BrokenPluginError:
+        missing = (error.name if isinstance(error, ModuleNotFoundError) else None) or ""
+        package = missing.partition(".")[0]
+        hint = f"pip install {package}" if package and package != name.partition(".")[0] else ""
+        return broken(entry, f"importing {name!r} failed: {said(error)}", hint)
+
+    with translate(failure, _ANY, unchanged=()), traced(IMPORT, entry, entry.module), plugin_output():
+        plugin: object = importlib.import_module(name)
+        for part in filter(None, attribute.split(".")):
+            plugin = getattr(plugin, part)
+    return plugin
+
+
+def _verified(entry: PluginEntry, plugin: object) -> LoadedPlugin:
+    """Register a plugin in a manager of its own, and check each of its hook implementations."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    with (
+        translate(lambda error: broken(entry, f"inspecting its hooks failed: {said(error)}"), _ANY, unchanged=()),
+        plugin_output(),
+    ):
+        # Before the specifications are added: pluggy would stop at the first problem, and show no specification.
+        manager.register(plugin)
+        implementations = [
+            (caller.name, implementation)
+            for caller in manager.get_hookcallers(plugin) or ()
+            for implementation in caller.get_hookimpls()
+        ]
+        problems = [signature_problem(hook, implementation) for hook, implementation in implementations]
+        names = dir(plugin)
+    if any(problems):
+        raise broken(entry, "\n".join(filter(None, problems)))
+    if not implementations:
+        unmarked = next((name for name in names if name.startswith(PREFIX)), "")
+        question = f"; is {unmarked} marked with @hookimpl?" if unmarked else ""
+        raise broken(entry, f"module {entry.module!r} implements no hook{question}")
+    with translate(lambda error: broken(entry, said(error)), pluggy.PluginValidationError):
+        manager.add_hookspecs(hookspecs)
+    return LoadedPlugin(entry, manager, tuple(dict.fromkeys(hook for hook, _ in implementations)))
+
+
+def _field_hint(error: BaseException) -> str:
+    """Return the field of ModelFamily that was probably meant, where a plugin gave one that does not exist."""
+    unknown = re.match(r"ModelFamily\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown is None:
+        return ""
+    names = [known.name for known in fields(ModelFamily)]
+    close = difflib.get_close_matches(unknown[1], names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"ModelFamily has the fields {', '.join(names)}"
+
+
+def _is_list(result: object) -> bool:
+    return isinstance(result, Iterable) and not isinstance(result, str | bytes | Mapping)
+
+
+def _families(entry: PluginEntry, items: list[Any]) -> dict[str, ModelFamily]:
+    families: dict[str, ModelFamily] = {}
+    for item in items:
+        if not isinstance(item, ModelFamily):
+            raise broken(entry, f"hook splitlearn_model_families returned {item!r}, which is not a ModelFamily")
+        if item.model_type in families:
+            raise broken(entry, f"hook splitlearn_model_families returned {item.model_type!r} twice")
+        families[item.model_type] = item
+    if entry.kind == FAMILY:
+        _check_name(entry, "model type", families)
+    return families
+
+
+def _strategies(entry: PluginEntry, items: list[Any]) -> tuple[LoadingStrategy, ...]:
+    if items:
+        from splitlearn_core.loading_strategy import LoadingStrategy, reserved_names
+
+        hook, taken = "splitlearn_loading_strategies", set(reserved_names())
+        for item in items:
+            if not isinstance(item, LoadingStrategy) or not isinstance(item.name, str):
+                raise broken(entry, f"hook {hook} returned {item!r}, which is not a LoadingStrategy")
+            if item.name in taken:
+                raise broken(entry, f"hook {hook}: the name {item.name!r} is taken")
+            taken.add(item.name)
+    if entry.kind == STRATEGY:
+        _check_name(entry, "strategy", [strategy.name for strategy in items])
+    return tuple(items)
+
+
+def _check_name(entry: PluginEntry, what: str, provided: Iterable[str]) -> None:
+    if entry.name not in provided:
+        raise broken(
+            entry,
+            f"its entry point is named {entry.name!r}, but hook {PROVIDING_HOOKS[entry.kind]} provides "
+            f"{', '.join(sorted(provided)) or 'none'}",
+            f"name the entry point after the {what}",
+        )
+
+
+def mapping_problem(mapping: object, checkpoint_keys: Sequence[str]) -> str:
+    """Say what is wrong with the result of ``splitlearn_map_weight_keys``; empty if it is valid."""
+    if not isinstance(mapping, Mapping):
+        return f"it returned {type(mapping).__name__}, not a mapping"
+    absent = sorted(set(checkpoint_keys) - set(mapping))
+    if absent:
+        return f"no entry for {len(absent)} of {len(checkpoint_keys)} keys: {', '.join(absent[:5])}"
+    sources: dict[str, str] = {}
+    for key in checkpoint_keys:
+        target = mapping[key]
+        if not isinstance(target, str | None):
+            return f"{key!r} is mapped to {target!r}, not to a name or None"
+        if target is not None and sources.setdefault(target, key) != key:
+            return f"{sources[target]!r} and {key!r} are both mapped to {target!r}"
+    return ""
+
+
+#: Whether the code of a plugin is running in this thread.
+_IN_PLUGIN: ContextVar[bool] = ContextVar("splitlearn_in_plugin", default=False)
 
 
 @contextmanager
-def printing_aside() -> Iterator[None]:
-    """Mark what this thread runs as a plugin's code; it matters inside :func:`stdout_for_data`."""
-    before = _ASIDE.set(True)
+def plugin_output() -> Iterator[None]:
+    """Mark what this thread runs as a plugin's code, whose output :func:`stdout_for_data` redirects."""
+    before = _IN_PLUGIN.set(True)
     try:
         yield
     finally:
-        _ASIDE.reset(before)
+        _IN_PLUGIN.reset(before)
 
 
 @contextmanager
 def stdout_for_data() -> Iterator[None]:
-    """Send to stderr what plugins print to ``sys.stdout``, and let through what all others print.
+    """Redirect to stderr what plugins write to ``sys.stdout``, and only that.
 
-    What goes past ``sys.stdout`` (a library in C, another process) is not held up.
+    What bypasses ``sys.stdout`` (a C library, a child process) is not redirected.
     """
     data = sys.stdout
-    # None where it is closed: then printing does nothing, and should go on doing it.
+    # None if it is closed: then printing does nothing, and should go on doing so.
     if data is not None:
-        sys.stdout = cast("TextIO", _Sorting(data))
+        sys.stdout = cast("TextIO", _PluginAwareStdout(data))
     try:
         yield
     finally:
         sys.stdout = data
 
 
-class _Sorting:
-    """Is stdout to whoever prints data, and stderr to a plugin."""
+class _PluginAwareStdout:
+    """Is stderr to the code of plugins, and stdout to all other code."""
 
     def __init__(self, data: TextIO) -> None:
         self._data = data
 
     def __getattr__(self, name: str) -> Any:
-        return getattr((sys.stderr or self._data) if _ASIDE.get() else self._data, name)
+        return getattr((sys.stderr or self._data) if _IN_PLUGIN.get() else self._data, name)

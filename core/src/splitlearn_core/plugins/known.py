@@ -1,6 +1,6 @@
-"""What is known of model types and commands that no installed package provides, and what to do about it. Pure.
+"""Advice on model types and commands that no installed package provides. Pure.
 
-What leads nowhere is not proposed: the tables say what ``splitlearn plugins new`` does with each type of
+Only what works is proposed: the tables list what ``splitlearn plugins new`` does with each type of
 transformers 5.24, and a test holds them against it.
 """
 
@@ -56,7 +56,7 @@ _ENCODER_DECODERS = """
     switch_transformers t5 t5gemma t5gemma2 umt5
 """
 ENCODER_DECODERS = frozenset(_ENCODER_DECODERS.split())
-#: A checkpoint of several models -> the type of its language model, and how that is saved alone.
+#: A checkpoint of several models -> the type of its language model, and the code that saves that model.
 _TEXT_OF = {
     "gemma3": (
         "gemma3_text",
@@ -81,19 +81,19 @@ _CHECK = 'check "model_type" in config.json; if a plugin for it is installed, sp
 
 
 def is_known(model_type: str) -> bool:
-    """Say whether it is a type of transformers of which something is known, and no misspelt name of another."""
+    """Return whether a table has the model type, which is then not a misspelling of another."""
     return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS, *_TEXT_OF}
 
 
 def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False) -> str:
-    """Say what to do with a model of a type that no installed plugin provides.
+    """Return what to do with a model of a type that no installed plugin provides.
 
-    A type comes out of anybody's config.json: a command is made of it only where a table has it.
+    The type comes from an untrusted config.json: a command contains it only if a table has it.
 
     Args:
         model_type: The type.
         provided: The types that installed plugins provide.
-        encodes: Whether the configuration says that the model has an encoder (``is_encoder_decoder``).
+        encodes: Whether the model has an encoder according to its configuration (``is_encoder_decoder``).
     """
     if not isinstance(model_type, str) or not _TYPE.fullmatch(model_type):
         return _CHECK
@@ -113,5 +113,5 @@ def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool
 
 
 def text_model(model_type: str, provided: tuple[str, ...] = ()) -> str:
-    """Say how the language model of a checkpoint of several models is saved alone; empty where that is not known."""
+    """Return how to save the language model of a checkpoint of several models; empty if that is unknown."""
     return way_out(model_type, provided) if model_type in _TEXT_OF else ""

@@ -1,4 +1,4 @@
-"""The only module that reads installed metadata: which plugins are there, without importing any."""
+"""Installed plugins, from package metadata alone: none is imported. No other module reads that metadata."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY}
 API_GROUP = "splitlearn.plugin_api"
 CORE = "splitlearn-core"
 
-#: How the names of files end that pip installs.
+#: Suffixes of the archives that pip installs.
 _ARCHIVES = {".whl", ".zip", ".gz", ".bz2", ".xz", ".tgz"}
 _GROUP_LINE = re.compile(r"^\s*\[(.+?)\]", re.MULTILINE)
-#: From how alike a group's name is to one of ours on it is taken for a slip of the pen.
-_ALIKE = 0.8
+#: Similarity from which the name of a group counts as a misspelling of one of ours.
+_MIN_SIMILARITY = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class PluginEntry:
     origin: str = ""
     editable: bool = False
     plugin_api: str = "1"
-    #: What the distribution demands of core, ``>=0.1``; empty where it demands nothing.
+    #: The version of core that the distribution requires, ``>=0.1``; empty if it does not say.
     requires_core: str = ""
     #: ``family``, ``strategy`` or ``command``.
     kind: str = FAMILY
@@ -85,7 +85,7 @@ class PluginEntry:
 
     @property
     def provenance(self) -> str:
-        """Where it was installed from, in few words: ``index``, ``editable PATH``, ``local PATH``, ``file NAME``."""
+        """Where it was installed from: ``index``, ``editable PATH``, ``local PATH``, ``file NAME``."""
         if self.editable:
             return f"editable {self.origin}"
         if not self.is_local:
@@ -98,14 +98,14 @@ class PluginEntry:
         return f"{self.distribution} {self.version}"
 
     def is_named(self, names: frozenset[str]) -> bool:
-        """Say whether a list of canonical names holds the entry point's or the distribution's."""
+        """Return whether canonical names include that of the entry point or of the distribution."""
         return bool(names & {canonicalize_name(self.name), canonicalize_name(self.distribution)})
 
 
 def discover() -> tuple[PluginEntry, ...]:
     """Return the plugins of all installed distributions, families first, sorted by name and distribution.
 
-    A damaged distribution, whether it holds a plugin or not, costs nobody else's plugin.
+    A damaged distribution does not affect the plugins of others.
     """
     return _discover(KINDS)
 
@@ -116,26 +116,26 @@ def discover_commands() -> tuple[PluginEntry, ...]:
 
 
 def _discover(kinds: Mapping[str, str]) -> tuple[PluginEntry, ...]:
-    found: dict[str, PluginEntry] = {}
+    entries: dict[str, PluginEntry] = {}
     for distribution in importlib_metadata.distributions():
         # The backport's iterator is typed by a protocol that its own classes satisfy.
         for entry in _entries(cast("importlib_metadata.Distribution", distribution), kinds):
-            # A copy of a distribution that comes later on the path is shadowed by the first.
-            found.setdefault(f"{canonicalize_name(entry.distribution)} {entry.kind} {entry.name}", entry)
-    return tuple(sorted(found.values(), key=lambda entry: (entry.kind, entry.name, entry.distribution)))
+            # A copy of a distribution later on the path is shadowed by the first.
+            entries.setdefault(f"{canonicalize_name(entry.distribution)} {entry.kind} {entry.name}", entry)
+    return tuple(sorted(entries.values(), key=lambda entry: (entry.kind, entry.name, entry.distribution)))
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A distribution as its files state it, whatever state they are in; for those who look for faults."""
+    """A distribution as its files describe it, damaged ones too; for diagnosis."""
 
     #: The canonical name.
     name: str
-    #: Empty where no file says it.
+    #: Empty if no file states it.
     version: str
     #: The folder of its metadata.
     info: Path
-    #: The folder that its modules are in, as far as it is not editable.
+    #: The folder of its modules, unless it is editable.
     home: Path
     #: Group, name and value of each entry point.
     points: tuple[tuple[str, str, str], ...] = ()
@@ -143,30 +143,30 @@ class Installed:
     requires: tuple[str, ...] = ()
     origin: str = ""
     editable: bool = False
-    #: Why its metadata cannot be read; empty where it can.
+    #: Why its metadata cannot be read; empty if it can.
     problem: str = ""
 
 
 def installed(names: Iterable[str] = ()) -> tuple[Installed, ...]:
-    """Return the distributions that have to do with plugins, in the order of the path, shadowed ones too.
+    """Return the distributions that concern plugins, in the order of the path, shadowed ones too.
 
-    These are those whose name begins with ``splitlearn``, those with an entry point in a group that is
-    ours or looks like it, and those that are named.
+    Their name begins with ``splitlearn`` or is in ``names``, or they have an entry point in a group that is
+    ours or resembles one.
     """
     wanted = {str(canonicalize_name(name)) for name in names}
-    found: dict[Path, Installed] = {}
+    by_folder: dict[Path, Installed] = {}
     for distribution in importlib_metadata.distributions():
-        one = _look_at(cast("importlib_metadata.Distribution", distribution), wanted)
-        if one is not None:
+        described = _describe(cast("importlib_metadata.Distribution", distribution), wanted)
+        if described is not None:
             # A folder may be on the path twice, under two names.
-            found.setdefault(one.info.resolve(), one)
-    return tuple(found.values())
+            by_folder.setdefault(described.info.resolve(), described)
+    return tuple(by_folder.values())
 
 
 def nearest_group(group: str) -> str:
-    """Return the group of ours that a group's name means or looks like; empty where it looks like none."""
+    """Return the group of ours that a name is or resembles; empty if it resembles none."""
     ours = (*KINDS, COMMAND_GROUP, API_GROUP)
-    close = difflib.get_close_matches(group.lower().replace("-", "."), ours, n=1, cutoff=_ALIKE)
+    close = difflib.get_close_matches(group.lower().replace("-", "."), ours, n=1, cutoff=_MIN_SIMILARITY)
     if close:
         return close[0]
     squeezed = re.sub("[^a-z]", "", group.lower())
@@ -174,10 +174,10 @@ def nearest_group(group: str) -> str:
 
 
 def version_of(name: str) -> str | None:
-    """Return the version of an installed distribution; None where there is none, or none that it states."""
+    """Return the version of an installed distribution; None if it is not installed or states no version."""
     try:
         return str(importlib_metadata.version(name) or "") or None
-    # By version of the backport, what is missing or damaged is any of these.
+    # The error for missing or damaged metadata depends on the version of the backport.
     except (importlib_metadata.PackageNotFoundError, AttributeError, KeyError, TypeError, ValueError, OSError):
         return None
 
@@ -189,7 +189,7 @@ def core_version() -> str:
 
 
 def summary(distribution: str) -> str:
-    """Return the line in which a distribution says what it is; empty where its metadata is damaged."""
+    """Return the one-line description of a distribution; empty if its metadata is damaged."""
     try:
         return str(importlib_metadata.metadata(distribution).get("Summary") or "")
     # As in version_of.
@@ -199,7 +199,7 @@ def summary(distribution: str) -> str:
 
 def _entries(distribution: importlib_metadata.Distribution, kinds: Mapping[str, str]) -> list[PluginEntry]:
     try:
-        # Most distributions have no plugin, and parsing them all is most of the scan.
+        # Most distributions have no plugin, and parsing their entry points would take most of the scan.
         text = distribution.read_text("entry_points.txt") or ""
         if not any(group in text for group in kinds):
             return []
@@ -211,16 +211,26 @@ def _entries(distribution: importlib_metadata.Distribution, kinds: Mapping[str, 
     origin, editable = _origin(distribution)
     api = next((point.value for point in points if point.group == API_GROUP), "1")
     return [
-        PluginEntry(point.name, _module(point), name, version, origin, editable, api, requires, kinds[point.group])
+        PluginEntry(
+            point.name,
+            point.value.partition("[")[0].strip(),
+            name,
+            version,
+            origin,
+            editable,
+            api,
+            requires,
+            kinds[point.group],
+        )
         for point in points
         if point.group in kinds
     ]
 
 
-def _look_at(distribution: importlib_metadata.Distribution, wanted: set[str]) -> Installed | None:
-    """Read a distribution that has to do with plugins, or is wanted; None of any other."""
+def _describe(distribution: importlib_metadata.Distribution, wanted: set[str]) -> Installed | None:
+    """Read a distribution that concerns plugins or is wanted; None for any other."""
     home = Path(str(distribution.locate_file("")))
-    # The folder's name is all that is left where METADATA is gone.
+    # The only source of the name if METADATA is gone.
     info = Path(str(getattr(distribution, "_path", home)))
     name = str(canonicalize_name(info.name.partition("-")[0].removesuffix(".egg")))
     try:
@@ -237,23 +247,19 @@ def _look_at(distribution: importlib_metadata.Distribution, wanted: set[str]) ->
         return Installed(
             str(canonicalize_name(fields["Name"])), fields["Version"], info, home, points, requires, origin, editable
         )
-    # As in version_of: whatever is wrong with it is what is wanted to be known.
+    # As in version_of; the caller reports what is wrong.
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         return Installed(name, "", info, home, problem=said(error))
 
 
-def _module(point: importlib_metadata.EntryPoint) -> str:
-    return point.value.partition("[")[0].strip()
-
-
 def _description(distribution: importlib_metadata.Distribution) -> tuple[str, str, str]:
-    """Return name, version and what is demanded of core; ``unknown`` where METADATA is damaged."""
+    """Return name, version and required version of core; ``unknown`` if METADATA is damaged."""
     # A half-removed distribution may have lost its METADATA file or a field of it.
     try:
         fields = _fields(distribution)
         lines = fields.get_all("Requires-Dist") or []
         return fields.get("Name") or "unknown", fields.get("Version") or "unknown", _requires_core(lines)
-    # By version of the backport, missing metadata is None (AttributeError) or an error of files.
+    # As in version_of.
     except (AttributeError, KeyError, ValueError, OSError):
         return "unknown", "unknown", ""
 
@@ -261,17 +267,17 @@ def _description(distribution: importlib_metadata.Distribution) -> tuple[str, st
 def _fields(distribution: importlib_metadata.Distribution) -> Message:
     """Return the fields of METADATA, without the README below them.
 
-    ``distribution.metadata`` parses that, too, with a policy whose imports are a third of a first scan.
+    ``distribution.metadata`` parses that too, with a policy whose imports take a third of a first scan.
     """
     text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
     return HeaderParser().parsestr(text, headersonly=True)
 
 
 def _requires_core(lines: list[str]) -> str:
-    """Return all that requirements demand of core here and now, extras left out."""
+    """Return the version specifiers of core that apply in this environment without extras."""
     specifiers = []
     for line in lines:
-        # Parsing costs; the cheap test leaves the lines that matter.
+        # Parsing is slow; this cheap test skips other distributions.
         if line.lower().replace("_", "-").startswith(CORE):
             try:
                 requirement = Requirement(line)
@@ -298,5 +304,5 @@ def _origin(distribution: importlib_metadata.Distribution) -> tuple[str, bool]:
 
 @cache
 def core_satisfies(specifier: str) -> bool:
-    """Say whether the installed core is one that a plugin's requirement admits."""
+    """Return whether the installed core satisfies a requirement."""
     return not specifier or SpecifierSet(specifier).contains(core_version(), prereleases=True)

@@ -1,8 +1,7 @@
-"""Who was asked what, who answered, and how long it took: one record for each import and each hook call.
+"""Debug log records of plugin use: each import, each hook call, each plugin that was skipped.
 
-Records go to the logger ``splitlearn_core.trace`` at level DEBUG, so that a server can route them as it
-routes its other logs; ``record.trace`` is a :class:`Trace`. With ``SPLITLEARN_TRACE=1`` they are lines
-on stderr, with ``SPLITLEARN_TRACE=json`` each is a JSON object. Nothing is collected while nobody listens.
+The logger is ``splitlearn_core.trace``, the level DEBUG; ``record.trace`` holds the values of the message as a mapping.
+``SPLITLEARN_TRACE=1`` prints the records on stderr as lines, ``SPLITLEARN_TRACE=json`` as JSON objects.
 """
 
 from __future__ import annotations
@@ -13,171 +12,113 @@ import os
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.metadata import PluginEntry
 
 log = logging.getLogger("splitlearn_core.trace")
 
-#: ``1`` for lines, ``json`` for JSON lines; empty or ``0`` for nothing.
+#: ``1`` for lines, ``json`` for JSON lines; empty or ``0`` for neither.
 VARIABLE = "SPLITLEARN_TRACE"
 
-#: What happened.
 IMPORT, HOOK, SKIPPED = "import", "hook", "skipped"
-#: Items of a list or mapping that are shown.
-_SHOWN = 2
 
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """One step of asking plugins."""
-
-    #: ``import`` of a plugin's module, ``hook`` call, or ``skipped``: a plugin that was not asked.
-    event: str
-    #: The distribution and its version.
-    plugin: str
-    #: The module of an import, the hook that was called; of what was skipped what it provides.
-    what: str
-    #: Argument -> its value, shortened.
-    arguments: Mapping[str, str] = field(default_factory=dict)
-    #: What was answered, shortened; why a plugin was not asked. None where there is no answer.
-    answer: str | None = None
-    milliseconds: float | None = None
-    #: Type and text of what was raised.
-    error: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
-        said = f"({given})" if self.event == HOOK else ""
-        if self.error is not None:
-            outcome = f" raised {self.error}"
-        else:
-            outcome = {IMPORT: "", HOOK: f" -> {self.answer}", SKIPPED: f": {self.answer}"}[self.event]
-        took = "" if self.milliseconds is None else f"  [{self.milliseconds:.1f} ms]"
-        return f"{self.event:<7}  {self.plugin}  {self.what}{said}{outcome}{took}"
-
-
-class _NotImplemented:
-    """What a plugin answers that leaves a hook out."""
-
-    def __repr__(self) -> str:
-        return "not implemented"
-
-
-NOT_IMPLEMENTED = _NotImplemented()
+#: Shows the beginning of long values, and survives a ``__repr__`` that raises.
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 2
+_repr.maxstring = _repr.maxother = 100
 
 
 @contextmanager
-def traced(
-    event: str, entry: PluginEntry, what: str, arguments: Mapping[str, object] | None = None
-) -> Iterator[Callable[[object], None]]:
-    """Time a step, and report it when it is over; yields a function that is told the answer."""
-    if not listening():
-        yield _unheard
-        return
-    answers: list[str] = []
-    shown = {name: _short(value) for name, value in (arguments or {}).items()}
+def traced(event: str, entry: PluginEntry, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
+    """Time a step, and log it when it ends.
+
+    Args:
+        event: :data:`IMPORT` or :data:`HOOK`.
+        entry: The plugin's entry point.
+        what: The module, or the hook.
+        arguments: Those of the hook.
+
+    Yields:
+        A mapping in which the caller sets ``answer``, what the hook returned.
+    """
+    step: dict[str, Any] = {"answer": None}
     error, started = None, time.perf_counter()
     try:
-        yield lambda answer: answers.append(_short(answer))
+        yield step
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
         raise
     finally:
-        took = round((time.perf_counter() - started) * 1000, 3)
-        _report(Trace(event, entry.label, what, shown, answers[-1] if answers else None, took, error))
+        if listening():
+            milliseconds = round((time.perf_counter() - started) * 1000, 3)
+            shown = {name: _shortened(value) for name, value in arguments.items()}
+            answer = None if event == IMPORT else _shortened(step["answer"])
+            call = f"{what}({', '.join(f'{name}={value}' for name, value in shown.items())})" if event == HOOK else what
+            outcome = f" raised {error}" if error else f" -> {answer}" if event == HOOK else ""
+            _log(event, entry, what, f"{call}{outcome}  [{milliseconds:.1f} ms]", shown, answer, milliseconds, error)
 
 
-def _unheard(_: object) -> None:
-    """Take an answer that nobody wants to know."""
+def skipped(entry: PluginEntry, reason: str) -> None:
+    """Log that a plugin was not used, and why."""
+    _log(SKIPPED, entry, entry.what, f"{entry.what}: {reason}", {}, reason)
 
 
-def skipped(entry: PluginEntry, why: str) -> None:
-    """Report that a plugin was not asked."""
-    if listening():
-        _report(Trace(SKIPPED, entry.label, entry.what, answer=why))
+def _log(
+    event: str,
+    entry: PluginEntry,
+    what: str,
+    text: str,
+    arguments: dict[str, str],
+    answer: str | None,
+    milliseconds: float | None = None,
+    error: str | None = None,
+) -> None:
+    step = {
+        "event": event,
+        "plugin": entry.label,
+        "what": what,
+        "arguments": arguments,
+        "answer": None if error else answer,
+        "milliseconds": milliseconds,
+        "error": error,
+    }
+    log.debug("%-7s  %s  %s", event, entry.label, text, extra={"trace": step})
+
+
+def _shortened(value: object) -> str:
+    return " ".join(_repr.repr(value).split())
 
 
 def listening() -> bool:
-    """Say whether anybody wants to know."""
+    """Return whether the records go anywhere."""
     return log.isEnabledFor(logging.DEBUG)
 
 
-def trace_to_stderr(*, as_json: bool | None = None) -> None:
-    """Print every step to stderr from now on; a second call changes how.
-
-    Args:
-        as_json: JSON lines rather than text; None for what ``SPLITLEARN_TRACE`` says.
-    """
-    if as_json is None:
-        as_json = os.environ.get(VARIABLE, "").lower() == "json"
-    for handler in [handler for handler in log.handlers if isinstance(handler, _Stderr)]:
-        log.removeHandler(handler)
-    log.addHandler(_Stderr(as_json=as_json))
+def trace_to_stderr() -> None:
+    """Print every step on stderr from now on, in the form that ``SPLITLEARN_TRACE`` names."""
+    if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
+        log.addHandler(_StderrHandler())
     log.setLevel(logging.DEBUG)
-    # What is printed here need not be printed by the handlers of the program as well.
+    # Handlers of the program would print the same lines a second time.
     log.propagate = False
 
 
-def trace_as_environment_says() -> None:
-    """Print steps where ``SPLITLEARN_TRACE`` asks for it, and only once."""
-    wanted = os.environ.get(VARIABLE, "") not in ("", "0")
-    if wanted and not any(isinstance(handler, _Stderr) for handler in log.handlers):
+def trace_if_requested() -> None:
+    """Print steps on stderr if ``SPLITLEARN_TRACE`` requests it."""
+    if os.environ.get(VARIABLE, "") not in ("", "0"):
         trace_to_stderr()
 
 
-class _Stderr(logging.Handler):
-    """Prints records to whatever stderr is at that moment."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        super().__init__()
-        self._as_json = as_json
+class _StderrHandler(logging.Handler):
+    """Writes to the ``sys.stderr`` of the moment, which tests and notebooks replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        step: Trace = record.trace  # type: ignore[attr-defined]  # every record of this logger has one
-        line = json.dumps(step.to_dict()) if self._as_json else f"trace {step}"
-        # A closed stderr is no reason to fail what is traced, and leaves nowhere to say so.
+        as_json = os.environ.get(VARIABLE, "").lower() == "json"
+        step: dict[str, Any] = record.trace  # type: ignore[attr-defined]  # every record of this logger has it
+        line = json.dumps(step) if as_json else f"trace {record.getMessage()}"
+        # A closed stderr must not fail the load that is traced.
         with suppress(OSError, ValueError):
             sys.stderr.write(line + "\n")
-
-
-def _report(step: Trace) -> None:
-    log.debug("%s", step, extra={"trace": step})
-
-
-class _Shortening(reprlib.Repr):
-    """Shows a family or a strategy by its name, and of long values the beginning."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 60
-        self.maxlist = self.maxtuple = self.maxdict = _SHOWN
-        self.maxlevel = 3
-
-    def repr_ModelFamily(self, family: ModelFamily, _: int) -> str:  # noqa: N802  # reprlib finds it by the type's name
-        return f"ModelFamily({family.model_type!r})"
-
-    def repr_instance(self, value: object, level: int) -> str:
-        """Show what has a name by that, as strategies have."""
-        name = getattr(value, "name", None)
-        return f"{type(value).__name__}({name!r})" if isinstance(name, str) else super().repr_instance(value, level)
-
-
-_SHORTENING = _Shortening()
-
-
-def _short(value: object) -> str:
-    """Show a value on one line; it may be anybody's, and its ``repr`` may raise."""
-    try:
-        text = _SHORTENING.repr(value)
-    except Exception as error:  # noqa: BLE001  # foreign code that is run only to be shown
-        return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
-    count = f" ({len(value)})" if isinstance(value, Mapping | list | tuple) and len(value) > _SHOWN else ""
-    return " ".join(text.split()) + count

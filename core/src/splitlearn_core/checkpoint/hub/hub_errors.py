@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from splitlearn_core.checkpoint.hub.transfer import transport
-from splitlearn_core.environment_errors import refusal
+from splitlearn_core.environment_errors import denied_path
 from splitlearn_core.errors import CheckpointError, InsufficientDiskError, MissingFileError, SplitLearnError
 from splitlearn_core.quoting import reason
 
@@ -116,7 +116,7 @@ def _broken_transfer(what: str, error: Exception) -> SplitLearnError:
     if isinstance(error, OSError) and error.filename:
         # What names a path is about the disk. The client takes its connections for no files.
         other = "choose another folder with cache_dir= or HF_HOME"
-        hint = f"{refusal(error).hint}, or {other}" if isinstance(error, PermissionError) else other
+        hint = f"{denied_path(error).hint}, or {other}" if isinstance(error, PermissionError) else other
         return CheckpointError(f"{what}: the cache of models cannot be used: {reason(error)}", hint=hint)
     return CheckpointError(
         f"{what}: the connection to the Hub was lost: {reason(error)}",

@@ -22,6 +22,6 @@ _COMMANDS = {"list": "listing", "test": "testing"}
 @list_options
 @click.pass_context
 def command(ctx: click.Context, check: bool, strategies: bool, as_json: bool) -> None:
-    """List the installed plugins, from metadata and source: none is imported."""
+    """List the installed plugins, from metadata alone: none is imported."""
     if ctx.invoked_subcommand is None:
         ctx.exit(print_plugins(check=check, strategies=strategies, as_json=as_json))

@@ -1,4 +1,4 @@
-"""``splitlearn plugins test``: the conformance kit on an installed plugin that brings no test file."""
+"""``splitlearn plugins test``: the conformance kit on an installed plugin that has no test file."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def command(
 
 
 class _Progress:
-    """Tells on stderr which check is at work: in one line on a terminal, a line for each check elsewhere."""
+    """Reports the running check on stderr: in one line on a terminal, a line for each check elsewhere."""
 
     def __init__(self) -> None:
         self._last = ("", "")
-        # As it is now: while pytest runs, sys.stderr is another.
+        # While pytest runs, sys.stderr is replaced.
         self._stream = sys.stderr
         self._terminal = self._stream.isatty()
 
@@ -58,7 +58,7 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the line away; whatever comes next begins at its place."""
+        """Clear the line."""
         if self._terminal:
             click.echo("\r\x1b[K", nl=False, file=self._stream)
 
@@ -70,7 +70,7 @@ class _Progress:
 
 
 def render_report(report: FamilyReport) -> str:
-    """Show to people what was found of a family; what was skipped keeps out of the way of what failed."""
+    """Return the report as text; if checks failed, without those that were skipped."""
     failed = [check for check in report.checks if check.outcome == "failed"]
     shown = [check for check in report.checks if not failed or check.outcome != "skipped"]
     rows = [(check.name, check.outcome, *_counts(check), f"{check.seconds:.2f} s") for check in shown]
@@ -97,20 +97,20 @@ def _counts(check: Check) -> tuple[str, ...]:
 
 
 def _reasons(report: FamilyReport, outcome: str) -> list[str]:
-    """Return each reason, and below it the checks that it is of."""
-    found: dict[str, dict[str, None]] = {}
+    """Return each reason, followed by the checks that it applies to."""
+    checks_by_reason: dict[str, dict[str, None]] = {}
     for check in report.checks:
         for case in check.of(outcome):
-            found.setdefault(case.message, {})[check.name] = None
+            checks_by_reason.setdefault(case.message, {})[check.name] = None
     lines = []
-    for message, names in found.items():
+    for message, names in checks_by_reason.items():
         wrapped = textwrap.wrap(", ".join(names), _WIDTH, initial_indent="    ", subsequent_indent="    ")
         lines += [f"  {message}", *wrapped]
     return lines
 
 
 def _failures(check: Check) -> list[str]:
-    """Return what failed, the same message once, with the cases that it is of."""
+    """Return the messages of the failed cases, equal ones once, each with its cases."""
     same: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
     for case in check.of("failed"):
         same.setdefault((case.message, case.look_at), []).append(case.parameters)

@@ -22,7 +22,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.split_points import impossible_cuts
-from splitlearn_core.plugins.host import mend_for
+from splitlearn_core.plugins.host import fix_hint
 from splitlearn_core.plugins.registry import blocked_by, registry
 from splitlearn_core.testing.conformance.diagnosis import MAPPER, misnamed, misplaced, misread
 from splitlearn_core.testing.conformance.findings import Suspect
@@ -80,7 +80,7 @@ def _of_plugin(error: PluginError, model_type: str) -> Suspect:
         return Suspect("the entry point", f"there is no module {module!r}")
     where = _where(error.__cause__, homes) or str(homes[0])
     # Who tests a plugin is not helped by leaving it out, and knows best whom to tell.
-    mend = [] if error.hint == mend_for(entry) else [error.hint.partition("; or leave")[0]]
+    mend = [] if error.hint == fix_hint(entry) else [error.hint.partition("; or leave")[0]]
     return Suspect("the plugin's module", "; ".join([where, *mend]))
 
 
