@@ -147,12 +147,12 @@ def return_large_blocks() -> bool:
     return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _OWN_BLOCK))
 
 
-def anonymous_memory() -> int:
-    """Return the bytes of memory of this process that no file stands behind."""
+def anonymous_memory(pid: int | None = None) -> int:
+    """Return how many bytes of memory a process (by default this one) holds that are not pages of files."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
     except OSError:
-        # No such account on this system: everything resident, file pages too.
-        return int(psutil.Process().memory_info().rss)
+        # Systems without /proc: everything resident, file pages too.
+        return int(psutil.Process(pid).memory_info().rss)
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(fields["RssAnon"].split()[0]) * 1024

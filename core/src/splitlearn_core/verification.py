@@ -112,7 +112,7 @@ def _verify(
     split = SplitCausalLM(*(parts[component] for component in Component))
     started = time.perf_counter()
     with _blaming_transformers(model):
-        unsplit = _load_unsplit(model, plan.dtype, options)
+        unsplit = load_unsplit(model, plan.dtype, options)
     unsplit_load = time.perf_counter() - started
     ids, mask = _inputs(model, unsplit.config.vocab_size)
     ids, mask = ids.to(options.device), mask.to(options.device)
@@ -143,7 +143,12 @@ def _verify(
     )
 
 
-def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
+def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
+    """Load the whole model with ``from_pretrained``, its weight files being on this machine.
+
+    Raises:
+        CheckpointError: transformers does not read the checkpoint.
+    """
     from splitlearn_core.build.configuration import architecture_class, hf_config
     from splitlearn_core.build.pruning import BUILD_LOCK
 

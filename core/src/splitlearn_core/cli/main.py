@@ -34,7 +34,7 @@ class LazyGroup(click.Group):
 
 
 #: The commands, each a module of this package.
-_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "serve", "ps", "doctor")
+_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "bench", "serve", "ps", "doctor")
 
 
 @click.group(

@@ -1,0 +1,121 @@
+"""``splitlearn bench``: the split model beside ``from_pretrained``, on the user's own checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from splitlearn_core.benchmark import Benchmark, Metric, Sample, run_benchmark
+from splitlearn_core.cli.dry_run import print_fetch
+from splitlearn_core.cli.shared_options import (
+    dry_run_option,
+    json_option,
+    load_options,
+    load_options_of,
+    model_options,
+    print_json,
+    split_points_of,
+    table,
+)
+from splitlearn_core.types import human_bytes
+
+_NOTE = (
+    "from_pretrained loads and runs the whole model. Medians, the least and the most in brackets;\n"
+    "ratio: how many times faster, or smaller, the split side is. Memory: beyond pages of the weight files."
+)
+
+
+@click.command("bench", short_help="Measure beside from_pretrained.")
+@model_options
+@load_options
+@click.option("--parts", default="trunk", show_default=True, help="The components to measure by themselves.")
+@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="Processes for each side.")
+@dry_run_option
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    model: str,
+    split_points: tuple[int, int] | None,
+    dtype: str | dict[str, str],
+    parts: str,
+    runs: int,
+    dry_run: bool,
+    as_json: bool,
+    **others: Any,
+) -> None:
+    """Measure MODEL, cut in three, and MODEL unsplit: load, first forward, tokens per second, memory.
+
+    Each measurement is a fresh process, and the sides take turns. Before the clock starts everything is
+    imported, and the weights are in the page cache where they fit. Exit code 1 where a side cannot be
+    measured, or the two generate different tokens.
+    """
+    from splitlearn_core.loading.opening import open_model
+    from splitlearn_core.plan.splitplan import parse_parts
+    from splitlearn_core.progress import reporting
+
+    components = parse_parts([part.strip() for part in parts.split(",")])
+    options = load_options_of(others)
+    opened = open_model(model, **others)
+    split_points = split_points_of(opened, split_points)
+    if dry_run:
+        print_fetch(opened, split_points, dtype, whole=True, as_json=as_json)
+        return
+    with reporting(None) as progress:
+        result = run_benchmark(
+            opened,
+            split_points,
+            dtype,
+            options,
+            components,
+            runs=runs,
+            hub=others,
+            progress=progress,
+            report=lambda text: click.echo(text, err=True),
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        click.echo(render_benchmark(result))
+    ctx.exit(0 if result.succeeded else 1)
+
+
+def render_benchmark(result: Benchmark) -> str:
+    """Show measurements to people."""
+    points = " and ".join(map(str, result.split_points))
+    rows = [
+        (
+            f"{row.parts}: {row.metric.name}",
+            _show(row.split, row.metric),
+            _show(row.unsplit, row.metric) if row.unsplit else "",
+            _show_ratio(row.ratio) if row.ratio else "",
+        )
+        for row in result.comparisons
+    ]
+    lines = [f"{result.model} cut at {points}, {result.dtype}, {result.device}; runs: {result.runs}", ""]
+    if rows:
+        lines += [table(("what", "splitlearn", "from_pretrained", "ratio"), rows), "", _NOTE]
+    for name, failure in result.failures.items():
+        lines.append(f"{name} could not be measured: {failure.message}")
+        lines += [f"hint: {failure.hint}"] if failure.hint else []
+    if result.equal_tokens is False:
+        lines.append("the split model generates other tokens than the unsplit one: see splitlearn verify")
+    return "\n".join(lines)
+
+
+def _show(sample: Sample, metric: Metric) -> str:
+    shown = [_amount(value, metric.unit) for value in (sample.median, min(sample.values), max(sample.values))]
+    return shown[0] if len(sample.values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "B":
+        return human_bytes(int(value))
+    return f"{value * 1000:.1f} ms" if unit == "s" else f"{value:.1f} {unit}"
+
+
+def _show_ratio(sample: Sample) -> str:
+    middle, least, most = (f"{value:.3g}x" for value in (sample.median, min(sample.values), max(sample.values)))
+    return middle if len(sample.values) == 1 else f"{middle} ({least} to {most})"
