@@ -27,9 +27,9 @@ MODULES = {
 
 #: The rooms of core (a module at the top level is one), from the ground up: each imports those before it and itself.
 LAYERS = (
-    "errors", "types", "quoting", "user_paths", "system_memory", "foreign_arguments", "progress", "tokenization",
+    "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress", "tokenization",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "readers",
-    "build", "adapters", "loading", "api", "storage", "pipeline", "factory", "generation", "verification", "manager",
+    "build", "adapters", "loading", "api", "storage", "pipeline", "factory", "generation", "verification", "benchmark", "manager",
     "quickstart", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
     light = (
         "errors", "types", "family", "hookspecs", "plugins", "plan", "checkpoint", "loading_strategy", "readers",
         "loading", "api", "quickstart", "system_memory", "progress", "cli", "generation", "tokenization",
-        "verification",
+        "verification", "benchmark", "child_process", "doctor",
     )  # fmt: skip
     for module, path in MODULES.items():
         visitor = _Imports()

@@ -69,6 +69,11 @@ class Sample:
     def median(self) -> float:
         return median(self.values)
 
+    @property
+    def summary(self) -> tuple[float, ...]:
+        """The median, the least and the most; of one measurement, that alone."""
+        return (self.median, min(self.values), max(self.values)) if len(self.values) > 1 else self.values
+
     def to_dict(self) -> dict[str, Any]:
         return {"median": self.median, "values": list(self.values)}
 
@@ -289,7 +294,7 @@ def _compare(parts: str, split: Sequence[Run], unsplit: Sequence[Run]) -> Iterat
 
 def _measure(target: Target, name: str) -> Run | Failure:
     """Measure one side in a fresh process."""
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603  # this interpreter, and a function of ours
         command_for(answer, json.dumps(asdict(target)), name),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -360,7 +365,8 @@ def _measure_here(target: Target, name: str) -> dict[str, Any]:
     finish: Callable[[], None] = torch.cuda.synchronize if is_cuda else lambda: None
     if is_cuda:
         torch.zeros(1, device=target.device)  # makes the context of CUDA, which takes a second
-    tokens, tokens_per_second = (), None
+    tokens: tuple[int, ...] = ()
+    tokens_per_second = None
     with own_state(gradients=False):
         memory_before, begin = anonymous_memory(), time.monotonic()
         loaded = _load(target, model, name)
@@ -399,7 +405,8 @@ def _load(target: Target, model: OpenModel, name: str) -> dict[str, Any]:
 
         return {_ALL: load_all(model, target.split_points, target.dtype, target.options(), lambda _: None)}
     plan, table = make_plan(model, target.split_points, parse_parts(name.split(",")), target.dtype)
-    return dict(load_components(model, plan, table, target.options(), lambda _: None))
+    components = load_components(model, plan, table, target.options(), lambda _: None)
+    return {str(component): module for component, module in components.items()}
 
 
 def _forward(part: str, module: Any, ids: torch.Tensor) -> None:

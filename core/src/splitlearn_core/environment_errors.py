@@ -57,16 +57,6 @@ def refusal(error: OSError) -> Cause:
     return Cause(f"{error.strerror or error}: {path}", _chmod(barred))
 
 
-def halt(library: str) -> None:
-    """Have every further import of a library fail at once: one that cannot be imported may end the process."""
-    sys.modules[library] = None  # type: ignore[assignment]  # documented: an import of it raises ModuleNotFoundError
-
-
-def is_halted(library: str) -> bool:
-    """Say whether :func:`halt` was told of a library."""
-    return library in sys.modules and sys.modules[library] is None
-
-
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what it was raised from; what it was merely raised after is another matter."""
     seen: BaseException | None = error

@@ -18,7 +18,6 @@ from splitlearn_core.cli.shared_options import (
     split_points_of,
     table,
 )
-from splitlearn_core.types import human_bytes
 
 _NOTE = (
     "from_pretrained loads and runs the whole model. Medians, the least and the most in brackets;\n"
@@ -105,17 +104,20 @@ def render_benchmark(result: Benchmark) -> str:
     return "\n".join(lines)
 
 
+#: Unit of a metric -> what its values are multiplied by, and the unit that is shown.
+_SHOWN = {"s": (1000, "ms"), "B": (1 / 2**20, "MiB")}
+
+
 def _show(sample: Sample, metric: Metric) -> str:
-    shown = [_amount(value, metric.unit) for value in (sample.median, min(sample.values), max(sample.values))]
-    return shown[0] if len(sample.values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
-def _amount(value: float, unit: str) -> str:
-    if unit == "B":
-        return human_bytes(int(value))
-    return f"{value * 1000:.1f} ms" if unit == "s" else f"{value:.1f} {unit}"
+    scale, unit = _SHOWN.get(metric.unit, (1, metric.unit))
+    return _spread([f"{value * scale:.1f}" for value in sample.summary], f" {unit}")
 
 
 def _show_ratio(sample: Sample) -> str:
-    middle, least, most = (f"{value:.3g}x" for value in (sample.median, min(sample.values), max(sample.values)))
-    return middle if len(sample.values) == 1 else f"{middle} ({least} to {most})"
+    return _spread([f"{value:.3g}" for value in sample.summary], "x")
+
+
+def _spread(summary: list[str], unit: str = "") -> str:
+    """Write a median, with the least and the most in brackets."""
+    middle, *ends = summary
+    return f"{middle}{unit}" + (f" ({' to '.join(ends)})" if ends else "")

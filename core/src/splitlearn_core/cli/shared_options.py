@@ -17,7 +17,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def model_options(command: _Command) -> _Command:
-    """Add MODEL, where to find it, and how to cut it."""
+    """Add MODEL, where it is found, and how it is cut."""
     for option in reversed(
         (
             click.argument("model"),
@@ -47,7 +47,7 @@ def model_options(command: _Command) -> _Command:
 
 
 def load_options(command: _Command) -> _Command:
-    """Add how the components are loaded."""
+    """Add the options of a load."""
     for option in reversed(
         (
             click.option(
@@ -74,34 +74,34 @@ def _for_each_part(_: click.Context, parameter: click.Parameter, value: str) -> 
 def _pairs(option: str, value: str) -> dict[str, str]:
     """Read NAME=VALUE,NAME=VALUE."""
     pairs = [pair.partition("=") for pair in value.split(",")]
-    if not all(name and equals and said for name, equals, said in pairs):
+    if not all(name and equals and text for name, equals, text in pairs):
         raise click.BadParameter(f"{value!r} is not NAME=VALUE,NAME=VALUE", param_hint=option)
-    return {name: said for name, _, said in pairs}
+    return {name: text for name, _, text in pairs}
 
 
 def load_options_of(options: dict[str, Any]) -> LoadOptions:
-    """Take what :func:`load_options` added out of a command's options."""
+    """Remove what :func:`load_options` added from a command's options, and return it."""
     from splitlearn_core.loading.options import LoadOptions
     from splitlearn_core.plan.placement import AUTO, parse_device_map, parse_max_memory
     from splitlearn_core.types import Component
 
     device, max_memory = options.pop("device"), options.pop("max_memory")
     device_map = device if isinstance(device, dict) or device == AUTO else None
-    given = _pairs("--max-memory", max_memory) if max_memory else {}
+    limits = _pairs("--max-memory", max_memory) if max_memory else {}
     return LoadOptions(
         "cpu" if device_map is not None else device,
         options.pop("strategy"),
         options.pop("attn_implementation"),
         parse_device_map(device_map, tuple(Component)),
-        parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in given.items()}),
+        parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in limits.items()}),
         strict=options.pop("strict"),
     )
 
 
-def split_points_of(model: OpenModel, given: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the split points that were given, or even thirds of the model, and say then on stderr which these are."""
-    if given is not None:
-        return given
+def split_points_of(model: OpenModel, requested: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the requested split points, or by default even thirds of the model, which are printed on stderr."""
+    if requested is not None:
+        return requested
     from splitlearn_core.plan.split_points import count_layers, even_thirds
 
     a, b = even_thirds(model.family, model.config)
@@ -121,12 +121,12 @@ def print_json(data: Any) -> None:
 
 
 def styled(text: str, **style: Any) -> str:
-    """Colour text, unless NO_COLOR asks for none; click leaves it out where there is no terminal."""
+    """Colour text unless NO_COLOR is set; click strips the colour where there is no terminal."""
     return text if os.environ.get("NO_COLOR") else click.style(text, **style)
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Align columns of text; the first is flush left, numbers flush right."""
+    """Align columns of text: numbers to the right, other text to the left."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
