@@ -17,12 +17,9 @@ from splitlearn_core.loading.opening import open_model
 from splitlearn_core.loading.options import LoadOptions
 from splitlearn_core.types import Component
 
-pytestmark = pytest.mark.light
-
 CUTS = ("--split", "2", "4")
 
 
-@pytest.mark.heavy
 def test_a_checkpoint_is_measured(llama: Any, single: Path, cli: Callable[..., Any]) -> None:
     """Each side in a process of its own; JSON on stdout, what is measured next on stderr."""
     code, out, err = cli("bench", single, *CUTS, "--parts", "bottom,top", "--runs", "1", "--dtype", "float32", "--json")
@@ -56,11 +53,10 @@ def test_a_checkpoint_is_measured(llama: Any, single: Path, cli: Callable[..., A
         assert rows[parts, "load"]["splitlearn"]["median"] < rows[parts, "load + first forward"]["splitlearn"]["median"]
 
 
-@pytest.mark.heavy
 def test_a_side_that_fails_is_reported(llama: Any, single: Path, cli: Callable[..., Any]) -> None:
     """The other sides are measured; exit code 1, with the error of the process and its hint."""
-    llama.install("llama", f"{llama.source('llama')}\nimport splitlearn_core.benchmark as b\n"
-        "def end(*_): raise SystemExit(7)\nb.load_unsplit = end\n")  # fmt: skip
+    ending = "import sys\nif sys.argv[0] == '-c':\n    import splitlearn_core.benchmark as b\n    b.load_unsplit = lambda *_: sys.exit(7)\n"
+    llama.install("llama", llama.source("llama") + ending)
 
     code, out, _ = cli("bench", single, *CUTS, "--runs", "1")
 
