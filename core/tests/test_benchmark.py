@@ -53,10 +53,18 @@ def test_a_checkpoint_is_measured(llama: Any, single: Path, cli: Callable[..., A
         assert rows[parts, "load"]["splitlearn"]["median"] < rows[parts, "load + first forward"]["splitlearn"]["median"]
 
 
-def test_a_side_that_fails_is_reported(llama: Any, single: Path, cli: Callable[..., Any]) -> None:
+#: Of a plugin: ends the process that is to measure ``from_pretrained``, and no other.
+ENDING = """
+import sys
+if sys.argv[0] == "-c":
+    from splitlearn_core import benchmark
+    benchmark.load_unsplit = lambda *_: sys.exit(7)
+"""
+
+
+def test_a_side_that_fails_is_reported(world: Any, single: Path, cli: Callable[..., Any]) -> None:
     """The other sides are measured; exit code 1, with the error of the process and its hint."""
-    ending = "import sys\nif sys.argv[0] == '-c':\n    import splitlearn_core.benchmark as b\n    b.load_unsplit = lambda *_: sys.exit(7)\n"
-    llama.install("llama", llama.source("llama") + ending)
+    world.install("llama", world.source("llama") + ENDING)
 
     code, out, _ = cli("bench", single, *CUTS, "--runs", "1")
 

@@ -27,10 +27,10 @@ MODULES = {
 
 #: The rooms of core (a module at the top level is one), from the ground up: each imports those before it and itself.
 LAYERS = (
-    "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress", "tokenization",
-    "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "readers",
-    "build", "adapters", "loading", "api", "storage", "pipeline", "factory", "generation", "verification", "benchmark", "manager",
-    "quickstart", "doctor", "testing", "cli", "__main__",
+    "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress",
+    "tokenization", "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint",
+    "readers", "build", "adapters", "loading", "api", "storage", "pipeline", "factory", "generation", "verification",
+    "benchmark", "manager", "quickstart", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.

@@ -315,8 +315,9 @@ def _measure(target: Target, name: str) -> Run | Failure:
         process.wait()
     if process.returncode:
         lines = [line.strip() for line in errors.splitlines() if line.strip()]
-        hint = "perhaps there was not enough memory" if process.returncode == -9 else ""
-        return Failure(f"{ending(process.returncode)}{f': {lines[-1]}' if lines else ''}", hint)
+        how_it_ended = ending(process.returncode)
+        hint = "perhaps there was not enough memory" if how_it_ended.endswith("SIGKILL") else ""
+        return Failure(f"{how_it_ended}{f': {lines[-1]}' if lines else ''}", hint)
     measured: dict[str, Any] = json.loads(output)
     if "message" in measured:
         return Failure(**measured)
