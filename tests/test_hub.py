@@ -768,7 +768,7 @@ class TestDisk:
         load()
         after = check_model(REPO, load=True)
         assert before.what.endswith("its weights are not all here")
-        assert before.mend == f"splitlearn verify {REPO} --split 3 5"
+        assert before.fix == f"splitlearn verify {REPO} --split 3 5"
         assert [found.what for found in after][-1] == "bottom, trunk and top load"
 
     def test_too_little_disk(self, hub: LoopbackHub, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:

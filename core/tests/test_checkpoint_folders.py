@@ -416,4 +416,4 @@ def test_a_gguf_file_names_the_package_that_reads_it(
             load_split_model(None, CUTS, name)
         assert "pip install splitlearn-gguf" in caught.value.hint
         assert "./plugins/gguf" in caught.value.hint
-        assert "splitlearn-gguf" in check_model(str(name), load=False)[-1].mend
+        assert "splitlearn-gguf" in check_model(str(name), load=False)[-1].fix

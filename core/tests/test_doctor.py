@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from splitlearn_core.doctor import installation, runner, system
-from splitlearn_core.doctor.model_checks import check_model, room
-from splitlearn_core.doctor.report import Check, Finding, Level, Report, findings_of, make
-from splitlearn_core.doctor.runner import examine, make_apart
+from splitlearn_core.doctor.model_checks import check_model, memory_needed
+from splitlearn_core.doctor.plugin_checks import check_plugin
+from splitlearn_core.doctor.report import Check, Finding, Level, Report
+from splitlearn_core.doctor.runner import Outcome, examine, run_in_subprocess
 from splitlearn_core.plan.splitplan import MemoryNeeds
 from splitlearn_core.plugins.registry import registry, reset_registry
 from splitlearn_core.system_memory import MemoryReading
@@ -39,9 +40,11 @@ def wrong(findings: Any) -> list[Finding]:
 
 
 def plugin_check(name: str, kind: str = "family") -> Check:
-    return Check(
-        "plugins", "splitlearn_core.doctor.plugin_checks:check_plugin", (kind, name, f"splitlearn-{name}"), name
-    )
+    return Check("plugins", check_plugin, (kind, name, f"splitlearn-{name}"), name)
+
+
+def findings_of(outcomes: list[Outcome]) -> list[Finding]:
+    return [finding for outcome in outcomes for finding in outcome.findings]
 
 
 # --- the whole of it
@@ -71,11 +74,11 @@ def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any, monk
     assert said["healthy"] is False
     assert said["counts"]["wrong"] == sum(finding["level"] == "wrong" for finding in said["findings"])
     (found,) = [finding for finding in said["findings"] if "surely_absent_package" in finding["what"]]
-    assert found.keys() == {"check", "level", "what", "where", "mend"}
+    assert found.keys() == {"check", "level", "what", "where", "fix"}
     lines = text.splitlines()
     (at,) = [number for number, line in enumerate(lines) if line.startswith("wrong") and "splitlearn-alpha" in line]
-    mend = next(line.strip() for line in lines[at:] if line.strip().startswith("mend:"))
-    assert mend.startswith("mend: pip install surely_absent_package")
+    fix = next(line.strip() for line in lines[at:] if line.strip().startswith("fix:"))
+    assert fix.startswith("fix: pip install surely_absent_package")
     assert lines[-1] == ", ".join(f"{said['counts'][level]} {level}" for level in ("wrong", "note", "ok"))
 
 
@@ -88,7 +91,7 @@ def test_notes_do_not_fail() -> None:
 def test_the_doctor_imports_no_plugin_and_no_torch_itself(llama: Any) -> None:
     """Foreign code runs in other processes."""
     code = (
-        "import sys\nfrom splitlearn_core.doctor.examine import examine\nexamine(quick=True)\n"
+        "import sys\nfrom splitlearn_core.doctor.runner import examine\nexamine(quick=True)\n"
         "print(sorted({'torch', 'transformers', 'splitlearn_llama'} & set(sys.modules)))"
     )
 
@@ -131,7 +134,7 @@ def test_a_torch_that_cannot_be_imported_is_one_finding(world: Any, llama: Any, 
 
     (found,) = about("libtorch is not what it was", report.findings)
     assert (found.check, found.level) == ("torch", Level.WRONG)
-    assert found.mend == "pip install --force-reinstall torch"
+    assert found.fix == "pip install --force-reinstall torch"
     left = about("left out: torch cannot be imported", report.findings)
     assert checks_of(left) == {"devices", "transformers", "plugins", "model"}
     assert {finding.level for finding in left} == {Level.NOTE}
@@ -145,7 +148,7 @@ def test_a_torch_that_cannot_be_imported_is_one_finding(world: Any, llama: Any, 
 @pytest.mark.heavy
 def test_a_torch_that_is_not_installed_is_one_finding(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the versions; nothing that needs it is tried."""
-    monkeypatch.setattr("splitlearn_core.doctor.runner._is_absent", "torch".__eq__)
+    monkeypatch.setattr("splitlearn_core.doctor.runner._is_missing", "torch".__eq__)
     world.install("alpha", "import torch\n" + world.source("alpha"))
 
     report = examine()
@@ -160,14 +163,13 @@ def test_a_torch_that_is_not_installed_is_one_finding(world: Any, monkeypatch: p
 
 def test_a_check_that_fails_is_a_finding() -> None:
     """Its type, text and place are named, here and in another process; what comes after it is made."""
-    failing = Check("odd", "splitlearn_core.doctor.system:open_files", ("many",), "files", "count them")
-    sound = Check("machine", "splitlearn_core.doctor.system:check_machine")
+    failing = Check("odd", system.open_files, ("many",), "files", "count them")  # type: ignore[arg-type]
+    passing = Check("machine", system.check_machine)
 
-    for made in ([make(failing)], make_apart([failing, sound], 60)):
-        found = findings_of(made)
-        assert (found[0].check, found[0].level, found[0].mend) == ("odd", Level.WRONG, "count them")
+    for found in (failing.run(), findings_of(run_in_subprocess([failing, passing], 60))):
+        assert (found[0].check, found[0].level, found[0].fix) == ("odd", Level.WRONG, "count them")
         assert "files failed: TypeError: " in found[0].what
-        assert re.search(r"machine\.py:\d+$", found[0].where)
+        assert re.search(r"system\.py:\d+$", found[0].where)
     assert about("processors", found)
 
 
@@ -191,10 +193,10 @@ def test_a_plugin_may_end_its_process(world: Any, monkeypatch: pytest.MonkeyPatc
 
     # The other process takes seconds to start on a busy machine; a plugin that hangs costs all of them.
     seconds = 15 if "did not come to an end" in said else 120
-    made = make_apart([plugin_check("alpha"), plugin_check("beta")], seconds, tell=waited.append)
+    outcomes = run_in_subprocess([plugin_check("alpha"), plugin_check("beta")], seconds, report=waited.append)
 
-    found = findings_of(made)
-    assert [one.is_lost for one in made] == [True, False]
+    found = findings_of(outcomes)
+    assert [outcome.is_lost for outcome in outcomes] == [True, False]
     if "did not come to an end" in said:
         assert waited.count("alpha") == 1
 
@@ -239,8 +241,16 @@ ODD = "ModelFamily(model_type='alpha', architecture='X', {})"
 PLUGINS = {
     "exits on import": ("import sys; sys.exit(3)\n" + HEAD + GIVEN.format(ALPHA), Level.WRONG, "SystemExit"),
     "misspelt hook": (HEAD + "@hookimpl\ndef splitlearn_model_famlies(): ...", Level.WRONG, "did you mean"),
-    "prints": ("print('here I am')\n" + HEAD + GIVEN.format(ALPHA), Level.NOTE, "prints when it is asked: 'here I am'"),
-    "imports torch": ("import torch\n" + HEAD + GIVEN.format(ALPHA), Level.NOTE, "imports torch when it is asked"),
+    "prints": (
+        "print('here I am')\n" + HEAD + GIVEN.format(ALPHA),
+        Level.NOTE,
+        "prints when its hooks are called: 'here I am'",
+    ),
+    "imports torch": (
+        "import torch\n" + HEAD + GIVEN.format(ALPHA),
+        Level.NOTE,
+        "imports torch when its hooks are called",
+    ),
     "another family": (
         HEAD + GIVEN.format(ALPHA + ", ModelFamily(model_type='omega', architecture='X')"),
         Level.WRONG,
@@ -249,7 +259,7 @@ PLUGINS = {
     "prefers nothing": (
         HEAD + GIVEN.format(ODD.format("preferred_strategy='teleport'")),
         Level.WRONG,
-        "prefers the loading strategy 'teleport', which nobody provides",
+        "prefers the loading strategy 'teleport', which no plugin provides",
     ),
     "carries nothing": (
         HEAD + GIVEN.format(ODD.format("bundled_checkpoint='json:no_such_folder'")),
@@ -265,12 +275,12 @@ def test_what_is_odd_about_a_plugin_is_said(world: Any, source: str, level: Leve
     (world.folder / "torch.py").write_text("")  # what counts is that it is imported
     world.install("alpha", source)
 
-    found = findings_of(make_apart([plugin_check("alpha")], 60))
+    found = findings_of(run_in_subprocess([plugin_check("alpha")], 60))
 
     (finding,) = about(said, found)
     assert finding.level is level
     assert "alpha" in finding.what
-    assert finding.mend
+    assert finding.fix
 
 
 def test_two_claimants_are_one_finding(world: Any) -> None:
@@ -282,7 +292,7 @@ def test_two_claimants_are_one_finding(world: Any) -> None:
 
     assert "one-alpha 1.0" in finding.what
     assert "two-alpha 1.0" in finding.what
-    assert "SPLITLEARN_DISABLE_PLUGINS=" in finding.mend
+    assert "SPLITLEARN_DISABLE_PLUGINS=" in finding.fix
 
 
 def test_a_plugin_for_another_core_is_wrong(world: Any) -> None:
@@ -322,10 +332,10 @@ def test_a_group_that_nobody_reads_is_corrected(world: Any, group: str, meant: s
     """The group as it is and as it is meant, and no plugin is found."""
     metadata_of(world, entry_points_txt=f"[{group}]\nalpha = splitlearn_alpha\n")
 
-    (finding,) = about(f"in the group {group}, which nobody reads", installation.check_packages())
+    (finding,) = about(f"in the group {group}, which nothing reads", installation.check_packages())
 
     assert finding.level is Level.WRONG
-    assert f'[project.entry-points."{meant}"]' in finding.mend
+    assert f'[project.entry-points."{meant}"]' in finding.fix
     assert "alpha" not in registry().model_types()
 
 
@@ -335,7 +345,7 @@ def test_groups_of_others_are_theirs(world: Any) -> None:
 
     found = installation.check_packages()
 
-    assert not about("nobody reads", found)
+    assert not about("nothing reads", found)
     assert [f.level for f in about("splitlearn-alpha is named like a plugin, and has no entry point", found)] == [
         Level.NOTE
     ]
@@ -352,7 +362,7 @@ def test_a_package_that_is_there_twice_hides_itself(world: Any, tmp_path: Path, 
 
     hidden = older.folder / "splitlearn_alpha-0.9.dist-info"
     assert finding.what.endswith(f"2 times: 1.0 is used and hides 0.9 in {hidden}")
-    assert finding.mend.startswith("pip uninstall splitlearn-alpha until pip finds none; then pip install")
+    assert finding.fix.startswith("pip uninstall splitlearn-alpha until pip finds none; then pip install")
 
 
 @pytest.mark.parametrize("editable", [False, True])
@@ -380,7 +390,7 @@ def test_metadata_that_was_left_behind_is_one_finding(
         (finding,) = about("splitlearn-alpha", wrong(installation.check_packages()))
         assert said in finding.what
         again = f"-e {checkout}" if editable else "--force-reinstall splitlearn-alpha"
-        assert finding.mend == f"remove {older}; then pip install {again}"
+        assert finding.fix == f"remove {older}; then pip install {again}"
 
 
 def test_a_folder_that_is_on_the_path_twice_is_one(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -399,7 +409,7 @@ def test_damaged_metadata_is_wrong(world: Any) -> None:
     (finding,) = about("the metadata of splitlearn-alpha is damaged", installation.check_packages())
 
     assert finding.level is Level.WRONG
-    assert "--force-reinstall splitlearn-alpha" in finding.mend
+    assert "--force-reinstall splitlearn-alpha" in finding.fix
 
 
 PROJECT = '[project]\nname = "splitlearn-alpha"\nversion = "1.0"\n[project.entry-points."splitlearn.families"]\n'
@@ -428,7 +438,7 @@ def test_an_editable_package_is_held_against_its_project(world: Any, tmp_path: P
     found = [finding for finding in installation.check_packages() if finding.where == str(checkout / "pyproject.toml")]
 
     assert [said in finding.what for finding in found] == [True] * bool(said)
-    assert all(f"pip install -e {checkout}" in finding.mend for finding in found)
+    assert all(f"pip install -e {checkout}" in finding.fix for finding in found)
 
 
 def test_a_checkout_that_is_gone_is_wrong(world: Any, tmp_path: Path) -> None:
@@ -450,7 +460,7 @@ def test_a_checkout_that_is_gone_is_wrong(world: Any, tmp_path: Path) -> None:
         ("packaging>=1", ""),
         ("packaging>=99; python_version < '3'", ""),
         ("packaging>=99; extra == 'more'", ""),
-        ("packaging>>99", "which says nothing"),
+        ("packaging>>99", "which is invalid"),
     ],
 )
 def test_requirements_are_held_against_what_is_installed(world: Any, line: str, said: str) -> None:
@@ -467,8 +477,8 @@ def test_code_from_elsewhere_is_said(world: Any, tmp_path: Path) -> None:
     world.install("alpha")
     found = installation.installed()
 
-    (note,) = installation.elsewhere(tmp_path, found)
-    (missing,) = installation.elsewhere(tmp_path, [one for one in found if one.name != "splitlearn-core"])
+    (note,) = installation.other_core(tmp_path, found)
+    (missing,) = installation.other_core(tmp_path, [one for one in found if one.name != "splitlearn-core"])
 
     assert (note.level, note.where) == (Level.NOTE, str(tmp_path))
     assert missing.level is Level.WRONG
@@ -476,10 +486,10 @@ def test_code_from_elsewhere_is_said(world: Any, tmp_path: Path) -> None:
 
 def test_no_plugin_at_all_is_said() -> None:
     """With a package to begin with."""
-    (finding,) = installation.plugins_found(())
+    finding = installation.plugins_found(())
 
     assert finding.level is Level.NOTE
-    assert "pip install splitlearn-gpt2" in finding.mend
+    assert "pip install splitlearn-gpt2" in finding.fix
 
 
 # --- variables, versions, machine, cache, devices
@@ -499,14 +509,14 @@ def test_lists_and_what_they_misspell(world: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_a_name_that_cannot_be_allowed_is_wrong() -> None:
     """Somebody wants it, and it is not there."""
-    said = system.lists({"SPLITLEARN_PLUGINS": "alhpa"}, {"SPLITLEARN_PLUGINS": ("alhpa",)})
+    said = system.plugin_lists({"SPLITLEARN_PLUGINS": "alhpa"}, {"SPLITLEARN_PLUGINS": ("alhpa",)})
 
     assert [finding.level for finding in said] == [Level.NOTE, Level.WRONG]
 
 
 def test_an_empty_allow_list_is_told() -> None:
     """Set and empty means none; an empty block-list means nothing."""
-    said = system.lists({"SPLITLEARN_PLUGINS": "", "SPLITLEARN_DISABLE_PLUGINS": ""}, {})
+    said = system.plugin_lists({"SPLITLEARN_PLUGINS": "", "SPLITLEARN_DISABLE_PLUGINS": ""}, {})
 
     assert [finding.what for finding in said] == ["SPLITLEARN_PLUGINS allows only no plugin at all"]
 
@@ -521,7 +531,7 @@ def test_variables_of_the_network_are_notes_without_secrets() -> None:
         "TRANSFORMERS_OFFLINE": "0",
     }
 
-    found = list(system.hub(environment))
+    found = list(system.hub_variables(environment))
 
     assert [finding.where for finding in found] == ["HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "https_proxy"]
     assert {finding.level for finding in found} == {Level.NOTE}
@@ -535,7 +545,7 @@ def test_variables_of_the_network_are_notes_without_secrets() -> None:
 )
 def test_versions_are_held_against_what_was_tested(version: str, level: str) -> None:
     """Older is wrong, newer a note, and so is what cannot be compared."""
-    (finding,) = installation.python(version)
+    finding = installation.python(version)
 
     assert finding.level == level
     assert version in finding.what
@@ -548,8 +558,8 @@ def test_a_library_that_is_missing_or_old_comes_with_its_line() -> None:
 
     found = {finding.what.split()[0]: finding for finding in installation.libraries(there)}
 
-    assert (found["torch"].level, found["torch"].mend) == (Level.WRONG, "pip install 'torch>=2.13'")
-    assert (found["transformers"].level, found["transformers"].mend) == (Level.WRONG, "pip install 'transformers>=5.4'")
+    assert (found["torch"].level, found["torch"].fix) == (Level.WRONG, "pip install 'torch>=2.13'")
+    assert (found["transformers"].level, found["transformers"].fix) == (Level.WRONG, "pip install 'transformers>=5.4'")
     assert found["tqdm"].level is Level.NOTE
     assert found["safetensors"].level is Level.OK
 
@@ -598,16 +608,16 @@ def test_little_memory_and_few_files_are_notes() -> None:
 
     assert (tight.level, tight.where) == (Level.NOTE, "/sys/fs/cgroup/job")
     assert system.memory(MemoryReading(2**36, 2**35)).level is Level.OK
-    assert [system.open_files(most)[0].level for most in (64, 1024, -1)] == [Level.NOTE, Level.OK, Level.OK]
-    assert system.address_space(None) == []
-    assert system.address_space(2**33)[0].level is Level.NOTE
+    assert [system.open_files(most).level for most in (64, 1024, -1)] == [Level.NOTE, Level.OK, Level.OK]
+    assert list(system.address_space(None)) == []
+    assert next(system.address_space(2**33)).level is Level.NOTE
 
 
 def test_a_cache_is_tried(tmp_path: Path) -> None:
     """One that can be made is fine, one under a file is wrong, and nothing is left behind."""
     (tmp_path / "file").write_text("")
 
-    levels = [system.folder(path)[0].level for path in (tmp_path, tmp_path / "a" / "b", tmp_path / "file" / "hub")]
+    levels = [system.cache_folder(path).level for path in (tmp_path, tmp_path / "a" / "b", tmp_path / "file" / "hub")]
 
     assert levels[2] is Level.WRONG
     assert Level.WRONG not in levels[:2]
@@ -625,7 +635,7 @@ def test_a_cache_is_tried(tmp_path: Path) -> None:
 )
 def test_a_gpu_that_is_not_used_has_a_reason(facts: Any, level: Level, said: str) -> None:
     """None there, the wrong build, hidden, or a driver that does not fit."""
-    (finding,) = system.without_gpu(**facts)
+    finding = system.missing_gpu(**facts)
 
     assert finding.level is level
     assert said in finding.what
@@ -703,7 +713,7 @@ def test_a_model_that_cannot_be_loaded_says_why(llama: Any, sharded: Path, edit_
     (finding,) = wrong(check_model(str(sharded), load=True))
 
     assert said in finding.what
-    assert finding.mend
+    assert finding.fix
 
 
 def bar(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -742,7 +752,7 @@ def test_a_model_that_is_not_loaded_says_why(
 
     notes = about("was not tried", found)
     assert [said in note.what for note in notes] == [True] * bool(said)
-    assert all(note.mend == f"splitlearn verify {single} --split 2 4" for note in notes)
+    assert all(note.fix == f"splitlearn verify {single} --split 2 4" for note in notes)
     assert not wrong(found)
 
 
@@ -757,7 +767,7 @@ def test_a_file_that_may_not_be_read_is_a_finding(
     (finding,) = wrong(check_model(str(single), load=True))
 
     assert finding.what == f"Permission denied: {single / name}"
-    assert finding.mend == f"chmod u+r {single / name}"
+    assert finding.fix == f"chmod u+r {single / name}"
 
 
 @pytest.mark.heavy
@@ -788,7 +798,7 @@ def test_a_model_that_does_not_fit_is_wrong() -> None:
     """The strategy that takes least counts."""
     needs = {"copied": MemoryNeeds(900, 900, 0), "mapped": MemoryNeeds(300, 300, 600)}
 
-    assert [finding.level for free in (200, 400) for finding in room(needs, free)] == [Level.WRONG, Level.OK]
+    assert [finding.level for free in (200, 400) for finding in memory_needed(needs, free)] == [Level.WRONG, Level.OK]
 
 
 @pytest.mark.heavy

@@ -27,10 +27,10 @@ MODULES = {
 
 #: The rooms of core (a module at the top level is one), from the ground up: each imports those before it and itself.
 LAYERS = (
-    "errors", "types", "quoting", "user_paths", "system_memory", "foreign_arguments", "progress", "tokenization",
-    "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "readers",
-    "build", "adapters", "split_model", "loading", "api", "storage", "pipeline", "factory", "generation",
-    "verification", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress",
+    "tokenization", "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint",
+    "readers", "build", "adapters", "split_model", "loading", "api", "storage", "pipeline", "factory", "generation",
+    "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
@@ -188,7 +188,7 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
     light = (
         "errors", "types", "family", "hookspecs", "plugins", "plan", "checkpoint", "loading_strategy", "readers",
         "loading", "api", "quickstart", "system_memory", "progress", "cli", "generation", "tokenization",
-        "verification",
+        "verification", "benchmark", "child_process", "doctor",
     )  # fmt: skip
     for module, path in MODULES.items():
         visitor = _Imports()

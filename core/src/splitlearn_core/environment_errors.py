@@ -63,16 +63,6 @@ def denied_path(error: OSError) -> Cause:
     return Cause(f"{error.strerror or error}: {path}", command)
 
 
-def halt(library: str) -> None:
-    """Make further imports of a library fail at once: one that cannot be imported may end the process."""
-    sys.modules[library] = None  # type: ignore[assignment]  # documented: an import of it raises ModuleNotFoundError
-
-
-def is_halted(library: str) -> bool:
-    """Return whether :func:`halt` was called for a library."""
-    return library in sys.modules and sys.modules[library] is None
-
-
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and its explicit causes, without the errors that it was merely raised after."""
     link: BaseException | None = error

@@ -1,4 +1,4 @@
-"""Tokenizers and text generation for people at a command line."""
+"""Tokenizers and text generation for the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tok
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was generated, and how fast."""
+    """A generated text, and how long it took."""
 
     prompt: str
     text: str
@@ -44,25 +44,25 @@ class Generation:
 
 
 def has_tokenizer(model: OpenModel) -> bool:
-    """Say whether the checkpoint carries a tokenizer."""
+    """Return whether the checkpoint has a tokenizer."""
     return any(name in model.checkpoint.source.files() for name in _TOKENIZER_FILES)
 
 
 def tokenizer_files(model: OpenModel) -> list[str]:
-    """Return the names of the files that a tokenizer may be made of."""
+    """Return the names of the files that transformers may need for the tokenizer."""
     return [name for name in model.checkpoint.source.files() if name.startswith(_TOKENIZER_NAMES)]
 
 
 def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None) -> Any:
-    """Load the checkpoint's own tokenizer: one of the files beside the weights, or one in a weight file.
+    """Load the checkpoint's tokenizer, from files next to the weights or from a weight file.
 
     Args:
         model: The checkpoint.
-        progress: Told where the tokenizer has to be made of a weight file first, which takes many seconds.
+        progress: Called where the tokenizer must first be converted from a weight file, which takes many seconds.
 
     Raises:
         MissingFileError: The checkpoint has none.
-        CheckpointError: The one it has is of no use.
+        CheckpointError: transformers cannot use it.
     """
     inside: Mapping[str, Any] | None = None
     source = model.checkpoint.source
@@ -83,7 +83,7 @@ def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None
         return AutoTokenizer.from_pretrained(model.checkpoint.folder, config=config, local_files_only=True)
     except SplitLearnError:
         raise
-    # transformers rebuilds it from what files say, and raises whatever comes of that.
+    # transformers builds it from untrusted files, and may raise anything.
     except Exception as error:
         raise CheckpointError(
             f"{model.name} holds no tokenizer that transformers can use: {said(error)}", hint=_HINT
@@ -102,23 +102,23 @@ def _config_for_tokenizer(model: OpenModel) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen, and what ends a text besides the model's own end."""
+    """How tokens are chosen, and which texts stop generation."""
 
-    #: 0 for the likeliest token each time; above, tokens are drawn.
+    #: 0 for the likeliest token each time; above 0, tokens are sampled.
     temperature: float = 0.0
-    #: Draw from so many likeliest tokens.
+    #: Sample from this many likeliest tokens.
     top_k: int = 50
-    #: Draw from the likeliest tokens that make up this probability.
+    #: Sample from the likeliest tokens whose probabilities add up to this.
     top_p: float = 1.0
-    #: Makes draws repeatable.
+    #: Makes sampling repeatable.
     seed: int | None = None
-    #: Texts that end what is generated, and are its last part.
+    #: Texts after which generation stops; they are part of the output.
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigurationError(
-                f"temperature {self.temperature} is no number from 0", hint="0 takes the likeliest token"
+                f"temperature {self.temperature} is not a number from 0", hint="0 takes the likeliest token"
             )
         if "" in self.stop:
             raise ConfigurationError("an empty text stops nothing", hint="leave --stop out, or give it a text")
@@ -141,7 +141,7 @@ def generate_text(
     *,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt, handing the text on as it comes.
+    """Continue a prompt, and stream the text.
 
     Args:
         model: Bottom, trunk and top.
@@ -153,7 +153,7 @@ def generate_text(
 
     Raises:
         ConfigurationError: The prompt is empty, or the text would not fit the model.
-        CheckpointError: The model's own code fails, on a value of its configuration most likely.
+        CheckpointError: The model's own code fails, most likely on a value of its configuration.
     """
     from splitlearn_core.build.torch_state import own_state
 
@@ -168,14 +168,14 @@ def generate_text(
 
 
 class Conversation:
-    """Messages of a user and a model in turn, in the words of the checkpoint's chat template.
+    """Messages of a user and a model, formatted with the checkpoint's chat template.
 
     Args:
         model: Bottom, trunk and top.
         tokenizer: The checkpoint's.
         max_new_tokens: How many tokens an answer has at most.
-        sampling: How they are chosen; draws are made repeatable once, with the first answer.
-        system: What stands before the first message, where that is wanted.
+        sampling: How they are chosen; the seed is used once, for the first answer.
+        system: The system message; None for none.
 
     Raises:
         ConfigurationError: The tokenizer has no chat template.
@@ -193,7 +193,7 @@ class Conversation:
         check_chat_template(tokenizer)
         self._model, self._tokenizer = model, tokenizer
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
-        #: What was said so far.
+        #: The messages so far.
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
 
     def answer(
@@ -203,19 +203,19 @@ class Conversation:
         on_text: Callable[[str], None] | None = None,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Generation:
-        """Answer a message, handing the text on as it comes.
+        """Answer a message, and stream the answer.
 
         Args:
             text: The message.
             on_text: Called with each piece of the answer.
-            is_stopped: Asked after each token; where it says yes, the answer ends there.
+            is_stopped: Called after each token; where it returns True, the answer ends there.
 
         Returns:
             Its ``text`` is the answer alone, its ``prompt`` the message.
 
         Raises:
             ConfigurationError: The message is empty, the conversation would not fit the model, or the template
-                refuses it. Nothing of it is kept then.
+                refuses it. The message is not kept.
             CheckpointError: The model's own code fails.
         """
         _check_text(text)
@@ -239,7 +239,7 @@ class Conversation:
                 return self._tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
                 )
-        # A template is a program, which raises what it likes, on roles that it does not know for instance.
+        # A template is a program: it may raise anything, for instance on an unknown role.
         except Exception as error:
             raise ConfigurationError(
                 f"the chat template refuses the conversation: {said(error)}",
@@ -251,7 +251,7 @@ def check_chat_template(tokenizer: Any) -> None:
     """Refuse a tokenizer without a chat template; raises ConfigurationError."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigurationError(
-            "the tokenizer has no chat template: the model is none for conversations, or its template is not here",
+            "the tokenizer has no chat template: the model is not for conversations, or its template is missing",
             hint="leave --chat out to continue a text, or put the model's chat_template.jinja beside its tokenizer",
         )
 
@@ -261,7 +261,7 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"the prompt is no text: {reason(error)}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
+            f"the prompt is not text: {reason(error)}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
         ) from error
 
 
@@ -284,7 +284,7 @@ def _generate(
         torch.manual_seed(sampling.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     started = time.perf_counter()
-    with own_state(gradients=False), _blaming_config():
+    with own_state(gradients=False), _model_errors():
         output = model.generate(
             input_ids=encoded["input_ids"].to(model.device),
             attention_mask=encoded["attention_mask"].to(model.device),
@@ -309,13 +309,13 @@ def _stopping(is_stopped: Callable[[], bool]) -> Any:
 
 
 @contextmanager
-def _blaming_config() -> Iterator[None]:
-    """Say that the model's own code fails on its configuration; what fails where the text is shown is not meant."""
+def _model_errors() -> Iterator[None]:
+    """Raise what fails in the model's own code as a CheckpointError; errors of writing the text pass."""
     try:
         yield
     except (SplitLearnError, OSError):
         raise
-    # It meets values that no check of a configuration looks at, and may raise anything.
+    # It reads values of the configuration that nothing checks, and may raise anything.
     except Exception as error:
         raise CheckpointError(
             f"the model fails in transformers: {said(error)}",

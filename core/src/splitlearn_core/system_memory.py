@@ -1,10 +1,10 @@
-"""How much memory this process may still take: by the machine, and by every group that limits it.
+"""How much memory this process may still allocate, by the machine and by the control groups that limit it.
 
-A container, a service or a batch job lives in a control group (cgroup). Each group between it and
-the root may have a limit of its own, and whoever goes past one is killed. File pages count as used
-there but are given back on demand; what counts for good is memory that no file stands behind:
+A container, a service or a batch job runs in a control group (cgroup). Each group between it and
+the root may have a limit, and a process that exceeds one is killed. The kernel counts file pages as
+used but reclaims them on demand; what cannot be reclaimed is
 
-    free = limit - (anonymous memory + shared memory + kernel memory that is not given back)
+    free = limit - (anonymous memory + shared memory + unreclaimable kernel memory)
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import psutil
 _ROOT = Path("/")
 _CGROUPS = "sys/fs/cgroup"
 _OWN_GROUPS = "proc/self/cgroup"
-#: Limits from here on are the kernel's way of saying that there is none.
+#: The kernel writes a limit from here on where there is none.
 _NO_LIMIT = 2**60
-#: glibc's number of the parameter, and bytes from which on a block of memory is one of its own.
-_M_MMAP_THRESHOLD, _OWN_BLOCK = -3, 2**20
+#: mallopt's M_MMAP_THRESHOLD, and the size of a block from which on glibc maps it separately.
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
-    """The memory of this machine, as far as this process may use it. Swap never counts."""
+    """The memory that this process may use, without swap."""
 
-    #: Bytes that could ever be had: the machine's memory, or the lowest limit of a group.
+    #: Bytes: the machine's memory, or the lowest limit of a group.
     total: int
-    #: Bytes that can be taken now.
+    #: Bytes that can be allocated now.
     free: int
-    #: What sets the total: ``machine``, or the folder of the group.
+    #: The origin of the total: ``machine``, or the folder of the group.
     limited_by: str = "machine"
 
 
@@ -51,7 +51,7 @@ def read_memory(root: Path = _ROOT) -> MemoryReading:
     """Read the machine's memory and the limits of the groups that this process is in.
 
     Args:
-        root: Below it lie ``proc`` and ``sys``.
+        root: The folder of ``proc`` and ``sys``.
     """
     machine = psutil.virtual_memory()
     reading = MemoryReading(int(machine.total), int(machine.available))
@@ -62,7 +62,7 @@ def read_memory(root: Path = _ROOT) -> MemoryReading:
 
 
 def available_memory() -> int:
-    """Return bytes that can be taken without swapping, by the machine's and the groups' limits."""
+    """Return how many bytes can be allocated without swapping, within all limits."""
     return read_memory().free
 
 
@@ -84,8 +84,8 @@ def _groups(root: Path) -> Iterator[_Group]:
 
 def _limits(mount: Path, path: str, read: Callable[[Path], _Group | None]) -> Iterator[_Group]:
     own = PurePosixPath(path.lstrip("/"))
-    # A container often sees its own group as the mount's root, whatever path it is told: what is
-    # not there is passed over.
+    # A container often sees its own group as the mount's root, whatever the path: folders that do not
+    # exist are skipped.
     for part in (own, *own.parents):
         if ".." not in part.parts and (group := read(mount / part)) is not None:
             yield group
@@ -103,7 +103,7 @@ def _version_2(folder: Path) -> _Group | None:
 
 
 def _kernel_parts(stat: Mapping[str, int]) -> int:
-    """Add up what kernels before 5.18 tell one by one."""
+    """Add up what kernels before 5.18 report separately."""
     return sum(stat.get(name, 0) for name in ("slab_unreclaimable", "kernel_stack", "pagetables", "percpu"))
 
 
@@ -136,23 +136,23 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def return_large_blocks() -> bool:
-    """Have freed blocks of memory go back to the system at once, for the whole process; say whether that can be had.
+    """Make glibc return large freed blocks to the system at once, in the whole process; say whether it can.
 
-    By itself glibc raises, with each large block that is freed, the size from which on it asks the
-    system for a block of its own. What weights took then stays in the heap of the thread that loaded
-    them, up to 64 MiB of it, where no trimming reaches. A fixed size turns that off.
+    By default glibc raises its mmap threshold with each large block that is freed. The memory of
+    weights then stays in the heap of the thread that loaded them, up to 64 MiB of it, which
+    malloc_trim does not reach. A fixed threshold turns that off.
     """
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False
-    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _OWN_BLOCK))
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES))
 
 
-def anonymous_memory() -> int:
-    """Return the bytes of memory of this process that no file stands behind."""
+def anonymous_memory(pid: int | None = None) -> int:
+    """Return how many bytes of memory a process (by default this one) holds that are not pages of files."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
     except OSError:
-        # No such account on this system: everything resident, file pages too.
-        return int(psutil.Process().memory_info().rss)
+        # Systems without /proc: everything resident, file pages too.
+        return int(psutil.Process(pid).memory_info().rss)
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(fields["RssAnon"].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Proof for one checkpoint: does the split model say what the unsplit one says?"""
+"""Comparison of a split checkpoint with the unsplit one, to the last bit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _RANDOM_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class ComponentCost:
-    """What one component took."""
+    """Time and memory of one component."""
 
     component: str
     layers: tuple[int, int]
     #: Bytes of its tensors.
     bytes: int
-    #: Memory that its load took and no file stands behind.
+    #: Anonymous memory that its load allocated.
     anonymous_bytes: int
     load_seconds: float
     forward_seconds: float
@@ -50,7 +50,7 @@ class Verification:
     model: str
     split_points: tuple[int, ...]
     dtype: str
-    #: What the models were given: ``prompt``, or ``random tokens`` where there is no tokenizer.
+    #: The input: ``prompt``, or ``random tokens`` where there is no tokenizer.
     input: str
     #: Each comparison and whether it is equal to the last bit.
     checks: dict[str, bool]
@@ -80,7 +80,7 @@ def verify_split(
     Raises:
         SplitLearnError: As :func:`load_split_model`.
         ConfigurationError: Components were to have different dtypes or devices, which the unsplit model cannot have.
-        CheckpointError: transformers fails on the unsplit model, or it answers with NaN: there is nothing to compare
+        CheckpointError: transformers fails on the unsplit model, or its logits are NaN: there is nothing to compare
             with.
     """
     if not isinstance(dtype, str) or options.device_map is not None:
@@ -111,20 +111,20 @@ def _verify(
         loads[component] = (time.perf_counter() - started, max(0, anonymous_memory() - before))
     split = SplitCausalLM(*parts.values())
     started = time.perf_counter()
-    with _blaming_transformers(model):
-        unsplit = _load_unsplit(model, plan.dtype, options)
+    with _transformers_errors(model):
+        unsplit = load_unsplit(model, plan.dtype, options)
     unsplit_load = time.perf_counter() - started
     ids, mask = _inputs(model, unsplit.config.vocab_size)
     ids, mask = ids.to(options.device), mask.to(options.device)
-    with _blaming_transformers(model):
-        expected = _ask(unsplit, ids, mask)
+    with _transformers_errors(model):
+        expected = _run(unsplit, ids, mask)
     if bool(expected.logits.isnan().any()):
         raise CheckpointError(
-            f"{model.name} unsplit answers with NaN, which equals nothing, so that there is nothing to compare",
-            hint="its weights hold values that are no numbers"
+            f"{model.name} unsplit computes NaN, which equals nothing, so that there is nothing to compare",
+            hint="its weights hold values that are not numbers"
             + ("" if plan.dtype == "float32" else f", or {plan.dtype} is too narrow: try --dtype float32"),
         )
-    checks, difference = _compare(expected, _ask(split, ids, mask))
+    checks, difference = _compare(expected, _run(split, ids, mask))
     unsplit_forward, forwards = _time_forwards(unsplit, parts, ids, mask)
     costs = tuple(
         ComponentCost(
@@ -137,13 +137,26 @@ def _verify(
         )
         for part in plan.components
     )
-    given = "prompt" if has_tokenizer(model) else "random tokens"
+    kind_of_input = "prompt" if has_tokenizer(model) else "random tokens"
     return Verification(
-        model.name, plan.split_points, plan.dtype, given, checks, difference, costs, unsplit_load, unsplit_forward
+        model.name,
+        plan.split_points,
+        plan.dtype,
+        kind_of_input,
+        checks,
+        difference,
+        costs,
+        unsplit_load,
+        unsplit_forward,
     )
 
 
-def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
+def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
+    """Load the whole model with ``from_pretrained``, its weight files being on this machine.
+
+    Raises:
+        CheckpointError: transformers does not read the checkpoint.
+    """
     from splitlearn_core.build.configuration import architecture_class, hf_config
     from splitlearn_core.build.pruning import BUILD_LOCK
 
@@ -152,7 +165,7 @@ def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
     directory = next(iter(paths.values())).parent
     arguments = checkpoint.pretrained_arguments()
     if arguments is not None:
-        # transformers would take the configuration out of the weight file, whatever config.json says.
+        # Otherwise transformers takes the configuration from the weight file and ignores config.json.
         config = hf_config(model.family, model.config, model.name, dtype, options.attn_implementation)
         arguments = {**arguments, "config": config}
     try:
@@ -177,7 +190,7 @@ def _load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
 
 @contextmanager
 def _bars_on_terminals() -> Iterator[None]:
-    """Keep transformers from drawing bars into a file or a pipe."""
+    """Show the progress bars of transformers only on a terminal."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
@@ -191,7 +204,7 @@ def _bars_on_terminals() -> Iterator[None]:
 
 
 def _inputs(model: OpenModel, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sequences, the second shorter and padded on the left."""
+    """Return two sequences, the second shorter and padded on the left."""
     import torch
 
     if has_tokenizer(model):
@@ -206,23 +219,23 @@ def _inputs(model: OpenModel, vocabulary: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @contextmanager
-def _blaming_transformers(model: OpenModel) -> Iterator[None]:
-    """Say what transformers says where it fails on the unsplit model, with which no part of ours has to do."""
+def _transformers_errors(model: OpenModel) -> Iterator[None]:
+    """Raise what fails in the unsplit model as a CheckpointError with the text of transformers."""
     try:
         yield
     except SplitLearnError:
         raise
-    # What a model's code meets in a configuration that does not suit it may be any error.
+    # With a configuration that does not suit it, a model's code may raise any error.
     except Exception as error:
         raise CheckpointError(
             f"{model.name} unsplit fails in transformers, so that there is nothing to compare with: {said(error)}",
-            hint="check the values of config.json: what from_pretrained of transformers makes of them fails likewise",
+            hint="check the values of config.json: from_pretrained of transformers gives a model that fails likewise",
         ) from error
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What a model says of the inputs."""
+class _Output:
+    """The output of one model."""
 
     logits: torch.Tensor
     #: The logits of each token that is generated with a cache.
@@ -230,7 +243,7 @@ class _Said:
     generated: torch.Tensor
 
 
-def _ask(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> _Said:
+def _run(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> _Output:
     import torch
 
     with torch.inference_mode():
@@ -244,19 +257,19 @@ def _ask(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> _Said:
             output_logits=True,
             return_dict_in_generate=True,
         )
-    return _Said(logits, output.logits, output.sequences)
+    return _Output(logits, output.logits, output.sequences)
 
 
-def _compare(expected: _Said, got: _Said) -> tuple[dict[str, bool], float]:
+def _compare(expected: _Output, actual: _Output) -> tuple[dict[str, bool], float]:
     import torch
 
-    steps = list(zip(expected.steps, got.steps, strict=False))
+    steps = list(zip(expected.steps, actual.steps, strict=False))
     checks = {
-        "logits": torch.equal(expected.logits, got.logits),
+        "logits": torch.equal(expected.logits, actual.logits),
         "decoding with a cache": all(torch.equal(a, b) for a, b in steps),
-        "generated tokens": torch.equal(expected.generated, got.generated),
+        "generated tokens": torch.equal(expected.generated, actual.generated),
     }
-    return checks, max(float((a - b).abs().max()) for a, b in [(expected.logits, got.logits), *steps])
+    return checks, max(float((a - b).abs().max()) for a, b in [(expected.logits, actual.logits), *steps])
 
 
 def _time_forwards(

@@ -1,4 +1,4 @@
-"""A conversation at a terminal, or over pipes: a line in, an answer out."""
+"""A conversation at a terminal or over pipes: each line of input gets an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def converse(conversation: Conversation, show: Callable[[str], None] | None) -> 
     """Answer each line of stdin until it ends.
 
     Args:
-        conversation: What the lines and the answers are added to.
+        conversation: Receives the lines and the answers.
         show: Writes a piece of an answer; None to print all of it as JSON at the end.
     """
     turns = []
@@ -40,7 +40,7 @@ def converse(conversation: Conversation, show: Callable[[str], None] | None) -> 
 
 
 def _lines() -> Iterator[str]:
-    """Yield what is typed, or piped, line by line; empty lines say nothing."""
+    """Yield the lines that are typed or piped, without empty ones."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         click.echo("Ctrl-D ends, Ctrl-C stops an answer.", err=True)
@@ -58,7 +58,7 @@ def _lines() -> Iterator[str]:
 
 
 def _typed() -> str:
-    # Where stdout goes elsewhere, the prompt must not go with it.
+    # The prompt must not go where stdout is redirected to.
     if sys.stdout.isatty():
         return input(_PROMPT)
     click.echo(_PROMPT, nl=False, err=True)
@@ -74,7 +74,7 @@ def _piped() -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Take the first interrupt as a wish to stop the answer; the second is one as ever."""
+    """Let the first interrupt stop the answer; the second raises KeyboardInterrupt."""
     stopped = False
 
     def stop(_: int, __: FrameType | None) -> None:
@@ -83,8 +83,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         stopped = True
 
-    before = signal.signal(signal.SIGINT, stop)
+    previous = signal.signal(signal.SIGINT, stop)
     try:
         yield lambda: stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

@@ -40,7 +40,7 @@ class Demo:
         self._parts: dict[str, Any] = {}
 
     def load(self, progress: ProgressCallback) -> None:
-        """Load all three components."""
+        """Load all components."""
         self._parts = load_components(self._model, self.plan, self._table, LoadOptions(), progress)
 
     def generate(self, prompt: str, max_new_tokens: int, seed: int, on_text: Callable[[str], None]) -> Generation:
@@ -74,7 +74,7 @@ def open_demo() -> Demo:
             return Demo(name, open_model(name))
     raise MissingFileError(
         "no plugin that is installed and not blocked carries a model",
-        hint=f"pip install splitlearn-gpt2, or see that {ALLOW_VARIABLE} and {BLOCK_VARIABLE} let it in",
+        hint=f"pip install splitlearn-gpt2, or change {ALLOW_VARIABLE} and {BLOCK_VARIABLE} so that they allow it",
     )
 
 
@@ -90,23 +90,23 @@ _PROMPT = "The people of the United States"
 def command(ctx: click.Context, prompt: str, max_new_tokens: int, seed: int, as_json: bool) -> None:
     """Plan, load, run and verify the model that splitlearn-gpt2 carries. Needs no network."""
 
-    say = (lambda text: None) if as_json else click.echo
+    echo = (lambda text: None) if as_json else click.echo
     stream = (lambda text: None) if as_json else write_text
     demo = open_demo()
-    say(f"1. The plan: {demo.name}\n")
-    say(render_plan(demo.plan))
-    say("\n2. Loading the three components\n")
+    echo(f"1. The plan: {demo.name}\n")
+    echo(render_plan(demo.plan))
+    echo("\n2. Loading the three components\n")
     demo.load(lambda progress: _show_stage(progress, as_json))
-    say("\n3. Generating through bottom -> trunk -> top\n")
+    echo("\n3. Generating through bottom -> trunk -> top\n")
     text = demo.generate(prompt, max_new_tokens, seed, stream)
-    say(f"\n\n   {text.new_tokens} tokens, {text.tokens_per_second:.1f} tokens/s")
-    say("\n4. Against the unsplit model\n")
+    echo(f"\n\n   {text.new_tokens} tokens, {text.tokens_per_second:.1f} tokens/s")
+    echo("\n4. Against the unsplit model\n")
     result = demo.verify()
     if as_json:
         print_json({"plan": demo.plan.to_dict(), "generation": text.to_dict(), "verification": result.to_dict()})
     else:
-        say(render_verification(result))
-        say(_next_steps(demo.name))
+        echo(render_verification(result))
+        echo(_next_steps(demo.name))
     ctx.exit(0 if result.equal else 1)
 
 
@@ -130,4 +130,4 @@ Now with a model of your own (a directory, or a name on the Hub):
 or in Python:
   from splitlearn_core import load_split_model
   trunk = load_split_model(None, (A, B), "MODEL", parts=("trunk",)).{Component.TRUNK}
-The bundled model is called {name} wherever a MODEL is asked for."""
+The bundled model is called {name} wherever a command takes a MODEL."""

@@ -17,18 +17,18 @@ _WIDTH = len("transformers")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -> None:
-    """Look for what is wrong with plugins, libraries, machine and cache, and with MODEL where one is named.
+    """Find what is wrong with plugins, libraries, machine and cache, and with MODEL where one is named.
 
-    Each finding has what mends it underneath. Exit code 1 where something is wrong; notes do not count.
+    Each finding is followed by its fix. Exit code 1 where something is wrong; notes do not count.
     """
     from splitlearn_core.doctor.runner import examine
 
-    report = examine(model, quick=quick, tell=lambda doing: click.echo(f"still {doing} ...", err=True))
+    result = examine(model, quick=quick, report=lambda subject: click.echo(f"still {subject} ...", err=True))
     if as_json:
-        print_json(report.to_dict())
+        print_json(result.to_dict())
     else:
-        click.echo(render_report(report))
-    ctx.exit(0 if report.healthy else 1)
+        click.echo(render_report(result))
+    ctx.exit(0 if result.healthy else 1)
 
 
 def render_report(report: Report) -> str:
@@ -42,9 +42,9 @@ def _lines(finding: Finding) -> str:
     first, *more = finding.what.splitlines() or [""]
     indent = " " * (len("wrong") + _WIDTH + 4)
     lines = [f"{level}  {finding.check:<{_WIDTH}}  {first}", *(indent + line.strip() for line in more)]
-    # What is well needs no address.
+    # The place matters only where there is something to do.
     if finding.where and finding.level is not Level.OK:
         lines.append(f"{indent}at: {finding.where}")
-    if finding.mend:
-        lines.append(f"{indent}mend: {finding.mend}")
+    if finding.fix:
+        lines.append(f"{indent}fix: {finding.fix}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a load would fetch, for people and programs: what ``--dry-run`` prints."""
+"""The output of ``--dry-run``: what a load would fetch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def print_fetch(
 
 
 def render_fetch(plan: FetchPlan) -> str:
-    """Show files and bytes to people."""
+    """Format files and bytes as text."""
     rows = [
         (
             file.name,

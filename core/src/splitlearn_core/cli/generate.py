@@ -93,7 +93,7 @@ def command(
         if dry_run:
             print_fetch(opened, split_points, dtype, as_json=as_json)
             return
-        # Before the weights, which may take long.
+        # Before the weights: loading may take long.
         prompt = _read_prompt(prompt_file) if prompt_file is not None else prompt
         with reporting(None) as report:
             tokenizer = _tokenizer(opened, report, chat=chat)
@@ -117,19 +117,19 @@ def command(
 
 
 def write_text(text: str) -> None:
-    """Show a piece of text at once."""
+    """Print a piece of text at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def _read_prompt(name: str) -> str:
-    """Read a prompt from a file or from stdin, without its last line end, which an editor put there."""
+    """Read a prompt from a file or stdin, without the final line end that editors add."""
     try:
         raw = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
         return raw.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            f"the prompt in {name} is no UTF-8 text: {error}", hint="convert it: iconv -t UTF-8"
+            f"the prompt in {name} is not UTF-8 text: {error}", hint="convert it: iconv -t UTF-8"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise MissingFileError(f"the prompt cannot be read: {error}", hint="check --prompt-file") from error

@@ -1,4 +1,4 @@
-"""The console script: finds a command, runs it, and turns errors into exit codes in one place."""
+"""The console script: import a command, run it, and turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.plugins.host import stdout_for_data
 
 #: The commands of core, each a module of this package; other packages add theirs.
-_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "doctor")
+_COMMANDS = ("demo", "plugins", "plan", "generate", "verify", "split", "merge", "bench", "doctor")
 
 
 @click.group(
@@ -37,14 +37,14 @@ def cli(verbose: bool, trace: bool) -> None:
     if trace:
         from splitlearn_core.plugins.tracing import trace_to_stderr
 
-        # SPLITLEARN_TRACE still says how.
+        # In the format that SPLITLEARN_TRACE chooses.
         trace_to_stderr()
 
 
 def main() -> None:
     """Run the command line. Exit code 0: done, 1: failed, 2: wrong usage."""
     for stream in (sys.stdout, sys.stderr):
-        # What a terminal cannot spell is escaped: no reason to stop in the middle of a text.
+        # Characters that a terminal cannot show are escaped: no reason to stop in the middle of a text.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -60,10 +60,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        said = _said(error)
-        if said is None:
+        explanation = _explanation(error)
+        if explanation is None:
             raise
-        message, hint = said
+        message, hint = explanation
         click.echo(f"error: {message}", err=True)
         if hint:
             click.echo(f"hint: {hint}", err=True)
@@ -71,8 +71,8 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _said(error: Exception) -> tuple[str, str] | None:
-    """Return message and hint of an error that its reader can do something about; None for a bug."""
+def _explanation(error: Exception) -> tuple[str, str] | None:
+    """Return message and hint of an error that users can act on; None for a bug."""
     from splitlearn_core.environment_errors import cause_of
 
     cause = cause_of(error)
@@ -80,5 +80,5 @@ def _said(error: Exception) -> tuple[str, str] | None:
         return error.message, error.hint
     if cause is not None:
         return cause.message, cause.hint
-    # A disk that is full, or a closed output: nothing of ours, and no reason for a traceback.
+    # A full disk or a closed output is no bug.
     return (str(error), "") if isinstance(error, OSError) else None

@@ -1,4 +1,4 @@
-"""``splitlearn merge``: one Hugging Face checkpoint of saved components."""
+"""``splitlearn merge``: saved components become one Hugging Face checkpoint."""
 
 from __future__ import annotations
 

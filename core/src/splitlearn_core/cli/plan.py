@@ -1,4 +1,4 @@
-"""``splitlearn plan``: what a split gives, from the headers alone."""
+"""``splitlearn plan``: the components of a split, from the headers alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def command(
 
 
 def render_plan(plan: SplitPlan) -> str:
-    """Draw a plan for people."""
+    """Format a plan as text."""
     commit = f" at {plan.commit[:12]}" if plan.commit else ""
     rows = [
         (

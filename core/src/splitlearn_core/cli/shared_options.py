@@ -52,7 +52,7 @@ class _NumbersOption(click.Option):
 
 
 def model_options(command: _Command) -> _Command:
-    """Add MODEL, where to find it, and how to cut it."""
+    """Add MODEL, where it is found, and how it is cut."""
     for option in reversed(
         (
             click.argument("model"),
@@ -85,7 +85,7 @@ def model_options(command: _Command) -> _Command:
 
 
 def load_options(command: _Command) -> _Command:
-    """Add how the components are loaded."""
+    """Add the options of a load."""
     for option in reversed(
         (
             click.option(
@@ -151,9 +151,9 @@ def _for_each_part(value: str) -> str | dict[str, str]:
 def _pairs(value: str) -> dict[str, str]:
     """Read NAME=VALUE,NAME=VALUE."""
     pairs = [pair.partition("=") for pair in value.split(",")]
-    if not all(name and equals and said for name, equals, said in pairs):
+    if not all(name and equals and text for name, equals, text in pairs):
         raise click.BadParameter(f"{value!r} is not NAME=VALUE,NAME=VALUE")
-    return {name: said for name, _, said in pairs}
+    return {name: text for name, _, text in pairs}
 
 
 def check_shard_size(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -184,10 +184,10 @@ def load_options_of(options: dict[str, Any], split_points: Sequence[int] | None)
     )
 
 
-def split_points_of(model: OpenModel, given: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the split points that were given, or even thirds of the model, and say then on stderr which these are."""
-    if given is not None:
-        return given
+def split_points_of(model: OpenModel, requested: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the split points requested, or by default even thirds of the model, which are printed on stderr."""
+    if requested is not None:
+        return requested
     from splitlearn_core.plan.split_points import count_layers, even_thirds
 
     a, b = even_thirds(model.family, model.config)
@@ -207,12 +207,12 @@ def print_json(data: Any) -> None:
 
 
 def styled(text: str, **style: Any) -> str:
-    """Colour text, unless NO_COLOR asks for none; click leaves it out where there is no terminal."""
+    """Colour text unless NO_COLOR is set; click strips the colour where there is no terminal."""
     return text if os.environ.get("NO_COLOR") else click.style(text, **style)
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Align columns of text; the first is flush left, numbers flush right."""
+    """Align columns of text: numbers to the right, other text to the left."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 

@@ -35,7 +35,7 @@ from splitlearn_core.user_paths import user_path
 @click.option(
     "--force",
     is_flag=True,
-    help="Take the place of a split that was saved before; parts of it that are not saved anew stay.",
+    help="Replace a split that was saved before; parts of it that are not saved again stay.",
 )
 @dry_run_option
 @json_option
@@ -55,7 +55,7 @@ def command(
 
     With one cut there is no trunk; with more than two, there are DIR/trunk1, DIR/trunk2 and so on.
 
-    Weights are copied piece by piece, however large they are. DIR appears as a whole.
+    Weights are copied piece by piece, however large they are. DIR appears only when it is complete.
     """
     from splitlearn_core.loading.opening import open_model
     from splitlearn_core.plan.split_points import even_thirds, names_of_parts
@@ -87,7 +87,7 @@ def command(
 
 
 def to_dict(saved: SplitDirectory) -> dict[str, Any]:
-    """Describe saved components as data."""
+    """Convert to JSON types."""
     return {
         "path": str(saved.path),
         "components": [
@@ -104,7 +104,7 @@ def to_dict(saved: SplitDirectory) -> dict[str, Any]:
 
 
 def render(saved: SplitDirectory) -> str:
-    """Show saved components to people."""
+    """Format saved components as text."""
     rows = []
     for component, each in saved.components.items():
         first, last = each.manifest.origin.layers

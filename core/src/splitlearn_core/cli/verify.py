@@ -1,4 +1,4 @@
-"""``splitlearn verify``: the split model against the unsplit one, or saved components against their manifests."""
+"""``splitlearn verify``: compare a split model with the unsplit one, or saved components with their manifests."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def command(
 ) -> None:
     """Compare MODEL, cut into components, with MODEL unsplit. Exit code 1 where a bit differs.
 
-    Where MODEL is a directory of saved components, and --split is left out, their files are held
-    against their manifests (hashes, sizes, tensors, ties), and the components against each other.
+    Where MODEL is a directory of saved components, and --split is left out, their files are
+    compared with their manifests (hashes, sizes, tensors, ties), and the components with each other.
     """
     from splitlearn_core.checkpoint.manifest import holds_components
     from splitlearn_core.loading.opening import open_model
@@ -60,7 +60,7 @@ def command(
         ]
         if given:
             raise click.UsageError(
-                f"{', '.join(given)}: for a comparison with the unsplit model; files are held against manifests"
+                f"{', '.join(given)}: for a comparison with the unsplit model; files are compared with manifests"
             )
         ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
     options = load_options_of(others, split_points)
@@ -92,7 +92,7 @@ def _verify_saved(directory: str, *, as_json: bool) -> bool:
 
 
 def render_saved(result: SavedVerification) -> str:
-    """Show to people what was found of saved components."""
+    """Format the verification of saved components as text."""
     held = ", ".join(result.components)
     verdict = "as it was saved" if result.sound else f"{len(result.problems)} FAULTS"
     whole = "" if result.complete else " (not a whole model)"
@@ -100,12 +100,12 @@ def render_saved(result: SavedVerification) -> str:
     return "\n".join([f"{result.path}: {held}{whole}, {human_bytes(result.nbytes)} hashed", *faults, verdict])
 
 
-#: What would surprise in a table that says of a component of 300 MB that it took 0 B.
+#: Explains a component of 300 MB that took 0 B.
 _MEMORY_NOTE = "memory taken: beyond pages of the weight files, which are mapped, and given back where memory is short"
 
 
 def render_verification(result: Verification) -> str:
-    """Show a comparison to people."""
+    """Format a comparison as text."""
     rows = [
         (
             str(cost.component),

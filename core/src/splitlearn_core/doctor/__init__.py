@@ -1,1 +1,1 @@
-"""Why is my plugin not seen, why does my model not load: checks, each with what would mend what it finds."""
+"""Why is a plugin not seen, why does a model not load: checks, whose findings say how to fix them."""

@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 import splitlearn_core
-from splitlearn_core.doctor.report import Finding, Level
+from splitlearn_core.doctor.report import Finding, Level, note, ok, wrong
 from splitlearn_core.plugins.known import COMMANDS
 from splitlearn_core.plugins.metadata import (
     API_GROUP,
@@ -50,7 +49,7 @@ def check_import(library: str) -> list[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Versions from the lowest to the newest that was tried, both included."""
+    """Versions from the lowest to the newest that was tested, both included."""
 
     lowest: str
     #: As exact as it is written: ``2.13`` means every 2.13.
@@ -66,13 +65,27 @@ class Range:
         newest = Version(self.newest).release
         return Version(version).release[: len(newest)] > newest
 
+    def judge(self, name: str, version: str, where: str = "", fix: str = "") -> Finding:
+        """Compare the version of a library with what was tested."""
+        try:
+            is_below, is_above = self.is_below(version), self.is_above(version)
+        except InvalidVersion:
+            return note(f"{name} {version} has a version that cannot be compared ({self})", where)
+        if is_below:
+            fix = fix or f"pip install '{name}>={self.lowest}'"
+            return wrong(f"{name} {version} is older than what works (tested: {self})", where, fix)
+        if is_above:
+            how = "splitlearn verify MODEL --split A B proves your model with it"
+            return note(f"{name} {version} is newer than what was tested ({self})", where, how)
+        return ok(f"{name} {version} (tested: {self})", where)
+
 
 PYTHON = Range("3.11", "3.13")
 
-#: Those of the libraries below that decide what models come out as.
+#: The libraries that decide what a model computes; each has a finding of its own.
 DECISIVE = ("torch", "transformers", "huggingface-hub", "safetensors")
 
-#: Distribution -> its versions. What core needs; the lowest are those of its dependencies.
+#: The dependencies of core: distribution -> versions; the lowest are those that core requires.
 LIBRARIES = {
     "torch": Range("2.13", "2.13"),
     "transformers": Range("5.4", "5.24"),
@@ -87,268 +100,191 @@ LIBRARIES = {
     "tqdm": Range("4.67", "4.70"),
 }
 
-#: What core can do with more: extra -> what it is good for, and the distributions it needs.
+#: Optional dependencies: extra -> what it is for, and its distributions.
 EXTRAS = {
     "peft": ("adapters", {"peft": Range("0.18", "0.21")}),
 }
 
 
-_VERSIONS = "versions"
-
-
-def check_versions() -> list[Finding]:
+def check_versions() -> Iterator[Finding]:
     """Compare what is installed with what was tested."""
-    there = {name: version_of(name) for name in LIBRARIES}
-    return [*python(platform.python_version()), *libraries(there), *extras()]
-
-
-def python(version: str) -> Iterator[Finding]:
-    """Judge the interpreter."""
-    yield _judged("Python", version, PYTHON, sys.executable, f"make an environment of Python {PYTHON}")
-
-
-def libraries(there: Mapping[str, str | None]) -> Iterator[Finding]:
-    """Judge what core needs.
-
-    Args:
-        there: Distribution -> the version that is installed, or None.
-    """
-    well = []
-    for name, tested in LIBRARIES.items():
-        version, mend = there[name], f"pip install '{name}>={tested.lowest}'"
-        if version is None:
-            yield Finding(_VERSIONS, Level.WRONG, f"{name} is not installed (tested: {tested})", mend=mend)
-            continue
-        finding = _judged(name, version, tested, "", mend)
-        if finding.level is Level.OK and name not in DECISIVE:
-            well.append(f"{name} {version}")
+    yield python(platform.python_version())
+    yield from libraries({name: version_of(name) for name in LIBRARIES})
+    for extra, (purpose, requirements) in EXTRAS.items():
+        versions = {name: version_of(name) for name in requirements}
+        if missing := [name for name, version in versions.items() if version is None]:
+            yield note(f"{', '.join(missing)} not installed: no {purpose}", fix=f"pip install '{CORE}[{extra}]'")
         else:
-            yield finding
-    if well:
-        yield Finding(_VERSIONS, Level.OK, f"{', '.join(well)}: as tested")
-
-
-def _judged(name: str, version: str, tested: Range, where: str, mend: str) -> Finding:
-    try:
-        below, above = tested.is_below(version), tested.is_above(version)
-    except InvalidVersion:
-        return Finding(
-            _VERSIONS, Level.NOTE, f"{name} {version} has a version that cannot be compared ({tested})", where
-        )
-    if below:
-        return Finding(
-            _VERSIONS, Level.WRONG, f"{name} {version} is older than what works (tested: {tested})", where, mend
-        )
-    if above:
-        what = f"{name} {version} is newer than what was tested ({tested})"
-        return Finding(
-            _VERSIONS, Level.NOTE, what, where, "splitlearn verify MODEL --split A B proves your model with it"
-        )
-    return Finding(_VERSIONS, Level.OK, f"{name} {version} (tested: {tested})", where)
-
-
-def extras() -> Iterator[Finding]:
-    """Say which of the things that need more packages can be done."""
-    for extra, (purpose, needs) in EXTRAS.items():
-        there = {name: version_of(name) for name in needs}
-        missing = [name for name, version in there.items() if version is None]
-        if missing:
-            what = f"{', '.join(missing)} not installed: no {purpose}"
-            yield Finding(_VERSIONS, Level.NOTE, what, mend=f"pip install '{CORE}[{extra}]'")
-        else:
-            for name, tested in needs.items():
-                mend = f"pip install '{name}>={tested.lowest}'"
-                yield _judged(name, str(there[name]), tested, "", mend)
+            yield from (tested.judge(name, str(versions[name])) for name, tested in requirements.items())
     if not any(entry.kind == STRATEGY and entry.name == "gguf" for entry in registry().entries):
-        yield Finding(_VERSIONS, Level.NOTE, "GGUF files cannot be read", mend="pip install splitlearn-gguf")
+        yield note("GGUF files cannot be read", fix="pip install splitlearn-gguf")
     offered = {entry.name for entry in discover_commands()}
     for command, (package, _) in COMMANDS.items():
         if command not in offered:
-            words = command.replace(".", " ")
-            yield Finding(
-                _VERSIONS, Level.NOTE, f"there is no command splitlearn {words}", mend=f"pip install {package}"
-            )
+            yield note(f"there is no command splitlearn {command.replace('.', ' ')}", fix=f"pip install {package}")
 
 
-_PACKAGES = "packages"
+def python(version: str) -> Finding:
+    """Judge the interpreter."""
+    return PYTHON.judge("Python", version, sys.executable, f"make an environment of Python {PYTHON}")
+
+
+def libraries(versions: Mapping[str, str | None]) -> Iterator[Finding]:
+    """Judge what core needs.
+
+    Args:
+        versions: Distribution -> its installed version, or None.
+    """
+    as_tested = []
+    for name, tested in LIBRARIES.items():
+        version = versions[name]
+        if version is None:
+            fix = f"pip install '{name}>={tested.lowest}'"
+            yield wrong(f"{name} is not installed (tested: {tested})", fix=fix)
+        elif (finding := tested.judge(name, version)).level is Level.OK and name not in DECISIVE:
+            as_tested.append(f"{name} {version}")
+        else:
+            yield finding
+    if as_tested:
+        yield ok(f"{', '.join(as_tested)}: as tested")
+
+
 _GROUPS = (*KINDS, COMMAND_GROUP, API_GROUP)
 
 
 def check_packages() -> list[Finding]:
-    """Look at the metadata of everything that has to do with plugins; nothing of it is imported."""
-    found = installed(("torch", "transformers"))
-    counts = Counter(one.name for one in found)
-    # Of a package that is there twice, no copy says what holds of it.
-    alone = [one for one in found if counts[one.name] == 1]
-    kin = [one for one in alone if one.name not in LIBRARIES]
-    problems = [
-        *damaged(alone),
-        *twice(found),
-        *(finding for one in kin for finding in (*stale(one), *wrong_groups(one), *unmet(one))),
-        *elsewhere(Path(splitlearn_core.__file__).parents[1], found),
+    """Examine the metadata of everything that has to do with plugins; nothing of it is imported."""
+    packages = installed(("torch", "transformers"))
+    counts = Counter(package.name for package in packages)
+    # Of a package that is installed twice, neither copy says what holds.
+    unique = [package for package in packages if counts[package.name] == 1]
+    findings = [*damaged(unique), *duplicates(packages)]
+    for package in unique:
+        if package.name not in LIBRARIES:
+            findings += [*stale(package), *wrong_groups(package), *unmet(package)]
+    return [
+        *findings,
+        *other_core(Path(splitlearn_core.__file__).parents[1], packages),
+        plugins_found(registry().entries),
     ]
-    return [*problems, *plugins_found(registry().entries)]
 
 
-def plugins_found(entries: Sequence[PluginEntry]) -> Iterator[Finding]:
-    """Say how many plugins there are, and that there is nothing to load models with where there is none."""
-    packages = {entry.distribution for entry in entries}
-    if not any(entry.kind == FAMILY for entry in entries):
-        yield Finding(
-            _PACKAGES,
-            Level.NOTE,
-            "no installed package provides a model family",
-            os.pathsep.join(splitlearn_core.__path__),
-            "pip install splitlearn-gpt2, or the package of your model type, with this very Python",
-        )
-    else:
-        yield Finding(_PACKAGES, Level.OK, f"{len(entries)} entry points of {len(packages)} packages are found")
+def plugins_found(entries: Sequence[PluginEntry]) -> Finding:
+    """Say how many plugins there are, and what to do where none provides a family."""
+    if any(entry.kind == FAMILY for entry in entries):
+        packages = {entry.distribution for entry in entries}
+        return ok(f"{len(entries)} entry points of {len(packages)} packages are found")
+    path = os.pathsep.join(splitlearn_core.__path__)
+    fix = "pip install splitlearn-gpt2, or the package of your model type, with this very Python"
+    return note("no installed package provides a model family", path, fix)
 
 
-def damaged(found: Sequence[Installed]) -> Iterator[Finding]:
+def damaged(packages: Sequence[Installed]) -> Iterator[Finding]:
     """Find metadata that cannot be read."""
-    for one in found:
-        if one.problem:
-            yield Finding(
-                _PACKAGES,
-                Level.WRONG,
-                f"the metadata of {one.name} is damaged: {one.problem}",
-                str(one.info),
-                f"pip install --force-reinstall {_source(one)}",
-            )
+    for package in packages:
+        if package.problem:
+            what = f"the metadata of {package.name} is damaged: {package.problem}"
+            yield wrong(what, str(package.info), f"pip install --force-reinstall {package.origin or package.name}")
 
 
-def twice(found: Sequence[Installed]) -> Iterator[Finding]:
-    """Find packages that are installed more than once, and say which is used and which is stale."""
-    for name in (name for name, count in Counter(one.name for one in found).items() if count > 1):
-        copies = [one for one in found if one.name == name]
+def duplicates(packages: Sequence[Installed]) -> Iterator[Finding]:
+    """Find packages that are installed more than once, and say which copy is used and which is stale."""
+    for name in (name for name, count in Counter(package.name for package in packages).items() if count > 1):
+        copies = [package for package in packages if package.name == name]
         used, newest = copies[0], max(copies, key=_version)
-        others = ", ".join(f"{_of(one)} in {one.info}" for one in copies if one is not used)
-        if len({one.home for one in copies}) > 1:
-            so, mend = f"is used and hides {others}", f"pip uninstall {name} until pip finds none; then {_again(used)}"
+        version = used.version or "a version unknown"
+        others = ", ".join(f"{p.version or 'a version unknown'} in {p.info}" for p in copies if p is not used)
+        if len({package.home for package in copies}) > 1:
+            state, fix = f"is used and hides {others}", f"pip uninstall {name} until pip finds none; then "
+            fix += _reinstall(used)
         else:
-            # Of two in one folder, the older was left behind by an installation, whichever is found first.
-            stale_too = _version(used) < _version(newest)
-            so = f"is used and is stale; {others} is not used" if stale_too else f"is used; {others} is stale"
-            kept = newest if stale_too else used
-            mend = f"remove {' and '.join(str(one.info) for one in copies if one is not kept)}; then {_again(kept)}"
-        what = f"{name} is installed {len(copies)} times: {_of(used)} {so}"
-        yield Finding(_PACKAGES, Level.WRONG, what, str(used.info), mend)
+            # Of two in one folder, an installation left the older behind, whichever is listed first.
+            is_stale = _version(used) < _version(newest)
+            state = f"is used and is stale; {others} is not used" if is_stale else f"is used; {others} is stale"
+            kept = newest if is_stale else used
+            folders = " and ".join(str(package.info) for package in copies if package is not kept)
+            fix = f"remove {folders}; then {_reinstall(kept)}"
+        yield wrong(f"{name} is installed {len(copies)} times: {version} {state}", str(used.info), fix)
 
 
-def _of(one: Installed) -> str:
-    return one.version or "a version unknown"
-
-
-def _version(one: Installed) -> Version:
+def _version(package: Installed) -> Version:
     try:
-        return Version(one.version)
+        return Version(package.version)
     except InvalidVersion:
         return Version("0")
 
 
-def stale(one: Installed) -> Iterator[Finding]:
-    """Find editable packages whose project says other entry points than were installed."""
-    if not one.editable or one.problem:
+def stale(package: Installed) -> Iterator[Finding]:
+    """Find editable packages whose project has other entry points than were installed."""
+    if not package.editable or package.problem:
         return
-    project = Path(one.origin) / "pyproject.toml"
-    again = f"pip install -e {one.origin}"
+    path = Path(package.origin) / "pyproject.toml"
+    reinstall = f"pip install -e {package.origin}"
     try:
-        stated = tomllib.loads(project.read_text("utf-8")).get("project", {})
-        wanted = _stated_points(stated)
+        project = tomllib.loads(path.read_text("utf-8")).get("project", {})
+        groups = project.get("entry-points", {})
+        wanted = {(group, *point) for group in _GROUPS for point in groups.get(group, {}).items()}
     except (OSError, ValueError, AttributeError) as error:
-        what = f"{one.name} is an editable checkout whose pyproject.toml cannot be read: {reason(error)}"
-        yield Finding(_PACKAGES, Level.WRONG, what, str(project), f"{again}, or pip uninstall {one.name}")
+        what = f"{package.name} is an editable checkout whose pyproject.toml cannot be read: {reason(error)}"
+        yield wrong(what, str(path), f"{reinstall}, or pip uninstall {package.name}")
         return
-    if not stated or "entry-points" in stated.get("dynamic", ()):
+    if not project or "entry-points" in project.get("dynamic", ()):
         return
-    actual = {point for point in one.points if point[0] in _GROUPS}
+    actual = {point for point in package.points if point[0] in _GROUPS}
     changes = [f"{name} = {value} [{group}] was added since" for group, name, value in sorted(wanted - actual)]
     changes += [f"{name} = {value} [{group}] is gone since" for group, name, value in sorted(actual - wanted)]
     if changes:
-        what = f"{one.name} was installed with other entry points than its project has: {'; '.join(changes)}"
-        yield Finding(_PACKAGES, Level.WRONG, what, str(project), again)
-    elif stated.get("version", one.version) != one.version:
-        what = f"{one.name} was installed as {one.version}, and its project is {stated['version']} by now"
-        yield Finding(_PACKAGES, Level.NOTE, what, str(project), again)
+        what = f"{package.name} was installed with other entry points than its project has: {'; '.join(changes)}"
+        yield wrong(what, str(path), reinstall)
+    elif project.get("version", package.version) != package.version:
+        what = f"{package.name} was installed as {package.version}, and its project is {project['version']} by now"
+        yield note(what, str(path), reinstall)
 
 
-def _stated_points(project: dict[str, Any]) -> set[tuple[str, str, str]]:
-    groups = project.get("entry-points", {})
-    return {(group, name, value) for group in _GROUPS for name, value in groups.get(group, {}).items()}
-
-
-def wrong_groups(one: Installed) -> Iterator[Finding]:
+def wrong_groups(package: Installed) -> Iterator[Finding]:
     """Find entry points in groups that look like ours, and packages that look like plugins and have none."""
-    if one.problem or one.name == CORE:
+    if package.problem or package.name == CORE:
         return
-    for group, name, value in one.points:
+    for group, name, value in package.points:
         meant = nearest_group(group) if group not in _GROUPS else ""
         if meant:
-            yield Finding(
-                _PACKAGES,
-                Level.WRONG,
-                f"{one.name} has the entry point {name} = {value} in the group {group}, which nobody reads",
-                str(one.info / "entry_points.txt"),
-                f'in its pyproject.toml write [project.entry-points."{meant}"], then {_again(one)}',
-            )
-    near = any(nearest_group(group) for group, _, _ in one.points)
-    if one.name.startswith("splitlearn-") and not near:
-        yield Finding(
-            _PACKAGES,
-            Level.NOTE,
-            f"{one.name} is named like a plugin, and has no entry point",
-            str(one.info),
-            f'if it is one: [project.entry-points."{FAMILY_GROUP}"] in its pyproject.toml, then {_again(one)}',
-        )
+            what = f"{package.name} has the entry point {name} = {value} in the group {group}, which nothing reads"
+            fix = f'in its pyproject.toml write [project.entry-points."{meant}"], then {_reinstall(package)}'
+            yield wrong(what, str(package.info / "entry_points.txt"), fix)
+    if package.name.startswith("splitlearn-") and not any(nearest_group(group) for group, _, _ in package.points):
+        what = f"{package.name} is named like a plugin, and has no entry point"
+        fix = f'if it is one: [project.entry-points."{FAMILY_GROUP}"] in its pyproject.toml, then {_reinstall(package)}'
+        yield note(what, str(package.info), fix)
 
 
-def unmet(one: Installed) -> Iterator[Finding]:
-    """Find requirements that what is installed does not meet; those of core itself are checked as versions."""
-    for line in one.requires if one.name != CORE else ():
+def unmet(package: Installed) -> Iterator[Finding]:
+    """Find requirements that are not met; those of core itself are judged as versions."""
+    for line in package.requires if package.name != CORE else ():
         try:
-            wanted = Requirement(line)
+            required = Requirement(line)
         except InvalidRequirement as error:
-            yield Finding(
-                _PACKAGES,
-                Level.WRONG,
-                f"{one.name} requires {line!r}, which says nothing: {reason(error)}",
-                str(one.info),
-            )
+            yield wrong(f"{package.name} requires {line!r}, which is invalid: {reason(error)}", str(package.info))
             continue
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
-        there = version_of(wanted.name)
-        if there is None or not wanted.specifier.contains(there, prereleases=True):
-            state = f"{there} is installed" if there else "it is not installed"
-            yield Finding(
-                _PACKAGES,
-                Level.WRONG,
-                f"{one.name} {one.version} requires {wanted.name}{wanted.specifier}, and {state}",
-                str(one.info),
-                f"pip install '{wanted.name}{wanted.specifier}'",
-            )
+        version = version_of(required.name)
+        if version is None or not required.specifier.contains(version, prereleases=True):
+            requirement = f"{required.name}{required.specifier}"
+            state = f"{version} is installed" if version else "it is not installed"
+            what = f"{package.name} {package.version} requires {requirement}, and {state}"
+            yield wrong(what, str(package.info), f"pip install '{requirement}'")
 
 
-def elsewhere(code: Path, found: Sequence[Installed]) -> Iterator[Finding]:
-    """Say where the code of core that runs is not that of the package that is installed."""
-    core = next((one for one in found if canonicalize_name(one.name) == CORE), None)
+def other_core(code: Path, packages: Sequence[Installed]) -> Iterator[Finding]:
+    """Find that the code of core which runs is not that of the installed package."""
+    core = next((package for package in packages if canonicalize_name(package.name) == CORE), None)
     if core is None:
         what = f"{CORE} runs from a folder and is not installed: its version is unknown, and so is every plugin's need"
-        yield Finding(_PACKAGES, Level.WRONG, what, str(code), f"pip install {CORE}")
+        yield wrong(what, str(code), f"pip install {CORE}")
     elif not code.resolve().is_relative_to(Path(core.origin if core.editable else core.home).resolve()):
-        yield Finding(
-            _PACKAGES,
-            Level.NOTE,
-            f"the code that runs is not that of the installed {CORE} {core.version} ({core.origin or core.home})",
-            str(code),
-            "unset PYTHONPATH, unless that is what you want",
-        )
+        what = f"the code that runs is not that of the installed {CORE} {core.version} ({core.origin or core.home})"
+        yield note(what, str(code), "unset PYTHONPATH, unless that is what you want")
 
 
-def _source(one: Installed) -> str:
-    return one.origin or one.name
-
-
-def _again(one: Installed) -> str:
-    return f"pip install {'-e ' if one.editable else '--force-reinstall '}{_source(one)}"
+def _reinstall(package: Installed) -> str:
+    return f"pip install {'-e ' if package.editable else '--force-reinstall '}{package.origin or package.name}"

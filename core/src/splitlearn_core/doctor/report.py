@@ -1,54 +1,62 @@
-"""Findings: what a check found and what fixes it; a check that fails is a finding as well."""
+"""Checks and their findings; a check that fails is a finding as well."""
 
 from __future__ import annotations
 
-import importlib
+import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from splitlearn_core.environment_errors import cause_of, is_halted
+from splitlearn_core.environment_errors import cause_of
 from splitlearn_core.errors import SplitLearnError
-from splitlearn_core.quoting import said
+from splitlearn_core.quoting import said as error_text
 
 
 class Level(StrEnum):
     """How much a finding matters."""
 
     OK = "ok"
-    #: Worth knowing; nothing fails by it.
+    #: Worth knowing; nothing fails because of it.
     NOTE = "note"
-    #: Something that is wanted does not work.
+    #: Something does not work.
     WRONG = "wrong"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a check found."""
+    """One result of a check."""
 
-    #: The check that found it: ``packages``, ``plugins``, ``devices``, ...
+    #: The check: ``packages``, ``plugins``, ``devices``, ...
     check: str
     level: Level
     what: str
     #: The file, folder or variable that it is about; empty where there is none.
     where: str = ""
     #: What to do about it: a command where there is one.
-    mend: str = ""
+    fix: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, said: Mapping[str, Any]) -> Finding:
-        """Read back what :meth:`to_dict` gave to another process."""
-        return cls(**{**said, "level": Level(said["level"])})
+
+def ok(what: str, where: str = "") -> Finding:
+    """Return a finding that all is well; like the next two, the check that returns it gets its name in."""
+    return Finding("", Level.OK, what, where)
+
+
+def note(what: str, where: str = "", fix: str = "") -> Finding:
+    return Finding("", Level.NOTE, what, where, fix)
+
+
+def wrong(what: str, where: str = "", fix: str = "") -> Finding:
+    return Finding("", Level.WRONG, what, where, fix)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What all checks found, in the order in which they were made."""
+    """The findings of all checks, in the order of the checks."""
 
     findings: tuple[Finding, ...]
 
@@ -68,79 +76,61 @@ class Report:
         }
 
 
-def failed(name: str, error: BaseException, subject: str, mend: str, where: str = "") -> Finding:
-    """Return the finding of a check that raised whatever it raised.
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A function that examines something, in any process."""
+
+    #: The name its findings are listed under.
+    name: str
+    #: A function of a module, which another process imports.
+    function: Callable[..., Iterable[Finding]]
+    arguments: tuple[str | bool, ...] = ()
+    #: What it does, for messages: ``importing torch``, ``looking at ...``.
+    subject: str = "the check"
+    #: What to do where it fails with an error that does not say.
+    fix: str = "report it"
+    #: The library that it tries to import; later checks run without it where that fails.
+    library: str = ""
+
+    def run(self) -> list[Finding]:
+        """Run the check in this process; an exception becomes a finding."""
+        try:
+            findings = list(self.function(*self.arguments))
+        # What is examined may be broken in any way.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            findings = [failure(error, self.subject, self.fix)]
+        return [replace(finding, check=self.name) for finding in findings]
+
+
+def failure(error: BaseException, subject: str, fix: str, where: str = "") -> Finding:
+    """Return the finding of a check that raised an exception.
 
     Args:
-        name: The check.
-        error: What it raised.
-        subject: What it was doing.
-        mend: What to do where the error does not say it.
+        error: The exception.
+        subject: What the check was doing.
+        fix: What to do where the error does not say.
         where: What it looked at.
     """
     cause = cause_of(error)
-    if cause is not None and is_halted(cause.library):
-        # Its own check has said what is wrong with it: here it only stands in the way.
-        return left_out(name, cause.library)
-    if isinstance(error, SplitLearnError) and not (cause and cause.library):
-        return Finding(name, Level.WRONG, error.message, where, error.hint)
-    if cause is not None:
-        return Finding(name, Level.WRONG, cause.message, where, cause.hint)
+    if cause is not None and is_blocked(cause.library):
+        return left_out(cause.library)
+    if cause is not None and (cause.library or not isinstance(error, SplitLearnError)):
+        return wrong(cause.message, where, cause.hint)
+    if isinstance(error, SplitLearnError):
+        return wrong(error.message, where, error.hint)
     last = traceback.extract_tb(error.__traceback__)[-1]
-    what = f"{subject or 'the check'} failed: {said(error)}"
-    return Finding(name, Level.WRONG, what, f"{last.filename}:{last.lineno}", mend or "report it")
+    return wrong(f"{subject} failed: {error_text(error)}", f"{last.filename}:{last.lineno}", fix)
 
 
-def left_out(name: str, library: str, subject: str = "") -> Finding:
-    """Return the note on what was not examined for want of a library."""
-    return Finding(name, Level.NOTE, f"{subject and subject + ' '}left out: {library} cannot be imported")
+def left_out(library: str, subject: str = "") -> Finding:
+    """Return the note that something was not examined because a library, which has its own finding, is broken."""
+    return note(f"{subject and subject + ' '}left out: {library} cannot be imported")
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """A check that can be made anywhere."""
-
-    #: What its findings are listed under.
-    name: str
-    #: The function that makes it, ``module:function``; it is imported when the check is made.
-    function: str
-    arguments: tuple[str | bool, ...] = ()
-    #: What it does, for messages: ``importing torch``, ``looking at ...``.
-    subject: str = ""
-    #: What to do where it fails and does not say it.
-    mend: str = ""
-    #: The library that it tries to import; where that cannot be, the checks after it go without.
-    library: str = ""
+def block_import(library: str) -> None:
+    """Make every further import of a library fail at once: a broken one may end the process."""
+    sys.modules[library] = None  # type: ignore[assignment]  # documented: an import of it raises ModuleNotFoundError
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A check that was made, and what it found."""
-
-    check: Check
-    findings: tuple[Finding, ...]
-    #: Whether it ended its process, or did not come to an end.
-    is_lost: bool = False
-
-
-def make(check: Check) -> Made:
-    """Make a check in this process; what it raises is its finding."""
-    module, _, name = check.function.partition(":")
-    try:
-        function: Callable[..., list[Finding]] = getattr(importlib.import_module(module), name)
-        found = function(*check.arguments)
-    # A doctor who faints is of no use: what was examined may be broken in any way.
-    except (Exception, SystemExit) as error:  # noqa: BLE001
-        found = [failed(check.name, error, check.subject, check.mend)]
-    return Made(check, tuple(found))
-
-
-def findings_of(every: Iterable[Made]) -> list[Finding]:
-    """Return what all checks found."""
-    return [finding for made in every for finding in made.findings]
-
-
-def unusable(every: Iterable[Made]) -> tuple[str, ...]:
-    """Return the libraries that their checks found to be so."""
-    wrong = [made for made in every if any(finding.level is Level.WRONG for finding in made.findings)]
-    return tuple(made.check.library for made in wrong if made.check.library)
+def is_blocked(library: str) -> bool:
+    return library in sys.modules and sys.modules[library] is None
