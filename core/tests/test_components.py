@@ -561,8 +561,8 @@ def test_components_in_one_argument_are_refused(parts: Any, as_type: Any) -> Non
 
 
 def test_missing_and_misplaced_components_are_named(parts: Any) -> None:
-    """Where all are there, the hint is their order."""
-    assert "trunk is None: it was not loaded, or not given" in wrong(parts.bottom)
+    """One alone lacks the other end; where all are there, the hint is their order."""
+    assert "top is None: it was not loaded, or not given" in wrong(parts.bottom)
     assert "bottom is None: it was not loaded, or not given" in wrong()
     with pytest.raises(ConfigurationError, match="bottom is a trunk") as caught:
         SplitCausalLM(parts.trunk, parts.bottom, parts.top)

@@ -289,10 +289,12 @@ def test_quantised_weights_are_not_copied(cli: Any, single: Path, tmp_path: Path
 def test_a_dry_run_refuses_what_the_run_refuses(cli: Any, single: Path, tmp_path: Path) -> None:
     """A place that is taken, one below a file, a size that is none."""
     (tmp_path / "afile").write_text("")
-    for options in (("--out", single), ("--out", tmp_path / "afile/x"), ("--out", "y", "--max-shard-size", "z")):
-        for dry in ((), ("--dry-run",)):
-            code, _, err = cli("split", single, "--split", "2", "4", *options, *dry)
+    for dry in ((), ("--dry-run",)):
+        for out in (single, tmp_path / "afile/x"):
+            code, _, err = cli("split", single, "--split", "2", "4", "--out", out, *dry)
             assert (code, "hint" in err) == (1, True), err
+        code, _, err = cli("split", single, "--split", "2", "4", "--out", "y", "--max-shard-size", "z", *dry)
+        assert (code, "'z' is no size" in err) == (2, True), err
 
 
 def test_what_is_no_path_is_refused(single: Path, tmp_path: Path) -> None:
