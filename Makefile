@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with Python 3.11+, pip and make:
 #   make demo    install core and the three plugins, and run the main job on the bundled model, offline
 #   make test    the same set-up, then every test of every package, in random order
+#   make test-long   the same with all cases of the sweeps, of which the tests take a sample otherwise
 #
 # PYTHON chooses the interpreter, VENV the virtual environment.
 
@@ -20,17 +21,23 @@ LIGHT = $(shell grep -rl "mark.light" core/tests --include="test_*.py")
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-alone test-light lint types docs bench clean
+.PHONY: demo test test-long test-alone test-light lint types docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/splitlearn demo
 	@echo "To go on here: . $(BIN)/activate"
 
+# What is imported in hundreds of processes is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 # Tiny tensors gain nothing from threads, which spin for each other on a busy machine.
-test test-alone test-light: export OMP_NUM_THREADS ?= 1
+test test-long test-alone test-light: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/tools
 	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
+
+# All cases: 100,000 broken headers, a kill at each access to a file, the kit under every combination.
+test-long: export LONG_TESTS = 1
+test-long: test
 
 # Each test in a process of its own, so that none needs what another one did.
 test-alone: $(VENV)/tools

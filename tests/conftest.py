@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from support.hub import LoopbackHub
+from support.warm import WarmInterpreter
 
 #: Nothing listens on the discard port: whoever tries to reach the world through it is refused.
 DEAD_PROXY = "http://127.0.0.1:9"
@@ -124,8 +125,18 @@ def hub(point_at: Callable[[str], None]) -> Iterator[LoopbackHub]:
 def process() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a Python process with this interpreter; keyword arguments are environment variables."""
 
+    return _running(sys.executable)
+
+
+@pytest.fixture
+def warm_process(warm: WarmInterpreter) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run an interpreter that has imported torch and transformers: where the start of a process is not the subject."""
+    return _running(warm.path)
+
+
+def _running(interpreter: object) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *map(str, arguments)]
+        command = [str(part) for part in (interpreter, *arguments)]
         env = {**os.environ, **environment}
         return subprocess.run(
             command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
@@ -135,11 +146,11 @@ def process() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def cli(process: Callable[..., Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the console script that is installed beside this interpreter."""
+def cli(warm_process: Callable[..., Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the console script that is installed beside this interpreter, in a warm one."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        return process(Path(sys.executable).with_name("splitlearn"), *arguments, **environment)
+        return warm_process(Path(sys.executable).with_name("splitlearn"), *arguments, **environment)
 
     return run
 

@@ -35,6 +35,7 @@ from support.hub import LoopbackHub
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
 
 pytestmark = [
+    pytest.mark.libs,
     # PEFT says so of the whole model and of components alike.
     pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),

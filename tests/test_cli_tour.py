@@ -18,6 +18,7 @@ import pytest
 
 from splitlearn_core import SplitCausalLM, load_split_model, plan_split
 from splitlearn_core.testing.installing import write_plugin
+from support.warm import WarmInterpreter
 
 SCRIPT = Path(sys.executable).with_name("splitlearn")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -64,14 +65,14 @@ def succeeded(result: CompletedProcess[str]) -> str:
     return result.stdout
 
 
-def terminal(*arguments: object, stream: str, **variables: str) -> tuple[str, str, int]:
+def terminal(interpreter: object, *arguments: object, stream: str, **variables: str) -> tuple[str, str, int]:
     """Run a command with one of its output streams on a terminal; return what went there, the other, the exit code."""
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (40, 100))  # a new one has no columns, and a bar would have no room
     try:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: slave}
         process = subprocess.Popen(
-            [str(part) for part in (SCRIPT, *arguments)],
+            [str(part) for part in (interpreter, SCRIPT, *arguments)],
             env={**os.environ, "TERM": "xterm-256color", **variables},
             stdin=subprocess.DEVNULL,
             **streams,
@@ -97,13 +98,13 @@ def terminal(*arguments: object, stream: str, **variables: str) -> tuple[str, st
     return seen[master].decode(), piped.decode(), process.returncode
 
 
-def run_into_closed_pipe(*arguments: object) -> tuple[int, str]:
+def run_into_closed_pipe(interpreter: object, *arguments: object) -> tuple[int, str]:
     """Run a command whose reader goes away before it reads anything; return exit code and stderr."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
         result = subprocess.run(
-            [str(part) for part in (SCRIPT, *arguments)],
+            [str(part) for part in (interpreter, SCRIPT, *arguments)],
             stdin=subprocess.DEVNULL,
             stdout=writer,
             stderr=subprocess.PIPE,
@@ -264,10 +265,9 @@ class TestPlan:
             assert re.search(rf"^{component} .*{re.escape(layers)}", text, re.MULTILINE)
         assert not ANSI.search(text)
 
-    @pytest.mark.once
-    def test_colours(self, sharded: Path) -> None:
+    def test_colours(self, warm: WarmInterpreter, sharded: Path) -> None:
         """A terminal gets colours; NO_COLOR with any value takes them away and changes nothing else; empty is unset."""
-        arguments = ("plan", sharded, *SPLIT)
+        arguments = (warm.path, "plan", sharded, *SPLIT)
         coloured, errors, code = terminal(*arguments, stream="stdout")
         assert (errors, code) == ("", 0)
         assert ANSI.search(coloured)
@@ -277,7 +277,6 @@ class TestPlan:
         assert plain == ANSI.sub("", coloured)
         assert terminal(*arguments, stream="stdout", NO_COLOR="")[0] == coloured
 
-    @pytest.mark.once
     def test_narrow_encoding(self, cli: Cli, sharded: Path) -> None:
         """Where stdout cannot carry the bar's characters, a plan is still printed and not a traceback."""
         result = cli("plan", sharded, *SPLIT, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
@@ -285,11 +284,12 @@ class TestPlan:
         assert "trunk" in succeeded(result)
 
 
+@pytest.mark.libs
 class TestGenerate:
-    def test_text(self, cli: Cli, talking: Path) -> None:
-        """stdout is prompt, continuation and a line end; the speed is on stderr; two runs say the same."""
+    def test_text(self, cli: Cli, process: Cli, talking: Path) -> None:
+        """stdout is prompt, continuation and a line end; the speed is on stderr; a process of its own says the same."""
         arguments = ("generate", talking, *SPLIT, "--prompt", "Once upon", "--max-new-tokens", 9)
-        result = cli(*arguments)
+        result = process(SCRIPT, *arguments)
         assert succeeded(result).startswith("Once upon")
         assert result.stdout.endswith("\n")
         assert re.search(r"^9 tokens in .* tokens/s$", result.stderr, re.MULTILINE)
@@ -331,9 +331,20 @@ class TestGenerate:
         assert answers[0]["prompt"] == answers[1]["prompt"] == text
         assert answers[0]["text"] == answers[1]["text"]
 
-    def test_prompt_of_stdin(self, talking: Path) -> None:
+    def test_prompt_of_stdin(self, warm: WarmInterpreter, talking: Path) -> None:
         """``--prompt-file -`` reads it to its end."""
-        arguments = [str(SCRIPT), "generate", str(talking), "--split", "2", "4", "--prompt-file", "-", "--json"]
+        arguments = [
+            str(warm.path),
+            str(SCRIPT),
+            "generate",
+            str(talking),
+            "--split",
+            "2",
+            "4",
+            "--prompt-file",
+            "-",
+            "--json",
+        ]
         done = subprocess.run(
             [*arguments, "--max-new-tokens", "3"], input="Once\nupon\n", capture_output=True, text=True, check=False
         )
@@ -417,6 +428,7 @@ class TestWithoutSplit:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.libs
 class TestVerify:
     def test_says_what_memory_is_counted(self, command: Cli, sharded: Path) -> None:
         """Mapped components take next to nothing of it, which the table explains itself."""
@@ -453,16 +465,14 @@ class TestVerify:
         assert "DIFFERS" in people.stdout
         assert "NOT equal" in people.stdout
 
-    @pytest.mark.once
-    def test_bar_is_on_a_terminal_and_on_stderr_only(self, sharded: Path) -> None:
+    def test_bar_is_on_a_terminal_and_on_stderr_only(self, warm: WarmInterpreter, sharded: Path) -> None:
         """With stderr on a terminal a bar is drawn there, and stdout is the same JSON document alone."""
-        drawn, data, code = terminal("verify", sharded, *SPLIT, "--json", stream="stderr")
+        drawn, data, code = terminal(warm.path, "verify", sharded, *SPLIT, "--json", stream="stderr")
         assert code == 0
         assert re.search(r"Loading (bottom|trunk|top)", drawn)
         assert json.loads(data)["equal"] is True
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     "command",
     [
@@ -474,11 +484,11 @@ class TestVerify:
     ],
     ids=["plugins", "plan", "plan --json", "verify", "generate"],
 )
-def test_reader_that_goes_away(talking: Path, command: tuple[object, ...]) -> None:
+def test_reader_that_goes_away(warm: WarmInterpreter, talking: Path, command: tuple[object, ...]) -> None:
     """``splitlearn ... | head -1`` ends quietly: no traceback and no complaint at exit."""
     name, *options = command
     arguments = (talking, *options[0]) if options else ()
-    code, errors = run_into_closed_pipe(name, *arguments)
+    code, errors = run_into_closed_pipe(warm.path, name, *arguments)
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
     assert "Exception ignored" not in errors
@@ -486,7 +496,6 @@ def test_reader_that_goes_away(talking: Path, command: tuple[object, ...]) -> No
 
 
 class TestDemo:
-    @pytest.mark.once
     def test_for_people(self, cli: Cli) -> None:
         """Offline, with every way out closed, the demonstration plans, loads, tells a story and verifies equal."""
         result = cli("demo", **CUT_OFF)
@@ -502,11 +511,10 @@ class TestDemo:
         assert "equal to the last bit; maximum difference 0" in text
         assert "DIFFERS" not in text
 
-    @pytest.mark.once
-    def test_streams(self) -> None:
+    def test_streams(self, warm: WarmInterpreter) -> None:
         """The text comes piece by piece: it is begun on stdout before the process is done."""
         process = subprocess.Popen(
-            [str(SCRIPT), "demo", "--max-new-tokens", "40"],
+            [str(warm.path), str(SCRIPT), "demo", "--max-new-tokens", "40"],
             env={**os.environ, **CUT_OFF},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

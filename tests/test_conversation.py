@@ -19,6 +19,9 @@ import pytest
 
 from splitlearn_core import ConfigurationError, SplitCausalLM, load_split_model, save_split
 from splitlearn_core.generation import Conversation, Sampling
+from support.warm import WarmInterpreter
+
+pytestmark = pytest.mark.libs
 
 SCRIPT = Path(sys.executable).with_name("splitlearn")
 SPLIT = ("--split", "2", "4")
@@ -67,9 +70,9 @@ def expected_answers(folder: Path, messages: list[str], system: str | None = Non
     return answers
 
 
-def piped(folder: Path, text: str, *options: str) -> CompletedProcess[str]:
+def piped(warm: WarmInterpreter, folder: Path, text: str, *options: str) -> CompletedProcess[str]:
     return subprocess.run(
-        [str(SCRIPT), "generate", str(folder), *SPLIT, "--chat", "--max-new-tokens", str(NEW_TOKENS), *options],
+        [warm.path, SCRIPT, "generate", folder, *SPLIT, "--chat", "--max-new-tokens", str(NEW_TOKENS), *options],
         input=text, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
@@ -89,24 +92,22 @@ def test_one_turn(command: Cli, instructed: Path, system: str | None) -> None:
     assert shown.stdout == answer["text"] + "\n"
 
 
-@pytest.mark.once
-def test_over_pipes(instructed: Path) -> None:
+def test_over_pipes(warm: WarmInterpreter, instructed: Path) -> None:
     """Each line is a message, empty ones say nothing; stdout is the answers alone, each ended by a line end."""
     expected = expected_answers(instructed, ["hello", "and you?"])
     text = "hello\n\n  \nand you?"
-    result = piped(instructed, text)
+    result = piped(warm, instructed, text)
     assert (result.returncode, result.stdout, result.stderr) == (0, "".join(f"{each}\n" for each in expected), "")
-    data = json.loads(piped(instructed, text, "--json").stdout)
+    data = json.loads(piped(warm, instructed, text, "--json").stdout)
     assert [turn["text"] for turn in data["turns"]] == expected
     assert [message["role"] for message in data["messages"]] == ["user", "assistant"] * 2
     assert [message["content"] for message in data["messages"]] == ["hello", expected[0], "and you?", expected[1]]
 
 
-@pytest.mark.once
-def test_nothing_to_say(instructed: Path) -> None:
+def test_nothing_to_say(warm: WarmInterpreter, instructed: Path) -> None:
     """An empty stdin is a conversation of no messages."""
-    assert (piped(instructed, "").stdout, piped(instructed, "").returncode) == ("", 0)
-    assert json.loads(piped(instructed, "", "--json").stdout) == {"messages": [], "turns": []}
+    assert (piped(warm, instructed, "").stdout, piped(warm, instructed, "").returncode) == ("", 0)
+    assert json.loads(piped(warm, instructed, "", "--json").stdout) == {"messages": [], "turns": []}
 
 
 def test_without_a_template(command: Cli, talking: Path) -> None:
@@ -182,7 +183,6 @@ class TestConversation:
             Sampling(**sampling)
 
 
-@pytest.mark.once
 def test_at_a_terminal(instructed: Path) -> None:
     """There is a prompt; Ctrl-C stops an answer and no more, Ctrl-D ends with success."""
     process, screen = pty.fork()

@@ -36,7 +36,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.once
+from support.long import cases
+from support.warm import WarmInterpreter
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -138,7 +139,7 @@ def expectation(shown: str, units: str) -> re.Pattern[str]:
 class Reader:
     """Somebody who goes through one document: a folder, an environment, and what was started."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, warm: WarmInterpreter) -> None:
         self.folder, environment = home / "reader", home / "environment"
         self.folder.mkdir()
         venv.create(environment, symlinks=True)
@@ -146,6 +147,14 @@ class Reader:
         # It sees all that is installed here. What is installed into it stays in it.
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
         (packages / "libraries.pth").write_text("".join(f"{path}\n" for path in sys.path if path))
+        # Most of what is run imports torch and transformers, and a warm interpreter has done that.
+        python = self._bin / "python"
+        interpreter = self._bin / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        target = python.resolve()
+        for link in (python, interpreter):
+            link.unlink()
+        interpreter.symlink_to(target)
+        warm.write(python, interpreter)
         for name, module in (("splitlearn", "splitlearn_core"), ("pip", "pip"), ("pytest", "pytest")):
             script = self._bin / name
             script.write_text(f'#!/bin/sh\nexec "{self._bin}/python" -m {module} "$@"\n')
@@ -248,9 +257,9 @@ def free_port() -> str:
 # The tutorial runs a whole conformance kit, beside other checks.
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_a_document_shows_what_happens(document: str, tmp_path: Path) -> None:
+def test_a_document_shows_what_happens(document: str, warm: WarmInterpreter, tmp_path: Path) -> None:
     """As a reader would do it who starts with an empty folder and goes on to the end."""
-    reader = Reader(tmp_path)
+    reader = Reader(tmp_path, warm)
     try:
         for block in blocks_of(document):
             reader.read(block)
@@ -322,9 +331,13 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+#: Each reads torch and transformers for a minute. The second is one of the long tests.
+CHECKERS = ("mypy", "pyright")[: cases(2, 1)]
+
+
 # A checker reads torch and transformers before it says anything.
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+@pytest.mark.parametrize("checker", CHECKERS)
 def test_python_in_documents_has_no_type_errors(typed: Path, checker: str) -> None:
     """As a reader's own checker sees it, without a configuration."""
     pytest.importorskip(checker)

@@ -37,6 +37,8 @@ from splitlearn_core.doctor.model_checks import check_model
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 from support.hub import LoopbackHub, RequestRecord
 
+pytestmark = pytest.mark.libs
+
 REPO = "someone/tiny"
 SPLIT = (2, 4)
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

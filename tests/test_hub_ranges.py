@@ -40,6 +40,8 @@ from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 from support.hub import LoopbackHub, RequestRecord
 
+pytestmark = pytest.mark.libs
+
 REPO = "someone/large"
 SPLIT = (2, 4)
 SINGLE = "model.safetensors"

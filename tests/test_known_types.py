@@ -18,6 +18,8 @@ from splitlearn_core import SplitCausalLM, SplitLearnError, UnknownModelTypeErro
 from splitlearn_core.plugins.known import ENCODER_DECODERS, REFUSED, WRITTEN
 from splitlearn_core.testing.worlds import write_checkpoint
 
+pytestmark = pytest.mark.libs
+
 IDS = torch.tensor([[5, 17, 42, 99, 3]])
 #: Not of a family of its own, and quick to look at.
 SAMPLE_REFUSED = ("mixtral", "bert", "bart", "mamba", "gemma3n", "rwkv", "qwen2_moe", "deepseek_v3")

@@ -19,6 +19,8 @@ from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from support.hub import LoopbackHub
 
+pytestmark = pytest.mark.libs
+
 REPO = "someone/tiny"
 SPLIT = (2, 4)
 CHUNK = 4096

@@ -16,11 +16,10 @@ import torch
 from splitlearn_core import AsyncModelManager, ModelConfig, SplitLearnError
 from splitlearn_core.manager.status import ModelStatus
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from support.long import cases
 from support.managing import charges, check_closed, check_sound, resting, run
 
-pytestmark = pytest.mark.once
-
-TASKS, OPERATIONS = 32, 1000
+TASKS, OPERATIONS = 32, cases(1000, 200)
 IDS = torch.tensor([[5, 17, 42]])
 HIDDEN = torch.ones(1, 3, 32)
 CYCLES = 50
@@ -42,7 +41,7 @@ class Hand:
         self.refused = 0
 
     async def work(self) -> None:
-        """Do a thousand things, one after the other."""
+        """Do many things, one after the other."""
         weights = {
             self._use: 40, self._ensure: 15, self._look: 15, self._unload: 8, self._unload_by_force: 3, self._load: 5,
             self._reload: 2, self._cancel: 4, self._give_up: 6, self._break: 2,

@@ -22,8 +22,6 @@ from splitlearn_core import cli, extension, testing
 from splitlearn_core.plugins.known import COMMANDS
 from support.command_lines import command_lines
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [path.parent for path in sorted([ROOT / "core" / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml")])]
 SNAPSHOT = Path(__file__).with_name("package_commands.txt")

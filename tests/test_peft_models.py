@@ -19,6 +19,7 @@ from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
 
 pytestmark = [
+    pytest.mark.libs,
     # PEFT warns of its own settings, of the unsplit model too.
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     # Its 0.21 uses names that transformers had before 5.23.

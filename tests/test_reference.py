@@ -13,8 +13,6 @@ import splitlearn_core
 from splitlearn_core import ModelFamily, errors, hookspecs
 from splitlearn_core.plugins.contract import HOOKS
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}
 FIELDS = [item.name for item in dataclasses.fields(ModelFamily) if not item.name.startswith("_")]

@@ -11,6 +11,8 @@ from splitlearn_core import ConfigurationError, load_component, load_split_model
 from splitlearn_core.checkpoint.manifest import read_manifest
 from support.hub import LoopbackHub
 
+pytestmark = pytest.mark.libs
+
 REPO, SPLIT = "owner/model", (2, 4)
 
 

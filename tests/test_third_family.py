@@ -15,8 +15,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
-
-pytestmark = pytest.mark.once
+from support.warm import WarmInterpreter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,10 +56,11 @@ PLUGINS = {
 class Environment:
     """A virtual environment that sees this one's third-party packages, and of splitlearn only what is installed."""
 
-    def __init__(self, folder: Path, libraries: Path) -> None:
+    def __init__(self, folder: Path, libraries: Path, warm: WarmInterpreter) -> None:
         venv.create(folder, symlinks=True)
         self._bin = folder / ("Scripts" if os.name == "nt" else "bin")
         self.packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+        self._warm = warm.write(self._bin / "warm", self._bin / "python")
         (self.packages / "libraries.pth").write_text(f"{libraries}\n")
 
     def pip(self, *arguments: object) -> None:
@@ -75,7 +75,7 @@ class Environment:
 
     def splitlearn(self, *arguments: object, **variables: str) -> CompletedProcess[str]:
         """Run the environment's own console script."""
-        return run(self._bin / "splitlearn", *arguments, **variables)
+        return run(self._warm, self._bin / "splitlearn", *arguments, **variables)
 
     def model_types(self) -> dict[str, str]:
         """Ask the command line for the installed model types, each with its status."""
@@ -127,8 +127,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def environment(tmp_path: Path, libraries: Path) -> Environment:
-    return Environment(tmp_path / "env", libraries)
+def environment(tmp_path: Path, libraries: Path, warm: WarmInterpreter) -> Environment:
+    return Environment(tmp_path / "env", libraries, warm)
 
 
 @pytest.fixture

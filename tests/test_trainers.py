@@ -19,6 +19,7 @@ from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 pytest.importorskip("accelerate", minversion="1.3.0", reason="needs accelerate 1.3 or newer")
 
 pytestmark = [
+    pytest.mark.libs,
     # Names that older transformers knows alone.
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),

@@ -22,7 +22,8 @@ from datasets import Dataset  # noqa: E402  # comes with trl
 
 pytestmark = [
     # trl asks for a newer accelerate than the oldest that core admits.
-    pytest.mark.once,
+    pytest.mark.libs,
+    pytest.mark.newest,
     # Of TRL's, PEFT's and datasets' own making, on the unsplit model too.
     pytest.mark.filterwarnings("ignore"),
 ]

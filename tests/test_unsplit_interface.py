@@ -23,6 +23,8 @@ from transformers.utils import ModelOutput
 from splitlearn_core import SplitCausalLM, load_split_model
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
+pytestmark = pytest.mark.libs
+
 TYPES = ("gpt2", "qwen2", "gemma", "gemma2", "gemma3_text")
 #: Windows smaller than the prompts, so that a mask of the wrong kind changes numbers.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -37,7 +39,7 @@ IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64], [1, 2, 3, 4, 5, 6, 7]])
 LEFT_PADDED = torch.tensor([[1] * 7, [0] * 2 + [1] * 5])
 NEW_TOKENS = 5
 #: What transformers 5.4 does not do, or does otherwise than it does today.
-newest = pytest.mark.once
+newest = pytest.mark.newest
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core.plugins.registry import reset_registry
+from support.warm import WarmInterpreter
 
 #: The text of a sound plugin; the placeholders are its model type and its architecture.
 PLUGIN = """
@@ -30,8 +31,9 @@ def splitlearn_model_families():
 class World:
     """A folder on ``sys.path`` with plugins as pip would leave them."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, warm: Callable[[], WarmInterpreter]) -> None:
         self.folder = folder
+        self._warm = warm
         self._monkeypatch = monkeypatch
         folder.mkdir()
         monkeypatch.syspath_prepend(str(folder))
@@ -66,8 +68,15 @@ class World:
 
     def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a fresh interpreter in this world."""
+        return self._run(sys.executable, *arguments, **environment)
+
+    def warm_python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run an interpreter that has imported torch and transformers already."""
+        return self._run(str(self._warm().path), *arguments, **environment)
+
+    def _run(self, interpreter: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, *arguments],
+            [interpreter, *arguments],
             env=self.environment(**environment),
             capture_output=True,
             text=True,
@@ -93,9 +102,9 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> World:
     """Return an empty world for plugins."""
-    return World(tmp_path / "site", monkeypatch)
+    return World(tmp_path / "site", monkeypatch, lambda: request.getfixturevalue("warm"))
 
 
 @pytest.fixture

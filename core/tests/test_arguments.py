@@ -29,6 +29,8 @@ from splitlearn_core import (
 from splitlearn_core.foreign_arguments import FOREIGN, RENAMED
 from splitlearn_core.types import DTYPE_ALIASES, FLOAT_DTYPES, dtype_name, nearest_dtype
 
+pytestmark = pytest.mark.libs
+
 CUTS = (2, 4)
 
 

@@ -29,7 +29,7 @@ IDS = torch.tensor([[5, 17, 42, 9, 3, 8], [1, 2, 3, 4, 5, 6]])
 WEIGHTS = "model.safetensors"
 STRATEGIES = ("mapped", "copied", "incremental", "whole")
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:

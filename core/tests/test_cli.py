@@ -14,7 +14,7 @@ import pytest
 from splitlearn_core import plan_split
 from splitlearn_core.cli.plan import render_plan
 
-pytestmark = pytest.mark.light
+pytestmark = [pytest.mark.libs, pytest.mark.light]
 
 CUTS = ("--split", "2", "4")
 Cli = Callable[..., tuple[int, str, str]]
@@ -262,7 +262,7 @@ def test_a_broken_library_is_named(llama: Any, single: Path, source: str, said: 
     (llama.folder / "torch").mkdir()
     (llama.folder / "torch" / "__init__.py").write_text(source)
 
-    done = llama.python("-m", "splitlearn_core", "verify", str(single), *CUTS)
+    done = llama.warm_python("-m", "splitlearn_core", "verify", str(single), *CUTS)
 
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {said}")
@@ -275,7 +275,7 @@ def test_a_broken_transformers_is_not_the_plugins_fault(llama: Any, single: Path
     """It is imported for a class that the family names."""
     (llama.folder / "transformers.py").write_text("raise ValueError('half installed')")
 
-    done = llama.python("-m", "splitlearn_core", "verify", str(single), *CUTS)
+    done = llama.warm_python("-m", "splitlearn_core", "verify", str(single), *CUTS)
 
     assert done.stderr == (
         "error: transformers cannot be imported: ValueError: half installed\n"

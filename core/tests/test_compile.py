@@ -35,7 +35,6 @@ def parts(single: Path) -> Any:
     return load_split_model("llama", CUTS, single)
 
 
-@pytest.mark.once
 # The compiler itself looks at the hidden states' gradients.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_components_are_and_learn_as_the_whole(parts: Any, whole: Any) -> None:

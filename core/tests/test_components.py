@@ -24,7 +24,7 @@ CUTS = (2, 4)
 NAMES = ("bottom", "trunk", "top")
 IDS = torch.tensor([[5, 17, 42, 99, 3]])
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 
 @pytest.fixture

@@ -16,9 +16,6 @@ from splitlearn_core.errors import InternalError, TensorMismatchError
 from splitlearn_core.plugins.metadata import PluginEntry
 from splitlearn_core.testing.results import Case, FamilyReport, grouped
 
-#: Each starts a process that imports everything; what is asked is the kit, not a library.
-pytestmark = pytest.mark.once
-
 HEAD = "from splitlearn_core import ModelFamily, hookimpl\n"
 PLUGIN = HEAD + "@hookimpl\ndef splitlearn_model_families():\n    return [ModelFamily({})]\n"
 GPT2_DEFAULTS = {
@@ -102,7 +99,7 @@ def described(fields: dict[str, Any]) -> str:
 
 def kit(world: Any, *arguments: str) -> tuple[int, list[dict[str, Any]], str]:
     """Run the command in a process and return its exit code, its reports, and what it said."""
-    done = world.python("-m", "splitlearn_core", "plugins", "test", *arguments, "--json")
+    done = world.warm_python("-m", "splitlearn_core", "plugins", "test", *arguments, "--json")
     return done.returncode, json.loads(done.stdout) if done.stdout else [], done.stderr
 
 
@@ -239,7 +236,7 @@ def test_a_check_is_neither_overridden_nor_excused_in_silence(world: Any, tmp_pa
     (tmp_path / "test_llama.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
-    done = world.python(
+    done = world.warm_python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), "-k",
         "check_is_overridden or failures_are or test_logits", str(tmp_path / "test_llama.py"),
     )  # fmt: skip
@@ -272,7 +269,7 @@ def test_a_mistake_at_the_command_line_is_told(
     install(world, "right", described(LLAMA), "llama")
     world.install("gguf", "VALUE = 1\n", distribution="splitlearn-reads", group="splitlearn.strategies")
 
-    done = world.python("-m", "splitlearn_core", "plugins", "test", *arguments, "--json", **environment)
+    done = world.warm_python("-m", "splitlearn_core", "plugins", "test", *arguments, "--json", **environment)
 
     assert (done.returncode, done.stdout) == (1, "")
     assert said in done.stderr

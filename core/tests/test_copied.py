@@ -22,6 +22,8 @@ from splitlearn_core.readers.mapped import MappedStrategy
 from splitlearn_core.readers.staging import ALIGNMENT, HUGE, MAX_SPANS, cut, fresh_memory
 from splitlearn_core.types import FLOAT_DTYPES
 
+pytestmark = pytest.mark.libs
+
 FILE = "model.safetensors"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
 

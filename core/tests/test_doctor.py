@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ def findings_of(outcomes: list[Outcome]) -> list[Finding]:
 
 
 # --- the whole of it
+
+
+@pytest.fixture(autouse=True)
+def _warm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the doctor's processes be warm ones where they import torch; one that is to be broken is imported anew."""
+    if request.node.get_closest_marker("heavy"):
+        monkeypatch.setattr(sys, "executable", str(request.getfixturevalue("warm").path))
 
 
 def test_a_sound_plugin_is_found_and_named(world: Any) -> None:

@@ -1,4 +1,6 @@
-"""Files from anybody: over 100,000 broken headers, indexes and configurations, against the safetensors library.
+"""Files from anybody: broken headers, indexes and configurations, against the safetensors library.
+
+Over 100,000 of them in the long tests.
 
 What is refused is refused in words, never with an accident; what is accepted means what the
 safetensors library reads in it, and lies inside the file.
@@ -19,12 +21,11 @@ from splitlearn_core import InvalidCheckpointError, SplitLearnError, plan_split
 from splitlearn_core.checkpoint.config_json import read_config, read_weight_map
 from splitlearn_core.checkpoint.safetensors_header import LENGTH_BYTES, parse_header
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from support.long import cases
 
-pytestmark = pytest.mark.once
-
-HEADERS = 100_000
-OBJECTS = 4_000
-CHECKPOINTS = 1_500
+HEADERS = cases(100_000, 5_000)
+OBJECTS = cases(4_000, 400)
+CHECKPOINTS = cases(1_500, 150)
 #: A message is for people: whatever the file holds, it stays readable.
 LONGEST_MESSAGE = 4_000
 

@@ -14,7 +14,7 @@ import pytest
 from splitlearn_core import PLUGIN_API, hookimpl, hookspec, hookspecs
 from splitlearn_core.plugins.contract import HOOKS, PREFIX
 
-pytestmark = [pytest.mark.once, pytest.mark.light]
+pytestmark = pytest.mark.light
 
 SPECS: dict[str, Callable[..., Any]] = {
     name: value for name, value in vars(hookspecs).items() if name.startswith(PREFIX) and callable(value)

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from splitlearn_core import SplitLearnError, TensorMismatchError, load_split_model
 from splitlearn_core.plan.mismatch import folded, likely_cause
 
+pytestmark = pytest.mark.libs
+
 
 def test_lines_that_differ_in_the_layer_alone_are_one() -> None:
     """In the place of the first; a single one stays as it was."""

@@ -23,7 +23,7 @@ from splitlearn_core import (
     plan_split,
 )
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 CUTS = (2, 4)
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64], [1, 2, 3, 4, 5, 6, 7]])

@@ -199,6 +199,7 @@ def test_split_points_become_a_tuple_of_integers(value: Any) -> None:
     assert [type(point) for point in points or ()] == [int, int]
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("pair", list(itertools.product((-2, 0, 1, 2, 5, 9_999, 10_000, 10**9), repeat=2)))
 def test_every_other_pair_is_refused_with_a_pair_that_would_do(pair: tuple[int, int]) -> None:
     """``0 < a < b < 10000`` is taken, and so is what is suggested for anything else."""

@@ -305,7 +305,7 @@ asyncio.run(main())
 print("ended")
 """
     )
-    done = llama.python(str(script))
+    done = llama.warm_python(str(script))
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["LoadCancelledError", "ended"]

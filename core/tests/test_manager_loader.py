@@ -39,6 +39,8 @@ from splitlearn_core.manager.loaders.loadable import LoadedModel, explaining
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.readers import copied, mapped, staging
 
+pytestmark = pytest.mark.libs
+
 CUTS = (2, 4)
 SINGLE = "model.safetensors"
 needs_maps = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list mappings")
@@ -863,7 +865,7 @@ def test_other_errors_pass(error: BaseException) -> None:
 
 def test_the_loader_is_light(world: Any) -> None:
     """Importing it imports neither torch nor transformers."""
-    done = world.python(
+    done = world.warm_python(
         "-c",
         "import sys, splitlearn_core.manager.loaders.loader, splitlearn_core.manager.threads\n"
         "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))",

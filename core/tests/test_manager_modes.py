@@ -19,7 +19,7 @@ from splitlearn_core.build.kv_cache import cache_argument
 from splitlearn_core.manager.torch_modes import present_mode
 from support.managing import GatedLoader, closing, run, until
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64]])
 NAMES = ("bottom", "trunk", "top")

@@ -12,8 +12,6 @@ import pytest
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.manager import admission, attempt, machine
 
-pytestmark = pytest.mark.once
-
 #: In the order in which they import each other.
 SOURCES = {"policy": admission, "generation": attempt, "machine": machine}
 

@@ -19,7 +19,7 @@ from splitlearn_core.testing.worlds import tiny_model
 from splitlearn_core.verification import Verification, verify_split
 from support.process_state import read_state
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 CUTS = (2, 4)
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64], [1, 2, 3, 4, 5, 6, 7]])
@@ -141,7 +141,6 @@ def test_text_is_generated_as_without_the_mode(single: Path, mode: Callable[[], 
         assert text() == expected
 
 
-@pytest.mark.once
 def test_the_kit_passes_in_every_mode(world: Any) -> None:
     """A process that begins with all of them set."""
     code = """
@@ -158,7 +157,7 @@ failed = [case for check in report.checks for case in check.cases if case.outcom
 print(failed)
 assert not failed
 """
-    done = world.python("-c", code)
+    done = world.warm_python("-c", code)
 
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -16,6 +16,8 @@ from splitlearn_core import ConfigurationError, ModelFamily, SplitCausalLM, load
 from splitlearn_core.build.construction import component_class
 from splitlearn_core.types import Component
 
+pytestmark = pytest.mark.libs
+
 IDS = torch.tensor([[5, 17, 42, 9, 3], [1, 2, 3, 4, 5]])
 
 
@@ -82,7 +84,7 @@ def test_another_process_opens_a_pickled_component(llama: Any, single: Path, tmp
         "held = dict(trunk.named_parameters()) | dict(trunk.named_buffers())\n"
         "torch.save({name: tensor.detach() for name, tensor in held.items()}, sys.argv[2])\n"
     )
-    done = llama.python("-c", code, str(tmp_path / "trunk.pt"), str(tmp_path / "held.pt"))
+    done = llama.warm_python("-c", code, str(tmp_path / "trunk.pt"), str(tmp_path / "held.pt"))
     assert done.returncode == 0, done.stderr
     held, own = torch.load(tmp_path / "held.pt"), dict(trunk.named_parameters()) | dict(trunk.named_buffers())
     assert held.keys() == own.keys()

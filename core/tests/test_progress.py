@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 #: What tqdm and we know a notebook's kernel by, and a load that is shown in it.
 NOTEBOOK = """
 import sys, types
@@ -29,7 +27,6 @@ def run(code: str) -> str:
     return done.stderr
 
 
-@pytest.mark.once
 def test_a_notebook_has_a_bar() -> None:
     """Without ipywidgets it is one of text, and nothing warns of that."""
     shown = run(NOTEBOOK + SHOWN.format(progress="None"))
@@ -38,14 +35,12 @@ def test_a_notebook_has_a_bar() -> None:
     assert "Warning" not in shown
 
 
-@pytest.mark.once
 def test_no_bar_where_none_is_wanted() -> None:
     """A pipe has none; neither has a notebook that was told so."""
     assert run(SHOWN.format(progress="None")) == ""
     assert run(NOTEBOOK + SHOWN.format(progress="False")) == ""
 
 
-@pytest.mark.once
 def test_the_bars_are_those_of_the_place() -> None:
     """``tqdm.auto`` chooses, and is imported where a bar is to be shown and nowhere else."""
     assert run(NOTEBOOK + SHOWN.format(progress="None") + "assert 'tqdm.auto' in sys.modules").count("Error") == 0

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import splitlearn_core
 from splitlearn_core import cli, errors, testing
 from splitlearn_core.cli import main
@@ -27,8 +25,6 @@ from support.command_lines import command_lines
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 SOURCE = Path(splitlearn_core.__file__).parent
 REWRITE = "python core/tests/test_public_api.py"
-
-pytestmark = pytest.mark.once
 
 
 def public_api() -> str:

@@ -15,6 +15,8 @@ from splitlearn_core.build.construction import build_component, component_class
 from splitlearn_core.build.pruning import BUILD_LOCK, PassLayer, Zero, skeleton
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
+pytestmark = pytest.mark.libs
+
 FAMILY = ModelFamily(model_type="llama", architecture="LlamaForCausalLM")
 
 

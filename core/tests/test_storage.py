@@ -30,7 +30,7 @@ from splitlearn_core import (
 from splitlearn_core.checkpoint.manifest import MANIFEST
 from splitlearn_core.storage.durable_files import Buffers, range_pieces
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 CUTS = (2, 4)
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64]])

@@ -11,14 +11,16 @@ import pytest
 from splitlearn_core import ConfigurationError, Progress, merge_split, save_split, verify_saved
 from splitlearn_core.storage import atomic as swap
 from splitlearn_core.storage.atomic import recover, replacing
+from support.long import cases
 
 pytestmark = [
-    pytest.mark.once,
     pytest.mark.usefixtures("llama"),
     pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed"),
 ]
 
-#: Kills itself at the n-th thing that it does to files, for every n, until nothing is left to interrupt.
+#: Of what a save does to files every so manieth is interrupted: each in the long tests.
+STEP = cases(1, 4)
+#: Kills itself at the n-th thing that it does to files, for n in steps, until nothing is left to interrupt.
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
@@ -27,7 +29,7 @@ from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.storage import atomic
 from splitlearn_core.storage.directory import SplitDirectory
 
-source, out, exchange = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "exchange"
+source, out, exchange, step = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "exchange", int(sys.argv[4])
 OLD, NEW = (2, 4), (1, 3)
 WATCHED = ("open", "os.", "shutil.", "ctypes.dlsym")
 if not exchange:
@@ -63,9 +65,9 @@ def run(stop):
 
 
 save_split(source, out, OLD)
-found, stop = [], 0
+found, stop = [], 1 - step
 while True:
-    stop += 1
+    stop += step
     child = os.fork()
     if child == 0:
         try:
@@ -96,24 +98,24 @@ print(len(found), found.count(OLD), found.count(NEW))
 @pytest.mark.skipif(sys.platform != "linux", reason="two directories change places on Linux alone")
 def test_a_killed_save_leaves_the_old_or_the_new(llama: Any, single: Path, tmp_path: Path) -> None:
     """Killed before each access to a file and each chunk; the directory is whole at every moment."""
-    done = llama.python("-c", DRIVER, str(single), str(tmp_path / "out"), "exchange")
+    done = llama.python("-c", DRIVER, str(single), str(tmp_path / "out"), "exchange", str(STEP))
 
     assert done.returncode == 0, done.stdout + done.stderr
     kills, old, new = map(int, done.stdout.split())
-    assert kills > 50
-    assert old > 30
-    assert new > 10
+    assert kills > 50 // STEP
+    assert old > 30 // STEP
+    assert new > 10 // STEP
 
 
 def test_without_an_exchange_the_next_save_puts_it_back(llama: Any, single: Path, tmp_path: Path) -> None:
     """On systems where two directories cannot change places in one step, recovery comes first."""
-    done = llama.python("-c", DRIVER, str(single), str(tmp_path / "out"), "two steps")
+    done = llama.python("-c", DRIVER, str(single), str(tmp_path / "out"), "two steps", str(STEP))
 
     assert done.returncode == 0, done.stdout + done.stderr
     kills, old, new = map(int, done.stdout.split())
-    assert kills > 50
-    assert old > 30
-    assert new > 10
+    assert kills > 50 // STEP
+    assert old > 30 // STEP
+    assert new > 10 // STEP
 
 
 def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:

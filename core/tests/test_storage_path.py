@@ -19,7 +19,7 @@ from splitlearn_core import (
     save_split,
 )
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64]])
 

@@ -30,6 +30,8 @@ from splitlearn_core.readers.selection import BUILT_IN, choose_strategy
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from splitlearn_core.types import TensorInfo, dtype_names
 
+pytestmark = pytest.mark.libs
+
 CUTS = (2, 4)
 MAPS = Path("/proc/self/maps")
 needs_maps = pytest.mark.skipif(not MAPS.exists(), reason="this system does not list a process's mappings")

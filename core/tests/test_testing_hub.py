@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 
 from support.hub import Faults, LoopbackHub
 
-pytestmark = pytest.mark.light
+pytestmark = [pytest.mark.libs, pytest.mark.light]
 
 REPO = "someone/tiny"
 WEIGHTS = "model.safetensors"

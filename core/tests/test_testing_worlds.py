@@ -9,6 +9,8 @@ import torch
 
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
+pytestmark = pytest.mark.libs
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_tiny_model_is_what_its_checkpoint_holds(tmp_path: Path, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ CUTS = (2, 4)
 BIN = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 
 def save_bin(folder: Path, state: dict[str, Any], **options: Any) -> Path:

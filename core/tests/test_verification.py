@@ -11,6 +11,8 @@ import torch
 from splitlearn_core import CheckpointError
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
+pytestmark = pytest.mark.libs
+
 
 @pytest.fixture
 def windowless(world: Any, tmp_path: Path, edit_json: Any) -> Path:

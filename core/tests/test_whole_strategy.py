@@ -33,7 +33,7 @@ from splitlearn_core.types import Component
 CUTS = (2, 4)
 SINGLE = "model.safetensors"
 
-pytestmark = pytest.mark.usefixtures("llama")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
 
 def state_of(parts: Any) -> dict[str, torch.Tensor]:

@@ -1,6 +1,10 @@
 """Gemma, Gemma 2 and Gemma 3 (text) against the unsplit model."""
 
+import pytest
+
 from splitlearn_core.testing import FamilyConformance
+
+pytestmark = pytest.mark.libs
 
 LEGACY = {"layers.0.self_attn.rotary_emb.inv_freq": (4,)}
 

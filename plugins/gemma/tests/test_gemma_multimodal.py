@@ -9,6 +9,8 @@ import torch
 
 from splitlearn_core import SplitCausalLM, SplitLearnError, load_split_model
 
+pytestmark = pytest.mark.libs
+
 CUTS = (2, 4)
 
 

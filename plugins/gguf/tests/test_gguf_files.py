@@ -24,6 +24,8 @@ from splitlearn_core import (
 )
 from splitlearn_gguf.header import Array, read_header
 
+pytestmark = pytest.mark.libs
+
 Write = Callable[..., Path]
 
 

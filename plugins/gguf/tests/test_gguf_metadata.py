@@ -16,7 +16,7 @@ from splitlearn_gguf.metadata import RULES, Effect, listed_rule
 
 IDS = torch.tensor([[5, 17, 42, 9, 3, 8, 64, 20], [1, 2, 3, 4, 5, 6, 7, 8]])
 
-pytestmark = pytest.mark.usefixtures("families")
+pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("families")]
 
 
 def listed_keys() -> Iterator[str]:

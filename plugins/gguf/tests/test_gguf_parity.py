@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from splitlearn_core import SplitCausalLM, load_split_model
 
+pytestmark = pytest.mark.libs
+
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8], [0, 0, 11, 23, 64, 2]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 #: Model types that transformers reads from GGUF itself, and variants worth a line of their own.

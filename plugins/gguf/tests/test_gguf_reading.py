@@ -23,6 +23,8 @@ from splitlearn_core import (
 from splitlearn_gguf import splitlearn_loading_strategies, strategy, values
 from splitlearn_gguf.header import read_header
 
+pytestmark = pytest.mark.libs
+
 Write = Callable[..., Path]
 (STRATEGY,) = splitlearn_loading_strategies()
 

@@ -11,6 +11,8 @@ import torch
 
 from splitlearn_core import SplitCausalLM, load_split_directory, load_split_model, save_split
 
+pytestmark = pytest.mark.libs
+
 CUTS = (2, 4)
 IDS = torch.tensor([[5, 17, 42, 9, 3, 8]])
 

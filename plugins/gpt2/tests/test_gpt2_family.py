@@ -9,6 +9,8 @@ from transformers import GPT2LMHeadModel, modeling_utils
 from splitlearn_core import ConfigurationError, SplitCausalLM, load_split_model
 from splitlearn_core.testing import FamilyConformance
 
+pytestmark = pytest.mark.libs
+
 
 class TestGpt2(FamilyConformance):
     model_type = "gpt2"

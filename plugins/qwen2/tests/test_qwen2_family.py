@@ -1,6 +1,10 @@
 """Qwen2 against the unsplit model, tied and untied, with and without sliding windows."""
 
+import pytest
+
 from splitlearn_core.testing import FamilyConformance
+
+pytestmark = pytest.mark.libs
 
 
 class TestQwen2(FamilyConformance):

@@ -32,8 +32,6 @@ from splitlearn_core.manager.preload import preload
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.types import Component, Progress
 
-pytestmark = pytest.mark.once
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",

@@ -20,6 +20,8 @@ from splitlearn_serve.answers import error_answer
 from splitlearn_serve.guard import HostRule
 from splitlearn_serve.page import status_page
 
+pytestmark = pytest.mark.libs
+
 Serve = Callable[..., StatusServer]
 JSON = {"Content-Type": "application/json"}
 #: A folder in which requests may name models; the scripted loader never looks into it.
