@@ -71,8 +71,8 @@ $(VENV)/installed: $(wildcard core/pyproject.toml plugins/*/pyproject.toml) Make
 	$(PIP) install --quiet "$(TRANSFORMERS)" $(addprefix -e ,$(PACKAGES))
 	touch $@
 
-$(VENV)/tools: $(VENV)/installed tests/requirements.txt tests/once-requirements.txt
-	$(PIP) install --quiet -e "./plugins/gguf[verify]" -e ./plugins/serve -e ./plugins/auto -r tests/requirements.txt -r tests/once-requirements.txt
+$(VENV)/tools: $(VENV)/installed tests/requirements.txt tests/newest-requirements.txt
+	$(PIP) install --quiet -e "./plugins/gguf[verify]" -e ./plugins/serve -e ./plugins/auto -r tests/requirements.txt -r tests/newest-requirements.txt
 	touch $@
 
 $(VENV)/light: core/pyproject.toml tests/requirements.txt tests/light_requirements.py Makefile
