@@ -77,8 +77,8 @@ def test_a_side_that_fails_is_reported(world: Any, single: Path, cli: Callable[.
     ("arguments", "code", "said"),
     [
         (["--runs", "0"], 2, "0 is not in the range"),
-        (["--parts", "middle"], 1, "parts names 'middle'"),
-        (["--split", "4", "2"], 1, "hint: "),
+        (["--parts", "middle"], 2, "parts names 'middle'"),
+        (["--split", "4", "2"], 2, "in increasing order"),
         (["--dtype", "bottom=float32,trunk=bfloat16,top=float32"], 1, "has one dtype and one device"),
         (["--strategy", "teleport"], 1, "teleport"),
         (["--surely-not"], 2, "No such option"),
