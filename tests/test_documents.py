@@ -162,8 +162,8 @@ class Reader:
         self._environment = {
             **{name: value for name, value in os.environ.items() if name not in CHANGES_OUTPUT},
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
-            # Who reads a document has no plugin for random order.
-            "PYTEST_ADDOPTS": "-p no:randomly",
+            # Who reads a document has no plugin for random order; of the conformance kit a sample is run here.
+            "PYTEST_ADDOPTS": "-p no:randomly -p support.long",
             "LC_ALL": "C.UTF-8",
             "PIP_NO_INDEX": "1",
             "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it so: no isolation

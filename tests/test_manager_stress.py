@@ -19,7 +19,7 @@ from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from support.long import cases
 from support.managing import charges, check_closed, check_sound, resting, run
 
-TASKS, OPERATIONS = 32, cases(1000, 200)
+TASKS, OPERATIONS = 32, cases(1000, 100)
 IDS = torch.tensor([[5, 17, 42]])
 HIDDEN = torch.ones(1, 3, 32)
 CYCLES = 50

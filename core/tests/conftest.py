@@ -31,7 +31,9 @@ def splitlearn_model_families():
 class World:
     """A folder on ``sys.path`` with plugins as pip would leave them."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, warm: Callable[[], WarmInterpreter]) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, warm: Callable[[], WarmInterpreter] | None = None
+    ) -> None:
         self.folder = folder
         self._warm = warm
         self._monkeypatch = monkeypatch
@@ -72,6 +74,7 @@ class World:
 
     def warm_python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run an interpreter that has imported torch and transformers already."""
+        assert self._warm is not None
         return self._run(str(self._warm().path), *arguments, **environment)
 
     def _run(self, interpreter: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

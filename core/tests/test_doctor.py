@@ -22,6 +22,7 @@ from splitlearn_core.doctor.runner import Outcome, examine, run_in_subprocess
 from splitlearn_core.plan.splitplan import MemoryNeeds
 from splitlearn_core.plugins.registry import registry, reset_registry
 from splitlearn_core.system_memory import MemoryReading
+from support.warm import WarmInterpreter
 
 pytestmark = pytest.mark.light
 
@@ -51,11 +52,10 @@ def findings_of(outcomes: list[Outcome]) -> list[Finding]:
 # --- the whole of it
 
 
-@pytest.fixture(autouse=True)
-def _warm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the doctor's processes be warm ones where they import torch; one that is to be broken is imported anew."""
-    if request.node.get_closest_marker("heavy"):
-        monkeypatch.setattr(sys, "executable", str(request.getfixturevalue("warm").path))
+@pytest.fixture
+def warm_processes(warm: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the doctor's processes be warm ones, where they import torch and it is not what is broken."""
+    monkeypatch.setattr(sys, "executable", str(warm.path))
 
 
 def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
@@ -109,6 +109,7 @@ def test_the_doctor_imports_no_plugin_and_no_torch_itself(llama: Any) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("warm_processes")
 def test_everything_is_proven_where_a_plugin_carries_a_model(world: Any, single: Path) -> None:
     """Devices, the class of transformers, and a model that is cut and compared."""
     shutil.copytree(single, world.folder / "carried" / "model")
@@ -215,6 +216,7 @@ def test_a_plugin_may_end_its_process(world: Any, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("warm_processes")
 def test_a_plugin_that_ends_its_process_is_left_alone_then(world: Any, single: Path) -> None:
     """One finding: what comes after it neither ends nor waits for it, and says so where it needs it."""
     world.install("llama", f"import os; os._exit(3)\n{HEAD}{GIVEN.format(ALPHA)}")

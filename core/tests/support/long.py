@@ -3,9 +3,9 @@
 Three kinds of sweep are sampled, each the same way in every run:
 
 - ``@pytest.mark.sample(n)``: of the cases of a parametrised test, ``n``.
-- Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: each dtype with each
-  implementation, under one cut, which is another one for the next. With ``SHORT_TESTS``, as the checks run them
-  a second time with other libraries, each variant has one combination of all three, in turn.
+- Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: in each variant one
+  combination for each dtype, another one for the next variant. With ``SHORT_TESTS``, as the checks run them a second
+  time with other libraries, one combination alone. Checks in :data:`IN_TURN` take one other parameter in turn.
 - Numbers of random cases in one test: :func:`cases`.
 """
 
@@ -18,11 +18,13 @@ from random import Random
 import pytest
 
 #: Parameters of the kit's checks of which each combination would be run.
-SPREAD = {"variant", "dtype", "attention", "cut"}
+SPREAD = ("attention", "cut", "dtype")
+#: Checks that take long, and the parameter of which one value is enough each time.
+IN_TURN = {"test_forward_argument": "attention", "test_trainer": "variant"}
 #: Whether everything is run.
 LONG = bool(os.environ.get("LONG_TESTS"))
-#: Of these parameters each value comes in turn, where the others are combined.
-TURNS = ("cut", "dtype", "attention") if os.environ.get("SHORT_TESTS") else ("cut",)
+#: Whether the tests run with other libraries as well.
+SHORT = bool(os.environ.get("SHORT_TESTS"))
 
 
 def cases(long: int, sample: int) -> int:
@@ -45,10 +47,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         test = item.nodeid.partition("[")[0]
         if (marker := item.get_closest_marker("sample")) is not None and parameters:
             sampled[test, marker.args[0]].append(item)
-        elif parameters.keys() >= SPREAD:
-            for name in TURNS:
-                del parameters[name]
-            turns[test][str(parameters)].append(item)
+        elif parameters.keys() >= {"variant", *SPREAD}:
+            turns[test][_without(parameters, *SPREAD)].append(item)
+        elif "variant" in parameters and getattr(item, "originalname", "") in IN_TURN:
+            turns[test][_without(parameters, IN_TURN[item.originalname])].append(item)  # type: ignore[attr-defined]
     left_out: set[pytest.Item] = set()
     for (test, number), same in sampled.items():
         left_out.update(set(same) - set(Random(test).sample(same, min(number, len(same)))))
@@ -56,7 +58,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         first = Random(test).randrange(12)
         for number, same in enumerate(groups.values(), first):
             # Five has no divisor in common with how many there are, and so comes to each of them.
-            left_out.update(set(same) - {same[5 * number % len(same)]})
+            chosen = {same[5 * number % len(same)]}
+            if not SHORT and len(same) > len(SPREAD):
+                # Half of them on is the other dtype.
+                chosen.add(same[(5 * number + len(same) // 2 + 1) % len(same)])
+            left_out.update(set(same) - chosen)
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _without(parameters: dict[str, object], *names: str) -> str:
+    return str({name: value for name, value in parameters.items() if name not in names})

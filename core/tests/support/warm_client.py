@@ -70,6 +70,8 @@ def _start_of(arguments: list[str]) -> str | None:
 def _differs(start: str, imported: list[str], path: list[str], variables: dict[str, str]) -> bool:
     """Say whether what the server has imported could be something else in the command."""
     own = {name: value for name, value in os.environ.items() if name.startswith(READ_ONCE) and name != "PYTHONPATH"}
+    if own.get("PYTHONIOENCODING", "").startswith("utf-8"):
+        del own["PYTHONIOENCODING"]  # which the server follows
     locale = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "utf-8"
     if own != variables or not locale.lower().replace("-", "").endswith("utf8"):
         return True

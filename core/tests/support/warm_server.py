@@ -19,9 +19,9 @@ import socket
 import sys
 import sysconfig
 import threading
-import traceback
 import types
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,17 +136,14 @@ def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
         code = 0
     except SystemExit as end:
         code = _code_of(end.code)
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        code = -signal.SIGINT
     # Whatever the command raises.
     except BaseException as error:  # noqa: BLE001
         trace = error.__traceback__
         # What is above the command is none of it.
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
             trace = trace.tb_next
-        sys.excepthook(type(error), error, trace)
-        code = 1
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     _end(code)
 
 
@@ -156,6 +153,10 @@ def _execute(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     sys.executable = request["interpreter"]
     sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
+    _, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    if errors:
+        for stream in (sys.stdin, sys.stdout):
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
     _read_environment_again()
     _filter_warnings(request["arguments"])
     kind, *rest = _start(request["arguments"])
@@ -167,10 +168,20 @@ def _execute(request: dict[str, Any]) -> None:
         exec(compile(rest[0], "<string>", "exec"), module.__dict__)
     elif kind == "-m":
         sys.argv = ["-m", *rest[1:]]
+        if rest[0] == "pytest":
+            _forget_plugins()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [kind, *rest]
         runpy.run_path(kind, run_name="__main__")
+
+
+def _forget_plugins() -> None:
+    """Let pytest import its plugins itself: it warns of those that others have imported before."""
+    plugins = {entry.value.partition(".")[0] for entry in metadata.entry_points(group="pytest11")}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in plugins - {"pytest", "_pytest"}:
+            del sys.modules[name]
 
 
 def _code_of(value: object) -> int:
