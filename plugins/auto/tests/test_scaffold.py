@@ -24,6 +24,8 @@ from splitlearn_auto.proving import differences
 from splitlearn_auto.rendering import family_module, literal
 from splitlearn_core import ConfigurationError, MissingFileError, ModelFamily, PluginError, UnknownModelTypeError
 
+pytestmark = pytest.mark.libs
+
 
 def fields(model_type: str, said: dict[str, Any] | None = None) -> dict[str, Any]:
     return examine(model_type, said or {}).fields
