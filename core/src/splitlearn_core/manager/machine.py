@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -42,13 +42,17 @@ from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.admission import (
     BUDGET,
     NAMED,
+    PLACES,
     Evict,
+    Idle,
     Refuse,
     Room,
     Tenant,
     Wait,
     decide,
+    has_any,
     lacks_even_without,
+    may_evict_enough,
 )
 from splitlearn_core.manager.attempt import CHARGED, RESERVED, WORKING, Generation
 from splitlearn_core.manager.loaders.loadable import HOST, MAPPED
@@ -808,24 +812,26 @@ class Machine:
     def _consider(self, generation: Generation, short: set[str], ahead: dict[str, int]) -> None:
         """Admit one planned generation, or say why not.
 
-        ``short`` collects the ledgers that an earlier one waits for: later ones must not take from
-        them, or a large load would wait for ever while small ones pass it. ``ahead`` collects what
+        ``short`` collects the ledgers, or PLACES, that an earlier one waits for: later ones must not take
+        from them, or a large load would wait for ever while small ones pass it. ``ahead`` collects what
         earlier ones will take of the others: later ones may have the rest.
         """
         needs = generation.needs
         if not self._capacity:
             self._say_waiting(generation, "memory has not been measured yet")
             return
-        if short & {name for name, count in needs.items() if count} or "" in short:
+        if short & {PLACES, *(name for name, count in needs.items() if count)}:
             self._say_waiting(generation, "others that came first wait for memory too")
             _add(ahead, needs)
             return
-        room = self._room(generation, ahead)
-        paging = generation.request.allow_paging
-        verdict = decide(needs, room, (), allow_paging=paging)
-        if isinstance(verdict, Wait):
-            # Who has the rest matters only now, and they may be a thousand.
-            verdict = decide(needs, room, self._tenants(generation, room), allow_paging=paging)
+        verdict = decide(
+            needs,
+            self._room(generation, ahead),
+            self._leaving(),
+            self._idle_for(generation),
+            self._holders,
+            allow_paging=generation.request.allow_paging,
+        )
         full = isinstance(verdict, Wait) and not verdict.soon and self.limits.when_full == "refuse"
         if isinstance(verdict, Refuse) or (isinstance(verdict, Wait) and full):
             self._refuse(generation, verdict.reason, retryable=isinstance(verdict, Wait))
@@ -835,11 +841,10 @@ class Machine:
                 victim = self._expect(key, "is to be evicted", _S.READY)
                 self.counters.evictions += 1
                 self._unload(victim, f"evicted for {generation.model_id}")
-            verdict = Wait(f"waiting for {', '.join(key[0] for key in verdict.victims)} to be freed")
+            names = ", ".join(key[0] for key in verdict.victims)
+            verdict = Wait(f"waiting for {names} to be freed", verdict.short)
         if isinstance(verdict, Wait):
-            paged = {MAPPED} if generation.request.allow_paging else set()
-            short |= {name for name, count in needs.items() if count > room.available.get(name, 0)} - paged
-            short |= {""} if room.places is not None and room.places < 1 else set()
+            short |= verdict.short
             _add(ahead, needs)
             self._say_waiting(generation, verdict.reason)
         elif not self._has_free_worker():
@@ -849,81 +854,53 @@ class Machine:
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
 
-    def _tenants(self, generation: Generation, room: Room) -> list[Tenant]:
-        """Return whom a decision hangs on: who is leaving, whom to evict if that suffices, and some of the others."""
-        leaving = list(self._by_status[_S.UNLOADING].values())
-        lacking, places = self._lacking(generation.needs, room, paging=generation.request.allow_paging)
-        chosen = [*leaving, *self._evictable(generation, lacking, places)]
-        tenants = (*chosen, *self._holders(chosen, lacking, places))
-        return [self._tenant(tenant, evictable=self._is_evictable(tenant, generation)) for tenant in tenants]
-
-    def _lacking(self, needs: Mapping[str, int], room: Room, *, paging: bool) -> tuple[dict[str, int], int]:
-        """Return the bytes, by ledger, and the places that are short once everybody who is leaving has gone."""
-        leaving = self._by_status[_S.UNLOADING].values()
-        lacking = {
-            name: lack
-            for name, count in needs.items()
-            if count and not (paging and name == MAPPED)
-            if (lack := count - room.available.get(name, 0) - sum(g.held.get(name, 0) for g in leaving)) > 0
-        }
-        return lacking, 0 if room.places is None else 1 - room.places - len(leaving)
-
     def _is_worth_a_look(self) -> bool:
         """Say, without looking at each model, whether the first that waits could have room by evictions.
 
         Asked whenever a model is given back; ticks look at everything.
         """
         first = min(self._by_status[_S.WAITING].values(), key=lambda g: g.rank, default=None)
-        if first is None:
-            return False
-        lacking, places = self._lacking(first.needs, self._room(first, {}), paging=first.request.allow_paging)
-        return places <= len(self._idle) and all(n <= self._idle_held.get(name, 0) for name, n in lacking.items())
+        return first is not None and may_evict_enough(
+            first.needs,
+            self._room(first, {}),
+            self._leaving(),
+            self._idle_for(first),
+            allow_paging=first.request.allow_paging,
+        )
 
-    def _evictable(self, gainer: Generation, lacking: Mapping[str, int], places: int) -> list[Generation]:
-        """Return idle generations that may go for another, as many as suffice; none where all do not.
+    # A decision iterates these only as far as it has to: there may be a thousand models.
 
-        The least recently used come first, and those that are to be reloaded last.
-        """
-        left, chosen = dict(lacking), []
-        if places > len(self._idle) or any(lack > self._idle_held.get(name, 0) for name, lack in left.items()):
-            return []
-        for generation in self._by_preference():
-            if not self._is_evictable(generation, gainer):
-                continue
-            chosen.append(generation)
-            left = {name: rest for name, lack in left.items() if (rest := lack - generation.held.get(name, 0)) > 0}
-            if not left and len(chosen) >= places:
-                return chosen
-        return []
+    def _leaving(self) -> Iterator[Tenant]:
+        return (Tenant(g.key, g.held) for g in self._by_status[_S.UNLOADING].values())
 
-    def _by_preference(self) -> Iterator[Generation]:
-        reloading = []
+    def _idle_for(self, gainer: Generation) -> Idle:
+        return Idle(self._evictable(gainer), len(self._idle), self._idle_held)
+
+    def _evictable(self, gainer: Generation) -> Iterator[Tenant]:
+        """Yield what may go for another: idle, long enough here, and not protected by a reload."""
         for generation in self._idle.values():
-            if self._models[generation.model_id].coming is None:
-                yield generation
-            else:
-                reloading.append(generation)
-        yield from reloading
+            if generation.ready_at is None or self._now - generation.ready_at < self.limits.min_residency:
+                continue
+            reload = self._reload_of(generation)
+            # A reload that waits behind the gainer cannot go first, so nothing is gained by waiting for it.
+            if reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank):
+                yield Tenant(generation.key, generation.held, reloading=reload is not None)
 
-    def _holders(self, known: Sequence[Generation], lacking: Mapping[str, int], places: int) -> Iterable[Generation]:
-        """Yield some of those who have what is lacking and do not go by themselves, to be named to people."""
-        shown = 0
+    def _holders(self, short: Collection[str]) -> Iterator[Tenant]:
+        """Yield what has something of a shortage and is not being freed, to be named to people."""
         for status in (_S.DRAINING, _S.READY, _S.LOADING, _S.WARMING, _S.CANCELLING, _S.STUCK):
-            for generation in self._by_status[status].values():
-                if shown > NAMED:
-                    return
-                if generation not in known and (places > 0 or any(generation.held.get(name) for name in lacking)):
-                    shown += 1
-                    yield generation
-
-    def _is_evictable(self, generation: Generation, gainer: Generation) -> bool:
-        """Say whether a generation may go for another: idle, long enough here, and not protected by a reload."""
-        resident = self._now - (self._now if generation.ready_at is None else generation.ready_at)
-        if generation.key not in self._idle or resident < self.limits.min_residency:
-            return False
-        reload = self._models[generation.model_id].coming
-        # A reload that waits behind the gainer cannot go first, so nothing is gained by waiting for it.
-        return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)
+            for g in self._by_status[status].values():
+                if has_any(g.held, short):
+                    reloading = status is _S.READY and self._reload_of(g) is not None
+                    yield Tenant(
+                        g.key,
+                        g.held,
+                        leases=g.leases,
+                        pinned=g.request.pinned,
+                        loading=status in RESERVED,
+                        reloading=reloading,
+                        stuck=status is _S.STUCK,
+                    )
 
     def _room(self, generation: Generation, ahead: Mapping[str, int]) -> Room:
         available = {
@@ -939,20 +916,10 @@ class Machine:
         total = {name: count - kept.get(name, 0) for name, count in self._total.items()}
         return Room(total, available, places)
 
-    def _tenant(self, generation: Generation, *, evictable: bool) -> Tenant:
-        status = generation.status
-        return Tenant(
-            generation.key,
-            generation.held,
-            evictable=evictable,
-            leaving=status is _S.UNLOADING,
-            last_used=generation.last_used_at or generation.ready_at or 0.0,
-            leases=generation.leases,
-            pinned=generation.request.pinned,
-            loading=status in RESERVED,
-            reloading=status is _S.READY and self._models[generation.model_id].coming is not None,
-            stuck=status is _S.STUCK,
-        )
+    def _reload_of(self, generation: Generation) -> Generation | None:
+        """Return the load that is to replace a generation that serves, if any."""
+        model = self._models[generation.model_id]
+        return model.coming if len(model.generations) > 1 else None
 
     def _with_budget(self, needs: Mapping[str, int]) -> dict[str, int]:
         """Add the manager's own limit as one more ledger, and keep a load that takes nothing visible as a holder."""
