@@ -13,7 +13,7 @@ from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.manager import admission, attempt, machine
 
 #: In the order in which they import each other.
-SOURCES = {"policy": admission, "generation": attempt, "machine": machine}
+SOURCES = {"admission": admission, "attempt": attempt, "machine": machine}
 
 #: Random lives in which each must be caught.
 LIVES = 2000
@@ -60,16 +60,16 @@ MUTATIONS = {
     "I11: mapped weights are counted twice": ("machine", "0 if name == MAPPED else ", ""),
     "I13: a load is refused after others went for it": ("machine", "and not verdict.soon ", ""),
     "I13: what leaves already does not count": (
-        "policy",
-        "still_short = _lacking(short, leaving)",
-        "still_short = dict(short)",
+        "admission",
+        "lacking = _without(short, going)",
+        "lacking = dict(short)",
     ),
     "I13: victims that do not suffice": (
-        "machine",
-        "                return chosen\n        return []\n",
-        "                return chosen\n        return chosen\n",
+        "admission",
+        "                return _needed(chosen, lacking)\n    return []\n",
+        "                return _needed(chosen, lacking)\n    return chosen\n",
     ),
-    "I13: needless victims": ("policy", "        if _suffice(rest, short, places):\n", "        if False:\n"),
+    "I13: needless victims": ("admission", "        if min(rest.values()) < 0:\n", "        if True:\n"),
     "I15: a model is freed under those who have it": (
         "machine",
         "if generation.leases and not force:",
@@ -87,15 +87,15 @@ MUTATIONS = {
     ),
     "I16: a model that is reloaded goes first": (
         "machine",
-        "return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)",
-        "return True",
+        "if reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank):",
+        "if True:",
     ),
     "I17: a closed manager lends": (
         "machine",
         "    def _lease_taken(self, event: m.LeaseTaken) -> None:\n        self._refuse_if_closed()\n",
         "    def _lease_taken(self, event: m.LeaseTaken) -> None:\n",
     ),
-    "I18: use does not put expiry off": ("generation", "(self.last_used_at or ready) + keep", "ready + keep"),
+    "I18: use does not put expiry off": ("attempt", "(self.last_used_at or ready) + keep", "ready + keep"),
     "I19: ready before all bytes are there": (
         "machine",
         "replace(generation.progress, bytes_done=generation.progress.bytes_total)",
@@ -116,8 +116,8 @@ MUTATIONS = {
     # The rule of versions before: two reloads wait for each other's old generation.
     "I31: what is to be reloaded serves until then, whoever waits for it": (
         "machine",
-        "return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)",
-        "return reload is None",
+        "if reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank):",
+        "if reload is None:",
     ),
     "I32: failures are kept without bound": ("machine", "while len(failed) > self.limits.max_failed:", "while False:"),
     "I31: reloads of pinned models wait their turn": ("machine", "generation.goes_before = int(place)", "pass"),
@@ -145,7 +145,7 @@ def mutant(monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str) -> Mo
     for name, module in SOURCES.items():
         source = Path(module.__file__ or "").read_text(encoding="utf-8")
         if name == file:
-            assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {name}.py: mend this list"
+            assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {name}.py: fix this list"
             source = source.replace(old, new)
         for other in SOURCES:
             source = source.replace(f"splitlearn_core.manager.{other} import", f"splitlearn_mutant_{other} import")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitlearn_core.manager.admission import Admit, Evict, Refuse, Room, Tenant, Wait, decide
+from splitlearn_core.manager import admission
+from splitlearn_core.manager.admission import Admit, Evict, Idle, Refuse, Room, Tenant, Verdict, Wait, has_any
 
 pytestmark = pytest.mark.light
 
@@ -16,11 +18,44 @@ LEDGERS = ("host", "mapped", "cuda:0")
 SETTINGS = settings(max_examples=400, deadline=None, derandomize=True, database=None)
 
 
-def tenant(name: str, host: int = 0, used: float = 0.0, **more) -> Tenant:
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """A tenant, when it was last used, and what can become of it."""
+
+    tenant: Tenant
+    evictable: bool
+    leaving: bool
+    last_used: float
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.tenant.key
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        return self.tenant.held
+
+
+def tenant(name: str, host: int = 0, used: float = 0.0, **more) -> Holder:
     """Make an idle tenant; ``more`` holds other ledgers under ``held``, and flags."""
     held = {"host": host, **more.pop("held", {})}
-    evictable = more.pop("evictable", not any(more.get(flag) for flag in ("leases", "pinned", "loading", "leaving")))
-    return Tenant((name, 1), held, evictable, more.pop("leaving", False), used, **more)
+    leaving = more.pop("leaving", False)
+    evictable = more.pop("evictable", not (leaving or any(more.get(flag) for flag in ("leases", "pinned", "loading"))))
+    return Holder(Tenant((name, 1), held, **more), evictable, leaving, used)
+
+
+def decide(needs, there: Room, holders: Iterable[Holder], *, allow_paging: bool = False) -> Verdict:
+    """Decide as the machine does it: the idle ones by last use, each iterated at most once."""
+    idle = sorted((h for h in holders if h.evictable), key=lambda h: (h.last_used, h.key))
+    held = {name: sum(h.held.get(name, 0) for h in idle) for name in {name for h in idle for name in h.held}}
+    return admission.decide(
+        needs,
+        there,
+        (h.tenant for h in holders if h.leaving),
+        Idle((h.tenant for h in idle), len(idle), held),
+        lambda short: (h.tenant for h in holders if not h.leaving and has_any(h.held, short)),
+        allow_paging=allow_paging,
+    )
 
 
 def room(host: int, free: int, places: int | None = None, **more: tuple[int, int]) -> Room:
@@ -106,6 +141,37 @@ def test_the_managers_own_limit_is_a_ledger_like_others():
     assert isinstance(decide({"host": 1, "budget": 15}, there, tenants), Refuse)
 
 
+def test_what_is_to_be_reloaded_serves_while_the_others_suffice():
+    tenants = [tenant("r", 3, 1.0, reloading=True), tenant("a", 3, 2.0), tenant("b", 3, 3.0)]
+    assert names(decide({"host": 6}, room(20, 0), tenants)) == ["a", "b"]
+    assert names(decide({"host": 9}, room(20, 0), tenants)) == ["a", "b", "r"]
+
+
+def test_no_tenant_is_looked_at_further_than_the_decision_needs():
+    looked: list[str] = []
+
+    def tenants(kind: str, count: int) -> Iterator[Tenant]:
+        for number in range(count):
+            looked.append(f"{kind}{number}")
+            yield Tenant((kind, number), {"host": 2})
+
+    def look(needs: int, there: Room) -> Verdict:
+        looked.clear()
+        idle = Idle(tenants("idle", 9), 9, {"host": 18})
+        return admission.decide({"host": needs}, there, tenants("leaving", 1), idle, lambda short: tenants("other", 9))
+
+    assert isinstance(look(4, room(30, 4)), Admit)
+    assert looked == []
+    assert isinstance(look(31, room(30, 4)), Refuse)
+    assert looked == []
+    assert isinstance(look(6, room(30, 4)), Wait)
+    assert looked == ["leaving0"]
+    assert isinstance(look(10, room(30, 4)), Evict)
+    assert looked == ["leaving0", "idle0", "idle1"]
+    assert isinstance(look(30, room(30, 4)), Wait)
+    assert looked == ["leaving0", *(f"other{number}" for number in range(admission.NAMED + 1))]
+
+
 def test_places_are_freed_too():
     tenants = [tenant("a", 0, 1.0), tenant("b", 0, 2.0)]
     assert names(decide({"host": 1}, room(10, 10, places=0), tenants)) == ["a"]
@@ -161,9 +227,14 @@ def test_reasons_name_the_numbers_and_the_holders():
 counts = st.dictionaries(st.sampled_from(LEDGERS), st.integers(0, 12))
 everybody = st.lists(
     st.builds(
-        Tenant,
-        key=st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 3)),
-        held=counts,
+        Holder,
+        st.builds(
+            Tenant,
+            key=st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 3)),
+            held=counts,
+            leases=st.just(0),
+            reloading=st.booleans(),
+        ),
         evictable=st.booleans(),
         leaving=st.just(False),
         last_used=st.integers(0, 3).map(float),
@@ -172,7 +243,7 @@ everybody = st.lists(
             [
                 one,
                 dataclasses.replace(one, evictable=False, leaving=True),
-                dataclasses.replace(one, evictable=False, leases=1),
+                dataclasses.replace(one, evictable=False, tenant=one.tenant._replace(leases=1)),
             ]
         )
     ),
@@ -221,7 +292,7 @@ def test_verdicts_are_what_they_say(needs, there, tenants, allow_paging):
     else:
         victims = [one for one in tenants if one.key in verdict.victims]
         assert len(victims) == len(verdict.victims) > 0
-        assert all(one.evictable and not one.leaving and not one.leases for one in victims)
+        assert all(one.evictable and not one.leaving and not one.tenant.leases for one in victims)
         assert fits(needs, there, leaving + victims, allow_paging=allow_paging)
         for one in victims:
             rest = [other for other in victims if other is not one]

@@ -1,13 +1,15 @@
-"""Who may load now, and who must go for it: pure arithmetic over values.
+"""The admission rule: which load may start now, and which models are evicted for it.
 
-A verdict is an opinion: nothing is changed by asking. Victims are named only where they suffice, so
-that a refused load has cost nobody anything.
+Pure arithmetic over values: a decision changes nothing. Victims are named only where they suffice, so
+that a load that has to wait or is refused has evicted nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 from splitlearn_core.manager.loaders.loadable import MAPPED
 from splitlearn_core.manager.messages import Key
@@ -15,33 +17,40 @@ from splitlearn_core.types import human_bytes
 
 #: The ledger of the manager's own limit over everything it loads.
 BUDGET = "budget"
+#: Stands next to the ledgers in a shortage: places for models.
+PLACES = "places"
 #: Holders that a reason names.
 NAMED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """A generation that memory is promised to, or that has it."""
+class Tenant(NamedTuple):
+    """A generation that holds memory or has memory reserved. Cheap, since a decision may look at a thousand."""
 
     key: Key
     held: Mapping[str, int]
-    #: Nobody has it, it is not pinned, and it has been there long enough.
-    evictable: bool
-    #: Its memory is on the way back already.
-    leaving: bool
-    last_used: float
     leases: int = 0
     pinned: bool = False
     loading: bool = False
     #: It serves until a newer generation of it is ready.
     reloading: bool = False
-    #: Nobody knows when its memory comes back.
+    #: It is unknown when its memory comes back.
     stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True)
+class Idle:
+    """The tenants that may be evicted; a decision iterates no further than it has to."""
+
+    #: Least recently used first.
+    tenants: Iterable[Tenant] = ()
+    #: Upper bounds, known without iterating: number of tenants, and ledger -> bytes that they hold together.
+    count: int = 0
+    held: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
-    """What there is: ledger -> bytes that could ever be had, and bytes nobody has or is promised."""
+    """Memory per ledger, in bytes: total capacity, and what is neither held nor reserved."""
 
     total: Mapping[str, int]
     available: Mapping[str, int]
@@ -56,124 +65,200 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """There is room once these are gone."""
+    """There is room once the victims are gone."""
 
     victims: tuple[Key, ...]
+    #: The ledgers, or PLACES, that are short now.
+    short: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """There will be room when somebody gives a model back."""
+    """There will be room once others release a model."""
 
     reason: str
-    #: What is on its way back suffices, and nobody needs to do anything.
+    short: frozenset[str] = frozenset()
+    #: What is being freed already suffices.
     soon: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """It cannot fit, whoever goes."""
+    """It does not fit even after evicting everything."""
 
     reason: str
 
 
 Verdict = Admit | Evict | Wait | Refuse
+#: Returns, lazily, the tenants that have something of a shortage: ledgers, or PLACES.
+Holders = Callable[[Collection[str]], Iterable[Tenant]]
 
 
-def decide(needs: Mapping[str, int], room: Room, tenants: Sequence[Tenant], *, allow_paging: bool = False) -> Verdict:
-    """Say whether a load may start.
+def decide(
+    needs: Mapping[str, int],
+    room: Room,
+    leaving: Iterable[Tenant] = (),
+    idle: Idle = Idle(),  # frozen, and empty
+    holders: Holders = lambda short: (),
+    *,
+    allow_paging: bool = False,
+) -> Verdict:
+    """Decide whether a load may start.
+
+    The tenants are iterated only where there is no room at once, and no further than the decision needs.
 
     Args:
         needs: Ledger -> bytes at the peak of the load.
-        room: What there is.
-        tenants: Who has it. Those who can neither go nor are on their way matter to the reason alone.
+        room: Total and available memory, and places.
+        leaving: Tenants whose memory is being freed already.
+        idle: Tenants that may be evicted for this load.
+        holders: The tenants that the reason of a wait may name; the idle ones may be among them.
         allow_paging: Mapped weights may exceed what can be resident.
     """
-    wanted = {name: count for name, count in needs.items() if count and not (allow_paging and name == MAPPED)}
+    wanted = _wanted(needs, allow_paging=allow_paging)
     beyond = {name: count for name, count in wanted.items() if count > room.total.get(name, 0)}
     if beyond:
         return Refuse("; ".join(_never(name, count, room) for name, count in beyond.items()))
-    short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
-    places = 0 if room.places is None else max(0, 1 - room.places)
-    if not short and not places:
+    short = _shortage(wanted, room)
+    if not short:
         return Admit()
-    # What is on its way back already needs no further victim.
-    leaving = [tenant for tenant in tenants if tenant.leaving]
-    still_short = _lacking(short, leaving)
-    still_places = max(0, places - len(leaving))
-    if not still_short and not still_places:
-        return Wait(_reason(short, places, needs, room, leaving), soon=True)
-    victims = _victims(still_short, still_places, tenants)
-    if victims is not None:
-        return Evict(tuple(tenant.key for tenant in victims))
-    return Wait(_reason(short, places, needs, room, tenants))
+    going = tuple(leaving)
+    # What is being freed already needs no further victim.
+    lacking = _without(short, going)
+    names = frozenset(short)
+    if not lacking:
+        return Wait(_reason(short, needs, room, going, ()), names, soon=True)
+    victims = _victims(lacking, idle)
+    if victims:
+        return Evict(tuple(tenant.key for tenant in victims), names)
+    return Wait(_reason(short, needs, room, going, holders(lacking)), names)
+
+
+def has_any(held: Mapping[str, int], short: Collection[str]) -> bool:
+    """Say whether a tenant that holds this has something of a shortage: ledgers, or PLACES."""
+    if PLACES in short:
+        return True
+    # Plain, since it is called for a thousand models.
+    for name in short:  # noqa: SIM110
+        if held.get(name):
+            return True
+    return False
+
+
+def may_evict_enough(
+    needs: Mapping[str, int], room: Room, leaving: Iterable[Tenant], idle: Idle, *, allow_paging: bool
+) -> bool:
+    """Say, without iterating the idle tenants, whether evicting them could make room: no is certain, yes is not."""
+    short = _shortage(_wanted(needs, allow_paging=allow_paging), room)
+    return _may_suffice(_without(short, leaving), idle)
 
 
 def lacks_even_without(
     needs: Mapping[str, int], total: Mapping[str, int], staying: Iterable[Mapping[str, int]], *, allow_paging: bool
 ) -> frozenset[str]:
-    """Return the ledgers in which a load does not fit beside what stays, whatever else goes."""
-    held = list(staying)
+    """Return the ledgers in which a load does not fit next to what stays, whatever else goes."""
+    stays = list(staying)
     return frozenset(
         name
-        for name, count in needs.items()
-        if count and not (allow_paging and name == MAPPED)
-        if count > total.get(name, 0) - sum(each.get(name, 0) for each in held)
+        for name, count in _wanted(needs, allow_paging=allow_paging).items()
+        if count > total.get(name, 0) - sum(held.get(name, 0) for held in stays)
     )
 
 
-def _victims(short: Mapping[str, int], places: int, tenants: Iterable[Tenant]) -> list[Tenant] | None:
-    """Choose whom to evict, least recently used first; None where all of them do not suffice."""
-    candidates = [tenant for tenant in tenants if tenant.evictable]
-    # What is to be reloaded serves as long as the others suffice.
-    candidates.sort(key=lambda tenant: (tenant.reloading, tenant.last_used, tenant.key))
+def _wanted(needs: Mapping[str, int], *, allow_paging: bool) -> dict[str, int]:
+    return {name: count for name, count in needs.items() if count and not (allow_paging and name == MAPPED)}
+
+
+def _shortage(wanted: Mapping[str, int], room: Room) -> dict[str, int]:
+    """Return ledger -> bytes that are missing now, and PLACES -> models that are too many."""
+    short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
+    if room.places is not None and room.places < 1:
+        short[PLACES] = 1 - room.places
+    return short
+
+
+def _frees(tenant: Tenant, name: str) -> int:
+    """Return what of a shortage is there again once a tenant is gone."""
+    return 1 if name == PLACES else tenant.held.get(name, 0)
+
+
+def _without(short: Mapping[str, int], gone: Iterable[Tenant]) -> dict[str, int]:
+    """Return what is still short once some tenants are gone."""
+    lacking = dict(short)
+    for tenant in gone:
+        lacking = {name: rest for name, lack in lacking.items() if (rest := lack - _frees(tenant, name)) > 0}
+    return lacking
+
+
+def _may_suffice(lacking: Mapping[str, int], idle: Idle) -> bool:
+    return all(lack <= (idle.count if name == PLACES else idle.held.get(name, 0)) for name, lack in lacking.items())
+
+
+def _victims(lacking: Mapping[str, int], idle: Idle) -> list[Tenant]:
+    """Choose the victims, least recently used first; none where all idle tenants do not suffice."""
+    if not _may_suffice(lacking, idle):
+        return []
     chosen: list[Tenant] = []
-    left = dict(short)
-    for tenant in candidates:
-        if not left and len(chosen) >= places:
-            break
-        if places > len(chosen) or any(tenant.held.get(name) for name in left):
+    left = dict(lacking)
+    for tenant in _by_preference(idle.tenants):
+        if has_any(tenant.held, left):
             chosen.append(tenant)
-            left = _lacking(left, (tenant,))
-    if not _suffice(chosen, short, places):
-        return None
-    # A large model that came last may make an earlier choice needless.
-    for tenant in tuple(chosen):
-        rest = [other for other in chosen if other is not tenant]
-        if _suffice(rest, short, places):
-            chosen = rest
-    return chosen
+            left = _without(left, (tenant,))
+            if not left:
+                return _needed(chosen, lacking)
+    return []
 
 
-def _suffice(chosen: Sequence[Tenant], short: Mapping[str, int], places: int) -> bool:
-    return not _lacking(short, chosen) and len(chosen) >= places
+def _by_preference(tenants: Iterable[Tenant]) -> Iterator[Tenant]:
+    """Keep the order, but put tenants that are to be reloaded last: they serve as long as the others suffice."""
+    reloading = []
+    for tenant in tenants:
+        if tenant.reloading:
+            reloading.append(tenant)
+        else:
+            yield tenant
+    yield from reloading
 
 
-def _lacking(short: Mapping[str, int], gone: Iterable[Tenant]) -> dict[str, int]:
-    back = list(gone)
-    lacks = {name: lack - sum(tenant.held.get(name, 0) for tenant in back) for name, lack in short.items()}
-    return {name: lack for name, lack in lacks.items() if lack > 0}
+def _needed(chosen: Iterable[Tenant], lacking: Mapping[str, int]) -> list[Tenant]:
+    """Drop the victims that are needless, since a large model was chosen after them."""
+    victims = list(chosen)
+    spare = {name: sum(_frees(tenant, name) for tenant in victims) - lack for name, lack in lacking.items()}
+    needed = []
+    for tenant in victims:
+        rest = {name: count - _frees(tenant, name) for name, count in spare.items()}
+        if min(rest.values()) < 0:
+            needed.append(tenant)
+        else:
+            spare = rest
+    return needed
 
 
 def _never(name: str, count: int, room: Room) -> str:
-    whole = room.total.get(name)
-    if whole is None:
+    total = room.total.get(name)
+    if total is None:
         return f"needs {human_bytes(count)} of {_ledger(name)}, which this machine does not have"
-    return f"needs {human_bytes(count)} of {_ledger(name)}; {human_bytes(whole)} is all that can be had"
+    return f"needs {human_bytes(count)} of {_ledger(name)}; {human_bytes(total)} is all that can be had"
 
 
 def _reason(
-    short: Mapping[str, int], places: int, needs: Mapping[str, int], room: Room, tenants: Iterable[Tenant]
+    short: Mapping[str, int],
+    needs: Mapping[str, int],
+    room: Room,
+    leaving: Iterable[Tenant],
+    holders: Iterable[Tenant],
 ) -> str:
     parts = [
         f"needs {human_bytes(needs[name])} of {_ledger(name)}, {human_bytes(max(0, room.available.get(name, 0)))} free"
         for name in short
+        if name != PLACES
     ]
-    if places:
+    if PLACES in short:
         parts.append("all places for models are taken")
-    holders = [_holder(tenant) for tenant in tenants if places or any(tenant.held.get(name) for name in short)]
-    if holders:
-        parts.append(f"waiting for {', '.join(holders[:NAMED])}{' and others' if len(holders) > NAMED else ''}")
+    named = [f"{tenant.key[0]} to be freed" for tenant in leaving if has_any(tenant.held, short)]
+    named += map(_holder, islice(holders, NAMED + 1))
+    if named:
+        parts.append(f"waiting for {', '.join(named[:NAMED])}{' and others' if len(named) > NAMED else ''}")
     else:
         parts.append("waiting for memory that others have taken")
     return ", ".join(parts)
@@ -181,8 +266,6 @@ def _reason(
 
 def _holder(tenant: Tenant) -> str:
     name = tenant.key[0]
-    if tenant.leaving:
-        return f"{name} to be freed"
     if tenant.stuck:
         return f"{name}, which is stuck"
     if tenant.leases:

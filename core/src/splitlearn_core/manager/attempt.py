@@ -10,7 +10,7 @@ from splitlearn_core.manager.messages import Key, LoadRequest
 from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus
 from splitlearn_core.types import Progress
 
-#: Statuses in which memory is promised to a generation, but not filled for good.
+#: Statuses in which memory is reserved for a generation, but not filled for good.
 RESERVED = frozenset({ModelStatus.LOADING, ModelStatus.WARMING, ModelStatus.CANCELLING})
 #: Statuses in which a generation's memory is filled.
 CHARGED = frozenset({ModelStatus.READY, ModelStatus.DRAINING, ModelStatus.UNLOADING, ModelStatus.STUCK})
@@ -19,26 +19,26 @@ WORKING = frozenset({ModelStatus.PLANNING, ModelStatus.LOADING, ModelStatus.WARM
 
 #: Seconds over which the rate is taken.
 _RATE_WINDOW = 5.0
-#: A rate over less time than this says nothing.
+#: A rate over less time than this is meaningless.
 _RATE_MINIMUM = 0.2
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """What the machine knows of one attempt. Only the machine changes it."""
+    """The state of one attempt. Only the machine changes it."""
 
     model_id: str
     number: int
     request: LoadRequest
     requested_at: float
-    #: Place in the queue.
+    #: Position in the queue.
     order: int
     status: ModelStatus = ModelStatus.QUEUED
     #: When it entered its status.
     since: float = 0.0
-    #: Ledger -> bytes. Promised while loading (the peak), filled once loaded (what is kept).
+    #: Ledger -> bytes. Reserved while loading (the peak), filled once loaded (what is kept).
     held: Mapping[str, int] = field(default_factory=dict)
-    #: What the plan said: at the peak, and once loaded.
+    #: Ledger -> bytes of the plan: at the peak, and once loaded.
     needs: Mapping[str, int] = field(default_factory=dict)
     keeps: Mapping[str, int] = field(default_factory=dict)
     #: Callers that wait for it to be ready. None are left once it is resolved.
@@ -51,26 +51,26 @@ class Generation:
     active_at: float = 0.0
     stalled: bool = False
     waiting_for: str = ""
-    #: The earlier load before which it is considered, since that one waits for its end; by order.
+    #: The order of the earlier load before which it is considered, since that load waits for its end.
     goes_before: int | None = None
     #: Seconds spent waiting for a worker or for room, before the present wait.
     waited: float = 0.0
     location: str = ""
     dtype: str = ""
     measured: int | None = None
-    #: When it became ready, and when it was last given back.
+    #: When it became ready, and when its last lease was released.
     ready_at: float | None = None
     last_used_at: float | None = None
-    #: Until when it drains; None for as long as it takes.
+    #: When draining is given up; None for never.
     drain_deadline: float | None = None
-    #: What the end of a cancelled attempt will be called; None where somebody asked for it.
+    #: The failure that a cancelled attempt ends with; None where the cancellation was requested.
     verdict: FailureInfo | None = None
-    #: Why it failed, or, on one that serves, why the attempt to reload it did.
+    #: Why it failed, or, on a generation that serves, why its reload failed.
     failure: FailureInfo | None = None
     rates: deque[tuple[float, int]] = field(default_factory=deque)
-    #: Whether the end of its idleness is looked out for.
+    #: Whether its expiry is scheduled.
     watched: bool = False
-    #: What it is found by: the model, and which attempt this is. Kept, since every step asks for it.
+    #: Model and number of the attempt. Stored, since every step needs it.
     key: Key = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,17 +82,17 @@ class Generation:
 
     @property
     def rank(self) -> tuple[int, bool, int]:
-        """Place among those that wait for memory."""
+        """Position among the loads that wait for memory."""
         own = self.goes_before is None
         return self.order if self.goes_before is None else self.goes_before, own, self.order
 
     def advance(self, now: float, progress: Progress) -> bool:
-        """Take in how far the worker is; say whether it has got anywhere."""
+        """Store the progress of the worker; return whether there was any."""
         before = self.progress
         if progress == before:
             return False
-        anew = progress.bytes_done < before.bytes_done
-        if anew or (progress.stage, progress.component) != (before.stage, before.component):
+        restarted = progress.bytes_done < before.bytes_done
+        if restarted or (progress.stage, progress.component) != (before.stage, before.component):
             self.rates.clear()
         self.progress = progress
         self.active_at, self.stalled = now, False
@@ -102,14 +102,14 @@ class Generation:
         return True
 
     def rate(self, now: float) -> float | None:
-        """Bytes a second over the last seconds; None where too little is known, or nothing came for as long."""
+        """Return bytes per second over the last seconds; None where too few reports came."""
         if len(self.rates) < 2 or now - self.rates[-1][0] > _RATE_WINDOW:  # noqa: PLR2004  # a difference takes two
             return None
         (begin, first), last = self.rates[0], self.rates[-1][1]
         return (last - first) / (now - begin) if now - begin >= _RATE_MINIMUM and last > first else None
 
     def expires_at(self, min_residency: float) -> float | None:
-        """When idleness ends it; None for never, or while somebody has it."""
+        """Return when it expires if it stays idle; None for never, or while it is leased."""
         keep = self.request.keep_alive
         if self.status is not ModelStatus.READY or self.leases or self.request.pinned or keep is None:
             return None
@@ -117,7 +117,7 @@ class Generation:
         return max((self.last_used_at or ready) + keep, ready + min_residency)
 
     def snapshot(self, now: float, epoch: float, min_residency: float, *, reloading: bool) -> ModelInfo:
-        """Make the frozen picture of it. ``epoch`` turns the machine's times into seconds since 1970."""
+        """Make a frozen snapshot. ``epoch`` is added to the machine's times to make seconds since 1970."""
         progress, rate = self.progress, self.rate(now) if self.is_loading else None
         left = progress.bytes_total - progress.bytes_done
         working = self.status in WORKING

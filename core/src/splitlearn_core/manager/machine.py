@@ -5,7 +5,7 @@ asyncio or torch: time arrives in events, and what has to be done leaves as effe
 is not allowed raises and changes nothing.
 
 A model (an id) has at most one generation that serves and one that is on its way; a reload makes a
-new generation beside the one that serves. Generations run through::
+new generation next to the one that serves. Generations run through::
 
     QUEUED -> PLANNING -> WAITING -> LOADING -> [WARMING] -> READY -> DRAINING -> UNLOADING -> (gone)
        |         |           |          |           |          ^         |
@@ -13,15 +13,15 @@ new generation beside the one that serves. Generations run through::
        |         |  failed: FAILED    cancelled or stalled: CANCELLING -> (gone) or FAILED
        +---------+                    no answer: STUCK -> (gone)
 
-Ledgers: ``held`` of LOADING, WARMING and CANCELLING generations is promised; of READY, DRAINING,
-UNLOADING and STUCK ones it is filled. Nobody else holds anything.
+Ledgers: ``held`` of LOADING, WARMING and CANCELLING generations is reserved; of READY, DRAINING,
+UNLOADING and STUCK ones it is filled. No other generation holds anything.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -42,13 +42,17 @@ from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.admission import (
     BUDGET,
     NAMED,
+    PLACES,
     Evict,
+    Idle,
     Refuse,
     Room,
     Tenant,
     Wait,
     decide,
+    has_any,
     lacks_even_without,
+    may_evict_enough,
 )
 from splitlearn_core.manager.attempt import CHARGED, RESERVED, WORKING, Generation
 from splitlearn_core.manager.loaders.loadable import HOST, MAPPED
@@ -58,7 +62,7 @@ _S = ModelStatus
 #: Entries that may be useless before they are looked for.
 _SOME = 64
 
-#: From where a generation may go where; None is a generation that is no more.
+#: The statuses that may follow each status; None is a generation that no longer exists.
 TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
     _S.QUEUED: frozenset({_S.PLANNING, _S.FAILED, None}),
     _S.PLANNING: frozenset({_S.WAITING, _S.FAILED, _S.CANCELLING}),
@@ -76,7 +80,7 @@ TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the manager was told to keep to; durations in seconds, None for no limit."""
+    """The limits that the manager keeps to; durations in seconds, None for no limit."""
 
     max_models: int | None = None
     max_memory: int | None = None
@@ -129,16 +133,16 @@ class _Model:
 
     @property
     def visible(self) -> Generation:
-        """The one generation that a list shows: what serves, or else the newest."""
+        """The generation that a list shows: the one that serves, or else the newest."""
         return self.serving or self.generations[-1]
 
 
 class Machine:
-    """All models of one manager. :meth:`handle` is the only way in, and the effects the only way out.
+    """All models of one manager. Events enter through :meth:`handle` alone, and only its effects leave.
 
     Args:
-        limits: What to keep to.
-        epoch: What turns the times of events into seconds since 1970, for snapshots.
+        limits: The limits to keep to.
+        epoch: Added to the times of events to make seconds since 1970, for snapshots.
     """
 
     def __init__(self, limits: Limits, epoch: float = 0.0) -> None:
@@ -158,8 +162,8 @@ class Machine:
         self._charged: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
         self._held_models = 0
-        #: Ready generations that nobody has and that are not pinned, least recently used first, and
-        #: what they hold together: with a thousand models, a decision must not look at each of them.
+        #: Ready generations without leases that are not pinned, least recently used first, and their
+        #: bytes together: with a thousand models, a decision must not look at each of them.
         self._idle: dict[m.Key, Generation] = {}
         self._idle_held: dict[str, int] = {}
         #: Ledger -> bytes that all models together may take. Empty until memory was sampled.
@@ -170,11 +174,11 @@ class Machine:
     # --- the way in -----------------------------------------------------------------------------
 
     def handle(self, event: m.Event) -> list[m.Effect]:
-        """Take an event in and return what has to be done about it, in order.
+        """Process an event and return the effects to carry out, in order.
 
         Raises:
-            ManagerError: The caller asks for what cannot be; nothing has changed.
-            InternalError: A worker answers for what it cannot; nothing has changed.
+            ManagerError: The request is invalid in this state; the state is unchanged.
+            InternalError: A worker's event does not match the state; the state is unchanged.
         """
         handler: Callable[[Machine, Any], None] = self._HANDLERS[type(event)]
         now, self._now = self._now, max(self._now, event.now)
@@ -207,21 +211,21 @@ class Machine:
         return model.coming if model else None
 
     def wanted(self, model_id: str, *, reload: bool) -> Generation:
-        """Return the generation that a request for a model is about: what serves, or what is on its way."""
+        """Return the generation that a request refers to: the one that serves, or the one on its way."""
         shown = self.visible(model_id)
         serves = shown.status is _S.READY and not reload
         return shown if serves else self.coming(model_id) or shown
 
     def at_work(self) -> int:
-        """Count the generations that occupy a worker; any thread may ask."""
+        """Count the generations that occupy a worker; may be called from any thread."""
         return sum(map(len, self._working))
 
     def knows(self, model_id: str) -> bool:
-        """Say whether any generation of a model is left."""
+        """Say whether a model has any generation."""
         return model_id in self._models
 
     def find(self, key: m.Key) -> Generation | None:
-        """Return a generation that is not gone."""
+        """Return a generation unless it is gone."""
         model = self._models.get(key[0])
         return next((g for g in model.generations if g.number == key[1]), None) if model else None
 
@@ -308,28 +312,28 @@ class Machine:
             )
 
     def _join(self, event: m.LoadRequested, model: _Model) -> None:
-        there = model.serving or model.coming
-        if there is None:
-            raise InternalError("there is nothing to join")
+        current = model.serving or model.coming
+        if current is None:
+            raise InternalError("there is no generation to join")
         if not event.join:
             raise DuplicateModelError(
                 f"model {event.model_id!r} is {'loaded' if model.serving else 'loading'} already",
-                hint="use ensure_model() to take it as it is, or reload_model() to load it anew",
+                hint="use ensure_model() to take it as it is, or reload_model() to load it again",
             )
-        if there.request.fingerprint != event.request.fingerprint:
+        if current.request.fingerprint != event.request.fingerprint:
             raise DuplicateModelError(
-                f"model {event.model_id!r} is {there.status} with another configuration",
+                f"model {event.model_id!r} is {current.status} with another configuration",
                 hint="give this configuration another model_id, or reload_model(id, config) to replace it",
             )
-        if there.is_loading:
-            there.waiters += 1
+        if current.is_loading:
+            current.waiters += 1
             self.counters.joined += 1
-            self._touch(there)
+            self._touch(current)
 
     def _begin(self, event: m.LoadRequested) -> None:
         model = self._models.setdefault(event.model_id, _Model())
         for failed in [g for g in model.generations if g.status is _S.FAILED]:
-            self._go(failed, None, "tried anew")
+            self._go(failed, None, "tried again")
         self._models[event.model_id] = model
         self._numbers += 1
         generation = Generation(
@@ -367,13 +371,13 @@ class Machine:
         if generation is None:
             raise ModelNotReadyError(
                 f"model {event.model_id!r} is {model.visible.status}, so there is no load to cancel",
-                hint="unload_model() frees a ready one",
+                hint="unload_model() frees a ready model",
             )
         self._cancel(generation, None, "cancelled")
         self._schedule()
 
     def _cancel(self, generation: Generation, verdict: FailureInfo | None, cause: str) -> None:
-        """Stop an attempt; with a verdict it ends as a failure, without one it is gone."""
+        """Stop an attempt; with a verdict it ends as a failure, otherwise it is gone."""
         if generation.status in (_S.QUEUED, _S.WAITING):
             if verdict is None:
                 self._resolve(generation, _cancelled(generation))
@@ -393,7 +397,9 @@ class Machine:
         if generation.status is not _S.PLANNING:
             self._stopped(generation)
         else:
-            generation.needs, generation.keeps = self._with_budget(event.needs), dict(event.keeps)
+            # A load that takes nothing is a holder too, and the manager's own limit is one more ledger.
+            budget = {} if self.limits.max_memory is None else {BUDGET: sum(event.needs.values())}
+            generation.needs, generation.keeps = {HOST: 0, **event.needs, **budget}, dict(event.keeps)
             generation.location, generation.dtype = event.location, event.dtype
             self._go(generation, _S.WAITING, "planned")
         self._schedule()
@@ -429,7 +435,7 @@ class Machine:
         generation.progress = replace(generation.progress, bytes_done=generation.progress.bytes_total)
         model.failures, generation.failure = 0, None
         if replaced is not None:
-            # First away with the old one: no moment shows two that serve.
+            # The old one goes first, so that two never serve at the same time.
             replaced.drain_deadline = None
             self._drain(replaced, "replaced by a newer generation")
         self._go(generation, _S.READY, "loaded" if generation.status is _S.LOADING else "warm")
@@ -457,7 +463,7 @@ class Machine:
         self._schedule()
 
     def _stopped(self, generation: Generation) -> None:
-        """End a cancelled attempt whose worker holds nothing any more."""
+        """End a cancelled attempt whose worker no longer holds anything."""
         if generation.status is _S.STUCK:
             self._go(generation, None, "its worker came back")
         elif generation.verdict is not None:
@@ -480,7 +486,7 @@ class Machine:
             self._forget_failed()
 
     def _forget_failed(self) -> None:
-        """Keep the newest failures; of the others those go first that readiness does not depend on."""
+        """Keep the newest failures; of the others, models that readiness does not depend on go first."""
         failed = self._by_status[_S.FAILED]
         while len(failed) > self.limits.max_failed:
             oldest = next((g for g in failed.values() if not g.request.required), next(iter(failed.values())))
@@ -489,10 +495,10 @@ class Machine:
             self._go(oldest, None, f"the newest {self.limits.max_failed} failures are kept")
 
     def _note_failure(self, generation: Generation, failure: FailureInfo) -> FailureInfo:
-        """Count a failed attempt, and keep why it failed where it will be looked for."""
+        """Count a failed attempt, and keep its reason where snapshots show it."""
         model = self._models[generation.model_id]
         newest = generation is model.generations[-1]
-        # An attempt that a newer one has overtaken says nothing of the model as it is now.
+        # The failure of an attempt that a newer one has overtaken does not describe the model as it is now.
         model.failures += newest
         stage = failure.stage or _stage(generation)
         consecutive = max(1, model.failures)
@@ -501,7 +507,7 @@ class Machine:
         self.counters.loads_failed += 1
         serving = model.serving
         if serving is not None and newest:
-            # A failed reload changes nothing for those who use the old one; they see why it failed.
+            # A failed reload changes nothing for holders of the old generation; they see why it failed.
             serving.failure = failure
             self._touch(serving)
         return failure
@@ -519,7 +525,17 @@ class Machine:
         self._refuse_if_closed()
         model = self._model(event.model_id)
         if model.serving is None:
-            raise _not_ready(model.visible)
+            status, failure = model.visible.status, model.visible.failure
+            if status is _S.FAILED and failure is not None:
+                raise ModelNotReadyError(
+                    f"model {event.model_id!r} failed to load: {failure.message}",
+                    hint=failure.hint or "load it again with load_model() or ensure_model()",
+                )
+            going = status in (_S.DRAINING, _S.UNLOADING, _S.STUCK, _S.CANCELLING)
+            raise ModelNotReadyError(
+                f"model {event.model_id!r} is {status}",
+                hint="load it again with ensure_model()" if going else "await ensure_model(config) first",
+            )
         self._lend(model.serving)
         self.counters.leases += 1
 
@@ -528,7 +544,7 @@ class Machine:
         in_use = generation is not None and generation.status is _S.DRAINING and generation.leases > 0
         if generation is None or not (generation.status is _S.READY or in_use):
             raise ModelGoneError(
-                f"this generation of model {event.key[0]!r} is not there any more",
+                f"this generation of model {event.key[0]!r} is gone",
                 hint="take a new lease; unload_model(..., force=True) and reload_model() end old ones",
             )
         self._lend(generation)
@@ -630,7 +646,7 @@ class Machine:
     # --- time and memory ------------------------------------------------------------------------
 
     def _memory_sampled(self, event: m.MemorySampled) -> None:
-        # Free memory is what is left beside the loaded models; the mapped ledger counts them in already.
+        # Free memory excludes the loaded models; the mapped ledger includes them already.
         own = {name: 0 if name == MAPPED else self._charged.get(name, 0) for name in event.free}
         self._capacity = {name: free + own[name] for name, free in event.free.items()}
         self._total = dict(event.total)
@@ -662,7 +678,7 @@ class Machine:
         self._cancel(generation, _failure_of(error, generation, retryable=True), "waited too long")
 
     def _watch_worker(self, generation: Generation) -> None:
-        # A rate and the time left are not true for longer than a moment.
+        # The rate and the time left change all the time.
         self._touch(generation)
         still = self._now - generation.active_at
         generation.stalled = still >= self.limits.stall_after
@@ -696,7 +712,7 @@ class Machine:
             return
         generation.drain_deadline = None
         newer = [g for g in self._models[generation.model_id].generations if g.number > generation.number]
-        # Beside a newer generation that serves, or did, it goes on draining.
+        # If a newer generation serves, or did, this one goes on draining.
         if not any(g.status in (_S.READY, _S.DRAINING, _S.UNLOADING) for g in newer):
             self._go(generation, _S.READY, "holders did not give it back in time")
             for failed in [g for g in newer if g.status is _S.FAILED]:
@@ -706,12 +722,12 @@ class Machine:
 
     def _watch_expiry(self, generation: Generation) -> None:
         moment = generation.expires_at(self.limits.min_residency)
-        # One entry each, however often it is used: use only puts the moment off.
+        # One entry each, however often it is used: use only moves the deadline.
         if moment is not None and not generation.watched:
             generation.watched = True
             heapq.heappush(self._expiries, (moment, generation.key))
             if len(self._expiries) > 2 * len(self._models) + _SOME:
-                # Of models that are gone, and would only be skipped when their moment comes.
+                # Drop the entries of models that are gone, which would only be skipped once they are due.
                 self._expiries = [entry for entry in self._expiries if self.find(entry[1])]
                 heapq.heapify(self._expiries)
 
@@ -727,14 +743,14 @@ class Machine:
             # While it is reloaded it serves on, idle or not.
             if moment is not None and moment <= self._now and self.coming(generation.model_id) is None:
                 self.counters.expirations += 1
-                self._unload(generation, "nobody used it for its keep_alive")
+                self._unload(generation, "it was not used for its keep_alive")
             else:
                 self._watch_expiry(generation)
 
     # --- admission ------------------------------------------------------------------------------
 
     def _schedule(self) -> None:
-        """Start what can be started: first what is planned and has room, then what is queued."""
+        """Start the loads that can start: first planned ones that have room, then queued ones."""
         short: set[str] = set()
         ahead: dict[str, int] = {}
         waiting = self._by_status[_S.WAITING]
@@ -742,7 +758,7 @@ class Machine:
             self._break_knots()
         for generation in sorted(waiting.values(), key=lambda g: g.rank) if waiting else ():
             self._consider(generation, short, ahead)
-        # In the order in which they came: nothing enters this status a second time.
+        # In order of arrival: nothing enters this status a second time.
         for generation in tuple(self._by_status[_S.QUEUED].values()):
             if not self._has_free_worker():
                 return
@@ -750,11 +766,11 @@ class Machine:
             self._effects.append(m.StartWorker(generation.key, m.Job.PLAN))
 
     def _break_knots(self) -> None:
-        """See to it that no load waits for what only loads behind it could give.
+        """Ensure that no load waits for memory that only loads behind it could release.
 
         A generation that is to be replaced serves until its reload is ready, or, if it may be evicted, until
-        one that comes before the reload needs its room. A pinned one cannot be evicted, so its reload goes
-        before those that need its room. Where all such reloads need the room of each other, the last is refused.
+        a load before the reload needs its room. A pinned generation cannot be evicted, so its reload goes before
+        the loads that need its room. Where all such reloads need the room of each other, the last is refused.
         """
         waiting = self._by_status[_S.WAITING]
         for generation in waiting.values():
@@ -777,16 +793,16 @@ class Machine:
     def _waits_for_a_reload(
         self, generation: Generation, reloads: Iterable[Generation], *, for_good: bool = False
     ) -> bool:
-        """Say whether a load cannot fit before another's reload, which waits, has replaced a pinned generation.
+        """Say whether a load cannot fit until a waiting reload of another model has replaced a pinned generation.
 
         Args:
             generation: The load.
-            reloads: Those of pinned models that wait.
-            for_good: Whether workers that are stuck, and what others have of this machine's memory, count as free.
+            reloads: The waiting reloads of pinned models.
+            for_good: Whether the memory of stuck workers and of other processes counts as free.
         """
         own = self._serving_of(generation)
         others = [old for g in reloads if g is not generation and (old := self._serving_of(g))]
-        # What is pinned and loading will take what it keeps; what it replaces goes by itself.
+        # Pinned models that are loading will hold what they keep; the generations they replace go by themselves.
         coming = [g for s in (_S.LOADING, _S.WARMING) for g in self._by_status[s].values() if g.request.pinned]
         replaced = [self._serving_of(g) for g in coming]
         ready = [g for g in self._by_status[_S.READY].values() if g.request.pinned and g not in replaced]
@@ -802,30 +818,32 @@ class Machine:
         return bool(others) and (no_place or any(old.held.get(name) for old in others for name in short))
 
     def _serving_of(self, generation: Generation) -> Generation | None:
-        """Return what serves until a generation is ready, if anything does."""
+        """Return the generation that serves until this one is ready, if any."""
         return self._models[generation.model_id].serving
 
     def _consider(self, generation: Generation, short: set[str], ahead: dict[str, int]) -> None:
-        """Admit one planned generation, or say why not.
+        """Admit a planned generation, or record why it waits.
 
-        ``short`` collects the ledgers that an earlier one waits for: later ones must not take from
-        them, or a large load would wait for ever while small ones pass it. ``ahead`` collects what
-        earlier ones will take of the others: later ones may have the rest.
+        ``short`` collects the ledgers, or PLACES, that an earlier load waits for: later loads must not take
+        from them, or a large load would starve while small ones pass it. ``ahead`` collects what earlier
+        loads will take of the other ledgers: later loads may have the rest.
         """
         needs = generation.needs
         if not self._capacity:
             self._say_waiting(generation, "memory has not been measured yet")
             return
-        if short & {name for name, count in needs.items() if count} or "" in short:
+        if short & {PLACES, *(name for name, count in needs.items() if count)}:
             self._say_waiting(generation, "others that came first wait for memory too")
             _add(ahead, needs)
             return
-        room = self._room(generation, ahead)
-        paging = generation.request.allow_paging
-        verdict = decide(needs, room, (), allow_paging=paging)
-        if isinstance(verdict, Wait):
-            # Who has the rest matters only now, and they may be a thousand.
-            verdict = decide(needs, room, self._tenants(generation, room), allow_paging=paging)
+        verdict = decide(
+            needs,
+            self._room(generation, ahead),
+            self._leaving(),
+            self._idle_for(generation),
+            self._holders,
+            allow_paging=generation.request.allow_paging,
+        )
         full = isinstance(verdict, Wait) and not verdict.soon and self.limits.when_full == "refuse"
         if isinstance(verdict, Refuse) or (isinstance(verdict, Wait) and full):
             self._refuse(generation, verdict.reason, retryable=isinstance(verdict, Wait))
@@ -835,11 +853,10 @@ class Machine:
                 victim = self._expect(key, "is to be evicted", _S.READY)
                 self.counters.evictions += 1
                 self._unload(victim, f"evicted for {generation.model_id}")
-            verdict = Wait(f"waiting for {', '.join(key[0] for key in verdict.victims)} to be freed")
+            names = ", ".join(key[0] for key in verdict.victims)
+            verdict = Wait(f"waiting for {names} to be freed", verdict.short)
         if isinstance(verdict, Wait):
-            paged = {MAPPED} if generation.request.allow_paging else set()
-            short |= {name for name, count in needs.items() if count > room.available.get(name, 0)} - paged
-            short |= {""} if room.places is not None and room.places < 1 else set()
+            short |= verdict.short
             _add(ahead, needs)
             self._say_waiting(generation, verdict.reason)
         elif not self._has_free_worker():
@@ -849,81 +866,53 @@ class Machine:
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
 
-    def _tenants(self, generation: Generation, room: Room) -> list[Tenant]:
-        """Return whom a decision hangs on: who is leaving, whom to evict if that suffices, and some of the others."""
-        leaving = list(self._by_status[_S.UNLOADING].values())
-        lacking, places = self._lacking(generation.needs, room, paging=generation.request.allow_paging)
-        chosen = [*leaving, *self._evictable(generation, lacking, places)]
-        tenants = (*chosen, *self._holders(chosen, lacking, places))
-        return [self._tenant(tenant, evictable=self._is_evictable(tenant, generation)) for tenant in tenants]
-
-    def _lacking(self, needs: Mapping[str, int], room: Room, *, paging: bool) -> tuple[dict[str, int], int]:
-        """Return the bytes, by ledger, and the places that are short once everybody who is leaving has gone."""
-        leaving = self._by_status[_S.UNLOADING].values()
-        lacking = {
-            name: lack
-            for name, count in needs.items()
-            if count and not (paging and name == MAPPED)
-            if (lack := count - room.available.get(name, 0) - sum(g.held.get(name, 0) for g in leaving)) > 0
-        }
-        return lacking, 0 if room.places is None else 1 - room.places - len(leaving)
-
     def _is_worth_a_look(self) -> bool:
-        """Say, without looking at each model, whether the first that waits could have room by evictions.
+        """Say, without looking at each model, whether evictions could make room for the first waiting load.
 
-        Asked whenever a model is given back; ticks look at everything.
+        Checked whenever a lease is released; ticks look at everything.
         """
         first = min(self._by_status[_S.WAITING].values(), key=lambda g: g.rank, default=None)
-        if first is None:
-            return False
-        lacking, places = self._lacking(first.needs, self._room(first, {}), paging=first.request.allow_paging)
-        return places <= len(self._idle) and all(n <= self._idle_held.get(name, 0) for name, n in lacking.items())
+        return first is not None and may_evict_enough(
+            first.needs,
+            self._room(first, {}),
+            self._leaving(),
+            self._idle_for(first),
+            allow_paging=first.request.allow_paging,
+        )
 
-    def _evictable(self, gainer: Generation, lacking: Mapping[str, int], places: int) -> list[Generation]:
-        """Return idle generations that may go for another, as many as suffice; none where all do not.
+    # A decision iterates these only as far as it has to: there may be a thousand models.
 
-        The least recently used come first, and those that are to be reloaded last.
-        """
-        left, chosen = dict(lacking), []
-        if places > len(self._idle) or any(lack > self._idle_held.get(name, 0) for name, lack in left.items()):
-            return []
-        for generation in self._by_preference():
-            if not self._is_evictable(generation, gainer):
-                continue
-            chosen.append(generation)
-            left = {name: rest for name, lack in left.items() if (rest := lack - generation.held.get(name, 0)) > 0}
-            if not left and len(chosen) >= places:
-                return chosen
-        return []
+    def _leaving(self) -> Iterator[Tenant]:
+        return (Tenant(g.key, g.held) for g in self._by_status[_S.UNLOADING].values())
 
-    def _by_preference(self) -> Iterator[Generation]:
-        reloading = []
+    def _idle_for(self, gainer: Generation) -> Idle:
+        return Idle(self._evictable(gainer), len(self._idle), self._idle_held)
+
+    def _evictable(self, gainer: Generation) -> Iterator[Tenant]:
+        """Yield the generations that may be evicted: idle, past min_residency, and not protected by a reload."""
         for generation in self._idle.values():
-            if self._models[generation.model_id].coming is None:
-                yield generation
-            else:
-                reloading.append(generation)
-        yield from reloading
+            if generation.ready_at is None or self._now - generation.ready_at < self.limits.min_residency:
+                continue
+            reload = self._reload_of(generation)
+            # A reload that waits behind the gainer cannot go first, so waiting for it gains nothing.
+            if reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank):
+                yield Tenant(generation.key, generation.held, reloading=reload is not None)
 
-    def _holders(self, known: Sequence[Generation], lacking: Mapping[str, int], places: int) -> Iterable[Generation]:
-        """Yield some of those who have what is lacking and do not go by themselves, to be named to people."""
-        shown = 0
+    def _holders(self, short: Collection[str]) -> Iterator[Tenant]:
+        """Yield the holders of what is short that are not being freed, for messages."""
         for status in (_S.DRAINING, _S.READY, _S.LOADING, _S.WARMING, _S.CANCELLING, _S.STUCK):
-            for generation in self._by_status[status].values():
-                if shown > NAMED:
-                    return
-                if generation not in known and (places > 0 or any(generation.held.get(name) for name in lacking)):
-                    shown += 1
-                    yield generation
-
-    def _is_evictable(self, generation: Generation, gainer: Generation) -> bool:
-        """Say whether a generation may go for another: idle, long enough here, and not protected by a reload."""
-        resident = self._now - (self._now if generation.ready_at is None else generation.ready_at)
-        if generation.key not in self._idle or resident < self.limits.min_residency:
-            return False
-        reload = self._models[generation.model_id].coming
-        # A reload that waits behind the gainer cannot go first, so nothing is gained by waiting for it.
-        return reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank)
+            for g in self._by_status[status].values():
+                if has_any(g.held, short):
+                    reloading = status is _S.READY and self._reload_of(g) is not None
+                    yield Tenant(
+                        g.key,
+                        g.held,
+                        leases=g.leases,
+                        pinned=g.request.pinned,
+                        loading=status in RESERVED,
+                        reloading=reloading,
+                        stuck=status is _S.STUCK,
+                    )
 
     def _room(self, generation: Generation, ahead: Mapping[str, int]) -> Room:
         available = {
@@ -931,52 +920,32 @@ class Machine:
             for name, capacity in self._capacity.items()
         }
         limit = self.limits.max_models
-        # A reload is no further model: it takes the place of the one that serves until then.
+        # A reload is not an additional model: it takes the place of the generation that serves until then.
         replaced = self._models[generation.model_id].serving
         places = None if limit is None else limit - self._held_models + (replaced is not None)
-        # What it replaces stays until it is there, so the two must fit beside each other.
+        # The generation it replaces stays until it is ready, so the two must fit together.
         kept = {} if replaced is None else replaced.held
         total = {name: count - kept.get(name, 0) for name, count in self._total.items()}
         return Room(total, available, places)
 
-    def _tenant(self, generation: Generation, *, evictable: bool) -> Tenant:
-        status = generation.status
-        return Tenant(
-            generation.key,
-            generation.held,
-            evictable=evictable,
-            leaving=status is _S.UNLOADING,
-            last_used=generation.last_used_at or generation.ready_at or 0.0,
-            leases=generation.leases,
-            pinned=generation.request.pinned,
-            loading=status in RESERVED,
-            reloading=status is _S.READY and self._models[generation.model_id].coming is not None,
-            stuck=status is _S.STUCK,
-        )
-
-    def _with_budget(self, needs: Mapping[str, int]) -> dict[str, int]:
-        """Add the manager's own limit as one more ledger, and keep a load that takes nothing visible as a holder."""
-        if self.limits.max_memory is None:
-            return {HOST: 0, **needs}
-        return {HOST: 0, **needs, BUDGET: sum(needs.values())}
+    def _reload_of(self, generation: Generation) -> Generation | None:
+        """Return the load that is to replace a generation that serves, if any."""
+        model = self._models[generation.model_id]
+        return model.coming if len(model.generations) > 1 else None
 
     def _refuse(self, generation: Generation, reason: str, *, retryable: bool) -> None:
         reloads = self._models[generation.model_id].serving is not None
-        beside = " beside the one that serves until then" if reloads and not retryable else ""
-        error = InsufficientMemoryError(
-            f"model {generation.model_id!r} does not fit{beside}: {reason}",
-            hint=self._way_out(generation, retryable, reloads),
-        )
-        self._fail(generation, _failure_of(error, generation, retryable=retryable))
-
-    def _way_out(self, generation: Generation, retryable: bool, reloads: bool) -> str:
+        also = " next to the generation that serves until then" if reloads and not retryable else ""
         if retryable:
-            return "unload something, or try again later"
-        if reloads:
-            return "unload_model() it first, then load it anew"
-        if generation.needs.get(BUDGET, 0) > self._total.get(BUDGET, math.inf):
-            return "raise the manager's max_memory_mb, or ask for fewer layers or a smaller dtype"
-        return "ask for fewer layers, a smaller dtype, or a machine with more memory"
+            hint = "unload something, or try again later"
+        elif reloads:
+            hint = "unload_model() it first, then load it again"
+        elif generation.needs.get(BUDGET, 0) > self._total.get(BUDGET, math.inf):
+            hint = "raise the manager's max_memory_mb, or ask for fewer layers or a smaller dtype"
+        else:
+            hint = "ask for fewer layers, a smaller dtype, or a machine with more memory"
+        error = InsufficientMemoryError(f"model {generation.model_id!r} does not fit{also}: {reason}", hint=hint)
+        self._fail(generation, _failure_of(error, generation, retryable=retryable))
 
     def _has_free_worker(self) -> bool:
         stuck = len(self._by_status[_S.STUCK])
@@ -993,7 +962,7 @@ class Machine:
     # --- bookkeeping ----------------------------------------------------------------------------
 
     def _go(self, generation: Generation, after: ModelStatus | None, cause: str) -> None:
-        """Change a status: the one place where it happens, with the ledgers and the index in step."""
+        """Change a status, the ledgers and the index together; statuses change nowhere else."""
         before = generation.status
         if after not in TRANSITIONS[before]:
             raise InternalError(f"generation {generation.number} of {generation.model_id!r}: {before} to {after}")
@@ -1039,7 +1008,7 @@ class Machine:
         _add(ledger, generation.held, sign)
 
     def _set_idle(self, generation: Generation, *, idle: bool) -> None:
-        """Note whether a generation could be evicted; one that is noted anew was used last."""
+        """Mark a generation as idle or not; one that is marked again becomes the most recently used."""
         if self._idle.pop(generation.key, None) is not None:
             _add(self._idle_held, generation.held, -1)
         if idle and not generation.request.pinned:
@@ -1060,22 +1029,22 @@ class Machine:
 
     def _problems(self) -> Iterable[str]:
         idle = [g for g in self.generations() if g.status is _S.READY and not g.leases and not g.request.pinned]
-        yield "who is idle is kept wrongly" if {g.key for g in idle} != self._idle.keys() else ""
+        yield "the set of idle models is wrong" if {g.key for g in idle} != self._idle.keys() else ""
         together: dict[str, int] = {}
         for g in idle:
             _add(together, g.held)
         wrong = {n for n in {*together, *self._idle_held} if together.get(n, 0) != self._idle_held.get(n, 0)}
-        yield f"what idle models hold is kept wrongly: {sorted(wrong)}" if wrong else ""
+        yield f"the memory of idle models is wrong: {sorted(wrong)}" if wrong else ""
         charged: dict[str, int] = {}
         reserved: dict[str, int] = {}
         for model_id, model in self._models.items():
             yield f"{model_id} has no generation" if not model.generations else ""
             yield f"{model_id} has two that serve" if sum(g.status is _S.READY for g in model.generations) > 1 else ""
-            yield f"{model_id} has two on their way" if sum(g.is_loading for g in model.generations) > 1 else ""
+            yield f"{model_id} has two loads on their way" if sum(g.is_loading for g in model.generations) > 1 else ""
             numbers = [g.number for g in model.generations]
             yield f"{model_id} has generations out of order" if numbers != sorted(set(numbers)) else ""
             stale = any(g.status is _S.FAILED and (model.serving or g.number < numbers[-1]) for g in model.generations)
-            yield f"{model_id} has failed beside one that serves, or a newer one" if stale else ""
+            yield f"{model_id} has a failed generation next to a newer or serving one" if stale else ""
             for g in model.generations:
                 yield from (
                     f"{model_id}/{g.number} ({g.status}): {problem}" for problem in _generation_violations(g) if problem
@@ -1120,7 +1089,7 @@ class Machine:
 
 
 def _held(generation: Generation, status: ModelStatus) -> Mapping[str, int]:
-    """Return what a generation holds in a status it enters."""
+    """Return the ledgers of a generation in a status that it enters."""
     if status is _S.LOADING:
         return generation.needs
     if status in (_S.WARMING, _S.CANCELLING, _S.STUCK, _S.DRAINING, _S.UNLOADING):
@@ -1141,27 +1110,13 @@ def _failure_of(error: SplitLearnError, generation: Generation, *, retryable: bo
 
 
 def _stage(generation: Generation) -> str:
-    """Name what a generation is at: what its worker says, or what it waits for."""
+    """Name the stage of a generation: as its worker reports it, or else its status."""
     return (generation.progress.stage if generation.status in WORKING else "") or str(generation.status)
 
 
 def _add(ledger: dict[str, int], bytes_of: Mapping[str, int], sign: int = 1) -> None:
     for name, count in bytes_of.items():
         ledger[name] = ledger.get(name, 0) + sign * count
-
-
-def _not_ready(generation: Generation) -> ModelNotReadyError:
-    failure = generation.failure
-    if generation.status is _S.FAILED and failure is not None:
-        return ModelNotReadyError(
-            f"model {generation.model_id!r} failed to load: {failure.message}",
-            hint=failure.hint or "load it again with load_model() or ensure_model()",
-        )
-    going = generation.status in (_S.DRAINING, _S.UNLOADING, _S.STUCK, _S.CANCELLING)
-    return ModelNotReadyError(
-        f"model {generation.model_id!r} is {generation.status}",
-        hint="load it again with ensure_model()" if going else "await ensure_model(config) first",
-    )
 
 
 def _generation_violations(g: Generation) -> Iterable[str]:
@@ -1173,4 +1128,4 @@ def _generation_violations(g: Generation) -> Iterable[str]:
     yield "failed without a reason" if g.status is _S.FAILED and not (g.failure and g.failure.message) else ""
     yield "unresolved" if not g.resolved and not (g.is_loading or g.status is _S.CANCELLING) else ""
     yield "waiters after it was resolved" if g.resolved and g.waiters else ""
-    yield "more bytes than there are" if g.progress.bytes_done > g.progress.bytes_total else ""
+    yield "more bytes done than in total" if g.progress.bytes_done > g.progress.bytes_total else ""

@@ -1,4 +1,4 @@
-"""What the shell tells the state machine, and what the machine tells the shell to do. Values only."""
+"""Events, which the shell sends to the state machine, and effects, which the shell carries out. Values only."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _EMPTY: Mapping[str, int] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """What the machine must know of a configuration."""
+    """The part of a configuration that the machine needs."""
 
     model_type: str
     component: str | None = None
     device: str = ""
-    #: Equal for configurations that ask for the same load.
+    #: Equal for configurations that request the same load.
     fingerprint: object = None
     #: Seconds of idleness until it is unloaded; None for never.
     keep_alive: float | None = None
@@ -36,19 +36,19 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequested:
-    """Somebody asks for a model. With ``join``, a load on its way or a ready model will do."""
+    """A caller requests a model. With ``join``, a load on its way or a ready model will do."""
 
     now: float
     model_id: str
     request: LoadRequest
     join: bool = False
-    #: Load anew although a generation serves; it serves on until the new one is ready.
+    #: Load again although a generation serves; it serves on until the new one is ready.
     reload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class WaiterJoined:
-    """Somebody waits for a load that is on its way."""
+    """A caller waits for a load that is on its way."""
 
     now: float
     key: Key
@@ -56,7 +56,7 @@ class WaiterJoined:
 
 @dataclass(frozen=True, slots=True)
 class WaiterGone:
-    """Somebody no longer waits; the load goes on."""
+    """A caller no longer waits; the load goes on."""
 
     now: float
     key: Key
@@ -64,7 +64,7 @@ class WaiterGone:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A worker has planned: what loading takes at its peak, and what is kept."""
+    """A worker has planned: bytes per ledger at the peak of the load, and once loaded."""
 
     now: float
     key: Key
@@ -102,7 +102,7 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStopped:
-    """A worker has acknowledged that it was told to stop, and holds nothing any more."""
+    """A worker has acknowledged the request to stop, and no longer holds anything."""
 
     now: float
     key: Key
@@ -110,7 +110,7 @@ class WorkerStopped:
 
 @dataclass(frozen=True, slots=True)
 class CancelRequested:
-    """Somebody cancels the load of a model."""
+    """A caller cancels the load of a model."""
 
     now: float
     model_id: str
@@ -118,7 +118,7 @@ class CancelRequested:
 
 @dataclass(frozen=True, slots=True)
 class LeaseTaken:
-    """Somebody borrows a ready model."""
+    """A caller leases a ready model."""
 
     now: float
     model_id: str
@@ -142,7 +142,7 @@ class LeaseReleased:
 
 @dataclass(frozen=True, slots=True)
 class UnloadRequested:
-    """Somebody wants a model freed: after its leases, within a limit, or by force."""
+    """A caller unloads a model: after its leases, within a limit, or by force."""
 
     now: float
     model_id: str
@@ -170,7 +170,7 @@ class UnloadFailed:
 
 @dataclass(frozen=True, slots=True)
 class MemorySampled:
-    """What the machine at hand has: ledger -> bytes in all, and free at this moment.
+    """The memory of this machine: ledger -> total bytes, and bytes free at this moment.
 
     ``mapped`` is counted before the weights that are mapped, the other ledgers after what is loaded.
     """
@@ -182,7 +182,7 @@ class MemorySampled:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed; workers have got as far as this."""
+    """Time has passed; the latest progress of the workers."""
 
     now: float
     progress: Mapping[Key, Progress] = field(default_factory=dict)
@@ -223,7 +223,7 @@ Event = (
 
 
 class Job(StrEnum):
-    """What a worker is started for."""
+    """The task of a worker."""
 
     PLAN = "plan"
     LOAD = "load"
@@ -240,7 +240,7 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """Tell a worker to stop; it answers with WorkerStopped, or with what it had done already."""
+    """Request a worker to stop; it answers with WorkerStopped, or with the result it had already."""
 
     key: Key
     reason: str
@@ -256,14 +256,14 @@ class StartUnload:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """Drop what a worker brought for a generation that is not wanted any more."""
+    """Drop the result of a worker for a generation that is no longer wanted."""
 
     key: Key
 
 
 @dataclass(frozen=True, slots=True)
 class Resolve:
-    """Tell everybody who waits for a load how it ended; without a failure, it is ready."""
+    """Resolve the waiters of a load with its outcome; without a failure, it is ready."""
 
     key: Key
     failure: FailureInfo | None = None
@@ -271,7 +271,7 @@ class Resolve:
 
 @dataclass(frozen=True, slots=True)
 class DrainEnded:
-    """Tell whoever waits for an unload that holders kept the model; it serves on."""
+    """Notify the waiters of an unload that holders kept the model; it serves on."""
 
     key: Key
     leases: int
@@ -279,7 +279,7 @@ class DrainEnded:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A generation is no more: tell whoever waits for that."""
+    """A generation is gone: notify its waiters."""
 
     key: Key
     released: Mapping[str, int] = field(default_factory=lambda: _EMPTY)
@@ -287,7 +287,7 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """A model that failed is listed no more, since newer ones have failed; it goes next."""
+    """A failed model is no longer listed, since newer ones have failed; its generation goes next."""
 
     model_id: str
 

@@ -1,4 +1,4 @@
-"""What the manager says of itself: frozen values, made anew at each change and never altered."""
+"""Snapshots of the manager and its models: frozen values, replaced at each change."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class ModelStatus(StrEnum):
     LOADING = "loading"
     #: A worker runs forward passes.
     WARMING = "warming"
-    #: The worker was told to stop and has not acknowledged it.
+    #: The worker was requested to stop and has not acknowledged it.
     CANCELLING = "cancelling"
-    #: Can be lent.
+    #: Can be leased.
     READY = "ready"
-    #: No longer lent; waits for those who have it.
+    #: No longer leased out; waits for its leases to end.
     DRAINING = "draining"
-    #: Nobody has it; its memory is being freed.
+    #: No lease is left; its memory is being freed.
     UNLOADING = "unloading"
-    #: The last attempt failed, and why is kept; the next call tries anew.
+    #: The last attempt failed, and the reason is kept; the next call tries again.
     FAILED = "failed"
-    #: A worker did not come back after it was told to stop; its memory counts as taken until it does.
+    #: A worker did not come back after a request to stop; its memory counts as taken until it does.
     STUCK = "stuck"
 
     @property
@@ -57,7 +57,7 @@ class FailureInfo:
     #: Name of the exception's class.
     type: str
     message: str
-    #: The way out; empty where the message says it all.
+    #: The way out; empty where the message suffices.
     hint: str
     #: The stage in which it happened.
     stage: str
@@ -86,7 +86,7 @@ class ModelInfo:
     stage: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
-    #: Bytes a second of the current stage, over the last seconds; None where it cannot be told.
+    #: Bytes a second of the current stage, over the last seconds; None where it is unknown.
     rate: float | None = None
     #: Seconds left of the current stage; None rather than a guess.
     eta: float | None = None
@@ -98,7 +98,7 @@ class ModelInfo:
     stalled_for: float | None = None
     #: Callers that wait for this load.
     waiters: int = 0
-    #: Loans that were not given back yet, running calls among them.
+    #: Leases that are not released yet, running calls among them.
     leases: int = 0
     #: Whether a newer generation is loading while this one serves.
     reloading: bool = False
@@ -110,13 +110,13 @@ class ModelInfo:
     location: str = ""
     #: Ledger (``host``, ``mapped``, ``cuda:0``, ...) -> bytes that the plan says it takes once loaded.
     predicted: Mapping[str, int] = field(default_factory=dict)
-    #: Anonymous bytes that loading took, as measured; None where other loads ran beside it.
+    #: Anonymous bytes that loading took, as measured; None where other loads ran at the same time.
     measured: int | None = None
     #: Seconds since the epoch; None where it has not happened.
     requested_at: float | None = None
     ready_at: float | None = None
     last_used_at: float | None = None
-    #: When it will be unloaded if nobody uses it; None for never.
+    #: When it will be unloaded if it is not used; None for never.
     expires_at: float | None = None
     #: Seconds from request to ready.
     load_seconds: float | None = None
@@ -144,7 +144,7 @@ class LedgerInfo:
     capacity: int
     #: Bytes of models that are loaded, or stuck.
     charged: int
-    #: Bytes that are promised to loads on their way.
+    #: Bytes that are reserved for loads on their way.
     reserved: int
 
 
@@ -152,7 +152,7 @@ class LedgerInfo:
 class ManagerStatistics:
     """The manager at one moment, and what it has counted since it was made."""
 
-    #: Status -> how many models have it.
+    #: Status -> number of models.
     models: Mapping[str, int]
     ledgers: Mapping[str, LedgerInfo]
     loads_started: int
@@ -167,7 +167,7 @@ class ManagerStatistics:
     calls: int
     calls_failed: int
     calls_rejected: int
-    #: Workers that were told to stop and did not come back, with the stack where each stands.
+    #: Workers that did not come back after a request to stop, each with its current stack.
     stuck: Mapping[str, str]
     uptime: float
     #: Models that failed and are not listed any more, since as many newer ones have failed as are kept.
@@ -188,7 +188,7 @@ class ManagerStatistics:
 class ManagerEvent:
     """One change of a model's status."""
 
-    #: Counts all events of this manager; a gap tells a slow reader what it missed.
+    #: Counts all events of this manager; a gap shows a slow reader how many it missed.
     sequence: int
     #: Seconds since the epoch.
     at: float
@@ -222,12 +222,12 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class UnloadReport:
-    """What an unload gave back."""
+    """The memory that an unload released."""
 
     model_id: str
     #: Ledger -> bytes that are no longer charged.
     released: Mapping[str, int]
-    #: Anonymous bytes of the process before less after; None where something else ran beside it.
+    #: Anonymous bytes of the process before less after; None where something else ran at the same time.
     measured: int | None
     #: Leases that a forced unload broke.
     broken_leases: int = 0
@@ -246,12 +246,12 @@ _PERMANENT = (
 
 
 def record(error: BaseException, stage: str) -> FailureInfo:
-    """Keep what is to be known of an exception, and let go of what its frames hold."""
+    """Record an exception as text, and release what its frames hold."""
     trace = "" if isinstance(error, SplitLearnError) else "".join(traceback.format_exception(error))
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
+    current: BaseException | None = error
+    while current is not None:
+        traceback.clear_frames(current.__traceback__)
+        current = current.__cause__ or current.__context__
     message = error.message if isinstance(error, SplitLearnError) else shortened(printable(str(error)), _MESSAGE)
     return FailureInfo(
         type=type(error).__name__,
@@ -264,7 +264,7 @@ def record(error: BaseException, stage: str) -> FailureInfo:
 
 
 def fresh(failure: FailureInfo) -> SplitLearnError:
-    """Make an exception of a record: of the same class where it is one of ours, else LoadFailedError."""
+    """Make an exception from a record: of the same class where it is a SplitLearnError, else LoadFailedError."""
     kind = getattr(errors, failure.type, None)
     if isinstance(kind, type) and issubclass(kind, SplitLearnError):
         return kind(failure.message, hint=failure.hint)
