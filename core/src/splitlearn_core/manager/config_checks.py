@@ -248,26 +248,26 @@ _KEEP_ALIVE = "give seconds or a text such as '5m' or '1h30m'; 0 unloads at once
 
 
 def _keep_alive(value: object) -> float:
-    seconds = _duration(value.strip().lower()) if isinstance(value, str) else _number(value)
+    if isinstance(value, str):
+        text = value.strip().lower()
+        size = text.removeprefix("-")
+        if text in {"inf", "forever"}:
+            return math.inf
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", size):
+            seconds = float(size)
+        elif _DURATION.fullmatch(size):
+            seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
+        else:
+            raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
+        seconds = -seconds if text.startswith("-") else seconds
+    else:
+        seconds = _number(value)
     if seconds < 0 or value == math.inf:
         return math.inf
     if not seconds <= MAX_SECONDS:
         raise _RefusedError(f"is not at most {MAX_SECONDS} seconds; {_KEEP_ALIVE}")
     # The sum makes 0.0 of -0.0.
     return float(seconds) + 0.0
-
-
-def _duration(text: str) -> float:
-    if text in {"inf", "forever"}:
-        return -1.0
-    size = text.removeprefix("-")
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", size):
-        seconds = float(size)
-    elif _DURATION.fullmatch(size):
-        seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
-    else:
-        raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
-    return -seconds if text.startswith("-") else seconds
 
 
 _DEVICE = re.compile(r"[a-z]{1,32}(?::(?:0|[1-9][0-9]{0,3}))?")

@@ -143,7 +143,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise _SyntaxProblemError(f"the key {show(key)} stands twice in one object")
+            raise _SyntaxProblemError(f"the key {show(key)} occurs twice in one object")
         values[key] = value
     return values
 
@@ -180,7 +180,7 @@ def _strict_loader() -> Any:
             keys: set[object] = set()
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
-                    why = f"the key {show(key.value)} stands twice in one mapping"
+                    why = f"the key {show(key.value)} occurs twice in one mapping"
                     raise yaml.composer.ComposerError(None, None, why, key.start_mark)
                 keys.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
             return node

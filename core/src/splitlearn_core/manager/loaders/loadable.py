@@ -127,7 +127,7 @@ def refuse_changes(planned: Mapping[Path, Version]) -> None:
     """Refuse files that have changed since they were planned.
 
     Raises:
-        OSError: A file is gone.
+        FileNotFoundError: A file is gone.
         InvalidCheckpointError: A file was replaced, written to or truncated.
     """
     for path, version in planned.items():
