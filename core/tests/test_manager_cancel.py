@@ -317,7 +317,7 @@ def test_a_manager_is_entered_once_and_in_one_loop() -> None:
     async def main() -> None:
         async with models:
             before = asyncio.all_tasks()
-            with pytest.raises(ConfigurationError, match="entered already"):
+            with pytest.raises(ConfigurationError, match="already entered"):
                 await _enter(models)
             assert asyncio.all_tasks() == before
             assert not models._shell.machine.closed

@@ -899,8 +899,8 @@ def test_other_suffixes_are_refused(write: Callable[..., Path]) -> None:
     [
         (".yaml", "models:\n  - a: [1,\n", "line 3, column 1", ""),
         (".yaml", "models: []\n  x: 1\n", "line 2, column 3", ""),
-        (".yaml", "models: []\nmodels: []\n", "line 2, column 1", "'models' stands twice"),
-        (".yaml", "models:\n- {model_id: a, model_id: b}\n", "line 2, column 17", "'model_id' stands twice"),
+        (".yaml", "models: []\nmodels: []\n", "line 2, column 1", "'models' occurs twice"),
+        (".yaml", "models:\n- {model_id: a, model_id: b}\n", "line 2, column 17", "'model_id' occurs twice"),
         (".yaml", "a: !!python/object/apply:os.getcwd []\n", "line 1, column 4", "not determine a constructor"),
         (".yaml", "models: [2024-13-45]\n", "line 1, column 10", "'2024-13-45' cannot be read as timestamp"),
         (".yaml", "a: !!bool maybe\n", "line 1, column 4", "'maybe' cannot be read as bool"),
@@ -940,7 +940,7 @@ def test_a_syntax_error_shows_no_line_of_the_file(write: Callable[..., Path]) ->
 
 def test_a_key_twice_in_json_is_refused(write: Callable[..., Path]) -> None:
     """The standard reader would take the last."""
-    assert "'models' stands twice" in failure(write(".json", '{"models": [], "models": []}')).message
+    assert "'models' occurs twice" in failure(write(".json", '{"models": [], "models": []}')).message
 
 
 @pytest.mark.parametrize(

@@ -219,22 +219,22 @@ def _waits(node: ast.AST) -> list[int]:
 
 def test_the_machine_is_told_in_one_place_which_waits_for_nothing() -> None:
     """Between an event and the end of its effects nobody else has a turn: it all happens in one plain function."""
-    told = [
+    callers = [
         name
         for module in (manager, shell)
         for name, function in _functions(module).items()
         if _calls(function, "handle")
     ]
-    assert told == ["tell"]
-    assert isinstance(_functions(shell)["tell"], ast.FunctionDef)
-    assert _calls(_functions(shell)["tell"], "_carry_out")
+    assert callers == ["dispatch"]
+    assert isinstance(_functions(shell)["dispatch"], ast.FunctionDef)
+    assert _calls(_functions(shell)["dispatch"], "_carry_out")
 
 
 def test_effects_and_answers_are_carried_out_by_plain_functions() -> None:
     """None of them could wait if it wanted to."""
     functions = _functions(shell)
     effects = [effect.__name__ for effect in shell.Shell._EFFECTS.values()]
-    for name in [*effects, "tell", "_carry_out", "_worker_done", "_unloaded", "_sampled", "_launch", "_take_in"]:
+    for name in [*effects, "dispatch", "_carry_out", "_worker_done", "_unloaded", "_sampled", "_launch"]:
         assert isinstance(functions[name], ast.FunctionDef), name
         assert not _waits(functions[name])
 

@@ -218,7 +218,7 @@ def test_headroom_and_the_limit_are_taken_off() -> None:
         (0, True, "left"),
         (5 * 1024, True, "left"),
         (5 * 1024 + 1, False, "free"),
-        (9 * 1024 + 1, False, "ever"),
+        (9 * 1024 + 1, False, "all of host"),
     ],
 )
 def test_a_report_says_whether_it_fits_and_why(asked: float | None, fits: bool, said: str) -> None:

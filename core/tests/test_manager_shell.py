@@ -86,7 +86,7 @@ def manager(loader: GatedLoader, **options: Any) -> AsyncModelManager:
 
 def tick(models: AsyncModelManager) -> None:
     """Let the manager look at its clock now rather than within a tenth of a second."""
-    models._shell.tell(m.Tick(models._shell.clock(), {}))
+    models._shell.dispatch(m.Tick(models._shell.clock(), {}))
 
 
 # --- loading ------------------------------------------------------------------------------------

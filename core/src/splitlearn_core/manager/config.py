@@ -1,7 +1,7 @@
-"""What one model is to be loaded as: a value that is valid once it exists.
+"""The configuration of one model, always valid once it exists, and the files that hold configurations.
 
-Everything that can be told without a file, a plugin or a device is checked here, and all of it is
-reported at once. :mod:`splitlearn_core.manager.config` reads and writes the files.
+Everything that can be checked without the model's files, a plugin or a device is checked here, and all
+problems are reported at once.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from splitlearn_core.user_paths import user_path
 class ModelConfig:
     """What to load, where to, and how long to keep it.
 
-    Constructing one checks every field and their combination. Whether the family is installed,
-    the files exist and the device is there is asked when the model is loaded.
+    The constructor checks every field and their combination. Whether the family is installed,
+    the files exist and the device is available is checked when the model is loaded.
 
-    Lists are taken for tuples, ``pathlib`` paths and ``torch.dtype`` or ``torch.device`` objects
-    for texts; the fields hold the plain values.
+    Lists are accepted as tuples, ``pathlib`` paths and ``torch.dtype`` or ``torch.device`` objects
+    as strings; the fields hold the plain values.
 
     Raises:
-        ConfigurationError: Fields cannot be carried out; all of them are listed, each with its
-            value and with what would do.
+        ConfigurationError: Fields are invalid; all of them are listed, each with its value and
+            with a valid one.
     """
 
     #: The model's name in the manager: at most 128 printable characters, no path.
     model_id: str
-    #: An installed family's, or ``"huggingface"`` (a whole model through
+    #: That of an installed family, or ``"huggingface"`` (a whole model through
     #: ``AutoModelForCausalLM``), or ``"pytorch"`` (a ``.pt`` or ``.pth`` file).
     model_type: str
     #: A directory or a Hub id; for ``"pytorch"`` the file. None for the family's default model.
     model_path: str | None = None
-    #: ``bottom``, ``trunk`` or ``top``, or ``trunk1``, ``trunk2``, ... of several trunks: needed for a family,
+    #: ``bottom``, ``trunk`` or ``top``, or ``trunk1``, ``trunk2``, ... of several trunks: required for a family,
     #: refused otherwise.
     component: str | None = None
-    #: ``(a, b)`` with ``0 < a < b``, or any number of cuts: needed for a family, refused otherwise.
+    #: ``(a, b)`` with ``0 < a < b``, or any number of cuts: required for a family, refused otherwise.
     split_points: tuple[int, ...] | None = None
     #: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...
     device: str = "cpu"
@@ -61,11 +61,11 @@ class ModelConfig:
     dtype: str = "auto"
     #: Refuse the load if its plan needs more, in units of 2**20 bytes; None for no limit of its own.
     max_memory_mb: float | None = None
-    #: Run forward passes before it is handed out.
+    #: Run forward passes before the model is ready.
     warmup: bool = False
-    #: Seconds of idleness after which the model is unloaded: a number, or a text such as ``"30s"``,
+    #: Seconds of idleness after which the model is unloaded: a number, or a string such as ``"30s"``,
     #: ``"5m"`` or ``"1h30m"`` (units d, h, m, s, ms). 0: as soon as it is idle. Any negative number,
-    #: ``"inf"`` or ``"forever"``: never; the field is then ``math.inf``. None: what the manager says.
+    #: ``"inf"`` or ``"forever"``: never; the field is then ``math.inf``. None: the manager's setting.
     keep_alive: float | None = None
     #: Never evicted, never expired.
     pinned: bool = False
@@ -75,28 +75,28 @@ class ModelConfig:
     allow_paging: bool = False
     #: How a component's weights are read; a plugin may add strategies.
     strategy: str = "auto"
-    #: Refuse a component's checkpoint with tensors that the model has no place for; otherwise they are a warning.
+    #: Refuse a component's checkpoint with tensors that the model does not have; otherwise they are a warning.
     strict: bool = False
-    #: ``eager``, ``sdpa``, ...; None for what transformers chooses.
+    #: ``eager``, ``sdpa``, ...; None for the choice of transformers.
     attn_implementation: str | None = None
     #: Branch, tag or commit on the Hub.
     revision: str | None = None
-    #: Where the Hub's files are kept.
+    #: The directory of the Hub cache.
     cache_dir: str | None = None
-    #: For the Hub; True for the one that was saved by logging in. Never shown, never written.
+    #: For the Hub; True for the one saved by ``hf auth login``. Never shown, never written.
     token: str | bool | None = field(default=None, repr=False)
-    #: Do not look on the Hub.
+    #: Do not contact the Hub.
     local_files_only: bool = False
-    #: ``"package.module:Class"`` of the module that the weights fill: needed for ``"pytorch"``
+    #: ``"package.module:Class"`` of the module that takes the weights: required for ``"pytorch"``
     #: unless ``allow_pickle``, refused otherwise.
     architecture: str | None = None
-    #: ``"pytorch"`` only: let the file run code. For files of your own making alone.
+    #: ``"pytorch"`` only: let the file run code. Only for files that you wrote yourself.
     allow_pickle: bool = False
-    #: Threads of torch for this load; None for what the manager says.
+    #: Threads of torch for this load; None for the manager's setting.
     load_threads: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse, all at once, what cannot be carried out; keep the plain values of the rest."""
+        """Report all invalid fields at once; store the plain values."""
         values, problems = examine({name: getattr(self, name) for name in FIELDS})
         if problems:
             raise complaint(f"the configuration of model {show(self.model_id)}", problems)
@@ -105,28 +105,28 @@ class ModelConfig:
 
     @property
     def is_family(self) -> bool:
-        """Say whether a plugin loads it, as one component of a model."""
+        """Whether a plugin loads it, as one component of a model."""
         return self.model_type not in NOT_FAMILIES
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
-        """All that decides what is loaded: equal for two configurations that one load serves.
+        """Everything that decides what is loaded: equal for two configurations that can share one load.
 
-        How long to keep it, whether to pin or require it, and who asks (the token) are left out.
+        How long to keep it, whether to pin or require it, and the token are left out.
         """
-        return tuple(getattr(self, name) for name in FIELDS if name not in _NO_PART_OF_THE_LOAD)
+        return tuple(getattr(self, name) for name in FIELDS if name not in _NOT_IN_FINGERPRINT)
 
     def check_installed(self) -> None:
         """Refuse a model type that no usable plugin provides. Imports no plugin.
 
         Raises:
-            UnknownModelTypeError: No plugin offers the type, or a variable blocks it.
+            UnknownModelTypeError: No plugin offers the type, or an environment variable blocks it.
         """
         plugins = registry()
         if not self.is_family or self.model_type in plugins.model_types():
             return
         try:
-            # No plugin owns the type, so this imports none before it says so.
+            # No plugin owns the type, so this raises without importing one.
             plugins.family(self.model_type)
         except UnknownModelTypeError as error:
             close = near(self.model_type, NOT_FAMILIES)
@@ -136,7 +136,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Make one of a mapping, as a file holds it.
+        """Make one from a mapping, as a file holds it.
 
         Raises:
             ConfigurationError: As the class does; unknown and missing fields are listed too.
@@ -151,7 +151,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are not at their defaults, as plain values for JSON.
 
-        The token is never among them. For ever is -1, because JSON has no infinity.
+        The token is never among them. Infinity is written as -1, because JSON has none.
         """
         plain: dict[str, Any] = {}
         for name, default in FIELDS.items():
@@ -168,19 +168,16 @@ class ModelConfig:
 
         Raises:
             MissingFileError: There is no such file.
-            ConfigurationError: It cannot be read as its format, or its fields cannot be carried out.
+            ConfigurationError: It is not valid in its format, or its fields are invalid.
         """
-
         return read_model(path)
 
     def to_yaml(self) -> str:
         """Return :meth:`to_dict` as YAML."""
-
         return dump_yaml(self.to_dict())
 
     def to_toml(self) -> str:
         """Return :meth:`to_dict` as TOML."""
-
         return dump_toml(self.to_dict())
 
 
@@ -193,12 +190,12 @@ def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
     return check_fields(values, FIELDS)
 
 
-_NO_PART_OF_THE_LOAD = frozenset({"keep_alive", "pinned", "required", "token"})
-
+#: Fields that do not change what is loaded.
+_NOT_IN_FINGERPRINT = frozenset({"keep_alive", "pinned", "required", "token"})
 
 _TOP_LEVEL = ("manager", "http", "models")
 
-#: Says what is wrong with a table of settings.
+#: Returns the problems of a table of settings.
 Check = Callable[[Mapping[str, Any]], list[str]]
 
 
@@ -208,30 +205,30 @@ def _unchecked(settings: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """What a file says."""
+    """The contents of a configuration file."""
 
     models: tuple[ModelConfig, ...]
-    #: The table ``manager`` as it stands there; empty where there is none. Not checked here.
+    #: The table ``manager``, unchecked; empty if the file has none.
     manager: Mapping[str, Any]
-    #: Likewise the table ``http``.
+    #: The same for the table ``http``.
     http: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config_file(
     path: str | os.PathLike[str], check_manager: Check = _unchecked, check_http: Check = _unchecked
 ) -> ConfigFile:
-    """Read all models of a file, and what it says of the manager.
+    """Read all models of a file, and its settings of the manager.
 
     Args:
         path: A file in YAML, TOML or JSON, by its suffix.
-        check_manager: Says what is wrong with the table ``manager``, so that it is reported together
-            with what is wrong with the models.
-        check_http: Likewise for the table ``http``.
+        check_manager: Returns the problems of the table ``manager``, so that they are reported together
+            with those of the models.
+        check_http: The same for the table ``http``.
 
     Raises:
         MissingFileError: There is no such file.
-        ConfigurationError: It cannot be read as its format (with line and column), or some of what
-            it says cannot be carried out: all problems of all models are listed, as
+        ConfigurationError: It is not valid in its format (with line and column), or some of
+            its values are invalid: all problems of all models are listed, as
             ``models[2].component: ...``.
     """
     return _interpret(path, read_table(user_path(path)), {"manager": check_manager, "http": check_http})
@@ -253,9 +250,9 @@ def _interpret(
             problems.append(f"{name}: {show(values)} is no table of settings")
         else:
             problems += [f"{name}.{problem}" for problem in checks[name](values)]
-    models, found = _examine_all(table)
-    if problems or found:
-        raise complaint(str(path), problems + found)
+    models, model_problems = _examine_all(table)
+    if problems or model_problems:
+        raise complaint(str(path), problems + model_problems)
     tables = {name: MappingProxyType(dict(values)) for name, values in settings.items()}
     return ConfigFile(tuple(ModelConfig(**values) for values in models), **tables)
 
@@ -289,16 +286,17 @@ def _examine_all(table: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[s
         return [], [f"models: {show(entries)} is no list; each model is one entry of it"]
     models: list[dict[str, Any]] = []
     problems: list[str] = []
-    seen: dict[str, int] = {}
+    number_of_id: dict[str, int] = {}
     for number, entry in enumerate(entries):
         place = f"models[{number}]"
         if not isinstance(entry, Mapping):
             problems.append(f"{place}: {show(entry)} is no table of a model's fields")
             continue
-        values, found = examine(entry)
+        values, field_problems = examine(entry)
         models.append(values)
-        problems += [f"{place}.{problem}" for problem in found]
+        problems += [f"{place}.{problem}" for problem in field_problems]
         name = values.get("model_id")
-        if name is not None and seen.setdefault(name, number) != number:
-            problems.append(f"{place}.model_id: {name!r} is the id of models[{seen[name]}] too; give it another")
+        if name is not None and number_of_id.setdefault(name, number) != number:
+            other = f"models[{number_of_id[name]}]"
+            problems.append(f"{place}.model_id: {name!r} is the id of {other} too; give it another")
     return models, problems

@@ -1,4 +1,4 @@
-"""What each field of a model's configuration takes, and what the manager's limits may be. Pure."""
+"""Validation of the fields of a model's configuration and of the manager's limits. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from splitlearn_core.types import (
     nearest_dtype,
 )
 
-#: Settings that count from 1; those of the second line may be None, for no limit.
+#: Settings that are a whole number from 1; those of the second line may be None, for no limit.
 _COUNTS = frozenset({"max_workers", "call_workers", "calls_per_model", "max_failed"})
 _COUNTS_OR_NONE = frozenset({"max_models", "load_threads", "call_threads"})
 
@@ -33,12 +33,12 @@ _COUNTS_OR_NONE = frozenset({"max_models", "load_threads", "call_threads"})
 _AMOUNTS = frozenset({"headroom_mb", "call_queue", "stall_after", "cancel_grace", "close_timeout", "min_residency"})
 _AMOUNTS_OR_NONE = frozenset({"max_memory_mb", "wait_timeout", "stall_timeout", "drain_timeout", "keep_alive"})
 
-#: More than any machine has, and longer than any process lives.
+#: Upper bound of all settings: more MiB than any machine has, more seconds than any process runs.
 _MOST = 2.0**43
 
 
 def limit_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the settings that are given, each with what would do."""
+    """Return the problems of the given settings, each with the values that are valid."""
     problems = []
     for name, value in settings.items():
         optional = name in _COUNTS_OR_NONE | _AMOUNTS_OR_NONE
@@ -52,12 +52,12 @@ def limit_problems(settings: Mapping[str, Any]) -> list[str]:
         elif name == "when_full" and value not in ("wait", "refuse"):
             problems.append(f"when_full is {show(value)}; it may be 'wait' or 'refuse'")
         elif name == "required" and isinstance(value, str):
-            problems.append(f"required is the text {show(value)}; a list of model ids is needed")
+            problems.append(f"required is the string {show(value)}; a list of model ids is needed")
     return problems
 
 
 def is_amount(value: Any) -> bool:
-    """Say whether a value is a number from 0 that is not beyond belief."""
+    """Say whether a value is a number from 0 to the upper bound of settings."""
     # Compared rather than converted: an integer may be larger than any float.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
@@ -65,10 +65,10 @@ def is_amount(value: Any) -> bool:
 #: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
 HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
 
-#: 2**63 bytes; more is a slip.
+#: 2**63 bytes; more is a typing error.
 MAX_MEMORY_MB = 2**63 // MEGABYTE
 
-#: Three centuries in seconds; who wants more wants for ever.
+#: Three centuries in seconds.
 MAX_SECONDS = 10**10
 MAX_THREADS = 4096
 MAX_NAME = 128
@@ -81,8 +81,8 @@ def check_fields(values: Mapping[Any, object], defaults: Mapping[str, Any]) -> t
     """Check fields one by one and together.
 
     Args:
-        values: Field -> what was given.
-        defaults: Every field there is -> its default.
+        values: Field -> the given value.
+        defaults: Every known field -> its default.
 
     Returns:
         The plain values of the valid fields, and the problems, each beginning with its field.
@@ -90,7 +90,7 @@ def check_fields(values: Mapping[Any, object], defaults: Mapping[str, Any]) -> t
     # The value of an unknown field is not shown: it may be a token under a misspelt name.
     problems = [unknown_name(name, defaults, "field") for name in values if name not in defaults]
     plain: dict[str, Any] = {}
-    bad: set[str] = set()
+    invalid: set[str] = set()
     for name, check in _CHECKS.items():
         if name not in values:
             continue
@@ -98,12 +98,14 @@ def check_fields(values: Mapping[Any, object], defaults: Mapping[str, Any]) -> t
         try:
             plain[name] = None if value is None and defaults[name] is None else check(value)
         except _RefusedError as error:
-            bad.add(name)
+            invalid.add(name)
             problems.append(f"{name}: {'what was given' if name in SECRET_FIELDS else show(value)} {error}")
     problems += [
-        f"{name}: missing; {_MEANING[name]}" for name in ("model_id", "model_type") if name not in plain.keys() | bad
+        f"{name}: missing; {_MEANING[name]}"
+        for name in ("model_id", "model_type")
+        if name not in plain.keys() | invalid
     ]
-    return plain, problems + list(_misfits(plain, bad, defaults))
+    return plain, problems + list(_combination_problems(plain, invalid, defaults))
 
 
 def complaint(what: str, problems: Sequence[str]) -> ConfigurationError:
@@ -113,7 +115,7 @@ def complaint(what: str, problems: Sequence[str]) -> ConfigurationError:
 
 
 def unknown_name(name: object, known: Iterable[str], kind: str) -> str:
-    """Say that there is no such field, and which is meant, most likely."""
+    """Say that there is no such field, and suggest the nearest one."""
     known = tuple(known)
     return f"{name if _is_plain(name) else show(name)}: unknown {kind}" + (
         near(name, known) or f"; there are {', '.join(known)}"
@@ -125,10 +127,10 @@ def _is_plain(name: object) -> bool:
 
 
 class _RefusedError(Exception):
-    """A value that its field does not take; the text goes on after the value."""
+    """A value that its field does not take; the text continues a sentence that begins with the value."""
 
 
-# What each field takes: a function from the given value to the plain one.
+# One function for each kind of field, from the given value to the plain one.
 
 
 def _text(value: object) -> str:
@@ -139,7 +141,7 @@ def _text(value: object) -> str:
         raise _RefusedError("is empty; leave the field out, or say what is meant")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise _RefusedError("holds a character that no text file can hold; write it without")
-    # The plain class: writers of YAML know no other.
+    # The plain class: PyYAML represents no subclass of it.
     return str.__str__(value)
 
 
@@ -217,7 +219,7 @@ def _number(value: object) -> float:
 
 def _memory(value: object) -> float:
     number = _number(value)
-    # Written so that nan, which compares with nothing, is refused.
+    # Written so that nan is refused: every comparison with it is false.
     if not 0 < number <= MAX_MEMORY_MB:
         raise _RefusedError(f"is not above 0 and at most {MAX_MEMORY_MB}; leave it out for no limit")
     return number
@@ -246,26 +248,26 @@ _KEEP_ALIVE = "give seconds or a text such as '5m' or '1h30m'; 0 unloads at once
 
 
 def _keep_alive(value: object) -> float:
-    seconds = _duration(value.strip().lower()) if isinstance(value, str) else _number(value)
+    if isinstance(value, str):
+        text = value.strip().lower()
+        size = text.removeprefix("-")
+        if text in {"inf", "forever"}:
+            return math.inf
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", size):
+            seconds = float(size)
+        elif _DURATION.fullmatch(size):
+            seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
+        else:
+            raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
+        seconds = -seconds if text.startswith("-") else seconds
+    else:
+        seconds = _number(value)
     if seconds < 0 or value == math.inf:
         return math.inf
     if not seconds <= MAX_SECONDS:
         raise _RefusedError(f"is not at most {MAX_SECONDS} seconds; {_KEEP_ALIVE}")
     # The sum makes 0.0 of -0.0.
     return float(seconds) + 0.0
-
-
-def _duration(text: str) -> float:
-    if text in {"inf", "forever"}:
-        return -1.0
-    size = text.removeprefix("-")
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", size):
-        seconds = float(size)
-    elif _DURATION.fullmatch(size):
-        seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
-    else:
-        raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
-    return -seconds if text.startswith("-") else seconds
 
 
 _DEVICE = re.compile(r"[a-z]{1,32}(?::(?:0|[1-9][0-9]{0,3}))?")
@@ -293,7 +295,7 @@ def _dtype(value: object) -> str:
 
 
 def _of_torch(value: object, kind: str) -> object:
-    """Return an object of torch as torch writes it; told by its class's name, so as not to import torch."""
+    """Return the str of an object of torch; recognised by its class's name, so that torch is not imported."""
     return str(value) if (type(value).__module__, type(value).__name__) == ("torch", kind) else value
 
 
@@ -302,8 +304,8 @@ def _architecture(value: object) -> str:
     module, colon, attribute = name.partition(":")
     if not (_is_dotted(module) and _is_dotted(attribute)):
         module, _, attribute = name.rpartition(".")
-        sound = not colon and _is_dotted(module) and _is_dotted(attribute)
-        meant = f"; did you mean '{module}:{attribute}'?" if sound else ""
+        valid = not colon and _is_dotted(module) and _is_dotted(attribute)
+        meant = f"; did you mean '{module}:{attribute}'?" if valid else ""
         raise _RefusedError(f"does not name a class as 'package.module:Class' does{meant}")
     return name
 
@@ -349,7 +351,7 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "load_threads": _threads,
 }
 
-#: What a field is, said where it is missing.
+#: Shown if the field is missing.
 _MEANING = {
     "model_id": "give the model a name",
     "model_type": f"name an installed family, {HUGGINGFACE!r} or {PYTORCH!r}",
@@ -359,7 +361,7 @@ _MEANING = {
 }
 _MODEL_PATH = {HUGGINGFACE: "give a directory or a Hub id", PYTORCH: "give the path of the .pt or .pth file"}
 
-#: Fields that would change nothing: to take them in silence would mislead.
+#: Fields that would have no effect: to ignore them silently would mislead.
 _REFUSED = {
     HUGGINGFACE: ("component", "split_points", "strategy", "strict", "architecture", "allow_pickle"),
     PYTORCH: ("component", "split_points", "strategy", "strict", "attn_implementation", "revision"),
@@ -369,26 +371,26 @@ _NEEDED = {HUGGINGFACE: ("model_path",), PYTORCH: ("model_path", "architecture")
 _NEEDED_FOR_FAMILY = ("component", "split_points")
 
 
-def _misfits(plain: Mapping[str, Any], bad: set[str], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Say which fields the model type needs or does not take; nothing of those that are wrong anyway."""
+def _combination_problems(plain: Mapping[str, Any], invalid: set[str], defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which fields the model type lacks or does not take; fields that are invalid anyway are not missing."""
     kind = plain.get("model_type")
     if kind is None:
         return
     for name in _NEEDED.get(kind, _NEEDED_FOR_FAMILY):
-        done_without = name == "architecture" and (plain.get("allow_pickle") or "allow_pickle" in bad)
-        if plain.get(name) is None and name not in bad and not done_without:
+        optional = name == "architecture" and (plain.get("allow_pickle") or "allow_pickle" in invalid)
+        if plain.get(name) is None and name not in invalid and not optional:
             meaning = _MODEL_PATH[kind] if name == "model_path" else _MEANING[name]
             guess = near(kind, NOT_FAMILIES) if kind not in NOT_FAMILIES else ""
             yield f"{name}: missing; {meaning}{guess and guess + f' ({kind!r} is taken for a family)'}"
     component, points = plain.get("component"), plain.get("split_points")
-    if kind not in NOT_FAMILIES and component and points and not bad & {"component", "split_points"}:
-        there = names_of_parts(points)
-        if component not in there:
-            yield f"component: {show(component)} is none of {listed(there)}, into which {points} cut"
+    if kind not in NOT_FAMILIES and component and points and not invalid & {"component", "split_points"}:
+        names = names_of_parts(points)
+        if component not in names:
+            yield f"component: {show(component)} is none of {listed(names)}, into which {points} cut"
     for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
         if plain.get(name, defaults[name]) != defaults[name]:
             yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
-        elif name in bad:
+        elif name in invalid:
             yield f"{name}: not for model type {kind!r} at all, {_WHY[name]}; leave it out"
 
 

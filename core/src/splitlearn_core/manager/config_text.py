@@ -1,4 +1,4 @@
-"""Configuration files as text: YAML, TOML and JSON, by suffix, with the place of each mistake."""
+"""Configuration files as text: YAML, TOML and JSON, by suffix, with line and column of each mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from splitlearn_core.quoting import reason
 
 
 def near(value: object, choices: Iterable[str]) -> str:
-    """Return a guess at what was meant, to go on a sentence with; empty where nothing is near."""
+    """Return a suggestion that continues a sentence; empty if no choice is near."""
     close = difflib.get_close_matches(value.strip().lower(), choices, n=1) if isinstance(value, str) else []
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -27,7 +27,7 @@ _short.maxlevel, _short.maxstring, _short.maxother = 2, 100, 100
 
 
 def show(value: object) -> str:
-    """Return a value's repr on one line, however large, deep or odd the value is."""
+    """Return a value's repr on one line, shortened if the value is large or deep."""
     try:
         return _short.repr(value)
     except ValueError:
@@ -39,26 +39,26 @@ def dump_yaml(table: Mapping[str, Any]) -> str:
     """Write plain values as YAML, in their order."""
     import yaml
 
-    # PyYAML loses these line breaks of Unicode where it writes them as they are.
+    # PyYAML loses these Unicode line breaks unless it escapes them.
     readable = not any(isinstance(value, str) and set("\x85\u2028\u2029") & set(value) for value in table.values())
     text: str = yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=readable)
     return text
 
 
 def dump_toml(table: Mapping[str, Any]) -> str:
-    """Write a flat table of truth values, numbers, texts and lists of them as TOML."""
+    """Write a flat table of booleans, numbers, strings and lists of them as TOML."""
     return "".join(f"{name} = {_toml_value(value)}\n" for name, value in table.items())
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
-    # JSON escapes what TOML does, but for one character; its escapes of others would be wrong in TOML.
+    # JSON escapes the same characters as TOML, except for one; with ensure_ascii, its escapes would be wrong in TOML.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_table(path: Path) -> Mapping[str, Any]:
-    """Return the table that a file holds at its top level."""
+    """Return the table at the top level of a file."""
     parse = _PARSERS.get(path.suffix.lower())
     data = _bytes(path, readable=parse is not None)
     if parse is None:
@@ -72,20 +72,20 @@ def read_table(path: Path) -> Mapping[str, Any]:
     except _SyntaxProblemError as error:
         raise ConfigurationError(
             f"{path}{error.place}: {reason(error)}",
-            hint=f"mend the file, which has to be {_FORMATS[path.suffix.lower()]}",
+            hint=f"fix the file, which has to be {_FORMATS[path.suffix.lower()]}",
         ) from None
     except RecursionError:
         raise ConfigurationError(
             f"{path} is nested too deeply to be read", hint="a configuration is a list of flat tables"
         ) from None
     if not isinstance(table, Mapping):
-        held = "nothing" if table is None else show(table)
-        raise ConfigurationError(f"{path} holds {held}, not a table", hint="begin with models: and list them below")
+        content = "nothing" if table is None else show(table)
+        raise ConfigurationError(f"{path} holds {content}, not a table", hint="begin with models: and list them below")
     return table
 
 
 class _SyntaxProblemError(Exception):
-    """A file contradicts its format; line and column count from 1, and are 0 where nothing tells them."""
+    """A file is invalid in its format; line and column count from 1, and are 0 if they are unknown."""
 
     def __init__(self, why: str, line: int = 0, column: int = 0) -> None:
         super().__init__(why)
@@ -93,7 +93,7 @@ class _SyntaxProblemError(Exception):
 
 
 def _bytes(path: Path, *, readable: bool) -> bytes:
-    """Return what a file holds; nothing of one that is not ours to read, if only it is there."""
+    """Return the content of a file; for an unreadable format, only check that it exists."""
     try:
         path.stat()
         return path.read_bytes() if readable else b""
@@ -109,7 +109,7 @@ def _bytes(path: Path, *, readable: bool) -> bytes:
 
 def _decode(data: bytes) -> str:
     try:
-        # Editors on Windows put a mark before the text.
+        # Editors on Windows write a byte order mark.
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = data[: error.start]
@@ -122,12 +122,12 @@ def _parse_toml(text: str) -> Any:
         return tomllib.loads(text)
     # Integers of thousands of digits are a plain ValueError.
     except ValueError as error:
-        why, found = str(error), re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
-        if found is None:
+        why, place = str(error), re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
+        if place is None:
             raise _SyntaxProblemError(why) from None
         end = _position(text, len(text))
-        line, column = (int(found[1]), int(found[2])) if found[1] else end
-        raise _SyntaxProblemError(why[: found.start()], line, column) from None
+        line, column = (int(place[1]), int(place[2])) if place[1] else end
+        raise _SyntaxProblemError(why[: place.start()], line, column) from None
 
 
 def _parse_json(text: str) -> Any:
@@ -143,7 +143,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise _SyntaxProblemError(f"the key {show(key)} stands twice in one object")
+            raise _SyntaxProblemError(f"the key {show(key)} occurs twice in one object")
         values[key] = value
     return values
 
@@ -170,25 +170,25 @@ def _position(text: str, offset: int) -> tuple[int, int]:
 
 @functools.cache
 def _strict_loader() -> Any:
-    """Return a safe loader that takes no key twice and says where a value cannot be read."""
+    """Return a safe loader that refuses duplicate keys and reports where a value cannot be read."""
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> Any:
-            # Before merge keys are resolved: those may repeat a key on purpose.
+            # Before merge keys are resolved, as those may repeat a key on purpose.
             node = super().compose_mapping_node(anchor)
-            seen = set()
+            keys: set[object] = set()
             for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                    why = f"the key {show(key.value)} stands twice in one mapping"
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                    why = f"the key {show(key.value)} occurs twice in one mapping"
                     raise yaml.composer.ComposerError(None, None, why, key.start_mark)
-                seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+                keys.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
             return node
 
         def construct_object(self, node: Any, deep: bool = False) -> Any:
             try:
                 return super().construct_object(node, deep)
-            # What looks like a date or a number, or is tagged as one, and is none.
+            # A value that looks like a date or a number, or is tagged as one, and is invalid.
             except (ValueError, OverflowError, LookupError, AttributeError) as error:
                 why = f"{show(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
                 raise yaml.constructor.ConstructorError(None, None, why, node.start_mark) from error

@@ -1,4 +1,4 @@
-"""The manager's events, for whoever follows them."""
+"""The manager's history of events, and streams of new ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from splitlearn_core.manager.status import ManagerEvent
 
 #: Events that a slow reader may be behind before it misses the oldest.
 _BACKLOG = 1024
-#: Changes that are remembered for :meth:`History.of`.
-_REMEMBERED = 4096
+#: Changes that are kept for :meth:`History.of`.
+_KEPT = 4096
 
 
 class EventStream(AsyncIterator[ManagerEvent]):
-    """Yields events from the moment it was made, until the manager is closed.
+    """Yields the events from its creation until the manager is closed.
 
     A reader that is more than 1024 events behind misses the oldest: ``sequence`` then has a gap.
     """
@@ -48,26 +48,26 @@ class EventStream(AsyncIterator[ManagerEvent]):
 
 
 class History:
-    """The changes of a manager's models: the last ones are kept, and whoever follows is told of each."""
+    """The changes of a manager's models: keeps the last ones, and passes each to all streams."""
 
     def __init__(self) -> None:
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
-        self._story: deque[ManagerEvent] = deque(maxlen=_REMEMBERED)
+        self._story: deque[ManagerEvent] = deque(maxlen=_KEPT)
         self._sequence = 0
         self._ended = False
 
     def add(self, change: Changed, at: float) -> None:
-        """Note a change, ``at`` in seconds since 1970."""
+        """Record a change, ``at`` in seconds since 1970."""
         self._sequence += 1
         (model_id, number), before, after = change.key, change.before, change.after
         event = ManagerEvent(self._sequence, at, model_id, number, before, after, change.cause)
         self._story.append(event)
-        # Mostly nobody follows, and going through a weak set costs more than all the rest here.
+        # Usually there is no stream, and iterating over a weak set costs more than the rest of this method.
         for stream in tuple(self._streams) if len(self._streams) else ():
             stream.put(event)
 
     def of(self, model_id: str) -> tuple[ManagerEvent, ...]:
-        """Return the changes of one model that are remembered, oldest first."""
+        """Return the recorded changes of one model, oldest first."""
         return tuple(event for event in self._story if event.model_id == model_id)
 
     def follow(self) -> EventStream:
@@ -79,7 +79,7 @@ class History:
         return stream
 
     def end(self) -> None:
-        """End all streams: nothing will change any more."""
+        """End all streams: there will be no more changes."""
         self._ended = True
         for stream in tuple(self._streams):
             stream.end()

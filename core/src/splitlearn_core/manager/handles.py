@@ -1,4 +1,4 @@
-"""What the manager hands out: models that can be called, and placeholders of those that are loading."""
+"""Handles of the manager: models that can be called, and placeholders of those that are loading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 class Lender(Protocol):
-    """What a lent model needs of its manager."""
+    """The interface of the manager for its handles."""
 
     def info_of(self, key: Key) -> ModelInfo: ...
 
@@ -35,8 +35,8 @@ class Lender(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Holder:
-    """What all handles of one generation share."""
+class _SharedModule:
+    """The module, shared by all handles of one generation; None once it is unloaded."""
 
     module: torch.nn.Module | None
 
@@ -44,18 +44,18 @@ class _Holder:
 class AsyncManagedModel:
     """A loaded model. ``await model(hidden_states=...)`` runs it in a worker thread.
 
-    Take it from :meth:`AsyncModelManager.lease`: while a lease or a call lasts, it is not freed. One
-    that was unloaded by force raises :class:`ModelGoneError` when it is called.
+    Get it from :meth:`AsyncModelManager.lease`: during a lease or a call, it is not freed. After an
+    unload by force, calls raise :class:`ModelGoneError`.
 
     Calls record no gradients, whatever the caller's mode is; those of :meth:`with_gradients` do. So no
-    ``torch.no_grad()`` has to be held over an ``await``, where it would be in force for every other task.
+    ``torch.no_grad()`` is needed around an ``await``, where it would be in force for every other task.
     """
 
     def __init__(self, key: Key, config: ModelConfig, module: torch.nn.Module, lender: Lender) -> None:
         self.model_id, self.generation = key
         self.config = config
         self.gradients = False
-        self._holder = _Holder(module)
+        self._shared = _SharedModule(module)
         self._lender = lender
 
     def with_gradients(self) -> AsyncManagedModel:
@@ -66,19 +66,19 @@ class AsyncManagedModel:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The module itself, for what needs it. Calling it here blocks the event loop, in the caller's mode.
+        """The module itself. Calling it directly blocks the event loop, in the caller's mode.
 
         Raises:
             ModelGoneError: It was unloaded.
         """
-        if self._holder.module is None:
+        if self._shared.module is None:
             raise self._gone()
-        return self._holder.module
+        return self._shared.module
 
     @property
     def is_gone(self) -> bool:
-        """Whether it was unloaded, and can only be taken anew."""
-        return self._holder.module is None
+        """Whether it was unloaded; a new lease is then needed."""
+        return self._shared.module is None
 
     @property
     def info(self) -> ModelInfo:
@@ -98,12 +98,12 @@ class AsyncManagedModel:
     async def run(self, function: Callable[[Any], _T]) -> _T:
         """Run ``function(module)`` off the event loop, in the caller's context, with this handle's ``gradients``.
 
-        For what is more than one call: ``await model.run(lambda module: module.generate(ids))``.
+        For more than one call: ``await model.run(lambda module: module.generate(ids))``.
 
-        Cancelling the caller does not stop a call that has begun; the model stays lent until it ends.
+        Cancelling the caller does not stop a call that has started; the model stays leased until it ends.
 
         Raises:
-            BusyError: As many calls wait for this model as its queue takes.
+            BusyError: The queue of waiting calls of this model is full.
             ModelGoneError: It was unloaded.
         """
         bound = in_mode(partial(contextvars.copy_context().run, function, self.model), gradients=self.gradients)
@@ -120,8 +120,8 @@ class AsyncManagedModel:
         return f"<AsyncManagedModel {self.model_id!r}, generation {self.generation}, {self.status}{gradients}>"
 
     def take(self) -> torch.nn.Module | None:
-        """Let go of the module: from here on the model is gone. For the manager."""
-        module, self._holder.module = self._holder.module, None
+        """Remove and return the module: from now on the model is gone. For the manager."""
+        module, self._shared.module = self._shared.module, None
         return module
 
     def _gone(self) -> ModelGoneError:
@@ -131,7 +131,7 @@ class AsyncManagedModel:
 
 
 class LoadingPlaceholder:
-    """Stands where a model will be, from the request for it until it is there."""
+    """Stands for a model from the request to load it until it is ready."""
 
     def __init__(self, key: Key, config: ModelConfig, lender: Lender) -> None:
         self.model_id, self.generation = key
@@ -140,7 +140,7 @@ class LoadingPlaceholder:
 
     @property
     def info(self) -> ModelInfo:
-        """The present snapshot; UnknownModelError once the load is over and forgotten."""
+        """The present snapshot; UnknownModelError once the load has ended and is no longer recorded."""
         return self._lender.info_of((self.model_id, self.generation))
 
     @property
@@ -148,7 +148,7 @@ class LoadingPlaceholder:
         return self.info.status
 
     async def wait(self) -> AsyncManagedModel:
-        """Wait until it is loaded; raises what the load failed with."""
+        """Wait until it is loaded; raises the error of a failed load."""
         return await self._lender.wait_for((self.model_id, self.generation))
 
     def __repr__(self) -> str:
@@ -157,42 +157,42 @@ class LoadingPlaceholder:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    #: None once it was handed to a thread, which lets go of it as soon as it has run.
+    #: None once it was passed to a thread, which drops it as soon as it has run.
     function: Callable[[], Any] | None
     future: asyncio.Future[Any]
-    #: Called once when it is over, however it ends.
+    #: Called once when the call has ended, in any way.
     release: Callable[[], None]
     started: bool = False
 
 
 def _into(box: list[Any], function: Callable[[], Any] | None) -> None:
-    """Run a function, and put what it returned or raised into a box."""
+    """Run a function, and put its result or its exception into a box."""
     try:
         box.append(function() if function is not None else None)
-    except BaseException as error:  # noqa: BLE001  # SystemExit too: the other side waits for an answer
+    except BaseException as error:  # noqa: BLE001  # SystemExit too: the caller waits for an answer
         box.append(error)
 
 
 class CallGate:
-    """Lets so many calls of one generation run at once, and so many wait. Lives on the event loop."""
+    """Limits the running and the waiting calls of one generation. Used on the event loop only."""
 
     def __init__(self, model_id: str, pool: CallPool, limit: int, queue: int) -> None:
         self._model_id = model_id
         self._pool = pool
         self._limit = limit
         self._queue = queue
-        self._numbers = 0
-        #: Number of a call -> the call, and what will hold its outcome.
-        self._under_way: dict[int, tuple[_Call, list[Any]]] = {}
+        self._last_number = 0
+        #: Number of a call -> the call, and a list that will hold its outcome.
+        self._running: dict[int, tuple[_Call, list[Any]]] = {}
         self._waiting: deque[_Call] = deque()
         self._when_idle: list[Callable[[], object]] = []
 
     @property
     def running(self) -> int:
-        return len(self._under_way)
+        return len(self._running)
 
     def when_idle(self, action: Callable[[], object]) -> None:
-        """Do something once no call runs: at once, or when the last one ends."""
+        """Run an action once no call runs: at once, or when the last one ends."""
         if self.running:
             self._when_idle.append(action)
         else:
@@ -203,7 +203,7 @@ class CallGate:
         return len(self._waiting)
 
     def refuse_if_full(self) -> None:
-        """Raise BusyError where one more call could neither run nor wait."""
+        """Raise BusyError if another call could neither run nor wait."""
         if self.running >= self._limit and len(self._waiting) >= self._queue:
             raise BusyError(
                 f"{len(self._waiting)} calls wait for model {self._model_id!r}, and its queue takes {self._queue}",
@@ -211,15 +211,15 @@ class CallGate:
             )
 
     def submit(self, function: Callable[[], Any], release: Callable[[], None]) -> asyncio.Future[Any]:
-        """Run a function when it is its turn; the future tells its result."""
+        """Run a function when it is its turn, and return the future of its result."""
         call = _Call(function, asyncio.get_running_loop().create_future(), release)
-        call.future.add_done_callback(lambda future: self._given_up(call) if future.cancelled() else None)
+        call.future.add_done_callback(lambda future: self._cancelled(call) if future.cancelled() else None)
         self._waiting.append(call)
         self._start()
         return call.future
 
     def fail_waiting(self, error: Callable[[], BaseException]) -> None:
-        """Answer every call that has not begun with an error."""
+        """Fail every call that has not started."""
         while self._waiting:
             call = self._waiting.popleft()
             call.release()
@@ -230,31 +230,31 @@ class CallGate:
         while self._waiting and self.running < self._limit:
             call = self._waiting.popleft()
             if call.future.cancelled():
-                # Its callback has not had its turn yet, and will find it gone.
+                # Its callback has yet to run, and will no longer find it among the waiting.
                 call.release()
                 continue
             self._begin(call)
 
     def _begin(self, call: _Call) -> None:
-        # The thread gets a number, and nothing of the call but its function: kept from its last steps
-        # for a while, as it may be, it then holds neither the model nor an error that knows it.
-        self._numbers += 1
-        number, function = self._numbers, call.function
+        # The thread gets a number and the function, but not the call: should its end be delayed, it
+        # then refers neither to the model nor to an error that does.
+        self._last_number += 1
+        number, function = self._last_number, call.function
         box: list[Any] = []
-        self._under_way[number] = call, box
+        self._running[number] = call, box
         call.started, call.function = True, None
         done = answering(asyncio.get_running_loop(), partial(self._done, number))
         self._pool.submit(partial(_into, box, function), done)
 
     def _done(self, number: int, refusal: Any) -> None:
-        call, box = self._under_way.pop(number)
+        call, box = self._running.pop(number)
         outcome = box.pop() if box else refusal
         call.release()
         if not call.future.done():
             if isinstance(outcome, Exception) and not isinstance(outcome, StopIteration):
                 call.future.set_exception(outcome)
             elif isinstance(outcome, BaseException):
-                # These would end the generator, the task or the loop that waits for it.
+                # These would end the generator, task or loop that waits for the call.
                 call.future.set_exception(RuntimeError(f"the call raised {outcome!r}"))
             else:
                 call.future.set_result(outcome)
@@ -262,8 +262,8 @@ class CallGate:
         while self._when_idle and not self.running:
             self._when_idle.pop(0)()
 
-    def _given_up(self, call: _Call) -> None:
-        # One that has begun is released when its thread is done with the module.
+    def _cancelled(self, call: _Call) -> None:
+        # A call that has started is released when its thread has finished with the module.
         if not call.started and call in self._waiting:
             self._waiting.remove(call)
             call.release()

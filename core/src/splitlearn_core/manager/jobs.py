@@ -1,4 +1,4 @@
-"""What the shell holds for one generation: everything that is not a decision."""
+"""The state of one generation in the shell, and the jobs that worker threads do for it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from splitlearn_core.types import Progress
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One generation: who waits for it, what its worker says, and what came of it."""
+    """One generation: its waiters, its worker's progress, and its result."""
 
     config: ModelConfig
     placeholder: LoadingPlaceholder
-    #: Result: None when ready, or why not. Never an exception, so that nobody has to retrieve it.
+    #: Result: None when ready, else the failure. Never an exception, so that it need not be retrieved.
     resolved: asyncio.Future[FailureInfo | None]
-    #: Who waits for an unload. Result: a report, the leases that stood in the way, or why it could not be freed.
+    #: Waiters for an unload. Result: a report, the number of leases that remain, or why it could not be freed.
     unloads: list[asyncio.Future[UnloadReport | int | FailureInfo]] = field(default_factory=list)
     #: Written by the worker's thread, read by the tick.
     progress: Progress = field(default_factory=lambda: Progress("queued"))
-    #: Read by the worker's thread at each report: not empty means stop, and says why.
+    #: Read by the worker's thread at each report: the reason to stop; empty to go on.
     stop: str = ""
-    #: When the worker's thread last let others have the interpreter.
-    breathed: float = 0.0
+    #: When the worker's thread last released the GIL.
+    gil_released: float = 0.0
     worker: Worker | None = None
-    #: All threads that worked for it; one that has answered may still be on its last steps.
+    #: All threads that worked for it; one that has answered may not have ended yet.
     workers: list[Worker] = field(default_factory=list)
-    #: The manager's ``_activity`` when the worker began alone; None where it did not.
+    #: The manager's ``_activity`` when the worker started alone; None if it did not.
     measuring: int | None = None
     plan: LoadPlan | None = None
     loaded: LoadedModel | None = None
@@ -51,25 +51,25 @@ class Slot:
 
 _T = TypeVar("_T")
 
-#: Seconds of a worker's work after which it lets others have the interpreter, alone and beside others, and for how
-#: long. Two are more than twice as hard on an event loop as one, for they hand the interpreter to each other.
-_BREATHE_ALONE, _BREATHE_EVERY, _BREATH = 0.004, 0.002, 0.00005
+#: Seconds of work after which a worker releases the GIL, alone and with other workers, and for how long. Two
+#: workers delay an event loop more than twice as much as one, for they pass the GIL to each other.
+_GIL_HOLD_ALONE, _GIL_HOLD, _GIL_RELEASE = 0.004, 0.002, 0.00005
 
-#: Seconds that a thread has between its answer and its end, where somebody waits for that.
-LAST_STEPS = 1.0
+#: Seconds to wait for a thread that has answered to end.
+EXIT_TIMEOUT = 1.0
 
 
 class Stopped:
-    """A worker's answer that it was told to stop, and has."""
+    """A worker's answer that it has stopped, as requested."""
 
 
 class Jobs:
     """The jobs of one manager.
 
     Args:
-        loader: What knows how to load.
-        resources: What knows how much memory there is.
-        at_work: Tells, from any thread, how many workers there are at this moment.
+        loader: Loads the models.
+        resources: Measures the memory.
+        at_work: Returns, from any thread, how many workers there are at this moment.
     """
 
     def __init__(self, loader: ModelLoader, resources: ResourceManager, at_work: Callable[[], int]) -> None:
@@ -78,7 +78,7 @@ class Jobs:
         self._at_work = at_work
 
     def plan(self, slot: Slot) -> Any:
-        """Answer with the plan of a load, and the memory there is for it."""
+        """Return the plan of a load, and the memory available for it."""
 
         def work(report: Callable[[Progress], None]) -> tuple[LoadPlan, MemorySample]:
             report(Progress("resolving"))
@@ -88,7 +88,7 @@ class Jobs:
         return self._guarded(slot, work)
 
     def load(self, slot: Slot) -> Any:
-        """Answer with the loaded model, the anonymous memory by which the process grew, and what is left."""
+        """Return the loaded model, the anonymous memory by which the process grew, and the memory left."""
 
         def work(report: Callable[[Progress], None]) -> tuple[LoadedModel, int, MemorySample]:
             if slot.plan is None:
@@ -101,7 +101,7 @@ class Jobs:
         return self._guarded(slot, work)
 
     def warm_up(self, slot: Slot) -> Any:
-        """Run forward passes; answer with nothing."""
+        """Run forward passes; return None."""
 
         def work(report: Callable[[Progress], None]) -> None:
             report(Progress("warming up"))
@@ -111,47 +111,44 @@ class Jobs:
         return self._guarded(slot, work)
 
     def free(self, box: list[Any], workers: Iterable[Worker]) -> tuple[int, MemorySample]:
-        """Forget what is in the box; answer with the anonymous memory that came back, and what there is."""
+        """Drop the contents of the box; return the anonymous memory that was freed, and the memory available."""
         for worker in workers:
-            # Its frames know the model that it brought, until it has ended.
-            worker.join(LAST_STEPS)
+            # Until it has ended, its frames refer to the model that it loaded.
+            worker.join(EXIT_TIMEOUT)
         before = anonymous_memory()
         box.clear()
         self._resources.release_unused()
         return before - anonymous_memory(), self._resources.sample()
 
     def sample(self) -> MemorySample:
-        """Answer with the memory there is."""
+        """Return the memory available."""
         return self._resources.sample()
 
     def _guarded(self, slot: Slot, work: Callable[[Callable[[Progress], None]], Any]) -> Any:
-        try:
-            return work(self._report_of(slot))
-        except LoadCancelledError:
-            return Stopped()
-        except BaseException as error:  # noqa: BLE001  # plugins raise what they like, and the loop waits for an answer
-            return record(error, slot.progress.stage)
-
-    def _report_of(self, slot: Slot) -> Callable[[Progress], None]:
         def report(progress: Progress) -> None:
             if slot.stop:
-                raise LoadCancelledError(f"loading {slot.config.model_id!r} was told to stop: {slot.stop}")
+                raise LoadCancelledError(f"loading {slot.config.model_id!r} was stopped: {slot.stop}")
             slot.progress = progress
-            worked = time.monotonic() - slot.breathed
-            if worked >= _BREATHE_EVERY and (worked >= _BREATHE_ALONE or self._at_work() > 1):
-                # A thread that computes in Python keeps the interpreter for 5 ms once it has it. While
-                # this one sleeps, the event loop gets its turn.
-                time.sleep(_BREATH)
-                slot.breathed = time.monotonic()
+            worked = time.monotonic() - slot.gil_released
+            if worked >= _GIL_HOLD and (worked >= _GIL_HOLD_ALONE or self._at_work() > 1):
+                # A thread that computes in Python holds the GIL for 5 ms at a time. While this one
+                # sleeps, the event loop gets its turn.
+                time.sleep(_GIL_RELEASE)
+                slot.gil_released = time.monotonic()
 
-        return report
+        try:
+            return work(report)
+        except LoadCancelledError:
+            return Stopped()
+        except BaseException as error:  # noqa: BLE001  # plugins may raise anything, and the loop waits for an answer
+            return record(error, slot.progress.stage)
 
 
 def _answer_of(answer: Any, kind: type[_T], method: str, loader: ModelLoader) -> _T:
-    """Refuse, in the worker, what a loader of somebody else's may return."""
+    """Check, in the worker, the type of what a foreign loader returned."""
     if not isinstance(answer, kind):
         raise ConfigurationError(
             f"{type(loader).__name__}.{method} returned {type(answer).__name__}, not {kind.__name__}",
-            hint="splitlearn_core.manager.loaders.loader.ModelLoader says what each method returns",
+            hint="splitlearn_core.manager.loaders.loader.ModelLoader documents what each method returns",
         )
     return answer

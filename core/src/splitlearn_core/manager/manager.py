@@ -1,7 +1,7 @@
-"""The manager as its users see it: what can be asked of it, and what it answers.
+"""The public interface of the manager.
 
-It turns each request into an event for the machine, and waits for what comes of it. How events and
-effects travel is the ``shell``'s.
+It turns each request into an event for the machine, and waits for the result. The ``shell`` passes
+events and carries out effects.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NO_KEY: m.Key = ("", 0)
 
 
 class AsyncModelManager:
-    """Loads, watches, lends and frees whatever the installed plugins can load.
+    """Loads, monitors, lends and unloads the models that the installed plugins support.
 
     ::
 
@@ -56,40 +56,40 @@ class AsyncModelManager:
             async with manager.lease("trunk") as trunk:
                 hidden = await trunk(hidden_states=hidden)
 
-    Use it from one event loop. Importing torch and transformers stalls a loop wherever it happens:
-    call :func:`splitlearn_core.manager.preload.preload` before the loop serves anybody.
+    Use it from one event loop. Importing torch and transformers stalls the loop, in any thread:
+    call :func:`splitlearn_core.manager.preload.preload` before the loop starts serving.
 
     Args:
         max_models: Models that are loaded or loading at once; None for no limit.
-        max_memory_mb: What all of them together may take, mapped files and devices included, in
-            units of 2**20 bytes; None for what the machine has.
-        headroom_mb: Memory of the machine that is left alone.
+        max_memory_mb: Memory that all of them together may take, mapped files and devices included, in
+            units of 2**20 bytes; None for all memory of the machine.
+        headroom_mb: Memory of the machine that is left free, in the same units.
         max_workers: Loads at once.
         call_workers: Threads that run models.
         calls_per_model: Calls of one model at once.
-        call_queue: Calls of one model that may wait; one more raises BusyError.
+        call_queue: Calls of one model that may wait; another one raises BusyError.
         load_threads: Threads that torch may use in a load; None for torch's default.
         call_threads: The same for each thread that runs models.
-        when_full: What to do with a load that does not fit although idle models go: ``wait``, or
+        when_full: What to do with a load that does not fit even after evicting idle models: ``wait``, or
             ``refuse`` it with the numbers.
-        wait_timeout: Seconds that a load may wait for a worker and for room; None for ever.
+        wait_timeout: Seconds that a load may wait for a worker and for memory; None for no limit.
         stall_after: Seconds without progress after which a load is shown as stalled.
-        stall_timeout: Seconds without progress after which it is given up; None for never.
+        stall_timeout: Seconds without progress after which it is cancelled; None for never.
         cancel_grace: Seconds that a worker has to stop before it counts as stuck.
-        drain_timeout: Seconds that an unload waits for holders; None for ever.
+        drain_timeout: Seconds that an unload waits for leases to end; None for no limit.
         close_timeout: Seconds in which :meth:`close` ends.
         keep_alive: Seconds of idleness after which a model is unloaded, unless its configuration
             says otherwise; None for never.
-        min_residency: Seconds that a model stays, idle or not, once it is loaded.
-        max_failed: Models that failed and stay listed with the reason: the newest. Older ones are forgotten, and
+        min_residency: Seconds that a model stays loaded at least, idle or not.
+        max_failed: How many failed models stay listed with the reason: the newest. Older ones are dropped, and
             counted in ``get_statistics().failures_forgotten``.
-        required: Models without which the manager is not ready, beside those whose configuration
+        required: Models without which the manager is not ready, in addition to those whose configuration
             says so.
-        loader, resources: Replacements for the usual ones.
-        clock: Seconds that only grow.
+        loader, resources: Replacements for the default ones.
+        clock: Returns seconds, monotonically.
 
     Raises:
-        ConfigurationError: Limits that cannot be kept; all of them are listed.
+        ConfigurationError: Limits are invalid; all of them are listed.
     """
 
     def __init__(
@@ -184,38 +184,38 @@ class AsyncModelManager:
             DuplicateModelError: The id is loaded or loading (a ValueError); nothing has changed.
             UnknownModelTypeError: No plugin provides the model type (a KeyError).
             ManagerClosedError: The manager is closed.
-            SplitLearnError: What the load failed with; the model is then listed as failed.
+            SplitLearnError: The load failed; the model is then listed as failed.
         """
         return await self._load(config, join=False)
 
     async def ensure_model(self, config: ModelConfig) -> AsyncManagedModel:
         """Return the model if it is ready, wait for it if it is loading, load it otherwise.
 
-        However many callers ask, one load is made; each can be cancelled without disturbing the others.
+        Any number of callers share one load; each can be cancelled without affecting the others.
 
         Raises:
             DuplicateModelError: The id belongs to another configuration (a ValueError).
-            SplitLearnError: As :meth:`load_model`; each caller gets an exception of its own.
+            SplitLearnError: As :meth:`load_model`; each caller gets its own exception.
         """
         return await self._load(config, join=True)
 
     async def reload_model(self, model_id: str, config: ModelConfig | None = None) -> AsyncManagedModel:
-        """Load a model anew, the old one serving until the new one is ready.
+        """Load a model again; the old one stays in service until the new one is ready.
 
-        Leases of the old one go on; new ones get the new one. If loading fails, the old one serves
-        on, and its ``info.error`` says why.
+        Leases of the old one continue; later leases get the new one. If loading fails, the old one stays
+        in service, and its ``info.error`` says why.
 
         Args:
             model_id: A model that is ready, or failed.
-            config: What to load it as; by default as before.
+            config: Its new configuration; by default the old one.
 
         Raises:
             UnknownModelError: There is no such model (a KeyError).
-            DuplicateModelError: It is loading already.
-            ModelNotReadyError: It is on its way out.
+            DuplicateModelError: It is already loading.
+            ModelNotReadyError: It is being unloaded.
         """
-        shown = self._shell.machine.visible(model_id)
-        config = config or self._shell.slots[shown.key].config
+        current = self._shell.machine.visible(model_id)
+        config = config or self._shell.slots[current.key].config
         if config.model_id != model_id:
             raise ConfigurationError(
                 f"the configuration is of model {config.model_id!r}, not of {model_id!r}",
@@ -224,24 +224,24 @@ class AsyncModelManager:
         return await self._load(config, reload=True)
 
     async def cancel_load(self, model_id: str) -> None:
-        """Stop a load, and return once its worker has given everything back.
+        """Stop a load, and return once its worker has freed everything.
 
         Raises:
             UnknownModelError: There is no such model.
             ModelNotReadyError: It is not loading.
             LoadStalledError: The worker did not stop in time (a TimeoutError): the model is shown
-                as stuck, and its memory counts as taken until the worker comes back.
+                as stuck, and its memory counts as taken until the worker ends.
         """
-        coming = self._shell.machine.coming(model_id)
-        self._shell.tell(m.CancelRequested(self._shell.clock(), model_id))
-        if coming is None or (slot := self._shell.slots.get(coming.key)) is None:
+        loading = self._shell.machine.coming(model_id)
+        self._shell.dispatch(m.CancelRequested(self._shell.clock(), model_id))
+        if loading is None or (slot := self._shell.slots.get(loading.key)) is None:
             return
         await asyncio.shield(slot.resolved)
-        # A closing manager does not wait for it to be stuck.
-        if self._shell.machine.find(coming.key) and coming.status in (ModelStatus.STUCK, ModelStatus.CANCELLING):
+        # A closing manager does not wait until the worker counts as stuck.
+        if self._shell.machine.find(loading.key) and loading.status in (ModelStatus.STUCK, ModelStatus.CANCELLING):
             raise LoadStalledError(
                 f"the worker that loads {model_id!r} does not stop",
-                hint="get_statistics().stuck shows where it stands; its memory stays taken until it comes back",
+                hint="get_statistics().stuck shows its stack; its memory stays taken until it ends",
             )
 
     async def _load(self, config: ModelConfig, *, join: bool = False, reload: bool = False) -> AsyncManagedModel:
@@ -249,24 +249,24 @@ class AsyncModelManager:
         shell.bind()
         if not isinstance(config, ModelConfig):
             raise ConfigurationError(
-                f"a {type(config).__name__} was given for a ModelConfig",
+                f"a {type(config).__name__} was given instead of a ModelConfig",
                 hint="ModelConfig.from_dict(mapping) makes one",
             )
-        # Before anything is held: no plugin for the model type is the caller's to mend.
+        # First of all, because a missing plugin is an error of the caller, not of a load.
         config.check_installed()
         request = self._request_of(config)
         key = _NO_KEY
 
         def take_place() -> None:
             nonlocal key
-            # Who asks for a model that serves does not wait for the reload that may be going on beside it.
+            # A request for a model in service does not wait for a reload of it.
             key = shell.machine.wanted(config.model_id, reload=reload).key
             if key not in shell.slots:
                 shell.add_slot(key, config)
                 if config.required:
                     shell.required.add(config.model_id)
 
-        shell.tell(m.LoadRequested(shell.clock(), config.model_id, request, join=join, reload=reload), take_place)
+        shell.dispatch(m.LoadRequested(shell.clock(), config.model_id, request, join=join, reload=reload), take_place)
         generation = shell.machine.find(key)
         if generation is not None and generation.status is ModelStatus.READY and not reload:
             return shell.model_of(key)
@@ -286,23 +286,23 @@ class AsyncModelManager:
             warmup=config.warmup,
         )
 
-    # --- letting go -----------------------------------------------------------------------------
+    # --- unloading and closing ------------------------------------------------------------------
 
     async def unload_model(self, model_id: str, *, force: bool = False, timeout: float | None = None) -> UnloadReport:  # noqa: ASYNC109  # a limit on the drain, not on the call
-        """Free a model once nobody has it, and say what came back; forget one that failed.
+        """Unload a model once it has no leases, and report the freed memory; remove one that failed.
 
         Args:
             model_id: The model.
-            force: Do not wait for holders: their next call raises ModelGoneError. A call that runs
-                cannot be stopped; the unload is over when it is.
-            timeout: Seconds to wait for holders, or by force for calls; by default the manager's
+            force: Do not wait for leases: the next call under them raises ModelGoneError. A running call
+                cannot be stopped; the unload ends when it does.
+            timeout: Seconds to wait for leases to end, or with force for calls; by default the manager's
                 ``drain_timeout``.
 
         Raises:
             UnknownModelError: There is no such model (a KeyError).
-            ModelNotReadyError: It is loading (see :meth:`cancel_load`), or being unloaded already.
-            DrainTimeoutError: Holders kept it (a TimeoutError); it serves on. By force: a call still
-                runs, and the memory is freed when it ends.
+            ModelNotReadyError: It is loading (see :meth:`cancel_load`), or already being unloaded.
+            DrainTimeoutError: Leases did not end in time (a TimeoutError); it stays in service. With force: a
+                call still runs, and the memory is freed when it ends.
             SplitLearnError: Its memory could not be freed: it is shown as stuck.
         """
         self._shell.bind(closed_too=True)
@@ -312,31 +312,31 @@ class AsyncModelManager:
         limit = self._drain_timeout if timeout is None else timeout
         ended: asyncio.Future[UnloadReport | int | FailureInfo] = asyncio.get_running_loop().create_future()
         event = m.UnloadRequested(self._shell.clock(), model_id, force, limit)
-        self._shell.tell(event, None if slot is None else partial(slot.unloads.append, ended))
+        self._shell.dispatch(event, None if slot is None else partial(slot.unloads.append, ended))
         try:
-            # A drain has the machine's own limit; a call that runs has none.
+            # The machine limits the drain; a running call has no limit of its own.
             async with asyncio.timeout(limit if force else None):
                 outcome = await asyncio.shield(ended)
         except TimeoutError:
             raise DrainTimeoutError(
-                f"model {model_id!r} is lent no more, but a call still runs after {limit:g} s",
+                f"model {model_id!r} has no more leases, but a call still runs after {limit:g} s",
                 hint="its memory is taken until the call ends",
             ) from None
         if isinstance(outcome, int):
             raise DrainTimeoutError(
-                f"model {model_id!r} still has {outcome} lease{'s' * (outcome != 1)} after {limit:g} s, and serves on",
-                hint="unload_model(id, force=True) does not wait for holders",
+                f"model {model_id!r} stays loaded: {outcome} lease{'s' * (outcome != 1)} left after {limit:g} s",
+                hint="unload_model(id, force=True) does not wait for leases to end",
             )
         if isinstance(outcome, FailureInfo):
             raise fresh(outcome)
         return outcome
 
     async def close(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  # it ends within it, done or not
-        """Take no more work, cancel what is loading, free what is loaded, and end within the limit.
+        """Accept no more work, cancel loads, unload all models, and end within the time limit.
 
-        May be called again, and concurrently: all callers wait for the same end. Holders have four
-        fifths of the time to give back what they borrowed. Workers that do not stop are logged with
-        the place where they stand; they are daemon threads, and do not keep the process from ending.
+        May be called again, and concurrently: all callers wait for the same end. Leases have four
+        fifths of the time to end. Workers that do not stop are logged with their stacks; they are daemon
+        threads, and do not keep the process from ending.
 
         Args:
             timeout: Seconds; by default the manager's ``close_timeout``.
@@ -351,15 +351,15 @@ class AsyncModelManager:
         self._shell.bind()
         if self._entered:
             raise ConfigurationError(
-                "this manager was entered already, and the end of that `async with` closes it",
-                hint="enter it once and pass it on, or make a manager for each",
+                "this manager was already entered, and the end of that `async with` closes it",
+                hint="enter it once and pass it on, or make one manager for each",
             )
         self._entered = True
         try:
-            # The first look at what is installed takes as long as dozens of files to read.
+            # The first listing of the installed plugins reads dozens of files.
             await self._shell.in_thread("splitlearn-plugins", lambda: registry().model_types())
         except BaseException:
-            # There will be no __aexit__: what was started has to end here.
+            # There will be no __aexit__, so everything that was started is ended here.
             await self.close()
             raise
         return self
@@ -375,39 +375,34 @@ class AsyncModelManager:
     async def lease(self, model_id: str, *, gradients: bool = False) -> AsyncIterator[AsyncManagedModel]:
         """Borrow a model: it is neither freed nor evicted before the block ends.
 
-        A model that is loading is waited for.
+        If the model is loading, this waits for it.
 
         Args:
             model_id: The model.
-            gradients: Whether its calls record gradients, for training; whatever the caller's mode is. Other
-                leases of the model go by what they asked for.
+            gradients: Whether its calls record gradients, for training, whatever the caller's mode is. Other
+                leases of the model are independent of it.
 
         Raises:
             UnknownModelError: There is no such model (a KeyError).
-            ModelNotReadyError: It has failed, or is going away.
-            SplitLearnError: What the load that was waited for failed with.
+            ModelNotReadyError: It has failed, or is being unloaded.
+            SplitLearnError: The load that this waited for failed.
         """
-        key = await self._borrow(model_id)
+        self._shell.bind()
+        # Between the end of a load and this task's turn the model may be unloaded, hence the loop.
+        while (generation := self._shell.machine.visible(model_id)).is_loading:
+            await self._shell.wait_for(generation.key)
+        key = generation.key
+        self._shell.dispatch(m.LeaseTaken(self._shell.clock(), model_id))
         try:
             model = self._shell.model_of(key)
             yield model.with_gradients() if gradients else model
         finally:
-            self._shell.tell(m.LeaseReleased(self._shell.clock(), key))
+            self._shell.dispatch(m.LeaseReleased(self._shell.clock(), key))
 
-    async def _borrow(self, model_id: str) -> m.Key:
-        self._shell.bind()
-        while True:
-            generation = self._shell.machine.visible(model_id)
-            if not generation.is_loading:
-                self._shell.tell(m.LeaseTaken(self._shell.clock(), model_id))
-                return generation.key
-            # Between the end of the load and this task's turn it may be gone again: look anew.
-            await self._shell.wait_for(generation.key)
-
-    # --- answering at once ----------------------------------------------------------------------
+    # --- without waiting ------------------------------------------------------------------------
 
     def get_model(self, model_id: str) -> AsyncManagedModel | LoadingPlaceholder:
-        """Return a model if it is there, or the placeholder of one that is not; see :meth:`lease` to use it.
+        """Return a model if it is loaded, else its placeholder; see :meth:`lease` to use it.
 
         Raises:
             UnknownModelError: There is no such model (a KeyError).
@@ -416,15 +411,15 @@ class AsyncModelManager:
         return slot.model or slot.placeholder
 
     def list_models(self) -> tuple[ModelInfo, ...]:
-        """Return a snapshot of every model that is loaded, loading, failed or on its way out."""
+        """Return a snapshot of every model that is loaded, loading, failed or being unloaded."""
         return self._shell.machine.infos()
 
     def get_model_info(self, model_id: str) -> ModelInfo:
-        """Return the snapshot of one model; UnknownModelError (a KeyError) where there is none."""
+        """Return the snapshot of one model; UnknownModelError (a KeyError) if there is none."""
         return self._shell.machine.info(model_id)
 
     def get_statistics(self) -> ManagerStatistics:
-        """Return what the manager holds and has counted."""
+        """Return the manager's memory and counters."""
         counters = self._shell.machine.counters
         return ManagerStatistics(
             models=self._shell.machine.counts(),
@@ -447,31 +442,30 @@ class AsyncModelManager:
         )
 
     def health(self) -> Health:
-        """Say whether the process is alive, which no load can change, and whether the required models are ready."""
+        """Return whether the process is alive, which no load can change, and whether the required models are ready."""
         dead = self._shell.has_stopped_ticking
         reason = "the manager is closed" if self._shell.machine.closed else "its ticker has ended" if dead else ""
-        missing = {model_id: why for model_id in sorted(self._shell.required) if (why := self._why_missing(model_id))}
+        missing: dict[str, str] = {}
+        for model_id in sorted(self._shell.required):
+            try:
+                info = self.get_model_info(model_id)
+            except UnknownModelError:
+                missing[model_id] = "not loaded"
+                continue
+            if info.status is not ModelStatus.READY:
+                missing[model_id] = f"{info.status}: {info.error.message}" if info.error else str(info.status)
         return Health(live=not reason, ready=not reason and not missing, missing=missing, reason=reason)
-
-    def _why_missing(self, model_id: str) -> str:
-        try:
-            info = self.get_model_info(model_id)
-        except UnknownModelError:
-            return "not loaded"
-        if info.status is ModelStatus.READY:
-            return ""
-        return f"{info.status}: {info.error.message}" if info.error else str(info.status)
 
     def events(self) -> EventStream:
         """Follow the changes from now on: ``async for event in manager.events()``. Ends with the manager.
 
         A reader that falls more than 1024 events behind misses the oldest; ``event.sequence`` then
-        has a gap. One that is forgotten is dropped by itself.
+        has a gap. A stream that is no longer referenced is dropped.
         """
         return self._shell.history.follow()
 
     def story(self, model_id: str) -> tuple[ManagerEvent, ...]:
-        """Return the last changes of one model, oldest first; some are remembered after it is gone."""
+        """Return the last changes of one model, oldest first; some are kept after it is gone."""
         return self._shell.history.of(model_id)
 
 
@@ -479,6 +473,6 @@ def _refuse_limits(settings: Mapping[str, Any]) -> None:
     problems = limit_problems(settings)
     if problems:
         raise ConfigurationError(
-            "a manager cannot keep to these limits:\n  " + "\n  ".join(problems),
+            "the limits of the manager are invalid:\n  " + "\n  ".join(problems),
             hint="each is documented in splitlearn_core.AsyncModelManager",
         )

@@ -1,11 +1,11 @@
-"""A manager's numbers for Prometheus, read from its snapshot at each scrape.
+"""Prometheus metrics of a manager, read from its snapshots at each scrape.
 
-Needs prometheus-client: ``pip install 'splitlearn-core[metrics]'``. With a registry of your own::
+Needs prometheus-client: ``pip install 'splitlearn-core[metrics]'``. With your own registry::
 
     registry = CollectorRegistry()
     registry.register(ManagerCollector(manager))
 
-Nothing is counted twice and nothing is stored: the manager counts, this only names.
+Nothing is counted or stored here: the manager counts, and this module only names the metrics.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 PREFIX = "splitlearn"
 #: Seconds that a scrape from another thread waits for the event loop.
-_PATIENCE = 5.0
+_SCRAPE_TIMEOUT = 5.0
 
 
 class Snapshots(Protocol):
-    """What is read of a manager; both answer at once."""
+    """The part of a manager that is read; both methods return at once."""
 
     def list_models(self) -> tuple[ModelInfo, ...]: ...
 
@@ -38,7 +38,7 @@ class Snapshots(Protocol):
 
 
 class LoopLag:
-    """How late an event loop is: a histogram of by how much a short sleep overslept."""
+    """The lag of an event loop: a histogram of the delays of a short sleep."""
 
     #: Upper bounds in seconds, the last one open.
     BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, float("inf"))
@@ -52,9 +52,9 @@ class LoopLag:
     async def run(self) -> None:
         """Measure until cancelled."""
         while True:
-            begun = self._clock()
+            start = self._clock()
             await asyncio.sleep(self._interval)
-            self.observe(max(0.0, self._clock() - begun - self._interval))
+            self.observe(max(0.0, self._clock() - start - self._interval))
 
     def observe(self, seconds: float) -> None:
         """Count one lag."""
@@ -74,9 +74,9 @@ class ManagerCollector:
     """A prometheus_client collector of one manager.
 
     Args:
-        manager: An ``AsyncModelManager``. A scrape reads two snapshots of it, which answer at once.
-            Make the collector in the manager's event loop, and any thread may scrape.
-        lag: Where the lag of the manager's event loop is measured, if it is.
+        manager: An ``AsyncModelManager``. A scrape reads two snapshots of it, which return at once.
+            Create the collector in the manager's event loop, and any thread may scrape.
+        lag: The measurement of the event loop's lag, if there is one.
 
     Raises:
         ConfigurationError: prometheus-client is not installed.
@@ -96,11 +96,11 @@ class ManagerCollector:
         self._loop = _running_loop()
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: what there is depends on the models, and registering must not ask them."""
+        """Return nothing: the metrics depend on the models, and registering must not read them."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric as of now."""
+        """Yield the present value of every metric."""
         statistics, models = self._read()
         yield from self._counted(statistics)
         yield from self._memory(statistics)
@@ -123,10 +123,10 @@ class ManagerCollector:
         self._loop.call_soon_threadsafe(
             lambda: both.set_result((self._manager.get_statistics(), self._manager.list_models()))
         )
-        return both.result(_PATIENCE)
+        return both.result(_SCRAPE_TIMEOUT)
 
     def _counted(self, statistics: ManagerStatistics) -> Iterator[Metric]:
-        yield self._counter("loads_started", "Loads that were asked for", [((), statistics.loads_started)])
+        yield self._counter("loads_started", "Loads that were requested", [((), statistics.loads_started)])
         yield self._counter(
             "loads",
             "Loads that ended, by how",
@@ -141,12 +141,12 @@ class ManagerCollector:
             ("loads_joined", "Callers that joined a load on its way", statistics.joined),
             ("unloads", "Models that were unloaded", statistics.unloads),
             ("evictions", "Models that were unloaded to make room", statistics.evictions),
-            ("expirations", "Models that were unloaded because nobody used them", statistics.expirations),
+            ("expirations", "Models that were unloaded because they were idle", statistics.expirations),
             ("failures_forgotten", "Failed models that are listed no more", statistics.failures_forgotten),
             ("leases_taken", "Leases that were taken", statistics.leases),
             ("calls", "Calls of models that were started", statistics.calls),
             ("calls_failed", "Calls of models that raised", statistics.calls_failed),
-            ("calls_rejected", "Calls that found the queue full", statistics.calls_rejected),
+            ("calls_rejected", "Calls that were rejected because the queue was full", statistics.calls_rejected),
         ):
             yield self._counter(name, text, [((), value)])
 
@@ -191,7 +191,7 @@ class ManagerCollector:
             ("model_load_duration_seconds", "Seconds from request to ready", lambda model: model.load_seconds),
             ("model_ready_timestamp_seconds", "When a model became ready", lambda model: model.ready_at),
             ("model_last_used_timestamp_seconds", "When a model was last used", lambda model: model.last_used_at),
-            ("model_expires_timestamp_seconds", "When it goes if nobody uses it", lambda model: model.expires_at),
+            ("model_expires_timestamp_seconds", "When an idle model is unloaded", lambda model: model.expires_at),
             (
                 "model_consecutive_failures",
                 "Attempts in a row that failed",
@@ -216,7 +216,7 @@ class ManagerCollector:
     def _per_model(
         self, name: str, text: str, models: Iterable[ModelInfo], value: Callable[[ModelInfo], float | None]
     ) -> Metric:
-        samples = [((model.model_id,), found) for model in models if (found := value(model)) is not None]
+        samples = [((model.model_id,), number) for model in models if (number := value(model)) is not None]
         return self._gauge(name, text, samples, "model_id")
 
     def _gauge(self, name: str, text: str, samples: Iterable[tuple[tuple[str, ...], float]], *labels: str) -> Metric:

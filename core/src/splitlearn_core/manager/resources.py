@@ -1,4 +1,4 @@
-"""What memory there is, by ledger: this machine's, and each CUDA device's own."""
+"""Memory by ledger: that of this machine, and of each CUDA device."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from splitlearn_core.manager.loaders.loadable import HOST, MAPPED
 from splitlearn_core.system_memory import read_memory
 from splitlearn_core.types import MEGABYTE, human_bytes
 
-#: Bytes of this machine's memory that are left to everything else.
-HEADROOM = 512 * 2**20
+#: Bytes of this machine's memory that are left to other programs.
+HEADROOM = 512 * MEGABYTE
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySample:
     """The ledgers at one moment."""
 
-    #: Ledger -> bytes that could ever be had.
+    #: Ledger -> capacity in bytes.
     total: Mapping[str, int]
-    #: Ledger -> bytes that can be had now. ``mapped`` is counted before the weights that are mapped:
-    #: their pages are given back on demand, so they are never seen as taken.
+    #: Ledger -> bytes available now. ``mapped`` is counted without the weights that are mapped:
+    #: the system reclaims their pages on demand, so they never count as taken.
     free: Mapping[str, int]
 
 
@@ -33,14 +33,14 @@ class ResourceReport:
     """Whether something fits, with the numbers."""
 
     fits: bool
-    #: The ledger that was asked.
+    #: The ledger of the requested device.
     ledger: str
     #: Bytes.
     needed: int
     free: int
-    #: Bytes that could ever be had.
+    #: Capacity in bytes.
     limit: int
-    #: Why it does not fit, or how much is left if it does: a sentence.
+    #: A sentence: why it does not fit, or how much would be left.
     why: str
 
     def __bool__(self) -> bool:
@@ -48,65 +48,68 @@ class ResourceReport:
 
 
 class ResourceManager:
-    """Reads what memory there is. Reading takes under a millisecond, but touches files: do it off the loop."""
+    """Measures memory. That takes under a millisecond, but reads files: do it off the event loop."""
 
     def __init__(self, *, headroom: int = HEADROOM, max_memory: int | None = None) -> None:
-        """Make a reader.
+        """Set the limits.
 
         Args:
-            headroom: Bytes of this machine's memory that nobody shall have.
-            max_memory: Bytes of this machine's memory that may ever be had; None for what there is.
+            headroom: Bytes of this machine's memory that are never available.
+            max_memory: Bytes of this machine's memory that may be used in all; None for no limit.
         """
         self._headroom = headroom
         self._max_memory = max_memory
 
     def sample(self) -> MemorySample:
-        """Read all ledgers; those of CUDA devices only where this process uses CUDA already."""
+        """Read all ledgers; those of CUDA devices only if this process already uses CUDA."""
         reading = read_memory()
         total = max(0, reading.total - self._headroom)
         if self._max_memory is not None:
             total = min(total, self._max_memory)
         free = min(total, max(0, reading.free - self._headroom))
-        # Mapped weights share the machine's memory with what no file stands behind.
+        # Mapped weights share the machine's memory with anonymous memory.
         totals, frees = {HOST: total, MAPPED: total}, {HOST: free, MAPPED: free}
         cuda = _used_cuda()
         for number in range(cuda.device_count()) if cuda is not None else ():
-            frees[f"cuda:{number}"], totals[f"cuda:{number}"] = _cuda_memory(cuda, number)
+            device_free, device_total = cuda.mem_get_info(number)
+            # Memory that torch's allocator caches is available to this process.
+            cached = cuda.memory_reserved(number) - cuda.memory_allocated(number)
+            frees[f"cuda:{number}"], totals[f"cuda:{number}"] = int(device_free + cached), int(device_total)
         return MemorySample(totals, frees)
 
     def check_available_resources(self, memory_mb: float | None = None, device: str = "cpu") -> ResourceReport:
-        """Say whether memory can be had at this moment.
+        """Say whether memory is available at this moment.
 
         Args:
-            memory_mb: How much, in units of 2**20 bytes; None to ask for the numbers alone.
+            memory_mb: How much, in units of 2**20 bytes; None for the numbers alone.
             device: Where: ``cpu``, ``cuda``, ``cuda:1``, ...
 
         Raises:
-            ConfigurationError: The amount is no amount, or there is no such device.
+            ConfigurationError: The amount is invalid, or there is no such device.
         """
         if memory_mb is not None and not 0 <= memory_mb < float("inf"):
             raise ConfigurationError(f"memory_mb is {memory_mb}", hint="give a number from 0, in units of 2**20 bytes")
         ledger = ledger_of(device)
         if ledger.startswith("cuda"):
-            _begin_cuda(device)
+            _initialize_cuda(device)
         sample = self.sample()
         if ledger not in sample.total:
             raise ConfigurationError(
-                f"nothing is known of the memory of {device!r}", hint=f"known are: {', '.join(sample.total)}"
+                f"the memory of {device!r} is unknown", hint=f"known are: {', '.join(sample.total)}"
             )
         needed, free, limit = round((memory_mb or 0) * MEGABYTE), sample.free[ledger], sample.total[ledger]
         fits = needed <= free
         if fits:
-            why = f"{human_bytes(free - needed)} of {human_bytes(limit)} are left then"
+            why = f"{human_bytes(free - needed)} of {human_bytes(limit)} would be left"
         elif needed > limit:
-            why = f"{human_bytes(needed)} are more than {ledger} could ever give: {human_bytes(limit)}"
+            why = f"{human_bytes(needed)} are more than all of {ledger}: {human_bytes(limit)}"
         else:
             why = f"{human_bytes(needed)} are needed, {human_bytes(free)} of {human_bytes(limit)} are free"
         return ResourceReport(fits, ledger, needed, free, limit, why)
 
     def release_unused(self) -> None:
-        """Give memory that allocators keep for later back to the system; takes a while, so off the loop."""
-        # glibc has it; others give memory back by themselves, or not at all.
+        """Return memory that allocators cache to the system; this is slow, so do it off the event loop."""
+        # Only glibc has it; other allocators return memory by themselves, or not at all.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
         if trim is not None:
             trim(0)
@@ -116,9 +119,9 @@ class ResourceManager:
 
 
 def ledger_of(device: str) -> str:
-    """Return the ledger that a device's memory is on."""
+    """Return the ledger of a device's memory."""
     kind, _, number = device.partition(":")
-    # Apple's GPU has no memory of its own.
+    # Apple's GPU shares the machine's memory.
     if kind in ("cpu", "mps"):
         return HOST
     if kind == "cuda":
@@ -128,18 +131,18 @@ def ledger_of(device: str) -> str:
 
 
 def _used_cuda() -> Any:
-    """Return ``torch.cuda`` where this process has begun to use it, and else nothing.
+    """Return ``torch.cuda`` if this process already uses it, else None.
 
-    Asking a device for its memory makes a context there, which takes hundreds of megabytes: nobody
-    who computes on the CPU shall pay for that.
+    Reading a device's memory creates a context there, which takes hundreds of megabytes: a process that
+    computes on the CPU must not pay for that.
     """
     module = sys.modules.get("torch.cuda")
-    # A module that another thread is importing at this moment is there, but not whole.
-    begun = getattr(module, "is_initialized", None)
-    return module if begun is not None and begun() else None
+    # The module is incomplete while another thread imports it.
+    is_initialized = getattr(module, "is_initialized", None)
+    return module if is_initialized is not None and is_initialized() else None
 
 
-def _begin_cuda(device: str) -> None:
+def _initialize_cuda(device: str) -> None:
     import torch
 
     try:
@@ -149,9 +152,3 @@ def _begin_cuda(device: str) -> None:
             f"there is no device {device!r}: {str(error).splitlines()[0]}",
             hint=f"this machine has {torch.cuda.device_count()} CUDA devices",
         ) from error
-
-
-def _cuda_memory(cuda: Any, number: int) -> tuple[int, int]:
-    """Return free and total bytes; what torch keeps for later is free to this process."""
-    free, total = cuda.mem_get_info(number)
-    return int(free + cuda.memory_reserved(number) - cuda.memory_allocated(number)), int(total)

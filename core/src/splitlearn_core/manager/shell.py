@@ -1,8 +1,8 @@
-"""The asyncio shell: it carries events to the machine and the machine's effects out, and decides nothing.
+"""The asyncio shell: passes events to the machine and carries out its effects; it makes no decisions.
 
-Everything here runs on the event loop; what runs in worker threads is in ``jobs``. A worker's answer
-comes back as an event. No ``await`` stands between an event and the end of its effects, so that every
-other task sees the manager as it was before or as it is after.
+Everything here runs on the event loop; the jobs of worker threads are in ``jobs``. A worker's result
+comes back as an event. There is no ``await`` between an event and the end of its effects, so that every
+other task sees the manager either before or after them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from splitlearn_core.manager.attempt import WORKING
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.event_stream import History
 from splitlearn_core.manager.handles import AsyncManagedModel, CallGate, LoadingPlaceholder
-from splitlearn_core.manager.jobs import LAST_STEPS, Jobs, Slot, Stopped
+from splitlearn_core.manager.jobs import EXIT_TIMEOUT, Jobs, Slot, Stopped
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
@@ -38,27 +38,27 @@ from splitlearn_core.manager.torch_modes import ModeWatch
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at the clock and at the workers.
+#: Seconds between two checks of the clock and of the workers.
 _TICK = 0.1
-#: Looks between two samples of memory, while somebody waits for it.
+#: Ticks between two samples of memory, while a load waits for memory.
 _SAMPLE_EVERY = 5
-#: Share of the time to close that holders have to give back what they borrowed.
-_PATIENCE = 0.8
-#: What a log is read for.
-_ENDED_BADLY = (ModelStatus.FAILED, ModelStatus.STUCK)
+#: Fraction of the close timeout in which holders may return their leases.
+_DRAIN_FRACTION = 0.8
+#: Logged as warnings.
+_FAILURES = (ModelStatus.FAILED, ModelStatus.STUCK)
 
 
 class Shell:
-    """One manager's machine, and all that belongs to its generations.
+    """One manager's machine, and the resources of its generations.
 
     Args:
-        limits: What the machine is to keep to.
-        loader: What knows how to load.
-        resources: What knows how much memory there is.
+        limits: The limits of the machine.
+        loader: Loads the models.
+        resources: Measures the memory.
         pool: The threads that run models.
         call_limits: Calls of one model at once, and how many more may wait.
         load_threads: Threads that torch may use in a load; None for its default.
-        clock: Seconds that only grow.
+        clock: Returns seconds, monotonically.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Shell:
         self.history = History()
         #: Models without which the manager is not ready.
         self.required: set[str] = set()
-        #: Those of them that were named when the manager was made.
+        #: Those of them that were given to the constructor of the manager.
         self.always_required: frozenset[str] = frozenset()
         self.jobs = Jobs(loader, resources, self.machine.at_work)
         self._jobs: Mapping[m.Job, Callable[[Slot], Any]] = {
@@ -89,20 +89,20 @@ class Shell:
             m.Job.WARM_UP: self.jobs.warm_up,
         }
         self._pool, self._call_limits, self._load_threads = pool, call_limits, load_threads
-        #: Grows with whatever changes memory: a measurement during which it grew says nothing.
+        #: Grows with everything that changes memory: a measurement during which it grew is invalid.
         self._activity = 0
         self.calls = self.calls_failed = self.calls_rejected = 0
         self._calls_running = 0
-        #: Threads that were started and had not ended when the last one was; those of calls are the pool's.
+        #: Threads that were alive when the newest of them started; without the pool's threads of calls.
         self._workers: list[Worker] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
-        #: Set whenever nothing is loaded, loading or being freed any more.
+        #: Set while nothing is loaded, loading or being freed.
         self._quiet: asyncio.Event | None = None
         self._modes: ModeWatch | None = None
 
     def bind(self, *, closed_too: bool = False) -> None:
-        """Tie the manager to the running loop, the first time it is used."""
+        """Bind the manager to the running loop, on its first use."""
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -119,22 +119,22 @@ class Shell:
 
     @property
     def has_stopped_ticking(self) -> bool:
-        """Say whether time has come to a halt, so that nothing expires, stalls or gets stuck any more."""
+        """Whether the ticker has ended, so that nothing expires, stalls or gets stuck any more."""
         return self._ticker is not None and self._ticker.done()
 
     # --- events and effects ---------------------------------------------------------------------
 
-    def tell(self, event: m.Event, between: Callable[[], object] | None = None) -> None:
-        """Take an event to the machine, and carry out what it wants done: the critical section.
+    def dispatch(self, event: m.Event, between: Callable[[], object] | None = None) -> None:
+        """Pass an event to the machine, and carry out its effects: the critical section.
 
         Args:
             event: What happened.
-            between: Run when the machine has decided and before its effects, for what they need.
+            between: Called after the machine's decision and before its effects, to prepare for them.
 
         Raises:
-            ManagerError: The machine refuses; nothing has changed, and ``between`` was not run.
+            ManagerError: The machine refuses; nothing has changed, and ``between`` was not called.
         """
-        # A collection of garbage runs whatever finalizers are due, and they may ask a manager that is half-way.
+        # A garbage collection runs finalizers, and they may call the manager in the middle of a change.
         collecting = gc.isenabled()
         if collecting:
             gc.disable()
@@ -158,7 +158,7 @@ class Shell:
 
     def _changed(self, effect: m.Changed) -> None:
         level, hint = logging.INFO, ""
-        if effect.after in _ENDED_BADLY:
+        if effect.after in _FAILURES:
             generation = self.machine.find(effect.key)
             level, hint = logging.WARNING, f"; {generation.failure.hint}" if generation and generation.failure else ""
         if log.isEnabledFor(level):
@@ -169,7 +169,7 @@ class Shell:
         self.history.add(effect, self.clock() + self._epoch)
 
     def _start_worker(self, effect: m.StartWorker) -> None:
-        # Starting a thread waits for it to run, which is not for a moment in which the manager is changing.
+        # Starting a thread waits until it runs, which must not happen in the critical section.
         asyncio.get_running_loop().call_soon(self._launch, effect.key, effect.job)
 
     def _launch(self, key: m.Key, job: m.Job) -> None:
@@ -187,7 +187,7 @@ class Shell:
             slot.workers.append(slot.worker)
 
     def _begin_measuring(self, own: Worker | None) -> int | None:
-        """Note that memory is about to change; None where something else is at work, which would be measured too."""
+        """Record that memory is about to change; None if other work would be measured too."""
         self._activity += 1
         others = any(worker.is_alive and worker is not own for worker in self._workers)
         return None if others or self._calls_running else self._activity
@@ -200,13 +200,12 @@ class Shell:
         *,
         torch_threads: int | None = None,
     ) -> Worker | None:
-        """Run a function in a thread, and tell on the loop how it ended, also where no thread can be had."""
+        """Run a function in a thread, and report its outcome on the loop, even if no thread can be started."""
         loop = asyncio.get_running_loop()
-
         try:
             worker = run_in_thread(name, function, answering(loop, on_done), torch_threads=torch_threads)
         except RuntimeError as error:
-            # The system's limit of threads or of memory for their stacks.
+            # The system has no more threads, or no memory for their stacks.
             loop.call_soon(on_done, error)
             return None
         self._workers = [other for other in self._workers if other.is_alive]
@@ -222,8 +221,8 @@ class Shell:
         if slot.gate is not None:
             key = effect.key
             slot.gate.fail_waiting(lambda: ModelGoneError(f"model {key[0]!r} was unloaded", hint="take a new lease"))
-        # From this moment on nobody can begin a call. One that runs cannot be stopped, and what it
-        # works on is taken until it ends.
+        # From this moment on no call can start. A running call cannot be stopped, and its model stays
+        # in memory until it ends.
         box = [slot.model.take() if slot.model else None]
         slot.loaded = None
         free = partial(asyncio.get_running_loop().call_soon, self._free, effect.key, box)
@@ -256,16 +255,16 @@ class Shell:
     def _gone(self, effect: m.Gone) -> None:
         slot = self.slots.pop(effect.key)
         report = UnloadReport(effect.key[0], effect.released, slot.freed, slot.broken_leases)
-        # Here and not where it is waited for: whoever asked may have gone, and the unload went on.
+        # Here, because the caller that waits for the unload may have been cancelled.
         if slot.unloads and not self.machine.knows(effect.key[0]):
             self.required.discard(effect.key[0])
         self._answer_unloads(slot, report)
-        # A worker that came back late: nobody waits for it any more, whatever it brings.
+        # A stuck worker that has ended at last.
         if not slot.resolved.done():
             slot.resolved.set_result(record(LoadCancelledError("the load was given up"), slot.progress.stage))
 
     def _forgotten(self, effect: m.Forgotten) -> None:
-        # Among so many that failed there are others that keep the manager from being ready.
+        # One of the newer failures still keeps the manager from being ready.
         if effect.model_id not in self.always_required:
             self.required.discard(effect.model_id)
 
@@ -275,7 +274,7 @@ class Shell:
                 ended.set_result(outcome)
         slot.unloads.clear()
 
-    # --- what workers answer --------------------------------------------------------------------
+    # --- results of workers ---------------------------------------------------------------------
 
     def _worker_done(self, key: m.Key, job: m.Job, outcome: Any) -> None:
         slot = self.slots[key]
@@ -286,79 +285,75 @@ class Shell:
             outcome = record(outcome, slot.progress.stage)
         if isinstance(outcome, FailureInfo):
             log.log(logging.DEBUG, "%s failed:\n%s", key[0], outcome.traceback)
-            self.tell(m.WorkerFailed(now, key, outcome))
+            self.dispatch(m.WorkerFailed(now, key, outcome))
         elif isinstance(outcome, Stopped):
-            self.tell(m.WorkerStopped(now, key))
+            self.dispatch(m.WorkerStopped(now, key))
         elif job is m.Job.PLAN:
             slot.plan, sample = outcome
             self._sampled(sample)
             plan = slot.plan
-            self.tell(m.Planned(now, key, plan.needs, plan.keeps, plan.location, plan.dtype))
+            self.dispatch(m.Planned(now, key, plan.needs, plan.keeps, plan.location, plan.dtype))
         elif job is m.Job.LOAD:
-            slot.loaded, grown, sample = outcome
-            self._take_in(key, slot)
-            self.tell(m.Loaded(now, key, max(0, grown) if alone else None))
+            loaded, grown, sample = outcome
+            slot.loaded, slot.model = loaded, AsyncManagedModel(key, slot.config, loaded.module, self)
+            slot.gate = CallGate(key[0], self._pool, *self._call_limits)
+            self.dispatch(m.Loaded(now, key, max(0, grown) if alone else None))
             self._sampled(sample)
         else:
-            self.tell(m.WarmedUp(now, key))
-
-    def _take_in(self, key: m.Key, slot: Slot) -> None:
-        loaded = slot.loaded
-        if loaded is not None:
-            slot.model = AsyncManagedModel(key, slot.config, loaded.module, self)
-            slot.gate = CallGate(key[0], self._pool, *self._call_limits)
+            self.dispatch(m.WarmedUp(now, key))
 
     def _unloaded(self, key: m.Key, activity: int | None, outcome: Any) -> None:
         if isinstance(outcome, BaseException):
             reason = f"its memory could not be freed: {outcome!r}"
-            self.tell(m.UnloadFailed(self.clock(), key, reason))
+            self.dispatch(m.UnloadFailed(self.clock(), key, reason))
             error = InternalError(f"model {key[0]!r}: {reason}", hint="it is shown as stuck; restart the process")
             self._answer_unloads(self.slots[key], record(error, "unloading"))
             return
         freed, sample = outcome
         self.slots[key].freed = freed if activity == self._activity else None
-        self.tell(m.Unloaded(self.clock(), key))
+        self.dispatch(m.Unloaded(self.clock(), key))
         self._sampled(sample)
 
     def _sampled(self, sample: MemorySample) -> None:
-        self.tell(m.MemorySampled(self.clock(), sample.total, sample.free))
+        self.dispatch(m.MemorySampled(self.clock(), sample.total, sample.free))
 
-    # --- for those who wait, and those who call -------------------------------------------------
+    # --- waiting and calling --------------------------------------------------------------------
 
     def add_slot(self, key: m.Key, config: ModelConfig) -> None:
-        """Make the place for what belongs to a generation that has just begun."""
+        """Create the slot of a new generation."""
         loop = asyncio.get_running_loop()
         self.slots[key] = Slot(config, LoadingPlaceholder(key, config, self), loop.create_future())
 
     async def wait(self, key: m.Key) -> AsyncManagedModel:
-        """Wait for a load that this caller is counted for already."""
+        """Wait for a load; the caller is already counted as a waiter."""
         slot = self.slots[key]
         try:
             failure = await asyncio.shield(slot.resolved)
         except asyncio.CancelledError:
-            self.tell(m.WaiterGone(self.clock(), key))
+            self.dispatch(m.WaiterGone(self.clock(), key))
             raise
         if failure is not None:
             raise fresh(failure)
         if slot.model is None or slot.model.is_gone:
             raise ModelGoneError(
-                f"model {key[0]!r} was loaded and is gone again", hint="pin it, or raise min_residency or max_models"
+                f"model {key[0]!r} was loaded and has been unloaded since",
+                hint="pin it, or raise min_residency or max_models",
             )
         return slot.model
 
     async def wait_for(self, key: m.Key) -> AsyncManagedModel:
-        """Wait for one generation; what :meth:`LoadingPlaceholder.wait` does."""
+        """Wait for one generation, for :meth:`LoadingPlaceholder.wait`."""
         slot = self.slots.get(key)
         if slot is None:
             raise UnknownModelError(
-                f"the load number {key[1]} of model {key[0]!r} is over and forgotten",
-                hint="look at get_model_info(id), or load it again",
+                f"load number {key[1]} of model {key[0]!r} has ended and is no longer recorded",
+                hint="see get_model_info(id), or load it again",
             )
-        self.tell(m.WaiterJoined(self.clock(), key))
+        self.dispatch(m.WaiterJoined(self.clock(), key))
         return await self.wait(key)
 
     async def call(self, key: m.Key, function: Callable[[], Any]) -> Any:
-        """Run a function in the call pool while the generation is lent; what a model's call does."""
+        """Run a function in the call pool under a lease of the generation, for a call of its model."""
         gate = self.slots[key].gate if key in self.slots else None
         if gate is None:
             raise ModelGoneError(f"model {key[0]!r} was unloaded", hint="take a new lease")
@@ -367,7 +362,7 @@ class Shell:
         except Exception:
             self.calls_rejected += 1
             raise
-        self.tell(m.CallStarted(self.clock(), key))
+        self.dispatch(m.CallStarted(self.clock(), key))
         self.calls += 1
         self._calls_running += 1
         self._activity += 1
@@ -378,32 +373,32 @@ class Shell:
             self.calls_failed += 1
             raise
         finally:
-            # The error knows this frame by its traceback, and the future knows the error: a cycle
-            # would keep the model after both are forgotten.
+            # The error refers to this frame by its traceback, and the future to the error: a cycle
+            # would keep the model alive after both are dropped.
             del future, function
 
     def _call_over(self, key: m.Key) -> None:
         self._calls_running -= 1
-        self.tell(m.LeaseReleased(self.clock(), key))
+        self.dispatch(m.LeaseReleased(self.clock(), key))
 
     def info_of(self, key: m.Key) -> ModelInfo:
         """Return the snapshot of one generation."""
         generation = self.machine.find(key)
         if generation is None:
-            raise UnknownModelError(f"generation {key[1]} of model {key[0]!r} is gone", hint="get_model(id) anew")
+            raise UnknownModelError(f"generation {key[1]} of model {key[0]!r} is gone", hint="call get_model(id) again")
         if self.machine.visible(key[0]) is generation:
             return self.machine.info(key[0])
         return self.machine.picture(generation)
 
     def model_of(self, key: m.Key) -> AsyncManagedModel:
-        """Return the model of a generation that is there; ModelGoneError where it is not."""
+        """Return the model of a loaded generation; ModelGoneError if it is not loaded."""
         model = self.slots[key].model
         if model is None:
             raise ModelGoneError(f"model {key[0]!r} was unloaded", hint="load it again")
         return model
 
     def stuck_stacks(self) -> dict[str, str]:
-        """Return where the workers stand that were told to stop and have not."""
+        """Return the stacks of the workers that were asked to stop and have not ended."""
         stacks = {}
         for key in self.machine.keys(ModelStatus.STUCK, ModelStatus.CANCELLING):
             worker = self.slots[key].worker
@@ -419,24 +414,21 @@ class Shell:
             self._look_at_mode()
             working = self.machine.keys(*WORKING)
             progress = {key: self.slots[key].progress for key in working if key in self.slots}
-            self.tell(m.Tick(self.clock(), progress))
+            self.dispatch(m.Tick(self.clock(), progress))
             count += 1
             if count % _SAMPLE_EVERY == 0 and self.machine.keys(ModelStatus.WAITING):
-                await self._sample()
+                try:
+                    sample = await self.in_thread("splitlearn-memory", self.jobs.sample)
+                except Exception:
+                    # The ticker must go on: without it nothing expires, stalls or gets stuck.
+                    log.exception("the memory could not be measured; the last measurement stays in use")
+                else:
+                    self._sampled(sample)
 
     def _look_at_mode(self) -> None:
-        """Say once that the loop's thread is in a mode of torch; called by tasks of the manager's own."""
+        """Warn once if the loop's thread is in a mode of torch; called by the manager's own tasks."""
         if self._modes is not None and (problem := self._modes.look()):
             log.warning("%s", problem)
-
-    async def _sample(self) -> None:
-        try:
-            sample = await self.in_thread("splitlearn-memory", self.jobs.sample)
-        except Exception:
-            # Time must go on: without it nothing expires, stalls or gets stuck.
-            log.exception("the memory could not be measured; the last measurement stands")
-        else:
-            self._sampled(sample)
 
     async def in_thread(self, name: str, function: Callable[[], Any]) -> Any:
         """Run a short function in a thread of its own, and wait for it."""
@@ -456,22 +448,22 @@ class Shell:
     # --- the end --------------------------------------------------------------------------------
 
     async def close(self, limit: float) -> None:
-        """End everything within so many seconds; see :meth:`AsyncModelManager.close`."""
+        """End everything within ``limit`` seconds; see :meth:`AsyncModelManager.close`."""
         try:
             await self._close_in_order(limit)
         finally:
-            # Also where the loop ends first, and cancels this: nothing below waits.
-            self._let_go()
+            # Also if the loop ends first and cancels this task: it does not wait.
+            self._abandon()
 
     async def _close_in_order(self, limit: float) -> None:
         started = self.clock()
         self._look_at_mode()
-        self.tell(m.CloseRequested(started))
-        if not await self._quiet_within(limit * _PATIENCE):
-            self.tell(m.CloseRequested(self.clock(), force=True))
+        self.dispatch(m.CloseRequested(started))
+        if not await self._quiet_within(limit * _DRAIN_FRACTION):
+            self.dispatch(m.CloseRequested(self.clock(), force=True))
             await self._quiet_within(max(0.0, started + limit - self.clock()))
         for key, stack in self.stuck_stacks().items():
-            log.warning("%s: its worker did not stop, and stands here:\n%s", key, stack)
+            log.warning("%s: its worker did not stop; its stack is:\n%s", key, stack)
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
@@ -479,22 +471,25 @@ class Shell:
         if not await self.in_thread("splitlearn-close", partial(self._end_threads, self._ending_workers(), left)):
             log.warning("a call still runs; its thread ends with it")
         for worker in self._ending_workers():
-            # Only the thread that waited for the others: it has answered, and is about to go.
-            worker.join(LAST_STEPS)
+            # Only the thread that waited for the others: it has answered, and is about to end.
+            worker.join(EXIT_TIMEOUT)
 
-    def _let_go(self) -> None:
-        """Let everything end that has not, whoever waits for it, without waiting for it here."""
+    def _abandon(self) -> None:
+        """End whatever has not ended, and answer its waiters, without waiting for it."""
         if not self.machine.is_quiet:
-            self.tell(m.CloseRequested(self.clock(), force=True))
+            self.dispatch(m.CloseRequested(self.clock(), force=True))
         if self._ticker is not None:
             self._ticker.cancel()
         self._pool.close(0.0)
         self.history.end()
         for slot in self.slots.values():
-            self._resolve_for_good(slot)
+            if not slot.resolved.done():
+                error = ManagerClosedError("the manager was closed before the load ended")
+                slot.resolved.set_result(record(error, slot.progress.stage))
+            self._answer_unloads(slot, UnloadReport(slot.config.model_id, {}, None, slot.broken_leases))
 
     def _ending_workers(self) -> list[Worker]:
-        """Return the threads that are alive and have no reason to stay."""
+        """Return the threads that are alive and not stuck."""
         stuck = [self.slots[key].worker for key in self.machine.keys(ModelStatus.STUCK, ModelStatus.CANCELLING)]
         return [worker for worker in self._workers if worker.is_alive and worker not in stuck]
 
@@ -516,15 +511,6 @@ class Shell:
             return False
         return True
 
-    def _resolve_for_good(self, slot: Slot) -> None:
-        """Let nobody wait for a worker that does not come back."""
-        if not slot.resolved.done():
-            error = ManagerClosedError("the manager was closed before the load ended")
-            slot.resolved.set_result(record(error, slot.progress.stage))
-        for ended in slot.unloads:
-            if not ended.done():
-                ended.set_result(UnloadReport(slot.config.model_id, {}, None, slot.broken_leases))
-
     _EFFECTS: ClassVar[Mapping[type, Callable[[Shell, Any], None]]] = {
         m.StartWorker: _start_worker,
         m.StopWorker: _stop_worker,
@@ -539,4 +525,4 @@ class Shell:
 
 
 def _ignore(outcome: Any) -> None:
-    """Take no notice of how something ended."""
+    """Ignore an outcome."""

@@ -1,12 +1,12 @@
-"""Threads that work for the manager, and never keep the process from ending.
+"""Daemon threads of the manager, which never keep the process from ending.
 
 ``concurrent.futures`` joins its threads when the interpreter ends, so a thread in a read that never
-returns would keep the process alive. These are daemons: whoever starts them waits as long as it
-likes, and then goes.
+returns would keep the process alive. The caller of these daemon threads decides how long to wait for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import sys
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Called in the worker's thread with what the function returned, or with the exception it raised.
+#: Called in the worker's thread with the result of the function, or with the exception it raised.
 OnDone = Callable[[Any], object]
 
 _TORCH_THREADS_LOCK = threading.Lock()
 
 
 class Worker:
-    """A daemon thread that can say where it stands."""
+    """A daemon thread whose present stack can be read."""
 
     def __init__(self, name: str, run: Callable[[], None]) -> None:
         self.name = name
@@ -42,13 +42,13 @@ class Worker:
         return self._thread.is_alive()
 
     def stack(self) -> str:
-        """Return the Python stack on which the thread stands, innermost call last; empty once it has ended."""
-        # The dictionary of frames is the documented way, whatever its name looks like.
+        """Return the thread's Python stack, innermost call last; empty once it has ended."""
+        # Documented despite its name.
         frame = sys._current_frames().get(self._thread.ident or 0) if self.is_alive else None  # noqa: SLF001
         return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the end, and say whether it came."""
+        """Wait for the thread to end, and return whether it has."""
         self._thread.join(timeout)
         return not self.is_alive
 
@@ -61,20 +61,20 @@ def run_in_thread(
     Args:
         name: The thread's name.
         function: What to run.
-        on_done: Told how it ended, in that thread, whatever ``function`` raised.
+        on_done: Called in that thread with the result, or with whatever ``function`` raised.
         torch_threads: How many threads torch may use for it; None for the process's default.
     """
 
     def run() -> None:
-        _tell(on_done, _outcome_of(_with_torch_threads(function, torch_threads)))
+        _notify(on_done, _outcome_of(_with_torch_threads(function, torch_threads)))
 
     return Worker(name, run)
 
 
 class CallPool:
-    """A few lasting threads for calls.
+    """A few permanent threads for calls.
 
-    They last because each new thread that computes makes a new team of OpenMP threads.
+    They are reused because each new thread that computes creates a new team of OpenMP threads.
     """
 
     def __init__(self, workers: int, torch_threads: int | None = None, name: str = "splitlearn-call") -> None:
@@ -93,53 +93,48 @@ class CallPool:
         return tuple(self._workers)
 
     def submit(self, function: Callable[[], Any], on_done: OnDone) -> None:
-        """Queue a function; ``on_done`` is told how it ended, in the thread that ran it.
+        """Queue a function; ``on_done`` is called with its outcome, in the thread that ran it.
 
         Raises:
             ManagerClosedError: The pool is closed.
         """
         with self._lock:
             if self._closed:
-                raise _refusal()
+                raise _closed_error()
             self._jobs.put((function, on_done))
             if not self._idle.acquire(blocking=False) and len(self._workers) < self._limit:
                 self._workers.append(Worker(f"{self._name}-{len(self._workers)}", self._serve))
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take no more calls, fail those that nobody has begun, and wait for the others.
+        """Accept no more calls, fail those that have not started, and wait for the others.
 
         Returns:
-            Whether all threads have ended in time. Those that have not, end with their call.
+            Whether all threads have ended in time. The others end with their call.
         """
+        waiting: list[tuple[Callable[[], Any], OnDone]] = []
         with self._lock:
             self._closed = True
-            waiting = self._take_all()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    if (job := self._jobs.get_nowait()) is not None:
+                        waiting.append(job)
             for _ in self._workers:
                 self._jobs.put(None)
         for _, on_done in waiting:
-            _tell(on_done, _outcome_of(_refusal))
+            _notify(on_done, _outcome_of(_closed_error))
         deadline = None if timeout is None else time.monotonic() + timeout
         ended = [w.join(None if deadline is None else max(0.0, deadline - time.monotonic())) for w in self._workers]
         return all(ended)
 
-    def _take_all(self) -> list[tuple[Callable[[], Any], OnDone]]:
-        taken: list[tuple[Callable[[], Any], OnDone]] = []
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return taken
-            if job is not None:
-                taken.append(job)
-
     def _serve(self) -> None:
-        fresh = self._torch_threads
+        # Set for this thread with its first call.
+        torch_threads = self._torch_threads
         while (job := self._take()) is not None:
-            outcome = _outcome_of(_with_torch_threads(job[0], fresh))
-            on_done, fresh = job[1], None
-            # Before anybody is told: the model may be freed at once, and must not live on in here.
+            outcome = _outcome_of(_with_torch_threads(job[0], torch_threads))
+            on_done, torch_threads = job[1], None
+            # Before the notification: the model may be freed at once, and must not be referenced here.
             del job
-            _tell(on_done, outcome)
+            _notify(on_done, outcome)
             # A thread that waits for its next call must not keep the tensors of the last one.
             del outcome, on_done
 
@@ -152,10 +147,10 @@ class CallPool:
 
 
 def own_torch_threads(count: int) -> None:
-    """Let torch use so many threads for the calling thread, and change it for no other.
+    """Set torch's number of threads for the calling thread only.
 
-    ``torch.set_num_threads`` does two things: it sets the calling thread's number, and the one that
-    threads begin with which have not used torch yet. A helper puts the second back.
+    ``torch.set_num_threads`` sets both the calling thread's number and the default of threads that have
+    not used torch yet. A helper thread restores the default.
     """
     import torch
 
@@ -163,7 +158,7 @@ def own_torch_threads(count: int) -> None:
         ready, done = threading.Event(), threading.Event()
 
         def keep() -> None:
-            # This thread is new to torch, so what it has is what new threads get.
+            # This thread has not used torch yet, so its number is the default.
             default = torch.get_num_threads()
             ready.set()
             done.wait()
@@ -171,7 +166,7 @@ def own_torch_threads(count: int) -> None:
 
         keeper = Worker("splitlearn-torch-threads", keep)
         ready.wait()
-        # A thread takes on the default when it first uses torch, whatever it was told before.
+        # At its first use of torch, a thread takes the default, which would override the setting.
         torch.get_num_threads()
         try:
             torch.set_num_threads(count)
@@ -181,7 +176,7 @@ def own_torch_threads(count: int) -> None:
 
 
 def _with_torch_threads(function: Callable[[], Any], count: int | None) -> Callable[[], Any]:
-    """Prefix a function with the setting of its thread."""
+    """Set the thread's number of torch threads before a function runs."""
     if count is None:
         return function
 
@@ -193,7 +188,7 @@ def _with_torch_threads(function: Callable[[], Any], count: int | None) -> Calla
 
 
 def answering(loop: asyncio.AbstractEventLoop, callback: OnDone) -> OnDone:
-    """Return what tells a callback of a loop, from any thread; a loop that has ended has nobody who waits."""
+    """Return a function that calls a callback on a loop, from any thread; with a closed loop it does nothing."""
 
     def answer(outcome: Any) -> None:
         try:
@@ -205,25 +200,24 @@ def answering(loop: asyncio.AbstractEventLoop, callback: OnDone) -> OnDone:
     return answer
 
 
-def _refusal() -> ManagerClosedError:
+def _closed_error() -> ManagerClosedError:
     return ManagerClosedError("the manager is closed and takes no more calls")
 
 
 def _outcome_of(function: Callable[[], Any]) -> Any:
-    """Run a function, and return what it returned or raised: nobody would see what gets out of a thread."""
+    """Run a function, and return its result or its exception, which would be lost if it left the thread."""
     try:
         return function()
-    except BaseException as error:  # noqa: BLE001  # SystemExit too: the other side waits for an answer
+    except BaseException as error:  # noqa: BLE001  # SystemExit too: the caller waits for an answer
         return error
     finally:
-        # An error knows this frame by its traceback, and the frame must not know what the work was about.
+        # The traceback of an error keeps this frame alive, and the frame must not keep the function alive.
         del function
 
 
-def _tell(on_done: OnDone, outcome: Any) -> None:
-    """Tell how work ended."""
+def _notify(on_done: OnDone, outcome: Any) -> None:
     try:
         on_done(outcome)
     except Exception:
-        # An event loop that has closed meanwhile, for one.
-        log.exception("%s could not tell how its work ended", threading.current_thread().name)
+        # For example, the event loop has closed in the meantime.
+        log.exception("%s could not report the outcome of its work", threading.current_thread().name)

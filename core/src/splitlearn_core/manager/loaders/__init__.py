@@ -1,1 +1,1 @@
-"""What loads one model from its configuration, in a worker thread."""
+"""Loading one model from its configuration, in a worker thread."""

@@ -1,4 +1,4 @@
-"""One component of a family's model, as the plugin of the family has it."""
+"""Loading one component of a family's model, through the plugin of the family."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Details:
 
 
 def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
-    """Find the files, fetch what is missing, and say what loading takes."""
+    """Find the files, download missing ones, and compute the memory that loading takes."""
     report(Progress("resolving"))
     if config.component is None or config.split_points is None:
         raise ConfigurationError(
@@ -69,28 +69,28 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
 
 
 def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
-    """Build the component and read its weights; all of it or nothing."""
+    """Build the component and read its weights, completely or not at all."""
     details: _Details = plan.details
     refuse_changes(details.files)
 
-    def tell(progress: Progress) -> None:
-        # It is ready once it is verified.
+    def report_until_ready(progress: Progress) -> None:
+        # It is ready only once it is verified, below.
         if progress.stage != "ready":
             report(progress)
 
-    # Before any bytes are asked for, so that importing is not counted as a stall of reading.
+    # Before any bytes are expected, so that importing does not count as stalled reading.
     report(Progress("importing"))
     import_builders(details.model.family)
     (part,) = details.plan.components
     options = replace(details.options, on_layer=partial(report, Progress("building", part.component)))
-    module = load_components(details.model, details.plan, details.table, options, tell)[part.component]
+    module = load_components(details.model, details.plan, details.table, options, report_until_ready)[part.component]
     report(Progress("verifying", part.component, part.nbytes, part.nbytes))
     refuse_changes(details.files)
     return module
 
 
 def hub_options(config: ModelConfig) -> dict[str, Any]:
-    """Return what the configuration says of the Hub."""
+    """Return the configuration's arguments for the Hub."""
     return {
         "cache_dir": config.cache_dir,
         "revision": config.revision,

@@ -1,4 +1,4 @@
-"""A whole model through ``AutoModelForCausalLM``, for what no family is installed or wanted."""
+"""Loading a whole model through ``AutoModelForCausalLM``, which needs no family."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class _Details:
     directory: Path
     files: Mapping[Path, Version]
     nbytes: int
-    #: Of the weights; transformers, too, runs no code of a pickle.
+    #: Format of the weights; transformers, too, runs no code from a pickle.
     format: str
-    #: Whether every byte is read at once, and not page by page when it is used.
+    #: Whether the whole file is read at once, rather than page by page on first use.
     reads: bool
 
 
 def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
-    """Find the files, fetch what is missing, and say what loading takes."""
+    """Find the files, download missing ones, and compute the memory that loading takes."""
     report(Progress("resolving"))
     if config.model_path is None:
         raise ConfigurationError(f"{config.model_id} has no model_path", hint="give a directory or a Hub id")
@@ -62,7 +62,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     stated = checkpoint.config
     if checkpoint.quantization:
         raise CheckpointError(
-            f"{config.model_path} is quantised ({checkpoint.quantization}), and nothing says what memory it takes",
+            f"{config.model_path} is quantised ({checkpoint.quantization}), and the memory that it takes is unknown",
             hint="use the original, unquantised checkpoint",
         )
     report(Progress("importing"))
@@ -74,7 +74,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     tensors = checkpoint.tensors(keys)
     check_against_tensors(stated, tensors.values(), config.model_path)
     dtype = resolve_dtype(config.dtype, stated, ()) if config.dtype != "auto" else default_dtype(checkpoint, stated)
-    # Small, and looked for by from_pretrained, which is not to ask the Hub itself.
+    # Small, and needed by from_pretrained, which must not contact the Hub itself.
     generation = checkpoint.optional_file("generation_config.json")
     if generation is not None:
         check_numbers(read_object(generation, MAX_CONFIG_BYTES), str(generation))
@@ -90,7 +90,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
 
 
 def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
-    """Build the model and read its weights; all of it or nothing."""
+    """Build the model and read its weights, completely or not at all."""
     details: _Details = plan.details
     refuse_changes(details.files)
     report(Progress("importing"))
@@ -100,9 +100,9 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
         from splitlearn_core.build.pretrained import alone, refuse_incomplete
 
     if details.reads:
-        # from_pretrained has to be alone while it works, so what can be done before it, is.
+        # from_pretrained runs under a lock, so the files are read before it.
         read_in(details.files, report)
-    with alone(lambda: report(Progress("building"))), _blaming(config.model_path or ""):
+    with alone(lambda: report(Progress("building"))), _transformers_errors(config.model_path or ""):
         module, info = AutoModelForCausalLM.from_pretrained(
             details.directory,
             dtype=plan.dtype,
@@ -111,7 +111,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
             trust_remote_code=False,
             # None would prefer safetensors too, and look on the Hub for a converted copy.
             use_safetensors=details.format == SAFETENSORS,
-            # So that all of them are listed, and not only counted; the model is refused below.
+            # So that all of them are listed, not only counted; refuse_incomplete refuses the model.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -125,7 +125,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
 
 
 def _check_is_known(model: str, stated: Mapping[str, Any]) -> None:
-    """Refuse a model whose code would have to come with it."""
+    """Refuse a model type whose code is not part of transformers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if stated["model_type"] not in CONFIG_MAPPING:
@@ -137,10 +137,11 @@ def _check_is_known(model: str, stated: Mapping[str, Any]) -> None:
 
 
 def _memory(tensors: Iterable[TensorInfo], dtype: str, device: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Return what loading takes at its peak, and what is kept, by ledger."""
+    """Return the bytes at the peak of loading, and those kept afterwards, by ledger."""
     planned = [PlannedTensor(info.key, info) for info in tensors]
     loaded = sum(loaded_nbytes(tensor, dtype) for tensor in planned)
-    converted = sum(loaded_nbytes(t, dtype) for t in planned if _is_converted(t.info, dtype))
+    floating = [tensor for tensor in planned if tensor.info.dtype in FLOAT_DTYPES.values()]
+    converted = sum(loaded_nbytes(tensor, dtype) for tensor in floating if tensor.info.dtype != FLOAT_DTYPES[dtype])
     needs = {HOST: converted, MAPPED: loaded - converted}
     if device == "cpu":
         return needs, needs
@@ -149,13 +150,9 @@ def _memory(tensors: Iterable[TensorInfo], dtype: str, device: str) -> tuple[dic
     return {**needs, ledger: needs.get(ledger, 0) + loaded}, {HOST: 0, MAPPED: 0, ledger: loaded}
 
 
-def _is_converted(info: TensorInfo, dtype: str) -> bool:
-    return info.dtype in FLOAT_DTYPES.values() and info.dtype != FLOAT_DTYPES[dtype]
-
-
 @contextmanager
-def _blaming(model: str) -> Iterator[None]:
-    """Say that it was transformers that could not load it, and which of its inputs to look at."""
+def _transformers_errors(model: str) -> Iterator[None]:
+    """Translate errors of ``from_pretrained``, each with a hint at the input to check."""
     from safetensors import SafetensorError
 
     try:
@@ -165,15 +162,15 @@ def _blaming(model: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise InvalidCheckpointError(
-            f"a weight file of {model} is no sound safetensors file: {reason(error)}",
-            hint="fetch or write the file anew",
+            f"a weight file of {model} is not a valid safetensors file: {reason(error)}",
+            hint="download or write the file again",
         ) from error
     except (ValueError, ImportError, KeyError) as error:
         raise ConfigurationError(
             f"transformers cannot load {model}: {said(error)}",
             hint="check the values of config.json, and attn_implementation where it was given",
         ) from error
-    # The model's own code raises what comes of tensors that do not fit.
+    # With tensors that do not fit, the model's own code raises anything.
     except Exception as error:
         raise CheckpointError(
             f"transformers cannot load {model}: {said(error)}",

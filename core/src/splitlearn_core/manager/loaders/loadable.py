@@ -1,4 +1,4 @@
-"""What a loader says before it loads, what it hands out afterwards, and how its errors read."""
+"""The plan and the result of a load, the check for changed files, and the errors of the system."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Where a loader reports, often, from the thread that it works in. It may raise, LoadCancelledError
-#: for one: the loader then lets go of everything and lets the error through.
+#: Called by a loader, often, in the thread in which it works. It may raise, for example
+#: LoadCancelledError: the loader then frees everything and lets the error pass.
 ReportProgress = ProgressCallback
 
-#: The ledger of this machine's memory that no file stands behind.
+#: The ledger of this machine's anonymous memory.
 HOST = "host"
 
 #: The ledger of weights that are pages of their file: they can be dropped and read again.
@@ -39,18 +39,18 @@ MAPPED = "mapped"
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What a load will take, known before it takes it."""
+    """What a load will take, known before it starts."""
 
-    #: Ledger (``host``, ``mapped``, ``cuda:0``, ...) -> bytes, while loading: the peak.
+    #: Ledger (``host``, ``mapped``, ``cuda:0``, ...) -> bytes at the peak of loading.
     needs: Mapping[str, int]
-    #: The same once loaded.
+    #: The same once it is loaded.
     keeps: Mapping[str, int]
     #: The folder or file on this machine.
     location: str
-    #: torch's name of the dtype that the weights will have; ``auto`` where only reading them tells.
+    #: torch's name of the weights' dtype; ``auto`` if it is only known after reading them.
     dtype: str
     device: str
-    #: The loader's own; nobody else looks into it.
+    #: Private to the loader.
     details: Any = None
 
 
@@ -67,13 +67,13 @@ class LoadedModel:
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SMALLER = "load a smaller dtype or fewer layers, unload another model, or map the file: dtype='auto' on the CPU"
 
-#: How torch's allocators say that they have no more; on the CPU it is a plain RuntimeError.
+#: Messages of torch's allocators when memory runs out; on the CPU it is a plain RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")
 
 
 @contextmanager
 def explaining(model: str) -> Iterator[None]:
-    """Turn what reading a model raises into our own errors, each with its way out.
+    """Translate errors of the system and of memory while a model is read.
 
     Args:
         model: The file, folder or repository, as the configuration names it.
@@ -107,33 +107,30 @@ def _of_system(model: str, error: OSError) -> SplitLearnError:
             f"{where}: the disk is full: {reason}", hint="free some space, or choose another disk with cache_dir"
         )
     if isinstance(error, FileNotFoundError):
-        return MissingFileError(f"{where} is not there (any more): {reason}", hint="check model_path, or fetch it anew")
+        return MissingFileError(f"{where} does not exist: {reason}", hint="check model_path, or download it again")
     if isinstance(error, PermissionError):
-        return CheckpointError(f"{where} may not be read: {reason}", hint=f"make it readable for {_user()}")
+        user = f"the user of this process ({os.getuid()})" if sys.platform != "win32" else "the user of this process"
+        return CheckpointError(f"{where} may not be read: {reason}", hint=f"make it readable for {user}")
     return CheckpointError(f"{where} cannot be read: {reason}", hint="check the file and the disk, then try again")
 
 
-def _user() -> str:
-    return f"the user of this process ({os.getuid()})" if sys.platform != "win32" else "the user of this process"
-
-
-#: What tells one version of a file from another: its place, its size, and when it was written.
+#: Identifies one version of a file: device, inode, size and modification time.
 Version = tuple[int, int, int, int]
 
 
 def versions(paths: Iterable[Path]) -> dict[Path, Version]:
-    """Remember which files these are."""
+    """Return the present version of each file."""
     return {path: _version(path) for path in paths}
 
 
-def refuse_changes(seen: Mapping[Path, Version]) -> None:
-    """Refuse files that are not those any more that were looked at before.
+def refuse_changes(planned: Mapping[Path, Version]) -> None:
+    """Refuse files that have changed since they were planned.
 
     Raises:
-        MissingFileError: One is gone.
-        InvalidCheckpointError: One was replaced, written to or cut.
+        FileNotFoundError: A file is gone.
+        InvalidCheckpointError: A file was replaced, written to or truncated.
     """
-    for path, version in seen.items():
+    for path, version in planned.items():
         now = _version(path)
         if now != version:
             size = f": it had {version[2]} bytes, now {now[2]}" if now[2] != version[2] else ""
@@ -144,7 +141,7 @@ def refuse_changes(seen: Mapping[Path, Version]) -> None:
 
 
 def _version(path: Path) -> Version:
-    found = path.stat()
-    # More of a file that came in ranges may come while this load goes on; what is there stays as it is.
-    written = 0 if grows(path) else found.st_mtime_ns
-    return found.st_dev, found.st_ino, found.st_size, written
+    status = path.stat()
+    # A file downloaded by ranges may grow while it is loaded; the bytes that are present do not change.
+    written = 0 if grows(path) else status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, written

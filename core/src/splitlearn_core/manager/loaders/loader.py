@@ -1,7 +1,7 @@
 """Loading one model from its configuration, in the calling thread: plan, load, warm up.
 
-Nothing here awaits, and importing it imports no torch. What each of the three kinds of models is,
-is in a module of its own with a ``plan`` and a ``load``; this one says what they have in common.
+Nothing here awaits, and importing it imports no torch. Each of the three kinds of models has a module
+of its own with a ``plan`` and a ``load``; this one holds what they have in common.
 """
 
 from __future__ import annotations
@@ -25,51 +25,63 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PROMPT_TOKENS = 8
-_ROUNDS = 2
+#: Forward passes of a warm-up: a prompt and one more token, so many times.
+_WARM_UP_ROUNDS = 2
 
 
 class Kind(Protocol):
-    """A kind of models: one of the modules beside this one."""
+    """A kind of model: one of the modules of this package."""
 
     def plan(self, config: ModelConfig, report: ReportProgress) -> LoadPlan:
-        """Find the files, fetch what is missing, and say what loading takes."""
+        """Find the files, download missing ones, and compute the memory that loading takes."""
 
     def load(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
-        """Build the module and read its weights; all of it or nothing."""
+        """Build the module and read its weights, completely or not at all."""
 
 
 class ModelLoader:
     """Loads what a :class:`ModelConfig` describes.
 
-    Every method works in the calling thread, for seconds or minutes, and reports all the while. A
-    ``report`` that raises stops the work: its exception comes out as it is, and nothing is left
-    behind but what was downloaded. Any number of threads may use one loader.
+    Every method works in the calling thread, for seconds or minutes, and reports throughout. A
+    ``report`` that raises stops the work: its exception passes unchanged, and nothing is kept
+    except downloads. Any number of threads may use one loader.
     """
 
     def plan(self, config: ModelConfig, report: ReportProgress) -> LoadPlan:
-        """Find the files, fetch what is missing, and say what loading takes.
+        """Find the files, download missing ones, and compute the memory that loading takes.
 
         Raises:
-            SplitLearnError: The model cannot be loaded, by its files, its configuration or its size.
+            SplitLearnError: The model cannot be loaded, because of its files, its configuration or its size.
         """
         with explaining(_name(config)):
             plan = _kind(config).plan(config, report)
-        _check_limit(config, plan)
+        # All ledgers together, mapped pages too.
+        needed = sum(plan.needs.values())
+        if config.max_memory_mb is not None and needed > config.max_memory_mb * MEGABYTE:
+            parts = ", ".join(f"{human_bytes(count)} {ledger}" for ledger, count in plan.needs.items() if count)
+            raise InsufficientMemoryError(
+                f"{_name(config)} takes {human_bytes(needed)} ({parts}), "
+                f"and its max_memory_mb allows {human_bytes(config.max_memory_mb * MEGABYTE)}",
+                hint=f"raise max_memory_mb to {-(-needed // MEGABYTE)}, or load fewer layers or a smaller dtype",
+            )
         return plan
 
     def load(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> LoadedModel:
         """Carry a plan out.
 
         Raises:
-            SplitLearnError: The files are not (any more) what was planned, or memory ran out.
+            SplitLearnError: The files changed since they were planned, or memory ran out.
         """
         with explaining(_name(config)):
             module = _kind(config).load(config, plan, report)
-        dtype = plan.dtype if plan.dtype != "auto" else _dtype_of(module)
+        dtype = plan.dtype
+        if dtype == "auto":
+            tensors = [*module.parameters(), *module.buffers()]
+            dtype = next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "auto")
         return LoadedModel(module, plan.location, dtype, plan.device)
 
     def warm_up(self, config: ModelConfig, loaded: LoadedModel, report: ReportProgress) -> None:
-        """Run the forward passes of a short prompt and of one more token, so that the first caller need not wait.
+        """Run the forward passes of a short prompt and of one more token, so that the first call is not slow.
 
         Raises:
             ConfigurationError: The module does not run on this device, in this dtype.
@@ -77,14 +89,14 @@ class ModelLoader:
         """
         component = config.component
         try:
-            # As calls are made: what a model computes once and keeps, from inference_mode, could not be trained with.
+            # In the mode of calls: tensors that a model caches in inference_mode could not be trained with.
             with explaining(_name(config)), recording(gradients=False):
-                for _ in range(_ROUNDS):
+                for _ in range(_WARM_UP_ROUNDS):
                     report(Progress("warming up", component))
                     _one_round(loaded, component, lambda: report(Progress("warming up", component)))
         except SplitLearnError:
             raise
-        # The model's own code raises what comes of a device or dtype that it does not bear.
+        # With a device or dtype that it does not support, the model's own code raises anything.
         except Exception as error:
             raise ConfigurationError(
                 f"{_name(config)} was loaded but does not run: {said(error)}",
@@ -98,8 +110,8 @@ class ModelLoader:
         """Load a model at once, in the calling thread.
 
         Args:
-            config: What to load; a mapping is taken for its fields.
-            progress: Called as the load goes on.
+            config: What to load; a mapping holds its fields.
+            progress: Called as the load proceeds.
 
         Raises:
             SplitLearnError: It cannot be loaded.
@@ -123,27 +135,8 @@ def _name(config: ModelConfig) -> str:
     return config.model_path or f"the default model of {config.model_type}"
 
 
-def _check_limit(config: ModelConfig, plan: LoadPlan) -> None:
-    """Hold a plan against the configuration's own limit: all ledgers together, mapped pages too."""
-    if config.max_memory_mb is None:
-        return
-    limit, needed = config.max_memory_mb * MEGABYTE, sum(plan.needs.values())
-    if needed > limit:
-        parts = ", ".join(f"{human_bytes(count)} {ledger}" for ledger, count in plan.needs.items() if count)
-        raise InsufficientMemoryError(
-            f"{_name(config)} takes {human_bytes(needed)} ({parts}), and its max_memory_mb allows {human_bytes(limit)}",
-            hint=f"raise max_memory_mb to {-(-needed // MEGABYTE)}, or load fewer layers or a smaller dtype",
-        )
-
-
-def _dtype_of(module: torch.nn.Module) -> str:
-    """Return the dtype of a module's first floating tensor, by torch's name."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "auto")
-
-
 def _one_round(loaded: LoadedModel, component: str | None, between: Any) -> None:
-    """Run a prompt, and one token that goes on from it."""
+    """Run a prompt, and one token that continues it."""
     import torch
 
     module: Any = loaded.module
@@ -157,9 +150,9 @@ def _one_round(loaded: LoadedModel, component: str | None, between: Any) -> None
     if component is None:
         output = module(input_ids=prompt, use_cache=True)
         between()
-        # Newer versions of transformers call it by another name.
-        kept = next((name for name in ("cache", "past_key_values") if name in output), None)
-        module(input_ids=prompt[:, :1], use_cache=True, **({kept: output[kept]} if kept else {}))
+        # The name depends on the version of transformers.
+        name = next((name for name in ("cache", "past_key_values") if name in output), None)
+        module(input_ids=prompt[:, :1], use_cache=True, **({name: output[name]} if name else {}))
         return
     cache = module.new_cache()
     module(prompt, past_key_values=cache)

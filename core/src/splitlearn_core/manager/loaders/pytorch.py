@@ -1,7 +1,7 @@
-"""A ``.pt`` or ``.pth`` file: a state dict for a class that is named, or a whole module out of a pickle.
+"""Loading a ``.pt`` or ``.pth`` file: a state dict for a given class, or a whole pickled module.
 
-A pickle can run any code when it is opened. So only tensors and plain values are taken from the
-file, unless the configuration says ``allow_pickle``.
+A pickle can run any code when it is opened. So only tensors and plain values are read from the file,
+unless the configuration sets ``allow_pickle``.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Where training scripts put the state dict among other things.
-_NESTED = ("state_dict", "model_state_dict", "model")
-#: Bytes of the smallest plain floating dtype: what is converted may have been that small.
-_SMALLEST = 2
+#: Keys under which training scripts save the state dict.
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+#: Bytes of the smallest floating dtype that a converted tensor may have been stored in.
+_SMALLEST_FLOAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +51,16 @@ class _Details:
     files: Mapping[Path, Version]
     size: int
     mappable: bool
-    #: Whether every byte is read at once, and not page by page when it is used.
+    #: Whether the whole file is read at once, rather than page by page on first use.
     reads: bool
 
 
 def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
-    """Find the file, and say what loading takes."""
+    """Find the file, and compute the memory that loading takes."""
     report(Progress("resolving"))
     if config.warmup:
         raise ConfigurationError(
-            f"{config.model_id} cannot be warmed up: nothing says what a PyTorch module takes",
+            f"{config.model_id} cannot be warmed up: the inputs of a PyTorch module are unknown",
             hint="leave warmup out, and call the model once yourself",
         )
     path = _find(config)
@@ -78,7 +78,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
 
 
 def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
-    """Read the file and fill the module; all of it or nothing."""
+    """Read the file and fill the module, completely or not at all."""
     details: _Details = plan.details
     refuse_changes(details.files)
     if details.reads:
@@ -88,7 +88,12 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
     module = _module(config, saved, report)
     del saved
     report(Progress("verifying", None, details.size, details.size, details.path.name))
-    _check_complete(config, module)
+    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise InvalidCheckpointError(
+            f"{config.model_path} leaves tensors of {config.architecture} without values: {listed(empty)}",
+            hint="register them as persistent, or compute them in the class without torch.empty",
+        )
     refuse_changes(details.files)
     return module.to(config.device).eval()
 
@@ -108,31 +113,31 @@ def _find(config: ModelConfig) -> Path:
 
 
 def _memory(config: ModelConfig, size: int, mappable: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Return what loading takes at its peak, and what is kept, by ledger; the file's size stands for its tensors'."""
+    """Return the bytes at the peak of loading, and those kept afterwards, by ledger, estimated by the file's size."""
     loaded = size
     if config.dtype != "auto":
-        loaded = size * max(1, DTYPE_BYTES[FLOAT_DTYPES[config.dtype]] // _SMALLEST)
+        loaded = size * max(1, DTYPE_BYTES[FLOAT_DTYPES[config.dtype]] // _SMALLEST_FLOAT)
     if config.device == "cpu" and config.dtype == "auto":
         needs = {HOST: 0, MAPPED: size} if mappable else {HOST: size, MAPPED: 0}
         return needs, needs
-    # Read, and then converted or moved tensor by tensor.
+    # Read, then converted or moved tensor by tensor.
     read, ledger = 0 if mappable else size, ledger_of(config.device)
     needs = {HOST: read, MAPPED: 0}
     return {**needs, ledger: needs.get(ledger, 0) + loaded}, {HOST: 0, MAPPED: 0, ledger: loaded}
 
 
 def _read(config: ModelConfig, details: _Details) -> Any:
-    """Return what is in the file."""
+    """Return the object in the file."""
     if config.allow_pickle:
         warning = f"{details.path} is unpickled whole, which can run any code (allow_pickle=True)"
         log.warning(warning)
         warnings.warn(warning, UserWarning, stacklevel=2)
     with explaining(str(details.path)):
-        # The configuration decides, and what it decided was said.
+        # Allowed by the configuration alone; the warning is above.
         return open_torch_file(
             details.path,
             allow_pickle=config.allow_pickle,
-            hint="save module.state_dict() instead; or, for a file of your own making, set allow_pickle=True",
+            hint="save module.state_dict() instead; or, for a file that you wrote yourself, set allow_pickle=True",
         )
 
 
@@ -144,71 +149,73 @@ def _module(config: ModelConfig, saved: Any, report: ReportProgress) -> torch.nn
     state = _state_dict(config, saved)
     if config.architecture is None:
         raise ConfigurationError(
-            f"{config.model_path} holds a state dict, and nothing says what module it fills",
+            f"{config.model_path} holds a state dict, but no module to fill is configured",
             hint="name the class: architecture='package.module:Class'",
         )
     from splitlearn_core.build.pruning import skeleton
 
-    made = _architecture(config.architecture)
+    make = _architecture(config.architecture)
     try:
-        # Buffers that the file does not hold are computed; parameters take no memory.
+        # Buffers that the file lacks are computed; parameters take no memory.
         with skeleton(torch.get_default_dtype()):
-            module: torch.nn.Module = made()
-    # The class is the user's own: it raises what it likes.
+            module: torch.nn.Module = make()
+    # The user's own class may raise anything.
     except Exception as error:
         raise ConfigurationError(
-            f"{config.architecture} cannot be made without arguments: {said(error)}",
-            hint="name a class, or a function, that takes none",
+            f"{config.architecture} cannot be called without arguments: {said(error)}",
+            hint="name a class, or a function, that needs none",
         ) from error
-    _refuse_misfit(config, module, state)
+    _check_tensors(config, module, state)
     module.load_state_dict(_placed(config, state, report), strict=True, assign=True)
     return module
 
 
 def _architecture(name: str) -> Any:
-    """Import the class, or the function that makes a module."""
+    """Import the class, or the function that returns a module."""
     module, _, path = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        attribute: Any = importlib.import_module(module)
         for part in path.split("."):
-            found = getattr(found, part)
-    # Importing runs the user's own module: it raises what it likes.
+            attribute = getattr(attribute, part)
+    # The user's own module may raise anything.
     except Exception as error:
         raise ConfigurationError(
             f"the architecture {name} cannot be imported: {said(error)}",
             hint="write it as package.module:Class, of a package that this Python can import",
         ) from error
-    if not callable(found):
-        raise ConfigurationError(f"the architecture {name} is {type(found).__name__}, no class", hint="name a class")
-    return found
+    if not callable(attribute):
+        raise ConfigurationError(
+            f"the architecture {name} is {type(attribute).__name__}, no class", hint="name a class"
+        )
+    return attribute
 
 
 def _state_dict(config: ModelConfig, saved: Any) -> dict[str, Any]:
-    """Find the state dict, alone or among other things that were saved with it."""
+    """Return the state dict, which may be nested in a training checkpoint."""
     import torch
 
-    found = saved
-    if isinstance(found, Mapping) and not any(isinstance(value, torch.Tensor) for value in found.values()):
-        found = next((found[name] for name in _NESTED if isinstance(found.get(name), Mapping)), found)
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+    state = saved
+    if isinstance(saved, Mapping) and not any(isinstance(value, torch.Tensor) for value in saved.values()):
+        state = next((saved[name] for name in _STATE_DICT_KEYS if isinstance(saved.get(name), Mapping)), saved)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise InvalidCheckpointError(
-            f"{config.model_path} holds a {type(found).__name__}, no state dict", hint="save module.state_dict()"
+            f"{config.model_path} holds a {type(state).__name__}, no state dict", hint="save module.state_dict()"
         )
-    return dict(found)
+    return dict(state)
 
 
-def _refuse_misfit(config: ModelConfig, module: Any, state: Mapping[str, Any]) -> None:
+def _check_tensors(config: ModelConfig, module: Any, state: Mapping[str, Any]) -> None:
     if not hasattr(module, "state_dict"):
         raise ConfigurationError(
-            f"{config.architecture} makes a {type(module).__name__}, no torch.nn.Module", hint="name a module's class"
+            f"{config.architecture} returns a {type(module).__name__}, no torch.nn.Module", hint="name a module's class"
         )
-    wanted = module.state_dict()
-    problems = [f"missing: {name}" for name in wanted if name not in state]
-    problems += [f"unexpected: {name}" for name in state if name not in wanted]
-    for name in wanted.keys() & state.keys():
-        own, there = getattr(wanted[name], "shape", None), getattr(state[name], "shape", None)
-        if own != there:
-            problems.append(f"mis-shaped: {name} is {_words(there)} in the file, {_words(own)} in the class")
+    expected = module.state_dict()
+    problems = [f"missing: {name}" for name in expected if name not in state]
+    problems += [f"unexpected: {name}" for name in state if name not in expected]
+    for name in expected.keys() & state.keys():
+        shape, stored = getattr(expected[name], "shape", None), getattr(state[name], "shape", None)
+        if shape != stored:
+            problems.append(f"mis-shaped: {name} is {_shown(stored)} in the file, {_shown(shape)} in the class")
     if problems:
         raise TensorMismatchError(
             f"the tensors of {config.model_path} are not those of {config.architecture}; "
@@ -217,15 +224,15 @@ def _refuse_misfit(config: ModelConfig, module: Any, state: Mapping[str, Any]) -
         )
 
 
-def _words(shape: Any) -> str:
+def _shown(shape: Any) -> str:
     return str(list(shape)) if shape is not None else "no tensor"
 
 
 def _placed(config: ModelConfig, state: dict[str, Any], report: ReportProgress) -> dict[str, Any]:
-    """Convert and move tensors one by one, each let go of in turn; what shared memory, still does."""
+    """Convert and move tensors one by one, freeing each in turn; tensors that share memory still do."""
     import torch
 
-    wanted = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    target = None if config.dtype == "auto" else getattr(torch, config.dtype)
     total = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
     placed: dict[str, Any] = {}
     shared: dict[tuple[object, ...], Any] = {}
@@ -237,18 +244,9 @@ def _placed(config: ModelConfig, state: dict[str, Any], report: ReportProgress) 
             continue
         key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
         if key not in shared:
-            dtype = wanted if wanted is not None and value.is_floating_point() else value.dtype
+            dtype = target if target is not None and value.is_floating_point() else value.dtype
             shared[key] = value.detach().to(device=config.device, dtype=dtype)
         placed[name] = shared[key]
         done += value.nbytes
         report(Progress("building", None, done, total))
     return placed
-
-
-def _check_complete(config: ModelConfig, module: torch.nn.Module) -> None:
-    empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    if empty:
-        raise InvalidCheckpointError(
-            f"{config.model_path} leaves tensors of {config.architecture} without values: {listed(empty)}",
-            hint="register them as persistent, or compute them in the class without torch.empty",
-        )
