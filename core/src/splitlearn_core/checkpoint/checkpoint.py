@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.config_json import (
-    ADAPTER_CONFIG,
-    CONFIG,
     check_config,
     needed_reader,
     read_config,
@@ -20,6 +18,7 @@ from splitlearn_core.checkpoint.config_json import (
     read_weight_map,
 )
 from splitlearn_core.checkpoint.hub.fetch_plan import Span, Wanted
+from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.torch_file import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
@@ -29,10 +28,6 @@ from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, Tensor
 
 log = logging.getLogger(__name__)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-TORCH_SINGLE = "pytorch_model.bin"
-TORCH_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: What stands for the method of MLX, which names none.
 MLX = "MLX"

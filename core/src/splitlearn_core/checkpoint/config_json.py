@@ -70,13 +70,8 @@ def _recode(where: str, encoding: str) -> str:
     return f'write it in UTF-8: python -c "{code}" {shlex.quote(where)}'
 
 
-CONFIG = "config.json"
-
 #: Ends of weight files that a package of their own reads: what they are, the package, its folder in a checkout.
 _READ_BY_OTHERS = {".gguf": ("GGUF", "splitlearn-gguf", "./plugins/gguf")}
-
-#: Of an adapter that PEFT saved.
-ADAPTER_CONFIG = "adapter_config.json"
 
 #: What readers of a configuration rely on: name -> type, and how a message names it.
 _TYPES: Mapping[str, tuple[type, str]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from splitlearn_core.checkpoint.config_json import ADAPTER_CONFIG, CONFIG, base_of, needed_reader
+from splitlearn_core.checkpoint.config_json import base_of, needed_reader
 from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted, here
+from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.errors import MissingFileError
 from splitlearn_core.quoting import listed

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from splitlearn_core.checkpoint.config_json import parse_object
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
@@ -212,8 +213,8 @@ class _Reader:
             records[name] = FileRecord(
                 self._number(fields.get("size"), f"files: size of {quote(name)}", _MAX_SIZE), digest
             )
-        if "config.json" not in records or not any(name.endswith(".safetensors") for name in records):
-            self._problems.append("files lacks config.json or the weights")
+        if CONFIG not in records or not any(name.endswith(".safetensors") for name in records):
+            self._problems.append(f"files lacks {CONFIG} or the weights")
         return records
 
     def _samples(self, value: Any) -> dict[str, str]:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
-from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import CHUNK_BYTES, Progress, ProgressCallback, TensorInfo
 
-_CHUNK = 8 * 2**20
 #: Readers at once; the kernel reads a few megabytes ahead for each.
 _READERS = 2
 #: Linux's numbers: fill the page tables and read what is missing, since 5.14.
@@ -35,7 +34,11 @@ def read_ahead(tensors: Iterable[TensorInfo], paths: Mapping[str, Path]) -> None
     # Asking for what is there already would only take time from whoever loads it.
     ranges = [(shard, begin, end) for shard, begin, end in _ranges(tensors) if not is_cached(paths[shard], begin, end)]
     chunks = iter(
-        [(shard, at, min(at + _CHUNK, end)) for shard, begin, end in ranges for at in range(begin, end, _CHUNK)]
+        [
+            (shard, at, min(at + CHUNK_BYTES, end))
+            for shard, begin, end in ranges
+            for at in range(begin, end, CHUNK_BYTES)
+        ]
     )
     for _ in range(_READERS if ranges else 0):
         threading.Thread(target=_fill, args=(chunks, paths), name="splitlearn-read-ahead", daemon=True).start()
@@ -49,7 +52,7 @@ def read_in(paths: Iterable[Path], progress: ProgressCallback) -> None:
     """
     sizes = {path: path.stat().st_size for path in paths}
     done, total = 0, sum(sizes.values())
-    buffer = bytearray(_CHUNK)
+    buffer = bytearray(CHUNK_BYTES)
     for path, size in sizes.items():
         progress(Progress("reading", None, min(done, total), total, path.name))
         if is_cached(path, 0, size):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from splitlearn_core.checkpoint.config_json import CONFIG, needed_reader
+from splitlearn_core.checkpoint.config_json import needed_reader
 from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted
 from splitlearn_core.checkpoint.hub.repository import HubSource
 from splitlearn_core.checkpoint.local_directory import DirectorySource
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.quoting import reason
 from splitlearn_core.types import ProgressCallback, TensorInfo

@@ -26,7 +26,7 @@ from splitlearn_core.readers.staging import (
     slot_bytes,
     slot_count,
 )
-from splitlearn_core.types import SAFETENSORS
+from splitlearn_core.types import CHUNK_BYTES, SAFETENSORS
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +136,7 @@ def _read_each(descriptor: int, views: Sequence[memoryview], position: int) -> i
 _read: Callable[[int, Sequence[memoryview], int], int] = getattr(os, "preadv", _read_each)
 
 
-#: Bytes that are read with one call. Those that are converted or moved are read in smaller pieces,
-#: which are still in the processor's cache when they are.
-CHUNK_BYTES = 8 * 2**20
+#: Bytes of one read where they are converted or moved: a piece is then still in the processor's cache.
 STAGED_BYTES = 2**20
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from splitlearn_core.checkpoint.regular_files import open_regular, path_of
 from splitlearn_core.checkpoint.safetensors_header import header_of
-from splitlearn_core.loading_strategy import CHUNK_BYTES, ReadPlan, refused_formats, torch_dtype
+from splitlearn_core.loading_strategy import ReadPlan, refused_formats, torch_dtype
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.readers.checks import refuse_changed, refuse_cut
 from splitlearn_core.readers.staging import ALIGNMENT, fresh_memory
-from splitlearn_core.types import SAFETENSORS, stored_dtype
+from splitlearn_core.types import CHUNK_BYTES, SAFETENSORS, stored_dtype
 
 if TYPE_CHECKING:
     import torch
