@@ -134,7 +134,14 @@ def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index again")
     # Each name is checked once: an index has a thousand tensors and a few dozen shards.
-    valid = {shard for shard in {str(shard) for shard in weight_map.values()} if _is_shard_name(shard, suffix)}
+    # A valid one has no folder, under the rules of POSIX and of Windows.
+    valid = {
+        shard
+        for shard in {str(shard) for shard in weight_map.values()}
+        if shard.endswith(suffix)
+        and "\0" not in shard
+        and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
+    }
     wrong = [
         f"{quote(key)} -> {quote(shard)}"
         for key, shard in weight_map.items()
@@ -173,12 +180,3 @@ def base_of(path: Path) -> str:
     except InvalidCheckpointError:
         stated = None
     return plain(stated) if isinstance(stated, str) and stated else "its base model"
-
-
-def _is_shard_name(shard: str, suffix: str) -> bool:
-    # One plain name under the rules of POSIX and of Windows, on either system.
-    return (
-        shard.endswith(suffix)
-        and "\0" not in shard
-        and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
-    )

@@ -92,16 +92,11 @@ def origin_mismatches(origins: Sequence[Origin], *, dtypes: bool = True) -> list
             for name, label in fields.items()
             if getattr(first, name) != getattr(other, name)
         ]
-    return problems + _sample_mismatches(origins)
-
-
-def _sample_mismatches(origins: Sequence[Origin]) -> list[str]:
-    """Describe which components read files of one name that hold different values."""
-    first: dict[str, tuple[Origin, str]] = {}
-    problems = []
+    # The first component that read each file, and its sample.
+    first_samples: dict[str, tuple[Origin, str]] = {}
     for origin in origins:
         for name, sample in origin.samples.items():
-            other, other_sample = first.setdefault(name, (origin, sample))
+            other, other_sample = first_samples.setdefault(name, (origin, sample))
             if sample != other_sample:
                 problems.append(f"the values of {name} differ: {other}, {origin}")
                 break
