@@ -382,7 +382,7 @@ def test_memory_that_runs_out_in_the_middle(
     """At a piece in the middle of the trunk; what was allocated and read before it is freed, without a collection."""
     alive: list[weakref.ref[torch.Tensor]] = []
     settled: list[object] = []
-    settle, allocate = staging.HostLanding.settle, staging.fresh_memory
+    settle, allocate = staging.HostStaging.settle, staging.fresh_memory
 
     def settle_some(self: Any, piece: Any, slot: Any) -> None:
         if len(settled) == after:
@@ -401,7 +401,7 @@ def test_memory_that_runs_out_in_the_middle(
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(copied, "CHUNK_BYTES", 1024)
-                patch.setattr(staging.HostLanding, "settle", settle_some)
+                patch.setattr(staging.HostStaging, "settle", settle_some)
                 patch.setattr(staging, "fresh_memory", allocate_seen)
                 await fails(models, part(single, strategy="copied"), InsufficientMemoryError)
             assert len(settled) == after

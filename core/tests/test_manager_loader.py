@@ -875,7 +875,7 @@ def test_the_loader_is_light(world: Any) -> None:
 
 def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A MemoryError in the middle of reading, as the allocator raises it."""
-    landed = staging.HostLanding.landed
+    landed = staging.HostStaging.filled
 
     def scarce(self: Any, piece: Any, slot: Any) -> Any:
         if piece.begin > 10_000:
@@ -883,7 +883,7 @@ def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkey
         return landed(self, piece, slot)
 
     small_chunks(monkeypatch, 1024)
-    monkeypatch.setattr(staging.HostLanding, "landed", scarce)
+    monkeypatch.setattr(staging.HostStaging, "filled", scarce)
     with pytest.raises(InsufficientMemoryError, match="ran out") as caught:
         load(component(single, strategy="copied"))
     assert caught.value.hint

@@ -29,6 +29,7 @@ from splitlearn_core import (
 )
 from splitlearn_core.checkpoint.manifest import MANIFEST
 from splitlearn_core.storage.durable_files import Buffers, range_pieces
+from splitlearn_core.types import DTYPE_BYTES, dtype_names, stored_dtype
 
 pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
@@ -173,6 +174,28 @@ def test_trained_components_are_saved_and_merged(single: Path, tmp_path: Path) -
     for key, tensor in trunk.state_dict().items():
         assert torch.equal(tensor, parts.trunk.state_dict()[key])
     assert json.loads((tmp_path / "trunk/trunk" / MANIFEST).read_text())["own_values"] is True
+
+
+def test_the_dtypes_of_safetensors_have_a_dtype_of_torch() -> None:
+    """The two tables name the same dtypes, and agree on the bytes of an element."""
+    assert {name: dtype.itemsize for dtype, name in dtype_names().items()} == DTYPE_BYTES
+
+
+@pytest.mark.parametrize("name", DTYPE_BYTES)
+def test_a_tensor_in_memory_of_any_dtype_is_saved(single: Path, tmp_path: Path, name: str) -> None:
+    """Its bytes are in the file, under the name that safetensors has for its dtype."""
+    trunk = load_split_model("llama", CUTS, single, parts=["trunk"]).trunk
+    assert trunk is not None
+    norm = trunk.get_submodule("model.layers.2.input_layernorm")
+    shape = norm.get_parameter("weight").shape
+    raw = torch.randint(0, 2 if name == "BOOL" else 256, (shape.numel() * DTYPE_BYTES[name],), dtype=torch.uint8)
+    values = raw.view(stored_dtype(name)).view(shape)
+    norm.weight = torch.nn.Parameter(values, requires_grad=False)
+
+    save_split(trunk, tmp_path / "out")
+
+    saved = content(tmp_path / "out/trunk")
+    assert saved["model.layers.2.input_layernorm.weight"] == (name, list(shape), raw.numpy().tobytes())
 
 
 def test_another_dtype_is_loaded_and_saved(single: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_deep_and_long_values_are_refused(nested: str) -> None:
 def test_names_lead_nowhere(name: str) -> None:
     """A manifest names files beside itself."""
     files = {**SOUND["files"], name: {"size": 1, "sha256": "3" * 64}}
-    with pytest.raises(InvalidCheckpointError, match="no file beside the manifest"):
+    with pytest.raises(InvalidCheckpointError, match="no file next to the manifest"):
         parse_manifest(json.dumps({**SOUND, "files": files}).encode(), "here")
 
 

@@ -16,6 +16,7 @@ from typing import (
 )
 
 from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, Wanted
+from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.errors import InvalidSplitError
 from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import load_components
@@ -408,8 +409,7 @@ def load_options(
 
 
 #: Small files that a load reads where there are any.
-_SETTINGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-_OF_TOP = "generation_config.json"
+_SETTINGS = (CONFIG, INDEX, TORCH_INDEX)
 
 
 def plan_model_fetch(
@@ -436,7 +436,7 @@ def plan_model_fetch(
     """
     checkpoint = model.checkpoint
     files = checkpoint.source.files()
-    settings = [*_SETTINGS, *([_OF_TOP] if parts is None or Component.TOP in parts else []), *others]
+    settings = [*_SETTINGS, *([GENERATION_CONFIG] if parts is None or Component.TOP in parts else []), *others]
     small: Wanted = dict.fromkeys(name for name in settings if name in files)
     weights = checkpoint.source.plan_fetch({**small, **_weights(model, split_points, parts, dtype, whole)})
     return FetchPlan(model.name, checkpoint.source.commit, weights)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.checkpoint.names import TOKENIZER_FILES, TOKENIZER_PREFIXES
 from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.quoting import reason, said
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
 
 _HINT = "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +44,12 @@ class Generation:
 
 def has_tokenizer(model: OpenModel) -> bool:
     """Return whether the checkpoint has a tokenizer."""
-    return any(name in model.checkpoint.source.files() for name in _TOKENIZER_FILES)
+    return any(name in model.checkpoint.source.files() for name in TOKENIZER_FILES)
 
 
 def tokenizer_files(model: OpenModel) -> list[str]:
     """Return the names of the files that transformers may need for the tokenizer."""
-    return [name for name in model.checkpoint.source.files() if name.startswith(_TOKENIZER_NAMES)]
+    return [name for name in model.checkpoint.source.files() if name.startswith(TOKENIZER_PREFIXES)]
 
 
 def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None) -> Any:
@@ -71,7 +70,7 @@ def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None
             source.path(name)
     elif (inside := model.checkpoint.pretrained_arguments()) is None:
         raise MissingFileError(
-            f"{model.name} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})",
+            f"{model.name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})",
             hint=_HINT,
         )
     from transformers import AutoTokenizer

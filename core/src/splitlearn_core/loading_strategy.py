@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Bytes of a large tensor that are copied at a time, so that a load reports progress and can be stopped in the
-#: middle of one.
-CHUNK_BYTES = 8 * 2**20
-
-
 class WholeModel:
     """The whole model as transformers loads it: lazily, and once for all components of a load.
 

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.quoting import said
 from splitlearn_core.types import Progress, ProgressCallback
 
@@ -25,7 +26,6 @@ _DIGESTS = "digests.json"
 _HEAD_BYTES = 16 * 2**20
 #: The newest entries are kept.
 _MAX_ENTRIES = 32
-_CONFIG = "config.json"
 
 
 def cache_folder() -> Path:
@@ -72,7 +72,7 @@ def converted_files(file: Path, arguments: dict[str, Any], progress: ProgressCal
     cached = _cached(file)
     if cached is None:
         return {}
-    return {path.name: path for path in sorted(cached.iterdir()) if path.name not in (_DIGESTS, _CONFIG)}
+    return {path.name: path for path in sorted(cached.iterdir()) if path.name not in (_DIGESTS, CONFIG)}
 
 
 def _entry(file: Path) -> Path:

@@ -191,6 +191,10 @@ _STEP = 1024
 #: Bytes of the unit of settings in megabytes.
 MEGABYTE = 2**20
 
+#: Bytes of a file or a large tensor that are read, copied, hashed or written at a time, so that progress is reported
+#: and work can be stopped in the middle of one.
+CHUNK_BYTES = 8 * 2**20
+
 
 def human_bytes(count: float) -> str:
     """Return a number of bytes with a binary unit: 1.5 GiB."""

@@ -10,23 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.checkpoint.config_json import ADAPTER_CONFIG, MAX_CONFIG_BYTES, parse_object
+from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, parse_object
+from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.checkpoint.source import Source, open_source
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.plan.bounds import check_numbers
-from splitlearn_core.types import TensorInfo
+from splitlearn_core.types import CHUNK_BYTES, TensorInfo
 from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
 #: What PEFT's save_pretrained leaves, and core's own.
 _OWN_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"})
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +60,9 @@ def adapter_in(source: Source) -> AdapterFiles:
     """Read the adapter among the files of a source; raises like :func:`open_adapter`."""
     name, there = source.model, source.files()
     absent = [file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if file not in there]
-    if absent and _PICKLE in there:
+    if absent and ADAPTER_PICKLE in there:
         raise InvalidCheckpointError(
-            f"{name} has its weights only in {_PICKLE}, a pickle file, which can run code when it is opened",
+            f"{name} has its weights only in {ADAPTER_PICKLE}, a pickle file, which can run code when it is opened",
             hint="convert it once: load it with PEFT where you trust it, and call save_pretrained",
         )
     if absent:
@@ -82,7 +80,7 @@ def adapter_in(source: Source) -> AdapterFiles:
 def _digest(text: bytes, weights: Path) -> str:
     digest = hashlib.sha256(text)
     with open_regular(weights) as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -22,10 +22,11 @@ from splitlearn_core.adapters.slices import (
     rank_problems,
     slice_keys,
 )
-from splitlearn_core.checkpoint.config_json import ADAPTER_CONFIG
+from splitlearn_core.checkpoint.names import ADAPTER_CONFIG
 from splitlearn_core.checkpoint.regular_files import open_regular, path_of
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
 from splitlearn_core.quoting import SENTENCE, listed, reason, said
+from splitlearn_core.types import stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -508,18 +509,13 @@ def _held(loaded: _Loaded) -> dict[str, torch.Tensor]:
 
 def _slice_tensors(component: ComponentModel, loaded: _Loaded) -> dict[str, torch.Tensor]:
     """Return a component's tensors as they go into the file."""
-    from splitlearn_core.types import FLOAT_DTYPES
-
     if loaded.peft is None:
         return {}
-    import torch
-
     tensors = _held(loaded)
     tensors.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
     if not loaded.is_trainable:
         # PEFT computes with halves in float32. What was not trained goes back without a loss.
-        stored = {of_file: getattr(torch, name) for name, of_file in FLOAT_DTYPES.items()}
-        tensors = {key: tensor.to(stored[loaded.adapter.tensors[key].dtype]) for key, tensor in tensors.items()}
+        tensors = {key: tensor.to(stored_dtype(loaded.adapter.tensors[key].dtype)) for key, tensor in tensors.items()}
     return {key: tensor.detach().cpu() for key, tensor in tensors.items()}
 
 

@@ -38,7 +38,7 @@ from splitlearn_core.plan.keys import map_keys, place_keys
 from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.types import Component, LayerRange, TensorInfo, kind_of
+from splitlearn_core.types import Component, LayerRange, TensorInfo, dtype_names, kind_of
 
 _KINDS: dict[Component, type[ComponentModel]] = {
     Component.BOTTOM: BottomModel,
@@ -123,7 +123,6 @@ def _prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[
 
 log = logging.getLogger(__name__)
 _MAX_SHOWN = 3
-_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 @own_modes(gradients=True)
@@ -231,4 +230,5 @@ def _layer_number(value: Any) -> int:
 
 
 def _info(key: str, tensor: torch.Tensor) -> TensorInfo:
-    return TensorInfo(key, _STORED.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), "", 0, tensor.nbytes)
+    dtype = dtype_names().get(tensor.dtype, str(tensor.dtype))
+    return TensorInfo(key, dtype, tuple(tensor.shape), "", 0, tensor.nbytes)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.config_json import (
-    ADAPTER_CONFIG,
-    CONFIG,
     check_config,
     needed_reader,
     read_config,
@@ -20,6 +18,7 @@ from splitlearn_core.checkpoint.config_json import (
     read_weight_map,
 )
 from splitlearn_core.checkpoint.hub.fetch_plan import Span, Wanted
+from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.torch_file import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
@@ -29,15 +28,11 @@ from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, Tensor
 
 log = logging.getLogger(__name__)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-TORCH_SINGLE = "pytorch_model.bin"
-TORCH_INDEX = "pytorch_model.bin.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-#: What stands for the method of MLX, which names none.
+#: Name of the quantisation method of MLX, whose configuration names none.
 MLX = "MLX"
 
-#: Files in the place of weights: pattern of their names, what they are, and the way out; the first that is there.
+#: Files that are no readable weights: pattern of their names, what they are, and what to do; the first match counts.
 _OTHER_FILES = (
     (
         r"adapter_model\.(safetensors|bin)",
@@ -76,20 +71,20 @@ _OTHER_FILES = (
     ),
 )
 
-#: Asked for the readers of other formats, with the model type where ``config.json`` says it.
+#: Returns the readers of other formats, given the model type if ``config.json`` states it.
 FindReaders = Callable[[str | None], Iterable[WeightReader]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How the weights lie: in one file, or in shards that an index names."""
+    """How the weights are stored: in one file, or in shards that an index names."""
 
     #: The one file, or the index.
     entrance: str
     format: str
     #: How the names of weight files end.
     suffix: str
-    #: Who describes the file, where core does not.
+    #: Describes the file if core cannot.
     reader: WeightReader | None = None
 
     @property
@@ -97,7 +92,7 @@ class _Layout:
         return self.entrance.endswith(".index.json")
 
 
-#: One file wins over an index, and safetensors over pickles, as in transformers.
+#: One file takes precedence over an index, and safetensors over pickles, as in transformers.
 _LAYOUTS = (
     _Layout(SINGLE, SAFETENSORS, ".safetensors"),
     _Layout(INDEX, SAFETENSORS, ".safetensors"),
@@ -107,11 +102,11 @@ _LAYOUTS = (
 
 
 class Checkpoint:
-    """The files of a model as values; nothing is read before it is asked for.
+    """The files of a model as values, each read on first access.
 
     Args:
         source: Where the files are.
-        find_readers: Asked, only where core knows none of the weight files, who does.
+        find_readers: Called only if core can read none of the weight files.
     """
 
     def __init__(self, source: Source, find_readers: FindReaders = lambda _: ()) -> None:
@@ -121,7 +116,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``, or what a weight file says in its stead. Raises InvalidCheckpointError."""
+        """``config.json``, or the configuration in a weight file. Raises InvalidCheckpointError."""
         if not self.source.has_config and self._layout is not None and self._layout.reader is not None:
             file = self.source.path(self._layout.entrance)
             config = check_config(dict(self._layout.reader.config(file)), str(file))
@@ -131,7 +126,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> str:
-        """How ``config.json`` says that the weights are quantised; empty where they are plain."""
+        """The quantisation method that ``config.json`` states; empty if the weights are not quantised."""
         stated = self.config.get("quantization_config")
         if not stated:
             return ""
@@ -141,20 +136,20 @@ class Checkpoint:
             return plain(stated["quant_method"])
         if stated.get("load_in_4bit") or stated.get("load_in_8bit"):
             return "bitsandbytes"
-        # MLX writes its own settings under this name too, for those who look for it.
+        # MLX writes its own settings under this name too.
         return MLX if {"group_size", "bits"} <= stated.keys() else "by no method that it names"
 
     def weight_files(self) -> tuple[str, ...]:
-        """Return all weight files, for those who read the whole model."""
+        """Return the names of all weight files of the model."""
         if self._layout is None:
             raise self._no_weights()
         return tuple(sorted(set(self.weight_map.values()))) if self._layout.is_index else (self._layout.entrance,)
 
     def require_weights(self) -> None:
-        """Raise what a load would, where there are no weights: says which files there are instead, and what reads them.
+        """Check that there are weights.
 
         Raises:
-            CheckpointError: There are none that are read.
+            CheckpointError: There are none that can be read; says which files there are, and what reads them.
         """
         if not self.has_weights:
             raise self._no_weights()
@@ -166,13 +161,13 @@ class Checkpoint:
 
     @cached_property
     def has_weights(self) -> bool:
-        """Say whether there are weights to be read at all."""
-        # Weights that cannot be read are weights too: asking for the weight map says what is missing.
+        """Return whether there are weights, readable or not."""
+        # Weights that cannot be read count: access to the weight map then reports what is missing.
         return self._layout is not None or any(name.endswith((".safetensors", *_PICKLES)) for name in self._files)
 
     @cached_property
     def is_describable(self) -> bool:
-        """Say whether the weights can be described as they are: only safetensors can before they are fetched."""
+        """Return whether the tensors can be listed without a download of whole files: always for safetensors."""
         if self._layout is None or self.format == SAFETENSORS:
             return True
         shards = set(self.weight_map.values()) if self._layout.is_index else {self._layout.entrance}
@@ -190,12 +185,12 @@ class Checkpoint:
 
     @cached_property
     def deciding_shard(self) -> str:
-        """The weight file whose tensors say the dtype where ``config.json`` does not: the first by name.
+        """The weight file whose tensors determine the dtype if ``config.json`` does not: the first by name.
 
-        A folder may hold only the shards that some components need: then it is the first that is there.
+        A folder may hold only the shards that some components need: then it is the first of those.
         """
-        shards, there = self.weight_files(), self.source.files()
-        shard = next((name for name in shards if name in there), shards[0])
+        shards, present = self.weight_files(), self.source.files()
+        shard = next((name for name in shards if name in present), shards[0])
         if shard != shards[0]:
             log.warning(
                 "%s lacks %s, whose tensors say the dtype of the model; that of %s is taken",
@@ -207,25 +202,25 @@ class Checkpoint:
 
     @cached_property
     def index_dtype(self) -> str:
-        """torch's name of the dtype that the index states; empty where there is none, or it states none."""
+        """torch's name of the dtype that the index states; empty if there is no index, or it states none."""
         layout = self._layout
         return read_index_dtype(self.source.path(layout.entrance)) if layout is not None and layout.is_index else ""
 
     def deciding_tensors(self) -> Iterator[TensorInfo]:
-        """Yield the tensors of the deciding shard in the order in which ``from_pretrained`` looks at them."""
+        """Yield the tensors of the deciding shard in the order in which ``from_pretrained`` reads them."""
         infos = self._header(self.deciding_shard)
         # The order of a pickle is that of its dictionary.
         yield from ((infos[key] for key in sorted(infos)) if self.format == SAFETENSORS else infos.values())
 
     @property
     def opaque_file(self) -> str | None:
-        """The one weight file, where it has no header that could be had alone; None elsewhere."""
+        """The weight file if its header cannot be fetched on its own (any format but safetensors), else None."""
         if self._layout is None or self.format == SAFETENSORS or self._layout.is_index:
             return None
         return self._layout.entrance
 
     def fetch_undescribed(self, progress: ProgressCallback) -> None:
-        """Fetch what the weight map cannot be had without: a file that has no header to be fetched alone."""
+        """Fetch the weight file if its tensors can only be listed from the complete file."""
         if self.opaque_file is not None:
             self.fetch([self.opaque_file], progress)
 
@@ -234,7 +229,7 @@ class Checkpoint:
         return tuple(sorted({self.weight_map[key] for key in keys}))
 
     def tensors(self, keys: Iterable[str]) -> dict[str, TensorInfo]:
-        """Return what the headers say of these tensors, opening only the shards that hold them.
+        """Describe tensors by the headers of the shards that hold them; no other shard is opened.
 
         Raises:
             InvalidCheckpointError: The index names tensors that their shard does not hold.
@@ -243,32 +238,32 @@ class Checkpoint:
         shards = self.shards(wanted)
         self.source.require(shards)
         headers = {shard: self._header(shard) for shard in shards}
-        astray = [
+        misplaced = [
             f"{plain(key)} in {self.weight_map[key]}" for key in wanted if key not in headers[self.weight_map[key]]
         ]
-        if astray:
+        if misplaced:
             index = self._layout.entrance if self._layout is not None else INDEX
-            shown = listed(astray, "; ", limit=SENTENCE)
+            shown = listed(misplaced, "; ", limit=SENTENCE)
             raise InvalidCheckpointError(
                 f"{index} of {self.source.model} names tensors that are not where it says: {shown}",
-                hint="index and shards belong to different versions: fetch them anew",
+                hint="index and shards belong to different versions: fetch them again",
             )
         return {key: headers[self.weight_map[key]][key] for key in wanted}
 
     def fetch(self, shards: Iterable[str], progress: ProgressCallback) -> dict[str, Path]:
-        """Make sure that whole shards are on this machine, and return where."""
+        """Fetch whole shards that are not on this machine; return the paths of all."""
         return self.source.fetch(dict.fromkeys(sorted(shards)), progress)
 
     def fetch_tensors(self, tensors: Iterable[TensorInfo], progress: ProgressCallback) -> dict[str, Path]:
-        """Make sure that tensors are on this machine, and return where their shards lie.
+        """Fetch tensors that are not on this machine; return the paths of their shards.
 
-        A shard lies at its original size; of one that came in ranges, its header and these tensors
-        are there, and what else was fetched of it.
+        A shard has its original size; one that was fetched in ranges holds its header, these tensors, and
+        whatever else was fetched of it.
         """
         return self.source.fetch(self.wanted(tensors), progress)
 
     def wanted(self, tensors: Iterable[TensorInfo]) -> Wanted:
-        """Say which bytes of which shards hold tensors and the headers that place them."""
+        """Return the byte ranges of shards that hold tensors, and the headers of these shards."""
         wanted: dict[str, list[Span] | None] = {}
         # Tensors without a shard are known from the configuration alone.
         for info in sorted((info for info in tensors if info.shard), key=lambda info: (info.shard, info.begin)):
@@ -283,7 +278,7 @@ class Checkpoint:
         return wanted
 
     def pretrained_arguments(self) -> Mapping[str, Any] | None:
-        """Return what ``from_pretrained`` is told besides the folder; None for files that it finds by itself."""
+        """Return the arguments of ``from_pretrained`` other than the folder; None for files that it finds by itself."""
         layout = self._layout
         if layout is None or not isinstance(layout.reader, PretrainedReader):
             return None
@@ -291,18 +286,18 @@ class Checkpoint:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter lies with the weights, which ``from_pretrained`` puts onto them."""
+        """Whether an adapter is stored with the weights, which ``from_pretrained`` applies to them."""
         return ADAPTER_CONFIG in self._files
 
     @property
     def folder(self) -> Path:
-        """The folder of ``config.json``, or of the weight file that says what it would. Raises CheckpointError."""
+        """The folder of ``config.json``, or of the weight file that holds the configuration. Raises CheckpointError."""
         if not self.source.has_config and self._layout is not None:
             return self.source.path(self._layout.entrance).parent
         return self.source.path(CONFIG).parent
 
     def optional_file(self, name: str) -> Path | None:
-        """Return the path of a small file that a checkpoint may have or not."""
+        """Return the path of an optional small file, or None if the checkpoint lacks it."""
         return self.source.path(name) if name in self._files else None
 
     @property
@@ -311,29 +306,26 @@ class Checkpoint:
 
     @cached_property
     def _layout(self) -> _Layout | None:
-        """The layout that is read; None where nobody knows the files.
+        """The layout of the weights; None if there is no reader for the files.
 
         Raises:
-            CheckpointError: ``config.json`` names a weight file of its own, or several files might be meant.
+            CheckpointError: ``config.json`` names another weight file, or there are several candidates.
         """
-        self._refuse_named_weights()
         known = next((layout for layout in _LAYOUTS if layout.entrance in self._files), None)
-        return known or self._claimed()
-
-    def _refuse_named_weights(self) -> None:
-        """Refuse to read other weights than ``from_pretrained``, which heeds ``transformers_weights``."""
+        # from_pretrained reads the file that transformers_weights names.
         named = read_config(self.source.path(CONFIG)).get("transformers_weights") if self.source.has_config else None
-        if named is not None and named != next((f.entrance for f in _LAYOUTS if f.entrance in self._files), None):
+        if named is not None and (known is None or named != known.entrance):
             raise CheckpointError(
                 f"{CONFIG} of {self.source.model} names its weights: transformers_weights: {quote(named)}",
                 hint=f"let the file be {SINGLE} (or its index {INDEX}), and remove that entry of {CONFIG}",
             )
+        return known or self._claimed()
 
     def _claimed(self) -> _Layout | None:
-        """Find the one file that an added reader knows.
+        """Return the layout of the one file that an added reader can read.
 
         Raises:
-            CheckpointError: There are several, and each is a model of its own.
+            CheckpointError: There are several, and each is a separate model.
         """
         stated = read_config(self.source.path(CONFIG))["model_type"] if self.source.has_config else None
         claimed: dict[str, _Layout] = {}
@@ -368,10 +360,10 @@ class Checkpoint:
                 hint=needed[2],
             )
         for pattern, what, remedy in _OTHER_FILES:
-            found = sorted(name for name in self._files if re.fullmatch(pattern, name))
-            if found:
+            others = sorted(name for name in self._files if re.fullmatch(pattern, name))
+            if others:
                 return MissingFileError(
-                    f"{self.source.model} has a {CONFIG}, and no weights that are read: {found[0]} is {what}",
+                    f"{self.source.model} has a {CONFIG}, and no weights that are read: {others[0]} is {what}",
                     hint=remedy,
                 )
         sharded = sorted(name for name in self._files if name.endswith(".safetensors"))

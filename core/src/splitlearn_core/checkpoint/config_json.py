@@ -15,8 +15,8 @@ from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.quoting import SENTENCE, listed, plain, quote, reason
 from splitlearn_core.types import DTYPE_FIELDS, FLOAT_DTYPES, STATED_DTYPES
 
-#: How a file begins that is in another encoding, with a byte order mark and without; the longer ones first.
-_OTHERS = {
+#: First bytes of JSON in another encoding, with and without a byte order mark; the longer ones first.
+_OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -26,7 +26,7 @@ _OTHERS = {
     b"{\0": "utf-16-le",
     b"\0{": "utf-16-be",
 }
-_ANEW = "fetch or write the file anew"
+_AGAIN = "fetch or write the file again"
 
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -34,51 +34,42 @@ def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
 
     Args:
         path: The file.
-        max_bytes: What is longer is none of its kind.
+        max_bytes: A longer file is refused.
 
     Raises:
-        InvalidCheckpointError: It is too long, in another encoding, or no JSON object.
+        InvalidCheckpointError: It is too long, in another encoding, or not a JSON object.
     """
     with open_regular(path) as file:
         return parse_object(file.read(max_bytes + 1), str(path), max_bytes)
 
 
 def parse_object(
-    content: bytes, where: str, max_bytes: int, *, kind: str = "file of its kind", hint: str = _ANEW
+    content: bytes, where: str, max_bytes: int, *, kind: str = "file of its kind", hint: str = _AGAIN
 ) -> dict[str, Any]:
     """Parse a JSON object; ``content`` may be one byte longer than it should be. Raises as :func:`read_object`."""
     if len(content) > max_bytes:
         raise InvalidCheckpointError(f"{where} is over {max_bytes} bytes long, which no {kind} is", hint=hint)
-    encoding = next((name for beginning, name in _OTHERS.items() if content.startswith(beginning)), "")
+    encoding = next((name for beginning, name in _OTHER_ENCODINGS.items() if content.startswith(beginning)), "")
     if encoding:
+        code = f"import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_bytes(p.read_text('{encoding}').encode())"
         raise InvalidCheckpointError(
             f"{where} is no JSON in UTF-8, but in {encoding}; transformers, too, reads UTF-8 alone",
-            hint=_recode(where, encoding),
+            hint=f'write it in UTF-8: python -c "{code}" {shlex.quote(where)}',
         )
     try:
-        found = json.loads(content.decode("utf-8-sig"))
+        values = json.loads(content.decode("utf-8-sig"))
     # A number of thousands of digits is a ValueError, too.
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpointError(f"{where} is no JSON: {reason(error)}", hint=hint) from error
-    if not isinstance(found, dict):
-        raise InvalidCheckpointError(f"{where} holds a JSON {type(found).__name__}, not an object", hint=hint)
-    return found
+    if not isinstance(values, dict):
+        raise InvalidCheckpointError(f"{where} holds a JSON {type(values).__name__}, not an object", hint=hint)
+    return values
 
 
-def _recode(where: str, encoding: str) -> str:
-    code = f"import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_bytes(p.read_text('{encoding}').encode())"
-    return f'write it in UTF-8: python -c "{code}" {shlex.quote(where)}'
-
-
-CONFIG = "config.json"
-
-#: Ends of weight files that a package of their own reads: what they are, the package, its folder in a checkout.
+#: Suffixes of weight files that a separate package reads: the format, the package, its folder in a checkout.
 _READ_BY_OTHERS = {".gguf": ("GGUF", "splitlearn-gguf", "./plugins/gguf")}
 
-#: Of an adapter that PEFT saved.
-ADAPTER_CONFIG = "adapter_config.json"
-
-#: What readers of a configuration rely on: name -> type, and how a message names it.
+#: Values that readers of a configuration rely on: name -> type, and its name in messages.
 _TYPES: Mapping[str, tuple[type, str]] = {
     "model_type": (str, "a text"),
     "layer_types": (list, "a list with a text for each layer"),
@@ -94,8 +85,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read ``config.json``.
 
     Raises:
-        InvalidCheckpointError: It is no JSON object, or names no model type.
-        ConfigurationError: Numbers in it are out of all proportion.
+        InvalidCheckpointError: It is not a JSON object, or names no model type.
+        ConfigurationError: Numbers in it are out of bounds.
     """
     return check_config(read_object(path, MAX_CONFIG_BYTES), str(path))
 
@@ -118,7 +109,7 @@ def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _wrong_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say which values are of another type than every model's; numbers are checked apart."""
+    """Describe the values of a wrong type; numbers are checked by ``check_numbers``."""
     for name, (kind, words) in _TYPES.items():
         value = config.get(name)
         if value is not None and not isinstance(value, kind):
@@ -130,64 +121,62 @@ def _wrong_types(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
-    """Read an index file: tensor name -> name of the shard beside it.
+    """Read an index file: tensor name -> name of the shard in the same folder.
 
     Args:
         path: The index.
-        suffix: How the names of its shards end.
+        suffix: Suffix of the names of its shards.
 
     Raises:
-        InvalidCheckpointError: It is no index, or it names a shard outside its own folder.
+        InvalidCheckpointError: It is not an index, or it names a shard outside its own folder.
     """
     weight_map = read_object(path, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index anew")
-    # Each name is judged once: an index has a thousand tensors and a few dozen shards.
-    sound = {shard for shard in {str(shard) for shard in weight_map.values()} if _is_shard_name(shard, suffix)}
+        raise InvalidCheckpointError(f'{path} has no "weight_map" of tensors', hint="fetch or write the index again")
+    # Each name is checked once: an index has a thousand tensors and a few dozen shards.
+    # A valid one has no folder, under the rules of POSIX and of Windows.
+    valid = {
+        shard
+        for shard in {str(shard) for shard in weight_map.values()}
+        if shard.endswith(suffix)
+        and "\0" not in shard
+        and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
+    }
     wrong = [
         f"{quote(key)} -> {quote(shard)}"
         for key, shard in weight_map.items()
-        if not isinstance(shard, str) or shard not in sound
+        if not isinstance(shard, str) or shard not in valid
     ]
     if wrong:
         shown = listed(sorted(wrong), "; ", limit=SENTENCE)
         raise InvalidCheckpointError(
             f"{path} names shards that are no {suffix} files in its own folder: {shown}",
-            hint="an index may only name files beside it; do not use this checkpoint unless you know why it does",
+            hint="an index may only name files next to it; do not use this checkpoint unless you know why it does",
         )
     return weight_map
 
 
 def read_index_dtype(path: Path) -> str:
-    """Return the dtype that an index file states in its metadata; empty where it states none."""
+    """Return the dtype that an index file states in its metadata; empty if it states none."""
     metadata = read_object(path, _MAX_INDEX_BYTES).get("metadata")
     stated = metadata.get("dtype") if isinstance(metadata, dict) else None
     return stated if isinstance(stated, str) else ""
 
 
 def needed_reader(names: Iterable[str]) -> tuple[str, str, str] | None:
-    """Return the first file that a package of its own reads, what it is, and the way to have that package; or None."""
+    """Return the first file that a separate package reads, its format, and how to install the package; or None."""
     for name in sorted(names):
         for suffix, (format_name, package, folder) in _READ_BY_OTHERS.items():
             if name.lower().endswith(suffix):
                 install = f"pip install {package} (from a checkout: pip install {folder})"
-                return name, format_name, f"{install}; where it is there, splitlearn plugins says why it is not used"
+                return name, format_name, f"{install}; if it is installed, splitlearn plugins says why it is not used"
     return None
 
 
 def base_of(path: Path) -> str:
-    """Return the model that an adapter's configuration names; a word for it where it names none."""
+    """Return the model that an adapter's configuration names, or a phrase for it if it names none."""
     try:
         stated = read_object(path, MAX_CONFIG_BYTES).get("base_model_name_or_path")
     except InvalidCheckpointError:
         stated = None
     return plain(stated) if isinstance(stated, str) and stated else "its base model"
-
-
-def _is_shard_name(shard: str, suffix: str) -> bool:
-    # One plain name under the rules of both systems, whatever this one is.
-    return (
-        shard.endswith(suffix)
-        and "\0" not in shard
-        and PurePosixPath(shard).parts == PureWindowsPath(shard).parts == (shard,)
-    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from splitlearn_core.checkpoint.config_json import ADAPTER_CONFIG, CONFIG, base_of, needed_reader
+from splitlearn_core.checkpoint.config_json import base_of, needed_reader
 from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted, here
+from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.errors import MissingFileError
 from splitlearn_core.quoting import listed
@@ -18,7 +19,7 @@ class DirectorySource:
 
     Args:
         directory: The directory.
-        only: The one weight file of it that counts; None for all that is there.
+        only: The one weight file that is used; None for all.
     """
 
     commit: str | None = None
@@ -31,10 +32,16 @@ class DirectorySource:
         self.has_config = (directory / CONFIG).is_file()
 
     def files(self) -> dict[str, int]:
-        found = {entry.name: entry.stat().st_size for entry in self._directory.iterdir() if entry.is_file()}
+        sizes = {entry.name: entry.stat().st_size for entry in self._directory.iterdir() if entry.is_file()}
         if self._only is None:
-            return found
-        return {name: size for name, size in found.items() if name == self._only or _is_setting(name)}
+            return sizes
+        # The configuration and the tokenizer's files stay; weights other than the named file do not.
+        small = (".json", ".txt", ".model", ".jinja")
+        return {
+            name: size
+            for name, size in sizes.items()
+            if name == self._only or (name.endswith(small) and not name.endswith(".index.json"))
+        }
 
     def path(self, name: str) -> Path:
         if name == CONFIG and not self.has_config:
@@ -50,9 +57,9 @@ class DirectorySource:
                     f"{self._directory} has no {CONFIG}; {needed[0]} is a {needed[1]} file, which nothing reads here",
                     hint=needed[2],
                 )
-            beside = ", ".join(sorted(entry.name for entry in self._directory.iterdir())[:8]) or "nothing"
+            present = ", ".join(sorted(entry.name for entry in self._directory.iterdir())[:8]) or "nothing"
             raise MissingFileError(
-                f"{self._directory} has no {CONFIG} (it holds: {beside})",
+                f"{self._directory} has no {CONFIG} (it holds: {present})",
                 hint="give the folder that save_pretrained wrote or that the Hub repository was cloned into",
             )
         return self._directory / name
@@ -64,7 +71,7 @@ class DirectorySource:
         missing = [name for name in names if not (self._directory / name).is_file()]
         if missing:
             raise MissingFileError(
-                f"{self._directory} lacks {listed(missing)}, which its index names and the asked parts need",
+                f"{self._directory} lacks {listed(missing)}, which its index names and the requested parts need",
                 hint=self.hint_for_missing,
             )
 
@@ -79,8 +86,3 @@ class DirectorySource:
 
     def header(self, name: str) -> dict[str, TensorInfo]:
         return read_header(self._directory / name)
-
-
-def _is_setting(name: str) -> bool:
-    # Those of tokenizers are texts and models, too.
-    return name.endswith((".json", ".txt", ".model", ".jinja")) and not name.endswith(".index.json")

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from splitlearn_core.checkpoint.config_json import parse_object
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
@@ -30,12 +31,12 @@ from splitlearn_core.user_paths import user_path
 MANIFEST = "split_manifest.json"
 FORMAT, VERSION = "splitlearn-split", 1
 
-#: Nobody reads a gigabyte to find that it is no manifest; a real one has a few kilobytes.
+#: A larger file is refused without reading it; a manifest has a few kilobytes.
 MAX_MANIFEST_BYTES = 4 * 2**20
 _MAX_TEXT, _MAX_SIZE = 4096, 2**63 - 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PAIR = 2
-_ANEW = "save the split again: splitlearn split MODEL --split A B --out DIR"
+_AGAIN = "save the split again: splitlearn split MODEL --split A B --out DIR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +50,16 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A saved component: where it comes from, and what its files hold."""
+    """A saved component: its origin, and the contents of its files."""
 
     origin: Origin
     #: The version of core that wrote it.
     core_version: str
-    #: False for the source's values; True where those of a component in memory were saved.
+    #: False for the source's values; True for those of a component in memory.
     own_values: bool
     #: The components that were saved by the same call.
     saved_with: tuple[str, ...]
-    #: File name -> what was written; the manifest itself is not among them.
+    #: File name -> size and hash; without the manifest itself.
     files: Mapping[str, FileRecord]
 
     @property
@@ -71,7 +72,7 @@ class Manifest:
 
 
 def render_manifest(manifest: Manifest) -> str:
-    """Write a manifest as JSON."""
+    """Return a manifest as JSON."""
     origin = manifest.origin
     values = {
         "format": FORMAT,
@@ -101,17 +102,17 @@ def render_manifest(manifest: Manifest) -> str:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Read a manifest, trusting none of it.
+    """Parse a manifest from an untrusted file.
 
     Args:
         content: The file's bytes, at most :data:`MAX_MANIFEST_BYTES` and one more.
         where: The file, for messages.
 
     Raises:
-        InvalidCheckpointError: It is none, or of a newer format, or contradicts itself; all
+        InvalidCheckpointError: It is not a manifest, or of a newer format, or contradicts itself; all
             contradictions are listed.
     """
-    values = parse_object(content, where, MAX_MANIFEST_BYTES, kind="manifest", hint=_ANEW)
+    values = parse_object(content, where, MAX_MANIFEST_BYTES, kind="manifest", hint=_AGAIN)
     if values.get("format") != FORMAT:
         raise _invalid(where, [f'its "format" is not {FORMAT!r}'])
     version = values.get("format_version")
@@ -124,9 +125,9 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def is_plain_name(name: str) -> bool:
-    """Say whether a name is that of a file in the same folder, under the rules of every system."""
+    """Return whether a name is that of a file in the same folder, under the rules of every system."""
     return (
-        0 < len(name) <= 255  # noqa: PLR2004  # the longest name that file systems take
+        0 < len(name) <= 255  # noqa: PLR2004  # the longest name that file systems allow
         and name.isprintable()
         and name not in (".", "..")
         and ":" not in name
@@ -135,7 +136,7 @@ def is_plain_name(name: str) -> bool:
 
 
 class _Reader:
-    """Takes the fields out of a JSON object, and collects what is wrong with them."""
+    """Reads the fields of a JSON object, and collects the problems with them."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._values = values
@@ -173,15 +174,15 @@ class _Reader:
             ties=self._texts("ties"),
             samples=self._samples(source.get("samples", {})),
         )
-        together = tuple(self._component(name, "saved_with") for name in self._texts("saved_with"))
+        saved_with = tuple(self._component(name, "saved_with") for name in self._texts("saved_with"))
         manifest = Manifest(
             origin=origin,
             core_version=self._text(self._values.get("core_version"), "core_version"),
             own_values=own is True,
-            saved_with=together,
+            saved_with=saved_with,
             files=self._files(),
         )
-        if component not in together:
+        if component not in saved_with:
             self._problems.append("saved_with lacks the component itself")
         if self._problems:
             raise _invalid(self._where, self._problems)
@@ -202,7 +203,7 @@ class _Reader:
         records = {}
         for name, record in self._object("files").items():
             if not is_plain_name(name) or name == MANIFEST:
-                self._problems.append(f"files names {quote(name)}, which is no file beside the manifest")
+                self._problems.append(f"files names {quote(name)}, which is no file next to the manifest")
                 continue
             fields = record if isinstance(record, dict) else {}
             digest = fields.get("sha256")
@@ -212,12 +213,12 @@ class _Reader:
             records[name] = FileRecord(
                 self._number(fields.get("size"), f"files: size of {quote(name)}", _MAX_SIZE), digest
             )
-        if "config.json" not in records or not any(name.endswith(".safetensors") for name in records):
-            self._problems.append("files lacks config.json or the weights")
+        if CONFIG not in records or not any(name.endswith(".safetensors") for name in records):
+            self._problems.append(f"files lacks {CONFIG} or the weights")
         return records
 
     def _samples(self, value: Any) -> dict[str, str]:
-        """Read the samples of the source's values, which older manifests have not."""
+        """Read the samples of the source's values, which older manifests lack."""
         if not isinstance(value, dict):
             self._problems.append(f"source.samples is {quote(value)}, no object")
             return {}
@@ -274,7 +275,9 @@ class _Reader:
 
 
 def _invalid(where: str, problems: list[str]) -> InvalidCheckpointError:
-    return InvalidCheckpointError(f"{where} is no sound manifest: {listed(problems, '; ', limit=SENTENCE)}", hint=_ANEW)
+    return InvalidCheckpointError(
+        f"{where} is not a valid manifest: {listed(problems, '; ', limit=SENTENCE)}", hint=_AGAIN
+    )
 
 
 def component_folders(directory: Path) -> list[Path]:
@@ -286,7 +289,7 @@ def component_folders(directory: Path) -> list[Path]:
 
 
 def holds_components(path: str | os.PathLike[str]) -> bool:
-    """Say whether a path is a directory of saved components, or of one."""
+    """Return whether a path is a directory of saved components, or of one."""
     folder = user_path(path)
     return (folder / MANIFEST).is_file() or bool(component_folders(folder))
 

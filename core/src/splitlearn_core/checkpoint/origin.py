@@ -1,4 +1,4 @@
-"""The identity of a model's weights: what tells components of one split of one model from all others."""
+"""The origin of components: the checkpoint and the split that they belong to, and how mismatches are detected."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from splitlearn_core.checkpoint.regular_files import open_regular
 
-#: Values of ``config.json`` that say who wrote it and how the values are kept, not what the model is.
+#: Values of ``config.json`` about its writer and the storage of the weights, not about the model.
 _INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"})
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source of a component, and how it was cut. Kept with the component, and in its manifest."""
+    """The source of a component, and how it was cut. Stored with the component, and in its manifest."""
 
     #: The directory or Hub repository, as the caller named it.
     model: str
@@ -34,14 +34,14 @@ class Origin:
     component: str
     #: The layers ``[start, end)`` of the component.
     layers: tuple[int, int]
-    #: The dtype of its weights once loaded as ``auto``, by torch's name.
+    #: torch's name of the dtype of its weights when loaded as ``auto``.
     dtype: str
-    #: Checkpoint keys of its tensors that another component holds as well.
+    #: Checkpoint keys of its tensors that another component has as well.
     ties: tuple[str, ...] = field(default=(), compare=False)
     #: Module key -> the name under which the checkpoint has the tensor.
     keys: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    #: Weight file of the source -> a hash of a few of its values; see :mod:`.checkpoint.sample`. Only of
-    #: files that the component reads, and that were here as a whole.
+    #: Weight file of the source -> a hash of a few of its values; see :func:`sample_values`. Only of
+    #: files that the component reads, and that were complete on this machine.
     samples: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     #: The values of the checkpoint's ``config.json``.
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -51,7 +51,7 @@ class Origin:
         return f"{self.component} of {self.model}{commit}"
 
 
-#: What components of one model have in common, and how a message calls it.
+#: Fields that components of one model have in common, and their names in messages.
 _COMMON = {
     "fingerprint": "checkpoint",
     "model_type": "model type",
@@ -63,51 +63,44 @@ _COMMON = {
 
 
 def fingerprint(config: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """Tell a checkpoint by its configuration and the names of its tensors, in hexadecimal digits.
+    """Hash the configuration and the names of the tensors of a checkpoint, as hexadecimal digits.
 
-    It needs no weights, and so is the same whichever component is loaded. Checkpoints that differ
-    in nothing but values have the same one; commits, and samples of values, tell those apart.
+    It needs no weights, so it is the same for each component. Checkpoints that differ only in values have
+    the same fingerprint; commits, and samples of values, distinguish those.
     """
     values = {name: value for name, value in config.items() if name not in _INCIDENTAL}
     return hashlib.sha256(json.dumps([values, sorted(keys)], sort_keys=True).encode()).hexdigest()
 
 
 def origin_mismatches(origins: Sequence[Origin], *, dtypes: bool = True) -> list[str]:
-    """Say why components do not belong together, both sides named.
+    """Describe why components do not belong together, naming both sides.
 
     Args:
-        origins: Of the components; each is held against the first.
-        dtypes: Whether different dtypes are a fault.
+        origins: Those of the components; each is compared with the first.
+        dtypes: Whether different dtypes are a mismatch.
     """
+    names = _COMMON | ({"dtype": "dtype"} if dtypes else {})
     problems = []
-    # A directory knows no commit, and says nothing about those of others.
-    known = [origin for origin in origins if origin.commit]
-    for first, other, facts in [
-        *((origins[0], other, _facts(origins[0], other, dtypes=dtypes)) for other in origins[1:]),
-        *((known[0], other, {"commit": (known[0].commit, other.commit)}) for other in known[1:]),
+    # A directory has no commit, which is no mismatch.
+    with_commit = [origin for origin in origins if origin.commit]
+    for first, other, fields in [
+        *((origins[0], other, names) for other in origins[1:]),
+        *((with_commit[0], other, {"commit": "commit"}) for other in with_commit[1:]),
     ]:
         problems += [
-            f"{what} differs: {one} ({first}), {two} ({other})" for what, (one, two) in facts.items() if one != two
+            f"{label} differs: {getattr(first, name)} ({first}), {getattr(other, name)} ({other})"
+            for name, label in fields.items()
+            if getattr(first, name) != getattr(other, name)
         ]
-    return problems + _sample_mismatches(origins)
-
-
-def _sample_mismatches(origins: Sequence[Origin]) -> list[str]:
-    """Say which components read files of one name that hold different values."""
-    first: dict[str, tuple[Origin, str]] = {}
-    problems = []
+    # The first component that read each file, and its sample.
+    first_samples: dict[str, tuple[Origin, str]] = {}
     for origin in origins:
         for name, sample in origin.samples.items():
-            other, theirs = first.setdefault(name, (origin, sample))
-            if sample != theirs:
+            other, other_sample = first_samples.setdefault(name, (origin, sample))
+            if sample != other_sample:
                 problems.append(f"the values of {name} differ: {other}, {origin}")
                 break
     return problems
-
-
-def _facts(first: Origin, other: Origin, *, dtypes: bool) -> dict[str, tuple[Any, Any]]:
-    names = _COMMON | ({"dtype": "dtype"} if dtypes else {})
-    return {what: (getattr(first, name), getattr(other, name)) for name, what in names.items()}
 
 
 _PROBES, _PROBE_BYTES = 16, 4096
@@ -116,13 +109,13 @@ _PROBES, _PROBE_BYTES = 16, 4096
 def sample_values(path: Path) -> str:
     """Hash the size of a file and a few evenly spaced pieces of it, the first and the last among them.
 
-    It costs the same for a file of any size. Files that differ between the pieces alone have the same one.
+    The cost does not depend on the size. Files that differ only between the pieces have the same hash.
     """
     with open_regular(path, buffering=0) as file:
         size = file.seek(0, 2)
         digest = hashlib.sha256(size.to_bytes(8, "little"))
-        room = max(0, size - _PROBE_BYTES)
-        for begin in sorted({room * number // (_PROBES - 1) for number in range(_PROBES)}):
+        last = max(0, size - _PROBE_BYTES)
+        for begin in sorted({last * number // (_PROBES - 1) for number in range(_PROBES)}):
             file.seek(begin)
             digest.update(file.read(_PROBE_BYTES))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Ask the kernel for planned bytes before they are needed, so that the disk works while modules are imported."""
+"""Prefetch planned bytes into the page cache, so that the disk works while modules are imported."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ from pathlib import Path
 
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
-from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import CHUNK_BYTES, Progress, ProgressCallback, TensorInfo
 
-_CHUNK = 8 * 2**20
 #: Readers at once; the kernel reads a few megabytes ahead for each.
 _READERS = 2
-#: Linux's numbers: fill the page tables and read what is missing, since 5.14.
+#: Linux's constant, since 5.14: populate the page tables, reading pages that are missing.
 _MADV_POPULATE_READ = 22
-#: Places of a range that are looked at to tell whether it is in the page cache already.
+#: Positions of a range that are probed to decide whether it is in the page cache already.
 _PROBES = 16
 
 
 def read_ahead(tensors: Iterable[TensorInfo], paths: Mapping[str, Path]) -> None:
     """Start reading the byte ranges of tensors into the page cache, and return at once.
 
-    Does nothing where the system has no such call. What cannot be read is left to the reader that
-    comes later and says so.
+    Does nothing on systems without such a call. Errors are ignored: the reader that follows reports them.
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    # Asking for what is there already would only take time from whoever loads it.
+    # Reading cached ranges again would only slow down the load itself.
     ranges = [(shard, begin, end) for shard, begin, end in _ranges(tensors) if not is_cached(paths[shard], begin, end)]
     chunks = iter(
-        [(shard, at, min(at + _CHUNK, end)) for shard, begin, end in ranges for at in range(begin, end, _CHUNK)]
+        [
+            (shard, at, min(at + CHUNK_BYTES, end))
+            for shard, begin, end in ranges
+            for at in range(begin, end, CHUNK_BYTES)
+        ]
     )
     for _ in range(_READERS if ranges else 0):
         threading.Thread(target=_fill, args=(chunks, paths), name="splitlearn-read-ahead", daemon=True).start()
 
 
 def read_in(paths: Iterable[Path], progress: ProgressCallback) -> None:
-    """Read whole files into the page cache now, and say how far that is.
+    """Read whole files into the page cache now, and report the progress.
 
-    For readers that tell nobody how far they are and cannot be stopped: with the bytes in memory
-    they are soon done.
+    For readers that report no progress and cannot be stopped: with the bytes in memory they take little time.
     """
     sizes = {path: path.stat().st_size for path in paths}
     done, total = 0, sum(sizes.values())
-    buffer = bytearray(_CHUNK)
+    buffer = bytearray(CHUNK_BYTES)
     for path, size in sizes.items():
         progress(Progress("reading", None, min(done, total), total, path.name))
         if is_cached(path, 0, size):
@@ -74,7 +75,7 @@ def _ranges(tensors: Iterable[TensorInfo]) -> list[tuple[str, int, int]]:
 
 
 def is_cached(path: Path, begin: int, end: int) -> bool:
-    """Tell by a few probes that do not wait for the disk whether a range is in memory; in doubt, say no."""
+    """Return whether a range is in the page cache, by a few probes that do not wait for the disk; False in doubt."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     try:
@@ -83,15 +84,15 @@ def is_cached(path: Path, begin: int, end: int) -> bool:
                 position = begin + (end - 1 - begin) * number // (_PROBES - 1)
                 os.preadv(file.fileno(), [bytearray(1)], position, os.RWF_NOWAIT)
     except (OSError, InvalidCheckpointError):
-        return False  # not cached, no file any more, or a file system that cannot tell
+        return False  # not cached, no file any longer, or a file system without such reads
     return True
 
 
 def _fill(chunks: Iterator[tuple[str, int, int]], paths: Mapping[str, Path]) -> None:
     """Read chunks into the page cache until none are left; several threads take from one iterator."""
     with ExitStack() as files:
-        # The kernel keeps its state of reading ahead by open file: one that is opened anew for each
-        # chunk would be read in small pieces again.
+        # The kernel keeps its read-ahead state per open file: a file that is opened again for each chunk
+        # would be read in small pieces.
         opened: dict[str, int] = {}
         for shard, begin, end in chunks:
             try:
@@ -100,29 +101,29 @@ def _fill(chunks: Iterator[tuple[str, int, int]], paths: Mapping[str, Path]) -> 
                 if not _populate(opened[shard], begin, end):
                     os.posix_fadvise(opened[shard], begin, end - begin, os.POSIX_FADV_WILLNEED)
             except (OSError, ValueError, InvalidCheckpointError):
-                continue  # gone, no file, or shorter by now: the reader that follows opens it too, and reports it
+                continue  # missing, no file, or shorter by now: the reader that follows opens it too, and reports it
 
 
 def _populate(descriptor: int, begin: int, end: int) -> bool:
-    """Read a range by mapping it for a moment, and say whether this system can.
+    """Read a range by mapping it for a moment; return False if this system cannot.
 
-    What is read for a mapping or by ``read`` lies in the cache in pieces of up to 2 MB, and a later
-    mapping takes each with one fault. ``posix_fadvise`` leaves single pages: a fault every 64 KB, ten
+    Bytes read for a mapping or by ``read`` are cached in folios of up to 2 MB, and a later mapping
+    takes one fault for each. ``posix_fadvise`` leaves single pages: a fault every 64 KB, ten
     times the time (80 instead of 8 ms a GB, Linux 6.18).
     """
     if sys.platform != "linux":
         return False
     start = begin - begin % mmap.ALLOCATIONGRANULARITY
-    # Private and writable, because ctypes takes the address of nothing else; nothing is written.
+    # Private and writable, because ctypes needs a writable buffer to take an address; nothing is written.
     with mmap.mmap(descriptor, end - start, mmap.MAP_PRIVATE, offset=start) as mapping:
         address = (ctypes.c_char * len(mapping)).from_buffer(mapping)
-        # Not Python's own madvise, which keeps the interpreter while the disk works.
+        # Not Python's own madvise, which holds the GIL while the disk works.
         try:
-            # Without the first the kernel starts with small pieces; it may be built without it.
+            # Otherwise the kernel starts with small folios; a kernel without huge pages ignores it.
             _madvise(address, mmap.MADV_HUGEPAGE)
             return _madvise(address, _MADV_POPULATE_READ)
         finally:
-            del address  # a mapping that is referred to cannot be closed
+            del address  # a mapping with exported buffers cannot be closed
 
 
 def _madvise(mapped: ctypes.Array[ctypes.c_char], advice: int) -> bool:

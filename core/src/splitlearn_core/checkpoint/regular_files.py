@@ -1,8 +1,7 @@
-"""Opening the files of a checkpoint: regular files alone, and never waiting for the other end of anything else.
+"""Opening the files of a checkpoint: regular files only, and without blocking on anything else.
 
-A name that was a file when it was looked at may be a pipe, a device, a socket or a folder when it is opened. Opening
-a pipe waits for its writer, for ever where there is none. So a file is opened first, without waiting, and then it is
-looked at what was opened.
+A name that was a file when it was checked may be a pipe, a device, a socket or a folder when it is opened. Opening
+a pipe blocks until there is a writer. So a file is opened first, without blocking, and then checked by its descriptor.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import BinaryIO, Literal, overload
 
 from splitlearn_core.errors import InvalidCheckpointError
 
-#: What opening a socket, or a device without a driver, says.
-_NOT_TO_BE_OPENED = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+#: Errors of opening a socket, or a device without a driver.
+_NOT_OPENABLE = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISDIR, "a folder"),
@@ -37,11 +36,11 @@ def open_regular(path: Path, *, buffering: Literal[0]) -> FileIO: ...
 
 
 def open_regular(path: Path, *, buffering: Literal[-1, 0] = -1) -> BufferedReader | FileIO:
-    """Open a file to read it, at once; with ``buffering=0`` each read is one of the system's.
+    """Open a file to read it, without blocking; with ``buffering=0`` each read is one system call.
 
     Raises:
-        InvalidCheckpointError: It is no regular file.
-        OSError: It is not there, or may not be read.
+        InvalidCheckpointError: It is not a regular file.
+        OSError: It does not exist, or may not be read.
     """
     descriptor = _open(path)
     try:
@@ -56,11 +55,11 @@ def open_regular(path: Path, *, buffering: Literal[-1, 0] = -1) -> BufferedReade
 
 
 def refuse_irregular(path: Path) -> None:
-    """Refuse what is no regular file, for libraries that open it by its path: what takes its place later, they open.
+    """Refuse what is not a regular file, before a library opens it by its path; a later replacement is not seen.
 
     Raises:
-        InvalidCheckpointError: It is no regular file.
-        OSError: It is not there.
+        InvalidCheckpointError: It is not a regular file.
+        OSError: It does not exist.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -68,13 +67,13 @@ def refuse_irregular(path: Path) -> None:
 
 
 def path_of(file: BinaryIO, path: Path) -> str:
-    """Return a path by which a library opens the same file again, whatever ``path`` has become meanwhile.
+    """Return a path by which a library opens the same file again, even if ``path`` was replaced meanwhile.
 
-    Where the system has no such paths it is ``path``, and what takes the place of the file before the library opens
-    it is opened.
+    On systems without such paths it is ``path`` itself, and a file that replaced it meanwhile is opened instead.
     """
-    again = f"/proc/self/fd/{file.fileno()}"
-    return again if sys.platform == "linux" and os.path.exists(again) else str(path)  # noqa: PTH110  # not resolved
+    descriptor_path = f"/proc/self/fd/{file.fileno()}"
+    is_usable = sys.platform == "linux" and os.path.exists(descriptor_path)  # noqa: PTH110  # not resolved
+    return descriptor_path if is_usable else str(path)
 
 
 def _open(path: Path) -> int:
@@ -82,12 +81,12 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     except BlockingIOError:
-        # A regular file that another process has a lease on, which is given up when one waits for it.
+        # A regular file that another process has a lease on, which is released for a blocking open.
         if stat.S_ISREG(path.stat().st_mode):
             return os.open(path, flags)
         raise
     except OSError as error:
-        if error.errno in _NOT_TO_BE_OPENED:
+        if error.errno in _NOT_OPENABLE:
             raise _irregular(path, path.stat().st_mode) from error
         raise
 

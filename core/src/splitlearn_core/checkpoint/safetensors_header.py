@@ -22,20 +22,20 @@ from splitlearn_core.types import DTYPE_BYTES, TensorInfo
 #: Bytes of the number before the header.
 LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
-#: What a download leaves in place of weights: its first bytes, what it is, and how to have the weights.
-_OTHERS = {
+#: What a download may leave in place of weights: its first bytes, what it is, and how to get the weights.
+_NOT_WEIGHTS = {
     b"version ": ("a pointer of Git LFS and not the weights", "git lfs pull, in the folder of the repository"),
-    b"<!doctyp": ("an HTML page and not the weights", "download it anew: the server answered with a page"),
-    b"<html": ("an HTML page and not the weights", "download it anew: the server answered with a page"),
+    b"<!doctyp": ("an HTML page and not the weights", "download it again: the server answered with a page"),
+    b"<html": ("an HTML page and not the weights", "download it again: the server answered with a page"),
 }
-#: What torch can make a tensor of: as many dimensions, sizes up to this number.
+#: The limits of a tensor of torch.
 _MAX_DIMENSIONS, _MAX_NUMBER = 64, 2**63 - 1
-#: Bytes of a header that is remembered.
-_MAX_REMEMBERED = 256 * 2**10
+#: Larger headers are not cached.
+_MAX_CACHED_BYTES = 256 * 2**10
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read and check the header of a safetensors file; the data is not touched.
+    """Read and check the header of a safetensors file; the data is not read.
 
     Raises:
         InvalidCheckpointError: The file is truncated or its header contradicts itself; all
@@ -46,7 +46,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def header_of(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
-    """The same of a file that is open, at its beginning."""
+    """Read and check the header of an open file, positioned at its start; see :func:`read_header`."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(LENGTH_BYTES)
     return parse_header(str(path), prefix + file.read(header_length(str(path), prefix, size)), size)
@@ -58,37 +58,37 @@ def header_length(where: str, prefix: bytes, size: int | None) -> int:
     Args:
         where: The file, for messages.
         prefix: Its first eight bytes, or more.
-        size: Its size in bytes; None where that is not known.
+        size: Its size in bytes; None if unknown.
 
     Raises:
         InvalidCheckpointError: The file cannot hold such a header.
     """
-    for beginning, (what, mend) in _OTHERS.items():
+    for beginning, (what, fix) in _NOT_WEIGHTS.items():
         if prefix.lower().startswith(beginning):
-            raise _invalid(where, [f"it is {what}"], mend)
+            raise _invalid(where, [f"it is {what}"], fix)
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if len(prefix) < LENGTH_BYTES or (size is not None and length > size - LENGTH_BYTES):
         problem = f"the file of {len(prefix) if size is None else size} bytes ends before its header does"
         raise _invalid(where, [problem], "is the download complete?")
     if length > _MAX_HEADER_BYTES:
-        raise _invalid(where, [f"its header is said to be {length} bytes long; {_MAX_HEADER_BYTES} is the limit"])
+        raise _invalid(where, [f"its header is {length} bytes long; {_MAX_HEADER_BYTES} is the limit"])
     return length
 
 
 def parse_header(where: str, content: bytes, size: int | None) -> dict[str, TensorInfo]:
     """Check the beginning of a safetensors file and return its tensors; see :func:`read_header`."""
-    if len(content) > _MAX_REMEMBERED:
+    if len(content) > _MAX_CACHED_BYTES:
         return _parsed(where, content, size)
-    return dict(_remembered(where, content, size))
+    return dict(_parsed_cached(where, content, size))
 
 
 def _parsed(where: str, content: bytes, size: int | None) -> dict[str, TensorInfo]:
     length = header_length(where, content, size)
     try:
-        # Decoded here: json would guess other encodings from the first bytes, and it takes NaN for a number.
+        # Decoded here: json would guess other encodings from the first bytes, and it accepts NaN as a number.
         text = content[LENGTH_BYTES : LENGTH_BYTES + length].decode("utf-8")
         header = json.loads(text, parse_constant=_refuse_constant)
-        if "\\ud" in text.lower():  # half a character, perhaps, and such a name fits into no message or file
+        if "\\ud" in text.lower():  # perhaps a lone surrogate, which cannot be written to a message or file
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise _invalid(where, [f"its header is no JSON: {reason(error)}"]) from error
@@ -106,8 +106,8 @@ def _parsed(where: str, content: bytes, size: int | None) -> dict[str, TensorInf
     return _check_layout(where, [_tensor(shard, key, entry, start) for key, entry in header.items()], start, size)
 
 
-#: A header is looked at when a load is planned, and again when the file is read, where the same bytes mean the same.
-_remembered = lru_cache(maxsize=64)(_parsed)
+#: A header is parsed when a load is planned, and again when the file is read.
+_parsed_cached = lru_cache(maxsize=64)(_parsed)
 
 
 def _refuse_constant(name: str) -> None:
@@ -115,7 +115,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _entry_problem(key: str, entry: Any) -> str:
-    """Say what is wrong with one tensor's entry in the header, or nothing."""
+    """Return what is wrong with one tensor's entry in the header; empty if it is valid."""
     name = plain(key)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"{name}: its entry lacks dtype, shape or data_offsets"
@@ -128,8 +128,8 @@ def _entry_problem(key: str, entry: Any) -> str:
 
 
 def _size_problem(name: str, dtype: str, shape: list[Any], offsets: list[Any]) -> str:
-    """Say what is wrong with the sizes and offsets of one tensor, or nothing."""
-    # Before they are multiplied: a million large numbers would keep the processor for days.
+    """Return what is wrong with the sizes and offsets of one tensor; empty if they are valid."""
+    # Checked before they are multiplied: the product of a million large numbers would take days.
     if len(shape) > _MAX_DIMENSIONS:
         return f"{name}: a shape of {len(shape)} dimensions; {_MAX_DIMENSIONS} is the limit"
     if any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in (*shape, *offsets)):
@@ -147,7 +147,7 @@ def _tensor(shard: str, key: str, entry: Any, start: int) -> TensorInfo:
 
 
 def _check_layout(where: str, tensors: list[TensorInfo], start: int, size: int | None) -> dict[str, TensorInfo]:
-    """Demand that the tensors cover the data without gap or overlap, as the format does."""
+    """Check that the tensors cover the data without gap or overlap, as the format demands."""
     ordered = sorted(tensors, key=lambda info: (info.begin, info.end))
     problems, position, previous = [], start, "the header"
     for info in ordered:
@@ -168,6 +168,6 @@ def _check_layout(where: str, tensors: list[TensorInfo], start: int, size: int |
 
 def _invalid(where: str, problems: list[str], hint: str = "") -> InvalidCheckpointError:
     return InvalidCheckpointError(
-        f"{where} is no sound safetensors file: {listed(problems, '; ', limit=SENTENCE)}",
-        hint=hint or "fetch or write the file anew",
+        f"{where} is not a valid safetensors file: {listed(problems, '; ', limit=SENTENCE)}",
+        hint=hint or "fetch or write the file again",
     )

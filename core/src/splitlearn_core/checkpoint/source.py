@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint come from: a directory, or a repository on the Hub."""
+"""The source of the files of a checkpoint: a directory, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from splitlearn_core.checkpoint.config_json import CONFIG, needed_reader
+from splitlearn_core.checkpoint.config_json import needed_reader
 from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted
 from splitlearn_core.checkpoint.hub.repository import HubSource
 from splitlearn_core.checkpoint.local_directory import DirectorySource
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.quoting import reason
 from splitlearn_core.types import ProgressCallback, TensorInfo
@@ -32,33 +33,33 @@ class Source(Protocol):
 
     @property
     def hint_for_missing(self) -> str:
-        """What to do where files are missing."""
+        """What to do if files are missing."""
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise MissingFileError, naming all, where files cannot be had."""
+        """Raise MissingFileError, which names all files that are not available."""
 
     def files(self) -> Mapping[str, int]:
-        """Return the names of the files that can be had, with their sizes in bytes (0: unknown)."""
+        """Return the names of the available files, with their sizes in bytes (0: unknown)."""
 
     def path(self, name: str) -> Path:
-        """Return the local path of a small file, fetching it first where necessary."""
+        """Return the local path of a small file, fetching it first if necessary."""
 
     def is_here(self, name: str) -> bool:
-        """Say whether a file is on this machine already."""
+        """Return whether a file is on this machine already."""
 
     def plan_fetch(self, wanted: Wanted) -> tuple[FileFetch, ...]:
-        """Say what :meth:`fetch` would transfer; raises MissingFileError as :meth:`require`."""
+        """Return what :meth:`fetch` would transfer; raises MissingFileError like :meth:`require`."""
 
     def fetch(self, wanted: Wanted, progress: ProgressCallback) -> dict[str, Path]:
-        """Make sure that parts of large files, or all of them, are on this machine; return where, by name.
+        """Fetch large files, whole or in ranges, that are not on this machine; return the paths of all by name.
 
-        A file lies at its original size, so that offsets are those of its header; of one that was
-        asked for in parts only these, and what else was fetched of it, are its bytes.
+        A file has its original size, so that offsets are those of its header; one that was fetched in
+        ranges holds only those that were fetched so far.
 
         Args:
             wanted: File -> ranges of bytes, or None for all of it.
-            progress: Told of the bytes that come, several times a second; it may raise to stop, and
-                what came is kept.
+            progress: Called several times a second with the bytes received; it may raise to stop, and
+                what was received is kept.
         """
 
     def header(self, name: str) -> dict[str, TensorInfo]:
@@ -75,20 +76,17 @@ def open_source(
     readable_suffixes: Callable[[], tuple[str, ...]] = tuple,
     entrance: str = CONFIG,
 ) -> Source:
-    """Find a checkpoint: a directory wins over a repository of the same name.
+    """Open a checkpoint: a directory takes precedence over a repository of the same name.
 
     Args:
         model_name_or_path: A directory, a repository, or a weight file that an added reader knows;
-            ``hub:`` before a name means the repository, even where there is such a directory.
-        cache_dir: As in Hugging Face's own functions, and so the next three.
-        revision: See there.
-        token: See there.
-        local_files_only: See there.
-        readable_suffixes: Asked, where a file is named, how the names end of those that can be read.
-        entrance: The small file that a repository of the kind has in any case.
+            ``hub:`` before a name means the repository, even if there is such a directory.
+        cache_dir, revision, token, local_files_only: As in Hugging Face's own functions.
+        readable_suffixes: Returns the suffixes of readable weight files; called if a file is named.
+        entrance: The small file that every repository of this kind has.
 
     Raises:
-        MissingFileError: Neither is there, or it has no ``config.json``.
+        MissingFileError: There is neither, or it has no ``config.json``.
     """
     if not isinstance(model_name_or_path, str | os.PathLike) or not os.fspath(model_name_or_path):
         raise ConfigurationError(
@@ -102,7 +100,7 @@ def open_source(
         path = user_path(model_name_or_path)
         is_directory, is_there = path.is_dir(), path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        # Too long for a path, a home of nobody, or a NUL byte: no directory, and no repository either.
+        # Too long for a path, the home of an unknown user, or a NUL byte: no directory, and no repository either.
         raise MissingFileError(f"{name!r} names no directory: {reason(error)}", hint="check the path") from error
     if is_directory:
         return DirectorySource(path)

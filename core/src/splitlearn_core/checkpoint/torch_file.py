@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 #: The first bytes of what torch.save writes since 1.6; only that can be mapped.
 _ZIP = b"PK\x03\x04"
-#: What torch says of a pickle that names anything but tensors and plain values. (An unsupported
-#: operand is what it finds in a file that is no pickle at all.)
+#: torch's messages for a pickle that names anything but tensors and plain values. (It reports an
+#: unsupported operand in a file that is no pickle at all.)
 _MORE_THAN_TENSORS = re.compile(r"Unsupported (?!operand)|unsupported GLOBAL")
-#: What torch found stands behind this; before it, how to run the code of the file after all.
-_FOUND = "WeightsUnpickler error: "
+#: The reason follows this in torch's message; before it stands how to run the code of the file after all.
+_REASON_PREFIX = "WeightsUnpickler error: "
 
 
 def is_mappable(path: Path) -> bool:
-    """Say whether the file can be mapped: what older versions of torch wrote has to be read whole."""
+    """Return whether the file can be mapped: files of older versions of torch have to be read whole."""
     with open_regular(path) as file:
         return _is_zip(file)
 
@@ -37,39 +37,39 @@ def _is_zip(file: BinaryIO) -> bool:
 
 
 def open_torch_file(path: Path, *, hint: str, allow_pickle: bool = False) -> Any:
-    """Return what ``torch.save`` wrote, on the CPU and mapped where that can be.
+    """Return what ``torch.save`` wrote, on the CPU, mapped if possible.
 
     Args:
         path: The file.
-        hint: What to do about a file that holds more than tensors and plain values.
+        hint: Hint for a file that holds more than tensors and plain values.
         allow_pickle: Run the code that such a file names.
 
     Raises:
         CheckpointError: The file holds more than tensors, and opening it could run code.
-        InvalidCheckpointError: It is damaged, or no such file.
+        InvalidCheckpointError: It is damaged, or not such a file.
     """
     import torch
 
     try:
         with open_regular(path) as file:
-            again, mappable = path_of(file, path), _is_zip(file)
-            return torch.load(again, map_location="cpu", mmap=mappable, weights_only=not allow_pickle)
+            same_file, mappable = path_of(file, path), _is_zip(file)
+            return torch.load(same_file, map_location="cpu", mmap=mappable, weights_only=not allow_pickle)
     except (MemoryError, SplitLearnError):
         raise
     except OSError as error:
-        # torch looks for the end of the archive where the file has no bytes.
+        # torch seeks before the start of a file that is too short for an archive.
         if error.errno == errno.EINVAL:
             raise _damaged(path, error) from error
         raise
     except pickle.UnpicklingError as error:
         if not allow_pickle and _MORE_THAN_TENSORS.search(str(error)):
-            # Torch goes on about how to trust what it names.
+            # Torch goes on with advice on how to trust the file.
             reason = _line(error, _MORE_THAN_TENSORS).partition(" Please use ")[0]
             raise CheckpointError(
                 f"{path} holds more than tensors, and opening it could run code: {reason}", hint=hint
             ) from error
         raise _damaged(path, error) from error
-    # Unpickling runs what the file says, and raises what comes of it.
+    # Unpickling calls what the file names, which may raise anything.
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -79,7 +79,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         CheckpointError: The file holds more than tensors, and opening it could run code.
-        InvalidCheckpointError: It is damaged, or no state dict.
+        InvalidCheckpointError: It is damaged, or not a state dict.
     """
     import torch
 
@@ -93,7 +93,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         )
     plain = {key: value for key, value in saved.items() if isinstance(key, str) and _is_plain(value, torch)}
     if len(plain) < len(saved):
-        wrong = [f"{key!r} ({_words(value, torch)})" for key, value in saved.items() if key not in plain]
+        wrong = [f"{key!r} ({_description(value, torch)})" for key, value in saved.items() if key not in plain]
         raise InvalidCheckpointError(
             f"{path} holds entries that are no plain tensors: {listed(wrong)}",
             hint="save the state dict alone, on the CPU, without quantised or sparse tensors",
@@ -102,7 +102,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def describe_torch_file(path: Path) -> dict[str, TensorInfo]:
-    """Say what tensors a ``.bin`` file holds; raises like :func:`read_state_dict`."""
+    """Describe the tensors of a ``.bin`` file; raises like :func:`read_state_dict`."""
     names = dtype_names()
     return {
         key: TensorInfo(key, names[tensor.dtype], tuple(tensor.shape), path.name, 0, tensor.nbytes, PYTORCH)
@@ -119,7 +119,7 @@ def _is_plain(value: Any, torch: Any) -> bool:
     )
 
 
-def _words(value: Any, torch: Any) -> str:
+def _description(value: Any, torch: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
     return type(value).__name__
@@ -132,9 +132,8 @@ def _damaged(path: Path, error: Exception) -> InvalidCheckpointError:
     )
 
 
-def _line(error: Exception, words: re.Pattern[str] = re.compile("")) -> str:
-    """Return the first line of a message that holds the words."""
+def _line(error: Exception, pattern: re.Pattern[str] = re.compile("")) -> str:
+    """Return the first line of a message that matches a pattern; empty if none does."""
     text = str(error)
-    lines = text[text.find(_FOUND) + len(_FOUND) if _FOUND in text else 0 :].splitlines()
-    found = [line.strip() for line in lines if line.strip() and words.search(line)]
-    return found[0][:300] if found else ""
+    lines = text[text.find(_REASON_PREFIX) + len(_REASON_PREFIX) if _REASON_PREFIX in text else 0 :].splitlines()
+    return next((line.strip()[:300] for line in lines if line.strip() and pattern.search(line)), "")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TextIO
 
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.doctor.report import Finding, Level, is_blocked, left_out, note, ok, wrong
 from splitlearn_core.environment_errors import cause_of
 from splitlearn_core.errors import PluginError
@@ -114,7 +115,7 @@ def broken_promises(loaded: LoadedPlugin, entries: Sequence[PluginEntry]) -> Ite
         if preferred and preferred not in strategies:
             what = f"the family {name!r} prefers the loading strategy {preferred!r}, which no plugin provides"
             yield wrong(what, entry.module, f"one of {', '.join(sorted(strategies))}")
-        if family.bundled_checkpoint and not (bundled_checkpoint(family) / "config.json").is_file():
+        if family.bundled_checkpoint and not (bundled_checkpoint(family) / CONFIG).is_file():
             what = f"the family {name!r} says that it carries a checkpoint, and there is none"
             yield wrong(what, str(bundled_checkpoint(family)), f"reinstall {entry.distribution}")
 

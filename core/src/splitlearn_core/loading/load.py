@@ -16,6 +16,7 @@ from splitlearn_core.adapters.peft_models import apply_adapter
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, read_object
 from splitlearn_core.checkpoint.hub.partial_file import grows
 from splitlearn_core.checkpoint.manifest import MANIFEST, read_manifest
+from splitlearn_core.checkpoint.names import GENERATION_CONFIG
 from splitlearn_core.checkpoint.origin import Origin, fingerprint, sample_values
 from splitlearn_core.checkpoint.prefetch import read_ahead
 from splitlearn_core.errors import InvalidCheckpointError
@@ -303,7 +304,7 @@ def _without(plan: SplitPlan, table: KeyTable, unread: Mapping[str, set[str]]) -
 
 def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> None:
     """Give the top the generation settings that ``from_pretrained`` would read."""
-    path = model.checkpoint.optional_file("generation_config.json") if top is not None else None
+    path = model.checkpoint.optional_file(GENERATION_CONFIG) if top is not None else None
     if top is None or path is None:
         return
     check_numbers(read_object(path, MAX_CONFIG_BYTES), str(path))

@@ -1,14 +1,14 @@
-"""Reading under supervision: tensors are compared with the plan, files with what was planned."""
+"""Checks around a read: yielded tensors are compared with the plan, and files with the headers planned with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitlearn_core.checkpoint.safetensors_header import read_header
-from splitlearn_core.errors import BrokenPluginError, InvalidCheckpointError, MissingFileError, SplitLearnError
+from splitlearn_core.errors import BrokenPluginError, InvalidCheckpointError, MissingFileError, translate
 from splitlearn_core.loading_strategy import BUILT_IN_NAMES, LoadingStrategy, ReadPlan, torch_dtype
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.quoting import said
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
 
 
 def predicted_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
-    """Ask a strategy for the memory it takes; raises BrokenPluginError where it cannot say."""
-    with _blaming(strategy):
+    """Return the memory in bytes that a strategy predicts for a read; raises BrokenPluginError if that fails."""
+    with _strategy_errors(strategy):
         return int(strategy.anonymous_bytes(plan))
 
 
 def passing_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
-    """Ask a strategy how much of :func:`predicted_bytes` it gives back once the read is over.
+    """Return how many bytes of :func:`predicted_bytes` a strategy frees after the read.
 
-    A strategy says so in a method ``passing_bytes(plan)``; one without it keeps all that it takes.
+    It is the result of its method ``passing_bytes(plan)``, or 0 without one.
     """
-    tell = getattr(strategy, "passing_bytes", None)
-    if tell is None:
+    method = getattr(strategy, "passing_bytes", None)
+    if method is None:
         return 0
-    with _blaming(strategy):
-        return int(tell(plan))
+    with _strategy_errors(strategy):
+        return int(method(plan))
 
 
 def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
-    """Read by a strategy, and hold what it yields against the plan.
+    """Read with a strategy, and compare each tensor that it yields with the plan.
 
     Raises:
         BrokenPluginError: It raised, or yielded other tensors than were planned.
-        CheckpointError: A file is not what it has to be.
+        CheckpointError: A file is invalid, or was changed.
     """
     import torch
 
     wanted = {planned.module_key: planned for planned in plan.tensors}
     target, device = torch_dtype(plan.dtype), torch.device(plan.device).type
-    with _blaming(strategy):
+    with _strategy_errors(strategy):
         for planned, tensor in strategy.read(plan):
             if wanted.pop(planned.module_key, None) is None:
                 raise _broken(strategy, f"it yielded {planned.module_key}, which is not or no longer wanted")
@@ -56,8 +56,8 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
             floating = planned.info.dtype in FLOAT_DTYPES.values()
             expected = (planned.info.shape, target if floating else tensor.dtype)
             if (tuple(tensor.shape), tensor.dtype) != expected:
-                got = f"{tensor.dtype} of shape {list(tensor.shape)}"
-                raise _broken(strategy, f"it yielded {got} for {planned.module_key}, not {plan.dtype} as planned")
+                actual = f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise _broken(strategy, f"it yielded {actual} for {planned.module_key}, not {plan.dtype} as planned")
             if tensor.device.type != device:
                 raise _broken(strategy, f"it yielded {planned.module_key} on {tensor.device}, not on {plan.device}")
             yield planned, tensor
@@ -65,18 +65,10 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
         raise _broken(strategy, f"it left out {len(wanted)} tensors: {', '.join(sorted(wanted)[:5])}")
 
 
-@contextmanager
-def _blaming(strategy: LoadingStrategy) -> Iterator[None]:
-    """Let what a plugin's strategy raises say whose it is; core's own raise as they do."""
-    try:
-        yield
-    except SplitLearnError:
-        raise
-    # A strategy of a plugin is foreign code, and a broken one must be named.
-    except Exception as error:
-        if strategy.name in BUILT_IN_NAMES:
-            raise
-        raise _broken(strategy, f"it raised {said(error)}") from error
+def _strategy_errors(strategy: LoadingStrategy) -> AbstractContextManager[None]:
+    """Translate what a plugin's strategy raises into an error that names it; core's own raise their errors."""
+    is_own = strategy.name in BUILT_IN_NAMES
+    return translate(lambda error: None if is_own else _broken(strategy, f"it raised {said(error)}"))
 
 
 def _broken(strategy: LoadingStrategy, why: str) -> BrokenPluginError:
@@ -87,40 +79,40 @@ def _broken(strategy: LoadingStrategy, why: str) -> BrokenPluginError:
 
 
 def refuse_other_files(plan: ReadPlan) -> None:
-    """Refuse safetensors files that do not hold the planned tensors in the planned places (any more).
+    """Refuse safetensors files that do not hold the planned tensors at the planned offsets (any longer).
 
-    Asked before a file is read by offsets, and again after it.
+    Called before a file is read by offsets, and again afterwards.
 
     Raises:
-        MissingFileError: One is gone.
-        InvalidCheckpointError: One was cut, or replaced by another.
+        MissingFileError: A file is missing.
+        InvalidCheckpointError: A file was truncated or replaced.
     """
     for shard, tensors in plan.by_shard().items():
         if tensors[0].info.format == SAFETENSORS:
             path = plan.paths[shard]
             if not path.exists():
-                raise MissingFileError(f"{path} is not there any more", hint="fetch it anew, then load again")
+                raise MissingFileError(f"{path} no longer exists", hint="fetch it again, then load again")
             refuse_changed(path, read_header(path), tensors)
 
 
-def refuse_changed(path: Path, found: Mapping[str, TensorInfo], tensors: Iterable[PlannedTensor]) -> None:
-    """Refuse a file whose header is not the one that was planned with.
+def refuse_changed(path: Path, header: Mapping[str, TensorInfo], tensors: Iterable[PlannedTensor]) -> None:
+    """Refuse a file whose header differs from the one that was planned with.
 
     Args:
         path: The file.
-        found: The tensors that it holds by now.
-        tensors: Those of it that are wanted.
+        header: The tensors that it holds now.
+        tensors: The planned tensors of the file.
     """
     for planned in tensors:
-        if found.get(planned.info.key) != planned.info:
+        if header.get(planned.info.key) != planned.info:
             raise InvalidCheckpointError(
-                f"{path} was changed while it was being loaded: {planned.info.key} is not what and where it was",
+                f"{path} was changed while it was being loaded: {planned.info.key} has another dtype, shape or offset",
                 hint="load it again once it is written completely",
             )
 
 
 def refuse_cut(path: Path, size: int, last: TensorInfo) -> None:
-    """Refuse a file that ends by now before a tensor of it that was just mapped."""
+    """Refuse a file that now ends before a tensor of it that was just mapped."""
     if size < last.end:
         raise InvalidCheckpointError(
             f"{path} was cut while it was being loaded: it ends at byte {size}, {last.key} at byte {last.end}",

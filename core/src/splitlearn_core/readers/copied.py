@@ -1,4 +1,4 @@
-"""Copies of planned bytes, on any device and in any dtype: large reads by several threads."""
+"""Copies of planned bytes, on any device and in any dtype: large reads in several threads."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from splitlearn_core.loading_strategy import ReadPlan, refused_formats
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.readers.checks import refuse_other_files
 from splitlearn_core.readers.staging import (
-    Landing,
     Piece,
     Slot,
+    Staging,
     cut,
     is_staged,
-    make_landing,
+    make_staging,
     reader_count,
     slot_bytes,
     slot_count,
 )
-from splitlearn_core.types import SAFETENSORS
+from splitlearn_core.types import CHUNK_BYTES, SAFETENSORS
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +34,24 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reading(
-    pieces: Sequence[Piece], paths: Mapping[str, Path], landing: Landing[Slot]
+    pieces: Sequence[Piece], paths: Mapping[str, Path], staging: Staging[Slot]
 ) -> Iterator[Iterator[tuple[Piece, Slot | None]]]:
     """Read pieces in parallel; yield an iterator over them in the order in which they arrive.
 
-    A slot that comes with a piece has to be put back into ``landing.free`` once it is empty. When
-    the block is left, however it is, the threads have ended.
+    A slot that is yielded with a piece has to be put back into ``staging.free`` once it is empty. When
+    the block is left, also by an error, the threads have ended.
     """
-    coming, arrived = iter(pieces), SimpleQueue[tuple[Piece, Slot | None] | BaseException]()
+
+    def arrivals() -> Iterator[tuple[Piece, Slot | None]]:
+        for _ in pieces:
+            item = arrived.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    remaining, arrived = iter(pieces), SimpleQueue[tuple[Piece, Slot | None] | BaseException]()
     stopped = threading.Event()
-    arguments = (coming, paths, landing, arrived, stopped)
+    arguments = (remaining, paths, staging, arrived, stopped)
     threads = [
         threading.Thread(target=_work, args=arguments, name="splitlearn-reader", daemon=True)
         for _ in range(min(reader_count(), len(pieces)))
@@ -51,47 +59,37 @@ def reading(
     for thread in threads:
         thread.start()
     try:
-        yield _arrivals(len(pieces), arrived)
+        yield arrivals()
     finally:
         stopped.set()
         for _ in threads:
-            landing.free.put(None)  # whoever waits for a slot is woken
+            staging.free.put(None)  # wakes a thread that waits for a slot
         for thread in threads:
             thread.join()
 
 
-def _arrivals(
-    count: int, arrived: SimpleQueue[tuple[Piece, Slot | None] | BaseException]
-) -> Iterator[tuple[Piece, Slot | None]]:
-    for _ in range(count):
-        item = arrived.get()
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-
-
 def _work(
-    coming: Iterator[Piece],
+    remaining: Iterator[Piece],
     paths: Mapping[str, Path],
-    landing: Landing[Slot],
+    staging: Staging[Slot],
     arrived: SimpleQueue[tuple[Piece, Slot | None] | BaseException],
     stopped: threading.Event,
 ) -> None:
     """Read one piece after the other; several threads take from one iterator."""
-    # What goes wrong is raised where the pieces are wanted.
+    # Errors are raised in the thread that consumes the pieces.
     try:
         with ExitStack() as files:
-            # A file for each thread: the kernel reads ahead by open file.
+            # A descriptor for each thread: the kernel's read-ahead state belongs to the open file.
             opened: dict[str, int] = {}
-            for piece in coming:
-                slot = landing.free.get() if landing.needs_slot(piece) else None
+            for piece in remaining:
+                slot = staging.free.get() if staging.needs_slot(piece) else None
                 if stopped.is_set():
                     return
                 if piece.shard not in opened:
                     opened[piece.shard] = files.enter_context(open_regular(paths[piece.shard], buffering=0)).fileno()
-                _fill(opened[piece.shard], piece, landing.views(piece, slot), paths[piece.shard])
-                arrived.put((piece, landing.landed(piece, slot)))
-    except BaseException as error:  # noqa: BLE001  # handed over, not swallowed
+                _fill(opened[piece.shard], piece, staging.views(piece, slot), paths[piece.shard])
+                arrived.put((piece, staging.filled(piece, slot)))
+    except BaseException as error:  # noqa: BLE001  # handed to the consumer, not swallowed
         arrived.put(error)
 
 
@@ -111,22 +109,22 @@ def _fill(descriptor: int, piece: Piece, views: list[memoryview], path: Path) ->
 
 
 def ends_early(piece: Piece, done: int, path: Path) -> InvalidCheckpointError:
-    """Say which tensor a file does not hold to its end."""
-    position, at = 0, piece.spans[-1]
+    """Return the error for a file that ends within a piece; it names the tensor that is incomplete."""
+    position, incomplete = 0, piece.spans[-1]
     for span in piece.spans:
         position += span.nbytes
         if done < position:
-            at = span
+            incomplete = span
             break
     return InvalidCheckpointError(
-        f"{path} ends at byte {piece.begin + done}, in the middle of {at.planned.info.key}, "
-        f"which goes to byte {at.planned.info.end}",
+        f"{path} ends at byte {piece.begin + done}, in the middle of {incomplete.planned.info.key}, "
+        f"which goes to byte {incomplete.planned.info.end}",
         hint="it was cut or replaced after it was planned: load it again once it is complete",
     )
 
 
 def _read_each(descriptor: int, views: Sequence[memoryview], position: int) -> int:
-    """Read into the first place alone, where the system cannot read into several at once."""
+    """Read into the first buffer only, on systems that cannot read into several at once."""
     os.lseek(descriptor, position, os.SEEK_SET)
     content = os.read(descriptor, len(views[0]))
     views[0][: len(content)] = content
@@ -136,17 +134,15 @@ def _read_each(descriptor: int, views: Sequence[memoryview], position: int) -> i
 _read: Callable[[int, Sequence[memoryview], int], int] = getattr(os, "preadv", _read_each)
 
 
-#: Bytes that are read with one call. Those that are converted or moved are read in smaller pieces,
-#: which are still in the processor's cache when they are.
-CHUNK_BYTES = 8 * 2**20
+#: Bytes of one read where they are converted or moved: a piece is then still in the processor's cache.
 STAGED_BYTES = 2**20
 
 
 class CopiedStrategy:
     """Tensors in memory of their own, on any device and in any dtype.
 
-    Where they are wanted as they are stored, the system reads straight into their memory. Where
-    they are to be converted or moved, pieces go through a few buffers that are used again.
+    Tensors in their stored dtype on the CPU are read straight into their memory. Tensors that are
+    converted, or moved to a device, go through a few staging buffers that are used again.
     """
 
     name = "copied"
@@ -166,23 +162,23 @@ class CopiedStrategy:
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         refuse_other_files(plan)
         pieces = _pieces(plan)
-        landing = make_landing(plan, pieces)
+        staging = make_staging(plan, pieces)
         missing = {planned.module_key: planned.info.nbytes for planned in plan.tensors}
         for planned in plan.tensors:
             if not planned.info.nbytes:
-                yield planned, landing.tensors.pop(planned.module_key)
+                yield planned, staging.tensors.pop(planned.module_key)
         try:
-            with reading(pieces, plan.paths, landing) as arrivals:
+            with reading(pieces, plan.paths, staging) as arrivals:
                 for piece, slot in arrivals:
-                    landing.settle(piece, slot)
+                    staging.settle(piece, slot)
                     plan.on_bytes(piece.nbytes)
                     for span in piece.spans:
                         key = span.planned.module_key
                         missing[key] -= span.nbytes
                         if not missing[key]:
-                            yield span.planned, landing.tensors.pop(key)
+                            yield span.planned, staging.tensors.pop(key)
         finally:
-            landing.finish()
+            staging.finish()
         refuse_other_files(plan)
 
 

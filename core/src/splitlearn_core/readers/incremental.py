@@ -1,4 +1,4 @@
-"""Shard by shard: one file is open at a time, and its tensors are copied out one by one."""
+"""Shard by shard: one file is open at a time, and its tensors are copied one by one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class IncrementalStrategy:
         whole = [
             plan.paths[shard].stat().st_size
             for shard, tensors in plan.by_shard().items()
-            # Of a file that is not here yet nobody can say; torch has written mappable ones since 2020.
+            # A file that is not downloaded yet is taken to be mappable, as torch has written since 2020.
             if shard in plan.paths and tensors[0].info.format == PYTORCH and not is_mappable(plan.paths[shard])
         ]
         return max(whole, default=0)

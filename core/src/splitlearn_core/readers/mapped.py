@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from splitlearn_core.checkpoint.regular_files import open_regular, path_of
 from splitlearn_core.checkpoint.safetensors_header import header_of
-from splitlearn_core.loading_strategy import CHUNK_BYTES, ReadPlan, refused_formats, torch_dtype
+from splitlearn_core.loading_strategy import ReadPlan, refused_formats, torch_dtype
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.readers.checks import refuse_changed, refuse_cut
 from splitlearn_core.readers.staging import ALIGNMENT, fresh_memory
-from splitlearn_core.types import SAFETENSORS, stored_dtype
+from splitlearn_core.types import CHUNK_BYTES, SAFETENSORS, stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
     """Yield each planned tensor as a view of its mapped file; one file is open at a time.
 
-    As safetensors makes them, whose ``safe_open`` keeps the interpreter while it opens a file and looks at the first
-    page of each tensor: where the disk or the network hangs, every thread of the process would hang with it.
+    Equal to those of ``safe_open`` of safetensors, which holds the GIL while it opens a file and touches the first
+    page of each tensor: if the disk or the network hangs, every thread of the process would hang with it.
     """
     import torch
 
@@ -35,20 +35,20 @@ def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
             for planned in tensors:
                 info = planned.info
                 empty = torch.empty(0, dtype=stored_dtype(info.dtype))
-                # A storage of its own for each, as everybody expects of tensors that are not tied.
+                # Each has a storage of its own, as code expects of tensors that are not tied.
                 yield planned, empty.set_(storage[info.begin : info.end]).view(info.shape)
-            # What is mapped of a file that was cut would end the process where it is used.
+            # Access to a page beyond the end of a truncated file would kill the process.
             refuse_cut(path, os.fstat(file.fileno()).st_size, tensors[-1].info)
 
 
 def copy_to_plan(plan: ReadPlan, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Copy a view of a file to the plan's device, and convert it."""
+    """Copy a view of a file to the plan's device, converted to a dtype."""
     import torch
 
     if not view.is_contiguous():
         # In the same order in memory, as transformers has it: other kernels would round differently.
         return torch.empty_like(view, dtype=dtype, device=plan.device).copy_(view)
-    # As it is, it begins in a cache line where it does in the file; see fresh_memory.
+    # Unconverted, it has the same offset within a cache line as in the file; see fresh_memory.
     copied = _target(plan, view.shape, dtype, view.data_ptr() % ALIGNMENT if dtype == view.dtype else 0)
     if view.nbytes <= CHUNK_BYTES:
         return copied.copy_(view)
@@ -73,8 +73,8 @@ def _target(plan: ReadPlan, shape: torch.Size, dtype: torch.dtype, phase: int) -
 class MappedStrategy:
     """Views of the mapped file: nothing is copied, pages are shared between processes.
 
-    A file that is cut or replaced before it is mapped is refused. One that is cut while it is mapped
-    ends the process where a page is used that is gone (SIGBUS); to delete it does no harm.
+    A file that is truncated or replaced before it is mapped is refused. If it is truncated later, access to
+    a missing page kills the process (SIGBUS); deletion does no harm.
 
     Tensors that are stored in another dtype are converted, and only those take memory.
     """

@@ -1,4 +1,4 @@
-"""The built-in loading strategies, and which of them is used."""
+"""The built-in loading strategies, and the choice of one."""
 
 from __future__ import annotations
 
@@ -20,45 +20,42 @@ BUILT_IN: tuple[LoadingStrategy, ...] = (
 )
 
 
-def check_strategy(asked: str, added: Iterable[LoadingStrategy] = ()) -> dict[str, LoadingStrategy]:
-    """Return the known strategies by name, refusing a name that is none of them.
+def check_strategy(name: str, added: Iterable[LoadingStrategy] = ()) -> dict[str, LoadingStrategy]:
+    """Return the known strategies by name, and check that a requested name is one of them.
 
     Raises:
-        ConfigurationError: No strategy of that name.
+        ConfigurationError: There is no strategy of that name.
     """
     known = {strategy.name: strategy for strategy in (*BUILT_IN, *added)}
-    if asked not in (AUTO, *known):
+    if name not in (AUTO, *known):
         raise ConfigurationError(
-            f"there is no loading strategy {asked!r}", hint=f"choose from {', '.join((AUTO, *known))}"
+            f"there is no loading strategy {name!r}", hint=f"choose from {', '.join((AUTO, *known))}"
         )
     return known
 
 
 def choose_strategy(
-    asked: str, plans: Sequence[ReadPlan], added: Iterable[LoadingStrategy] = (), preferred: str = ""
+    name: str, plans: Sequence[ReadPlan], added: Iterable[LoadingStrategy] = (), preferred: str = ""
 ) -> LoadingStrategy:
-    """Choose how to read: what the caller asked, else what the family prefers, else the cheapest.
+    """Choose a strategy: the requested one, else the one that the family prefers, else the cheapest.
 
     Raises:
-        ConfigurationError: No strategy of that name, or it refuses the plan; the reason is given.
+        ConfigurationError: There is no strategy of that name, or it refuses the plan; the reason is given.
     """
-    known = check_strategy(asked, added)
-    if asked != AUTO:
-        refusal = next(filter(None, map(known[asked].refusal, plans)), "")
+    known = check_strategy(name, added)
+    if name != AUTO:
+        refusal = next(filter(None, map(known[name].refusal, plans)), "")
         if refusal:
-            raise ConfigurationError(f"loading strategy {asked!r} cannot do this: {refusal}", hint=f"try {AUTO!r}")
-        return known[asked]
+            raise ConfigurationError(f"loading strategy {name!r} cannot do this: {refusal}", hint=f"try {AUTO!r}")
+        return known[name]
     candidates = [known[preferred]] if preferred in known else []
-    # Last of all those that others added, for files that core cannot read.
-    others = [strategy for strategy in known.values() if strategy not in BUILT_IN]
-    for strategy in (*candidates, *_by_price(plans), *others):
+    # Views save nothing where most bytes have to be converted.
+    converted = sum(t.info.nbytes for plan in plans for t in plan.tensors if plan.needs_conversion(t))
+    mostly_converted = 2 * converted > sum(plan.nbytes for plan in plans)
+    own = sorted(BUILT_IN, key=lambda strategy: mostly_converted and isinstance(strategy, MappedStrategy))
+    # Added strategies come last, for files that core cannot read.
+    added_last = [strategy for strategy in known.values() if strategy not in BUILT_IN]
+    for strategy in (*candidates, *own, *added_last):
         if not any(strategy.refusal(plan) for plan in plans):
             return strategy
     raise ConfigurationError("no loading strategy can read this plan")
-
-
-def _by_price(plans: Sequence[ReadPlan]) -> list[LoadingStrategy]:
-    """Order core's own strategies by what they cost: views of what has to be converted spare nothing."""
-    converted = sum(t.info.nbytes for plan in plans for t in plan.tensors if plan.needs_conversion(t))
-    mostly = 2 * converted > sum(plan.nbytes for plan in plans)
-    return sorted(BUILT_IN, key=lambda strategy: mostly and isinstance(strategy, MappedStrategy))

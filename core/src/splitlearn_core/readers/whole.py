@@ -1,4 +1,4 @@
-"""The traditional way: the whole model through transformers, and of it what the components need."""
+"""Through transformers: the whole model is loaded, and the tensors of the components are copied out of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class WholeStrategy:
     """Copies out of the whole model that ``from_pretrained`` loads.
 
-    The reference, and the way to read what transformers alone can: quantised weights, which come
-    out dequantised. It takes the memory of the whole model besides that of the components.
+    The reference, and the way to read what only transformers can: quantised weights, which are
+    dequantised. It takes the memory of the whole model in addition to that of the components.
     """
 
     name = "whole"
@@ -29,7 +29,7 @@ class WholeStrategy:
     def refusal(self, plan: ReadPlan) -> str:
         others = sorted(plan.formats() - {SAFETENSORS, PYTORCH, OPAQUE})
         if others:
-            return f"transformers is not asked to read {', '.join(others)} files"
+            return f"transformers is not used to read {', '.join(others)} files"
         return plan.whole.missing if plan.whole is not None else "the plan does not say how the whole model is loaded"
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.manifest import is_plain_name
+from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG, TOKENIZER_PREFIXES
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.storage.weight_layout import Tensor
@@ -17,11 +18,6 @@ from splitlearn_core.types import (
     Component,
     ProgressCallback,
 )
-
-CONFIG, GENERATION = "config.json", "generation_config.json"
-
-#: Small files that `generate` needs beside the weights, by how their names begin.
-_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +41,15 @@ def companion_files(model: OpenModel, kind: Component, progress: ProgressCallbac
     names = [CONFIG] if model.checkpoint.source.has_config else []
     if kind is not Component.TRUNK:
         there = sorted(model.checkpoint.source.files())
-        names += [name for name in there if name == GENERATION or (name.startswith(_TOKENIZER) and is_plain_name(name))]
+        names += [
+            name
+            for name in there
+            if name == GENERATION_CONFIG or (name.startswith(TOKENIZER_PREFIXES) and is_plain_name(name))
+        ]
     # A tokenizer's file is no weight file, whatever it is called.
     found = {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
     inside = model.checkpoint.pretrained_arguments()
-    if inside is None or kind is Component.TRUNK or any(name.startswith(_TOKENIZER) for name in found):
+    if inside is None or kind is Component.TRUNK or any(name.startswith(TOKENIZER_PREFIXES) for name in found):
         return found
     file = model.checkpoint.source.path(model.checkpoint.weight_files()[0])
     return found | converted_files(file, dict(inside), progress)

@@ -14,10 +14,8 @@ from splitlearn_core.checkpoint.manifest import FileRecord
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InsufficientDiskError, InvalidCheckpointError
 from splitlearn_core.storage.weight_layout import WeightFile
-from splitlearn_core.types import human_bytes
+from splitlearn_core.types import CHUNK_BYTES, human_bytes
 
-#: Bytes that are read, hashed and written at a time.
-CHUNK_BYTES = 8 * 2**20
 #: Bytes after which the system is asked to put on the disk what was written, while more is coming.
 _FLUSH_BYTES = 64 * 2**20
 

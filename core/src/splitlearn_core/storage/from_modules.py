@@ -12,6 +12,7 @@ import torch
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.configuration import hf_config
 from splitlearn_core.build.construction import build_component
+from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.checkpoint.torch_file import read_state_dict
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
@@ -20,19 +21,13 @@ from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions
 from splitlearn_core.loading.planning import make_plan
 from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.storage.contents import CONFIG, GENERATION, Part, companion_files, config_text
-from splitlearn_core.storage.durable_files import CHUNK_BYTES
+from splitlearn_core.storage.contents import Part, companion_files, config_text
 from splitlearn_core.storage.weight_layout import Tensor
-from splitlearn_core.types import DTYPE_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo, place_of
+from splitlearn_core.types import CHUNK_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo, dtype_names, place_of
 
 if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
     from splitlearn_core.split_model import AnySplitModel
-
-_NAMES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
 
 #: How PEFT calls its own tensors, and the modules that it puts around those of the model.
 _OF_ADAPTERS = ("lora_", "ia3_", "hada_", "lokr_")
@@ -177,8 +172,8 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
     written = {CONFIG: config_text(config)}
     # A checkpoint need not have any: then a top has none either.
     settings = getattr(component, "generation_config", None)
-    if origin.component == Component.TOP and GENERATION not in copied and settings is not None:
-        written[GENERATION] = settings.to_json_string()
+    if origin.component == Component.TOP and GENERATION_CONFIG not in copied and settings is not None:
+        written[GENERATION_CONFIG] = settings.to_json_string()
     return Part(
         origin=replace(origin, dtype=dtype),
         own_values=True,
@@ -189,11 +184,10 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
 
 
 def _tensor(key: str, tensor: torch.Tensor) -> Tensor:
-    if tensor.device.type == "meta" or tensor.dtype not in _NAMES:
+    dtype = dtype_names().get(tensor.dtype)
+    if tensor.device.type == "meta" or dtype is None:
         raise ConfigurationError(
             f"{key} is a tensor of {tensor.dtype} on {tensor.device}, which cannot be saved",
             hint="save a component of plain tensors",
         )
-    name = _NAMES[tensor.dtype]
-    nbytes = tensor.numel() * DTYPE_BYTES[name]
-    return Tensor(key, name, tuple(tensor.shape), nbytes, lambda: tensor_pieces(tensor))
+    return Tensor(key, dtype, tuple(tensor.shape), tensor.nbytes, lambda: tensor_pieces(tensor))

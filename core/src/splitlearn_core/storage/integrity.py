@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.loading.opening import open_model
@@ -140,7 +141,7 @@ def configuration_problems(split: SplitDirectory) -> list[str]:
 
     found: dict[str, Path] = {}
     for saved in split.components.values():
-        path = saved.folder / "config.json"
+        path = saved.folder / CONFIG
         found.setdefault(fingerprint(Checkpoint(open_source(saved.folder)).config, ()), path)
     paths = list(found.values())
     return [f"{path} is another configuration than {paths[0]}" for path in paths[1:]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from splitlearn_core.checkpoint.manifest import MANIFEST
+from splitlearn_core.checkpoint.names import INDEX
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.progress import passing_through, reporting
 from splitlearn_core.quoting import SENTENCE, listed
@@ -25,8 +26,6 @@ from splitlearn_core.storage.integrity import configuration_problems, hash_probl
 from splitlearn_core.storage.saving import check_place
 from splitlearn_core.storage.weight_layout import Tensor, index_of, pack, parse_size
 from splitlearn_core.types import THREE, Component, Progress, ProgressCallback
-
-_INDEX = "model.safetensors.index.json"
 
 
 def merge_split(
@@ -80,7 +79,7 @@ def merge_split(
             write_weights(folder, file, count)
         index = index_of(files)
         if index is not None:
-            write_text(folder / _INDEX, index)
+            write_text(folder / INDEX, index)
         for name, path in small.items():
             copy_durably(path, folder / name)
     return target
@@ -134,6 +133,6 @@ def _small_files(split: SplitDirectory) -> Mapping[str, Path]:
     ends = [split.components[Component.BOTTOM], split.components[Component.TOP]]
     for saved in (*ends, *split.components.values()):
         for name in saved.manifest.files:
-            if not name.endswith(".safetensors") and name not in (_INDEX, MANIFEST):
+            if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST):
                 found.setdefault(name, saved.folder / name)
     return found

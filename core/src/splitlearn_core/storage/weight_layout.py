@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from splitlearn_core.checkpoint.names import SINGLE
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.types import DTYPE_BYTES
 
@@ -67,7 +68,7 @@ def pack(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[WeightFile]:
             room = max_shard_bytes
         shards[-1].append(tensor)
         room -= tensor.nbytes
-    names = ["model.safetensors"]
+    names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     return [WeightFile(name, _header(shard), tuple(shard)) for name, shard in zip(names, shards, strict=True)]

@@ -1,1 +1,1 @@
-"""Getting the needed bytes of a repository on the Hub onto this machine."""
+"""Downloads from the Hub: whole files, or only the byte ranges that are needed."""

@@ -1,4 +1,4 @@
-"""What a fetch would transfer, and which byte ranges of a file are worth fetching alone. Pure: no file, no network."""
+"""What a fetch transfers, and when ranges of a file are fetched instead of all of it. Pure: no file, no network."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 #: Bytes of a file, from the first to one past the last.
 Span = tuple[int, int]
 
-#: File -> the bytes of it that are wanted; None: all of it.
+#: File -> its byte ranges that are wanted; None: the whole file.
 Wanted = Mapping[str, Sequence[Span] | None]
 
-#: A gap of so many bytes is fetched along: a request of its own, with its redirect, takes longer than
-#: they do (a tenth of a second is a megabyte at 80 Mbit/s).
+#: A gap of up to so many bytes is fetched too: another request, with its redirect, takes longer than these
+#: bytes (a tenth of a second is a megabyte at 80 Mbit/s).
 GAP_BYTES = 2**20
 
-#: Ranges have to spare at least so many bytes of a file, for the same reason, ...
+#: Ranges have to save at least so many bytes of a file, for the same reason, ...
 MIN_SPARED = 2**20
 
-#: ... and at least this part of it: a whole file lies in the ordinary cache, where everybody finds it.
+#: ... and at least this fraction of it: a whole file is in the ordinary cache, for all libraries to use.
 MIN_SPARED_PART = 0.25
 
-#: Bytes of one request, at most: several are under way at once, and a broken one is not begun anew at its start.
+#: Most bytes of one request: several run at once, and after a broken connection only the rest is requested again.
 REQUEST_BYTES = 64 * 2**20
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _RECORD_FORMAT = 1
@@ -41,13 +41,13 @@ def merged(spans: Iterable[Span], gap: int = 0) -> tuple[Span, ...]:
     return tuple(joined)
 
 
-def without(spans: Iterable[Span], held: Iterable[Span]) -> tuple[Span, ...]:
-    """Return the bytes of ``spans`` that are not in ``held``."""
+def without(spans: Iterable[Span], present: Iterable[Span]) -> tuple[Span, ...]:
+    """Return the bytes of ``spans`` that are not in ``present``."""
     left: list[Span] = []
-    taken = merged(held)
+    removed = merged(present)
     for begin, end in merged(spans):
         at = begin
-        for first, last in taken:
+        for first, last in removed:
             if last <= at or first >= end:
                 continue
             if first > at:
@@ -63,16 +63,16 @@ def count(spans: Iterable[Span]) -> int:
     return sum(end - begin for begin, end in spans)
 
 
-def to_request(wanted: Iterable[Span], held: Iterable[Span]) -> tuple[Span, ...]:
-    """Return what to ask a server for: what is not held yet, with small gaps filled."""
-    held = merged(held)
-    return without(merged(without(wanted, held), GAP_BYTES), held)
+def to_request(wanted: Iterable[Span], present: Iterable[Span]) -> tuple[Span, ...]:
+    """Return the spans to request from a server: those not present yet, with small gaps filled."""
+    present = merged(present)
+    return without(merged(without(wanted, present), GAP_BYTES), present)
 
 
 def pays(requested: Iterable[Span], size: int) -> bool:
-    """Say whether to fetch these ranges of a file of ``size`` bytes rather than all of it."""
-    spared = size - count(requested)
-    return spared >= max(MIN_SPARED, size * MIN_SPARED_PART)
+    """Return whether to fetch these ranges of a file of ``size`` bytes rather than all of it."""
+    saved = size - count(requested)
+    return saved >= max(MIN_SPARED, size * MIN_SPARED_PART)
 
 
 def pieces(spans: Iterable[Span], limit: int) -> Iterator[Span]:
@@ -83,7 +83,7 @@ def pieces(spans: Iterable[Span], limit: int) -> Iterator[Span]:
 
 
 def parse_content_range(text: str | None) -> tuple[Span, int] | None:
-    """Read a ``Content-Range`` header: the span and the size of the whole; None where it says nothing of use."""
+    """Parse a ``Content-Range`` header into the span and the size of the whole file; None if it has not both."""
     match = _CONTENT_RANGE.fullmatch((text or "").strip())
     if match is None:
         return None
@@ -93,13 +93,13 @@ def parse_content_range(text: str | None) -> tuple[Span, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Which bytes of one version of a file are held."""
+    """The byte ranges of one version of a file that are present."""
 
-    #: What the server calls this version.
+    #: The server's identifier of this version.
     etag: str
     size: int
     spans: tuple[Span, ...] = ()
-    #: Commits of the repository in which the file is known to be this version.
+    #: Commits of the repository that are known to have this version of the file.
     commits: tuple[str, ...] = ()
 
     def holding(self, span: Span) -> Coverage:
@@ -114,7 +114,7 @@ class Coverage:
 
 
 def parse_coverage(text: str) -> Coverage | None:
-    """Read what :meth:`Coverage.to_json` wrote; None where it is anything else, which then holds nothing."""
+    """Parse the output of :meth:`Coverage.to_json`; None if the text is anything else."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -142,25 +142,25 @@ def _is_span(span: Any, size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FileFetch:
-    """One file: what of it is needed, what is here, and what is to be fetched. All numbers are bytes."""
+    """One file: the bytes that are needed, present and to be fetched. All numbers are bytes."""
 
     name: str
-    #: Of the whole file; 0 where it is not known.
+    #: Size of the whole file; 0 if unknown.
     size: int
-    #: Of it that the asked parts need.
+    #: Bytes that the requested parts need.
     needed: int
-    #: Of the needed ones that are on this machine already.
+    #: Needed bytes that are on this machine already.
     cached: int
-    #: What is to be transferred: small gaps between needed ranges come along, or the whole file.
+    #: Bytes to transfer: the missing ranges with small gaps between them, or the whole file.
     fetched: int
-    #: The ranges that are to be asked for; empty where the whole file is, or nothing.
+    #: The ranges to request; empty if the whole file is fetched, or nothing.
     spans: tuple[Span, ...] = ()
-    #: Whether all that is needed is on this machine.
+    #: Whether all needed bytes are on this machine.
     is_here: bool = True
 
     @property
     def is_partial(self) -> bool:
-        """Whether ranges of the file are fetched, and not all of it."""
+        """Whether only ranges of the file are fetched."""
         return bool(self.spans)
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class FileFetch:
 
 @dataclass(frozen=True, slots=True)
 class FetchPlan:
-    """The files that a load of some components needs, and what of them is to be fetched."""
+    """The files that a load of some components needs, and what is to be fetched of them."""
 
     model: str
     #: The commit that a Hub revision was resolved to; None for a directory.
@@ -185,7 +185,7 @@ class FetchPlan:
 
     @property
     def needed(self) -> int:
-        """Bytes that are needed, here or not."""
+        """Bytes that are needed, on this machine or not."""
         return sum(file.needed for file in self.files)
 
     @property
@@ -195,7 +195,7 @@ class FetchPlan:
 
     @property
     def fetched(self) -> int:
-        """Bytes that are to be transferred."""
+        """Bytes to transfer."""
         return sum(file.fetched for file in self.files)
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,6 +210,6 @@ class FetchPlan:
 
 
 def here(name: str, size: int, spans: Sequence[Span] | None = None) -> FileFetch:
-    """Describe a file of which all that is needed is on this machine; ``spans`` None: all of it is needed."""
+    """Describe a file whose needed bytes are all on this machine; ``spans`` None: the whole file is needed."""
     needed = size if spans is None else count(spans)
     return FileFetch(name, size, needed, needed, 0)

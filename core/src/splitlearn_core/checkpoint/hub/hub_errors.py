@@ -1,4 +1,4 @@
-"""Errors of the Hub client, translated into ours."""
+"""Errors of ``huggingface_hub``, translated into errors of splitlearn."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What was asked of the Hub, for messages."""
+class HubRequest:
+    """What was requested from the Hub, for messages."""
 
     repo: str
     revision: str | None
-    #: The file; empty where it is about the repository.
+    #: The file; empty if the request is about the repository.
     name: str
     is_offline: bool
     hint_for_missing: str
@@ -39,11 +39,11 @@ class Asked:
         return f"{self.name} of {self.where}" if self.name else self.where
 
 
-def guarded(action: Callable[[], _T], asked: Asked) -> _T:
-    """Do what needs the Hub, and turn its client's errors into ours, each with its way out."""
+def guarded(action: Callable[[], _T], request: HubRequest) -> _T:
+    """Run an action that needs the Hub, and translate the errors of its client, each with a hint."""
     from huggingface_hub import errors
 
-    where, what = asked.where, asked.what
+    where, what = request.where, request.what
     try:
         return action()
     except SplitLearnError:
@@ -60,19 +60,19 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise MissingFileError(
-            f"{asked.repo!r} has no revision {asked.revision!r}", hint="name a branch, a tag or a full commit hash"
+            f"{request.repo!r} has no revision {request.revision!r}", hint="name a branch, a tag or a full commit hash"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        if (refused := _refused(asked)) is not None:
+        if (refused := _refused(request)) is not None:
             raise _broken_transfer(what, refused) from refused
-        if asked.is_offline:
+        if request.is_offline:
             raise MissingFileError(
                 f"{what}: there is no such directory, it is not in the cache, and looking on the Hub is off",
-                hint=asked.hint_for_missing,
+                hint=request.hint_for_missing,
             ) from error
-        raise unreachable(asked) from error
+        raise unreachable(request) from error
     except errors.EntryNotFoundError as error:
-        raise MissingFileError(f"{where} has no {asked.name}", hint="is it a transformers checkpoint?") from error
+        raise MissingFileError(f"{where} has no {request.name}", hint="is it a transformers checkpoint?") from error
     except errors.HFValidationError as error:
         raise MissingFileError(
             f"{where} is neither a directory here nor a name that a repository can have",
@@ -84,18 +84,18 @@ def guarded(action: Callable[[], _T], asked: Asked) -> _T:
         ) from error
     except RuntimeError as error:
         # huggingface_hub 1.x, when nothing answers, retries on a session that it has closed.
-        raise unreachable(asked) from error
+        raise unreachable(request) from error
     except (transport().HTTPError, OSError) as error:
         raise _broken_transfer(what, error) from error
 
 
-def _refused(asked: Asked) -> PermissionError | None:
-    """Return what keeps one from the cache of a repository: to the client it is as if nothing were there."""
+def _refused(request: HubRequest) -> PermissionError | None:
+    """Return the error that denies access to the cache of a repository, which the client takes for an empty cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(asked.cache_dir or HF_HUB_CACHE).expanduser() / repo_folder_name(
-        repo_id=asked.repo, repo_type="model"
+    folder = Path(request.cache_dir or HF_HUB_CACHE).expanduser() / repo_folder_name(
+        repo_id=request.repo, repo_type="model"
     )
     for place in (folder, folder / "refs", folder / "snapshots"):
         try:
@@ -103,18 +103,18 @@ def _refused(asked: Asked) -> PermissionError | None:
         except PermissionError as error:
             return error
         except OSError:
-            continue  # not there: then nothing is
+            continue  # does not exist: nothing is cached
     return None
 
 
 def _broken_transfer(what: str, error: Exception) -> SplitLearnError:
-    """Say what a transfer failed of: the disk, the cache or the connection."""
+    """Return the error of a failed transfer: of the disk, the cache or the connection."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InsufficientDiskError(
             f"{what}: the disk is full: {reason(error)}", hint="free some space, or choose another disk with cache_dir="
         )
     if isinstance(error, OSError) and error.filename:
-        # What names a path is about the disk. The client takes its connections for no files.
+        # An error with a file name is about the disk; errors of connections have none.
         other = "choose another folder with cache_dir= or HF_HOME"
         hint = f"{denied_path(error).hint}, or {other}" if isinstance(error, PermissionError) else other
         return CheckpointError(f"{what}: the cache of models cannot be used: {reason(error)}", hint=hint)
@@ -124,15 +124,15 @@ def _broken_transfer(what: str, error: Exception) -> SplitLearnError:
     )
 
 
-def unreachable(asked: Asked, why: str = "") -> SplitLearnError:
-    """Say that nothing answers where the Hub should be, or that the cache may not be looked into."""
+def unreachable(request: HubRequest, why: str = "") -> SplitLearnError:
+    """Return the error for a Hub that does not answer, or for a cache that may not be read."""
     from huggingface_hub import constants
 
-    refused = _refused(asked)
+    refused = _refused(request)
     if refused is not None:
-        return _broken_transfer(asked.what, refused)
+        return _broken_transfer(request.what, refused)
     hub = f"the Hub ({constants.ENDPOINT}) cannot be reached" + (f" ({why})" if why else "")
     return MissingFileError(
-        f"{asked.what}: there is no such directory, {hub}, and the cache has no copy",
+        f"{request.what}: there is no such directory, {hub}, and the cache has no copy",
         hint="check the spelling, the network and HF_ENDPOINT",
     )

@@ -15,22 +15,22 @@ from splitlearn_core.checkpoint.hub.fetch_plan import Coverage, Span, parse_cove
 FOLDER = "splitlearn-ranges"
 _RECORD_SUFFIX = ".ranges.json"
 _SAFE_VERSION = re.compile(r"[0-9a-f]{32,128}")
-#: Seconds between two looks at a lock that another process holds.
-_PATIENCE = 0.2
+#: Seconds between two attempts to take a lock that another process holds.
+_LOCK_RETRY_S = 0.2
 
 
 def grows(path: Path) -> bool:
-    """Say whether more ranges may be written to a file while others of it are in use."""
+    """Return whether more ranges may be written to a file while it is in use."""
     return FOLDER in path.parts
 
 
 class PartialFile:
-    """One version of one file, of which ranges are held.
+    """One version of one file, of which byte ranges are present.
 
     Args:
         folder: The repository's folder in the Hub's cache.
-        name: The file's name, a plain one.
-        etag: What the server calls this version.
+        name: The file's name, without folders.
+        etag: The server's identifier of this version.
         size: Bytes of the whole file.
     """
 
@@ -43,7 +43,7 @@ class PartialFile:
         self._writing = threading.Lock()
 
     def coverage(self) -> Coverage:
-        """Return what is held; nothing where there is no file, or its record does not fit it."""
+        """Return the ranges present; none if there is no file, or its record does not match it."""
         coverage = _read_record(self._record)
         if coverage is None or (coverage.etag, coverage.size) != (self.etag, self.size):
             return Coverage(self.etag, self.size)
@@ -51,25 +51,25 @@ class PartialFile:
 
     @contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes and threads from filling this file; ``waiting`` is called while one does."""
+        """Lock this file against other processes and threads; ``waiting`` is called while one of them holds it."""
         from huggingface_hub.utils import WeakFileLock
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.with_name(self.path.name + ".lock")
-        with ExitStack() as held:
+        with ExitStack() as stack:
             while True:
                 try:
-                    held.enter_context(WeakFileLock(lock, timeout=_PATIENCE))
+                    stack.enter_context(WeakFileLock(lock, timeout=_LOCK_RETRY_S))
                     break
                 except TimeoutError:
                     waiting()
             yield
 
     def prepare(self, commit: str) -> None:
-        """Make the file where it is not there, and remember that it belongs to a commit. Needs the lock."""
+        """Create the file if it is missing, and record that it belongs to a commit. Needs the lock."""
         coverage = self.coverage()
         if _size_of(self.path) != self.size:
-            # A record of another file must not be taken for one of this, should the process end in between.
+            # A stale record must not describe the new file, should the process end in between.
             self._record.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
             with self.path.open("wb") as file:
@@ -77,19 +77,19 @@ class PartialFile:
         self._write(coverage.seen_at(commit))
 
     def record(self, span: Span) -> None:
-        """Remember that a range is held. Its bytes must be on the disk by now. Needs the lock."""
+        """Record that a range is present. Its bytes must be on the disk by now. Needs the lock."""
         if span[0] < span[1]:
             with self._writing:
                 self._write(self.coverage().holding(span))
 
     def note_commit(self, commit: str) -> None:
-        """Remember that the file belongs to a commit, where something of it is held. Needs the lock."""
+        """Record that the file belongs to a commit, if any of its ranges is present. Needs the lock."""
         coverage = self.coverage()
         if coverage.spans and commit not in coverage.commits:
             self._write(coverage.seen_at(commit))
 
     def discard(self) -> None:
-        """Forget all that is held. Needs the lock."""
+        """Remove the file and its record. Needs the lock."""
         self._record.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
@@ -103,8 +103,8 @@ class PartialFile:
 
 
 def partial_files(folder: Path, commit: str) -> dict[str, PartialFile]:
-    """Return the files of a commit of which something is held, by name."""
-    found = {}
+    """Return the files of a commit of which ranges are present, by name."""
+    files = {}
     for record in sorted((folder / FOLDER).glob(f"*/*{_RECORD_SUFFIX}")):
         coverage = _read_record(record)
         if coverage is None or commit not in coverage.commits:
@@ -112,8 +112,8 @@ def partial_files(folder: Path, commit: str) -> dict[str, PartialFile]:
         name = record.name.removesuffix(_RECORD_SUFFIX)
         partial = PartialFile(folder, name, coverage.etag, coverage.size)
         if partial.coverage().spans:
-            found[name] = partial
-    return found
+            files[name] = partial
+    return files
 
 
 def _read_record(path: Path) -> Coverage | None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from splitlearn_core.checkpoint.config_json import CONFIG
 from splitlearn_core.checkpoint.hub.fetch_plan import (
     FileFetch,
     Span,
@@ -24,7 +23,7 @@ from splitlearn_core.checkpoint.hub.fetch_plan import (
     to_request,
     without,
 )
-from splitlearn_core.checkpoint.hub.hub_errors import Asked, guarded, unreachable
+from splitlearn_core.checkpoint.hub.hub_errors import HubRequest, guarded, unreachable
 from splitlearn_core.checkpoint.hub.partial_file import PartialFile, partial_files
 from splitlearn_core.checkpoint.hub.transfer import (
     RangesNotServedError,
@@ -33,6 +32,7 @@ from splitlearn_core.checkpoint.hub.transfer import (
     fetch_ranges,
     opened,
 )
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header, read_header
 from splitlearn_core.errors import (
@@ -54,17 +54,17 @@ _HEADER_GUESS = 100_000
 
 
 class _Head(NamedTuple):
-    """The first bytes of a file on the Hub, and which version of it they are of."""
+    """The first bytes of a file on the Hub, and the version that they belong to."""
 
     content: bytes
-    #: Empty where the server does not say, or sends no ranges: then the file is fetched whole.
+    #: Empty if the server states none, or serves no ranges: then the file is fetched whole.
     etag: str
     size: int
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Bytes that came, of all files of a fetch, and that are to come."""
+    """Bytes received, and the total, over all files of a fetch."""
 
     total: int
     done: int = 0
@@ -73,7 +73,7 @@ class _Tally:
 class HubSource:
     """A checkpoint in a repository on the Hub, through ``huggingface_hub`` and its cache.
 
-    Whole files lie in that cache; files of which only ranges are needed lie beside it, see
+    Whole files are stored in that cache; files of which only ranges are needed are stored next to it, see
     :mod:`splitlearn_core.checkpoint.hub.partial_file`.
 
     Args:
@@ -99,7 +99,7 @@ class HubSource:
         self.has_config = entrance == CONFIG
         self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         self._revision = revision
-        # Everything after the first file is asked for by commit: a push in between changes nothing.
+        # Everything after the first file is requested by commit: a push in between changes nothing.
         first = self._guarded(lambda: self._first(entrance), entrance)
         self._snapshot = first.parent
         self._repo_folder = self._snapshot.parent.parent
@@ -123,11 +123,11 @@ class HubSource:
         return "the repository is incomplete: try another revision"
 
     def require(self, names: Iterable[str]) -> None:
-        absent = [name for name in names if name not in self.files()]
-        if absent:
+        missing = [name for name in names if name not in self.files()]
+        if missing:
             where = "the cache of " if self._offline() else ""
             raise MissingFileError(
-                f"{where}{self.model}@{self.commit} lacks {', '.join(absent)}, which the asked parts need",
+                f"{where}{self.model}@{self.commit} lacks {', '.join(missing)}, which the requested parts need",
                 hint=self.hint_for_missing,
             )
 
@@ -141,91 +141,97 @@ class HubSource:
     def fetch(self, wanted: Wanted, progress: ProgressCallback) -> dict[str, Path]:
         missing = [plan for plan in self.plan_fetch(wanted) if not plan.is_here]
         if missing and self._offline():
-            raise self._not_cached(missing)
+            lacking = ", ".join(
+                f"{plan.needed - plan.cached} of the {plan.needed} bytes of {plan.name}" for plan in missing
+            )
+            raise MissingFileError(
+                f"the cache of {self.model}@{self.commit} lacks {lacking} that the requested parts need",
+                hint=self.hint_for_missing,
+            )
         if missing:
             tally = _Tally(sum(plan.fetched for plan in missing))
             self._check_disk(tally.total)
-            with passing_through(progress) as tell:
+            with passing_through(progress) as report:
                 for plan in missing:
-                    tell(Progress("downloading", None, tally.done, tally.total, plan.name))
-                    self._fetch_file(plan, wanted[plan.name] or (), tally, tell)
-                tell(Progress("downloading", None, tally.total, tally.total))
+                    report(Progress("downloading", None, tally.done, tally.total, plan.name))
+                    self._fetch_file(plan, wanted[plan.name] or (), tally, report)
+                report(Progress("downloading", None, tally.total, tally.total))
         return {name: self._place(name) for name in wanted}
 
     def header(self, name: str) -> dict[str, TensorInfo]:
         if self.is_here(name):
             return read_header(self._snapshot / name)
-        held = self._held(name)
-        if held is not None and _holds_header(held):
-            return read_header(held.path)
+        partial_file = self._partial_file(name)
+        if partial_file is not None and _holds_header(partial_file):
+            return read_header(partial_file.path)
         if self._offline():
             return read_header(self.path(name))
         return self._guarded(lambda: self._remote_header(name), name)
 
     def _plan_file(self, name: str, spans: Iterable[Span] | None) -> FileFetch:
         size = self.files()[name]
-        asked = None if spans is None else merged(spans)
+        wanted = None if spans is None else merged(spans)
         if self.is_here(name):
-            return here(name, size, asked)
-        if asked is None:
+            return here(name, size, wanted)
+        if wanted is None:
             return FileFetch(name, size, size, 0, size, is_here=False)
-        held, head = self._held(name), self._heads.get(name)
-        coverage = held.coverage().spans if held is not None else ()
-        needed, missing = count(asked), without(asked, coverage)
-        if held is not None and not missing:
-            return here(name, size, asked)
+        partial_file, head = self._partial_file(name), self._heads.get(name)
+        coverage = partial_file.coverage().spans if partial_file is not None else ()
+        needed, missing = count(wanted), without(wanted, coverage)
+        if partial_file is not None and not missing:
+            return here(name, size, wanted)
         known = coverage if head is None else (*coverage, (0, len(head.content)))
-        requested = missing if self._offline() else to_request(asked, known)
-        whole = held is None or not (self._offline() or pays(requested, size))
+        requested = missing if self._offline() else to_request(wanted, known)
+        whole = partial_file is None or not (self._offline() or pays(requested, size))
         fetched = size if whole else count(requested)
         return FileFetch(
             name, size, needed, needed - count(missing), fetched, () if whole else requested, is_here=False
         )
 
-    def _fetch_file(self, plan: FileFetch, wanted: Sequence[Span], tally: _Tally, tell: ProgressCallback) -> None:
+    def _fetch_file(self, plan: FileFetch, wanted: Sequence[Span], tally: _Tally, report: ProgressCallback) -> None:
         before = tally.done
-        held = self._held(plan.name) if plan.is_partial else None
-        if held is not None:
+        partial_file = self._partial_file(plan.name) if plan.is_partial else None
+        if partial_file is not None:
             try:
-                self._guarded(partial(self._fetch_ranges, plan, held, wanted, tally, tell), plan.name)
+                self._guarded(partial(self._fetch_ranges, plan, partial_file, wanted, tally, report), plan.name)
                 return
             except RangesNotServedError:
                 log.info("%s of %s is fetched whole: no ranges of it are served", plan.name, self.model)
                 tally.total += plan.size - plan.fetched + tally.done - before
                 self._check_disk(plan.size)
                 before = tally.done
-        bar = telling_bar(tell, plan.name, plan.size, before, tally.total)
+        bar = reporting_bar(report, plan.name, plan.size, before, tally.total)
         self._guarded(partial(self._download, plan.name, self._commit, tqdm_class=bar), plan.name)
         tally.done = before + plan.size
 
     def _fetch_ranges(
-        self, plan: FileFetch, held: PartialFile, wanted: Sequence[Span], tally: _Tally, tell: ProgressCallback
+        self, plan: FileFetch, file: PartialFile, wanted: Sequence[Span], tally: _Tally, report: ProgressCallback
     ) -> None:
         head = self._heads.get(plan.name)
         remote = RemoteFile(self.model, plan.name, self._commit, self._options["token"])
         with closing(byte_bar(plan.name, plan.fetched)) as bar:
 
-            def told(count: int) -> None:
+            def received(count: int) -> None:
                 tally.done += count
                 bar.update(count)
-                tell(Progress("downloading", None, min(tally.done, tally.total), tally.total, plan.name))
+                report(Progress("downloading", None, min(tally.done, tally.total), tally.total, plan.name))
 
-            fetch_ranges(remote, held, wanted, head.content if head is not None else b"", told)
+            fetch_ranges(remote, file, wanted, head.content if head is not None else b"", received)
 
     def _place(self, name: str) -> Path:
-        """Return where a file lies of which all that was asked for is here."""
+        """Return the path of a file whose requested bytes are all on this machine."""
         if self.is_here(name):
             return self._snapshot / name
-        held = self._held(name)
-        if held is None:
+        partial_file = self._partial_file(name)
+        if partial_file is None:
             raise InternalError(f"{name} of {self.model} was fetched and is not here")
-        # Found by its version so far, perhaps: the next time, offline too, it is found by the commit.
-        with held.locked(lambda: None):
-            held.note_commit(self._commit)
-        return held.path
+        # It may have been found by its version: recorded, it is found by the commit next time, offline too.
+        with partial_file.locked(lambda: None):
+            partial_file.note_commit(self._commit)
+        return partial_file.path
 
-    def _held(self, name: str) -> PartialFile | None:
-        """Return the partial file of this version, which may hold nothing yet; None where the version is not known."""
+    def _partial_file(self, name: str) -> PartialFile | None:
+        """Return the partial file of this version, which may be empty yet; None if the version is unknown."""
         head = self._heads.get(name)
         if head is not None and head.etag and PurePosixPath(name).name == name:
             return PartialFile(self._repo_folder, name, head.etag, head.size)
@@ -246,14 +252,14 @@ class HubSource:
         return parse_header(where, head.content, head.size or None)
 
     def _first_bytes(self, name: str, count: int) -> _Head:
-        """Fetch the beginning of a file, and no more even where the server ignores ranges."""
+        """Fetch the first bytes of a file, and no more even if the server ignores ranges."""
         content = bytearray()
         listed = self.files().get(name) or 0
         with opened(self.model, name, self._commit, self._options["token"], (0, count)) as (served, chunks):
             if served.span is not None and served.span[0] != 0:
                 raise CheckpointError(
-                    f"{self.model}/{name}: the Hub was asked for its first bytes and sends others",
-                    hint="another mirror (HF_ENDPOINT) may do better",
+                    f"{self.model}/{name}: the Hub was asked for its first bytes and sent others",
+                    hint="try another mirror (HF_ENDPOINT)",
                 )
             for chunk in chunks:
                 content += chunk
@@ -269,14 +275,14 @@ class HubSource:
         return _Head(bytes(content[: min(count, served.size)]), served.etag, served.size)
 
     def _first(self, name: str) -> Path:
-        """Fetch the first file, and do not wait long where nothing answers and none is cached."""
+        """Fetch the first file; fail soon if it is not cached and the Hub does not answer."""
         from huggingface_hub import try_to_load_from_cache
 
         if not self._offline():
-            held = try_to_load_from_cache(self.model, name, self._options["cache_dir"], self._revision)
-            failure = None if isinstance(held, str) else connection_failure()
+            cached = try_to_load_from_cache(self.model, name, self._options["cache_dir"], self._revision)
+            failure = None if isinstance(cached, str) else connection_failure()
             if failure is not None:
-                raise unreachable(self._asked(name), reason(failure)) from failure
+                raise unreachable(self._request(name), reason(failure)) from failure
         return self._download(name, self._revision)
 
     def _download(self, name: str, revision: str | None, **options: Any) -> Path:
@@ -286,9 +292,9 @@ class HubSource:
 
     def _list_files(self) -> dict[str, int]:
         if self._offline():
-            held = partial_files(self._repo_folder, self._commit)
+            partials = partial_files(self._repo_folder, self._commit)
             cached = {entry.name: entry.stat().st_size for entry in self._snapshot.iterdir() if entry.is_file()}
-            return {**{name: file.size for name, file in held.items()}, **cached}
+            return {**{name: file.size for name, file in partials.items()}, **cached}
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(self.model, revision=self._commit, files_metadata=True, token=self._options["token"])
@@ -298,13 +304,6 @@ class HubSource:
         from huggingface_hub.constants import is_offline_mode
 
         return bool(self._options["local_files_only"]) or is_offline_mode()
-
-    def _not_cached(self, missing: Iterable[FileFetch]) -> MissingFileError:
-        parts = ", ".join(f"{plan.needed - plan.cached} of the {plan.needed} bytes of {plan.name}" for plan in missing)
-        return MissingFileError(
-            f"the cache of {self.model}@{self.commit} lacks {parts} that the asked parts need",
-            hint=self.hint_for_missing,
-        )
 
     def _check_disk(self, needed: int) -> None:
         free = shutil.disk_usage(self._snapshot).free
@@ -316,10 +315,10 @@ class HubSource:
             )
 
     def _guarded(self, action: Callable[[], _T], name: str = "") -> _T:
-        return guarded(action, self._asked(name))
+        return guarded(action, self._request(name))
 
-    def _asked(self, name: str) -> Asked:
-        return Asked(
+    def _request(self, name: str) -> HubRequest:
+        return HubRequest(
             self.model,
             self._revision,
             name,
@@ -329,22 +328,22 @@ class HubSource:
         )
 
 
-def _holds_header(held: PartialFile) -> bool:
-    """Say whether the whole header of a partial file is here."""
-    spans = held.coverage().spans
+def _holds_header(partial_file: PartialFile) -> bool:
+    """Return whether the whole header of a partial file is present."""
+    spans = partial_file.coverage().spans
     if without([(0, LENGTH_BYTES)], spans):
         return False
-    with open_regular(held.path) as file:
-        length = header_length(str(held.path), file.read(LENGTH_BYTES), held.size)
+    with open_regular(partial_file.path) as file:
+        length = header_length(str(partial_file.path), file.read(LENGTH_BYTES), partial_file.size)
     return not without([(0, LENGTH_BYTES + length)], spans)
 
 
-def telling_bar(tell: ProgressCallback, name: str, size: int, before: int, total: int) -> type[Any]:
-    """Return a class of the Hub client's bars that also tells of the bytes of one file.
+def reporting_bar(report: ProgressCallback, name: str, size: int, before: int, total: int) -> type[Any]:
+    """Return a progress bar class for the Hub client that also reports the bytes of one file.
 
     Args:
-        tell: Where to tell; if it raises, the client stops, and keeps what it would keep of any
-            download that was cut off.
+        report: Called with the progress; if it raises, the client stops, and keeps what it keeps of any
+            interrupted download.
         name: The file.
         size: Its size.
         before: Bytes of the files before it.
@@ -352,37 +351,37 @@ def telling_bar(tell: ProgressCallback, name: str, size: int, before: int, total
     """
     from huggingface_hub.utils import tqdm
 
-    told = 0
+    reported = 0
 
-    class TellingBar(tqdm):
-        # The thread that redraws bars would be one for each class, and stay.
+    class ReportingBar(tqdm):
+        # Otherwise each class starts a monitor thread, which never ends.
         monitor_interval = 0
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            # Counted here, because a bar that is not shown does not count.
+            # Counted here, because a disabled bar does not count.
             self._bytes = int(options.get("initial") or 0)
             super().__init__(*args, **options)
 
         def update(self, n: float | None = 1) -> bool | None:
-            nonlocal told
+            nonlocal reported
             drawn: bool | None = super().update(n)
             self._bytes += int(n or 0)
-            # Some transfers have two bars, what was received and what was put together from it; and
-            # one that begins anew counts back.
-            if told < min(self._bytes, size):
-                told = min(self._bytes, size)
-                tell(Progress("downloading", None, before + told, total, name))
+            # Some transfers have two bars, for received and for reconstructed bytes; and one that is
+            # restarted counts down.
+            if reported < min(self._bytes, size):
+                reported = min(self._bytes, size)
+                report(Progress("downloading", None, before + reported, total, name))
             return drawn
 
-    return TellingBar
+    return ReportingBar
 
 
 def byte_bar(name: str, total: int) -> Any:
-    """Return a bar of the Hub client's for a transfer of our own: shown where the client would show its own."""
+    """Return a progress bar of the Hub client for our own transfer; shown only where the client would show one."""
     from huggingface_hub.utils import tqdm
 
     class ByteBar(tqdm):
         monitor_interval = 0
 
-    # None: on a terminal alone.
+    # disable=None: shown only on a terminal.
     return ByteBar(total=total, desc=name, unit="B", unit_scale=True, name="huggingface_hub.http_get", disable=None)

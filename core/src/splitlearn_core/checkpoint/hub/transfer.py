@@ -1,4 +1,4 @@
-"""Fetch byte ranges of one file into a partial file: several at once, resumed, checked, recorded."""
+"""Fetch byte ranges of one file into a partial file: in parallel, resumable, checked and recorded."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from splitlearn_core.checkpoint.hub.fetch_plan import (
 from splitlearn_core.checkpoint.hub.partial_file import PartialFile
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError
 
-#: Seconds that the Hub may stay silent.
+#: Seconds without a response from the Hub before a request fails.
 TIMEOUT = 20.0
 
 #: Seconds between two attempts to connect.
-_PAUSE = 1.0
+_RECONNECT_S = 1.0
 _OK, _PARTIAL = 200, 206
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server says of the bytes that follow."""
+    """What a response states about its body."""
 
-    #: The bytes, and the size of the whole file; None where it sends the file from its start, whatever was asked.
+    #: The range of the body, and the size of the whole file; None if the server ignored the requested range.
     span: Span | None
     size: int | None
-    #: The version of the file; empty where it does not say.
+    #: The version of the file; empty if not stated.
     etag: str
-    #: The commit; empty where it does not say.
+    #: The commit; empty if not stated.
     commit: str
 
 
@@ -50,17 +50,17 @@ class Served:
 def opened(
     repo: str, name: str, commit: str | None, token: Any, span: Span
 ) -> Iterator[tuple[Served, Iterator[bytes]]]:
-    """Ask for a range of a file, and yield what comes and its chunks as they come.
+    """Request a range of a file; yield what the response states, and an iterator over the chunks of its body.
 
-    Redirects are followed, proxies and ``HF_ENDPOINT`` honoured, as by the client itself.
+    Redirects are followed, and proxies and ``HF_ENDPOINT`` respected, as by the client itself.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     url = hf_hub_url(repo, name, revision=commit)
-    # Compressed bytes would be others than those that were asked for.
-    asked = {"Range": f"bytes={span[0]}-{span[1] - 1}", "Accept-Encoding": "identity"}
-    headers = {**build_hf_headers(token=token), **asked}
+    # A compressed body would not be the requested bytes.
+    ranged = {"Range": f"bytes={span[0]}-{span[1] - 1}", "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(token=token), **ranged}
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
         if response.is_error:
             response.read()
@@ -69,33 +69,35 @@ def opened(
 
 
 def _served(response: Any) -> Served:
-    # The Hub answers with a redirect, which says what the file is; the store behind it knows bytes alone.
+    # The Hub answers with a redirect, which states version and commit; the storage server does not.
     chain = [*response.history, response]
     etag = next((e for r in chain if (e := r.headers.get("X-Linked-Etag"))), "") or next(
         (e for r in chain if (e := r.headers.get("ETag"))), ""
     )
     commit = next((c for r in chain if (c := r.headers.get("X-Repo-Commit"))), "")
-    found = parse_content_range(response.headers.get("Content-Range")) if response.status_code == _PARTIAL else None
+    content_range = (
+        parse_content_range(response.headers.get("Content-Range")) if response.status_code == _PARTIAL else None
+    )
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        found = None
-    span, size = found or (None, None)
+        content_range = None
+    span, size = content_range or (None, None)
     return Served(span, size, str(etag).removeprefix("W/").strip('"'), str(commit))
 
 
 def connection_failure() -> Exception | None:
-    """Ask once, and a second time a moment later, whether anything answers where the Hub should be.
+    """Try to connect to the Hub, and once more a moment later.
 
-    The client itself goes on trying for half a minute, which is right for a download that has begun, and a long
-    time for a name that was misspelt.
+    The client itself retries for half a minute, which is right for a download that has begun, but long for a
+    misspelt name.
 
     Returns:
-        Why there is no connection; None where something answers, whatever it says.
+        Why there is no connection; None if there is any response.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     failures = transport()
-    for pause in (_PAUSE, 0.0):
+    for pause in (_RECONNECT_S, 0.0):
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             return None
@@ -103,12 +105,12 @@ def connection_failure() -> Exception | None:
             failure: Exception = error
             time.sleep(pause)
         except (failures.HTTPError, OSError):
-            return None  # The download asks again, and says what is wrong.
+            return None  # The download tries again, and reports what is wrong.
     return failure
 
 
 def transport() -> ModuleType:
-    """Return the client's HTTP library, which differs between its versions; its session knows which one it is."""
+    """Return the HTTP library of ``huggingface_hub``, which depends on its version: the module of its session class."""
     from huggingface_hub.utils import get_session
 
     return sys.modules[type(get_session()).__module__.partition(".")[0]]
@@ -117,16 +119,16 @@ def transport() -> ModuleType:
 #: Connections at once.
 _CONNECTIONS = 4
 
-#: Bytes after which what came is flushed to the disk and recorded: what a killed process may lose of a connection.
+#: Bytes after which received data is flushed and recorded: the most that a killed process loses per connection.
 _RECORD_BYTES = 16 * 2**20
 
-#: Rounds in a row that may bring less than this before it is given up.
+#: Rounds in a row that may gain fewer bytes than this before the fetch fails.
 _ROUNDS, _GAIN = 5, 2**20
 
-#: Seconds to wait before the second, third, ... attempt; at most what a server that is too busy asks for.
+#: Seconds to wait before the second, third, ... attempt, and the longest wait that ``Retry-After`` can cause.
 _WAITS, _LONGEST_WAIT = (0.0, 1.0, 2.0, 4.0), 30.0
 
-#: Seconds between two calls of the progress callback, which may want to stop, while nothing comes.
+#: Seconds between two calls of the progress callback, which may raise to stop, while no bytes arrive.
 _HEARTBEAT = 0.2
 _TOO_MANY, _UNAVAILABLE, _UNSATISFIABLE = 429, 500, 416
 
@@ -137,7 +139,7 @@ class RangesNotServedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """Where the ranges come from."""
+    """The file that ranges are fetched from."""
 
     repo: str
     name: str
@@ -149,42 +151,45 @@ class RemoteFile:
 
 
 def fetch_ranges(
-    remote: RemoteFile, partial: PartialFile, wanted: Sequence[Span], head: bytes, told: Callable[[int], None]
+    remote: RemoteFile, partial: PartialFile, wanted: Sequence[Span], head: bytes, report: Callable[[int], None]
 ) -> None:
-    """Fetch what is not held of the wanted ranges.
+    """Fetch the wanted ranges that are not present yet.
 
     Args:
-        remote: Where from.
-        partial: Where to.
+        remote: The file on the Hub.
+        partial: The local file.
         wanted: The ranges.
-        head: The first bytes of the file, where they are known already.
-        told: Called with the bytes that came since the last call, and often with 0; it may raise to
-            stop, and what came is kept.
+        head: The first bytes of the file if they are known already, else empty.
+        report: Called with the bytes received since the last call, and often with 0; it may raise to
+            stop, and what was received is kept.
 
     Raises:
-        RangesNotServedError: The server does not serve them.
-        InvalidCheckpointError: The file is another one than when it was begun; nothing of it is kept.
-        CheckpointError: The connection broke again and again; what came is kept.
+        RangesNotServedError: The server does not serve ranges.
+        InvalidCheckpointError: The file changed since the first range was fetched; nothing of it is kept.
+        CheckpointError: The connection broke repeatedly; what was received is kept.
     """
-    with partial.locked(lambda: told(0)):
+    with partial.locked(lambda: report(0)):
         partial.prepare(remote.commit)
-        _keep_head(partial, head)
+        if to_request([(0, len(head))], partial.coverage().spans):
+            with partial.path.open("r+b") as file:
+                file.write(head)
+                _keep(partial, file, (0, len(head)))
         fruitless = 0
         while missing := to_request(wanted, partial.coverage().spans):
             before = count(partial.coverage().spans)
-            failures = _Round(remote, partial, told).run(missing)
+            failures = _Round(remote, partial, report).run(missing)
             _raise_fatal(remote, partial, failures)
             gained = count(partial.coverage().spans) - before
             fruitless = 0 if gained >= _GAIN else fruitless + 1
             if failures and fruitless >= _ROUNDS:
                 raise _given_up(remote, partial, missing, failures[0]) from failures[0]
             if failures:
-                _wait(_pause(fruitless, failures), told)
+                _wait(_pause(fruitless, failures), report)
 
 
 def _raise_fatal(remote: RemoteFile, partial: PartialFile, failures: Sequence[Exception]) -> None:
-    """Raise what no further attempt can mend; that the file has changed before all else."""
-    fatal = [failure for failure in failures if not _may_pass(failure)]
+    """Raise an error that no retry can fix, if there is one; a changed file takes precedence."""
+    fatal = [failure for failure in failures if not _is_transient(failure)]
     for failure in fatal:
         if _status(failure) == _UNSATISFIABLE:
             partial.discard()
@@ -196,69 +201,59 @@ def _raise_fatal(remote: RemoteFile, partial: PartialFile, failures: Sequence[Ex
         raise fatal[0]
 
 
-def _keep_head(partial: PartialFile, head: bytes) -> None:
-    if to_request([(0, len(head))], partial.coverage().spans):
-        with partial.path.open("r+b") as file:
-            file.write(head)
-            _keep(partial, file, (0, len(head)))
-
-
 def _keep(partial: PartialFile, file: BinaryIO, span: Span) -> None:
-    """Bring bytes to the disk, and then record them: a record must never claim what is not there."""
+    """Flush bytes to the disk, then record them: a record must never claim bytes that are not on the disk."""
     file.flush()
     os.fsync(file.fileno())
     partial.record(span)
 
 
 class _Round:
-    """One attempt at all the ranges that are missing."""
+    """One attempt to fetch all missing ranges."""
 
-    def __init__(self, remote: RemoteFile, partial: PartialFile, told: Callable[[int], None]) -> None:
+    def __init__(self, remote: RemoteFile, partial: PartialFile, report: Callable[[int], None]) -> None:
         self._remote = remote
         self._partial = partial
-        self._told = told
+        self._report = report
         self._stop = threading.Event()
-        #: What the connections say: bytes that came, or that one has ended, and of what.
-        self._said: queue.SimpleQueue[int | _Ended] = queue.SimpleQueue()
+        #: From the connections: a number of bytes received, or the end of an attempt.
+        self._events: queue.SimpleQueue[int | _Ended] = queue.SimpleQueue()
 
     def run(self, spans: Sequence[Span]) -> list[Exception]:
-        """Fetch, and return what went wrong; the callback is called in this thread alone."""
-        cut = list(pieces(spans, REQUEST_BYTES))
+        """Fetch, and return the failures; the callback is called only in this thread."""
+        requests = list(pieces(spans, REQUEST_BYTES))
         failures: list[Exception] = []
-        left = len(cut)
+        left = len(requests)
         with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="splitlearn-fetch") as pool:
             try:
-                for span in cut:
+                for span in requests:
                     pool.submit(self._attempt, span)
                 while left:
-                    said = self._listen()
-                    if isinstance(said, int):
-                        self._told(said)
+                    try:
+                        event: int | _Ended = self._events.get(timeout=_HEARTBEAT)
+                    except queue.Empty:
+                        event = 0
+                    if isinstance(event, int):
+                        self._report(event)
                         continue
                     left -= 1
-                    if said.failure is not None:
-                        failures.append(said.failure)
-                        if not _may_pass(said.failure):
+                    if event.failure is not None:
+                        failures.append(event.failure)
+                        if not _is_transient(event.failure):
                             self._stop.set()
             finally:
-                # The pool waits for its threads, also where the callback has raised.
+                # The pool waits for its threads, also if the callback has raised.
                 self._stop.set()
         return failures
-
-    def _listen(self) -> int | _Ended:
-        try:
-            return self._said.get(timeout=_HEARTBEAT)
-        except queue.Empty:
-            return 0
 
     def _attempt(self, span: Span) -> None:
         failure: Exception | None = None
         try:
             if not self._stop.is_set():
                 self._fetch(span)
-        except Exception as error:  # noqa: BLE001  # carried to the thread that asked, which raises it
+        except Exception as error:  # noqa: BLE001  # handed to the calling thread, which raises it
             failure = error
-        self._said.put(_Ended(failure))
+        self._events.put(_Ended(failure))
 
     def _fetch(self, span: Span) -> None:
         remote, (begin, end) = self._remote, span
@@ -271,11 +266,11 @@ class _Round:
             kept = at = begin
             try:
                 for chunk in chunks:
-                    # Never beyond what was asked for, whatever comes.
+                    # Never beyond the requested range, whatever the server sends.
                     piece = chunk[: end - at]
                     file.write(piece)
                     at += len(piece)
-                    self._said.put(len(piece))
+                    self._events.put(len(piece))
                     if at - kept >= _RECORD_BYTES:
                         _keep(self._partial, file, (kept, at))
                         kept = at
@@ -288,14 +283,14 @@ class _Round:
 
     def _check(self, served: Served, span: Span) -> None:
         partial, remote = self._partial, self._remote
-        said = {"version": (served.etag, partial.etag), "commit": (served.commit, remote.commit)}
+        stated = {"version": (served.etag, partial.etag), "commit": (served.commit, remote.commit)}
         if served.size is not None:
-            said["size"] = (str(served.size), str(partial.size))
-        changed = [f"its {what} was {was}, now {now}" for what, (now, was) in said.items() if now and now != was]
+            stated["size"] = (str(served.size), str(partial.size))
+        changed = [f"its {what} was {was}, now {now}" for what, (now, was) in stated.items() if now and now != was]
         if changed:
             raise _changed(remote, "; ".join(changed))
         if served.span != span:
-            raise RangesNotServedError(f"asked for {span}, offered {served.span}")
+            raise RangesNotServedError(f"requested {span}, served {served.span}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,17 +305,17 @@ def _changed(remote: RemoteFile, how: str) -> InvalidCheckpointError:
     )
 
 
-def _may_pass(error: Exception) -> bool:
-    """Say whether another attempt may fare better."""
+def _is_transient(error: Exception) -> bool:
+    """Return whether another attempt may succeed."""
     status = _status(error)
     if status is not None:
         return status == _TOO_MANY or status >= _UNAVAILABLE
     if isinstance(error, transport().HTTPError):
         return True
     if isinstance(error, OSError):
-        # The disk's errors have a file, or a number that no connection has.
+        # Errors of the disk are of other classes.
         return isinstance(error, ConnectionError | TimeoutError)
-    # A session that another thread closed says so in a RuntimeError of no kind of its own.
+    # The client raises a plain RuntimeError on a session that another thread closed.
     return type(error) is RuntimeError
 
 
@@ -331,20 +326,15 @@ def _status(error: Exception) -> int | None:
 
 def _pause(fruitless: int, failures: Sequence[Exception]) -> float:
     """Return the seconds to wait before the next round."""
-    asked = [_asked_for(failure) for failure in failures]
-    return min(_LONGEST_WAIT, max(_WAITS[min(max(fruitless - 1, 0), len(_WAITS) - 1)], *asked))
+    responses = [response for failure in failures if (response := getattr(failure, "response", None)) is not None]
+    stated = [response.headers.get("Retry-After", "") for response in responses]
+    retry_after = [float(text) for text in stated if text.isascii() and text.isdigit()]
+    return min(_LONGEST_WAIT, max(_WAITS[min(max(fruitless - 1, 0), len(_WAITS) - 1)], *retry_after, 0.0))
 
 
-def _asked_for(error: Exception) -> float:
-    """Return the seconds that a server which is too busy asks to be left alone."""
-    response = getattr(error, "response", None)
-    text = response.headers.get("Retry-After", "") if response is not None else ""
-    return float(text) if text.isascii() and text.isdigit() else 0.0
-
-
-def _wait(seconds: float, told: Callable[[int], None]) -> None:
+def _wait(seconds: float, report: Callable[[int], None]) -> None:
     for _ in range(round(seconds / _HEARTBEAT)):
-        told(0)
+        report(0)
         time.sleep(_HEARTBEAT)
 
 
@@ -352,6 +342,6 @@ def _given_up(remote: RemoteFile, partial: PartialFile, missing: Sequence[Span],
     left = count(to_request(missing, partial.coverage().spans))
     return CheckpointError(
         f"{remote}: the connection to the Hub was lost {_ROUNDS} times in a row: {failure}; {left} bytes are missing, "
-        f"what came of the others is kept in {partial.path}",
+        f"what was received of the others is kept in {partial.path}",
         hint="run it again: only what is missing is fetched",
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, read_object
+from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG
 from splitlearn_core.checkpoint.prefetch import read_in
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import CheckpointError, ConfigurationError, InvalidCheckpointError, SplitLearnError
@@ -75,12 +76,12 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     check_against_tensors(stated, tensors.values(), config.model_path)
     dtype = resolve_dtype(config.dtype, stated, ()) if config.dtype != "auto" else default_dtype(checkpoint, stated)
     # Small, and needed by from_pretrained, which must not contact the Hub itself.
-    generation = checkpoint.optional_file("generation_config.json")
+    generation = checkpoint.optional_file(GENERATION_CONFIG)
     if generation is not None:
         check_numbers(read_object(generation, MAX_CONFIG_BYTES), str(generation))
     needs, keeps = _memory(tensors.values(), dtype, config.device)
     details = _Details(
-        directory=checkpoint.source.path("config.json").parent,
+        directory=checkpoint.source.path(CONFIG).parent,
         files=versions(paths.values()),
         nbytes=sum(info.nbytes for info in tensors.values()),
         format=checkpoint.format,

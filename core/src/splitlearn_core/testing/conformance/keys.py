@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import load_split_model
+from splitlearn_core.checkpoint.names import SINGLE
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.diagnosis import misplaced
@@ -25,7 +26,7 @@ class Keys(Checks):
 
     def test_every_key_has_its_place(self, subject: Subject) -> None:
         """Each key of the checkpoint becomes one tensor of the model, and each of these is in one component."""
-        keys = list(load_file(subject.checkpoint / "model.safetensors"))
+        keys = list(load_file(subject.checkpoint / SINGLE))
         found = misplaced(subject.family, subject.whole(), keys)
         if found:
             raise ConformanceError("\n".join(problem for problem, _ in found), (suspect for _, suspect in found))
@@ -42,7 +43,7 @@ class Keys(Checks):
 
     def test_the_mapping_is_repeatable(self, subject: Subject) -> None:
         """Asked twice, and asked in another order of keys, the plugin maps alike."""
-        keys = sorted(load_file(subject.checkpoint / "model.safetensors"))
+        keys = sorted(load_file(subject.checkpoint / SINGLE))
         answers = [
             registry().map_weight_keys(subject.family, subject.config, order) for order in (keys, keys, keys[::-1])
         ]
@@ -59,7 +60,7 @@ class Keys(Checks):
         if spelling in ("head present", "embedding absent") and not subject.tied:
             pytest.skip("only a tied model may spell it so")
         head, embedding = f"{family.head}.weight", f"{family.base}.{family.embedding}.weight"
-        tensors = load_file(subject.checkpoint / "model.safetensors")
+        tensors = load_file(subject.checkpoint / SINGLE)
         if spelling == "without prefix":
             tensors = {key.removeprefix(f"{family.base}."): tensor for key, tensor in tensors.items()}
         elif spelling == "head present":
@@ -79,7 +80,7 @@ class Keys(Checks):
         legacy = {**derived, **self.legacy_tensors}
         if not legacy:
             pytest.skip("neither ignored_suffixes of the family nor legacy_tensors of the test name any")
-        tensors = load_file(subject.checkpoint / "model.safetensors")
+        tensors = load_file(subject.checkpoint / SINGLE)
         for number, prefix in enumerate(("", f"{family.base}.")):
             folder = tmp_path / str(number)
             folder.mkdir()
@@ -92,7 +93,7 @@ class Keys(Checks):
         renamed = subject.family.renamed
         if not renamed:
             pytest.skip("the family renames nothing")
-        tensors = load_file(subject.checkpoint / "model.safetensors")
+        tensors = load_file(subject.checkpoint / SINGLE)
         old = {_undone(key, renamed): tensor for key, tensor in tensors.items()}
         expect(
             len(old) == len(tensors), "two keys have one old name", Suspect("renamed", "old names tell tensors apart")
@@ -113,7 +114,7 @@ def _expect_alike(subject: Subject, folder: Path, tensors: Mapping[str, torch.Te
     for file in subject.checkpoint.glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    save_file(whole, folder / SINGLE, {"format": "pt"})
     got = {
         name: tensor
         for part in load_split_model(None, subject.middle, folder, strict=True)

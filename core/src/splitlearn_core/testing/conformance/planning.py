@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import no_grad
 from splitlearn_core.testing.conformance.diagnosis import misread
@@ -49,7 +50,7 @@ class Planning(Checks):
 
     def test_plan_without_weights(self, subject: Subject, cut: Cut, tmp_path: Path) -> None:
         """config.json alone gives the same plan as the headers."""
-        (tmp_path / "config.json").write_bytes((subject.checkpoint / "config.json").read_bytes())
+        (tmp_path / CONFIG).write_bytes((subject.checkpoint / CONFIG).read_bytes())
         guessed, known = (_costs(plan_split(folder, cut)) for folder in (tmp_path, subject.checkpoint))
         expect(guessed["source"] == "config", "it is planned from more than config.json")
         expect(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from splitlearn_core import load_split_directory, merge_split, save_split, verify_saved
+from splitlearn_core.checkpoint.names import SINGLE
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.findings import Suspect, expect
 from splitlearn_core.testing.conformance.subject import Subject
@@ -34,7 +35,7 @@ class Storage(Checks):
                     f"the saved {part.component}", dict(saved.state_dict() if saved else {}), dict(part.state_dict())
                 )
             merged = merge_split(folder / "split", out=folder / "merged", progress=False)
-            again, source = (load_file(each / "model.safetensors") for each in (merged, subject.checkpoint))
+            again, source = (load_file(each / SINGLE) for each in (merged, subject.checkpoint))
             _expect_same("the merged checkpoint", again, source)
 
     def test_save_from_memory(self, subject: Subject, tmp_path: Path) -> None:

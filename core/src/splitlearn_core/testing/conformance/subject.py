@@ -13,6 +13,7 @@ import torch
 
 from splitlearn_core import SplitCausalLM, load_split_model
 from splitlearn_core.build.configuration import architecture_class
+from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import random_model, tiny_config, write_checkpoint
@@ -114,7 +115,7 @@ class Subject:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json`` of the checkpoint."""
-        return cast("dict[str, Any]", json.loads((self.checkpoint / "config.json").read_text()))
+        return cast("dict[str, Any]", json.loads((self.checkpoint / CONFIG).read_text()))
 
     @property
     def cuts(self) -> list[Cut]:
