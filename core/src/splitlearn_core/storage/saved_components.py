@@ -44,7 +44,19 @@ def load_component(
         MissingFileError: There is no such component.
         InvalidCheckpointError: The files are not those that were saved.
     """
-    saved = _choose(SplitDirectory.open(directory), component)
+    split = SplitDirectory.open(directory)
+    present = ", ".join(split.components)
+    if component is None:
+        if len(split.components) > 1:
+            raise ConfigurationError(f"{split.path} holds {present}", hint="say which component is meant")
+        component = next(iter(split.components))
+    if component not in split.names:
+        raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {listed(split.names)}")
+    if component not in split.components:
+        raise MissingFileError(
+            f"{split.path} holds {present}, and no {component}", hint="name the folder that holds it"
+        )
+    saved = split.components[component]
     return load_saved([saved], device, dtype, strategy, attn_implementation, verify=verify, progress=progress)[
         saved.manifest.component
     ]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from splitlearn_core.checkpoint.manifest import holds_components
-from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.plan.placement import parse_dtypes
 from splitlearn_core.plan.splitplan import parse_parts
@@ -102,12 +101,15 @@ def find_kept(
     """
     if not directory.is_dir() or not holds_components(directory):
         return None, "it holds no saved components"
-    cached = SplitDirectory.open(directory)
+    cached, name = SplitDirectory.open(directory), os.fspath(model)
     missing = [str(part) for part in parts if part not in cached.components]
     reasons = [f"it has no {', '.join(missing)}"] if missing else []
     for saved in cached.components.values():
         origin = saved.manifest.origin
-        if not _is_source(origin, model, revision):
+        same_name = origin.model == name or (
+            user_path(name).is_dir() and user_path(origin.model).absolute() == user_path(name).absolute()
+        )
+        if not same_name or revision not in (None, origin.commit):
             commit = f"@{origin.commit}" if origin.commit else ""
             reasons.append(f"its {origin.component} is that of {origin.model}{commit}")
         if model_type not in (None, origin.model_type):
@@ -154,11 +156,3 @@ def load_kept(
         options.attn_implementation,
         progress=progress,
     )
-
-
-def _is_source(origin: Origin, model: str | os.PathLike[str], revision: str | None) -> bool:
-    name = os.fspath(model)
-    same = origin.model == name or (
-        user_path(name).is_dir() and user_path(origin.model).absolute() == user_path(name).absolute()
-    )
-    return same and (revision is None or origin.commit == revision)
