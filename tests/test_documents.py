@@ -48,7 +48,7 @@ DOCUMENTS = sorted(
 )
 #: Why a block may stay unrun, and how many there are at most.
 REASONS = {
-    "needs a package index": 10,
+    "needs a package index": 12,
     "needs the Hub": 3,
     "needs a file of yours": 1,
     "is what the checks do": 2,

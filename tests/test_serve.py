@@ -608,7 +608,7 @@ class TestPs:
         result = cli("ps", "--url", f"{stranger}/{kind}")
 
         assert (result.returncode, result.stdout) == (1, "")
-        assert "is no `splitlearn serve`" in result.stderr
+        assert "is not a `splitlearn serve`" in result.stderr
         assert "\x1b" not in result.stderr
         assert "Traceback" not in result.stderr
 

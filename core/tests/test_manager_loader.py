@@ -865,7 +865,7 @@ def test_other_errors_pass(error: BaseException) -> None:
 
 def test_the_loader_is_light(world: Any) -> None:
     """Importing it imports neither torch nor transformers."""
-    done = world.warm_python(
+    done = world.python(
         "-c",
         "import sys, splitlearn_core.manager.loaders.loader, splitlearn_core.manager.threads\n"
         "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))",

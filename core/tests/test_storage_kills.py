@@ -33,7 +33,7 @@ source, out, exchange, step = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "ex
 OLD, NEW = (2, 4), (1, 3)
 WATCHED = ("open", "os.", "shutil.", "ctypes.dlsym")
 if not exchange:
-    replacing._exchange = lambda one, other: False
+    atomic._exchange = lambda source, target: False
 
 
 def cut():
@@ -80,10 +80,10 @@ while True:
         break
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
     if not exchange:
-        replacing.recover(out)
+        atomic.recover(out)
     found.append(cut())
     # Without leftovers every run takes the same steps, so that none is skipped.
-    replacing.recover(out)
+    atomic.recover(out)
     if found[-1] == NEW:
         # Back to the start, so that every step is once the one that was interrupted.
         save_split(source, out, OLD, overwrite=True)
@@ -124,7 +124,7 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
     with replacing(target, None) as first:
         (first / "one").write_text("1")
         assert recover(target)
-        with pytest.raises(ConfigurationError, match="somebody else is writing"), replacing(target, None):
+        with pytest.raises(ConfigurationError, match="another process is writing"), replacing(target, None):
             pass
         assert (first / "one").exists()
     assert [path.name for path in target.iterdir()] == ["one"]
@@ -139,7 +139,7 @@ def test_what_appears_meanwhile_is_not_removed(
     """A foreign folder, in the place of nothing or of the earlier split: the save is refused, the folder stays."""
     out = tmp_path / "out"
     if not exchange:
-        monkeypatch.setattr(swap, "_rename", lambda one, other, flag: False)
+        monkeypatch.setattr(swap, "_rename", lambda source, target, flag: False)
     save_split(single, tmp_path / "parts", (2, 4))
     if there == "split":
         save_split(single, out, (2, 4))
@@ -157,7 +157,7 @@ def test_what_appears_meanwhile_is_not_removed(
         else:
             save_split(single, out, (1, 3), overwrite=True, progress=appear)
 
-    with pytest.raises(ConfigurationError, match="somebody else changed it"):
+    with pytest.raises(ConfigurationError, match="changed by another process"):
         write()
 
     assert (out / "thesis.txt").read_text() == "mine"
@@ -183,9 +183,9 @@ def test_what_appears_in_the_last_moment_is_put_back(
     earlier = real(out)
     monkeypatch.setattr(swap, "snapshot", look)
     if not exchange:
-        monkeypatch.setattr(swap, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(swap, "_exchange", lambda source, target: False)
 
-    with pytest.raises(ConfigurationError, match="somebody else changed it"), replacing(out, earlier) as fresh:
+    with pytest.raises(ConfigurationError, match="changed by another process"), replacing(out, earlier) as fresh:
         (fresh / "new").write_text("new")
 
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]

@@ -116,7 +116,11 @@ def translate(
         translated = to(error)
         if translated is None:
             raise
-        raise translated from error
+        try:
+            raise translated from error
+        finally:
+            # Its traceback holds this frame: the two would keep what failed, tensors too, until a collection of cycles.
+            del translated
 
 
 class PluginError(SplitLearnError):

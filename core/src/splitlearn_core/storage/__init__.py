@@ -1,1 +1,1 @@
-"""Components as files: saved, loaded, checked, and merged into a checkpoint again."""
+"""Components as files: save, load, verify, and merge into one checkpoint."""

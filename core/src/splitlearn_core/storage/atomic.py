@@ -1,9 +1,14 @@
-"""Replace a directory atomically: after a crash it is either the old one or the new one."""
+"""Replace a directory atomically: after a crash it is either the old one or the new one.
+
+The exchange in one step (``renameat2``, Linux) is what keeps the directory complete at every moment, also for
+readers that do not know this module, such as ``from_pretrained``. Elsewhere two renames and :func:`recover` do.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import logging
 import os
 import secrets
@@ -20,55 +25,57 @@ _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
 _MARK = ".splitlearn-"
 _OLD = "old-"
 
-#: What a directory holds: relative path -> inode, size and time of change. None where nothing is there.
+#: Contents of a directory: relative path -> inode, size and modification time. None if it does not exist.
 Snapshot = dict[str, tuple[int, int, int]] | None
 
 
 def snapshot(target: Path) -> Snapshot:
-    """Note what is at a place, so that it can be told from whatever comes there later."""
+    """Record the contents of a path, to detect later changes."""
     if not os.path.lexists(target):
         return None
-    found = {}
+    entries = {}
     for path in (target, *(target.rglob("*") if target.is_dir() and not target.is_symlink() else ())):
         with suppress(FileNotFoundError):
-            about = path.lstat()
-            plain = not path.is_dir() or path.is_symlink()
-            found[str(path.relative_to(target))] = (
-                about.st_ino, about.st_size if plain else 0, about.st_mtime_ns if plain else 0,
+            status = path.lstat()
+            is_file = not path.is_dir() or path.is_symlink()
+            entries[str(path.relative_to(target))] = (
+                status.st_ino, status.st_size if is_file else 0, status.st_mtime_ns if is_file else 0,
             )  # fmt: skip
-    return found
+    return entries
 
 
 @contextmanager
 def replacing(target: Path, earlier: Snapshot) -> Iterator[Path]:
-    """Yield an empty directory that takes the place of ``target`` when the block ends well.
+    """Yield an empty directory that replaces ``target`` if the block succeeds.
 
-    What killed runs left beside it is removed.
+    Leftovers of killed runs next to it are removed.
 
     Args:
-        target: The place.
-        earlier: What was there when the caller decided that it may be replaced; nothing else ever is.
+        target: The directory to create or replace.
+        earlier: Its contents when the caller decided that it may be replaced; nothing else is ever replaced.
 
     Raises:
-        ConfigurationError: Somebody else is writing to the same place, or something else came there.
+        ConfigurationError: Another process is writing to ``target``, or changed it.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.parent / f".{target.name}{_MARK}{secrets.token_hex(8)}"
-    # Whoever comes second finds the first; nobody is between looking and locking.
-    with _alone(target.parent):
+    # Under the lock of the parent: no second writer gets between the check and our own lock.
+    with _locked_parent(target.parent):
         if recover(target):
             raise ConfigurationError(
-                f"somebody else is writing to {target} just now",
+                f"another process is writing to {target}",
                 hint="wait until it is done, or choose another directory",
             )
         fresh.mkdir()
-        # Held while we live: who finds the directory unlocked knows that its writer is gone.
-        lock = _locked(fresh)
+        # Held until the process ends: an unlocked directory is the leftover of a dead writer.
+        lock = _try_lock(fresh)
     try:
         yield fresh
-        _sync_tree(fresh)
-        _put(fresh, target, earlier)
+        for path in (*fresh.rglob("*"), fresh):
+            if path.is_dir():
+                _sync(path)
+        _install(fresh, target, earlier)
         _sync(target.parent)
     finally:
         if lock is not None:
@@ -77,19 +84,19 @@ def replacing(target: Path, earlier: Snapshot) -> Iterator[Path]:
 
 
 def recover(target: Path) -> bool:
-    """Put an old directory back that a killed run had moved away, and remove what others left.
+    """Restore a directory that a killed run had moved aside, and remove other leftovers.
 
     Returns:
-        Whether somebody is writing there.
+        Whether another process is writing to ``target``.
     """
     target = target.absolute()
     if not target.parent.is_dir():
         return False
     busy = False
-    for entry in sorted(target.parent.glob(f".{_literal(target.name)}{_MARK}*")):
+    for entry in sorted(target.parent.glob(f".{glob.escape(target.name)}{_MARK}*")):
         if not entry.is_dir() or entry.is_symlink():
             continue
-        lock = _locked(entry)
+        lock = _try_lock(entry)
         if lock is None:
             busy = busy or entry.exists()
             continue
@@ -97,20 +104,20 @@ def recover(target: Path) -> bool:
             if entry.name.startswith(f".{target.name}{_MARK}{_OLD}") and not target.exists():
                 entry.rename(target)
             else:
-                log.info("Removing %s, which a run that ended early left behind", entry)
+                log.info("Removing %s, left behind by an interrupted run", entry)
                 _remove(entry)
         finally:
             os.close(lock)
     return busy
 
 
-def _put(fresh: Path, target: Path, earlier: Snapshot) -> None:
-    """Let a directory take its place, where nothing is but what was there at the start."""
-    there = snapshot(target)
-    if there is None:
+def _install(fresh: Path, target: Path, earlier: Snapshot) -> None:
+    """Move a directory to its target, provided that the target has not changed."""
+    current = snapshot(target)
+    if current is None:
         _move(fresh, target)
         return
-    if there != earlier:
+    if current != earlier:
         raise _changed(target)
     if _exchange(fresh, target):
         if snapshot(fresh) != earlier:
@@ -127,10 +134,10 @@ def _put(fresh: Path, target: Path, earlier: Snapshot) -> None:
 
 
 def _move(folder: Path, target: Path) -> None:
-    """Rename a directory to where nothing is; raises ConfigurationError where something is."""
+    """Rename a directory to an unused path; raises ConfigurationError if it is in use."""
     try:
         if not _rename(folder, target, _NOREPLACE):
-            # An ordinary rename takes the place of an empty directory, and of nothing else.
+            # An ordinary rename of a directory replaces at most an empty directory.
             folder.rename(target)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
@@ -140,38 +147,31 @@ def _move(folder: Path, target: Path) -> None:
 
 def _changed(target: Path) -> ConfigurationError:
     return ConfigurationError(
-        f"{target} is not what it was when the writing began: somebody else changed it, and it is left as it is",
-        hint="choose another directory, or look at what is there and do it again",
+        f"{target} was changed by another process during the write; it is left as it is",
+        hint="choose another directory, or check its contents and repeat the call",
     )
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two directories change places in one step; False where the system cannot."""
-    return _rename(one, other, _EXCHANGE)
+def _exchange(source: Path, target: Path) -> bool:
+    """Exchange two directories in one step; False if the system cannot."""
+    return _rename(source, target, _EXCHANGE)
 
 
-def _rename(one: Path, other: Path, flag: int) -> bool:
-    """Call ``renameat2``; False where the system has none, or not with this flag."""
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """Call ``renameat2``; False if the system does not have it, or not with this flag."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag) == 0:
+    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL):
         return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            _sync(path)
-    _sync(folder)
+    raise OSError(code, os.strerror(code), str(target))
 
 
 def _sync(folder: Path) -> None:
-    """Bring the names in a directory to the disk; the files themselves are there already."""
+    """Flush the entries of a directory to the disk; its files are flushed as they are written."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -185,25 +185,25 @@ def _remove(folder: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        log.warning("%s cannot be removed, and may be: %s", folder, error)
+        log.warning("%s could not be removed; it can be deleted by hand: %s", folder, error)
 
 
 @contextmanager
-def _alone(parent: Path) -> Iterator[None]:
-    """Hold a directory for a moment, against others who do the same."""
+def _locked_parent(parent: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a directory, if its file system has such locks."""
     import fcntl
 
     descriptor = os.open(parent, os.O_RDONLY)
     try:
-        with suppress(OSError):  # Some network file systems lock no directories.
+        with suppress(OSError):  # Some network file systems cannot lock directories.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
-def _locked(folder: Path) -> int | None:
-    """Lock a directory for this process and return the descriptor; None where somebody else has it."""
+def _try_lock(folder: Path) -> int | None:
+    """Lock a directory and return the descriptor; None if another process holds the lock."""
     import fcntl
 
     with suppress(FileNotFoundError):
@@ -215,8 +215,3 @@ def _locked(folder: Path) -> int | None:
         else:
             return descriptor
     return None
-
-
-def _literal(name: str) -> str:
-    """Take the meaning out of the signs that a search by pattern knows."""
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)

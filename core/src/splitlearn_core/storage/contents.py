@@ -1,4 +1,4 @@
-"""What the folder of a saved component will hold: tensors, copied files, written files."""
+"""The contents of the folder of a saved component: tensors, copied files, written files."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from splitlearn_core.types import (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A component that is to be saved."""
+    """A component to be saved."""
 
     origin: Origin
     own_values: bool
     tensors: tuple[Tensor, ...]
-    #: Small files to be copied, by the name that they get.
+    #: Small files to copy: name in the folder -> source.
     copied: Mapping[str, Path]
-    #: Small files to be written, with what they hold.
+    #: Small files to write: name -> text.
     written: Mapping[str, str]
 
 
 def companion_files(model: OpenModel, kind: Component, progress: ProgressCallback) -> dict[str, Path]:
-    """Return the small files that go with a component: the trunk has neither words nor tokens.
+    """Return the small files that go with a component; the trunk needs no tokenizer.
 
-    A tokenizer that is part of a weight file is made into files.
+    A tokenizer that is part of a weight file is converted into files.
     """
     names = [CONFIG] if model.checkpoint.source.has_config else []
     if kind is not Component.TRUNK:
-        there = sorted(model.checkpoint.source.files())
+        available = sorted(model.checkpoint.source.files())
         names += [
             name
-            for name in there
+            for name in available
             if name == GENERATION_CONFIG or (name.startswith(TOKENIZER_PREFIXES) and is_plain_name(name))
         ]
-    # A tokenizer's file is no weight file, whatever it is called.
-    found = {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
-    inside = model.checkpoint.pretrained_arguments()
-    if inside is None or kind is Component.TRUNK or any(name.startswith(TOKENIZER_PREFIXES) for name in found):
-        return found
+    # A name like tokenizer.safetensors is that of a weight file all the same.
+    files = {name: model.checkpoint.source.path(name) for name in names if not name.endswith((".safetensors", ".bin"))}
+    arguments = model.checkpoint.pretrained_arguments()
+    if arguments is None or kind is Component.TRUNK or any(name.startswith(TOKENIZER_PREFIXES) for name in files):
+        return files
     file = model.checkpoint.source.path(model.checkpoint.weight_files()[0])
-    return found | converted_files(file, dict(inside), progress)
+    return files | converted_files(file, dict(arguments), progress)
 
 
 def config_text(config: Mapping[str, Any]) -> str:

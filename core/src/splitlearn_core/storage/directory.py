@@ -1,4 +1,4 @@
-"""Saved components on the disk: found, and loaded by the ordinary path."""
+"""Directories of saved components: their manifests and their files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from splitlearn_core.user_paths import user_path
 
 @dataclass(frozen=True, slots=True)
 class SavedComponent:
-    """One saved component: its folder, and what its manifest says."""
+    """A saved component: its folder and its manifest."""
 
     folder: Path
     manifest: Manifest
@@ -33,13 +33,13 @@ class SplitDirectory:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all components of the model, by the split points of the first that is here."""
+        """The names of all components of the model, by the split points of the first that is present."""
         points = next(iter(self.components.values())).manifest.origin.split_points
         return component_names(len(points) + 1)
 
     @property
     def missing(self) -> list[str]:
-        """The names of the components that are not here."""
+        """The names of the components that are not present."""
         return [str(name) for name in self.names if name not in self.components]
 
     @classmethod
@@ -48,10 +48,10 @@ class SplitDirectory:
 
         Raises:
             MissingFileError: There is no manifest.
-            InvalidCheckpointError: A manifest is not sound, or lies about its folder.
+            InvalidCheckpointError: A manifest is invalid, or contradicts the name of its folder.
             ConfigurationError: Two directories hold the same component.
         """
-        found: dict[str, SavedComponent] = {}
+        by_name: dict[str, SavedComponent] = {}
         for directory in (as_path(each, "the directory") for each in directories):
             for folder in _component_folders(directory):
                 saved = SavedComponent(folder, read_manifest(folder))
@@ -59,30 +59,30 @@ class SplitDirectory:
                 if folder != directory and folder.name != component:
                     raise InvalidCheckpointError(
                         f"{folder / MANIFEST} is that of a {component}, and lies in a folder called {folder.name!r}",
-                        hint=f"rename the folder to {str(component)!r}, or save the split anew",
+                        hint=f"rename the folder to {str(component)!r}, or save the split again",
                     )
-                if component in found:
+                if component in by_name:
                     raise ConfigurationError(
-                        f"two {component}s were given: {found[component].folder} and {folder}",
+                        f"two {component}s were given: {by_name[component].folder} and {folder}",
                         hint="name each component once",
                     )
-                found[component] = saved
-        return cls(user_path(directories[0]), {name: found[name] for name in sorted(found, key=place_of)})
+                by_name[component] = saved
+        return cls(user_path(directories[0]), {name: by_name[name] for name in sorted(by_name, key=place_of)})
 
     def mismatches(self) -> list[str]:
-        """Say why the components do not belong together."""
+        """Return the reasons why the components do not belong together."""
         return origin_mismatches([saved.manifest.origin for saved in self.components.values()])
 
 
 def as_path(given: Any, what: str) -> Path:
-    """Take a path from a caller; raises ConfigurationError where it is none."""
+    """Return an argument as a path; raises ConfigurationError if it is not one."""
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):
         raise ConfigurationError(f"{what} is {given!r}", hint="give the path of a directory")
     return user_path(given)
 
 
 def is_split_directory(path: Path) -> bool:
-    """Say whether a directory holds saved components and nothing else."""
+    """Whether a directory holds saved components and nothing else."""
     if not path.is_dir() or path.is_symlink():
         return False
     entries = list(path.iterdir())
@@ -90,25 +90,25 @@ def is_split_directory(path: Path) -> bool:
 
 
 def file_problems(saved: SavedComponent) -> list[str]:
-    """Hold the files that are there against the manifest, without reading them."""
+    """Compare names, kinds and sizes of the files with the manifest, without reading them."""
     problems = []
     for name, record in saved.manifest.files.items():
         path = saved.folder / name
         try:
-            found = path.lstat()
+            status = path.lstat()
         except FileNotFoundError:
             problems.append(f"{path} is missing")
             continue
-        if not stat.S_ISREG(found.st_mode):
-            problems.append(f"{path} is no plain file")
-        elif found.st_size != record.size:
-            problems.append(f"{path} has {found.st_size} bytes, and had {record.size} when it was saved")
-    # A weight file that nobody recorded would be read in the place of one that was.
-    weights = (".safetensors", ".safetensors.index.json")
-    strange = {
-        entry.name for entry in saved.folder.iterdir() if entry.name.endswith(weights)
+        if not stat.S_ISREG(status.st_mode):
+            problems.append(f"{path} is not a regular file")
+        elif status.st_size != record.size:
+            problems.append(f"{path} has {status.st_size} bytes, and had {record.size} when it was saved")
+    # An unrecorded weight file would be read instead of a recorded one.
+    suffixes = (".safetensors", ".safetensors.index.json")
+    unrecorded = {
+        entry.name for entry in saved.folder.iterdir() if entry.name.endswith(suffixes)
     } - saved.manifest.files.keys()
-    return problems + [f"{saved.folder / name} is not in the manifest" for name in sorted(strange)]
+    return problems + [f"{saved.folder / name} is not in the manifest" for name in sorted(unrecorded)]
 
 
 def _component_folders(directory: Path) -> list[Path]:

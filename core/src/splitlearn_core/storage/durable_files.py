@@ -1,4 +1,4 @@
-"""Write files durably: hashed on the way, and on the disk when the call returns."""
+"""Write files durably: hashed while they are written, and flushed to the disk when the call returns."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from splitlearn_core.errors import InsufficientDiskError, InvalidCheckpointError
 from splitlearn_core.storage.weight_layout import WeightFile
 from splitlearn_core.types import CHUNK_BYTES, human_bytes
 
-#: Bytes after which the system is asked to put on the disk what was written, while more is coming.
+#: Bytes after which written data is flushed to the disk in the background.
 _FLUSH_BYTES = 64 * 2**20
 
 
 class Buffers:
-    """Two buffers that take turns: one is filled while the other is written and hashed.
+    """Two alternating buffers: one is filled while the other is written and hashed.
 
-    All that is read for one writer shares them. Memory that is new to the process costs a fault for each
-    page, which for a checkpoint of many tensors is half as much as writing them.
+    All reads for one writer share them: newly allocated memory costs a page fault for each page, which for
+    a checkpoint of many tensors takes half as long as writing them.
 
     Args:
         size: Bytes of each.
@@ -35,7 +35,7 @@ class Buffers:
         self._made: deque[memoryview] = deque()
 
     def next(self) -> memoryview:
-        """Return the one whose turn it is; what it held may be overwritten from now on."""
+        """Return the buffer to fill next; its previous contents may be overwritten from now on."""
         if len(self._made) < 2:  # noqa: PLR2004  # one is filled, one is written
             self._made.append(memoryview(bytearray(self._size)))
             return self._made[-1]
@@ -51,7 +51,7 @@ def range_pieces(
     Args:
         path: The file.
         begin, end: Offsets in bytes.
-        buffers: What to read into, where several ranges are read one after another.
+        buffers: The buffers to read into, if several ranges are read one after another.
     """
 
     def pieces() -> Iterator[memoryview]:
@@ -64,8 +64,8 @@ def range_pieces(
                 count = file.readinto(buffer[: min(left, len(buffer))])
                 if not count:
                     raise InvalidCheckpointError(
-                        f"{path} was cut short while it was being read: {left} bytes before {end} are missing",
-                        hint="do it again once the file is written completely",
+                        f"{path} was truncated while it was being read: {left} bytes before {end} are missing",
+                        hint="try again once the file is written completely",
                     )
                 left -= count
                 yield buffer[:count]
@@ -85,7 +85,7 @@ def write_weights(folder: Path, file: WeightFile, on_bytes: Callable[[int], None
     if record.size != file.nbytes:
         raise InvalidCheckpointError(
             f"{file.name} has {record.size} bytes instead of {file.nbytes}: its source was changed while it was read",
-            hint="do it again once the source is written completely",
+            hint="try again once the source is written completely",
         )
     return record
 
@@ -93,15 +93,15 @@ def write_weights(folder: Path, file: WeightFile, on_bytes: Callable[[int], None
 def write_durably(path: Path, content: Iterable[memoryview], on_bytes: Callable[[int], None]) -> FileRecord:
     """Write a new file from pieces, and return its size and hash once it is on the disk.
 
-    While threads write and hash a piece, and bring the file to the disk, this one makes the next piece.
+    Threads write, hash and flush a piece while the caller's thread produces the next one.
 
     Args:
-        path: The file, which must not be there.
-        content: Its bytes, in pieces; each stays as it is until the next but one is asked for.
-        on_bytes: Told of each piece; it may raise to stop.
+        path: The file, which must not exist.
+        content: Its bytes, in pieces; each stays valid until the next but one is requested.
+        on_bytes: Called with the size of each piece; it may raise to stop.
     """
     digest, size, unflushed = hashlib.sha256(), 0, 0
-    at_work: list[Future[None]] = []
+    pending: list[Future[None]] = []
     flushing: Future[None] | None = None
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(3, thread_name_prefix="splitlearn-write") as threads:
 
@@ -111,16 +111,16 @@ def write_durably(path: Path, content: Iterable[memoryview], on_bytes: Callable[
                 written += file.write(piece[written:])
 
         for piece in content:
-            for future in at_work:
+            for future in pending:
                 future.result()
-            at_work = [threads.submit(write, piece), threads.submit(digest.update, piece)]
+            pending = [threads.submit(write, piece), threads.submit(digest.update, piece)]
             size, unflushed = size + len(piece), unflushed + len(piece)
             if unflushed >= _FLUSH_BYTES and (flushing is None or flushing.done()):
                 if flushing is not None:
                     flushing.result()
                 flushing, unflushed = threads.submit(os.fdatasync, file.fileno()), 0
             on_bytes(len(piece))
-        for future in [*at_work, *([] if flushing is None else [flushing])]:
+        for future in [*pending, *([] if flushing is None else [flushing])]:
             future.result()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
@@ -138,7 +138,7 @@ def copy_durably(source: Path, target: Path) -> FileRecord:
 
 
 def link_durably(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system knows no links."""
+    """Create a hard link to a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -158,13 +158,13 @@ def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> F
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Refuse to begin what does not fit on the disk.
+    """Refuse to write more than fits on the disk.
 
     Raises:
-        InsufficientDiskError: There is too little room where the folder is, or will be.
+        InsufficientDiskError: The file system of the folder has less than ``needed`` bytes free.
     """
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise InsufficientDiskError(
             f"{folder} needs {human_bytes(needed)}, and {human_bytes(free)} are free",

@@ -1,4 +1,4 @@
-"""Tensors in memory, and in files that only torch reads, as bytes to be saved."""
+"""Tensors in memory, and in files that only torch can read, as bytes to save."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
     from splitlearn_core.split_model import AnySplitModel
 
-#: How PEFT calls its own tensors, and the modules that it puts around those of the model.
+#: Names that PEFT gives to its own tensors, and to the modules that it wraps around those of the model.
 _OF_ADAPTERS = ("lora_", "ia3_", "hada_", "lokr_")
 _ADAPTED = {"base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"}
 
 
 def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in chunks; of one on another device, a chunk at a time is copied here."""
+    """Yield the bytes of a tensor in chunks; from another device they are copied chunk by chunk."""
     flat = tensor.detach().reshape(-1)
     elements = CHUNK_BYTES // tensor.element_size()
     for start in range(0, flat.numel(), elements):
@@ -44,18 +44,18 @@ def tensor_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def torch_file_pieces(path: Path, info: TensorInfo) -> Callable[[], Iterator[memoryview]]:
-    """Return a function that reads one tensor of a ``.bin`` file, which is mapped and not read whole."""
+    """Return a function that reads one tensor of a ``.bin`` file, which is memory-mapped."""
     if info.format != PYTORCH:
         raise ConfigurationError(
             f"{path} is of the format {info.format}, which cannot be copied as it is stored",
-            hint="give a dtype: the tensors are then loaded, and saved as that",
+            hint="give a dtype: the tensors are then loaded, and saved in it",
         )
 
     def pieces() -> Iterator[memoryview]:
         tensor = read_state_dict(path).get(info.key)
         if tensor is None or tuple(tensor.shape) != info.shape or tensor.nbytes != info.nbytes:
             raise InvalidCheckpointError(
-                f"{path} was changed while it was being saved: {info.key} is not what it was",
+                f"{path} was changed while it was being saved: {info.key} differs",
                 hint="save again once it is written completely",
             )
         yield from tensor_pieces(tensor)
@@ -64,10 +64,10 @@ def torch_file_pieces(path: Path, info: TensorInfo) -> Callable[[], Iterator[mem
 
 
 def parts_converted(
-    model: OpenModel, split_points: Sequence[int], asked: Sequence[str], dtype: str, report: ProgressCallback
+    model: OpenModel, split_points: Sequence[int], requested: Sequence[str], dtype: str, report: ProgressCallback
 ) -> list[Part]:
-    """Load components in a dtype, to be saved in it."""
-    plan, table = make_plan(model, split_points, asked, dtype, fetch=report)
+    """Load components in a dtype, to save them in it."""
+    plan, table = make_plan(model, split_points, requested, dtype, fetch=report)
     components = load_components(model, plan, table, LoadOptions(), report)
     return [_part(component, companion_files(model, component.kind, report)) for component in components.values()]
 
@@ -75,10 +75,10 @@ def parts_converted(
 def parts_in_memory(
     source: AnySplitModel | SplitCausalLM | ComponentModel | Mapping[str, ComponentModel] | Iterable[ComponentModel],
 ) -> list[Part]:
-    """Take the present values of components.
+    """Return components in memory with their present values.
 
     Raises:
-        ConfigurationError: They are none, or do not belong together, or nobody knows where they come from.
+        ConfigurationError: They are not components, do not belong together, or are of unknown origin.
     """
     components = _components(source)
     origins = [component.origin for component in components if component.origin is not None]
@@ -99,10 +99,10 @@ def parts_in_memory(
 
 
 def _refuse_changed(component: ComponentModel) -> None:
-    """Refuse to save what is not the module of the checkpoint any more: nobody could load it.
+    """Refuse to save a component whose modules were changed: it could not be loaded.
 
     Raises:
-        ConfigurationError: There is an adapter on it, or tensors are missing, added or of other shapes.
+        ConfigurationError: It has an adapter, or tensors are missing, added or of other shapes.
     """
     origin = component.origin
     if origin is None:
@@ -115,21 +115,21 @@ def _refuse_changed(component: ComponentModel) -> None:
         )
     config = hf_config(component.family, origin.config, origin.model, origin.dtype)
     if getattr(config, "add_cross_attention", False):
-        # It is left out where the checkpoint has no tensors for it.
+        # Cross-attention is left out if the checkpoint has no tensors for it.
         config.add_cross_attention = component.config.add_cross_attention
-    plain = build_component(component.family, config, component.component, component.layer_range).state_dict()
-    problems = [f"{name} is missing" for name in plain.keys() - names.keys()]
-    problems += [f"{name} is not in the checkpoint" for name in names.keys() - plain.keys()]
+    expected = build_component(component.family, config, component.component, component.layer_range).state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - names.keys()]
+    problems += [f"{name} is not in the checkpoint" for name in names.keys() - expected.keys()]
     problems += [
-        f"{name} is {list(names[name].shape)}, and {list(plain[name].shape)} by the checkpoint"
-        for name in names.keys() & plain.keys()
-        if names[name].shape != plain[name].shape
+        f"{name} is {list(names[name].shape)}, and {list(expected[name].shape)} by the checkpoint"
+        for name in names.keys() & expected.keys()
+        if names[name].shape != expected[name].shape
     ]
     if problems:
         raise ConfigurationError(
-            f"the {component.component} has not the tensors it was loaded with: "
+            f"the {component.component} does not have the tensors it was loaded with: "
             f"{listed(sorted(problems), '; ', limit=SENTENCE)}",
-            hint="undo the change of its modules, and save it then; its values may be any",
+            hint="undo the change of its modules, then save it; changed values are allowed",
         )
 
 
@@ -137,7 +137,7 @@ def _components(source: Any) -> list[ComponentModel]:
     given = source
     if isinstance(source, ComponentModel):
         given = [source]
-    # By the class: a PeftModel passes on the attributes of the model that it wraps, and would lose its adapter.
+    # Looked up on the class: a PeftModel forwards attributes to the wrapped model, and would lose its adapter.
     elif hasattr(type(source), "components"):
         given = source.components
     elif isinstance(source, Mapping):
@@ -148,9 +148,9 @@ def _components(source: Any) -> list[ComponentModel]:
     wrong = [type(component).__name__ for component in components if not isinstance(component, ComponentModel)]
     names = [component.component for component in components if isinstance(component, ComponentModel)]
     if wrong or not components or len(set(names)) < len(names):
-        what = ", ".join(wrong or names) or "nothing"
+        rejected = ", ".join(wrong or names) or "nothing"
         raise ConfigurationError(
-            f"{what} cannot be saved as a split",
+            f"{rejected} cannot be saved as a split",
             hint="give a checkpoint, a SplitCausalLM, or components, each once",
         )
     return sorted(components, key=lambda component: place_of(component.component))
@@ -166,11 +166,11 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
         stored = _tensor(origin.keys.get(name, name), tensor)
         tensors.setdefault(stored.key, stored)
     dtype = str(next(component.parameters()).dtype).removeprefix("torch.")
-    # What was loaded is plain, whatever the source was.
+    # Loaded weights are not quantised, whatever the source was.
     stale = ("torch_dtype", "quantization_config")
     config = {name: value for name, value in origin.config.items() if name not in stale} | {"dtype": dtype}
     written = {CONFIG: config_text(config)}
-    # A checkpoint need not have any: then a top has none either.
+    # None if the checkpoint has no generation_config.json.
     settings = getattr(component, "generation_config", None)
     if origin.component == Component.TOP and GENERATION_CONFIG not in copied and settings is not None:
         written[GENERATION_CONFIG] = settings.to_json_string()

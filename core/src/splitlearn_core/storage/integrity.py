@@ -1,4 +1,4 @@
-"""Whether saved components are what was saved, and belong together."""
+"""Verification of saved components: whether they are unchanged, and belong together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from splitlearn_core.types import Progress, ProgressCallback, TensorInfo, place_
 
 @dataclass(frozen=True, slots=True)
 class SavedVerification:
-    """What was found of saved components; nothing is wrong where there are no problems."""
+    """The result of verifying saved components; they are valid if there are no problems."""
 
     path: str
     components: tuple[str, ...]
@@ -57,31 +57,31 @@ def verify_saved(
         progress: Called with each :class:`Progress`; it may raise to stop.
 
     Returns:
-        All that is wrong, at once.
+        The result, with all problems.
 
     Raises:
         MissingFileError: There are no saved components.
-        InvalidCheckpointError: A manifest is not sound.
+        InvalidCheckpointError: A manifest is invalid.
     """
     split = SplitDirectory.open(*directories)
     total = sum(record.size for saved in split.components.values() for record in saved.manifest.files.values())
     done = 0
 
-    with passing_through(progress) as tell:
+    with passing_through(progress) as report:
 
         def count(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            tell(Progress("hashing", None, done, total))
+            report(Progress("hashing", None, done, total))
 
         problems = split.mismatches() + absent_problems(split)
         readable = []
         for saved in split.components.values():
-            found = file_problems(saved)
-            if not found:
+            own_problems = file_problems(saved)
+            if not own_problems:
                 readable.append(saved)
-                found = hash_problems(saved, count) + tensor_problems(saved)
-            problems += found
+                own_problems = hash_problems(saved, count) + tensor_problems(saved)
+            problems += own_problems
     problems += tie_problems(readable)
     names = tuple(split.components)
     shown = " ".join(os.fspath(directory) for directory in directories)
@@ -89,15 +89,16 @@ def verify_saved(
 
 
 def absent_problems(split: SplitDirectory) -> list[str]:
-    """Say which components were saved into the same directory, and are gone."""
-    wanted = {name for saved in split.components.values() for name in saved.manifest.saved_with}
-    lone = len(split.components) == 1 and next(iter(split.components.values())).folder == split.path
-    gone = sorted(wanted - split.components.keys(), key=place_of)
-    return [] if lone else [f"the {name} that was saved with the others is missing" for name in gone]
+    """Return the components that were saved into the same directory and are missing from it."""
+    if len(split.components) == 1 and next(iter(split.components.values())).folder == split.path:
+        return []  # The folder of one component was named.
+    expected = {name for saved in split.components.values() for name in saved.manifest.saved_with}
+    missing = sorted(expected - split.components.keys(), key=place_of)
+    return [f"the {name} that was saved with the others is missing" for name in missing]
 
 
 def hash_problems(saved: SavedComponent, on_bytes: Callable[[int], None] = lambda _: None) -> list[str]:
-    """Read the files of a component, and hold their hashes against its manifest."""
+    """Read the files of a component, and compare their hashes with its manifest."""
     return [
         f"{saved.folder / name} is not what was saved: its SHA-256 is another"
         for name, record in saved.manifest.files.items()
@@ -106,7 +107,7 @@ def hash_problems(saved: SavedComponent, on_bytes: Callable[[int], None] = lambd
 
 
 def tensor_problems(saved: SavedComponent) -> list[str]:
-    """Say whether the tensors are those of the layers that the manifest names."""
+    """Return the reasons why the tensors are not those of the layers that the manifest names."""
     origin = saved.manifest.origin
     try:
         model = open_model(saved.folder, origin.model_type)
@@ -117,13 +118,17 @@ def tensor_problems(saved: SavedComponent) -> list[str]:
 
 
 def tie_problems(components: list[SavedComponent]) -> list[str]:
-    """Say which tensors two components hold with different values."""
+    """Return the tied tensors whose values differ between two components."""
     first: dict[str, tuple[SavedComponent, TensorInfo]] = {}
     problems = []
     for saved in components:
         for key, info in tensors_of(saved).items():
             other, theirs = first.setdefault(key, (saved, info))
-            if other is not saved and not _equal(other.folder, theirs, saved.folder, info):
+            if other is saved:
+                continue
+            pieces = zip(_pieces(other.folder, theirs), _pieces(saved.folder, info), strict=True)
+            same_layout = (info.dtype, info.shape) == (theirs.dtype, theirs.shape)
+            if not (same_layout and all(left == right for left, right in pieces)):
                 names = f"{other.manifest.component} and {saved.manifest.component}"
                 problems.append(f"{key} is one tensor for {names}, and they hold different values of it")
     return problems
@@ -136,21 +141,15 @@ def tensors_of(saved: SavedComponent) -> dict[str, TensorInfo]:
 
 
 def configuration_problems(split: SplitDirectory) -> list[str]:
-    """Say whether the components have different configurations; who wrote the file, and the dtype, do not count."""
+    """Return the components whose configuration differs, apart from the dtype and the version that wrote it."""
     from splitlearn_core.checkpoint.origin import fingerprint
 
-    found: dict[str, Path] = {}
+    by_fingerprint: dict[str, Path] = {}
     for saved in split.components.values():
         path = saved.folder / CONFIG
-        found.setdefault(fingerprint(Checkpoint(open_source(saved.folder)).config, ()), path)
-    paths = list(found.values())
+        by_fingerprint.setdefault(fingerprint(Checkpoint(open_source(saved.folder)).config, ()), path)
+    paths = list(by_fingerprint.values())
     return [f"{path} is another configuration than {paths[0]}" for path in paths[1:]]
-
-
-def _equal(folder: Path, one: TensorInfo, other_folder: Path, other: TensorInfo) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(left == right for left, right in zip(_pieces(folder, one), _pieces(other_folder, other), strict=True))
 
 
 def _pieces(folder: Path, info: TensorInfo) -> Iterator[memoryview]:

@@ -1,4 +1,4 @@
-"""Saved components as one ordinary Hugging Face checkpoint again."""
+"""Merge saved components into one ordinary Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def merge_split(
     max_shard_size: str | int = "5GB",
     progress: ProgressCallback | Literal[False] | None = None,
 ) -> Path:
-    """Put all components of a model together: a checkpoint whose tensors are the source's, byte for byte.
+    """Merge all components of a model into a checkpoint whose tensors are the source's, byte for byte.
 
     Args:
-        directory: What :func:`save_split` made, or the folder of one component.
-        others: Further ones, where the components lie apart.
-        out: The directory to make; it must not be there, or be empty.
+        directory: The output of :func:`save_split`, or the folder of one component.
+        others: Further ones, if the components are in different directories.
+        out: The directory to create; it must not exist, or be empty.
         max_shard_size: Weights above this size are sharded: ``5GB``, or bytes.
         progress: Called with each :class:`Progress`; it may raise to stop.
 
@@ -50,14 +50,14 @@ def merge_split(
     Raises:
         ConfigurationError: Components are missing or do not belong together; all reasons are given.
         CheckpointError: There are none, or their files are not those that were saved.
-        InsufficientDiskError: It does not fit.
+        InsufficientDiskError: The checkpoint does not fit on the disk.
     """
     target, limit = as_path(out, "out"), parse_size(max_shard_size)
     check_place(target)
     earlier = snapshot(target)
     if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         raise ConfigurationError(
-            f"{target} is there: it is not overwritten", hint="choose a directory that does not exist yet"
+            f"{target} exists already and is not overwritten", hint="choose a directory that does not exist yet"
         )
     split = SplitDirectory.open(directory, *others)
     tensors = _tensors(split)
@@ -66,15 +66,15 @@ def merge_split(
     total = sum(file.nbytes for file in files)
     check_room(target, total + sum(path.stat().st_size for path in small.values()))
     done = 0
-    with reporting(progress) as report, passing_through(report) as tell, replacing(target, earlier) as folder:
-        _check_hashes(split, tell)
+    with reporting(progress) as bar, passing_through(bar) as report, replacing(target, earlier) as folder:
+        _check_hashes(split, report)
 
         for file in files:
 
             def count(nbytes: int, name: str = file.name) -> None:
                 nonlocal done
                 done += nbytes
-                tell(Progress("merging", None, done, total, name))
+                report(Progress("merging", None, done, total, name))
 
             write_weights(folder, file, count)
         index = index_of(files)
@@ -85,26 +85,26 @@ def merge_split(
     return target
 
 
-def _check_hashes(split: SplitDirectory, tell: ProgressCallback) -> None:
-    """Hold every file against its manifest; raises InvalidCheckpointError."""
+def _check_hashes(split: SplitDirectory, report: ProgressCallback) -> None:
+    """Compare every file with its manifest; raises InvalidCheckpointError."""
     total = sum(record.size for saved in split.components.values() for record in saved.manifest.files.values())
     done = 0
 
     def count(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        tell(Progress("hashing", None, done, total))
+        report(Progress("hashing", None, done, total))
 
     problems = [problem for saved in split.components.values() for problem in hash_problems(saved, count)]
     if problems:
         raise InvalidCheckpointError(
             f"these components are not what was saved: {listed(problems, '; ', limit=SENTENCE)}",
-            hint="copy the component anew, or save it again",
+            hint="copy the component again, or save it again",
         )
 
 
 def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
-    """Return every tensor once, after all has been checked that can go wrong."""
+    """Return every tensor once, after checking that the components form a model."""
     problems = [f"the {name} is missing" for name in split.missing] + split.mismatches()
     components = list(split.components.values())
     damaged = [problem for saved in components for problem in file_problems(saved)]
@@ -113,7 +113,7 @@ def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
     problems += damaged
     if problems:
         raise ConfigurationError(
-            f"these components make up no checkpoint: {listed(problems, '; ', limit=SENTENCE)}",
+            f"these components do not form a complete model: {listed(problems, '; ', limit=SENTENCE)}",
             hint="give bottom, trunk and top of one source and one split"
             if len(split.names) == len(THREE)
             else f"give {listed(split.names)} of one source and one split",
@@ -128,11 +128,11 @@ def _tensors(split: SplitDirectory) -> dict[str, Tensor]:
 
 
 def _small_files(split: SplitDirectory) -> Mapping[str, Path]:
-    """Choose configuration, tokenizer and generation settings; where two have one, the bottom's, or the top's."""
-    found: dict[str, Path] = {}
+    """Choose configuration, tokenizer and generation settings: of equal names the bottom's, else the top's."""
+    files: dict[str, Path] = {}
     ends = [split.components[Component.BOTTOM], split.components[Component.TOP]]
     for saved in (*ends, *split.components.values()):
         for name in saved.manifest.files:
             if not name.endswith(".safetensors") and name not in (INDEX, MANIFEST):
-                found.setdefault(name, saved.folder / name)
-    return found
+                files.setdefault(name, saved.folder / name)
+    return files

@@ -34,8 +34,8 @@ def load_component(
     """Load a saved component; bit-equal to what :func:`load_split_model` makes of the source.
 
     Args:
-        directory: What :func:`save_split` made, or the folder of one component in it.
-        component: Its name, ``bottom``, ``trunk`` or ``top`` say; may be left out where there is only one.
+        directory: The output of :func:`save_split`, or the folder of one component in it.
+        component: Its name, ``bottom``, ``trunk`` or ``top`` say; optional if there is only one.
         device, strategy, attn_implementation, progress: As in :func:`load_split_model`.
         dtype: ``auto`` for what the source loads as.
         verify: Read all files first and compare their hashes with the manifest.
@@ -44,7 +44,19 @@ def load_component(
         MissingFileError: There is no such component.
         InvalidCheckpointError: The files are not those that were saved.
     """
-    saved = _choose(SplitDirectory.open(directory), component)
+    split = SplitDirectory.open(directory)
+    present = ", ".join(split.components)
+    if component is None:
+        if len(split.components) > 1:
+            raise ConfigurationError(f"{split.path} holds {present}", hint="say which component is meant")
+        component = next(iter(split.components))
+    if component not in split.names:
+        raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {listed(split.names)}")
+    if component not in split.components:
+        raise MissingFileError(
+            f"{split.path} holds {present}, and no {component}", hint="name the folder that holds it"
+        )
+    saved = split.components[component]
     return load_saved([saved], device, dtype, strategy, attn_implementation, verify=verify, progress=progress)[
         saved.manifest.component
     ]
@@ -61,16 +73,16 @@ def load_split_directory(
     verify: bool = False,
     progress: ProgressCallback | Literal[False] | None = None,
 ) -> SplitModel:
-    """Load all saved components that are there; a part that is not is None.
+    """Load all saved components of a directory; a missing one is None.
 
     Args:
-        directory: What :func:`save_split` made, or the folder of one component.
-        others: Further ones, where the components lie apart.
+        directory: The output of :func:`save_split`, or the folder of one component.
+        others: Further ones, if the components are in different directories.
         device, dtype, strategy, attn_implementation, verify, progress: As in :func:`load_component`.
 
     Raises:
-        ConfigurationError: They do not belong together; both sides are named.
-        CheckpointError: As there.
+        ConfigurationError: The components do not belong together; both sides are named.
+        CheckpointError: As in :func:`load_component`.
     """
     split = SplitDirectory.open(directory, *others)
     problems = split.mismatches()
@@ -94,7 +106,7 @@ def load_split_directory(
 
 
 def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
-    """Let embedding and head be one parameter where the configuration ties them, as one load would."""
+    """Make embedding and head one parameter if the configuration ties them, as loading both at once does."""
     from splitlearn_core.build.assemble import tie_if_equal
 
     family, origin = bottom.family, bottom.origin
@@ -103,7 +115,7 @@ def _tie(bottom: ComponentModel, top: ComponentModel) -> None:
     if origin is not None and family.config_value(origin.config, "tie_word_embeddings"):
         embedding = f"{family.base}.{family.embedding}.weight"
         equal = tie_if_equal(bottom, embedding, top, f"{family.head}.weight")
-        # A checkpoint may hold both apart, whatever it says; one that holds one tensor for both has one value.
+        # A checkpoint may store two tensors although its configuration ties them; if it stores one, they are equal.
         if not equal and top.origin is not None and origin.keys.get(embedding) in {*origin.ties} & {*top.origin.ties}:
             raise ConfigurationError(
                 f"{origin.keys[embedding]} is one tensor for bottom and top, and they hold different values of it",
@@ -121,9 +133,9 @@ def load_saved(
     verify: bool = False,
     progress: ProgressCallback | Literal[False] | None = None,
 ) -> dict[str, ComponentModel]:
-    """Load saved components, each by the ordinary path: its folder is a checkpoint that holds a part.
+    """Load saved components, each with ``load_split_model``: its folder is a partial checkpoint.
 
-    Device and dtype are one for all, or a mapping that has each component's.
+    Device and dtype are the same for all, or a mapping by component.
     """
     from splitlearn_core.api import load_split_model
     from splitlearn_core.plan.placement import parse_dtypes
@@ -135,20 +147,20 @@ def load_saved(
     if problems:
         raise InvalidCheckpointError(
             f"{len(problems)} files are not as they were saved: {listed(problems, '; ', limit=SENTENCE)}",
-            hint="copy the component anew, or save it again",
+            hint="copy the component again, or save it again",
         )
     loaded = {}
     for saved in components:
         origin = saved.manifest.origin
-        there = component_names(len(origin.split_points) + 1)
-        named = parse_dtypes(dtype, (origin.component,), there)[origin.component]
+        all_names = component_names(len(origin.split_points) + 1)
+        own_dtype = parse_dtypes(dtype, (origin.component,), all_names)[origin.component]
         parts = load_split_model(
             origin.model_type,
             origin.split_points,
             saved.folder,
             parts=(origin.component,),
             device=device[origin.component] if isinstance(device, Mapping) else device,
-            dtype=origin.dtype if named == "auto" else named,
+            dtype=origin.dtype if own_dtype == "auto" else own_dtype,
             strategy=strategy,
             attn_implementation=attn_implementation,
             progress=progress,
@@ -160,14 +172,16 @@ def load_saved(
     return loaded
 
 
-def _choose(found: SplitDirectory, component: str | None) -> SavedComponent:
-    if component is None and len(found.components) == 1:
-        return next(iter(found.components.values()))
-    there = ", ".join(found.components)
+def _choose(split: SplitDirectory, component: str | None) -> SavedComponent:
+    if component is None and len(split.components) == 1:
+        return next(iter(split.components.values()))
+    present = ", ".join(split.components)
     if component is None:
-        raise ConfigurationError(f"{found.path} holds {there}", hint="say which component is meant")
-    if component not in found.names:
-        raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {listed(found.names)}")
-    if component not in found.components:
-        raise MissingFileError(f"{found.path} holds {there}, and no {component}", hint="name the folder that holds it")
-    return found.components[component]
+        raise ConfigurationError(f"{split.path} holds {present}", hint="say which component is meant")
+    if component not in split.names:
+        raise ConfigurationError(f"there is no component {component!r}", hint=f"choose from {listed(split.names)}")
+    if component not in split.components:
+        raise MissingFileError(
+            f"{split.path} holds {present}, and no {component}", hint="name the folder that holds it"
+        )
+    return split.components[component]

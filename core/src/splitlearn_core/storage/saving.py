@@ -71,21 +71,21 @@ def save_split(
 ) -> SplitDirectory:
     """Save components: ``out/bottom``, ``out/trunk`` and ``out/top``, each with a manifest.
 
-    Where there are other components than these three, each folder is called as its component is.
+    If there are other components than these three, each folder has the name of its component.
 
     From safetensors the bytes are copied as they are, in chunks, without torch: a checkpoint may be
-    larger than memory. ``out`` appears as a whole; whoever is killed leaves the old one or the new.
+    larger than memory. ``out`` is replaced atomically: a killed process leaves the old one or the new one.
 
     Args:
         source: A directory, a Hub repository, or components in memory, whose present values are saved.
-        out: The directory to make.
-        split_points: ``(a, b)``, or any number of them; for components in memory left out.
-        parts: The components to save, of a checkpoint; all where it is left out.
+        out: The directory to create.
+        split_points: ``(a, b)``, or any number of them; not for components in memory.
+        parts: The components of a checkpoint to save; all by default.
         dtype: ``auto`` for as it is stored. Another one loads the components to convert them.
         max_shard_size: Weights above this size are sharded: ``5GB``, or bytes.
-        overwrite: Take the place of a split that was saved before; its components that are not saved
-            anew stay where they belong to the new ones. Nothing else is ever overwritten.
-        model_type: What the caller expects the checkpoint to be.
+        overwrite: Replace a split that was saved before; its components that are not saved again stay
+            if they belong to the new ones. Nothing else is ever overwritten.
+        model_type: The expected model type of the checkpoint.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
         progress: Called with each :class:`Progress`; it may raise to stop. None for a bar on a terminal.
 
@@ -93,9 +93,9 @@ def save_split(
         The saved directory.
 
     Raises:
-        ConfigurationError: Contradicting arguments, or ``out`` is there.
-        InsufficientDiskError: It does not fit.
-        CheckpointError: The source is not what it has to be.
+        ConfigurationError: Contradicting arguments, or ``out`` exists.
+        InsufficientDiskError: The components do not fit on the disk.
+        CheckpointError: The source is invalid.
     """
     target, limit, dtype = as_path(out, "out"), parse_size(max_shard_size), dtype_name(dtype)
     earlier = snapshot(target)
@@ -118,28 +118,28 @@ def save_split(
             }  # fmt: skip
             report(Progress("resolving"))
             model = open_model(source, model_type, **hub)
-            asked = parse_parts(parts, names_of_parts(split_points))
+            requested = parse_parts(parts, names_of_parts(split_points))
             check_source(model, dtype)
             if dtype == "auto":
-                saved = _parts_of_checkpoint(model, split_points, asked, report)
+                saved = _parts_of_checkpoint(model, split_points, requested, report)
             else:
                 from splitlearn_core.storage.from_modules import parts_converted
 
-                saved = parts_converted(model, split_points, asked, dtype, report)
+                saved = parts_converted(model, split_points, requested, dtype, report)
         kept = _kept(target, saved)
-        with passing_through(report) as tell:
-            _save(saved, kept, target, earlier, limit, tell)
+        with passing_through(report) as report_unchanged:
+            _save(saved, kept, target, earlier, limit, report_unchanged)
     return SplitDirectory.open(target)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse to overwrite what is not an earlier split; raises ConfigurationError."""
+    """Refuse to overwrite anything but an earlier split; raises ConfigurationError."""
     check_place(target)
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         return
     if not is_split_directory(target):
         raise ConfigurationError(
-            f"{target} is there, and is no split that was saved before: it is not overwritten",
+            f"{target} exists and is not a saved split: it is not overwritten",
             hint="choose a directory that does not exist yet",
         )
     if not overwrite:
@@ -151,7 +151,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         components = SplitDirectory.open(target).components.values()
     except InvalidCheckpointError as error:
         raise ConfigurationError(
-            f"{target} is not overwritten, for nothing says what is its own: {error.message}",
+            f"{target} is not overwritten, because its manifests cannot be read: {error.message}",
             hint="choose another directory, or remove this one",
         ) from error
     foreign = [
@@ -168,16 +168,16 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def check_place(target: Path) -> None:
-    """Refuse a directory below something that is none; raises ConfigurationError."""
-    there = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
-    if not there.is_dir():
+    """Refuse a path below something that is not a directory; raises ConfigurationError."""
+    existing = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not existing.is_dir():
         raise ConfigurationError(
-            f"{target} cannot be made: {there} is no directory", hint="choose a path whose folders are folders"
+            f"{target} cannot be created: {existing} is not a directory", hint="choose a path below a directory"
         )
 
 
 def check_source(model: OpenModel, dtype: str | torch.dtype) -> None:
-    """Refuse an adapter with the weights, and quantised weights as they are stored; raises ConfigurationError."""
+    """Refuse adapters, and quantised weights that are not converted; raises ConfigurationError."""
     if model.checkpoint.has_adapter:
         raise ConfigurationError(
             f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}), and a saved component has none",
@@ -192,7 +192,7 @@ def check_source(model: OpenModel, dtype: str | torch.dtype) -> None:
 
 
 def _kept(target: Path, parts: Sequence[Part]) -> list[SavedComponent]:
-    """Find the components of an earlier split that are not saved anew, and so stay.
+    """Return the components of an earlier split that are kept, because they are not saved again.
 
     Raises:
         ConfigurationError: They do not belong to those that are saved.
@@ -201,7 +201,7 @@ def _kept(target: Path, parts: Sequence[Part]) -> list[SavedComponent]:
         return []
     names = {part.origin.component for part in parts}
     if names.issuperset(component_names(len(parts[0].origin.split_points) + 1)):
-        return []  # All of a model is saved: what is there besides is of another split.
+        return []  # All components are saved: any others are of another split.
     kept = [each for name, each in SplitDirectory.open(target).components.items() if name not in names]
     problems = origin_mismatches([*(part.origin for part in parts), *(each.manifest.origin for each in kept)])
     if kept and problems:
@@ -214,18 +214,18 @@ def _kept(target: Path, parts: Sequence[Part]) -> list[SavedComponent]:
 
 
 def _parts_of_checkpoint(
-    model: OpenModel, split_points: Sequence[int], asked: Sequence[str], report: ProgressCallback
+    model: OpenModel, split_points: Sequence[int], requested: Sequence[str], report: ProgressCallback
 ) -> list[Part]:
-    plan, table = make_plan(model, split_points, asked, "auto", fetch=report)
+    plan, table = make_plan(model, split_points, requested, "auto", fetch=report)
     refuse_misfit(model, plan, table)
     checkpoint = model.checkpoint
     together = companions(table, checkpoint.weight_map)
-    keys = {part: {t.info.key for t in plan.component(part).tensors} | set(together[part]) for part in asked}
+    keys = {part: {t.info.key for t in plan.component(part).tensors} | set(together[part]) for part in requested}
     infos = checkpoint.tensors(sorted(set().union(*keys.values())))
     paths = checkpoint.fetch_tensors(infos.values(), logging_downloads(model.name, report))
     origins = origins_of(model, plan, table, paths)
     parts, buffers = [], Buffers()
-    for component in asked:
+    for component in requested:
         own = sorted((infos[key] for key in keys[component]), key=lambda info: (info.shard, info.begin, info.key))
         small = companion_files(model, kind_of(component), report)
         parts.append(
@@ -256,9 +256,9 @@ def _save(
     target: Path,
     earlier: Snapshot,
     limit: int,
-    tell: ProgressCallback,
+    report: ProgressCallback,
 ) -> None:
-    """Write all components beside the target, and let them take its place."""
+    """Write all components to a temporary directory, which then replaces the target."""
     files = {part.origin.component: pack(part.tensors, limit) for part in parts}
     total = sum(file.nbytes for each in files.values() for file in each)
     small = sum(path.stat().st_size for part in parts for path in part.copied.values())
@@ -272,23 +272,21 @@ def _save(
                 link_durably(each.folder / name, folder / each.manifest.component / name)
         for part in parts:
             component = part.origin.component
-            here = folder / component
-            here.mkdir()
+            own_folder = folder / component
+            own_folder.mkdir()
             records: dict[str, FileRecord] = {}
             for file in files[component]:
 
                 def count(nbytes: int, component: str = component, file: WeightFile = file) -> None:
                     nonlocal done
                     done += nbytes
-                    tell(Progress("saving", component, done, total, file.name))
+                    report(Progress("saving", component, done, total, file.name))
 
-                records[file.name] = write_weights(here, file, count)
-            records |= _write_small(part, here, index_of(files[component]))
+                records[file.name] = write_weights(own_folder, file, count)
+            texts = dict(part.written)
+            if (index := index_of(files[component])) is not None:
+                texts[INDEX] = index
+            records |= {name: write_text(own_folder / name, text) for name, text in texts.items()}
+            records |= {name: copy_durably(path, own_folder / name) for name, path in part.copied.items()}
             manifest = Manifest(part.origin, core_version(), part.own_values, together, records)
-            write_text(here / MANIFEST, render_manifest(manifest))
-
-
-def _write_small(part: Part, folder: Path, index: str | None) -> Iterable[tuple[str, FileRecord]]:
-    written = {**part.written, **({} if index is None else {INDEX: index})}
-    records = {name: write_text(folder / name, text) for name, text in written.items()}
-    return [*records.items(), *((name, copy_durably(path, folder / name)) for name, path in part.copied.items())]
+            write_text(own_folder / MANIFEST, render_manifest(manifest))

@@ -1,4 +1,4 @@
-"""A directory that keeps one split of one model: checked, and loaded from instead of the model."""
+"""A directory as the cache of one split of one model: checked, then loaded instead of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from splitlearn_core.checkpoint.manifest import holds_components
-from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.plan.placement import parse_dtypes
 from splitlearn_core.plan.splitplan import parse_parts
@@ -39,46 +38,48 @@ def create_kept(
     *,
     save: bool,
 ) -> SplitModel:
-    """Load a split from where it is kept, or else from its source, and keep it then if that is wished.
+    """Load a split from a cache directory, or else from its source; then save it there if requested.
 
     Args:
-        directory: Where it is kept.
+        directory: The cache directory.
         model_type, model, split_points, parts: As in :func:`load_split_model`.
-        loading: Its arguments that say how they are loaded, all of them.
-        hub: Its arguments about the Hub.
-        save: Keep what had to be loaded from the source.
+        loading: All its arguments on how to load.
+        hub: Its arguments for the Hub.
+        save: Save a split that had to be loaded from the source.
 
     Raises:
-        ConfigurationError: It is to be kept where another split is, or something else.
+        ConfigurationError: The directory to save into holds another split, or something else.
         SplitLearnError: As :func:`load_split_model` and :func:`save_split`.
     """
     from splitlearn_core.api import load_options, load_split_model
     from splitlearn_core.split_model import SplitModel
     from splitlearn_core.storage.saving import check_target, save_split
 
-    how = dict(loading)
-    asked, progress = parse_parts(parts), how.pop("progress")
-    dtypes = parse_dtypes(how.pop("dtype"), asked)
-    options = load_options(asked, **how)
+    remaining = dict(loading)
+    requested, progress = parse_parts(parts), remaining.pop("progress")
+    dtypes = parse_dtypes(remaining.pop("dtype"), requested)
+    options = load_options(requested, **remaining)
     name = model if model is not None or model_type is None else registry().family(model_type).default_model
-    kept, why = find_kept(directory, model_type, name or "", hub["revision"], split_points, asked)
-    if kept is not None:
+    cached, reason = find_kept(directory, model_type, name or "", hub["revision"], split_points, requested)
+    if cached is not None:
         log.info("Loading from %s, where this split of %s is kept", directory, name)
-        components = load_kept(kept, dtypes, options, progress)
+        components = load_kept(cached, dtypes, options, progress)
         return SplitModel(*(components.get(component) for component in THREE))
     if save and holds_components(directory):
         raise ConfigurationError(
-            f"{directory} holds another split than the one that is to be kept there: {why}",
-            hint="choose another storage_path, or remove what is there",
+            f"{directory} holds another split than the one to be saved there: {reason}",
+            hint="choose another storage_path, or remove its contents",
         )
     if save:
         check_target(directory, overwrite=False)
     elif directory.exists():
-        log.warning("%s does not hold this split: %s. It is loaded from its source", directory, why)
+        log.warning("%s does not hold this split: %s. It is loaded from its source", directory, reason)
     loaded: SplitModel = load_split_model(model_type, split_points, model, parts=parts, **loading, **hub)
     if save:
-        log.info("Saving %s of %s to %s", ", ".join(asked), name, directory)
-        save_split(name or "", directory, split_points, parts=asked, model_type=model_type, progress=progress, **hub)
+        log.info("Saving %s of %s to %s", ", ".join(requested), name, directory)
+        save_split(
+            name or "", directory, split_points, parts=requested, model_type=model_type, progress=progress, **hub
+        )
     return loaded
 
 
@@ -90,22 +91,25 @@ def find_kept(
     split_points: tuple[int, int],
     parts: Sequence[str],
 ) -> tuple[SplitDirectory | None, str]:
-    """Find a split in the directory where it is kept; the source itself is not looked at.
+    """Look a split up in its cache directory, without access to the source.
 
-    A split is known by the name of its source, by the commit where ``revision`` names one, and by its
-    split points. Another kind of revision, a branch say, may have moved on, and so is never found.
+    A split is identified by the name of its source, by the commit if ``revision`` is one, and by its
+    split points. Another kind of revision, such as a branch, may have moved on and never matches.
 
     Returns:
-        The split, of the asked parts alone, or None and the reason why it is not this one.
+        The split, of the requested parts only, or None and the reason why it does not match.
     """
     if not directory.is_dir() or not holds_components(directory):
         return None, "it holds no saved components"
-    kept = SplitDirectory.open(directory)
-    missing = [str(part) for part in parts if part not in kept.components]
+    cached, name = SplitDirectory.open(directory), os.fspath(model)
+    missing = [str(part) for part in parts if part not in cached.components]
     reasons = [f"it has no {', '.join(missing)}"] if missing else []
-    for saved in kept.components.values():
+    for saved in cached.components.values():
         origin = saved.manifest.origin
-        if not _is_source(origin, model, revision):
+        same_name = origin.model == name or (
+            user_path(name).is_dir() and user_path(origin.model).absolute() == user_path(name).absolute()
+        )
+        if not same_name or revision not in (None, origin.commit):
             commit = f"@{origin.commit}" if origin.commit else ""
             reasons.append(f"its {origin.component} is that of {origin.model}{commit}")
         if model_type not in (None, origin.model_type):
@@ -114,49 +118,41 @@ def find_kept(
             reasons.append(f"its {origin.component} was cut at {origin.split_points}")
         if saved.manifest.own_values:
             reasons.append(f"its {origin.component} has values of its own, not the source's")
-    reasons += kept.mismatches()
+    reasons += cached.mismatches()
     if reasons:
         return None, "; ".join(reasons)
-    return replace(kept, components={part: kept.components[part] for part in parts}), ""
+    return replace(cached, components={part: cached.components[part] for part in parts}), ""
 
 
 def load_kept(
-    kept: SplitDirectory,
+    cached: SplitDirectory,
     dtypes: Mapping[str, str],
     options: LoadOptions,
     progress: ProgressCallback | Literal[False] | None,
 ) -> dict[str, ComponentModel]:
-    """Load what was kept, each component on its device and in its dtype; raises as a load from the source."""
+    """Load a cached split, each component on its device and in its dtype; raises as a load from the source."""
     from splitlearn_core.api import plan_split
     from splitlearn_core.loading.options import choose_devices
 
     plans = []
-    for component, saved in kept.components.items():
+    for component, saved in cached.components.items():
         origin = saved.manifest.origin
-        named: Any = dtypes[component]
+        dtype: Any = dtypes[component]
         plans.append(
             plan_split(
                 saved.folder,
                 origin.split_points,
                 model_type=origin.model_type,
                 parts=(component,),
-                dtype=origin.dtype if named == "auto" else named,
+                dtype=origin.dtype if dtype == "auto" else dtype,
             )
         )
     devices = choose_devices(replace(plans[0], components=tuple(plan.components[0] for plan in plans)), options)
     return load_saved(
-        list(kept.components.values()),
+        list(cached.components.values()),
         devices,
         dtypes,
         options.strategy,
         options.attn_implementation,
         progress=progress,
     )
-
-
-def _is_source(origin: Origin, model: str | os.PathLike[str], revision: str | None) -> bool:
-    name = os.fspath(model)
-    same = origin.model == name or (
-        user_path(name).is_dir() and user_path(origin.model).absolute() == user_path(name).absolute()
-    )
-    return same and (revision is None or origin.commit == revision)

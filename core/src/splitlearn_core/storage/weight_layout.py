@@ -1,4 +1,4 @@
-"""What a safetensors file will hold, worked out before a byte of it is written. Pure."""
+"""The layout of safetensors files, computed before any byte is written. Pure."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor to be written, and where its bytes come from."""
+    """A tensor to write, and the source of its bytes."""
 
     key: str
-    #: In the words of the safetensors format.
+    #: The name in the safetensors format: ``F32``, ``BF16``, ...
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    #: Gives the bytes, a piece at a time; a piece stays as it is until the next but one is asked for.
+    #: Yields the bytes in pieces; a piece stays valid until the next but one is requested.
     pieces: Callable[[], Iterator[memoryview]]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One safetensors file to be written."""
+    """A safetensors file to write."""
 
     name: str
     header: bytes
@@ -44,21 +44,21 @@ class WeightFile:
 
 
 def parse_size(size: str | int) -> int:
-    """Read a size in bytes: ``5GB``, ``500MiB`` or a number.
+    """Parse a size in bytes: ``5GB``, ``500MiB`` or a number.
 
     Raises:
-        ConfigurationError: It is none, or nothing.
+        ConfigurationError: It is not a size, or less than one byte.
     """
-    found = _SIZE.fullmatch(str(size))
-    nbytes = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+    match = _SIZE.fullmatch(str(size))
+    nbytes = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if isinstance(size, bool) or nbytes < 1:
-        raise ConfigurationError(f"max_shard_size {size!r} is no size", hint='give "5GB", or a number of bytes')
+        raise ConfigurationError(f"max_shard_size {size!r} is not a size", hint='give "5GB", or a number of bytes')
     return nbytes
 
 
 def pack(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[WeightFile]:
-    """Lay tensors out in one file, or in several below a size; a tensor is never parted."""
-    # Widest dtype first: every tensor then begins where its elements may.
+    """Distribute tensors over one file, or several of at most a size; a tensor is never divided."""
+    # Widest dtype first: every tensor then begins at a multiple of its element size.
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
     shards: list[list[Tensor]] = [[]]
     room = max_shard_bytes
@@ -75,7 +75,7 @@ def pack(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[WeightFile]:
 
 
 def index_of(files: Sequence[WeightFile]) -> str | None:
-    """Write the index of several files; None for one, which needs none."""
+    """Return the JSON index of several files; None for a single file, which needs none."""
     if len(files) == 1:
         return None
     weight_map = {tensor.key: file.name for file in files for tensor in file.tensors}
@@ -84,7 +84,7 @@ def index_of(files: Sequence[WeightFile]) -> str | None:
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:
-    """Write the header of a safetensors file: its length, then JSON, filled up so that the data is aligned."""
+    """Return the header of a safetensors file: its length, then JSON, padded so that the data is aligned."""
     entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:

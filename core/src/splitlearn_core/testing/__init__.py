@@ -1,6 +1,6 @@
-"""Small worlds for tests: tiny checkpoints, a Hub on loopback, and the checks every family passes.
+"""Support for tests of plugins: tiny checkpoints, and the conformance kit that every family passes.
 
-Importing this package imports neither torch nor pytest; :class:`FamilyConformance` is found when it is asked for.
+Importing this package imports neither torch nor pytest; :class:`FamilyConformance` is imported on first access.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splitlearn_core.testing.conformance import FamilyConformance as FamilyConformance
 
-__all__ = ["FamilyConformance"]  # found by __getattr__
+__all__ = ["FamilyConformance"]  # provided by __getattr__
 
 
 def __getattr__(name: str) -> Any:

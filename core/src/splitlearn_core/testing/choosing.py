@@ -1,4 +1,4 @@
-"""Which families a name means that somebody wants to test; imports neither torch nor pytest."""
+"""Select the families to test by name; imports neither torch nor pytest."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from splitlearn_core.plugins.registry import blocked_by
 
 
 def choose_families(names: Iterable[str]) -> tuple[PluginEntry, ...]:
-    """Return the families that names mean: a model type, or a distribution for all of its model types.
+    """Return the families with these names: model types, or distributions for all of their model types.
 
     Raises:
         UnknownModelTypeError: No installed plugin has the name, or a variable blocks it.
         PluginConflictError: Several distributions claim the model type.
-        ConfigurationError: The name is a loading strategy's.
+        ConfigurationError: The name is that of a loading strategy.
     """
     entries = discover()
-    chosen = tuple(dict.fromkeys(entry for name in names for entry in _meant(name, entries)))
+    chosen = tuple(dict.fromkeys(entry for name in names for entry in _entries_named(name, entries)))
     for entry in chosen:
         if variable := blocked_by(entry):
             raise UnknownModelTypeError(
@@ -31,7 +31,7 @@ def choose_families(names: Iterable[str]) -> tuple[PluginEntry, ...]:
     return chosen
 
 
-def _meant(name: str, entries: tuple[PluginEntry, ...]) -> list[PluginEntry]:
+def _entries_named(name: str, entries: tuple[PluginEntry, ...]) -> list[PluginEntry]:
     families = [entry for entry in entries if entry.kind == FAMILY]
     claimed = [entry for entry in families if entry.name == name]
     by_type = [entry for entry in claimed if not blocked_by(entry)] or claimed
@@ -50,7 +50,7 @@ def _meant(name: str, entries: tuple[PluginEntry, ...]) -> list[PluginEntry]:
             hint="splitlearn plugins --check tries it; its numbers are compared with transformers by torch.equal",
         )
     known = sorted({entry.name for entry in families} | {entry.distribution for entry in families})
-    # Capitals alone make no other name.
+    # Compared without case.
     spelled = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), spelled, n=1)
     raise UnknownModelTypeError(

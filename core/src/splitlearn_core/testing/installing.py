@@ -1,4 +1,4 @@
-"""Plugins for tests, as pip would leave them; nothing here needs torch."""
+"""Write plugins for tests as pip would install them; needs no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_plugin(
     module: str = "",
     group: str = "splitlearn.families",
 ) -> Path:
-    """Write an installed plugin as pip would leave it: a module and its metadata, in one folder.
+    """Write a plugin as pip would install it: a module and its metadata, in one folder.
 
     Put the folder on ``sys.path`` (or ``PYTHONPATH``) and it is discovered.
 
@@ -28,8 +28,8 @@ def write_plugin(
         source: The text of the module with the hooks.
         distribution: Its name; by default ``splitlearn-`` and the model type.
         version: Its version.
-        requires: What it demands of core, ``>=0.1`` say.
-        plugin_api: Which plugin API it says it was made for.
+        requires: The versions of core that it requires, for example ``>=0.1``.
+        plugin_api: The plugin API that it declares.
         module: The module's name; by default derived from the distribution.
         group: The entry point's group; ``splitlearn.strategies`` for a package of a loading strategy.
     """

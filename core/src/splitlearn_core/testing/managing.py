@@ -1,4 +1,4 @@
-"""What the kit's checks of the manager need: a load that stands still at a gate, and a look at what is left over."""
+"""Support for checks of the manager: loads that wait at a gate, and checks for leaks."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from splitlearn_core.manager.manager import AsyncModelManager
 from splitlearn_core.types import Progress
 
 _T = TypeVar("_T")
-#: Seconds after which a test has failed rather than been slow, on a busy machine too.
+#: Seconds after which a test fails; generous, for busy machines.
 LIMIT = 120.0
-#: Seconds between two reports of a load that stands still.
+#: Seconds between two reports of a waiting load.
 _REPORT_EVERY = 0.002
 
 
 class Gate:
-    """A place at which a load stands still until it is opened."""
+    """A point at which a load waits until the gate is opened."""
 
     def __init__(self, *, deaf: bool = False, progress: Progress | None = None) -> None:
-        """Make one.
+        """Create a closed gate.
 
         Args:
-            deaf: The load does not report while it stands still, so that it does not hear that it is to stop.
-            progress: What it reports.
+            deaf: The load does not report while it waits, so that it does not notice a cancellation.
+            progress: The progress that it reports.
         """
         self.reached = threading.Event()
         self._opened = threading.Event()
@@ -36,21 +36,21 @@ class Gate:
         self._error: BaseException | None = None
 
     def open(self) -> None:
-        """Let it go on."""
+        """Let the load continue."""
         self._opened.set()
 
     def fail(self, error: BaseException) -> None:
-        """Let it end with an error."""
+        """Let the load fail with an error."""
         self._error = error
         self._opened.set()
 
     async def arrival(self) -> None:
-        """Wait until the load stands here, without blocking the loop."""
+        """Wait until the load has reached the gate, without blocking the event loop."""
         if not await asyncio.to_thread(self.reached.wait, LIMIT):
             raise AssertionError("the load did not come to the gate")
 
     def enter(self, report: ReportProgress) -> None:
-        """Stand still; called by the load."""
+        """Wait until the gate is opened; called by the load."""
         self.reached.set()
         if self._deaf:
             self._opened.wait(LIMIT)
@@ -62,30 +62,30 @@ class Gate:
 
 
 def run(main: Coroutine[Any, Any, _T], *, limit: float = LIMIT) -> _T:
-    """Run a test's coroutine in a loop of its own, and refuse what it leaves behind or lets fail unseen."""
-    unseen: list[dict[str, Any]] = []
+    """Run a test's coroutine in an event loop of its own; fails on errors that only the loop has seen."""
+    unhandled: list[dict[str, Any]] = []
 
     async def watched() -> _T:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
         async with asyncio.timeout(limit):
             return await main
 
     result = asyncio.run(watched(), debug=False)
-    if unseen:
-        raise AssertionError(f"the loop was told of {unseen}")
+    if unhandled:
+        raise AssertionError(f"errors that nothing handled: {unhandled}")
     return result
 
 
 def charges(manager: AsyncModelManager) -> dict[str, int]:
-    """Return what is charged and promised, by ledger; empty where nothing is."""
+    """Return the bytes charged and reserved, by ledger, without ledgers that are empty."""
     ledgers = manager.get_statistics().ledgers
     return {name: both for name, ledger in ledgers.items() if (both := ledger.charged + ledger.reserved)}
 
 
 def check_sound(manager: AsyncModelManager) -> None:
-    """Refuse a manager that contradicts itself."""
-    problems = manager._shell.machine.violations()  # noqa: SLF001  # the machine says of itself what must hold
-    slots = set(manager._shell.slots)  # noqa: SLF001  # what is left inside is what it looks at
+    """Fail on a manager whose state violates its invariants."""
+    problems = manager._shell.machine.violations()  # noqa: SLF001  # the machine checks its own invariants
+    slots = set(manager._shell.slots)  # noqa: SLF001  # compared with the machine
     generations = {generation.key for generation in manager._shell.machine.generations()}  # noqa: SLF001  # likewise
     if slots != generations:
         problems.append(f"the shell holds {slots}, the machine {generations}")
@@ -94,7 +94,7 @@ def check_sound(manager: AsyncModelManager) -> None:
 
 
 def check_closed(manager: AsyncModelManager) -> None:
-    """Refuse a closed manager that has left anything: memory, models, tasks or threads."""
+    """Fail on a closed manager that has left memory, models, tasks or threads."""
     check_sound(manager)
     left: list[object] = [*charges(manager).items(), *manager.list_models()]
     left += [task for task in asyncio.all_tasks() if task.get_name().startswith("splitlearn")]
@@ -104,13 +104,13 @@ def check_closed(manager: AsyncModelManager) -> None:
 
 
 def splitlearn_threads() -> list[str]:
-    """Return the names of our threads that are alive."""
+    """Return the names of the live threads of splitlearn."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("splitlearn")]
 
 
 @asynccontextmanager
 async def closing(manager: AsyncModelManager) -> AsyncIterator[AsyncModelManager]:
-    """Use a manager, check it, close it, and check that nothing is left."""
+    """Run a block with a manager, then check its invariants, close it, and check for leaks."""
     async with manager:
         yield manager
         check_sound(manager)

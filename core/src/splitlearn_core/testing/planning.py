@@ -1,4 +1,4 @@
-"""A plan as another process makes it: ``python -m splitlearn_core.testing.planning MODEL A B``."""
+"""Print a plan as JSON from a process of its own: ``python -m splitlearn_core.testing.planning MODEL A B``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from splitlearn_core import SplitPlan, plan_split
 from splitlearn_core.plugins.host import stdout_for_data
 
 
-def told(plan: SplitPlan) -> dict[str, Any]:
-    """Return all that a plan says, tensor by tensor and in its order, in values that JSON has."""
+def plan_as_json(plan: SplitPlan) -> dict[str, Any]:
+    """Return a plan with all its tensors, in their order, as JSON values."""
     tensors = {
         str(part.component): [
             {"module_key": tensor.module_key, **asdict(tensor.info), "shape": list(tensor.info.shape)}
@@ -24,6 +24,6 @@ def told(plan: SplitPlan) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # What the plugin prints as it is imported is another check's matter.
+    # Output of the plugin's import would break the JSON; another check reports it.
     with stdout_for_data():
-        json.dump(told(plan_split(sys.argv[1], (int(sys.argv[2]), int(sys.argv[3])))), sys.stdout)
+        json.dump(plan_as_json(plan_split(sys.argv[1], (int(sys.argv[2]), int(sys.argv[3])))), sys.stdout)

@@ -1,6 +1,6 @@
-"""What registering a plugin does to its process: ``python -m splitlearn_core.testing.registering MODEL_TYPE``.
+"""Side effects of registering a plugin: ``python -m splitlearn_core.testing.registering MODEL_TYPE``.
 
-A module of its own, and run in a process of its own, because nothing heavy may be imported before.
+Run in a process of its own, because nothing heavy may be imported before.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import PluginRegistry
 
 HEAVY = ("torch", "transformers")
 
 
 def main(model_type: str) -> dict[str, Any]:
-    """Register the plugin of a model type, and say what that changed.
+    """Register the plugin of a model type, and return what that changed.
 
     Returns:
-        ``heavy``: libraries that were imported; ``changed``: what of the process is not as it was;
-        ``differs``: fields that a second registration answers otherwise.
+        ``heavy``: libraries that were imported; ``changed``: changed state of the process;
+        ``differs``: fields with another value in a second registration.
     """
     first = PluginRegistry()
-    # The scan of the metadata is core's doing, not the plugin's.
+    # Before the comparison: core scans the metadata, not the plugin.
     entries = first.entries
     before, printed = _state(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -41,28 +40,26 @@ def main(model_type: str) -> dict[str, Any]:
     changed = {name: _difference(before[name], after[name]) for name in before if before[name] != after[name]}
     if printed.getvalue():
         changed["printed"] = printed.getvalue()
-    again = PluginRegistry(entries).family(model_type)
+    values, second_values = (
+        {field.name: _comparable(getattr(each, field.name)) for field in fields(each)}
+        for each in (family, PluginRegistry(entries).family(model_type))
+    )
     return {
         "heavy": [name for name in HEAVY if name in sys.modules],
         "changed": changed,
-        "differs": [name for name, value in told(family).items() if told(again)[name] != value],
+        "differs": [name for name, value in values.items() if second_values[name] != value],
     }
-
-
-def told(family: ModelFamily) -> dict[str, Any]:
-    """Return what a family says, in values that can be compared."""
-    return {field.name: _comparable(getattr(family, field.name)) for field in fields(family)}
 
 
 def _comparable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
-    # A function that a hook defines anew each time it is asked is the same function.
+    # A hook may define a nested function in every call: compared by name.
     return f"{value.__module__}.{value.__qualname__}" if isinstance(value, Callable) else value  # type: ignore[arg-type]
 
 
 def _difference(before: Any, after: Any) -> str:
-    """Say what is not as it was; of variables the names alone, for their values may be secrets."""
+    """Describe a change; of environment variables only the names, because their values may be secrets."""
     if isinstance(before, dict):
         return ", ".join(sorted(name for name in {*before, *after} if before.get(name) != after.get(name)))
     return f"{before} -> {after}"

@@ -1,4 +1,4 @@
-"""What a run of the conformance kit found, as values; imports neither torch nor pytest."""
+"""Results of a run of the conformance kit; imports neither torch nor pytest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PASSED, FAILED, SKIPPED, EXPECTED = "passed", "failed", "skipped", "expected failure"
-#: From the worst to the best: what a check is, is the worst of its cases.
+#: From the worst to the best; the outcome of a check is the worst of its cases.
 _ORDER = (FAILED, EXPECTED, PASSED, SKIPPED)
 
 
@@ -21,15 +21,15 @@ class Case:
     #: ``passed``, ``failed``, ``skipped`` or ``expected failure``.
     outcome: str
     seconds: float
-    #: Why it failed or was skipped; empty where it passed.
+    #: Why it failed or was skipped; empty if it passed.
     message: str = ""
-    #: Fields of the family to look at, each with what points there.
+    #: Fields of the family to look at, each with the evidence.
     look_at: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check of one family with all its parameters."""
+    """One check of one family with all its cases."""
 
     name: str
     cases: tuple[Case, ...]
@@ -50,7 +50,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class FamilyReport:
-    """What was found of one family."""
+    """The results of one family."""
 
     model_type: str
     distribution: str
@@ -72,11 +72,11 @@ class FamilyReport:
 
 
 def grouped(cases: list[Case]) -> tuple[Check, ...]:
-    """Put the cases of each check together, in the order in which they were run."""
+    """Group cases by check, in the order in which they were run."""
     by_name: dict[str, list[Case]] = {}
     for case in cases:
         by_name.setdefault(case.check, []).append(case)
-    return tuple(Check(name, tuple(found)) for name, found in by_name.items())
+    return tuple(Check(name, tuple(own)) for name, own in by_name.items())
 
 
 def _check_to_dict(check: Check) -> dict[str, Any]:

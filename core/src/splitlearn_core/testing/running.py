@@ -1,4 +1,4 @@
-"""Run the conformance kit on an installed plugin that brings no test file."""
+"""Run the conformance kit on installed plugins, without a test file of theirs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def run_kit(
     expressions: Iterable[str] = (),
     on_case: Callable[[Case], None] = lambda _: None,
 ) -> tuple[FamilyReport, ...]:
-    """Run the checks on installed families, each as if its plugin were alone.
+    """Run the checks on installed families, each as if its plugin were the only one.
 
-    Nothing is written outside a temporary folder, and neither pytest's configuration nor its plugins
-    that happen to be around are used.
+    Nothing is written outside a temporary folder, and the pytest configuration and plugins of the
+    environment are not used.
 
     Args:
         entries: The families.
@@ -51,8 +51,8 @@ def run_kit(
         on_case: Called with each case as it ends.
 
     Raises:
-        ConfigurationError: The kit cannot be imported for the libraries there are; pytest does not
-            understand an expression, or they select no check.
+        ConfigurationError: The kit cannot be imported with the installed libraries; an expression is
+            invalid, or they select no check.
         InternalError: The tests cannot be collected, or pytest fails.
     """
     _import_kit()
@@ -65,10 +65,10 @@ def run_kit(
         arguments = [str(module), f"--rootdir={folder}", f"--basetemp={folder}/base", "--import-mode=importlib"]
         arguments += ["-c", f"{folder}/pytest.ini", "-p", "no:cacheprovider", "-p", "no:terminal"]
         selected = " or ".join(f"({expression})" for expression in expressions)
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
+        stderr = io.StringIO()
+        with contextlib.redirect_stderr(stderr):
             code = pytest.main([*arguments, *(["-k", selected] if selected else [])], plugins=[recorder])
-    _check_end(int(code), selected, said.getvalue(), recorder)
+    _check_exit_code(int(code), selected, stderr.getvalue(), recorder)
     return tuple(
         FamilyReport(entry.name, entry.distribution, entry.version, grouped(recorder.cases_of(number)))
         for number, entry in enumerate(entries)
@@ -76,7 +76,7 @@ def run_kit(
 
 
 def _write(folder: Path, entries: Sequence[PluginEntry], *, quick: bool) -> Path:
-    """Write the test file that the plugins do not have."""
+    """Write a test file with one class per family."""
     classes = [
         _CLASS.format(number=number, model_type=entry.name, distribution=entry.distribution, quick=quick)
         for number, entry in enumerate(entries)
@@ -88,46 +88,46 @@ def _write(folder: Path, entries: Sequence[PluginEntry], *, quick: bool) -> Path
 
 
 def _import_kit() -> None:
-    """Import what the test file imports, so that what fails there is told as what it is.
+    """Import what the test file imports, for a clear error before pytest runs.
 
     Raises:
         ConfigurationError: A library is missing or broken.
     """
     try:
-        # One by one: transformers says of a broken torch only that there are classes which it cannot import.
+        # In this order: with a broken torch, transformers reports only classes that it cannot import.
         for name in ("torch", "transformers", "splitlearn_core.testing.conformance"):
             importlib.import_module(name)
-    # torch and transformers raise what they like where they are broken.
+    # Broken installations of torch and transformers raise any exception.
     except Exception as error:
         raise ConfigurationError(
             f"the conformance kit cannot be imported: {type(error).__name__}: {error}",
-            hint="splitlearn doctor says what is wrong with the libraries that it needs",
+            hint="splitlearn doctor shows what is wrong with the libraries that it needs",
         ) from error
 
 
-def _check_end(code: int, selected: str, said: str, recorder: _Recorder) -> None:
-    # First, because a failed collection interrupts the run, as a user may do.
+def _check_exit_code(code: int, selected: str, stderr: str, recorder: _Recorder) -> None:
+    # First, because a failed collection also ends with INTERRUPTED.
     if recorder.problems or code == pytest.ExitCode.INTERNAL_ERROR:
-        raise InternalError("\n".join(["the kit itself failed", *recorder.problems, said]), hint="please report this")
+        raise InternalError("\n".join(["the kit itself failed", *recorder.problems, stderr]), hint="please report this")
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code == pytest.ExitCode.USAGE_ERROR:
-        raise ConfigurationError(f"pytest does not understand -k {selected!r}: {said.strip()}")
+        raise ConfigurationError(f"pytest does not understand -k {selected!r}: {stderr.strip()}")
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ConfigurationError(f"-k {selected!r} selects no check", hint="words of a check's name: -k logits")
 
 
 class _Recorder:
-    """A pytest plugin that notes how every case ended."""
+    """A pytest plugin that records the outcome of every case."""
 
     def __init__(self, on_case: Callable[[Case], None]) -> None:
         self._on_case = on_case
         self._cases: dict[str, list[Case]] = {}
-        #: Errors that are no check's.
+        #: Errors outside the checks.
         self.problems: list[str] = []
 
     def cases_of(self, number: int) -> list[Case]:
-        """Return the cases of a family, by its place in the test file."""
+        """Return the cases of a family, by its number in the test file."""
         return self._cases.get(f"TestFamily{number}", [])
 
     @pytest.hookimpl(wrapper=True)
@@ -150,28 +150,23 @@ class _Recorder:
 
 
 def _case_of(item: Any, call: Any, report: Any) -> Case:
-    # Not imported above: it brings torch, and an unknown name or a missing pytest is told without.
+    # Imports torch, which errors about names or a missing pytest must not need.
     from splitlearn_core.testing.conformance.findings import ConformanceError
 
     error = call.excinfo.value if call.excinfo is not None else None
-    look_at = tuple((one.field, one.why) for one in error.suspects) if isinstance(error, ConformanceError) else ()
+    look_at = (
+        tuple((suspect.field, suspect.why) for suspect in error.suspects) if isinstance(error, ConformanceError) else ()
+    )
     outcome, message = report.outcome, ""
     if hasattr(report, "wasxfail"):
         outcome, message = (EXPECTED if report.skipped else FAILED), f"expected to fail: {report.wasxfail}"
     elif report.skipped:
         outcome, message = SKIPPED, str(error)
     elif report.failed:
-        outcome, message = FAILED, _words(error, report)
+        # Without an error, a check has passed that was expected to fail.
+        plain = f"{type(error).__name__}: {error}" if error is not None else str(report.longrepr)
+        outcome, message = FAILED, error.message if isinstance(error, ConformanceError) else plain
     parameters = item.callspec.id if hasattr(item, "callspec") else ""
     return Case(
         item.cls.model_type, item.originalname, parameters, outcome, call.duration, message, look_at if message else ()
     )
-
-
-def _words(error: BaseException | None, report: Any) -> str:
-    from splitlearn_core.testing.conformance.findings import ConformanceError
-
-    if isinstance(error, ConformanceError):
-        return error.message
-    # No error where a check passed that was expected to fail.
-    return f"{type(error).__name__}: {error}" if error is not None else str(report.longrepr)

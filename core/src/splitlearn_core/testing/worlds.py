@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from splitlearn_core.build.torch_state import own_state
-from splitlearn_core.testing.installing import write_plugin as write_plugin  # noqa: PLC0414  # it is found here, too
+from splitlearn_core.testing.installing import write_plugin as write_plugin  # noqa: PLC0414  # re-exported
 
-#: Sizes that suit every ordinary decoder; six layers bear all the cuts that tests make.
+#: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -30,10 +30,10 @@ TINY: Mapping[str, Any] = {
 
 
 def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
-    """Make a small model of any type that transformers knows, every parameter of it random.
+    """Make a small model of any model type of transformers, with random parameters.
 
     Args:
-        model_type: What ``config.json`` would say.
+        model_type: The ``model_type`` of ``config.json``.
         dtype: The dtype of its weights.
         seed: Other seeds give other weights.
         overrides: Values of the configuration.
@@ -43,14 +43,14 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
 
 
 def tiny_config(config_class: Any, **overrides: Any) -> Any:
-    """Make a configuration of a class of transformers, or of one like them, with small sizes.
+    """Make a configuration of a transformers class, or of a similar one, with small sizes.
 
     Args:
         config_class: The class.
         overrides: Values that differ from :data:`TINY`, or go beyond it.
     """
     known = config_class()
-    # What a class computes is no value to be given.
+    # Computed properties cannot be set.
     own = [
         name for name in TINY if hasattr(known, name) and not isinstance(getattr(config_class, name, None), property)
     ]
@@ -60,10 +60,10 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
 
 @own_state(gradients=True)
 def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Make a model whose every parameter is random.
+    """Make a model with random parameters.
 
     Args:
-        make: The class of the model, or what makes one of a configuration.
+        make: The class of the model, or a function that makes a model from a configuration.
         config: Its configuration.
         dtype: The dtype of its weights.
         seed: Other seeds give other weights.
@@ -74,7 +74,7 @@ def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = t
     for parameter in model.parameters():
         # Norms and biases too: at their usual 1 and 0, a misplaced one would change nothing.
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.15).to(dtype)
-    # No token ends a sequence early, so that every comparison has its full length.
+    # No end token, so that every generated sequence has its full length.
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -85,9 +85,9 @@ def write_checkpoint(directory: str | os.PathLike[str], model: Any, *, max_shard
     return Path(directory)
 
 
-def parts_equal(one: Iterable[Any], other: Iterable[Any]) -> bool:
-    """Compare the parts of two loads to the last bit; a part that only one of them has is a difference."""
-    for a, b in zip(one, other, strict=True):
+def parts_equal(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Compare the components of two loads bit by bit; a component that only one of them has is a difference."""
+    for a, b in zip(first, second, strict=True):
         if (a is None) != (b is None):
             return False
         if a is not None:

@@ -18,10 +18,10 @@ from splitlearn_core.extension import core_version, registry, user_path
 
 @dataclass(frozen=True, slots=True)
 class NewPlugin:
-    """A package that was written, or would be."""
+    """A package that was written, or would be in a dry run."""
 
     names: Names
-    #: Where it was written; None where nothing was.
+    #: Where it was written; None in a dry run.
     folder: Path | None
     #: Its files, by path.
     files: dict[str, str]
@@ -29,7 +29,7 @@ class NewPlugin:
 
     @property
     def verified(self) -> bool:
-        """Whether a tiny model, cut by its family, equals the model in one piece to the last bit."""
+        """Whether a tiny model, split by its family, equals the unsplit model bit by bit."""
         return not self.derived.questions
 
     @property
@@ -63,26 +63,26 @@ def new_plugin(
     dry_run: bool = False,
     **hub: Any,
 ) -> NewPlugin:
-    """Write an installable package for a model type, with all that can be found out about it.
+    """Write an installable package for a model type, with a family derived from a small model.
 
-    A small model with random weights is made and watched; what is derived of it is proven by cutting it
-    and comparing with the model in one piece.
+    A small model with random weights is created and observed; the derived family is verified by splitting
+    the model and comparing with the unsplit one.
 
     Args:
-        model_type: What ``config.json`` says.
-        out: The folder to write; new or empty. A dry run neither needs nor looks at one.
+        model_type: The ``model_type`` of ``config.json``.
+        out: The folder to write; new or empty. A dry run does not use it.
         origin: A directory, a ``config.json``, ``bundled:MODEL_TYPE`` or a Hub repository whose configuration is
-            followed; by default that of the configuration class.
+            used; by default that of the configuration class.
         licence: One of :data:`LICENCES`, or ``none``.
         force: Write it although an installed plugin has the type.
         dry_run: Write nothing.
         hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``, for an origin on the Hub.
 
     Raises:
-        ConfigurationError: No such model type or licence; the folder is taken; models of the type cannot
+        ConfigurationError: No such model type or licence; the folder is in use; models of the type cannot
             be split, with the reason (:class:`CannotSplitError`).
         PluginConflictError: An installed plugin has the type already.
-        MissingFileError: The origin is not there.
+        MissingFileError: The origin does not exist.
     """
     folder = None if dry_run else _free_folder(out, model_type)
     if licence not in (*LICENCES, NO_LICENCE):
@@ -90,10 +90,10 @@ def new_plugin(
             f"there is no text of a licence {licence!r} here", hint=f"choose {', '.join((*LICENCES, NO_LICENCE))}"
         )
     _check_unclaimed(model_type, force)
-    said = given_config(model_type, origin, **hub) if origin is not None else {}
+    stated = given_config(model_type, origin, **hub) if origin is not None else {}
     from splitlearn_auto.examining import examine
 
-    derived = examine(model_type, said)
+    derived = examine(model_type, stated)
     files = package_files(derived, core_version(), licence, datetime.now(UTC).year)
     if folder is not None:
         write_folder(folder, files)
@@ -111,7 +111,7 @@ def _free_folder(out: str | os.PathLike[str] | None, model_type: str) -> Path:
 
 
 def _check_unclaimed(model_type: str, force: bool) -> None:
-    """Refuse a type that a plugin has: installed side by side, neither of the two could be used."""
+    """Refuse a type that an installed plugin has: with two of them, neither can be used."""
     owners = [entry for entry in registry().entries if entry.kind == "family" and entry.name == model_type]
     if owners and not force:
         raise PluginConflictError(

@@ -1,4 +1,4 @@
-"""What is known of a model beforehand: the ``config.json`` that a caller names."""
+"""Read the ``config.json`` that a caller names."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
     """Read the ``config.json`` of a model.
 
     Args:
-        model_type: What it has to say it is.
+        model_type: The expected model type.
         origin: A directory, a ``config.json``, ``bundled:MODEL_TYPE``, or a Hub repository, of which nothing else is
             fetched.
         hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
 
     Raises:
         MissingFileError: There is no such file.
-        InvalidCheckpointError: It is no configuration.
-        ConfigurationError: It is one of another model type.
+        InvalidCheckpointError: It is not a configuration.
+        ConfigurationError: It is of another model type.
     """
     path = user_path(origin)
     if not _is_file(path):
@@ -58,6 +58,6 @@ def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    # Too long for a path, or with a NUL byte: then it is none.
+    # Too long for a path, or with a NUL byte.
     except (OSError, ValueError):
         return False

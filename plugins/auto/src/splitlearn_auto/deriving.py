@@ -1,4 +1,4 @@
-"""From a tiny model to the names of its parts: found by watching it, not by guessing from names."""
+"""Derive the names of the parts of a tiny model by observing it, not by guessing from names."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from splitlearn_auto.observing import (
 from splitlearn_core.extension import reason
 
 _MAX_SHOWN = 6
-#: What numbers may differ by that were summed in another order, as a part of what differs in truth.
+#: Relative difference that another order of summation may cause.
 _ROUNDING = 1e-4
-#: Dimensions of the running state.
+#: Dimensions of the hidden states.
 _STATE = 3
-#: What a function does may be done in training alone (a dropout): the mode, and the words for it.
+#: Training mode, and words for messages: some functions (dropout) act only in training.
 _MODES = ((False, ""), (True, " in training"))
 
 
 @dataclass(slots=True)
 class Parts:
-    """Where the parts of a model are, as the fields of :class:`ModelFamily` have it."""
+    """The parts of a model, as in the fields of :class:`ModelFamily`."""
 
     base: str
     layers: str = ""
@@ -47,19 +47,19 @@ class Parts:
     skip_outside_top: list[str] = field(default_factory=list)
     enter_at_layers: bool = False
     layers_return_tuple: bool = False
-    #: Field -> what was seen that led to it.
+    #: Field -> the evidence for it.
     reasons: dict[str, str] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
 
 
 def derive_parts(model: Any) -> Parts:
-    """Find the parts of a causal language model by watching a forward of it.
+    """Find the parts of a causal language model by observing its forward pass.
 
     Args:
         model: A tiny model with random weights, in evaluation mode.
 
     Raises:
-        CannotSplitError: The model is no chain of layers that one tensor runs through, with the reason.
+        CannotSplitError: The model is not a chain of layers connected by one tensor, with the reason.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -82,7 +82,7 @@ def derive_parts(model: Any) -> Parts:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What stays the same from one forward to the next."""
+    """The constant arguments of all forward passes."""
 
     base: Any
     embeddings: torch.Tensor
@@ -122,7 +122,7 @@ def _check_causal(model: Any) -> None:
     if first.shape[:2] != ids.shape:
         raise CannotSplitError(f"its logits are {list(first.shape)} for {list(ids.shape)} tokens")
     before, at_last = (float((first[:, span] - second[:, span]).abs().max()) for span in (slice(-1), slice(-1, None)))
-    # Not to the last bit: experts are asked in another order when a token goes to another of them.
+    # With a tolerance: the order of summation over experts depends on the tokens.
     if before > _ROUNDING * at_last:
         raise CannotSplitError(
             "it is no causal decoder: another last token changes what it says of the tokens before it (an encoder does)"
@@ -130,7 +130,7 @@ def _check_causal(model: Any) -> None:
 
 
 def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
-    """Return the path of the list of layers that a forward runs one after another."""
+    """Return the path of the list of layers that a forward pass runs one after another."""
     depth = config.num_hidden_layers
     lists = {path: module for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     lengths = ", ".join(f"{path} ({len(module)})" for path, module in list(lists.items())[:_MAX_SHOWN]) or "none"
@@ -165,7 +165,7 @@ def _only_call(seen: Forward, path: str) -> Call:
 
 
 def _check_chain(layers: Sequence[Call]) -> None:
-    """Refuse layers between which more than one tensor passes, or between which something happens."""
+    """Refuse layers that exchange more than one tensor, or have operations between them."""
     for before, after in pairwise(layers):
         if not before.tensors or not _same(after.state, before.tensors[0]):
             raise CannotSplitError(
@@ -177,7 +177,7 @@ def _check_chain(layers: Sequence[Call]) -> None:
             f"what runs through its layers is no tensor [batch, sequence, hidden]: it is {list(layers[0].state.shape)} "
             f"for {ROWS} rows of {COLUMNS} tokens"
         )
-    # What every layer is given besides: none of it may be computed from the running state.
+    # No other input of a layer may be computed from the hidden states.
     for layer in layers:
         name, *others = layer.inputs
         beside = [other for other in others if layer.inputs[other].requires_grad]
@@ -188,18 +188,18 @@ def _check_chain(layers: Sequence[Call]) -> None:
             )
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
 def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
-    """Sort out the modules that are called before the first layer."""
+    """Classify the modules that are called before the first layer."""
     state = first.state
     for call in _outermost(seen.calls[: seen.calls.index(first)], parts):
         if not call.tensors or not call.tensors[0].is_floating_point():
             continue
         if not call.tensors[0].requires_grad:
-            # It knows nothing of the embeddings; does it still tell?
+            # Independent of the embeddings: relevant if zeros change the input of the first layer.
             if not torch.equal(frame.watch({call.path: zeroed}).of(first.path)[0].state, state):
                 parts.zero_outside_bottom.append(call.path)
         elif any(tensor.requires_grad for tensor in call.inputs.values()):
@@ -208,7 +208,7 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
         **dict.fromkeys(parts.skip_outside_bottom, passed),
         **dict.fromkeys(parts.zero_outside_bottom, zeroed),
     }
-    # As wide as the state: it may be another width than the embeddings'.
+    # As wide as the hidden states, whose width may differ from that of the embeddings.
     inside = _Frame(frame.base, random_embeddings(state.shape[-1]), frame.spine)
     for training, when in _MODES:
         entered = inside.watch(neutral, training).of(first.path)[0].state
@@ -221,13 +221,13 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
 
 
 def _outermost(calls: Sequence[Call], parts: Parts) -> list[Call]:
-    """Return the first call of each module that the frame calls, and that is no part of embedding or layers."""
-    aside = (f"{parts.embedding}.", f"{parts.layers}.")
-    found: dict[str, Call] = {}
+    """Return the first outermost call of each module outside embedding and layers."""
+    excluded = (f"{parts.embedding}.", f"{parts.layers}.")
+    first_calls: dict[str, Call] = {}
     for call in calls:
-        if call.outermost and not f"{call.path}.".startswith(aside):
-            found.setdefault(call.path, call)
-    return list(found.values())
+        if call.outermost and not f"{call.path}.".startswith(excluded):
+            first_calls.setdefault(call.path, call)
+    return list(first_calls.values())
 
 
 def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
@@ -244,8 +244,8 @@ def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
         left = frame.watch(dict.fromkeys(through, passed), training)
         answer = left.of(last.path)[0].tensors[0]
         if not _same(left.hidden, answer):
-            asked = f"what happens after the last layer{when}?"
-            parts.questions.append(Question("norm", asked, _difference(left.hidden, answer)))
+            question = f"what happens after the last layer{when}?"
+            parts.questions.append(Question("norm", question, _difference(left.hidden, answer)))
             return
 
 

@@ -1,4 +1,4 @@
-"""One model type, from its name to what a family file will say of it."""
+"""Examine a model type: from its name to the content of a family file."""
 
 from __future__ import annotations
 
@@ -23,35 +23,34 @@ from splitlearn_core import ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state
 
 _TIED = "tie_word_embeddings"
-#: Switches that say nothing of how a decoder is built.
+#: Switches that do not affect the structure of a decoder.
 _NO_SWITCHES = {
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", _TIED),
     *("is_encoder_decoder", "is_decoder", "add_cross_attention", "use_mambapy", "tie_encoder_decoder"),
 }
 _MULTIPLIERS = ("multiplier", "scale")
 _ATTENTION = ("eager", "sdpa")
-#: The first is that in which everything else is proven.
+#: All other aspects are verified in the first one.
 _DTYPES = ("float32", "bfloat16")
-#: The probability that a tiny model drops values with, and parts of names of what drops something else: whole layers,
-#: or values of another head.
+#: The dropout probability of a tiny model; and parts of names of other dropouts: of whole layers, or of another head.
 _DROPOUT = 0.5
 _DROPOUTS = "dropout"
 _NO_DROPOUT = ("layer", "classifier", "summary")
 _WINDOW = 4
 
 
-def examine(model_type: str, said: Mapping[str, Any]) -> Derived:
-    """Find out, without transformers saying what it thinks of each small model; see :func:`_examine`."""
-    with quiet(), own_state(gradients=True), _blaming_model(model_type):
-        return _examine(model_type, said)
+def examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
+    """Run :func:`_examine` without the warnings of transformers, and with errors that name the model type."""
+    with quiet(), own_state(gradients=True), _naming_model_type(model_type):
+        return _examine(model_type, stated)
 
 
-def _examine(model_type: str, said: Mapping[str, Any]) -> Derived:
-    """Find out how the models of a type are split, and prove it on a tiny one.
+def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
+    """Derive how the models of a type are split, and verify it on a tiny one.
 
     Args:
-        model_type: The type.
-        said: What the ``config.json`` of a model of it says; empty for the class's own values.
+        model_type: The model type.
+        stated: The values of a given ``config.json``; empty for the defaults of the class.
 
     Raises:
         ConfigurationError: There is no such type.
@@ -60,17 +59,17 @@ def _examine(model_type: str, said: Mapping[str, Any]) -> Derived:
     architecture = causal_class(model_type)
     known = AutoConfig.for_model(model_type)
     check_config(model_type, known)
-    config, needed = tiny_config(model_type, known, said)
+    config, needed = tiny_config(model_type, known, stated)
     model = tiny_model(config)
     parts = derive_parts(model)
     renamed = renamed_keys(model)
-    settled = _Variants(config, parts)
-    settled.sweep()
+    variants = _Variants(config, parts)
+    variants.sweep()
     derived = Derived(
         {
             "model_type": model_type,
             "architecture": architecture,
-            **settled.fields(),
+            **variants.fields(),
             "ignored_suffixes": ignored_suffixes(model),
             "renamed": renamed,
             "config_names": config_names(known),
@@ -79,10 +78,10 @@ def _examine(model_type: str, said: Mapping[str, Any]) -> Derived:
         },
         reasons=dict(parts.reasons),
         questions=list(parts.questions),
-        notes=settled.notes,
+        notes=variants.notes,
         transformers=transformers.__version__,
     )
-    _prove(derived, config, settled)
+    _prove(derived, config, variants)
     derived.fields = {name: value for name, value in derived.fields.items() if value != _DEFAULTS.get(name)}
     return derived
 
@@ -97,8 +96,8 @@ _DEFAULTS = {field.name: _default(field) for field in fields(ModelFamily)}
 
 
 @contextmanager
-def _blaming_model(model_type: str) -> Iterator[None]:
-    """Name the type in every refusal, and say that transformers' own code fails, where it does."""
+def _naming_model_type(model_type: str) -> Iterator[None]:
+    """Name the model type in every refusal, and report errors of transformers as such."""
     try:
         yield
     except CannotSplitError as error:
@@ -107,7 +106,7 @@ def _blaming_model(model_type: str) -> Iterator[None]:
         raise CannotSplitError(f"{model_type} cannot be split: {error.message}", hint=error.hint) from error
     except SplitLearnError:
         raise
-    # The model's code raises what it likes.
+    # The code of the model may raise any exception.
     except Exception as error:
         raise CannotSplitError(
             f"transformers' own code fails on a small model of type {model_type}: "
@@ -117,11 +116,11 @@ def _blaming_model(model_type: str) -> Iterator[None]:
 
 
 class _Variants:
-    """The switches of a configuration, and which of them change how a model is taken apart.
+    """The switches of a configuration that change how a model is split.
 
     Args:
         config: The tiny configuration.
-        parts: What was derived with it.
+        parts: The parts derived with it.
     """
 
     def __init__(self, config: Any, parts: Parts) -> None:
@@ -129,25 +128,25 @@ class _Variants:
         self.parts = parts
         #: Every dropout of the configuration, turned on.
         self.dropouts = _dropouts(config)
-        #: Those that tests have to cover.
+        #: The switches that tests have to cover.
         self.variants: dict[str, dict[str, Any]] = {}
         #: Values that the family does not cover, with the reason.
         self.notes: list[str] = []
 
     def sweep(self) -> None:
-        """Turn each switch, one at a time, and take in what changes."""
+        """Change each switch, one at a time, and add the changes to the parts."""
         for name, values in self._switches():
-            said = ", ".join(f"{key}={value!r}" for key, value in values.items())
+            setting = ", ".join(f"{key}={value!r}" for key, value in values.items())
             try:
                 model = tiny_model(with_values(self._config, values))
                 other = derive_parts(model)
             except CannotSplitError as refusal:
-                self.notes.append(f"with {said}: {refusal.message}")
+                self.notes.append(f"with {setting}: {refusal.message}")
                 continue
-            # Values that do not go together, which the class says in its own way.
+            # Values that do not fit together: the class may raise any exception.
             except Exception:  # noqa: BLE001, S112
                 continue
-            if self._take_in(other, said):
+            if self._merge(other, setting):
                 self.variants[name] = values
 
     def _switches(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -165,8 +164,8 @@ class _Variants:
         if self.dropouts:
             yield _DROPOUTS, self.dropouts
 
-    def _take_in(self, other: Parts, said: str) -> bool:
-        """Widen the parts by what another value of a switch brings; say whether it brings anything."""
+    def _merge(self, other: Parts, setting: str) -> bool:
+        """Add the parts found with another setting; return whether there are new ones."""
         mine = self.parts
         changed = False
         for name in ("zero_outside_bottom", "skip_outside_bottom", "skip_outside_top"):
@@ -175,16 +174,16 @@ class _Variants:
             changed = changed or bool(more)
         if other.enter_at_layers and not mine.enter_at_layers:
             mine.enter_at_layers, changed = True, True
-            mine.reasons["enter_at_layers"] = f"{other.reasons['enter_at_layers'].rstrip('.')}, with {said}."
+            mine.reasons["enter_at_layers"] = f"{other.reasons['enter_at_layers'].rstrip('.')}, with {setting}."
         if other.norm != mine.norm:
             changed = True
-            # A model without a norm may have something else behind its layers.
+            # A model without a norm may have another module after its layers.
             if mine.norm and other.norm and other.norm not in mine.skip_outside_top:
-                self.notes.append(f"with {said}: the final norm is {other.norm}, not {mine.norm}")
+                self.notes.append(f"with {setting}: the final norm is {other.norm}, not {mine.norm}")
             mine.norm = mine.norm or other.norm
         for name in ("base", "layers", "embedding", "head", "layers_return_tuple"):
             if getattr(other, name) != getattr(mine, name):
-                self.notes.append(f"with {said}: {name} is {getattr(other, name)!r}, not {getattr(mine, name)!r}")
+                self.notes.append(f"with {setting}: {name} is {getattr(other, name)!r}, not {getattr(mine, name)!r}")
         return changed
 
     def fields(self) -> dict[str, Any]:
@@ -203,17 +202,19 @@ class _Variants:
         }
 
 
-def _prove(derived: Derived, config: Any, settled: _Variants) -> None:
-    """Cut tiny models of all variants, and note where they differ from the models in one piece."""
+def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
+    """Split tiny models of all variants, and note where they differ from the unsplit models."""
     for uniform in (True, False):
         derived.fields["uniform_layers"] = uniform
-        found = _differences(derived, config)
-        if not found:
+        differing = _differences(derived, config)
+        if not differing:
             break
-    if found:
+    if differing:
         _check_cache(config)
         derived.fields["uniform_layers"] = True
-        derived.questions.append(Question("base", "what is missing for a split to equal the whole model?", found[0]))
+        derived.questions.append(
+            Question("base", "what is missing for a split to equal the whole model?", differing[0])
+        )
         derived.variants, derived.attention, derived.dtypes = {"plain": {}}, _ATTENTION, _DTYPES
         return
     if note := cache_note(tiny_model(with_values(config, {})), ModelFamily(**derived.fields)):
@@ -222,28 +223,28 @@ def _prove(derived: Derived, config: Any, settled: _Variants) -> None:
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
         **({"short window": {"sliding_window": _WINDOW}} if _has_window(config) else {}),
-        **settled.variants,
+        **swept.variants,
     }
     derived.variants = {"plain": {}}
-    # Proven also where it changes nothing of the family, which is why the tests need not cover it.
-    dropouts = {_DROPOUTS: settled.dropouts} if settled.dropouts else {}
+    # Verified even if they do not change the family, in which case the tests need not cover them.
+    dropouts = {_DROPOUTS: swept.dropouts} if swept.dropouts else {}
     for name, values in {**dropouts, **candidates}.items():
-        found = _differences(derived, config, values)
-        if found:
-            derived.notes.append(f"with {', '.join(f'{k}={v!r}' for k, v in values.items())}: {found[0]}")
+        differing = _differences(derived, config, values)
+        if differing:
+            derived.notes.append(f"with {', '.join(f'{k}={v!r}' for k, v in values.items())}: {differing[0]}")
         elif name in candidates:
             derived.variants = {**derived.variants, name: values}
     derived.attention = tuple(name for name in _ATTENTION if not _differences(derived, config, attention=name))
     derived.dtypes = _DTYPES[:1]
     for dtype in _DTYPES[1:]:
-        if found := _differences(derived, config, dtype=dtype):
-            derived.notes.append(f"in {dtype}: {found[0]}")
+        if differing := _differences(derived, config, dtype=dtype):
+            derived.notes.append(f"in {dtype}: {differing[0]}")
         else:
             derived.dtypes = (*derived.dtypes, dtype)
 
 
 def _check_cache(config: Any) -> None:
-    """Refuse a type whose layers keep something else than keys and values, where a split of it is not equal.
+    """Refuse a type whose layers cache something other than keys and values; called if a split is not equal.
 
     Raises:
         CannotSplitError: They do.
@@ -281,7 +282,7 @@ def _differences(
     attention: str | None = None,
     dtype: str = _DTYPES[0],
 ) -> list[str]:
-    # A model that cannot be made so at all is evidence like one that differs.
+    # A model that cannot be created with these values counts as a difference.
     try:
         model = tiny_model(with_values(config, values or {}), attention)
         return differences(model if dtype == _DTYPES[0] else in_dtype(model, dtype), ModelFamily(**derived.fields))

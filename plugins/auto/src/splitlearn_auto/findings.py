@@ -1,4 +1,4 @@
-"""What looking at a model may come to: an answer, a question, or a refusal."""
+"""Results of examining a model: a derived family, open questions, or a refusal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from splitlearn_core import ConfigurationError
 
 
 class CannotSplitError(ConfigurationError):
-    """The model is none that can be cut, with the reason."""
+    """The model cannot be split, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What could not be derived."""
+    """An aspect of the family that could not be derived."""
 
-    #: The field of the family that the answer belongs into.
+    #: The field of the family that the answer belongs to.
     field: str
     text: str
     #: The evidence.
@@ -29,19 +29,19 @@ class Question:
 
 @dataclass(slots=True)
 class Derived:
-    """What a family file will say."""
+    """The content of a family file."""
 
     #: Arguments of :class:`ModelFamily` that are not its defaults.
     fields: dict[str, Any]
-    #: Field -> why it is said, for the reader of the file.
+    #: Field -> why it has its value, as a comment in the file.
     reasons: dict[str, str] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
     #: Values of the configuration for which it does not hold, in words.
     notes: list[str] = field(default_factory=list)
     #: Name of a variant -> values of the configuration, for the test file.
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    #: The version of transformers that was looked at: names of modules differ from one to another.
+    #: The version of transformers that was used: names of modules differ between versions.
     transformers: str = ""
-    #: Attention implementations that the model bears, and dtypes.
+    #: Attention implementations and dtypes for which the split is equal.
     attention: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""How the names of a type's tensors on disk become those in the module."""
+"""Derive how the tensor names on disk become those of the module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LITERAL = re.compile(r"[A-Za-z0-9_]+(?:\\?\.[A-Za-z0-9_]+)+")
 
 
 def ignored_suffixes(model: Any) -> tuple[str, ...]:
-    """Return what old checkpoints carry and no module wants, by what transformers passes over."""
+    """Return the suffixes of tensors of old checkpoints that transformers ignores."""
     patterns = [str(pattern) for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ())]  # noqa: SLF001
     literal = [pattern.replace("\\", "") for pattern in patterns if _LITERAL.fullmatch(pattern)]
     if any(name.endswith(_ROTARY) for name, _ in model.named_buffers()):
@@ -28,10 +28,10 @@ def ignored_suffixes(model: Any) -> tuple[str, ...]:
 
 
 def renamed_keys(model: Any) -> tuple[tuple[str, str], ...]:
-    """Return which parts of names are others on disk than in the module, ``(on disk, in the module)``.
+    """Return the parts of names that differ between disk and module, as pairs ``(on disk, in the module)``.
 
     Raises:
-        CannotSplitError: transformers makes other tensors of those on disk when it loads a checkpoint.
+        CannotSplitError: transformers converts the tensors when it loads a checkpoint.
     """
     inside = model.state_dict()
     with tempfile.TemporaryDirectory() as folder:
@@ -53,21 +53,21 @@ def renamed_keys(model: Any) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
 
 
 def _difference(key: str, name: str) -> tuple[str, str]:
-    """Return what two names of one tensor do not share, cut at the dots."""
-    one, other = key.split("."), name.split(".")
-    while len(one) > 1 and len(other) > 1 and one[-1] == other[-1]:
-        one, other = one[:-1], other[:-1]
-    after = "." if one != key.split(".") else ""
+    """Return the different parts of two names of a tensor, cut at the dots."""
+    on_disk, in_module = key.split("."), name.split(".")
+    while len(on_disk) > 1 and len(in_module) > 1 and on_disk[-1] == in_module[-1]:
+        on_disk, in_module = on_disk[:-1], in_module[:-1]
+    after = "." if on_disk != key.split(".") else ""
     shared = 0
-    while shared < min(len(one), len(other)) - 1 and one[shared] == other[shared]:
+    while shared < min(len(on_disk), len(in_module)) - 1 and on_disk[shared] == in_module[shared]:
         shared += 1
     before = "." if shared else ""
-    return tuple(f"{before}{'.'.join(names[shared:])}{after}" for names in (one, other))  # type: ignore[return-value]
+    return tuple(f"{before}{'.'.join(names[shared:])}{after}" for names in (on_disk, in_module))  # type: ignore[return-value]
 
 
 def _replaced(key: str, pairs: Iterable[tuple[str, str]]) -> str:

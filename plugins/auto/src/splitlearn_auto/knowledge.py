@@ -1,4 +1,4 @@
-"""What transformers knows of a model type, before any model of it is made."""
+"""What transformers knows about a model type, before any model of it is created."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from splitlearn_core.extension import registry, text_model
 
 
 def causal_class(model_type: str) -> str:
-    """Return the name of the class that transformers loads a type's causal language models with.
+    """Return the name of the causal language model class of transformers for a model type.
 
     Raises:
         ConfigurationError: transformers knows no such type; the nearest is named.
@@ -22,13 +22,13 @@ def causal_class(model_type: str) -> str:
 
     if model_type not in CONFIG_MAPPING_NAMES:
         raise _unknown(model_type, sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if found is None:
+    class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if class_names is None:
         raise CannotSplitError(
             f"{model_type} is no causal language model: transformers has {_kinds(model_type) or 'no model'} for it",
             hint="only decoders that predict the next token can be split",
         )
-    return found if isinstance(found, str) else str(found[0])
+    return class_names if isinstance(class_names, str) else str(class_names[0])
 
 
 def _unknown(model_type: str, known: list[str]) -> ConfigurationError:
@@ -43,20 +43,20 @@ def _unknown(model_type: str, known: list[str]) -> ConfigurationError:
 
 
 def _kinds(model_type: str) -> str:
-    """Name the classes that transformers has for a type, as evidence of what it is."""
+    """Return the classes that transformers has for a type, as evidence of its kind."""
     from transformers.models.auto import modeling_auto
 
     tables = ("SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "IMAGE_CLASSIFICATION", "SPEECH_SEQ_2_SEQ")
     names = [f"MODEL_FOR_{table}_MAPPING_NAMES" for table in tables] + ["MODEL_MAPPING_NAMES"]
     for name in names:
-        found = getattr(modeling_auto, name, {}).get(model_type)
-        if found is not None:
-            return str(found) if isinstance(found, str) else ", ".join(found)
+        classes = getattr(modeling_auto, name, {}).get(model_type)
+        if classes is not None:
+            return str(classes) if isinstance(classes, str) else ", ".join(classes)
     return ""
 
 
 def check_config(model_type: str, known: Any) -> None:
-    """Refuse a type whose configuration says already that it is no plain decoder.
+    """Refuse a type whose configuration shows that it is not a plain decoder.
 
     Args:
         model_type: The type.

@@ -1,4 +1,4 @@
-"""A tiny model of a type, or of the type of a given checkpoint."""
+"""Create a tiny model of a model type, or of a given configuration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from splitlearn_auto.findings import CannotSplitError
 from splitlearn_auto.sizes import TINY, tiny_sizes
 
 _DEPTH = TINY["num_hidden_layers"]
-#: A model that tests make anew many times must be smaller than this.
+#: Upper limit, because tests create the model many times.
 _MAX_PARAMETERS = 20_000_000
-#: What a configuration says of its files or of training alone, and not of the model: a layer that is left out now and
-#: then cannot be watched.
+#: Values about files or training alone. Layer dropout is among them: a skipped layer cannot be observed.
 _NOT_OF_THE_MODEL = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "model_type", "quantization_config"),
     *("transformers_version", "_name_or_path", "use_cache", "return_dict", "tie_word_embeddings"),
@@ -25,30 +24,30 @@ _NOT_OF_THE_MODEL = {
 }
 
 
-def tiny_config(model_type: str, known: Any, said: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Make a small configuration, and say what it needs besides the usual small sizes.
+def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Create a small configuration, and return it with the values that it needs besides the usual small sizes.
 
     Args:
-        model_type: The type.
-        known: A configuration of it with the class's own values.
-        said: What a given ``config.json`` says; empty for the class's own values.
+        model_type: The model type.
+        known: A configuration of it with the defaults of the class.
+        stated: The values of a given ``config.json``; empty for the defaults.
 
     Raises:
-        CannotSplitError: No small model of the type can be made, with what transformers says about it.
+        CannotSplitError: No small model of the type can be created, with the message of transformers.
     """
     sizes = tiny_sizes(known)
     own = {name: value for name, value in sizes.items() if TINY.get(name) != value}
     problems = []
-    for needed in _attempts(known, sizes, {**own, **_peculiar(known, sizes, said)}):
+    for needed in _attempts(known, sizes, {**own, **_own_values(known, sizes, stated)}):
         try:
             config = _config(model_type, {**sizes, **needed})
             parameters = _parameters(config)
-        # A class of transformers refuses what does not fit with an error of its own liking.
+        # Classes of transformers raise any exception for values that do not fit.
         except Exception as error:  # noqa: BLE001
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
             continue
         if parameters <= _MAX_PARAMETERS:
-            # Made anew: a model may have written into its configuration.
+            # Created again: a model may have changed its configuration.
             return _config(model_type, {**sizes, **needed}), needed
         problems.append(f"it still has {parameters:,} parameters")
     raise CannotSplitError(
@@ -58,30 +57,30 @@ def tiny_config(model_type: str, known: Any, said: Mapping[str, Any]) -> tuple[A
 
 
 def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what to say besides the small sizes: first nothing, then what some types insist on."""
+    """Yield values to add to the small sizes: first none, then those that some model types require."""
     yield needed
     yield {**needed, **_shortened_lists(known, sizes)}
-    # As many heads for keys as for queries, and layers as many as the class has.
+    # As many heads for keys as for queries; then the default number of layers.
     if "num_key_value_heads" in sizes and "num_attention_heads" in sizes:
         yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
     if known.num_hidden_layers != _DEPTH:
         yield {**needed, "num_hidden_layers": known.num_hidden_layers}
 
 
-def _peculiar(known: Any, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a given configuration says otherwise than the class, and is no size."""
+def _own_values(known: Any, sizes: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a given configuration that differ from the defaults and are not sizes."""
     own = known.to_dict()
     sized = {known.attribute_map.get(name, name) for name in sizes} | set(sizes)
     different = {
         name: value
-        for name, value in said.items()
+        for name, value in stated.items()
         if name in own and own[name] != value and name not in sized and name not in _NOT_OF_THE_MODEL
     }
     kept: dict[str, Any] = {}
     for name, value in different.items():
         if isinstance(value, bool | str | float):
             kept[name] = value
-        elif isinstance(value, list) and len(value) == said.get("num_hidden_layers"):
+        elif isinstance(value, list) and len(value) == stated.get("num_hidden_layers"):
             kept[name] = _shortened(value)
     return kept
 
@@ -95,7 +94,7 @@ def _shortened_lists(known: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(kinds: list[Any]) -> list[Any]:
-    """Take what a few layers are of a list with an item for each layer, none of the kinds left out."""
+    """Shorten a list with one item per layer to a few layers, with every kind of item."""
     distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
     first = kinds[:_DEPTH]
     if all(kind in first for kind in distinct):
@@ -105,7 +104,7 @@ def _shortened(kinds: list[Any]) -> list[Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from warning of random weights and from drawing bars; what it logged before counts after."""
+    """Suppress warnings and progress bars of transformers, and restore its settings afterwards."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -121,7 +120,7 @@ def quiet() -> Iterator[None]:
 
 
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """Make the same configuration with other values; raises what the configuration class raises."""
+    """Return a copy of a configuration with other values; raises the errors of its class."""
     changed = type(config)(**{**config.to_dict(), **values})
     changed.dtype = torch.float32
     return changed
@@ -136,7 +135,7 @@ def _config(model_type: str, values: Mapping[str, Any]) -> Any:
 
 
 def _parameters(config: Any) -> int:
-    """Count the parameters of a model, without making them."""
+    """Count the parameters of a model without allocating them."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -145,7 +144,7 @@ def _parameters(config: Any) -> int:
 
 
 def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
-    """Make a model whose every parameter is random: at their usual 1 and 0, a misplaced one would change nothing."""
+    """Create a model with random parameters: at the usual 1 and 0, a misplaced norm or bias would change nothing."""
     from transformers import AutoModelForCausalLM
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -157,7 +156,7 @@ def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
 
 
 def in_dtype(model: Any, dtype: str) -> Any:
-    """Load a model anew in another dtype: buffers of no file are computed otherwise than a conversion has them."""
+    """Save and load a model in another dtype: computed buffers differ from converted ones."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return type(model).from_pretrained(folder, dtype=dtype).eval()

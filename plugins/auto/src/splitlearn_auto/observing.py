@@ -1,4 +1,4 @@
-"""What a model does in one forward: which modules it calls, in which order, and what they are given."""
+"""Record a forward pass: which modules are called, in which order, and with which inputs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-#: A short sequence that is no power of two, in a batch of more than one row.
+#: A short sequence whose length is not a power of two, in a batch of more than one row.
 ROWS, COLUMNS = 2, 7
 
-#: Answers instead of a module, whose own way of answering it is given: (answer, arguments) -> answer.
+#: Replaces the forward of a module: (original forward, args, kwargs) -> output.
 Replacement = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -26,23 +26,23 @@ class Call:
     #: Its tensors, by the names of the arguments of its forward; nested ones by their place.
     inputs: dict[str, torch.Tensor]
     output: Any = None
-    #: Called by a module that holds the layers, and not by a part of another module.
+    #: Called by a module on the path to the layers, not from inside another module.
     outermost: bool = True
 
     @property
     def state(self) -> torch.Tensor:
-        """The first tensor that it was given."""
+        """The first input tensor."""
         return next(iter(self.inputs.values()), torch.empty(0))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors it answered with, the first first."""
+        """The output tensors, in order."""
         return [tensor for _, tensor in _tensors("", self.output)]
 
 
 @dataclass(slots=True)
 class Forward:
-    """One forward of a base model: its calls in order, and the hidden states that came of it."""
+    """A forward pass of a base model: its calls in order, and the resulting hidden states."""
 
     calls: list[Call] = field(default_factory=list)
     hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -59,26 +59,26 @@ def watch(
     *,
     training: bool = False,
 ) -> Forward:
-    """Run the base model on embeddings, and write down what happens.
+    """Run the base model on embeddings, and record its calls.
 
     Args:
-        base: The base model, in evaluation mode, in which it is left.
-        embeddings: What stands in for the embeddings of tokens, ``[batch, sequence, width]``.
-        spine: Paths of the modules that hold the layers, the layers excluded: their calls are the frame.
-        replaced: Modules whose answers are replaced, by path.
-        training: Run it as it is trained.
+        base: The base model; it is left in evaluation mode.
+        embeddings: The inputs instead of token embeddings, ``[batch, sequence, width]``.
+        spine: Paths of the modules that contain the layers, without the layers; their own calls are not recorded.
+        replaced: Replacements of modules, by path.
+        training: Run in training mode.
     """
-    seen, stack = Forward(), _Stack(set(spine))
+    forward, stack = Forward(), _Stack(set(spine))
     with ExitStack() as hooks:
         hooks.callback(base.eval)
         base.train(training)
         for path, module in base.named_modules():
             if path and path not in stack.frame:
-                hooks.enter_context(_recorded(module, path, seen, stack, (replaced or {}).get(path)))
+                hooks.enter_context(_recorded(module, path, forward, stack, (replaced or {}).get(path)))
         # A copy, because a model may change its embeddings in place.
         output = base(inputs_embeds=embeddings.clone(), use_cache=False)
-    seen.hidden = output[0]
-    return seen
+    forward.hidden = output[0]
+    return forward
 
 
 @dataclass(slots=True)
@@ -89,16 +89,16 @@ class _Stack:
 
 @contextmanager
 def _recorded(
-    module: nn.Module, path: str, seen: Forward, stack: _Stack, replacement: Replacement | None
+    module: nn.Module, path: str, forward: Forward, stack: _Stack, replacement: Replacement | None
 ) -> Iterator[None]:
     own = module.forward
     names = tuple(inspect.signature(own).parameters)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**{(names[i] if i < len(names) else str(i)): value for i, value in enumerate(args)}, **kwargs}
-        call = Call(path, dict(_tensors("", given)), outermost=not stack.calls)
+        by_name = {**{(names[i] if i < len(names) else str(i)): value for i, value in enumerate(args)}, **kwargs}
+        call = Call(path, dict(_tensors("", by_name)), outermost=not stack.calls)
         stack.calls.append(call)
-        seen.calls.append(call)
+        forward.calls.append(call)
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         stack.calls.pop().output = output
@@ -108,7 +108,7 @@ def _recorded(
         module.register_forward_hook(after, with_kwargs=True),
     ]
     if replacement is not None:
-        # On the instance, where it hides the method of the class.
+        # An attribute of the instance hides the method of the class.
         module.forward = lambda *args, **kwargs: replacement(own, args, kwargs)
     try:
         yield
@@ -131,12 +131,12 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def passed(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Replace: hand the first argument on."""
+    """Replacement that returns the first argument."""
     return next(iter((*args, *kwargs.values())))
 
 
 def zeroed(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Replace: answer with zeros of the same shape."""
+    """Replacement that returns zeros of the same shape."""
     return _zeros(own(*args, **kwargs))
 
 
@@ -147,6 +147,6 @@ def _zeros(value: Any) -> Any:
 
 
 def random_embeddings(width: int) -> torch.Tensor:
-    """Make embeddings that what depends on them can be told by."""
-    made = torch.randn(ROWS, COLUMNS, width, generator=torch.Generator().manual_seed(1))
-    return made.requires_grad_()
+    """Create embeddings that require gradients: everything computed from them requires gradients, too."""
+    embeddings = torch.randn(ROWS, COLUMNS, width, generator=torch.Generator().manual_seed(1))
+    return embeddings.requires_grad_()

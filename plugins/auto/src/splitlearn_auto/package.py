@@ -19,7 +19,7 @@ NO_LICENCE = "none"
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """How a package for a model type is called."""
+    """The names of a package for a model type."""
 
     model_type: str
 
@@ -33,7 +33,7 @@ class Names:
 
     @property
     def title(self) -> str:
-        """What a reader calls it: the class of its models without what all of them have in their names."""
+        """The model type as a title."""
         return self.model_type.replace("_", " ").replace("-", " ").capitalize()
 
 
@@ -41,10 +41,10 @@ def package_files(derived: Derived, core_version: str, licence: str, year: int) 
     """Return the files of a package.
 
     Args:
-        derived: What is known of the family.
-        core_version: The oldest core that it needs.
+        derived: The derived family.
+        core_version: The oldest version of core that it supports.
         licence: One of :data:`LICENCES`, or :data:`NO_LICENCE`.
-        year: Of the copyright.
+        year: The year of the copyright.
     """
     names = Names(derived.fields["model_type"])
     files = {

@@ -1,4 +1,4 @@
-"""Cut a tiny model by a derived family, and compare with the model in one piece to the last bit."""
+"""Split a tiny model with a derived family, and compare with the unsplit model bit by bit."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ _EMPTY_TOKENS = 3
 
 
 def differences(model: Any, family: ModelFamily) -> list[str]:
-    """Say where the model that the family describes is another than the model itself; empty where it is the same.
+    """Return where the split model differs from the unsplit one; empty if they are equal.
 
     Args:
-        model: The tiny model in one piece, in evaluation mode.
-        family: What was derived of it.
+        model: The tiny unsplit model, in evaluation mode.
+        family: The family derived from it.
     """
-    # As a file says it: the family has to understand that, and not only the object.
+    # As in a file, which the family has to understand, too.
     values = json.loads(model.config.to_json_string())
-    attention = model.config._attn_implementation  # noqa: SLF001  # the name that transformers gives it
+    attention = model.config._attn_implementation  # noqa: SLF001  # the name in transformers
     dtype = str(model.dtype).removeprefix("torch.")
-    found: list[str] = []
+    differing: list[str] = []
     for cut in cuts(int(model.config.num_hidden_layers)):
         try:
             split = _cut(model, family, hf_config(family, values, "the tiny model", dtype, attention), cut)
         except SplitLearnError as error:
             return [f"it cannot be cut at {cut[0]} and {cut[1]}: {error.message}"]
         problems = (*_compare(model, split), *_training(split, family))
-        found += [f"cut at {cut[0]} and {cut[1]}, {what}" for what in problems]
-    return found or list(_plan_problems(model, family, values))
+        differing += [f"cut at {cut[0]} and {cut[1]}, {problem}" for problem in problems]
+    return differing or list(_plan_problems(model, family, values))
 
 
 def cuts(depth: int) -> tuple[tuple[int, int], ...]:
@@ -75,7 +75,7 @@ def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> 
 def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
     for title, check in (("a forward", _forward), ("decoding with a cache", _decode)):
         expected = check(model)
-        # The model's code raises whatever comes of what it was given; that is evidence, too.
+        # The model's code may raise any exception for wrong inputs; that is evidence, too.
         try:
             got = check(split)
         except Exception as error:  # noqa: BLE001
@@ -86,15 +86,15 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
 
 
 def _training(split: SplitCausalLM, family: ModelFamily) -> Iterator[str]:
-    """Say where hidden states that enter meet something else than layers; the split is of no use afterwards."""
+    """Report components that change hidden states outside their layers in training; the split is changed."""
     for component in (Component.TRUNK, Component.TOP):
         got, expected = through_no_layers(getattr(split, component.value), family)
         if not torch.equal(got, expected):
             yield f"in training, the {component.value} changes hidden states outside its layers"
 
 
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max()) if one.shape == other.shape else float("inf")
+def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).abs().max()) if first.shape == second.shape else float("inf")
 
 
 def _forward(model: Any) -> list[torch.Tensor]:
@@ -128,7 +128,7 @@ def _ids(tokens: int, seed: int) -> torch.Tensor:
 
 
 def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -> Iterator[str]:
-    """Hold the plan, which knows ``config.json`` alone, against the model."""
+    """Compare a plan from ``config.json`` alone with the model."""
     infos = {
         key: TensorInfo(key, "F32", tuple(tensor.shape), "", 0, tensor.nbytes)
         for key, tensor in model.state_dict().items()
@@ -147,15 +147,15 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
 
 @torch.no_grad()
 def cache_note(model: Any, family: ModelFamily) -> str:
-    """Say where a plan is wrong about the cache of a model whose family is right otherwise; empty where it is not.
+    """Return how the planned cache size of a model is wrong; empty if it is right.
 
-    A type may keep fewer heads of keys and values than any value of ``config.json`` says (Falcon: one).
+    A model type may cache fewer key-value heads than any value of ``config.json`` says (Falcon: one).
     """
     depth = int(model.config.num_hidden_layers)
     planned = depth * kv_bytes_per_layer(family, json.loads(model.config.to_json_string()), "float32")
     ids = _ids(_EMPTY_TOKENS, 0)
     cache = model(input_ids=ids, use_cache=True)[CACHE_FIELD]
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()
-    if held == planned:
+    actual = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()
+    if actual == planned:
         return ""
-    return f"what a plan says of the cache: {planned} bytes a token for the small model, which takes {held}"
+    return f"what a plan says of the cache: {planned} bytes a token for the small model, which takes {actual}"

@@ -1,4 +1,4 @@
-"""The family module and its test, as the text that ``ruff format`` would leave alone."""
+"""Render the family module and its test, formatted as by ``ruff format``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def family_module(derived: Derived, title: str) -> str:
 
 
 def _docstring(text: str) -> list[str]:
-    # Text that came from outside must not end the docstring.
+    # Foreign text must not end the docstring.
     return [f'"""{text}"""' if '"' not in text and "\\" not in text else '"""A family for splitlearn."""']
 
 
@@ -82,12 +82,12 @@ def _argument(field: str, value: Any) -> list[str]:
 
 
 def _width_of(value: Any, left: int) -> int:
-    # A mapping with several items is read line by line, whether it would fit on one or not.
+    # A mapping with several items is written on several lines, even if it fits on one.
     return 0 if isinstance(value, Mapping) and len(value) > 1 else left
 
 
 def _lines(value: Any, width: int) -> list[str]:
-    """Write a value as ruff does: on one line where it fits, else each item on a line of its own."""
+    """Format a value as ruff does: on one line if it fits, else each item on its own line."""
     flat = literal(value)
     if len(flat) <= width:
         return [flat]
@@ -102,16 +102,16 @@ def _lines(value: Any, width: int) -> list[str]:
 
 
 def _keyed(key: str, value: Any) -> list[str]:
-    # The widest place that such an item has: two levels in, with a comma.
+    # The deepest position of such an item: two levels of indentation, and a comma.
     first, *others = _lines(value, _WIDTH - 9 - len(key))
     lines = [f"{key}{first}", *others]
     return [*lines[:-1], f"{lines[-1]},"]
 
 
 def literal(value: Any) -> str:
-    """Write a plain value as Python, with double quotes as ruff has them."""
+    """Write a plain value as Python source, with double quotes."""
     if isinstance(value, str):
-        # ASCII alone, so that no character of a foreign file looks like another.
+        # ASCII only, so that foreign text cannot contain lookalike characters.
         return json.dumps(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
@@ -157,5 +157,5 @@ def _constant(model_type: str) -> str:
 
 
 def class_name(model_type: str) -> str:
-    """Return the model type as a part of a class's name."""
+    """Return the model type in CamelCase, as a part of a class name."""
     return "".join(part.capitalize() for part in re.split(r"[^A-Za-z0-9]+", model_type))

@@ -1,11 +1,11 @@
-"""A tiny configuration of any model type: small numbers that divide one another as the large ones do."""
+"""Tiny sizes for the configuration of any model type, with the usual divisibility."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-#: Sizes that suit every ordinary decoder; six layers bear all the cuts that tests make.
+#: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -20,8 +20,8 @@ TINY: Mapping[str, Any] = {
     "pad_token_id": 0,
 }
 
-#: Sizes that only some types have, by the names that transformers gives them.
-_PECULIAR: Mapping[str, int] = {
+#: Sizes that only some model types have, by their names in transformers.
+_RARE: Mapping[str, int] = {
     # Feed-forward layers under other names.
     **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "dff", "dim_ff", "intermediate_size_mlp", "n_inner"), 48),
     **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size", "block_ff_dim"), 48),
@@ -37,7 +37,7 @@ _PECULIAR: Mapping[str, int] = {
     "index_head_dim": 16,
     "index_n_heads": 2,
     "index_topk": 64,
-    # Experts: few, so that each of them is asked.
+    # Experts: few, so that each of them is used.
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
@@ -57,22 +57,22 @@ _PECULIAR: Mapping[str, int] = {
 
 
 def tiny_sizes(known: Any) -> dict[str, Any]:
-    """Say which values make a type's model small.
+    """Return the values that make a model of a type small.
 
     Args:
         known: A configuration of the type, of any size.
 
     Returns:
-        Values for its configuration class, by the names that it knows.
+        Values for its configuration class, by its own names.
     """
     sizes = {name: value for name, value in TINY.items() if hasattr(known, name) and not _is_computed(known, name)}
     if "num_key_value_heads" in sizes and hasattr(known, "kv_lora_rank"):
-        # Keys of latent attention are made for each head.
+        # Latent attention has keys for each head.
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     own = {known.attribute_map.get(name, name) for name in sizes}
-    for name, value in _PECULIAR.items():
+    for name, value in _RARE.items():
         current = getattr(known, name, None)
-        # What a type leaves unsaid by default, it computes of the others.
+        # Values that are None by default are computed from others.
         if type(current) is int and current > value and known.attribute_map.get(name, name) not in own:
             sizes[name] = value
     return sizes

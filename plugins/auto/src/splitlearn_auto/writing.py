@@ -1,4 +1,4 @@
-"""A new folder that is there as a whole, or not at all."""
+"""Create a folder atomically: it is complete, or does not exist."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from splitlearn_core.extension import reason
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a place that is taken; an empty folder is free.
+    """Refuse a path that is in use; an empty folder is free.
 
     Raises:
-        ConfigurationError: Something is there, or the way there is no folder.
+        ConfigurationError: The path exists, or lies below something that is not a folder.
     """
     try:
         taken = folder.exists() or folder.is_symlink()
@@ -37,10 +37,10 @@ def check_free(folder: Path) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, str]) -> None:
-    """Write files into a new folder: beside it first, and under its name when all are there.
+    """Write files into a temporary folder next to the target, and rename it once all are written.
 
     Raises:
-        ConfigurationError: The folder was made by somebody else meanwhile.
+        ConfigurationError: Another process has created the folder in the meantime.
     """
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
@@ -49,9 +49,11 @@ def write_folder(folder: Path, files: Mapping[str, str]) -> None:
             path = unfinished / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
-        # Temporary folders are for their owner alone; this one is to be as any other.
-        unfinished.chmod(0o777 & ~_umask())
-        # Takes the place of an empty folder, and of nothing else.
+        # mkdtemp creates folders for their owner only.
+        umask = os.umask(0)
+        os.umask(umask)
+        unfinished.chmod(0o777 & ~umask)
+        # Replaces at most an empty folder.
         unfinished.replace(folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -59,9 +61,3 @@ def write_folder(folder: Path, files: Mapping[str, str]) -> None:
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -1,4 +1,4 @@
-"""Results and errors as JSON: the one place where an exception becomes a status code."""
+"""Results and errors as JSON; the only module that maps exceptions to status codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from splitlearn_core import FailureInfo, ModelInfo, SplitLearnError, errors
 
-#: The first class that fits decides.
+#: The first matching class decides.
 _CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.UnknownModelError, 404),
     (errors.DuplicateModelError, 409),
@@ -28,7 +28,7 @@ _CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.PluginError, 422),
     (errors.CheckpointError, 422),
 )
-#: What a hint calls in Python -> the request that does it.
+#: A method of the manager that hints name -> the request that calls it.
 _REQUESTS = {
     "load_model": "POST /api/models/ID/load",
     "ensure_model": "POST /api/models/ID/load",
@@ -39,7 +39,7 @@ _REQUESTS = {
     "get_statistics": "GET /api/statistics",
 }
 _CALL = re.compile(rf"(?:await )?\b({'|'.join(_REQUESTS)})\([^()]*\)")
-#: Seconds after which another try makes sense.
+#: Seconds after which a retry makes sense.
 _RETRY_AFTER: tuple[tuple[type[Exception], int], ...] = (
     (errors.BusyError, 1),
     (errors.WaitTimeoutError, 10),
@@ -48,7 +48,7 @@ _RETRY_AFTER: tuple[tuple[type[Exception], int], ...] = (
 
 
 class RequestError(SplitLearnError):
-    """A request that the server does not carry out, whatever the manager would say."""
+    """A request that the server refuses itself, without calling the manager."""
 
     def __init__(
         self, status: int, message: str, *, hint: str = "", headers: Mapping[str, str] | None = None, kind: str = ""
@@ -56,12 +56,12 @@ class RequestError(SplitLearnError):
         super().__init__(message, hint=hint)
         self.status = status
         self.headers = dict(headers or {})
-        #: What the answer calls it.
+        #: The ``type`` in the answer.
         self.kind = kind or type(self).__name__
 
     @classmethod
     def for_good(cls, error: SplitLearnError) -> RequestError:
-        """Say the same as an error of the manager's, but not that trying again may help."""
+        """Wrap an error of the manager as permanent: without ``Retry-After``."""
         return cls(_status_of(error), error.message, hint=error.hint, kind=type(error).__name__)
 
 
@@ -71,28 +71,25 @@ def json_answer(content: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 def encode(content: Any) -> bytes:
-    """Write JSON that every parser takes: ``NaN`` is none."""
+    """Encode as strict JSON; raises ValueError on ``NaN``, which not every parser accepts."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def error_answer(error: SplitLearnError) -> Response:
-    """Answer with what went wrong and the way out, and never with a traceback."""
+    """Answer with an error and its hint, never with a traceback."""
     return json_answer({"error": error_json(error)}, _status_of(error), _headers_of(error))
 
 
 def error_json(error: SplitLearnError) -> dict[str, Any]:
     """Return an error as plain values."""
     kind = error.kind if isinstance(error, RequestError) else type(error).__name__
-    return {"type": kind, "message": error.message, "hint": _for_http(error.hint)}
-
-
-def _for_http(hint: str) -> str:
-    """Say a hint's calls of the manager as requests: whoever reads it here has no manager."""
-    return _CALL.sub(lambda call: _REQUESTS[call[1]], hint)
+    # The reader has no manager: its methods in the hint become requests.
+    hint = _CALL.sub(lambda call: _REQUESTS[call[1]], error.hint)
+    return {"type": kind, "message": error.message, "hint": hint}
 
 
 def model_json(info: ModelInfo) -> dict[str, Any]:
-    """Return a model as plain values, without what only the server's log should say."""
+    """Return a model as plain values, without the parts of a failure that belong into the server's log only."""
     return {**info.to_dict(), "error": _failure_json(info.error)}
 
 

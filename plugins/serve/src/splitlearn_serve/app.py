@@ -1,4 +1,4 @@
-"""The routes, and nothing behind them: each takes a request, calls the control, and answers."""
+"""The HTTP routes: each parses a request, calls the control, and answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from splitlearn_serve.page import status_page
 
 #: A configuration is a few hundred bytes.
 _BODY_LIMIT = 64 * 1024
-#: Seconds within which a body must have arrived.
+#: Seconds within which a body must arrive.
 _BODY_TIMEOUT = 10.0
 
 _T = TypeVar("_T")
@@ -39,13 +39,13 @@ def build_app(
     lag: LoopLag | None = None,
     is_full: Callable[[], bool] = lambda: False,
 ) -> ASGIApp:
-    """Make the ASGI application of one manager.
+    """Create the ASGI application of a manager.
 
     Args:
-        control: The manager, and what it may be asked to load.
-        hosts: Which Host headers are this server's; by default loopback's.
-        lag: Where the lag of the event loop is measured, for ``/metrics``.
-        is_full: Says whether there are so many requests that only health checks are answered.
+        control: The manager with its configurations.
+        hosts: Which Host headers name this server; by default those of loopback.
+        lag: Measures the lag of the event loop, for ``/metrics``.
+        is_full: Whether there are so many requests that only health checks are answered.
     """
     routes = _Routes(control, lag)
     model = "/api/models/{model_id}"
@@ -69,16 +69,16 @@ def build_app(
         exception_handlers={
             SplitLearnError: _on_error,
             HTTPException: _on_http_error,
-            # A client that has left gets no answer; without this it would count as an error of ours.
+            # A client that has left gets no answer; without this it would be logged as a server error.
             ClientDisconnect: _on_disconnect,
-            Exception: _on_surprise,
+            Exception: _on_internal_error,
         },
     )
     return Guard(app, hosts or HostRule(), is_full)
 
 
 class _Routes:
-    """One method a route."""
+    """One method per route."""
 
     def __init__(self, control: Control, lag: LoopLag | None) -> None:
         self._control = control
@@ -104,34 +104,34 @@ class _Routes:
         return json_answer(self._control.manager.get_statistics().to_dict())
 
     async def load(self, request: Request) -> Response:
-        given = await _read_json(request)
+        body = await _read_json(request)
         wait = _flag(request, "wait")
-        info = await _attended(request, self._control.load(self._control.parse(given), wait=wait))
+        info = await _while_connected(request, self._control.load(self._control.parse(body), wait=wait))
         return json_answer(model_json(info), 200 if wait else 202)
 
     async def load_known(self, request: Request) -> Response:
-        await _read_nothing(request)
+        await _refuse_body(request)
         wait = _flag(request, "wait")
-        info = await _attended(request, self._control.load_known(_model_id(request), wait=wait))
+        info = await _while_connected(request, self._control.load_known(_model_id(request), wait=wait))
         return json_answer(model_json(info), 200 if wait else 202)
 
     async def reload(self, request: Request) -> Response:
-        given = await _read_json(request)
+        body = await _read_json(request)
         wait = _flag(request, "wait")
-        config = self._control.parse(given) if given else None
-        info = await _attended(request, self._control.reload(_model_id(request), config, wait=wait))
+        config = self._control.parse(body) if body else None
+        info = await _while_connected(request, self._control.reload(_model_id(request), config, wait=wait))
         return json_answer(model_json(info), 200 if wait else 202)
 
     async def cancel(self, request: Request) -> Response:
-        await _read_nothing(request)
+        await _refuse_body(request)
         await self._control.cancel(_model_id(request))
         return json_answer({"cancelled": _model_id(request)})
 
     async def unload(self, request: Request) -> Response:
-        await _read_nothing(request)
+        await _refuse_body(request)
         force, patience = _flag(request, "force"), _seconds(request, "timeout")
         work = self._control.unload(_model_id(request), force=force, patience=patience)
-        return json_answer(await _attended(request, work))
+        return json_answer(await _while_connected(request, work))
 
     async def metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._registry), 200, {"Content-Type": CONTENT_TYPE_LATEST})
@@ -145,11 +145,11 @@ class _Routes:
         return json_answer(health.to_dict(), 200 if health.ready else 503)
 
 
-async def _attended(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Wait for what may take long, for as long as the client does; what was begun goes on without it.
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for a long operation as long as the client is connected; loads that were started go on without it.
 
     Raises:
-        ClientDisconnect: It has left.
+        ClientDisconnect: The client has left.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(client_left(request.receive))
     try:
@@ -184,17 +184,17 @@ def _seconds(request: Request, name: str) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise RequestError(400, f"{name}={text[:50]!r} is no number of seconds")
+        raise RequestError(400, f"{name}={text[:50]!r} is not a number of seconds")
     return value
 
 
-async def _read_nothing(request: Request) -> None:
+async def _refuse_body(request: Request) -> None:
     if await _read_json(request):
         raise RequestError(400, "this request takes no body")
 
 
 async def _read_json(request: Request) -> Any:
-    """Read a JSON body of bearable size; None where there is none."""
+    """Read a JSON body of limited size; None if there is none."""
     if int(request.headers.get("content-length", "0")) > _BODY_LIMIT:
         raise _too_long()
     try:
@@ -208,7 +208,7 @@ async def _read_json(request: Request) -> Any:
         return None
     try:
         return json.loads(body, object_pairs_hook=_unique)
-    # Brackets in brackets in brackets exhaust the stack.
+    # Deeply nested brackets exhaust the stack.
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {str(error)[:200]}") from error
 
@@ -227,10 +227,10 @@ def _too_long() -> RequestError:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse what two readers of the same body may read differently."""
+    """Refuse duplicate keys, which parsers read differently."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("an object has a duplicate key")
     return values
 
 
@@ -243,8 +243,8 @@ def _on_error(request: Request, error: Exception) -> Response:
 def _on_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):  # registered for these alone
         raise error
-    wrong = f"{request.method} {request.url.path[:200]!r}"
-    message = {404: f"there is no {wrong}", 405: f"{wrong} is not possible"}.get(error.status_code, str(error.detail))
+    route = f"{request.method} {request.url.path[:200]!r}"
+    message = {404: f"there is no {route}", 405: f"{route} is not possible"}.get(error.status_code, str(error.detail))
     return error_answer(RequestError(error.status_code, message, headers=error.headers))
 
 
@@ -252,6 +252,6 @@ def _on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=400)
 
 
-def _on_surprise(request: Request, error: Exception) -> Response:
-    # What it was goes to the log alone: its text may hold what is nobody's business.
+def _on_internal_error(request: Request, error: Exception) -> Response:
+    # The text of the error goes only to the log: it may contain secrets.
     return error_answer(RequestError(500, "the server made a mistake", hint="its log says which; please report it"))

@@ -1,14 +1,14 @@
-"""Connections: how many there may be, how long a client may take, and what happens where descriptors run out.
+"""Limits of connections: their number, the time a client may take, and the lack of file descriptors.
 
-uvicorn and asyncio bound neither: a connection that never makes a request is kept for ever, and an
-accept loop without descriptors tries again and again and logs each time. Here
+uvicorn and asyncio limit none of these: a connection without a request is kept forever, and an accept loop
+without descriptors retries and logs all the time. Here
 
-- a client has so many seconds to make a request, from its connection or its last answer on, however
-  it spreads the bytes; and so many to read what was sent;
-- where one connection more would be too many, the one that has been idle for longest is closed, and
-  one is idle where it is the client's turn, to ask or to read;
-- no more than a part of the connections may have a request at once, so that there always is an idle
-  one to close, and health checks are answered whatever the others do.
+- a client has a limited time to send a request, counted from its connection or its last answer, however
+  it spreads the bytes, and a limited time to read an answer;
+- at the limit of connections, the one that has been idle for longest is closed; a connection is idle while
+  the client has to send a request or to read;
+- only a part of the connections may have a request at the same time, so that there is always an idle one
+  to close, and health checks are always answered.
 """
 
 from __future__ import annotations
@@ -30,49 +30,49 @@ from uvicorn.server import ServerState
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which a request's headers must have come, from the connection or the last answer on.
+#: Seconds in which a request's headers must arrive, from the connection or the last answer on.
 REQUEST_TIMEOUT = 10.0
-#: Seconds in which a client must have read what waits for it.
+#: Seconds in which a client must read pending data.
 READING_TIMEOUT = 20.0
-#: Seconds that open connections have to end once everything else is over.
+#: Seconds for open connections to end at shutdown.
 GOODBYE = 2.0
 
-#: Connections at most, however many descriptors there are, and at least.
+#: Upper and lower bound of the limit of connections, whatever the number of descriptors.
 _MOST, _FEWEST = 512, 16
-#: Descriptors that are left for files and downloads, at least.
+#: Descriptors reserved for files and downloads, at least.
 _RESERVE = 64
-#: Of the connections, the part that may have a request at once.
+#: Fraction of the connections that may have a request at the same time.
 _BUSY_PART = 0.75
-#: Seconds until the next try where no connection can be accepted, and between two lines about it in the log.
+#: Seconds until the next attempt to accept a connection, and between two log lines about it.
 _RETRY, _LOG_EVERY = 0.1, 60.0
-#: How often room is looked for before a new connection is closed.
+#: Attempts to make room before a new connection is closed.
 _TRIES = 10
 
 
 def connection_limit() -> int:
-    """Return how many connections this process can bear, and still load models."""
+    """Return how many connections this process can hold and still load models."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return _MOST
     try:
-        taken = len(list(Path("/dev/fd").iterdir()))
+        in_use = len(list(Path("/dev/fd").iterdir()))
     except OSError:
-        taken = _RESERVE
-    return max(_FEWEST, min(_MOST, limit - taken - max(_RESERVE, limit // 4)))
+        in_use = _RESERVE
+    return max(_FEWEST, min(_MOST, limit - in_use - max(_RESERVE, limit // 4)))
 
 
 class Pool:
-    """The open connections of a server, and who has to go where there are too many.
+    """The open connections of a server, and which are closed at the limit.
 
     Args:
-        limit: How many there may be; by default what the process can bear.
+        limit: The most connections; by default :func:`connection_limit`.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = connection_limit() if limit is None else limit
         self._busy_limit = max(1, int(self.limit * _BUSY_PART))
         self._busy: set[Connection] = set()
-        #: The one that has been idle for longest comes first.
+        #: In the order in which they became idle.
         self._idle: dict[Connection, None] = {}
         self._logged_at = float("-inf")
 
@@ -81,11 +81,11 @@ class Pool:
 
     @property
     def is_full(self) -> bool:
-        """Whether so many have a request that another one is to be refused."""
+        """Whether so many connections have a request that further ones are refused."""
         return len(self._busy) > self._busy_limit
 
     def note(self, connection: Connection, *, idle: bool) -> None:
-        """Take a connection for idle, from now on if it was not, or for busy."""
+        """Record that a connection is idle or busy; a connection that stays idle keeps its position."""
         if not idle:
             self._idle.pop(connection, None)
             self._busy.add(connection)
@@ -94,25 +94,25 @@ class Pool:
             self._idle[connection] = None
 
     def forget(self, connection: Connection) -> None:
-        """Count a connection no longer."""
+        """Remove a connection."""
         self._busy.discard(connection)
         self._idle.pop(connection, None)
 
     async def make_room(self) -> bool:
-        """Say whether there is room for one more, closing the one that has been idle for longest if need be."""
+        """Return whether one more connection fits, after closing the longest idle one if necessary."""
         for _ in range(_TRIES):
             if len(self) < self.limit:
                 return True
             if self.close_idlest(f"{self.limit} connections are open, the most there may be"):
                 return True
-            # Most requests take no time, but a client that sends them one after the other is never idle.
+            # A client that sends requests without a pause is never idle.
             for connection in self._busy:
                 connection.end_after_answer()
             await asyncio.sleep(_RETRY)
         return False
 
     def close_idlest(self, why: str) -> bool:
-        """Close the connection that has been idle for longest; False where none is."""
+        """Close the connection that has been idle for longest; False if none is idle."""
         if time.monotonic() - self._logged_at > _LOG_EVERY:
             self._logged_at = time.monotonic()
             log.warning("%s: those that have been idle for longest are closed", why)
@@ -124,29 +124,29 @@ class Pool:
         return True
 
     def abort(self) -> None:
-        """Close all of them at once."""
+        """Close all connections immediately."""
         for connection in (*self._idle, *self._busy):
             connection.abort()
 
 
 class Connection(H11Protocol):
-    """One connection, which is closed where its client does not do its part in time."""
+    """A connection, closed if its client does not send or read in time."""
 
     def __init__(
         self, pool: Pool, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any]
     ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state)
         self._pool = pool
-        #: By when a request must have been made, and what was sent must have been read.
+        #: Timers of the next request, and of pending data to be read.
         self._request_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
 
     def abort(self) -> None:
-        """Close it at once, whatever is still to be sent."""
+        """Close it immediately, without sending pending data."""
         self.transport.abort()
 
     def end_after_answer(self) -> None:
-        """Take no further request after the one that is being answered."""
+        """Accept no further request after the current one."""
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -185,17 +185,17 @@ class Connection(H11Protocol):
         try:
             super().shutdown()
         except h11.LocalProtocolError:
-            # It was not speaking HTTP, and there is no orderly way to end that.
+            # The client did not speak HTTP, so there is no orderly end.
             self.abort()
 
     def _review(self) -> None:
-        """See whether it is the client's turn, to make a request or to read, or ours, to answer."""
-        is_to_ask = self.cycle is None or self.cycle.response_complete
-        self._pool.note(self, idle=is_to_ask or self._reading_due is not None)
-        if not is_to_ask:
+        """Update the pool and the timers: the client has to send or to read, or the server has to answer."""
+        awaits_request = self.cycle is None or self.cycle.response_complete
+        self._pool.note(self, idle=awaits_request or self._reading_due is not None)
+        if not awaits_request:
             self._stop_waiting()
         elif self._request_due is None:
-            # Not begun again with each byte that comes.
+            # Not restarted with each byte.
             self._request_due = self.loop.call_later(REQUEST_TIMEOUT, self.abort)
 
     def _stop_waiting(self) -> None:
@@ -205,7 +205,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but for its signals, which would end the process, and for how it accepts and ends connections."""
+    """uvicorn without its signal handlers, and with its own way to accept and to end connections."""
 
     def __init__(self, config: uvicorn.Config, pool: Pool) -> None:
         super().__init__(config)
@@ -218,7 +218,7 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept; instead of uvicorn's, which hands the sockets to asyncio."""
+        """Start to accept connections; replaces uvicorn's method, which passes the sockets to asyncio."""
         await self.lifespan.startup()
         self.servers = []
         self._accepting = [
@@ -228,7 +228,7 @@ class Server(uvicorn.Server):
         self.answering.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, and end the connections: those that do not end by themselves, after a while."""
+        """Stop accepting, and end the connections: after a grace period, by force."""
         for task in self._accepting:
             task.cancel()
         await asyncio.gather(*self._accepting, return_exceptions=True)
@@ -244,7 +244,7 @@ class Server(uvicorn.Server):
             try:
                 accepted, _ = await loop.sock_accept(listener)
             except OSError as error:
-                # No descriptor is free, mostly; or the client has gone. Neither may end the loop, or keep it busy.
+                # Usually no descriptor is free, or the client has left. Neither may end the loop or keep it busy.
                 has_closed = self._pool.close_idlest(f"No connection can be accepted ({error.strerror})")
                 await asyncio.sleep(0 if has_closed else _RETRY)
                 continue
@@ -258,7 +258,7 @@ class Server(uvicorn.Server):
 
 
 def uvicorn_config(app: Any) -> uvicorn.Config:
-    """Set uvicorn up as a plain server of HTTP/1.1 that leaves logging and headers to us."""
+    """Configure uvicorn as a plain HTTP/1.1 server without logging and extra headers."""
     return uvicorn.Config(
         app,
         http="h11",

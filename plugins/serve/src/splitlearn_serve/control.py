@@ -1,4 +1,4 @@
-"""What the routes do: it knows the configurations, starts loads in the background, and says what there is."""
+"""The operations behind the routes: configurations, loads in the background, and snapshots."""
 
 from __future__ import annotations
 
@@ -28,61 +28,60 @@ from splitlearn_serve.permissions import RequestRules
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which one snapshot serves everybody who asks.
+#: Seconds for which a snapshot is reused.
 _FRESH = 0.2
-#: Configurations of requests that are kept, beyond those of models that are listed.
+#: Configurations of requests that are kept, in addition to those of listed models.
 _REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that the page shows, as JSON."""
+    """The content of the page, as JSON."""
 
-    #: What changes only when something has happened.
+    #: Without times, so that it changes only when something has happened.
     content: bytes
-    #: The same with the time at which it was so.
+    #: With the time of the snapshot.
     document: bytes
 
 
 class Control:
-    """A manager, and the configurations that it was or may be asked to load.
+    """A manager, and the configurations that it has loaded or may load.
 
     Args:
-        manager: Runs in the loop in which the server runs.
+        manager: Runs in the event loop of the server.
         configs: The models that can be loaded by their id alone.
-        rules: What else may be loaded; by default what the Hub has for everybody, and what the
-            configurations name.
+        rules: What else may be loaded; by default public models on the Hub, and what the configurations name.
     """
 
     def __init__(
         self, manager: AsyncModelManager, configs: Iterable[ModelConfig] = (), rules: RequestRules | None = None
     ) -> None:
         self.manager = manager
-        #: Set once no more work is taken.
+        #: Set once no more work is accepted.
         self.closing = asyncio.Event()
-        #: Set once nothing more will happen.
+        #: Set once no more events follow.
         self.ended = asyncio.Event()
         self._configs = {config.model_id: config for config in configs}
         self._in_file = frozenset(self._configs)
         self._rules = rules or RequestRules.of({}, self._configs.values())
-        #: Model -> why its last load was refused before it began: nothing else would show it.
+        #: Model -> why its last load was refused before it began; the manager does not keep that.
         self._refusals: dict[str, dict[str, Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._snapshot: Snapshot | None = None
         self._taken_at = float("-inf")
 
-    # --- what there is ----------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------
 
     def health(self) -> Health:
-        """Return the manager's health; not ready while the server ends."""
+        """Return the manager's health; not ready while the server closes."""
         health = self.manager.health()
         if self.closing.is_set():
             return Health(health.live, False, health.missing, health.reason or "the server is closing")
         return health
 
     def not_loaded(self) -> list[dict[str, Any]]:
-        """Return the configured models that the manager does not have at the moment."""
-        there = {info.model_id for info in self.manager.list_models()}
+        """Return the configured models that the manager does not list."""
+        listed = {info.model_id for info in self.manager.list_models()}
         return [
             {
                 "model_id": config.model_id,
@@ -93,11 +92,11 @@ class Control:
                 "error": self._refusals.get(config.model_id),
             }
             for config in self._configs.values()
-            if config.model_id not in there
+            if config.model_id not in listed
         ]
 
     def snapshot(self, *, fresh: bool = False) -> Snapshot:
-        """Return all that the page shows; made at most every 0.2 s, however many watch, unless it must be fresh."""
+        """Return the content of the page, at most 0.2 s old; made now if ``fresh``."""
         now = time.monotonic()
         if self._snapshot is None or fresh or now - self._taken_at > _FRESH:
             self._snapshot, self._taken_at = self._take_snapshot(), now
@@ -118,14 +117,14 @@ class Control:
         return Snapshot(content, encode({"now": time.time(), "uptime": uptime})[:-1] + b"," + content[1:])
 
     def is_moving(self) -> bool:
-        """Say whether something will soon look different without a change of status."""
+        """Whether the snapshot changes without events, because a model is loading."""
         return any(info.status.is_loading for info in self.manager.list_models())
 
     def info(self, model_id: str) -> ModelInfo:
         """Return a model that is listed.
 
         Raises:
-            UnknownModelError: There is none; whether it is configured is said.
+            UnknownModelError: It is not listed; the message says if it is configured.
         """
         try:
             return self.manager.get_model_info(model_id)
@@ -140,36 +139,36 @@ class Control:
         """Return the last events of a model.
 
         Raises:
-            UnknownModelError: There never was such a model, or it is long gone.
+            UnknownModelError: There is no such model, and its events are no longer kept.
         """
         events = [event.to_dict() for event in self.manager.story(model_id)]
         if not events and model_id not in self._configs:
             self.manager.get_model_info(model_id)
         return events
 
-    # --- what can be done -------------------------------------------------------------------------
+    # --- operations -------------------------------------------------------------------------------
 
-    def parse(self, given: Any) -> ModelConfig:
-        """Make a configuration of what somebody sent.
+    def parse(self, body: Any) -> ModelConfig:
+        """Parse the body of a request as a configuration.
 
         Raises:
-            ConfigurationError: It is none, or asks for what is not done for strangers; all reasons are listed.
+            ConfigurationError: It is invalid, or not permitted over HTTP; all reasons are listed.
         """
-        if not isinstance(given, Mapping):
+        if not isinstance(body, Mapping):
             raise ConfigurationError("the body must be a JSON object: the fields of a model's configuration")
-        refused = self._rules.refusals(given)
-        if refused:
+        refusals = self._rules.refusals(body)
+        if refusals:
             raise ConfigurationError(
-                "this is not done over HTTP:\n  " + "\n  ".join(refused),
+                "this is not done over HTTP:\n  " + "\n  ".join(refusals),
                 hint="put the model into the configuration file of `splitlearn serve`",
             )
-        return ModelConfig.from_dict(given)
+        return ModelConfig.from_dict(body)
 
     async def load(self, config: ModelConfig, *, wait: bool) -> ModelInfo:
-        """Load a model as a request asks for it; without ``wait``, return as soon as it is on its way.
+        """Load a model for a request; without ``wait``, return once the load is accepted.
 
         Raises:
-            ConfigurationError: It asks for what requests may not have.
+            ConfigurationError: The rules do not permit it.
             SplitLearnError: The manager refuses it or, with ``wait``, the load failed.
         """
         self._refuse_when_closing()
@@ -184,7 +183,7 @@ class Control:
         return await self._load(self._config_of(model_id), wait=wait)
 
     async def reload(self, model_id: str, config: ModelConfig | None, *, wait: bool) -> ModelInfo:
-        """Load a model anew; the old one serves until the new one is ready."""
+        """Reload a model; the old one serves until the new one is ready."""
         self._refuse_when_closing()
         if config is not None and config.model_id != model_id:
             raise ConfigurationError(f"model_id {config.model_id!r} is not the {model_id!r} of the address")
@@ -194,7 +193,7 @@ class Control:
         return await self._begin(self.manager.reload_model(model_id, config), model_id, config, wait=wait)
 
     async def unload(self, model_id: str, *, force: bool, patience: float | None) -> dict[str, Any]:
-        """Unload a model, and return what came back; forget one that failed, or that is only remembered."""
+        """Unload a model, and report the released memory; forget a failed or merely remembered one."""
         listed = {info.model_id: info.status for info in self.manager.list_models()}
         self.remember(model_id)
         if listed.get(model_id, ModelStatus.FAILED) is ModelStatus.FAILED and model_id not in self._in_file:
@@ -217,12 +216,12 @@ class Control:
         await self.manager.cancel_load(model_id)
 
     def load_configured(self) -> None:
-        """Start loading every configured model; what fails is shown, and stops nothing."""
+        """Start loading every configured model; a failure is recorded and does not stop the others."""
         for config in self._configs.values():
             self._spawn(self.manager.ensure_model(config), config.model_id)
 
     def remember(self, model_id: str) -> None:
-        """Keep the configuration of a model that goes, so that its id is enough to load it again."""
+        """Keep the configuration of a model that is unloaded, so that its id is enough to load it again."""
         if model_id not in self._configs:
             try:
                 self._configs[model_id] = self.manager.get_model(model_id).config
@@ -230,7 +229,7 @@ class Control:
                 return
 
     async def end(self) -> None:
-        """Stop waiting for loads. Their fate is the manager's affair."""
+        """Stop waiting for loads; the manager ends them itself."""
         self.ended.set()
         for task in self._tasks:
             task.cancel()
@@ -244,11 +243,11 @@ class Control:
         return await self._begin(self.manager.load_model(config), config.model_id, config, wait=wait)
 
     def _keep(self, config: ModelConfig) -> None:
-        """Keep a configuration, and of those that nothing else holds only the newest."""
+        """Keep a configuration; of those neither in the file nor listed, keep only the newest."""
         self._configs.pop(config.model_id, None)
         self._configs[config.model_id] = config
-        held = {*self._in_file, *(info.model_id for info in self.manager.list_models())}
-        for model_id in [name for name in self._configs if name not in held][:-_REMEMBERED]:
+        needed = {*self._in_file, *(info.model_id for info in self.manager.list_models())}
+        for model_id in [name for name in self._configs if name not in needed][:-_REMEMBERED]:
             del self._configs[model_id]
             self._refusals.pop(model_id, None)
 
@@ -277,9 +276,9 @@ class Control:
         if error is None:
             return
         if not isinstance(error, SplitLearnError):
-            log.error("Loading %s ended with an error of the server's", model_id, exc_info=error)
+            log.error("Loading %s ended with an internal error", model_id, exc_info=error)
         elif model_id in self._configs and not isinstance(error, LoadCancelledError) and not self._is_listed(model_id):
-            # The manager keeps and shows why a load failed, but not why it refused to begin one.
+            # The manager keeps the failure of a load, but not the refusal to begin one.
             self._refusals[model_id] = error_json(error)
             log.warning("%s is not loaded: %s", model_id, error.message)
 
@@ -289,7 +288,7 @@ class Control:
     async def _begin(
         self, work: Coroutine[Any, Any, Any], model_id: str, config: ModelConfig | None, *, wait: bool
     ) -> ModelInfo:
-        """Start a load, and return once it is done or, without ``wait``, accepted; raise what became of it."""
+        """Start a load, and return once it is done or, without ``wait``, accepted; raises its error."""
         task = self._spawn(work, model_id)
         # The manager refuses or accepts before it waits for anything.
         await asyncio.sleep(0)
@@ -303,15 +302,15 @@ class Control:
 
     async def _finished(self, task: asyncio.Task[Any], model_id: str) -> None:
         try:
-            # The load goes on when the client that asked for it leaves.
+            # The load goes on if the client that requested it leaves.
             await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.cancelled():
                 raise
-            # It is the server that has stopped waiting, not the client.
+            # The server has stopped waiting, not the client.
             raise ManagerClosedError("the server is closing and waits for no load") from None
         except CapacityError as error:
-            # Too large for now, or for ever: only the record of the failure tells.
+            # Only the record of the failure says whether a retry can succeed.
             failures = [info.error for info in self.manager.list_models() if info.model_id == model_id]
             if any(failure is not None and not failure.retryable for failure in failures):
                 raise RequestError.for_good(error) from error

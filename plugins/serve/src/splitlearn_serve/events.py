@@ -1,4 +1,4 @@
-"""Server-sent events: every change of status as it happens, and a picture of everything as it moves."""
+"""Server-sent events: every change of status, and snapshots of everything."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from splitlearn_core import ManagerEvent
 from splitlearn_serve.answers import RequestError, encode, error_answer
 from splitlearn_serve.control import Control
 
-#: Seconds between two pictures, while something moves and while nothing does.
+#: Seconds between two snapshots, while a model loads and otherwise.
 _MOVING, _RESTING = 0.5, 2.0
-#: Seconds after which silence is broken, so that proxies and clients know that the line is alive.
+#: Seconds of silence after which a comment is sent, so that proxies keep the connection.
 _HEARTBEAT = 10.0
-#: Seconds for which a burst of events is gathered.
+#: Seconds for which a burst of events is collected.
 _BURST = 0.03
-#: Events that are kept for a client that does not read.
+#: Events kept for a client that does not read.
 _BACKLOG = 1000
-#: How many may watch at once.
+#: The most clients at the same time.
 _LIMIT = 64
 
 
 class WatchRoute:
     """The ASGI application behind ``GET /api/events``.
 
-    It sends ``event: snapshot`` with what ``GET /api/models`` answers: at once, after every change
-    and, where it has changed, every half second while something loads. It sends ``event: change``
-    with each change of status, whose ``id`` is its sequence number: a gap tells what was missed.
+    It sends ``event: snapshot`` with the answer of ``GET /api/models``: at once, after every change
+    and, if it has changed, every half second while something loads. It sends ``event: change``
+    with each change of status, whose ``id`` is its sequence number: a gap shows missed events.
     It ends when the client leaves, when the manager closes and when the server does.
     """
 
@@ -40,10 +40,13 @@ class WatchRoute:
         self._watchers = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one watcher."""
+        """Serve one client."""
         if self._watchers >= _LIMIT:
             refusal = RequestError(
-                503, "too many watch already", hint="poll /api/models instead", headers={"Retry-After": "10"}
+                503,
+                "too many clients read the events already",
+                hint="poll /api/models instead",
+                headers={"Retry-After": "10"},
             )
             await error_answer(refusal)(scope, receive, send)
             return
@@ -68,14 +71,14 @@ class WatchRoute:
         try:
             over = False
             while not over:
-                # Asked before the rest is taken, so that the last change is told, too.
+                # Before the events are taken, so that the last change is sent, too.
                 over = changes.over or any(end.done() for end in ends)
-                happened = changes.take()
-                picture = self._control.snapshot(fresh=bool(happened))
-                block = b"".join(_frame(b"change", encode(event.to_dict()), event.sequence) for event in happened)
-                if picture.content != sent:
-                    block += _frame(b"snapshot", picture.document)
-                    sent = picture.content
+                new_events = changes.take()
+                snapshot = self._control.snapshot(fresh=bool(new_events))
+                block = b"".join(_frame(b"change", encode(event.to_dict()), event.sequence) for event in new_events)
+                if snapshot.content != sent:
+                    block += _frame(b"snapshot", snapshot.document)
+                    sent = snapshot.content
                 elif not block and time.monotonic() - sent_at >= _HEARTBEAT:
                     block = b": still here\n\n"
                 if block:
@@ -89,35 +92,35 @@ class WatchRoute:
 
 
 class _Changes:
-    """The manager's events, gathered until somebody takes them."""
+    """The manager's events, buffered until they are taken."""
 
     def __init__(self, events: AsyncIterator[ManagerEvent]) -> None:
-        # A client that does not read must not fill the memory; the numbers show what it has missed.
-        self._seen: deque[ManagerEvent] = deque(maxlen=_BACKLOG)
-        self._news = asyncio.Event()
+        # Bounded: a client that does not read must not fill the memory; gaps in the numbers show what it missed.
+        self._pending: deque[ManagerEvent] = deque(maxlen=_BACKLOG)
+        self._arrived = asyncio.Event()
         self._listener = asyncio.create_task(self._listen(events), name="listen to the manager")
 
     @property
     def over(self) -> bool:
-        """Whether the manager will say nothing more, and everything was taken."""
-        return self._listener.done() and not self._seen
+        """Whether the manager sends no more events, and all were taken."""
+        return self._listener.done() and not self._pending
 
     def take(self) -> list[ManagerEvent]:
-        """Return what has happened since the last time."""
-        seen = list(self._seen)
-        self._seen.clear()
-        self._news.clear()
-        return seen
+        """Return the events since the last call."""
+        events = list(self._pending)
+        self._pending.clear()
+        self._arrived.clear()
+        return events
 
     async def wait(self, ends: set[asyncio.Future[Any]], limit: float) -> None:
-        """Wait until something happened, something ended or the time is up."""
-        news = asyncio.ensure_future(self._news.wait())
+        """Wait until an event arrives, one of ``ends`` is done, or the time is up."""
+        arrived = asyncio.ensure_future(self._arrived.wait())
         try:
-            await asyncio.wait([*ends, self._listener, news], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*ends, self._listener, arrived], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            news.cancel()
-        if news.done() and not news.cancelled():
-            # Events come in bursts; one picture will do for all of them.
+            arrived.cancel()
+        if arrived.done() and not arrived.cancelled():
+            # Events come in bursts; one snapshot is enough for all of them.
             await asyncio.wait(ends, timeout=_BURST, return_when=asyncio.FIRST_COMPLETED)
 
     async def close(self) -> None:
@@ -127,12 +130,12 @@ class _Changes:
 
     async def _listen(self, events: AsyncIterator[ManagerEvent]) -> None:
         async for event in events:
-            self._seen.append(event)
-            self._news.set()
+            self._pending.append(event)
+            self._arrived.set()
 
 
 async def client_left(receive: Receive) -> None:
-    """Wait until the client is gone."""
+    """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -144,5 +147,5 @@ def _start() -> Message:
 
 def _frame(kind: bytes, data: bytes, number: int | None = None) -> bytes:
     # The data is JSON on one line, so it cannot end the frame early.
-    mark = b"" if number is None else b"id: %d\n" % number
-    return mark + b"event: " + kind + b"\ndata: " + data + b"\n\n"
+    event_id = b"" if number is None else b"id: %d\n" % number
+    return event_id + b"event: " + kind + b"\ndata: " + data + b"\n\n"

@@ -1,14 +1,13 @@
-"""Who may ask: requests of other sites' pages are refused before anything looks at them.
+"""Refuse requests from the pages of other sites before any route sees them.
 
-The server has no passwords. On loopback, whoever can run programs on this machine may use it, but a
-page in a browser on this machine must not, and a browser will gladly send requests to loopback for
-any page. So:
+The server has no passwords. On loopback, any local program may use it, but a web page in a local browser
+must not, and browsers send requests to loopback for any page. So:
 
-- The Host header must name this server. A page whose own name was made to point at loopback (DNS
-  rebinding) is known by its name.
-- An Origin header must name this server too, and Fetch Metadata must not say that another site asks.
-- What changes anything needs a JSON content type, which a page of another origin can only send after
-  asking first; and nobody answers that question.
+- The Host header must name this server. This stops DNS rebinding, where the name of a foreign page is made
+  to resolve to loopback.
+- An Origin header must name this server too, and Fetch Metadata must not name another site.
+- Requests that change anything need a JSON content type, which a page of another origin can only send after
+  a CORS preflight; and the server answers none.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from splitlearn_serve.answers import RequestError, error_answer
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-#: The status of a request that did not come in time.
-_TOO_SLOW = 408
-#: Seconds for which a body is read that nobody wants.
+#: The status of a request that did not arrive in time.
+_REQUEST_TIMEOUT_STATUS = 408
+#: Seconds for which the body of a refused request is read.
 _LINGER = 10.0
 
-#: On every answer; the page adds what it needs.
+#: Headers of every answer; the page sets its own policy.
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -45,11 +44,11 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class HostRule:
-    """Which Host headers are this server's."""
+    """Which Host headers name this server."""
 
-    #: Names in lower case, beside the names of loopback.
+    #: Names in lower case, in addition to the names of loopback.
     names: frozenset[str] = frozenset()
-    #: Whether any address will do, not only loopback's. Rebinding needs a name, so an address is never a trick.
+    #: Whether any IP address is accepted, not only loopback's: DNS rebinding needs a name.
     any_address: bool = False
 
     @classmethod
@@ -57,7 +56,7 @@ class HostRule:
         return cls(frozenset(name.lower().rstrip(".") for name in names), any_address)
 
     def allows(self, host: str) -> bool:
-        """Say whether a Host header names this server."""
+        """Whether a Host header names this server."""
         parts = _authority(host)
         name = parts.hostname if parts else None
         if not name:
@@ -70,12 +69,12 @@ class HostRule:
 
 
 class Guard:
-    """The outermost layer: refuses what must not pass, and puts the security headers on every answer.
+    """The outermost layer: refuses forbidden requests, and puts the security headers on every answer.
 
     Args:
-        app: What answers the rest.
-        hosts: Which Host headers are this server's.
-        is_full: Says whether there are so many requests that only health checks are answered.
+        app: The application that answers all other requests.
+        hosts: Which Host headers name this server.
+        is_full: Whether there are so many requests that only health checks are answered.
     """
 
     def __init__(self, app: ASGIApp, hosts: HostRule, is_full: Callable[[], bool] = lambda: False) -> None:
@@ -96,10 +95,13 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        # With another method it could wait for a body.
+        # Other methods could wait for a body.
         is_probe = scope["path"].startswith("/health/") and scope["method"] in _SAFE_METHODS
         if self._is_full() and not is_probe:
-            await error_answer(_full())(scope, receive, send_guarded)
+            refusal = RequestError(
+                503, "the server has too many requests at once", headers={"Retry-After": "5", "Connection": "close"}
+            )
+            await error_answer(refusal)(scope, receive, send_guarded)
             return
         problem = _problem(self._hosts, scope["method"], Headers(scope=scope))
         answer = self._app if problem is None else error_answer(problem)
@@ -108,10 +110,10 @@ class Guard:
 
 
 class _Body:
-    """Reads what is left of a request's body before its answer ends.
+    """Reads the rest of a request's body before its answer ends.
 
-    A connection that is closed while bytes of the client's lie unread is reset, and the client, which
-    is still sending, may lose the answer.
+    A connection that is closed with unread bytes is reset, and a client that is still sending may lose
+    the answer.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,22 +123,22 @@ class _Body:
         self._is_unread = scope["method"] not in _SAFE_METHODS and (
             headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         )
-        # Such a client sends nothing before it is told to, which the first call of `receive` does.
-        self._is_held_back = "expect" in headers
+        # With `Expect: 100-continue` the client sends nothing before the first call of `receive`.
+        self._awaits_continue = "expect" in headers
 
     async def receive(self) -> Message:
         """Return the next part of the body."""
-        self._is_held_back = False
+        self._awaits_continue = False
         message = await self._receive()
         self._is_unread = self._is_unread and message["type"] == "http.request" and message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the answer; the end of it once the body has been read, or for long enough."""
-        if message["type"] == "http.response.start" and message["status"] == _TOO_SLOW:
+        """Send a part of the answer; the last one after the body was read, or after a time limit."""
+        if message["type"] == "http.response.start" and message["status"] == _REQUEST_TIMEOUT_STATUS:
             self._is_unread = False
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if is_last and self._is_unread and not self._is_held_back:
+        if is_last and self._is_unread and not self._awaits_continue:
             await self._send({**message, "more_body": True})
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LINGER):
@@ -146,14 +148,8 @@ class _Body:
         await self._send(message)
 
 
-def _full() -> RequestError:
-    return RequestError(
-        503, "the server has too many requests at once", headers={"Retry-After": "5", "Connection": "close"}
-    )
-
-
 def _problem(hosts: HostRule, method: str, headers: Headers) -> RequestError | None:
-    # Probes that still speak HTTP/1.0 name no host; browsers, which are what this is about, always do.
+    # Probes with HTTP/1.0 send no Host header; browsers always do.
     host = headers.get("host", "localhost")
     if not hosts.allows(host):
         return RequestError(
@@ -177,15 +173,15 @@ def _problem(hosts: HostRule, method: str, headers: Headers) -> RequestError | N
 
 
 def _same_origin(origin: str, host: str) -> bool:
-    there, here = urlsplit_or_none(origin), _authority(host)
-    if there is None or here is None or there.scheme not in _DEFAULT_PORTS:
+    page, server = urlsplit_or_none(origin), _authority(host)
+    if page is None or server is None or page.scheme not in _DEFAULT_PORTS:
         return False
-    default = _DEFAULT_PORTS[there.scheme]
-    return (there.hostname, _port(there, default)) == (here.hostname, _port(here, default))
+    default = _DEFAULT_PORTS[page.scheme]
+    return (page.hostname, _port(page, default)) == (server.hostname, _port(server, default))
 
 
 def _authority(host: str) -> SplitResult | None:
-    """Split a Host header; None where it is more, or less, than a name and a port."""
+    """Split a Host header; None if it is not a name and an optional port."""
     parts = urlsplit_or_none(f"//{host}")
     if parts is None or parts.path or parts.query or parts.fragment or "@" in host:
         return None
@@ -193,7 +189,7 @@ def _authority(host: str) -> SplitResult | None:
 
 
 def urlsplit_or_none(text: str) -> SplitResult | None:
-    """Split a URL; None where that cannot be done."""
+    """Split a URL; None if it is invalid."""
     try:
         parts = urlsplit(text)
         parts.port  # noqa: B018  # reading it is what checks it

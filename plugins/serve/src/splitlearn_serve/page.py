@@ -1,4 +1,4 @@
-"""The page for people: one file, and the policy that lets a browser run nothing but what is in it."""
+"""The status page: one HTML file, and a Content-Security-Policy that allows only its own script and style."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def status_page() -> Page:
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
-            # The script makes text nodes only; a browser that knows Trusted Types holds it to that.
+            # The script creates text nodes only; browsers with Trusted Types enforce that.
             "require-trusted-types-for 'script'",
         )
     )

@@ -1,8 +1,8 @@
-"""What a load that is asked for over HTTP may use: folders, the Hub, and in whose name.
+"""What a load requested over HTTP may use: folders, the Hub, and which token.
 
-The server has no passwords, so a request gets no more than the configuration file grants: no path
-outside the folders that it names is looked at, and no token is sent that it does not name. A refusal
-is the same whether there is something at a path or not.
+The server has no passwords, so a request gets no more than the configuration file grants: no path outside
+its folders is accessed, and no token is sent that it does not name. A refusal does not reveal whether a
+path exists.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from splitlearn_core import ConfigurationError, ModelConfig
 from splitlearn_core.extension import BUNDLED, HUB, PYTORCH, examine, registry, show, unknown_name
 
 _SETTINGS = ("model_roots", "hub", "token")
-#: What can be a repository's name; the Hub's client checks the rest.
+#: Syntax of a repository name; the Hub client checks the rest.
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
-#: Branches, tags and commits. The client makes paths in its cache of them.
+#: Branches, tags and commits. The client uses them as paths in its cache.
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
-#: Implementations of attention that are part of torch and transformers; others may be fetched from the Hub and run.
+#: Attention implementations of torch and transformers; others may be code fetched from the Hub.
 _ATTENTION = ("eager", "sdpa", "flex_attention")
 _WAY_OUT = "put the model into the configuration file of `splitlearn serve`"
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRules:
-    """What requests may load besides the models of the configuration file."""
+    """What requests may load in addition to the models of the configuration file."""
 
-    #: Folders; what lies in them may be named.
+    #: Folders whose contents may be loaded.
     model_roots: tuple[str, ...] = ()
-    #: Whether a repository on the Hub may be named.
+    #: Whether repositories on the Hub may be loaded.
     hub: bool = True
-    #: Sent to the Hub; True for the one that the server's user has, False for none.
+    #: The token for the Hub; True for that of the server's user, False for none.
     token: str | bool = field(default=False, repr=False)
-    #: Values of the file's own models, which may be named as they stand there.
+    #: Values of the models in the file, which requests may repeat.
     paths: frozenset[str | None] = frozenset()
     architectures: frozenset[str | None] = frozenset()
     attention: frozenset[str | None] = frozenset()
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], models: Iterable[ModelConfig] = ()) -> RequestRules:
-        """Make them of the table ``http`` and the models of a configuration file.
+        """Create the rules from the table ``http`` and the models of a configuration file.
 
         Raises:
-            ConfigurationError: Settings that do not exist or cannot be kept; all are listed.
+            ConfigurationError: Unknown settings or invalid values; all are listed.
         """
         problems = request_problems(settings)
         if problems:
@@ -67,16 +67,16 @@ class RequestRules:
         )
 
     def refusals(self, given: Mapping[str, Any]) -> list[str]:
-        """Return what is wrong with the fields of a request, as far as they alone tell."""
+        """Return the reasons to refuse a request, without access to files."""
         return list(self._refusals(given))
 
     def permitted(self, config: ModelConfig) -> ModelConfig:
-        """Return what is loaded where a configuration is asked for: its path as it really is, and the token.
+        """Return the configuration to load for a request: with the real path, and with the token.
 
-        Looks at files, so it is not for the event loop's thread.
+        Accesses files, so it must not run in the event loop's thread.
 
         Raises:
-            ConfigurationError: The path is none that a request may name.
+            ConfigurationError: A request must not load this path.
         """
         token = False if config.token is False else self.token
         return dataclasses.replace(config, model_path=self._source(config), token=token)
@@ -113,7 +113,7 @@ class RequestRules:
                     "this is not done over HTTP:\n  model_path: repositories on the Hub (http.hub is false)",
                     hint=_WAY_OUT,
                 )
-            # Without the mark, a folder of this name in the working directory would win.
+            # Without the prefix, a folder of this name in the working directory would take precedence.
             return HUB + name
         if local is None:
             raise _refused_path("it lies in none of the folders that the configuration file names")
@@ -122,30 +122,30 @@ class RequestRules:
         return local
 
     def _inside(self, path: str) -> str | None:
-        """Return the real path of what lies in a root; None for all else, which is not looked at."""
-        asked = _absolute(path)
+        """Return the real path if it is inside a root; None for any other path, which is not accessed."""
+        requested = _absolute(path)
         roots = [_absolute(root) for root in self.model_roots]
-        real = {os.path.realpath(root) for root in roots}
-        if not _lies_in(asked, {*roots, *real}):
+        real_roots = {os.path.realpath(root) for root in roots}
+        if not _lies_in(requested, {*roots, *real_roots}):
             return None
-        found = os.path.realpath(asked)
-        return found if _lies_in(found, real) else None
+        real = os.path.realpath(requested)
+        return real if _lies_in(real, real_roots) else None
 
     def _refuse_links(self, path: Path) -> None:
-        """Refuse a checkpoint of which files are links to somewhere else: errors quote what they hold."""
+        """Refuse a checkpoint with links to outside the roots: error messages quote file contents."""
         try:
             folder = path if path.is_dir() else path.parent
             links = [entry for entry in folder.iterdir() if entry.is_symlink()] if path.exists() else []
         except OSError:
-            return  # the load says why it cannot be read
-        # Beside a weight file that was named, the small ones are read.
+            return  # The load reports why it cannot be read.
+        # Next to a weight file, only the JSON files are read.
         read = [link for link in links if folder == path or link.suffix == ".json"]
         if any(self._inside(str(link)) is None for link in read):
             raise _refused_path("one of its files is a link to outside the folders that the configuration file names")
 
 
 def request_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the table ``http`` of a configuration file."""
+    """Return the problems of the table ``http`` of a configuration file."""
     problems = [unknown_name(name, _SETTINGS, "setting") for name in settings if name not in _SETTINGS]
     roots = settings.get("model_roots") or []
     if not isinstance(roots, list | tuple) or not all(isinstance(root, str) and root for root in roots):
@@ -157,8 +157,8 @@ def request_problems(settings: Mapping[str, Any]) -> list[str]:
     if not isinstance(settings.get("hub", True), bool):
         problems.append(f"hub: {show(settings['hub'])} is neither true nor false")
     if "token" in settings:
-        _, wrong = examine({"token": settings["token"]})
-        problems += [problem for problem in wrong if problem.startswith("token:")]
+        _, model_problems = examine({"token": settings["token"]})
+        problems += [problem for problem in model_problems if problem.startswith("token:")]
     return problems
 
 
@@ -170,15 +170,15 @@ def _refused_path(why: str) -> ConfigurationError:
 
 
 def _absolute(path: str) -> str:
-    """Return an absolute path without ``..``, by its text alone: what it names is not looked at."""
+    """Return an absolute path without ``..``, computed from the text alone, without access to files."""
     if path == "~" or path.startswith("~/"):
-        # Of nobody else: whether there is such a user is no request's business.
+        # Not ~user: a request must not reveal which users exist.
         path = os.path.expanduser(path)  # noqa: PTH111  # raises nothing
-    return os.path.abspath(path)  # noqa: PTH100  # Path.resolve looks
+    return os.path.abspath(path)  # noqa: PTH100  # Path.resolve accesses files
 
 
 def _exists(path: str) -> bool:
-    return os.path.exists(path)  # noqa: PTH110  # raises nothing, not even of names that are too long
+    return os.path.exists(path)  # noqa: PTH110  # raises nothing, not even for names that are too long
 
 
 def _lies_in(path: str, roots: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""``splitlearn ps``: what a running ``splitlearn serve`` has."""
+"""``splitlearn ps``: the models of a running ``splitlearn serve``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from splitlearn_core.cli import json_option, print_json, table, usage_errors
 from splitlearn_core.extension import human_bytes, reason
 
 _TIMEOUT = 10.0
-#: Thousands of models; more is not a server of ours.
+#: Enough for thousands of models.
 _ANSWER_LIMIT = 32 * 2**20
 _COLUMNS = ("model", "status", "stage", "progress", "memory", "leases", "expires", "error")
 _ERROR_WIDTH = 60
@@ -42,14 +42,14 @@ def command(url: str, as_json: bool) -> None:
 
 
 def fetch_overview(url: str) -> dict[str, Any]:
-    """Ask a running server for everything it has.
+    """Fetch the models and statistics of a running server.
 
     Raises:
-        ConfigurationError: The URL is none that can be asked.
-        SplitLearnError: Nothing answers there, or nothing of ours.
+        ConfigurationError: The URL is invalid.
+        SplitLearnError: Nothing answers there, or not a ``splitlearn serve``.
     """
     address = _address(url)
-    # No proxy: it would be asked for its own loopback. No redirect: we were told where to ask.
+    # No proxy for loopback, which would be the proxy's own. No redirects: the URL is explicit.
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.HTTPHandler(),
@@ -67,19 +67,19 @@ def fetch_overview(url: str) -> dict[str, Any]:
         if not isinstance(overview, dict) or not isinstance(overview["models"], list):
             raise TypeError("no list of models")
     except urllib.error.HTTPError as error:
-        raise _stranger(address, _said(error)) from error
+        raise _foreign_server(address, _refusal(error)) from error
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise SplitLearnError(
             f"nothing answers at {address}: {reason}", hint="is `splitlearn serve` running, and at this --url?"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _stranger(address, "its answer is none of ours") from error
+        raise _foreign_server(address, "its answer is not a list of models") from error
     return overview
 
 
 def render_overview(overview: Mapping[str, Any]) -> str:
-    """Draw the table for people."""
+    """Render the overview as a table."""
     now = overview.get("now", time.time())
     models = [*overview["models"], *overview.get("not_loaded", ())]
     if not models:
@@ -87,9 +87,9 @@ def render_overview(overview: Mapping[str, Any]) -> str:
     rows = [_row(model, now) for model in sorted(models, key=lambda model: str(model["model_id"]))]
     lines = [table(_COLUMNS, rows)]
     for model in models:
-        why = model.get("waiting_for")
-        if why:
-            lines.append(f"{_plain(model['model_id'])}: {_plain(why)}")
+        awaited = model.get("waiting_for")
+        if awaited:
+            lines.append(f"{_plain(model['model_id'])}: {_plain(awaited)}")
     return "\n".join(lines)
 
 
@@ -130,9 +130,9 @@ def _expires(model: Mapping[str, Any], now: float) -> str:
 
 
 def _plain(text: object) -> str:
-    """Escape what would move the cursor or break the table: ids and errors are foreign text."""
+    """Escape control characters and line breaks: ids and errors are foreign text."""
     line = " ".join(str(text).split())
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def _shortened(text: str) -> str:
@@ -144,9 +144,11 @@ def _address(url: str) -> str:
         parts = urlsplit(url)
         parts.port  # noqa: B018  # reading it is what checks it
     except ValueError as error:
-        raise ConfigurationError(f"{url!r} is no URL: {reason(error)}", hint="http://127.0.0.1:8710, say") from error
+        raise ConfigurationError(
+            f"{url!r} is not a URL: {reason(error)}", hint="for example http://127.0.0.1:8710"
+        ) from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigurationError(f"{url!r} is no http or https URL", hint="http://127.0.0.1:8710, say")
+        raise ConfigurationError(f"{url!r} is not an http or https URL", hint="for example http://127.0.0.1:8710")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
@@ -155,8 +157,8 @@ def _is_loopback(address: str) -> bool:
     return host in {"localhost", "::1"} or host.startswith("127.")
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """Return what one of our servers says of why it refuses, or the status alone."""
+def _refusal(error: urllib.error.HTTPError) -> str:
+    """Return status and message of a refusal, or the status and its reason phrase."""
     try:
         message = json.loads(error.read(_ANSWER_LIMIT))["error"]["message"]
     except (ValueError, KeyError, TypeError, OSError, HTTPException):
@@ -164,7 +166,7 @@ def _said(error: urllib.error.HTTPError) -> str:
     return f"{error.code} {_plain(message)[:300]}"
 
 
-def _stranger(address: str, what: str) -> SplitLearnError:
+def _foreign_server(address: str, evidence: str) -> SplitLearnError:
     return SplitLearnError(
-        f"what answers at {address} is no `splitlearn serve`: {what}", hint="give its address with --url"
+        f"the server at {address} is not a `splitlearn serve`: {evidence}", hint="give its address with --url"
     )

@@ -1,4 +1,4 @@
-"""Serving: from a configuration file to a process that answers until it is told to end."""
+"""Run a server: from a configuration file to a process that answers until a signal ends it."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to serve, and for whom."""
+    """The address to serve at, and the names of the server."""
 
     host: str = "127.0.0.1"
     #: 0 for any free one.
     port: int = 8710
-    #: Host headers that name this server, beside addresses and the names of loopback.
+    #: Host headers that name this server, in addition to addresses and the names of loopback.
     names: tuple[str, ...] = ()
 
     @property
     def is_loopback(self) -> bool:
-        """Say whether only this machine can reach it."""
+        """Whether only this machine can reach it."""
         return all(ipaddress.ip_address(sockaddr[0]).is_loopback for _, sockaddr in _resolve(self.host, self.port))
 
 
 def run_server(config_file: str | os.PathLike[str], address: Address, announce: Callable[[str], None]) -> None:
     """Serve the models of a configuration file until SIGINT or SIGTERM; a second one ends at once.
 
-    Everything that can be wrong is looked at before anything takes long. torch, transformers and
-    the needed architectures are imported before the event loop starts, so that no load stalls it.
+    Everything is validated before the slow steps. torch, transformers and the needed architectures are
+    imported before the event loop starts, so that no load blocks it.
 
     Args:
-        config_file: The models, and what the manager is made with.
-        address: Where to serve.
-        announce: Told the URL, once it answers.
+        config_file: The models, and the settings of the manager.
+        address: The address to serve at.
+        announce: Called with the URL once the server answers.
 
     Raises:
-        ConfigurationError: The file, or the address.
+        ConfigurationError: The file or the address is invalid.
         MissingFileError: There is no such file.
     """
     configuration = read_config_file(config_file, setting_problems, request_problems)
@@ -76,25 +76,25 @@ def run_server(config_file: str | os.PathLike[str], address: Address, announce: 
 
 @contextlib.contextmanager
 def listening(address: Address) -> Iterator[socket.socket]:
-    """Listen at an address, so that a second process finds it taken at once.
+    """Listen at an address, so that a second process fails at once.
 
     Raises:
-        ConfigurationError: The address is taken, or not this machine's.
+        ConfigurationError: The address is in use, or not one of this machine.
     """
     family, sockaddr = _resolve(address.host, address.port)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # What still lingers from a process that has ended is no reason to wait; one that listens is.
+        # Connections in TIME_WAIT of an ended process do not block the address; a listening process does.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(sockaddr)
             listener.listen(128)
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
+            in_use = error.errno == errno.EADDRINUSE
             raise ConfigurationError(
                 f"cannot listen at {_url(address.host, address.port)}: {os.strerror(error.errno or 0)}",
                 hint="another process serves there (`splitlearn ps` shows what); end it, or choose another --port"
-                if taken
+                if in_use
                 else "choose an address of this machine and a port that you may use",
             ) from error
         yield listener
@@ -114,7 +114,7 @@ async def _serve(
         control, lag, pool = Control(manager, models, rules), LoopLag(), Pool()
         server = Server(uvicorn_config(build_app(control, _hosts(address), lag, lambda: pool.is_full)), pool)
         with _stopping(control.closing):
-            # Before anybody can ask, so that no probe sees the moment at which nothing was wanted yet.
+            # Before the server accepts, so that no probe sees a manager without required models.
             control.load_configured()
             serving = asyncio.create_task(server.serve(sockets=[listener]), name="serve")
             measuring = asyncio.create_task(lag.run(), name="measure the loop's lag")
@@ -125,7 +125,7 @@ async def _serve(
                 log.info("Closing: no new work is taken, and what is loading is cancelled")
             finally:
                 control.closing.set()
-                # Whoever watches sees how the models go; then the connections do.
+                # Event streams show the models being unloaded before the connections end.
                 await manager.close()
                 await control.end()
                 server.should_exit = True
@@ -135,7 +135,7 @@ async def _serve(
 
 
 async def _until(event: asyncio.Event, serving: asyncio.Task[None]) -> None:
-    """Wait for an event; raises what ended the server instead."""
+    """Wait for an event; raises the server's error if it ends first."""
     waiting = asyncio.create_task(event.wait())
     try:
         await asyncio.wait({waiting, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -147,7 +147,7 @@ async def _until(event: asyncio.Event, serving: asyncio.Task[None]) -> None:
 
 
 def _hosts(address: Address) -> HostRule:
-    """Say which Host headers are ours."""
+    """Return the rule for the Host headers that name this server."""
     if address.is_loopback:
         return HostRule.of([address.host, *address.names])
     names = [address.host, *address.names, socket.gethostname(), socket.getfqdn()]
@@ -160,7 +160,7 @@ def _stopping(stop: asyncio.Event) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def first(number: signal.Signals) -> None:
-        # Before a word is said of it: who reads that may send the second one at once.
+        # Before the log line: its reader may send the second signal at once.
         for each in ENDING:
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
@@ -176,63 +176,54 @@ def _stopping(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _draw_no_bars() -> None:
-    """Keep the bars of several loads at once out of the log; the page shows how far they are."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-
-
 def setting_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the table ``manager`` of a configuration file."""
+    """Return the problems of the table ``manager`` of a configuration file."""
     known = sorted(_settings())
     problems = [unknown_name(name, known, "setting") for name in settings if name not in known]
     required = settings.get("required") or []
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        problems.append(f"required: {show(required)} is no list of model ids")
-    # Written as for a model, so that nobody has to know that one takes "30m" and the other does not.
-    _, wrong = examine({"keep_alive": settings.get("keep_alive")})
-    problems += [problem for problem in wrong if problem.startswith("keep_alive:")]
+        problems.append(f"required: {show(required)} is not a list of model ids")
+    # Parsed as for a model, so that both accept "30m".
+    _, model_problems = examine({"keep_alive": settings.get("keep_alive")})
+    problems += [problem for problem in model_problems if problem.startswith("keep_alive:")]
     others = {name: value for name, value in settings.items() if name not in ("keep_alive", "required")}
     return problems + limit_problems(others)
 
 
 def _settings() -> set[str]:
-    """Return the arguments of a manager that a file can hold: some take objects."""
+    """Return the arguments of a manager that a file can hold, without those that take objects."""
     return set(AsyncModelManager.__init__.__kwdefaults__ or {}) - {"loader", "resources", "clock"}
 
 
 def make_manager(configuration: ConfigFile) -> AsyncModelManager:
-    """Make the manager that a file describes; it does nothing before its event loop runs.
+    """Create the manager that a file describes; it does nothing before its event loop runs.
 
     Raises:
-        ConfigurationError: A setting that does not exist, or a value that it does not take; all are listed.
+        ConfigurationError: Unknown settings or invalid values; all are listed.
     """
-    given = dict(configuration.manager)
-    problems = setting_problems(given)
+    settings = dict(configuration.manager)
+    problems = setting_problems(settings)
     if problems:
         raise ConfigurationError(
             "the settings of manager cannot be kept:\n  " + "\n  ".join(problems),
             hint="each is documented in splitlearn_core.AsyncModelManager",
         )
-    # A required model that cannot even begin to load must be missed, too.
+    # Health must also miss a required model whose load is refused before it begins.
     required = (config.model_id for config in configuration.models if config.required)
-    given["required"] = [*(given.get("required") or []), *required]
-    plain, _ = examine({"keep_alive": given.get("keep_alive")})
-    given["keep_alive"] = None if plain["keep_alive"] == math.inf else plain["keep_alive"]
-    return AsyncModelManager(**given)
+    settings["required"] = [*(settings.get("required") or []), *required]
+    parsed, _ = examine({"keep_alive": settings.get("keep_alive")})
+    settings["keep_alive"] = None if parsed["keep_alive"] == math.inf else parsed["keep_alive"]
+    return AsyncModelManager(**settings)
 
 
 def _resolve(host: str, port: int) -> Sequence[tuple[socket.AddressFamily, Any]]:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ConfigurationError(
-            f"{host!r} is no address of this machine: {error}", hint="use 127.0.0.1 for this machine alone"
+            f"{host!r} is not an address of this machine: {error}", hint="use 127.0.0.1 for this machine alone"
         ) from error
-    return [(family, sockaddr) for family, _, _, _, sockaddr in found]
+    return [(family, sockaddr) for family, _, _, _, sockaddr in infos]
 
 
 def _url(host: str, port: int) -> str:

@@ -43,7 +43,7 @@ def command(config_file: Path, host: str, port: int, allow_remote: bool, names: 
 
 
 def _serve(config_file: Path, host: str, port: int, allow_remote: bool, names: tuple[str, ...]) -> None:
-    # It takes a second to import, in which a signal may come.
+    # The import takes a second, in which a signal may arrive.
     from splitlearn_serve.run import Address, run_server
 
     address = Address(host, port, names)
@@ -57,7 +57,7 @@ def _serve(config_file: Path, host: str, port: int, allow_remote: bool, names: t
 
 
 def _log_to_stderr() -> None:
-    """Show what the manager says: a line for each change of a model's status."""
+    """Log a line for each change of a model's status."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     for package in ("splitlearn_core", "splitlearn_serve"):
         logging.getLogger(package).setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a server starts: it has nothing yet that would have to be ended in order."""
+"""SIGINT and SIGTERM while a server starts, when there is nothing to shut down yet."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-#: What ends a server.
+#: The signals that end a server.
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def exit_at_once() -> Iterator[None]:
-    """Let a signal end the process with exit code 0, until the event loop takes the signals over.
+    """End the process with exit code 0 on a signal, until the event loop handles the signals.
 
-    An exception would not do: imports run code that swallows it, and finalizers that only print it.
+    An exception is not enough: imports run code that swallows it, and finalizers that only print it.
     """
     before = {number: signal.signal(number, _exit) for number in ENDING}
     try:
@@ -27,6 +27,6 @@ def exit_at_once() -> Iterator[None]:
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
-    # Not through sys.stderr, which may be in the middle of writing.
+    # Not through sys.stderr, which is not reentrant.
     os.write(2, f"Ended by {signal.Signals(number).name} before anything was served\n".encode())
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The checks that every family passes, as one pytest class.
+"""The checks that every family must pass, as one pytest class.
 
 A plugin's whole test file is::
 
@@ -35,9 +35,9 @@ class FamilyConformance(
 ):
     """Subclass it, name the model type, and every method is a test.
 
-    What may be said beside ``model_type``, all of it optional: ``config`` (values that a tiny model
-    of this type needs, or a whole ``config.json``), ``variants`` (further ones, beside tied and
-    untied), ``legacy_tensors``, ``expected_failures``, ``attention``, ``dtypes``, ``distribution``.
+    Optional attributes are ``config`` (values that a tiny model of this type needs, or a whole
+    ``config.json``), ``variants`` (in addition to tied and untied), ``legacy_tensors``,
+    ``expected_failures``, ``attention``, ``dtypes`` and ``distribution``.
 
     ::
 

@@ -1,4 +1,4 @@
-"""What the unsplit model is made of, found out by running it: what a family should say."""
+"""The structure of the unsplit model, found by running it: what a family should declare."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _TOKENS = 5
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Names of modules; those inside the base are relative to it. Empty where there is no such module."""
+    """Names of modules; those inside the base are relative to it. Empty if there is no such module."""
 
     base: str
     embedding: str
     head: str
     #: Lists of as many modules as the model has layers.
     layers: tuple[str, ...]
-    #: Modules whose output is what the base returns, the last one first: the final norm.
+    #: Modules whose output the base returns, the last one first: the final norm.
     norms: tuple[str, ...]
-    #: Modules that run before the first layer on something else than the state, with an output of its width.
+    #: Modules before the first layer with another input than the hidden states, and an output of their width.
     added: tuple[str, ...]
-    #: Modules that the state passes through before the first layer.
+    #: Modules before the first layer that take the hidden states.
     passed: tuple[str, ...]
 
 
@@ -69,8 +69,8 @@ def _calls(model: Any, base: Any, lists: list[str]) -> tuple[list[_Call], list[_
 
     def recorder(name: str) -> Callable[..., None]:
         def record(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            given = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
-            calls.append(_Call(name, any(_has_width(given, width) for width in widths), output))
+            first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+            calls.append(_Call(name, any(_has_width(first, width) for width in widths), output))
 
         return record
 

@@ -1,4 +1,4 @@
-"""What an author says about a family under test, and how the checks are spread over it."""
+"""The attributes of a conformance test class, and the parametrization of its checks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from splitlearn_core.testing.conformance.subject import Cut, Subject, chosen_cut
 
 _Class = TypeVar("_Class", bound=type)
 TIE = "tie_word_embeddings"
-#: The variants that every family is tested in, where its model class has them.
+#: The variants that every family is tested in, if its model class has them.
 TIES: Mapping[str, Mapping[str, Any]] = {"tied": {TIE: True}, "untied": {TIE: False}}
 
 
 def explained(checks: _Class) -> _Class:
-    """Let every check of a class name the field to look at, whatever it fails with.
+    """Make every check of a class name the field to look at, for any error.
 
-    A check that is chosen to tell of a family that is of no use at all does that, and nothing else.
+    A check that was chosen to report a fatal problem of the family reports only that.
     """
     for name, function in list(vars(checks).items()):
         if name.startswith("test_"):
@@ -45,12 +45,12 @@ def _explained(check: Callable[..., None]) -> Callable[..., None]:
         if self._flaw is not None:
             raise ConformanceError(self._flaw.message, self._flaw.suspects)
         try:
-            # A test run may begin in any state.
+            # The test run may have changed the state of torch.
             with own_state(gradients=True):
                 check(self, **fixtures)
         except AssertionError:
             raise
-        # Whatever the family under test makes core, transformers or torch raise.
+        # The family under test may cause any exception of core, transformers or torch.
         except Exception as error:
             subject = fixtures.get("subject")
             values = {**self.config, **(subject.overrides if isinstance(subject, Subject) else {})}
@@ -62,81 +62,81 @@ def _explained(check: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Over what the checks of one class are spread."""
+    """The parameters of the checks of one class."""
 
     variants: tuple[str, ...]
-    #: Names of :data:`TIES` that the model class does not have -> why.
+    #: Names of :data:`TIES` that the model class does not have -> the reason.
     without: Mapping[str, str]
     attention: tuple[str, ...]
-    #: Attention implementations that transformers refuses for the model class -> how.
+    #: Attention implementations that transformers refuses for the model class -> its message.
     refused: Mapping[str, str]
     cuts: tuple[Cut, ...]
-    #: What makes the family of no use at all, so that one point of each axis is enough.
+    #: A fatal problem of the family; one value of each parameter is enough then.
     flaw: Flaw | None = None
 
 
 class Checks:
-    """What an author may say; the checks themselves are in the classes that derive from this one."""
+    """The attributes that an author sets; the checks are in subclasses."""
 
     #: The model type under test.
     model_type: ClassVar[str]
-    #: The distribution of the plugin, where several claim the model type.
+    #: The distribution of the plugin, if several claim the model type.
     distribution: ClassVar[str] = ""
     #: Values of the configuration, by the names of its Hugging Face class. They are added to ordinary
-    #: tiny sizes; or, with a ``model_type`` among them, they are a whole ``config.json``.
+    #: tiny sizes; with a ``model_type``, they are a whole ``config.json``.
     config: ClassVar[Mapping[str, Any]] = {}
-    #: Further variants beside tied and untied: name -> values of the configuration that differ.
+    #: Variants in addition to tied and untied: name -> values of the configuration that differ.
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    #: Attention implementations to compare under; what transformers refuses for this model is skipped.
+    #: Attention implementations to compare with; those that transformers refuses for this model are skipped.
     attention: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
     #: dtypes to compare in.
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     #: Tensors of old checkpoints that must be left out: name relative to the base -> shape.
     legacy_tensors: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    #: Checks that do not hold, each with the reason: ``{"test_generate": "..."}``, or only where all
-    #: words in brackets are among a test's parameters: ``{"test_generate[bfloat16, sdpa]": "..."}``.
-    #: Such a check must fail; one that passes after all is a failure.
+    #: Checks that fail, each with the reason: ``{"test_generate": "..."}``, or only with all the
+    #: parameters in brackets: ``{"test_generate[bfloat16, sdpa]": "..."}``.
+    #: Such a check must fail; if it passes, that is a failure.
     expected_failures: ClassVar[Mapping[str, str]] = {}
     #: One dtype, one attention implementation and one cut, for a first look.
     quick: ClassVar[bool] = False
-    #: What a check is to tell in place of its own subject.
+    #: The fatal problem that a check reports instead of its own subject.
     _flaw: Flaw | None = None
 
     @classmethod
     def all_variants(cls) -> dict[str, Mapping[str, Any]]:
-        """Return the variants: tied and untied unless the author's say so themselves, then the author's."""
-        said = [values[TIE] for values in cls.variants.values() if TIE in values]
-        ties = {name: values for name, values in TIES.items() if values[TIE] not in said}
+        """Return the variants: tied and untied unless the author's include them, then the author's."""
+        declared = [values[TIE] for values in cls.variants.values() if TIE in values]
+        ties = {name: values for name, values in TIES.items() if values[TIE] not in declared}
         return {**ties, **cls.variants}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Spread the checks over variants, dtypes, attention implementations and cuts."""
+        """Parametrize the checks with variants, dtypes, attention implementations and cuts."""
         cls = type(self)
-        found = axes(cls)
-        one = slice(0, 1 if cls.quick or found.flaw else None)
-        spread: dict[str, tuple[Any, ...]] = {
-            "variant": found.variants[: 1 if found.flaw else None],
-            "dtype": cls.dtypes[one],
-            "attention": found.attention[one],
-            "cut": found.cuts[one],
+        available = axes(cls)
+        limit = slice(0, 1 if cls.quick or available.flaw else None)
+        parameters: dict[str, tuple[Any, ...]] = {
+            "variant": available.variants[: 1 if available.flaw else None],
+            "dtype": cls.dtypes[limit],
+            "attention": available.attention[limit],
+            "cut": available.cuts[limit],
             "tie": tuple(TIES),
             "implementation": cls.attention,
         }
-        for name, values in spread.items():
+        for name, values in parameters.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, values, ids=[*map(_spelled, values)])
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def only_this_plugin(cls) -> Iterator[None]:
-        """Keep the plugins that are installed beside this one out."""
+        """Hide all other installed plugins."""
         with alone(cls.model_type, cls.distribution):
             yield
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def one_thread(cls) -> Iterator[None]:
-        """Tiny tensors gain nothing from threads, which spin for each other on a busy machine."""
+        """Use one thread: tiny tensors gain nothing from more, which only spin on a busy machine."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield
@@ -144,9 +144,9 @@ class Checks:
 
     @pytest.fixture(autouse=True)
     def expected_to_fail(self, request: pytest.FixtureRequest) -> None:
-        """Mark the checks of which the author says that they fail, and why."""
-        name, spread = request.node.originalname, getattr(request.node, "callspec", None)
-        parameters = {_spelled(value) for value in spread.params.values()} if spread else set()
+        """Mark the checks that the author expects to fail, with the reason."""
+        name, callspec = request.node.originalname, getattr(request.node, "callspec", None)
+        parameters = {_spelled(value) for value in callspec.params.values()} if callspec else set()
         for entry, reason in self.expected_failures.items():
             check, _, words = entry.removesuffix("]").partition("[")
             if check == name and reason and parameters.issuperset(map(str.strip, filter(None, words.split(",")))):
@@ -154,15 +154,15 @@ class Checks:
 
     @pytest.fixture(autouse=True)
     def first_things_first(self, request: pytest.FixtureRequest) -> None:
-        """Of a family that is of no use at all let one check say why, and skip those that could but repeat it."""
+        """Let one check report a fatal problem, and skip those that would only repeat it."""
         flaw = axes(type(self)).flaw
-        teller = _teller(type(self), flaw, request.session.items) if flaw else None
-        if flaw is None or teller is None:
+        reporter = _reporter(type(self), flaw, request.session.items) if flaw else None
+        if flaw is None or reporter is None:
             return
-        if request.node is teller:
+        if request.node is reporter:
             self._flaw = flaw
         elif flaw.spoils.intersection(request.fixturenames):
-            pytest.skip(f"{teller.originalname} says why")
+            pytest.skip(f"{reporter.originalname} says why")
 
     @classmethod
     def checks(cls) -> dict[str, Callable[..., Any]]:
@@ -178,7 +178,7 @@ class Checks:
     @pytest.fixture(scope="class")
     @classmethod
     def subjects(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
-        """Hold the models that are compared, by variant; none is made yet."""
+        """Return the models under test by variant; they are created on first use."""
         folder = tmp_path_factory.mktemp("subjects")
         variants = enumerate(cls.all_variants().items())
         return {
@@ -188,23 +188,23 @@ class Checks:
 
     @pytest.fixture
     def subject(self, subjects: dict[str, Subject], variant: str) -> Subject:
-        """Return the models of the variant."""
+        """Return the model of the variant."""
         return subjects[variant]
 
 
-def _teller(cls: type[Checks], flaw: Flaw, items: Sequence[Any]) -> Any:
-    """Return the test that tells of a flaw: of those that are run the one whose subject it is, or the first it spoils.
+def _reporter(cls: type[Checks], flaw: Flaw, items: Sequence[Any]) -> Any:
+    """Return the test that reports a flaw: its own reporter if that is run, or else the first spoilt one.
 
-    None where there is none, or where the author says that it fails: then every check speaks for itself.
+    None if there is none, or if the author expects it to fail: then every check fails on its own.
     """
-    if flaw.telling in {entry.partition("[")[0] for entry in cls.expected_failures}:
+    if flaw.reporter in {entry.partition("[")[0] for entry in cls.expected_failures}:
         return None
     checks = cls.checks()
     own = [item for item in items if getattr(item, "cls", None) is cls]
-    # An override tells of nothing.
-    may = [item for item in own if checks.get(item.originalname, cls) is getattr(cls, item.originalname, None)]
-    spoilt = [item for item in may if flaw.spoils.intersection(item.fixturenames)]
-    return next(iter([item for item in may if item.originalname == flaw.telling] + spoilt), None)
+    # An overridden check cannot report.
+    candidates = [item for item in own if checks.get(item.originalname, cls) is getattr(cls, item.originalname, None)]
+    spoilt = [item for item in candidates if flaw.spoils.intersection(item.fixturenames)]
+    return next(iter([item for item in candidates if item.originalname == flaw.reporter] + spoilt), None)
 
 
 def _spelled(value: Any) -> str:
@@ -212,17 +212,17 @@ def _spelled(value: Any) -> str:
 
 
 def axes(cls: type[Checks]) -> Axes:
-    """Ask the model class what it bears, once; of a family that cannot be asked, try everything."""
-    if cls not in _asked:
+    """Return the parameters that the model class allows, cached; all of them for a broken family."""
+    if cls not in _axes:
         with alone(cls.model_type, cls.distribution), own_state(gradients=False):
-            _asked[cls] = _ask(cls)
-    return _asked[cls]
+            _axes[cls] = _find_axes(cls)
+    return _axes[cls]
 
 
-_asked: weakref.WeakKeyDictionary[type[Checks], Axes] = weakref.WeakKeyDictionary()
+_axes: weakref.WeakKeyDictionary[type[Checks], Axes] = weakref.WeakKeyDictionary()
 
 
-def _ask(cls: type[Checks]) -> Axes:
+def _find_axes(cls: type[Checks]) -> Axes:
     variants = cls.all_variants()
     everything = Axes(tuple(variants), {}, cls.attention, {}, ((1, 5), (2, 3), (3, 5)))
     try:
@@ -230,18 +230,18 @@ def _ask(cls: type[Checks]) -> Axes:
         if flaw is not None:
             return replace(everything, flaw=flaw)
         family = registry().family(cls.model_type)
-        without = {name: why for name in TIES if name in variants and (why := _why_not(cls, family, name))}
-        refused = {name: why for name in cls.attention if (why := _refusal(cls, family, name))}
+        without = {name: reason for name in TIES if name in variants and (reason := _tie_refusal(cls, family, name))}
+        refused = {name: reason for name in cls.attention if (reason := _attention_refusal(cls, family, name))}
         cuts = chosen_cuts(family, configure(family, cls.config, {}))
-    # Nothing may be raised while tests are collected; the checks meet the same error and explain it.
+    # Nothing may be raised while tests are collected; the checks raise the same error and explain it.
     except Exception:  # noqa: BLE001
         return everything
-    there = tuple(name for name in variants if name not in without)
-    return Axes(there, without, tuple(name for name in cls.attention if name not in refused), refused, cuts)
+    available = tuple(name for name in variants if name not in without)
+    return Axes(available, without, tuple(name for name in cls.attention if name not in refused), refused, cuts)
 
 
-def _why_not(cls: type[Checks], family: ModelFamily, variant: str) -> str:
-    """Say why a model class cannot be tied, or not be untied; nothing where it can."""
+def _tie_refusal(cls: type[Checks], family: ModelFamily, variant: str) -> str:
+    """Return why a model class cannot be tied, or untied; empty if it can."""
     wanted = TIES[variant][TIE]
     hf_class: Any = architecture_class(family)
     with torch.device("meta"):
@@ -252,8 +252,8 @@ def _why_not(cls: type[Checks], family: ModelFamily, variant: str) -> str:
     return f"{hf_class.__name__} with {TIE}={wanted} still has head and embedding {'apart' if wanted else 'as one'}"
 
 
-def _refusal(cls: type[Checks], family: ModelFamily, attention: str) -> str:
-    """Say how transformers refuses an attention implementation for a model class; nothing where it does not."""
+def _attention_refusal(cls: type[Checks], family: ModelFamily, attention: str) -> str:
+    """Return how transformers refuses an attention implementation for a model class; empty if it does not."""
     hf_class: Any = architecture_class(family)
     config = configure(family, cls.config, {})
     config._attn_implementation = attention  # noqa: SLF001  # the name from_pretrained uses
@@ -261,6 +261,6 @@ def _refusal(cls: type[Checks], family: ModelFamily, attention: str) -> str:
         with torch.device("meta"):
             hf_class(config)
     except (ImportError, ValueError) as error:
-        # Its first sentence; transformers goes on with advice for other cases.
+        # The first sentence; the others are advice for other cases.
         return f"transformers: {str(error).partition('. ')[0]}"
     return ""

@@ -1,4 +1,4 @@
-"""What models are fed in the checks, and how they are run."""
+"""Inputs of the models in the checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 #: A batch of one, and a batch of two whose first row is padded on the left.
 PADDINGS = (None, 3)
 PROMPT_TOKENS = 7
-#: Token ids lie below; special ones lie under 3.
+#: Token ids are below; special tokens are below 3.
 _VOCABULARY = 100
 
 
@@ -39,5 +39,5 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def labels_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return labels that leave the padding out."""
+    """Return labels ``[rows, columns]`` that ignore the padding."""
     return inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

@@ -1,4 +1,4 @@
-"""What the family says is what the Hugging Face model is."""
+"""Checks of the fields of a family against the Hugging Face model."""
 
 from __future__ import annotations
 
@@ -68,23 +68,23 @@ class Description(Checks):
         if tie in without:
             pytest.skip(without[tie])
         wanted = TIES[tie][TIE]
-        found = [name for name, values in self.all_variants().items() if values.get(TIE) == wanted]
-        wrong = [name for name in found if subjects[name].tied != wanted]
+        named = [name for name, values in self.all_variants().items() if values.get(TIE) == wanted]
+        wrong = [name for name in named if subjects[name].tied != wanted]
         expect(
-            found and not wrong,
-            f"variants that are to be {tie}: {', '.join(found) or 'none'}; that are not: {', '.join(wrong) or 'none'}",
+            named and not wrong,
+            f"variants that are to be {tie}: {', '.join(named) or 'none'}; that are not: {', '.join(wrong) or 'none'}",
             Suspect("variants", f"say {TIE} where the model class does what it says"),
         )
 
     def test_attention_is_there(self, implementation: str, subjects: Mapping[str, Subject]) -> None:
-        """Components use the attention implementation that they are told; one that transformers refuses is skipped."""
-        found = axes(type(self))
-        if implementation in found.refused:
-            pytest.skip(found.refused[implementation])
-        subject = subjects[found.variants[0]]
+        """Components use the requested attention implementation; one that transformers refuses is skipped."""
+        available = axes(type(self))
+        if implementation in available.refused:
+            pytest.skip(available.refused[implementation])
+        subject = subjects[available.variants[0]]
         split = subject.split(subject.middle, attention=implementation)
         used = {part.config._attn_implementation for part in split.components}  # noqa: SLF001  # the name of its choice
-        expect(used == {implementation}, f"{implementation} was asked for, and {', '.join(sorted(used))} is used")
+        expect(used == {implementation}, f"{implementation} was requested, and {', '.join(sorted(used))} is used")
 
     def test_ties(self, subject: Subject) -> None:
         """A tied head is the embedding, one parameter between a bottom and a top of one call; no other head is."""

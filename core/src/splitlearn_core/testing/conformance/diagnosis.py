@@ -1,4 +1,4 @@
-"""From a failure to the field of the family that is to blame."""
+"""Diagnose failures: find the field of the family that causes them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from splitlearn_core.testing.conformance.findings import Suspect
 from splitlearn_core.testing.conformance.subject import configure
 from splitlearn_core.testing.worlds import random_model
 
-#: The values of ``config.json`` that core asks a family for.
+#: The values of ``config.json`` that core reads through a family.
 COMMON = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"
 )  # fmt: skip
-#: The one of them that says which tensors there are; the others say how many layers, and how large the cache is.
+#: Of these, the one that decides which tensors there are; the others decide the layers and the size of the cache.
 READ_FOR_TIES = ("tie_word_embeddings",)
 _MAP_HOOK = "hook splitlearn_map_weight_keys"
 MAPPER = Suspect(_MAP_HOOK, "it must answer for every key, and name no module key twice")
-#: What a refusal of tensors says of each, and what may have made it so where nothing else is wrong.
+#: Words of a tensor mismatch, and its possible cause if nothing else is wrong.
 _MISFITS = {
     "unexpected: ": Suspect("ignored_suffixes", "tensors that no module wants are left out by the ends of their keys"),
     "missing: ": Suspect("renamed", "keys of old checkpoints, (old, new)"),
@@ -35,10 +35,10 @@ _MISFITS = {
 
 
 def explain(error: Exception, family: ModelFamily, values: Mapping[str, Any]) -> tuple[Suspect, ...]:
-    """Say where the cause of an exception lies, as far as something of the family is evidence for it.
+    """Return the fields that may have caused an exception, with the evidence.
 
     Args:
-        error: What core, transformers or torch raised.
+        error: The exception of core, transformers or torch.
         family: The family under test.
         values: The values of the configuration that the model was made of.
     """
@@ -48,7 +48,7 @@ def explain(error: Exception, family: ModelFamily, values: Mapping[str, Any]) ->
         hf_class: Any = architecture_class(family)
         model = random_model(hf_class, configure(family, values, {}))
         return tuple(_explained(error, family, model))
-    # A model that cannot be made or run is another matter, and told as that.
+    # Another check reports a model that cannot be created or run.
     except Exception:  # noqa: BLE001
         return ()
 
@@ -64,29 +64,30 @@ def _explained(error: Exception, family: ModelFamily, model: Any) -> list[Suspec
         return list(misread(family, model.config, named))
     if not isinstance(error, TensorMismatchError):
         return list(misnamed(family, model))
-    # What is named wrongly is placed wrongly, too.
-    found = [*misnamed(family, model), *misread(family, model.config, READ_FOR_TIES)]
-    found = found or [suspect for problem, suspect in misplaced(family, model) if _shares_a_name(problem, str(error))]
-    return found or [suspect for words, suspect in _MISFITS.items() if words in str(error)]
-
-
-def _shares_a_name(problem: str, words: str) -> bool:
-    return any(word in words for word in problem.replace(",", " ").split() if "." in word)
+    # Wrong names cause wrong placements, too.
+    suspects = [*misnamed(family, model), *misread(family, model.config, READ_FOR_TIES)]
+    # Only misplaced tensors that the error names.
+    suspects = suspects or [
+        suspect
+        for problem, suspect in misplaced(family, model)
+        if any(word in str(error) for word in problem.replace(",", " ").split() if "." in word)
+    ]
+    return suspects or [suspect for words, suspect in _MISFITS.items() if words in str(error)]
 
 
 def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
-    """Hold the names of a family against the modules of the unsplit model."""
+    """Compare the names of a family with the modules of the unsplit model."""
     seen = anatomy(model)
     if family.base != seen.base:
         yield Suspect("base", f"{type(model).__name__} has its base model in {seen.base!r}, not in {family.base!r}")
-        return  # Nothing relative to it can be right.
+        return  # All other names are relative to it.
     if family.layers not in seen.layers:
         yield Suspect("layers", _instead(family.layers, seen.layers))
     else:
         yield from mixed(family, model)
     if family.embedding != seen.embedding:
         yield Suspect("embedding", _instead(family.embedding, [seen.embedding]))
-    # What comes after the norm, where there is such a thing, yields the base's output in its place.
+    # A module after the norm yields the output of the base in its place.
     if family.norm and not {family.norm, *family.skip_outside_top} & set(seen.norms):
         yield Suspect("norm", _instead(family.norm, [name for name in seen.norms if name != family.layers][:1]))
     if family.head != seen.head:
@@ -95,25 +96,25 @@ def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
         "zero_outside_bottom": (family.zero_outside_bottom, seen.added),
         "skip_outside_bottom": (family.skip_outside_bottom, seen.passed),
     }
-    there = {name for name, _ in model.get_submodule(family.base).named_modules()}
-    for field, (said, right) in inlets.items():
-        for name in said:
-            if name not in there:
+    existing = {name for name, _ in model.get_submodule(family.base).named_modules()}
+    for field, (declared, right) in inlets.items():
+        for name in declared:
+            if name not in existing:
                 yield Suspect(field, _instead(name, right))
     both = set(family.zero_outside_bottom) & set(seen.passed), set(family.skip_outside_bottom) & set(seen.added)
     for field, names in zip(inlets, both, strict=True):
         for name in sorted(names):
-            other = next(one for one in inlets if one != field)
+            other = next(candidate for candidate in inlets if candidate != field)
             yield Suspect(field, f"{name!r} belongs into {other}")
 
 
-def _instead(said: str, right: Iterable[str]) -> str:
+def _instead(declared: str, right: Iterable[str]) -> str:
     names = [name for name in right if name]
-    return f"{said!r} is not it; " + (f"it is {' or '.join(map(repr, names))}" if names else "there is none")
+    return f"{declared!r} is not it; " + (f"it is {' or '.join(map(repr, names))}" if names else "there is none")
 
 
 def undeclared_inlets(family: ModelFamily, model: Any) -> Iterator[Suspect]:
-    """Say what changes states before the first layer, and is not said to run in the bottom alone."""
+    """Return the modules that change states before the first layer and are not declared to run only in the bottom."""
     seen = anatomy(model)
     added = [name for name in seen.added if name not in family.zero_outside_bottom]
     passed = [name for name in seen.passed if name not in family.skip_outside_bottom]
@@ -124,7 +125,7 @@ def undeclared_inlets(family: ModelFamily, model: Any) -> Iterator[Suspect]:
 
 
 def mixed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
-    """Hold ``uniform_layers`` against the layers there are."""
+    """Compare ``uniform_layers`` with the layers of the model."""
     if not family.uniform_layers:
         return
     layers = model.get_submodule(family.base).get_submodule(family.layers)
@@ -136,7 +137,7 @@ def mixed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
         try:
             with torch.device("meta"):
                 made = type(layers[0])(model.config, number)
-        # A constructor of other arguments raises what it likes.
+        # A constructor with other arguments may raise any exception.
         except Exception as error:  # noqa: BLE001
             yield Suspect("uniform_layers", f"say False: {classes[0]}(config, {number}) fails: {error}")
             return
@@ -152,8 +153,8 @@ def _shapes(module: Any) -> dict[str, Any]:
 
 
 def misconfigured(family: ModelFamily, model: Any) -> Iterator[Suspect]:
-    """Hold what a family reads from ``config.json`` against what transformers reads there."""
-    # As it would be written: numbers and texts, by the family's own names.
+    """Compare the values that a family reads from ``config.json`` with those of transformers."""
+    # As in a file: plain values, by the names of the configuration class.
     written = json.loads(model.config.to_json_string(use_diff=False))
     own_names = type(model.config).attribute_map
     for name in COMMON:
@@ -170,14 +171,14 @@ def misconfigured(family: ModelFamily, model: Any) -> Iterator[Suspect]:
 
 
 def misread(family: ModelFamily, config: Any, names: Iterable[str] = COMMON) -> Iterator[Suspect]:
-    """Hold what a plan of one model reads, stated or filled in, against what transformers has.
+    """Compare the values that a plan of a model reads, stated or filled in, with those of transformers.
 
     Args:
         family: The family.
         config: The model's configuration.
         names: The values that matter.
     """
-    # As it lies in the file: what is as transformers fills it in is left out.
+    # As in a file: values that equal the defaults of transformers are left out.
     written = json.loads(config.to_json_string())
     for name in names:
         right, read = getattr(config, name, None), effective(family, written, name)
@@ -192,23 +193,23 @@ def misread(family: ModelFamily, config: Any, names: Iterable[str] = COMMON) -> 
 
 
 def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:
-    """Hold what a family fills in for a silent ``config.json`` against what transformers fills in."""
+    """Compare the defaults of a family with those of transformers."""
     hf_class: Any = architecture_class(family)
-    silent = hf_class.config_class()
+    defaults = hf_class.config_class()
     for name, value in family.config_defaults.items():
-        right = getattr(silent, name, None)
-        # None is how a configuration says that core's own rule holds.
+        right = getattr(defaults, name, None)
+        # None in a configuration means that core's own rule applies.
         if right is not None and value != right:
             yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r}, not {value!r}")
-    known = {name: getattr(silent, name, None) for name in ("hidden_size", "num_attention_heads")}
+    known = {name: getattr(defaults, name, None) for name in ("hidden_size", "num_attention_heads")}
     for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
-        right = getattr(silent, name, None)
+        right = getattr(defaults, name, None)
         if name not in family.config_defaults and right is not None and effective(family, known, name) != right:
             yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r} where config.json is silent")
 
 
 def effective(family: ModelFamily, config: Mapping[str, Any], name: str) -> Any:
-    """Return a value as a plan uses it: what is said, the family's default, or core's own rule."""
+    """Return a value as a plan uses it: the stated one, the family's default, or core's own rule."""
     value = family.config_value(config, name)
     if value is not None:
         return value
@@ -222,12 +223,12 @@ def effective(family: ModelFamily, config: Mapping[str, Any], name: str) -> Any:
 
 
 def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None) -> list[tuple[str, Suspect]]:
-    """Say which tensors of a checkpoint do not find their place, and why.
+    """Return the tensors of a checkpoint that are not mapped to a tensor of a component, with the reason.
 
     Args:
         family: The family.
         model: The unsplit model.
-        keys: The checkpoint's keys; by default those that the model itself would write.
+        keys: The keys of the checkpoint; by default those that the model itself would write.
     """
     wanted = set(model.state_dict())
     written = json.loads(model.config.to_json_string(use_diff=False))
@@ -236,21 +237,22 @@ def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None
     targets = {target for target in mapping.values() if target is not None}
     dropped = {key for key, target in mapping.items() if target is None}
     mapper = _MAP_HOOK if "splitlearn_map_weight_keys" in registry().plugin(family.model_type).hooks else "renamed"
-    found = [
-        (f"{key} is left out, and the model wants it", Suspect(_dropper(family, key, mapper), "it drops a tensor"))
-        for key, target in mapping.items()
-        if target is None and key in wanted
-    ]
+    problems = []
+    for key, target in mapping.items():
+        if target is None and key in wanted:
+            by_suffix = mapper == "renamed" and key.endswith(family.ignored_suffixes)
+            suspect = Suspect("ignored_suffixes" if by_suffix else mapper, "it drops a tensor")
+            problems.append((f"{key} is left out, and the model wants it", suspect))
     for key, target in mapping.items():
         if target is not None and target not in wanted:
-            why = f"{key} becomes {target}, which the model does not have"
-            found.append((why, Suspect(mapper, "its new name is a name of the module tree")))
+            text = f"{key} becomes {target}, which the model does not have"
+            problems.append((text, Suspect(mapper, "its new name is a name of the module tree")))
     optional = _tied_names(model)
-    found += [
+    problems += [
         (f"no tensor of the checkpoint becomes {name}", Suspect(mapper, "every parameter needs a tensor"))
         for name in sorted(wanted - targets - optional - dropped)
     ]
-    return [*found, *_homeless(family, model, sorted(wanted & targets))]
+    return [*problems, *_unplaced(family, model, sorted(wanted & targets))]
 
 
 def _tied_names(model: Any) -> set[str]:
@@ -261,26 +263,22 @@ def _tied_names(model: Any) -> set[str]:
     return {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is head.weight}
 
 
-def _dropper(family: ModelFamily, key: str, mapper: str) -> str:
-    return "ignored_suffixes" if mapper == "renamed" and key.endswith(family.ignored_suffixes) else mapper
-
-
-def _homeless(family: ModelFamily, model: Any, names: list[str]) -> Iterator[tuple[str, Suspect]]:
+def _unplaced(family: ModelFamily, model: Any, names: list[str]) -> Iterator[tuple[str, Suspect]]:
     """Yield the tensors that no component holds."""
     layers = model.config.num_hidden_layers
     third = max(layers // 3, 1)
-    component_of, seen = placement(family, layers_between((third, 2 * third), layers)), anatomy(model)
+    component_of, parts = placement(family, layers_between((third, 2 * third), layers)), anatomy(model)
     for name in names:
         if component_of(name) is None:
-            yield f"no component holds {name}", _inlet_of(name.removeprefix(f"{family.base}."), seen)
+            yield f"no component holds {name}", _inlet_of(name.removeprefix(f"{family.base}."), parts)
 
 
-def _inlet_of(name: str, seen: Anatomy) -> Suspect:
-    for field, modules, does in (
-        ("zero_outside_bottom", seen.added, "is added to the embeddings"),
-        ("skip_outside_bottom", seen.passed, "lets the state through before the first layer"),
+def _inlet_of(name: str, parts: Anatomy) -> Suspect:
+    for field, modules, effect in (
+        ("zero_outside_bottom", parts.added, "is added to the embeddings"),
+        ("skip_outside_bottom", parts.passed, "lets the state through before the first layer"),
     ):
         for module in modules:
             if name.startswith(f"{module}."):
-                return Suspect(field, f"{module!r} {does}, outside bottom too, unless it is named here")
+                return Suspect(field, f"{module!r} {effect}, outside bottom too, unless it is named here")
     return Suspect("layers, norm, head, zero_outside_bottom or skip_outside_bottom", f"none of them holds {name!r}")

@@ -1,4 +1,4 @@
-"""The plugin is found, registering it leaves the process as it was, and no check is bent."""
+"""Checks of the plugin: its entry point, and no side effects of registering it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Discovery(Checks):
     @pytest.fixture(scope="class")
     @classmethod
     def registered(cls, only_this_plugin: None) -> dict[str, Any]:
-        """Return the place for what a fresh process says of registering the plugin."""
+        """Return the cache for the report of a new process that registers the plugin."""
         return {}
 
     def test_entry_point(self) -> None:
         """One distribution has an entry point of the family group that is named after the model type."""
-        found = claims(self.model_type, self.distribution)
-        named = ", ".join(f"{entry.label} ({entry.module})" for entry in found) or "none"
+        claimants = claims(self.model_type, self.distribution)
+        labels = ", ".join(f"{entry.label} ({entry.module})" for entry in claimants) or "none"
         expect(
-            len(found) == 1,
-            f"one distribution is to claim model type {self.model_type!r}, not {len(found)}: {named}",
+            len(claimants) == 1,
+            f"one distribution is to claim model type {self.model_type!r}, not {len(claimants)}: {labels}",
             Suspect("the entry point", f'group "splitlearn.families": {self.model_type} = "module"; then install again')
-            if not found
+            if not claimants
             else Suspect("distribution", "say in the test class which of them is tested"),
         )
         family = registry().family(self.model_type)
@@ -71,6 +71,6 @@ class Discovery(Checks):
 
     def _registering(self, registered: dict[str, Any]) -> dict[str, Any]:
         if not registered:
-            told = fresh_process("-m", "splitlearn_core.testing.registering", self.model_type)
-            registered.update(json.loads(told))
+            report = fresh_process("-m", "splitlearn_core.testing.registering", self.model_type)
+            registered.update(json.loads(report))
         return registered

@@ -1,4 +1,4 @@
-"""What makes a family of no use at all: found once, before any check, and told by the check whose subject it is."""
+"""Fatal problems of a family: detected once, reported by one check; the others are skipped."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from splitlearn_core.testing.conformance.isolation import claims
 from splitlearn_core.testing.conformance.subject import configure
 from splitlearn_core.testing.worlds import random_model
 
-#: Fixtures that are of no use without a model of the family; and those that are so without its plugin.
+#: Fixtures that need a model of the family, and those that need its plugin.
 _MODELS = frozenset({"subjects"})
 _PLUGIN = frozenset({"subjects", "registered"})
 
-#: Names of modules for which transformers has a function, or of which there is a list.
+#: Module names that transformers itself knows, so that a mismatch is certain.
 _CERTAIN = ("base", "layers", "embedding", "head")
 
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """Why every check that needs some fixtures would fail, and with the same words."""
+    """Why every check that needs some fixtures would fail, with the same message."""
 
-    #: The check whose subject it is.
-    telling: str
+    #: The check that reports it.
+    reporter: str
     message: str
     suspects: tuple[Suspect, ...]
-    #: The fixtures; what can be said without them stays true.
+    #: The fixtures; checks without them are run.
     spoils: frozenset[str] = _MODELS
 
 
 def flaw_of(model_type: str, values: Mapping[str, Any]) -> Flaw | None:
-    """Return what keeps every model of a family from being made or cut, or None.
+    """Return the problem that prevents every model of a family from being created or split, or None.
 
     Args:
-        model_type: The family's; its plugin is the only one to be seen.
+        model_type: The model type; no other plugin must be visible.
         values: The author's values of the configuration.
     """
     try:
@@ -65,34 +65,29 @@ def flaw_of(model_type: str, values: Mapping[str, Any]) -> Flaw | None:
 
 
 def _of_plugin(error: PluginError, model_type: str) -> Suspect:
-    """Say what to look at where the registry does not let a plugin in."""
+    """Return the suspect for a plugin that the registry rejects."""
     if isinstance(error, UnknownModelTypeError):
-        named = f'group "splitlearn.families": {model_type} = "module"; then install again'
-        return Suspect("the entry point", named)
+        fix = f'group "splitlearn.families": {model_type} = "module"; then install again'
+        return Suspect("the entry point", fix)
     if isinstance(error, PluginConflictError):
         return Suspect("distribution", "say in the test class which of them is tested")
     if isinstance(error, IncompatiblePluginError):
         return Suspect("the plugin's metadata", error.hint)
     entry = next(entry for entry in claims(model_type) if not blocked_by(entry))
     module = entry.module.partition(":")[0]
-    homes = _homes(module)
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    locations = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+    homes = [Path(location) for location in locations if location]
     if not homes:
         return Suspect("the entry point", f"there is no module {module!r}")
     where = _where(error.__cause__, homes) or str(homes[0])
-    # Who tests a plugin is not helped by leaving it out, and knows best whom to tell.
-    mend = [] if error.hint == fix_hint(entry) else [error.hint.partition("; or leave")[0]]
-    return Suspect("the plugin's module", "; ".join([where, *mend]))
-
-
-def _homes(module: str) -> list[Path]:
-    """Return the file, or the folders, of what a module is part of."""
-    spec = importlib.util.find_spec(module.partition(".")[0])
-    found = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
-    return [Path(place) for place in found if place]
+    # Its author needs neither the advice to leave the plugin out nor the address to report to.
+    fixes = [] if error.hint == fix_hint(entry) else [error.hint.partition("; or leave")[0]]
+    return Suspect("the plugin's module", "; ".join([where, *fixes]))
 
 
 def _where(cause: BaseException | None, homes: list[Path]) -> str:
-    """Return the line of the plugin that raised something, as far as that is to be had."""
+    """Return the line of the plugin that raised the error, or an empty string if it is unknown."""
     if isinstance(cause, SyntaxError) and cause.filename:
         return f"{cause.filename}, line {cause.lineno}"
     frames = traceback.extract_tb(cause.__traceback__) if cause else []
@@ -101,7 +96,7 @@ def _where(cause: BaseException | None, homes: list[Path]) -> str:
 
 
 def _of_class(family: ModelFamily) -> Flaw | None:
-    """Hold ``architecture`` against transformers."""
+    """Compare ``architecture`` with transformers."""
     try:
         hf_class: Any = architecture_class(family)
     except BrokenPluginError as error:
@@ -118,12 +113,12 @@ def _of_class(family: ModelFamily) -> Flaw | None:
 
 
 def _of_model(family: ModelFamily, values: Mapping[str, Any]) -> Flaw | None:
-    """Hold what else every load asks a family for against a model in memory."""
+    """Compare the other fields that every load needs with a model in memory."""
     hf_class: Any = architecture_class(family)
-    tiny = Suspect("config of the test" if values else "tiny_config", "values that a small model of it bears")
+    tiny = Suspect("config of the test" if values else "tiny_config", "values that a small model of it allows")
     try:
         model = random_model(hf_class, configure(family, values, {}))
-    # What a class of transformers raises over values that it cannot use is anybody's guess.
+    # Classes of transformers raise any exception for values that they cannot use.
     except Exception as error:  # noqa: BLE001
         words = f"a tiny {hf_class.__name__} cannot be made: {type(error).__name__}: {error}"
         return Flaw("test_architecture", words, (tiny,))
@@ -132,7 +127,7 @@ def _of_model(family: ModelFamily, values: Mapping[str, Any]) -> Flaw | None:
         return missing
     try:
         wrong = tuple(misnamed(family, model))
-    # As above: it runs the model.
+    # As above: the model is run.
     except Exception as error:  # noqa: BLE001
         words = f"a tiny {hf_class.__name__} cannot be run: {type(error).__name__}: {error}"
         return Flaw("test_module_names", words, (tiny,))
@@ -142,12 +137,12 @@ def _of_model(family: ModelFamily, values: Mapping[str, Any]) -> Flaw | None:
 
 
 def _of_missing(family: ModelFamily, model: Any) -> Flaw | None:
-    """Say which modules are not there."""
+    """Return the problem of missing modules."""
     try:
         check_names(model, family)
     except BrokenPluginError as error:
         suspects: tuple[Suspect, ...] = (Suspect("base, layers, embedding, norm, head", error.hint),)
-        # What it is called is found by running the model, whose class may raise what it likes.
+        # The right name is found by running the model, whose class may raise any exception.
         with contextlib.suppress(Exception):
             suspects = tuple(misnamed(family, model)) or suspects
         return Flaw("test_module_names", error.message, suspects)
@@ -155,7 +150,7 @@ def _of_missing(family: ModelFamily, model: Any) -> Flaw | None:
 
 
 def _of_depth(family: ModelFamily, model: Any) -> Flaw | None:
-    """Say that another number of layers is read than there are; and what else is read wrongly."""
+    """Return the problem of a wrong number of layers, with other wrongly read values."""
     suspects = tuple(misread(family, model.config, ("num_hidden_layers",)))
     if not suspects:
         return None
@@ -164,14 +159,14 @@ def _of_depth(family: ModelFamily, model: Any) -> Flaw | None:
 
 
 def _of_answers(family: ModelFamily, model: Any) -> Flaw | None:
-    """Ask for the cuts and the keys of an ordinary checkpoint, as every load does, and look for each tensor's place."""
+    """Return the problem of the impossible cuts, or of the keys of an ordinary checkpoint."""
     written = json.loads(model.config.to_json_string())
     try:
         impossible_cuts(family, written)
     except BrokenPluginError as error:
         why = Suspect("impossible_cuts", "given config.json, it answers with cuts, each with the reason")
         return Flaw("test_impossible_cuts", error.message, (why,))
-    # Each once, as a file has them.
+    # Each tensor once, as in a file.
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     try:
         found = misplaced(family, model, own & set(model.state_dict()))

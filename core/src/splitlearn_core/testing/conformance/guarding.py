@@ -1,4 +1,4 @@
-"""The checks are all there, and as they are: what does not hold is said, and not bent."""
+"""Checks of the test class itself: it overrides no check, and explains expected failures."""
 
 from __future__ import annotations
 

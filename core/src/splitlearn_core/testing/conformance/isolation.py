@@ -1,4 +1,4 @@
-"""One plugin alone: whatever else is installed, broken or not, changes nothing."""
+"""Isolate the plugin under test from all other installed plugins, broken or not."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from splitlearn_core.plugins.registry import ALLOW_VARIABLE, reset_registry
 from splitlearn_core.testing.conformance.findings import ConformanceError
 
 _LIMIT = 120
-#: Lines of a process's last words.
+#: Lines of stderr in a message.
 _LINES = 15
 
 
 def claims(model_type: str, distribution: str = "") -> list[PluginEntry]:
-    """Return the entry points that claim a model type; those of one distribution where one is named."""
-    named = [entry for entry in discover() if entry.kind == FAMILY and entry.name == model_type]
-    return [entry for entry in named if not distribution or entry.distribution == distribution]
+    """Return the entry points that claim a model type; only those of a distribution if one is given."""
+    claimants = [entry for entry in discover() if entry.kind == FAMILY and entry.name == model_type]
+    return [entry for entry in claimants if not distribution or entry.distribution == distribution]
 
 
 @contextmanager
 def alone(model_type: str, distribution: str = "") -> Iterator[None]:
-    """Let this process, and those that it starts, see the plugins of one distribution and no other.
+    """Hide the plugins of all other distributions from this process and its children.
 
     Args:
-        model_type: What its entry point is named after.
-        distribution: Its name; by default that of the only one that claims the model type.
+        model_type: The name of the entry point.
+        distribution: Its distribution; by default the only one that claims the model type.
     """
-    found = {entry.distribution for entry in claims(model_type, distribution)}
+    distributions = {entry.distribution for entry in claims(model_type, distribution)}
     with pytest.MonkeyPatch.context() as patch:
-        # Two claimants are told apart by nobody but the author: the registry then says so.
-        patch.setenv(ALLOW_VARIABLE, found.pop() if len(found) == 1 else distribution or model_type)
+        # Of several claimants only the author can choose; the registry reports the conflict.
+        allowed = distributions.pop() if len(distributions) == 1 else distribution or model_type
+        patch.setenv(ALLOW_VARIABLE, allowed)
         patch.delenv(BLOCK_VARIABLE, raising=False)
         reset_registry()
         yield
@@ -45,10 +46,10 @@ def alone(model_type: str, distribution: str = "") -> Iterator[None]:
 
 
 def fresh_process(*arguments: str, **environment: str) -> str:
-    """Run Python in a process that has imported nothing, with this one's path, and return what it prints.
+    """Run Python in a new process with the path of this one, and return its output.
 
     Raises:
-        ConformanceError: It failed; its last words are told.
+        ConformanceError: It failed; the message has the end of its stderr.
     """
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(  # noqa: S603  # this interpreter and a module of ours
@@ -60,6 +61,6 @@ def fresh_process(*arguments: str, **environment: str) -> str:
         check=False,
     )
     if done.returncode:
-        words = "\n".join(done.stderr.strip().splitlines()[-_LINES:])
-        raise ConformanceError(f"in a fresh process: exit code {done.returncode}\n{words}")
+        stderr = "\n".join(done.stderr.strip().splitlines()[-_LINES:])
+        raise ConformanceError(f"in a fresh process: exit code {done.returncode}\n{stderr}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint finds its one place, whatever the checkpoint calls it."""
+"""Checks of tensor names: each key of a checkpoint becomes one tensor of one component."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _LEGACY = Suspect("ignored_suffixes", "the ends of the keys of tensors that no m
 
 @explained
 class Keys(Checks):
-    """Today's keys, and those of old checkpoints."""
+    """Current keys, and those of old checkpoints."""
 
     def test_every_key_has_its_place(self, subject: Subject) -> None:
         """Each key of the checkpoint becomes one tensor of the model, and each of these is in one component."""
         keys = list(load_file(subject.checkpoint / SINGLE))
-        found = misplaced(subject.family, subject.whole(), keys)
-        if found:
-            raise ConformanceError("\n".join(problem for problem, _ in found), (suspect for _, suspect in found))
-        held: dict[str, list[str]] = {}
+        problems = misplaced(subject.family, subject.whole(), keys)
+        if problems:
+            raise ConformanceError("\n".join(text for text, _ in problems), (suspect for _, suspect in problems))
+        holders: dict[str, list[str]] = {}
         for part in subject.split(subject.middle).components:
             for name in part.state_dict():
-                held.setdefault(name, []).append(str(part.component))
-        twice = [f"{name} is in {' and '.join(parts)}" for name, parts in held.items() if len(parts) > 1]
+                holders.setdefault(name, []).append(str(part.component))
+        twice = [f"{name} is in {' and '.join(parts)}" for name, parts in holders.items() if len(parts) > 1]
         expect(not twice, "; ".join(twice), Suspect("layers", "a component holds its own layers alone"))
-        missing = sorted(set(subject.whole().state_dict()) - set(held))
+        missing = sorted(set(subject.whole().state_dict()) - set(holders))
         expect(
             not missing, f"no component holds {', '.join(missing)}", Suspect("layers, norm, head", "name its module")
         )
 
     def test_the_mapping_is_repeatable(self, subject: Subject) -> None:
-        """Asked twice, and asked in another order of keys, the plugin maps alike."""
+        """Called twice, and with another order of keys, the plugin maps alike."""
         keys = sorted(load_file(subject.checkpoint / SINGLE))
         answers = [
             registry().map_weight_keys(subject.family, subject.config, order) for order in (keys, keys, keys[::-1])
@@ -58,7 +58,7 @@ class Keys(Checks):
         """Checkpoints with and without the base prefix, and with a tied head under either name, load alike."""
         family = subject.family
         if spelling in ("head present", "embedding absent") and not subject.tied:
-            pytest.skip("only a tied model may spell it so")
+            pytest.skip("only a tied model may leave one of the two out")
         head, embedding = f"{family.head}.weight", f"{family.base}.{family.embedding}.weight"
         tensors = load_file(subject.checkpoint / SINGLE)
         if spelling == "without prefix":
@@ -94,7 +94,7 @@ class Keys(Checks):
         if not renamed:
             pytest.skip("the family renames nothing")
         tensors = load_file(subject.checkpoint / SINGLE)
-        old = {_undone(key, renamed): tensor for key, tensor in tensors.items()}
+        old = {_old_name(key, renamed): tensor for key, tensor in tensors.items()}
         expect(
             len(old) == len(tensors), "two keys have one old name", Suspect("renamed", "old names tell tensors apart")
         )
@@ -103,14 +103,14 @@ class Keys(Checks):
         _expect_alike(subject, tmp_path, old, Suspect("renamed", "pairs of (old, new), applied in order"))
 
 
-def _undone(key: str, renamed: tuple[tuple[str, str], ...]) -> str:
+def _old_name(key: str, renamed: tuple[tuple[str, str], ...]) -> str:
     for old, new in reversed(renamed):
         key = key.replace(new, old) if new else key
     return key
 
 
 def _expect_alike(subject: Subject, folder: Path, tensors: Mapping[str, torch.Tensor], suspect: Suspect) -> None:
-    """Load a checkpoint with other keys, and compare what comes of it with what comes of the usual one."""
+    """Load a checkpoint with other keys, and compare its components with the usual ones."""
     for file in subject.checkpoint.glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What asks the split model what it is, or gives it any argument of its class, gets the unsplit model's answer."""
+"""Checks of the interface: class, signature, arguments and Trainer behave as for the unsplit model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from splitlearn_core.testing.conformance.findings import Suspect, expect
 from splitlearn_core.testing.conformance.numbers import compare
 from splitlearn_core.testing.conformance.subject import Subject
 
-#: Arguments of a forward that are tried, beside those of the other checks.
+#: Arguments of ``forward`` that are tried, in addition to those of the other checks.
 _ARGUMENTS = (
     *("attention_mask", "is_causal", "labels", "logits_to_keep", "num_items_in_batch", "output_attentions"),
     *("output_hidden_states", "position_ids", "return_dict", "token_type_ids", "use_cache"),
@@ -30,16 +30,18 @@ class Likeness(Checks):
     """Class, signature, names, arguments, and the loss that a trainer computes."""
 
     def test_identity(self, subject: Subject) -> None:
-        """By class, loss, signature, base model and names of modules, it is the unsplit model."""
+        """Class, loss, signature, base model and names of modules are those of the unsplit model."""
         whole, split = subject.whole(), subject.split(subject.middle)
-        for what in (
+        for attribute in (
             "base_model_prefix",
             "loss_type",
             "main_input_name",
             "all_tied_weights_keys",
             "_tied_weights_keys",
         ):
-            expect(getattr(split, what) == getattr(whole, what), f"{what} is {getattr(split, what)!r}")
+            expect(
+                getattr(split, attribute) == getattr(whole, attribute), f"{attribute} is {getattr(split, attribute)!r}"
+            )
         expect(isinstance(split, type(whole)), f"it is no {type(whole).__name__}")
         expect(type(split).__name__ == type(whole).__name__, f"its class is called {type(split).__name__}")
         signatures = [inspect.signature(model.forward) for model in (split, whole)]
@@ -65,7 +67,7 @@ class Likeness(Checks):
         inputs = _with_argument(argument, whole)
         try:
             expected = _tensors(no_grad(whole, **inputs))
-        # Each model refuses in its own words what it does not take.
+        # Models raise any exception for arguments that they do not take.
         except Exception as error:  # noqa: BLE001
             pytest.skip(f"the unsplit model refuses it: {type(error).__name__}")
         got = _tensors(no_grad(split, **inputs))
@@ -79,7 +81,7 @@ class Likeness(Checks):
         pytest.importorskip("accelerate", "1.3", reason="the Trainer needs accelerate: pip install 'accelerate>=1.3'")
         folder = tmp_path_factory.mktemp("trainer")
         models = (subject.fresh_whole("float32"), subject.fresh_split(subject.middle, "float32"))
-        expected, got = (_logged(model, str(folder)) for model in models)
+        expected, got = (_logged_losses(model, str(folder)) for model in models)
         expect(got == expected, f"losses {got}, not {expected}")
 
 
@@ -109,7 +111,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [item for item in flat if isinstance(item, torch.Tensor)]
 
 
-def _logged(model: Any, folder: str) -> list[float]:
+def _logged_losses(model: Any, folder: str) -> list[float]:
     """Train for two steps of two batches each, and return what the Trainer logs."""
     from transformers import Trainer, TrainingArguments
 

@@ -1,4 +1,4 @@
-"""The manager loads, lends, cancels and frees the family's components."""
+"""Checks of the family's components in a manager: loading, leasing, cancelling and unloading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from splitlearn_core.testing.conformance.subject import Subject
 from splitlearn_core.testing.managing import Gate, charges, closing, outcome_of, run
 from splitlearn_core.types import Component, Progress
 
-#: Seconds, for machines that are busy with something else.
+#: Seconds; generous, for busy machines.
 _LIMIT = 120
 
 
@@ -28,14 +28,14 @@ class Managing(Checks):
     def test_managed_components(self, subjects: dict[str, Subject]) -> None:
         """Loaded and lent by the manager, the components give the logits of the unsplit model."""
         subject = subjects[axes(type(self)).variants[0]]
-        logits = run(_lent(subject), limit=_LIMIT)
+        logits = run(_logits_of_leases(subject), limit=_LIMIT)
         expected = no_grad(subject.whole(), **batch(None), use_cache=False).logits
         expect(compare(logits, expected), "logits of the lent components differ")
 
     def test_cancelled_load(self, subjects: dict[str, Subject]) -> None:
         """A load that is cancelled while it reads gives everything back, and the next one succeeds."""
         subject = subjects[axes(type(self)).variants[0]]
-        # A family that cannot be loaded at all fails here, and need not be waited for.
+        # A family that cannot be loaded fails here, without waiting for a timeout.
         subject.split(subject.middle)
         run(_cancelled(subject), limit=_LIMIT)
 
@@ -50,7 +50,7 @@ def _config(subject: Subject, component: str) -> ModelConfig:
     )
 
 
-async def _lent(subject: Subject) -> torch.Tensor:
+async def _logits_of_leases(subject: Subject) -> torch.Tensor:
     inputs = batch(None)
     mask, state = inputs["attention_mask"], inputs["input_ids"]
     async with closing(AsyncModelManager()) as manager:
@@ -62,25 +62,25 @@ async def _lent(subject: Subject) -> torch.Tensor:
         return logits
 
 
-class _Holding(ModelLoader):
-    """A real loader, whose loads stand still once they read."""
+class _GatedLoader(ModelLoader):
+    """A real loader, whose loads wait at a gate once they read."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
     def load(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> LoadedModel:
-        def held(progress: Progress) -> None:
+        def gated_report(progress: Progress) -> None:
             report(progress)
             if progress.stage == "reading":
                 self._gate.enter(report)
 
-        return super().load(config, plan, held)
+        return super().load(config, plan, gated_report)
 
 
 async def _cancelled(subject: Subject) -> None:
     gate = Gate()
     config = _config(subject, "trunk")
-    async with closing(AsyncModelManager(loader=_Holding(gate))) as manager:
+    async with closing(AsyncModelManager(loader=_GatedLoader(gate))) as manager:
         load = outcome_of(manager.load_model(config))
         loading = asyncio.ensure_future(load)
         await gate.arrival()

@@ -1,4 +1,4 @@
-"""Where numbers differ: each component alone is given the unsplit model's own hidden states."""
+"""Locate differences: each component is run alone on the hidden states of the unsplit model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from splitlearn_core.testing.conformance.subject import Subject
 
 
 def compare(got: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
-    """Say whether two results are equal to the last bit; no result at all is one, too."""
+    """Whether two results are equal bit by bit; two missing results are equal."""
     if got is None or expected is None:
         return got is expected
     return got.shape == expected.shape and torch.equal(got, expected)
@@ -30,7 +30,7 @@ def expect_equal(
     whole: Any,
     split: SplitCausalLM,
 ) -> None:
-    """Fail where a result of the split model differs, naming the component and the field that are to blame.
+    """Fail if a result of the split model differs, naming the component and the field that cause it.
 
     Raises:
         ConformanceError: It differs.
@@ -42,27 +42,27 @@ def expect_equal(
 
 
 def locate(subject: Subject, whole: Any, split: SplitCausalLM) -> tuple[str, tuple[Suspect, ...]]:
-    """Find the components that differ when each is given what it would be given in the unsplit model."""
-    plain = [*misnamed(subject.family, whole)]
+    """Find the components that differ if each is given the inputs of the unsplit model."""
+    suspects = [*misnamed(subject.family, whole)]
     ids = _plain_ids()
     states, logits = _states(subject, whole, ids)
-    crossing = [states[part.start_layer] for part in split.components[1:]]
-    given, right = (ids, *crossing), (*crossing, logits)
+    boundaries = [states[part.start_layer] for part in split.components[1:]]
+    inputs, outputs = (ids, *boundaries), (*boundaries, logits)
     wrong: list[str] = []
-    for part, state, expected in zip(split.components, given, right, strict=True):
+    for part, state, expected in zip(split.components, inputs, outputs, strict=True):
         result = no_grad(part, **{"input_ids" if part is split.bottom else "hidden_states": state})
         result = result.logits if part is split.top else result
         if not compare(result, expected):
             wrong.append(str(part.component))
-            plain += _inside(subject, whole, part, state, states)
+            suspects += _inside(subject, whole, part, state, states)
     if not wrong:
         field = Suspect("nothing of one forward pass", "each component alone is equal without padding and cache")
-        return "not in one plain forward pass", tuple(plain) or (field,)
-    return f"given its own input, the {' and the '.join(wrong)} differ", tuple(plain)
+        return "not in one plain forward pass", tuple(suspects) or (field,)
+    return f"given its own input, the {' and the '.join(wrong)} differ", tuple(suspects)
 
 
 def _states(subject: Subject, whole: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return what enters each layer of the unsplit model, and its logits."""
+    """Return the input of each layer of the unsplit model, and its logits."""
     with _watched(whole, subject) as states:
         logits = no_grad(whole, input_ids=ids, use_cache=False).logits
     return states, logits
@@ -70,7 +70,7 @@ def _states(subject: Subject, whole: Any, ids: torch.Tensor) -> tuple[list[torch
 
 @contextmanager
 def _watched(model: Any, subject: Subject) -> Iterator[list[torch.Tensor]]:
-    """Record what enters each layer of a model."""
+    """Record the input of each layer of a model."""
     states: list[torch.Tensor] = []
 
     def record(_: Any, args: Any, kwargs: Any) -> None:
@@ -93,22 +93,22 @@ def _watched(model: Any, subject: Subject) -> Iterator[list[torch.Tensor]]:
 def _inside(
     subject: Subject, whole: Any, part: Any, state: torch.Tensor, states: list[torch.Tensor]
 ) -> Iterator[Suspect]:
-    """Say where inside a component, which was given the right input, the numbers go astray."""
+    """Return where inside a component, with the right input, the values begin to differ."""
     with _watched(part, subject) as own:
         no_grad(part, **{"input_ids" if part.start_layer == 0 else "hidden_states": state})
     first = part.start_layer
-    astray = [first + number for number, entered in enumerate(own) if not compare(entered, states[first + number])]
-    if astray[:1] == [first]:
+    differing = [first + number for number, state in enumerate(own) if not compare(state, states[first + number])]
+    if differing[:1] == [first]:
         yield from _at_the_inlet(subject, whole, part)
         return
-    last = astray[0] - 1 if astray else part.end_layer - 1
+    last = differing[0] - 1 if differing else part.end_layer - 1
     layers = part.get_submodule(subject.family.base).get_submodule(subject.family.layers)
     theirs = whole.get_submodule(subject.family.base).get_submodule(subject.family.layers)
     if type(layers[last]) is not type(theirs[last]):
         yield Suspect(
             "uniform_layers", f"layer {last} is a {type(layers[last]).__name__}, not a {type(theirs[last]).__name__}"
         )
-    elif part.component == "top" and not astray:
+    elif part.component == "top" and not differing:
         yield from _at_the_outlet(subject, whole, part, state)
     else:
         yield Suspect("impossible_cuts", f"layer {last} needs what another component holds, if not its input differs")
@@ -117,7 +117,7 @@ def _inside(
 
 
 def _at_the_outlet(subject: Subject, whole: Any, part: Any, state: torch.Tensor) -> Iterator[Suspect]:
-    """Tell apart, in a top whose layers are right, what ends the base and what follows it."""
+    """Distinguish the end of the base from the head, in a top whose layers are right."""
     ends: list[torch.Tensor] = []
     base_of = (model.base_model for model in (whole, part))
     handles = [base.register_forward_hook(lambda *args: ends.append(args[-1].last_hidden_state)) for base in base_of]
@@ -142,7 +142,7 @@ def _at_the_inlet(subject: Subject, whole: Any, part: Any) -> Iterator[Suspect]:
     if part.component == "bottom":
         yield Suspect("embedding", "what enters the first layer of the bottom is not what enters it in the whole model")
         return
-    found = [*misnamed(subject.family, whole), *undeclared_inlets(subject.family, whole)]
-    yield from found
-    if not found and not subject.family.enter_at_layers:
+    suspects = [*misnamed(subject.family, whole), *undeclared_inlets(subject.family, whole)]
+    yield from suspects
+    if not suspects and not subject.family.enter_at_layers:
         yield Suspect("enter_at_layers", f"what enters the {part.component} is changed, and by no module: say True")

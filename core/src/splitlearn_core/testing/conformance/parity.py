@@ -1,4 +1,4 @@
-"""The numbers of the split model are those of the unsplit one, to the last bit."""
+"""Checks of parity: the split model computes the same values as the unsplit one, bit by bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitlearn_core.testing.conformance.findings import Suspect, expect
 from splitlearn_core.testing.conformance.numbers import compare, expect_equal
 from splitlearn_core.testing.conformance.subject import Cut, Subject
 
-#: How many tokens each call is fed: a prompt, single tokens, and a chunk with a past; or the prompt in chunks.
+#: Tokens of each call: a prompt, single tokens, and a chunk with a past; or the prompt in chunks.
 _STEPS = {"prompt first": (PROMPT_TOKENS, 1, 1, 1, 4), "chunked prompt": (3, 2, 2, 1)}
 
 
@@ -98,7 +98,7 @@ class Parity(Checks):
                     expect_equal(got, right, what, subject, whole, split)
 
     def test_any_number_of_cuts(self, subject: Subject) -> None:
-        """In one piece less and in more pieces, logits are equal: padded or not, without a cache and with one."""
+        """With fewer and with more split points, logits are equal: with and without padding and cache."""
         whole = subject.whole()
         for cut in subject.other_cuts[: 1 if self.quick else None]:
             split = subject.split(cut)
@@ -122,7 +122,7 @@ class Parity(Checks):
         expect(not torch.equal(first[:, -1], second[:, -1]), "the last token changes nothing at its own position")
 
     def test_logits_to_keep(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
-        """The top computes logits only for the positions that are asked for."""
+        """The top computes logits only for the requested positions."""
         whole, split = subject.whole(dtype, attention), subject.split(cut, dtype, attention)
         arguments = {**batch(None), "logits_to_keep": 2}
         got = no_grad(split, **arguments).logits
@@ -137,28 +137,28 @@ def _logits(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
 
 
 def _logits_or_none(split: SplitCausalLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Run a split model; None where its layers miss what other components hold."""
+    """Run a split model; None if its layers need the state of other components."""
     try:
         return _logits(split, {**inputs, "use_cache": False})
-    # A layer that reaches for another component's state raises what comes of that.
+    # The exceptions of a layer that does not find another component's state.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return None
 
 
 def _fed(padding: int | None, steps: tuple[int, ...], *, with_positions: bool) -> list[dict[str, Any]]:
     """Return the arguments of each step: the first tokens are the prompt's, with its padding."""
-    prompt, seen, fed = batch(padding), 0, []
+    prompt, begin, calls = batch(padding), 0, []
     rows = len(prompt["input_ids"])
     ids = torch.cat([prompt["input_ids"], token_ids(rows, sum(steps), seed=1)], dim=1)
     mask = torch.cat([prompt["attention_mask"], torch.ones(rows, sum(steps), dtype=torch.long)], dim=1)
     for tokens in steps:
-        end = seen + tokens
-        arguments: dict[str, Any] = {"input_ids": ids[:, seen:end], "attention_mask": mask[:, :end]}
+        end = begin + tokens
+        arguments: dict[str, Any] = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
         if with_positions:
-            arguments["position_ids"] = positions(mask[:, :end])[:, seen:]
-        fed.append(arguments)
-        seen = end
-    return fed
+            arguments["position_ids"] = positions(mask[:, :end])[:, begin:]
+        calls.append(arguments)
+        begin = end
+    return calls
 
 
 def _step_whole(whole: Any, fed: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -176,7 +176,7 @@ def _step_split(split: SplitCausalLM, fed: list[dict[str, Any]]) -> list[torch.T
         common = {name: value for name, value in arguments.items() if name != "input_ids"}
         state: Any = arguments["input_ids"]
         for part, cache in zip(split.components, caches, strict=True):
-            entrance = "input_ids" if part is split.bottom else "hidden_states"
-            state = no_grad(part, **{entrance: state}, past_key_values=cache, **common)
+            argument = "input_ids" if part is split.bottom else "hidden_states"
+            state = no_grad(part, **{argument: state}, past_key_values=cache, **common)
         logits.append(state.logits)
     return logits

@@ -1,4 +1,4 @@
-"""The plan says, from metadata alone, what is loaded: every tensor and every byte of it."""
+"""Checks of plans: from metadata alone they predict every tensor and every byte that is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from splitlearn_core.testing.conformance.diagnosis import misread
 from splitlearn_core.testing.conformance.findings import Suspect, expect
 from splitlearn_core.testing.conformance.isolation import fresh_process
 from splitlearn_core.testing.conformance.subject import Cut, Subject
-from splitlearn_core.testing.planning import told
+from splitlearn_core.testing.planning import plan_as_json
 from splitlearn_core.testing.worlds import write_checkpoint
 
 _NAMES = Suspect("base, layers, embedding, norm, head", "they say which component holds which tensor")
@@ -38,7 +38,7 @@ class Planning(Checks):
 
     def test_plan_is_deterministic(self, subject: Subject) -> None:
         """Made again, and made in another process with another hash seed, the plan is the same."""
-        first, second = (told(plan_split(subject.checkpoint, subject.middle)) for _ in range(2))
+        first, second = (plan_as_json(plan_split(subject.checkpoint, subject.middle)) for _ in range(2))
         expect(first == second, "two plans differ", Suspect("hook splitlearn_map_weight_keys", "answer alike"))
         where = (str(subject.checkpoint), *map(str, subject.middle))
         other = fresh_process("-m", "splitlearn_core.testing.planning", *where, PYTHONHASHSEED="4711")
@@ -67,10 +67,10 @@ class Planning(Checks):
             cache = part.new_cache()
             name = "input_ids" if part is split.bottom else "hidden_states"
             state = no_grad(part, **{name: state}, past_key_values=cache)
-            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             expect(
-                held == planned.kv_bytes_per_token,
-                f"a token takes {held} bytes in the cache of the {planned.component}, "
+                cache_bytes == planned.kv_bytes_per_token,
+                f"a token takes {cache_bytes} bytes in the cache of the {planned.component}, "
                 f"and {planned.kv_bytes_per_token} are planned",
                 *misread(subject.family, subject.whole().config, _CACHE_SIZES),
             )
@@ -104,13 +104,13 @@ class Planning(Checks):
         for point in impossible:
             field = Suspect("impossible_cuts", f"it answers {point!r}; points lie from 1 to {layers - 1}")
             expect(type(point) is int and 0 < point < layers, f"{point!r} is no cut of {layers} layers", field)
-            # A trunk of one layer, on whichever side there is one.
+            # With a trunk of one layer, after the point or before it.
             cut = (point, point + 1) if point + 1 < layers else (point - 1, point)
             try:
                 plan_split(subject.checkpoint, cut)
             except InvalidSplitError as error:
-                told_why = impossible[point] in error.message
-                expect(told_why, f"the refusal of cut {cut} does not say why: {error.message}", field)
+                gives_reason = impossible[point] in error.message
+                expect(gives_reason, f"the refusal of cut {cut} does not say why: {error.message}", field)
             else:
                 expect(False, f"cut {cut} is declared impossible, and planned", field)
 
@@ -127,16 +127,16 @@ def _expect_plan(subject: Subject, cut: Cut) -> None:
     expect(plan.parameters == subject.whole().num_parameters(), f"{plan.parameters} parameters are planned", _NAMES)
 
 
-def _expect_planned(subject: Subject, planned: ComponentPlan, held: dict[str, torch.Tensor]) -> None:
+def _expect_planned(subject: Subject, planned: ComponentPlan, loaded: dict[str, torch.Tensor]) -> None:
     """Compare a planned component with the loaded one, and the planned bytes of the files with its tensors."""
     names = {tensor.module_key for tensor in planned.tensors}
     expect(
-        names == held.keys(),
-        f"planned and loaded tensors of the {planned.component} differ in {sorted(names ^ held.keys())}",
+        names == loaded.keys(),
+        f"planned and loaded tensors of the {planned.component} differ in {sorted(names ^ loaded.keys())}",
         _NAMES,
     )
     for tensor in planned.tensors:
-        info, value = tensor.info, held[tensor.module_key]
+        info, value = tensor.info, loaded[tensor.module_key]
         with (subject.checkpoint / info.shard).open("rb") as file:
             file.seek(info.begin)
             stored = torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=value.dtype).reshape(info.shape)

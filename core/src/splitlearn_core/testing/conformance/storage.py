@@ -1,4 +1,4 @@
-"""Saved, loaded back and merged, a model is what it was."""
+"""Checks of saving, loading and merging: the tensors stay the same."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Storage(Checks):
         for cut in dict.fromkeys((subject.middle, *subject.other_cuts[:: max(1, len(subject.other_cuts) - 1)])):
             folder = tmp_path / "-".join(map(str, cut))
             save_split(subject.checkpoint, folder / "split", cut, progress=False)
-            found = verify_saved(folder / "split")
-            expect(found.sound and found.complete, f"saved components have faults: {'; '.join(found.problems)}")
+            result = verify_saved(folder / "split")
+            expect(result.sound and result.complete, f"saved components have faults: {'; '.join(result.problems)}")
             loaded = load_split_directory(folder / "split", progress=False)
             for part, saved in zip(subject.split(cut).components, loaded, strict=True):
                 _expect_same(
                     f"the saved {part.component}", dict(saved.state_dict() if saved else {}), dict(part.state_dict())
                 )
             merged = merge_split(folder / "split", out=folder / "merged", progress=False)
-            again, source = (load_file(each / SINGLE) for each in (merged, subject.checkpoint))
-            _expect_same("the merged checkpoint", again, source)
+            tensors, source = (load_file(each / SINGLE) for each in (merged, subject.checkpoint))
+            _expect_same("the merged checkpoint", tensors, source)
 
     def test_save_from_memory(self, subject: Subject, tmp_path: Path) -> None:
         """Components in memory are saved with their present values, and merged they are the model again."""
@@ -44,8 +44,8 @@ class Storage(Checks):
         save_split(split, tmp_path / "split", progress=False)
         merged = merge_split(tmp_path / "split", out=tmp_path / "merged", progress=False)
         hf_class: Any = type(subject.whole())
-        again = hf_class.from_pretrained(merged)
-        _expect_same("the merged model", dict(again.state_dict()), dict(subject.whole().state_dict()))
+        model = hf_class.from_pretrained(merged)
+        _expect_same("the merged model", dict(model.state_dict()), dict(subject.whole().state_dict()))
 
 
 def _expect_same(what: str, got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

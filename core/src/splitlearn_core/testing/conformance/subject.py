@@ -1,4 +1,4 @@
-"""The models that are compared: a tiny checkpoint in one variant, whole and cut, each made once."""
+"""The models under test: a tiny checkpoint of a variant, unsplit and split, each created once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from splitlearn_core.testing.worlds import random_model, tiny_config, write_chec
 _T = TypeVar("_T")
 #: Split points, one or more.
 Cut = tuple[int, ...]
-#: In how many places a model is cut where other numbers than two are compared; and before every layer.
+#: Numbers of split points to compare in addition to two, and to a cut before every layer.
 _COUNTS = (1, 3, 4)
 
 
@@ -30,9 +30,9 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
 
     Args:
         family: Its family.
-        values: The author's. With a ``model_type`` among them they are a whole ``config.json``;
-            without one they are added to the ordinary tiny sizes and the family's ``tiny_config``.
-        overrides: What the variant changes.
+        values: Those of the author. With a ``model_type`` they are a whole ``config.json``; without one
+            they are added to the ordinary tiny sizes and the family's ``tiny_config``.
+        overrides: The values that the variant changes.
     """
     config_class: Any = architecture_class(family).config_class
     if "model_type" in values:
@@ -41,18 +41,18 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
 
 
 def possible_points(family: ModelFamily, config: Any) -> list[int]:
-    """Return the layers before which a model can be cut: those that its family does not declare impossible."""
+    """Return the split points of a model that its family does not declare impossible."""
     refused = family.impossible_cuts(config.to_dict())
     return [point for point in range(1, config.num_hidden_layers) if point not in refused]
 
 
 def possible_cuts(family: ModelFamily, config: Any) -> list[Cut]:
-    """Return all cuts in two places of a model."""
+    """Return all possible cuts of a model with two split points."""
     return list(combinations(possible_points(family, config), 2))
 
 
 def cuts_by_number(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
-    """Return cuts of a model in one place, in three and four, and before every layer, as far as it bears them."""
+    """Return cuts with one, three, four and all split points, as far as the model allows them."""
     points = possible_points(family, config)
     counts = sorted({count for count in (*_COUNTS, len(points)) if count <= len(points)} - {0, 2})
     return tuple(
@@ -61,7 +61,7 @@ def cuts_by_number(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
 
 
 def chosen_cuts(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
-    """Return the cuts under which everything is compared: the widest trunk, and narrow ones early and late."""
+    """Return the cuts for all comparisons: the widest trunk, and narrow ones early and late."""
     layers = config.num_hidden_layers
     preferred = [(1, layers - 1), (layers // 3, layers // 3 + 1), (layers // 2, layers - 1)]
     possible = possible_cuts(family, config)
@@ -71,26 +71,25 @@ def chosen_cuts(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
 class Subject:
     """A tiny model of the family under test, in one variant.
 
-    What is asked of it is made when it is first asked for, and kept: the checks ask for the same
-    models and the same results of the unsplit model again and again. Making one makes nothing, so
-    that whatever goes wrong is the failure of a check.
+    Models and results are created on first use and cached, because many checks need the same ones. The
+    constructor creates nothing, so that every error is the failure of a check.
     """
 
     def __init__(self, model_type: str, values: Mapping[str, Any], overrides: Mapping[str, Any], folder: Path) -> None:
-        """Make one.
+        """Describe the model, without creating it.
 
         Args:
-            model_type: The family's.
+            model_type: The model type of the family.
             values: The author's values of the configuration, see :func:`configure`.
-            overrides: What the variant changes.
-            folder: Where its checkpoint may be written.
+            overrides: The values that the variant changes.
+            folder: The folder for its checkpoint.
         """
         self._model_type = model_type
         self._values = values
-        #: What the variant changes of them.
+        #: The values that the variant changes.
         self.overrides = overrides
         self._folder = folder
-        self._kept: dict[Hashable, Any] = {}
+        self._cached: dict[Hashable, Any] = {}
 
     @cached_property
     def family(self) -> ModelFamily:
@@ -98,19 +97,19 @@ class Subject:
         return registry().family(self._model_type)
 
     @cached_property
-    def _made_of(self) -> Any:
+    def _config(self) -> Any:
         return configure(self.family, self._values, self.overrides)
 
     def once(self, key: Hashable, make: Callable[..., _T], *arguments: Any) -> _T:
-        """Return what was made under a key before, or make it of these arguments."""
-        if key not in self._kept:
-            self._kept[key] = make(*arguments)
-        return cast("_T", self._kept[key])
+        """Return the cached value of a key, or create it with these arguments."""
+        if key not in self._cached:
+            self._cached[key] = make(*arguments)
+        return cast("_T", self._cached[key])
 
     @cached_property
     def checkpoint(self) -> Path:
         """The folder of the checkpoint, stored in float32."""
-        return write_checkpoint(self._folder, random_model(architecture_class(self.family), self._made_of))
+        return write_checkpoint(self._folder, random_model(architecture_class(self.family), self._config))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -119,22 +118,22 @@ class Subject:
 
     @property
     def cuts(self) -> list[Cut]:
-        """All cuts in two places that the family does not declare impossible."""
-        return possible_cuts(self.family, self._made_of)
+        """All cuts with two split points that the family does not declare impossible."""
+        return possible_cuts(self.family, self._config)
 
     @property
     def other_cuts(self) -> tuple[Cut, ...]:
-        """Cuts in one place, and in more than two."""
-        return cuts_by_number(self.family, self._made_of)
+        """Cuts with one split point, and with more than two."""
+        return cuts_by_number(self.family, self._config)
 
     @property
     def impossible(self) -> Mapping[int, str]:
-        """The cuts that it does, each with the reason."""
+        """The split points that the family declares impossible, each with the reason."""
         return self.family.impossible_cuts(self.config)
 
     @property
     def layers(self) -> int:
-        """The number of layers, as transformers has it."""
+        """The number of layers, according to transformers."""
         return cast("int", self.whole().config.num_hidden_layers)
 
     @property
@@ -145,30 +144,30 @@ class Subject:
 
     @cached_property
     def middle(self) -> Cut:
-        """The cut of the checks that need but one."""
-        layers = self._made_of.num_hidden_layers
-        possible, thirds = possible_cuts(self.family, self._made_of), (layers // 3, 2 * layers // 3)
+        """The cut for checks that need only one."""
+        layers = self._config.num_hidden_layers
+        possible, thirds = possible_cuts(self.family, self._config), (layers // 3, 2 * layers // 3)
         return thirds if thirds in possible or not possible else possible[len(possible) // 2]
 
     def fresh_whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
-        """Load the unsplit model, to be changed."""
+        """Load the unsplit model; the caller may change it."""
         hf_class: Any = architecture_class(self.family)
         return hf_class.from_pretrained(self.checkpoint, dtype=dtype, attn_implementation=attention).eval()
 
     def whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
-        """Return the unsplit model, to be looked at and called."""
+        """Return the cached unsplit model, which must not be changed."""
         return self.once(("whole", dtype, attention), self.fresh_whole, dtype, attention)
 
     def split(self, cut: Cut, dtype: str = "auto", attention: str | None = None) -> SplitCausalLM:
-        """Return the same model, cut into components."""
+        """Return the cached split model, which must not be changed."""
         return self.once(("split", cut, dtype, attention), self.fresh_split, cut, dtype, attention)
 
     def fresh_split(self, cut: Cut, dtype: str = "auto", attention: str | None = None) -> SplitCausalLM:
-        """Cut the model into components, to be changed."""
+        """Load the split model; the caller may change it."""
         parts = load_split_model(None, cut, self.checkpoint, dtype=dtype, attn_implementation=attention, strict=True)
         return SplitCausalLM(*parts)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return parameters and buffers of the unsplit model by all their names."""
+        """Return the parameters and buffers of the unsplit model, under each of their names."""
         whole = self.whole()
         return {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers())}

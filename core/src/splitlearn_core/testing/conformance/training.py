@@ -1,4 +1,4 @@
-"""Training through the cuts is training of the unsplit model."""
+"""Checks of training: losses and gradients are those of the unsplit model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Training(Checks):
 
     @pytest.mark.parametrize("component", ["trunk", "top"])
     def test_only_layers_outside_bottom(self, subject: Subject, component: str) -> None:
-        """In training, hidden states that come in from outside meet nothing but layers and the final norm."""
+        """In training, incoming hidden states pass only through layers and the final norm."""
         family = subject.family
         got, expected = through_no_layers(getattr(subject.fresh_split(subject.middle), component), family)
         if not compare(got, expected):
@@ -62,7 +62,7 @@ def _loss(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
 
 
 def _gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Return the loss, and the gradient of each parameter by all its names; nothing is kept in the model."""
+    """Return the loss, and the gradient of each parameter under each of its names; the model is unchanged."""
     inputs = batch(3)
     loss = model(**inputs, labels=labels_of(inputs)).loss
     named = dict(_parameters(model))
