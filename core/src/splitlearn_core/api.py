@@ -21,7 +21,7 @@ from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel, open_model, type_and_model
 from splitlearn_core.loading.options import LoadOptions, check_options, memory_by_strategy
-from splitlearn_core.loading.planning import make_plan, refuse_misfit, wanted_keys
+from splitlearn_core.loading.planning import make_plan, plan_and_fetch, refuse_misfit, wanted_keys
 from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse_max_memory
 from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
@@ -111,8 +111,9 @@ def plan_opened(
     dtype: DType | Mapping[str, DType] | None,
 ) -> SplitPlan:
     """Plan components of a model that is open; see :func:`plan_split`."""
-    plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked, names_of_parts(split_points)))
-    refuse_misfit(model, plan, table)
+    planned = make_plan(model, split_points, asked, parse_dtypes(dtype, asked, names_of_parts(split_points)))
+    refuse_misfit(model, planned)
+    plan = planned.split
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
 
 
@@ -371,9 +372,9 @@ def load_split_model(
             local_files_only=local_files_only,
         )
         check_options(model, options)
-        plan, table = make_plan(model, split_points, asked, dtypes, fetch=report)
-        components = load_components(model, plan, table, options, report)
-    return split_model(plan.names, components)
+        fetched = plan_and_fetch(model, split_points, asked, dtypes, report)
+        components = load_components(model, fetched, options, report)
+    return split_model(fetched.split.names, components)
 
 
 def _check_points(split_points: object, model_name_or_path: object) -> None:
@@ -458,6 +459,6 @@ def _weights(
     if not checkpoint.is_describable:
         # Shards without headers that could be had alone: what they hold is known from the index.
         return dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
-    plan, table = make_plan(model, split_points, parts, dtype)
-    refuse_misfit(model, plan, table)
-    return checkpoint.wanted(plan.infos)
+    planned = make_plan(model, split_points, parts, dtype)
+    refuse_misfit(model, planned)
+    return checkpoint.wanted(planned.split.infos)

@@ -31,7 +31,7 @@ from splitlearn_core.loading.options import (
     LoadOptions,
     check_options,
 )
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.storage.saved_components import load_split_directory
@@ -592,6 +592,6 @@ def load_all(
 ) -> SplitCausalLM:
     """Load all components as one generation model; raises like :func:`load_components`."""
     check_options(model, options)
-    plan, table = make_plan(model, split_points, None, dtype, fetch=progress)
-    parts = load_components(model, plan, table, options, progress)
+    fetched = plan_and_fetch(model, split_points, None, dtype, progress)
+    parts = load_components(model, fetched, options, progress)
     return SplitCausalLM(*parts.values(), mixed_dtypes=isinstance(dtype, Mapping))

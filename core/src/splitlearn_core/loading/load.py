@@ -29,7 +29,7 @@ from splitlearn_core.loading.options import (
     read_plans,
     whole_model,
 )
-from splitlearn_core.loading.planning import mismatch
+from splitlearn_core.loading.planning import FetchedLoad, PlannedLoad, mismatch
 from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.plan.keys import KeyTable
@@ -67,13 +67,14 @@ def collection_paused() -> Iterator[None]:
         gc.enable()
 
 
-def origins_of(model: OpenModel, plan: SplitPlan, table: KeyTable, paths: Mapping[str, Path]) -> dict[str, Origin]:
+def origins_of(model: OpenModel, planned: PlannedLoad, paths: Mapping[str, Path]) -> dict[str, Origin]:
     """Say where the planned components come from: from the model, or, of a saved component, from its source.
 
     Args:
-        model, plan, table: What is loaded.
+        model, planned: What is loaded.
         paths: Where its shards are.
     """
+    plan, table = planned.split, planned.table
     path = model.checkpoint.optional_file(MANIFEST)
     if path is not None:
         saved = read_manifest(path.parent).origin
@@ -190,9 +191,9 @@ class _Count:
 
 
 def load_components(
-    model: OpenModel, plan: SplitPlan, table: KeyTable, options: LoadOptions, progress: ProgressCallback
+    model: OpenModel, fetched: FetchedLoad, options: LoadOptions, progress: ProgressCallback
 ) -> dict[str, ComponentModel]:
-    """Carry a plan out: fetch, build, check, read, assign, tie. All or nothing is returned.
+    """Carry a plan out: build, check, read, assign, tie. All or nothing is returned.
 
     Raises:
         CheckpointError: There are no weights, or they do not fit the model.
@@ -200,9 +201,9 @@ def load_components(
         InsufficientMemoryError: The planned bytes do not fit into memory.
     """
     started = time.perf_counter()
+    plan, paths = fetched.split, fetched.paths
     devices = choose_devices(plan, options)
-    paths = model.checkpoint.fetch_tensors(plan.infos, logging_downloads(model.name, progress))
-    origins = origins_of(model, plan, table, paths)
+    origins = origins_of(model, fetched, paths)
     read_ahead((info for info in plan.infos if info.format == SAFETENSORS), paths)
     progress(Progress("importing"))
     import_builders(model.family)
@@ -221,7 +222,7 @@ def load_components(
         for part in plan.components:
             log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
             progress(Progress("building", part.component))
-            values = _without_cross_attention(model.config, table)
+            values = _without_cross_attention(model.config, fetched.table)
             # Not as the caller named it: what others make of the model keeps this name, and bundled: means nothing to
             # them. PEFT writes it into adapter_config.json.
             name = model.checkpoint.source.model
@@ -229,17 +230,18 @@ def load_components(
             built[part.component] = build_component(
                 model.family, config, part.component, part.layers, on_layer=options.on_layer
             )
-        unread = _check_all(model, plan, table, built, strict=options.strict)
+        unread = _check_all(model, fetched, built, strict=options.strict)
         if unread:
-            plan, table = _without(plan, table, unread)
+            fetched = _without(fetched, unread)
+            plan = fetched.split
             reads = read_plans(plan, paths, devices, whole_model(model, plan, progress))
-            origins = origins_of(model, plan, table, paths)
+            origins = origins_of(model, fetched, paths)
         _attach_generation_config(model, built.get(Component.TOP))
         for component, origin in origins.items():
             built[component].origin = origin
         with passing_through(progress) as tell:
             read_all(plan, reads, built, strategies, tell)
-        _tie_if_equal(built, table)
+        _tie_if_equal(built, fetched.table)
         if model.checkpoint.has_adapter:
             log.info("Applying the adapter that lies with the weights of %s", model.name)
             apply_adapter(list(built.values()), adapter_in(model.checkpoint.source), widen=False)
@@ -256,7 +258,7 @@ def _without_cross_attention(config: Mapping[str, Any], table: KeyTable) -> Mapp
 
 
 def _check_all(
-    model: OpenModel, plan: SplitPlan, table: KeyTable, built: Mapping[str, ComponentModel], *, strict: bool
+    model: OpenModel, load: PlannedLoad, built: Mapping[str, ComponentModel], *, strict: bool
 ) -> dict[str, set[str]]:
     """Report at once all that is wrong with the tensors of the asked components.
 
@@ -267,6 +269,7 @@ def _check_all(
     """
     from splitlearn_core.build.assemble import tensor_problems, unexpected_names
 
+    plan, table = load.split, load.table
     problems, surplus = list(table.problems), unexpected_words(table.unexpected)
     unread: dict[str, set[str]] = {}
     keys = set(table.unexpected)
@@ -285,20 +288,21 @@ def _check_all(
     return unread
 
 
-def _without(plan: SplitPlan, table: KeyTable, unread: Mapping[str, set[str]]) -> tuple[SplitPlan, KeyTable]:
+def _without(fetched: FetchedLoad, unread: Mapping[str, set[str]]) -> FetchedLoad:
     """Leave tensors out of what is planned, by their module keys."""
     parts = tuple(
         replace(
             part,
             tensors=tuple(t for t in part.tensors if t.module_key not in unread.get(part.component, ())),
         )
-        for part in plan.components
+        for part in fetched.split.components
     )
     sources = {
         component: {name: key for name, key in held.items() if name not in unread.get(component, ())}
-        for component, held in table.sources.items()
+        for component, held in fetched.table.sources.items()
     }
-    return replace(plan, components=parts), replace(table, sources=sources)
+    split, table = replace(fetched.split, components=parts), replace(fetched.table, sources=sources)
+    return replace(fetched, split=split, table=table)
 
 
 def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> None:

@@ -18,7 +18,7 @@ from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.contents import CONFIG, GENERATION, Part, companion_files, config_text
 from splitlearn_core.storage.durable_files import CHUNK_BYTES
@@ -72,8 +72,8 @@ def parts_converted(
     model: OpenModel, split_points: Sequence[int], asked: Sequence[str], dtype: str, report: ProgressCallback
 ) -> list[Part]:
     """Load components in a dtype, to be saved in it."""
-    plan, table = make_plan(model, split_points, asked, dtype, fetch=report)
-    components = load_components(model, plan, table, LoadOptions(), report)
+    fetched = plan_and_fetch(model, split_points, asked, dtype, report)
+    components = load_components(model, fetched, LoadOptions(), report)
     return [_part(component, companion_files(model, component.kind, report)) for component in components.values()]
 
 
