@@ -186,11 +186,11 @@ def parts_without_layers(model: OpenModel, split_points: Sequence[int]) -> list[
     """Return the components none of whose layers has a tensor in the checkpoint, by the weight map alone."""
     table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
     prefix = f"{model.family.base}.{model.family.layers}."
-    return [part for part, held in table.sources.items() if not any(key.startswith(prefix) for key in held)]
+    return [part for part, names in table.sources.items() if not any(name.startswith(prefix) for name in names)]
 
 
 def default_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], *, known: bool = True) -> str:
-    """Return the dtype that ``from_pretrained`` gives all of a model, however little of it is loaded.
+    """Return the dtype that ``from_pretrained`` gives the whole model, even if only a part is loaded.
 
     That is what ``config.json`` states; else what the index states; else the first floating dtype in the
     first weight file.
@@ -198,7 +198,7 @@ def default_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], *, known: b
     Args:
         checkpoint: The weights.
         config: ``config.json``.
-        known: Whether the weights can be looked at.
+        known: Whether the weights can be read.
     """
     if states_dtype(config) or not known:
         return resolve_dtype("auto", config, ())
@@ -206,14 +206,14 @@ def default_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], *, known: b
 
 
 def refuse_misfit(model: OpenModel, planned: PlannedLoad, *, strict: bool = False) -> None:
-    """Refuse to plan a checkpoint with layers that have no tensors.
+    """Refuse a checkpoint with layers that have no tensors.
 
     Args:
         model, planned: What is planned.
-        strict: Refuse tensors too that the model has no place for.
+        strict: Also refuse tensors that the model has no place for.
 
     Raises:
-        TensorMismatchError: There are such; all are listed, with the tensors that have no place.
+        TensorMismatchError: All of them are listed, with the tensors that have no place.
         InvalidCheckpointError: It is one saved component, and others were requested.
     """
     plan, table = planned.split, planned.table
