@@ -27,7 +27,7 @@ from splitlearn_core.build.pretrained import alone
 from splitlearn_core.build.pruning import BUILD_LOCK
 from splitlearn_core.loading.opening import open_model
 from splitlearn_core.loading.options import LoadOptions, memory_needed
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.types import Component
 
 CUTS = (2, 4)
@@ -89,10 +89,10 @@ def test_the_model_is_loaded_once_for_all_parts(single: Path, monkeypatch: pytes
 def test_its_memory_is_the_whole_models_and_the_parts(single: Path, whole: Any) -> None:
     """As the plan predicts; the whole model's is given back."""
     model = open_model(single)
-    plan, _ = make_plan(model, CUTS, (Component.BOTTOM, Component.TRUNK), "auto", fetch=lambda _: None)
-    paths = model.checkpoint.fetch_tensors(plan.infos, lambda _: None)
+    fetched = plan_and_fetch(model, CUTS, (Component.BOTTOM, Component.TRUNK), "auto", lambda _: None)
+    plan = fetched.split
 
-    needs = memory_needed(model, plan, LoadOptions(strategy="whole"), paths)
+    needs = memory_needed(model, plan, LoadOptions(strategy="whole"), fetched.paths)
 
     everything = sum(tensor.nbytes for tensor in whole.state_dict().values())
     assert (needs.kept, needs.peak, needs.mapped) == (plan.nbytes, plan.nbytes + everything, 0)

@@ -22,7 +22,7 @@ from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel, open_model, type_and_model
 from splitlearn_core.loading.options import LoadOptions, check_options, memory_by_strategy
-from splitlearn_core.loading.planning import make_plan, refuse_misfit, wanted_keys
+from splitlearn_core.loading.planning import make_plan, plan_and_fetch, refuse_misfit, wanted_keys
 from splitlearn_core.plan.placement import parse_device_map, parse_dtypes, parse_max_memory
 from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
@@ -100,20 +100,21 @@ def plan_split(
             FileNotFoundError, an unknown model type a KeyError.
     """
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
-    there = names_of_parts(split_points)
-    asked = parse_parts(parts, there)
-    return plan_opened(open_model(model_name_or_path, model_type, **hub), split_points, asked, dtype)
+    names = names_of_parts(split_points)
+    requested = parse_parts(parts, names)
+    return plan_opened(open_model(model_name_or_path, model_type, **hub), split_points, requested, dtype)
 
 
 def plan_opened(
     model: OpenModel,
     split_points: Sequence[int],
-    asked: Sequence[str],
+    requested: Sequence[str],
     dtype: DType | Mapping[str, DType] | None,
 ) -> SplitPlan:
     """Plan components of a model that is open; see :func:`plan_split`."""
-    plan, table = make_plan(model, split_points, asked, parse_dtypes(dtype, asked, names_of_parts(split_points)))
-    refuse_misfit(model, plan, table)
+    planned = make_plan(model, split_points, requested, parse_dtypes(dtype, requested, names_of_parts(split_points)))
+    refuse_misfit(model, planned)
+    plan = planned.split
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
 
 
@@ -142,10 +143,10 @@ def plan_fetch(
         SplitLearnError: As :func:`plan_split`; and a FileNotFoundError where there are no weights.
     """
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
-    there = names_of_parts(split_points)
-    asked = parse_parts(parts, there)
+    names = names_of_parts(split_points)
+    requested = parse_parts(parts, names)
     model = open_model(model_name_or_path, model_type, **hub)
-    return plan_model_fetch(model, split_points, asked, parse_dtypes(dtype, asked, there))
+    return plan_model_fetch(model, split_points, requested, parse_dtypes(dtype, requested, names))
 
 
 # The literals of one part are none of another's, which mypy does not see in tuples and sequences.
@@ -321,7 +322,7 @@ def load_split_model(
     attn_implementation: str | None = None,
     strict: bool = False,
 ) -> AnySplitModel:
-    """Load the asked components of a model, and read no byte of the others.
+    """Load the requested components of a model, and read no byte of the others.
 
     Args:
         model_type: What the model is; None to take what ``config.json`` says. A path, a Hub repository or
@@ -353,14 +354,16 @@ def load_split_model(
         there are components, and ``bottom``, ``trunks`` and ``top`` for any number.
 
     Raises:
-        SplitLearnError: With a hint, before anything is half made; see :func:`plan_split`.
+        SplitLearnError: With a hint, before anything is partly loaded; see :func:`plan_split`.
     """
     _check_points(split_points, model_name_or_path)
     model_type, model_name_or_path = type_and_model(model_type, model_name_or_path)
-    there = names_of_parts(split_points)
-    asked = parse_parts(parts, there)
-    dtypes = parse_dtypes(dtype, asked, there)
-    options = load_options(asked, device, device_map, max_memory, strategy, attn_implementation, there, strict=strict)
+    names = names_of_parts(split_points)
+    requested = parse_parts(parts, names)
+    dtypes = parse_dtypes(dtype, requested, names)
+    options = load_options(
+        requested, device, device_map, max_memory, strategy, attn_implementation, names, strict=strict
+    )
     with reporting(progress) as report:
         report(Progress("resolving"))
         model = open_model(
@@ -372,13 +375,13 @@ def load_split_model(
             local_files_only=local_files_only,
         )
         check_options(model, options)
-        plan, table = make_plan(model, split_points, asked, dtypes, fetch=report)
-        components = load_components(model, plan, table, options, report)
-    return split_model(plan.names, components)
+        fetched = plan_and_fetch(model, split_points, requested, dtypes, report)
+        components = load_components(model, fetched, options, report)
+    return split_model(fetched.split.names, components)
 
 
 def _check_points(split_points: object, model_name_or_path: object) -> None:
-    """Notice split points that were given as two arguments; raises InvalidSplitError."""
+    """Refuse split points that were given as two arguments; raises InvalidSplitError."""
     if isinstance(split_points, int) and isinstance(model_name_or_path, int):
         raise InvalidSplitError(
             f"split_points is {split_points!r}, and model_name_or_path {model_name_or_path!r}",
@@ -387,22 +390,22 @@ def _check_points(split_points: object, model_name_or_path: object) -> None:
 
 
 def load_options(
-    asked: Sequence[str],
+    requested: Sequence[str],
     device: str | torch.device,
     device_map: str | Mapping[str, str | int | torch.device] | None,
     max_memory: Mapping[int | str, int | str] | None,
     strategy: str,
     attn_implementation: str | None,
-    there: Sequence[str] = THREE,
+    names: Sequence[str] = THREE,
     *,
     strict: bool = False,
 ) -> LoadOptions:
-    """Check and put together what :func:`load_split_model` was told; raises ConfigurationError."""
+    """Check and put together the arguments of :func:`load_split_model`; raises ConfigurationError."""
     return LoadOptions(
         str(device),
         strategy,
         attn_implementation,
-        parse_device_map(device_map, asked, there),
+        parse_device_map(device_map, requested, names),
         parse_max_memory(max_memory),
         strict=strict,
     )
@@ -458,6 +461,6 @@ def _weights(
     if not checkpoint.is_describable:
         # Shards without headers that could be had alone: what they hold is known from the index.
         return dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
-    plan, table = make_plan(model, split_points, parts, dtype)
-    refuse_misfit(model, plan, table)
-    return checkpoint.wanted(plan.infos)
+    planned = make_plan(model, split_points, parts, dtype)
+    refuse_misfit(model, planned)
+    return checkpoint.wanted(planned.split.infos)

@@ -18,7 +18,7 @@ from splitlearn_core.errors import ConfigurationError, SplitLearnError
 from splitlearn_core.loading.load import import_builders, load_components
 from splitlearn_core.loading.opening import OpenModel, open_model
 from splitlearn_core.loading.options import LoadOptions, check_options
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.system_memory import anonymous_memory
@@ -223,7 +223,7 @@ def run_benchmark(
     if runs < 1:
         raise ConfigurationError(f"{runs} runs measure nothing", hint="give at least one")
     check_options(model, options)
-    plan, _ = make_plan(model, split_points, None, dtype, fetch=progress)
+    plan = plan_and_fetch(model, split_points, None, dtype, progress).split
     model.checkpoint.fetch(set(model.checkpoint.weight_map.values()), progress)
     target = Target(
         model.name,
@@ -407,10 +407,9 @@ def _load(target: Target, model: OpenModel, name: str) -> dict[str, Any]:
         from splitlearn_core.pipeline import load_all
 
         return {_ALL: load_all(model, target.split_points, target.dtype, target.options(), lambda _: None)}
-    plan, table = make_plan(
-        model, target.split_points, parse_parts(name.split(","), names_of_parts(target.split_points)), target.dtype
-    )
-    components = load_components(model, plan, table, target.options(), lambda _: None)
+    requested = parse_parts(name.split(","), names_of_parts(target.split_points))
+    fetched = plan_and_fetch(model, target.split_points, requested, target.dtype, lambda _: None)
+    components = load_components(model, fetched, target.options(), lambda _: None)
     return {str(component): module for component, module in components.items()}
 
 

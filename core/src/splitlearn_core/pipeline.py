@@ -31,7 +31,7 @@ from splitlearn_core.loading.options import (
     LoadOptions,
     check_options,
 )
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.storage.saved_components import load_split_directory
@@ -59,7 +59,7 @@ class ComponentChain:
         self.mixed_dtypes = mixed_dtypes
         self.config = parts[Component.TOP].config
         self.routing = parts[Component.BOTTOM].routing
-        # Where a parameter of each is, to know device and dtype without a walk over the module at every token.
+        # A parameter of each, for its device and dtype without a walk over the module at every token.
         self._probes = [_first_parameter(part) for part in parts.values()]
 
     def run(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, head: bool) -> Any:
@@ -80,7 +80,7 @@ class ComponentChain:
         recordings = {name: given.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
         use_cache = given.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
         cache = self._whole_cache(named_cache(given, given.pop("past_key_values", None)), use_cache)
-        # generate hands on what it needs for stop_strings, and the family's forward ignores it.
+        # generate passes on what it needs for stop_strings; the family's forward ignores it.
         given.pop("tokenizer", None)
         tokens = given.pop("input_ids", None)
         first = {name: given.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in given}
@@ -157,15 +157,15 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     gets the unsplit model's answer; its modules and parameters are those of the components.
 
     Args:
-        bottom: The component with the embeddings; None, a part that was not loaded, is refused like any other misfit.
+        bottom: The component with the embeddings; None, a part that was not loaded, is refused like any other mismatch.
         following: The trunks, in order: none, one or several; then the top, with the head.
         named: Those of them that are given by name: ``trunk``, or ``trunk1``, ``trunk2``, ...; and ``top``.
         mixed_dtypes: Let the components have different dtypes. At each cut, hidden states are then
-            cast to the dtype of the component that they enter. Without it, different dtypes are taken
-            for a mistake.
+            cast to the dtype of the component that they enter. Without it, different dtypes are
+            refused.
 
     Raises:
-        ConfigurationError: The components do not make up one model.
+        ConfigurationError: The components do not form one model.
     """
 
     _chain: ComponentChain
@@ -199,17 +199,17 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                 hint="give them one by one: SplitCausalLM(*parts)",
             )
         given = [bottom, *following, *_in_order(type(self), named)]
-        # One alone is told what is missing, by the names of two.
+        # A single component is named as one of two in the error.
         parts: dict[str, Any] = dict(zip(component_names(max(len(given), 2)), [*given, None], strict=False))
         _check_fit(parts, mixed_dtypes)
         top = parts[Component.TOP]
         config, training = top.config, top.training
         family_class = architecture_class(top.family)
         if not isinstance(self, family_class):
-            made = class_over(type(self), family_class)
-            if made.forward is SplitCausalLM.forward:
-                made.forward = _with_signature_of(family_class)
-            object.__setattr__(self, "__class__", made)
+            combined = class_over(type(self), family_class)
+            if combined.forward is SplitCausalLM.forward:
+                combined.forward = _with_signature_of(family_class)
+            object.__setattr__(self, "__class__", combined)
         PreTrainedModel.__init__(self, config)
         self.training = training
         # What the checkpoint says about generation came with the top; without it, the model's own.
@@ -218,15 +218,15 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         self._assemble(parts, mixed_dtypes)
 
     def _assemble(self, parts: dict[str, Any], mixed_dtypes: bool) -> None:
-        """Take components, and make the unsplit model's modules of theirs."""
+        """Build the module tree of the unsplit model from the modules of the components."""
         top = parts[Component.TOP]
         ours = self.__dict__
-        # What the family's own class gives a model besides modules, and its methods rely on.
+        # Attributes that the family's own class sets and its methods rely on.
         own = {"loss_type", "generation_config", "training", *nn.Module().__dict__}
         ours.update({name: getattr(top, name) for name in top.family_attributes if name not in own})
         self._chain = ComponentChain(parts, mixed_dtypes)
         ours["_modules"] = module_tree(parts, Backbone, {"_chain": self._chain})
-        # Ends that two loads made hold a copy each, which nothing keeps equal.
+        # Components of two separate loads hold one copy each, which nothing keeps equal.
         tied = self.get_expanded_tied_weights_keys(all_submodels=True)
         self.all_tied_weights_keys = {
             target: source
@@ -247,7 +247,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     if not TYPE_CHECKING:  # a type checker is to know the attributes of the class
 
         def __getattr__(self, name: str) -> Any:
-            """Return one of several trunks, ``model.trunk2``, or what modules have besides attributes."""
+            """Return one of several trunks, ``model.trunk2``, or a submodule, parameter or buffer."""
             if is_component_name(name):
                 if name not in self._chain.parts:
                     raise AttributeError(self._lacks(name))
@@ -401,9 +401,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         for path, module in self.named_modules():
             states = {name: vars(module)[name] for name in names if name in vars(module)}
             for component in self.components if states and path else ():
-                held = component.get_submodule(path)
-                if hasattr(held, "gradient_checkpointing"):
-                    vars(held).update(states)
+                own = component.get_submodule(path)
+                if hasattr(own, "gradient_checkpointing"):
+                    vars(own).update(states)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the attention implementation of each component; arguments as of Hugging Face models."""
@@ -447,7 +447,7 @@ def _by_name(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 
 def _with_signature_of(family_class: type[Any]) -> Callable[..., Any]:
-    """Return a forward that says of itself what the family's says: trainers and ``generate`` go by its parameters."""
+    """Return a forward with the signature of the family's: trainers and ``generate`` inspect its parameters."""
 
     @functools.wraps(family_class.forward)
     def forward(self: SplitCausalLM, *args: Any, **kwargs: Any) -> Any:
@@ -467,7 +467,7 @@ def _share(cache: Any, part: ComponentModel) -> Any:
 
 
 def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any) -> Any:
-    """Put together what the last component returned, and what each recorded of its own layers."""
+    """Combine the output of the last component with what each recorded of its own layers."""
     last = outputs[-1]
     recorded: dict[str, Any] = {CACHE_FIELD: cache}
     wanted = recordings["output_hidden_states"]
@@ -491,7 +491,7 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
 
 
 def _selected(states: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
-    """Keep the states that were asked for by number, as newer transformers lets one do, in their places."""
+    """Keep the states that were requested by number, as newer transformers allows, in their places."""
     if isinstance(wanted, bool):
         return states
     count = len(states)
@@ -537,7 +537,7 @@ def _check_fit(given: Mapping[str, Any], mixed_dtypes: bool) -> None:
         for what, values in facts.items():
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
-        # Those that were made of a state dict are judged by their shape alone.
+        # Those that were made from a state dict have no origin to compare.
         problems += origin_mismatches([part.origin for part in given.values() if part.origin is not None], dtypes=False)
         problems += adapter_mismatches(given.values())
     if problems:
@@ -592,6 +592,6 @@ def load_all(
 ) -> SplitCausalLM:
     """Load all components as one generation model; raises like :func:`load_components`."""
     check_options(model, options)
-    plan, table = make_plan(model, split_points, None, dtype, fetch=progress)
-    parts = load_components(model, plan, table, options, progress)
+    fetched = plan_and_fetch(model, split_points, None, dtype, progress)
+    parts = load_components(model, fetched, options, progress)
     return SplitCausalLM(*parts.values(), mixed_dtypes=isinstance(dtype, Mapping))

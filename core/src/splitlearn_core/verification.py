@@ -14,7 +14,7 @@ from splitlearn_core.generation import has_tokenizer, load_tokenizer
 from splitlearn_core.loading.load import import_builders, load_components
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions, check_options
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.quoting import reason, said
 from splitlearn_core.system_memory import anonymous_memory
 from splitlearn_core.types import ProgressCallback
@@ -102,12 +102,12 @@ def _verify(
 ) -> Verification:
     from splitlearn_core.pipeline import SplitCausalLM
 
-    plan, _ = make_plan(model, split_points, None, dtype, fetch=progress)
+    plan = plan_and_fetch(model, split_points, None, dtype, progress).split
     parts, loads = {}, {}
     for component in plan.names:
         before, started = anonymous_memory(), time.perf_counter()
-        part_plan, table = make_plan(model, split_points, (component,), dtype, fetch=progress)
-        parts.update(load_components(model, part_plan, table, options, progress))
+        fetched = plan_and_fetch(model, split_points, (component,), dtype, progress)
+        parts.update(load_components(model, fetched, options, progress))
         loads[component] = (time.perf_counter() - started, max(0, anonymous_memory() - before))
     split = SplitCausalLM(*parts.values())
     started = time.perf_counter()

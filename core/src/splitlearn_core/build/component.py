@@ -39,14 +39,14 @@ _LOSS = "ForCausalLM"
 
 
 class ComponentModel(PreTrainedModel):
-    """What bottom, trunk and top add to the Hugging Face class they are made from.
+    """What bottom, trunk and top add to the Hugging Face class they are derived from.
 
     Layers keep their numbers in the whole model, and so do cache slots, adapters and tensor names.
     """
 
     #: Bottom, trunk or top.
     kind: ClassVar[Component]
-    #: Its name: that of its kind, but for one of several trunks, which are numbered.
+    #: Its name: that of its kind, or numbered where there are several trunks.
     component: str
     family: ClassVar[ModelFamily]
     #: What the Hugging Face class calls its key-value cache.
@@ -55,7 +55,7 @@ class ComponentModel(PreTrainedModel):
     _from_state_dict: ClassVar[Callable[..., Any]]
     #: The layers of the whole model that this component runs.
     layer_range: LayerRange
-    #: Where the component comes from; None where it was made of a state dict.
+    #: Where the component comes from; None where it was made from a state dict.
     origin: Origin | None = None
     #: The names of the attributes that the Hugging Face class gives a model.
     family_attributes: frozenset[str]
@@ -67,8 +67,8 @@ class ComponentModel(PreTrainedModel):
             super().__init__(config)
         self.family_attributes = frozenset(vars(self))
         self.layer_range = layer_range
-        # transformers reads the loss off the name of a class, and where the name tells none (GPT2LMHeadModel) it takes
-        # this one all the same, complaining of a configuration that says nothing of it.
+        # transformers derives the loss from the name of the class; where the name says none (GPT2LMHeadModel), it takes
+        # this one, with a warning about the configuration.
         if getattr(self, "loss_type", None) is None:
             self.loss_type = _LOSS
         check_names(self, self.family)
@@ -119,7 +119,7 @@ class ComponentModel(PreTrainedModel):
         return PartCache.empty(self.config, self.layer_range)
 
     def init_weights(self) -> None:
-        """Leave weights alone: they are assigned from a checkpoint."""
+        """Do nothing: weights are assigned from a checkpoint."""
 
     def extra_repr(self) -> str:
         return f"{self.component}, layers {self.layer_range}"
@@ -136,7 +136,7 @@ class ComponentModel(PreTrainedModel):
         )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: a component in such a file is a checkpoint whose other layers transformers makes up."""
+        """Refuse: transformers would load such a checkpoint with random values for the other layers."""
         raise ConfigurationError(
             f"a {self.component} is not saved as a checkpoint of the whole model",
             hint="save it as a component: save_split(component, DIR)",
@@ -166,7 +166,7 @@ class ComponentModel(PreTrainedModel):
         position_ids: torch.Tensor | None,
         past_key_values: Any,
     ) -> dict[str, Any]:
-        """Check what a component was given besides its input, and put it in the words of the Hugging Face class."""
+        """Check the arguments other than the input, and name them as the Hugging Face class does."""
         past_key_values = named_cache(kwargs, past_key_values)
         paged = is_paged(past_key_values)
         for name, instead in (("use_cache", "past_key_values=component.new_cache()"), ("return_dict", "nothing")):
@@ -182,10 +182,10 @@ class ComponentModel(PreTrainedModel):
                     f"{self.component}.forward() got an unexpected keyword argument {name!r}",
                     hint=f"a {self.component} takes {', '.join(list(inspect.signature(self.forward).parameters)[:-1])}",
                 )
-        held = getattr(past_key_values, "layer_range", "all layers")
-        if past_key_values is not None and not paged and held != self.layer_range:
+        cached = getattr(past_key_values, "layer_range", "all layers")
+        if past_key_values is not None and not paged and cached != self.layer_range:
             raise ConfigurationError(
-                f"past_key_values is a cache of {held}; this {self.component} runs layers {self.layer_range}",
+                f"past_key_values is a cache of {cached}; this {self.component} runs layers {self.layer_range}",
                 hint=f"use {self.component}.new_cache(); a cache of other layers would give wrong text silently",
             )
         kinds = getattr(self.config, "layer_types", None)
@@ -198,8 +198,8 @@ class ComponentModel(PreTrainedModel):
         }
 
     def _run_layers(self, inputs: dict[str, Any], arguments: dict[str, Any]) -> torch.Tensor | BaseModelOutputWithPast:
-        """Run the layers; the result is hidden states alone unless more was asked for."""
-        # What the configuration wants recorded, it wants of the whole model.
+        """Run the layers; the result is hidden states alone unless more was requested."""
+        # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         output = self.base_model(**inputs, **{**arguments, **recordings})
         if any(arguments.get(name) for name in RECORDINGS):
@@ -207,7 +207,7 @@ class ComponentModel(PreTrainedModel):
         return cast("torch.Tensor", output.last_hidden_state)
 
     def _own_recordings(self, output: Any) -> Any:
-        """Leave out what a model that records by itself, in its own forward, recorded of neutral layers."""
+        """Leave out recordings of neutral layers, made by models that record in their own forward."""
         owned = self.layer_range
         states, attentions = output.get("hidden_states"), output.get("attentions")
         if states is not None and len(states) == owned.total + 1:
@@ -218,7 +218,7 @@ class ComponentModel(PreTrainedModel):
 
     @contextmanager
     def _past_the_embeddings(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Hand hidden states to the layers; yields what goes through the model where embeddings do."""
+        """Pass hidden states to the layers; yields what the model takes in place of embeddings."""
         if not self.family.enter_at_layers:
             yield hidden_states
             return
@@ -227,7 +227,7 @@ class ComponentModel(PreTrainedModel):
             yield hidden_states.detach().clone()
 
     def _checked_states(self, hidden_states: Any, others: Mapping[str, Any]) -> torch.Tensor:
-        """Refuse what is no hidden states of this model, before the model's own code makes something of it."""
+        """Refuse anything but hidden states of this model, which the model's own code might accept."""
         if hidden_states is None:
             raise ConfigurationError(
                 f"this {self.component} was given {', '.join(others) or 'nothing'}, and no hidden_states; it takes "
@@ -316,10 +316,10 @@ class BottomModel(ComponentModel):
 
     def _check_tokens(self, input_ids: torch.Tensor, error: IndexError) -> None:
         size = self.get_input_embeddings().weight.shape[0]
-        astray = input_ids[(input_ids < 0) | (input_ids >= size)]
-        if astray.numel():
+        outside = input_ids[(input_ids < 0) | (input_ids >= size)]
+        if outside.numel():
             raise ConfigurationError(
-                f"input_ids have tokens beyond the vocabulary of {size}: {astray[0].item()}, say",
+                f"input_ids have tokens beyond the vocabulary of {size}: {outside[0].item()}, say",
                 hint="does the tokenizer belong to this model? Tokens that were added need resize_token_embeddings; "
                 "-100 is for labels alone",
             ) from error
@@ -404,7 +404,7 @@ class TopModel(ComponentModel):
 
         Returns:
             ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
-            the cache; hidden states and attentions of these layers where they were asked for.
+            the cache; hidden states and attentions of these layers where they were requested.
         """
         hidden_states = self._checked_states(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
@@ -419,7 +419,7 @@ class TopModel(ComponentModel):
             attentions=output.attentions,
             **{CACHE_FIELD: arguments[self.cache_argument]},
         )
-        # What the family's own output has besides: attentions across to an encoder, for one.
+        # Further fields of the family's own output: cross-attentions, for example.
         for name, value in output.items():
             if name not in result and name != CACHE_FIELD:
                 result[name] = value

@@ -17,7 +17,7 @@ from splitlearn_core.generation import Generation, Sampling, generate_text, load
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import BUNDLED, OpenModel, open_model
 from splitlearn_core.loading.options import LoadOptions
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.plan.split_points import count_layers
 from splitlearn_core.plugins.host import BLOCK_VARIABLE
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, registry
@@ -36,12 +36,13 @@ class Demo:
         layers = count_layers(model.family, model.config)
         edge = max(1, layers // 6)
         self._split_points = (edge, layers - edge)
-        self.plan, self._table = make_plan(model, self._split_points, None, "auto", fetch=lambda _: None)
+        self._fetched = plan_and_fetch(model, self._split_points, None, "auto", lambda _: None)
+        self.plan = self._fetched.split
         self._parts: dict[str, Any] = {}
 
     def load(self, progress: ProgressCallback) -> None:
         """Load all components."""
-        self._parts = load_components(self._model, self.plan, self._table, LoadOptions(), progress)
+        self._parts = load_components(self._model, self._fetched, LoadOptions(), progress)
 
     def generate(self, prompt: str, max_new_tokens: int, seed: int, on_text: Callable[[str], None]) -> Generation:
         """Continue a prompt; :meth:`load` comes first."""

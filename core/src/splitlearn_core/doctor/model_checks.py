@@ -11,7 +11,7 @@ from splitlearn_core.generation import has_tokenizer
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel, open_model
 from splitlearn_core.loading.options import LoadOptions, memory_by_strategy, read_plans, whole_model
-from splitlearn_core.loading.planning import make_plan, refuse_misfit
+from splitlearn_core.loading.planning import fetch, make_plan, refuse_misfit
 from splitlearn_core.plan.split_points import count_layers, impossible_cuts
 from splitlearn_core.plan.splitplan import MemoryNeeds, SplitPlan
 from splitlearn_core.plugins.registry import registry
@@ -48,8 +48,9 @@ def _examined(name: str, load: bool) -> Iterator[Finding]:
     checkpoint.require_weights()
     if checkpoint.is_describable:
         checkpoint.source.require(checkpoint.weight_files())
-    plan, table = make_plan(model, points, None, "auto")
-    refuse_misfit(model, plan, table)
+    planned = make_plan(model, points, None, "auto")
+    refuse_misfit(model, planned)
+    plan = planned.split
     files = f"{len(plan.shards)} files" if len(plan.shards) > 1 else "one file"
     yield ok(f"{human_bytes(plan.nbytes)} in {files}, loads as {plan.dtype}")
     yield from usable_strategies(model, plan)
@@ -60,7 +61,8 @@ def _examined(name: str, load: bool) -> Iterator[Finding]:
         yield note(what, fix=f"splitlearn verify {shlex.quote(model.name)} --split {shown}")
     else:
         # Views of the mapped file, which read next to nothing.
-        load_components(model, plan, table, LoadOptions("cpu", MappedStrategy.name), lambda _: None)
+        options = LoadOptions("cpu", MappedStrategy.name)
+        load_components(model, fetch(model, planned, lambda _: None), options, lambda _: None)
         yield ok(f"{', '.join(plan.names[:-1])} and {plan.names[-1]} load")
 
 

@@ -1,4 +1,4 @@
-"""Carry a plan out: build, read, check, fill and tie, in the order of the data."""
+"""Load what was planned and fetched: build, check, read, assign and tie, in the order of the data."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from splitlearn_core.loading.options import (
     read_plans,
     whole_model,
 )
-from splitlearn_core.loading.planning import mismatch
+from splitlearn_core.loading.planning import FetchedLoad, PlannedLoad, mismatch
 from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.plan.keys import KeyTable
 from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
-from splitlearn_core.plan.splitplan import ComponentPlan, SplitPlan
+from splitlearn_core.plan.splitplan import SplitPlan
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.quoting import reason
@@ -45,6 +45,8 @@ from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCall
 
 if TYPE_CHECKING:
     from splitlearn_core.build.component import ComponentModel
+
+log = logging.getLogger(__name__)
 
 
 def import_builders(family: ModelFamily) -> None:
@@ -57,7 +59,7 @@ def import_builders(family: ModelFamily) -> None:
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Import without looking for garbage: a tenth of the time of importing transformers goes there."""
+    """Disable the cyclic garbage collector: it takes a tenth of the time of importing transformers."""
     if not gc.isenabled():
         yield
         return
@@ -68,13 +70,14 @@ def collection_paused() -> Iterator[None]:
         gc.enable()
 
 
-def origins_of(model: OpenModel, plan: SplitPlan, table: KeyTable, paths: Mapping[str, Path]) -> dict[str, Origin]:
+def origins_of(model: OpenModel, planned: PlannedLoad, paths: Mapping[str, Path]) -> dict[str, Origin]:
     """Say where the planned components come from: from the model, or, of a saved component, from its source.
 
     Args:
-        model, plan, table: What is loaded.
+        model, planned: What is loaded.
         paths: Where its shards are.
     """
+    plan, table = planned.split, planned.table
     path = model.checkpoint.optional_file(MANIFEST)
     if path is not None:
         saved = read_manifest(path.parent).origin
@@ -83,7 +86,7 @@ def origins_of(model: OpenModel, plan: SplitPlan, table: KeyTable, paths: Mappin
     entry = registry().plugin(plan.model_type).entry
     samples: dict[str, str] = {}
     for name in sorted({info.shard for info in plan.infos} & paths.keys()):
-        # Of a file that is here in parts, nothing but its commit tells.
+        # A partial file cannot be sampled; its commit identifies it.
         if not grows(paths[name]):
             samples[name] = sample_values(paths[name])
     return {
@@ -101,31 +104,30 @@ def origins_of(model: OpenModel, plan: SplitPlan, table: KeyTable, paths: Mappin
             dtype=part.dtype,
             ties=tuple(key for key in table.tied if key in table.sources[part.component].values()),
             keys=table.sources[part.component],
-            samples={name: samples[name] for name in sorted(_shards(part) & samples.keys())},
+            samples={
+                name: samples[name] for name in sorted({tensor.info.shard for tensor in part.tensors} & samples.keys())
+            },
             config=model.config,
         )
         for part in plan.components
     }
 
 
-def _shards(part: ComponentPlan) -> set[str]:
-    return {tensor.info.shard for tensor in part.tensors}
-
-
 def _check_saved(saved: Origin, plan: SplitPlan, path: Path) -> None:
-    """Refuse to take from a saved component what it is not."""
-    asked = ", ".join(part.component for part in plan.components)
-    found = (asked, plan.split_points, plan.num_layers, plan.model_type)
-    if found != (saved.component, saved.split_points, saved.num_layers, saved.model_type):
+    """Refuse to load a saved component as another one."""
+    requested = ", ".join(part.component for part in plan.components)
+    if (requested, plan.split_points, plan.num_layers, plan.model_type) != (
+        saved.component,
+        saved.split_points,
+        saved.num_layers,
+        saved.model_type,
+    ):
         raise InvalidCheckpointError(
             f"{path.parent} holds the {saved.component} of a {saved.model_type} model of {saved.num_layers} layers, "
-            f"cut at {saved.split_points}; asked for was the {asked} of a {plan.model_type} model of "
+            f"cut at {saved.split_points}; requested was the {requested} of a {plan.model_type} model of "
             f"{plan.num_layers} layers, cut at {plan.split_points}",
             hint="load it with load_component, which asks for what is there",
         )
-
-
-log = logging.getLogger(__name__)
 
 
 def read_all(
@@ -138,7 +140,7 @@ def read_all(
     from splitlearn_core.build.assemble import assign_tensor, finish
 
     count = _Count(progress, sum(read.nbytes for read in reads.values()))
-    held: dict[tuple[str, str, str], Any] = {}
+    assigned: dict[tuple[str, str, str], Any] = {}
     for part in plan.components:
         component, read, strategy = part.component, reads[part.component], strategies[part.component]
         own = {planned.module_key for planned in read.tensors}
@@ -148,26 +150,26 @@ def read_all(
         modules = dict(built[component].named_modules())
         count.begin(component, read)
         for planned, tensor in read_checked(strategy, replace(read, on_bytes=count.chunk)):
-            held[planned.info.key, read.device, read.dtype] = assign_tensor(modules, planned.module_key, tensor)
+            assigned[planned.info.key, read.device, read.dtype] = assign_tensor(modules, planned.module_key, tensor)
             count.tensor(planned.info)
         for planned in part.tensors:
             if planned.module_key not in own:
-                assign_tensor(modules, planned.module_key, held[planned.info.key, read.device, read.dtype])
+                assign_tensor(modules, planned.module_key, assigned[planned.info.key, read.device, read.dtype])
         finish(built[component], read.device)
 
 
 class _Count:
-    """Bytes read so far, told by tensors and, within large ones, by chunks. It never goes back."""
+    """Bytes read so far, reported by tensor and, within large ones, by chunk. The count never decreases."""
 
     def __init__(self, progress: ProgressCallback, total: int) -> None:
         self._progress = progress
         self._total = total
         self._component: str | None = None
-        #: Shards of the tensors that are still to come, in the order of the files.
+        #: Shards of the tensors that are not read yet, in the order of the files.
         self._coming: Iterator[str] = iter(())
         self._shard = ""
-        #: Bytes of whole tensors, bytes of the one at work, and what was told last.
-        self._whole = self._part = self._told = 0
+        #: Bytes of complete tensors, bytes of the current one, and what was reported last.
+        self._whole = self._part = self._reported = 0
 
     def begin(self, component: str, read: ReadPlan) -> None:
         self._component = component
@@ -176,24 +178,24 @@ class _Count:
 
     def chunk(self, nbytes: int) -> None:
         self._part += nbytes
-        self._tell(self._shard)
+        self._report(self._shard)
 
     def tensor(self, info: TensorInfo) -> None:
-        # Chunks of tensors that are still to come stay counted.
+        # Chunks of tensors that are not complete yet stay counted.
         self._whole, self._part = self._whole + info.nbytes, max(0, self._part - info.nbytes)
         self._shard = next(self._coming, info.shard)
-        self._tell(info.shard)
+        self._report(info.shard)
 
-    def _tell(self, shard: str) -> None:
-        # A strategy that reads ahead counts chunks of tensors to come.
-        self._told = max(self._told, min(self._whole + self._part, self._total))
-        self._progress(Progress("reading", self._component, self._told, self._total, shard))
+    def _report(self, shard: str) -> None:
+        # A strategy that reads ahead counts chunks of later tensors.
+        self._reported = max(self._reported, min(self._whole + self._part, self._total))
+        self._progress(Progress("reading", self._component, self._reported, self._total, shard))
 
 
 def load_components(
-    model: OpenModel, plan: SplitPlan, table: KeyTable, options: LoadOptions, progress: ProgressCallback
+    model: OpenModel, fetched: FetchedLoad, options: LoadOptions, progress: ProgressCallback
 ) -> dict[str, ComponentModel]:
-    """Carry a plan out: fetch, build, check, read, assign, tie. All or nothing is returned.
+    """Load fetched components: build, check, read, assign, tie. All or none are returned.
 
     Raises:
         CheckpointError: There are no weights, or they do not fit the model.
@@ -201,9 +203,9 @@ def load_components(
         InsufficientMemoryError: The planned bytes do not fit into memory.
     """
     started = time.perf_counter()
+    plan, paths = fetched.split, fetched.paths
     devices = choose_devices(plan, options)
-    paths = model.checkpoint.fetch_tensors(plan.infos, logging_downloads(model.name, progress))
-    origins = origins_of(model, plan, table, paths)
+    origins = origins_of(model, fetched, paths)
     read_ahead((info for info in plan.infos if info.format == SAFETENSORS), paths)
     progress(Progress("importing"))
     import_builders(model.family)
@@ -217,32 +219,33 @@ def load_components(
     if any(isinstance(strategy, WholeStrategy) for strategy in strategies.values()):
         model.checkpoint.fetch(model.checkpoint.weight_files(), logging_downloads(model.name, progress))
     built: dict[str, ComponentModel] = {}
-    # As from_pretrained: what is loaded can be trained, and has the same values, wherever the call stands.
+    # As from_pretrained: what is loaded can be trained, and has the same values, whatever modes torch is in.
     with own_modes(gradients=True):
         for part in plan.components:
             log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
             progress(Progress("building", part.component))
-            values = _without_cross_attention(model.config, table)
-            # Not as the caller named it: what others make of the model keeps this name, and bundled: means nothing to
-            # them. PEFT writes it into adapter_config.json.
+            values = _without_cross_attention(model.config, fetched.table)
+            # Not as the caller named it: PEFT writes the name into adapter_config.json, and other programs do not know
+            # bundled: names.
             name = model.checkpoint.source.model
             config = hf_config(model.family, values, name, part.dtype, options.attn_implementation)
             built[part.component] = build_component(
                 model.family, config, part.component, part.layers, on_layer=options.on_layer
             )
-        unread = _check_all(model, plan, table, built, strict=options.strict)
+        unread = _check_all(model, fetched, built, strict=options.strict)
         if unread:
-            plan, table = _without(plan, table, unread)
+            fetched = _without(fetched, unread)
+            plan = fetched.split
             reads = read_plans(plan, paths, devices, whole_model(model, plan, progress))
-            origins = origins_of(model, plan, table, paths)
+            origins = origins_of(model, fetched, paths)
         _attach_generation_config(model, built.get(Component.TOP))
         for component, origin in origins.items():
             built[component].origin = origin
-        with passing_through(progress) as tell:
-            read_all(plan, reads, built, strategies, tell)
-        _tie_if_equal(built, table)
+        with passing_through(progress) as report:
+            read_all(plan, reads, built, strategies, report)
+        _tie_if_equal(built, fetched.table)
         if model.checkpoint.has_adapter:
-            log.info("Applying the adapter that lies with the weights of %s", model.name)
+            log.info("Applying the adapter next to the weights of %s", model.name)
             apply_adapter(list(built.values()), adapter_in(model.checkpoint.source), widen=False)
     total = sum(read.nbytes for read in reads.values())
     _log_ready(model.name, plan, devices, total, time.perf_counter() - started)
@@ -251,15 +254,15 @@ def load_components(
 
 
 def _without_cross_attention(config: Mapping[str, Any], table: KeyTable) -> Mapping[str, Any]:
-    """Leave out cross-attention that the checkpoint has no tensors for: a decoder alone never computes it."""
-    held = any("cross" in name for names in table.sources.values() for name in names)
-    return {**config, "add_cross_attention": False} if config.get("add_cross_attention") and not held else config
+    """Leave out cross-attention that the checkpoint has no tensors for: a decoder without encoder never runs it."""
+    has_tensors = any("cross" in name for names in table.sources.values() for name in names)
+    return {**config, "add_cross_attention": False} if config.get("add_cross_attention") and not has_tensors else config
 
 
 def _check_all(
-    model: OpenModel, plan: SplitPlan, table: KeyTable, built: Mapping[str, ComponentModel], *, strict: bool
+    model: OpenModel, load: PlannedLoad, built: Mapping[str, ComponentModel], *, strict: bool
 ) -> dict[str, set[str]]:
-    """Report at once all that is wrong with the tensors of the asked components.
+    """Report together all problems of the tensors of the requested components.
 
     Tensors that the model has no place for are a warning, as in ``from_pretrained``, unless ``strict``.
 
@@ -268,6 +271,7 @@ def _check_all(
     """
     from splitlearn_core.build.assemble import tensor_problems, unexpected_names
 
+    plan, table = load.split, load.table
     problems, surplus = list(table.problems), unexpected_words(table.unexpected)
     unread: dict[str, set[str]] = {}
     keys = set(table.unexpected)
@@ -286,20 +290,21 @@ def _check_all(
     return unread
 
 
-def _without(plan: SplitPlan, table: KeyTable, unread: Mapping[str, set[str]]) -> tuple[SplitPlan, KeyTable]:
+def _without(fetched: FetchedLoad, unread: Mapping[str, set[str]]) -> FetchedLoad:
     """Leave tensors out of what is planned, by their module keys."""
     parts = tuple(
         replace(
             part,
             tensors=tuple(t for t in part.tensors if t.module_key not in unread.get(part.component, ())),
         )
-        for part in plan.components
+        for part in fetched.split.components
     )
     sources = {
-        component: {name: key for name, key in held.items() if name not in unread.get(component, ())}
-        for component, held in table.sources.items()
+        component: {name: key for name, key in names.items() if name not in unread.get(component, ())}
+        for component, names in fetched.table.sources.items()
     }
-    return replace(plan, components=parts), replace(table, sources=sources)
+    split, table = replace(fetched.split, components=parts), replace(fetched.table, sources=sources)
+    return replace(fetched, split=split, table=table)
 
 
 def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> None:
@@ -312,16 +317,16 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
 
     try:
         top.generation_config = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
-    # Its values are checked by transformers' own code, which raises whatever comes of them.
+    # Its values are checked by transformers' own code, which may raise anything.
     except Exception as error:
         raise InvalidCheckpointError(
-            f"{path} is no sound generation configuration: {reason(error)}",
+            f"{path} is not a valid generation configuration: {reason(error)}",
             hint="correct it, or remove it for the defaults",
         ) from error
 
 
 def _tie_if_equal(built: Mapping[str, ComponentModel], table: KeyTable) -> None:
-    """Tie embedding and head that config ties but the file holds apart, as transformers does."""
+    """Tie embedding and head that config ties but the file holds separately, as transformers does."""
     if table.apart is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
         return
     from splitlearn_core.build.assemble import tie_if_equal

@@ -30,7 +30,7 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
     A path, a repository of the Hub (``owner/name``) or ``bundled:TYPE`` is no model type.
 
     Raises:
-        ConfigurationError: It cannot be told what is meant.
+        ConfigurationError: It is ambiguous which model is meant.
         UnknownModelTypeError: A name stands alone, and is neither a path nor a type.
     """
     if model_type is None or model_type == "":
@@ -98,7 +98,7 @@ _MAX_WORD = 80
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """A checkpoint whose family is known; nothing of its weights was read."""
+    """A checkpoint whose family is known; no weights are read yet."""
 
     #: The directory or repository, as the caller named it.
     name: str

@@ -1,4 +1,4 @@
-"""How components are wanted, and whether this machine can give them so: devices, strategies, memory."""
+"""How components are loaded, and whether this machine allows it: devices, strategies, memory."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from splitlearn_core.readers.whole import WholeStrategy
 from splitlearn_core.system_memory import available_memory
 from splitlearn_core.types import SAFETENSORS, Progress, ProgressCallback
 
-#: The part of a GPU's free memory that weights may take where nobody set a limit.
+#: The part of a GPU's free memory that weights may take where no limit is set.
 _USABLE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How the planned components are wanted."""
+    """How the planned components are to be loaded."""
 
-    #: Where they go, where ``device_map`` does not say otherwise.
+    #: Where they go, unless ``device_map`` says otherwise.
     device: str = "cpu"
     strategy: str = "auto"
     attn_implementation: str | None = None
@@ -74,7 +74,7 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
 
 
 def check_devices(devices: Iterable[str]) -> None:
-    """Refuse devices that this machine has not; raises ConfigurationError, naming all of them."""
+    """Refuse devices that this machine does not have; raises ConfigurationError, naming all of them."""
     refusals = []
     for device in devices:
         try:
@@ -88,7 +88,7 @@ def check_devices(devices: Iterable[str]) -> None:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that this machine has not.
+    """Refuse a device that this machine does not have.
 
     Raises:
         ConfigurationError: There is no such device.
@@ -116,7 +116,7 @@ def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[str, str]:
     """Say where each planned component goes.
 
     Raises:
-        InsufficientMemoryError: The limits that the caller set do not bear it.
+        InsufficientMemoryError: The limits that the caller set do not allow it.
     """
     if options.device_map == AUTO:
         return place(plan.components, options.max_memory or _free_devices())
@@ -127,7 +127,7 @@ def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[str, str]:
 
 
 def _free_devices() -> dict[str, int | None]:
-    """Return what of each GPU is free, less a tenth for activations and caches; and the CPU, which a load checks."""
+    """Return the free memory of each GPU, less a tenth for activations and caches; that of the CPU is checked later."""
     import torch
 
     gpus = range(torch.cuda.device_count())
@@ -138,13 +138,13 @@ def _free_devices() -> dict[str, int | None]:
 def read_plans(
     plan: SplitPlan, paths: Mapping[str, Path], devices: Mapping[str, str], whole: WholeModel
 ) -> dict[str, ReadPlan]:
-    """Say what each component reads; a tied tensor is read once for all that want it as it is."""
-    seen: set[tuple[str, str, str]] = set()
+    """Say what each component reads; a tied tensor is read once for each device and dtype."""
+    planned: set[tuple[str, str, str]] = set()
     reads = {}
     for part in plan.components:
         device = devices[part.component]
-        fresh = tuple(tensor for tensor in part.tensors if (tensor.info.key, device, part.dtype) not in seen)
-        seen.update((tensor.info.key, device, part.dtype) for tensor in fresh)
+        fresh = tuple(tensor for tensor in part.tensors if (tensor.info.key, device, part.dtype) not in planned)
+        planned.update((tensor.info.key, device, part.dtype) for tensor in fresh)
         reads[part.component] = ReadPlan(fresh, paths, device, part.dtype, whole)
     return reads
 
@@ -152,7 +152,7 @@ def read_plans(
 def choose_strategies(
     model: OpenModel, options: LoadOptions, reads: Mapping[str, ReadPlan]
 ) -> dict[str, LoadingStrategy]:
-    """Choose how each component is read: one goes to a GPU, and another stays pages of the file."""
+    """Choose how each component is read: one may go to a GPU while another stays mapped."""
     added = registry().strategies(model.family, options.strategy)
     preferred = model.family.preferred_strategy
     return {component: choose_strategy(options.strategy, [read], added, preferred) for component, read in reads.items()}
@@ -161,7 +161,7 @@ def choose_strategies(
 def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -> WholeModel:
     """Say how the whole model is loaded, for the strategy that takes components out of it; nothing is loaded yet."""
     checkpoint, dtypes = model.checkpoint, {part.dtype for part in plan.components}
-    # Wide enough for every component: from there to a narrower one is what it would be at once.
+    # Wide enough for every component: casting to a narrower dtype later gives the same values.
     dtype = min(dtypes) if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
 
     def measure() -> int:
@@ -171,7 +171,7 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
         plain = sum(loaded_nbytes(PlannedTensor(key, info), dtype) for key, info in infos.items())
         if not checkpoint.quantization:
             return plain
-        # What is dequantised is there twice for a while.
+        # Quantised and dequantised weights are in memory at the same time.
         sizes = checkpoint.source.files()
         return plain + sum(sizes.get(name, 0) for name in checkpoint.weight_files())
 
@@ -194,7 +194,7 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
 
 @contextmanager
 def _without_adapter(directory: Path) -> Iterator[Path]:
-    """Give a folder without the adapter that ``from_pretrained`` would put onto the weights: components get it last."""
+    """Yield a folder without the adapter, which ``from_pretrained`` would apply: components get it last."""
     if not (directory / ADAPTER_CONFIG).is_file():
         yield directory
         return
@@ -206,12 +206,12 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
 
 
 def _missing(model: OpenModel, plan: SplitPlan) -> str:
-    """Say which parts a checkpoint has no layers of, so that transformers would make them up."""
+    """Say which parts a checkpoint has no layers of: transformers would initialise them randomly."""
     if plan.source != "headers" or not model.checkpoint.is_describable:
         return ""
     absent = parts_without_layers(model, plan.split_points)
-    held = [str(component) for component in plan.names if component not in absent]
-    return f"{model.name} holds {', '.join(held) or 'no component'} only, no whole model" if absent else ""
+    present = [str(component) for component in plan.names if component not in absent]
+    return f"{model.name} holds {', '.join(present) or 'no component'} only, no whole model" if absent else ""
 
 
 def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]) -> MemoryNeeds:
@@ -224,7 +224,7 @@ def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths
         paths: Where the planned shards are.
 
     Raises:
-        ConfigurationError: No strategy of the asked name can do it.
+        ConfigurationError: No strategy of the requested name can do it.
         BrokenPluginError: A strategy cannot say.
     """
     reads = read_plans(plan, paths, choose_devices(plan, options), whole_model(model, plan, lambda _: None))
@@ -281,7 +281,7 @@ def _needs(strategies: Mapping[str, LoadingStrategy], reads: Mapping[str, ReadPl
 
 
 def _own_memory(strategies: Mapping[str, LoadingStrategy], reads: Mapping[str, ReadPlan]) -> tuple[dict[str, int], int]:
-    """Return the memory that each component keeps, and the most that reading one takes besides."""
+    """Return the memory that each component keeps, and the most additional memory that reading one takes."""
     passing = {component: passing_bytes(strategies[component], read) for component, read in reads.items()}
     taken = {component: predicted_bytes(strategies[component], read) for component, read in reads.items()}
     # Components are read one after the other.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
@@ -33,80 +34,138 @@ from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Pr
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedLoad:
+    """What a load carries out. Nothing of it needs to be on this machine yet."""
+
+    split: SplitPlan
+    #: Where each tensor of the checkpoint goes.
+    table: KeyTable
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedLoad(PlannedLoad):
+    """A planned load whose tensors are on this machine."""
+
+    #: Shard -> where it lies.
+    paths: Mapping[str, Path]
+
+
 def make_plan(
-    model: OpenModel,
-    split_points: Sequence[int],
-    parts: Iterable[str] | None,
-    dtype: str | Mapping[Any, str],
-    *,
-    fetch: ProgressCallback | None = None,
-) -> tuple[SplitPlan, KeyTable]:
-    """Plan the asked components from the headers of the shards they need, and of no other.
+    model: OpenModel, split_points: Sequence[int], parts: Iterable[str] | None, dtype: str | Mapping[Any, str]
+) -> PlannedLoad:
+    """Plan components from the headers of the shards they need, and of no others; no weights are fetched.
+
+    Where the headers cannot be read, or there are no weights, ``config.json`` says what the tensors would be.
 
     Args:
         model: The opened checkpoint.
         split_points: Where to cut.
         parts: The components to plan; None for all.
         dtype: The dtype that is wanted, or one for each component.
-        fetch: To plan a load: fetch what is planned, too, reporting here. By default headers alone
-            are read, even on the Hub.
 
     Raises:
         InvalidSplitError: The split points do not cut this model.
         CheckpointError: Files are missing or contradict themselves.
     """
-    family, config, checkpoint = model.family, model.config, model.checkpoint
+    ranges, dtypes = _ranges_and_dtypes(model, split_points, parts, dtype)
+    checkpoint = model.checkpoint
+    from_headers = checkpoint.has_weights and checkpoint.is_describable and not checkpoint.quantization
+    return _plan(model, ranges, dtypes, from_headers=from_headers)
+
+
+def plan_and_fetch(
+    model: OpenModel,
+    split_points: Sequence[int],
+    parts: Iterable[str] | None,
+    dtype: str | Mapping[Any, str],
+    progress: ProgressCallback,
+) -> FetchedLoad:
+    """Take the steps from an open model to what can be loaded: :func:`fetch_headerless`, plan, :func:`fetch`.
+
+    Raises:
+        InvalidSplitError, CheckpointError: As :func:`make_plan`; and there are no weights.
+    """
+    ranges, dtypes = _ranges_and_dtypes(model, split_points, parts, dtype)
+    quantised = bool(model.checkpoint.quantization)
+    if not quantised:
+        progress(Progress("planning"))
+        fetch_headerless(model, ranges, dtypes, progress)
+        log.info("Planning %s of %s, cut at %s", ", ".join(dtypes), model.name, cut_words(split_points))
+    # Without any weights, the weight map says what is missing.
+    return fetch(model, _plan(model, ranges, dtypes, from_headers=not quantised), progress)
+
+
+def fetch_headerless(
+    model: OpenModel, ranges: Mapping[str, LayerRange], dtypes: Mapping[str, str], progress: ProgressCallback
+) -> None:
+    """Fetch the weight files that planning must read completely: those whose headers cannot be fetched alone."""
+    checkpoint = model.checkpoint
+    if not checkpoint.has_weights or checkpoint.format == SAFETENSORS:
+        return
+    report = logging_downloads(model.name, progress)
+    checkpoint.fetch_undescribed(report)
+    table = _place(model, sorted(checkpoint.weight_map), ranges)
+    decides_dtype = AUTO in dtypes.values() and not states_dtype(model.config)
+    shards = checkpoint.shards(_keys(table, dtypes))
+    checkpoint.fetch({*shards, *([checkpoint.deciding_shard] if decides_dtype else [])}, report)
+
+
+def fetch(model: OpenModel, plan: PlannedLoad, progress: ProgressCallback) -> FetchedLoad:
+    """Fetch the planned tensors that are not on this machine.
+
+    Raises:
+        CheckpointError: They cannot be fetched.
+    """
+    paths = model.checkpoint.fetch_tensors(plan.split.infos, logging_downloads(model.name, progress))
+    return FetchedLoad(plan.split, plan.table, paths)
+
+
+def _ranges_and_dtypes(
+    model: OpenModel, split_points: Sequence[int], parts: Iterable[str] | None, dtype: str | Mapping[Any, str]
+) -> tuple[dict[str, LayerRange], dict[str, str]]:
+    """Return the layers of every component, and the requested dtype of each that is to be planned."""
     with _naming(model):
-        ranges = split_layers(family, config, split_points)
+        ranges = split_layers(model.family, model.config, split_points)
     names = tuple(ranges)
-    wishes = parse_dtypes(dtype, names if parts is None else tuple(parts), names)
-    # A load wants weights: without any, asking for the weight map below says what is missing.
-    by_config = fetch is None and not (checkpoint.has_weights and checkpoint.is_describable)
-    described = tensors_of_config(model) if by_config or checkpoint.quantization else None
-    told = None if fetch is None or checkpoint.quantization else logging_downloads(model.name, fetch)
-    if told is not None:
-        told(Progress("planning"))
-        checkpoint.fetch_undescribed(told)
-    keys = sorted(checkpoint.weight_map if described is None else described)
-    table = _place(model, keys, ranges)
-    wanted = sorted({key for component in wishes for key in table.sources[component].values()})
-    if told is not None:
-        log.info("Planning %s of %s, cut at %s", ", ".join(wishes), model.name, cut_words(split_points))
-        if checkpoint.format != SAFETENSORS:
-            # They have no headers that could be had alone.
-            decides = [] if states_dtype(config) or AUTO not in wishes.values() else [checkpoint.deciding_shard]
-            checkpoint.fetch({*checkpoint.shards(wanted), *decides}, told)
-    tensors = checkpoint.tensors(wanted) if described is None else described
-    if told is not None:
-        checkpoint.fetch_tensors(tensors.values(), told)
+    return ranges, parse_dtypes(dtype, names if parts is None else tuple(parts), names)
+
+
+def _plan(
+    model: OpenModel, ranges: Mapping[str, LayerRange], requested: Mapping[str, str], *, from_headers: bool
+) -> PlannedLoad:
+    family, config, checkpoint = model.family, model.config, model.checkpoint
+    described = None if from_headers else tensors_of_config(model)
+    table = _place(model, sorted(checkpoint.weight_map if described is None else described), ranges)
+    tensors = checkpoint.tensors(_keys(table, requested)) if described is None else described
     dtypes = {
-        component: wish if wish != AUTO else default_dtype(checkpoint, config, known=described is None)
-        for component, wish in wishes.items()
+        component: dtype if dtype != AUTO else default_dtype(checkpoint, config, known=from_headers)
+        for component, dtype in requested.items()
     }
     with _naming(model):
-        plan = SplitPlan(
+        split = SplitPlan(
             model=model.name,
             commit=checkpoint.source.commit,
             model_type=family.model_type,
-            split_points=tuple(owned.start for owned in ranges.values())[1:],
-            num_layers=ranges[names[0]].total,
+            split_points=tuple(layers.start for layers in ranges.values())[1:],
+            num_layers=next(iter(ranges.values())).total,
             dtype=common_dtype(dtypes.values()),
-            source="headers" if described is None else "config",
+            source="headers" if from_headers else "config",
             components=plan_components(family, config, table, ranges, tensors, dtypes),
             tied=table.tied,
             cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
-            # Of all layers, those of components that were not asked for too: one alone has no neighbours.
+            # Of all layers, also those of components that are not planned: one alone has no neighbours.
             warnings=uneven_layers(
-                f"{family.base}.{family.layers}.", (k for held in table.sources.values() for k in held)
+                f"{family.base}.{family.layers}.", (key for sources in table.sources.values() for key in sources)
             ),
             unexpected=tuple(table.unexpected),
         )
-    return plan, table
+    return PlannedLoad(split, table)
 
 
 @contextmanager
 def _naming(model: OpenModel) -> Iterator[None]:
-    """Name the model in what is said of its numbers by those who know but the numbers."""
+    """Name the model in errors of functions that know only its configuration."""
     try:
         yield
     except ConfigurationError as error:
@@ -116,19 +175,22 @@ def _naming(model: OpenModel) -> Iterator[None]:
 def wanted_keys(model: OpenModel, split_points: Sequence[int], parts: Iterable[str] | None) -> list[str]:
     """Return the checkpoint keys that components need, by the weight map alone."""
     table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
-    wanted = table.sources if parts is None else parts
-    return sorted({key for component in wanted for key in table.sources[component].values()})
+    return _keys(table, table.sources if parts is None else parts)
+
+
+def _keys(table: KeyTable, components: Iterable[str]) -> list[str]:
+    return sorted({key for component in components for key in table.sources[component].values()})
 
 
 def parts_without_layers(model: OpenModel, split_points: Sequence[int]) -> list[str]:
     """Return the components none of whose layers has a tensor in the checkpoint, by the weight map alone."""
     table = _place(model, sorted(model.checkpoint.weight_map), split_layers(model.family, model.config, split_points))
     prefix = f"{model.family.base}.{model.family.layers}."
-    return [part for part, held in table.sources.items() if not any(key.startswith(prefix) for key in held)]
+    return [part for part, names in table.sources.items() if not any(name.startswith(prefix) for name in names)]
 
 
 def default_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], *, known: bool = True) -> str:
-    """Return the dtype that ``from_pretrained`` gives all of a model, however little of it is loaded.
+    """Return the dtype that ``from_pretrained`` gives the whole model, even if only a part is loaded.
 
     That is what ``config.json`` states; else what the index states; else the first floating dtype in the
     first weight file.
@@ -136,24 +198,25 @@ def default_dtype(checkpoint: Checkpoint, config: Mapping[str, Any], *, known: b
     Args:
         checkpoint: The weights.
         config: ``config.json``.
-        known: Whether the weights can be looked at.
+        known: Whether the weights can be read.
     """
     if states_dtype(config) or not known:
         return resolve_dtype("auto", config, ())
     return resolve_dtype(checkpoint.index_dtype or "auto", config, checkpoint.deciding_tensors())
 
 
-def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable, *, strict: bool = False) -> None:
-    """Refuse to plan a checkpoint with layers that have no tensors.
+def refuse_misfit(model: OpenModel, planned: PlannedLoad, *, strict: bool = False) -> None:
+    """Refuse a checkpoint with layers that have no tensors.
 
     Args:
-        model, plan, table: What is planned.
-        strict: Refuse tensors too that the model has no place for.
+        model, planned: What is planned.
+        strict: Also refuse tensors that the model has no place for.
 
     Raises:
-        TensorMismatchError: There are such; all are listed, with the tensors that have no place.
-        InvalidCheckpointError: It is one saved component, and others were asked for.
+        TensorMismatchError: All of them are listed, with the tensors that have no place.
+        InvalidCheckpointError: It is one saved component, and others were requested.
     """
+    plan, table = planned.split, planned.table
     empty = layers_without_tensors(model.family, plan.components)
     problems = [*table.problems, *(f"missing: every tensor of layer {layer}" for layer in empty)]
     head, top = f"{model.family.head}.", Component.TOP
@@ -169,7 +232,7 @@ def refuse_misfit(model: OpenModel, plan: SplitPlan, table: KeyTable, *, strict:
 
 
 def _refuse_saved(model: OpenModel, plan: SplitPlan) -> None:
-    """Say that a folder holds one saved component, where others were asked for; raises InvalidCheckpointError."""
+    """Raise InvalidCheckpointError where the folder holds one saved component, and others were requested."""
     path = model.checkpoint.optional_file(MANIFEST)
     if path is None:
         return

@@ -19,7 +19,7 @@ from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.contents import Part, companion_files, config_text
 from splitlearn_core.storage.weight_layout import Tensor
@@ -66,9 +66,9 @@ def torch_file_pieces(path: Path, info: TensorInfo) -> Callable[[], Iterator[mem
 def parts_converted(
     model: OpenModel, split_points: Sequence[int], requested: Sequence[str], dtype: str, report: ProgressCallback
 ) -> list[Part]:
-    """Load components in a dtype, to save them in it."""
-    plan, table = make_plan(model, split_points, requested, dtype, fetch=report)
-    components = load_components(model, plan, table, LoadOptions(), report)
+    """Load components in a dtype, to be saved in it."""
+    fetched = plan_and_fetch(model, split_points, requested, dtype, report)
+    components = load_components(model, fetched, LoadOptions(), report)
     return [_part(component, companion_files(model, component.kind, report)) for component in components.values()]
 
 

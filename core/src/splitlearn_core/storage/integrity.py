@@ -111,7 +111,7 @@ def tensor_problems(saved: SavedComponent) -> list[str]:
     origin = saved.manifest.origin
     try:
         model = open_model(saved.folder, origin.model_type)
-        refuse_misfit(model, *make_plan(model, origin.split_points, (origin.component,), origin.dtype))
+        refuse_misfit(model, make_plan(model, origin.split_points, (origin.component,), origin.dtype))
     except SplitLearnError as error:
         return [f"{saved.folder}: {error.message}"]
     return []

@@ -14,7 +14,7 @@ from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import origins_of
 from splitlearn_core.loading.opening import OpenModel, open_model
-from splitlearn_core.loading.planning import make_plan, refuse_misfit
+from splitlearn_core.loading.planning import plan_and_fetch, refuse_misfit
 from splitlearn_core.plan.keys import companions
 from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import parse_parts
@@ -216,14 +216,16 @@ def _kept(target: Path, parts: Sequence[Part]) -> list[SavedComponent]:
 def _parts_of_checkpoint(
     model: OpenModel, split_points: Sequence[int], requested: Sequence[str], report: ProgressCallback
 ) -> list[Part]:
-    plan, table = make_plan(model, split_points, requested, "auto", fetch=report)
-    refuse_misfit(model, plan, table)
+    planned = plan_and_fetch(model, split_points, requested, "auto", report)
+    refuse_misfit(model, planned)
     checkpoint = model.checkpoint
-    together = companions(table, checkpoint.weight_map)
-    keys = {part: {t.info.key for t in plan.component(part).tensors} | set(together[part]) for part in requested}
+    together = companions(planned.table, checkpoint.weight_map)
+    keys = {
+        part: {t.info.key for t in planned.split.component(part).tensors} | set(together[part]) for part in requested
+    }
     infos = checkpoint.tensors(sorted(set().union(*keys.values())))
     paths = checkpoint.fetch_tensors(infos.values(), logging_downloads(model.name, report))
-    origins = origins_of(model, plan, table, paths)
+    origins = origins_of(model, planned, paths)
     parts, buffers = [], Buffers()
     for component in requested:
         own = sorted((infos[key] for key in keys[component]), key=lambda info: (info.shard, info.begin, info.key))

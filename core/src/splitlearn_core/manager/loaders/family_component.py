@@ -12,7 +12,7 @@ from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.loading.load import import_builders, load_components
 from splitlearn_core.loading.opening import OpenModel, open_model
 from splitlearn_core.loading.options import LoadOptions, check_options, memory_needed
-from splitlearn_core.loading.planning import make_plan
+from splitlearn_core.loading.planning import PlannedLoad, fetch, plan_and_fetch
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loadable import (
     HOST,
@@ -24,9 +24,8 @@ from splitlearn_core.manager.loaders.loadable import (
     versions,
 )
 from splitlearn_core.manager.resources import ledger_of
-from splitlearn_core.plan.keys import KeyTable
 from splitlearn_core.plan.split_points import names_of_parts
-from splitlearn_core.plan.splitplan import SplitPlan, parse_parts
+from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.types import Progress
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class _Details:
     model: OpenModel
-    plan: SplitPlan
-    table: KeyTable
+    planned: PlannedLoad
     options: LoadOptions
     files: Mapping[Path, Version]
 
@@ -53,19 +51,17 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
     model = open_model(config.model_path, config.model_type, **hub_options(config))
     options = LoadOptions(config.device, config.strategy, config.attn_implementation, strict=config.strict)
     check_options(model, options)
-    split, table = make_plan(model, config.split_points, (component,), config.dtype, fetch=report)
-    paths = model.checkpoint.fetch_tensors(split.infos, report)
-    memory = memory_needed(model, split, options, paths)
+    fetched = plan_and_fetch(model, config.split_points, (component,), config.dtype, report)
+    split = fetched.split
+    memory = memory_needed(model, split, options, fetched.paths)
     needs, keeps = {HOST: memory.peak, MAPPED: memory.mapped}, {HOST: memory.kept, MAPPED: memory.mapped}
     if config.device != "cpu":
         ledger, loaded = ledger_of(config.device), split.component(component).loaded_bytes(split.dtype)
         for charge in (needs, keeps):
             charge[ledger] = charge.get(ledger, 0) + loaded
     location = model.checkpoint.folder
-    files = versions(paths.values())
-    return LoadPlan(
-        needs, keeps, str(location), split.dtype, config.device, _Details(model, split, table, options, files)
-    )
+    details = _Details(model, fetched, options, versions(fetched.paths.values()))
+    return LoadPlan(needs, keeps, str(location), split.dtype, config.device, details)
 
 
 def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
@@ -81,9 +77,11 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.n
     # Before any bytes are expected, so that importing does not count as stalled reading.
     report(Progress("importing"))
     import_builders(details.model.family)
-    (part,) = details.plan.components
+    (part,) = details.planned.split.components
     options = replace(details.options, on_layer=partial(report, Progress("building", part.component)))
-    module = load_components(details.model, details.plan, details.table, options, report_until_ready)[part.component]
+    # A shard may have left the cache since it was planned.
+    fetched = fetch(details.model, details.planned, report_until_ready)
+    module = load_components(details.model, fetched, options, report_until_ready)[part.component]
     report(Progress("verifying", part.component, part.nbytes, part.nbytes))
     refuse_changes(details.files)
     return module
