@@ -220,7 +220,7 @@ def unload_adapter(parts: Parts) -> None:
     loads = _all_loaded(components)
     if any(loaded.adapter.config.get("bias", "none") != "none" for loaded in loads):
         raise ConfigurationError(
-            f"{loads[0].adapter.name} has changed the model's own biases", hint="load the components anew"
+            f"{loads[0].adapter.name} has changed the model's own biases", hint="load the components again"
         )
     for component, loaded in zip(components, loads, strict=True):
         _take_off(component, loaded)

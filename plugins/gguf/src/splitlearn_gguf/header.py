@@ -111,7 +111,7 @@ class _Reader:
         if version & 0xFFFF == 0:
             self._refuse("it is written for big-endian machines", "convert it: gguf-convert-endian FILE little")
         if version not in _VERSIONS:
-            self._refuse(f"it is of GGUF version {version}; versions 2 and 3 are read", "convert the model anew")
+            self._refuse(f"it is of GGUF version {version}; versions 2 and 3 are read", "convert the model again")
         tensors, entries = self._numbers("QQ", "the counts")
         self._expect(entries, _LEAST_ENTRY, "metadata entries")
         metadata: dict[str, Any] = {}
@@ -129,7 +129,7 @@ class _Reader:
 
     def _check_metadata(self, metadata: Mapping[str, Any]) -> None:
         if not isinstance(metadata.get("general.architecture"), str):
-            self._refuse("its metadata has no general.architecture", "convert the model anew with a current converter")
+            self._refuse("its metadata has no general.architecture", "convert the model again with a current converter")
         alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             self._refuse(f"{_ALIGNMENT} is {alignment!r}, not a power of two")
@@ -237,7 +237,7 @@ class _Reader:
         if count > (self._size - self._position) // least:
             self._refuse(f"it ends too early for {what}: {count} from byte {self._position} of {self._size}")
 
-    def _refuse(self, why: str, hint: str = "fetch or convert the file anew") -> NoReturn:
+    def _refuse(self, why: str, hint: str = "fetch or convert the file again") -> NoReturn:
         raise InvalidCheckpointError(f"{self._path} is no sound GGUF file: {why}", hint=hint)
 
 

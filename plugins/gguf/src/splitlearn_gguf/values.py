@@ -114,7 +114,7 @@ def _order(where: str, stored: StoredTensor, heads: int) -> torch.Tensor:
     if heads < 1 or rows % (2 * heads):
         raise InvalidCheckpointError(
             f"{where}: the {rows} rows of {stored.name!r} are not those of {heads} heads",
-            hint="fetch or convert the file anew",
+            hint="fetch or convert the file again",
         )
     half = rows // heads // 2
     # Where row (head, pair, side) of the file goes: (head, side, pair).
