@@ -309,10 +309,10 @@ def test_the_command_line(single: Path, cli: Cli, points: tuple[int, ...]) -> No
     assert code == 0
     assert sorted(path.name for path in out.iterdir()) == sorted({"bottom", NAMES[points][-2]})
     code, _, err = cli("split", single, "--split", *cuts, "--out", out, "--force", "--parts", "trunk")
-    assert code == 1
+    assert code == 2
     assert ", ".join(NAMES[points]) in err
     code, _, err = cli("generate", single, "--split", *cuts, "--device", "trunk=cpu", "--prompt", "x")
-    assert code == 1
+    assert code == 2
     assert ", ".join(NAMES[points]) in err
 
 
