@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from splitlearn_core.api import DType
     from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
 
-#: The strategy that ``low_memory`` asks for.
+#: The strategy that ``low_memory`` selects.
 _LOW_MEMORY = "incremental"
 
 

@@ -40,7 +40,7 @@ else:
 
 
 class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
-    """The components of a model that is cut in two places; a part that was not asked for is None.
+    """The components of a model that is cut in two places; a part that was not requested is None.
 
     Its type says which parts there are, where the call says it: what ``parts=("trunk",)`` loads is a
     ``SplitModel[None, TrunkModel, None]``.
@@ -61,7 +61,7 @@ class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
 
 
 class SplitPair(NamedTuple, Generic[_Bottom_co, _Top_co]):
-    """The components of a model that is cut in one place; a part that was not asked for is None."""
+    """The components of a model that is cut in one place; a part that was not requested is None."""
 
     bottom: _Bottom_co
     top: _Top_co
@@ -77,7 +77,7 @@ class SplitPair(NamedTuple, Generic[_Bottom_co, _Top_co]):
 
 
 class SplitChain(tuple[Any, ...], Generic[_Bottom_co, _Trunk_co, _Top_co]):
-    """The components of a model that is cut in three or more places; a part that was not asked for is None.
+    """The components of a model that is cut in three or more places; a part that was not requested is None.
 
     A named tuple like :class:`SplitModel`, with the names ``bottom``, ``trunk1``, ``trunk2``, ..., ``top``.
     """

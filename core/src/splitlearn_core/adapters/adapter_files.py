@@ -51,7 +51,7 @@ def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> Ada
 
     Raises:
         MissingFileError: There is none, or a file of it is missing.
-        InvalidCheckpointError: Its files are no sound ones, or pickles.
+        InvalidCheckpointError: Its files are not valid, or pickles.
     """
     return adapter_in(open_source(adapter, entrance=ADAPTER_CONFIG, **hub))
 
@@ -89,7 +89,7 @@ def check_adapter_target(directory: Any) -> Path:
     """Return the folder that an adapter is to be written to: a new or empty one, or that of an earlier adapter.
 
     Raises:
-        ConfigurationError: It is none, or holds other files, which would lie beside the adapter as if they were of it.
+        ConfigurationError: It is none, or holds other files, which would lie next to the adapter as if they were of it.
     """
     hint = "give a new or empty folder, or that of an earlier adapter"
     if not isinstance(directory, str | os.PathLike):
@@ -106,7 +106,7 @@ def check_adapter_target(directory: Any) -> Path:
 
 
 def write_adapter(directory: Path, config: bytes, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write both files beside their places first, and move them there whole, the weights before what names them."""
+    """Write both files under temporary names first, and rename them, the weights before what names them."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)

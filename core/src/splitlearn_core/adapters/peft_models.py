@@ -82,7 +82,7 @@ def load_adapter(
             not installed.
         TensorMismatchError: Its tensors are not those that the components want; all are listed, and the
             components are as before.
-        CheckpointError: Its files are missing or no sound ones.
+        CheckpointError: Its files are missing or not valid.
     """
     components = _components(parts)
     import_peft()
@@ -284,7 +284,7 @@ def _all_loaded(components: list[ComponentModel]) -> list[_Loaded]:
 
 
 def refuse_adapters(components: Iterable[ComponentModel]) -> None:
-    """Refuse components with an adapter, whoever put it there; raises ConfigurationError."""
+    """Refuse components with an adapter, however it was put there; raises ConfigurationError."""
     adapted = [str(component.component) for component in components if _peft_modules(component)]
     if adapted:
         raise ConfigurationError(

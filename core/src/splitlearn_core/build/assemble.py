@@ -123,7 +123,7 @@ _SHARED: Any = WeakIdKeyDictionary()
 
 
 def note_shared(parameter: nn.Parameter) -> None:
-    """Remember that a parameter is held by more than one component."""
+    """Remember that a parameter is shared by more than one component."""
     _SHARED[parameter] = True
 
 

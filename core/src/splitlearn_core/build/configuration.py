@@ -29,10 +29,10 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
     """
     module, _, name = family.architecture.rpartition(":")
     try:
-        found = getattr(importlib.import_module(module or "transformers"), name)
-        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-            raise AttributeError(f"it is no model class but {found!r}")
-        return cast("type[PreTrainedModel]", found)
+        model_class = getattr(importlib.import_module(module or "transformers"), name)
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            raise AttributeError(f"it is no model class but {model_class!r}")
+        return cast("type[PreTrainedModel]", model_class)
     except (ImportError, AttributeError, ValueError) as error:
         if cause_of(error) is not None:
             raise  # a library that cannot be imported is nothing that the family says wrongly

@@ -208,7 +208,7 @@ def _refuse_unusable(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _ranges(component: Component, start: int | None, end: int | None, total: int) -> dict[str, LayerRange]:
-    """Cut the model so that the component has the asked layers."""
+    """Cut the model so that the component has the requested layers."""
     first = 0 if start is None else _layer_number(start)
     last = total if end is None else _layer_number(end)
     fits = {Component.BOTTOM: first == 0, Component.TRUNK: first > 0 and last < total, Component.TOP: last == total}

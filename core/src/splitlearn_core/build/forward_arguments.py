@@ -15,7 +15,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.types import LayerRange
 
-#: What asks a model to return more than its result, and under which name it is returned.
+#: Argument that makes a model return more than its result -> the name under which it is returned.
 RECORDINGS = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
 
 #: What is settled before the layers are called.

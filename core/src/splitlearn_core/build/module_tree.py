@@ -162,8 +162,8 @@ def module_tree(parts: Mapping[str, Any], backbone: type[Any], attributes: Mappi
 def _layer_list(lists: Sequence[Any], parts: Mapping[str, Any]) -> nn.ModuleList:
     """Return the list of all layers, each from the component that runs it."""
     links = {
-        str(number): held
-        for held, part in zip(lists, parts.values(), strict=True)
+        str(number): layers
+        for layers, part in zip(lists, parts.values(), strict=True)
         for number in range(part.start_layer, part.end_layer)
     }
     made = nn.ModuleList()

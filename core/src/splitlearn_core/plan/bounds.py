@@ -174,8 +174,8 @@ def _products(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _number(config: Mapping[str, Any], names: Iterable[str]) -> int:
-    found = (config.get(name) for name in names)
-    return next((value for value in found if type(value) is int and value > 0), 0)
+    values = (config.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), 0)
 
 
 def _is_whole(value: bool | str | float) -> bool:

@@ -123,13 +123,13 @@ def companions(table: KeyTable, checkpoint_keys: Iterable[str]) -> dict[str, tup
         while "." in key:
             key = key.rpartition(".")[0]  # noqa: PLW2901  # the name of the module around it
             homes.setdefault(key, component)
-    found: dict[str, list[str]] = {component: [] for component in table.sources}
+    companions_of: dict[str, list[str]] = {component: [] for component in table.sources}
     for key in sorted(set(checkpoint_keys) - owners.keys()):
         around = key
         while around and around not in homes:
             around = around.rpartition(".")[0]
-        found[homes.get(around, Component.BOTTOM)].append(key)
-    return {component: tuple(keys) for component, keys in found.items()}
+        companions_of[homes.get(around, Component.BOTTOM)].append(key)
+    return {component: tuple(keys) for component, keys in companions_of.items()}
 
 
 #: At most one layer of so many may lack something for that to look like a loss: types of models whose layers

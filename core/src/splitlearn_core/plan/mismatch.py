@@ -161,9 +161,9 @@ def cause_in_names(family: ModelFamily, keys: Iterable[str], tensors: Iterable[T
     wrapper = _WRAPPERS.get(prefix.partition(".")[0])
     if wrapper is None:
         for trace in _TRACES:
-            found = next(filter(trace.pattern.search, keys), None)
-            if found is not None:
-                return f"{trace.cause} ({found[:200]}): {trace.remedy}"
+            key = next(filter(trace.pattern.search, keys), None)
+            if key is not None:
+                return f"{trace.cause} ({key[:200]}): {trace.remedy}"
     if not prefix or len(prefix) > _MAX_PREFIX:
         return ""
     maker, remedy = wrapper or ("a module around the model", "save what it wraps")
@@ -177,9 +177,9 @@ def _common_prefix(family: ModelFamily, keys: Sequence[str]) -> str:
     """Return what stands before the names of all layers of a model; empty where nothing does, or not the same."""
     for layers in (f"{family.base}.{family.layers}.", f"{family.layers}."):
         pattern = re.compile(rf"(.*?\.)?{re.escape(layers)}\d+\.")
-        found = {match[1] or "" for match in map(pattern.match, keys) if match is not None}
-        if found:
-            prefix = found.pop() if len(found) == 1 else ""
+        prefixes = {match[1] or "" for match in map(pattern.match, keys) if match is not None}
+        if prefixes:
+            prefix = prefixes.pop() if len(prefixes) == 1 else ""
             return "" if prefix == f"{family.base}." else prefix
     return ""
 

@@ -25,18 +25,18 @@ _BITS = 8
 _FEW = 6
 
 
-def parse_dtypes(dtype: Any, asked: Iterable[str], there: Sequence[str] = THREE) -> dict[str, str]:
-    """Return torch's name of the dtype that each asked component shall have, or ``auto``.
+def parse_dtypes(dtype: Any, requested: Iterable[str], there: Sequence[str] = THREE) -> dict[str, str]:
+    """Return torch's name of the dtype that each requested component shall have, or ``auto``.
 
     Args:
         dtype: One for all, or a mapping from component to dtype; those left out are ``auto``.
-        asked: The components.
+        requested: The components.
         there: The names of all components that there are.
 
     Raises:
         ConfigurationError: Names that are no component, or no floating dtype; all are listed.
     """
-    given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(asked, dtype)
+    given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(requested, dtype)
     names = {part: dtype_name(name) for part, name in given.items()}
     problems = _not_components("dtype", given, there)
     problems += [
@@ -50,17 +50,17 @@ def parse_dtypes(dtype: Any, asked: Iterable[str], there: Sequence[str] = THREE)
         raise ConfigurationError(
             "; ".join(dict.fromkeys(problems)), hint=f'{meant}leave dtype="auto" for the one that the checkpoint states'
         )
-    return {component: names.get(component, AUTO) for component in asked}
+    return {component: names.get(component, AUTO) for component in requested}
 
 
 def parse_device_map(
-    device_map: Any, asked: Iterable[str], there: Sequence[str] = THREE
+    device_map: Any, requested: Iterable[str], there: Sequence[str] = THREE
 ) -> dict[str, str] | str | None:
-    """Return where each asked component goes: ``auto`` to work it out, None where nothing is said.
+    """Return where each requested component goes: ``auto`` to work it out, None where nothing is said.
 
     Args:
         device_map: A mapping from component to device, ``auto``, or None.
-        asked: The components.
+        requested: The components.
         there: The names of all components that there are.
 
     Raises:
@@ -76,11 +76,11 @@ def parse_device_map(
             hint=f'{one}device_map is "auto", or {{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}}',
         )
     problems = _not_components("device_map", device_map, there)
-    problems += [f"device_map leaves out {component}" for component in asked if component not in device_map]
+    problems += [f"device_map leaves out {component}" for component in requested if component not in device_map]
     if problems:
         raise ConfigurationError("; ".join(problems), hint=f"its keys are {listed(there)}")
     # An integer is a CUDA device's number, as in max_memory.
-    return {component: _device_name(device_map[component]) for component in asked}
+    return {component: _device_name(device_map[component]) for component in requested}
 
 
 def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[str, int]:
@@ -125,10 +125,10 @@ def place(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> 
     Raises:
         InsufficientMemoryError: There is no such placement; says what needs how much, and what would fit.
     """
-    found = _first_fit(parts, budgets)
-    if found is None:
+    devices = _first_fit(parts, budgets)
+    if devices is None:
         raise _does_not_fit(parts, budgets, "on the devices there are")
-    return found
+    return devices
 
 
 def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[str, str], budgets: Mapping[str, int]) -> None:
@@ -137,7 +137,7 @@ def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[str, str], budget
     Raises:
         InsufficientMemoryError: Says what needs how much, and what would fit.
     """
-    # "cuda" alone is the first of them, as long as nobody chose another.
+    # "cuda" alone is the first of them, unless another was chosen.
     limits = {**budgets, "cuda": budgets["cuda:0"]} if "cuda:0" in budgets else budgets
     if any(need > limits.get(device, need) for device, need in bytes_on(parts, devices).items()):
         chosen = ", ".join(f"{part.component} on {devices[part.component]}" for part in parts)
@@ -146,10 +146,10 @@ def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[str, str], budget
 
 def bytes_on(parts: Iterable[ComponentPlan], devices: Mapping[str, str]) -> dict[str, int]:
     """Return the bytes that the components take on each device; a tied tensor counts once where it is shared."""
-    held: dict[str, dict[tuple[str, str], int]] = {}
+    by_device: dict[str, dict[tuple[str, str], int]] = {}
     for part in parts:
-        held.setdefault(devices[part.component], {}).update(_tensors(part))
-    return {device: sum(tensors.values()) for device, tensors in held.items()}
+        by_device.setdefault(devices[part.component], {}).update(_tensors(part))
+    return {device: sum(tensors.values()) for device, tensors in by_device.items()}
 
 
 def _tensors(part: ComponentPlan) -> dict[tuple[str, str], int]:
@@ -171,10 +171,10 @@ def _fill(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> 
     devices: dict[str, str] = {}
     rest = list(parts)
     for device, limit in budgets.items():
-        held: dict[tuple[str, str], int] = {}
+        placed: dict[tuple[str, str], int] = {}
         while rest:
-            held.update(_tensors(rest[0]))
-            if limit is not None and sum(held.values()) > limit:
+            placed.update(_tensors(rest[0]))
+            if limit is not None and sum(placed.values()) > limit:
                 break
             devices[rest.pop(0).component] = device
     return devices

@@ -69,7 +69,7 @@ def layers_between(points: Sequence[int], total: int) -> dict[str, LayerRange]:
 
 
 def names_of_parts(split_points: object) -> tuple[str, ...]:
-    """Return the names of the components into which split points cut, before they are held against a model.
+    """Return the names of the components into which split points cut, before they are compared with a model.
 
     What is none, or invalid, is refused where the model is known; till then, two points are taken for granted.
     """
@@ -108,7 +108,7 @@ def ranges_around(component: str, owned: LayerRange) -> dict[str, LayerRange]:
 
 
 def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
-    """Return the cuts that a family's models do not bear, each with the reason; raises BrokenPluginError."""
+    """Return the cuts that a family's models do not allow, each with the reason; raises BrokenPluginError."""
     try:
         return dict(family.impossible_cuts(config))
     # The function is the plugin's.

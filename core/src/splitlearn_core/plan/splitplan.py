@@ -130,7 +130,7 @@ class SplitPlan:
         return len(self.components) == len(self.names)
 
     def component(self, name: str) -> ComponentPlan:
-        """Return the plan of one component; KeyError where it was not asked for."""
+        """Return the plan of one component; KeyError where it was not requested."""
         for component in self.components:
             if component.component == name:
                 return component
@@ -199,12 +199,12 @@ def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) 
     """Return the planned layers that the checkpoint has nothing of, although its configuration counts them."""
     prefix = f"{family.base}.{family.layers}."
     names = (tensor.module_key for part in parts for tensor in part.tensors)
-    held = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+    present = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
     counted = (layer for part in parts for layer in range(part.layers.start, part.layers.end))
-    return tuple(layer for layer in counted if str(layer) not in held)
+    return tuple(layer for layer in counted if str(layer) not in present)
 
 
-def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
+def resolve_dtype(requested: str, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
     """Decide the dtype of the loaded weights, by the rule of ``from_pretrained``.
 
     ``auto`` is what ``config.json`` says, or else the first floating dtype of the tensors.
@@ -212,16 +212,17 @@ def resolve_dtype(asked: str, config: Mapping[str, Any], tensors: Iterable[Tenso
     Raises:
         ConfigurationError: No floating dtype of that name.
     """
-    if asked == "auto":
+    if requested == "auto":
         stated = _stated_dtype(config)
         if stated is None:
             stored = {stored: name for name, stored in FLOAT_DTYPES.items()}
             return next((stored[info.dtype] for info in tensors if info.dtype in stored), "float32")
-        asked = stated
-    name = STATED_DTYPES.get(asked.removeprefix("torch."), asked)
+        requested = stated
+    name = STATED_DTYPES.get(requested.removeprefix("torch."), requested)
     if name not in FLOAT_DTYPES:
         raise ConfigurationError(
-            f"dtype {quote(asked)} is none of {', '.join(FLOAT_DTYPES)}", hint='leave dtype="auto" for the stored one'
+            f"dtype {quote(requested)} is none of {', '.join(FLOAT_DTYPES)}",
+            hint='leave dtype="auto" for the stored one',
         )
     return name
 
@@ -254,7 +255,7 @@ def common_dtype(dtypes: Iterable[str]) -> str:
 
 
 def parse_parts(parts: Sequence[str] | str, there: Sequence[str] = THREE) -> tuple[str, ...]:
-    """Return the asked components in the order of the model.
+    """Return the requested components in the order of the model.
 
     Args:
         parts: Their names; :data:`ALL_PARTS` itself for all.
