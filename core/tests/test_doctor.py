@@ -601,7 +601,7 @@ def test_the_table_of_versions_says_what_is_tested() -> None:
 def test_commands_that_are_not_there_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the package that has each."""
     monkeypatch.setattr(installation, "discover_commands", tuple)
-    notes = {finding.what: finding for finding in installation.extras()}
+    notes = {finding.what: finding for finding in installation.check_versions()}
 
     for command, package in (
         ("plugins new", "splitlearn-auto"),
@@ -609,7 +609,7 @@ def test_commands_that_are_not_there_are_notes(monkeypatch: pytest.MonkeyPatch) 
         ("serve", "splitlearn-serve"),
     ):
         note = notes[f"there is no command splitlearn {command}"]
-        assert (note.level, note.mend) == (Level.NOTE, f"pip install {package}")
+        assert (note.level, note.fix) == (Level.NOTE, f"pip install {package}")
 
 
 def test_little_memory_and_few_files_are_notes() -> None:

@@ -33,6 +33,7 @@ from splitlearn_core import (
     ModelConfig,
     SplitLearnError,
 )
+from splitlearn_core.checkpoint.hub import repository
 from splitlearn_core.errors import LoadCancelledError, LoadStalledError, ManagerClosedError
 from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.manager.loaders.loader import ModelLoader
@@ -428,6 +429,8 @@ def test_a_full_disk(single: Path, monkeypatch: pytest.MonkeyPatch, number: int)
     async def act(models: AsyncModelManager) -> None:
         for name in ("snapshot_download", "hf_hub_download"):
             monkeypatch.setattr(huggingface_hub, name, full)
+        # As if the Hub answered.
+        monkeypatch.setattr(repository, "connection_failure", lambda: None)
         await fails(models, part("somebody/something"), InsufficientDiskError, "/cache/blob")
 
     run(with_a_neighbour(single, None, act))

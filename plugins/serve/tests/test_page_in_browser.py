@@ -346,7 +346,7 @@ def test_what_is_refused_is_said(browser: Browser, page: Callable[..., StatusSer
 
     lease = server.run(borrow)
     browser.click(button("trunk", "unload"))
-    browser.wait(f"{part('trunk', 'refusal')}.textContent.includes('still has 1 lease')")
+    browser.wait(f"{part('trunk', 'refusal')}.textContent.includes('1 lease left')")
     assert browser.run(f"{part('trunk', 'refusal')}.getAttribute('role')") == "alert"
     assert server.get("/api/models/trunk")["status"] == "ready"
     server.run(lambda manager: lease.__aexit__(None, None, None))
