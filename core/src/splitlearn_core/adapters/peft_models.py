@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from splitlearn_core.adapters.adapter_files import AdapterFiles, check_adapter_target, open_adapter, write_adapter
 from splitlearn_core.adapters.slices import (
@@ -256,8 +256,9 @@ def _differences(loads: list[_Loaded]) -> list[str]:
 def _components(parts: Parts) -> list[ComponentModel]:
     from splitlearn_core.build.component import ComponentModel
 
-    # A SplitCausalLM, which is built on this module.
-    parts = getattr(parts, "components", parts)
+    # A SplitCausalLM, which is built on this module. Of its class: a PeftModel around one has the attributes of both.
+    if hasattr(type(parts), "components"):
+        parts = cast("SplitCausalLM", parts).components
     given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
     wrong = sorted({type(part).__name__ for part in given if not isinstance(part, ComponentModel)})
     if wrong or not given:
