@@ -154,7 +154,7 @@ class TestEntry:
         [
             ("no-such-command",),
             ("plan",),
-            ("plan", "model", "--split", 2),
+            ("plan", "model", "--split"),
             ("plan", "model", "--split", 4, 2),
             ("plan", "model", *SPLIT, "--dtype", "float7"),
             ("plan", "model", "--split", "two", "four"),
@@ -234,15 +234,18 @@ class TestPlugins:
             assert result.returncode == 2
 
     def test_broken_plugin_does_not_hide_the_others(self, cli: Cli, tmp_path: Path) -> None:
-        """A plugin that cannot work is a row with its error; the list still succeeds."""
+        """A plugin that cannot work is a row with its error among the others; ``--check``, which finds it, exits with 1."""
         folder = write_plugin(tmp_path / "plugins", "llama", "import no_such_module_anywhere\n")
-        rows = json.loads(succeeded(cli("plugins", "--json", PYTHONPATH=str(folder))))
+        succeeded(cli("plugins", "--json", PYTHONPATH=str(folder)))
+        checked = cli("plugins", "--check", "--json", PYTHONPATH=str(folder))
+        assert checked.returncode == 1
+        rows = json.loads(checked.stdout)
         by_type = {row["model_type"]: row for row in rows}
         assert by_type["llama"]["status"] == "broken"
         assert "no_such_module_anywhere" in by_type["llama"]["error"]
         assert by_type["llama"]["hint"]
         assert by_type["gpt2"]["status"] == "ready"
-        assert "no_such_module_anywhere" in succeeded(cli("plugins", PYTHONPATH=str(folder)))
+        assert "no_such_module_anywhere" in cli("plugins", "--check", PYTHONPATH=str(folder)).stdout
 
 
 class TestPlan:
@@ -350,7 +353,7 @@ class TestGenerate:
         )
         assert json.loads(succeeded(done))["prompt"] == "Once\nupon"
 
-    @pytest.mark.parametrize(("content", "says"), [(None, "cannot be read"), (b"\xff\xfe", "no UTF-8")])
+    @pytest.mark.parametrize(("content", "says"), [(None, "cannot be read"), (b"\xff\xfe", "not UTF-8")])
     def test_prompt_that_cannot_be_read(
         self, command: Cli, talking: Path, tmp_path: Path, content: bytes | None, says: str
     ) -> None:
