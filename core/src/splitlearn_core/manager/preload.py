@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 #: Modules that loading any component imports midway.
 _BUILDING = (
     "splitlearn_core.build.assemble",
-    "splitlearn_core.build.component",
+    "splitlearn_core.build.construction",
     "splitlearn_core.build.torch_state",
     "splitlearn_core.build.pruning",
     "splitlearn_core.checkpoint.checkpoint",
