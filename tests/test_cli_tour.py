@@ -234,7 +234,7 @@ class TestPlugins:
             assert result.returncode == 2
 
     def test_broken_plugin_does_not_hide_the_others(self, cli: Cli, tmp_path: Path) -> None:
-        """A plugin that cannot work is a row with its error among the others; ``--check``, which finds it, exits with 1."""
+        """A plugin that cannot work is a row with its error among the others; `--check` finds it, and exits with 1."""
         folder = write_plugin(tmp_path / "plugins", "llama", "import no_such_module_anywhere\n")
         succeeded(cli("plugins", "--json", PYTHONPATH=str(folder)))
         checked = cli("plugins", "--check", "--json", PYTHONPATH=str(folder))
