@@ -53,7 +53,7 @@ OPAQUE = "quantised"
 class Component(StrEnum):
     """The kinds of components, in the order in which hidden states pass through them.
 
-    They are also the names of the components of a model that is cut in two places; see :func:`component_names`.
+    They are also the names of the components of a model that is cut in two places; see ``component_names``.
     """
 
     BOTTOM = "bottom"
