@@ -73,7 +73,6 @@ def command(
     from splitlearn_core.checkpoint.manifest import holds_components
     from splitlearn_core.generation import Conversation, Sampling, generate_text
     from splitlearn_core.loading.opening import open_model
-    from splitlearn_core.pipeline import load_all, load_pipeline
     from splitlearn_core.progress import reporting
 
     _check_prompts(prompt, prompt_file, system, chat=chat, needed=not dry_run)
@@ -84,6 +83,9 @@ def command(
         if dry_run:
             raise click.UsageError("--dry-run is for models: saved components are here already")
         prompt = _read_prompt(prompt_file) if prompt_file is not None else prompt
+        # Imports torch, which wrong usage and a dry run must not wait for; so below.
+        from splitlearn_core.pipeline import load_pipeline
+
         split, opened = load_pipeline(model, dtype, options)
         with reporting(None) as report:
             tokenizer = _tokenizer(opened, report, chat=chat)
@@ -97,6 +99,8 @@ def command(
         prompt = _read_prompt(prompt_file) if prompt_file is not None else prompt
         with reporting(None) as report:
             tokenizer = _tokenizer(opened, report, chat=chat)
+            from splitlearn_core.pipeline import load_all
+
             split = load_all(opened, split_points, dtype, options, report)
     show = None if as_json else write_text
     if chat:
