@@ -67,7 +67,7 @@ def hf_config(
     with BUILD_LOCK, blaming_config(family, name_or_path):
         own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
         # Components pass results on by name, whatever the checkpoint prefers. As from_dict does it, which besides
-        # writes the whole of it for a log that nobody keeps.
+        # serializes all of it for a debug log.
         config = config_class(**{**own, "dtype": dtype, "return_dict": True, "name_or_path": name_or_path})
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses

@@ -95,7 +95,7 @@ class _Skeleton(TorchFunctionMode):
     Layers allocate their parameters with ``torch.empty``; that goes to the meta device. Everything
     else is computed, so that buffers which no checkpoint holds (rotary frequencies, embedding
     scales) get the values that the model's own code gives them. Under ``from_pretrained`` the
-    default dtype would be the weights'; it is process-wide, so here the factories are told instead.
+    default dtype would be the weights'; it is process-wide, so here the factories get it instead.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
