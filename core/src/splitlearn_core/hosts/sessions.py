@@ -25,7 +25,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import hmac
-import importlib.metadata
 import secrets
 import threading
 import time
@@ -34,6 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 
 from splitlearn_core.build.component import ComponentModel
@@ -43,10 +43,9 @@ from splitlearn_core.hosts.facts import Facts, layer_windows, origin_json
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
 from splitlearn_core.plan.splitplan import kv_bytes_per_layer
+from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.types import Component, human_bytes
 
-#: Distributions whose versions decide about the last bit of a result.
-_DECIDING = ("splitlearn-core", "torch", "transformers")
 #: Elements of each tensor that the digest of the weights looks at.
 _DIGEST_ELEMENTS = 64
 #: Seconds after which room may be free.
@@ -445,7 +444,11 @@ def component_facts(component: ComponentModel, limits: SessionLimits) -> Facts:
         dtype=dtype,
         digest=weights_digest(component),
         attention=str(getattr(config, "_attn_implementation", None) or "eager"),
-        versions={name: importlib.metadata.version(name) for name in _DECIDING},
+        versions={
+            "splitlearn-core": core_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         threads=torch.get_num_threads(),
         device=parameter.device.type,
         arguments=tuple(sorted(component.routing.everywhere)),
