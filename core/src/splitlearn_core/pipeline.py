@@ -26,20 +26,10 @@ from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent
-from splitlearn_core.loading.load import load_components
-from splitlearn_core.loading.opening import OpenModel, open_model
-from splitlearn_core.loading.options import (
-    LoadOptions,
-    check_options,
-)
-from splitlearn_core.loading.planning import plan_and_fetch
-from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import (
     THREE,
     Component,
-    ProgressCallback,
     component_names,
     is_component_name,
     kind_of,
@@ -572,47 +562,3 @@ def _check_fit(given: Mapping[str, Any], mixed_dtypes: bool) -> None:
             hint=hint
             + ("; mixed_dtypes=True where dtypes differ on purpose" if any("dtype" in p for p in problems) else ""),
         )
-
-
-def load_pipeline(
-    directory: str | os.PathLike[str], dtype: str | Mapping[str, str], options: LoadOptions
-) -> tuple[SplitCausalLM, OpenModel]:
-    """Load all saved components as one generation model, and open the folder that has the tokenizer.
-
-    Raises:
-        ConfigurationError: Components are missing, or an option is for checkpoints alone.
-    """
-    split = SplitDirectory.open(directory)
-    problems = [f"the {name} is missing" for name in split.missing]
-    if not isinstance(dtype, str) or options.device_map is not None or options.max_memory:
-        problems.append("saved components take one dtype and one device here")
-    if problems:
-        raise ConfigurationError(
-            f"{directory} cannot be run as one model: {listed(problems, '; ', limit=SENTENCE)}",
-            hint=f"give a directory with {' and '.join(split.names)}, or load each with load_component"
-            if len(split.names) != len(THREE)
-            else "give a directory with bottom, trunk and top, or load each with load_component",
-        )
-    parts = load_split_directory(
-        directory,
-        device=options.device,
-        dtype=str(dtype),
-        strategy=options.strategy,
-        attn_implementation=options.attn_implementation,
-    )
-    components: tuple[Any, ...] = parts
-    return SplitCausalLM(*components), open_model(split.components[Component.BOTTOM].folder)
-
-
-def load_all(
-    model: OpenModel,
-    split_points: Sequence[int],
-    dtype: str | Mapping[Any, str],
-    options: LoadOptions,
-    progress: ProgressCallback,
-) -> SplitCausalLM:
-    """Load all components as one generation model; raises like :func:`load_components`."""
-    check_options(model, options)
-    fetched = plan_and_fetch(model, split_points, None, dtype, progress)
-    parts = load_components(model, fetched, options, progress)
-    return SplitCausalLM(*parts.values(), mixed_dtypes=isinstance(dtype, Mapping))

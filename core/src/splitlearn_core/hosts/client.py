@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,34 +108,32 @@ class Host:
             RemoteError: The host refused; or was away for too long.
         """
         deadline = time.monotonic() + self.patience.wait
-        pauses = _pauses()
+        pause = 0.0
         while True:
             try:
                 return self._once(frame)
             except RemoteError as error:
-                is_away = isinstance(error, ConnectionLostError) or error.code in _AWAY
-                left = deadline - time.monotonic()
-                if not is_away:
+                if not isinstance(error, ConnectionLostError) and error.code not in _AWAY:
                     raise
+                left = deadline - time.monotonic()
                 if left <= 0:
                     raise ConnectionLostError(
-                        f"{error.message}; it did not come back within {self.patience.wait:.0f} s",
+                        f"{error.message}; it did not come back within {self.patience.wait:g} s",
                         hint=error.hint or "connect(..., wait=SECONDS) waits longer",
                         code="connection",
                     ) from error
-                pause = next(pauses)
                 if pause == _FIRST_PAUSE:
                     log.warning("%s; waiting up to %.0f s for it to come back", error.message, left)
-                time.sleep(min(pause, left))
+            # At once the first time: a connection that was not used for a while may be gone, and its host be there.
+            # Afterwards not all at the same moment, of those that wait for one host.
+            time.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311  # no secret
+            pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def close(self) -> None:
         """End all connections. Sessions end by themselves after the host's time limit."""
         self._abandoned.put(None)
-        with self._lock:
-            self._is_closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        self._is_closed = True
+        self._close_idle()
 
     def abandon(self, number: int, secret: str) -> None:
         """End a session without waiting for it; may be called from a finalizer."""
@@ -150,9 +148,12 @@ class Host:
         connection = self._borrow()
         try:
             reply = connection.exchange(frame)
-        except BaseException:
+        except BaseException as error:
             # A reply may still come, so that the connection cannot be used for another request.
             connection.close()
+            if isinstance(error, ConnectionLostError):
+                # The others are older.
+                self._close_idle()
             raise
         self.round_trips += 1
         self.bytes_sent += frame.payload_bytes
@@ -176,6 +177,12 @@ class Host:
             if self._idle:
                 return self._idle.pop()
         return self._connect()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     def _put_back(self, connection: Connection) -> None:
         with self._lock:
@@ -215,14 +222,6 @@ class Host:
             except RemoteError as error:
                 # The host ends it after its own time limit.
                 log.debug("A session at %s was not closed: %s", self.url, error.message)
-
-
-def _pauses() -> Iterator[float]:
-    pause = _FIRST_PAUSE
-    while True:
-        # Many users that wait for one host are not to come back at the same moment.
-        yield pause if pause == _FIRST_PAUSE else pause * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
-        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 _KINDS: Mapping[str, type[RemoteError]] = {
