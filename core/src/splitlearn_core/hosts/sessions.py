@@ -139,13 +139,13 @@ class SessionTable:
             frame: The request.
             owner: Who asks: sessions of one owner are counted together.
         """
+        handler = self._handlers.get(frame.kind)
+        if handler is None:
+            return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
         try:
-            return self._handlers[frame.kind](self, frame, owner)
-        except KeyError:
-            error: SplitLearnError = ProtocolError(f"{frame.kind.name} is no request", code="malformed")
-        except SplitLearnError as raised:
-            error = raised
-        return error_frame(error, frame)
+            return handler(self, frame, owner)
+        except SplitLearnError as error:
+            return error_frame(error, frame)
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long; returns how many there were."""
@@ -288,7 +288,7 @@ class SessionTable:
         if (
             session is None
             or not isinstance(secret, str)
-            or not hmac.compare_digest(secret.encode(), session.secret.encode())
+            or not hmac.compare_digest(secret.encode(errors="replace"), session.secret.encode())
         ):
             raise RemoteError(
                 "there is no such session here: it has ended, or is another one's",
