@@ -335,7 +335,7 @@ def test_a_sample_is_a_value() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps large blocks")
 def test_large_blocks_can_be_had_back_at_once(world: Any) -> None:
     """Whatever size was freed before: without the call, the second block would stay in the heap."""
-    done = world.python(
+    done = world.warm_python(
         "-c",
         "import threading\nimport torch\n"
         "from splitlearn_core.system_memory import anonymous_memory, return_large_blocks\n"
