@@ -4,9 +4,13 @@ Three kinds of sweep are sampled, each the same way in every run:
 
 - ``@pytest.mark.sample(n)``: of the cases of a parametrised test, ``n``.
 - Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: in each variant one
-  combination for each dtype, another one for the next variant. With ``SHORT_TESTS``, as the checks run them a second
-  time with other libraries, one combination alone. Checks in :data:`IN_TURN` take one other parameter in turn.
+  combination for each dtype, another one for the next variant. Checks in :data:`IN_TURN` take one other parameter in
+  turn.
 - Numbers of random cases in one test: :func:`cases`.
+
+With ``SHORT_TESTS``, as the checks run them a second time with other libraries, it is one combination of the kit's for
+each variant, and of every parametrised test :data:`SHORT_CASES` at most. Most cases of a test differ in paths of our own
+code, which run with the newest libraries; all of them with the oldest take ``LONG_TESTS``.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ IN_TURN = {"test_forward_argument": "attention", "test_trainer": "variant"}
 LONG = bool(os.environ.get("LONG_TESTS"))
 #: Whether the tests run with other libraries as well.
 SHORT = bool(os.environ.get("SHORT_TESTS"))
+#: How many cases of a parametrised test are run then.
+SHORT_CASES = 3
 
 
 def cases(long: int, sample: int) -> int:
@@ -63,9 +69,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 # Half of them on is the other dtype.
                 chosen.add(same[(5 * number + len(same) // 2 + 1) % len(same)])
             left_out.update(set(same) - chosen)
+    if SHORT:
+        left_out.update(_surplus([item for item in items if item not in left_out]))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _surplus(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return what is more than :data:`SHORT_CASES` of one test."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in sorted(items, key=lambda item: item.nodeid):
+        if hasattr(item, "callspec"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    surplus: set[pytest.Item] = set()
+    for test, same in tests.items():
+        surplus.update(set(same) - set(Random(test).sample(same, min(SHORT_CASES, len(same)))))
+    return surplus
 
 
 def _without(parameters: dict[str, object], *names: str) -> str:
