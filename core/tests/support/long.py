@@ -9,8 +9,8 @@ Three kinds of sweep are sampled, each the same way in every run:
 - Numbers of random cases in one test: :func:`cases`.
 
 With ``SHORT_TESTS``, as the checks run them a second time with other libraries, it is one combination of the kit's for
-each variant, and of every parametrised test :data:`SHORT_CASES` at most. Most cases of a test differ in paths of our own
-code, which run with the newest libraries; all of them with the oldest take ``LONG_TESTS``.
+each variant, and of every parametrised test :data:`SHORT_CASES` at most. Most cases of a test differ in paths of our
+own code, which run with the newest libraries; all of them with the oldest take ``LONG_TESTS``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONG = bool(os.environ.get("LONG_TESTS"))
 #: Whether the tests run with other libraries as well.
 SHORT = bool(os.environ.get("SHORT_TESTS"))
 #: How many cases of a parametrised test are run then.
-SHORT_CASES = 3
+SHORT_CASES = 4
 
 
 def cases(long: int, sample: int) -> int:
