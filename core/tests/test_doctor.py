@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from splitlearn_core.doctor.runner import Outcome, examine, run_in_subprocess
 from splitlearn_core.plan.splitplan import MemoryNeeds
 from splitlearn_core.plugins.registry import registry, reset_registry
 from splitlearn_core.system_memory import MemoryReading
-from support.warm import WarmInterpreter
 
 pytestmark = pytest.mark.light
 
@@ -50,12 +48,6 @@ def findings_of(outcomes: list[Outcome]) -> list[Finding]:
 
 
 # --- the whole of it
-
-
-@pytest.fixture
-def warm_processes(warm: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the doctor's processes be warm ones, where they import torch and it is not what is broken."""
-    monkeypatch.setattr(sys, "executable", str(warm.path))
 
 
 def test_a_sound_plugin_is_found_and_named(world: Any) -> None:

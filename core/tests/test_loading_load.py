@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import Progress, SplitCausalLM, TensorMismatchError, load_split_model, plan_split
+from support.long import cases
 
 pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
 
@@ -444,7 +445,7 @@ def test_the_first_loads_of_a_process_may_come_together(
     """Four threads that also race for the imports of torch and transformers."""
     folders = [str(checkpoint(kind)) for kind in ("single", "tied")]
 
-    for _ in range(2):
+    for _ in range(cases(2, 1)):
         done = llama.python("-c", FIRST_LOADS, *folders)
 
         assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr

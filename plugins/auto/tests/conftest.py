@@ -13,6 +13,7 @@ import pytest
 
 from splitlearn_core.plugins.registry import reset_registry
 from splitlearn_core.testing.installing import write_plugin
+from support.warm import WarmInterpreter
 
 PLUGIN = """
 from splitlearn_core import ModelFamily, hookimpl
@@ -27,8 +28,9 @@ def splitlearn_model_families():
 class World:
     """A folder on ``sys.path`` with plugins as pip would leave them."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, warm: Callable[[], WarmInterpreter]) -> None:
         self.folder = folder
+        self._warm = warm
         folder.mkdir()
         monkeypatch.syspath_prepend(str(folder))
 
@@ -42,12 +44,12 @@ class World:
         importlib.invalidate_caches()
         reset_registry()
 
-    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a fresh interpreter in this world, without a network."""
+    def warm_python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run an interpreter that has imported torch and transformers already, in this world and without a network."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPLITLEARN_", "HF_"))}
         path = os.pathsep.join(filter(None, (str(self.folder), kept.get("PYTHONPATH", ""))))
         return subprocess.run(
-            [sys.executable, *arguments],
+            [str(self._warm().path), *arguments],
             env={**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -72,9 +74,9 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> World:
     """Return an empty world for plugins."""
-    return World(tmp_path / "site", monkeypatch)
+    return World(tmp_path / "site", monkeypatch, lambda: request.getfixturevalue("warm"))
 
 
 @pytest.fixture

@@ -376,12 +376,12 @@ def test_a_package_is_installed_and_passes_its_own_tests(world: Any, package: Ne
     subprocess.run(
         [*pip, "--no-index", "--target", world.folder, package.folder], check=True, capture_output=True, timeout=120
     )
-    listed = world.python("-m", "splitlearn_core", "plugins", "--check", "--json")
+    listed = world.warm_python("-m", "splitlearn_core", "plugins", "--check", "--json")
     row = next(row for row in json.loads(listed.stdout) if row["model_type"] == "llama")
     assert (row["status"], row["distribution"]) == ("ready", "splitlearn-llama")
     chosen = "test_entry_point or test_import_budget or test_config_defaults or (test_logits and 2-3 and float32)"
     options = ("-q", "-p", "no:cacheprovider", "--rootdir", str(package.folder), "-k", chosen)
-    done = world.python("-m", "pytest", *options, str(package.folder / "tests"))
+    done = world.warm_python("-m", "pytest", *options, str(package.folder / "tests"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
@@ -422,14 +422,14 @@ def test_values_are_written_as_they_are(value: Any) -> None:
 def test_the_command(world: Any, tmp_path: Path) -> None:
     """Data on stdout, what is to be known on stderr; a refusal is one line and a hint, with exit code 1."""
     new = ("-m", "splitlearn_core", "plugins", "new")
-    made = world.python(*new, "stablelm", "--out", str(tmp_path / "out"), "--json")
+    made = world.warm_python(*new, "stablelm", "--out", str(tmp_path / "out"), "--json")
     assert made.returncode == 0, made.stderr
     answer = json.loads(made.stdout)
     assert (answer["distribution"], answer["verified"]) == ("splitlearn-stablelm", True)
     assert answer["questions"] == []
     assert "to the last bit" in made.stderr
     assert (tmp_path / "out" / "pyproject.toml").is_file()
-    refused = world.python(*new, "stablelmm", "--out", str(tmp_path / "other"))
+    refused = world.warm_python(*new, "stablelmm", "--out", str(tmp_path / "other"))
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "did you mean 'stablelm'" in refused.stderr
     assert "Traceback" not in refused.stderr
