@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +80,28 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> World:
     """Return an empty world for plugins."""
     return World(tmp_path / "site", monkeypatch, lambda: request.getfixturevalue("warm"))
+
+
+@pytest.fixture(scope="session")
+def examined() -> Callable[..., Any]:
+    """Return a function that examines each configuration once, and returns a copy of what it has found."""
+    from splitlearn_auto.examining import examine
+
+    derived: dict[str, Any] = {}
+
+    def once(model_type: str, stated: Mapping[str, Any]) -> Any:
+        key = json.dumps([model_type, stated], sort_keys=True)
+        if key not in derived:
+            derived[key] = examine(model_type, stated)
+        return copy.deepcopy(derived[key])
+
+    return once
+
+
+@pytest.fixture
+def examined_once(examined: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands examine so: for tests that begin where the examination has ended."""
+    monkeypatch.setattr("splitlearn_auto.examining.examine", examined)
 
 
 @pytest.fixture
