@@ -2,10 +2,12 @@
 
 Three kinds of sweep are sampled, each the same way in every run:
 
-- ``@pytest.mark.sample(n)``: of the cases of a parametrised test, ``n``.
+- ``@pytest.mark.sample(n)``: of the cases of a parametrised test, ``n``: first those with values of parameters that no
+  other has had, so that each value is tried as far as ``n`` goes.
 - Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: in each variant one
   combination for each dtype, another one for the next variant. With ``SHORT_TESTS``, as the checks run them a second
-  time with other libraries, one combination alone. Checks in :data:`IN_TURN` take one other parameter in turn.
+  time with other libraries, one combination alone; of :data:`LONGEST`, always. Checks in :data:`IN_TURN` take one other
+  parameter in turn.
 - Numbers of random cases in one test: :func:`cases`.
 """
 
@@ -20,7 +22,13 @@ import pytest
 #: Parameters of the kit's checks of which each combination would be run.
 SPREAD = ("attention", "cut", "dtype")
 #: Checks that take long, and the parameter of which one value is enough each time.
-IN_TURN = {"test_forward_argument": "attention", "test_trainer": "variant"}
+IN_TURN = {
+    "test_forward_argument": "attention",
+    "test_plan_is_deterministic": "variant",
+    "test_trainer": "variant",
+}
+#: Checks that take longest, and of which one combination in each variant is enough each time.
+LONGEST = {"test_cache", "test_generate"}
 #: Whether everything is run.
 LONG = bool(os.environ.get("LONG_TESTS"))
 #: Whether the tests run with other libraries as well.
@@ -53,19 +61,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             turns[test][_without(parameters, IN_TURN[item.originalname])].append(item)  # type: ignore[attr-defined]
     left_out: set[pytest.Item] = set()
     for (test, number), same in sampled.items():
-        left_out.update(set(same) - set(Random(test).sample(same, min(number, len(same)))))
+        left_out.update(set(same) - set(_covering(Random(test).sample(same, len(same)))[:number]))
     for test, groups in turns.items():
         first = Random(test).randrange(12)
         for number, same in enumerate(groups.values(), first):
             # Five has no divisor in common with how many there are, and so comes to each of them.
             chosen = {same[5 * number % len(same)]}
-            if not SHORT and len(same) > len(SPREAD):
+            longest = getattr(same[0], "originalname", "") in LONGEST
+            if not SHORT and not longest and len(same) > len(SPREAD):
                 # Half of them on is the other dtype.
                 chosen.add(same[(5 * number + len(same) // 2 + 1) % len(same)])
             left_out.update(set(same) - chosen)
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _covering(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Sort those to the front that have a value of a parameter which none before them has."""
+    tried: set[tuple[str, str]] = set()
+    first, others = [], []
+    for item in items:
+        values = {(name, str(value)) for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
+        (others if values <= tried else first).append(item)
+        tried |= values
+    return first + others
 
 
 def _without(parameters: dict[str, object], *names: str) -> str:
