@@ -312,12 +312,12 @@ def test_a_dry_run_asks_for_no_folder(tmp_path: Path, cli: Any) -> None:
     """None is needed, and one that is taken does not matter; otherwise one is asked for by name."""
     (tmp_path / "taken").write_text("mine")
 
-    assert new_plugin("stablelm", None, dry_run=True).folder is None
-    assert new_plugin("stablelm", tmp_path / "taken", dry_run=True).verified
-    code, out, err = cli("plugins", "new", "stablelm")
+    assert new_plugin("llama", None, dry_run=True).folder is None
+    assert new_plugin("llama", tmp_path / "taken", dry_run=True).verified
+    code, out, err = cli("plugins", "new", "llama")
 
     assert (code, out) == (2, "")
-    assert "plugins new stablelm: give --out DIR" in err
+    assert "plugins new llama: give --out DIR" in err
     assert (tmp_path / "taken").read_text() == "mine"
 
 
