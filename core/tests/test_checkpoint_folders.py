@@ -71,6 +71,7 @@ def narrow(request: pytest.FixtureRequest, tmp_path: Path, checkpoint: Callable[
     return folder
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("wide", ["norm", "embed_tokens", "lm_head", "layers.3", "nothing"])
 def test_a_component_alone_has_the_dtype_of_the_whole(narrow: Path, wide: str) -> None:
     """The first floating tensor of the first file decides, whichever component it belongs to."""
@@ -157,6 +158,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.startswith("splitlearn") and r.levelno == logging.WARNING]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", EXTRA)
 def test_surplus_tensors_are_a_warning(

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from splitlearn_core.doctor.runner import Outcome, examine, run_in_subprocess
 from splitlearn_core.plan.splitplan import MemoryNeeds
 from splitlearn_core.plugins.registry import registry, reset_registry
 from splitlearn_core.system_memory import MemoryReading
-from support.warm import WarmInterpreter
 
 pytestmark = pytest.mark.light
 
@@ -52,12 +50,6 @@ def findings_of(outcomes: list[Outcome]) -> list[Finding]:
 # --- the whole of it
 
 
-@pytest.fixture
-def warm_processes(warm: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the doctor's processes be warm ones, where they import torch and it is not what is broken."""
-    monkeypatch.setattr(sys, "executable", str(warm.path))
-
-
 def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
     """What the entry point names, the package, the version and the hooks."""
     world.install("alpha", version="3.1")
@@ -69,6 +61,7 @@ def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
     assert found.what == "model type 'alpha': splitlearn-alpha 3.1, with model_families"
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON and text hold the same; a broken plugin is exit code 1, with its mend underneath."""
     monkeypatch.setattr(runner, "_PATIENCE", 60.0)
@@ -293,6 +286,7 @@ def test_what_is_odd_about_a_plugin_is_said(world: Any, source: str, level: Leve
     assert finding.fix
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_two_claimants_are_one_finding(world: Any) -> None:
     """Both are named, and the line that chooses."""
     for name in ("one-alpha", "two-alpha"):
@@ -305,6 +299,7 @@ def test_two_claimants_are_one_finding(world: Any) -> None:
     assert "SPLITLEARN_DISABLE_PLUGINS=" in finding.fix
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_plugin_for_another_core_is_wrong(world: Any) -> None:
     """The range it asks for is shown, by the check of the package and by that of the plugin."""
     world.install("alpha", requires=">=99")
@@ -505,6 +500,7 @@ def test_no_plugin_at_all_is_said() -> None:
 # --- variables, versions, machine, cache, devices
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_lists_and_what_they_misspell(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A blocked plugin is a note, and so is a name that is nobody's: what is gone is blocked well enough."""
     world.install("alpha")
@@ -795,6 +791,7 @@ def test_a_model_for_which_there_is_no_memory_is_not_loaded(
     assert about("loading all of it takes", wrong(found))
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_model_that_is_nowhere_is_said_at_the_command_line(llama: Any, cli: Any) -> None:
     """As a finding, and with exit code 1."""
     code, out, _ = cli("doctor", "./nowhere", "--quick", "--json")

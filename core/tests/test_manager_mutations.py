@@ -17,6 +17,21 @@ SOURCES = {"admission": admission, "attempt": attempt, "machine": machine}
 
 #: Random lives in which each must be caught.
 LIVES = 2000
+#: Mistakes that few lives meet -> the first that does, where the search begins. It goes on from there, so that a seed
+#: that is out of date costs time alone.
+FIRST_LIFE = {
+    "I3: an older generation comes back beside a newer one": 159,
+    "I4: a worker that was planning and is stuck cannot come back": 83,
+    "I7: one waiter that goes takes the others along": 9,
+    "I13: a load is refused after others went for it": 21,
+    "I13: what leaves already does not count": 9,
+    "I13: needless victims": 33,
+    "I20: waiting counts anew in each status": 474,
+    "I26: closing forgets what drains": 15,
+    "I30: later loads take what earlier ones will need": 16,
+    "I31: reloads of pinned models wait their turn": 9,
+    "I31: reloads of pinned models wait for each other": 689,
+}
 
 #: What goes wrong: (file, the line as it is, the line as it must not be).
 MUTATIONS = {
@@ -163,15 +178,20 @@ def lives(request: pytest.FixtureRequest) -> ModuleType:
         return properties()
 
 
-@pytest.mark.parametrize(("file", "old", "new"), MUTATIONS.values(), ids=MUTATIONS)
-def test_mutation_is_caught(file, old, new, lives, monkeypatch):
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(name, lives, monkeypatch):
     class Mutated(lives.Lives):
-        source = mutant(monkeypatch, file, old, new)
+        source = mutant(monkeypatch, *MUTATIONS[name])
 
     with pytest.raises((AssertionError, SplitLearnError, pytest.fail.Exception)):
-        live(Mutated, lives.wander)
+        live(Mutated, lives.wander, FIRST_LIFE.get(name, 0))
 
 
-def live(kind, wander):
-    for seed in range(LIVES):
-        wander(kind, seed)
+def live(kind, wander, first):
+    for number in range(LIVES):
+        wander(kind, (first + number) % LIVES)
+
+
+def test_the_first_lives_are_those_of_mutations():
+    """A name that is written wrongly would cost time in silence."""
+    assert FIRST_LIFE.keys() <= MUTATIONS.keys()

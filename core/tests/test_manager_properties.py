@@ -56,7 +56,7 @@ AT_WORK = ("planning", "loading", "warming", "cancelling")
 PROMISED = ("loading", "warming", "cancelling")
 
 #: Lives that Hypothesis leads, and lives of pure chance.
-EXAMPLES, LIVES = cases(450, 120), cases(400, 100)
+EXAMPLES, LIVES = cases(450, 40), cases(400, 40)
 
 SETTINGS = settings(
     max_examples=EXAMPLES,

@@ -37,6 +37,12 @@ def warm() -> Iterator[WarmInterpreter]:
         yield interpreter
 
 
+@pytest.fixture
+def warm_processes(warm: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes that the tested code starts be warm ones, where the import of torch does not matter."""
+    monkeypatch.setattr(sys, "executable", str(warm.path))
+
+
 class WarmInterpreter:
     """A server, and the files that stand for its interpreters."""
 
