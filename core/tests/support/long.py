@@ -1,6 +1,6 @@
 """A pytest plugin: sweeps run as a seeded sample, and whole where ``LONG_TESTS`` is set (``make test-long``).
 
-Three kinds of sweep are sampled, each the same way in every run:
+Four kinds of sweep are sampled, each the same way in every run:
 
 - ``@pytest.mark.sample(n)``: of the cases of a parametrised test, ``n``.
 - Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: in each variant two
