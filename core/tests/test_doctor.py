@@ -61,6 +61,7 @@ def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
     assert found.what == "model type 'alpha': splitlearn-alpha 3.1, with model_families"
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON and text hold the same; a broken plugin is exit code 1, with its mend underneath."""
     monkeypatch.setattr(runner, "_PATIENCE", 60.0)
@@ -285,6 +286,7 @@ def test_what_is_odd_about_a_plugin_is_said(world: Any, source: str, level: Leve
     assert finding.fix
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_two_claimants_are_one_finding(world: Any) -> None:
     """Both are named, and the line that chooses."""
     for name in ("one-alpha", "two-alpha"):
@@ -297,6 +299,7 @@ def test_two_claimants_are_one_finding(world: Any) -> None:
     assert "SPLITLEARN_DISABLE_PLUGINS=" in finding.fix
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_plugin_for_another_core_is_wrong(world: Any) -> None:
     """The range it asks for is shown, by the check of the package and by that of the plugin."""
     world.install("alpha", requires=">=99")
@@ -497,6 +500,7 @@ def test_no_plugin_at_all_is_said() -> None:
 # --- variables, versions, machine, cache, devices
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_lists_and_what_they_misspell(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A blocked plugin is a note, and so is a name that is nobody's: what is gone is blocked well enough."""
     world.install("alpha")
@@ -787,6 +791,7 @@ def test_a_model_for_which_there_is_no_memory_is_not_loaded(
     assert about("loading all of it takes", wrong(found))
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_model_that_is_nowhere_is_said_at_the_command_line(llama: Any, cli: Any) -> None:
     """As a finding, and with exit code 1."""
     code, out, _ = cli("doctor", "./nowhere", "--quick", "--json")

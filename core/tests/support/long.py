@@ -1,12 +1,14 @@
 """A pytest plugin: sweeps run as a seeded sample, and whole where ``LONG_TESTS`` is set (``make test-long``).
 
-Three kinds of sweep are sampled, each the same way in every run:
+Four kinds of sweep are sampled, each the same way in every run:
 
 - ``@pytest.mark.sample(n)``: of the cases of a parametrised test, ``n``.
 - Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: in each variant two
   combinations; of :data:`LONGEST`, or with ``SHORT_TESTS``, as the checks run them a second time with other libraries,
   one. Checks in :data:`IN_TURN` take one other parameter in turn.
 - Numbers of random cases in one test: :func:`cases`.
+- With ``SHORT_TESTS``, of every other parametrised test :data:`SHORT_CASES`: most of its cases differ in paths of our
+  own code, which run with the newest libraries.
 
 What is chosen next is what has values that were chosen least: each value of each parameter is tried as far as the
 number of cases goes, of the kit's checks over all variants.
@@ -34,6 +36,8 @@ LONGEST = {"test_cache", "test_generate"}
 LONG = bool(os.environ.get("LONG_TESTS"))
 #: Whether the tests run with other libraries as well.
 SHORT = bool(os.environ.get("SHORT_TESTS"))
+#: How many cases of a parametrised test are run then.
+SHORT_CASES = 4
 
 
 def cases(long: int, sample: int) -> int:
@@ -58,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             turn, number = "", marker.args[0]
         elif parameters.keys() >= {"variant", *SPREAD}:
             turn, number = _without(parameters, *SPREAD), 1 if SHORT or name in LONGEST else 2
+        elif SHORT and parameters:
+            turn, number = "", SHORT_CASES
         elif "variant" in parameters and name in IN_TURN:
             turn, number = _without(parameters, IN_TURN[name]), 1
         else:

@@ -89,9 +89,7 @@ def warm_interpreter() -> Iterator[WarmInterpreter]:
             answer = server.stdout.readline()
             assert answer.startswith("{"), answer + server.stdout.read()
             found = json.loads(answer)
-            variables = {
-                key: value for key, value in environment.items() if key.startswith(warm_client.READ_ONCE)
-            }  # fmt: skip
+            variables = warm_client.read_once(environment)
             try:
                 yield WarmInterpreter(folder, found["imported"], found["path"], variables)
             finally:
