@@ -531,7 +531,7 @@ def test_missing_hidden_states_are_named(parts: Any, name: str) -> None:
     """What was given is said, and what the component takes; for the last layers without their head as well."""
     for given, named in (({"input_ids": IDS}, "input_ids"), ({}, "nothing")):
         for run in [getattr(parts, name), *([parts.top.without_head] if name == "top" else [])]:
-            with pytest.raises(ConfigurationError, match=f"{name} was given {named}, and no hidden_states") as caught:
+            with pytest.raises(ConfigurationError, match=f"{name} was given {named} but no hidden_states") as caught:
                 run(**given)
             assert "[batch, sequence, 32]" in caught.value.message
             assert "go to the bottom" in caught.value.hint

@@ -12,7 +12,8 @@ from torch import nn
 from splitlearn_core import BrokenPluginError, InternalError, ModelFamily
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, tie_if_equal
 from splitlearn_core.build.construction import build_component, component_class
-from splitlearn_core.build.pruning import BUILD_LOCK, PassLayer, Zero, skeleton
+from splitlearn_core.build.pruning import PassLayer, Zero
+from splitlearn_core.build.torch_state import BUILD_LOCK, skeleton
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 pytestmark = pytest.mark.libs

@@ -34,7 +34,7 @@ LAYERS = (
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
-SHIMS = ("quickstart", "checkpoint.strategy", "manager.configfile", "manager.imports")
+SHIMS = ("quickstart", "checkpoint.strategy")
 
 HEAVY = ("torch", "transformers")
 # A path as a value (``PurePosixPath``) touches nothing.
@@ -65,9 +65,9 @@ FORBIDDEN = {
             "splitlearn_core.loading",
         ),
     ),
-    **dict.fromkeys(("manager.config", "manager.config_checks", "manager.config_text"), HEAVY),
+    **dict.fromkeys(("manager.config", "manager.config_checks"), HEAVY),
     **dict.fromkeys(("manager.manager", "manager.shell"), (*HEAVY, "splitlearn_core.build", "splitlearn_core.loading")),
-    **dict.fromkeys(("manager.loaders", "manager.resources", "manager.threads"), ("asyncio",)),
+    **dict.fromkeys(("manager.loaders", "manager.resources", "manager.workers"), ("asyncio",)),
 }
 
 #: Module -> the only ones that may import it.

@@ -92,8 +92,8 @@ def test_five_mistakes_are_five_lines() -> None:
     assert said == {
         "model_id": "'../models/gpt2' is a path, not a name; 'gpt2' would do, and model_path takes paths",
         "component": "'trunkk' is none of bottom, trunk, top; did you mean 'trunk'?",
-        "split_points": "[4, 2] does not keep to 0 < a < b < 10000; the nearest that does is (2, 4)",
-        "device": "'CUDA0' is no device; did you mean 'cuda:0'?",
+        "split_points": "[4, 2] does not satisfy 0 < a < b < 10000; the nearest valid value is (2, 4)",
+        "device": "'CUDA0' is not a device; did you mean 'cuda:0'?",
         "max_memory_mb": f"-1 is not above 0 and at most {MAX_MEMORY_MB}; leave it out for no limit",
     }
 
@@ -156,7 +156,7 @@ def test_what_is_no_name_is_refused(name: str, value: object) -> None:
 
 def test_a_number_for_a_text_says_to_quote_it() -> None:
     """As happens to the id 7 in YAML."""
-    assert refusal(model_id=7)["model_id"] == "7 is no text; put it in quotes"
+    assert refusal(model_id=7)["model_id"] == "7 is not a string; put it in quotes"
 
 
 @pytest.mark.parametrize("value", ["HuggingFace", "PyTorch", "PYTORCH"])
@@ -185,9 +185,9 @@ def test_components_are_kept_as_plain_texts(component: Component) -> None:
 
 @pytest.mark.parametrize("value", ["Trunk", "middle", "", 1, ("trunk",), True])
 def test_other_components_are_refused(value: object) -> None:
-    """Each with the three there are, unless it is no text."""
+    """Each with the three that exist, unless it is not a string."""
     text = refusal(component=value)["component"]
-    assert "bottom, trunk, top" in text or "text" in text or "empty" in text
+    assert "bottom, trunk, top" in text or "is not a string" in text or "empty" in text
 
 
 @pytest.mark.parametrize("value", [(2, 4), [2, 4], (np.int64(2), np.int32(4)), range(2, 6, 2)])
@@ -239,7 +239,7 @@ def test_components_are_those_of_the_split_points(points: tuple[int, ...], names
             assert ModelConfig.from_dict(config.to_dict()) == config
         else:
             assert refusal(**fields) == {
-                "component": f"{name!r} is none of {', '.join(names)}, into which {points} cut"
+                "component": f"{name!r} is none of {', '.join(names)}, the components that {points} make"
             }
 
 
@@ -398,7 +398,7 @@ def test_keep_alive_becomes_seconds(value: Any, seconds: float | None) -> None:
 def test_what_is_no_length_of_time_is_refused(value: object) -> None:
     """Also three centuries and more: for ever is written -1."""
     text = refusal(keep_alive=value)["keep_alive"]
-    assert "-1 never" in text or "is no number" in text
+    assert "-1 never" in text or "is not a number" in text
 
 
 # Fields that belong together
@@ -587,7 +587,7 @@ def test_missing_names_are_missed() -> None:
 @pytest.mark.parametrize("value", [None, [], "model_id: a", 5])
 def test_what_is_no_mapping_is_refused(value: Any) -> None:
     """With a configuration error, not an attribute error."""
-    with pytest.raises(ConfigurationError, match="no mapping"):
+    with pytest.raises(ConfigurationError, match="not a mapping"):
         ModelConfig.from_dict(value)
 
 
@@ -820,14 +820,15 @@ models:
     said = problems(error)
     assert said == {
         "modles": "unknown key at the top level; did you mean 'models'?",
-        "device": "unknown key at the top level; there are manager, http, models; it belongs into an entry of models",
-        "manager": "[1] is no table of settings",
-        "models[1]": "'just a text' is no table of a model's fields",
+        "device": "unknown key at the top level; there are manager, http, models; it belongs in an entry of models",
+        "manager": "[1] is not a table of settings",
+        "models[1]": "'just a text' is not a table of a model's fields",
         "models[2].split_point": "unknown field; did you mean 'split_points'?",
         "models[2].component": "'middel' is none of bottom, trunk, top",
-        "models[2].split_points": "missing; a family's model is cut in two places, (2, 10) say",
-        "models[2].model_id": "'a' is the id of models[0] too; give it another",
-        "models[3].model_id": "7 is no text; put it in quotes",
+        "models[2].split_points": "missing; a family's model is cut into components, so layer numbers such as (2, 10) "
+        "are needed",
+        "models[2].model_id": "'a' is also the id of models[0]; give it another",
+        "models[3].model_id": "7 is not a string; put it in quotes",
         "models[3].allow_pickle": "'yes' is neither true nor false",
         "models[3].model_path": "missing; give the path of the .pt or .pth file",
     }
@@ -837,12 +838,12 @@ models:
     ("text", "told"),
     [
         ("manager: {}", "models: missing"),
-        ("models:", "models: None is no list"),
-        ("models: {a: {model_type: llama}}", "is no list; each model is one entry"),
-        ("models: a", "models: 'a' is no list"),
-        ("", "holds nothing, not a table"),
-        ("- a", "holds ['a'], not a table"),
-        ("just a text", "holds 'just a text', not a table"),
+        ("models:", "models: None is not a list"),
+        ("models: {a: {model_type: llama}}", "is not a list; each model is one entry"),
+        ("models: a", "models: 'a' is not a list"),
+        ("", "contains nothing, not a table"),
+        ("- a", "contains ['a'], not a table"),
+        ("just a text", "contains 'just a text', not a table"),
     ],
 )
 def test_a_file_without_models_is_refused(text: str, told: str, write: Callable[..., Path]) -> None:
@@ -913,8 +914,8 @@ def test_other_suffixes_are_refused(write: Callable[..., Path]) -> None:
         (".toml", "a = 1\nb = [1,", "line 2, column 8", ""),
         (".json", '{"a": 1,\n "b" 2}', "line 2, column 6", "delimiter"),
         (".json", "", "line 1, column 1", "Expecting value"),
-        (".yaml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is no UTF-8"),
-        (".toml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is no UTF-8"),
+        (".yaml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is not UTF-8"),
+        (".toml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is not UTF-8"),
     ],
 )  # fmt: skip
 def test_contradicting_the_format_is_placed(

@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
-from splitlearn_core.build.pruning import BUILD_LOCK
-from splitlearn_core.errors import LoadCancelledError
+from splitlearn_core.build.torch_state import BUILD_LOCK
+from splitlearn_core.errors import LoadCancelledError, translate
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.loaders.loadable import LoadedModel, explaining
+from splitlearn_core.manager.loaders.loadable import LoadedModel, system_error
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.readers import copied, mapped, staging
 
@@ -845,7 +846,7 @@ class TestWarmUp:
 )
 def test_errors_of_the_system_are_explained(error: Exception, kind: type[SplitLearnError], named: str) -> None:
     """Each is an error of ours with the path, the cause and the way out."""
-    with pytest.raises(kind, match=named) as caught, explaining("the model"):
+    with pytest.raises(kind, match=named) as caught, translate(partial(system_error, "the model")):
         raise error
 
     assert type(caught.value) is kind
@@ -858,7 +859,7 @@ def test_errors_of_the_system_are_explained(error: Exception, kind: type[SplitLe
 )
 def test_other_errors_pass(error: BaseException) -> None:
     """They are no business of the machine's."""
-    with pytest.raises(type(error)) as caught, explaining("the model"):
+    with pytest.raises(type(error)) as caught, translate(partial(system_error, "the model")):
         raise error
     assert caught.value is error
 
@@ -867,7 +868,7 @@ def test_the_loader_is_light(world: Any) -> None:
     """Importing it imports neither torch nor transformers."""
     done = world.python(
         "-c",
-        "import sys, splitlearn_core.manager.loaders.loader, splitlearn_core.manager.threads\n"
+        "import sys, splitlearn_core.manager.loaders.loader, splitlearn_core.manager.workers\n"
         "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))",
     )
     assert done.stdout.strip() == "[]", done.stderr

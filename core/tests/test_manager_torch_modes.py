@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from splitlearn_core import AsyncModelManager, ModelConfig, SplitCausalLM
 from splitlearn_core.build.kv_cache import cache_argument
-from splitlearn_core.manager.torch_modes import present_mode
+from splitlearn_core.manager.workers import present_mode
 from support.managing import GatedLoader, closing, run, until
 
 pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]

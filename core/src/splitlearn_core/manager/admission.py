@@ -119,7 +119,10 @@ def decide(
     beyond = {name: count for name, count in wanted.items() if count > room.total.get(name, 0)}
     if beyond:
         return Refuse("; ".join(_never(name, count, room) for name, count in beyond.items()))
-    short = _shortage(wanted, room)
+    # Ledger -> bytes that are missing now, and PLACES -> models that are too many.
+    short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
+    if room.places is not None and room.places < 1:
+        short[PLACES] = 1 - room.places
     if not short:
         return Admit()
     going = tuple(leaving)
@@ -145,14 +148,6 @@ def has_any(held: Mapping[str, int], short: Collection[str]) -> bool:
     return False
 
 
-def may_evict_enough(
-    needs: Mapping[str, int], room: Room, leaving: Iterable[Tenant], idle: Idle, *, allow_paging: bool
-) -> bool:
-    """Say, without iterating the idle tenants, whether evicting them could make room: no is certain, yes is not."""
-    short = _shortage(_wanted(needs, allow_paging=allow_paging), room)
-    return _may_suffice(_without(short, leaving), idle)
-
-
 def lacks_even_without(
     needs: Mapping[str, int], total: Mapping[str, int], staying: Iterable[Mapping[str, int]], *, allow_paging: bool
 ) -> frozenset[str]:
@@ -169,14 +164,6 @@ def _wanted(needs: Mapping[str, int], *, allow_paging: bool) -> dict[str, int]:
     return {name: count for name, count in needs.items() if count and not (allow_paging and name == MAPPED)}
 
 
-def _shortage(wanted: Mapping[str, int], room: Room) -> dict[str, int]:
-    """Return ledger -> bytes that are missing now, and PLACES -> models that are too many."""
-    short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
-    if room.places is not None and room.places < 1:
-        short[PLACES] = 1 - room.places
-    return short
-
-
 def _frees(tenant: Tenant, name: str) -> int:
     """Return what of a shortage is there again once a tenant is gone."""
     return 1 if name == PLACES else tenant.held.get(name, 0)
@@ -190,13 +177,9 @@ def _without(short: Mapping[str, int], gone: Iterable[Tenant]) -> dict[str, int]
     return lacking
 
 
-def _may_suffice(lacking: Mapping[str, int], idle: Idle) -> bool:
-    return all(lack <= (idle.count if name == PLACES else idle.held.get(name, 0)) for name, lack in lacking.items())
-
-
 def _victims(lacking: Mapping[str, int], idle: Idle) -> list[Tenant]:
     """Choose the victims, least recently used first; none where all idle tenants do not suffice."""
-    if not _may_suffice(lacking, idle):
+    if any(lack > (idle.count if name == PLACES else idle.held.get(name, 0)) for name, lack in lacking.items()):
         return []
     chosen: list[Tenant] = []
     left = dict(lacking)

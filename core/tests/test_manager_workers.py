@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from splitlearn_core.errors import ManagerClosedError
-from splitlearn_core.manager.threads import CallPool, own_torch_threads, run_in_thread
+from splitlearn_core.manager.workers import CallPool, own_torch_threads, run_in_thread
 
 LONG = 60.0
 
@@ -173,7 +173,7 @@ def test_a_pool_that_was_never_used_closes() -> None:
 def test_a_thread_that_never_returns_does_not_keep_the_process(world: Any) -> None:
     """Of either kind; ``concurrent.futures`` would join them."""
     code = (
-        "import threading\nfrom splitlearn_core.manager.threads import CallPool, run_in_thread\n"
+        "import threading\nfrom splitlearn_core.manager.workers import CallPool, run_in_thread\n"
         "begun = threading.Semaphore(0)\n"
         "def hang():\n    begun.release()\n    threading.Event().wait()\n"
         "run_in_thread('hangs', hang, print)\npool = CallPool(1)\npool.submit(hang, print)\n"
