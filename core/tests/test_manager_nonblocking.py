@@ -224,8 +224,8 @@ def _waits(node: ast.AST) -> list[int]:
     return [found.lineno for found in ast.walk(node) if isinstance(found, waits)]
 
 
-def test_the_machine_is_told_in_one_place_which_waits_for_nothing() -> None:
-    """Between an event and the end of its effects nobody else has a turn: it all happens in one plain function."""
+def test_events_enter_the_machine_in_one_function_without_await() -> None:
+    """Between an event and the end of its effects no other task runs: all of it happens in one plain function."""
     callers = [
         name
         for module in (manager, shell)
@@ -304,7 +304,7 @@ def test_an_event_that_is_refused_leaves_collections_on() -> None:
 
 
 def test_every_effect_of_the_machine_is_carried_out() -> None:
-    """A new one that the shell does not know would be a KeyError at the worst moment."""
+    """An effect that the shell does not know would fail in the middle of a change."""
     from splitlearn_core.manager import messages
 
     classes = [value for name, value in vars(messages).items() if isinstance(value, type) and name[0] != "_"]

@@ -1,8 +1,8 @@
 """The life of every model as a state machine: an event goes in, effects come out.
 
-Two rules. Every decision about a status is made here, and nothing here knows a clock, a thread,
-asyncio or torch: time arrives in events, and all work is requested by effects. An event that is not
-allowed raises and changes nothing.
+Every decision about a status is made here, and nothing here uses a clock, a thread, asyncio or torch:
+time arrives in events, and work is requested by effects. An event that is not allowed raises and changes
+nothing.
 
 A model (an id) has at most one generation that serves and one that is on its way; a reload makes a
 new generation next to the one that serves. Their statuses are drawn in ``attempt``.
@@ -57,12 +57,12 @@ _MAX_OBSOLETE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits that the manager keeps to; durations in seconds, None for no limit."""
+    """The limits of the manager; durations in seconds, None for no limit."""
 
     max_models: int | None = None
     max_memory: int | None = None
     max_workers: int = 2
-    #: Workers that never came back and are no longer counted against ``max_workers``.
+    #: Stuck workers that are not counted against ``max_workers``.
     max_stuck: int = 4
     when_full: str = "wait"
     wait_timeout: float | None = 600.0
@@ -70,13 +70,13 @@ class Limits:
     stall_timeout: float | None = 300.0
     cancel_grace: float = 10.0
     min_residency: float = 5.0
-    #: Models that failed and are still listed: the newest.
+    #: How many failed models stay listed: the newest ones.
     max_failed: int = 100
 
 
 @dataclass(slots=True)
 class Counters:
-    """What has happened since the manager was made."""
+    """Counts of events since the manager was made."""
 
     loads_started: int = 0
     loads_succeeded: int = 0
@@ -94,7 +94,7 @@ class Machine:
     """All models of one manager. Events enter through :meth:`handle` alone, and only its effects leave.
 
     Args:
-        limits: The limits to keep to.
+        limits: The limits.
         epoch: Added to the times of events to make seconds since 1970, for snapshots.
     """
 
@@ -107,10 +107,10 @@ class Machine:
         self._models: dict[str, Model] = {}
         self._numbers = 0
         self._by_status: dict[ModelStatus, dict[m.Key, Generation]] = {status: {} for status in ModelStatus}
-        #: The same mappings, of those that occupy a worker, and of those that are loaded or on their way.
+        #: The same mappings for the statuses that occupy a worker, and for those that are neither failed nor stuck.
         self._working = tuple(self._by_status[status] for status in WORKING)
         self._unquiet = tuple(self._by_status[status] for status in ModelStatus if status not in (_S.FAILED, _S.STUCK))
-        #: (deadline, key) of idle generations; entries that no longer hold are skipped when they come up.
+        #: (deadline, key) of idle generations; obsolete entries are skipped when they are due.
         self._expiries: list[tuple[float, m.Key]] = []
         self._charged: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
@@ -124,7 +124,7 @@ class Machine:
         self._total: dict[str, int] = {}
         self._effects: list[m.Effect] = []
 
-    # --- the way in -----------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------
 
     def handle(self, event: m.Event) -> list[m.Effect]:
         """Process an event and return the effects to carry out, in order.
@@ -145,16 +145,16 @@ class Machine:
     # --- reading --------------------------------------------------------------------------------
 
     def infos(self) -> tuple[ModelInfo, ...]:
-        """Return a snapshot of each model, in the order in which they came."""
+        """Return a snapshot of each model, in the order of their first requests."""
         return tuple([model.info or self._picture(model) for model in self._models.values()])
 
     def info(self, model_id: str) -> ModelInfo:
-        """Return a snapshot of one model; UnknownModelError where there is none."""
+        """Return a snapshot of one model; UnknownModelError if there is none."""
         model = self._model(model_id)
         return model.info or self._picture(model)
 
     def visible(self, model_id: str) -> Generation:
-        """Return the generation that a list shows; UnknownModelError where there is none."""
+        """Return the generation that a list shows; UnknownModelError if there is none."""
         return self._model(model_id).visible
 
     def coming(self, model_id: str) -> Generation | None:
@@ -173,7 +173,7 @@ class Machine:
         return sum(map(len, self._working))
 
     def knows(self, model_id: str) -> bool:
-        """Say whether a model has any generation."""
+        """Return whether a model has any generation."""
         return model_id in self._models
 
     def find(self, key: m.Key) -> Generation | None:
@@ -187,7 +187,7 @@ class Machine:
 
     @property
     def is_quiet(self) -> bool:
-        """Say whether nothing is loaded, loading or being freed; some may have failed or be stuck."""
+        """Whether nothing is loaded, loading or being freed; some may have failed or be stuck."""
         return not any(self._unquiet)
 
     def picture(self, generation: Generation) -> ModelInfo:
@@ -202,7 +202,7 @@ class Machine:
         return self._charged.get(ledger, 0)
 
     def ledgers(self) -> dict[str, LedgerInfo]:
-        """Return the budgets of memory, those that were sampled and those that are used."""
+        """Return the budgets of memory that were sampled or are in use."""
         names = sorted({*self._capacity, *self._charged, *self._reserved})
         return {
             name: LedgerInfo(self._capacity.get(name, 0), self._charged.get(name, 0), self._reserved.get(name, 0))
@@ -211,10 +211,10 @@ class Machine:
 
     def counts(self) -> dict[str, int]:
         """Count the models by status."""
-        return Counter(str(info.status) for info in self.infos())
+        return dict(Counter(str(info.status) for info in self.infos()))
 
     def violations(self) -> list[str]:
-        """Return the invariants that do not hold: none, ever. For tests, and cheap enough for a debugger."""
+        """Return the invariants that do not hold: none unless there is a bug. For tests and debuggers."""
         return [problem for problem in self._problems() if problem]
 
     def _model(self, model_id: str) -> Model:
@@ -240,23 +240,24 @@ class Machine:
     def _load_requested(self, event: m.LoadRequested) -> None:
         self._refuse_if_closed()
         model = self._models.get(event.model_id)
+        current = (model.serving or model.coming) if model else None
         if event.reload:
-            self._check_reload(event.model_id, model)
-        elif model is not None and (model.serving or model.coming):
-            self._join(event, model)
+            self._check_reload(event.model_id)
+        elif current is not None:
+            self._join(event, current)
             return
         stuck = self._by_status[_S.STUCK]
         if len(stuck) >= self.limits.max_stuck + self.limits.max_workers:
             raise ModelNotReadyError(
                 f"{len(stuck)} workers are stuck and no load can start ({', '.join(key[0] for key in stuck)})",
-                hint="see where they stand in get_statistics().stuck, and restart the process",
+                hint="get_statistics().stuck shows their stacks; restart the process",
             )
         self._begin(event)
         self._schedule()
 
-    def _check_reload(self, model_id: str, model: Model | None) -> None:
+    def _check_reload(self, model_id: str) -> None:
         shown = self._model(model_id).visible
-        if model is not None and model.coming is not None:
+        if self.coming(model_id) is not None:
             raise DuplicateModelError(
                 f"model {model_id!r} is loading already", hint="wait for it, or cancel_load() it first"
             )
@@ -266,13 +267,10 @@ class Machine:
                 hint="load_model() it once it is gone",
             )
 
-    def _join(self, event: m.LoadRequested, model: Model) -> None:
-        current = model.serving or model.coming
-        if current is None:
-            raise InternalError("there is no generation to join")
+    def _join(self, event: m.LoadRequested, current: Generation) -> None:
         if not event.join:
             raise DuplicateModelError(
-                f"model {event.model_id!r} is {'loaded' if model.serving else 'loading'} already",
+                f"model {event.model_id!r} is {'loading' if current.is_loading else 'loaded'} already",
                 hint="use ensure_model() to take it as it is, or reload_model() to load it again",
             )
         if current.request.fingerprint != event.request.fingerprint:
@@ -352,7 +350,7 @@ class Machine:
     def _planned(self, event: m.Planned) -> None:
         generation = self._answered(event.key, "has been planned", _S.PLANNING)
         if generation is not None:
-            # A load that takes nothing is a holder too, and the manager's own limit is one more ledger.
+            # A load that takes no memory is a holder too, and the manager's own limit is one more ledger.
             budget = {} if self.limits.max_memory is None else {BUDGET: sum(event.needs.values())}
             generation.needs, generation.keeps = {HOST: 0, **event.needs, **budget}, dict(event.keeps)
             generation.location, generation.dtype = event.location, event.dtype
@@ -419,11 +417,11 @@ class Machine:
         model = self._models[generation.model_id]
         replaced = model.serving
         generation.ready_at = self._now
-        # The last report may have come before the last bytes.
+        # The last report may be older than the last bytes.
         generation.progress = replace(generation.progress, bytes_done=generation.progress.bytes_total)
         model.failures, generation.failure = 0, None
         if replaced is not None:
-            # The old one goes first, so that two never serve at the same time.
+            # The old one stops serving first, so that two never serve at the same time.
             replaced.drain_deadline = None
             self._drain(replaced, "replaced by a newer generation")
         self._go(generation, _S.READY, "loaded" if generation.status is _S.LOADING else "warm")
@@ -444,7 +442,7 @@ class Machine:
             self._forget_failed()
 
     def _forget_failed(self) -> None:
-        """Keep the newest failures; of the others, models that readiness does not depend on go first."""
+        """Keep the newest failures; of older ones, those of models that are not required are dropped first."""
         failed = self._by_status[_S.FAILED]
         while len(failed) > self.limits.max_failed:
             oldest = next((g for g in failed.values() if not g.request.required), next(iter(failed.values())))
@@ -453,10 +451,10 @@ class Machine:
             self._go(oldest, None, f"the newest {self.limits.max_failed} failures are kept")
 
     def _note_failure(self, generation: Generation, failure: FailureInfo) -> FailureInfo:
-        """Count a failed attempt, and keep its reason where snapshots show it."""
+        """Count a failed attempt, and record its reason for snapshots."""
         model = self._models[generation.model_id]
         newest = generation is model.generations[-1]
-        # The failure of an attempt that a newer one has overtaken does not describe the model as it is now.
+        # The failure of an attempt that is not the newest does not describe the present state of the model.
         model.failures += newest
         stage = failure.stage or generation.stage
         consecutive = max(1, model.failures)
@@ -531,7 +529,7 @@ class Machine:
             self._watch_expiry(generation)
         self._schedule()
 
-    # --- letting go -----------------------------------------------------------------------------
+    # --- unloading ------------------------------------------------------------------------------
 
     @_process.register
     def _unload_requested(self, event: m.UnloadRequested) -> None:
@@ -553,7 +551,7 @@ class Machine:
             already = status in (_S.DRAINING, _S.UNLOADING)
             raise ModelNotReadyError(
                 f"model {event.model_id!r} is {'being unloaded already' if already else status}",
-                hint="it goes by itself"
+                hint="wait until it is gone"
                 if already or status is _S.CANCELLING
                 else "its worker does not come back, and its memory stays taken until the process ends",
             )
@@ -644,7 +642,7 @@ class Machine:
         self._cancel(generation, _failure_of(error, generation, retryable=True), "waited too long")
 
     def _watch_worker(self, generation: Generation) -> None:
-        # The rate and the time left change all the time.
+        # The rate and the time left change at every tick.
         self._touch(generation)
         still = self._now - generation.active_at
         generation.stalled = still >= self.limits.stall_after
@@ -656,14 +654,14 @@ class Machine:
         error = LoadStalledError(
             f"loading model {generation.model_id!r} made no progress for {still:.0f} s, "
             f"{at.stage or generation.status}{where}, after {at.bytes_done} of {at.bytes_total} bytes",
-            hint="is the disk or the network hanging? raise stall_timeout if it is merely slow",
+            hint="check the disk and the network; raise stall_timeout if they are only slow",
         )
         self._cancel(generation, _failure_of(error, generation, retryable=True), "stalled")
 
     def _watch_cancelling(self, generation: Generation) -> None:
         if self._now - generation.since < self.limits.cancel_grace:
             return
-        hint = "its memory stays taken until the worker comes back; get_statistics().stuck shows where it stands"
+        hint = "its memory stays taken until the worker comes back; get_statistics().stuck shows its stack"
         if generation.verdict is None:
             failure = _cancelled(generation)
             self.counters.loads_cancelled += 1
@@ -678,7 +676,7 @@ class Machine:
             return
         generation.drain_deadline = None
         newer = [g for g in self._models[generation.model_id].generations if g.number > generation.number]
-        # If a newer generation serves, or did, this one goes on draining.
+        # If a newer generation serves, or did, this one keeps draining.
         if not any(g.status in (_S.READY, _S.DRAINING, _S.UNLOADING) for g in newer):
             self._go(generation, _S.READY, "holders did not give it back in time")
             for failed in [g for g in newer if g.status is _S.FAILED]:
@@ -688,7 +686,7 @@ class Machine:
 
     def _watch_expiry(self, generation: Generation) -> None:
         moment = generation.expires_at(self.limits.min_residency)
-        # One entry each, however often it is used: use only moves the deadline.
+        # One entry for each generation: use only moves the deadline.
         if moment is not None and not generation.watched:
             generation.watched = True
             heapq.heappush(self._expiries, (moment, generation.key))
@@ -706,7 +704,7 @@ class Machine:
                 due.append(generation)
         for generation in due:
             moment = generation.expires_at(self.limits.min_residency)
-            # While it is reloaded it serves on, idle or not.
+            # While it is reloaded it keeps serving, idle or not.
             if moment is not None and moment <= self._now and self.coming(generation.model_id) is None:
                 self.counters.expirations += 1
                 self._unload(generation, "it was not used for its keep_alive")
@@ -721,7 +719,7 @@ class Machine:
         ahead: dict[str, int] = {}
         waiting = self._by_status[_S.WAITING]
         if waiting:
-            self._break_knots()
+            self._resolve_deadlocks()
         for generation in sorted(waiting.values(), key=lambda g: g.rank) if waiting else ():
             self._consider(generation, short, ahead)
         # In order of arrival: nothing enters this status a second time.
@@ -731,12 +729,12 @@ class Machine:
             self._go(generation, _S.PLANNING, "a worker is free")
             self._effects.append(m.StartWorker(generation.key, m.Job.PLAN))
 
-    def _break_knots(self) -> None:
+    def _resolve_deadlocks(self) -> None:
         """Ensure that no load waits for memory that only loads behind it could release.
 
         A generation that is to be replaced serves until its reload is ready, or, if it may be evicted, until
-        a load before the reload needs its room. A pinned generation cannot be evicted, so its reload goes before
-        the loads that need its room. Where all such reloads need the room of each other, the last is refused.
+        a load before the reload needs its memory. A pinned generation cannot be evicted, so its reload goes before
+        the loads that need its memory. If all such reloads need the memory of each other, the last is refused.
         """
         waiting = self._by_status[_S.WAITING]
         for generation in waiting.values():
@@ -748,7 +746,7 @@ class Machine:
                 break
             last = max(reloads, key=lambda g: g.order)
             others = ", ".join(sorted(g.model_id for g in reloads if g is not last)[:NAMED])
-            reason = f"it needs room of pinned models that wait to be reloaded themselves: {others}"
+            reason = f"it needs memory of pinned models that wait for their own reload: {others}"
             self._refuse(last, reason, retryable=True)
         behind = [g for g in waiting.values() if reloads and self._waits_for_a_reload(g, reloads)]
         place = min((g.order for g in behind), default=math.inf)
@@ -759,16 +757,16 @@ class Machine:
     def _waits_for_a_reload(
         self, generation: Generation, reloads: Iterable[Generation], *, for_good: bool = False
     ) -> bool:
-        """Say whether a load cannot fit until a waiting reload of another model has replaced a pinned generation.
+        """Return whether a load cannot fit until a waiting reload of another model has replaced a pinned generation.
 
         Args:
             generation: The load.
             reloads: The waiting reloads of pinned models.
-            for_good: Whether the memory of stuck workers and of other processes counts as free.
+            for_good: Whether the memory of stuck workers and of other processes counts as free, as it may become.
         """
         own = self._serving_of(generation)
         others = [old for g in reloads if g is not generation and (old := self._serving_of(g))]
-        # Pinned models that are loading will hold what they keep; the generations they replace go by themselves.
+        # Pinned models that are loading will hold what they keep; the generations that they replace will be freed.
         coming = [g for s in (_S.LOADING, _S.WARMING) for g in self._by_status[s].values() if g.request.pinned]
         replaced = [self._serving_of(g) for g in coming]
         ready = [g for g in self._by_status[_S.READY].values() if g.request.pinned and g not in replaced]
@@ -796,10 +794,10 @@ class Machine:
         """
         needs = generation.needs
         if not self._capacity:
-            self._say_waiting(generation, "memory has not been measured yet")
+            self._set_waiting_for(generation, "memory has not been measured yet")
             return
         if short & {PLACES, *(name for name, count in needs.items() if count)}:
-            self._say_waiting(generation, "others that came first wait for memory too")
+            self._set_waiting_for(generation, "earlier loads wait for memory too")
             _add(ahead, needs)
             return
         verdict = decide(
@@ -824,10 +822,10 @@ class Machine:
         if isinstance(verdict, Wait):
             short |= verdict.short
             _add(ahead, needs)
-            self._say_waiting(generation, verdict.reason)
+            self._set_waiting_for(generation, verdict.reason)
         elif not self._has_free_worker():
             _add(ahead, needs)
-            self._say_waiting(generation, self._no_worker())
+            self._set_waiting_for(generation, self._no_worker())
         else:
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
@@ -869,7 +867,7 @@ class Machine:
         # A reload is not an additional model: it takes the place of the generation that serves until then.
         replaced = self._models[generation.model_id].serving
         places = None if limit is None else limit - self._held_models + (replaced is not None)
-        # The generation it replaces stays until it is ready, so the two must fit together.
+        # The generation that it replaces stays until it is ready, so the two must fit together.
         kept = {} if replaced is None else replaced.held
         total = {name: count - kept.get(name, 0) for name, count in self._total.items()}
         return Room(total, available, places)
@@ -900,7 +898,7 @@ class Machine:
     def _no_worker(self) -> str:
         return f"waiting for a worker, {self.limits.max_workers} are at work"
 
-    def _say_waiting(self, generation: Generation, reason: str) -> None:
+    def _set_waiting_for(self, generation: Generation, reason: str) -> None:
         if generation.waiting_for != reason:
             generation.waiting_for = reason
             self._touch(generation)
@@ -968,7 +966,7 @@ class Machine:
             self._effects.append(m.Resolve(generation.key, failure))
 
     def _touch(self, generation: Generation) -> None:
-        """Forget the snapshot of the model."""
+        """Discard the snapshot of the model."""
         model = self._models.get(generation.model_id)
         if model is not None:
             model.info = None

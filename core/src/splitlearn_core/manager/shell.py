@@ -415,7 +415,7 @@ class Shell:
         return model
 
     def stuck_stacks(self) -> dict[str, str]:
-        """Return the stacks of the workers that were asked to stop and have not ended."""
+        """Return the stacks of the workers that were requested to stop and have not ended."""
         stacks = {}
         for key in self.machine.keys(ModelStatus.STUCK, ModelStatus.CANCELLING):
             worker = self.slots[key].worker
@@ -462,7 +462,7 @@ class Shell:
         self._start_thread(name, function, done)
         return await future
 
-    # --- the end --------------------------------------------------------------------------------
+    # --- closing --------------------------------------------------------------------------------
 
     async def close(self, limit: float) -> None:
         """End everything within ``limit`` seconds; see :meth:`AsyncModelManager.close`."""
