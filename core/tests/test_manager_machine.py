@@ -388,7 +388,7 @@ def test_the_last_of_reloads_of_pinned_models_that_need_each_others_room_is_refu
     assert [desk.status(key) for key in (*old, *new)] == [S.READY, S.READY, S.WAITING, None]
     failure = desk.outcome(new[1])
     assert (failure.type, failure.retryable) == ("InsufficientMemoryError", True)
-    assert "pinned models that wait to be reloaded themselves: a" in failure.message
+    assert "pinned models that wait for their own reload: a" in failure.message
     assert desk.machine.find(new[0]).waiting_for.endswith(
         "waiting for a, which serves until it is reloaded, b, which is pinned"
     )

@@ -44,24 +44,20 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
     try:
         model_class = getattr(importlib.import_module(module or "transformers"), name)
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            raise AttributeError(f"it is no model class but {model_class!r}")
+            raise AttributeError(f"it is not a model class but {model_class!r}")
         return cast("type[PreTrainedModel]", model_class)
     except (ImportError, AttributeError, ValueError) as error:
         if cause_of(error) is not None:
             raise  # a library that cannot be imported is not a mistake of the family
+        library = sys.modules.get(module or "transformers")
+        # For transformers, dir() is a list of names: none of its models is imported.
+        close = difflib.get_close_matches(name, dir(library) if library else (), n=1)
+        meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
         raise BrokenPluginError(
             f"family {family.model_type!r} names the architecture {family.architecture!r}, "
-            f"which is not there: {reason(error)}",
-            hint=_nearest_class(module or "transformers", name),
+            f"which does not exist: {reason(error)}",
+            hint=f"{meant}a newer transformers may have it: pip install --upgrade transformers",
         ) from error
-
-
-def _nearest_class(module: str, name: str) -> str:
-    # For transformers this is a list of names: none of its models is imported.
-    names = dir(sys.modules[module]) if module in sys.modules else []
-    close = difflib.get_close_matches(name, names, n=1)
-    meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
-    return f"{meant}a newer transformers may have it: pip install --upgrade transformers"
 
 
 def hf_config(

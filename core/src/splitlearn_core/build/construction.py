@@ -169,7 +169,12 @@ def component_from_state_dict(
     own_config = copy.deepcopy(config)
     own_config.dtype = first.dtype
     built = build_component(family, own_config, component, ranges[component])
-    infos = {name: _info(key, state_dict[key]) for name, key in sources.items()}
+    dtypes = dtype_names()
+    infos = {
+        name: TensorInfo(key, dtypes.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), "", 0, tensor.nbytes)
+        for name, key in sources.items()
+        for tensor in (state_dict[key],)
+    }
     names = unexpected_names(built, infos)
     sources = {name: key for name, key in sources.items() if name not in names}
     problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
@@ -247,8 +252,3 @@ def _layer_number(value: Any) -> int:
         return operator.index(value)
     except TypeError as error:
         raise InvalidSplitError(f"{value!r} is not a layer number: {error}", hint="give whole numbers") from error
-
-
-def _info(key: str, tensor: torch.Tensor) -> TensorInfo:
-    dtype = dtype_names().get(tensor.dtype, str(tensor.dtype))
-    return TensorInfo(key, dtype, tuple(tensor.shape), "", 0, tensor.nbytes)

@@ -120,19 +120,11 @@ class _Skeleton(TorchFunctionMode):
 @contextmanager
 def skeleton(dtype: torch.dtype) -> Iterator[None]:
     """Build modules whose parameters have shapes but no memory."""
-    with BUILD_LOCK, _Skeleton(dtype), _reported_default(dtype):
-        yield
-
-
-@contextmanager
-def _reported_default(dtype: torch.dtype) -> Iterator[None]:
-    """Let ``torch.get_default_dtype`` return a dtype in this thread, for models that call it (XGLM, for its positions).
-
-    A torch function mode does not see that function.
-    """
-    own, builder = torch.get_default_dtype, threading.get_ident()
-    torch.get_default_dtype = lambda: dtype if threading.get_ident() == builder else own()
-    try:
-        yield
-    finally:
-        torch.get_default_dtype = own
+    with BUILD_LOCK, _Skeleton(dtype):
+        # Some models call it (XGLM, for its positions), and a torch function mode does not see that.
+        own, builder = torch.get_default_dtype, threading.get_ident()
+        torch.get_default_dtype = lambda: dtype if threading.get_ident() == builder else own()
+        try:
+            yield
+        finally:
+            torch.get_default_dtype = own

@@ -412,21 +412,20 @@ def _parse_toml(text: str) -> Any:
 
 
 def _parse_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise _SyntaxProblemError(f"the key {show(key)} occurs twice in one object")
+            values[key] = value
+        return values
+
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise _SyntaxProblemError(error.msg, error.lineno, error.colno) from None
     except ValueError as error:
         raise _SyntaxProblemError(str(error)) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise _SyntaxProblemError(f"the key {show(key)} occurs twice in one object")
-        values[key] = value
-    return values
 
 
 def _parse_yaml(text: str) -> Any:

@@ -438,11 +438,7 @@ class Machine:
             self._go(generation, None, "a newer generation took its place")
         elif model.serving is not None:
             self._go(generation, None, "the older generation serves on")
-        else:
-            self._forget_failed()
-
-    def _forget_failed(self) -> None:
-        """Keep the newest failures; of older ones, those of models that are not required are dropped first."""
+        # Keep the newest failures; of older ones, those of models that are not required are dropped first.
         failed = self._by_status[_S.FAILED]
         while len(failed) > self.limits.max_failed:
             oldest = next((g for g in failed.values() if not g.request.required), next(iter(failed.values())))
