@@ -34,7 +34,7 @@ LAYERS = (
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
-SHIMS = ("quickstart", "checkpoint.strategy")
+SHIMS = ("quickstart", "checkpoint.strategy", "manager.configfile", "manager.imports")
 
 HEAVY = ("torch", "transformers")
 # A path as a value (``PurePosixPath``) touches nothing.

@@ -1,0 +1,5 @@
+"""The earlier place of what reads configuration files; see :mod:`splitlearn_core.manager.config`."""
+
+from splitlearn_core.manager.config import ConfigFile, load_configs, read_config_file
+
+__all__ = ["ConfigFile", "load_configs", "read_config_file"]
