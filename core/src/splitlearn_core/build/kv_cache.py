@@ -54,7 +54,7 @@ class PartCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(key_states, value_states, self._own(layer_idx), *args, **kwargs)  # type: ignore[no-any-return]
+        return super().update(key_states, value_states, self._own(layer_idx), *args, **kwargs)  # type: ignore[no-any-return]  # Cache is untyped
 
     # Methods for layers with a recurrent state, in versions of transformers that have them.
 

@@ -122,6 +122,8 @@ class Machine:
         #: Ledger -> bytes that all models together may take. Empty until memory was sampled.
         self._capacity: dict[str, int] = {}
         self._total: dict[str, int] = {}
+        #: The ledgers, or PLACES, that loads wait for.
+        self._short: set[str] = set()
         self._effects: list[m.Effect] = []
 
     # --- events ---------------------------------------------------------------------------------
@@ -523,7 +525,9 @@ class Machine:
         else:
             self._set_idle(generation, idle=True)
             self._watch_expiry(generation)
-        self._schedule()
+        # Not at each call of each model: others cannot help the loads that wait.
+        if has_any(generation.held, self._short):
+            self._schedule()
 
     # --- unloading ------------------------------------------------------------------------------
 
@@ -718,6 +722,7 @@ class Machine:
             self._resolve_deadlocks()
         for generation in sorted(waiting.values(), key=lambda g: g.rank) if waiting else ():
             self._consider(generation, short, ahead)
+        self._short = short
         # In order of arrival: nothing enters this status a second time.
         for generation in tuple(self._by_status[_S.QUEUED].values()):
             if not self._has_free_worker():

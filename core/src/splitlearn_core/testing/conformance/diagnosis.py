@@ -105,7 +105,7 @@ def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
     for field, names in zip(inlets, both, strict=True):
         for name in sorted(names):
             other = next(candidate for candidate in inlets if candidate != field)
-            yield Suspect(field, f"{name!r} belongs into {other}")
+            yield Suspect(field, f"{name!r} belongs in {other}")
 
 
 def _instead(declared: str, right: Iterable[str]) -> str:
