@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core.manager.config_text import dump_yaml
+from splitlearn_core.manager.config import dump_yaml
 from support.hub import LoopbackHub
 from support.warm import WarmInterpreter
 
@@ -527,7 +527,7 @@ def test_nothing_is_imported_once_it_serves(process: Cli, sharded: Path) -> None
     code = (
         "import sys\n"
         "from splitlearn_core.manager.config import ModelConfig\n"
-        "from splitlearn_core.manager.preload import preload\n"
+        "from splitlearn_core import preload\n"
         "from splitlearn_core.manager.loaders.loader import ModelLoader\n"
         "assert preload({'qwen2'}) == {}\n"
         "before = set(sys.modules)\n"
@@ -548,7 +548,7 @@ def test_preload_survives_a_broken_plugin(warm_process: Cli, tmp_path: Path) -> 
 
     folder = write_plugin(tmp_path / "plugins", "broken", "raise RuntimeError('no')\n")
     code = (
-        "from splitlearn_core.manager.preload import preload\n"
+        "from splitlearn_core import preload\n"
         "failures = preload({'broken', 'nonsense', 'pytorch'})\n"
         "print({name: type(error).__name__ for name, error in sorted(failures.items())})"
     )

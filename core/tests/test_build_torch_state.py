@@ -1,4 +1,4 @@
-"""What loads, examines or compares models depends on no mode of its caller's: gradients, dtype, device, autocast."""
+"""Loading, examining and comparing models is independent of the caller's modes: gradients, dtype, device, autocast."""
 
 from __future__ import annotations
 

@@ -65,9 +65,9 @@ FORBIDDEN = {
             "splitlearn_core.loading",
         ),
     ),
-    **dict.fromkeys(("manager.config", "manager.config_checks", "manager.config_text"), HEAVY),
+    **dict.fromkeys(("manager.config", "manager.config_checks"), HEAVY),
     **dict.fromkeys(("manager.manager", "manager.shell"), (*HEAVY, "splitlearn_core.build", "splitlearn_core.loading")),
-    **dict.fromkeys(("manager.loaders", "manager.resources", "manager.threads"), ("asyncio",)),
+    **dict.fromkeys(("manager.loaders", "manager.resources", "manager.workers"), ("asyncio",)),
 }
 
 #: Module -> the only ones that may import it.

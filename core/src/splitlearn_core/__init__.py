@@ -76,8 +76,8 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.handles import AsyncManagedModel as AsyncManagedModel
     from splitlearn_core.manager.handles import LoadingPlaceholder as LoadingPlaceholder
     from splitlearn_core.manager.loaders.loader import ModelLoader as ModelLoader
+    from splitlearn_core.manager.loaders.loader import preload as preload
     from splitlearn_core.manager.manager import AsyncModelManager as AsyncModelManager
-    from splitlearn_core.manager.preload import preload as preload
     from splitlearn_core.manager.resources import ResourceManager as ResourceManager
     from splitlearn_core.manager.status import FailureInfo as FailureInfo
     from splitlearn_core.manager.status import Health as Health
@@ -146,7 +146,7 @@ _LAZY = {
     "open_regular": "checkpoint.regular_files",
     "plan_fetch": "api",
     "plan_split": "api",
-    "preload": "manager.preload",
+    "preload": "manager.loaders.loader",
     "save_adapter": "adapters.peft_models",
     "save_split": "storage.saving",
     "unload_adapter": "adapters.peft_models",

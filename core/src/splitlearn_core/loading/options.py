@@ -66,7 +66,7 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
                 hint="write plain weights: mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize; "
                 "or use the original checkpoint",
             )
-        from splitlearn_core.build.pretrained import check_quantization
+        from splitlearn_core.build.configuration import check_quantization
 
         check_quantization(model.name, model.checkpoint.quantization, model.checkpoint.config["quantization_config"])
     given = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
@@ -176,7 +176,7 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
         return plain + sum(sizes.get(name, 0) for name in checkpoint.weight_files())
 
     def load() -> Mapping[str, Any]:
-        from splitlearn_core.build.pretrained import load_whole
+        from splitlearn_core.build.configuration import load_whole
 
         with _without_adapter(checkpoint.folder) as folder:
             return load_whole(

@@ -256,7 +256,7 @@ def mismatch(model: OpenModel, problems: Sequence[str], plan: SplitPlan) -> Tens
 
 def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
     """Describe the tensors that ``config.json`` implies, for a checkpoint without weights."""
-    from splitlearn_core.build.pretrained import describe_tensors
+    from splitlearn_core.build.configuration import describe_tensors
 
     infos = describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
     if not model.checkpoint.quantization:
