@@ -29,8 +29,9 @@ MODULES = {
 LAYERS = (
     "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "tokenization",
-    "readers", "build", "adapters", "hosts", "split_model", "loading", "api", "storage", "pipeline", "assembly", "factory", "generation",
-    "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "readers", "build", "adapters", "hosts", "split_model", "loading", "api", "storage", "pipeline", "assembly",
+    "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing",
+    "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
@@ -52,6 +53,9 @@ FORBIDDEN = {
     "checkpoint.hub.fetch_plan": (*HEAVY, *FILES, *NETWORK),
     **dict.fromkeys(("checkpoint.hub.partial_file", "checkpoint.hub.transfer"), ("splitlearn_core.plan",)),
     "storage.weight_layout": (*HEAVY, *FILES, *NETWORK),
+    # The protocol is pure; and no host knows the server or the engine that carries it.
+    **dict.fromkeys(("hosts.protocol", "hosts.facts"), (*HEAVY, *FILES, *NETWORK, "threading", "time")),
+    "hosts": ("uvicorn", "starlette", "ray", "asyncio", "pickle"),
     "build": ("safetensors", "pathlib", "os", "io", "splitlearn_core.plugins"),
     **dict.fromkeys(
         ("manager.machine", "manager.admission", "manager.attempt", "manager.messages", "manager.status"),
