@@ -119,6 +119,7 @@ def kept() -> list[Path]:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between attempts there are pauses; here there are none."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(transfer, "_PAUSE_S", 0)
 
 
 class TestTransfer:
