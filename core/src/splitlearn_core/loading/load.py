@@ -39,8 +39,8 @@ from splitlearn_core.plan.splitplan import SplitPlan
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.quoting import reason
-from splitlearn_core.readers.checks import read_checked
-from splitlearn_core.readers.whole import WholeStrategy
+from splitlearn_core.readers.mapped import WholeStrategy
+from splitlearn_core.readers.selection import read_checked
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo, human_bytes
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan, WholeMod
 from splitlearn_core.plan.placement import AUTO, check_fit, place
 from splitlearn_core.plan.splitplan import MemoryNeeds, PlannedTensor, SplitPlan, loaded_nbytes
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.readers.checks import passing_bytes, predicted_bytes
-from splitlearn_core.readers.selection import BUILT_IN, check_strategy, choose_strategy
-from splitlearn_core.readers.whole import WholeStrategy
+from splitlearn_core.readers.mapped import WholeStrategy
+from splitlearn_core.readers.selection import BUILT_IN, check_strategy, choose_strategy, passing_bytes, predicted_bytes
 from splitlearn_core.system_memory import available_memory
 from splitlearn_core.types import SAFETENSORS, Progress, ProgressCallback
 
