@@ -51,7 +51,7 @@ FORBIDDEN = {
     "readers": ("transformers", "splitlearn_core.family", "splitlearn_core.plugins"),
     "checkpoint.hub.fetch_plan": (*HEAVY, *FILES, *NETWORK),
     **dict.fromkeys(("checkpoint.hub.partial_file", "checkpoint.hub.transfer"), ("splitlearn_core.plan",)),
-    "storage.weight_layout": (*HEAVY, *FILES, *NETWORK),
+    "storage.contents": (*HEAVY, *NETWORK),
     "build": ("safetensors", "pathlib", "os", "io", "splitlearn_core.plugins"),
     **dict.fromkeys(
         ("manager.machine", "manager.admission", "manager.attempt", "manager.messages", "manager.status"),

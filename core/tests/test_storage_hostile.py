@@ -161,7 +161,7 @@ def test_links_are_not_followed(single: Path, tmp_path: Path) -> None:
 
     (out / "top" / MANIFEST).rename(tmp_path / "manifest")
     (out / "top" / MANIFEST).symlink_to(tmp_path / "manifest")
-    with pytest.raises(InvalidCheckpointError, match="no plain file"):
+    with pytest.raises(InvalidCheckpointError, match="is not a regular file"):
         load_component(out / "top")
 
     (out / "bottom").rename(tmp_path / "bottom")

@@ -15,8 +15,8 @@ from typing import (
     overload,
 )
 
+from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, Wanted
-from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.errors import InvalidSplitError
 from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import load_components

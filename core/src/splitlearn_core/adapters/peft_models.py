@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from splitlearn_core.adapters.adapter_files import AdapterFiles, check_adapter_target, open_adapter, write_adapter
-from splitlearn_core.adapters.slices import (
+from splitlearn_core.adapters.adapter_files import (
     PREFIX,
+    AdapterFiles,
     AdapterSlice,
     adapted_modules,
     adapts_ends,
+    check_adapter_target,
     config_problems,
     key_problems,
+    open_adapter,
     rank_problems,
     slice_keys,
+    write_adapter,
 )
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG
-from splitlearn_core.checkpoint.regular_files import open_regular, path_of
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, open_regular, path_of
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
 from splitlearn_core.quoting import SENTENCE, listed, reason, said
 from splitlearn_core.types import stored_dtype

@@ -17,8 +17,8 @@ from splitlearn_core.checkpoint.config_json import (
     read_index_dtype,
     read_weight_map,
 )
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from splitlearn_core.checkpoint.hub.fetch_plan import Span, Wanted
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.torch_file import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError

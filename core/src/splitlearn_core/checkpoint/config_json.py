@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.quoting import SENTENCE, listed, plain, quote, reason

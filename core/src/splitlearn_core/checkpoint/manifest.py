@@ -13,9 +13,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from splitlearn_core.checkpoint.config_json import parse_object
-from splitlearn_core.checkpoint.names import CONFIG
+from splitlearn_core.checkpoint.files import CONFIG, open_regular
 from splitlearn_core.checkpoint.origin import Origin
-from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.split_points import MAX_LAYERS, layers_between
 from splitlearn_core.quoting import SENTENCE, listed, quote
@@ -298,6 +297,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of one saved component; raises like :meth:`SplitDirectory.open`."""
     path = folder / MANIFEST
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise InvalidCheckpointError(f"{path} is no plain file", hint="copy the component itself, not a link to it")
+        raise InvalidCheckpointError(
+            f"{path} is not a regular file", hint="copy the component itself, not a link to it"
+        )
     with open_regular(path) as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), str(path))

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.quoting import SENTENCE, listed, plain, reason
 from splitlearn_core.types import DTYPE_BYTES, TensorInfo

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from splitlearn_core.checkpoint.regular_files import open_regular, path_of
+from splitlearn_core.checkpoint.files import open_regular, path_of
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError
 from splitlearn_core.quoting import listed
 from splitlearn_core.types import PYTORCH, TensorInfo, dtype_names

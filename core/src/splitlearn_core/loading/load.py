@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.adapters.adapter_files import adapter_in
 from splitlearn_core.adapters.peft_models import apply_adapter
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, read_object
+from splitlearn_core.checkpoint.files import GENERATION_CONFIG
 from splitlearn_core.checkpoint.hub.partial_file import grows
 from splitlearn_core.checkpoint.manifest import MANIFEST, read_manifest
-from splitlearn_core.checkpoint.names import GENERATION_CONFIG
 from splitlearn_core.checkpoint.origin import Origin, fingerprint, sample_values
 from splitlearn_core.checkpoint.prefetch import read_ahead
 from splitlearn_core.errors import InvalidCheckpointError

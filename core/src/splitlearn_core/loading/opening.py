@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.checkpoint.manifest import holds_components
-from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import ConfigurationError, MissingFileError, UnknownModelTypeError
 from splitlearn_core.family import ModelFamily

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.checkpoint import MLX
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.errors import CheckpointError, ConfigurationError, InsufficientMemoryError
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.planning import parts_without_layers, tensors_of_config

@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.loading_strategy import ReadPlan, refused_formats, torch_dtype
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitlearn_core.checkpoint.regular_files import open_regular, path_of
+from splitlearn_core.checkpoint.files import open_regular, path_of
 from splitlearn_core.checkpoint.safetensors_header import header_of, read_header
 from splitlearn_core.checkpoint.torch_file import is_mappable, read_state_dict
 from splitlearn_core.errors import InvalidCheckpointError, MissingFileError, TensorMismatchError

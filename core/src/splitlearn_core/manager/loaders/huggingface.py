@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, read_object
-from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG
+from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG
 from splitlearn_core.checkpoint.prefetch import read_in
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import CheckpointError, ConfigurationError, InvalidCheckpointError, SplitLearnError
