@@ -350,7 +350,7 @@ KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
             ["a list of 1", "SEQ_CLS", "renumbers", "pissa"],
         ),
         (spoil_config(modules_to_save=["score"]), TensorMismatchError, ["every tensor of score"]),
-        (spoil_config(modules_to_save="lm_head"), ConfigurationError, ["no list"]),
+        (spoil_config(modules_to_save="lm_head"), ConfigurationError, ["not a list"]),
         (spoil_config(target_modules=["k_proj"]), TensorMismatchError, ["unexpected: tensors of", "q_proj"]),
         (spoil_config(target_modules=["nothing"]), TensorMismatchError, ["unexpected: tensors of", "up_proj"]),
         (spoil_config(target_modules=r".*layers\.[0-3]\..*_proj"), TensorMismatchError, ["model.layers.4."]),

@@ -63,7 +63,7 @@ class ReadPlan:
     #: The whole model, for strategies that do not read files themselves.
     whole: WholeModel | None = field(default=None, compare=False, repr=False)
     #: Called with the number of bytes just read of a large tensor; whole tensors are counted
-    #: when they are yielded. It raises to stop the load: let the exception pass.
+    #: when they are yielded. It raises to stop the load: do not catch the exception.
     on_bytes: Callable[[int], None] = field(default=_ignore, compare=False, repr=False)
 
     @property

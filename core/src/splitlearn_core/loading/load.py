@@ -71,11 +71,11 @@ def collection_paused() -> Iterator[None]:
 
 
 def origins_of(model: OpenModel, planned: PlannedLoad, paths: Mapping[str, Path]) -> dict[str, Origin]:
-    """Say where the planned components come from: from the model, or, of a saved component, from its source.
+    """Return the origin of each planned component: the model, or the source of a saved component.
 
     Args:
-        model, planned: What is loaded.
-        paths: Where its shards are.
+        model, planned: The model, and what is loaded of it.
+        paths: The paths of its shards.
     """
     plan, table = planned.split, planned.table
     path = model.checkpoint.optional_file(MANIFEST)
@@ -291,7 +291,7 @@ def _check_all(
 
 
 def _without(fetched: FetchedLoad, unread: Mapping[str, set[str]]) -> FetchedLoad:
-    """Leave tensors out of what is planned, by their module keys."""
+    """Remove tensors from the plan, by their module keys."""
     parts = tuple(
         replace(
             part,

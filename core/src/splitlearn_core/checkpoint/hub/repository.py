@@ -257,7 +257,7 @@ class HubSource:
         with opened(self.model, name, self._commit, self._options["token"], (0, count)) as (served, chunks):
             if served.span is not None and served.span[0] != 0:
                 raise CheckpointError(
-                    f"{self.model}/{name}: the Hub was asked for its first bytes and sent others",
+                    f"{self.model}/{name}: the first bytes were requested, and the Hub sent others",
                     hint="try another mirror (HF_ENDPOINT)",
                 )
             for chunk in chunks:

@@ -68,7 +68,7 @@ def plan(config: ModelConfig, report: ReportProgress) -> LoadPlan:
         )
     report(Progress("importing"))
     _check_is_known(config.model_path, stated)
-    checkpoint.fetch_undescribed(report)
+    checkpoint.fetch_headerless_file(report)
     keys = sorted(checkpoint.weight_map)
     paths = checkpoint.fetch(checkpoint.shards(keys), report)
     report(Progress("planning"))
