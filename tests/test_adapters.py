@@ -358,7 +358,7 @@ KEY = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
         (spoil_config(target_modules="(q_proj"), InvalidCheckpointError, ["PEFT cannot load"]),
         (spoil_config(r="many"), TensorMismatchError, ["the rank 'many'"]),
         (lambda adapter: (adapter / CONFIG).write_text("[]"), InvalidCheckpointError, ["a JSON list, not an object"]),
-        (lambda adapter: (adapter / CONFIG).write_text("{"), InvalidCheckpointError, ["no JSON"]),
+        (lambda adapter: (adapter / CONFIG).write_text("{"), InvalidCheckpointError, ["not valid JSON"]),
         (lambda adapter: (adapter / WEIGHTS).write_bytes(b"x" * 99), InvalidCheckpointError, [WEIGHTS]),
         (only_pickle, InvalidCheckpointError, ["pickle", "save_pretrained"]),
         (lambda adapter: (adapter / CONFIG).unlink(), MissingFileError, [f"lacks {CONFIG}"]),

@@ -327,15 +327,17 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
 
 def _tie_if_equal(built: Mapping[str, ComponentModel], table: KeyTable) -> None:
     """Tie embedding and head that config ties but the file holds separately, as transformers does."""
-    if table.apart is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
+    if table.separate_ends is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
         return
     from splitlearn_core.build.assemble import tie_if_equal
 
     bottom, top = built[Component.BOTTOM], built[Component.TOP]
     if (bottom.device, bottom.dtype) != (top.device, top.dtype):
         return  # One parameter has one device and one dtype.
-    if not tie_if_equal(bottom, table.apart[0], top, table.apart[1]):
-        log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart)
+    if not tie_if_equal(bottom, table.separate_ends[0], top, table.separate_ends[1]):
+        log.warning(
+            "%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.separate_ends
+        )
 
 
 def _log_ready(name: str, plan: SplitPlan, devices: Mapping[str, str], nbytes: int, seconds: float) -> None:

@@ -28,7 +28,7 @@ class KeyTable:
     #: Descriptions of places that two tensors have.
     problems: tuple[str, ...]
     #: Module keys that the configuration ties and the file stores separately: their values may differ.
-    apart: tuple[str, str] | None
+    separate_ends: tuple[str, str] | None
 
 
 def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, str | None]:
@@ -67,8 +67,8 @@ def place_keys(
             twice.append(f"{origins[name]} and {key} (both are {name})")
     tied = bool(family.config_value(config, "tie_word_embeddings"))
     embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
-    apart = (embedding, head) if tied and embedding in origins and head in origins else None
-    if tied and apart is None:
+    separate = (embedding, head) if tied and embedding in origins and head in origins else None
+    if tied and separate is None:
         # One tensor, two names: the file may have either.
         for present, absent in ((embedding, head), (head, embedding)):
             if present in origins and absent not in origins:
@@ -88,7 +88,7 @@ def place_keys(
         for key in table.values():
             users[key] = users.get(key, 0) + 1
     shared = tuple(sorted(key for key, count in users.items() if count > 1))
-    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), apart)
+    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), separate)
 
 
 def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable[[str], str | None]:

@@ -89,7 +89,7 @@ def as_path(given: Any, what: str) -> Path:
 
 
 def is_split_directory(path: Path) -> bool:
-    """Whether a directory holds saved components and nothing else."""
+    """Return whether a directory holds saved components and nothing else."""
     if not path.is_dir() or path.is_symlink():
         return False
     entries = list(path.iterdir())
