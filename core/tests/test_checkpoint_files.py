@@ -44,7 +44,7 @@ def shards_of(folder: Path, *prefixes: str) -> set[str]:
     [
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
-        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"\xff\xfe\x00", "not in UTF-8"),
         (b"[" * 200_000, "not valid JSON"),
         (b"[]", "list"),
         (b'"llama"', "str"),

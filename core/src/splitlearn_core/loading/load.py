@@ -334,10 +334,9 @@ def _tie_if_equal(built: Mapping[str, ComponentModel], table: KeyTable) -> None:
     bottom, top = built[Component.BOTTOM], built[Component.TOP]
     if (bottom.device, bottom.dtype) != (top.device, top.dtype):
         return  # One parameter has one device and one dtype.
-    if not tie_if_equal(bottom, table.separate_ends[0], top, table.separate_ends[1]):
-        log.warning(
-            "%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.separate_ends
-        )
+    embedding, head = table.separate_ends
+    if not tie_if_equal(bottom, embedding, top, head):
+        log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", embedding, head)
 
 
 def _log_ready(name: str, plan: SplitPlan, devices: Mapping[str, str], nbytes: int, seconds: float) -> None:
