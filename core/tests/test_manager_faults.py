@@ -38,7 +38,7 @@ from splitlearn_core.errors import LoadCancelledError, LoadStalledError, Manager
 from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.readers import copied, staging
+from splitlearn_core.readers import copied
 from splitlearn_core.types import Progress
 from support.managing import (
     charges,
@@ -382,14 +382,15 @@ def test_memory_that_runs_out_in_the_middle(
 ) -> None:
     """At a piece in the middle of the trunk; what was allocated and read before it is freed, without a collection."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    settled: list[object] = []
-    settle, allocate = staging.HostStaging.settle, staging.fresh_memory
+    arrived: list[object] = []
+    arrivals, allocate = copied._Readers.arrivals, copied.fresh_memory
 
-    def settle_some(self: Any, piece: Any, slot: Any) -> None:
-        if len(settled) == after:
-            raise error
-        settled.append(None)
-        settle(self, piece, slot)
+    def some_arrivals(self: Any) -> Iterator[Any]:
+        for piece in arrivals(self):
+            if len(arrived) == after:
+                raise error
+            arrived.append(None)
+            yield piece
 
     def allocate_seen(*sizes: Iterable[int]) -> list[torch.Tensor]:
         blocks = allocate(*sizes)
@@ -402,10 +403,10 @@ def test_memory_that_runs_out_in_the_middle(
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(copied, "CHUNK_BYTES", 1024)
-                patch.setattr(staging.HostStaging, "settle", settle_some)
-                patch.setattr(staging, "fresh_memory", allocate_seen)
+                patch.setattr(copied._Readers, "arrivals", some_arrivals)
+                patch.setattr(copied, "fresh_memory", allocate_seen)
                 await fails(models, part(single, strategy="copied"), InsufficientMemoryError)
-            assert len(settled) == after
+            assert len(arrived) == after
             assert alive
             assert [tensor() for tensor in alive] == [None] * len(alive)
         finally:

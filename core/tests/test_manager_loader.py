@@ -38,7 +38,7 @@ from splitlearn_core.errors import LoadCancelledError, translate
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loadable import LoadedModel, system_error
 from splitlearn_core.manager.loaders.loader import ModelLoader
-from splitlearn_core.readers import copied, mapped, staging
+from splitlearn_core.readers import copied, mapped
 
 pytestmark = pytest.mark.libs
 
@@ -878,15 +878,15 @@ def test_allocation_failures_are_distinguished_from_bugs(
     llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A MemoryError in the middle of reading, as the allocator raises it."""
-    landed = staging.HostStaging.filled
+    read = copied._Readers._read
 
-    def scarce(self: Any, piece: Any, slot: Any) -> Any:
+    def scarce(self: Any, piece: Any, *target: Any) -> None:
         if piece.begin > 10_000:
             raise MemoryError
-        return landed(self, piece, slot)
+        read(self, piece, *target)
 
     small_chunks(monkeypatch, 1024)
-    monkeypatch.setattr(staging.HostStaging, "filled", scarce)
+    monkeypatch.setattr(copied._Readers, "_read", scarce)
     with pytest.raises(InsufficientMemoryError, match="ran out") as caught:
         load(component(single, strategy="copied"))
     assert caught.value.hint

@@ -25,7 +25,7 @@ from splitlearn_core import (
 from splitlearn_core.adapters.adapter_files import check_adapter_target
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.manager.config import load_configs
-from splitlearn_core.storage.integrity import verify_saved
+from splitlearn_core.storage.directory import verify_saved
 from splitlearn_core.user_paths import user_path
 
 CUTS = (2, 4)

@@ -15,8 +15,8 @@ from typing import (
     overload,
 )
 
+from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, Wanted
-from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.errors import InvalidSplitError
 from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import load_components
@@ -456,8 +456,8 @@ def _weights(
     # Where there are no weights at all, asking for the files says what is missing.
     if whole or checkpoint.quantization or not checkpoint.has_weights:
         return dict.fromkeys(checkpoint.weight_files())
-    if checkpoint.opaque_file is not None:
-        return {checkpoint.opaque_file: None}
+    if checkpoint.headerless_file is not None:
+        return {checkpoint.headerless_file: None}
     if not checkpoint.is_describable:
         # Shards without headers that could be had alone: what they hold is known from the index.
         return dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))

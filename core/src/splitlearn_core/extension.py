@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from splitlearn_core.build.pruning import through_no_layers as through_no_layers
     from splitlearn_core.build.torch_state import own_state as own_state
     from splitlearn_core.checkpoint.config_json import read_config as read_config
-    from splitlearn_core.checkpoint.names import CONFIG as CONFIG
+    from splitlearn_core.checkpoint.files import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
     from splitlearn_core.hosts.protocol import HEADER_BYTES as HEADER_BYTES
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BUNDLED": "loading.opening",
     "CACHE_FIELD": "build.kv_cache",
-    "CONFIG": "checkpoint.names",
+    "CONFIG": "checkpoint.files",
     "ConfigFile": "manager.config",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",

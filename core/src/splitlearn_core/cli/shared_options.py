@@ -234,7 +234,7 @@ def _pairs(value: str) -> dict[str, str]:
 
 def check_shard_size(_: click.Context, __: click.Parameter, value: str) -> str:
     """Refuse what is no size, as a callback of an option."""
-    from splitlearn_core.storage.weight_layout import parse_size
+    from splitlearn_core.storage.contents import parse_size
 
     with usage_errors():
         parse_size(value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, read_object
-from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG
+from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG
 from splitlearn_core.checkpoint.prefetch import read_in
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import (
@@ -133,7 +133,7 @@ def plan_model(config: ModelConfig, report: ReportProgress) -> LoadPlan:
         )
     report(Progress("importing"))
     _check_is_known(config.model_path, stated)
-    checkpoint.fetch_undescribed(report)
+    checkpoint.fetch_headerless_file(report)
     keys = sorted(checkpoint.weight_map)
     paths = checkpoint.fetch(checkpoint.shards(keys), report)
     report(Progress("planning"))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import load_split_model
-from splitlearn_core.checkpoint.names import SINGLE
+from splitlearn_core.checkpoint.files import SINGLE
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.diagnosis import misplaced

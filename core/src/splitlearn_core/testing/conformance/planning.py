@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
-from splitlearn_core.checkpoint.names import CONFIG
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import no_grad
 from splitlearn_core.testing.conformance.diagnosis import misread
