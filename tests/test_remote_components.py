@@ -20,9 +20,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-# It imports scikit-learn where that is installed, which sets variables of the environment.
-from transformers.generation import candidate_generator  # noqa: F401
-
 from splitlearn_core import (
     ConfigurationError,
     ConnectionLostError,
@@ -58,6 +55,8 @@ def models(family: str, dtype: str) -> tuple[Any, Any]:
         write_checkpoint(Path(folder), tiny_model(family, **values))
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         parts = load_split_model(None, SPLIT, folder, dtype=dtype, strategy="copied", progress=False)
+    # An assistant that adapts its threshold imports scikit-learn, which sets variables of the environment.
+    whole.generation_config.assistant_confidence_threshold = 0
     return whole.eval(), parts
 
 
