@@ -357,6 +357,8 @@ def test_the_end_of_a_zygote_is_that_of_its_children(started: Any, monkeypatch: 
     handle = started()
     component = handle.component
     os.kill(own.pid, signal.SIGKILL)
+    assert handle.ended.result().status is None
+    assert not Path(f"/proc/{handle.pid}").exists()
     with pytest.raises(HostDiedError, match="the process that starts others"):
         component(hidden_states=states())
     own.close()
