@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from splitlearn_core.errors import ProtocolError, SplitLearnError
 from splitlearn_core.hosts.control import close_all, receive_message, send_message
 from splitlearn_core.hosts.shared_memory import Channel
+from splitlearn_core.plugins.registry import reset_registry
 from splitlearn_core.types import Progress
 
 if TYPE_CHECKING:
@@ -105,8 +106,11 @@ def _adopt(process: Mapping[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(process["environment"])
     os.chdir(process["folder"])
-    sys.path[:] = process["path"]
-    importlib.invalidate_caches()
+    if sys.path != process["path"]:
+        sys.path[:] = process["path"]
+        importlib.invalidate_caches()
+        # A zygote has read what is installed where modules were found when it started.
+        reset_registry()
     import torch
 
     torch.set_num_threads(process["threads"])

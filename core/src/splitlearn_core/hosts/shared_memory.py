@@ -11,11 +11,14 @@ processes are, however they end. Before each frame stands::
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
 import socket
 import struct
+import weakref
+from typing import Any
 
 from splitlearn_core.errors import ProtocolError
 from splitlearn_core.hosts.control import close_all
@@ -50,6 +53,8 @@ class Channel:
         self._is_first = makes_arena
         self._arena: mmap.mmap | None = None
         self._half = 0
+        #: The reply whose buffers may still be in use, as views of the arena.
+        self._lent: weakref.ref[Any] | None = None
         self._scratch = bytearray(_SCRATCH)
 
     def send(self, frame: Frame) -> None:
@@ -60,8 +65,12 @@ class Channel:
         """
         head, *buffers = encode(frame)
         size, descriptor = frame.payload_bytes, -1
-        if size >= ARENA_FROM and self._makes_arena and self._half < size <= _LARGEST_HALF:
+        is_lent = self._lent is not None and self._lent() is not None
+        if self._makes_arena and ARENA_FROM <= size <= _LARGEST_HALF and (is_lent or self._half < size):
             descriptor = self._make(size)
+        elif is_lent:
+            # The reply is not to be written where the last one still is.
+            self._arena, self._half = None, 0
         try:
             if size >= ARENA_FROM and self._arena is not None and size <= self._half:
                 position = 0 if self._is_first else self._half
@@ -78,7 +87,8 @@ class Channel:
     def receive(self) -> Frame | None:
         """Receive a frame; None if the other side has ended between two frames.
 
-        The buffers of a request are views of the arena, which are valid until the reply is sent.
+        The buffers of a large request are views of the arena, which are valid until the reply is sent. Those of a reply
+        are valid as long as they exist.
 
         Raises:
             ProtocolError: It is not valid, or too large; the connection is of no more use.
@@ -95,6 +105,9 @@ class Channel:
             place, half = _PREFIX.unpack_from(self._scratch)
             if descriptors:
                 self._take(descriptors[0], half)
+            elif not self._is_first and half != self._half:
+                # The last reply is still in use there.
+                self._arena, self._half = None, 0
         finally:
             close_all(descriptors)
         view = memoryview(self._scratch)
@@ -163,8 +176,10 @@ class Channel:
         if self._arena is None or length > self._half:
             raise ProtocolError("a payload is in an arena that is not there, or too small", code="malformed")
         if self._is_first:
-            # A reply is kept while the connection is used again.
-            return memoryview(self._arena[self._half : self._half + length])
+            # Every view of it keeps it alive, so that it says when the arena can be used again.
+            reply = (ctypes.c_ubyte * length).from_buffer(self._arena, self._half)
+            self._lent = weakref.ref(reply)
+            return memoryview(reply).cast("B")
         return memoryview(self._arena)[:length]
 
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from splitlearn_core.child_process import command_for
 from splitlearn_core.hosts.child import be_child, die_with_parent, run_child
 from splitlearn_core.hosts.control import close_all, receive_message, send_message
+from splitlearn_core.plugins.registry import registry
 
 #: What any component needs, and what it is loaded and served with.
 _MODULES = (
@@ -79,6 +80,8 @@ class _Zygote:
 
     def run(self) -> NoReturn:
         self._import(_MODULES)
+        # Reads what is installed, which no child has to do then, and imports none of it.
+        _ = registry().entries
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(self._wake_up, selectors.EVENT_READ)
