@@ -29,7 +29,7 @@ MODULES = {
 LAYERS = (
     "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "tokenization",
-    "readers", "build", "adapters", "hosts", "split_model", "loading", "api", "storage", "pipeline", "assembly",
+    "readers", "build", "adapters", "split_model", "loading", "api", "hosts", "storage", "pipeline", "assembly",
     "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing",
     "cli", "__main__",
 )  # fmt: skip

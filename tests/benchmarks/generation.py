@@ -69,12 +69,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     text = torch.randint(job["vocabulary"] - 2, (1, job["prefill"]), generator=generator)
     with torch.inference_mode():
         return {
-            "decode": _alternate([_decoding(model, text[:, :_PROMPT]) for model in models], job["rounds"]),
-            "prefill": _alternate([_prefill(model, text) for model in models], job["rounds"]),
+            "decode": alternate([decoding(model, text[:, :_PROMPT]) for model in models], job["rounds"]),
+            "prefill": alternate([prefill(model, text) for model in models], job["rounds"]),
         }
 
 
-def _decoding(model: Any, prompt: Any) -> Callable[[], Any]:
+def decoding(model: Any, prompt: Any) -> Callable[[], Any]:
     import torch
 
     options = {"do_sample": False, "min_new_tokens": _NEW, "max_new_tokens": _NEW, "pad_token_id": 0}
@@ -82,11 +82,11 @@ def _decoding(model: Any, prompt: Any) -> Callable[[], Any]:
     return lambda: model.generate(prompt, attention_mask=mask, **options)
 
 
-def _prefill(model: Any, text: Any) -> Callable[[], Any]:
+def prefill(model: Any, text: Any) -> Callable[[], Any]:
     return lambda: model(text, use_cache=True, logits_to_keep=1).logits
 
 
-def _alternate(actions: list[Callable[[], Any]], rounds: int) -> dict[str, Any]:
+def alternate(actions: list[Callable[[], Any]], rounds: int) -> dict[str, Any]:
     """Time two actions in turns; which one is first changes from round to round."""
     import torch
 

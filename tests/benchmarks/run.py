@@ -30,6 +30,7 @@ BENCHMARKS = (
     "manager",
     "strategies",
     "saving",
+    "hosts",
 )
 _PACKAGES = (
     "splitlearn-core",

@@ -33,6 +33,7 @@
     ├── RemoteError                      (RuntimeError) the owner of a host, or of a remote component; has a .code
     │   ├── ProtocolError                a frame that violates the protocol, or its limits
     │   ├── ConnectionLostError          (ConnectionError) the host cannot be reached, or was not for too long
+    │   ├── HostDiedError                the process of a component has ended
     │   ├── SessionLostError             the host no longer has a session, and it cannot be rebuilt
     │   ├── RemoteBusyError              the host has no room now; .retry_after says when to try again
     │   ├── AccessRefusedError           (PermissionError) the token is missing or wrong
@@ -258,6 +259,10 @@ class ProtocolError(RemoteError):
 
 class ConnectionLostError(RemoteError, ConnectionError):
     """A host cannot be reached, or did not come back in time."""
+
+
+class HostDiedError(RemoteError):
+    """The process of a component has ended; the message says how."""
 
 
 class SessionLostError(RemoteError):

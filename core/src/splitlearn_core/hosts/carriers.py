@@ -64,6 +64,20 @@ class Connection(Protocol):
         """End the connection."""
 
 
+class Address(Protocol):
+    """Where a host is, and how to get there."""
+
+    @property
+    def url(self) -> str:
+        """What messages call it."""
+
+    def check(self) -> None:
+        """Refuse an address that cannot be one."""
+
+    def open(self) -> Connection:
+        """Connect."""
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """The address of a host, and how to get there."""

@@ -27,7 +27,7 @@ from splitlearn_core.errors import (
     RemoteStepError,
     SessionLostError,
 )
-from splitlearn_core.hosts.carriers import Connection, Endpoint
+from splitlearn_core.hosts.carriers import Address, Connection
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.types import MEGABYTE, human_bytes
@@ -71,7 +71,7 @@ class Host:
         RemoteError: It cannot be reached, or refuses.
     """
 
-    def __init__(self, endpoint: Endpoint, patience: Patience) -> None:
+    def __init__(self, endpoint: Address, patience: Patience) -> None:
         endpoint.check()
         self.endpoint = endpoint
         self.patience = patience
@@ -134,6 +134,13 @@ class Host:
         self._abandoned.put(None)
         self._is_closed = True
         self._close_idle()
+
+    def drop_connections(self) -> None:
+        """Close the connections that are not in use: the host behind them is gone."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     def abandon(self, number: int, secret: str) -> None:
         """End a session without waiting for it; may be called from a finalizer."""
@@ -356,6 +363,7 @@ class RemoteSession:
     def _sent(self, step: Step, rows: int) -> Frame:
         nonce = secrets.token_hex(8)
         deadline = time.monotonic() + self.host.patience.wait
+        was_lost = False
         while True:
             try:
                 if not self._number:
@@ -366,12 +374,13 @@ class RemoteSession:
                     raise
                 self._forget()
                 # A host that loses it again and again is no host for it.
-                if time.monotonic() > deadline:
+                if was_lost and time.monotonic() > deadline:
                     raise SessionLostError(
                         f"{self.host.url} loses the session whenever it is rebuilt: {error.message}",
                         code=_GONE,
                         hint="its idle time limit may be shorter than a step takes",
                     ) from error
+                was_lost = True
 
     def _rebuild(self, rows: int) -> None:
         """Open a session, and do again what the journal has."""

@@ -180,24 +180,32 @@ def decode_header(data: bytes | memoryview, max_payload: int = MAX_PAYLOAD_BYTES
     return Header(Kind(kind), session, step, meta_length, payload_length, crc)
 
 
-def decode_body(header: Header, body: memoryview) -> Frame:
+def decode_body(header: Header, body: memoryview, payload: memoryview | None = None) -> Frame:
     """Check what follows a header, and return the frame; its buffers are views of ``body``.
+
+    Args:
+        header: The checked header.
+        body: Meta and payload; or meta alone, if the payload came on another way.
+        payload: The payload that did.
 
     Raises:
         ProtocolError: Meta is damaged or no valid description of the payload.
     """
-    if len(body) != header.rest:
-        raise ProtocolError(f"a frame of {len(body):,} bytes announced {header.rest:,}", code="malformed")
-    raw = bytes(body[: header.meta_length])
+    if payload is None:
+        body, payload = body[: header.meta_length], body[header.meta_length :]
+    if len(body) != header.meta_length or len(payload) != header.payload_length:
+        count = len(body) + len(payload)
+        raise ProtocolError(f"a frame of {count:,} bytes announced {header.rest:,}", code="malformed")
+    raw = bytes(body)
     if zlib.crc32(raw) != header.meta_crc:
         raise ProtocolError("the description of a frame was damaged on its way", code="malformed")
     meta = _parse_meta(raw)
     tensors = _parse_tensors(meta.pop("tensors", []))
     if sum(spec.nbytes for spec in tensors) != header.payload_length:
         raise ProtocolError("the tensors of a frame take another number of bytes than its payload", code="malformed")
-    buffers, position = [], header.meta_length
+    buffers, position = [], 0
     for spec in tensors:
-        buffers.append(body[position : position + spec.nbytes])
+        buffers.append(payload[position : position + spec.nbytes])
         position += spec.nbytes
     return Frame(header.kind, header.session, header.step, meta, tensors, buffers)
 

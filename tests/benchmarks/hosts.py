@@ -1,0 +1,299 @@
+"""A trunk in a process of its own: round trips, decoding next to a trunk that runs here, and the time to start it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from checkpoints import Checkpoint, qwen2
+from generation import alternate, decoding, prefill
+from loaders import Job, split_model
+from measuring import HERE, MeasurementError, Session, in_fresh_process, last_line, read_through, say, start
+from report import Row, Sample, at_most
+from trunk import TORCH_NAMES, hidden_states
+
+NAME = "hosts"
+_SMALL, _LARGE = 16 * 1024, 4 * 2**20
+_PROMPT, _NEW, _PREFILL = 32, 64, 512
+_DECODE_SHARE, _PREFILL_SHARE = 0.97, 0.95
+_PIPE_TIMES, _COPIES_TIMES = 4.0, 1.5
+_WARM_TIMES, _FRESH_SHARE = 1.3, 0.25
+#: Round trips in one measurement: the first few find their pages missing.
+_REPEATS, _DISCARDED = {_SMALL: 300, _LARGE: 30}, 5
+
+
+def run(session: Session) -> None:
+    _round_trips(session)
+    for checkpoint in session.models((qwen2,)):
+        read_through(checkpoint.files)
+        _running(session, checkpoint)
+        _starting(session, checkpoint)
+
+
+def _answer(session: Session, what: str, job: dict[str, Any]) -> dict[str, Any] | None:
+    say(f"  {what}")
+    try:
+        return in_fresh_process("hosts", job)
+    except MeasurementError as error:
+        session.add(Row(NAME, what, note=str(error)))
+        return None
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    return {"trips": _measure_trips, "running": _measure_running, "starting": _measure_starting}[job["what"]](job)
+
+
+# --- round trips --------------------------------------------------------------------------------------
+
+
+def _round_trips(session: Session) -> None:
+    answer = _answer(session, "round trips", {"what": "trips", "rounds": session.runs})
+    if answer is None:
+        return
+    microseconds = {name: Sample.of((1e6 * value for value in values), "us") for name, values in answer.items()}
+    small, large = "frames of 16 kB and back", "frames of 4 MB and back"
+    ours, theirs = microseconds["channel 16 kB"], microseconds["pipe 16 kB"]
+    session.add(at_most(NAME, small, ours, "pipe", theirs, share=_PIPE_TIMES))
+    socket_row = Row(NAME, small, ours, "raw socket", microseconds["socket 16 kB"])
+    session.add(socket_row)
+    ours = microseconds["channel 4 MB"]
+    note = "each way: into shared memory, and out of it"
+    session.add(at_most(NAME, large, ours, "the copies", microseconds["copies 4 MB"], share=_COPIES_TIMES, note=note))
+    session.add(at_most(NAME, large, ours, "raw socket", microseconds["socket 4 MB"], share=1.0))
+
+
+def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
+    trips: dict[str, tuple[int, Callable[[], None]]] = {
+        "pipe 16 kB": (_SMALL, _pipe(_SMALL)),
+        "socket 16 kB": (_SMALL, _raw_socket(_SMALL)),
+        "channel 16 kB": (_SMALL, _channel(_SMALL)),
+        "socket 4 MB": (_LARGE, _raw_socket(_LARGE)),
+        "copies 4 MB": (_LARGE, _copies(_LARGE)),
+        "channel 4 MB": (_LARGE, _channel(_LARGE)),
+    }
+    answers: dict[str, list[float]] = {name: [] for name in trips}
+    for _ in range(job["rounds"]):
+        for name, (size, trip) in trips.items():
+            seconds = []
+            for _ in range(_REPEATS[size] + _DISCARDED):
+                begin = time.perf_counter()
+                trip()
+                seconds.append(time.perf_counter() - begin)
+            answers[name].append(Sample.of(seconds[_DISCARDED:], "s").median)
+    return answers
+
+
+def _echo(serve: Callable[[], None]) -> None:
+    """Let a forked process answer until it is no longer asked, or this one ends."""
+    if os.fork() == 0:
+        try:
+            serve()
+        finally:
+            os._exit(0)
+
+
+def _pipe(size: int) -> Callable[[], None]:
+    (there, ask), (answer, back) = os.pipe(), os.pipe()
+    data = b"x" * size
+
+    def read(descriptor: int) -> None:
+        left = size
+        while left:
+            part = os.read(descriptor, left)
+            if not part:
+                os._exit(0)
+            left -= len(part)
+
+    def serve() -> None:
+        os.close(ask)
+        while True:
+            read(there)
+            os.write(back, data)
+
+    _echo(serve)
+    os.close(there)
+
+    def trip() -> None:
+        os.write(ask, data)
+        read(answer)
+
+    return trip
+
+
+def _raw_socket(size: int) -> Callable[[], None]:
+    near, far = socket.socketpair()
+    memory = bytearray(size)
+
+    def read(stream: socket.socket) -> None:
+        view = memoryview(memory)
+        while view:
+            count = stream.recv_into(view)
+            if not count:
+                os._exit(0)
+            view = view[count:]
+
+    def serve() -> None:
+        near.close()
+        while True:
+            read(far)
+            far.sendall(memory)
+
+    _echo(serve)
+    far.close()
+
+    def trip() -> None:
+        near.sendall(memory)
+        read(near)
+
+    return trip
+
+
+def _copies(size: int) -> Callable[[], None]:
+    memory = [memoryview(bytearray(size)) for _ in range(3)]
+
+    def trip() -> None:
+        for source, target in ((0, 1), (1, 2), (2, 1), (1, 0)):
+            memory[target][:] = memory[source]
+
+    return trip
+
+
+def _channel(size: int) -> Callable[[], None]:
+    from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
+    from splitlearn_core.hosts.shared_memory import Channel, pair
+
+    near, far = pair(2 * size)
+    specs = (TensorSpec("hidden_states", "F32", (1, size // 4096, 1024)),)
+    memory = memoryview(bytearray(size))
+
+    def serve() -> None:
+        near.close()
+        end = Channel(far, 2 * size)
+        while (frame := end.receive()) is not None:
+            # As a step does: inputs are copied out, and results lie elsewhere.
+            memory[:] = frame.buffers[0]
+            end.send(Frame(Kind.RESULT, 1, 1, {}, specs, (memory,)))
+
+    _echo(serve)
+    far.close()
+
+    def trip() -> None:
+        near.send(Frame(Kind.STEP, 1, 1, {}, specs, (memory,)))
+        near.receive()
+
+    return trip
+
+
+# --- running ------------------------------------------------------------------------------------------
+
+
+def _running(session: Session, checkpoint: Checkpoint) -> None:
+    tokens = _PREFILL // 8 if session.quick else _PREFILL
+    job = {
+        "what": "running",
+        "directory": str(checkpoint.directory),
+        "cut": checkpoint.recipe.cut,
+        "vocabulary": checkpoint.recipe.vocabulary,
+        "rounds": session.runs,
+        "prefill": tokens,
+    }
+    answer = _answer(session, f"{checkpoint.recipe.name}, trunk in a process", job)
+    if answer is not None:
+        session.add(
+            _rate(checkpoint, f"{_NEW} tokens after {_PROMPT}", answer["decode"], _NEW, _DECODE_SHARE),
+            _rate(checkpoint, f"prefill of {tokens}", answer["prefill"], tokens, _PREFILL_SHARE),
+        )
+
+
+def _rate(checkpoint: Checkpoint, what: str, answer: dict[str, Any], tokens: int, share: float) -> Row:
+    ratio = Sample.of((inline / apart for apart, inline in answer["seconds"]), "").median
+    apart, inline = (Sample.of((tokens / pair[side] for pair in answer["seconds"]), "tok/s") for side in (0, 1))
+    what = f"{checkpoint.recipe.name}, trunk in a process, {what}"
+    note = "" if answer["equal"] else "the outputs differ"
+    return Row(NAME, what, apart, "inline", inline, ratio, f">= {share:g} of it", ratio >= share, note)
+
+
+def _measure_running(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from splitlearn_core import SplitCausalLM
+    from splitlearn_core.hosts.process import ProcessLoad, start_process
+
+    handle = start_process(ProcessLoad(job["directory"], tuple(job["cut"])))
+    inline = split_model(Job(job["directory"], tuple(job["cut"])))
+    apart = SplitCausalLM(inline.components[0], handle.component, inline.components[-1])
+    models = (apart, inline)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(job["vocabulary"] - 2, (1, job["prefill"]), generator=generator)
+    try:
+        with torch.no_grad():
+            return {
+                "decode": alternate([decoding(model, text[:, :_PROMPT]) for model in models], job["rounds"]),
+                "prefill": alternate([prefill(model, text) for model in models], job["rounds"]),
+            }
+    finally:
+        handle.kill()
+
+
+# --- starting -----------------------------------------------------------------------------------------
+
+
+def _starting(session: Session, checkpoint: Checkpoint) -> None:
+    recipe = checkpoint.recipe
+    job = {
+        "what": "starting",
+        "directory": str(checkpoint.directory),
+        "cut": recipe.cut,
+        "width": recipe.hidden_size,
+        "dtype": TORCH_NAMES[recipe.dtype],
+        "rounds": session.runs,
+    }
+    what = f"{recipe.name}, from start to first forward"
+    answer = _answer(session, what, job)
+    if answer is None:
+        return
+    forked, warm, fresh = (Sample.of((1000 * value for value in answer[name]), "ms") for name in _STARTS)
+    session.add(
+        at_most(NAME, what, forked, "load in a warm process", warm, share=_WARM_TIMES),
+        at_most(NAME, what, forked, "a fresh process", fresh, share=_FRESH_SHARE),
+    )
+
+
+_STARTS = ("forked", "warm", "fresh")
+
+
+def _measure_starting(job: dict[str, Any]) -> dict[str, Any]:
+    from splitlearn_core import load_split_model
+    from splitlearn_core.hosts.process import ProcessLoad, start_process
+
+    cut, hidden = tuple(job["cut"]), hidden_states(job["width"], job["dtype"])
+
+    def forked() -> None:
+        handle = start_process(ProcessLoad(job["directory"], cut))
+        handle.component(hidden_states=hidden)
+        ended.append(handle)
+
+    def warm() -> None:
+        trunk = load_split_model(None, cut, job["directory"], parts=["trunk"], progress=False).trunk
+        trunk(hidden_states=hidden)
+
+    def fresh() -> None:
+        arguments = ["ours", job["directory"], *map(str, cut), str(job["width"]), job["dtype"]]
+        last_line(start([str(HERE / "first_forward.py"), *arguments]))
+
+    ended: list[Any] = []
+    answers: dict[str, list[float]] = {name: [] for name in _STARTS}
+    # The first of each starts the zygote, and imports.
+    for number in range(job["rounds"] + 1):
+        for name, action in zip(_STARTS, (forked, warm, fresh), strict=True):
+            begin = time.monotonic()
+            action()
+            if number:
+                answers[name].append(time.monotonic() - begin)
+            for handle in ended:
+                handle.kill()
+            ended.clear()
+    return answers
