@@ -56,12 +56,12 @@ def add(world: Any) -> Callable[..., Path]:
 @pytest.fixture
 def only_core(monkeypatch: pytest.MonkeyPatch, world: Any) -> None:
     """Hide the packages of this repository that add commands, wherever they are installed."""
-    from splitlearn_core.cli import command_group
+    from splitlearn_core.cli import main
 
-    found = command_group.discover_commands
+    discover = main.discover_commands
     own = {package for package, _ in COMMANDS.values()}
     monkeypatch.setattr(
-        command_group, "discover_commands", lambda: [entry for entry in found() if entry.distribution not in own]
+        main, "discover_commands", lambda: [entry for entry in discover() if entry.distribution not in own]
     )
 
 

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core.doctor import installation, runner, system
-from splitlearn_core.doctor.model_checks import check_model, memory_needed
-from splitlearn_core.doctor.plugin_checks import check_plugin
+from splitlearn_core.doctor.load_checks import check_model, check_plugin, memory_needed
 from splitlearn_core.doctor.report import Check, Finding, Level, Report
 from splitlearn_core.doctor.runner import Outcome, examine, run_in_subprocess
 from splitlearn_core.plan.splitplan import MemoryNeeds
@@ -71,7 +70,7 @@ def test_a_sound_plugin_is_found_and_named(world: Any) -> None:
 
 def test_the_command_prints_and_its_exit_code_says_it(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON and text hold the same; a broken plugin is exit code 1, with its mend underneath."""
-    monkeypatch.setattr(runner, "_PATIENCE", 60.0)
+    monkeypatch.setattr(runner, "_REPORT_AFTER", 60.0)
     world.install("alpha", "import surely_absent_package")
 
     code, out, err = cli("doctor", "--quick", "--json")
@@ -123,7 +122,7 @@ def test_everything_is_proven_where_a_plugin_carries_a_model(world: Any, single:
     assert not wrong(finding for finding in report.findings if finding.check in ("devices", "self-test", "model"))
     assert about("float32, float16, bfloat16, float64", report.findings)
     assert about("LlamaForCausalLM", report.findings)
-    assert about("equals the uncut model to the last bit", report.findings)
+    assert about("equals the unsplit model to the last bit", report.findings)
     assert about("read by mapped (0 B)", report.findings)
 
 
@@ -187,7 +186,7 @@ FATAL = {
     "exits": ("import os; print('so long', flush=True); os._exit(3)", "ended its process with exit code 3"),
     "exits well": ("import os; os._exit(0)", "ended its process with exit code 0"),
     "is killed": ("import os; os.kill(os.getpid(), 9)", "ended its process by signal SIGKILL"),
-    "hangs": ("import threading; threading.Event().wait()", "did not come to an end in 15 seconds"),
+    "hangs": ("import threading; threading.Event().wait()", "did not finish within 15 seconds"),
 }
 
 
@@ -197,16 +196,16 @@ def test_a_plugin_may_end_its_process(world: Any, monkeypatch: pytest.MonkeyPatc
     world.install("alpha", f"{source}\n{HEAD}{GIVEN.format(ALPHA)}")
     world.install("beta")
 
-    monkeypatch.setattr(runner, "_PATIENCE", 0.2)
+    monkeypatch.setattr(runner, "_REPORT_AFTER", 0.2)
     waited: list[str] = []
 
     # The other process takes seconds to start on a busy machine; a plugin that hangs costs all of them.
-    seconds = 15 if "did not come to an end" in said else 120
+    seconds = 15 if "did not finish" in said else 120
     outcomes = run_in_subprocess([plugin_check("alpha"), plugin_check("beta")], seconds, report=waited.append)
 
     found = findings_of(outcomes)
     assert [outcome.is_lost for outcome in outcomes] == [True, False]
-    if "did not come to an end" in said:
+    if "did not finish" in said:
         assert waited.count("alpha") == 1
 
     assert [finding.level for finding in found] == [Level.WRONG, Level.OK]
@@ -232,7 +231,7 @@ def test_a_plugin_that_ends_its_process_is_left_alone_then(world: Any, single: P
 def test_who_is_waited_for_is_told_at_the_command_line(world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On stderr, terminal or not; stdout is as ever."""
     monkeypatch.setattr("splitlearn_core.doctor.runner._PLUGIN_SECONDS", 3.0)
-    monkeypatch.setattr(runner, "_PATIENCE", 0.2)
+    monkeypatch.setattr(runner, "_REPORT_AFTER", 0.2)
     world.install("alpha", "import threading; threading.Event().wait()\n")
     monkeypatch.setenv("SPLITLEARN_PLUGINS", "alpha")
 
@@ -264,7 +263,7 @@ PLUGINS = {
     "another family": (
         HEAD + GIVEN.format(ALPHA + ", ModelFamily(model_type='omega', architecture='X')"),
         Level.WRONG,
-        "provides the family 'omega', and no entry point names it",
+        "provides the family 'omega', but no entry point names it",
     ),
     "prefers nothing": (
         HEAD + GIVEN.format(ODD.format("preferred_strategy='teleport'")),
@@ -274,7 +273,7 @@ PLUGINS = {
     "carries nothing": (
         HEAD + GIVEN.format(ODD.format("bundled_checkpoint='json:no_such_folder'")),
         Level.WRONG,
-        "says that it carries a checkpoint, and there is none",
+        "names a bundled checkpoint that does not exist",
     ),
 }
 
@@ -311,7 +310,7 @@ def test_a_plugin_for_another_core_is_wrong(world: Any) -> None:
 
     found = wrong(examine(quick=True).findings)
 
-    assert about("splitlearn-alpha 1.0 requires splitlearn-core>=99, and", found)
+    assert about("splitlearn-alpha 1.0 requires splitlearn-core>=99, but", found)
     assert about("splitlearn-alpha 1.0 needs splitlearn-core>=99", found)
 
 
@@ -353,10 +352,10 @@ def test_groups_of_others_are_theirs(world: Any) -> None:
     """A group that only sounds like a list of plugins is not taken for ours."""
     metadata_of(world, entry_points_txt="[console_scripts]\na = b:c\n[llm.families]\nx = y\n")
 
-    found = installation.check_packages()
+    found = list(installation.check_packages())
 
     assert not about("nothing reads", found)
-    assert [f.level for f in about("splitlearn-alpha is named like a plugin, and has no entry point", found)] == [
+    assert [f.level for f in about("splitlearn-alpha is named like a plugin, but has no entry point", found)] == [
         Level.NOTE
     ]
 
@@ -428,9 +427,9 @@ PROJECT = '[project]\nname = "splitlearn-alpha"\nversion = "1.0"\n[project.entry
 PROJECTS = {
     "unchanged": (PROJECT + 'alpha = "splitlearn_alpha"\n', ""),
     "added": (PROJECT + 'alpha = "splitlearn_alpha"\nalpha2 = "splitlearn_alpha"\n', "alpha2 = splitlearn_alpha"),
-    "moved": (PROJECT + 'alpha = "alpha_of_today"\n', "alpha = alpha_of_today [splitlearn.families] was added since"),
-    "gone": ('[project]\nname = "splitlearn-alpha"\nversion = "1.0"\n', "is gone since"),
-    "grown": (PROJECT.replace("1.0", "1.1") + 'alpha = "splitlearn_alpha"\n', "its project is 1.1 by now"),
+    "moved": (PROJECT + 'alpha = "alpha_of_today"\n', "alpha = alpha_of_today [splitlearn.families] was added"),
+    "gone": ('[project]\nname = "splitlearn-alpha"\nversion = "1.0"\n', "was removed"),
+    "grown": (PROJECT.replace("1.0", "1.1") + 'alpha = "splitlearn_alpha"\n', "its project is now 1.1"),
     "broken": ("[project\n", "cannot be read"),
     "dynamic": ('[project]\nname = "splitlearn-alpha"\nversion = "1.0"\ndynamic = ["entry-points"]\n', ""),
     "another tool": ("[tool.other]\n", ""),
@@ -465,8 +464,8 @@ def test_a_checkout_that_is_gone_is_wrong(world: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("packaging>=99", "requires packaging>=99, and"),
-        ("surely-absent-package", "requires surely-absent-package, and it is not installed"),
+        ("packaging>=99", "requires packaging>=99, but"),
+        ("surely-absent-package", "requires surely-absent-package, but it is not installed"),
         ("packaging>=1", ""),
         ("packaging>=99; python_version < '3'", ""),
         ("packaging>=99; extra == 'more'", ""),
@@ -528,7 +527,7 @@ def test_an_empty_allow_list_is_told() -> None:
     """Set and empty means none; an empty block-list means nothing."""
     said = system.plugin_lists({"SPLITLEARN_PLUGINS": "", "SPLITLEARN_DISABLE_PLUGINS": ""}, {})
 
-    assert [finding.what for finding in said] == ["SPLITLEARN_PLUGINS allows only no plugin at all"]
+    assert [finding.what for finding in said] == ["SPLITLEARN_PLUGINS allows no plugin at all"]
 
 
 def test_variables_of_the_network_are_notes_without_secrets() -> None:
@@ -555,7 +554,7 @@ def test_variables_of_the_network_are_notes_without_secrets() -> None:
 )
 def test_versions_are_held_against_what_was_tested(version: str, level: str) -> None:
     """Older is wrong, newer a note, and so is what cannot be compared."""
-    finding = installation.python(version)
+    finding = installation.PYTHON.judge("Python", version)
 
     assert finding.level == level
     assert version in finding.what
@@ -619,8 +618,15 @@ def test_little_memory_and_few_files_are_notes() -> None:
     assert (tight.level, tight.where) == (Level.NOTE, "/sys/fs/cgroup/job")
     assert system.memory(MemoryReading(2**36, 2**35)).level is Level.OK
     assert [system.open_files(most).level for most in (64, 1024, -1)] == [Level.NOTE, Level.OK, Level.OK]
-    assert list(system.address_space(None)) == []
-    assert next(system.address_space(2**33)).level is Level.NOTE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_limited_address_space_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    for limit, levels in ((resource.RLIM_INFINITY, []), (2**33, [Level.NOTE])):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert [finding.level for finding in about("address space", system.check_machine())] == levels
 
 
 def test_a_cache_is_tried(tmp_path: Path) -> None:
@@ -638,7 +644,7 @@ def test_a_cache_is_tried(tmp_path: Path) -> None:
     ("facts", "level", "said"),
     [
         ({"built_for": None, "driver": False, "visible": None}, Level.OK, "CPU"),
-        ({"built_for": None, "driver": True, "visible": None}, Level.NOTE, "built for the CPU alone"),
+        ({"built_for": None, "driver": True, "visible": None}, Level.NOTE, "built only for the CPU"),
         ({"built_for": "13.0", "driver": True, "visible": ""}, Level.NOTE, "CUDA_VISIBLE_DEVICES"),
         ({"built_for": "13.0", "driver": True, "visible": None}, Level.NOTE, "cannot use it"),
     ],
@@ -756,11 +762,11 @@ def test_a_model_that_is_not_loaded_says_why(
         (single / "model.safetensors").unlink()
     elif how == "quantised":
         edit_json(single / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    monkeypatch.setattr("splitlearn_core.doctor.model_checks.load_components", pytest.fail)
+    monkeypatch.setattr("splitlearn_core.doctor.load_checks.load_components", pytest.fail)
 
     found = check_model(str(single), load=how != "quick")
 
-    notes = about("was not tried", found)
+    notes = about("loading it was not tried", found)
     assert [said in note.what for note in notes] == [True] * bool(said)
     assert all(note.fix == f"splitlearn verify {single} --split 2 4" for note in notes)
     assert not wrong(found)
@@ -786,12 +792,12 @@ def test_a_model_for_which_there_is_no_memory_is_not_loaded(
 ) -> None:
     """Tensors that are converted take memory, mapped or not."""
     edit_json(single / "config.json", dtype="float64")
-    monkeypatch.setattr("splitlearn_core.doctor.model_checks.available_memory", lambda: 1)
-    monkeypatch.setattr("splitlearn_core.doctor.model_checks.load_components", pytest.fail)
+    monkeypatch.setattr("splitlearn_core.doctor.load_checks.available_memory", lambda: 1)
+    monkeypatch.setattr("splitlearn_core.doctor.load_checks.load_components", pytest.fail)
 
     found = check_model(str(single), load=True)
 
-    assert about("and 1 B are free", about("was not tried: it takes", found))
+    assert about("and 1 B are free", about("loading it was not tried: it takes", found))
     assert about("loading all of it takes", wrong(found))
 
 

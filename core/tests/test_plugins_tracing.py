@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from splitlearn_core import BrokenPluginError
-from splitlearn_core.plugins import tracing
+from splitlearn_core.plugins import host
+from splitlearn_core.plugins.host import trace_to_stderr
 from splitlearn_core.plugins.registry import registry, reset_registry
-from splitlearn_core.plugins.tracing import trace_to_stderr
 
 pytestmark = pytest.mark.light
 
@@ -27,7 +27,7 @@ FAMILY = "ModelFamily(model_type='alpha', architecture='X'"
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     """Leave the logger as it was."""
-    log = tracing.log
+    log = host.trace_log
     before = (list(log.handlers), log.level, log.propagate)
     yield
     log.handlers[:], log.propagate = before[0], before[2]
@@ -133,8 +133,8 @@ def test_a_repr_that_raises_is_no_failure(world: Any, listening: pytest.LogCaptu
 
 def test_without_a_listener_no_value_is_shortened(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ``repr`` of a large mapping costs time."""
-    monkeypatch.setattr(tracing, "_shortened", pytest.fail)
-    tracing.log.setLevel(logging.INFO)
+    monkeypatch.setattr(host, "_shortened", pytest.fail)
+    host.trace_log.setLevel(logging.INFO)
     world.install("alpha")
     world.install("beta")
 

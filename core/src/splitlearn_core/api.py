@@ -15,10 +15,10 @@ from typing import (
     overload,
 )
 
+from splitlearn_core.arguments import accept_foreign_names
 from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, Wanted
 from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.errors import InvalidSplitError
-from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel, open_model, type_and_model
 from splitlearn_core.loading.options import LoadOptions, check_options, memory_by_strategy
@@ -66,7 +66,7 @@ class LoadArguments(TypedDict, total=False):
     strict: bool
 
 
-@naming_foreign
+@accept_foreign_names
 def plan_split(
     model_name_or_path: str | os.PathLike[str],
     split_points: Sequence[int],
@@ -118,7 +118,7 @@ def plan_opened(
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
 
 
-@naming_foreign
+@accept_foreign_names
 def plan_fetch(
     model_name_or_path: str | os.PathLike[str],
     split_points: Sequence[int],
@@ -302,7 +302,7 @@ def load_split_model(
 ) -> SplitModel: ...
 
 
-@naming_foreign
+@accept_foreign_names
 def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),

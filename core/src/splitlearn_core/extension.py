@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitlearn_core.arguments import user_path as user_path
     from splitlearn_core.build.configuration import hf_config as hf_config
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from splitlearn_core.quoting import reason as reason
     from splitlearn_core.quoting import said as said
     from splitlearn_core.types import human_bytes as human_bytes
-    from splitlearn_core.user_paths import user_path as user_path
 
 #: Name -> the module of core that it is in.
 _HOMES = {
@@ -86,7 +86,7 @@ _HOMES = {
     "through_no_layers": "build.outside",
     "unbundled": "loading.opening",
     "unknown_name": "manager.config_checks",
-    "user_path": "user_paths",
+    "user_path": "arguments",
     "way_out": "plugins.known",
 }
 

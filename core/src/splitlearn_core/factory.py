@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from splitlearn_core.api import load_split_model
+from splitlearn_core.arguments import accept_foreign_names, user_path
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.opening import type_and_model
 from splitlearn_core.loading_strategy import AUTO
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.split_model import SplitModel
 from splitlearn_core.types import THREE, Component, ProgressCallback, dtype_name
-from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +70,7 @@ class ModelFactory:
         **arguments: Unpack[_Arguments],
     ) -> SplitModel: ...
     @staticmethod
-    @naming_foreign
+    @accept_foreign_names
     def create_split_models(
         model_type: str | os.PathLike[str] | None,
         model_name_or_path: str | os.PathLike[str] | None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, parse_object
 from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from splitlearn_core.checkpoint.regular_files import open_regular
@@ -18,7 +19,6 @@ from splitlearn_core.checkpoint.source import Source, open_source
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.types import CHUNK_BYTES, TensorInfo
-from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import needed_reader
 from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted
 from splitlearn_core.checkpoint.hub.repository import HubSource
@@ -15,7 +16,6 @@ from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.quoting import reason
 from splitlearn_core.types import ProgressCallback, TensorInfo
-from splitlearn_core.user_paths import user_path
 
 #: Prefix of a name that means a repository on the Hub, whatever folders there are here.
 HUB = "hub:"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from splitlearn_core.cli.conversation import converse
-from splitlearn_core.cli.dry_run import print_fetch
 from splitlearn_core.cli.shared_options import (
     dry_run_option,
     json_option,
     load_options,
     load_options_of,
     model_options,
+    print_fetch,
     print_json,
     split_points_of,
     usage_errors,

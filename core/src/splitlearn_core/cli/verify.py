@@ -7,13 +7,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from splitlearn_core.cli.dry_run import print_fetch
 from splitlearn_core.cli.shared_options import (
     dry_run_option,
     json_option,
     load_options,
     load_options_of,
     model_options,
+    print_fetch,
     print_json,
     split_points_of,
     table,

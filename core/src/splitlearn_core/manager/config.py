@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.errors import ConfigurationError, UnknownModelTypeError
 from splitlearn_core.manager.config_checks import (
     FIELDS_HINT,
@@ -25,7 +26,6 @@ from splitlearn_core.manager.config_checks import (
 )
 from splitlearn_core.manager.config_text import dump_toml, dump_yaml, near, read_table, show
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.user_paths import user_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

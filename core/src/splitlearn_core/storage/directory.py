@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.manifest import MANIFEST, Manifest, component_folders, read_manifest
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.types import component_names, is_component_name, place_of
-from splitlearn_core.user_paths import user_path
 
 
 @dataclass(frozen=True, slots=True)

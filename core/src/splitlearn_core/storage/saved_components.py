@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from splitlearn_core.arguments import accept_foreign_names
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, file_problems
 from splitlearn_core.types import Component, ProgressCallback, component_names
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from splitlearn_core.split_model import SplitModel
 
 
-@naming_foreign
+@accept_foreign_names
 def load_component(
     directory: str | os.PathLike[str],
     component: str | None = None,
@@ -62,7 +62,7 @@ def load_component(
     ]
 
 
-@naming_foreign
+@accept_foreign_names
 def load_split_directory(
     directory: str | os.PathLike[str],
     *others: str | os.PathLike[str],

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.plan.placement import parse_dtypes
@@ -17,7 +18,6 @@ from splitlearn_core.plugins.registry import registry
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.storage.saved_components import load_saved
 from splitlearn_core.types import THREE, ProgressCallback
-from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     from splitlearn_core.build.component import ComponentModel

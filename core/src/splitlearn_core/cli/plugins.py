@@ -1,14 +1,18 @@
-"""``splitlearn plugins test``: the conformance kit on an installed plugin that has no test file."""
+"""``splitlearn plugins``: list the installed plugins, and run the conformance kit on one."""
 
 from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 import click
 
+from splitlearn_core.cli.main import CommandGroup
 from splitlearn_core.cli.shared_options import json_option, print_json, table
+from splitlearn_core.plugins.metadata import CORE, FAMILY, STRATEGY, core_version, summary
+from splitlearn_core.plugins.registry import PluginStatus, registry
 
 if TYPE_CHECKING:
     from splitlearn_core.testing.results import Case, Check, FamilyReport
@@ -16,20 +20,116 @@ if TYPE_CHECKING:
 _WIDTH = 100
 
 
+def list_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `splitlearn plugins` and `splitlearn plugins list`."""
+    check = click.option(
+        "--check", is_flag=True, help="Import each plugin and call its hooks, which finds more problems."
+    )
+    strategies = click.option("--strategies", is_flag=True, help="List the loading strategies and what they can read.")
+    return check(strategies(json_option(function)))
+
+
+@click.group(
+    "plugins",
+    cls=CommandGroup,
+    prefix="plugins",
+    modules={name: f"{__name__}:{name}_command" for name in ("list", "test")},
+    invoke_without_command=True,
+    short_help="List, test and write plugins.",
+)
+@list_options
+@click.pass_context
+def command(ctx: click.Context, check: bool, strategies: bool, as_json: bool) -> None:
+    """List the installed plugins, from metadata alone: none is imported."""
+    if ctx.invoked_subcommand is None:
+        ctx.exit(print_plugins(check=check, strategies=strategies, as_json=as_json))
+
+
+@click.command("list")
+@list_options
+@click.pass_context
+def list_command(ctx: click.Context, check: bool, strategies: bool, as_json: bool) -> None:
+    """List the installed plugins, as `splitlearn plugins` does."""
+    options = {"check": check, "strategies": strategies, "as_json": as_json}
+    before = ctx.parent.params if ctx.parent else {}
+    ctx.exit(print_plugins(**{name: value or before.get(name, False) for name, value in options.items()}))
+
+
+def print_plugins(*, check: bool, strategies: bool, as_json: bool) -> int:
+    """Print the plugins, or what each loading strategy reads; return 1 if a check finds a problem."""
+    statuses = registry().statuses(check=check)
+    if strategies:
+        statuses = tuple(status for status in statuses if status.entry.kind == STRATEGY)
+        _print_strategies(statuses, check, as_json)
+    else:
+        _print_plugins(statuses, as_json)
+    return int(check and any(status.status not in ("ready", "blocked") for status in statuses))
+
+
+def _print_strategies(statuses: tuple[PluginStatus, ...], check: bool, as_json: bool) -> None:
+    from splitlearn_core.readers.selection import BUILT_IN
+
+    added = {strategy.name: strategy for strategy in registry().strategies()} if check else {}
+    own = f"{CORE} {core_version()}"
+    rows = [(strategy.name, own, "ready", str(getattr(strategy, "reads", ""))) for strategy in BUILT_IN]
+    for status in statuses:
+        # Without --check nothing is imported: the summary of the package is shown instead.
+        reads = getattr(added.get(status.entry.name), "reads", "") or summary(status.entry.distribution)
+        rows.append((status.entry.name, status.entry.label, status.status, str(reads)))
+    if as_json:
+        print_json([dict(zip(("name", "from", "status", "reads"), row, strict=True)) for row in rows])
+    else:
+        click.echo(table(("strategy", "from", "status", "reads"), rows))
+
+
+def _print_plugins(statuses: tuple[PluginStatus, ...], as_json: bool) -> None:
+    for variable, names in registry().unknown_names().items():
+        click.echo(f"{variable} names {', '.join(names)}: no such plugin is installed", err=True)
+    if as_json:
+        print_json([status.to_dict() for status in statuses])
+    elif not statuses:
+        click.echo("no plugins are installed; try: pip install splitlearn-gpt2")
+    else:
+        # Two tables, because users mostly look for families.
+        tables = [
+            _table(title, [status for status in statuses if status.entry.kind == kind])
+            for kind, title in ((FAMILY, "model type"), (STRATEGY, "strategy"))
+        ]
+        click.echo("\n\n".join(filter(None, tables)))
+        for status in statuses:
+            if status.error:
+                click.echo(f"\n{status.entry.name}: {status.error}\n  hint: {status.hint}")
+
+
+def _table(title: str, statuses: list[PluginStatus]) -> str:
+    rows = [
+        (
+            status.entry.name,
+            status.entry.distribution,
+            status.entry.version,
+            status.status,
+            status.entry.provenance,
+            ", ".join(hook.removeprefix("splitlearn_") for hook in status.hooks) or "-",
+        )
+        for status in statuses
+    ]
+    return table((title, "distribution", "version", "status", "from", "hooks"), rows) if rows else ""
+
+
 @click.command("test", short_help="Run the conformance kit on an installed plugin.")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--quick", is_flag=True, help="One dtype, one attention implementation and one cut.")
-@click.option("-k", "expressions", multiple=True, metavar="EXPR", help="Only checks that pytest's -k would select.")
+@click.option("-k", "expressions", multiple=True, metavar="EXPR", help="Run only checks that pytest's -k would select.")
 @json_option
 @click.pass_context
-def command(
+def test_command(
     ctx: click.Context, names: tuple[str, ...], quick: bool, expressions: tuple[str, ...], as_json: bool
 ) -> None:
     """Run every check of the conformance kit on the plugin NAME, which needs no test file of its own.
 
     NAME is a model type, or a distribution for all of its model types. Each is tested on tiny random
     models, tied and untied, as if it were the only plugin. Needs pytest: splitlearn-core[testing].
-    Exit code 1 where a check fails.
+    Exit code 1 if a check fails.
     """
     from splitlearn_core.testing.choosing import choose_families
 
@@ -87,7 +187,7 @@ def render_report(report: FamilyReport) -> str:
 def _verdict(report: FamilyReport, failed: int) -> str:
     checks = len(report.checks)
     if not failed:
-        return f"all {checks} checks hold"
+        return f"all {checks} checks pass"
     skipped = sum(check.outcome == "skipped" for check in report.checks)
     return f"{failed} of {checks} checks FAILED" + (f", {skipped} were skipped" if skipped else "")
 
