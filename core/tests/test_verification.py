@@ -40,7 +40,7 @@ def test_a_config_that_transformers_refuses_in_its_forward(windowless: Path, cli
 
     assert (code, out) == (1, "")
     assert "Traceback" not in err
-    assert f"error: {windowless} unsplit fails in transformers" in err
+    assert f"error: the unsplit model of {windowless} fails in transformers" in err
     assert str(own.value) in err
     assert "hint: check the values of config.json" in err
 

@@ -184,8 +184,8 @@ def test_a_wrong_family_is_not_proven(wrong: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("bert", "no causal decoder"),
-        ("t5", "no causal language model: transformers has T5ForConditionalGeneration"),
+        ("bert", "not a causal decoder"),
+        ("t5", "not a causal language model: transformers has T5ForConditionalGeneration"),
         ("bart", "encoder-decoder"),
         ("gemma3", "made of several models"),
         ("mixtral", "its checkpoints hold"),

@@ -175,7 +175,7 @@ def _check_chain(layers: Sequence[Call]) -> None:
     for before, after in pairwise(layers):
         if not before.tensors or not _same(after.state, before.tensors[0]):
             raise CannotSplitError(
-                f"the input of {after.path} is not the output of {before.path}: there is a computation between the layers"
+                f"the input of {after.path} is not the output of {before.path}: something is computed between"
             )
     shape = layers[0].state.shape
     if any(layer.state.shape != shape or layer.tensors[0].shape != shape for layer in layers) or len(shape) != _STATE:
