@@ -442,26 +442,17 @@ def plan_model_fetch(
     files = checkpoint.source.files()
     settings = [*_SETTINGS, *([GENERATION_CONFIG] if parts is None or Component.TOP in parts else []), *others]
     small: Wanted = dict.fromkeys(name for name in settings if name in files)
-    weights = checkpoint.source.plan_fetch({**small, **_weights(model, split_points, parts, dtype, whole)})
-    return FetchPlan(model.name, checkpoint.source.commit, weights)
-
-
-def _weights(
-    model: OpenModel,
-    split_points: Sequence[int],
-    parts: Sequence[str] | None,
-    dtype: str | Mapping[Any, str],
-    whole: bool,
-) -> Wanted:
-    checkpoint = model.checkpoint
     # If there are no weights at all, weight_files() raises an error that says what is missing.
+    weights: Wanted
     if whole or checkpoint.quantization or not checkpoint.has_weights:
-        return dict.fromkeys(checkpoint.weight_files())
-    if checkpoint.opaque_file is not None:
-        return {checkpoint.opaque_file: None}
-    if not checkpoint.is_describable:
+        weights = dict.fromkeys(checkpoint.weight_files())
+    elif checkpoint.opaque_file is not None:
+        weights = {checkpoint.opaque_file: None}
+    elif not checkpoint.is_describable:
         # The headers of these shards cannot be fetched alone: their tensors are known from the index.
-        return dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
-    planned = make_plan(model, split_points, parts, dtype)
-    refuse_misfit(model, planned)
-    return checkpoint.wanted(planned.split.infos)
+        weights = dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
+    else:
+        planned = make_plan(model, split_points, parts, dtype)
+        refuse_misfit(model, planned)
+        weights = checkpoint.wanted(planned.split.infos)
+    return FetchPlan(model.name, checkpoint.source.commit, checkpoint.source.plan_fetch({**small, **weights}))

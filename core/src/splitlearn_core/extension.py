@@ -1,4 +1,4 @@
-"""What packages build on that do more than provide a family or a strategy: examine models, or serve them.
+"""For packages that do more than provide a family or a strategy, and examine or serve models.
 
 ``splitlearn-auto`` and ``splitlearn-serve`` import these names and the public ones, and nothing else of core. Unlike
 the public names, they may change with any minor version of core: a package that uses them pins it

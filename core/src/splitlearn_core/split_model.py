@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
 from splitlearn_core.types import THREE, component_names, dtype_name, is_component_name
 
@@ -95,9 +95,9 @@ class SplitChain(tuple[Any, ...], Generic[_Bottom_co, _Trunk_co, _Top_co]):
 
     def __getattr__(self, name: str) -> _Trunk_co:
         """Return one of the trunks, by its name."""
-        if name in self._fields:
-            return cast("_Trunk_co", self[self._fields.index(name)])
-        raise _no_attribute(self, name)
+        if name not in self._fields:
+            _refuse_attribute(self, name)
+        return cast("_Trunk_co", self[self._fields.index(name)])
 
     def __repr__(self) -> str:
         """Return a line that names the components, without the long repr of the modules."""
@@ -141,28 +141,26 @@ _MODEL_ATTRIBUTES = {
 }
 
 
-def _no_attribute(parts: Any, name: str) -> AttributeError:
+def _refuse_attribute(parts: Any, name: str) -> NoReturn:
+    """Raise an AttributeError that explains what to do instead."""
     hint = _MODEL_ATTRIBUTES.get(name, "")
     if is_component_name(name):
         hint = f"it has {', '.join(parts._fields)}"
     what = f"a {type(parts).__name__}, a tuple of components, has no {name!r}"
-    return AttributeError(f"{what}; {hint}" if hint else what)
-
-
-def _explain_attribute(parts: Any, name: str) -> Any:
-    raise _no_attribute(parts, name)
+    raise AttributeError(f"{what}; {hint}" if hint else what)
 
 
 if not TYPE_CHECKING:  # type checkers should report unknown attributes
-    SplitModel.__getattr__ = SplitPair.__getattr__ = _explain_attribute
+    SplitModel.__getattr__ = SplitPair.__getattr__ = _refuse_attribute
 
 
 def _shown(parts: Any) -> str:
-    return f"{type(parts).__name__}({', '.join(f'{name}={_summary(part)}' for name, part in parts._asdict().items())})"
-
-
-def _summary(part: ComponentModel | None) -> str:
-    if part is None:
-        return "None"
-    layers = f"[{part.layer_range.start}, {part.layer_range.end})"
-    return f"<{part.family.model_type} {part.component}, layers {layers}, {dtype_name(part.dtype)}, {part.device}>"
+    described = []
+    for name, part in parts._asdict().items():
+        text = "None"
+        if part is not None:
+            layers = f"[{part.layer_range.start}, {part.layer_range.end})"
+            kind = f"{part.family.model_type} {part.component}"
+            text = f"<{kind}, layers {layers}, {dtype_name(part.dtype)}, {part.device}>"
+        described.append(f"{name}={text}")
+    return f"{type(parts).__name__}({', '.join(described)})"

@@ -80,24 +80,19 @@ class CommandGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Say which commands of packages are hidden by the group's own."""
+        """List the commands of packages that the group's own commands hide."""
         super().format_epilog(ctx, formatter)
         for entry in self._added(ctx):
-            name = entry.name.removeprefix(self._prefix)
-            if name.partition(".")[0] in self._modules and self._hides(ctx, name):
-                formatter.write_paragraph()
-                formatter.write_text(
-                    f"The {entry.what} of {entry.label} is ignored: splitlearn-core has one of that name."
-                )
-
-    def _hides(self, ctx: click.Context, name: str) -> bool:
-        first, _, rest = name.partition(".")
-        return not rest or not isinstance(self.get_command(ctx, first), CommandGroup)
+            first, _, rest = entry.name.removeprefix(self._prefix).partition(".")
+            if first not in self._modules or (rest and isinstance(self.get_command(ctx, first), CommandGroup)):
+                continue
+            formatter.write_paragraph()
+            formatter.write_text(f"The {entry.what} of {entry.label} is ignored: splitlearn-core has one of that name.")
 
     def _added(self, ctx: click.Context) -> Sequence[PluginEntry]:
-        """Return the commands below this group; installed metadata is read once for each run of the command line."""
+        """Return the commands below this group; the installed metadata is read once in each run."""
         if _DISCOVERED not in ctx.meta:
-            # An empty word could not be typed.
+            # Without those that have an empty word, which cannot be typed.
             ctx.meta[_DISCOVERED] = [entry for entry in discover_commands() if all(entry.name.split("."))]
         return [entry for entry in ctx.meta[_DISCOVERED] if entry.name.startswith(self._prefix)]
 
@@ -186,8 +181,8 @@ _COMMANDS = {
 def cli(verbose: bool, trace: bool) -> None:
     """Cut a causal language model into bottom, trunk and top, and load only the piece you want.
 
-    MODEL is a directory, a Hub repository (owner/name), or bundled:gpt2 for the small model that
-    splitlearn-gpt2 carries. Data goes to stdout, progress to stderr.
+    MODEL is a directory, a Hub repository (owner/name), or bundled:gpt2 for the small model in
+    splitlearn-gpt2. Data goes to stdout, progress to stderr.
     """
     if verbose:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -198,9 +193,9 @@ def cli(verbose: bool, trace: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done, 1: failed, 2: wrong usage."""
+    """Run the command line. Exit codes: 0 success, 1 failure, 2 wrong usage."""
     for stream in (sys.stdout, sys.stderr):
-        # Characters that a terminal cannot show are escaped: no reason to stop in the middle of a text.
+        # Escape characters that a terminal cannot show, rather than stop in the middle of a text.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -212,7 +207,7 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of a pipe has gone (`| head`); without this, flushing at exit would complain.
+        # The reader of a pipe is gone (`| head`); without this, the flush at exit would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

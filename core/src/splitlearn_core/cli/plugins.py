@@ -181,15 +181,13 @@ def render_report(report: FamilyReport) -> str:
         lines += ["", f"{title}:", *reasons] if reasons else []
     for check in failed:
         lines += ["", *_failures(check)]
-    return "\n".join([*lines, "", _verdict(report, len(failed))])
-
-
-def _verdict(report: FamilyReport, failed: int) -> str:
-    checks = len(report.checks)
-    if not failed:
-        return f"all {checks} checks pass"
-    skipped = sum(check.outcome == "skipped" for check in report.checks)
-    return f"{failed} of {checks} checks FAILED" + (f", {skipped} were skipped" if skipped else "")
+    verdict = f"all {len(report.checks)} checks pass"
+    if failed:
+        skipped = sum(check.outcome == "skipped" for check in report.checks)
+        verdict = f"{len(failed)} of {len(report.checks)} checks FAILED" + (
+            f", {skipped} were skipped" if skipped else ""
+        )
+    return "\n".join([*lines, "", verdict])
 
 
 def _counts(check: Check) -> tuple[str, ...]:
