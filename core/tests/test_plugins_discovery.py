@@ -460,7 +460,7 @@ def test_a_check_names_each_fault_with_its_fix(world: Any, source: str, named: s
 
 
 @pytest.mark.parametrize(
-    ("record", "origin", "said"),
+    ("record", "origin", "expected"),
     [
         (None, "", "index"),
         ({"url": "file:///some/where", "dir_info": {"editable": True}}, "/some/where", "editable /some/where"),
@@ -472,7 +472,7 @@ def test_a_check_names_each_fault_with_its_fix(world: Any, source: str, named: s
     ids=["index", "editable", "local", "wheel", "source archive", "url"],
 )
 def test_a_row_says_where_the_plugin_came_from(
-    world: Any, cli: Any, record: dict[str, object] | None, origin: str, said: str
+    world: Any, cli: Any, record: dict[str, object] | None, origin: str, expected: str
 ) -> None:
     """PEP 610's record tells an editable checkout from the rest, and a folder from a file."""
     info = world.install("alpha")
@@ -482,10 +482,10 @@ def test_a_row_says_where_the_plugin_came_from(
     entry = rows()["alpha"].entry
     code, out, _ = cli("plugins")
 
-    assert (entry.origin, entry.editable) == (origin, said.startswith("editable"))
+    assert (entry.origin, entry.editable) == (origin, expected.startswith("editable"))
     (line,) = (line for line in out.splitlines() if line.startswith("alpha "))
     assert code == 0
-    assert f" ready   {said}" in line
+    assert f" ready   {expected}" in line
 
 
 @pytest.mark.parametrize(

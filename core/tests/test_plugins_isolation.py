@@ -360,11 +360,11 @@ def test_an_architecture_like_no_other_names_none(world: Any, single: Path) -> N
 def test_two_registries_share_nothing(world: Any) -> None:
     """A plugin loaded in one registry is not loaded in another."""
     world.install("alpha")
-    one, other = PluginRegistry(), PluginRegistry()
+    item, other = PluginRegistry(), PluginRegistry()
 
-    one.family("alpha")
+    item.family("alpha")
 
-    assert isinstance(one.family("alpha"), ModelFamily)
+    assert isinstance(item.family("alpha"), ModelFamily)
     assert not other._loaded
 
 
