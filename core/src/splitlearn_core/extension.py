@@ -90,7 +90,7 @@ _HOMES = {
     "way_out": "plugins.known",
 }
 
-__all__ = [*_HOMES]  # noqa: PLE0604  # found by __getattr__
+__all__ = [*_HOMES]  # noqa: PLE0604  # resolved by __getattr__
 
 
 def __getattr__(name: str) -> Any:
