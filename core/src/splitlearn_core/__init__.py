@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import (
+    AccessRefusedError,
     BrokenPluginError,
     BusyError,
     CapacityError,
     CheckpointError,
     ConfigurationError,
+    ConnectionLostError,
     DrainTimeoutError,
     DuplicateModelError,
     IncompatiblePluginError,
@@ -32,6 +34,11 @@ from splitlearn_core.errors import (
     ModelNotReadyError,
     PluginConflictError,
     PluginError,
+    ProtocolError,
+    RemoteBusyError,
+    RemoteError,
+    RemoteStepError,
+    SessionLostError,
     SplitLearnDeprecationWarning,
     SplitLearnError,
     TensorMismatchError,
@@ -60,6 +67,8 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.regular_files import open_regular as open_regular
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
+    from splitlearn_core.hosts.remote import RemoteComponent as RemoteComponent
+    from splitlearn_core.hosts.remote import connect as connect
     from splitlearn_core.loading_strategy import LoadingStrategy as LoadingStrategy
     from splitlearn_core.loading_strategy import ReadPlan as ReadPlan
     from splitlearn_core.loading_strategy import WeightReader as WeightReader
@@ -115,6 +124,7 @@ _LAZY = {
     "ModelStatus": "manager.status",
     "PlannedTensor": "plan.splitplan",
     "ReadPlan": "loading_strategy",
+    "RemoteComponent": "hosts.remote",
     "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",
     "SplitChain": "split_model",
@@ -126,6 +136,7 @@ _LAZY = {
     "TopModel": "build.component",
     "TrunkModel": "build.component",
     "WeightReader": "loading_strategy",
+    "connect": "hosts.remote",
     "load_adapter": "adapters.peft_models",
     "load_component": "storage.saved_components",
     "load_split_directory": "storage.saved_components",
@@ -143,12 +154,14 @@ _LAZY = {
 }
 
 __all__ = [  # noqa: PLE0604  # the second half is computed
+    "AccessRefusedError",
     "BrokenPluginError",
     "BusyError",
     "CapacityError",
     "CheckpointError",
     "Component",
     "ConfigurationError",
+    "ConnectionLostError",
     "DrainTimeoutError",
     "DuplicateModelError",
     "IncompatiblePluginError",
@@ -171,6 +184,11 @@ __all__ = [  # noqa: PLE0604  # the second half is computed
     "PluginConflictError",
     "PluginError",
     "Progress",
+    "ProtocolError",
+    "RemoteBusyError",
+    "RemoteError",
+    "RemoteStepError",
+    "SessionLostError",
     "SplitLearnDeprecationWarning",
     "SplitLearnError",
     "TensorInfo",

@@ -400,7 +400,7 @@ def _load(target: Target, model: OpenModel, name: str) -> dict[str, Any]:
         return {_PEER: load_unsplit(model, target.dtype, target.options())}
     model = target.open()
     if name == _ALL:
-        from splitlearn_core.pipeline import load_all
+        from splitlearn_core.assembly import load_all
 
         return {_ALL: load_all(model, target.split_points, target.dtype, target.options(), lambda _: None)}
     requested = parse_parts(name.split(","), names_of_parts(target.split_points))

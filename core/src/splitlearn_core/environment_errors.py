@@ -24,6 +24,7 @@ _LIBRARIES = {
     "torch": "torch",
     "tqdm": "tqdm",
     "transformers": "transformers",
+    "websockets": "websockets",
     "yaml": "pyyaml",
 }
 

@@ -30,6 +30,13 @@
     │   ├── WaitTimeoutError             (TimeoutError) no worker or no memory was free in time
     │   ├── DrainTimeoutError            (TimeoutError) leases were not released in time
     │   └── ManagerClosedError           (RuntimeError) the manager accepts no more work
+    ├── RemoteError                      (RuntimeError) the owner of a host, or of a remote component; has a .code
+    │   ├── ProtocolError                a frame that violates the protocol, or its limits
+    │   ├── ConnectionLostError          (ConnectionError) the host cannot be reached, or was not for too long
+    │   ├── SessionLostError             the host no longer has a session, and it cannot be rebuilt
+    │   ├── RemoteBusyError              the host has no room now; .retry_after says when to try again
+    │   ├── AccessRefusedError           (PermissionError) the token is missing or wrong
+    │   └── RemoteStepError              the host refused a step, or the component failed in it
     └── InternalError                    the authors of splitlearn
 """
 
@@ -229,6 +236,44 @@ class DrainTimeoutError(ManagerError, TimeoutError):
 
 class ManagerClosedError(ManagerError, RuntimeError):
     """The manager is closed or closing, and accepts no more work."""
+
+
+class RemoteError(SplitLearnError, RuntimeError):
+    """A component that runs elsewhere cannot be used.
+
+    Args:
+        code: A word for programs; the table is in ``splitlearn_core.hosts.sessions``.
+        retry_after: Seconds after which the same request may succeed; None if it never will.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", code: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+        self.retry_after = retry_after
+
+
+class ProtocolError(RemoteError):
+    """A frame violates the protocol, or exceeds its limits."""
+
+
+class ConnectionLostError(RemoteError, ConnectionError):
+    """A host cannot be reached, or did not come back in time."""
+
+
+class SessionLostError(RemoteError):
+    """A host no longer has a session, and its journal cannot rebuild it."""
+
+
+class RemoteBusyError(RemoteError):
+    """A host has no room for another session or step at present."""
+
+
+class AccessRefusedError(RemoteError, PermissionError):
+    """A host refuses the token, or asks for one."""
+
+
+class RemoteStepError(RemoteError):
+    """A host refused a step, or the component failed in it; the session is as it was before."""
 
 
 class InternalError(SplitLearnError):

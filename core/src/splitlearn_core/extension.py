@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.names import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
+    from splitlearn_core.hosts.protocol import HEADER_BYTES as HEADER_BYTES
+    from splitlearn_core.hosts.protocol import MAX_META_BYTES as MAX_META_BYTES
+    from splitlearn_core.hosts.protocol import SUBPROTOCOL as SUBPROTOCOL
+    from splitlearn_core.hosts.protocol import Frame as Frame
+    from splitlearn_core.hosts.protocol import Kind as Kind
+    from splitlearn_core.hosts.protocol import decode as decode
+    from splitlearn_core.hosts.protocol import encode as encode
+    from splitlearn_core.hosts.remote import TOKEN_VARIABLE as TOKEN_VARIABLE
+    from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
+    from splitlearn_core.hosts.sessions import SessionTable as SessionTable
+    from splitlearn_core.hosts.sessions import error_frame as error_frame
     from splitlearn_core.loading.opening import BUNDLED as BUNDLED
     from splitlearn_core.loading.opening import unbundled as unbundled
     from splitlearn_core.manager.config import ConfigFile as ConfigFile
@@ -56,14 +67,25 @@ _HOMES = {
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.names",
     "ConfigFile": "manager.config",
+    "Frame": "hosts.protocol",
+    "HEADER_BYTES": "hosts.protocol",
     "HUB": "checkpoint.source",
+    "Kind": "hosts.protocol",
     "LoopLag": "manager.metrics",
+    "MAX_META_BYTES": "hosts.protocol",
     "ManagerCollector": "manager.metrics",
     "PYTORCH": "manager.config_checks",
+    "SUBPROTOCOL": "hosts.protocol",
+    "SessionLimits": "hosts.sessions",
+    "SessionTable": "hosts.sessions",
+    "TOKEN_VARIABLE": "hosts.remote",
     "WRITTEN": "plugins.known",
     "cache_argument": "build.kv_cache",
     "component_from_state_dict": "build.construction",
     "core_version": "plugins.metadata",
+    "decode": "hosts.protocol",
+    "encode": "hosts.protocol",
+    "error_frame": "hosts.sessions",
     "examine": "manager.config",
     "hf_config": "build.configuration",
     "human_bytes": "types",

@@ -20,30 +20,24 @@ from splitlearn_core.build.assemble import keeping_ties
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.build.forward_arguments import RECORDINGS, is_paged, named_cache
-from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache
+from splitlearn_core.build.kv_cache import CACHE_FIELD
 from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree, places_of
 from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.loading.load import load_components
-from splitlearn_core.loading.opening import OpenModel, open_model
-from splitlearn_core.loading.options import (
-    LoadOptions,
-    check_options,
-)
-from splitlearn_core.loading.planning import plan_and_fetch
-from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.storage.directory import SplitDirectory
+from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import (
     THREE,
     Component,
-    ProgressCallback,
     component_names,
     is_component_name,
     kind_of,
     place_of,
 )
+
+#: A component that runs here, or elsewhere.
+AnyComponent = ComponentModel | RemoteComponent
 
 
 class ComponentChain:
@@ -54,13 +48,16 @@ class ComponentChain:
         mixed_dtypes: Whether hidden states are cast at a cut.
     """
 
-    def __init__(self, parts: dict[str, ComponentModel], mixed_dtypes: bool) -> None:
+    def __init__(self, parts: dict[str, AnyComponent], mixed_dtypes: bool) -> None:
         self.parts = parts
         self.mixed_dtypes = mixed_dtypes
         self.config = parts[Component.TOP].config
-        self.routing = parts[Component.BOTTOM].routing
-        # A parameter of each, for its device and dtype without a walk over the module at every token.
-        self._probes = [_first_parameter(part) for part in parts.values()]
+        self.routing = cast("ComponentModel", parts[Component.BOTTOM]).routing
+        # A parameter of each, for its device and dtype without a walk over the module at every token. One that runs
+        # elsewhere has none: it takes hidden states where they are.
+        self._probes = [
+            None if isinstance(part, RemoteComponent) else _first_parameter(part) for part in parts.values()
+        ]
 
     def run(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, head: bool) -> Any:
         """Run the components one after the other.
@@ -103,16 +100,19 @@ class ComponentChain:
         return result if return_dict else result.to_tuple()
 
     def device(self, number: int) -> torch.device:
-        """Return where a component is, by its number in the order."""
-        holder, name = self._probes[number]
-        return cast("torch.device", getattr(holder, name).device)
+        """Return where a component is, by its number in the order; of a remote one, where that before it is."""
+        probe = self._probes[number]
+        return self.device(number - 1) if probe is None else cast("torch.device", getattr(*probe).device)
 
     def _enter(self, number: int, output: Any) -> torch.Tensor:
         """Take hidden states over a cut: to the next component's device, and to its dtype where those may differ."""
         hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        holder, name = self._probes[number]
-        probe = getattr(holder, name)
-        return hidden.to(probe.device, probe.dtype) if self.mixed_dtypes else hidden.to(probe.device)
+        if not self.mixed_dtypes:
+            return hidden.to(self.device(number))
+        probe = self._probes[number]
+        # Not as the module was made: .to(dtype) may have changed it since.
+        dtype = list(self.parts.values())[number].dtype if probe is None else getattr(*probe).dtype
+        return hidden.to(self.device(number), dtype)
 
     def _is_recomputed(self, owner: Any) -> bool:
         """Say whether layers run twice, which would cache their keys twice: transformers turns the cache off."""
@@ -189,9 +189,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         bottom: ComponentModel | None = None,
-        *following: ComponentModel | None,
+        *following: AnyComponent | None,
         mixed_dtypes: bool = False,
-        **named: ComponentModel | None,
+        **named: AnyComponent | None,
     ) -> None:
         if isinstance(bottom, list | tuple):
             raise ConfigurationError(
@@ -260,27 +260,27 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def bottom(self) -> ComponentModel:
         """The component with the embeddings."""
-        return self._chain.parts[Component.BOTTOM]
+        return cast("ComponentModel", self._chain.parts[Component.BOTTOM])
 
     @property
-    def trunk(self) -> ComponentModel:
+    def trunk(self) -> AnyComponent:
         """The component with the middle layers, where there is one; otherwise see :attr:`trunks`."""
         if Component.TRUNK not in self._chain.parts:
             raise AttributeError(self._lacks(Component.TRUNK))
         return self._chain.parts[Component.TRUNK]
 
     @property
-    def trunks(self) -> tuple[ComponentModel, ...]:
+    def trunks(self) -> tuple[AnyComponent, ...]:
         """The components between bottom and top, in order."""
         return self.components[1:-1]
 
     @property
     def top(self) -> ComponentModel:
         """The component with the head."""
-        return self._chain.parts[Component.TOP]
+        return cast("ComponentModel", self._chain.parts[Component.TOP])
 
     @property
-    def components(self) -> tuple[ComponentModel, ...]:
+    def components(self) -> tuple[AnyComponent, ...]:
         """All components, in the order in which hidden states pass through them."""
         return tuple(self._chain.parts.values())
 
@@ -373,11 +373,19 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         """Save a checkpoint of the whole model; arguments as of Hugging Face models.
 
         Raises:
-            ConfigurationError: There is an adapter on the components, which such a checkpoint cannot hold.
+            ConfigurationError: There is an adapter on the components, which such a checkpoint cannot hold; or weights
+                that are elsewhere.
         """
+        elsewhere = [part for part in self.components if isinstance(part, RemoteComponent)]
+        if elsewhere:
+            raise ConfigurationError(
+                f"the weights of {', '.join(part.component for part in elsewhere)} are at "
+                f"{', '.join(part.url for part in elsewhere)}, so that no whole checkpoint can be saved here",
+                hint="save bottom and top: save_split(model.bottom, DIR), save_split(model.top, DIR)",
+            )
         # What add_adapter of transformers put there, its save_pretrained saves as an adapter.
         if not getattr(self, "_hf_peft_config_loaded", False):
-            refuse_adapters(self.components)
+            refuse_adapters(cast("Any", self.components))
         super().save_pretrained(*args, **kwargs)
 
     def train(self, mode: bool = True) -> SplitCausalLM:
@@ -401,7 +409,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         for path, module in self.named_modules():
             states = {name: vars(module)[name] for name in names if name in vars(module)}
             for component in self.components if states and path else ():
-                own = component.get_submodule(path)
+                own = None if isinstance(component, RemoteComponent) else component.get_submodule(path)
                 if hasattr(own, "gradient_checkpointing"):
                     vars(own).update(states)
 
@@ -413,7 +421,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the implementation of experts in each component; arguments as of Hugging Face models."""
         for component in self.components:
-            component.set_experts_implementation(*args, **kwargs)
+            cast("ComponentModel", component).set_experts_implementation(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the vocabulary, in bottom and top; arguments and result as of Hugging Face models."""
@@ -425,7 +433,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return resized
 
 
-def _in_order(owner: type[Any], named: Mapping[str, ComponentModel | None]) -> list[ComponentModel | None]:
+def _in_order(owner: type[Any], named: Mapping[str, AnyComponent | None]) -> list[AnyComponent | None]:
     """Put components that were given by name into the order of the model."""
     for name in named:
         if not is_component_name(name):
@@ -461,9 +469,9 @@ def _first_parameter(part: Any) -> tuple[Any, str]:
     return part.get_submodule(path), name
 
 
-def _share(cache: Any, part: ComponentModel) -> Any:
+def _share(cache: Any, part: AnyComponent) -> Any:
     """Return a component's own layers of a cache of the whole model."""
-    return cache if cache is None or is_paged(cache) else PartCache.view(cache, part.layer_range)
+    return cache if cache is None or is_paged(cache) else part.cache_view(cache)
 
 
 def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any) -> Any:
@@ -533,13 +541,16 @@ def _check_fit(given: Mapping[str, Any], mixed_dtypes: bool) -> None:
         }
         # Of the parameters, not of the configuration, which .to(dtype) leaves as it was.
         if not mixed_dtypes:
-            facts["dtype"] = [next(part.parameters()).dtype for part in given.values()]
+            facts["dtype"] = [
+                part.dtype if isinstance(part, RemoteComponent) else next(part.parameters()).dtype
+                for part in given.values()
+            ]
         for what, values in facts.items():
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
         # Those that were made from a state dict have no origin to compare.
         problems += origin_mismatches([part.origin for part in given.values() if part.origin is not None], dtypes=False)
-        problems += adapter_mismatches(given.values())
+        problems += adapter_mismatches([part for part in given.values() if not isinstance(part, RemoteComponent)])
     if problems:
         kinds = [getattr(part, "component", None) for part in given.values()]
         which = "bottom, trunk and top" if len(given) == len(THREE) else "all components"
@@ -551,47 +562,3 @@ def _check_fit(given: Mapping[str, Any], mixed_dtypes: bool) -> None:
             hint=hint
             + ("; mixed_dtypes=True where dtypes differ on purpose" if any("dtype" in p for p in problems) else ""),
         )
-
-
-def load_pipeline(
-    directory: str | os.PathLike[str], dtype: str | Mapping[str, str], options: LoadOptions
-) -> tuple[SplitCausalLM, OpenModel]:
-    """Load all saved components as one generation model, and open the folder that has the tokenizer.
-
-    Raises:
-        ConfigurationError: Components are missing, or an option is for checkpoints alone.
-    """
-    split = SplitDirectory.open(directory)
-    problems = [f"the {name} is missing" for name in split.missing]
-    if not isinstance(dtype, str) or options.device_map is not None or options.max_memory:
-        problems.append("saved components take one dtype and one device here")
-    if problems:
-        raise ConfigurationError(
-            f"{directory} cannot be run as one model: {listed(problems, '; ', limit=SENTENCE)}",
-            hint=f"give a directory with {' and '.join(split.names)}, or load each with load_component"
-            if len(split.names) != len(THREE)
-            else "give a directory with bottom, trunk and top, or load each with load_component",
-        )
-    parts = load_split_directory(
-        directory,
-        device=options.device,
-        dtype=str(dtype),
-        strategy=options.strategy,
-        attn_implementation=options.attn_implementation,
-    )
-    components: tuple[Any, ...] = parts
-    return SplitCausalLM(*components), open_model(split.components[Component.BOTTOM].folder)
-
-
-def load_all(
-    model: OpenModel,
-    split_points: Sequence[int],
-    dtype: str | Mapping[Any, str],
-    options: LoadOptions,
-    progress: ProgressCallback,
-) -> SplitCausalLM:
-    """Load all components as one generation model; raises like :func:`load_components`."""
-    check_options(model, options)
-    fetched = plan_and_fetch(model, split_points, None, dtype, progress)
-    parts = load_components(model, fetched, options, progress)
-    return SplitCausalLM(*parts.values(), mixed_dtypes=isinstance(dtype, Mapping))

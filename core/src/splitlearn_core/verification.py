@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from splitlearn_core.build.component import ComponentModel
+    from splitlearn_core.hosts.remote import RemoteComponent
 
 PROMPT = "It was a bright cold day, and the people of the town were at their work."
 _NEW_TOKENS = 16
@@ -44,6 +45,17 @@ class ComponentCost:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkCost:
+    """What the comparison took between here and a component that runs elsewhere."""
+
+    component: str
+    url: str
+    round_trips: int
+    #: Of hidden states, masks and positions, both ways, for each token of each sequence.
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """The comparison of a split model with the unsplit one."""
 
@@ -59,6 +71,8 @@ class Verification:
     components: tuple[ComponentCost, ...]
     unsplit_load_seconds: float
     unsplit_forward_seconds: float
+    #: Of the components that run elsewhere.
+    links: tuple[LinkCost, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -74,8 +88,17 @@ def verify_split(
     dtype: str | Mapping[Any, str],
     options: LoadOptions,
     progress: ProgressCallback,
+    remote: Mapping[str, RemoteComponent] = {},
 ) -> Verification:
     """Load a checkpoint split and unsplit, and compare logits, cached decoding and generated tokens.
+
+    Args:
+        model: The checkpoint.
+        split_points: Where it is cut.
+        dtype: One for all components.
+        options: How they are loaded.
+        progress: Called during loads.
+        remote: Components that are not loaded but used where they run, by name.
 
     Raises:
         SplitLearnError: As :func:`load_split_model`.
@@ -89,7 +112,7 @@ def verify_split(
     from splitlearn_core.build.torch_state import own_state
 
     with own_state(gradients=False):
-        return _verify(model, split_points, dtype, options, progress)
+        return _verify(model, split_points, dtype, options, progress, remote)
 
 
 def single_dtype(model: OpenModel, dtype: str | Mapping[Any, str], options: LoadOptions) -> str:
@@ -103,13 +126,22 @@ def single_dtype(model: OpenModel, dtype: str | Mapping[Any, str], options: Load
 
 
 def _verify(
-    model: OpenModel, split_points: Sequence[int], dtype: str, options: LoadOptions, progress: ProgressCallback
+    model: OpenModel,
+    split_points: Sequence[int],
+    dtype: str,
+    options: LoadOptions,
+    progress: ProgressCallback,
+    remote: Mapping[str, RemoteComponent],
 ) -> Verification:
     from splitlearn_core.pipeline import SplitCausalLM
 
     plan = plan_and_fetch(model, split_points, None, dtype, progress).split
-    parts, loads = {}, {}
+    parts: dict[str, Any] = {}
+    loads = {}
     for component in plan.names:
+        if component in remote:
+            parts[component], loads[component] = remote[component], (0.0, 0)
+            continue
         before, started = anonymous_memory(), time.perf_counter()
         fetched = plan_and_fetch(model, split_points, (component,), dtype, progress)
         parts.update(load_components(model, fetched, options, progress))
@@ -129,13 +161,21 @@ def _verify(
             hint="its weights contain values that are not numbers"
             + ("" if plan.dtype == "float32" else f", or {plan.dtype} is too narrow: try --dtype float32"),
         )
+    before_run = {name: _traffic(part) for name, part in remote.items()}
     checks, difference = _compare(expected, _run(split, ids, mask))
+    # A forward of all, and a generation, in which the last token is not given to the model.
+    tokens = len(ids) * (2 * ids.shape[1] + _NEW_TOKENS - 1)
+    links = tuple(
+        LinkCost(name, part.url, trips - before_run[name][0], (size - before_run[name][1]) / tokens)
+        for name, part in remote.items()
+        for trips, size in [_traffic(part)]
+    )
     unsplit_forward, forwards = _time_forwards(unsplit, parts, ids, mask)
     costs = tuple(
         ComponentCost(
             part.component,
             (part.layers.start, part.layers.end),
-            part.nbytes,
+            0 if part.component in remote else part.nbytes,
             loads[part.component][1],
             loads[part.component][0],
             forwards[part.component],
@@ -153,7 +193,12 @@ def _verify(
         costs,
         unsplit_load,
         unsplit_forward,
+        links,
     )
+
+
+def _traffic(part: RemoteComponent) -> tuple[int, int]:
+    return part.host.round_trips, part.host.bytes_sent + part.host.bytes_received
 
 
 def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:

@@ -258,7 +258,7 @@ def _components(parts: Parts) -> list[ComponentModel]:
 
     # A SplitCausalLM, which is built on this module. Of its class: a PeftModel around one has the attributes of both.
     if hasattr(type(parts), "components"):
-        parts = cast("SplitCausalLM", parts).components
+        parts = cast("Any", parts).components
     given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
     wrong = sorted({type(part).__name__ for part in given if not isinstance(part, ComponentModel)})
     if wrong or not given:

@@ -118,6 +118,15 @@ class ComponentModel(PreTrainedModel):
         """Return an empty key-value cache for this component's layers."""
         return PartCache.empty(self.config, self.layer_range)
 
+    def cache_view(self, whole: Any) -> PartCache:
+        """See this component's layers in a cache of the whole model; both share the layers' state."""
+        return PartCache.view(whole, self.layer_range)
+
+    @property
+    def layer_modules(self) -> Any:
+        """The module whose children are the layers, by their number in the whole model."""
+        return self.get_submodule(f"{self.family.base}.{self.family.layers}")
+
     def init_weights(self) -> None:
         """Do nothing: weights are assigned from a checkpoint."""
 

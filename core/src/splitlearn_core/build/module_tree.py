@@ -141,7 +141,7 @@ def module_tree(parts: Mapping[str, Any], backbone: type[Any], attributes: Mappi
         for name in module._modules:  # noqa: SLF001  # the register that nn.Module documents
             full = f"{path}.{name}".lstrip(".")
             if full == layers:
-                own[name] = _layer_list([part.get_submodule(layers) for part in parts.values()], parts)
+                own[name] = _layer_list([part.layer_modules for part in parts.values()], parts)
             elif any(other.startswith(f"{full}.") for other in elsewhere):
                 own[name] = shell(full)
             else:

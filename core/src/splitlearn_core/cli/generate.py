@@ -10,6 +10,7 @@ import click
 
 from splitlearn_core.cli.conversation import converse
 from splitlearn_core.cli.shared_options import (
+    connect_all,
     dry_run_option,
     json_option,
     load_options,
@@ -17,6 +18,7 @@ from splitlearn_core.cli.shared_options import (
     model_options,
     print_fetch,
     print_json,
+    remote_options,
     split_points_of,
     usage_errors,
 )
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.command("generate", short_help="Continue a prompt, or talk, cut into components.")
 @model_options
 @load_options
+@remote_options
 @click.option("--prompt", help="The text to continue.")
 @click.option(
     "--prompt-file", metavar="FILE", help="A file with that text; - for stdin. Its last line end is left out."
@@ -68,7 +71,8 @@ def command(
     With --chat and no prompt it is a conversation: each line of stdin is a message. At a terminal,
     Ctrl-C stops an answer, and Ctrl-D ends.
 
-    A directory of saved components needs no --split.
+    A directory of saved components needs no --split. With --at, bottom and top are loaded here, and the
+    trunk runs where it is served.
     """
     from splitlearn_core.checkpoint.manifest import holds_components
     from splitlearn_core.generation import Conversation, Sampling, generate_text
@@ -78,20 +82,21 @@ def command(
     _check_prompts(prompt, prompt_file, system, chat=chat, needed=not dry_run)
     options = load_options_of(others, split_points)
     with usage_errors():
-        sampling = Sampling(**others)
+        sampling = Sampling(**{name: others.pop(name) for name in ("temperature", "top_k", "top_p", "seed", "stop")})
     if split_points is None and holds_components(model):
         if dry_run:
             raise click.UsageError("--dry-run is for models: saved components are here already")
         prompt = _read_prompt(prompt_file) if prompt_file is not None else prompt
         # Imports torch, which wrong usage and a dry run must not wait for; so below.
-        from splitlearn_core.pipeline import load_pipeline
+        from splitlearn_core.assembly import load_saved
 
-        split, opened = load_pipeline(model, dtype, options)
+        split, opened = load_saved(model, dtype, options, connect_all(others))
         with reporting(None) as report:
             tokenizer = _tokenizer(opened, report, chat=chat)
     else:
         opened = open_model(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        split_points = split_points_of(opened, split_points)
+        remote = {} if dry_run else connect_all(others)
+        split_points = split_points_of(opened, split_points, remote)
         if dry_run:
             print_fetch(opened, split_points, dtype, as_json=as_json)
             return
@@ -99,9 +104,9 @@ def command(
         prompt = _read_prompt(prompt_file) if prompt_file is not None else prompt
         with reporting(None) as report:
             tokenizer = _tokenizer(opened, report, chat=chat)
-            from splitlearn_core.pipeline import load_all
+            from splitlearn_core.assembly import load_all
 
-            split = load_all(opened, split_points, dtype, options, report)
+            split = load_all(opened, split_points, dtype, options, report, remote)
     show = None if as_json else write_text
     if chat:
         conversation = Conversation(split, tokenizer, max_new_tokens, sampling, system=system)

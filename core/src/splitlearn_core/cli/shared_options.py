@@ -8,15 +8,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.types import human_bytes
+from splitlearn_core.types import Component, human_bytes, is_component_name, kind_of
 
 if TYPE_CHECKING:
     from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan
+    from splitlearn_core.hosts.remote import RemoteComponent
     from splitlearn_core.loading.opening import OpenModel
     from splitlearn_core.loading.options import LoadOptions
 
@@ -111,6 +113,79 @@ def load_options(command: _Command) -> _Command:
     return command
 
 
+def remote_options(command: _Command) -> _Command:
+    """Add where components run that are not loaded here."""
+    for option in reversed(
+        (
+            click.option(
+                "--at",
+                "remote",
+                multiple=True,
+                metavar="PART=URL",
+                callback=_parse_remote,
+                help="Use a component where it is served: trunk=http://HOST:8710/trunk. Repeatable.",
+            ),
+            click.option(
+                "--token-file", metavar="FILE", help="The token for these servers; otherwise SPLITLEARN_TOKEN is used."
+            ),
+            click.option("--ca-file", metavar="FILE", help="Certificates to trust for these servers."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def connect_all(options: dict[str, Any]) -> dict[str, RemoteComponent]:
+    """Take what :func:`remote_options` added out of a command's options, and connect to each component."""
+    urls, token_file, ca_file = options.pop("remote"), options.pop("token_file"), options.pop("ca_file")
+    if not urls:
+        if token_file or ca_file:
+            raise click.UsageError("--token-file and --ca-file go with --at PART=URL")
+        return {}
+    token = None if token_file is None else read_token(token_file)
+    from splitlearn_core.hosts.remote import connect
+
+    remote = {name: connect(url, token=token, ca_file=ca_file) for name, url in urls.items()}
+    for name, component in remote.items():
+        if component.component != name:
+            raise ConfigurationError(
+                f"{component.url} runs {component.component}, and was given as {name}",
+                hint=f"--at {component.component}={component.url}, or the address of another component",
+            )
+    return remote
+
+
+def read_token(name: str) -> str:
+    """Read a token from a file.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or holds no token.
+    """
+    try:
+        token = Path(name).expanduser().read_text().strip()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"the token cannot be read: {error}", hint="check --token-file") from error
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigurationError(
+            f"{name} does not hold one token", hint="write the token into it, in one line without spaces"
+        )
+    return token
+
+
+def _parse_remote(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    urls: dict[str, str] = {}
+    for value in values:
+        name, equals, url = value.partition("=")
+        if not equals or not is_component_name(name):
+            raise click.BadParameter(f"{value!r} is not PART=URL, as in trunk=http://127.0.0.1:8710/trunk")
+        if kind_of(name) is not Component.TRUNK:
+            raise click.BadParameter(f"the {name} stays with the data: only trunks are used where they are served")
+        if name in urls:
+            raise click.BadParameter(f"two addresses are given for {name}")
+        urls[name] = url
+    return urls
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Report a ConfigurationError as wrong usage, where only the command line was looked at."""
@@ -185,10 +260,15 @@ def load_options_of(options: dict[str, Any], split_points: Sequence[int] | None)
     )
 
 
-def split_points_of(model: OpenModel, requested: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the requested split points; if there are none, even thirds of the model, after a note on stderr."""
+def split_points_of(
+    model: OpenModel, requested: tuple[int, ...] | None, remote: Mapping[str, RemoteComponent] = {}
+) -> tuple[int, ...]:
+    """Return the requested split points, or those of a remote component; else even thirds, after a note on stderr."""
     if requested is not None:
         return requested
+    for origin in [component.origin for component in remote.values()]:
+        if origin is not None:
+            return origin.split_points
     from splitlearn_core.plan.split_points import count_layers, even_thirds
 
     a, b = even_thirds(model.family, model.config)

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from splitlearn_core.cli.shared_options import (
+    connect_all,
     dry_run_option,
     json_option,
     load_options,
@@ -15,6 +16,7 @@ from splitlearn_core.cli.shared_options import (
     model_options,
     print_fetch,
     print_json,
+    remote_options,
     split_points_of,
     table,
 )
@@ -27,6 +29,7 @@ from splitlearn_core.verification import Verification
 @click.command("verify", short_help="Compare with the unsplit model, or with manifests.")
 @model_options
 @load_options
+@remote_options
 @dry_run_option
 @json_option
 @click.pass_context
@@ -42,6 +45,8 @@ def command(
 ) -> None:
     """Compare MODEL, cut into components, with MODEL unsplit. Exit code 1 where a bit differs.
 
+    With --at, the trunk that is served there is compared, with what it takes to get there and back.
+
     Where MODEL is a directory of saved components, and --split is left out, their files are
     compared with their manifests (hashes, sizes, tensors, ties), and the components with each other.
     """
@@ -54,7 +59,7 @@ def command(
         if dry_run:
             raise click.UsageError("--dry-run is for models: saved components are here already")
         given = [
-            f"--{name.replace('_', '-')}"
+            "--at" if name == "remote" else f"--{name.replace('_', '-')}"
             for name in ("dtype", *others)
             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
         ]
@@ -64,13 +69,15 @@ def command(
             )
         ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
     options = load_options_of(others, split_points)
+    elsewhere = {name: others.pop(name) for name in ("remote", "token_file", "ca_file")}
     opened = open_model(model, **others)
-    split_points = split_points_of(opened, split_points)
+    remote = {} if dry_run else connect_all(elsewhere)
+    split_points = split_points_of(opened, split_points, remote)
     if dry_run:
         print_fetch(opened, split_points, dtype, whole=True, as_json=as_json)
         return
     with reporting(None) as report:
-        result = verify_split(opened, split_points, dtype, options, report)
+        result = verify_split(opened, split_points, dtype, options, report, remote)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -119,6 +126,11 @@ def render_verification(result: Verification) -> str:
     ]
     unsplit = (f"{result.unsplit_load_seconds * 1000:.0f} ms", f"{result.unsplit_forward_seconds * 1000:.1f} ms")
     rows.append(("unsplit", "", "", "", *unsplit))
+    links = [
+        f"{link.component} at {link.url}: {link.round_trips} round trips, "
+        f"{human_bytes(link.bytes_per_token)} per token, both ways"
+        for link in result.links
+    ]
     checks = [f"{'equal' if equal else 'DIFFERS':<8}{name}" for name, equal in result.checks.items()]
     verdict = "equal to the last bit" if result.equal else "NOT equal"
     return "\n".join(
@@ -128,6 +140,7 @@ def render_verification(result: Verification) -> str:
             table(("component", "layers", "bytes", "memory taken", "load", "forward"), rows),
             _MEMORY_NOTE,
             "",
+            *links,
             *checks,
             f"{verdict}; maximum difference {result.max_difference:g}",
         ]

@@ -95,6 +95,7 @@ LIBRARIES = {
     "psutil": Range("6.0", "7.2"),
     "pyyaml": Range("6.0.2", "6.0.4"),
     "tqdm": Range("4.67", "4.70"),
+    "websockets": Range("14.0", "17.4"),
 }
 
 #: Optional dependencies: extra -> what it is for, and its distributions.

@@ -1,0 +1,358 @@
+"""How frames get to a host: over a WebSocket, or over a Unix socket on the same machine.
+
+A connection is used by one thread at a time: a request goes out, and its reply comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import ssl
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import quote, unquote, urlsplit
+
+from splitlearn_core.errors import (
+    AccessRefusedError,
+    ConfigurationError,
+    ConnectionLostError,
+    RemoteBusyError,
+    RemoteError,
+    translate,
+)
+from splitlearn_core.hosts.protocol import (
+    HEADER_BYTES,
+    MAX_META_BYTES,
+    SUBPROTOCOL,
+    Frame,
+    decode,
+    decode_body,
+    decode_header,
+    encode,
+)
+from splitlearn_core.quoting import reason
+
+log = logging.getLogger(__name__)
+
+#: The scheme of a URL -> that of the WebSocket.
+_WEBSOCKET_SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
+_DEFAULT_PORTS = {"ws": 80, "wss": 443}
+_UNIX = "unix"
+_EXAMPLE = "for example http://127.0.0.1:8710/trunk, https://HOST/trunk or unix:///run/trunk.sock"
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _TOO_MANY, _UNAVAILABLE = 401, 403, 404, 429, 503
+_READ_BYTES = 256 * 1024
+
+
+class Connection(Protocol):
+    """A connection to a host."""
+
+    def exchange(self, request: Frame) -> Frame:
+        """Send a request and return its reply.
+
+        Raises:
+            ConnectionLostError: The connection ended, or there was no reply in time.
+            ProtocolError: What came back is no valid frame.
+        """
+
+    def close(self) -> None:
+        """End the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The address of a host, and how to get there."""
+
+    url: str
+    token: str | None = None
+    #: A file of certificates to trust, in place of the system's.
+    ca_file: str | None = None
+    #: Seconds for a connection, and for the reply to a request.
+    connect_timeout: float = 10.0
+    reply_timeout: float = 300.0
+    max_payload: int = 2**32
+
+    def check(self) -> None:
+        """Refuse an address that cannot be one.
+
+        Raises:
+            ConfigurationError: It is no URL of a host.
+        """
+        try:
+            parts = urlsplit(self.url)
+            parts.port  # noqa: B018  # reading it is what checks it
+        except ValueError as error:
+            raise ConfigurationError(f"{self.url!r} is no URL: {reason(error)}", hint=_EXAMPLE) from error
+        if parts.scheme == _UNIX and parts.path and not parts.netloc:
+            return
+        if parts.scheme not in _WEBSOCKET_SCHEMES or not parts.hostname:
+            raise ConfigurationError(f"{self.url!r} is no address of a host", hint=_EXAMPLE)
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ConfigurationError(
+                f"the address of a host has no user, query or fragment: {parts.scheme}://{parts.hostname}{parts.path}",
+                hint="give a token with token=..., or in SPLITLEARN_TOKEN",
+            )
+        if not parts.path.strip("/"):
+            raise ConfigurationError(
+                f"{self.url!r} names no model", hint=f"put its id at the end: {self.url.rstrip('/')}/trunk"
+            )
+
+    def open(self) -> Connection:
+        """Connect.
+
+        Raises:
+            ConnectionLostError: Nothing answers there.
+            AccessRefusedError: The token is missing or wrong.
+            RemoteError: The host refuses for another reason.
+        """
+        parts = urlsplit(self.url)
+        if parts.scheme == _UNIX:
+            return _StreamConnection(_unix_socket(unquote(parts.path), self), self)
+        return _WebSocketConnection(self)
+
+
+class _StreamConnection:
+    """Frames one after the other on a stream socket."""
+
+    def __init__(self, stream: socket.socket, endpoint: Endpoint) -> None:
+        self._socket = stream
+        self._endpoint = endpoint
+
+    def exchange(self, request: Frame) -> Frame:
+        with _losing(self._endpoint.url):
+            send_frame(self._socket, request)
+            reply = receive_frame(self._socket, self._endpoint.max_payload)
+        if reply is None:
+            raise ConnectionLostError(f"{self._endpoint.url} ended the connection", code="connection")
+        return reply
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def send_frame(stream: socket.socket, frame: Frame) -> None:
+    """Send a frame on a stream socket."""
+    for buffer in encode(frame):
+        stream.sendall(buffer)
+
+
+def receive_frame(stream: socket.socket, max_payload: int) -> Frame | None:
+    """Receive a frame from a stream socket; None if the other side has ended between two frames.
+
+    Raises:
+        ProtocolError: It is not valid, or too large; the stream is of no more use.
+        OSError: The connection broke.
+    """
+    head = bytearray(HEADER_BYTES)
+    count = stream.recv_into(head)
+    if count == 0:
+        return None
+    _fill(stream, memoryview(head)[count:])
+    header = decode_header(memoryview(head), max_payload)
+    body = memoryview(bytearray(header.rest))
+    _fill(stream, body)
+    return decode_body(header, body)
+
+
+def _fill(stream: socket.socket, view: memoryview) -> None:
+    while view:
+        count = stream.recv_into(view)
+        if count == 0:
+            raise ConnectionResetError("the connection ended within a frame")
+        view = view[count:]
+
+
+def _unix_socket(path: str, endpoint: Endpoint) -> socket.socket:
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _losing(endpoint.url):
+            stream.settimeout(endpoint.connect_timeout)
+            stream.connect(path)
+            stream.settimeout(endpoint.reply_timeout)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+class _WebSocketConnection:
+    """A frame in each binary message of a WebSocket.
+
+    The protocol is that of ``websockets``, without its threads: the caller's thread reads its own reply.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        from websockets.client import ClientProtocol
+        from websockets.typing import Subprotocol
+        from websockets.uri import parse_uri
+
+        self._endpoint = endpoint
+        parts = urlsplit(endpoint.url)
+        scheme = _WEBSOCKET_SCHEMES[parts.scheme]
+        path = quote(unquote(parts.path).strip("/"), safe="")
+        self._protocol = ClientProtocol(
+            parse_uri(f"{scheme}://{parts.netloc}/{path}"),
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            max_size=HEADER_BYTES + MAX_META_BYTES + endpoint.max_payload,
+        )
+        self._messages: deque[bytes] = deque()
+        #: The fragments of a message so far.
+        self._parts: list[bytes] = []
+        port = parts.port or _DEFAULT_PORTS[scheme]
+        with _losing(endpoint.url):
+            stream = socket.create_connection((parts.hostname, port), timeout=endpoint.connect_timeout)
+        self._socket = stream
+        try:
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if scheme == "wss":
+                self._socket = _tls(stream, endpoint, parts.hostname or "")
+            self._shake_hands()
+            self._socket.settimeout(endpoint.reply_timeout)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def exchange(self, request: Frame) -> Frame:
+        with _losing(self._endpoint.url):
+            self._protocol.send_binary(b"".join(encode(request)))
+            self._flush()
+            while not self._messages:
+                self._read()
+        return decode(self._messages.popleft(), self._endpoint.max_payload)
+
+    def close(self) -> None:
+        # A connection that broke already needs no farewell.
+        with contextlib.suppress(OSError, RuntimeError):
+            self._socket.settimeout(1)
+            self._protocol.send_close()
+            self._flush()
+        self._socket.close()
+
+    def _shake_hands(self) -> None:
+        from websockets.exceptions import InvalidHandshake
+        from websockets.http11 import Response
+
+        request = self._protocol.connect()
+        if self._endpoint.token is not None:
+            request.headers["Authorization"] = f"Bearer {self._endpoint.token}"
+        self._protocol.send_request(request)
+        with _losing(self._endpoint.url):
+            self._flush()
+            response = None
+            while response is None:
+                data = self._socket.recv(_READ_BYTES)
+                self._protocol.receive_data(data) if data else self._protocol.receive_eof()
+                response = next((e for e in self._protocol.events_received() if isinstance(e, Response)), None)
+                if response is None and (not data or self._protocol.handshake_exc is not None):
+                    break
+        error = self._protocol.handshake_exc
+        if error is None and response is not None:
+            return
+        if isinstance(response, Response) and response.status_code != 101:  # noqa: PLR2004  # switching protocols
+            raise _refusal(self._endpoint.url, response)
+        cause = reason(error) if isinstance(error, InvalidHandshake | Exception) else "it ended the connection"
+        raise ConnectionLostError(
+            f"{self._endpoint.url} does not speak WebSocket: {cause}",
+            code="connection",
+            hint="is that the address of `splitlearn serve`?",
+        )
+
+    def _read(self) -> None:
+        """Read what has come, and keep whole messages."""
+        from websockets.frames import Opcode
+
+        data = self._socket.recv(_READ_BYTES)
+        self._protocol.receive_data(data) if data else self._protocol.receive_eof()
+        for event in self._protocol.events_received():
+            frame: Any = event
+            if frame.opcode in (Opcode.BINARY, Opcode.CONT):
+                self._parts.append(frame.data)
+                if frame.fin:
+                    self._messages.append(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+                    self._parts = []
+        self._flush()
+        if self._protocol.close_expected() or not data:
+            closed = self._protocol.close_rcvd
+            said = f": {closed.reason}" if closed is not None and closed.reason else ""
+            if not self._messages:
+                raise ConnectionResetError(f"the connection was closed{said}")
+
+    def _flush(self) -> None:
+        for data in self._protocol.data_to_send():
+            if data:
+                self._socket.sendall(data)
+
+
+def _tls(stream: socket.socket, endpoint: Endpoint, name: str) -> ssl.SSLSocket:
+    with translate(
+        lambda error: ConfigurationError(
+            f"{endpoint.ca_file} holds no certificates: {reason(error)}", hint="give a PEM file"
+        ),
+        (OSError,),
+    ):
+        context = ssl.create_default_context(cafile=endpoint.ca_file)
+    with (
+        translate(
+            lambda error: AccessRefusedError(
+                f"the certificate of {endpoint.url} is not valid: {reason(error)}",
+                code="certificate",
+                hint="name the file of its authority with ca_file=..., or renew the certificate",
+            ),
+            ssl.SSLCertVerificationError,
+        ),
+        _losing(endpoint.url),
+    ):
+        return context.wrap_socket(stream, server_hostname=name)
+
+
+def _refusal(url: str, response: Any) -> RemoteError:
+    """Return the error of a host that answered with plain HTTP."""
+    message, hint = f"HTTP status {response.status_code}", ""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        told = json.loads(response.body or b"")["error"]
+        message, hint = str(told["message"]), str(told["hint"])
+    status = response.status_code
+    if status in (_UNAUTHORIZED, _FORBIDDEN):
+        hint = hint or "give the token: token=..., --token-file FILE, or SPLITLEARN_TOKEN"
+        return AccessRefusedError(f"{url} refuses access: {message}", code="access", hint=hint)
+    if status in (_TOO_MANY, _UNAVAILABLE):
+        after = response.headers.get("Retry-After", "")
+        return RemoteBusyError(
+            f"{url}: {message}", code="full", hint=hint, retry_after=float(after) if after.isdigit() else 5.0
+        )
+    if status == _NOT_FOUND:
+        hint = hint or "the id of the model comes after the address; `splitlearn ps` lists the models of a server"
+        return RemoteError(f"{url}: {message}", code="unknown_model", hint=hint)
+    return RemoteError(f"{url}: {message}", code="refused", hint=hint or "is that the address of `splitlearn serve`?")
+
+
+@contextmanager
+def _losing(url: str) -> Iterator[None]:
+    """Translate what ends a connection."""
+
+    def lost(error: BaseException) -> RemoteError | None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return None
+        return ConnectionLostError(
+            f"the connection to {url} failed: {_words(error)}",
+            code="connection",
+            hint="is the host running, and is this its address?",
+        )
+
+    with translate(lost, (OSError, EOFError), unchanged=(RemoteError,)):
+        yield
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "it did not answer in time"
+    number = error.errno if isinstance(error, OSError) else None
+    # The text of ssl and of address look-ups says more than that of the number.
+    plain = number and not isinstance(error, ssl.SSLError | socket.gaierror)
+    return os.strerror(number) if plain and number else reason(error)

@@ -1,0 +1,425 @@
+"""The user's end: connections to one host, and sessions that survive its restarts.
+
+A session keeps a *journal*: the steps that it has done, as they were sent. A host that has lost the session, or another
+one with the same weights, is given the same steps again, one by one, so that its cache is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from splitlearn_core.errors import (
+    AccessRefusedError,
+    ConnectionLostError,
+    ProtocolError,
+    RemoteBusyError,
+    RemoteError,
+    RemoteStepError,
+    SessionLostError,
+)
+from splitlearn_core.hosts.carriers import Connection, Endpoint
+from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
+from splitlearn_core.types import MEGABYTE, human_bytes
+
+log = logging.getLogger(__name__)
+
+#: Bytes of inputs that a session keeps by default.
+JOURNAL_BYTES = 1024 * MEGABYTE
+#: Seconds between two attempts to reach a host that is away: the first, and the longest.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+#: Connections that are kept open without a use.
+_MAX_IDLE = 8
+#: Codes of errors after which a session of this host is gone, and can be rebuilt.
+_GONE = "unknown_session"
+#: Codes for which the host is about to go, so that it counts as away.
+_AWAY = ("closing",)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait for a host that is away, and how much to keep for rebuilding a session.
+
+    Attributes:
+        wait: Seconds for a host to come back; 0 to fail at once.
+        journal_bytes: Bytes of inputs that a session keeps. One that has sent more cannot be rebuilt.
+    """
+
+    wait: float = 60.0
+    journal_bytes: int = JOURNAL_BYTES
+
+
+class Host:
+    """A host as its user sees it: what it runs, and a pool of connections. Any thread may use it.
+
+    Args:
+        endpoint: Its address.
+        patience: How long to wait for it.
+
+    Raises:
+        ConfigurationError: The address cannot be one.
+        RemoteError: It cannot be reached, or refuses.
+    """
+
+    def __init__(self, endpoint: Endpoint, patience: Patience) -> None:
+        endpoint.check()
+        self.endpoint = endpoint
+        self.patience = patience
+        self._lock = threading.Lock()
+        self._idle: list[Connection] = []
+        self._process = os.getpid()
+        #: Sessions that nobody refers to any more; a queue that finalizers may write to.
+        self._abandoned: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
+        self._closer: threading.Thread | None = None
+        self._is_closed = False
+        self._facts: Facts | None = None
+        #: Requests and replies so far, and their bytes.
+        self.round_trips = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        # A host that does not run is reported at once: it is more often a wrong address than a restart.
+        self._put_back(self._connect())
+
+    @property
+    def url(self) -> str:
+        return self.endpoint.url
+
+    @property
+    def facts(self) -> Facts:
+        """What it said of its component when it was first reached."""
+        if self._facts is None:
+            raise ConnectionLostError(f"{self.url} was never reached", code="connection")
+        return self._facts
+
+    def request(self, frame: Frame) -> Frame:
+        """Send a request and return its reply; sends it again over new connections while the host is away.
+
+        Raises:
+            RemoteError: The host refused; or was away for too long.
+        """
+        deadline = time.monotonic() + self.patience.wait
+        pause = 0.0
+        while True:
+            try:
+                return self._once(frame)
+            except RemoteError as error:
+                if not isinstance(error, ConnectionLostError) and error.code not in _AWAY:
+                    raise
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise ConnectionLostError(
+                        f"{error.message}; it did not come back within {self.patience.wait:g} s",
+                        hint=error.hint or "connect(..., wait=SECONDS) waits longer",
+                        code="connection",
+                    ) from error
+                if pause == _FIRST_PAUSE:
+                    log.warning("%s; waiting up to %.0f s for it to come back", error.message, left)
+            # At once the first time: a connection that was not used for a while may be gone, and its host be there.
+            # Afterwards not all at the same moment, of those that wait for one host.
+            time.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311  # no secret
+            pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+
+    def close(self) -> None:
+        """End all connections. Sessions end by themselves after the host's time limit."""
+        self._abandoned.put(None)
+        self._is_closed = True
+        self._close_idle()
+
+    def abandon(self, number: int, secret: str) -> None:
+        """End a session without waiting for it; may be called from a finalizer."""
+        self._abandoned.put((number, secret))
+        if self._closer is None or not self._closer.is_alive():
+            self._closer = threading.Thread(target=self._close_abandoned, name="close remote sessions", daemon=True)
+            self._closer.start()
+
+    # --- connections ----------------------------------------------------------------------------------
+
+    def _once(self, frame: Frame) -> Frame:
+        connection = self._borrow()
+        try:
+            reply = connection.exchange(frame)
+        except BaseException as error:
+            # A reply may still come, so that the connection cannot be used for another request.
+            connection.close()
+            if isinstance(error, ConnectionLostError):
+                # The others are older.
+                self._close_idle()
+            raise
+        self.round_trips += 1
+        self.bytes_sent += frame.payload_bytes
+        self.bytes_received += reply.payload_bytes
+        if reply.kind is not Kind.ERROR:
+            self._put_back(connection)
+            return reply
+        error = _error_of(self.url, reply)
+        if error.code in ("malformed", "version", "too_large", *_AWAY):
+            connection.close()
+        else:
+            self._put_back(connection)
+        raise error
+
+    def _borrow(self) -> Connection:
+        with self._lock:
+            if self._process != os.getpid():
+                # They are the parent's: two processes that use one connection get each other's replies.
+                self._process, self._idle = os.getpid(), []
+                self._closer = None
+            if self._idle:
+                return self._idle.pop()
+        return self._connect()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def _put_back(self, connection: Connection) -> None:
+        with self._lock:
+            if len(self._idle) < _MAX_IDLE and not self._is_closed:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _connect(self) -> Connection:
+        connection = self.endpoint.open()
+        try:
+            reply = connection.exchange(Frame(Kind.HELLO))
+            if reply.kind is Kind.ERROR:
+                raise _error_of(self.url, reply)
+            if reply.kind is not Kind.WELCOME:
+                raise ProtocolError(f"{self.url} answered a greeting with {reply.kind.name}", code="malformed")
+            facts = Facts.from_json(reply.meta)
+            if self._facts is None:
+                self._facts = facts
+            problems = self._facts.differences(facts)
+            if problems:
+                raise RemoteError(
+                    f"{self.url} now runs another component than before: {'; '.join(problems)}",
+                    code="other_model",
+                    hint="connect to it again, and load bottom and top of the same checkpoint",
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _close_abandoned(self) -> None:
+        while (session := self._abandoned.get()) is not None:
+            number, secret = session
+            try:
+                self._once(Frame(Kind.CLOSE, number, meta={"secret": secret}))
+            except RemoteError as error:
+                # The host ends it after its own time limit.
+                log.debug("A session at %s was not closed: %s", self.url, error.message)
+
+
+_KINDS: Mapping[str, type[RemoteError]] = {
+    "full": RemoteBusyError,
+    "access": AccessRefusedError,
+    "malformed": ProtocolError,
+    "version": ProtocolError,
+    "too_large": RemoteStepError,
+    "bad_input": RemoteStepError,
+    "failed": RemoteStepError,
+    "out_of_order": RemoteStepError,
+}
+
+
+def _error_of(url: str, reply: Frame) -> RemoteError:
+    """Return the error that a reply describes."""
+    code, message, hint = (str(reply.meta.get(name) or "") for name in ("code", "message", "hint"))
+    after = reply.meta.get("retry_after")
+    kind = _KINDS.get(code, RemoteError)
+    return kind(
+        f"{url}: {message or 'an error without a message'}",
+        hint=hint,
+        code=code,
+        retry_after=float(after) if isinstance(after, int | float) and 0 <= after < 1e6 else None,  # noqa: PLR2004  # ten days
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step sends besides its number: changes of the cache, arguments, and tensors as bytes of their own."""
+
+    changes: tuple[tuple[str, Any], ...]
+    arguments: Mapping[str, Any]
+    tensors: tuple[TensorSpec, ...]
+    buffers: tuple[memoryview, ...]
+
+    @classmethod
+    def of(
+        cls,
+        changes: Sequence[tuple[str, Any]],
+        arguments: Mapping[str, Any],
+        tensors: tuple[TensorSpec, ...],
+        buffers: Sequence[memoryview],
+    ) -> Step:
+        """Take copies of the buffers: their tensors may change before the step is sent again."""
+        return cls(tuple(changes), arguments, tensors, tuple(memoryview(bytes(buffer)) for buffer in buffers))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def frame(self, session: int, number: int, secret: str, nonce: str) -> Frame:
+        meta: dict[str, Any] = {"arguments": self.arguments, "secret": secret, "nonce": nonce}
+        if self.changes:
+            meta["changes"] = [list(change) for change in self.changes]
+        return Frame(Kind.STEP, session, number, meta, self.tensors, self.buffers)
+
+
+class RemoteSession:
+    """A cache at a host, and the steps on it. It is opened at the first step, by one caller at a time.
+
+    Args:
+        host: Where it is.
+        max_tokens: Tokens of one sequence that are declared; the host reserves room for them.
+    """
+
+    def __init__(self, host: Host, max_tokens: int) -> None:
+        self.host = host
+        self._max_tokens = max_tokens
+        self._lock = threading.Lock()
+        self._number, self._secret = 0, ""
+        self._process = os.getpid()
+        self._done = 0
+        #: None once it is larger than allowed.
+        self._journal: list[Step] | None = []
+        self._journal_bytes = 0
+        #: What is to be done to the cache before the next forward.
+        self.changes: list[tuple[str, Any]] = []
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    def step(
+        self, arguments: Mapping[str, Any], tensors: tuple[TensorSpec, ...], buffers: Sequence[memoryview], rows: int
+    ) -> Frame:
+        """Do the next step, and return its result.
+
+        Raises:
+            RemoteError: It was refused; the session is as before.
+            SessionLostError: The host has lost the session, and the journal is not complete.
+        """
+        step = Step.of(self.changes, arguments, tensors, buffers)
+        with self._lock:
+            if self._process != os.getpid():
+                # The parent may go on with it.
+                self._leave()
+            try:
+                result = self._sent(step, rows)
+            except RemoteError:
+                raise
+            except BaseException:
+                # Interrupted: whether the host has done it is unknown.
+                self._leave()
+                raise
+            self._done += 1
+            self.changes = []
+            self._note(step)
+        return result
+
+    def copy(self) -> RemoteSession:
+        """Return a session with the same content: a copy at the host, or a journal from which it will be rebuilt."""
+        other = RemoteSession(self.host, self._max_tokens)
+        with self._lock:
+            other.changes = list(self.changes)
+            other._journal = None if self._journal is None else list(self._journal)  # its own class
+            other._journal_bytes = self._journal_bytes  # its own class
+            if self._number and self._process == os.getpid():
+                request = Frame(Kind.COPY, self._number, self._done, {"secret": self._secret})
+                try:
+                    other._opened(self.host.request(request), self._done)  # its own class
+                except RemoteError as error:
+                    if self._journal is None:
+                        raise
+                    log.debug("A session is rebuilt instead of copied: %s", error.message)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSession:
+        return self.copy()
+
+    def close(self) -> None:
+        """End it at the host."""
+        self._leave()
+
+    def _sent(self, step: Step, rows: int) -> Frame:
+        nonce = secrets.token_hex(8)
+        deadline = time.monotonic() + self.host.patience.wait
+        while True:
+            try:
+                if not self._number:
+                    self._rebuild(rows)
+                return self.host.request(step.frame(self._number, self._done + 1, self._secret, nonce))
+            except RemoteError as error:
+                if error.code != _GONE:
+                    raise
+                self._forget()
+                # A host that loses it again and again is no host for it.
+                if time.monotonic() > deadline:
+                    raise SessionLostError(
+                        f"{self.host.url} loses the session whenever it is rebuilt: {error.message}",
+                        code=_GONE,
+                        hint="its idle time limit may be shorter than a step takes",
+                    ) from error
+
+    def _rebuild(self, rows: int) -> None:
+        """Open a session, and do again what the journal has."""
+        if self._journal is None:
+            raise SessionLostError(
+                f"the session at {self.host.url} ended, and its journal was larger than allowed",
+                code="journal",
+                hint="start again with an empty cache; connect(..., journal_bytes=N) keeps more",
+            )
+        meta = {"rows": rows, "tokens": min(self._max_tokens, self.host.facts.max_tokens)}
+        self._opened(self.host.request(Frame(Kind.OPEN, meta=meta)), 0)
+        if self._journal:
+            log.warning("Rebuilding a session at %s from %d steps", self.host.url, len(self._journal))
+        for number, step in enumerate(self._journal, start=1):
+            self.host.request(step.frame(self._number, number, self._secret, secrets.token_hex(8)))
+        self._done = len(self._journal)
+
+    def _opened(self, reply: Frame, done: int) -> None:
+        secret = reply.meta.get("secret")
+        if reply.kind is not Kind.OPENED or not reply.session or not isinstance(secret, str):
+            raise ProtocolError(f"{self.host.url} opened no session: {reply.kind.name}", code="malformed")
+        self._number, self._secret, self._done, self._process = reply.session, secret, done, os.getpid()
+        self._finalizer = weakref.finalize(self, self.host.abandon, self._number, self._secret)
+        self._finalizer.atexit = False
+
+    def _note(self, step: Step) -> None:
+        if self._journal is None:
+            return
+        if step.changes and step.changes[0][0] == "reset":
+            self._journal, self._journal_bytes = [], 0
+        self._journal.append(step)
+        self._journal_bytes += step.nbytes
+        if self._journal_bytes > self.host.patience.journal_bytes:
+            log.warning(
+                "A session at %s has sent %s, more than journal_bytes: a restart of the host would end it",
+                self.host.url,
+                human_bytes(self._journal_bytes),
+            )
+            self._journal = None
+
+    def _leave(self) -> None:
+        """End it at the host without waiting, unless it is another process's."""
+        finalizer = self._finalizer
+        if finalizer is not None and self._process == os.getpid():
+            finalizer()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._finalizer, self._number, self._secret = None, 0, ""

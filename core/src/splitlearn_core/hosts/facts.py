@@ -1,0 +1,216 @@
+"""What a host says of its component before the first step, and how it is compared with the other components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from splitlearn_core.checkpoint.origin import Origin
+from splitlearn_core.errors import ProtocolError
+from splitlearn_core.types import FLOAT_DTYPES, LayerRange, is_component_name, kind_of
+
+_MAX_TEXT, _MAX_ITEMS, _MAX_NUMBER = 4_096, 10_000, 2**53
+#: Fields of an origin that are not sent: they are long, and needed where components are saved only.
+_LOCAL = ("ties", "keys", "config")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A component as its host describes it."""
+
+    #: The name of the component, ``trunk`` or ``trunk2``.
+    component: str
+    #: First layer, one past the last, and the number of layers of the model.
+    layers: tuple[int, int, int]
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    #: torch's name of the dtype of its parameters.
+    dtype: str
+    #: A hash of its weights as they are in memory; see ``sessions.weights_digest``.
+    digest: str
+    #: ``eager``, ``sdpa``, ...
+    attention: str
+    #: Distribution -> version, of what decides about the last bit of a result.
+    versions: Mapping[str, str]
+    #: Threads of torch for one forward.
+    threads: int
+    #: Type of the device, and its name where it has one.
+    device: str
+    #: The arguments besides hidden states, mask, positions and cache that its forward takes.
+    arguments: tuple[str, ...]
+    #: For each of its layers, the sliding window of its cache; 0 where it keeps everything.
+    windows: tuple[int, ...]
+    #: Whether training mode would change its results.
+    has_dropout: bool
+    #: Bytes by which the cache of its layers grows for each token of each sequence.
+    cache_bytes_per_token: int
+    #: The most tokens in one session, and the most bytes in one message.
+    max_tokens: int
+    max_payload: int
+    #: Another one each time that the host starts.
+    epoch: str
+    #: The type of each layer of the model, where it has several.
+    layer_types: tuple[str, ...] | None = None
+    #: Where it comes from; None where it was made from a state dict.
+    origin: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def layer_range(self) -> LayerRange:
+        return LayerRange(*self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as values of JSON."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Facts:
+        """Check what a host sent.
+
+        Raises:
+            ProtocolError: A field is missing, or is not what it should be; all are listed.
+        """
+        problems = [f"{item.name} is missing" for item in fields(cls) if item.name not in values]
+        if not problems:
+            problems = [name for name, is_valid in _CHECKS.items() if not is_valid(values[name])]
+        if not problems:
+            made = cls(**{item.name: _frozen(values[item.name]) for item in fields(cls)})
+            start, end, total = made.layers
+            consistent = start < end <= total and len(made.windows) == end - start
+            if consistent and len(made.layer_types or range(total)) == total:
+                return made
+            problems = ["layers, windows and layer_types do not fit together"]
+        raise ProtocolError(
+            f"the host does not say properly what it runs: {'; '.join(problems)}",
+            code="malformed",
+            hint="install the same version of splitlearn-core on both sides",
+        )
+
+    def origin_value(self) -> Origin | None:
+        """Return where the component comes from."""
+        if self.origin is None:
+            return None
+        values = dict(self.origin)
+        return Origin(**{**values, "split_points": tuple(values["split_points"]), "layers": tuple(values["layers"])})
+
+    def differences(self, other: Facts) -> list[str]:
+        """Say why another host cannot take over a session of this one, in words; empty where it can."""
+        names = ("component", "layers", "model_type", "hidden_size", "dtype", "digest", "windows")
+        return [
+            f"{name} was {getattr(self, name)}, and is {getattr(other, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    def last_bit(self, other: Facts) -> list[str]:
+        """Say what of two hosts can make results differ in the last bit, in words."""
+        names = ("attention", "versions", "threads", "device")
+        return [
+            f"{name} {_words(getattr(self, name))} and {_words(getattr(other, name))}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+def origin_json(origin: Origin | None) -> dict[str, Any] | None:
+    """Return an origin as values of JSON, without what only saving needs."""
+    if origin is None:
+        return None
+    return {item.name: _plain(getattr(origin, item.name)) for item in fields(Origin) if item.name not in _LOCAL}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return MappingProxyType(value) if isinstance(value, dict) else value
+
+
+def _words(value: Any) -> str:
+    return ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= _MAX_TEXT
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_NUMBER
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= _MAX_ITEMS and all(map(_is_text, value))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= _MAX_ITEMS and all(map(_is_number, value))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= _MAX_ITEMS and all(map(_is_text, (*value, *value.values())))
+
+
+_ORIGIN_CHECKS = {
+    "model": _is_text,
+    "commit": lambda value: value is None or _is_text(value),
+    "fingerprint": _is_text,
+    "model_type": _is_text,
+    "plugin": _is_text,
+    "plugin_version": _is_text,
+    "split_points": _are_numbers,
+    "num_layers": _is_number,
+    "component": is_component_name,
+    "layers": lambda value: _are_numbers(value) and len(value) == 2,  # noqa: PLR2004  # a pair
+    "dtype": lambda value: value in FLOAT_DTYPES,
+    "samples": _is_table,
+}
+
+
+def _is_origin(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == _ORIGIN_CHECKS.keys()
+        and all(is_valid(value[name]) for name, is_valid in _ORIGIN_CHECKS.items())
+    )
+
+
+_CHECKS = {
+    "component": lambda value: is_component_name(value) and kind_of(value),
+    "layers": lambda value: _are_numbers(value) and len(value) == 3,  # noqa: PLR2004  # start, end, total
+    "model_type": _is_text,
+    "hidden_size": lambda value: _is_number(value) and value > 0,
+    "vocab_size": _is_number,
+    "dtype": lambda value: value in FLOAT_DTYPES,
+    "digest": _is_text,
+    "attention": _is_text,
+    "versions": _is_table,
+    "threads": _is_number,
+    "device": _is_text,
+    "arguments": _are_texts,
+    "windows": _are_numbers,
+    "has_dropout": lambda value: isinstance(value, bool),
+    "cache_bytes_per_token": _is_number,
+    "max_tokens": _is_number,
+    "max_payload": _is_number,
+    "epoch": _is_text,
+    "layer_types": lambda value: value is None or _are_texts(value),
+    "origin": _is_origin,
+}
+
+
+def layer_windows(layers: Sequence[Any]) -> tuple[int, ...] | None:
+    """Return the sliding window of each cache layer, 0 where it has none; None where a layer is of another kind."""
+    windows = []
+    for layer in layers:
+        kind = type(layer).__name__
+        if kind not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+            return None
+        windows.append(int(layer.sliding_window) if kind == "DynamicSlidingWindowLayer" else 0)
+    return tuple(windows)

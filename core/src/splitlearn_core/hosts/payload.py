@@ -1,0 +1,38 @@
+"""Tensors as the payload of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from splitlearn_core.hosts.protocol import Frame, TensorSpec
+from splitlearn_core.types import dtype_names, stored_dtype
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], list[memoryview]]:
+    """Describe tensors, and view their bytes; those of tensors on other devices are copied."""
+    specs, buffers = [], []
+    for name, tensor in tensors.items():
+        specs.append(TensorSpec(name, dtype_names()[tensor.dtype], tuple(tensor.shape)))
+        buffers.append(_bytes_of(tensor.detach().cpu().contiguous()))
+    return tuple(specs), buffers
+
+
+def unpack(frame: Frame) -> dict[str, torch.Tensor]:
+    """Return the tensors of a frame, in memory of their own.
+
+    A kernel may depend on the alignment of its input in the last bit, so that a view into a message would not do.
+    """
+    tensors = {}
+    for spec, buffer in zip(frame.tensors, frame.buffers, strict=True):
+        tensor = torch.empty(spec.shape, dtype=stored_dtype(spec.dtype))
+        if spec.nbytes:
+            _bytes_of(tensor)[:] = buffer
+        tensors[spec.name] = tensor
+    return tensors
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return cast("memoryview", memoryview(cast("Any", tensor.reshape(-1).view(torch.uint8).numpy())))

@@ -1,0 +1,238 @@
+"""The messages between the user of a component and its host: frames, their limits, and nothing that does I/O.
+
+A frame is a header of fixed size, a JSON object (*meta*), and the raw little-endian bytes of tensors (*payload*) in the
+order in which meta lists them::
+
+    magic  version  kind  flags  session  step  meta length  payload length  CRC-32 of meta  reserved
+     4s      B       B     H       Q       Q        I              Q                I            4x
+
+Every request gets one reply, in order. Nothing is allocated for a frame before its header is checked against the
+limits, and nothing of a frame is ever executed: there is no pickle, and dtypes are the safetensors format's names.
+
+=========  =========  ==========================================================================================
+request    reply      meaning
+=========  =========  ==========================================================================================
+HELLO      WELCOME    what each side is; the first message of a connection
+OPEN       OPENED     a new session, with its own key-value cache
+COPY       OPENED     a new session with a copy of another one's cache, as it was after a numbered step
+STEP       RESULT     changes of the cache, then a forward. Steps of a session are numbered from 1; a step that is
+                      sent twice is done once. Session 0: a forward without cache
+BACKWARD   RESULT     a forward without cache once more, and the gradient of its input for that of its output
+CLOSE      CLOSED     the end of a session; one that is unknown is closed already
+PING       PONG       nothing
+any        ERROR      a code, whether the same request can succeed later, and what became of the session
+=========  =========  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
+
+from splitlearn_core.errors import ProtocolError
+from splitlearn_core.types import DTYPE_BYTES
+
+MAGIC, VERSION = b"SPLF", 1
+#: The WebSocket subprotocol, which names the version too.
+SUBPROTOCOL = f"splitlearn.v{VERSION}"
+_HEADER = struct.Struct("<4sBBHQQIQI4x")
+HEADER_BYTES = _HEADER.size
+
+#: The largest meta of a frame. A reordering of 4,096 rows takes 20 kB of it.
+MAX_META_BYTES = 256 * 1024
+#: The largest payload unless a side says otherwise: 8,192 positions of width 8,192 in float32.
+MAX_PAYLOAD_BYTES = 256 * 2**20
+#: Tensors of one frame, their dimensions and the length of their names.
+MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 1_024, 8, 128
+#: The largest session and step number.
+_MAX_NUMBER = 2**63 - 1
+
+
+class Kind(IntEnum):
+    """The kinds of frames."""
+
+    HELLO = 1
+    WELCOME = 2
+    OPEN = 3
+    OPENED = 4
+    COPY = 5
+    STEP = 6
+    RESULT = 7
+    CLOSE = 8
+    CLOSED = 9
+    PING = 10
+    PONG = 11
+    ERROR = 12
+    BACKWARD = 13
+
+
+_KINDS = frozenset(Kind)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a frame: its name, the safetensors format's name of its dtype, and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message. Its payload is a list of buffers, one for each tensor, in the order of ``tensors``."""
+
+    kind: Kind
+    session: int = 0
+    step: int = 0
+    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    tensors: tuple[TensorSpec, ...] = ()
+    buffers: Sequence[memoryview] = ()
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The checked header of a frame."""
+
+    kind: Kind
+    session: int
+    step: int
+    meta_length: int
+    payload_length: int
+    meta_crc: int
+
+    @property
+    def rest(self) -> int:
+        """The bytes that follow the header."""
+        return self.meta_length + self.payload_length
+
+
+def encode(frame: Frame) -> list[bytes | memoryview]:
+    """Return a frame as buffers to send one after the other: header and meta, then a buffer for each tensor."""
+    listed = [[spec.name, spec.dtype, list(spec.shape)] for spec in frame.tensors]
+    content = {**frame.meta, "tensors": listed} if listed else dict(frame.meta)
+    # NaN is not JSON; a reader could refuse it.
+    meta = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    if len(meta) > MAX_META_BYTES:
+        raise ProtocolError(
+            f"the description of a {frame.kind.name} takes {len(meta):,} bytes, and {MAX_META_BYTES:,} are allowed",
+            code="too_large",
+        )
+    header = _HEADER.pack(
+        MAGIC, VERSION, frame.kind, 0, frame.session, frame.step, len(meta), frame.payload_bytes, zlib.crc32(meta)
+    )
+    return [header + meta, *frame.buffers]
+
+
+def decode_header(data: bytes | memoryview, max_payload: int = MAX_PAYLOAD_BYTES) -> Header:
+    """Check the header of a frame, before anything is allocated for what follows it.
+
+    Raises:
+        ProtocolError: It is of another protocol or version, or announces more than is allowed.
+    """
+    if len(data) < HEADER_BYTES:
+        raise ProtocolError(f"a frame of {len(data)} bytes has no header", code="malformed")
+    magic, version, kind, flags, session, step, meta_length, payload_length, crc = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise ProtocolError(
+            "this is not a message of splitlearn",
+            code="malformed",
+            hint="is the address that of `splitlearn serve`, with the name of the model at its end?",
+        )
+    if version != VERSION:
+        raise ProtocolError(
+            f"a frame of protocol version {version}; this side speaks version {VERSION}",
+            code="version",
+            hint="install the same version of splitlearn-core on both sides",
+        )
+    if kind not in _KINDS or flags or max(session, step) > _MAX_NUMBER:
+        raise ProtocolError(f"a frame of kind {kind} with flags {flags:#x} is unknown", code="malformed")
+    if meta_length > MAX_META_BYTES or payload_length > max_payload:
+        raise ProtocolError(
+            f"a frame announces {meta_length:,} + {payload_length:,} bytes, and {MAX_META_BYTES:,} + "
+            f"{max_payload:,} are allowed",
+            code="too_large",
+            hint="send fewer tokens in one step, or raise the limit of the other side",
+        )
+    return Header(Kind(kind), session, step, meta_length, payload_length, crc)
+
+
+def decode_body(header: Header, body: memoryview) -> Frame:
+    """Check what follows a header, and return the frame; its buffers are views of ``body``.
+
+    Raises:
+        ProtocolError: Meta is damaged or no valid description of the payload.
+    """
+    if len(body) != header.rest:
+        raise ProtocolError(f"a frame of {len(body):,} bytes announced {header.rest:,}", code="malformed")
+    raw = bytes(body[: header.meta_length])
+    if zlib.crc32(raw) != header.meta_crc:
+        raise ProtocolError("the description of a frame was damaged on its way", code="malformed")
+    meta = _parse_meta(raw)
+    tensors = _parse_tensors(meta.pop("tensors", []))
+    if sum(spec.nbytes for spec in tensors) != header.payload_length:
+        raise ProtocolError("the tensors of a frame take another number of bytes than its payload", code="malformed")
+    buffers, position = [], header.meta_length
+    for spec in tensors:
+        buffers.append(body[position : position + spec.nbytes])
+        position += spec.nbytes
+    return Frame(header.kind, header.session, header.step, meta, tensors, buffers)
+
+
+def decode(data: bytes | bytearray | memoryview, max_payload: int = MAX_PAYLOAD_BYTES) -> Frame:
+    """Check a frame that has arrived whole; raises like :func:`decode_header` and :func:`decode_body`."""
+    view = memoryview(data)
+    return decode_body(decode_header(view, max_payload), view[HEADER_BYTES:])
+
+
+def _parse_meta(raw: bytes) -> dict[str, Any]:
+    try:
+        meta = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the description of a frame is not JSON: {error}", code="malformed") from error
+    if not isinstance(meta, dict):
+        raise ProtocolError("the description of a frame is no JSON object", code="malformed")
+    return meta
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parse_tensors(listed: Any) -> tuple[TensorSpec, ...]:
+    if not isinstance(listed, list) or len(listed) > MAX_TENSORS:
+        raise ProtocolError("the tensors of a frame are no list, or too many", code="malformed")
+    tensors = tuple(_parse_tensor(item) for item in listed)
+    if len({spec.name for spec in tensors}) < len(tensors):
+        raise ProtocolError("two tensors of a frame have one name", code="malformed")
+    return tensors
+
+
+def _parse_tensor(item: Any) -> TensorSpec:
+    name, dtype, shape = item if isinstance(item, list) and len(item) == 3 else (None, None, None)  # noqa: PLR2004  # name, dtype, shape
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= MAX_NAME
+        or not isinstance(dtype, str)
+        or dtype not in DTYPE_BYTES
+        or not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(type(size) is int and 0 <= size <= _MAX_NUMBER for size in shape)
+    ):
+        raise ProtocolError("a frame lists what is no name, dtype and shape of a tensor", code="malformed")
+    return TensorSpec(name, dtype, tuple(shape))

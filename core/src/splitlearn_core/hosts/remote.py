@@ -1,0 +1,511 @@
+"""A component that runs elsewhere, used as one that runs here."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from splitlearn_core.build.forward_arguments import RECORDINGS, mask_for_layers, named_cache
+from splitlearn_core.build.kv_cache import PartCache
+from splitlearn_core.checkpoint.origin import Origin
+from splitlearn_core.errors import ConfigurationError, RemoteError, UnexpectedArgumentError
+from splitlearn_core.hosts.carriers import Endpoint
+from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
+from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.payload import pack, unpack
+from splitlearn_core.hosts.protocol import Frame, Kind
+from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
+
+log = logging.getLogger(__name__)
+
+#: The environment variable that holds the token, at both ends.
+TOKEN_VARIABLE = "SPLITLEARN_TOKEN"  # noqa: S105  # the name of a variable
+_STATE_DIMENSIONS = 3
+_DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
+
+
+def connect(
+    url: str,
+    *,
+    token: str | None = None,
+    wire: str = "raw",
+    mode: str = "solo",
+    max_tokens: int = 2048,
+    wait: float = 60.0,
+    reply_timeout: float = 300.0,
+    journal_bytes: int = JOURNAL_BYTES,
+    ca_file: str | os.PathLike[str] | None = None,
+) -> RemoteComponent:
+    """Use a component where it is served.
+
+    Args:
+        url: ``http(s)://HOST:PORT/MODEL_ID`` of ``splitlearn serve``, or ``unix://PATH``.
+        token: What the server asks for; by default the value of ``SPLITLEARN_TOKEN``.
+        wire: How hidden states are sent; ``"raw"`` is without loss.
+        mode: ``"solo"`` is bit-equal to the unsplit model.
+        max_tokens: Tokens of one sequence for which the server reserves room; a longer one asks for more.
+        wait: Seconds to wait for a server that was reached before and is away.
+        reply_timeout: Seconds for the reply to one step.
+        journal_bytes: Bytes of inputs that each session keeps here, to be rebuilt after a restart of the server.
+        ca_file: Certificates to trust, in place of the system's.
+
+    Raises:
+        ConfigurationError: An argument is invalid.
+        RemoteError: The server cannot be reached, or refuses.
+    """
+    if wire != "raw" or mode != "solo":
+        raise ConfigurationError(
+            f"wire={wire!r}, mode={mode!r}: this version sends raw hidden states and runs sessions alone",
+            hint='leave them out, or give wire="raw" and mode="solo"',
+        )
+    if max_tokens < 1 or wait < 0 or reply_timeout <= 0 or journal_bytes < 0:
+        raise ConfigurationError(
+            f"max_tokens={max_tokens}, wait={wait}, reply_timeout={reply_timeout}, journal_bytes={journal_bytes}: "
+            "tokens and timeouts are positive, and the others not negative"
+        )
+    endpoint = Endpoint(
+        url=url,
+        token=token if token is not None else os.environ.get(TOKEN_VARIABLE) or None,
+        ca_file=None if ca_file is None else os.fspath(ca_file),
+        reply_timeout=reply_timeout,
+    )
+    return RemoteComponent(Host(endpoint, Patience(wait, journal_bytes)), max_tokens)
+
+
+class RemoteComponent(nn.Module):
+    """A component without weights, whose forward runs at a host. See :func:`connect`.
+
+    It is used wherever a component is: called, with :meth:`new_cache`, and in ``SplitCausalLM``. Any thread may
+    call it; each cache is one session at the host, for one caller at a time.
+    """
+
+    def __init__(self, host: Host, max_tokens: int) -> None:
+        super().__init__()
+        self.host = host
+        self._max_tokens = max_tokens
+        facts = host.facts
+        if kind_of(facts.component) is not Component.TRUNK:
+            raise ConfigurationError(f"{host.url} runs a {facts.component}; only trunks are used remotely")
+        #: What ``SplitCausalLM`` compares with the other components.
+        self.config = SimpleNamespace(
+            model_type=facts.model_type, hidden_size=facts.hidden_size, vocab_size=facts.vocab_size
+        )
+        #: Stand-ins for the layers, by their number in the whole model.
+        self.layer_modules = nn.ModuleDict({str(number): RemoteLayer(host.url) for number in range(*facts.layers[:2])})
+        self.eval()
+
+    @property
+    def facts(self) -> Facts:
+        """What the host says of the component."""
+        return self.host.facts
+
+    @property
+    def url(self) -> str:
+        return self.host.url
+
+    @property
+    def kind(self) -> Component:
+        return kind_of(self.facts.component)
+
+    @property
+    def component(self) -> str:
+        return self.facts.component
+
+    @property
+    def layer_range(self) -> LayerRange:
+        return self.facts.layer_range
+
+    @property
+    def start_layer(self) -> int:
+        return self.layer_range.start
+
+    @property
+    def end_layer(self) -> int:
+        return self.layer_range.end
+
+    @property
+    def origin(self) -> Origin | None:
+        return self.facts.origin_value()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast("torch.dtype", _DTYPES[self.facts.dtype])
+
+    def extra_repr(self) -> str:
+        return f"{self.component}, layers {self.layer_range}, at {self.url}"
+
+    def close(self) -> None:
+        """End the connections."""
+        self.host.close()
+
+    def new_cache(self) -> PartCache:
+        """Return an empty cache of this component's layers: a session, opened at its first step."""
+        return PartCache(self._new_layers(), self.layer_range)
+
+    def cache_view(self, whole: Cache) -> PartCache:
+        """See this component's layers in a cache of the whole model, after turning empty ones into a session.
+
+        Raises:
+            ConfigurationError: They are filled already, by a component that runs here; or are of another kind.
+        """
+        owned = self.layer_range
+        view = PartCache.view(whole, owned)
+        first = view.layers[0]
+        if isinstance(first, _Mirrored):
+            if first.session.host is not self.host:
+                raise ConfigurationError(
+                    f"this cache belongs to a session at {first.session.host.url}, not at {self.url}",
+                    hint="use an empty cache, or the split model that filled this one",
+                )
+            return view
+        for layer in view.layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.is_initialized:
+                state = "filled" if layer.is_initialized else f"of the kind {type(layer).__name__}"
+                raise ConfigurationError(
+                    f"layers {owned} run at {self.url}, and this cache has layers for them that are {state}",
+                    hint="use an empty DynamicCache(config=model.config), or leave past_key_values out",
+                )
+        records_past = any(getattr(layer, "record_past", False) for layer in view.layers)
+        view.layers[:] = self._new_layers()
+        for layer in view.layers if records_past else ():
+            cast("Any", layer).activate_past_recording()
+        whole.layers[owned.start : owned.end] = view.layers
+        return view
+
+    def _new_layers(self) -> list[Any]:
+        session = RemoteSession(self.host, self._max_tokens)
+        leaders: dict[int, Any] = {}
+        layers: list[Any] = []
+        for window in self.facts.windows:
+            if window not in leaders:
+                leaders[window] = _leader(window, session, records=not leaders)
+                layers.append(leaders[window])
+            else:
+                layers.append(_follower(leaders[window]))
+        return layers
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None = None,
+        *,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | BaseModelOutputWithPast:
+        """Run the component at its host; arguments and result are those of a trunk.
+
+        Raises:
+            ConfigurationError: Arguments that a trunk does not take.
+            RemoteError: The host refused the step, or was away for too long.
+        """
+        hidden = self._checked_states(hidden_states)
+        cache = self._checked_cache(named_cache(kwargs, past_key_values))
+        mask = mask_for_layers(attention_mask, self.facts.layer_types, self.layer_range)
+        arguments, tensors = self._named({"attention_mask": mask, "position_ids": position_ids, **kwargs})
+
+        def run(states: torch.Tensor) -> Any:
+            specs, buffers = pack({"hidden_states": states, **tensors})
+            if cache is None:
+                reply = self.host.request(Frame(Kind.STEP, 0, 0, {"arguments": arguments}, specs, buffers))
+            else:
+                leader = cast("Any", cache.layers[0])
+                reply = leader.session.step(arguments, specs, buffers, states.shape[0])
+                for layer in cache.layers:
+                    layer.advance(states.shape[0], states.shape[1])
+            return _output(reply, states)
+
+        def back(states: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+            if cache is not None:
+                raise ConfigurationError(
+                    f"a gradient cannot go back through a session at {self.url}", hint="give use_cache=False"
+                )
+            specs, buffers = pack({"hidden_states": states, "gradient": gradient, **tensors})
+            reply = self.host.request(Frame(Kind.BACKWARD, 0, 0, {"arguments": arguments}, specs, buffers))
+            return _received(unpack(reply), "gradient", states)
+
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            return _through(hidden, run, back)
+        return cast("torch.Tensor | BaseModelOutputWithPast", run(hidden))
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the host decides which implementation it runs."""
+        self.set_attn_implementation()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the host decides which implementation it runs."""
+        raise ConfigurationError(
+            f"the {self.component} runs with the kernels of its host ({self.facts.attention} attention)",
+            hint="set it where the component is loaded",
+        )
+
+    def _checked_states(self, hidden: Any) -> torch.Tensor:
+        width = self.facts.hidden_size
+        if (
+            not isinstance(hidden, torch.Tensor)
+            or hidden.dim() != _STATE_DIMENSIONS
+            or hidden.shape[-1] != width
+            or hidden.dtype != self.dtype
+        ):
+            given = (
+                f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            )
+            raise ConfigurationError(
+                f"hidden_states are {given}; this {self.component} takes {self.dtype} [batch, sequence, {width}]",
+                hint="give what the component before it returned, as it is",
+            )
+        if self.training and self.facts.has_dropout:
+            raise ConfigurationError(
+                f"the {self.component} at {self.url} has dropout, and runs in evaluation mode",
+                hint="model.eval(), or set the dropouts of the configuration to 0",
+            )
+        return hidden
+
+    def _checked_cache(self, cache: Any) -> PartCache | None:
+        if cache is None:
+            return None
+        if not isinstance(cache, PartCache) or cache.layer_range != self.layer_range:
+            cached = getattr(cache, "layer_range", "all layers")
+            raise ConfigurationError(
+                f"past_key_values is a cache of {cached}; this {self.component} runs layers {self.layer_range}",
+                hint=f"use {self.component}.new_cache(); a cache of other layers would give wrong text silently",
+            )
+        first = cache.layers[0]
+        if not isinstance(first, _Mirrored) or first.session.host is not self.host:
+            raise ConfigurationError(
+                f"past_key_values is a cache of another {self.component} than that at {self.url}",
+                hint=f"use its own {self.component}.new_cache()",
+            )
+        return cache
+
+    def _named(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Separate arguments into values of JSON and tensors."""
+        arguments: dict[str, Any] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if name not in self.facts.arguments and name not in RECORDINGS:
+                raise UnexpectedArgumentError(
+                    f"{self.component}.forward() got an unexpected keyword argument {name!r}",
+                    hint=f"the {self.component} at {self.url} takes hidden_states, past_key_values, "
+                    f"{', '.join(self.facts.arguments)}",
+                )
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif name == "attention_mask" and isinstance(value, Mapping):
+                arguments["attention_mask_of"] = list(value)
+                tensors.update({f"{name}.{kind}": mask for kind, mask in value.items() if mask is not None})
+            elif isinstance(value, bool | int | float | str):
+                arguments[name] = value
+            else:
+                raise ConfigurationError(
+                    f"{name} is a {type(value).__name__}, which is not sent to {self.url}",
+                    hint="give a tensor, a number, a text, or nothing",
+                )
+        return arguments, tensors
+
+
+class RemoteLayer(nn.Module):
+    """Stands for a layer that runs elsewhere."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+
+    def extra_repr(self) -> str:
+        return f"at {self.url}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a layer is not called by itself."""
+        raise ConfigurationError(
+            f"this layer runs at {self.url}, as a part of a component", hint="call the component, or the whole model"
+        )
+
+
+class _RemoteForward(torch.autograd.Function):
+    """Hidden states through a host, and their gradient back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, run: Callable[..., Any], back: Callable[..., Any], box: list[Any]
+    ) -> Any:
+        ctx.back = back
+        ctx.save_for_backward(hidden)
+        output = run(hidden.detach())
+        box.append(output)
+        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (hidden,) = ctx.saved_tensors
+        return ctx.back(hidden.detach(), gradient), None, None, None
+
+
+def _through(hidden: torch.Tensor, run: Callable[..., Any], back: Callable[..., Any]) -> Any:
+    box: list[Any] = []
+    state = cast("Any", _RemoteForward).apply(hidden, run, back, box)
+    output = box.pop()
+    if isinstance(output, torch.Tensor):
+        return state
+    output.last_hidden_state = state
+    return output
+
+
+def _output(reply: Frame, states: torch.Tensor) -> Any:
+    tensors = unpack(reply)
+    hidden = _received(tensors, "output", states)
+    recorded = {
+        kind: tuple(tensors[name].to(states.device) for name in tensors if name.startswith(f"{kind}."))
+        for kind in RECORDINGS.values()
+    }
+    if not any(recorded.values()):
+        return hidden
+    return BaseModelOutputWithPast(
+        last_hidden_state=cast("Any", hidden), **{kind: items for kind, items in recorded.items() if items}
+    )
+
+
+def _received(tensors: Mapping[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        what = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise RemoteError(
+            f"the host returned {what} as {name}, and {like.dtype} {list(like.shape)} was expected", code="malformed"
+        )
+    return tensor.to(like.device)
+
+
+class _Mirrored:
+    """A cache layer whose keys and values are at a host, and that only knows its own length and rows.
+
+    Changes of the cache (beam search reorders it, drafting takes tokens back) are done to small stand-ins by
+    transformers' own code, and go to the host with the next step.
+    """
+
+    session: RemoteSession
+    #: The layer itself; of a further one, the layer that it follows.
+    leader: Any
+    #: Whether changes of this layer are those of the session.
+    _records: bool
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Grow by a step that was done."""
+        stand_in = torch.empty(rows, 1, tokens, 1, dtype=torch.uint8)
+        super().update(stand_in, stand_in)  # type: ignore[misc]  # of the layer that it is mixed into
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: keys and values are not here."""
+        raise ConfigurationError(
+            f"this cache belongs to a component at {self.session.host.url}, and was given to one that runs here",
+            hint="give each component a cache of its own new_cache()",
+        )
+
+    def offload(self) -> None:
+        """Do nothing: there is nothing here to move."""
+
+    def prefetch(self) -> None:
+        """Do nothing: there is nothing here to move."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx.cpu())  # type: ignore[misc]  # of the layer that it is mixed into
+        self._record("reorder", beam_idx.tolist)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices.cpu())  # type: ignore[misc]  # of the layer that it is mixed into
+        rows = indices.nonzero().reshape(-1) if indices.dtype == torch.bool else indices
+        self._record("select", rows.tolist)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]  # of the layer that it is mixed into
+        self._record("repeat", lambda: repeats)
+
+    def crop(self, *args: Any) -> None:
+        before = cast("Any", self).get_seq_length()
+        super().crop(*args)  # type: ignore[misc]  # of the layer that it is mixed into
+        self._record("remove", lambda: before - cast("Any", self).get_seq_length())
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]  # of the layer that it is mixed into
+        if self._records:
+            # Nothing that was to be done before matters any more.
+            self.session.changes = [("reset", None)]
+
+    def activate_past_recording(self) -> None:
+        activate = getattr(super(), "activate_past_recording", None)
+        if activate is not None:
+            activate()
+        if self._records:
+            self.session.changes.append(("record", None))
+
+    def _record(self, name: str, value: Callable[[], Any]) -> None:
+        if self._records and cast("Any", self).keys is not None:
+            self.session.changes.append((name, value()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        # Stand-ins are replaced and never written to, so that both may have the same.
+        vars(other).update(vars(self))
+        # The same copy for each layer that leads others.
+        other.session, other.leader = copy.deepcopy(self.session, memo), other
+        return other
+
+
+class _Full(_Mirrored, DynamicLayer):
+    """A layer that keeps everything."""
+
+
+class _Sliding(_Mirrored, DynamicSlidingWindowLayer):
+    """A layer with a window."""
+
+
+class _Following:
+    """A layer that shares the state of another one of its kind, which is changed once for all of them."""
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Do nothing: the leader grows."""
+
+    reorder_cache = batch_select_indices = batch_repeat_interleave = crop = reset = activate_past_recording = (
+        lambda self, *args: None
+    )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        other = _follower(copy.deepcopy(cast("Any", self).leader, memo))
+        memo[id(self)] = other
+        return other
+
+
+class _FollowingFull(_Following, _Full):
+    """A further layer that keeps everything."""
+
+
+class _FollowingSliding(_Following, _Sliding):
+    """A further layer with a window."""
+
+
+def _leader(window: int, session: RemoteSession, *, records: bool) -> Any:
+    layer: Any = _Sliding(sliding_window=window) if window else _Full()
+    layer.session, layer._records, layer.leader = session, records, layer  # noqa: SLF001  # its own class
+    return layer
+
+
+def _follower(leader: Any) -> Any:
+    layer = object.__new__(_FollowingSliding if isinstance(leader, _Sliding) else _FollowingFull)
+    # One state, however many layers: each step would otherwise change as many stand-ins as there are layers.
+    layer.__dict__ = leader.__dict__
+    return layer

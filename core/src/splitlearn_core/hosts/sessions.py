@@ -1,0 +1,595 @@
+"""The host's end: a component, the sessions on it, and the steps that change them.
+
+What can go wrong has a code, which the caller gets with the session's state. A step that fails leaves its session as
+it was.
+
+================  =========  ==================================================================================
+code              again?     meaning
+================  =========  ==================================================================================
+malformed         no         no valid frame; the connection ends
+version           no         another version of the protocol
+too_large         no         more bytes or tokens than the host allows
+bad_input         no         a step that this component cannot do: wrong shapes, dtypes, numbers, arguments
+unknown_session   no         there is no such session: it expired, was closed, the host was restarted, or the
+                             secret is wrong; the caller can open another and replay its journal
+out_of_order      no         a step that is neither the next nor the last one
+full              later      no room for another session, or for more tokens
+failed            no         the component failed in the step
+access            no         the token is missing or wrong
+closing           later      the host is ending, or its model is being unloaded
+================  =========  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.build.kv_cache import PartCache
+from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
+from splitlearn_core.hosts.facts import Facts, layer_windows, origin_json
+from splitlearn_core.hosts.payload import pack, unpack
+from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
+from splitlearn_core.plan.splitplan import kv_bytes_per_layer
+from splitlearn_core.plugins.metadata import core_version
+from splitlearn_core.types import Component, human_bytes
+
+#: Elements of each tensor that the digest of the weights looks at.
+_DIGEST_ELEMENTS = 64
+#: Seconds after which room may be free.
+_RETRY_AFTER = 5.0
+_HIDDEN_DIMENSIONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """What a host gives to its sessions."""
+
+    #: Sessions at once, in all and of one owner (that is, of one token).
+    max_sessions: int = 256
+    max_sessions_per_owner: int = 256
+    #: Tokens of one sequence, and sequences of one session.
+    max_tokens: int = 32_768
+    max_rows: int = 512
+    #: Bytes of all caches together; None for no limit.
+    cache_bytes: int | None = None
+    #: Seconds without a step after which a session ends.
+    idle_timeout: float = 600.0
+    #: Bytes of one message.
+    max_payload: int = MAX_PAYLOAD_BYTES
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    number: int
+    secret: str
+    owner: str
+    cache: PartCache
+    rows: int
+    #: The tokens that it declared, or has.
+    tokens: int
+    lock: threading.Lock
+    used_at: float
+    #: The last step that was done, and its result until the next one.
+    done: int = 0
+    result: Frame | None = None
+    #: What the caller chose for that step: another step of the same number is not the same step.
+    nonce: object = None
+
+
+class SessionTable:
+    """The sessions of one component, as a function from frames to frames.
+
+    :meth:`handle` may be called from several threads; one forward runs at a time.
+
+    Args:
+        component: A trunk. Its mode (evaluation or training) and dtype stay as they are.
+        limits: What sessions may take.
+        clock: Returns seconds, monotonically.
+
+    Raises:
+        ConfigurationError: The component is not a trunk.
+    """
+
+    def __init__(
+        self,
+        component: ComponentModel,
+        limits: SessionLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if component.kind is not Component.TRUNK:
+            raise ConfigurationError(
+                f"a {component.component} cannot be used from elsewhere: it has the data owner's embeddings or head",
+                hint="a host runs trunks; load bottom and top where the data is",
+            )
+        self.limits = limits or SessionLimits()
+        self._component = component
+        self._clock = clock
+        self.facts = component_facts(component, self.limits)
+        self._sessions: dict[int, _Session] = {}
+        self._lock = threading.Lock()
+        #: One forward at a time; threads get it in the order in which they came.
+        self._compute = threading.Lock()
+        self._closing = False
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The bytes of caches that open sessions may grow to."""
+        return sum(map(self._bytes_of, self._sessions.values()))
+
+    def handle(self, frame: Frame, owner: str = "") -> Frame:
+        """Answer one request. Never raises for what a client sent: the answer is then an ERROR.
+
+        Args:
+            frame: The request.
+            owner: Who asks: sessions of one owner are counted together.
+        """
+        handler = self._handlers.get(frame.kind)
+        if handler is None:
+            return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
+        try:
+            return handler(self, frame, owner)
+        except SplitLearnError as error:
+            return error_frame(error, frame)
+
+    def expire(self) -> int:
+        """End the sessions that have been idle for too long; returns how many there were."""
+        limit = self._clock() - self.limits.idle_timeout
+        with self._lock:
+            # One that is in a step is not idle, however long the step takes.
+            idle = [s for s in self._sessions.values() if s.used_at < limit and not s.lock.locked()]
+            for session in idle:
+                del self._sessions[session.number]
+        return len(idle)
+
+    def close(self) -> None:
+        """End all sessions, and take no more."""
+        with self._lock:
+            self._closing = True
+            self._sessions.clear()
+
+    # --- requests -------------------------------------------------------------------------------------
+
+    def _hello(self, frame: Frame, owner: str) -> Frame:
+        return Frame(Kind.WELCOME, meta=self.facts.to_json())
+
+    def _ping(self, frame: Frame, owner: str) -> Frame:
+        return Frame(Kind.PONG)
+
+    def _open(self, frame: Frame, owner: str) -> Frame:
+        rows = _number(frame.meta, "rows", 1, self.limits.max_rows)
+        tokens = _number(frame.meta, "tokens", 1, self.limits.max_tokens)
+        return self._opened(self._component.new_cache(), rows, tokens, owner, done=0)
+
+    def _copy(self, frame: Frame, owner: str) -> Frame:
+        source = self._session(frame)
+        with source.lock:
+            if frame.step != source.done:
+                raise RemoteError(
+                    f"the session has done {source.done} steps, and a copy of it after step {frame.step} was requested",
+                    code="out_of_order",
+                )
+            return self._opened(_copied(source.cache), source.rows, source.tokens, owner, done=source.done)
+
+    def _opened(self, cache: PartCache, rows: int, tokens: int, owner: str, *, done: int) -> Frame:
+        self.expire()
+        session = _Session(
+            number=secrets.randbits(62) + 1,
+            secret=secrets.token_hex(16),
+            owner=owner,
+            cache=cache,
+            rows=rows,
+            tokens=tokens,
+            lock=threading.Lock(),
+            used_at=self._clock(),
+            done=done,
+        )
+        with self._lock:
+            if self._closing:
+                raise RemoteError("this host is ending", code="closing", retry_after=_RETRY_AFTER)
+            own = sum(other.owner == owner for other in self._sessions.values())
+            if len(self._sessions) >= self.limits.max_sessions or own >= self.limits.max_sessions_per_owner:
+                raise RemoteError(
+                    f"{len(self._sessions)} sessions are open, {own} of them yours; "
+                    f"{self.limits.max_sessions} and {self.limits.max_sessions_per_owner} are allowed",
+                    code="full",
+                    retry_after=_RETRY_AFTER,
+                    hint="try again when others have ended, or close sessions that are no longer needed",
+                )
+            self._admit(self._bytes_of(session))
+            self._sessions[session.number] = session
+        return Frame(Kind.OPENED, session.number, meta={"secret": session.secret})
+
+    def _close(self, frame: Frame, owner: str) -> Frame:
+        try:
+            number = self._session(frame).number
+        except RemoteError:
+            return Frame(Kind.CLOSED, frame.session)
+        with self._lock:
+            self._sessions.pop(number, None)
+        return Frame(Kind.CLOSED, number)
+
+    def _step(self, frame: Frame, owner: str) -> Frame:
+        if frame.session == 0:
+            return self._forward(frame, None)
+        session = self._session(frame)
+        with session.lock:
+            nonce = frame.meta.get("nonce")
+            if frame.step == session.done and session.result is not None and session.nonce == nonce:
+                return session.result
+            if frame.step != session.done + 1:
+                raise RemoteError(
+                    f"step {frame.step} was sent, and step {session.done + 1} is next",
+                    code="out_of_order",
+                    hint="a session is used by one caller at a time; copy its cache for another one",
+                )
+            before = [copy.copy(layer) for layer in session.cache.layers], session.rows, session.tokens
+            try:
+                self._change(session, frame.meta.get("changes", []))
+                result = self._forward(frame, session)
+            except BaseException:
+                # Cache layers put new tensors in the place of old ones, so that copies of the layers are the old state.
+                session.cache.layers[:], session.rows, session.tokens = before
+                raise
+            finally:
+                session.used_at = self._clock()
+            session.done, session.nonce = frame.step, nonce
+            session.result = replace(result, session=session.number, step=frame.step)
+            return session.result
+
+    def _backward(self, frame: Frame, owner: str) -> Frame:
+        tensors = unpack(frame)
+        gradient = tensors.pop("gradient", None)
+        if gradient is None or frame.session:
+            raise RemoteError("a gradient goes back through a forward without cache", code="bad_input")
+        with self._compute, torch.inference_mode(mode=False), torch.enable_grad():
+            hidden, inputs = self._inputs(frame, tensors, None)
+            hidden.requires_grad_()
+            output = self._run(hidden, inputs)
+            if gradient.shape != output.shape or gradient.dtype != output.dtype:
+                raise RemoteError(
+                    f"the gradient is {_shape(gradient)}; the output was {_shape(output)}", code="bad_input"
+                )
+            (result,) = torch.autograd.grad(output, hidden, gradient.to(output.device))
+        specs, buffers = pack({"gradient": result})
+        return Frame(Kind.RESULT, tensors=specs, buffers=buffers)
+
+    _handlers: Mapping[Kind, Callable[..., Frame]] = {
+        Kind.HELLO: _hello,
+        Kind.PING: _ping,
+        Kind.OPEN: _open,
+        Kind.COPY: _copy,
+        Kind.CLOSE: _close,
+        Kind.STEP: _step,
+        Kind.BACKWARD: _backward,
+    }
+
+    # --- parts of a step ------------------------------------------------------------------------------
+
+    def _session(self, frame: Frame) -> _Session:
+        session = self._sessions.get(frame.session)
+        secret = frame.meta.get("secret")
+        # Whether the number exists is not told to someone who does not know its secret.
+        if (
+            session is None
+            or not isinstance(secret, str)
+            or not hmac.compare_digest(secret.encode(errors="replace"), session.secret.encode())
+        ):
+            raise RemoteError(
+                "there is no such session here: it has ended, or is another one's",
+                code="closing" if self._closing else "unknown_session",
+                hint="open another session",
+            )
+        return session
+
+    def _admit(self, wanted: int) -> None:
+        """Refuse bytes beyond the limit; called with the lock held."""
+        limit, reserved = self.limits.cache_bytes, self.reserved_bytes
+        if limit is not None and reserved + wanted > limit:
+            raise RemoteError(
+                f"caches of {human_bytes(reserved)} are reserved, {human_bytes(wanted)} more are needed, "
+                f"and {human_bytes(limit)} are allowed",
+                code="full",
+                retry_after=_RETRY_AFTER,
+                hint="try again when other sessions have ended, or declare fewer tokens: connect(..., max_tokens=N)",
+            )
+
+    def _bytes_of(self, session: _Session) -> int:
+        return session.rows * session.tokens * self.facts.cache_bytes_per_token
+
+    def _grow(self, session: _Session, rows: int, tokens: int) -> None:
+        """Reserve room for a step that needs more than was declared."""
+        if rows > self.limits.max_rows or tokens > self.limits.max_tokens:
+            raise RemoteError(
+                f"{rows} sequences of {tokens} tokens; this host allows {self.limits.max_rows} of "
+                f"{self.limits.max_tokens}",
+                code="too_large",
+                hint="shorten the input, or generate fewer tokens or beams",
+            )
+        grown = replace_size(session, max(rows, session.rows), max(tokens, session.tokens))
+        with self._lock:
+            self._admit(self._bytes_of(grown) - self._bytes_of(session))
+            session.rows, session.tokens = grown.rows, grown.tokens
+
+    def _change(self, session: _Session, changes: Any) -> None:
+        """Apply the changes of a cache that a step brings along, in order."""
+        if not isinstance(changes, list):
+            raise RemoteError("the changes of a cache are no list", code="bad_input")
+        for change in changes:
+            name, value = change if isinstance(change, list) and len(change) == 2 else ("", None)  # noqa: PLR2004  # name and value
+            apply = _CHANGES.get(name) if isinstance(name, str) else None
+            if apply is None:
+                raise RemoteError(f"{str(name)[:50]!r} is no change of a cache", code="bad_input")
+            rows = _rows(session.cache)
+            apply(
+                session.cache, _checked_change(name, value, rows, self.limits.max_rows, session.cache.get_seq_length())
+            )
+
+    def _forward(self, frame: Frame, session: _Session | None) -> Frame:
+        tensors = unpack(frame)
+        if session is not None:
+            hidden = tensors.get("hidden_states")
+            if hidden is not None and hidden.dim() == _HIDDEN_DIMENSIONS:
+                self._grow(session, hidden.shape[0], session.cache.get_seq_length() + hidden.shape[1])
+        asked_at = self._clock()
+        with self._compute, torch.inference_mode(mode=False), torch.no_grad():
+            began_at = self._clock()
+            hidden, inputs = self._inputs(frame, tensors, session)
+            output = self._run(hidden, inputs)
+            packed = pack(_named_outputs(output))
+        meta = {
+            "length": 0 if session is None else session.cache.get_seq_length(),
+            "mode": "solo",
+            "waited": began_at - asked_at,
+            "computed": self._clock() - began_at,
+        }
+        return Frame(Kind.RESULT, meta=meta, tensors=packed[0], buffers=packed[1])
+
+    def _inputs(
+        self, frame: Frame, tensors: dict[str, torch.Tensor], session: _Session | None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Check the inputs of a step, and name them as the component does."""
+        device = next(self._component.parameters()).device
+        hidden = tensors.pop("hidden_states", None)
+        if hidden is None or hidden.dim() != _HIDDEN_DIMENSIONS:
+            raise RemoteError("a step has no hidden_states [batch, sequence, hidden]", code="bad_input")
+        if hidden.shape[0] * hidden.shape[1] == 0 or hidden.shape[0] > self.limits.max_rows:
+            raise RemoteError(f"hidden_states are {_shape(hidden)}: none, or too many sequences", code="bad_input")
+        if hidden.shape[1] > self.limits.max_tokens:
+            raise RemoteError(
+                f"{hidden.shape[1]} tokens in one step; this host allows {self.limits.max_tokens}", code="too_large"
+            )
+        if hidden.is_floating_point() and not torch.isfinite(hidden).all():
+            raise RemoteError(
+                "hidden_states have values that are not finite",
+                code="bad_input",
+                hint="look at the bottom and at what it was given: is a value NaN, or beyond the dtype?",
+            )
+        inputs = _arguments(frame.meta, tensors)
+        inputs = {name: _to(value, device) for name, value in inputs.items()}
+        for tensor in _tensors_in(inputs.get("attention_mask")):
+            past = 0 if session is None else session.cache.get_seq_length()
+            if tensor.shape[-1:] != (past + hidden.shape[1],) or tensor.shape[0] not in (1, hidden.shape[0]):
+                raise RemoteError(
+                    f"the attention mask is {_shape(tensor)}; {past} tokens are cached, and hidden_states are "
+                    f"{_shape(hidden)}",
+                    code="bad_input",
+                    hint="give a mask of [batch, cached tokens + new tokens]",
+                )
+        if session is not None:
+            inputs["past_key_values"] = session.cache
+        return hidden.to(device), inputs
+
+    def _run(self, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
+        try:
+            return self._component(hidden_states=hidden, **inputs)
+        except ConfigurationError as error:
+            raise RemoteError(error.message, hint=error.hint, code="bad_input") from error
+        except Exception as error:
+            raise RemoteError(f"the component failed: {type(error).__name__}: {error}", code="failed") from error
+
+
+def replace_size(session: _Session, rows: int, tokens: int) -> _Session:
+    """Return a session of another size, to count with."""
+    return replace(session, rows=rows, tokens=tokens)
+
+
+def error_frame(error: SplitLearnError, request: Frame | None = None) -> Frame:
+    """Return the answer to a request that was refused."""
+    code = getattr(error, "code", "") or "failed"
+    after = getattr(error, "retry_after", None)
+    session, step = (request.session, request.step) if request is not None else (0, 0)
+    meta = {"code": code, "message": error.message[:2_000], "hint": error.hint[:1_000], "retry_after": after}
+    return Frame(Kind.ERROR, session, step, meta)
+
+
+def component_facts(component: ComponentModel, limits: SessionLimits) -> Facts:
+    """Describe a component for those who use it from elsewhere.
+
+    Raises:
+        ConfigurationError: Its cache is of a kind that sessions cannot keep.
+    """
+    config: Any = component.config
+    windows = layer_windows(component.new_cache().layers)
+    if windows is None:
+        raise ConfigurationError(
+            f"the layers of a {config.model_type} keep a running state, which a session could not restore",
+            hint="use this component in one process",
+        )
+    parameter = next(component.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    kinds = getattr(config, "layer_types", None)
+    owned = component.layer_range
+    return Facts(
+        component=str(component.component),
+        layers=(owned.start, owned.end, owned.total),
+        model_type=config.model_type,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        dtype=dtype,
+        digest=weights_digest(component),
+        attention=str(getattr(config, "_attn_implementation", None) or "eager"),
+        versions={
+            "splitlearn-core": core_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        threads=torch.get_num_threads(),
+        device=parameter.device.type,
+        arguments=tuple(sorted(component.routing.everywhere)),
+        windows=windows,
+        has_dropout=_has_dropout(component),
+        cache_bytes_per_token=len(owned) * kv_bytes_per_layer(component.family, config.to_dict(), dtype),
+        max_tokens=limits.max_tokens,
+        max_payload=limits.max_payload,
+        epoch=secrets.token_hex(8),
+        layer_types=None if kinds is None else tuple(kinds),
+        origin=origin_json(component.origin),
+    )
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Hash names, shapes, dtypes and evenly spaced values of a module's tensors.
+
+    It reads a few kilobytes of each, so that a mapped component stays unread. Modules that differ only between the
+    values that are read have the same digest; checkpoints that were trained do not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _DIGEST_ELEMENTS)
+        values = flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode() + values)
+    return digest.hexdigest()
+
+
+def _has_dropout(component: ComponentModel) -> bool:
+    rates = [module.p for module in component.modules() if isinstance(module, nn.Dropout)]
+    values = [getattr(component.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")]
+    return any(rates) or any(values)
+
+
+def _named_outputs(output: Any) -> dict[str, torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return {"output": output}
+    named = {"output": output.last_hidden_state}
+    for kind in ("hidden_states", "attentions"):
+        named.update({f"{kind}.{number}": tensor for number, tensor in enumerate(output.get(kind) or ())})
+    return named
+
+
+def _arguments(meta: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the arguments of a forward by name, from the values of meta and the tensors of a frame."""
+    arguments = meta.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise RemoteError("the arguments of a step are no JSON object", code="bad_input")
+    arguments = dict(arguments)
+    kinds = arguments.pop("attention_mask_of", None)
+    for name, tensor in tensors.items():
+        argument, _, kind = name.partition(".")
+        if kind:
+            arguments.setdefault(argument, {})[kind] = tensor
+        else:
+            arguments[argument] = tensor
+    if isinstance(kinds, list):
+        masks = arguments.get("attention_mask") or {}
+        arguments["attention_mask"] = {str(kind): masks.get(kind) for kind in kinds}
+    return arguments
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [item for item in value.values() if isinstance(item, torch.Tensor)] if isinstance(value, dict) else []
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return {name: _to(item, device) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _copied(cache: PartCache) -> PartCache:
+    return PartCache([copy.copy(layer) for layer in cache.layers], cache.layer_range)
+
+
+def _rows(cache: PartCache) -> int:
+    keys = cache.layers[0].keys
+    return 0 if keys is None else int(keys.shape[0])
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _number(meta: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    value = meta.get(name)
+    if type(value) is not int or not least <= value <= most:
+        raise RemoteError(
+            f"{name} is {str(value)[:50]}, no whole number from {least} to {most}",
+            code="too_large" if type(value) is int and value > most else "bad_input",
+            hint=f"this host allows {most} {name} in one session",
+        )
+    return value
+
+
+def _checked_change(name: str, value: Any, rows: int, max_rows: int, length: int) -> Any:
+    """Return the value of a change, checked against the cache that it is for."""
+    if name in ("reorder", "select"):
+        if isinstance(value, list) and len(value) <= max_rows and all(type(r) is int and 0 <= r < rows for r in value):
+            return torch.tensor(value, dtype=torch.long)
+    elif name == "repeat":
+        if type(value) is int and 1 <= value <= max_rows and rows * value <= max_rows:
+            return value
+    elif name == "remove":
+        if type(value) is int and 0 <= value <= length:
+            return value
+    elif value is None:
+        return None
+    raise RemoteError(
+        f"the cache has {rows} sequences of {length} tokens and cannot {name} {str(value)[:50]}",
+        code="bad_input",
+    )
+
+
+def _each(method: str) -> Callable[[PartCache, Any], None]:
+    def change(cache: PartCache, value: Any) -> None:
+        for layer in cache.layers:
+            call = getattr(layer, method, None)
+            if call is not None:
+                call() if value is None else call(value)
+
+    return change
+
+
+def _remove(cache: PartCache, count: int) -> None:
+    for layer in cache.layers:
+        # Older versions take 0 for the length that is left.
+        if count or getattr(layer, "record_past", False):
+            cast("Any", layer).crop(-count)
+
+
+#: Name of a change -> what does it. They are the methods of transformers' cache layers.
+_CHANGES: Mapping[str, Callable[[PartCache, Any], None]] = {
+    "reorder": _each("reorder_cache"),
+    "select": _each("batch_select_indices"),
+    "repeat": _each("batch_repeat_interleave"),
+    "remove": _remove,
+    "reset": _each("reset"),
+    "record": _each("activate_past_recording"),
+}
