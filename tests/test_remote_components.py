@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
+import gc
+import json
+import os
+import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 # It imports scikit-learn where that is installed, which sets variables of the environment.
 from transformers.generation import candidate_generator  # noqa: F401
 
-from splitlearn_core import SplitCausalLM, load_split_model
+from splitlearn_core import (
+    ConfigurationError,
+    ConnectionLostError,
+    RemoteError,
+    SessionLostError,
+    SplitCausalLM,
+    connect,
+    load_split_model,
+)
 from splitlearn_core.extension import cache_argument
+from splitlearn_core.hosts.protocol import Kind
 from splitlearn_core.hosts.sessions import SessionTable
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
-from support.hosts import CARRIERS, MemoryEndpoint, hosting, lost, remote
+from support.hosts import CARRIERS, MemoryEndpoint, hosting, lost, remote, unix_host
 
 SPLIT = (2, 4)
 #: Carriers are tried with one family, and families over one carrier.
@@ -66,7 +81,8 @@ def padded() -> dict[str, torch.Tensor]:
 
 def generated(model: Any, inputs: dict[str, Any], **arguments: Any) -> torch.Tensor:
     torch.manual_seed(1)
-    output: torch.Tensor = model.generate(**inputs, max_new_tokens=12, pad_token_id=0, eos_token_id=None, **arguments)
+    settings = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None, **arguments}
+    output: torch.Tensor = model.generate(**inputs, **settings)
     return output
 
 
@@ -215,14 +231,15 @@ def test_text_goes_on_after_a_fault_at_any_message(
 ) -> None:
     """Each message of a generation is lost, or is the last one of a host that comes back without its sessions."""
     whole, _ = models("qwen2", "float32")
-    expected = generated(whole, padded(), do_sample=False, **arguments)
-    assert torch.equal(generated(used(endpoint), padded(), do_sample=False, **arguments), expected)
+    arguments = {**arguments, "do_sample": False, "max_new_tokens": 5}
+    expected = generated(whole, padded(), **arguments)
+    assert torch.equal(generated(used(endpoint), padded(), **arguments), expected)
     messages = endpoint.count
-    assert messages >= 13
+    assert messages >= 6
     for boundary in range(1, messages + 1):
         endpoint.count = 0
         FAULTS[fault](endpoint, boundary)
-        assert torch.equal(generated(used(endpoint), padded(), do_sample=False, **arguments), expected), boundary
+        assert torch.equal(generated(used(endpoint), padded(), **arguments), expected), boundary
         endpoint.before = endpoint.after = lambda number, frame: None
 
 
@@ -230,7 +247,7 @@ def test_drafted_text_goes_on_after_a_restart(endpoint: MemoryEndpoint) -> None:
     """The journal has what was taken out of the cache."""
     whole, _ = models("qwen2", "float32")
     inputs = {"input_ids": tokens(1, 6).repeat(1, 3)}
-    arguments = {"do_sample": False, "prompt_lookup_num_tokens": 3}
+    arguments = {"do_sample": False, "prompt_lookup_num_tokens": 3, "max_new_tokens": 8}
     expected = generated(whole, inputs, **arguments)
     generated(used(endpoint), inputs, **arguments)
     for boundary in range(1, endpoint.count + 1):
@@ -238,3 +255,255 @@ def test_drafted_text_goes_on_after_a_restart(endpoint: MemoryEndpoint) -> None:
         FAULTS["restarted after"](endpoint, boundary)
         assert torch.equal(generated(used(endpoint), inputs, **arguments), expected), boundary
         endpoint.after = lambda number, frame: None
+
+
+def test_a_host_of_another_model_does_not_take_over(endpoint: MemoryEndpoint) -> None:
+    """Both sides are named."""
+    split = used(endpoint)
+    _, others = models("qwen2", "bfloat16")
+
+    def replace(number: int, _: Any) -> None:
+        if number == 3:
+            endpoint.table = SessionTable(others.trunk)
+            raise lost()
+
+    endpoint.before = replace
+    with pytest.raises(RemoteError, match=r"dtype was float32, and is bfloat16") as caught:
+        generated(split, padded(), do_sample=False)
+    assert caught.value.code == "other_model"
+
+
+def test_components_of_another_model_are_refused(endpoint: MemoryEndpoint) -> None:
+    """Before the first step, as for components that are here."""
+    _, others = models("gpt2", "float32")
+    with pytest.raises(ConfigurationError, match="model_type differs"):
+        SplitCausalLM(others.bottom, remote(endpoint), others.top)
+
+
+def test_a_host_that_stays_away_is_named(endpoint: MemoryEndpoint) -> None:
+    """After the time that the caller allows."""
+    split = used(endpoint, wait=0)
+
+    def refuse(number: int, _: Any) -> None:
+        raise lost()
+
+    endpoint.before = refuse
+    with pytest.raises(ConnectionLostError, match="did not come back within 0 s"):
+        generated(split, padded(), do_sample=False)
+
+
+def test_a_journal_has_a_limit(endpoint: MemoryEndpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """Beyond it the session goes on, and is lost with its host."""
+    whole, _ = models("qwen2", "float32")
+    expected = generated(whole, padded(), do_sample=False)
+    assert torch.equal(generated(used(endpoint, journal_bytes=100), padded(), do_sample=False), expected)
+    assert "more than journal_bytes" in caplog.text
+    endpoint.count = 0
+    FAULTS["restarted before"](endpoint, 6)
+    with pytest.raises(SessionLostError, match="journal was larger than allowed"):
+        generated(used(endpoint, journal_bytes=100), padded(), do_sample=False)
+
+
+def test_an_interrupted_step_is_not_taken_for_the_next(endpoint: MemoryEndpoint) -> None:
+    """The host has done it, and its owner does not know."""
+    whole, _ = models("qwen2", "float32")
+    split = used(endpoint)
+    name = cache_argument(whole.forward)
+    cache, expected_cache = DynamicCache(config=whole.config), DynamicCache(config=whole.config)
+
+    def interrupt(number: int, frame: Any) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+
+    with torch.no_grad():
+        trunk_cache = split.trunk.cache_view(cache)
+        split(tokens(1, 5), **{name: cache})
+        whole(tokens(1, 5), **{name: expected_cache})
+        hidden = split.bottom(tokens(1, 1))
+        endpoint.after = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            split.trunk(hidden_states=hidden, past_key_values=trunk_cache)
+        assert trunk_cache.get_seq_length() == 5
+        assert torch.equal(
+            split(tokens(1, 2), **{name: cache}).logits, whole(tokens(1, 2), **{name: expected_cache}).logits
+        )
+
+
+def test_sessions_end_with_their_caches(endpoint: MemoryEndpoint) -> None:
+    """Also where a generation is cancelled."""
+    split = used(endpoint)
+    ended = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        if frame.kind is Kind.CLOSE:
+            ended.set()
+
+    endpoint.after = note
+    generated(split, padded(), do_sample=False)
+    gc.collect()
+    assert ended.wait(30)
+    assert len(endpoint.table) == 0
+    ended.clear()
+
+    class Cancelled(StoppingCriteria):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generated(split, padded(), do_sample=False, stopping_criteria=StoppingCriteriaList([Cancelled()]))
+    gc.collect()
+    assert ended.wait(30)
+    assert len(endpoint.table) == 0
+
+
+def test_several_threads_use_one_component(endpoint: MemoryEndpoint) -> None:
+    """Each with a session of its own; and without blocking an event loop."""
+    whole, _ = models("qwen2", "float32")
+    split = used(endpoint)
+    expected = generated(whole, padded(), do_sample=False)
+
+    async def run() -> list[torch.Tensor]:
+        return await asyncio.gather(
+            *(asyncio.to_thread(split.generate, **padded(), max_new_tokens=12, pad_token_id=0, eos_token_id=None, do_sample=False) for _ in range(3))
+        )
+
+    assert all(torch.equal(text, expected) for text in asyncio.run(run()))
+
+
+def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_path: Path) -> None:
+    """With the way out."""
+    split, (whole, parts) = used(endpoint), models("qwen2", "float32")
+    trunk: Any = split.trunk
+    with pytest.raises(ConfigurationError, match="no whole checkpoint can be saved"):
+        split.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigurationError, match="kernels of its host"):
+        split.set_attn_implementation("eager")
+    with pytest.raises(ConfigurationError, match="unexpected keyword argument 'input_ids'"):
+        trunk(hidden_states=torch.zeros(1, 1, 32), input_ids=tokens(1, 1))
+    with pytest.raises(ConfigurationError, match="cache of another trunk"):
+        trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=parts.trunk.new_cache())
+    with pytest.raises(ConfigurationError, match="was given to one that runs here"), torch.no_grad():
+        parts.trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=trunk.new_cache())
+    filled = DynamicCache(config=whole.config)
+    whole(tokens(1, 4), **{cache_argument(whole.forward): filled})
+    with pytest.raises(ConfigurationError, match="that are filled"):
+        split(tokens(1, 1), **{cache_argument(whole.forward): filled})
+    ids = tokens(1, 4)
+    loss = split(ids, labels=ids, use_cache=True).loss
+    with pytest.raises(ConfigurationError, match="use_cache=False"):
+        loss.backward()
+    with pytest.raises(ConfigurationError, match="runs at memory://trunk"):
+        split.model.layers[2](torch.zeros(1, 1, 32))
+    assert "memory://trunk" in repr(split)
+
+
+def test_last_bit_differences_are_reported_once(endpoint: MemoryEndpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """Other threads, here; nothing where there is no difference."""
+    used(endpoint)
+    assert caplog.text == ""
+    _, parts = models("qwen2", "float32")
+    threads = torch.get_num_threads()
+    trunk = remote(endpoint)
+    torch.set_num_threads(threads + 1)
+    try:
+        for _ in range(2):
+            SplitCausalLM(parts.bottom, trunk, parts.top)
+    finally:
+        torch.set_num_threads(threads)
+    assert caplog.text.count(f"threads: {threads} there, {threads + 1} here") == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("ftp://host/trunk", "no address of a host"),
+        ("http://host:8710", "names no model"),
+        ("http://user:secret@host/trunk", "no user"),
+        ("http://host:port/trunk", "no URL"),
+        ("unix:trunk.sock", "no address"),
+        ("", "no address"),
+    ],
+)
+def test_wrong_addresses_are_refused(url: str, words: str) -> None:
+    """Before anything is sent; and secrets in them are not repeated."""
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        connect(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_host_that_does_not_run_is_reported_at_once(tmp_path: Path) -> None:
+    """It is more often a wrong address than a restart."""
+    with pytest.raises(ConnectionLostError, match="No such file"):
+        connect(f"unix://{tmp_path}/trunk.sock")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(ConnectionLostError, match="refused"):
+            connect(f"http://127.0.0.1:{free.getsockname()[1]}/trunk")
+
+
+def test_a_forked_process_leaves_its_parents_session_alone(tmp_path: Path) -> None:
+    """Both go on from the same text, each for itself."""
+    whole, parts = models("qwen2", "float32")
+    name = cache_argument(whole.forward)
+
+    def go_on(split: Any, cache: Any, ids: torch.Tensor) -> bytes:
+        with torch.no_grad():
+            return split(ids, **{name: cache}).logits.numpy().tobytes()
+
+    with tempfile.TemporaryDirectory() as folder, hosting("unix", parts.trunk, Path(folder)) as trunk:
+        split = SplitCausalLM(parts.bottom, trunk, parts.top)
+        cache, expected = DynamicCache(config=whole.config), DynamicCache(config=whole.config)
+        go_on(split, cache, tokens(1, 5))
+        go_on(whole, expected, tokens(1, 5))
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                answer = go_on(split, cache, tokens(1, 2))
+                os.write(writer, answer)
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with open(reader, "rb") as answer:
+            received = answer.read()
+        os.waitpid(child, 0)
+        assert received == go_on(whole, copy.deepcopy(expected), tokens(1, 2))
+        assert go_on(split, cache, tokens(1, 3)) == go_on(whole, expected, tokens(1, 3))
+
+
+@pytest.mark.parametrize("command", ["generate", "verify"])
+def test_the_command_line_uses_a_trunk_elsewhere(talking: Path, command: str) -> None:
+    """``--at`` loads bottom and top alone; the cuts are those of the host."""
+    parts = load_split_model(None, (2, 4), talking, parts=("trunk",), progress=False)
+    with tempfile.TemporaryDirectory() as folder, unix_host(SessionTable(parts.trunk), Path(folder) / "s") as url:
+        texts = ["--prompt", "abc", "--max-new-tokens", "5"] if command == "generate" else []
+        result = CliRunner().invoke(main_command, [command, str(talking), "--at", f"trunk={url}", "--json", *texts])
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.stdout)
+        if command == "generate":
+            alone = CliRunner().invoke(main_command, [command, str(talking), "--split", "2", "4", "--json", *texts])
+            assert answer["text"] == json.loads(alone.stdout)["text"]
+        else:
+            assert answer["equal"]
+            (link,) = answer["links"]
+            assert (link["component"], link["url"]) == ("trunk", url)
+            # Hidden states of 32 float32 values, both ways, and a mask.
+            assert 2 * 32 * 4 <= link["bytes_per_token"] < 2 * 32 * 4 + 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        (["--at", "trunk"], "is not PART=URL", 2),
+        (["--at", "bottom=unix:///x"], "stays with the data", 2),
+        (["--at", "trunk=unix:///x", "--at", "trunk=unix:///y"], "two addresses", 2),
+        (["--token-file", "x"], "go with --at", 2),
+        (["--at", "trunk=unix:///no/such.sock"], "No such file", 1),
+        (["--at", "trunk=http://h", "--split", "2", "4"], "names no model", 1),
+    ],
+)
+def test_wrong_uses_of_at_are_refused(talking: Path, arguments: list[str], words: str, code: int) -> None:
+    """With the words and the exit codes of the other options."""
+    result = CliRunner().invoke(main_command, ["generate", str(talking), "--prompt", "x", *arguments])
+    assert words in " ".join(result.output.split())
+    assert result.exit_code == code

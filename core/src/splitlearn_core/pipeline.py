@@ -216,6 +216,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         stated = getattr(top, "generation_config", None)
         self.generation_config = stated or GenerationConfig.from_model_config(config)
         self._assemble(parts, mixed_dtypes)
+        for part in parts.values():
+            if isinstance(part, RemoteComponent):
+                part.report_differences(config, self.device)
 
     def _assemble(self, parts: dict[str, Any], mixed_dtypes: bool) -> None:
         """Build the module tree of the unsplit model from the modules of the components."""

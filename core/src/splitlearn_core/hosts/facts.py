@@ -104,13 +104,16 @@ class Facts:
             if getattr(self, name) != getattr(other, name)
         ]
 
-    def last_bit(self, other: Facts) -> list[str]:
-        """Say what of two hosts can make results differ in the last bit, in words."""
-        names = ("attention", "versions", "threads", "device")
+    def last_bit_differences(self, here: Mapping[str, Any]) -> list[str]:
+        """Say what of this host and of another place can make results differ in the last bit, in words.
+
+        Args:
+            here: The values of that place: ``attention``, ``versions``, ``threads`` and ``device``.
+        """
         return [
-            f"{name} {_words(getattr(self, name))} and {_words(getattr(other, name))}"
-            for name in names
-            if getattr(self, name) != getattr(other, name)
+            f"{name}: {_words(getattr(self, name))} there, {_words(value)} here"
+            for name, value in here.items()
+            if getattr(self, name) != value
         ]
 
 

@@ -1,4 +1,4 @@
-"""Tensors as the payload of frames."""
+"""Tensors as the payload of frames, and the libraries that compute with them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+import transformers
 
 from splitlearn_core.hosts.protocol import Frame, TensorSpec
+from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.types import dtype_names, stored_dtype
 
 
@@ -32,6 +34,15 @@ def unpack(frame: Frame) -> dict[str, torch.Tensor]:
             _bytes_of(tensor)[:] = buffer
         tensors[spec.name] = tensor
     return tensors
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what decides about the last bit of a result."""
+    return {
+        "splitlearn-core": core_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

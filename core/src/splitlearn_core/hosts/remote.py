@@ -23,7 +23,7 @@ from splitlearn_core.errors import ConfigurationError, RemoteError, UnexpectedAr
 from splitlearn_core.hosts.carriers import Endpoint
 from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
 from splitlearn_core.hosts.facts import Facts
-from splitlearn_core.hosts.payload import pack, unpack
+from splitlearn_core.hosts.payload import library_versions, pack, unpack
 from splitlearn_core.hosts.protocol import Frame, Kind
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
 
@@ -94,6 +94,7 @@ class RemoteComponent(nn.Module):
         super().__init__()
         self.host = host
         self._max_tokens = max_tokens
+        self._has_reported = False
         facts = host.facts
         if kind_of(facts.component) is not Component.TRUNK:
             raise ConfigurationError(f"{host.url} runs a {facts.component}; only trunks are used remotely")
@@ -144,6 +145,29 @@ class RemoteComponent(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.component}, layers {self.layer_range}, at {self.url}"
+
+    def report_differences(self, config: Any, device: torch.device) -> None:
+        """Log, once, what makes results with this host differ in the last bit from the unsplit model's here.
+
+        Args:
+            config: The configuration of a component that runs here.
+            device: Where that component is.
+        """
+        here = {
+            "attention": str(getattr(config, "_attn_implementation", None) or "eager"),
+            "versions": library_versions(),
+            "threads": torch.get_num_threads(),
+            "device": device.type,
+        }
+        differences = self.facts.last_bit_differences(here)
+        if differences and not self._has_reported:
+            self._has_reported = True
+            log.warning(
+                "Results with the %s at %s may differ in the last bit from those of the unsplit model here: %s",
+                self.component,
+                self.url,
+                "; ".join(differences),
+            )
 
     def close(self) -> None:
         """End the connections."""

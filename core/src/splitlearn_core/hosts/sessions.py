@@ -33,17 +33,15 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import nn
 
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.kv_cache import PartCache
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
 from splitlearn_core.hosts.facts import Facts, layer_windows, origin_json
-from splitlearn_core.hosts.payload import pack, unpack
+from splitlearn_core.hosts.payload import library_versions, pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
 from splitlearn_core.plan.splitplan import kv_bytes_per_layer
-from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.types import Component, human_bytes
 
 #: Elements of each tensor that the digest of the weights looks at.
@@ -444,11 +442,7 @@ def component_facts(component: ComponentModel, limits: SessionLimits) -> Facts:
         dtype=dtype,
         digest=weights_digest(component),
         attention=str(getattr(config, "_attn_implementation", None) or "eager"),
-        versions={
-            "splitlearn-core": core_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        versions=library_versions(),
         threads=torch.get_num_threads(),
         device=parameter.device.type,
         arguments=tuple(sorted(component.routing.everywhere)),
