@@ -30,7 +30,8 @@ LAYERS = (
     "errors", "types", "quoting", "child_process", "arguments", "system_memory", "progress",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "tokenization",
     "readers", "build", "adapters", "hosts", "split_model", "loading", "api", "storage", "pipeline", "assembly",
-    "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing",
+    "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
