@@ -159,7 +159,7 @@ def test_different_tokens_are_a_failure(
 
     assert result.equal_tokens is False
     assert not result.succeeded
-    assert "other tokens" in render_benchmark(result)
+    assert "different tokens" in render_benchmark(result)
 
 
 def test_no_runs_are_refused(llama: Any, single: Path) -> None:
