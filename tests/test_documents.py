@@ -164,6 +164,7 @@ class Reader:
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
             # Who reads a document has no plugin for random order; of the conformance kit a sample is run here.
             "PYTEST_ADDOPTS": "-p no:randomly -p support.long",
+            "SHORT_TESTS": "1",
             "LC_ALL": "C.UTF-8",
             "PIP_NO_INDEX": "1",
             "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it so: no isolation

@@ -1,4 +1,4 @@
-"""Of a large file on the Hub, the bytes of the asked parts alone: what is transferred, kept, resumed and refused."""
+"""Byte ranges of a large file on the Hub: what is transferred, kept, resumed and refused."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def gets(hub: LoopbackHub) -> list[RequestRecord]:
     return [r for r in hub.requests if r.method == "GET" and r.filename == SINGLE and r.status in (200, 206)]
 
 
-def asked(hub: LoopbackHub) -> list[Span]:
-    """The ranges that were asked for of the file; none of it was asked for whole."""
+def requested(hub: LoopbackHub) -> list[Span]:
+    """Return the requested ranges of the file; no request was for all of it."""
     spans = []
     for record in gets(hub):
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", record.range or "")
@@ -97,7 +97,7 @@ def is_whole(hub: LoopbackHub) -> bool:
 
 
 def after_header(hub: LoopbackHub, action: Callable[[], object], requests: int = 1) -> None:
-    """Do something, once, when the file is asked for after so many answered requests: the first is for the header."""
+    """Do something, once, when the file is requested after so many responses: the first is for the header."""
 
     def act(method: str, repo: str, name: str) -> None:
         if name == SINGLE and len(gets(hub)) == requests:
@@ -119,6 +119,7 @@ def kept() -> list[Path]:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between attempts there are pauses; here there are none."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(transfer, "_PAUSE_S", 0)
 
 
 class TestTransfer:
@@ -128,7 +129,7 @@ class TestTransfer:
         hub.add_repo(REPO, large)
         loaded = load(part)
         others = without([(HEAD, (large / SINGLE).stat().st_size)], spans_of(large, part))
-        requests = asked(hub)
+        requests = requested(hub)
         assert requests[0] == (0, HEAD)
         assert without(others, requests) == others
         assert sent(hub) <= HEAD + count(spans_of(large, part))
@@ -155,7 +156,7 @@ class TestTransfer:
         assert parts_equal(load("trunk", **options), load("trunk", model=large, **options))
         assert not is_whole(hub)
 
-    def test_what_is_held_is_not_fetched_again(self, hub: LoopbackHub, large: Path) -> None:
+    def test_present_ranges_are_not_fetched_again(self, hub: LoopbackHub, large: Path) -> None:
         """A second load asks for nothing of the file, not even for its header."""
         hub.add_repo(REPO, large)
         first = load("trunk")
@@ -213,9 +214,9 @@ class TestTransfer:
         folder = shutil.copytree(large, tmp_path / "second")
         (folder / "README.md").write_text("a card")
         commit = hub.add_repo(REPO, folder)
-        before = asked(hub)
+        before = requested(hub)
         assert parts_equal(load("trunk"), first)
-        assert asked(hub)[len(before) :] == [(0, HEAD)]
+        assert requested(hub)[len(before) :] == [(0, HEAD)]
         assert parts_equal(load("trunk", local_files_only=True, revision=commit), first)
 
     def test_behind_a_redirect(self, hub: LoopbackHub, large: Path) -> None:
@@ -244,7 +245,7 @@ class TestTransfer:
 
 
 class TestOffline:
-    def test_what_is_held_loads(self, hub: LoopbackHub, large: Path) -> None:
+    def test_present_ranges_load_offline(self, hub: LoopbackHub, large: Path) -> None:
         """Plan and load need no request; a part that is not held is missing, and the message says how much of it."""
         hub.add_repo(REPO, large)
         online, plan = load("trunk"), plan_split(REPO, SPLIT)
@@ -289,9 +290,9 @@ class TestCacheTools:
         hub.add_repo(REPO, large)
         load("trunk")
         (path,) = (path for path in kept() if path.name == SINGLE)
-        found = path.stat()
-        assert found.st_size == (large / SINGLE).stat().st_size
-        assert found.st_blocks * 512 < found.st_size / 2
+        status = path.stat()
+        assert status.st_size == (large / SINGLE).stat().st_size
+        assert status.st_blocks * 512 < status.st_size / 2
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -320,15 +321,15 @@ class TestBreaks:
         assert sum(record.sent for record in gets(hub)[before:]) == trunk - 700_000
 
     @pytest.mark.parametrize("status", [429, 500, 503])
-    def test_a_busy_server_is_asked_again(self, hub: LoopbackHub, large: Path, status: int) -> None:
-        """What passes is waited for, and no more is transferred for it."""
+    def test_a_busy_server_is_retried(self, hub: LoopbackHub, large: Path, status: int) -> None:
+        """No more is transferred because of it."""
         hub.add_repo(REPO, large)
         after_header(hub, lambda: hub.faults.refuse(SINGLE, status, times=3))
         assert parts_equal(load("trunk"), load("trunk", model=large))
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))
 
     def test_a_server_that_stays_busy(self, hub: LoopbackHub, large: Path) -> None:
-        """Is an error of ours in the end."""
+        """Is an error of splitlearn in the end."""
         hub.add_repo(REPO, large)
         after_header(hub, lambda: hub.faults.refuse(SINGLE, 503, times=100))
         with pytest.raises(CheckpointError, match="503") as caught:
@@ -349,36 +350,36 @@ class TestOddServers:
         """After the header: the same."""
         hub.add_repo(REPO, large)
         after_header(hub, lambda: setattr(hub.faults, "ignore_range", True))
-        said: list[Progress] = []
-        assert parts_equal(load("trunk", progress=said.append), load("trunk", model=large))
+        reported: list[Progress] = []
+        assert parts_equal(load("trunk", progress=reported.append), load("trunk", model=large))
         assert is_whole(hub)
-        done = [progress.bytes_done for progress in said if progress.stage == "downloading"]
+        done = [progress.bytes_done for progress in reported if progress.stage == "downloading"]
         assert done == sorted(done)
         assert done[-1] == (large / SINGLE).stat().st_size
 
     @pytest.mark.parametrize(
         "lie",
         [
-            lambda told: told.replace("bytes ", "bytes 1"),
-            lambda told: "bytes 0-0/" + told.rpartition("/")[2],
-            lambda told: "nonsense",
-            lambda told: f"bytes {10**18}-{10**18 + 5}/{10**18 + 6}",
+            lambda text: text.replace("bytes ", "bytes 1"),
+            lambda text: "bytes 0-0/" + text.rpartition("/")[2],
+            lambda text: "nonsense",
+            lambda text: f"bytes {10**18}-{10**18 + 5}/{10**18 + 6}",
         ],
     )
     def test_that_lies_about_its_ranges(self, hub: LoopbackHub, large: Path, lie: Callable[[str], str]) -> None:
-        """Bytes of which it is not sure where they belong are not taken: the whole file is, or there is an error."""
+        """Bytes of an uncertain range are not used: the whole file is fetched, or there is an error."""
         hub.add_repo(REPO, large)
-        hub.faults.content_range = lambda told: lie(told) if len(gets(hub)) else told
+        hub.faults.content_range = lambda text: lie(text) if len(gets(hub)) else text
         try:
             loaded = load("trunk")
         except CheckpointError as error:
-            assert error.hint  # noqa: PT017  # one of two sound outcomes
+            assert error.hint  # noqa: PT017  # one of two valid outcomes
             assert kept() == []
         else:
             assert parts_equal(loaded, load("trunk", model=large))
             assert is_whole(hub)
 
-    def test_that_sends_more_than_was_asked_for(self, hub: LoopbackHub, large: Path) -> None:
+    def test_that_sends_more_than_was_requested(self, hub: LoopbackHub, large: Path) -> None:
         """What is beyond is not written anywhere."""
         hub.add_repo(REPO, large)
         hub.faults.surplus = b"\xff" * 100_000
@@ -426,7 +427,7 @@ class TestChanges:
 
     @pytest.mark.parametrize("content", [b"short", None])
     def test_a_record_that_does_not_fit_its_file(self, hub: LoopbackHub, large: Path, content: bytes | None) -> None:
-        """A file that was replaced or removed behind its record's back is fetched anew."""
+        """A file that was replaced or removed behind its record's back is fetched again."""
         hub.add_repo(REPO, large)
         load("trunk")
         (path,) = (path for path in kept() if path.name == SINGLE)
@@ -462,19 +463,19 @@ class TestAtOnce:
             child = subprocess.Popen([sys.executable, "-c", code, REPO], env={**os.environ, **path})
             try:
                 assert hold.reached.wait(60)
-                wait_for(lambda: not without([head], held_of(commit)))
+                wait_for(lambda: not without([head], present_spans(commit)))
             finally:
                 child.send_signal(signal.SIGKILL)
                 child.wait()
         before = len(gets(hub))
         assert parts_equal(load("top"), load("top", model=large))
-        new = asked(hub)[before:]
+        new = requested(hub)[before:]
         assert new
         assert without([head], new) == (head,)
         assert count(merged(new)) <= count([layers])
 
 
-def held_of(commit: str) -> tuple[Span, ...]:
+def present_spans(commit: str) -> tuple[Span, ...]:
     held = partial_files(repo_folder(), commit).get(SINGLE)
     return held.coverage().spans if held is not None else ()
 
@@ -508,15 +509,15 @@ class TestLimits:
     def test_progress_counts_what_comes(self, hub: LoopbackHub, large: Path) -> None:
         """From 0 to what is fetched, forward, in steps, in the thread that loads."""
         hub.add_repo(REPO, large)
-        said: list[Progress] = []
+        reported: list[Progress] = []
         threads = set()
 
-        def tell(progress: Progress) -> None:
-            said.append(progress)
+        def report(progress: Progress) -> None:
+            reported.append(progress)
             threads.add(threading.current_thread())
 
-        load("trunk", progress=tell)
-        downloads = [progress for progress in said if progress.stage == "downloading"]
+        load("trunk", progress=report)
+        downloads = [progress for progress in reported if progress.stage == "downloading"]
         done = [progress.bytes_done for progress in downloads]
         assert {progress.bytes_total for progress in downloads} == {count(spans_of(large, "trunk"))}
         assert done == sorted(done)
@@ -561,7 +562,7 @@ class TestLimits:
         monkeypatch.setattr(transfer, "REQUEST_BYTES", 100_000)
         monkeypatch.setattr(transfer, "_RECORD_BYTES", 30_000)
         assert parts_equal(load("trunk"), load("trunk", model=large))
-        assert len(asked(hub)) > 20
+        assert len(requested(hub)) > 20
         assert sent(hub) <= HEAD + count(spans_of(large, "trunk"))
 
 
@@ -570,7 +571,7 @@ class TestFetchPlan:
         """To the byte; planning itself costs the header, and is not counted again."""
         hub.add_repo(REPO, large)
         plan = plan_fetch(REPO, SPLIT, parts=("top",))
-        assert asked(hub) == [(0, HEAD)]
+        assert requested(hub) == [(0, HEAD)]
         (file,) = (file for file in plan.files if file.name == SINGLE)
         header = min(info.begin for info in plan_split(large, SPLIT).infos)
         assert (file.size, file.needed) == ((large / SINGLE).stat().st_size, count(spans_of(large, "top")) + header)

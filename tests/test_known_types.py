@@ -58,6 +58,7 @@ def test_an_unknown_type_that_says_it_has_an_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("model_type", SAMPLE_WRITTEN)
 def test_what_is_proposed_is_written(model_type: str) -> None:
     assert model_type in WRITTEN

@@ -192,13 +192,13 @@ asyncio.run(main())
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell anonymous memory")
 @pytest.mark.parametrize("use", ["loaded", "called", "failing calls"])
-def test_anonymous_memory_is_flat_over_many_cycles(large: Path, process: Any, use: str) -> None:
+def test_anonymous_memory_is_flat_over_many_cycles(large: Path, warm_process: Any, use: str) -> None:
     """Fifty loads and unloads of one component: the slope is below a thousandth of it per cycle.
 
     The process is set up for serving: otherwise glibc keeps some of what was freed.
     """
     warm = 5
-    done = process("-c", CYCLING, large, use, warm + CYCLES)
+    done = warm_process("-c", CYCLING, large, use, warm + CYCLES)
 
     assert done.returncode == 0, done.stderr
     size, *levels = map(int, done.stdout.split())

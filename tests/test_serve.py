@@ -24,8 +24,9 @@ from typing import Any
 
 import pytest
 
-from splitlearn_core.manager.config_text import dump_yaml
+from splitlearn_core.manager.config import dump_yaml
 from support.hub import LoopbackHub
+from support.warm import WarmInterpreter
 
 SCRIPT = Path(sys.executable).with_name("splitlearn")
 SECRET = "hf_VerySecretToken"
@@ -34,11 +35,14 @@ Cli = Callable[..., CompletedProcess[str]]
 
 
 class Process:
-    """A running ``splitlearn serve``, and what it has said on stderr so far."""
+    """A running ``splitlearn serve``, and what it has said on stderr so far.
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
+    Its first argument is the interpreter: that of this environment, or a warm one, which has imported torch already.
+    """
+
+    def __init__(self, interpreter: object, *arguments: object, **environment: str) -> None:
         self._process = subprocess.Popen(
-            [str(part) for part in (SCRIPT, "serve", *arguments)],
+            [str(part) for part in (interpreter, SCRIPT, "serve", *arguments)],
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -99,13 +103,19 @@ class Process:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Return a function that serves some models on a free port, for as long as the test runs at most."""
+def serve(tmp_path: Path, warm: WarmInterpreter) -> Iterator[Callable[..., Process]]:
+    """Return a function that serves some models on a free port, for as long as the test runs at most.
+
+    It does so in a warm interpreter, unless the test asks for a cold one: where the process itself is its subject.
+    """
     running: list[Process] = []
 
-    def serve(*models: dict[str, Any], starting: bool = False, environment: Any = None, **tables: Any) -> Process:
+    def serve(
+        *models: dict[str, Any], cold: bool = False, starting: bool = False, environment: Any = None, **tables: Any
+    ) -> Process:
         config = write(tmp_path, *models, **tables)
-        running.append(Process("--config", config, "--port", 0, **(environment or {})))
+        interpreter = sys.executable if cold else warm.path
+        running.append(Process(interpreter, "--config", config, "--port", 0, **(environment or {})))
         if not starting:
             running[-1].until("Serving at ")
         return running[-1]
@@ -134,6 +144,7 @@ def test_a_life(serve: Callable[..., Process], cli: Cli, sharded: Path) -> None:
         component("bottom", sharded, "bottom", required=True, warmup=True),
         component("trunk", sharded, "trunk", keep_alive="10m"),
         component("lost", "./nowhere", "top"),
+        cold=True,
     )
     for said in ("bottom .*-> ready", "trunk .*-> ready", "lost .*-> failed"):
         process.until(said)
@@ -233,7 +244,9 @@ class TestSignals:
     ) -> None:
         """Whatever is being imported, the end is an end, and no failure."""
         (tmp_path / "sitecustomize.py").write_text(STANDING.format(name=name))
-        process = serve(component("trunk", sharded, "trunk"), starting=True, environment={"PYTHONPATH": str(tmp_path)})
+        process = serve(
+            component("trunk", sharded, "trunk"), cold=True, starting=True, environment={"PYTHONPATH": str(tmp_path)}
+        )
         process.until(f"importing {name}")
 
         assert process.end(number) == (0, "")
@@ -243,7 +256,7 @@ class TestSignals:
     def test_while_it_reads_its_file(self, tmp_path: Path) -> None:
         """Before anything of a model is imported."""
         os.mkfifo(tmp_path / "models.yaml")
-        process = Process("--config", tmp_path / "models.yaml", "--port", 0)
+        process = Process(sys.executable, "--config", tmp_path / "models.yaml", "--port", 0)
         try:
             with (tmp_path / "models.yaml").open("w"):  # which waits until it is opened for reading
                 assert process.end() == (0, "")
@@ -296,7 +309,9 @@ class TestSignals:
         hub.add_repo("own/slow", sharded)
         with hub.hold("config.json", after=10) as held:
             process = serve(
-                component("slow", "own/slow", "bottom"), manager={"close_timeout": 600, "cancel_grace": 600}
+                component("slow", "own/slow", "bottom"),
+                cold=True,
+                manager={"close_timeout": 600, "cancel_grace": 600},
             )
             assert held.reached.wait(120)
             os.kill(process.pid, signal.SIGTERM)
@@ -310,7 +325,7 @@ class TestSignals:
 
 def test_more_connections_than_descriptors(serve: Callable[..., Process]) -> None:
     """Health is answered while hundreds of connections say nothing and no descriptor is left; the log stays short."""
-    process = serve()
+    process = serve(cold=True)
     taken = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
     # Fewer than it has counted on, as if loads had taken the others.
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (taken + 20, taken + 20))
@@ -512,7 +527,7 @@ def test_nothing_is_imported_once_it_serves(process: Cli, sharded: Path) -> None
     code = (
         "import sys\n"
         "from splitlearn_core.manager.config import ModelConfig\n"
-        "from splitlearn_core.manager.preload import preload\n"
+        "from splitlearn_core import preload\n"
         "from splitlearn_core.manager.loaders.loader import ModelLoader\n"
         "assert preload({'qwen2'}) == {}\n"
         "before = set(sys.modules)\n"
@@ -527,18 +542,18 @@ def test_nothing_is_imported_once_it_serves(process: Cli, sharded: Path) -> None
     assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
 
 
-def test_preload_survives_a_broken_plugin(process: Cli, tmp_path: Path) -> None:
+def test_preload_survives_a_broken_plugin(warm_process: Cli, tmp_path: Path) -> None:
     """The other families are imported, and which is of no use is said."""
     from splitlearn_core.testing.installing import write_plugin
 
     folder = write_plugin(tmp_path / "plugins", "broken", "raise RuntimeError('no')\n")
     code = (
-        "from splitlearn_core.manager.preload import preload\n"
+        "from splitlearn_core import preload\n"
         "failures = preload({'broken', 'nonsense', 'pytorch'})\n"
         "print({name: type(error).__name__ for name, error in sorted(failures.items())})"
     )
 
-    result = process("-c", code, PYTHONPATH=str(folder))
+    result = warm_process("-c", code, PYTHONPATH=str(folder))
 
     assert result.stdout == "{'broken': 'BrokenPluginError', 'nonsense': 'UnknownModelTypeError'}\n", result.stderr
 

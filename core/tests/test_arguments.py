@@ -35,7 +35,7 @@ from splitlearn_core.adapters.adapter_files import check_adapter_target
 from splitlearn_core.arguments import FOREIGN, RENAMED, user_path
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.manager.config import load_configs
-from splitlearn_core.storage.integrity import verify_saved
+from splitlearn_core.storage.directory import verify_saved
 from splitlearn_core.types import DTYPE_ALIASES, FLOAT_DTYPES, dtype_name, nearest_dtype
 
 pytestmark = pytest.mark.libs

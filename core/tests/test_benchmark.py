@@ -20,6 +20,7 @@ from splitlearn_core.types import Component
 CUTS = ("--split", "2", "4")
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_checkpoint_is_measured(llama: Any, single: Path, cli: Callable[..., Any]) -> None:
     """Each side has its own process; JSON is on stdout, the next measurement on stderr."""
     code, out, err = cli("bench", single, *CUTS, "--parts", "bottom,top", "--runs", "1", "--dtype", "float32", "--json")
@@ -62,6 +63,7 @@ if sys.argv[0] == "-c":
 """
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_side_that_fails_is_reported(world: Any, single: Path, cli: Callable[..., Any]) -> None:
     """The other sides are measured; exit code 1, with the error of the process and its hint."""
     world.install("llama", world.source("llama") + ENDING)

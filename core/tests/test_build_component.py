@@ -140,7 +140,7 @@ def test_components_in_the_wrong_order_make_no_model(parts: Any) -> None:
     ids=["None", "a module", "a text"],
 )
 def test_what_is_no_component_makes_no_model(parts: Any, other: Any, named: str) -> None:
-    """A part that was not asked for is None, and the message says so."""
+    """A component that was not requested is None, and the message says so."""
     assert named in wrong(parts.bottom, other, parts.top)
 
 
@@ -275,7 +275,7 @@ def test_token_ids_are_no_hidden_states(parts: Any) -> None:
     ids=["width", "rank", "dtype", "type"],
 )
 def test_wrong_hidden_states_are_refused(parts: Any, name: str, wrong: Any, named: str) -> None:
-    """What was given is said, and what the component takes."""
+    """The message says what was given, and what the component takes."""
     with pytest.raises(ConfigurationError, match=re.escape(named)) as caught:
         getattr(parts, name)(hidden_states=wrong)
 
@@ -294,7 +294,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(parts: Any, token: int) -> Non
     ids = torch.tensor([[5, token]])
 
     for model in (parts.bottom, SplitCausalLM(*parts)):
-        with pytest.raises(ConfigurationError, match=f"vocabulary of 101: {token}"):
+        with pytest.raises(ConfigurationError, match=f"vocabulary of 101, such as {token}"):
             model(ids)
 
 
@@ -387,7 +387,7 @@ def test_the_backbone_ignores_what_is_for_the_head(parts: Any, whole: Any) -> No
 
 
 def test_layers_are_not_replaced_as_a_whole(parts: Any) -> None:
-    """A shorter list would be looked at by those who ask, and not run."""
+    """A shorter list would be visible to callers, but not what runs."""
     model = SplitCausalLM(*parts)
     layers = model.model.layers
 
@@ -528,10 +528,10 @@ def test_a_class_that_is_there_costs_no_list_of_all_others(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["trunk", "top"])
 def test_missing_hidden_states_are_named(parts: Any, name: str) -> None:
-    """What was given is said, and what the component takes; for the last layers without their head as well."""
+    """The message says what was given, and what the component takes; also for the last layers without the head."""
     for given, named in (({"input_ids": IDS}, "input_ids"), ({}, "nothing")):
         for run in [getattr(parts, name), *([parts.top.without_head] if name == "top" else [])]:
-            with pytest.raises(ConfigurationError, match=f"{name} was given {named}, and no hidden_states") as caught:
+            with pytest.raises(ConfigurationError, match=f"{name} was given {named} but no hidden_states") as caught:
                 run(**given)
             assert "[batch, sequence, 32]" in caught.value.message
             assert "go to the bottom" in caught.value.hint

@@ -12,7 +12,8 @@ from torch import nn
 from splitlearn_core import BrokenPluginError, InternalError, ModelFamily
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, tie_if_equal
 from splitlearn_core.build.construction import build_component, component_class
-from splitlearn_core.build.pruning import BUILD_LOCK, PassLayer, Zero, skeleton
+from splitlearn_core.build.pruning import PassLayer, Zero
+from splitlearn_core.build.torch_state import BUILD_LOCK, skeleton
 from splitlearn_core.types import Component, LayerRange, TensorInfo
 
 pytestmark = pytest.mark.libs
@@ -75,7 +76,7 @@ def test_the_mode_ends_with_the_block() -> None:
     BUILD_LOCK.release()
 
 
-def test_other_threads_are_not_concerned() -> None:
+def test_other_threads_are_not_affected() -> None:
     """A tensor made by another thread meanwhile is an ordinary one."""
     seen: list[str] = []
 
@@ -89,7 +90,7 @@ def test_other_threads_are_not_concerned() -> None:
     assert seen == ["cpu torch.float32 torch.float32"]
 
 
-def test_who_asks_for_the_default_dtype_is_told_that_of_the_weights() -> None:
+def test_the_default_dtype_is_reported_to_be_that_of_the_weights() -> None:
     """As under ``from_pretrained``; and afterwards the function is torch's own again."""
     own = torch.get_default_dtype
     with skeleton(torch.float16):
@@ -246,7 +247,7 @@ def test_a_neutral_module_leaves_no_trace(dtype: torch.dtype) -> None:
     assert torch.equal(total, state)
 
 
-def test_names_of_no_module_blame_the_family(config: Any) -> None:
+def test_missing_module_names_are_errors_of_the_family(config: Any) -> None:
     """A misspelt head is the family's fault, and the modules that there are get listed."""
     family = ModelFamily(model_type="llama", architecture="LlamaForCausalLM", head="embed_out")
 

@@ -42,10 +42,10 @@ def shards_of(folder: Path, *prefixes: str) -> set[str]:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "no JSON"),
-        (b"{", "no JSON"),
-        (b"\xff\xfe\x00", "no JSON"),
-        (b"[" * 200_000, "no JSON"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe\x00", "not in UTF-8"),
+        (b"[" * 200_000, "not valid JSON"),
         (b"[]", "list"),
         (b'"llama"', "str"),
         (b"null", "NoneType"),
@@ -573,7 +573,7 @@ def test_a_linked_shard_is_read(single: Path, tmp_path: Path) -> None:
     assert load_split_model("llama", CUTS, single).trunk is not None
 
 
-#: Changes of config.json that mean nothing, and what is said of each.
+#: Invalid values in config.json, and the message for each.
 MEANINGLESS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "float99"}, "dtype is 'float99'"),
     ({"dtype": ..., "torch_dtype": "float99"}, "torch_dtype is 'float99'"),
@@ -581,7 +581,7 @@ MEANINGLESS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": ["float32"]}, "dtype is a list"),
     ({"dtype": {"trunk": "float32"}}, "dtype is an object"),
     ({"dtype": "int8"}, "dtype is 'int8'"),
-    ({"model_type": 5}, "model_type is 5, not a text"),
+    ({"model_type": 5}, "model_type is 5, not a string"),
     ({"model_type": ["llama"]}, "model_type is a list"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or false"),
     ({"layer_types": "full_attention"}, "layer_types is 'full_attention', not a list"),

@@ -71,6 +71,7 @@ def narrow(request: pytest.FixtureRequest, tmp_path: Path, checkpoint: Callable[
     return folder
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("wide", ["norm", "embed_tokens", "lm_head", "layers.3", "nothing"])
 def test_a_component_alone_has_the_dtype_of_the_whole(narrow: Path, wide: str) -> None:
     """The first floating tensor of the first file decides, whichever component it belongs to."""
@@ -157,6 +158,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.startswith("splitlearn") and r.levelno == logging.WARNING]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", EXTRA)
 def test_surplus_tensors_are_a_warning(
@@ -184,19 +186,19 @@ def test_a_strict_load_refuses_surplus_tensors(single: Path, kind: str) -> None:
 
 
 def test_surplus_tensors_are_neither_planned_nor_read(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan names them, and their bytes are asked for by nobody."""
-    from splitlearn_core.readers import incremental
+    """The plan names them, and their bytes are not read."""
+    from splitlearn_core.readers.mapped import IncrementalStrategy
 
     rewrite(single, lambda tensors: {**tensors, **EXTRA["a score"], **EXTRA["more in each layer"]})
     read: list[str] = []
-    reader = incremental.IncrementalStrategy.read
+    reader = IncrementalStrategy.read
 
     def noting(self: Any, plan: Any) -> Any:
         for planned, tensor in reader(self, plan):
             read.append(planned.info.key)
             yield planned, tensor
 
-    monkeypatch.setattr(incremental.IncrementalStrategy, "read", noting)
+    monkeypatch.setattr(IncrementalStrategy, "read", noting)
     load_split_model(None, CUTS, single, strategy="incremental")
 
     assert plan_split(single, CUTS).unexpected == ("score.weight",)

@@ -13,9 +13,9 @@ import torch
 
 from splitlearn_core import InvalidCheckpointError, load_split_model
 from splitlearn_core.checkpoint.config_json import read_config
+from splitlearn_core.checkpoint.files import open_regular, path_of, refuse_irregular
 from splitlearn_core.checkpoint.manifest import read_manifest
 from splitlearn_core.checkpoint.origin import sample_values
-from splitlearn_core.checkpoint.regular_files import open_regular, path_of, refuse_irregular
 from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.checkpoint.torch_file import is_mappable, open_torch_file
 from splitlearn_core.storage.durable_files import hash_file

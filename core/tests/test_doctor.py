@@ -21,7 +21,6 @@ from splitlearn_core.doctor.runner import Outcome, examine, run_in_subprocess
 from splitlearn_core.plan.splitplan import MemoryNeeds
 from splitlearn_core.plugins.registry import registry, reset_registry
 from splitlearn_core.system_memory import MemoryReading
-from support.warm import WarmInterpreter
 
 pytestmark = pytest.mark.light
 
@@ -51,12 +50,6 @@ def findings_of(outcomes: list[Outcome]) -> list[Finding]:
 # --- the whole of it
 
 
-@pytest.fixture
-def warm_processes(warm: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the doctor use warm processes, in tests that import a working torch."""
-    monkeypatch.setattr(sys, "executable", str(warm.path))
-
-
 def test_a_valid_plugin_is_found_and_named(world: Any) -> None:
     """The finding has the entry point, the package, the version and the hooks."""
     world.install("alpha", version="3.1")
@@ -68,6 +61,7 @@ def test_a_valid_plugin_is_found_and_named(world: Any) -> None:
     assert finding.what == "model type 'alpha': splitlearn-alpha 3.1, with model_families"
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_the_command_prints_findings_and_has_an_exit_code(
     world: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +288,7 @@ def test_flaws_of_a_plugin_are_reported(world: Any, source: str, level: Level, e
     assert finding.fix
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_conflict_is_one_finding(world: Any) -> None:
     """It names both packages, and the setting that chooses one."""
     for name in ("one-alpha", "two-alpha"):
@@ -306,6 +301,7 @@ def test_a_conflict_is_one_finding(world: Any) -> None:
     assert "SPLITLEARN_DISABLE_PLUGINS=" in finding.fix
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_plugin_for_another_core_is_wrong(world: Any) -> None:
     """The required range is in the finding on the package and in that on the plugin."""
     world.install("alpha", requires=">=99")
@@ -512,6 +508,7 @@ def test_the_absence_of_plugins_is_reported() -> None:
 # --- variables, versions, machine, cache, devices
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_misspelt_names_in_lists_are_reported(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A blocked plugin is a note, and so is an unknown name: blocking it has no effect."""
     world.install("alpha")
@@ -814,6 +811,7 @@ def test_a_model_is_not_loaded_without_enough_memory(
     assert about("loading all of it takes", wrong(findings))
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_the_command_reports_a_missing_model(llama: Any, cli: Any) -> None:
     """It is a finding, with exit code 1."""
     code, out, _ = cli("doctor", "./nowhere", "--quick", "--json")

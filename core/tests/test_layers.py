@@ -52,7 +52,10 @@ FORBIDDEN = {
     "readers": ("transformers", "splitlearn_core.family", "splitlearn_core.plugins"),
     "checkpoint.hub.fetch_plan": (*HEAVY, *FILES, *NETWORK),
     **dict.fromkeys(("checkpoint.hub.partial_file", "checkpoint.hub.transfer"), ("splitlearn_core.plan",)),
-    "storage.weight_layout": (*HEAVY, *FILES, *NETWORK),
+    # The protocol is pure; and no host knows the server or the engine that carries it.
+    **dict.fromkeys(("hosts.protocol", "hosts.facts"), (*HEAVY, *FILES, *NETWORK, "threading", "time")),
+    "hosts": ("uvicorn", "starlette", "ray", "asyncio", "pickle"),
+    "storage.contents": (*HEAVY, *NETWORK),
     "build": ("safetensors", "pathlib", "os", "io", "splitlearn_core.plugins"),
     **dict.fromkeys(
         ("manager.machine", "manager.admission", "manager.attempt", "manager.messages", "manager.status"),
@@ -66,9 +69,9 @@ FORBIDDEN = {
             "splitlearn_core.loading",
         ),
     ),
-    **dict.fromkeys(("manager.config", "manager.config_checks", "manager.config_text"), HEAVY),
+    **dict.fromkeys(("manager.config", "manager.config_checks"), HEAVY),
     **dict.fromkeys(("manager.manager", "manager.shell"), (*HEAVY, "splitlearn_core.build", "splitlearn_core.loading")),
-    **dict.fromkeys(("manager.loaders", "manager.resources", "manager.threads"), ("asyncio",)),
+    **dict.fromkeys(("manager.loaders", "manager.resources", "manager.workers"), ("asyncio",)),
 }
 
 #: Module -> the only ones that may import it.

@@ -211,7 +211,7 @@ def test_what_is_no_state_dict(whole: Any, wrong: Any) -> None:
     """Refused before anything is built."""
     trunk = ModelRegistry.get_model_class("llama", "trunk")
 
-    with pytest.raises(ConfigurationError, match="no mapping from names to tensors"):
+    with pytest.raises(ConfigurationError, match="not a mapping from names to tensors"):
         trunk.from_pretrained_split(wrong, whole.config, start_layer=2, end_layer=4)
 
 

@@ -1,4 +1,4 @@
-"""Who may load and who must go: tables, and properties over any room and any tenants."""
+"""Which load is admitted and which models are evicted: tables, and properties over any room and any tenants."""
 
 from __future__ import annotations
 
@@ -217,10 +217,10 @@ def test_reasons_name_the_numbers_and_the_holders():
     assert "s, which is stuck" in decide({"host": 2 * gib}, room(8 * gib, gib), [stuck]).reason
     one = decide({"host": 2 * gib}, room(8 * gib, gib), [tenant("b", gib, leases=1)]).reason
     assert one.endswith("waiting for 1 lease on b")
-    nobody = decide({"host": 2 * gib}, room(8 * gib, -gib), []).reason
-    assert nobody == "needs 2.0 GiB of memory, 0 B free, waiting for memory that others have taken"
+    reason = decide({"host": 2 * gib}, room(8 * gib, -gib), []).reason
+    assert reason == "needs 2.0 GiB of memory, 0 B free, waiting for memory that others have taken"
     never = decide({"host": 9 * gib, "cuda:1": gib}, room(8 * gib, gib), tenants).reason
-    assert "8.0 GiB is all that can be had" in never
+    assert "8.0 GiB is all that this machine can give" in never
     assert "memory on cuda:1, which this machine does not have" in never
 
 

@@ -389,7 +389,7 @@ def test_a_loop_that_ends_before_the_manager_leaves_no_thread(caplog: pytest.Log
 @pytest.mark.parametrize("stage", ["plan", "load", "warm_up"])
 @pytest.mark.parametrize("late", [False, True], ids=["as it waits", "as it has come"])
 def test_a_cancelled_cancel_still_cancels(stage: str, late: bool) -> None:
-    """Whoever asked for it may leave: the worker is stopped all the same."""
+    """Its caller may be cancelled: the worker is stopped nevertheless."""
 
     async def main() -> None:
         loader = GatedLoader()

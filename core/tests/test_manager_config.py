@@ -42,7 +42,7 @@ def problems(error: ConfigurationError) -> dict[str, str]:
 
 
 def refusal(base: dict[str, Any] = FAMILY, **changes: Any) -> dict[str, str]:
-    """Return what is said of a changed configuration, and that ``from_dict`` says the same."""
+    """Return the problems of a changed configuration, and check that ``from_dict`` reports the same."""
     with pytest.raises(ConfigurationError) as caught:
         ModelConfig(**{**base, **changes})
     with pytest.raises(ConfigurationError) as again:
@@ -86,14 +86,16 @@ def test_a_replaced_field_is_checked_too() -> None:
 
 
 def test_five_mistakes_are_five_lines() -> None:
-    """All is said at once: each field with its value and what would do."""
-    said = refusal(model_id="../models/gpt2", component="trunkk", split_points=[4, 2], device="CUDA0", max_memory_mb=-1)
+    """All problems are reported at once: each field with its value and a valid one."""
+    reported = refusal(
+        model_id="../models/gpt2", component="trunkk", split_points=[4, 2], device="CUDA0", max_memory_mb=-1
+    )
 
-    assert said == {
+    assert reported == {
         "model_id": "'../models/gpt2' is a path, not a name; 'gpt2' would do, and model_path takes paths",
         "component": "'trunkk' is none of bottom, trunk, top; did you mean 'trunk'?",
-        "split_points": "[4, 2] does not keep to 0 < a < b < 10000; the nearest that does is (2, 4)",
-        "device": "'CUDA0' is no device; did you mean 'cuda:0'?",
+        "split_points": "[4, 2] does not satisfy 0 < a < b < 10000; the nearest valid value is (2, 4)",
+        "device": "'CUDA0' is not a device; did you mean 'cuda:0'?",
         "max_memory_mb": f"-1 is not above 0 and at most {MAX_MEMORY_MB}; leave it out for no limit",
     }
 
@@ -149,14 +151,14 @@ def test_an_id_that_is_a_path_or_cannot_be_printed_is_refused(model_id: str, sug
 
 @pytest.mark.parametrize("value", ["", " ", "\n", "x" * 129, 5, None, True, ["a"], b"a", 1.5, "\ud800", "a\0"])
 @pytest.mark.parametrize("name", ["model_id", "model_type"])
-def test_what_is_no_name_is_refused(name: str, value: object) -> None:
-    """Empty, too long, or no text at all; no other field is complained of."""
+def test_invalid_names_are_refused(name: str, value: object) -> None:
+    """Empty, too long, or not a string; no other field is reported."""
     assert set(refusal(**{name: value})) == {name}
 
 
-def test_a_number_for_a_text_says_to_quote_it() -> None:
+def test_the_refusal_of_a_number_for_a_string_says_to_quote_it() -> None:
     """As happens to the id 7 in YAML."""
-    assert refusal(model_id=7)["model_id"] == "7 is no text; put it in quotes"
+    assert refusal(model_id=7)["model_id"] == "7 is not a string; put it in quotes"
 
 
 @pytest.mark.parametrize("value", ["HuggingFace", "PyTorch", "PYTORCH"])
@@ -167,11 +169,11 @@ def test_the_reserved_model_types_are_lower_case(value: str) -> None:
 
 @pytest.mark.parametrize(("value", "meant"), [("hugginface", "huggingface"), ("torch", "pytorch")])
 def test_a_misspelt_reserved_model_type_is_guessed(value: str, meant: str) -> None:
-    """It would be a family's, which lacks its component: that is where the guess is made."""
-    said = refusal(WHOLE, model_type=value)
+    """It would be the type of a family, whose component is missing: the guess is part of that problem."""
+    reported = refusal(WHOLE, model_type=value)
 
-    assert set(said) == {"component", "split_points"}
-    assert f"did you mean {meant!r}?" in said["component"]
+    assert set(reported) == {"component", "split_points"}
+    assert f"did you mean {meant!r}?" in reported["component"]
 
 
 @pytest.mark.parametrize("component", list(Component))
@@ -185,9 +187,9 @@ def test_components_are_kept_as_plain_texts(component: Component) -> None:
 
 @pytest.mark.parametrize("value", ["Trunk", "middle", "", 1, ("trunk",), True])
 def test_other_components_are_refused(value: object) -> None:
-    """Each with the three there are, unless it is no text."""
+    """Each with the three that exist, unless it is not a string."""
     text = refusal(component=value)["component"]
-    assert "bottom, trunk, top" in text or "text" in text or "empty" in text
+    assert "bottom, trunk, top" in text or "is not a string" in text or "empty" in text
 
 
 @pytest.mark.parametrize("value", [(2, 4), [2, 4], (np.int64(2), np.int32(4)), range(2, 6, 2)])
@@ -239,13 +241,13 @@ def test_components_are_those_of_the_split_points(points: tuple[int, ...], names
             assert ModelConfig.from_dict(config.to_dict()) == config
         else:
             assert refusal(**fields) == {
-                "component": f"{name!r} is none of {', '.join(names)}, into which {points} cut"
+                "component": f"{name!r} is none of {', '.join(names)}, the components that {points} make"
             }
 
 
 @pytest.mark.parametrize("value", ["cpu", "cuda", "cuda:0", "cuda:15", "mps", "xpu:1"])
 def test_the_shape_of_a_device_is_all_that_is_asked(value: str) -> None:
-    """Whether there is one is asked when it is needed."""
+    """Whether the device exists is checked when it is needed."""
     assert ModelConfig(**{**FAMILY, "device": value}).device == value
 
 
@@ -351,7 +353,7 @@ def test_texts_are_texts(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", [name for name, default in FIELDS.items() if default is None])
 def test_none_leaves_an_optional_field_out(name: str) -> None:
-    """None is the default of these, and may be said."""
+    """None is the default of these, and may be given."""
     base = WHOLE if name in FAMILY else PYTORCH | {"allow_pickle": True} if name == "architecture" else FAMILY
     assert getattr(ModelConfig(**{**base, name: None}), name) is None
 
@@ -398,7 +400,7 @@ def test_keep_alive_becomes_seconds(value: Any, seconds: float | None) -> None:
 def test_what_is_no_length_of_time_is_refused(value: object) -> None:
     """Also three centuries and more: for ever is written -1."""
     text = refusal(keep_alive=value)["keep_alive"]
-    assert "-1 never" in text or "is no number" in text
+    assert "-1 never" in text or "is not a number" in text
 
 
 # Fields that belong together
@@ -406,11 +408,11 @@ def test_what_is_no_length_of_time_is_refused(value: object) -> None:
 
 def test_a_family_needs_a_component_and_split_points() -> None:
     """Both are missed at once."""
-    said = refusal({"model_id": "t", "model_type": "llama"})
+    reported = refusal({"model_id": "t", "model_type": "llama"})
 
-    assert set(said) == {"component", "split_points"}
-    assert "bottom, trunk, top" in said["component"]
-    assert "(2, 10)" in said["split_points"]
+    assert set(reported) == {"component", "split_points"}
+    assert "bottom, trunk, top" in reported["component"]
+    assert "(2, 10)" in reported["split_points"]
 
 
 @pytest.mark.parametrize(
@@ -587,7 +589,7 @@ def test_missing_names_are_missed() -> None:
 @pytest.mark.parametrize("value", [None, [], "model_id: a", 5])
 def test_what_is_no_mapping_is_refused(value: Any) -> None:
     """With a configuration error, not an attribute error."""
-    with pytest.raises(ConfigurationError, match="no mapping"):
+    with pytest.raises(ConfigurationError, match="not a mapping"):
         ModelConfig.from_dict(value)
 
 
@@ -792,7 +794,7 @@ def test_a_file_of_models_is_the_same_in_each_format(suffix: str, write: Callabl
 
 
 def test_what_is_said_of_the_manager_cannot_be_changed(write: Callable[..., Path]) -> None:
-    """And it is empty where nothing is said."""
+    """And it is empty if nothing is given."""
     with pytest.raises(TypeError):
         read_config_file(write(".yaml", SEVERAL[".yaml"])).manager["x"] = 1  # type: ignore[index]
     assert read_config_file(write(".yaml", "models: []")) == ConfigFile((), {})
@@ -817,37 +819,38 @@ models:
     error = failure(path)
 
     assert error.message.startswith(f"{path} has 11 problems:\n")
-    said = problems(error)
-    assert said == {
+    reported = problems(error)
+    assert reported == {
         "modles": "unknown key at the top level; did you mean 'models'?",
-        "device": "unknown key at the top level; there are manager, http, models; it belongs into an entry of models",
-        "manager": "[1] is no table of settings",
-        "models[1]": "'just a text' is no table of a model's fields",
+        "device": "unknown key at the top level; there are manager, http, models; it belongs in an entry of models",
+        "manager": "[1] is not a table of settings",
+        "models[1]": "'just a text' is not a table of a model's fields",
         "models[2].split_point": "unknown field; did you mean 'split_points'?",
         "models[2].component": "'middel' is none of bottom, trunk, top",
-        "models[2].split_points": "missing; a family's model is cut in two places, (2, 10) say",
-        "models[2].model_id": "'a' is the id of models[0] too; give it another",
-        "models[3].model_id": "7 is no text; put it in quotes",
+        "models[2].split_points": "missing; a family's model is cut into components, so layer numbers such as (2, 10) "
+        "are needed",
+        "models[2].model_id": "'a' is also the id of models[0]; give it another",
+        "models[3].model_id": "7 is not a string; put it in quotes",
         "models[3].allow_pickle": "'yes' is neither true nor false",
         "models[3].model_path": "missing; give the path of the .pt or .pth file",
     }
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words"),
     [
         ("manager: {}", "models: missing"),
-        ("models:", "models: None is no list"),
-        ("models: {a: {model_type: llama}}", "is no list; each model is one entry"),
-        ("models: a", "models: 'a' is no list"),
-        ("", "holds nothing, not a table"),
-        ("- a", "holds ['a'], not a table"),
-        ("just a text", "holds 'just a text', not a table"),
+        ("models:", "models: None is not a list"),
+        ("models: {a: {model_type: llama}}", "is not a list; each model is one entry"),
+        ("models: a", "models: 'a' is not a list"),
+        ("", "contains nothing, not a table"),
+        ("- a", "contains ['a'], not a table"),
+        ("just a text", "contains 'just a text', not a table"),
     ],
 )
-def test_a_file_without_models_is_refused(text: str, told: str, write: Callable[..., Path]) -> None:
+def test_a_file_without_models_is_refused(text: str, words: str, write: Callable[..., Path]) -> None:
     """Whatever it holds instead."""
-    assert told in failure(write(".yaml", text)).message
+    assert words in failure(write(".yaml", text)).message
 
 
 def test_one_model_may_stand_in_a_list(write: Callable[..., Path]) -> None:
@@ -913,8 +916,8 @@ def test_other_suffixes_are_refused(write: Callable[..., Path]) -> None:
         (".toml", "a = 1\nb = [1,", "line 2, column 8", ""),
         (".json", '{"a": 1,\n "b" 2}', "line 2, column 6", "delimiter"),
         (".json", "", "line 1, column 1", "Expecting value"),
-        (".yaml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is no UTF-8"),
-        (".toml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is no UTF-8"),
+        (".yaml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is not UTF-8"),
+        (".toml", b"a: 1\nb: \xff\n", "line 2, column 4", "0xff is not UTF-8"),
     ],
 )  # fmt: skip
 def test_contradicting_the_format_is_placed(

@@ -1,7 +1,7 @@
-"""What goes wrong in earnest: hanging, torn and changing files, no memory, no disk, plugins that misbehave.
+"""Real faults: hanging, torn and changing files, no memory, no disk, plugins that misbehave.
 
-Each is a typed error with a hint, harms no other model, leaves nothing charged, and keeps nobody
-from closing the manager; a worker that hangs is shown, and charged until it comes back.
+Each is a typed error with a hint, affects no other model, leaves no memory charged, and does not keep
+the manager from closing; a worker that hangs is shown, and its memory charged until it comes back.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from splitlearn_core.errors import LoadCancelledError, LoadStalledError, Manager
 from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
-from splitlearn_core.readers import copied, staging
+from splitlearn_core.readers import copied
 from splitlearn_core.types import Progress
 from support.managing import (
     charges,
@@ -67,7 +67,7 @@ def part(folder: Path | str, model_id: str = "a", **options: Any) -> ModelConfig
 
 
 class Meddling(ModelLoader):
-    """The real loader, with somebody who meddles when it comes to a stage."""
+    """The real loader, with a function that interferes when it comes to a stage."""
 
     def __init__(self, stage: str, meddle: Callable[[], Any], model_id: str = "a") -> None:
         self._stage = stage
@@ -112,7 +112,7 @@ async def fails(models: AsyncModelManager, config: ModelConfig, kind: type[Split
 async def with_a_neighbour(
     single: Path, loader: ModelLoader | None, act: Callable[[AsyncModelManager], Any], **options: Any
 ) -> None:
-    """Do something beside a model that is in use, and see that it stays so and that everything ends."""
+    """Do something next to a model that is in use, and check that it stays in use and that everything ends."""
     async with closing(AsyncModelManager(loader=loader, **options)) as models:
         neighbour = await models.load_model(part(single, "neighbour", component="bottom"))
         ids = torch.tensor([[1, 2, 3]])
@@ -157,7 +157,7 @@ needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system 
 
 @needs_pipes
 def test_a_pipe_in_place_of_the_weights_is_refused(single: Path) -> None:
-    """Nobody reads from it, so nobody hangs."""
+    """It is not read, so nothing hangs."""
 
     async def act(models: AsyncModelManager) -> None:
         (single / WEIGHTS).rename(single / "aside")
@@ -358,7 +358,7 @@ def test_weights_that_change_during_the_load(
 
 
 def test_weights_that_may_not_be_read(single: Path, checkpoint: Callable[[str], Path]) -> None:
-    """For root, who may read everything, a directory stands in their place."""
+    """For root, which may read everything, a directory replaces them."""
 
     async def act(models: AsyncModelManager) -> None:
         folder = checkpoint("tied")
@@ -382,14 +382,15 @@ def test_memory_that_runs_out_in_the_middle(
 ) -> None:
     """At a piece in the middle of the trunk; what was allocated and read before it is freed, without a collection."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    settled: list[object] = []
-    settle, allocate = staging.HostStaging.settle, staging.fresh_memory
+    arrived: list[object] = []
+    arrivals, allocate = copied._Readers.arrivals, copied.fresh_memory
 
-    def settle_some(self: Any, piece: Any, slot: Any) -> None:
-        if len(settled) == after:
-            raise error
-        settled.append(None)
-        settle(self, piece, slot)
+    def some_arrivals(self: Any) -> Iterator[Any]:
+        for piece in arrivals(self):
+            if len(arrived) == after:
+                raise error
+            arrived.append(None)
+            yield piece
 
     def allocate_seen(*sizes: Iterable[int]) -> list[torch.Tensor]:
         blocks = allocate(*sizes)
@@ -402,10 +403,10 @@ def test_memory_that_runs_out_in_the_middle(
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(copied, "CHUNK_BYTES", 1024)
-                patch.setattr(staging.HostStaging, "settle", settle_some)
-                patch.setattr(staging, "fresh_memory", allocate_seen)
+                patch.setattr(copied._Readers, "arrivals", some_arrivals)
+                patch.setattr(copied, "fresh_memory", allocate_seen)
                 await fails(models, part(single, strategy="copied"), InsufficientMemoryError)
-            assert len(settled) == after
+            assert len(arrived) == after
             assert alive
             assert [tensor() for tensor in alive] == [None] * len(alive)
         finally:
@@ -491,7 +492,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", list(BROKEN))
 def test_a_plugin_that_misbehaves(world: Any, llama: Any, single: Path, edit_json: Any, case: str) -> None:
-    """It is named; a model of another family beside it runs on."""
+    """It is named; a model of another family next to it keeps running."""
     source, strategy, named = BROKEN[case]
     other = single.parent / "other"
     other.mkdir()

@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
-from splitlearn_core.build.pruning import BUILD_LOCK
-from splitlearn_core.errors import LoadCancelledError
+from splitlearn_core.build.torch_state import BUILD_LOCK
+from splitlearn_core.errors import LoadCancelledError, translate
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.loaders.loadable import LoadedModel, explaining
+from splitlearn_core.manager.loaders.loadable import LoadedModel, system_error
 from splitlearn_core.manager.loaders.loader import ModelLoader
-from splitlearn_core.readers import copied, mapped, staging
+from splitlearn_core.readers import copied, mapped
 
 pytestmark = pytest.mark.libs
 
@@ -181,12 +182,12 @@ class TestComponents:
 
     def test_progress_goes_forward(self, llama: Any, sharded: Path) -> None:
         """Stage by stage, and within a stage byte by byte up to the total."""
-        said: list[Progress] = []
-        ModelLoader.load_from_config(component(sharded, warmup=True), said.append)
+        reports: list[Progress] = []
+        ModelLoader.load_from_config(component(sharded, warmup=True), reports.append)
 
-        stages = list(dict.fromkeys(progress.stage for progress in said))
+        stages = list(dict.fromkeys(progress.stage for progress in reports))
         assert stages == ["resolving", "planning", "importing", "building", "reading", "verifying", "warming up"]
-        reading = [progress for progress in said if progress.stage == "reading"]
+        reading = [progress for progress in reports if progress.stage == "reading"]
         assert [p.bytes_done for p in reading] == sorted(p.bytes_done for p in reading)
         assert reading[-1].bytes_done == reading[-1].bytes_total == plan_split(sharded, CUTS, parts=["trunk"]).nbytes
         assert {p.file for p in reading} == set(plan_split(sharded, CUTS, parts=["trunk"]).shards)
@@ -249,14 +250,14 @@ class TestWholeModels:
 
     def test_progress_goes_forward(self, sharded: Path) -> None:
         """The files are read in before the part that cannot be stopped."""
-        said: list[Progress] = []
-        ModelLoader.load_from_config(whole_model(sharded, dtype="float16", warmup=True), said.append)
+        reports: list[Progress] = []
+        ModelLoader.load_from_config(whole_model(sharded, dtype="float16", warmup=True), reports.append)
 
-        stages = list(dict.fromkeys(progress.stage for progress in said))
+        stages = list(dict.fromkeys(progress.stage for progress in reports))
         assert stages == [
             "resolving", "importing", "planning", "reading", "building", "verifying", "warming up",
         ]  # fmt: skip
-        reading = [p for p in said if p.stage == "reading"]
+        reading = [p for p in reports if p.stage == "reading"]
         assert [p.bytes_done for p in reading] == sorted(p.bytes_done for p in reading)
         assert reading[-1].bytes_done == reading[-1].bytes_total > 0
 
@@ -314,13 +315,13 @@ class TestWholeModels:
 
     def test_it_waits_for_its_turn_and_can_be_stopped_meanwhile(self, single: Path) -> None:
         """from_pretrained is not for two threads at once."""
-        loader, said = ModelLoader(), []
+        loader, reports = ModelLoader(), []
         config = whole_model(single)
         plan = loader.plan(config, lambda _: None)
 
         def stop(progress: Progress) -> None:
-            said.append(progress.stage)
-            if said.count("building") > 2:
+            reports.append(progress.stage)
+            if reports.count("building") > 2:
                 raise LoadCancelledError("stopped")
 
         held, done = threading.Event(), threading.Event()
@@ -453,7 +454,7 @@ class TestTorchFiles:
     def test_a_pickled_module_may_be_allowed(
         self, nets: Any, net: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str | None
     ) -> None:
-        """With a warning, for people and in the log; converted where that is asked."""
+        """With a warning, as a Python warning and in the log; converted if requested."""
         torch.save(net, tmp_path / "net.pt")
 
         with pytest.warns(UserWarning, match="can run any code"), caplog.at_level(logging.WARNING):
@@ -584,7 +585,7 @@ class TestEveryKind:
         assert caught.value.hint
 
     def test_a_file_that_is_replaced_meanwhile_is_noticed(self, any_config: ModelConfig) -> None:
-        """At the end at the latest: a model of two versions would be nobody's."""
+        """At the end at the latest: a model must not mix two versions of a file."""
         path = weight_file(any_config)
 
         def meddle(progress: Progress) -> None:
@@ -612,8 +613,8 @@ class TestEveryKind:
     ) -> None:
         """Each report once: the error comes out as it is, no lock, thread or state is left, and a new load works."""
         small_chunks(monkeypatch, 1024)
-        said: list[Progress] = []
-        expected = load(any_config, said.append).module.state_dict()
+        reports: list[Progress] = []
+        expected = load(any_config, reports.append).module.state_dict()
         threads = set(threading.enumerate())
         before = (
             torch.get_default_dtype(),
@@ -621,7 +622,7 @@ class TestEveryKind:
             sorted(weight_file(any_config).parent.iterdir()),
         )
 
-        for number in range(len(said)):
+        for number in range(len(reports)):
             seen: list[Progress] = []
 
             def stop(progress: Progress, number: int = number, seen: list[Progress] = seen) -> None:
@@ -713,26 +714,26 @@ class TestChunks:
     ) -> None:
         """The tensors are bit-equal, and the bytes go forward up to the total."""
         small_chunks(monkeypatch, size)
-        said: list[Progress] = []
+        reports: list[Progress] = []
 
-        loaded = load(component(sharded, "bottom", **options), said.append)
+        loaded = load(component(sharded, "bottom", **options), reports.append)
 
         dtype = getattr(torch, options.get("dtype", "float32"))
         assert same_weights(loaded.module, whole.state_dict(), dtype)
         assert all(p.dtype == dtype for p in loaded.module.parameters())
-        done = [p.bytes_done for p in said if p.stage == "reading"]
+        done = [p.bytes_done for p in reports if p.stage == "reading"]
         assert done == sorted(done)
         assert done[-1] == plan_split(sharded, CUTS, parts=["bottom"]).nbytes
         assert max(b - a for a, b in zip([0, *done], done, strict=False)) <= size
-        assert all(p.file for p in said if p.stage == "reading")
+        assert all(p.file for p in reports if p.stage == "reading")
 
     def test_views_of_the_file_are_not_chunked(self, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing is read, so there is nothing to tell in between."""
         small_chunks(monkeypatch, 64)
-        said: list[Progress] = []
-        loaded = load(component(single), said.append)
+        reports: list[Progress] = []
+        loaded = load(component(single), reports.append)
 
-        assert len([p for p in said if p.stage == "reading"]) == len(loaded.module.state_dict())
+        assert len([p for p in reports if p.stage == "reading"]) == len(loaded.module.state_dict())
 
     @pytest.mark.parametrize(
         "error", [LoadCancelledError("stop"), KeyError("stop"), RuntimeError("out of memory, I say")]
@@ -775,15 +776,15 @@ class TestWarmUp:
             )
 
         handle = loaded.module.register_forward_pre_hook(note, with_kwargs=True)
-        said: list[str] = []
-        ModelLoader().warm_up(config, loaded, lambda progress: said.append(progress.stage))
+        reports: list[str] = []
+        ModelLoader().warm_up(config, loaded, lambda progress: reports.append(progress.stage))
         handle.remove()
 
         tokens = name in ("bottom", None)
         tail, kind = ([], torch.int64) if tokens else ([32], getattr(torch, dtype))
         assert calls == [([1, 8, *tail], kind, False), ([1, 1, *tail], kind, False)] * 2
-        assert set(said) == {"warming up"}
-        assert len(said) >= 4
+        assert set(reports) == {"warming up"}
+        assert len(reports) >= 4
         assert all(parameter.grad is None for parameter in loaded.module.parameters())
 
     def test_a_short_context_is_not_exceeded(self, llama: Any, single: Path, edit_json: Callable[..., None]) -> None:
@@ -843,9 +844,9 @@ class TestWarmUp:
     ],
     ids=repr,
 )
-def test_errors_of_the_system_are_explained(error: Exception, kind: type[SplitLearnError], named: str) -> None:
+def test_errors_of_the_system_are_translated(error: Exception, kind: type[SplitLearnError], named: str) -> None:
     """Each is an error of ours with the path, the cause and the way out."""
-    with pytest.raises(kind, match=named) as caught, explaining("the model"):
+    with pytest.raises(kind, match=named) as caught, translate(partial(system_error, "the model")):
         raise error
 
     assert type(caught.value) is kind
@@ -857,8 +858,8 @@ def test_errors_of_the_system_are_explained(error: Exception, kind: type[SplitLe
     "error", [RuntimeError("a bug"), KeyError("a"), LoadCancelledError("stop"), KeyboardInterrupt()]
 )
 def test_other_errors_pass(error: BaseException) -> None:
-    """They are no business of the machine's."""
-    with pytest.raises(type(error)) as caught, explaining("the model"):
+    """They are not errors of the system."""
+    with pytest.raises(type(error)) as caught, translate(partial(system_error, "the model")):
         raise error
     assert caught.value is error
 
@@ -867,23 +868,25 @@ def test_the_loader_is_light(world: Any) -> None:
     """Importing it imports neither torch nor transformers."""
     done = world.python(
         "-c",
-        "import sys, splitlearn_core.manager.loaders.loader, splitlearn_core.manager.threads\n"
+        "import sys, splitlearn_core.manager.loaders.loader, splitlearn_core.manager.workers\n"
         "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))",
     )
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_allocation_failures_are_told_from_bugs(llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocation_failures_are_distinguished_from_bugs(
+    llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A MemoryError in the middle of reading, as the allocator raises it."""
-    landed = staging.HostStaging.filled
+    read = copied._Readers._read
 
-    def scarce(self: Any, piece: Any, slot: Any) -> Any:
+    def scarce(self: Any, piece: Any, *target: Any) -> None:
         if piece.begin > 10_000:
             raise MemoryError
-        return landed(self, piece, slot)
+        read(self, piece, *target)
 
     small_chunks(monkeypatch, 1024)
-    monkeypatch.setattr(staging.HostStaging, "filled", scarce)
+    monkeypatch.setattr(copied._Readers, "_read", scarce)
     with pytest.raises(InsufficientMemoryError, match="ran out") as caught:
         load(component(single, strategy="copied"))
     assert caught.value.hint

@@ -1,4 +1,4 @@
-"""The properties of the machine catch what they are there for: mistakes of one line, one at a time."""
+"""The property tests of the machine catch mistakes of one line, one at a time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ SOURCES = {"admission": admission, "attempt": attempt, "machine": machine}
 
 #: Random lives in which each must be caught.
 LIVES = 2000
+#: Mistakes that few lives meet -> the first that does, where the search begins. It goes on from there, so that a seed
+#: that is out of date costs time alone.
+FIRST_LIFE = {
+    "I3: an older generation comes back beside a newer one": 159,
+    "I4: a worker that was planning and is stuck cannot come back": 83,
+    "I7: one waiter that goes takes the others along": 9,
+    "I13: a load is refused after others went for it": 21,
+    "I13: what leaves already does not count": 9,
+    "I13: needless victims": 33,
+    "I20: waiting counts anew in each status": 474,
+    "I26: closing forgets what drains": 15,
+    "I30: later loads take what earlier ones will need": 16,
+    "I31: reloads of pinned models wait their turn": 9,
+    "I31: reloads of pinned models wait for each other": 689,
+}
 
 #: What goes wrong: (file, the line as it is, the line as it must not be).
 MUTATIONS = {
@@ -25,36 +40,36 @@ MUTATIONS = {
         "        self._resolve(generation, failure)\n        model = self._models[generation.model_id]\n",
         "        model = self._models[generation.model_id]\n",
     ),
-    "I3: an older generation comes back beside a newer one": (
+    "I3: an older generation comes back next to a newer one": (
         "machine",
         "if not any(g.status in (_S.READY, _S.DRAINING, _S.UNLOADING) for g in newer):",
         "if True:",
     ),
     "I4: a worker that was planning and is stuck cannot come back": (
         "machine",
-        '"has been planned", _S.PLANNING, _S.CANCELLING, _S.STUCK)',
-        '"has been planned", _S.PLANNING, _S.CANCELLING)',
+        "self._expect(key, what, *statuses, _S.CANCELLING, _S.STUCK)",
+        "self._expect(key, what, *statuses, _S.CANCELLING)",
     ),
     "I6: one worker too many": ("machine", "< self.limits.max_workers\n", "<= self.limits.max_workers\n"),
-    "I7: one waiter that goes takes the others along": (
+    "I7: a waiter that leaves takes the others along": (
         "machine",
         "generation.waiters -= 1\n",
         "generation.waiters = 0\n",
     ),
-    "I8: nobody tells the worker to stop": (
+    "I8: the worker is not requested to stop": (
         "machine",
-        "        self._effects.append(m.StopWorker(generation.key, cause))\n",
+        "            self._effects.append(m.StopWorker(generation.key, cause))\n",
         "",
     ),
     "I8: a cancelled load gives its memory back before its worker does": (
-        "machine",
-        "(_S.WARMING, _S.CANCELLING, _S.STUCK,",
-        "(_S.WARMING, _S.STUCK,",
+        "attempt",
+        "return self.held if status in RESERVED | CHARGED else {}",
+        "return self.held if status in (RESERVED | CHARGED) - {_S.CANCELLING} else {}",
     ),
     "I10: less than the peak is promised": (
-        "machine",
-        "        return generation.needs\n",
-        "        return generation.keeps or generation.needs\n",
+        "attempt",
+        "            return self.needs\n",
+        "            return self.keeps or self.needs\n",
     ),
     "I10: places are not given back": ("machine", "self._held_models += sign\n", "self._held_models += max(0, sign)\n"),
     "I11: mapped weights are counted twice": ("machine", "0 if name == MAPPED else ", ""),
@@ -101,7 +116,7 @@ MUTATIONS = {
         "replace(generation.progress, bytes_done=generation.progress.bytes_total)",
         "generation.progress",
     ),
-    "I20: waiting counts anew in each status": (
+    "I20: waiting is counted from 0 in each status": (
         "machine",
         "waited = generation.waited + self._now",
         "waited = self._now",
@@ -114,7 +129,7 @@ MUTATIONS = {
     "I30: later loads pass earlier ones": ("machine", "key=lambda g: g.rank) if", "key=lambda g: -g.order) if"),
     "I30: later loads take what earlier ones will need": ("machine", " - ahead.get(name, 0)", ""),
     # The rule of versions before: two reloads wait for each other's old generation.
-    "I31: what is to be reloaded serves until then, whoever waits for it": (
+    "I31: a generation to be reloaded serves until then, whichever load waits for it": (
         "machine",
         "if reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank):",
         "if reload is None:",
@@ -130,7 +145,7 @@ MUTATIONS = {
 
 
 def properties() -> ModuleType:
-    """Import the file beside this one; tests are no package."""
+    """Import the neighbouring file; the tests are not a package."""
     path = Path(__file__).with_name("test_manager_properties.py")
     spec = importlib.util.spec_from_file_location("splitlearn_manager_properties", path)
     assert spec is not None
@@ -163,15 +178,20 @@ def lives(request: pytest.FixtureRequest) -> ModuleType:
         return properties()
 
 
-@pytest.mark.parametrize(("file", "old", "new"), MUTATIONS.values(), ids=MUTATIONS)
-def test_mutation_is_caught(file, old, new, lives, monkeypatch):
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(name, lives, monkeypatch):
     class Mutated(lives.Lives):
-        source = mutant(monkeypatch, file, old, new)
+        source = mutant(monkeypatch, *MUTATIONS[name])
 
     with pytest.raises((AssertionError, SplitLearnError, pytest.fail.Exception)):
-        live(Mutated, lives.wander)
+        live(Mutated, lives.wander, FIRST_LIFE.get(name, 0))
 
 
-def live(kind, wander):
-    for seed in range(LIVES):
-        wander(kind, seed)
+def live(kind, wander, first):
+    for number in range(LIVES):
+        wander(kind, (first + number) % LIVES)
+
+
+def test_the_first_lives_are_those_of_mutations():
+    """A name that is written wrongly would cost time in silence."""
+    assert FIRST_LIFE.keys() <= MUTATIONS.keys()

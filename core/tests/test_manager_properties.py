@@ -1,7 +1,7 @@
 """The machine against a small reference of its own, over random lives of four models.
 
-The reference knows only what was asked and what came out (events and effects), and keeps its own
-account of it. I1 to I32 are the invariants of the design.
+The reference sees only events and effects, and keeps its own account of them. I1 to I32 are the invariants of
+the design.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ AT_WORK = ("planning", "loading", "warming", "cancelling")
 PROMISED = ("loading", "warming", "cancelling")
 
 #: Lives that Hypothesis leads, and lives of pure chance.
-EXAMPLES, LIVES = cases(450, 120), cases(400, 100)
+EXAMPLES, LIVES = cases(450, 40), cases(400, 40)
 
 SETTINGS = settings(
     max_examples=EXAMPLES,
@@ -82,7 +82,7 @@ class Life:
     outcomes: list[FailureInfo | None] = dataclasses.field(default_factory=list)
     #: What a worker was started for and has not answered yet.
     job: m.Job | None = None
-    told_to_stop: bool = False
+    stop_requested: bool = False
     freeing: bool = False
     #: Loans that somebody has in hand, and those of them that count.
     loans: int = 0
@@ -200,7 +200,7 @@ class Reference:
     # --- taking in
 
     def take(self, event: m.Event, effects: Iterable[m.Effect]) -> None:
-        """Take in what was asked and what came of it, and object to what may not be."""
+        """Record an event and its effects, and fail on effects that are not allowed."""
         self.now = max(self.now, event.now)
         note = getattr(self, f"_note_{type(event).__name__}", None)
         if note:
@@ -344,9 +344,9 @@ class Reference:
 
     def _effect_StopWorker(self, event: m.Event, effect: m.StopWorker) -> None:  # noqa: N802
         life = self.lives[effect.key]
-        assert life.job is not None, f"nobody works for {effect.key}"
-        assert not life.told_to_stop, f"{effect.key} was told twice"
-        life.told_to_stop = True
+        assert life.job is not None, f"no worker works for {effect.key}"
+        assert not life.stop_requested, f"{effect.key} was requested to stop twice"
+        life.stop_requested = True
 
     def _effect_StartUnload(self, event: m.Event, effect: m.StartUnload) -> None:  # noqa: N802
         """I15: what is freed is not lent, unless it was forced."""
@@ -359,7 +359,7 @@ class Reference:
         assert self.lives[effect.key].status not in ("ready", "draining", "unloading"), f"{effect.key} is discarded"
 
     def _effect_Resolve(self, event: m.Event, effect: m.Resolve) -> None:  # noqa: N802
-        """I2: each is told once; I20: each limit has its own error, and is not early."""
+        """I2: each load is resolved once; I20: each limit has its own error, and is not early."""
         life = self.lives[effect.key]
         assert not life.outcomes, f"{effect.key} is resolved twice"
         life.outcomes.append(effect.failure)
@@ -422,7 +422,7 @@ class Reference:
                         assert self._free(name) >= life.needs.get(name, 0), f"{key} took {name} of {other}"
 
     def _check_victim(self, key: m.Key, gainer: m.Key | None) -> None:
-        """I16: who is never a victim. What is being reloaded goes only for what comes before the reload."""
+        """I16: which models are never victims. A model being reloaded is evicted only for loads before the reload."""
         life = self.lives[key]
         assert life.status == "ready", f"{key} is {life.status}, and was evicted"
         assert not life.leases, f"{key} was evicted while it was lent"
@@ -450,7 +450,7 @@ class Reference:
                 assert not self._would_fit(key, {victim}), f"{victim} went for {key} needlessly"
 
     def check_waits(self) -> None:
-        """I31: at rest, whatever waits for memory waits for what somebody outside can give, and not for waiters alone.
+        """I31: at rest, no load waits for memory that only other waiting loads could release.
 
         What the machine can do by itself is done by then: leases are back, workers have answered, idle models may go.
         """
@@ -645,7 +645,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(**choices("answer"))
     def answer(self, which: int, outcome: str, share: float, **needs: int) -> None:
-        """Any worker answers; also one that was told to stop long ago."""
+        """Any worker answers; also one that was requested to stop long ago."""
         working = [key for key, life in self.reference.lives.items() if life.job is not None]
         if working:
             needs = {name.replace("cuda", "cuda:0"): count for name, count in needs.items()}
@@ -657,7 +657,7 @@ class Lives(RuleBasedStateMachine):
         others = {k: life.status for k, life in self.reference.there().items() if k != key}
         if outcome == "failed":
             self.send(m.WorkerFailed(self.now, key, FAILURE))
-            # I23: nobody else fails with it. A load that waits may be refused, for reasons of its own.
+            # I23: no other load fails with it. A load that waits may be refused, for reasons of its own.
             assert all(
                 after == before or before not in ("planning", "loading", "warming", "ready", "draining")
                 for k, before in others.items()
@@ -672,7 +672,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(**choices("answer_wrongly"))
     def answer_wrongly(self, which: int, wrong: Any) -> None:
-        """I4: an answer for what is not, or no longer, asked changes nothing."""
+        """I4: an answer that was not requested, or is obsolete, changes nothing."""
         right = {m.Planned: "planning", m.Loaded: "loading", m.WarmedUp: "warming", m.Unloaded: "unloading"}
         keys = [
             key
@@ -687,7 +687,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(**choices("waiter"))
     def waiter(self, which: int, gone: bool) -> None:
-        """I7: who comes to wait, or no longer waits, changes nothing for anybody."""
+        """I7: a caller that starts or stops waiting changes nothing for others."""
         lives = self.reference.lives
         keys = [key for key, life in lives.items() if life.waiters or life.outcomes or not gone]
         if keys:
@@ -702,7 +702,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(**choices("cancel"))
     def cancel(self, which: int) -> None:
-        """I8: a worker that was told to stop holds what it holds until it answers."""
+        """I8: a worker that was requested to stop keeps its memory until it answers."""
         self.send(m.CancelRequested(self.now, self._one_of(which, *COMING)))
 
     @rule(**choices("lease"))
@@ -722,7 +722,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(**choices("release"))
     def release(self, which: int) -> None:
-        """I15: a loan is given back, also one that was broken."""
+        """I15: a lease ends, also one that was broken."""
         keys = [key for key, life in self.reference.lives.items() if life.loans]
         if keys:
             self.send(m.LeaseReleased(self.now, keys[which % len(keys)]))
@@ -733,7 +733,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(**choices("drain"))
     def drain(self, which: int, timeout: float) -> None:
-        """Somebody borrows a model, and somebody else wants it freed."""
+        """One caller leases a model, and another one unloads it."""
         model_id = self._one_of(which, "ready")
         self.send(m.LeaseTaken(self.now, model_id))
         self.send(m.UnloadRequested(self.now, model_id, drain_timeout=timeout))
@@ -812,7 +812,7 @@ class Lives(RuleBasedStateMachine):
             assert sum(other.status == "failed" for other in there.values()) <= self.limits.max_failed
             assert bool(life.outcomes) == (life.status not in (*COMING, "cancelling")), f"{key} is {life.status}"
             assert life.held is not None or life.status not in ("ready", "draining", "unloading")
-            assert life.told_to_stop or life.status != "cancelling", f"nobody told the worker of {key} to stop"
+            assert life.stop_requested or life.status != "cancelling", f"the worker of {key} was not requested to stop"
         ledgers = self.machine.ledgers()
         for name, ledger in ledgers.items():
             assert ledger.charged == self.reference.used(name, promised=False), f"{name} is charged {ledger.charged}"
@@ -860,7 +860,7 @@ class Lives(RuleBasedStateMachine):
     # --- the end
 
     def teardown(self) -> None:
-        """I2, I12, I26, I30: everybody is told; closed, it comes to rest and holds nothing."""
+        """I2, I12, I26, I30: every waiter is answered; once closed, it comes to rest and holds nothing."""
         if not hasattr(self, "machine"):
             return
         if not self.reference.closed:
@@ -900,7 +900,7 @@ class Lives(RuleBasedStateMachine):
             self.reference.check_waits()
 
     def _let_all_finish(self) -> None:
-        """Everybody does his part: then nobody waits for ever, whose load could fit."""
+        """If all workers answer and all leases end, no load that could fit waits forever."""
         for _ in range(40):
             if not any(life.status in (*COMING, "cancelling") for life in self.reference.lives.values()):
                 return
@@ -935,7 +935,7 @@ class Lives(RuleBasedStateMachine):
         for _ in range(3):
             for key, life in list(self.reference.lives.items()):
                 if life.job is not None:
-                    stop = life.told_to_stop
+                    stop = life.stop_requested
                     self._answer(key, "stopped" if stop else "done", {"host": 1, "mapped": 1}, {"host": 1})
                 while life.loans:
                     self.send(m.LeaseReleased(self.now, key))

@@ -146,7 +146,7 @@ def test_the_machine_may_have_less_than_the_group_leaves(groups: Groups) -> None
 
 
 def test_a_container_that_sees_its_group_as_the_root(groups: Groups) -> None:
-    """With or without a namespace of its own, the path that it is told may not be there."""
+    """With or without a namespace of its own, the path of the group may not exist."""
     groups.v2("", 2 * GB, anon=GB, kernel=0)
 
     for path in ("/", "/docker/abc", "/../../other"):
@@ -212,7 +212,7 @@ def test_headroom_and_the_limit_are_taken_off() -> None:
 
 @pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(
-    ("asked", "fits", "said"),
+    ("requested", "fits", "reason"),
     [
         (None, True, "left"),
         (0, True, "left"),
@@ -221,21 +221,21 @@ def test_headroom_and_the_limit_are_taken_off() -> None:
         (9 * 1024 + 1, False, "all of host"),
     ],
 )
-def test_a_report_says_whether_it_fits_and_why(asked: float | None, fits: bool, said: str) -> None:
+def test_a_report_says_whether_it_fits_and_why(requested: float | None, fits: bool, reason: str) -> None:
     """With the numbers it was decided by; the report is true if it fits."""
-    report = ResourceManager(headroom=GB).check_available_resources(asked)
+    report = ResourceManager(headroom=GB).check_available_resources(requested)
 
     assert (report.fits, bool(report)) == (fits, fits)
     assert (report.free, report.limit, report.ledger) == (5 * GB, 9 * GB, "host")
-    assert report.needed == (asked or 0) * MB
-    assert said in report.why
+    assert report.needed == (requested or 0) * MB
+    assert reason in report.why
 
 
-@pytest.mark.parametrize("asked", [-1, math.nan, math.inf])
-def test_an_amount_that_is_none_is_refused(asked: float) -> None:
+@pytest.mark.parametrize("requested", [-1, math.nan, math.inf])
+def test_an_amount_that_is_none_is_refused(requested: float) -> None:
     """A ConfigurationError with a hint."""
     with pytest.raises(ConfigurationError, match="memory_mb") as caught:
-        ResourceManager().check_available_resources(asked)
+        ResourceManager().check_available_resources(requested)
     assert caught.value.hint
 
 
@@ -292,7 +292,7 @@ def test_cuda_devices_have_ledgers_of_their_own(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("module", [Cuda(begun=False), SimpleNamespace(), None])
 def test_who_does_not_use_cuda_pays_nothing_for_it(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-    """Asking a device makes a context there, so an idle one is not asked; nor is a module half imported."""
+    """Reading a device creates a context there, so an idle one is not read; nor is a half-imported module used."""
     monkeypatch.setitem(sys.modules, "torch.cuda", module)
 
     assert set(ResourceManager().sample().total) == {"host", "mapped"}
@@ -335,7 +335,7 @@ def test_a_sample_is_a_value() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps large blocks")
 def test_large_blocks_can_be_had_back_at_once(world: Any) -> None:
     """Whatever size was freed before: without the call, the second block would stay in the heap."""
-    done = world.python(
+    done = world.warm_python(
         "-c",
         "import threading\nimport torch\n"
         "from splitlearn_core.system_memory import anonymous_memory, return_large_blocks\n"

@@ -130,7 +130,7 @@ def test_a_cache_goes_through_calls(single: Path, whole: Any) -> None:
 
 @pytest.mark.parametrize("method", ["load_model", "ensure_model"])
 def test_a_load_is_listed_before_its_caller_has_waited_at_all(method: str) -> None:
-    """At the first suspension of the call the placeholder is there, with who waits and where it stands."""
+    """At the first suspension of the call the placeholder exists, with its waiters and its status."""
 
     async def main() -> None:
         loader = GatedLoader()
@@ -293,7 +293,7 @@ def test_an_error_of_somebody_elses_becomes_load_failed(error: BaseException, st
 
 
 def test_failures_in_a_row_are_counted() -> None:
-    """And a success begins anew."""
+    """And a success resets the count."""
 
     async def main() -> None:
         loader = GatedLoader()
@@ -512,7 +512,7 @@ def test_two_unloads_at_once() -> None:
 
 
 def test_unload_waits_for_holders_and_lends_no_more() -> None:
-    """It ends with the last lease; meanwhile nobody new gets the model."""
+    """It ends with the last lease; until then there are no new leases."""
 
     async def main() -> None:
         async with closing(manager(GatedLoader())) as models:
@@ -565,7 +565,7 @@ def test_a_forced_unload_breaks_leases() -> None:
 
 
 def test_a_forced_unload_lets_a_running_call_end_and_fails_those_that_wait() -> None:
-    """Its memory counts until the running call ends; the waiting ones are told that the model is gone."""
+    """Its memory counts until the running call ends; waiting calls fail because the model is gone."""
 
     async def main() -> None:
         async with closing(manager(GatedLoader())) as models:
@@ -664,7 +664,7 @@ def test_memory_is_measured_alone_or_not_at_all() -> None:
 
 
 def test_force_ends_a_drain_that_waits() -> None:
-    """Both who asked get the report."""
+    """Both callers get the report."""
 
     async def main() -> None:
         async with closing(manager(GatedLoader())) as models:
@@ -679,7 +679,7 @@ def test_force_ends_a_drain_that_waits() -> None:
 
 
 def test_memory_that_cannot_be_freed_is_an_error_and_stays_charged() -> None:
-    """Whoever waits for the unload is told, and the model is shown as stuck."""
+    """The caller of the unload gets the error, and the model is shown as stuck."""
 
     class Broken(FixedMemory):
         def release_unused(self) -> None:
@@ -1230,7 +1230,7 @@ def test_waiting_has_an_end() -> None:
 
 @pytest.mark.parametrize("size", [5000, 20_000], ids=["no room now", "too large ever"])
 def test_what_does_not_fit_is_refused_with_the_numbers(size: int) -> None:
-    """Evicting nobody."""
+    """Without evicting any model."""
 
     async def main() -> None:
         loader = GatedLoader({"a": 6000, "b": size, "c": 100})
@@ -1519,7 +1519,7 @@ def test_close_of_an_unused_manager() -> None:
 
 
 def test_close_with_a_stuck_worker_is_bounded() -> None:
-    """It returns, the waiter is told, and the stack of the worker is in the log."""
+    """It returns, the waiter gets an error, and the stack of the worker is in the log."""
 
     async def main() -> None:
         loader = GatedLoader()

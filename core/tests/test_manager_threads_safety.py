@@ -15,7 +15,7 @@ from torch import nn
 
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loader import ModelLoader
-from splitlearn_core.manager.threads import run_in_thread
+from splitlearn_core.manager.workers import run_in_thread
 
 LOADS = 400
 WORKERS = 6

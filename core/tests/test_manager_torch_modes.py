@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from splitlearn_core import AsyncModelManager, ModelConfig, SplitCausalLM
 from splitlearn_core.build.kv_cache import cache_argument
-from splitlearn_core.manager.torch_modes import present_mode
+from splitlearn_core.manager.workers import present_mode
 from support.managing import GatedLoader, closing, run, until
 
 pytestmark = [pytest.mark.libs, pytest.mark.usefixtures("llama")]
@@ -119,7 +119,7 @@ def test_decoding_with_caches_keeps_no_graph_and_says_what_the_unsplit_model_say
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("steps", [(False, True, False), (True, False, True)])
-def test_a_cache_goes_on_whichever_way_each_call_is_made(single: Path, whole: Any, kind: Any, steps: Any) -> None:
+def test_a_cache_continues_whichever_way_each_call_is_made(single: Path, whole: Any, kind: Any, steps: Any) -> None:
     """With gradients and without by turns; a static cache is written to in place."""
     name = cache_argument(whole.forward)
 

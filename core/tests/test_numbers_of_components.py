@@ -270,7 +270,7 @@ def test_a_whole_split_takes_the_place_of_any_other(single: Path) -> None:
         ({"component": "trunk"}, "has no trunk"),
         ({"component": "trunk3"}, "has no trunk3"),
         ({"component": "trunk01"}, "none of bottom, trunk, top"),
-        ({"split_points": []}, "no list of layer numbers"),
+        ({"split_points": []}, "not a list of layer numbers"),
         ({"split_points": [1, 5, 2]}, "do not cut a model"),
         ({"split_points": [1, 2]}, "has no trunk2"),
         ({"layers": [1, 2]}, r"holds \(2, 5\), not \(1, 2\)"),

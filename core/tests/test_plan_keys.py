@@ -57,7 +57,7 @@ def test_ends_go_to_the_ends() -> None:
         Component.TRUNK: {},
         Component.TOP: {"model.norm.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"},
     }
-    assert (table.tied, table.apart) == ((), None)
+    assert (table.tied, table.separate_ends) == ((), None)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_tied_tensor_serves_both_ends(present: str) -> None:
 
     assert table.sources[Component.BOTTOM] == {"model.embed_tokens.weight": present}
     assert table.sources[Component.TOP]["lm_head.weight"] == present
-    assert (table.tied, table.apart) == ((present,), None)
+    assert (table.tied, table.separate_ends) == ((present,), None)
 
 
 def test_a_tied_model_with_both_tensors_keeps_both() -> None:
@@ -101,7 +101,7 @@ def test_a_tied_model_with_both_tensors_keeps_both() -> None:
     table = place(FAMILY, ENDS, {**CONFIG, "tie_word_embeddings": True})
 
     assert table.tied == ()
-    assert table.apart == ("model.embed_tokens.weight", "lm_head.weight")
+    assert table.separate_ends == ("model.embed_tokens.weight", "lm_head.weight")
     assert table.sources[Component.TOP]["lm_head.weight"] == "lm_head.weight"
 
 

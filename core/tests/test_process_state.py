@@ -52,14 +52,15 @@ def wide():
 
 @pytest.fixture
 def pytest_run(world: Any, tmp_path: Path) -> Any:
-    """Run a module of tests in a process of its own."""
+    """Run a module of tests in a process of its own, which has imported torch already unless ``light``."""
 
-    def run(source: str) -> Any:
+    def run(source: str, *, light: bool = False) -> Any:
         module = tmp_path / "test_made.py"
         module.write_text(source)
         plugins = ("-p", "no:randomly", "-p", "no:xdist", "-p", "no:cacheprovider")
         state = ("-p", "support.process_state", "-o", f"pythonpath={Path(__file__).parent}")
-        return world.python("-m", "pytest", "-q", "--rootdir", tmp_path, *plugins, *state, module, KEPT="kept")
+        python = world.python if light else world.warm_python
+        return python("-m", "pytest", "-q", "--rootdir", tmp_path, *plugins, *state, module, KEPT="kept")
 
     return run
 
@@ -107,7 +108,7 @@ def test_what_a_test_puts_back_is_no_change(pytest_run: Any) -> None:
 def test_it_imports_nothing(pytest_run: Any) -> None:
     """A test without torch costs no import of it; one that imports it starts from torch's own state."""
     light = "import sys\n\n\ndef test_a():\n    assert 'torch' not in sys.modules\n\n\n"
-    done = pytest_run(light + "def test_b():\n    import torch\n    torch.set_grad_enabled(False)\n")
+    done = pytest_run(light + "def test_b():\n    import torch\n    torch.set_grad_enabled(False)\n", light=True)
 
     assert "2 passed, 1 error" in done.stdout, done.stdout + done.stderr
     assert "gradient mode: was True and is False" in done.stdout

@@ -63,7 +63,7 @@ def test_a_snapshot_keeps_little_of_the_error_of_a_library() -> None:
 def test_another_encoding_is_refused_by_every_strategy(llama: Any, single: Path, encoding: str, strategy: str) -> None:
     path = single / "config.json"
     path.write_bytes(path.read_text().encode(encoding))
-    with pytest.raises(InvalidCheckpointError, match="is no JSON in UTF-8, but in utf-") as caught:
+    with pytest.raises(InvalidCheckpointError, match="is not in UTF-8 but in utf-") as caught:
         load_split_model(None, CUTS, single, strategy=strategy, progress=False)
     assert caught.value.hint.startswith("write it in UTF-8: python -c ")
 

@@ -16,10 +16,8 @@ from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.readers import copied
-from splitlearn_core.readers.copied import CopiedStrategy
-from splitlearn_core.readers.incremental import IncrementalStrategy
-from splitlearn_core.readers.mapped import MappedStrategy
-from splitlearn_core.readers.staging import ALIGNMENT, HUGE, MAX_SPANS, cut, fresh_memory
+from splitlearn_core.readers.copied import MAX_SPANS, CopiedStrategy, cut
+from splitlearn_core.readers.mapped import ALIGNMENT, HUGE, IncrementalStrategy, MappedStrategy, fresh_memory
 from splitlearn_core.types import FLOAT_DTYPES
 
 pytestmark = pytest.mark.libs
@@ -135,15 +133,15 @@ def test_memory_of_one_tensor_is_given_back_alone() -> None:
 
 
 class Stop:
-    """Tells how much was read, and stops a load."""
+    """Records how much was read, and stops a load."""
 
     def __init__(self, after: int) -> None:
         self.after = after
-        self.told: list[int] = []
+        self.reported: list[int] = []
 
     def __call__(self, nbytes: int) -> None:
-        self.told.append(nbytes)
-        if len(self.told) > self.after:
+        self.reported.append(nbytes)
+        if len(self.reported) > self.after:
             raise LoadCancelledError("stop")
 
 
@@ -161,12 +159,12 @@ def test_a_stopped_read_leaves_no_thread(
     with pytest.raises(LoadCancelledError):
         list(CopiedStrategy().read(plan))
 
-    assert len(stop.told) == after + 1
+    assert len(stop.reported) == after + 1
     assert not [thread for thread in threading.enumerate() if thread.name == "splitlearn-reader"]
 
 
-def test_a_read_that_nobody_finishes_leaves_no_thread(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """The consumer took one tensor, and wants no more."""
+def test_an_abandoned_read_leaves_no_thread(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The consumer takes two tensors, and closes the generator."""
     reading: Any = CopiedStrategy().read(plan_of(tmp_path, tensors, "float16"))
     next(reading)
     next(reading)
@@ -196,7 +194,7 @@ def test_a_file_that_is_cut_between_planning_and_reading_is_refused(
 def test_a_file_that_is_replaced_between_planning_and_reading_is_refused(
     tmp_path: Path, tensors: dict[str, torch.Tensor], strategy: LoadingStrategy
 ) -> None:
-    """A sound file of the same size with other tensors in it."""
+    """A valid file of the same size with other tensors in it."""
     plan = plan_of(tmp_path, tensors)
     save_file(
         {**tensors, "0": tensors["0"].view(torch.int32), "1 gap": torch.zeros(33, dtype=torch.uint8)}, tmp_path / FILE
@@ -212,13 +210,13 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(
     """The tensor, and where the file ends, are named; no thread is left."""
     plan = plan_of(tmp_path, tensors)
     monkeypatch.setattr(copied, "CHUNK_BYTES", 4096)
-    told: list[int] = []
+    reported: list[int] = []
 
     def truncate(nbytes: int) -> None:
-        if not told:
+        if not reported:
             with (tmp_path / FILE).open("r+b") as file:
                 file.truncate(10_000)
-        told.append(nbytes)
+        reported.append(nbytes)
 
     plan = plan_of(tmp_path, tensors, on_bytes=truncate)
     with pytest.raises(InvalidCheckpointError, match=r"ends (at|before)|needs") as caught:
@@ -240,7 +238,7 @@ def test_a_file_that_goes_away_is_named(tmp_path: Path, tensors: dict[str, torch
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_it_reads_in_every_mode(tmp_path: Path, tensors: dict[str, torch.Tensor], mode: Any, dtype: str) -> None:
-    """Those who load and those who read are different threads, and a mode is a thread's own."""
+    """The reader threads have modes of their own."""
     with mode():
         read = dict(CopiedStrategy().read(plan_of(tmp_path, tensors, dtype)))
 
@@ -254,7 +252,7 @@ def test_it_reads_in_every_mode(tmp_path: Path, tensors: dict[str, torch.Tensor]
 def test_every_tensor_is_saved_at_its_own_size(
     tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: str, strategy: LoadingStrategy
 ) -> None:
-    """torch.save writes the whole storage of a tensor, and accelerate holds tensors of one storage for tied."""
+    """torch.save writes the whole storage of a tensor, and accelerate takes tensors of one storage for tied."""
     for planned, tensor in strategy.read(plan_of(tmp_path, tensors, dtype)):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, planned.info.key
         buffer = io.BytesIO()

@@ -18,14 +18,14 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed"),
 ]
 
-#: Of what a save does to files every so manieth is interrupted: each in the long tests.
-STEP = cases(1, 4)
+#: Of what a save does to files every so manieth is interrupted: each in the long tests. A prime number,
+#: so that it is not the same step of each component.
+STEP = cases(1, 7)
 #: Kills itself at the n-th thing that it does to files, for n in steps, until nothing is left to interrupt.
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from splitlearn_core import load_split_directory, save_split, verify_saved
-from splitlearn_core.checkpoint.safetensors_header import read_header
+from splitlearn_core import save_split, verify_saved
 from splitlearn_core.storage import atomic
 from splitlearn_core.storage.directory import SplitDirectory
 

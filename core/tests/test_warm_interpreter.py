@@ -62,6 +62,7 @@ def test_a_command_has_arguments_streams_and_a_folder(python: Any, tmp_path: Pat
         ("import os; os.kill(os.getpid(), 9)", -9),
         ("raise KeyboardInterrupt", -signal.SIGINT),
         ("import atexit; atexit.register(print, 'end'); import sys; sys.exit(5)", 5),
+        ("import sys, weakref; weakref.finalize(sys, print, 'end')", 0),
     ],
 )
 def test_a_command_ends_as_a_process_ends(python: Any, code: str, expected: int) -> None:

@@ -179,7 +179,7 @@ def _cancel(session: Session, checkpoint: Checkpoint) -> None:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Measure one thing in this process, everything imported before."""
-    from splitlearn_core.manager.preload import preload
+    from splitlearn_core import preload
 
     preload([job["model_type"], "huggingface"], serving=True)
     measures = {"lag": _measure_lag, "crowd": _measure_crowd, "overhead": _measure_overhead, "cancel": _measure_cancel}

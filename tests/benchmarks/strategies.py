@@ -253,7 +253,7 @@ def _pinned(job: Job) -> Callable[[], Any]:
 
 def _preadv(job: Job) -> Callable[[], Any]:
     """The system call alone, with as many threads as ours has."""
-    from splitlearn_core.readers.staging import reader_count
+    from splitlearn_core.readers.copied import reader_count
 
     chunks, position = [], 0
     for path, start, count in _stretches(job):

@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from splitlearn_core.build.component import BottomModel as BottomModel
     from splitlearn_core.build.component import TopModel as TopModel
     from splitlearn_core.build.component import TrunkModel as TrunkModel
+    from splitlearn_core.checkpoint.files import open_regular as open_regular
     from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan as FetchPlan
     from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch as FileFetch
-    from splitlearn_core.checkpoint.regular_files import open_regular as open_regular
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
     from splitlearn_core.hosts.remote import RemoteComponent as RemoteComponent
@@ -76,8 +76,8 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.handles import AsyncManagedModel as AsyncManagedModel
     from splitlearn_core.manager.handles import LoadingPlaceholder as LoadingPlaceholder
     from splitlearn_core.manager.loaders.loader import ModelLoader as ModelLoader
+    from splitlearn_core.manager.loaders.loader import preload as preload
     from splitlearn_core.manager.manager import AsyncModelManager as AsyncModelManager
-    from splitlearn_core.manager.preload import preload as preload
     from splitlearn_core.manager.resources import ResourceManager as ResourceManager
     from splitlearn_core.manager.status import FailureInfo as FailureInfo
     from splitlearn_core.manager.status import Health as Health
@@ -95,7 +95,7 @@ if TYPE_CHECKING:
     from splitlearn_core.split_model import SplitModel as SplitModel
     from splitlearn_core.split_model import SplitPair as SplitPair
     from splitlearn_core.storage.directory import SplitDirectory as SplitDirectory
-    from splitlearn_core.storage.integrity import verify_saved as verify_saved
+    from splitlearn_core.storage.directory import verify_saved as verify_saved
     from splitlearn_core.storage.merging import merge_split as merge_split
     from splitlearn_core.storage.saved_components import load_component as load_component
     from splitlearn_core.storage.saved_components import load_split_directory as load_split_directory
@@ -143,14 +143,14 @@ _LAZY = {
     "load_split_model": "api",
     "merge_and_unload": "adapters.peft_models",
     "merge_split": "storage.merging",
-    "open_regular": "checkpoint.regular_files",
+    "open_regular": "checkpoint.files",
     "plan_fetch": "api",
     "plan_split": "api",
-    "preload": "manager.preload",
+    "preload": "manager.loaders.loader",
     "save_adapter": "adapters.peft_models",
     "save_split": "storage.saving",
     "unload_adapter": "adapters.peft_models",
-    "verify_saved": "storage.integrity",
+    "verify_saved": "storage.directory",
 }
 
 __all__ = [  # noqa: PLE0604  # the second half is computed

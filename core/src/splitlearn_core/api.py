@@ -19,8 +19,8 @@ from typing import (
 )
 
 from splitlearn_core.arguments import accept_foreign_names
+from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, Wanted
-from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.errors import InvalidSplitError
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel, open_model, type_and_model
@@ -446,8 +446,8 @@ def plan_model_fetch(
     weights: Wanted
     if whole or checkpoint.quantization or not checkpoint.has_weights:
         weights = dict.fromkeys(checkpoint.weight_files())
-    elif checkpoint.opaque_file is not None:
-        weights = {checkpoint.opaque_file: None}
+    elif checkpoint.headerless_file is not None:
+        weights = {checkpoint.headerless_file: None}
     elif not checkpoint.is_describable:
         # The headers of these shards cannot be fetched alone: their tensors are known from the index.
         weights = dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))

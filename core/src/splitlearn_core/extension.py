@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
     from splitlearn_core.build.kv_cache import cache_argument as cache_argument
-    from splitlearn_core.build.outside import through_no_layers as through_no_layers
+    from splitlearn_core.build.pruning import through_no_layers as through_no_layers
     from splitlearn_core.build.torch_state import own_state as own_state
     from splitlearn_core.checkpoint.config_json import read_config as read_config
-    from splitlearn_core.checkpoint.names import CONFIG as CONFIG
+    from splitlearn_core.checkpoint.files import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
     from splitlearn_core.hosts.protocol import HEADER_BYTES as HEADER_BYTES
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.config import read_config_file as read_config_file
     from splitlearn_core.manager.config_checks import PYTORCH as PYTORCH
     from splitlearn_core.manager.config_checks import limit_problems as limit_problems
+    from splitlearn_core.manager.config_checks import show as show
     from splitlearn_core.manager.config_checks import unknown_name as unknown_name
-    from splitlearn_core.manager.config_text import show as show
     from splitlearn_core.manager.metrics import LoopLag as LoopLag
     from splitlearn_core.manager.metrics import ManagerCollector as ManagerCollector
     from splitlearn_core.plan.keys import map_keys as map_keys
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BUNDLED": "loading.opening",
     "CACHE_FIELD": "build.kv_cache",
-    "CONFIG": "checkpoint.names",
+    "CONFIG": "checkpoint.files",
     "ConfigFile": "manager.config",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",
@@ -102,10 +102,10 @@ _HOMES = {
     "reason": "quoting",
     "registry": "plugins.registry",
     "said": "quoting",
-    "show": "manager.config_text",
+    "show": "manager.config_checks",
     "split_layers": "plan.split_points",
     "text_model": "plugins.known",
-    "through_no_layers": "build.outside",
+    "through_no_layers": "build.pruning",
     "unbundled": "loading.opening",
     "unknown_name": "manager.config_checks",
     "user_path": "arguments",

@@ -135,9 +135,9 @@ class ModelFactory:
         }
         if storage_path is None:
             return load_split_model(model_type, points, model_name_or_path, parts=parts, **loading, **hub)
-        from splitlearn_core.storage.split_cache import create_kept
+        from splitlearn_core.storage.saved_components import create_cached
 
-        return create_kept(
+        return create_cached(
             user_path(storage_path), model_type, model_name_or_path, points, parts, loading, hub, save=auto_save
         )
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.checkpoint.names import TOKENIZER_FILES, TOKENIZER_PREFIXES
+from splitlearn_core.checkpoint.files import TOKENIZER_FILES, TOKENIZER_PREFIXES
 from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError, translate
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.quoting import reason, said

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.types import FLOAT_DTYPES, OPAQUE, TensorInfo
 
 if TYPE_CHECKING:
@@ -63,12 +63,17 @@ class ReadPlan:
     #: The whole model, for strategies that do not read files themselves.
     whole: WholeModel | None = field(default=None, compare=False, repr=False)
     #: Called with the number of bytes just read of a large tensor; whole tensors are counted
-    #: when they are yielded. It raises to stop the load: let the exception pass.
+    #: when they are yielded. It raises to stop the load: do not catch the exception.
     on_bytes: Callable[[int], None] = field(default=_ignore, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of this machine's memory that the loaded tensors take: none on another device."""
+        return sum(loaded_nbytes(tensor, self.dtype) for tensor in self.tensors) if self.device == "cpu" else 0
 
     def is_floating(self, tensor: PlannedTensor) -> bool:
         """Return whether a tensor is converted to the plan's dtype; integers keep theirs."""

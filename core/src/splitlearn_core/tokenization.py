@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.names import CONFIG
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.quoting import said
 from splitlearn_core.types import Progress, ProgressCallback
 

@@ -208,7 +208,7 @@ def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
         CheckpointError: transformers cannot read the checkpoint.
     """
     from splitlearn_core.build.configuration import architecture_class, hf_config
-    from splitlearn_core.build.pruning import BUILD_LOCK
+    from splitlearn_core.build.torch_state import BUILD_LOCK
 
     checkpoint = model.checkpoint
     paths = checkpoint.fetch(set(checkpoint.weight_map.values()), lambda _: None)

@@ -1,18 +1,23 @@
 """A pytest plugin: sweeps run as a seeded sample, and whole where ``LONG_TESTS`` is set (``make test-long``).
 
-Three kinds of sweep are sampled, each the same way in every run:
+Four kinds of sweep are sampled, each the same way in every run:
 
 - ``@pytest.mark.sample(n)``: of the cases of a parametrised test, ``n``.
-- Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: in each variant one
-  combination for each dtype, another one for the next variant. With ``SHORT_TESTS``, as the checks run them a second
-  time with other libraries, one combination alone. Checks in :data:`IN_TURN` take one other parameter in turn.
+- Checks of the conformance kit that are spread over dtypes, attention implementations and cuts: in each variant two
+  combinations; of :data:`LONGEST`, or with ``SHORT_TESTS``, as the checks run them a second time with other libraries,
+  one. Checks in :data:`IN_TURN` take one other parameter in turn.
 - Numbers of random cases in one test: :func:`cases`.
+- With ``SHORT_TESTS``, of every other parametrised test :data:`SHORT_CASES`: most of its cases differ in paths of our
+  own code, which run with the newest libraries.
+
+What is chosen next is what has values that were chosen least: each value of each parameter is tried as far as the
+number of cases goes, of the kit's checks over all variants.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from random import Random
 
 import pytest
@@ -20,11 +25,19 @@ import pytest
 #: Parameters of the kit's checks of which each combination would be run.
 SPREAD = ("attention", "cut", "dtype")
 #: Checks that take long, and the parameter of which one value is enough each time.
-IN_TURN = {"test_forward_argument": "attention", "test_trainer": "variant"}
+IN_TURN = {
+    "test_forward_argument": "attention",
+    "test_plan_is_deterministic": "variant",
+    "test_trainer": "variant",
+}
+#: Checks that take longest, and of which one combination in each variant is enough each time.
+LONGEST = {"test_cache", "test_generate"}
 #: Whether everything is run.
 LONG = bool(os.environ.get("LONG_TESTS"))
 #: Whether the tests run with other libraries as well.
 SHORT = bool(os.environ.get("SHORT_TESTS"))
+#: How many cases of a parametrised test are run then.
+SHORT_CASES = 4
 
 
 def cases(long: int, sample: int) -> int:
@@ -39,33 +52,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = any("[" in argument for argument in config.args)
     if LONG or named:
         return
-    sampled: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
-    turns: dict[str, dict[str, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
+    #: Test -> what of it may take turns -> the cases, and how many of them to run.
+    groups: dict[str, dict[str, tuple[list[pytest.Item], int]]] = defaultdict(dict)
     # Sorted, for the order of the items may be a random one.
     for item in sorted(items, key=lambda item: item.nodeid):
         parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        test = item.nodeid.partition("[")[0]
+        name = getattr(item, "originalname", "")
         if (marker := item.get_closest_marker("sample")) is not None and parameters:
-            sampled[test, marker.args[0]].append(item)
+            turn, number = "", marker.args[0]
         elif parameters.keys() >= {"variant", *SPREAD}:
-            turns[test][_without(parameters, *SPREAD)].append(item)
-        elif "variant" in parameters and getattr(item, "originalname", "") in IN_TURN:
-            turns[test][_without(parameters, IN_TURN[item.originalname])].append(item)  # type: ignore[attr-defined]
+            turn, number = _without(parameters, *SPREAD), 1 if SHORT or name in LONGEST else 2
+        elif SHORT and parameters:
+            turn, number = "", SHORT_CASES
+        elif "variant" in parameters and name in IN_TURN:
+            turn, number = _without(parameters, IN_TURN[name]), 1
+        else:
+            continue
+        groups[item.nodeid.partition("[")[0]].setdefault(turn, ([], number))[0].append(item)
     left_out: set[pytest.Item] = set()
-    for (test, number), same in sampled.items():
-        left_out.update(set(same) - set(Random(test).sample(same, min(number, len(same)))))
-    for test, groups in turns.items():
-        first = Random(test).randrange(12)
-        for number, same in enumerate(groups.values(), first):
-            # Five has no divisor in common with how many there are, and so comes to each of them.
-            chosen = {same[5 * number % len(same)]}
-            if not SHORT and len(same) > len(SPREAD):
-                # Half of them on is the other dtype.
-                chosen.add(same[(5 * number + len(same) // 2 + 1) % len(same)])
-            left_out.update(set(same) - chosen)
+    for test, turns in groups.items():
+        random, times = Random(test), Counter[tuple[str, str]]()
+        for same, number in turns.values():
+            left_out.update(set(same) - set(_balanced(random.sample(same, len(same)), number, times)))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def _balanced(items: list[pytest.Item], number: int, times: Counter[tuple[str, str]]) -> list[pytest.Item]:
+    """Choose cases with the values of parameters that were chosen least often, and count those."""
+    chosen: list[pytest.Item] = []
+    for _ in range(min(number, len(items))):
+        rarest = min(
+            (item for item in items if item not in chosen), key=lambda item: sum(times[v] for v in _values(item))
+        )
+        times.update(_values(rarest))
+        chosen.append(rarest)
+    return chosen
+
+
+def _values(item: pytest.Item) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in item.callspec.params.items()]  # type: ignore[attr-defined]
 
 
 def _without(parameters: dict[str, object], *names: str) -> str:

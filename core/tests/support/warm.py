@@ -37,6 +37,12 @@ def warm() -> Iterator[WarmInterpreter]:
         yield interpreter
 
 
+@pytest.fixture
+def warm_processes(warm: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes that the tested code starts be warm ones, where the import of torch does not matter."""
+    monkeypatch.setattr(sys, "executable", str(warm.path))
+
+
 class WarmInterpreter:
     """A server, and the files that stand for its interpreters."""
 
@@ -83,9 +89,7 @@ def warm_interpreter() -> Iterator[WarmInterpreter]:
             answer = server.stdout.readline()
             assert answer.startswith("{"), answer + server.stdout.read()
             found = json.loads(answer)
-            variables = {
-                key: value for key, value in environment.items() if key.startswith(warm_client.READ_ONCE)
-            }  # fmt: skip
+            variables = warm_client.read_once(environment)
             try:
                 yield WarmInterpreter(folder, found["imported"], found["path"], variables)
             finally:

@@ -15,7 +15,9 @@ import socket
 #: Forwarded to the command; whatever else ends this process ends the command, too.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Variables that the interpreter or a library reads once, as it starts, and that the server does not read again.
+#: But for :data:`NOT_COMPARED`: torch itself sets a variable when it first looks for its cache of compiled code.
 READ_ONCE = ("PYTHON", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "TORCH", "PYTORCH_", "TRANSFORMERS_", "USE_", "LD_")
+NOT_COMPARED = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")
 #: Modules whose subject is the interpreter itself, or which need nothing of what is imported.
 COLD_MODULES = ("pip", "venv", "build", "mypy", "pyright", "zipfile", "site", "ensurepip")
 
@@ -67,9 +69,14 @@ def _start_of(arguments: list[str]) -> str | None:
     return None
 
 
+def read_once(environment: dict[str, str]) -> dict[str, str]:
+    """Return the variables that make a command need an interpreter of its own where the server has others."""
+    return {n: value for n, value in environment.items() if n.startswith(READ_ONCE) and n not in NOT_COMPARED}
+
+
 def _differs(start: str, imported: list[str], path: list[str], variables: dict[str, str]) -> bool:
     """Say whether what the server has imported could be something else in the command."""
-    own = {name: value for name, value in os.environ.items() if name.startswith(READ_ONCE) and name != "PYTHONPATH"}
+    own = read_once(dict(os.environ))
     if own.get("PYTHONIOENCODING", "").startswith("utf-8"):
         del own["PYTHONIOENCODING"]  # which the server follows
     locale = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "utf-8"

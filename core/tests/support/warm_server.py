@@ -21,6 +21,7 @@ import sysconfig
 import threading
 import types
 import warnings
+import weakref
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,6 +58,10 @@ def serve(path: str) -> None:
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     others = [name for name in names[1:] if name != "jemalloc_bg_thd"]
     assert not others, f"a library started a thread as it was imported: {others}"
+    # What libraries have left for the end of this process; each child would do it, and with torch's it takes as long as
+    # the fork.
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
     gc.collect()
     gc.freeze()
     selector = selectors.DefaultSelector()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from splitlearn_core.plugins.registry import reset_registry
 from splitlearn_core.testing.installing import write_plugin
+from support.warm import WarmInterpreter
 
 PLUGIN = """
 from splitlearn_core import ModelFamily, hookimpl
@@ -27,8 +31,9 @@ def splitlearn_model_families():
 class World:
     """A folder on ``sys.path`` with plugins as pip would leave them."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, warm: Callable[[], WarmInterpreter]) -> None:
         self.folder = folder
+        self._warm = warm
         folder.mkdir()
         monkeypatch.syspath_prepend(str(folder))
 
@@ -42,12 +47,12 @@ class World:
         importlib.invalidate_caches()
         reset_registry()
 
-    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a fresh interpreter in this world, without a network."""
+    def warm_python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run an interpreter that has imported torch and transformers already, in this world and without a network."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPLITLEARN_", "HF_"))}
         path = os.pathsep.join(filter(None, (str(self.folder), kept.get("PYTHONPATH", ""))))
         return subprocess.run(
-            [sys.executable, *arguments],
+            [str(self._warm().path), *arguments],
             env={**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -72,9 +77,31 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> World:
     """Return an empty world for plugins."""
-    return World(tmp_path / "site", monkeypatch)
+    return World(tmp_path / "site", monkeypatch, lambda: request.getfixturevalue("warm"))
+
+
+@pytest.fixture(scope="session")
+def examined() -> Callable[..., Any]:
+    """Return a function that examines each configuration once, and returns a copy of what it has found."""
+    from splitlearn_auto.examining import examine
+
+    derived: dict[str, Any] = {}
+
+    def once(model_type: str, stated: Mapping[str, Any]) -> Any:
+        key = json.dumps([model_type, stated], sort_keys=True)
+        if key not in derived:
+            derived[key] = examine(model_type, stated)
+        return copy.deepcopy(derived[key])
+
+    return once
+
+
+@pytest.fixture
+def examined_once(examined: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands examine so: for tests that begin where the examination has ended."""
+    monkeypatch.setattr("splitlearn_auto.examining.examine", examined)
 
 
 @pytest.fixture

@@ -27,17 +27,14 @@ from splitlearn_core import ConfigurationError, MissingFileError, ModelFamily, P
 pytestmark = pytest.mark.libs
 
 
-def fields(model_type: str, said: dict[str, Any] | None = None) -> dict[str, Any]:
-    return examine(model_type, said or {}).fields
-
-
 @contextmanager
 def every_mode() -> Iterator[None]:
     """Change all modes of torch that a caller may have set."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+        # Whoever ends the inference mode finds gradients disabled all the same.
+        with torch.no_grad(), torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
             yield
     finally:
         torch.set_default_dtype(before)
@@ -46,10 +43,9 @@ def every_mode() -> Iterator[None]:
 # -- what it finds out ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, every_mode])
-def test_a_type_is_examined_alike_in_every_mode(mode: Callable[[], Any]) -> None:
+def test_a_type_is_examined_alike_in_every_mode() -> None:
     """What is derived and proven depends on no mode of the caller's."""
-    with mode():
+    with every_mode():
         derived = examine("llama", {})
 
     assert derived.questions == []
@@ -57,9 +53,9 @@ def test_a_type_is_examined_alike_in_every_mode(mode: Callable[[], Any]) -> None
     assert derived.notes == []
 
 
-def test_an_ordinary_decoder_is_its_class_alone() -> None:
+def test_an_ordinary_decoder_is_its_class_alone(examined: Callable[..., Derived]) -> None:
     """Of llama nothing is said but its class, what old files carry, and the defaults of its configuration."""
-    derived = examine("llama", {})
+    derived = examined("llama", {})
     assert derived.fields == {
         "model_type": "llama",
         "architecture": "LlamaForCausalLM",
@@ -95,9 +91,9 @@ def test_an_ordinary_decoder_is_its_class_alone() -> None:
         ),
     ],
 )
-def test_peculiar_decoders(model_type: str, expected: dict[str, Any]) -> None:
+def test_peculiar_decoders(examined: Callable[..., Derived], model_type: str, expected: dict[str, Any]) -> None:
     """What is peculiar of a type is found by watching it, proven by cutting it, and its switches are turned."""
-    derived = examine(model_type, {})
+    derived = examined(model_type, {})
     assert derived.questions == []
     assert {name: derived.fields.get(name) for name in expected} == expected
 
@@ -146,9 +142,9 @@ def test_what_is_computed_in_the_default_dtype_is_computed_in_that_of_the_weight
     assert derived.dtypes == ("float32", "bfloat16")
 
 
-def test_names_on_disk_that_transformers_changes_are_renamed() -> None:
+def test_names_on_disk_that_transformers_changes_are_renamed(examined: Callable[..., Derived]) -> None:
     """GPT-NeoX has its head under another name on disk than in newer modules."""
-    family = fields("gpt_neox")
+    family = examined("gpt_neox", {}).fields
     head = family.get("head", "lm_head")
     assert (head, family.get("renamed", ())) in (("lm_head", (("embed_out.", "lm_head."),)), ("embed_out", ()))
 
@@ -156,7 +152,7 @@ def test_names_on_disk_that_transformers_changes_are_renamed() -> None:
 def test_a_given_configuration_is_followed() -> None:
     """Switches of the given model hold for the small one, too; its sizes do not."""
     said = {"model_type": "llama", "attention_bias": True, "hidden_size": 8192, "num_hidden_layers": 80}
-    assert fields("llama", said)["tiny_config"] == {"attention_bias": True}
+    assert examine("llama", said).fields["tiny_config"] == {"attention_bias": True}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +217,7 @@ def test_names_that_are_no_model_type(tmp_path: Path, name: str, near: str) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("examined_once")
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     """A folder with something in it, a file and a link are taken; an empty folder is free."""
     full, file, link, empty = (tmp_path / name for name in ("full", "file", "link", "empty"))
@@ -238,6 +235,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "link"]
 
 
+@pytest.mark.usefixtures("examined_once")
 def test_a_folder_is_written_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails at the last file leaves nothing behind."""
     write = Path.write_text
@@ -253,6 +251,7 @@ def test_a_folder_is_written_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("examined_once")
 def test_a_type_that_a_plugin_has_is_refused(llama: Any, tmp_path: Path) -> None:
     """The plugin is named; --force writes all the same."""
     with pytest.raises(PluginError, match=r"splitlearn-llama 1\.0"):
@@ -260,6 +259,7 @@ def test_a_type_that_a_plugin_has_is_refused(llama: Any, tmp_path: Path) -> None
     assert new_plugin("llama", tmp_path / "out", force=True).verified
 
 
+@pytest.mark.usefixtures("examined_once")
 def test_origins(tmp_path: Path) -> None:
     """A directory and a file are read; one of another type, one that is no JSON and none at all are refused."""
     file = tmp_path / "config.json"
@@ -286,6 +286,7 @@ def test_an_origin_that_is_a_file_and_not_there(tmp_path: Path, monkeypatch: pyt
         assert origin in caught.value.message
 
 
+@pytest.mark.usefixtures("examined_once")
 def test_a_bundled_model_is_an_origin(world: Any, tmp_path: Path) -> None:
     """As everywhere else; whose plugin carries none, or is not there, is said."""
     carrier = world.folder / "carrier"
@@ -306,19 +307,21 @@ def test_a_bundled_model_is_an_origin(world: Any, tmp_path: Path) -> None:
         new_plugin("llama", None, origin="bundled:brandnew", dry_run=True, force=True)
 
 
+@pytest.mark.usefixtures("examined_once")
 def test_a_dry_run_asks_for_no_folder(tmp_path: Path, cli: Any) -> None:
     """None is needed, and one that is taken does not matter; otherwise one is asked for by name."""
     (tmp_path / "taken").write_text("mine")
 
-    assert new_plugin("stablelm", None, dry_run=True).folder is None
-    assert new_plugin("stablelm", tmp_path / "taken", dry_run=True).verified
-    code, out, err = cli("plugins", "new", "stablelm")
+    assert new_plugin("llama", None, dry_run=True).folder is None
+    assert new_plugin("llama", tmp_path / "taken", dry_run=True).verified
+    code, out, err = cli("plugins", "new", "llama")
 
     assert (code, out) == (2, "")
-    assert "plugins new stablelm: give --out DIR" in err
+    assert "plugins new llama: give --out DIR" in err
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("examined_once")
 def test_what_a_plan_gets_wrong_is_said_by_a_dry_run_as_well(tmp_path: Path, cli: Any) -> None:
     """Falcon keeps one head of keys and values, which no value of its configuration says."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -342,9 +345,11 @@ def test_what_a_plan_gets_wrong_is_said_by_a_dry_run_as_well(tmp_path: Path, cli
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> NewPlugin:
+def package(tmp_path_factory: pytest.TempPathFactory, examined: Callable[..., Derived]) -> NewPlugin:
     """A package for llama."""
-    return new_plugin("llama", tmp_path_factory.mktemp("new") / "splitlearn-llama", licence="MIT")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("splitlearn_auto.examining.examine", examined)
+        return new_plugin("llama", tmp_path_factory.mktemp("new") / "splitlearn-llama", licence="MIT")
 
 
 def test_the_files_of_a_package(package: NewPlugin) -> None:
@@ -376,12 +381,12 @@ def test_a_package_is_installed_and_passes_its_own_tests(world: Any, package: Ne
     subprocess.run(
         [*pip, "--no-index", "--target", world.folder, package.folder], check=True, capture_output=True, timeout=120
     )
-    listed = world.python("-m", "splitlearn_core", "plugins", "--check", "--json")
+    listed = world.warm_python("-m", "splitlearn_core", "plugins", "--check", "--json")
     row = next(row for row in json.loads(listed.stdout) if row["model_type"] == "llama")
     assert (row["status"], row["distribution"]) == ("ready", "splitlearn-llama")
     chosen = "test_entry_point or test_import_budget or test_config_defaults or (test_logits and 2-3 and float32)"
     options = ("-q", "-p", "no:cacheprovider", "--rootdir", str(package.folder), "-k", chosen)
-    done = world.python("-m", "pytest", *options, str(package.folder / "tests"))
+    done = world.warm_python("-m", "pytest", *options, str(package.folder / "tests"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
@@ -422,14 +427,14 @@ def test_values_are_written_as_they_are(value: Any) -> None:
 def test_the_command(world: Any, tmp_path: Path) -> None:
     """Data on stdout, what is to be known on stderr; a refusal is one line and a hint, with exit code 1."""
     new = ("-m", "splitlearn_core", "plugins", "new")
-    made = world.python(*new, "stablelm", "--out", str(tmp_path / "out"), "--json")
+    made = world.warm_python(*new, "stablelm", "--out", str(tmp_path / "out"), "--json")
     assert made.returncode == 0, made.stderr
     answer = json.loads(made.stdout)
     assert (answer["distribution"], answer["verified"]) == ("splitlearn-stablelm", True)
     assert answer["questions"] == []
     assert "to the last bit" in made.stderr
     assert (tmp_path / "out" / "pyproject.toml").is_file()
-    refused = world.python(*new, "stablelmm", "--out", str(tmp_path / "other"))
+    refused = world.warm_python(*new, "stablelmm", "--out", str(tmp_path / "other"))
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "did you mean 'stablelm'" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -14,7 +14,6 @@ import pytest
 
 from splitlearn_core.plugins.registry import registry, reset_registry
 from splitlearn_core.testing.installing import write_plugin
-from splitlearn_core.testing.worlds import tiny_model
 
 #: Families that the tests need, as the text of a call; those that are installed are taken instead.
 FAMILIES = {
@@ -76,6 +75,8 @@ def families(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model() -> Callable[..., Any]:
     """Return a function that makes a small random model, the same one each time."""
+    from splitlearn_core.testing.worlds import tiny_model
+
     made: dict[str, Any] = {}
 
     def make(model_type: str, **overrides: Any) -> Any:

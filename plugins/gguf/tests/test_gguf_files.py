@@ -91,13 +91,13 @@ HOSTILE = {
     "an endless key": (head(struct.pack("<Q", 2**63) + bytes(20), counts=(1, 0)), "65535"),
     "an endless text": (head(text("k") + struct.pack("<IQ", 8, 2**63), counts=(1, 0)), "metadata 'k'"),
     "an endless array of numbers": (head(text("k") + struct.pack("<IIQ", 9, 0, 2**63), counts=(1, 0)), "numbers in"),
-    "an endless array of texts": (head(text("k") + struct.pack("<IIQ", 9, 8, 2**60), counts=(1, 0)), "texts in"),
+    "an endless array of texts": (head(text("k") + struct.pack("<IIQ", 9, 8, 2**60), counts=(1, 0)), "strings in"),
     "an array of arrays": (head(text("k") + struct.pack("<IIQ", 9, 9, 1) + bytes(20), counts=(1, 0)), "type 9"),
     "an unknown type of value": (head(entry("k", 77, bytes(20)), counts=(1, 0)), "type 77"),
     "no architecture": (head(entry("k", 4, bytes(4)), counts=(1, 0)), "general.architecture"),
     "an architecture that is a number": (head(entry("general.architecture", 4, bytes(4)), counts=(1, 0)), "no general"),
-    "a key twice": (head(ARCHITECTURE * 2, counts=(2, 0)), "comes twice"),
-    "a key that is no text": (head(struct.pack("<Q", 2) + b"\xff\xfe" + bytes(20), counts=(1, 0)), "no text"),
+    "a key twice": (head(ARCHITECTURE * 2, counts=(2, 0)), "occurs twice"),
+    "a key that is no text": (head(struct.pack("<Q", 2) + b"\xff\xfe" + bytes(20), counts=(1, 0)), "not UTF-8"),
     "alignment 0": (head(ARCHITECTURE + entry("general.alignment", 4, bytes(4)), counts=(2, 0)), "power of two"),
     "alignment 24": (
         head(ARCHITECTURE + entry("general.alignment", 4, struct.pack("<I", 24)), counts=(2, 0)),
@@ -113,9 +113,12 @@ HOSTILE = {
         head(ARCHITECTURE, tensors=text("x") + struct.pack("<I", 2**32 - 1) + bytes(64), counts=(1, 1)),
         "4294967295 dimensions",
     ),
-    "no dimensions": (head(ARCHITECTURE, tensors=tensor("x", ()) + bytes(64), counts=(1, 1)), "its shape [] is none"),
-    "a size of nothing": (head(ARCHITECTURE, tensors=tensor("x", (0, 4)), counts=(1, 1)), "is none"),
-    "sizes that overflow": (head(ARCHITECTURE, tensors=tensor("x", (2**33, 2**33)), counts=(1, 1)), "is none"),
+    "no dimensions": (
+        head(ARCHITECTURE, tensors=tensor("x", ()) + bytes(64), counts=(1, 1)),
+        "its shape [] is invalid",
+    ),
+    "a size of nothing": (head(ARCHITECTURE, tensors=tensor("x", (0, 4)), counts=(1, 1)), "is invalid"),
+    "sizes that overflow": (head(ARCHITECTURE, tensors=tensor("x", (2**33, 2**33)), counts=(1, 1)), "is invalid"),
     "data past the end": (head(ARCHITECTURE, tensors=tensor("x", (4, 4)), counts=(1, 1)), "it ends at byte"),
     "an offset past the end": (
         head(ARCHITECTURE, tensors=tensor("x", (1,), offset=2**63), counts=(1, 1)) + bytes(64),
@@ -126,7 +129,7 @@ HOSTILE = {
     "a broken row": (head(ARCHITECTURE, tensors=tensor("x", (33,), 8), counts=(1, 1)) + bytes(99), "blocks of 32"),
     "a tensor twice": (
         head(ARCHITECTURE, tensors=tensor("x", (1,)) + tensor("x", (1,), offset=32), counts=(1, 2)) + bytes(99),
-        "comes twice",
+        "occurs twice",
     ),
     "tensors that overlap": (
         head(ARCHITECTURE, tensors=tensor("x", (16,)) + tensor("y", (1,), offset=32), counts=(1, 2)) + bytes(99),

@@ -74,6 +74,7 @@ def test_a_file_alone_is_what_transformers_makes_of_it(
     assert_equal(path, unsplit(path))
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2"])
 def test_every_type_of_block(gguf_file: Callable[..., Path], model_type: str, quantization: str) -> None:

@@ -43,5 +43,5 @@ def test_a_sequence_beyond_the_positions_is_refused() -> None:
     """With the number of positions, where torch says of an index that it is out of range."""
     split = SplitCausalLM(*load_split_model("gpt2", (1, 5), "bundled:gpt2"))
 
-    with pytest.raises(ConfigurationError, match="300 tokens goes beyond the 256 positions"):
+    with pytest.raises(ConfigurationError, match="300 tokens exceeds the 256 positions"):
         split(torch.ones(1, 300, dtype=torch.long))

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from splitlearn_core.testing.installing import write_plugin
-from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 PLUGIN = (
     "from splitlearn_core import ModelFamily, hookimpl\n\n\n@hookimpl\ndef splitlearn_model_families():\n"
@@ -55,4 +54,6 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a llama of six layers in one file."""
+    from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+
     return write_checkpoint(tmp_path_factory.mktemp("single") / "model", tiny_model("llama"))

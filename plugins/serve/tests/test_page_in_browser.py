@@ -26,9 +26,8 @@ from typing import Any
 import pytest
 
 from serving import ScriptedLoader, StatusServer
-from splitlearn_core import errors
+from splitlearn_core import errors, preload
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.preload import preload
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.types import Component, Progress
 

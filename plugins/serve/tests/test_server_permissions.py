@@ -211,8 +211,8 @@ def test_the_file(tmp_path: Path) -> None:
     path.write_text("models = 7\nhttp = 7\n[manager]\n")
     with pytest.raises(ConfigurationError) as error:
         read_config_file(path, check_http=request_problems)
-    assert "http: 7 is no table" in error.value.message
-    assert "models: 7 is no list" in error.value.message
+    assert "http: 7 is not a table" in error.value.message
+    assert "models: 7 is not a list" in error.value.message
 
 
 @pytest.fixture

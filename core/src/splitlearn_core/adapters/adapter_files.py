@@ -1,29 +1,33 @@
-"""The files of a PEFT adapter: found, checked and written; PEFT itself is not needed for it."""
+"""A PEFT adapter of a whole model: its files, and which component each of its tensors belongs to. Needs no PEFT."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, parse_object
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
-from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, open_regular
 from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.checkpoint.source import Source, open_source
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
+from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.bounds import check_numbers
-from splitlearn_core.types import CHUNK_BYTES, TensorInfo
+from splitlearn_core.plan.keys import placement
+from splitlearn_core.plan.split_points import ranges_around
+from splitlearn_core.quoting import plain, quote
+from splitlearn_core.types import CHUNK_BYTES, Component, LayerRange, TensorInfo, kind_of
 
 if TYPE_CHECKING:
     import torch
 
-#: What PEFT's save_pretrained leaves, and core's own.
+
+#: The files that PEFT's save_pretrained and save_adapter write.
 _OWN_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"})
 
 
@@ -33,17 +37,17 @@ class AdapterFiles:
 
     name: str
     config: Mapping[str, Any]
-    #: ``adapter_config.json`` as it is, to be written again.
+    #: The content of ``adapter_config.json``, to be written again.
     text: bytes
     weights: Path
-    #: What the header says of all its tensors.
+    #: All tensors, from the header.
     tensors: Mapping[str, TensorInfo]
-    #: Of the configuration and the weights: what tells adapters of the same shape apart.
+    #: Hash of the configuration and the weights: it distinguishes adapters of the same shapes.
     digest: str
 
 
 def open_adapter(adapter: str | os.PathLike[str], hub: Mapping[str, Any]) -> AdapterFiles:
-    """Find an adapter, fetch it where necessary, and check what can be checked without its tensors.
+    """Find an adapter, fetch it if necessary, and check what can be checked without its tensors.
 
     Args:
         adapter: The folder that PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
@@ -89,16 +93,16 @@ def check_adapter_target(directory: Any) -> Path:
     """Return the folder that an adapter is to be written to: a new or empty one, or that of an earlier adapter.
 
     Raises:
-        ConfigurationError: It is none, or holds other files, which would lie next to the adapter as if they were of it.
+        ConfigurationError: It is not a folder, or holds other files, which would look like part of the adapter.
     """
     hint = "give a new or empty folder, or that of an earlier adapter"
     if not isinstance(directory, str | os.PathLike):
-        raise ConfigurationError(f"{directory!r} is no path to save an adapter to", hint=hint)
+        raise ConfigurationError(f"{directory!r} is not a path to save an adapter to", hint=hint)
     target = user_path(directory)
     if not target.exists():
         return target
     if not target.is_dir():
-        raise ConfigurationError(f"{target} is no folder to save an adapter to", hint=hint)
+        raise ConfigurationError(f"{target} is not a folder to save an adapter to", hint=hint)
     foreign = sorted(path.name for path in target.iterdir() if path.name not in _OWN_FILES)
     if foreign:
         raise ConfigurationError(f"{target} holds other files than an adapter: {', '.join(foreign[:3])}", hint=hint)
@@ -106,12 +110,12 @@ def check_adapter_target(directory: Any) -> Path:
 
 
 def write_adapter(directory: Path, config: bytes, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write both files under temporary names first, and rename them, the weights before what names them."""
+    """Write both files under temporary names first, and rename them, the weights before the configuration."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter-") as work:
-        # Tensors that share memory, a tied head say, are two in the file.
+        # Tensors that share memory, such as a tied head, are stored separately.
         save_file(
             {key: tensor.clone().contiguous() for key, tensor in tensors.items()},
             Path(work) / ADAPTER_WEIGHTS,
@@ -121,3 +125,123 @@ def write_adapter(directory: Path, config: bytes, tensors: Mapping[str, torch.Te
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             (Path(work) / name).replace(directory / name)
     return directory
+
+
+#: PEFT's prefix of the names of the modules of the whole model.
+PREFIX = "base_model.model."
+#: Kinds of adapters whose tensors each belong to one module, and the prefix of these tensors within it.
+KINDS = {"IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "LORA": "lora_"}
+
+#: Initialisations of an adapter that do not change the weights of the model.
+_HARMLESS_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")
+#: Settings that cannot be divided by layers, each with the reason.
+_REFUSED = {
+    "alora_invocation_tokens": "it looks at token ids, which only the bottom sees",
+    "ensure_weight_tying": "it ties modules of different components",
+    "layer_replication": "it renumbers layers",
+    "megatron_config": "it is for Megatron's parallel layers",
+    "target_parameters": "it adapts parameters, not modules",
+    "trainable_token_indices": "it changes single rows of the embedding, which a tied head would have to follow",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSlice:
+    """The part of an adapter that belongs to one component."""
+
+    component: str
+    #: Keys of the adapter's file.
+    keys: tuple[str, ...]
+    #: Those of them that are the model's own embedding or head, saved with their adapters.
+    base_keys: tuple[str, ...]
+    #: Modules of the component that the adapter replaces as a whole, by their full names.
+    modules_to_save: tuple[str, ...]
+    #: Modules of the component that the adapter adapts, by their full names.
+    targets: tuple[str, ...]
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return why an adapter of this configuration cannot be cut by layers; empty if it can."""
+    problems = []
+    kind, task = config.get("peft_type"), config.get("task_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        problems.append(f"peft_type is {quote(kind)}, which cannot be divided by module; {', '.join(KINDS)} can")
+    if task not in (None, "CAUSAL_LM"):
+        problems.append(f"task_type is {quote(task)}, not CAUSAL_LM")
+    problems += [f"{name}: {why}" for name, why in _REFUSED.items() if config.get(name)]
+    initialisation = config.get("init_lora_weights")
+    if initialisation not in _HARMLESS_INITIALISATIONS:
+        problems.append(f"init_lora_weights is {quote(initialisation)}, which changes the model's own weights too")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
+        problems.append(f"modules_to_save is {quote(saved)}, not a list of names")
+    return problems
+
+
+def rank_problems(config: Mapping[str, Any], infos: Iterable[TensorInfo]) -> list[str]:
+    """Return the ranks of a LoRA adapter that none of its tensors has: PEFT would allocate matrices of that size."""
+    if config.get("peft_type") != "LORA":
+        return []
+    largest = max((size for info in infos for size in info.shape), default=0)
+    pattern = config.get("rank_pattern")
+    ranks = {"r": config.get("r"), **(pattern if isinstance(pattern, Mapping) else {})}
+    return [
+        f"the rank {quote(rank)} of {plain(name)}, and no tensor has a dimension over {largest:,}"
+        for name, rank in ranks.items()
+        if rank is not None and not (type(rank) is int and rank <= largest)
+    ]
+
+
+def key_problems(keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily, owned: LayerRange) -> list[str]:
+    """Return the tensors of an adapter that have no place in a model of this family and depth."""
+    component_of = placement(family, ranges_around(Component.TRUNK, owned))
+    names = list(keys)
+    replaced = {_saved(key, config) for key in names}
+    problems = [
+        f"unexpected: {key}"
+        for key in names
+        if not key.startswith(PREFIX) or component_of(key.removeprefix(PREFIX)) is None
+    ]
+    absent = [name for name in config.get("modules_to_save") or () if not any(path.endswith(name) for path in replaced)]
+    return problems + [f"missing: every tensor of {module}, of modules_to_save" for module in absent]
+
+
+def slice_keys(
+    keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily, component: str, owned: LayerRange
+) -> AdapterSlice:
+    """Select the tensors of one component, by the layer numbers of the whole model."""
+    component_of = placement(family, ranges_around(component, owned))
+    kind = kind_of(component)
+    own = sorted(key for key in keys if component_of(key.removeprefix(PREFIX)) == kind)
+    saved = dict.fromkeys(filter(None, (_saved(key, config) for key in own)))
+    base = tuple(key for key in own if key.endswith(".base_layer.weight"))
+    targets = dict.fromkeys(filter(None, (_target(key, config) for key in own)))
+    return AdapterSlice(component, tuple(own), base, tuple(saved), tuple(targets))
+
+
+def adapts_ends(keys: Iterable[str], config: Mapping[str, Any], family: ModelFamily) -> bool:
+    """Return whether an adapter adapts, and does not replace, the embedding or the head."""
+    ends = (f"{PREFIX}{family.base}.{family.embedding}.", f"{PREFIX}{family.head}.")
+    return any(key.startswith(ends) and _target(key, config) for key in keys)
+
+
+def adapted_modules(keys: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules of the whole model that an adapter adapts, by their full names."""
+    return tuple(dict.fromkeys(filter(None, (_target(key, config) for key in sorted(keys)))))
+
+
+def _target(key: str, config: Mapping[str, Any]) -> str:
+    """Return the module that a tensor adapts; empty if it replaces one, or is a trained bias."""
+    module, found, _ = key.removeprefix(PREFIX).partition(f".{KINDS[config['peft_type']]}")
+    return module if found else ""
+
+
+def _saved(key: str, config: Mapping[str, Any]) -> str:
+    """Return the module that a tensor belongs to if the adapter replaces that module; else empty.
+
+    PEFT compares the ends of names, also without a dot: ``norm`` matches ``input_layernorm``.
+    """
+    ends = tuple(config.get("modules_to_save") or ())
+    parts = [] if _target(key, config) else key.removeprefix(PREFIX).split(".")[:-1]
+    paths = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return next((path for path in paths if path.endswith(ends)), "")

@@ -1,4 +1,4 @@
-"""PEFT adapters of a whole model on its components: loaded by layer, saved together again, merged."""
+"""PEFT adapters of a whole model on its components: loaded by layer, saved as one adapter, merged."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from splitlearn_core.adapters.adapter_files import AdapterFiles, check_adapter_target, open_adapter, write_adapter
-from splitlearn_core.adapters.slices import (
+from splitlearn_core.adapters.adapter_files import (
     PREFIX,
+    AdapterFiles,
     AdapterSlice,
     adapted_modules,
     adapts_ends,
+    check_adapter_target,
     config_problems,
     key_problems,
+    open_adapter,
     rank_problems,
     slice_keys,
+    write_adapter,
 )
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG
-from splitlearn_core.checkpoint.regular_files import open_regular, path_of
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, open_regular, path_of
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, SplitLearnError, TensorMismatchError
 from splitlearn_core.quoting import SENTENCE, listed, reason, said
 from splitlearn_core.types import stored_dtype
@@ -37,9 +39,9 @@ if TYPE_CHECKING:
     Parts: TypeAlias = ComponentModel | SplitCausalLM | Iterable[ComponentModel | None]
 
 _NAME = "default"
-#: PEFT's own name of what adapts nothing, and replaces modules alone.
+#: PEFT's name of an adapter that adapts nothing, and only replaces modules.
 _NOTHING = "dummy-target-modules"
-#: Where a component keeps what was loaded onto it; no module of its own, so that its tensors count once.
+#: Attribute of a component with its adapter; not a submodule, so that its tensors count once.
 _ATTRIBUTE = "splitlearn_adapter"
 
 
@@ -50,9 +52,9 @@ class _Loaded:
     adapter: AdapterFiles
     slice: AdapterSlice
     is_trainable: bool
-    #: PEFT's wrapper, whose base model is the component; None where the adapter has nothing here.
+    #: PEFT's wrapper, whose base model is the component; None if no tensor of the adapter belongs to it.
     peft: Any = field(compare=False)
-    #: PEFT's modules as they were loaded, by name: what PEFT adds or replaces later is no part of this adapter.
+    #: PEFT's modules as they were loaded, by name: what PEFT adds or replaces later is not part of this adapter.
     modules: dict[str, Any] = field(compare=False, default_factory=dict)
 
 
@@ -93,7 +95,7 @@ def load_adapter(
 def apply_adapter(
     components: Sequence[ComponentModel], found: AdapterFiles, *, is_trainable: bool = False, widen: bool = True
 ) -> None:
-    """Put an adapter whose files are here onto components; all or nothing. Raises like :func:`load_adapter`.
+    """Load an adapter whose files are local onto components; all or nothing. Raises like :func:`load_adapter`.
 
     Args:
         components: The components.
@@ -142,7 +144,7 @@ def apply_adapter(
 
 
 def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
-    """Put the slices of an adapter together and save them as PEFT does, for the whole model.
+    """Join the slices of an adapter and save them as PEFT does, for the whole model.
 
     What was loaded and not trained is written as it was, tensor for tensor, and so is ``adapter_config.json``.
 
@@ -210,7 +212,7 @@ def merge_and_unload(parts: Parts, *, safe_merge: bool = False) -> None:
 
 
 def unload_adapter(parts: Parts) -> None:
-    """Take the adapter off components, whose weights are then as before it was loaded.
+    """Remove the adapter from components, whose weights are then as before it was loaded.
 
     Raises:
         ConfigurationError: A component has no adapter; or the adapter has changed the model's own biases.
@@ -228,7 +230,7 @@ def unload_adapter(parts: Parts) -> None:
 
 
 def adapter_mismatches(components: Iterable[ComponentModel]) -> list[str]:
-    """Say why components do not make up one model with an adapter, in words; empty where they do."""
+    """Return why components are not one model with an adapter; empty if they are."""
     parts = list(components)
     loads = [loaded for loaded in map(_loaded, parts) if loaded is not None]
     if not loads:
@@ -256,7 +258,7 @@ def _differences(loads: list[_Loaded]) -> list[str]:
 def _components(parts: Parts) -> list[ComponentModel]:
     from splitlearn_core.build.component import ComponentModel
 
-    # A SplitCausalLM, which is built on this module. Of its class: a PeftModel around one has the attributes of both.
+    # A SplitCausalLM, which imports this module. Looked up on the class: a PeftModel around one has its attributes.
     if hasattr(type(parts), "components"):
         parts = cast("Any", parts).components
     given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
@@ -285,7 +287,7 @@ def _all_loaded(components: list[ComponentModel]) -> list[_Loaded]:
 
 
 def refuse_adapters(components: Iterable[ComponentModel]) -> None:
-    """Refuse components with an adapter, however it was put there; raises ConfigurationError."""
+    """Refuse components with an adapter, however it was applied; raises ConfigurationError."""
     adapted = [str(component.component) for component in components if _peft_modules(component)]
     if adapted:
         raise ConfigurationError(
@@ -295,7 +297,7 @@ def refuse_adapters(components: Iterable[ComponentModel]) -> None:
 
 
 def _refuse_others(components: Sequence[ComponentModel]) -> None:
-    """Refuse an adapter that PEFT put on components by itself, whose settings they do not know."""
+    """Refuse an adapter that was applied with PEFT directly: its settings are not known."""
     for component in components:
         loaded, there = _loaded(component), _peft_modules(component)
         known = {} if loaded is None else loaded.modules
@@ -354,7 +356,7 @@ def _loaded(component: ComponentModel) -> _Loaded | None:
 
 
 def _take_off(component: ComponentModel, loaded: _Loaded) -> None:
-    """Put back the modules that PEFT has wrapped; those it replaced as a whole, it would leave replaced."""
+    """Restore the modules that PEFT has wrapped, and those that it replaced as a whole."""
     if loaded.peft is None:
         return
     from peft.utils import ModulesToSaveWrapper
@@ -373,7 +375,7 @@ def _take_off(component: ComponentModel, loaded: _Loaded) -> None:
 
 def _forget(component: ComponentModel) -> None:
     object.__delattr__(component, _ATTRIBUTE)
-    # PEFT leaves its settings behind.
+    # PEFT does not remove its settings.
     component.__dict__.pop("peft_config", None)
 
 
@@ -389,7 +391,7 @@ def import_peft() -> Any:
 
 
 def _target_problems(components: Sequence[ComponentModel], adapter: AdapterFiles) -> list[str]:
-    """Hold ``target_modules`` against the tensors there are, which PEFT does when it makes its modules by them."""
+    """Compare ``target_modules`` with the tensors that are present, by PEFT's own rules."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     from splitlearn_core.build.pruning import PassLayer, Zero
@@ -423,7 +425,7 @@ def _target_problems(components: Sequence[ComponentModel], adapter: AdapterFiles
 
 
 def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool, widen: bool) -> _Loaded:
-    """Let PEFT put its modules, still without the adapter's tensors, into a component."""
+    """Let PEFT insert its modules into a component, without the adapter's tensors."""
     import torch
 
     peft = import_peft()
@@ -441,7 +443,7 @@ def _inject(component: ComponentModel, adapter: AdapterFiles, is_trainable: bool
 
 
 def _narrow(config: Any, own: AdapterSlice) -> None:
-    """Make PEFT's settings of the whole model those of one component: its own modules, by their full names.
+    """Narrow PEFT's settings to one component: to its own modules, by their full names.
 
     Patterns of names and layers would match the modules that stand for other components' too, or
     nothing, which PEFT takes for a mistake.
@@ -458,7 +460,7 @@ def _narrow(config: Any, own: AdapterSlice) -> None:
 
 
 def _tensor_problems(component: ComponentModel, loaded: _Loaded) -> list[str]:
-    """Compare what PEFT's modules want with what the file has for this component."""
+    """Compare the tensors of PEFT's modules with those in the file for this component."""
     planned = loaded.adapter.tensors
     wanted = _held(loaded) if loaded.peft is not None else {}
     own = set(loaded.slice.keys) - set(loaded.slice.base_keys)
@@ -473,7 +475,7 @@ def _tensor_problems(component: ComponentModel, loaded: _Loaded) -> list[str]:
 
 
 def _read(loaded: _Loaded) -> None:
-    """Read a component's tensors and hand them to PEFT."""
+    """Read a component's tensors, and load them into PEFT's modules."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -492,7 +494,7 @@ def _read(loaded: _Loaded) -> None:
         ) from error
     component = loaded.peft.get_base_model()
     for key in loaded.slice.base_keys:
-        # Where it is the model's own, there is nothing to load; another would have to reach a tied head too.
+        # The model's own needs no loading; another one would have to replace a tied head too.
         base = component.get_parameter(_base_name(key))
         if not torch.equal(tensors.pop(key).to(base), base):
             raise ConfigurationError(
@@ -509,13 +511,13 @@ def _held(loaded: _Loaded) -> dict[str, torch.Tensor]:
 
 
 def _slice_tensors(component: ComponentModel, loaded: _Loaded) -> dict[str, torch.Tensor]:
-    """Return a component's tensors as they go into the file."""
+    """Return a component's tensors as stored in the file."""
     if loaded.peft is None:
         return {}
     tensors = _held(loaded)
     tensors.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
     if not loaded.is_trainable:
-        # PEFT computes with halves in float32. What was not trained goes back without a loss.
+        # PEFT computes in float32. Converting untrained values back loses nothing.
         tensors = {key: tensor.to(stored_dtype(loaded.adapter.tensors[key].dtype)) for key, tensor in tensors.items()}
     return {key: tensor.detach().cpu() for key, tensor in tensors.items()}
 
@@ -526,12 +528,12 @@ def _base_name(key: str) -> str:
 
 @contextmanager
 def _blaming(adapter: AdapterFiles) -> Iterator[None]:
-    """Say whose it is when PEFT refuses the adapter's settings or tensors."""
+    """Name the adapter if PEFT refuses its settings or tensors."""
     try:
         yield
     except SplitLearnError:
         raise
-    # PEFT raises what comes of a wrong value: TypeError, ValueError, KeyError, re.error and others.
+    # A wrong value may cause any error in PEFT: TypeError, ValueError, KeyError, re.error and others.
     except Exception as error:
         raise InvalidCheckpointError(
             f"PEFT cannot load {adapter.name}: {said(error)}",

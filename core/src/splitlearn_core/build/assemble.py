@@ -1,4 +1,4 @@
-"""Fill built modules with tensors, keep shared parameters shared, and prove that nothing was left out."""
+"""Fill built modules with tensors, keep shared parameters shared, and check that nothing is missing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def tensor_problems(module: nn.Module, planned: Mapping[str, TensorInfo]) -> lis
 
     Args:
         module: The built component.
-        planned: Module key -> what the file's header says of the tensor.
+        planned: Module key -> the description of the tensor in the file's header.
 
     Returns:
-        Missing, unexpected, mis-shaped and mis-typed tensors, in words.
+        One text for each missing, unexpected, mis-shaped or mis-typed tensor.
     """
     wanted = {name: tensor for name, tensor, in_file in _tensors(module) if in_file}
     problems = [f"missing: {name} {list(wanted[name].shape)}" for name in sorted(wanted.keys() - planned.keys())]
@@ -33,7 +33,7 @@ def tensor_problems(module: nn.Module, planned: Mapping[str, TensorInfo]) -> lis
             by_config = list(tensor.shape)
             problems.append(f"mis-shaped: {name} is {list(info.shape)} in the file, {by_config} by config.json")
         if tensor.is_floating_point() and info.dtype not in FLOAT_DTYPES.values():
-            problems.append(f"mis-typed: {name} is {info.dtype} in the file, which is no plain floating dtype")
+            problems.append(f"mis-typed: {name} is {info.dtype} in the file, which is not a plain floating dtype")
     return problems
 
 
@@ -45,12 +45,12 @@ def unexpected_names(module: nn.Module, planned: Mapping[str, TensorInfo]) -> se
 def assign_tensor(
     modules: Mapping[str, nn.Module], name: str, tensor: torch.Tensor | nn.Parameter
 ) -> nn.Parameter | torch.Tensor:
-    """Put a tensor, or a parameter that is shared, in the place of a module's own.
+    """Replace a tensor of a module with another one, or with a shared parameter.
 
     Args:
         modules: The modules of a component by path, as ``named_modules`` gives them.
         name: The tensor's name in the component.
-        tensor: What to put there.
+        tensor: The new tensor, or the shared parameter.
     """
     path, _, leaf = name.rpartition(".")
     owner = modules[path]
@@ -67,7 +67,7 @@ def assign_tensor(
 
 
 def finish(module: nn.Module, device: str) -> None:
-    """Move the computed buffers to the device, and refuse a module that is not wholly there.
+    """Move the computed buffers to the device, and check that every tensor has memory.
 
     Raises:
         InternalError: A parameter or buffer has no memory, or is on another device.
@@ -85,7 +85,7 @@ def finish(module: nn.Module, device: str) -> None:
 def mark_initialized(module: nn.Module) -> None:
     """Mark modules and tensors as transformers marks what it has loaded.
 
-    Any of its models that holds them, and says that it is complete, gives random values to what is not marked.
+    A model of transformers that contains them gives random values to unmarked tensors when it initialises its weights.
     """
     for owner in module.modules():
         vars(owner)["_is_hf_initialized"] = True
@@ -97,7 +97,7 @@ def mark_initialized(module: nn.Module) -> None:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Yield each parameter and buffer of a module with its name, and whether a checkpoint holds it.
 
-    In one walk over the registers that nn.Module documents; its own iterators walk the tree once for each kind.
+    In one pass over the registers that nn.Module documents; its own iterators pass over the tree once for each kind.
     """
     for path, owner in module.named_modules():
         prefix = f"{path}." if path else ""
@@ -110,28 +110,28 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def tie_if_equal(first: nn.Module, first_key: str, second: nn.Module, second_key: str) -> bool:
-    """Let two parameters of equal value be one; say whether they were."""
-    one, other = first.get_parameter(first_key), second.get_parameter(second_key)
-    equal = one.shape == other.shape and torch.equal(one, other)
+    """Tie two parameters if their values are equal; return whether they are."""
+    kept, replaced = first.get_parameter(first_key), second.get_parameter(second_key)
+    equal = kept.shape == replaced.shape and torch.equal(kept, replaced)
     if equal:
-        assign_tensor(dict(second.named_modules()), second_key, one)
+        assign_tensor(dict(second.named_modules()), second_key, kept)
     return equal
 
 
-#: Parameters that another component of the same load holds, too.
+#: Parameters that are shared by components of one load.
 _SHARED: Any = WeakIdKeyDictionary()
 
 
 def note_shared(parameter: nn.Parameter) -> None:
-    """Remember that a parameter is shared by more than one component."""
+    """Record that a parameter is shared by more than one component."""
     _SHARED[parameter] = True
 
 
 def refuse_parting(component: str, module: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to put other parameters in the place of those that another component holds, too.
+    """Refuse to replace parameters that another component shares.
 
     Args:
-        component: What the module is.
+        component: The name of the component.
         module: The component.
         names: The parameters that would be replaced.
 
@@ -143,16 +143,16 @@ def refuse_parting(component: str, module: nn.Module, names: Iterable[str]) -> N
     if shared:
         raise ConfigurationError(
             f"load_state_dict(assign=True) would replace {', '.join(shared)} of this {component} alone, "
-            "which is one parameter with that of another component",
-            hint="leave assign out, to have the values copied into it; or call it on SplitCausalLM(bottom, ..., top)",
+            "which is shared with another component",
+            hint="leave assign out, so that the values are copied; or call it on SplitCausalLM(bottom, ..., top)",
         )
 
 
 @contextmanager
 def keeping_ties(module: nn.Module) -> Iterator[None]:
-    """Let parameters that were one be one again, after some of their names were given new ones.
+    """Tie parameters again that were tied before a block in which some of their names got new parameters.
 
-    The last of the new ones counts, as where values are copied name by name.
+    The last of the new ones is used, as if values were copied name by name.
     """
     before: dict[int, tuple[nn.Parameter, list[str]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -160,14 +160,11 @@ def keeping_ties(module: nn.Module) -> Iterator[None]:
     yield
     modules = dict(module.named_modules())
     for old, names in before.values():
-        if len(names) > 1:
-            _unite(modules, old, names)
-
-
-def _unite(modules: Mapping[str, nn.Module], old: nn.Parameter, names: list[str]) -> None:
-    places = [(modules[path], leaf) for path, _, leaf in (name.rpartition(".") for name in names)]
-    replaced = [new for owner, leaf in places if (new := getattr(owner, leaf)) is not old]
-    for owner, leaf in places if replaced else ():
-        setattr(owner, leaf, replaced[-1])
-    if replaced:
-        note_shared(replaced[-1])
+        if len(names) == 1:
+            continue
+        places = [(modules[path], leaf) for path, _, leaf in (name.rpartition(".") for name in names)]
+        replaced = [new for owner, leaf in places if (new := getattr(owner, leaf)) is not old]
+        for owner, leaf in places if replaced else ():
+            setattr(owner, leaf, replaced[-1])
+        if replaced:
+            note_shared(replaced[-1])

@@ -39,7 +39,7 @@ _LOSS = "ForCausalLM"
 
 
 class ComponentModel(PreTrainedModel):
-    """What bottom, trunk and top add to the Hugging Face class they are derived from.
+    """Base of bottom, trunk and top, which derive from a Hugging Face class too.
 
     Layers keep their numbers in the whole model, and so do cache slots, adapters and tensor names.
     """
@@ -49,17 +49,17 @@ class ComponentModel(PreTrainedModel):
     #: Its name: that of its kind, or numbered where there are several trunks.
     component: str
     family: ClassVar[ModelFamily]
-    #: What the Hugging Face class calls its key-value cache.
+    #: The name of the key-value cache in the forward of the Hugging Face class.
     cache_argument: ClassVar[str]
-    #: Builds an instance from the tensors of a state dict; set where the class is made, in ``construction``.
+    #: Builds an instance from the tensors of a state dict; set when the class is made, in ``construction``.
     _from_state_dict: ClassVar[Callable[..., Any]]
     #: The layers of the whole model that this component runs.
     layer_range: LayerRange
-    #: Where the component comes from; None where it was made from a state dict.
+    #: Where the component comes from; None if it was made from a state dict.
     origin: Origin | None = None
     #: The names of the attributes that the Hugging Face class gives a model.
     family_attributes: frozenset[str]
-    #: Which components the arguments of the family's forward concern.
+    #: Which components need the arguments of the family's forward.
     routing: Routing
 
     def __init__(self, config: Any, layer_range: LayerRange) -> None:
@@ -67,8 +67,8 @@ class ComponentModel(PreTrainedModel):
             super().__init__(config)
         self.family_attributes = frozenset(vars(self))
         self.layer_range = layer_range
-        # transformers derives the loss from the name of the class; where the name says none (GPT2LMHeadModel), it takes
-        # this one, with a warning about the configuration.
+        # transformers derives the loss from the name of the class; if the name contains none (GPT2LMHeadModel), it
+        # uses this one, with a warning about the configuration.
         if getattr(self, "loss_type", None) is None:
             self.loss_type = _LOSS
         check_names(self, self.family)
@@ -87,7 +87,7 @@ class ComponentModel(PreTrainedModel):
         start_layer: int | None = None,
         end_layer: int | None = None,
     ) -> ComponentModel:
-        """Make a component from the state dict of a whole model, in memory already.
+        """Make a component from the state dict of a whole model that is in memory.
 
         Args:
             full_state_dict: Tensors by checkpoint key or module key. Those of the component become
@@ -97,7 +97,8 @@ class ComponentModel(PreTrainedModel):
             end_layer: One past its last; the number of layers for a top.
 
         Raises:
-            ConfigurationError: No state dict or configuration; tensors without memory, or of several dtypes.
+            ConfigurationError: An argument is not a state dict or configuration; tensors have no memory, or several
+                dtypes.
             InvalidSplitError: There are no such layers.
             TensorMismatchError: Tensors are missing, unexpected or mis-shaped; all are listed.
         """
@@ -135,7 +136,7 @@ class ComponentModel(PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Say no: a component alone generates no text."""
+        """Return False: a component alone generates no text."""
         return False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,14 +156,14 @@ class ComponentModel(PreTrainedModel):
         """Load values as any module does; ``assign`` replaces no parameter that another component shares.
 
         Raises:
-            ConfigurationError: It would: embedding and head would no longer be one.
+            ConfigurationError: It would: embedding and head would no longer be tied.
         """
         if assign:
             refuse_parting(self.component, self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the embedding and the head, which may be another component's, are of one size."""
+        """Refuse: the embedding and the head, which may be in another component, have the same size."""
         raise ConfigurationError(
             f"the vocabulary of a {self.component} alone cannot be resized",
             hint="resize the whole model with transformers, save it, and split the result",
@@ -182,10 +183,10 @@ class ComponentModel(PreTrainedModel):
             if name in kwargs and not paged:
                 raise ConfigurationError(f"a component takes no {name}", hint=f"give {instead} instead")
         for name in self.routing.bottom.intersection(kwargs) if self.kind is not Component.BOTTOM else ():
-            # Used up by the embeddings; the family's own code would take hidden states for embeddings.
+            # Used by the embeddings only; the family's own code would treat hidden states as embeddings.
             del kwargs[name]
         for name in kwargs:
-            # Continuous batching tells the kernels where to read and write, under names of its own.
+            # Continuous batching passes read and write positions to the kernels, under names of its own.
             if name not in self._known and not paged:
                 raise UnexpectedArgumentError(
                     f"{self.component}.forward() got an unexpected keyword argument {name!r}",
@@ -227,7 +228,7 @@ class ComponentModel(PreTrainedModel):
 
     @contextmanager
     def _past_the_embeddings(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Pass hidden states to the layers; yields what the model takes in place of embeddings."""
+        """Pass hidden states to the layers; yields the tensor that the model takes instead of embeddings."""
         if not self.family.enter_at_layers:
             yield hidden_states
             return
@@ -239,22 +240,22 @@ class ComponentModel(PreTrainedModel):
         """Refuse anything but hidden states of this model, which the model's own code might accept."""
         if hidden_states is None:
             raise ConfigurationError(
-                f"this {self.component} was given {', '.join(others) or 'nothing'}, and no hidden_states; it takes "
+                f"this {self.component} was given {', '.join(others) or 'nothing'} but no hidden_states; it takes "
                 f"those of the component before it, [batch, sequence, {self.config.hidden_size}]",
-                hint="give what the component before it returned; token ids (input_ids) go to the bottom",
+                hint="give the result of the component before it; token ids (input_ids) go to the bottom",
             )
         if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
             given = getattr(hidden_states, "dtype", type(hidden_states).__name__)
             raise ConfigurationError(
                 f"hidden_states are {given}; a {self.component} takes no token ids",
-                hint="give what the component before it returned; token ids go to the bottom",
+                hint="give the result of the component before it; token ids go to the bottom",
             )
         width = self.config.hidden_size
         if hidden_states.dim() != _STATE_DIMENSIONS or hidden_states.shape[-1] != width:
             raise ConfigurationError(
                 f"hidden_states are {list(hidden_states.shape)}; this {self.component} takes "
                 f"[batch, sequence, {width}]",
-                hint="give what the component before it returned, as it is",
+                hint="give the result of the component before it, unchanged",
             )
         if hidden_states.dtype != next(self.parameters()).dtype and not torch.is_autocast_enabled(
             hidden_states.device.type
@@ -288,9 +289,9 @@ class BottomModel(ComponentModel):
             input_ids: Token ids ``[batch, sequence]``.
             inputs_embeds: Instead of token ids, their embeddings ``[batch, sequence, hidden]``.
             attention_mask: 1 for tokens, 0 for padding, ``[batch, past + sequence]``; or a mask
-                ``[batch, heads, sequence, past + sequence]``, or a mapping of such by type of layer, as transformers
-                makes them.
-            position_ids: Positions ``[batch, sequence]``; by default they count on from the cache.
+                ``[batch, heads, sequence, past + sequence]``, or a mapping of such masks by type of layer, as
+                transformers makes them.
+            position_ids: Positions ``[batch, sequence]``; by default they continue from the cache.
             past_key_values: A cache from :meth:`new_cache`; grows by the sequence.
 
         Returns:
@@ -302,7 +303,7 @@ class BottomModel(ComponentModel):
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ConfigurationError(
-                f"a bottom takes input_ids or inputs_embeds, and was given {given}",
+                f"a bottom takes either input_ids or inputs_embeds, and was given {given}",
                 hint="give token ids [batch, sequence] as input_ids, or their embeddings as inputs_embeds",
             )
         is_tensor = isinstance(input_ids, torch.Tensor)
@@ -318,7 +319,7 @@ class BottomModel(ComponentModel):
         try:
             return self._run_layers({"input_ids": input_ids, "inputs_embeds": inputs_embeds}, arguments)
         except IndexError as error:
-            # The embedding's own, which names neither the token nor the vocabulary.
+            # From the embedding; it names neither the token nor the vocabulary.
             if input_ids is not None:
                 self._check_tokens(input_ids, error)
             raise
@@ -328,14 +329,14 @@ class BottomModel(ComponentModel):
         outside = input_ids[(input_ids < 0) | (input_ids >= size)]
         if outside.numel():
             raise ConfigurationError(
-                f"input_ids have tokens beyond the vocabulary of {size}: {outside[0].item()}, say",
+                f"input_ids contain tokens outside the vocabulary of {size}, such as {outside[0].item()}",
                 hint="does the tokenizer belong to this model? Tokens that were added need resize_token_embeddings; "
-                "-100 is for labels alone",
+                "-100 is for labels only",
             ) from error
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None:
             raise ConfigurationError(
-                f"a sequence of {input_ids.shape[1]} tokens goes beyond the {limit} positions of this model",
+                f"a sequence of {input_ids.shape[1]} tokens exceeds the {limit} positions of this model",
                 hint="shorten it, or generate fewer tokens",
             ) from error
 
@@ -359,7 +360,7 @@ class TrunkModel(ComponentModel):
         """Run the middle layers.
 
         Args:
-            hidden_states: What the bottom returned, ``[batch, sequence, hidden]``.
+            hidden_states: The result of the component before it, ``[batch, sequence, hidden]``.
             attention_mask: The same as the bottom was given.
             position_ids: The same as the bottom was given.
             past_key_values: A cache from this component's :meth:`new_cache`.
@@ -381,7 +382,7 @@ class TrunkModel(ComponentModel):
 if TYPE_CHECKING:
 
     class TopOutput(CausalLMOutputWithPast):
-        """What a top returns: there are logits in any case, and a loss where there were labels."""
+        """The result of a top: always logits, and a loss if labels were given."""
 
         logits: torch.Tensor
         loss: Any
@@ -404,7 +405,7 @@ class TopModel(ComponentModel):
         """Run the last layers, the final norm and the head.
 
         Args:
-            hidden_states: What the trunk returned, ``[batch, sequence, hidden]``.
+            hidden_states: The result of the component before it, ``[batch, sequence, hidden]``.
             attention_mask: The same as the bottom was given.
             position_ids: The same as the bottom was given.
             past_key_values: A cache from this component's :meth:`new_cache`.
@@ -412,8 +413,8 @@ class TopModel(ComponentModel):
             logits_to_keep: How many last positions get logits; 0 for all.
 
         Returns:
-            ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` where labels are given, and
-            the cache; hidden states and attentions of these layers where they were requested.
+            ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` if labels were given, and
+            the cache; hidden states and attentions of these layers if they were requested.
         """
         hidden_states = self._checked_states(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)

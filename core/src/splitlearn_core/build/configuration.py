@@ -1,23 +1,36 @@
-"""A family's Hugging Face classes and configuration, and errors in config.json explained."""
+"""The unsplit model of a family: its Hugging Face class and configuration, its tensors, and loading it as a whole."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
-from splitlearn_core.build.pruning import BUILD_LOCK
+from splitlearn_core.build.torch_state import BUILD_LOCK, build_turn
 from splitlearn_core.environment_errors import cause_of
-from splitlearn_core.errors import BrokenPluginError, ConfigurationError, SplitLearnError
+from splitlearn_core.errors import (
+    BrokenPluginError,
+    CheckpointError,
+    ConfigurationError,
+    InvalidCheckpointError,
+    SplitLearnError,
+    TensorMismatchError,
+    translate,
+)
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.quoting import reason, said
+from splitlearn_core.quoting import SENTENCE, listed, reason, said
+from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, TensorInfo
 
-#: How transformers marks the floats in ``config.json`` that JSON has no word for.
+log = logging.getLogger(__name__)
+
+#: How transformers writes the floats that JSON has no literal for.
 _FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 
 
@@ -31,24 +44,20 @@ def architecture_class(family: ModelFamily) -> type[PreTrainedModel]:
     try:
         model_class = getattr(importlib.import_module(module or "transformers"), name)
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            raise AttributeError(f"it is no model class but {model_class!r}")
+            raise AttributeError(f"it is not a model class but {model_class!r}")
         return cast("type[PreTrainedModel]", model_class)
     except (ImportError, AttributeError, ValueError) as error:
         if cause_of(error) is not None:
-            raise  # a library that cannot be imported is nothing that the family says wrongly
+            raise  # a library that cannot be imported is not a mistake of the family
+        library = sys.modules.get(module or "transformers")
+        # For transformers, dir() is a list of names: none of its models is imported.
+        close = difflib.get_close_matches(name, dir(library) if library else (), n=1)
+        meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
         raise BrokenPluginError(
             f"family {family.model_type!r} names the architecture {family.architecture!r}, "
-            f"which is not there: {reason(error)}",
-            hint=_nearest_class(module or "transformers", name),
+            f"which does not exist: {reason(error)}",
+            hint=f"{meant}a newer transformers may have it: pip install --upgrade transformers",
         ) from error
-
-
-def _nearest_class(module: str, name: str) -> str:
-    # Of transformers that is a list of names, and none of its models is imported for it. It takes a fifth of a second.
-    names = dir(sys.modules[module]) if module in sys.modules else []
-    close = difflib.get_close_matches(name, names, n=1)
-    meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
-    return f"{meant}a newer transformers may have it: pip install --upgrade transformers"
 
 
 def hf_config(
@@ -64,10 +73,10 @@ def hf_config(
         ConfigurationError: The configuration class refuses a value.
     """
     config_class = architecture_class(family).config_class
-    with BUILD_LOCK, blaming_config(family, name_or_path):
+    with BUILD_LOCK, config_errors(family, name_or_path):
         own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
-        # Components pass results on by name, whatever the checkpoint prefers. As from_dict does it, which besides
-        # serializes all of it for a debug log.
+        # Components access results by name, so return_dict is always set. Not with from_dict, which also
+        # serializes the whole configuration for a debug log.
         config = config_class(**{**own, "dtype": dtype, "return_dict": True, "name_or_path": name_or_path})
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
@@ -75,7 +84,7 @@ def hf_config(
 
 
 def _plain(value: Any) -> Any:
-    """Read the floats that JSON has no word for, as transformers writes them: ``{"__float__": "Infinity"}``."""
+    """Replace ``{"__float__": "Infinity"}`` and the like with the floats that they stand for."""
     if isinstance(value, Mapping):
         if value.keys() == {_FLOAT_TAG} and value[_FLOAT_TAG] in _FLOATS:
             return float(value[_FLOAT_TAG])
@@ -84,24 +93,23 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def blaming_config(family: ModelFamily, name_or_path: str) -> Iterator[None]:
-    """Say that a value of the configuration is wrong when the model's own code refuses it."""
-    try:
-        yield
-    except SplitLearnError:
-        raise
-    # The model's code raises what comes of a wrong value: from a validator's own class to KeyError.
-    except Exception as error:
-        raise ConfigurationError(
+def config_errors(family: ModelFamily, name_or_path: str) -> Iterator[None]:
+    """Raise any error of the model's own code as an error of its configuration."""
+
+    def translated(error: BaseException) -> SplitLearnError:
+        return ConfigurationError(
             f"transformers cannot make a {family.model_type} model of {name_or_path}: {said(error)}",
             hint="check the values of config.json, and attn_implementation where it was given",
-        ) from error
+        )
+
+    with translate(translated):
+        yield
 
 
 @contextmanager
 def layer_count_set(config: Any, layers: int) -> Iterator[None]:
-    """Let a configuration say that the model has so many layers, while its modules are made."""
-    # Past the configuration's own setter, which validates the whole of it each time.
+    """Set a configuration's number of layers while modules are made."""
+    # Not through the configuration's own setter, which validates all of it each time.
     values, name = vars(config), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     total = values[name]
     values[name] = layers
@@ -109,3 +117,116 @@ def layer_count_set(config: Any, layers: int) -> Iterator[None]:
         yield
     finally:
         values[name] = total
+
+
+def load_whole(
+    family: ModelFamily,
+    name: str,
+    directory: str,
+    dtype: str,
+    *,
+    values: Mapping[str, Any],
+    safetensors: bool,
+    waiting: Callable[[], None],
+) -> dict[str, torch.Tensor]:
+    """Load a whole model as ``from_pretrained`` does, and return its tensors, dequantised.
+
+    Args:
+        family: The family.
+        name: The model, as the caller named it.
+        directory: The folder of its ``config.json`` and all of its weight files.
+        dtype: torch's name of the dtype to convert its tensors to.
+        values: The values of its ``config.json``, which is not read a second time.
+        safetensors: Whether the weights are in safetensors files.
+        waiting: Called while another load holds the build lock; it may raise.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or not all of it.
+    """
+
+    def translated(error: BaseException) -> SplitLearnError | None:
+        # An error of the system has a number; transformers raises others of this class for what it cannot read.
+        if isinstance(error, OSError) and error.errno is not None:
+            return None
+        hint = "do config.json and the weights belong together?"
+        return CheckpointError(f"transformers cannot load {name}: {said(error)}", hint=hint)
+
+    log.info("Loading the whole of %s in %s", name, directory)
+    with build_turn(waiting), translate(translated, unchanged=(SplitLearnError, MemoryError)):
+        model, info = architecture_class(family).from_pretrained(
+            directory,
+            config=hf_config(family, values, name, dtype),
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=safetensors,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True):
+            model = model.dequantize()
+    refuse_incomplete(name, model, info)
+    return {key: tensor.detach() for key, tensor in model.state_dict().items()}
+
+
+def check_quantization(name: str, quantization: str, stated: Any) -> None:
+    """Check, before any weights are fetched, that transformers can read weights of this quantisation.
+
+    Raises:
+        CheckpointError: It cannot: it does not know the method, or a package is missing.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    def translated(error: BaseException) -> SplitLearnError:
+        return CheckpointError(
+            f"{name} is quantised ({quantization}), and transformers cannot read it here: {said(error)}",
+            hint="install what it asks for, or use the original, unquantised checkpoint",
+        )
+
+    with translate(translated, unchanged=()), BUILD_LOCK:
+        AutoHfQuantizer.from_config(stated, pre_quantized=True).validate_environment(device_map=None)
+
+
+def refuse_incomplete(name: str, module: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model in which tensors have random values or no memory.
+
+    Args:
+        name: The model, as the caller named it.
+        module: What ``from_pretrained`` returned.
+        info: The loading info that it returned.
+    """
+    problems = [f"missing: {key}" for key in sorted(info.get("missing_keys") or ())]
+    problems += [f"mis-shaped: {entry}" for entry in sorted(map(str, info.get("mismatched_keys") or ()))]
+    if problems:
+        raise TensorMismatchError(
+            f"the tensors of {name} are not those of its model; {len(problems)} are wrong:\n  "
+            + listed(problems, "\n  ", limit=SENTENCE),
+            hint='do config.json and the weights belong together, and is it a causal model (see its "architectures")?',
+        )
+    empty = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise InvalidCheckpointError(
+            f"{name}: transformers left tensors without memory: {listed(empty)}",
+            hint="another version of transformers may do better",
+        )
+
+
+def describe_tensors(
+    family: ModelFamily, values: dict[str, Any], name_or_path: str, dtype: str
+) -> dict[str, TensorInfo]:
+    """Build the whole model on the meta device, and describe its tensors as a file would hold them.
+
+    A tied head is left out, as ``save_pretrained`` does.
+    """
+    config = hf_config(family, values, name_or_path, dtype)
+    stored = FLOAT_DTYPES[dtype]
+    with BUILD_LOCK, config_errors(family, name_or_path), torch.device("meta"):
+        model = architecture_class(family)(config)
+    state = model.state_dict()
+    if family.config_value(values, "tie_word_embeddings"):
+        state.pop(f"{family.head}.weight", None)
+    infos, position = {}, 0
+    for key, tensor in state.items():
+        end = position + tensor.numel() * DTYPE_BYTES[stored]
+        infos[key] = TensorInfo(key, stored, tuple(tensor.shape), "", position, end)
+        position = end
+    return infos

@@ -1,44 +1,34 @@
-"""Build components: the class of a family and kind, built without weights and pruned, or made of a state dict."""
+"""Build components: the class of a family and kind; an instance without weights, or one made of a state dict."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
-from splitlearn_core.build.configuration import architecture_class, blaming_config, hf_config
+from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config
 from splitlearn_core.build.kv_cache import cache_argument
-from splitlearn_core.build.pickling import installed_class, reduce_by
-from splitlearn_core.build.pruning import (
-    EnteringLayer,
-    PassLayer,
-    TupleLayer,
-    Zero,
-    layer_at,
-    replace_module,
-    replace_modules,
-    skeleton,
-)
-from splitlearn_core.build.torch_state import own_modes
-from splitlearn_core.errors import (
-    ConfigurationError,
-    InvalidSplitError,
-    TensorMismatchError,
-)
+from splitlearn_core.build.pruning import layer_at, prune
+from splitlearn_core.build.torch_state import own_modes, skeleton
+from splitlearn_core.errors import ConfigurationError, InvalidSplitError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.keys import map_keys, place_keys
 from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.types import Component, LayerRange, TensorInfo, dtype_names, kind_of
+
+log = logging.getLogger(__name__)
+
+_MAX_SHOWN = 3
 
 _KINDS: dict[Component, type[ComponentModel]] = {
     Component.BOTTOM: BottomModel,
@@ -61,11 +51,63 @@ def component_class(family: ModelFamily, component: Component) -> type[Component
         # them, and a class of another module would count as remote code.
         "__module__": hf_class.__module__,
         "__qualname__": hf_class.__qualname__,
-        # Embedding and head are two components'.
+        # Embedding and head belong to different components.
         "_tied_weights_keys": {},
-        "__reduce_ex__": reduce_by(installed_class, family.model_type, component.value),
+        "__reduce_ex__": _reduce,
     }
     return cast("type[ComponentModel]", type(hf_class.__name__, (kind, hf_class), attributes))
+
+
+def installed_class(model_type: str, component: str) -> type[Any]:
+    """Return the class of a component of an installed plugin's family; pickles refer to a class by this call."""
+    # By the public name: this room does not know the registry.
+    registry = importlib.import_module("splitlearn_core").ModelRegistry
+    model_class: type[Any] = registry.get_model_class(model_type, component)
+    return model_class
+
+
+class _ClassReference:
+    """A class that is made at run time, which pickle could not find by its name."""
+
+    def __init__(self, component_class: type[ComponentModel]) -> None:
+        self.component_class = component_class
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ClassReference:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the call that returns the class.
+
+        Raises:
+            ConfigurationError: In another process, that call would not return this class.
+        """
+        own = self.component_class
+        arguments = own.family.model_type, own.kind.value
+        problem = ""
+        try:
+            if installed_class(*arguments) is not own:
+                problem = "the installed plugin has another family of this name"
+        except SplitLearnError as error:
+            problem = error.message
+        if problem:
+            raise ConfigurationError(
+                f"a {own.__name__} of {' '.join(arguments)} cannot be pickled: {problem}",
+                hint="save it as files: save_split(model, DIR), and load those with load_component or "
+                "load_split_directory",
+            )
+        return installed_class, arguments
+
+
+def _instance(reference: _ClassReference | type[Any]) -> Any:
+    """Make an instance without state; unpickled references are the classes themselves."""
+    return object.__new__(reference.component_class if isinstance(reference, _ClassReference) else reference)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Pickle or copy a component; the ``__reduce_ex__`` of classes that are made at run time."""
+    if vars(type(self)).get("__reduce_ex__") is not _reduce:
+        return object.__reduce_ex__(self, protocol)  # a subclass, which has a name of its own
+    return _instance, (_ClassReference(type(self)),), self.__getstate__()
 
 
 def build_component(
@@ -83,46 +125,24 @@ def build_component(
             its ``dtype`` is that of the weights to come.
         component: The component's name.
         layer_range: The layers it runs.
-        on_layer: Called before each layer is built; it may raise, and then nothing is left behind.
+        on_layer: Called before each layer is built. If it raises, the build ends, and nothing is kept.
     """
-    with skeleton(config.dtype), blaming_config(family, config.name_or_path):
+    with skeleton(config.dtype), config_errors(family, config.name_or_path):
         model = component_class(family, kind_of(component))(config, layer_range)
     model.component = component
     layers = []
     for number in range(layer_range.start, layer_range.end):
-        # Outside the lock and the mode: it may take its time, and use torch.
+        # Outside the lock and the mode: it may take long, and use torch.
         on_layer()
-        with skeleton(config.dtype), blaming_config(family, config.name_or_path):
+        with skeleton(config.dtype), config_errors(family, config.name_or_path):
             layers.append(layer_at(model, family, number))
-    _prune(model, family, layer_range, layers)
+    prune(model, family, layer_range, layers)
     base = model.base_model
     if getattr(base, "gradient_checkpointing", False):
-        # config.json asks for it, and layers that were made after the model do not know.
+        # Requested by config.json; layers that were made after the model do not have it yet.
         model._set_gradient_checkpointing(gradient_checkpointing_func=base._gradient_checkpointing_func)  # noqa: SLF001  # transformers' own way
     model.eval()
     return model
-
-
-def _prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
-    """Keep what the component owns, and make everything else neutral."""
-    base = model.get_submodule(family.base)
-    elsewhere = TupleLayer() if family.layers_return_tuple else PassLayer()
-    slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
-    if family.enter_at_layers and not owned.is_first:
-        slots[0] = EnteringLayer(elsewhere)
-    replace_module(base, family.layers, nn.ModuleList(slots))
-    if not owned.is_first:
-        neutral = {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets}
-        replace_modules(base, neutral)
-    if not owned.is_last:
-        replace_modules(base, {name: PassLayer() for name in family.outlets})
-        replace_module(model, family.head, PassLayer())
-    # A tied head is assigned by the plan: within one component no two parameters are tied.
-    model.all_tied_weights_keys = {}
-
-
-log = logging.getLogger(__name__)
-_MAX_SHOWN = 3
 
 
 @own_modes(gradients=True)
@@ -134,10 +154,10 @@ def component_from_state_dict(
     start_layer: int | None,
     end_layer: int | None,
 ) -> ComponentModel:
-    """Make a component of the tensors it needs; see :meth:`ComponentModel.from_pretrained_split`."""
+    """Make a component from the tensors that it needs; see :meth:`ComponentModel.from_pretrained_split`."""
     if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise ConfigurationError(
-            "full_state_dict is no mapping from names to tensors", hint="give model.state_dict() of the whole model"
+            "full_state_dict is not a mapping from names to tensors", hint="give model.state_dict() of the whole model"
         )
     config = _config(family, config)
     ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
@@ -149,7 +169,12 @@ def component_from_state_dict(
     own_config = copy.deepcopy(config)
     own_config.dtype = first.dtype
     built = build_component(family, own_config, component, ranges[component])
-    infos = {name: _info(key, state_dict[key]) for name, key in sources.items()}
+    dtypes = dtype_names()
+    infos = {
+        name: TensorInfo(key, dtypes.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), "", 0, tensor.nbytes)
+        for name, key in sources.items()
+        for tensor in (state_dict[key],)
+    }
     names = unexpected_names(built, infos)
     sources = {name: key for name, key in sources.items() if name not in names}
     problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
@@ -167,31 +192,31 @@ def component_from_state_dict(
     modules = dict(built.named_modules())
     for name, key in sources.items():
         tensor = state_dict[key].detach()
-        # One that was made in inference mode could never be trained.
+        # A tensor made in inference mode could never be trained.
         assign_tensor(modules, name, tensor.clone() if tensor.is_inference() else tensor)
     finish(built, str(first.device))
     return built
 
 
 def _config(family: ModelFamily, config: Any) -> Any:
-    """Return the configuration as the family's own class has it; a mapping is what ``config.json`` says."""
+    """Return the configuration as an instance of the family's class; a mapping holds the values of ``config.json``."""
     if isinstance(config, Mapping):
         return hf_config(family, config, "the given config", "float32")
     expected = architecture_class(family).config_class
     if not isinstance(expected, type) or not isinstance(config, expected):
         raise ConfigurationError(
-            f"config is a {type(config).__name__}, no configuration of a {family.model_type} model",
+            f"config is a {type(config).__name__}, not the configuration of a {family.model_type} model",
             hint="give model.config of the whole model, or the values of its config.json as a mapping",
         )
     return config
 
 
 def _refuse_unusable(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors without memory, and those of several dtypes: a component has one."""
+    """Refuse tensors without memory, and tensors of more than one floating dtype: a component has one."""
     empty = [key for key, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise ConfigurationError(
-            f"{len(empty)} tensors of full_state_dict are on the meta device, and have no memory: "
+            f"{len(empty)} tensors of full_state_dict are on the meta device and have no memory: "
             f"{listed(empty, most=_MAX_SHOWN)}",
             hint="load the weights first, and give the state dict of that model",
         )
@@ -215,7 +240,7 @@ def _ranges(component: Component, start: int | None, end: int | None, total: int
     if not (0 <= first < last <= total and fits[component]):
         raise InvalidSplitError(
             f"a {component} of layers [{first}, {last}) does not fit a model of {total} layers",
-            hint="a bottom begins at layer 0, a top ends with the last, a trunk lies between; none is empty",
+            hint="a bottom begins at layer 0, a top ends with the last layer, a trunk is between them; none is empty",
         )
     return ranges_around(component, LayerRange(first, last, total))
 
@@ -223,12 +248,7 @@ def _ranges(component: Component, start: int | None, end: int | None, total: int
 def _layer_number(value: Any) -> int:
     try:
         if isinstance(value, bool):
-            raise TypeError("a truth value is no layer number")
+            raise TypeError("a boolean is not a layer number")
         return operator.index(value)
     except TypeError as error:
-        raise InvalidSplitError(f"{value!r} is no layer number: {error}", hint="give whole numbers") from error
-
-
-def _info(key: str, tensor: torch.Tensor) -> TensorInfo:
-    dtype = dtype_names().get(tensor.dtype, str(tensor.dtype))
-    return TensorInfo(key, dtype, tuple(tensor.shape), "", 0, tensor.nbytes)
+        raise InvalidSplitError(f"{value!r} is not a layer number: {error}", hint="give whole numbers") from error

@@ -1,4 +1,4 @@
-"""What a family's forward takes, by the components that need it; and what a component makes of it."""
+"""The arguments of a family's forward: which components need them, and what a component passes on."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from splitlearn_core.types import LayerRange
 #: Argument that makes a model return more than its result -> the name under which it is returned.
 RECORDINGS = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
 
-#: What is settled before the layers are called.
+#: Arguments that are handled before the layers are called.
 _SETTLED = frozenset({"self", "input_ids", "inputs_embeds", "past_key_values", "cache", "use_cache", "return_dict"})
-#: What a loss takes of the model itself.
+#: Arguments of a loss that the model supplies itself.
 _OF_THE_MODEL = frozenset({"logits", "labels", "vocab_size"})
-#: What transformers hands on to attention kernels and losses, by its own list.
+#: What transformers passes to attention kernels and losses, by its own list.
 _KERNELS = frozenset(getattr(getattr(utils, "TransformersKwargs", None), "__annotations__", ())) | frozenset(
     FlashAttentionKwargs.__annotations__
 )
-#: What tokenizers and generate give, whether the family makes use of it or not.
+#: Arguments that tokenizers and generate supply, whether the family uses them or not.
 _COMMON = frozenset({"attention_mask", "position_ids", "cache_position", "token_type_ids"})
-#: A padding mask ``[batch, past + sequence]``, or a whole one ``[batch, heads, sequence, past + sequence]``.
+#: A padding mask ``[batch, past + sequence]``, or a full one ``[batch, heads, sequence, past + sequence]``.
 _MASK_DIMENSIONS = (2, 4)
 #: The types of layers whose masks transformers names by the type.
 _MASKED_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -39,24 +39,24 @@ _PAGED_CACHES = "transformers.generation.continuous_batching.cache"
 class Routing:
     """The arguments of a causal language model's forward, by the components that need them.
 
-    A name that is in none of the three is unknown to the family, which would ignore it silently.
+    A name in none of the three is unknown to the family, which would ignore it silently.
     """
 
-    #: What the embeddings use up: the bottom alone takes it.
+    #: Used by the embeddings: only the bottom takes it.
     bottom: frozenset[str]
-    #: What changes the result of layers: each component takes it.
+    #: Changes the result of layers: each component takes it.
     everywhere: frozenset[str]
-    #: What head and loss take: the top alone.
+    #: Used by head and loss: only the top takes it.
     top: frozenset[str]
 
 
 def routing(forward: Callable[..., Any], model: Any, bottom_arguments: Sequence[str]) -> Routing:
-    """Read the routing off a family's signatures.
+    """Derive the routing from a family's signatures.
 
     Args:
         forward: The forward of the causal language model's class.
         model: A model of that class, whole or pruned.
-        bottom_arguments: The arguments that the family's embeddings use up.
+        bottom_arguments: The arguments that only the family's embeddings use.
     """
     layers = argument_names(model.base_model.forward) | _KERNELS | _COMMON
     loss = argument_names(model.loss_function) - _OF_THE_MODEL
@@ -66,16 +66,16 @@ def routing(forward: Callable[..., Any], model: Any, bottom_arguments: Sequence[
 
 
 def argument_names(function: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of a function's parameters, in which a mapping of further ones does not count."""
+    """Return the names of a function's parameters, without ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
 
 
 def named_cache(arguments: dict[str, Any], past_key_values: Any = None) -> Any:
-    """Take the cache out of ``arguments``, where it goes by the name that newer transformers give it.
+    """Return the cache; ``arguments`` may hold it under the name that newer versions of transformers use.
 
     Raises:
-        ConfigurationError: It was given by both names.
+        ConfigurationError: It was given under both names.
     """
     cache = arguments.pop("cache", None)
     if cache is not None and past_key_values is not None:
@@ -84,18 +84,18 @@ def named_cache(arguments: dict[str, Any], past_key_values: Any = None) -> Any:
 
 
 def is_paged(cache: Any) -> bool:
-    """Say whether a cache is that of continuous batching, which is addressed by the model's layer numbers."""
+    """Return whether a cache is that of continuous batching, which is addressed by the model's layer numbers."""
     module = sys.modules.get(_PAGED_CACHES)
     return module is not None and isinstance(cache, module.PagedAttentionCache)
 
 
 def mask_for_layers(mask: Any, layer_types: Sequence[str] | None, layers: LayerRange) -> Any:
-    """Return what a component needs of an attention mask.
+    """Return the part of an attention mask that a component needs.
 
     Args:
-        mask: None, a padding mask, a whole mask, or a mapping of whole masks by type of layer, as transformers
+        mask: None, a padding mask, a full mask, or a mapping of full masks by type of layer, as transformers
             makes them for ``generate``.
-        layer_types: The type of each layer of the model; None where its layers are of one type.
+        layer_types: The type of each layer of the model; None if all are of one type.
         layers: The component's own layers.
 
     Raises:
@@ -105,14 +105,13 @@ def mask_for_layers(mask: Any, layer_types: Sequence[str] | None, layers: LayerR
         if mask.dim() not in _MASK_DIMENSIONS:
             raise ConfigurationError(
                 f"attention_mask has {mask.dim()} dimensions",
-                hint="give a padding mask [batch, past + sequence] as the tokenizer makes it, a whole mask "
-                "[batch, heads, sequence, past + sequence], or a mapping of whole masks by type of layer",
+                hint="give a padding mask [batch, past + sequence] as the tokenizer makes it, a full mask "
+                "[batch, heads, sequence, past + sequence], or a mapping of full masks by type of layer",
             )
         return mask
     if not isinstance(mask, Mapping):
         return mask
     if layer_types is None:
-        # All layers are of one type, and so is the mask.
         if len(mask) != 1:
             raise ConfigurationError(
                 f"attention_mask has masks of {', '.join(mask)}, and this model has layers of one type",
@@ -126,6 +125,6 @@ def mask_for_layers(mask: Any, layer_types: Sequence[str] | None, layers: LayerR
             f"attention_mask has masks of {', '.join(mask) or 'nothing'}, and none of {', '.join(missing)}",
             hint=f"layers {layers} need a mask of each of their types: {', '.join(sorted(own))}",
         )
-    # The neutral layers of other components look their masks up too, and use none.
+    # The neutral layers of other components look up their masks too, but use none.
     unused = dict.fromkeys(set(layer_types) - own)
     return {**unused, **{kind: value for kind, value in mask.items() if kind not in unused}}

@@ -18,7 +18,7 @@ CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutp
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """Return what a model's forward calls its cache; the old name draws a warning where the new one is known."""
+    """Return the name of the cache in a model's forward; the old name causes a warning where the new one exists."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
@@ -30,7 +30,7 @@ class PartCache(Cache):
 
     Args:
         layers: Cache layers of the component, in order; they may be shared with another cache.
-        layer_range: Which layers of the model they are.
+        layer_range: Their numbers in the model.
     """
 
     def __init__(self, layers: list[Any], layer_range: LayerRange) -> None:
@@ -39,13 +39,13 @@ class PartCache(Cache):
 
     @classmethod
     def empty(cls, config: Any, layer_range: LayerRange) -> PartCache:
-        """Make an empty cache for the component that holds these layers of the model."""
+        """Make an empty cache for the component that runs these layers of the model."""
         whole = DynamicCache(config=config)
         return cls(whole.layers[layer_range.start : layer_range.end], layer_range)
 
     @classmethod
     def view(cls, whole: Cache, layer_range: LayerRange) -> PartCache:
-        """See a component's layers in a cache of the whole model; both share the layers' state."""
+        """Return a view of a component's layers in a cache of the whole model; both share the layers' state."""
         # A DynamicCache made without a configuration creates its layers on first use.
         while whole.layer_class_to_replicate is not None and len(whole.layers) < layer_range.total:
             whole.layers.append(whole.layer_class_to_replicate())
@@ -54,9 +54,9 @@ class PartCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(key_states, value_states, self._own(layer_idx), *args, **kwargs)  # type: ignore[no-any-return]
+        return super().update(key_states, value_states, self._own(layer_idx), *args, **kwargs)  # type: ignore[no-any-return]  # Cache is untyped
 
-    # What layers with a running state ask for, where transformers has such layers.
+    # Methods for layers with a recurrent state, in versions of transformers that have them.
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         return super().update_conv_state(conv_states, self._own(layer_idx), *args, **kwargs)

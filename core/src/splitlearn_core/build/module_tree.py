@@ -20,16 +20,16 @@ _CLASSES: dict[tuple[Any, Any], Any] = {}
 
 
 class LinkedModules(dict[str, Any]):
-    """The children of a module, most of which are children of a component's module too.
+    """The children of a module, most of which are also children of a component's module.
 
-    What takes the place of a linked child (a wrapper of PEFT's, a resized embedding) takes its place in the component
-    as well, and what takes its place in the component is seen here.
+    Replacing a linked child (with a wrapper of PEFT, or a resized embedding) replaces it in the component too, and
+    a replacement in the component is visible here.
 
     Args:
-        own: The children that this module alone has. They stay.
-        links: Name of a child -> the module of a component that has it by the same name.
+        own: Children that only this module has. They cannot be replaced.
+        links: Name of a child -> the module of a component that has it under the same name.
         order: The names of these children, in order.
-        added: Further children, which may change.
+        added: Further children, which may be replaced.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LinkedModules(dict[str, Any]):
         self._fixed = frozenset(own)
 
     def added(self) -> list[nn.Module]:
-        """Return the children that were put here since: by a subclass, say."""
+        """Return the children that were added later, for example by a subclass."""
         return [module for name, module in self.items() if name not in self._fixed and name not in self._links]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,7 +72,7 @@ class LinkedModules(dict[str, Any]):
     def __setitem__(self, name: str, module: Any) -> None:
         if name in self._fixed:
             raise ConfigurationError(
-                f"{name} of a split model cannot be replaced as a whole: its modules are the components'",
+                f"{name} of a split model cannot be replaced as a whole: its modules belong to the components",
                 hint="replace the modules in it, or change the unsplit model before it is split",
             )
         holder = self._links.get(name)
@@ -84,17 +84,17 @@ class LinkedModules(dict[str, Any]):
     def __delitem__(self, name: str) -> None:
         if name in self._fixed or name in self._links:
             raise ConfigurationError(
-                f"{name} cannot be taken out of a split model: a component runs it",
-                hint="take it out of the unsplit model, save that, and split the result",
+                f"{name} cannot be removed from a split model: a component runs it",
+                hint="remove it from the unsplit model, save that, and split the result",
             )
         super().__delitem__(name)
 
 
 def class_over(own: Any, family_class: Any) -> Any:
-    """Return a class of ours over a class of the family's, by the family's name.
+    """Return a class that derives from one of ours and one of the family's, and has the name of the family's.
 
-    transformers and what builds on it decide by names and attributes of a class, and by its module, which counts as
-    remote code where it is not their own.
+    transformers and libraries that build on it decide by the names and attributes of a class, and by its module,
+    which counts as remote code if it is not their own.
     """
     if (own, family_class) not in _CLASSES:
         attributes = {
@@ -104,29 +104,29 @@ def class_over(own: Any, family_class: Any) -> Any:
             "family_class": family_class,
             "places": places_of(family_class),
         }
-        # Of two threads that come here at once, both get the class of one.
+        # Two threads that come here at the same time get the same class.
         _CLASSES.setdefault((own, family_class), type(family_class.__name__, (own, family_class), attributes))
     return _CLASSES[own, family_class]
 
 
 def places_of(family_class: Any) -> tuple[str, ...]:
-    """Return the names of the arguments that the forward of a class takes by their place, in order."""
+    """Return the names of the positional arguments of the forward of a class, in order."""
     parameters = list(inspect.signature(family_class.forward).parameters.values())[1:]
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _instance(own: Any, family_class: Any) -> Any:
-    """Make an instance to be filled: what pickle and copy call."""
+    """Make an instance without state, for pickle and copy."""
     return object.__new__(class_over(own, family_class))
 
 
 def module_tree(parts: Mapping[str, Any], backbone: type[Any], attributes: Mapping[str, Any]) -> LinkedModules:
-    """Make the children of the unsplit model's root, out of the components' modules.
+    """Make the children of the unsplit model's root from the components' modules.
 
     Args:
         parts: The components by name.
-        backbone: What the family's base model, whose own forward knows nothing of components, is made an instance of.
-        attributes: Attributes that it gets besides those of the family's base model.
+        backbone: A class with a forward over components, of which the family's base model becomes an instance.
+        attributes: Attributes that it gets in addition to those of the family's base model.
     """
     bottom, top = parts[Component.BOTTOM], parts[Component.TOP]
     family = top.family
@@ -173,15 +173,15 @@ def _layer_list(lists: Sequence[Any], parts: Mapping[str, Any]) -> nn.ModuleList
 
 
 def _shell(module: nn.Module, made_of: Any) -> nn.Module:
-    """Return an instance with the attributes and tensors of a module, and none of its children and hooks."""
+    """Return an instance with the attributes and tensors of a module, without its children and hooks."""
     made: nn.Module = object.__new__(made_of)
     nn.Module.__init__(made)
     ours = vars(made)
-    # accelerate puts a forward of its own over that of a module that it moves.
+    # accelerate replaces the forward of a module that it moves.
     kept = {name: value for name, value in vars(module).items() if name not in {"forward", "_old_forward", "_hf_hook"}}
     ours.update({name: value for name, value in kept.items() if name not in ours})
     for register in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-        # The very same, so that what moves the component's tensors moves these.
+        # The same objects, so that moving the component's tensors moves these.
         ours[register] = vars(module)[register]
     made.training = module.training
     return made

@@ -1,29 +1,32 @@
-"""Modules without weights, pruned to a range of layers: skeletons, stand-ins for what is left out, name checks."""
+"""Neutral modules that stand in for the modules of other components, and the names by which a family finds those."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from splitlearn_core.errors import BrokenPluginError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.types import LayerRange
 
 #: The hidden states of the forward that runs in this thread or task, where they enter at the layers.
 _ENTERING: ContextVar[torch.Tensor] = ContextVar("splitlearn_entering")
+#: Default of a look-up: the module has no attribute of this name.
+_MISSING = object()
+#: Probability of every dropout module in a check; a configuration may have 0.
+_DROPOUT = 0.5
 
 
 class PassLayer(nn.Module):
-    """Hands the first argument on unchanged, whatever else a decoder layer is given."""
+    """Returns the first argument unchanged, whatever else a decoder layer is given."""
 
-    # Called for every layer of the other components at every token: nn.Module's own way of calling
-    # would cost more than a decoded token may lose.
+    # Called for every layer of the other components at every token: the usual __call__ of nn.Module
+    # would slow down decoding measurably.
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
@@ -31,7 +34,7 @@ class PassLayer(nn.Module):
 
 
 class TupleLayer(PassLayer):
-    """The same where a decoder layer answers with a tuple: the running state, and nothing besides."""
+    """The same for a family whose decoder layers return a tuple that begins with the hidden states."""
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return hidden_states, None
@@ -40,12 +43,12 @@ class TupleLayer(PassLayer):
 
 
 class EnteringLayer(nn.Module):
-    """Stands for the first layer, and hands on the hidden states that came from outside.
+    """Replaces the first layer, and returns the hidden states that the component was given.
 
-    Whatever the model did to them on their way here, as it does to embeddings, is left behind.
+    What the model did to them before, as it does to embeddings, is discarded.
 
     Args:
-        neutral: The neutral layer that wraps an answer as the family's layers do.
+        neutral: The neutral layer that wraps a result as the family's layers do.
     """
 
     def __init__(self, neutral: PassLayer) -> None:
@@ -58,7 +61,7 @@ class EnteringLayer(nn.Module):
 
 @contextmanager
 def entering(hidden_states: torch.Tensor) -> Iterator[None]:
-    """Let hidden states reach the layers as they are."""
+    """Let hidden states reach the layers unchanged."""
     token = _ENTERING.set(hidden_states)
     try:
         yield
@@ -67,126 +70,108 @@ def entering(hidden_states: torch.Tensor) -> Iterator[None]:
 
 
 class Zero(nn.Module):
-    """Yields a zero that any addition leaves without a trace."""
+    """Returns a zero, which changes nothing when it is added."""
 
     def forward(self, indices: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Without dimensions: it broadcasts, and it does not promote a half-precision sum.
         return torch.zeros((), device=indices.device)
 
 
-#: Building modules reads and writes state of transformers that is not made for threads.
-BUILD_LOCK = threading.RLock()
-
-#: What fills parameters with their first values: on a tensor without memory there is nothing to
-#: fill, and going through the motions would be most of the time that building takes. By name,
-#: because transformers puts functions of its own in the place of torch's while it initialises.
-_FILL = {
-    *("constant_", "copy_", "fill_", "kaiming_normal_", "kaiming_uniform_", "normal_", "ones_"),
-    *("trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_", "zero_", "zeros_"),
-}
-
-#: Factories whose dtype follows torch's default where the caller names none.
-_FOLLOW_DEFAULT = {torch.empty, torch.ones, torch.zeros}
-
-
-class _Skeleton(TorchFunctionMode):
-    """Leaves out the memory of parameters and nothing else, in this thread only.
-
-    Layers allocate their parameters with ``torch.empty``; that goes to the meta device. Everything
-    else is computed, so that buffers which no checkpoint holds (rotary frequencies, embedding
-    scales) get the values that the model's own code gives them. Under ``from_pretrained`` the
-    default dtype would be the weights'; it is process-wide, so here the factories get it instead.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = dict(kwargs or {})
-        if getattr(func, "__name__", "") in _FILL:
-            tensor = args[0] if args else options.get("tensor")
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                return tensor
-        if func in _FOLLOW_DEFAULT or (func is torch.tensor and args and isinstance(args[0], float)):
-            options["dtype"] = options.get("dtype") or self._dtype
-        if func is torch.empty and options.get("device") is None:
-            options["device"] = "meta"
-        return func(*args, **options)
-
-
-@contextmanager
-def skeleton(dtype: torch.dtype) -> Iterator[None]:
-    """Build modules whose parameters have shapes but no memory."""
-    with BUILD_LOCK, _Skeleton(dtype), _told_as_default(dtype):
-        yield
-
-
-@contextmanager
-def _told_as_default(dtype: torch.dtype) -> Iterator[None]:
-    """Tell a model that asks for the default dtype (XGLM, for its positions); this thread only, and nobody sets it.
-
-    The function is none of those that a mode is asked about.
-    """
-    own, builder = torch.get_default_dtype, threading.get_ident()
-    torch.get_default_dtype = lambda: dtype if threading.get_ident() == builder else own()
-    try:
-        yield
-    finally:
-        torch.get_default_dtype = own
-
-
-#: What a module has of a name that it does not know.
-_MISSING = object()
+def neutral_layer(family: ModelFamily) -> PassLayer:
+    """Return a neutral layer that returns what the family's decoder layers do."""
+    return TupleLayer() if family.layers_return_tuple else PassLayer()
 
 
 def layer_at(model: Any, family: ModelFamily, number: int) -> nn.Module:
-    """Make a layer of the model, or take it where the model made all of them."""
+    """Return a layer of the model: a new one if all layers are of one class, else the model's own."""
     layers = model.get_submodule(family.base).get_submodule(family.layers)
     layer_class: type[nn.Module] = type(layers[0])
     return layer_class(model.config, number) if family.uniform_layers else cast("nn.Module", layers[number])
 
 
-def replace_module(parent: nn.Module, path: str, module: nn.Module) -> None:
-    holder, _, name = path.rpartition(".")
-    setattr(parent.get_submodule(holder), name, module)
+def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
+    """Keep the modules that the component owns, and replace the others with neutral ones."""
+    base = model.get_submodule(family.base)
+    elsewhere = neutral_layer(family)
+    slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
+    if family.enter_at_layers and not owned.is_first:
+        slots[0] = EnteringLayer(elsewhere)
+    _replace(base, {family.layers: nn.ModuleList(slots)})
+    if not owned.is_first:
+        _replace(base, {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets})
+    if not owned.is_last:
+        _replace(base, {name: PassLayer() for name in family.outlets})
+        _replace(model, {family.head: PassLayer()})
+    # A tied head is assigned by the plan: within one component no two parameters are tied.
+    model.all_tied_weights_keys = {}
 
 
-def replace_modules(base: nn.Module, neutral: Mapping[str, nn.Module]) -> None:
-    for path, module in neutral.items():
+def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
         holder, _, name = path.rpartition(".")
-        # A model that does without it has None in its place.
-        if base.get_submodule(holder)._modules.get(name) is not None:  # noqa: SLF001  # a register that nn.Module documents
-            replace_module(base, path, module)
+        owner = parent.get_submodule(holder)
+        # A model without an optional module has None in its place.
+        if owner._modules.get(name) is not None:  # noqa: SLF001  # a register that nn.Module documents
+            setattr(owner, name, module)
 
 
 def check_names(model: nn.Module, family: ModelFamily) -> None:
-    """Hold the names of a family against the modules there are, before any is replaced.
+    """Compare the module names of a family with the modules of its model, before any is replaced.
 
     Raises:
-        BrokenPluginError: There are no modules of these names; those there are, are listed.
+        BrokenPluginError: Modules are missing; the message lists them, and those that exist.
     """
     inside = (family.layers, *family.inlets, *family.outlets)
     paths = [family.base, family.head, *(f"{family.base}.{name}" for name in inside)]
-    there = dict(model.named_modules())
+    modules = dict(model.named_modules())
     optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
-    astray = [path for path in paths if path not in there and not (path in optional and _is_left_out(there, path))]
-    if astray:
-        shallow = sorted(name for name in there if name and name.count(".") <= family.base.count(".") + 1)
+    missing = [path for path in paths if path not in modules and not (path in optional and _is_none(modules, path))]
+    if missing:
+        shallow = sorted(name for name in modules if name and name.count(".") <= family.base.count(".") + 1)
         raise BrokenPluginError(
-            f"the family {family.model_type!r} names {', '.join(astray)}, "
+            f"the family {family.model_type!r} names {', '.join(missing)}, "
             f"and {type(model).__name__} has no such modules",
             hint=f"it has: {', '.join(shallow)}",
         )
 
 
-def _is_left_out(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Say whether a module has None where others of its class have a module of this name."""
+def _is_none(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Return whether a module has None where others of its class have a module of this name."""
     holder, _, name = path.rpartition(".")
     return holder in modules and getattr(modules[holder], name, _MISSING) is None
+
+
+def through_no_layers(part: Any, family: ModelFamily) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a trunk or top in training mode with a neutral layer in place of each of its layers.
+
+    Args:
+        part: The component. Its layers are replaced, so it cannot be used afterwards.
+        family: The family that it was built by.
+
+    Returns:
+        What the component makes of random hidden states ``[2, 5, hidden_size]``, and what the family's outlets
+        alone make of them: equal unless another module of the model changes hidden states that enter from outside.
+    """
+    base = part.get_submodule(family.base)
+    layers = base.get_submodule(family.layers)
+    for number, layer in enumerate(layers):
+        # The first of a component that hidden states enter at its layers is neutral already.
+        if not isinstance(layer, EnteringLayer):
+            layers[number] = neutral_layer(family)
+    for module in part.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = _DROPOUT
+    drawn = torch.randn(2, 5, part.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = drawn.to(part.config.dtype)
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        # The same random numbers for both: an outlet may be a dropout.
+        torch.manual_seed(0)
+        expected = hidden
+        for outlet in family.outlets:
+            # A model without an optional module has None in its place.
+            expected = base.get_submodule(outlet)(expected) if outlet in dict(base.named_modules()) else expected
+        torch.manual_seed(0)
+        with entering(hidden):
+            # A copy, because a model may change its embeddings in place.
+            actual: torch.Tensor = part.base_model(inputs_embeds=hidden.clone()).last_hidden_state
+    return actual, expected

@@ -17,8 +17,8 @@ from splitlearn_core.checkpoint.config_json import (
     read_index_dtype,
     read_weight_map,
 )
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from splitlearn_core.checkpoint.hub.fetch_plan import Span, Wanted
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.torch_file import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
@@ -193,7 +193,7 @@ class Checkpoint:
         shard = next((name for name in shards if name in present), shards[0])
         if shard != shards[0]:
             log.warning(
-                "%s lacks %s, whose tensors say the dtype of the model; that of %s is taken",
+                "%s lacks %s, whose tensors determine the dtype of the model; that of %s is used",
                 self.source.model,
                 shards[0],
                 shard,
@@ -213,16 +213,16 @@ class Checkpoint:
         yield from ((infos[key] for key in sorted(infos)) if self.format == SAFETENSORS else infos.values())
 
     @property
-    def opaque_file(self) -> str | None:
+    def headerless_file(self) -> str | None:
         """The weight file if its header cannot be fetched on its own (any format but safetensors), else None."""
         if self._layout is None or self.format == SAFETENSORS or self._layout.is_index:
             return None
         return self._layout.entrance
 
-    def fetch_undescribed(self, progress: ProgressCallback) -> None:
+    def fetch_headerless_file(self, progress: ProgressCallback) -> None:
         """Fetch the weight file if its tensors can only be listed from the complete file."""
-        if self.opaque_file is not None:
-            self.fetch([self.opaque_file], progress)
+        if self.headerless_file is not None:
+            self.fetch([self.headerless_file], progress)
 
     def shards(self, keys: Iterable[str]) -> tuple[str, ...]:
         """Return the shards that hold these tensors."""

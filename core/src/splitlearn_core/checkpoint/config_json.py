@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.quoting import SENTENCE, listed, plain, quote, reason
@@ -48,19 +48,19 @@ def parse_object(
 ) -> dict[str, Any]:
     """Parse a JSON object; ``content`` may be one byte longer than it should be. Raises as :func:`read_object`."""
     if len(content) > max_bytes:
-        raise InvalidCheckpointError(f"{where} is over {max_bytes} bytes long, which no {kind} is", hint=hint)
+        raise InvalidCheckpointError(f"{where} is longer than {max_bytes} bytes, the limit for a {kind}", hint=hint)
     encoding = next((name for beginning, name in _OTHER_ENCODINGS.items() if content.startswith(beginning)), "")
     if encoding:
         code = f"import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_bytes(p.read_text('{encoding}').encode())"
         raise InvalidCheckpointError(
-            f"{where} is no JSON in UTF-8, but in {encoding}; transformers, too, reads UTF-8 alone",
+            f"{where} is not in UTF-8 but in {encoding}; transformers reads JSON in UTF-8 only",
             hint=f'write it in UTF-8: python -c "{code}" {shlex.quote(where)}',
         )
     try:
         values = json.loads(content.decode("utf-8-sig"))
     # A number of thousands of digits is a ValueError, too.
     except (ValueError, RecursionError) as error:
-        raise InvalidCheckpointError(f"{where} is no JSON: {reason(error)}", hint=hint) from error
+        raise InvalidCheckpointError(f"{where} is not valid JSON: {reason(error)}", hint=hint) from error
     if not isinstance(values, dict):
         raise InvalidCheckpointError(f"{where} holds a JSON {type(values).__name__}, not an object", hint=hint)
     return values
@@ -71,8 +71,8 @@ _READ_BY_OTHERS = {".gguf": ("GGUF", "splitlearn-gguf", "./plugins/gguf")}
 
 #: Values that readers of a configuration rely on: name -> type, and its name in messages.
 _TYPES: Mapping[str, tuple[type, str]] = {
-    "model_type": (str, "a text"),
-    "layer_types": (list, "a list with a text for each layer"),
+    "model_type": (str, "a string"),
+    "layer_types": (list, "a list with a string for each layer"),
     "tie_word_embeddings": (bool, "true or false"),
 }
 
@@ -95,13 +95,13 @@ def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a configuration that names its model type; raises as :func:`read_config`, naming ``where``."""
     if config.get("model_type") is None:
         raise InvalidCheckpointError(
-            f'{where} has no "model_type", so nothing says which family the model belongs to',
+            f'{where} has no "model_type", which determines the family of the model',
             hint='add "model_type": "gpt2" (or what it is) to the file',
         )
     problems = list(_wrong_types(config))
     if problems:
         raise InvalidCheckpointError(
-            f"{where} has values that mean nothing: {'; '.join(problems)}",
+            f"{where} has invalid values: {'; '.join(problems)}",
             hint="correct them, or fetch the file again from where the model comes from",
         )
     check_numbers(config, where)
@@ -150,7 +150,7 @@ def read_weight_map(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     if wrong:
         shown = listed(sorted(wrong), "; ", limit=SENTENCE)
         raise InvalidCheckpointError(
-            f"{path} names shards that are no {suffix} files in its own folder: {shown}",
+            f"{path} names shards that are not {suffix} files in its own folder: {shown}",
             hint="an index may only name files next to it; do not use this checkpoint unless you know why it does",
         )
     return weight_map

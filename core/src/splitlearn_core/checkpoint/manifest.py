@@ -14,9 +14,8 @@ from typing import Any
 
 from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import parse_object
-from splitlearn_core.checkpoint.names import CONFIG
+from splitlearn_core.checkpoint.files import CONFIG, open_regular
 from splitlearn_core.checkpoint.origin import Origin
-from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.plan.split_points import MAX_LAYERS, layers_between
 from splitlearn_core.quoting import SENTENCE, listed, quote
@@ -152,13 +151,13 @@ class _Reader:
         commit = source.get("commit")
         digest = self._text(source.get("fingerprint"), "source.fingerprint")
         if not _SHA256.fullmatch(digest):
-            self._problems.append("source.fingerprint is no SHA-256")
+            self._problems.append("source.fingerprint is not a SHA-256")
         dtype = self._text(self._values.get("dtype"), "dtype")
         if dtype not in FLOAT_DTYPES:
             self._problems.append(f"dtype {quote(dtype)} is none of {', '.join(FLOAT_DTYPES)}")
         own = self._values.get("own_values")
         if not isinstance(own, bool):
-            self._problems.append(f"own_values is {quote(own)}, neither true nor false")
+            self._problems.append(f"own_values is {quote(own)}, not true or false")
         origin = Origin(
             model=self._text(source.get("model"), "source.model"),
             commit=None if commit is None else self._text(commit, "source.commit"),
@@ -203,12 +202,12 @@ class _Reader:
         records = {}
         for name, record in self._object("files").items():
             if not is_plain_name(name) or name == MANIFEST:
-                self._problems.append(f"files names {quote(name)}, which is no file next to the manifest")
+                self._problems.append(f"files names {quote(name)}, which is not a file next to the manifest")
                 continue
             fields = record if isinstance(record, dict) else {}
             digest = fields.get("sha256")
             if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-                self._problems.append(f"files: sha256 of {quote(name)} is none")
+                self._problems.append(f"files: sha256 of {quote(name)} is invalid")
                 continue
             records[name] = FileRecord(
                 self._number(fields.get("size"), f"files: size of {quote(name)}", _MAX_SIZE), digest
@@ -220,16 +219,16 @@ class _Reader:
     def _samples(self, value: Any) -> dict[str, str]:
         """Read the samples of the source's values, which older manifests lack."""
         if not isinstance(value, dict):
-            self._problems.append(f"source.samples is {quote(value)}, no object")
+            self._problems.append(f"source.samples is {quote(value)}, not an object")
             return {}
         wrong = [name for name, text in value.items() if not isinstance(text, str) or not _SHA256.fullmatch(text)]
-        self._problems += [f"source.samples: that of {quote(name)} is no SHA-256" for name in wrong]
+        self._problems += [f"source.samples: that of {quote(name)} is not a SHA-256" for name in wrong]
         return value if not wrong else {}
 
     def _object(self, name: str) -> dict[str, Any]:
         value = self._values.get(name)
         if not isinstance(value, dict):
-            self._problems.append(f"{name} is {quote(value)}, no object")
+            self._problems.append(f"{name} is {quote(value)}, not an object")
             return {}
         return value
 
@@ -241,27 +240,27 @@ class _Reader:
 
     def _text(self, value: Any, name: str) -> str:
         if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
-            self._problems.append(f"{name} is {quote(value)}, no text of 1 to {_MAX_TEXT} characters")
+            self._problems.append(f"{name} is {quote(value)}, not a string of 1 to {_MAX_TEXT} characters")
             return ""
         return value
 
     def _texts(self, name: str) -> tuple[str, ...]:
         value = self._values.get(name)
         if not isinstance(value, list):
-            self._problems.append(f"{name} is {quote(value)}, no list")
+            self._problems.append(f"{name} is {quote(value)}, not a list")
             return ()
         return tuple(self._text(item, name) for item in value)
 
     def _number(self, value: Any, name: str, limit: int) -> int:
         if type(value) is not int or not 0 <= value <= limit:
-            self._problems.append(f"{name} is {quote(value)}, no whole number from 0 to {limit}")
+            self._problems.append(f"{name} is {quote(value)}, not an integer from 0 to {limit}")
             return 0
         return value
 
     def _pair(self, name: str) -> tuple[int, int]:
         value = self._values.get(name)
         if not isinstance(value, list) or len(value) != _PAIR:
-            self._problems.append(f"{name} is {quote(value)}, no pair")
+            self._problems.append(f"{name} is {quote(value)}, not a pair")
             return 0, 0
         first, second = (self._number(item, name, MAX_LAYERS) for item in value)
         return first, second
@@ -269,7 +268,7 @@ class _Reader:
     def _points(self, name: str) -> tuple[int, ...]:
         value = self._values.get(name)
         if not isinstance(value, list) or not 0 < len(value) < MAX_LAYERS:
-            self._problems.append(f"{name} is {quote(value)}, no list of layer numbers")
+            self._problems.append(f"{name} is {quote(value)}, not a list of layer numbers")
             return ()
         return tuple(self._number(item, name, MAX_LAYERS) for item in value)
 
@@ -298,6 +297,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of one saved component; raises like :meth:`SplitDirectory.open`."""
     path = folder / MANIFEST
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise InvalidCheckpointError(f"{path} is no plain file", hint="copy the component itself, not a link to it")
+        raise InvalidCheckpointError(
+            f"{path} is not a regular file", hint="copy the component itself, not a link to it"
+        )
     with open_regular(path) as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), str(path))

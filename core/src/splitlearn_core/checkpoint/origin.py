@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.files import open_regular
 
 #: Values of ``config.json`` about its writer and the storage of the weights, not about the model.
 _INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"})

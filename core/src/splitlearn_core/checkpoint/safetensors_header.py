@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from splitlearn_core.checkpoint.regular_files import open_regular
+from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.quoting import SENTENCE, listed, plain, reason
 from splitlearn_core.types import DTYPE_BYTES, TensorInfo
@@ -91,13 +91,13 @@ def _parsed(where: str, content: bytes, size: int | None) -> dict[str, TensorInf
         if "\\ud" in text.lower():  # perhaps a lone surrogate, which cannot be written to a message or file
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise _invalid(where, [f"its header is no JSON: {reason(error)}"]) from error
+        raise _invalid(where, [f"its header is not valid JSON: {reason(error)}"]) from error
     if not isinstance(header, dict):
         raise _invalid(where, [f"its header is a JSON {type(header).__name__}, not an object"])
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _invalid(where, ["its __metadata__ is no mapping of texts to texts"])
+        raise _invalid(where, ["its __metadata__ is not a mapping of strings to strings"])
     start = LENGTH_BYTES + length
     problems = [problem for key, entry in header.items() if (problem := _entry_problem(key, entry))]
     if problems:
@@ -133,7 +133,7 @@ def _size_problem(name: str, dtype: str, shape: list[Any], offsets: list[Any]) -
     if len(shape) > _MAX_DIMENSIONS:
         return f"{name}: a shape of {len(shape)} dimensions; {_MAX_DIMENSIONS} is the limit"
     if any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in (*shape, *offsets)):
-        return f"{name}: shape {plain(str(shape))} and offsets {plain(str(offsets))} must be whole numbers from 0"
+        return f"{name}: shape {plain(str(shape))} and offsets {plain(str(offsets))} must be integers from 0"
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         sizes = f"takes {plain(str(expected))} bytes, its offsets span {offsets[1] - offsets[0]}"

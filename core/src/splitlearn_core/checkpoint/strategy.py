@@ -2,9 +2,7 @@
 
 from splitlearn_core.loading_strategy import LoadingStrategy, PretrainedReader, ReadPlan, WeightReader
 from splitlearn_core.readers.copied import CopiedStrategy
-from splitlearn_core.readers.incremental import IncrementalStrategy
-from splitlearn_core.readers.mapped import MappedStrategy
-from splitlearn_core.readers.whole import WholeStrategy
+from splitlearn_core.readers.mapped import IncrementalStrategy, MappedStrategy, WholeStrategy
 
 __all__ = [
     "CopiedStrategy",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from splitlearn_core.checkpoint.regular_files import open_regular, path_of
+from splitlearn_core.checkpoint.files import open_regular, path_of
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, SplitLearnError
 from splitlearn_core.quoting import listed
 from splitlearn_core.types import PYTORCH, TensorInfo, dtype_names
@@ -89,13 +89,13 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(saved, Mapping) or not saved:
         what = "an empty mapping" if isinstance(saved, Mapping) else f"a {type(saved).__name__}"
         raise InvalidCheckpointError(
-            f"{path} holds {what}, no state dict", hint="is it the file that save_pretrained or torch.save wrote?"
+            f"{path} holds {what}, not a state dict", hint="is it the file that save_pretrained or torch.save wrote?"
         )
     plain = {key: value for key, value in saved.items() if isinstance(key, str) and _is_plain(value, torch)}
     if len(plain) < len(saved):
         wrong = [f"{key!r} ({_description(value, torch)})" for key, value in saved.items() if key not in plain]
         raise InvalidCheckpointError(
-            f"{path} holds entries that are no plain tensors: {listed(wrong)}",
+            f"{path} holds entries that are not plain tensors: {listed(wrong)}",
             hint="save the state dict alone, on the CPU, without quantised or sparse tensors",
         )
     return {key: value.detach() for key, value in plain.items()}

@@ -21,7 +21,7 @@ from splitlearn_core.cli.shared_options import (
     table,
 )
 from splitlearn_core.plan.split_points import cut_words
-from splitlearn_core.storage.integrity import SavedVerification
+from splitlearn_core.storage.directory import SavedVerification
 from splitlearn_core.types import human_bytes
 from splitlearn_core.verification import Verification
 
@@ -87,7 +87,7 @@ def command(
 
 def _verify_saved(directory: str, *, as_json: bool) -> bool:
     from splitlearn_core.progress import reporting
-    from splitlearn_core.storage.integrity import verify_saved
+    from splitlearn_core.storage.directory import verify_saved
 
     with reporting(None) as report:
         result = verify_saved(directory, progress=report)

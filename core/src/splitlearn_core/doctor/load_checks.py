@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TextIO
 
-from splitlearn_core.checkpoint.names import CONFIG
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.doctor.report import Finding, Level, failure, is_blocked, left_out, note, ok, wrong
 from splitlearn_core.environment_errors import cause_of
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, PluginError, SplitLearnError

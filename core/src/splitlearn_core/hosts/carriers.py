@@ -88,7 +88,7 @@ class Endpoint:
             parts.port  # noqa: B018  # reading it is what checks it
         except ValueError as error:
             raise ConfigurationError(f"{self.url!r} is no URL: {reason(error)}", hint=_EXAMPLE) from error
-        if parts.scheme == _UNIX and parts.path and not parts.netloc:
+        if parts.scheme == _UNIX and parts.path.startswith("/") and not parts.netloc:
             return
         if parts.scheme not in _WEBSOCKET_SCHEMES or not parts.hostname:
             raise ConfigurationError(f"{self.url!r} is no address of a host", hint=_EXAMPLE)

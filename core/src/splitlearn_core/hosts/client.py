@@ -161,12 +161,12 @@ class Host:
         if reply.kind is not Kind.ERROR:
             self._put_back(connection)
             return reply
-        error = _error_of(self.url, reply)
-        if error.code in ("malformed", "version", "too_large", *_AWAY):
+        refusal = _error_of(self.url, reply)
+        if refusal.code in ("malformed", "version", "too_large", *_AWAY):
             connection.close()
         else:
             self._put_back(connection)
-        raise error
+        raise refusal
 
     def _borrow(self) -> Connection:
         with self._lock:

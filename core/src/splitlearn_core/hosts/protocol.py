@@ -76,6 +76,15 @@ class Kind(IntEnum):
 _KINDS = frozenset(Kind)
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Made once: json.dumps and json.loads would make one for each frame. NaN is not JSON.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor of a frame: its name, the safetensors format's name of its dtype, and its shape."""
@@ -126,8 +135,7 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
     """Return a frame as buffers to send one after the other: header and meta, then a buffer for each tensor."""
     listed = [[spec.name, spec.dtype, list(spec.shape)] for spec in frame.tensors]
     content = {**frame.meta, "tensors": listed} if listed else dict(frame.meta)
-    # NaN is not JSON; a reader could refuse it.
-    meta = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    meta = _ENCODER.encode(content).encode()
     if len(meta) > MAX_META_BYTES:
         raise ProtocolError(
             f"the description of a {frame.kind.name} takes {len(meta):,} bytes, and {MAX_META_BYTES:,} are allowed",
@@ -202,16 +210,12 @@ def decode(data: bytes | bytearray | memoryview, max_payload: int = MAX_PAYLOAD_
 
 def _parse_meta(raw: bytes) -> dict[str, Any]:
     try:
-        meta = json.loads(raw, parse_constant=_refuse_constant)
+        meta = _DECODER.decode(raw.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the description of a frame is not JSON: {error}", code="malformed") from error
     if not isinstance(meta, dict):
         raise ProtocolError("the description of a frame is no JSON object", code="malformed")
     return meta
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _parse_tensors(listed: Any) -> tuple[TensorSpec, ...]:

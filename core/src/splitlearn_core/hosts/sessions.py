@@ -118,7 +118,7 @@ class SessionTable:
         self.facts = component_facts(component, self.limits)
         self._sessions: dict[int, _Session] = {}
         self._lock = threading.Lock()
-        #: One forward at a time; threads get it in the order in which they came.
+        #: One forward at a time.
         self._compute = threading.Lock()
         self._closing = False
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from splitlearn_core.adapters.adapter_files import adapter_in
 from splitlearn_core.adapters.peft_models import apply_adapter
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, read_object
+from splitlearn_core.checkpoint.files import GENERATION_CONFIG
 from splitlearn_core.checkpoint.hub.partial_file import grows
 from splitlearn_core.checkpoint.manifest import MANIFEST, read_manifest
-from splitlearn_core.checkpoint.names import GENERATION_CONFIG
 from splitlearn_core.checkpoint.origin import Origin, fingerprint, sample_values
 from splitlearn_core.checkpoint.prefetch import read_ahead
 from splitlearn_core.errors import InvalidCheckpointError
@@ -39,8 +39,8 @@ from splitlearn_core.plan.splitplan import SplitPlan
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.quoting import reason
-from splitlearn_core.readers.checks import read_checked
-from splitlearn_core.readers.whole import WholeStrategy
+from splitlearn_core.readers.mapped import WholeStrategy
+from splitlearn_core.readers.selection import read_checked
 from splitlearn_core.types import SAFETENSORS, Component, Progress, ProgressCallback, TensorInfo, human_bytes
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ def collection_paused() -> Iterator[None]:
 
 
 def origins_of(model: OpenModel, planned: PlannedLoad, paths: Mapping[str, Path]) -> dict[str, Origin]:
-    """Say where the planned components come from: from the model, or, of a saved component, from its source.
+    """Return the origin of each planned component: the model, or the source of a saved component.
 
     Args:
-        model, planned: What is loaded.
-        paths: Where its shards are.
+        model, planned: The model, and what is loaded of it.
+        paths: The paths of its shards.
     """
     plan, table = planned.split, planned.table
     path = model.checkpoint.optional_file(MANIFEST)
@@ -291,7 +291,7 @@ def _check_all(
 
 
 def _without(fetched: FetchedLoad, unread: Mapping[str, set[str]]) -> FetchedLoad:
-    """Leave tensors out of what is planned, by their module keys."""
+    """Remove tensors from the plan, by their module keys."""
     parts = tuple(
         replace(
             part,
@@ -327,15 +327,16 @@ def _attach_generation_config(model: OpenModel, top: ComponentModel | None) -> N
 
 def _tie_if_equal(built: Mapping[str, ComponentModel], table: KeyTable) -> None:
     """Tie embedding and head that config ties but the file holds separately, as transformers does."""
-    if table.apart is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
+    if table.separate_ends is None or not {Component.BOTTOM, Component.TOP} <= built.keys():
         return
     from splitlearn_core.build.assemble import tie_if_equal
 
     bottom, top = built[Component.BOTTOM], built[Component.TOP]
     if (bottom.device, bottom.dtype) != (top.device, top.dtype):
         return  # One parameter has one device and one dtype.
-    if not tie_if_equal(bottom, table.apart[0], top, table.apart[1]):
-        log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", *table.apart)
+    embedding, head = table.separate_ends
+    if not tie_if_equal(bottom, embedding, top, head):
+        log.warning("%s and %s are tied by config.json but differ in the checkpoint; both are kept", embedding, head)
 
 
 def _log_ready(name: str, plan: SplitPlan, devices: Mapping[str, str], nbytes: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Which model is meant: a name becomes a checkpoint whose family is known."""
+"""Resolve the name of a model to a checkpoint whose family is known."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.checkpoint.manifest import holds_components
-from splitlearn_core.checkpoint.names import CONFIG
 from splitlearn_core.checkpoint.source import open_source
 from splitlearn_core.errors import ConfigurationError, MissingFileError, UnknownModelTypeError
 from splitlearn_core.family import ModelFamily
@@ -21,17 +21,25 @@ from splitlearn_core.plugins.known import is_known, way_out
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import plain, quote
 
+log = logging.getLogger(__name__)
+
+#: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
+BUNDLED = "bundled:"
+
+#: Characters of a value from a file that a message repeats.
+_MAX_WORD = 80
+
 _Path = str | os.PathLike[str]
 
 
 def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -> tuple[str | None, _Path | None]:
-    """Return the model type and the model, where the model may stand in the type's place.
+    """Return the model type and the model; the model may be given in place of the type.
 
     A path, a repository of the Hub (``owner/name``) or ``bundled:TYPE`` is no model type.
 
     Raises:
         ConfigurationError: It is ambiguous which model is meant.
-        UnknownModelTypeError: A name stands alone, and is neither a path nor a type.
+        UnknownModelTypeError: Only one name is given, which is neither a path nor a type.
     """
     if model_type is None or model_type == "":
         return None, model_name_or_path
@@ -52,7 +60,7 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
         )
     if model_name_or_path is None and name not in registry().model_types() and _is_there(name):
         return None, name
-    if model_name_or_path is None and _is_checkpoint(name):
+    if model_name_or_path is None and (_is_there(f"{name}/{CONFIG}") or (_is_there(name) and holds_components(name))):
         raise ConfigurationError(
             f"{name!r} is a model type, and there is a directory {name} that holds a model",
             hint=f"say which is meant: model_name_or_path='./{name}' for the directory, or model_type={name!r} with "
@@ -76,24 +84,11 @@ def _is_model(given: _Path) -> bool:
     return given.startswith((BUNDLED, ".", "~")) or any(mark in given for mark in (*separators, ":"))
 
 
-def _is_checkpoint(name: str) -> bool:
-    return _is_there(f"{name}/{CONFIG}") or (_is_there(name) and holds_components(name))
-
-
 def _is_there(name: str) -> bool:
     try:
         return Path(name).exists()
     except (OSError, ValueError):
         return False  # too long for a path, or a NUL byte
-
-
-log = logging.getLogger(__name__)
-
-#: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
-BUNDLED = "bundled:"
-
-#: Characters of a value from a file that a message repeats.
-_MAX_WORD = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +99,7 @@ class OpenModel:
     name: str
     checkpoint: Checkpoint
     family: ModelFamily
-    #: ``config.json``, without what it says of quantisation: components have plain weights.
+    #: ``config.json`` without ``quantization_config``: components have plain weights.
     config: Mapping[str, Any]
 
 
@@ -116,11 +111,11 @@ def open_model(
     Args:
         model_name_or_path: A directory, a Hub repository, or ``bundled:MODEL_TYPE`` for the small
             model that a plugin carries; None for the family's default.
-        model_type: What the caller says it is; None to believe ``config.json``.
+        model_type: The expected model type; None for that of ``config.json``.
         hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
 
     Raises:
-        ConfigurationError: Nothing is named, or ``config.json`` contradicts the model type.
+        ConfigurationError: No model is named, or ``config.json`` contradicts the model type.
         UnknownModelTypeError: No plugin provides the model type.
         MissingFileError: There is no such checkpoint.
     """
@@ -153,11 +148,11 @@ def open_model(
         )
     if model_type is not None and model_type != stated:
         provided = registry().model_types()
-        given = f"pass model_type={stated!r}, or None to take what config.json says"
+        advice = f"pass model_type={stated!r}, or None to take what config.json says"
         raise ConfigurationError(
             f"model_type {quote(model_type)} was asked for, but config.json of {model_name_or_path} "
             f"says {quote(stated)}",
-            hint=given if stated in provided else way_out(stated, provided),
+            hint=advice if stated in provided else way_out(stated, provided),
         )
     commit = checkpoint.source.commit
     log.info("Found a %s model in %s%s", plain(stated), checkpoint.source.model, f" at {commit}" if commit else "")
@@ -177,7 +172,7 @@ def _family(config: Mapping[str, Any]) -> ModelFamily:
 
 
 def _language_model_alone(config: Mapping[str, Any], name: str) -> str:
-    """Return the lines that save the language model of a multimodal model as one of its own."""
+    """Return the lines of Python that save the language model of a multimodal model on its own."""
     stated = config.get("architectures")
     whole = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
     if not whole.isidentifier():
@@ -205,7 +200,7 @@ def bundled_checkpoint(family: ModelFamily) -> Path:
 
 
 def _readers(model_type: str | None) -> list[WeightReader]:
-    """Return the readers of files that core cannot describe, those of the model type's own plugin too."""
+    """Return the readers of files that core cannot read, including those of the model type's own plugin."""
     family = registry().family(model_type) if model_type is not None else None
     return [strategy for strategy in registry().strategies(family) if isinstance(strategy, WeightReader)]
 

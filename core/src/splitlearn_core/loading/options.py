@@ -1,4 +1,4 @@
-"""How components are loaded, and whether this machine allows it: devices, strategies, memory."""
+"""How components are loaded, and whether this machine can do it: devices, strategies, memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.checkpoint.checkpoint import MLX
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.errors import CheckpointError, ConfigurationError, InsufficientMemoryError
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.planning import parts_without_layers, tensors_of_config
@@ -19,25 +19,24 @@ from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan, WholeMod
 from splitlearn_core.plan.placement import AUTO, check_fit, place
 from splitlearn_core.plan.splitplan import MemoryNeeds, PlannedTensor, SplitPlan, loaded_nbytes
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.readers.checks import passing_bytes, predicted_bytes
-from splitlearn_core.readers.selection import BUILT_IN, check_strategy, choose_strategy
-from splitlearn_core.readers.whole import WholeStrategy
+from splitlearn_core.readers.mapped import WholeStrategy
+from splitlearn_core.readers.selection import BUILT_IN, check_strategy, choose_strategy, passing_bytes, predicted_bytes
 from splitlearn_core.system_memory import available_memory
 from splitlearn_core.types import SAFETENSORS, Progress, ProgressCallback
 
-#: The part of a GPU's free memory that weights may take where no limit is set.
+#: The part of a GPU's free memory that weights may take if no limit is set.
 _USABLE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How the planned components are to be loaded."""
+    """How to load the planned components."""
 
-    #: Where they go, unless ``device_map`` says otherwise.
+    #: Their device, unless ``device_map`` gives another.
     device: str = "cpu"
     strategy: str = "auto"
     attn_implementation: str | None = None
-    #: Where each goes, or ``auto`` to work it out; see :mod:`splitlearn_core.plan.placement`.
+    #: The device of each, or ``auto`` to choose it; see :mod:`splitlearn_core.plan.placement`.
     device_map: Mapping[str, str] | str | None = None
     #: Device -> bytes that may be used of it; empty for no limits.
     max_memory: Mapping[str, int] = field(default_factory=dict)
@@ -66,7 +65,7 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
                 hint="write plain weights: mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize; "
                 "or use the original checkpoint",
             )
-        from splitlearn_core.build.pretrained import check_quantization
+        from splitlearn_core.build.configuration import check_quantization
 
         check_quantization(model.name, model.checkpoint.quantization, model.checkpoint.config["quantization_config"])
     given = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
@@ -103,7 +102,7 @@ def check_device(device: str) -> None:
             raise ConfigurationError("on the meta device nothing would be loaded", hint="use plan_split to look ahead")
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        # The first sentence: torch goes on about its own dispatcher.
+        # The first sentence: the rest is about torch's own dispatcher.
         reason = str(error).splitlines()[0].partition(". ")[0][:200]
         gpus = torch.cuda.device_count()
         raise ConfigurationError(
@@ -113,7 +112,7 @@ def check_device(device: str) -> None:
 
 
 def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[str, str]:
-    """Say where each planned component goes.
+    """Return the device of each planned component.
 
     Raises:
         InsufficientMemoryError: The limits that the caller set do not allow it.
@@ -138,7 +137,7 @@ def _free_devices() -> dict[str, int | None]:
 def read_plans(
     plan: SplitPlan, paths: Mapping[str, Path], devices: Mapping[str, str], whole: WholeModel
 ) -> dict[str, ReadPlan]:
-    """Say what each component reads; a tied tensor is read once for each device and dtype."""
+    """Return what each component reads; a tied tensor is read once for each device and dtype."""
     planned: set[tuple[str, str, str]] = set()
     reads = {}
     for part in plan.components:
@@ -159,7 +158,7 @@ def choose_strategies(
 
 
 def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -> WholeModel:
-    """Say how the whole model is loaded, for the strategy that takes components out of it; nothing is loaded yet."""
+    """Return how to load the whole model, for the strategy that copies components out of it; nothing is loaded yet."""
     checkpoint, dtypes = model.checkpoint, {part.dtype for part in plan.components}
     # Wide enough for every component: casting to a narrower dtype later gives the same values.
     dtype = min(dtypes) if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
@@ -176,7 +175,7 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
         return plain + sum(sizes.get(name, 0) for name in checkpoint.weight_files())
 
     def load() -> Mapping[str, Any]:
-        from splitlearn_core.build.pretrained import load_whole
+        from splitlearn_core.build.configuration import load_whole
 
         with _without_adapter(checkpoint.folder) as folder:
             return load_whole(
@@ -206,7 +205,7 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
 
 
 def _missing(model: OpenModel, plan: SplitPlan) -> str:
-    """Say which parts a checkpoint has no layers of: transformers would initialise them randomly."""
+    """Return why there is no whole model: transformers would initialise missing layers randomly."""
     if plan.source != "headers" or not model.checkpoint.is_describable:
         return ""
     absent = parts_without_layers(model, plan.split_points)
@@ -215,17 +214,17 @@ def _missing(model: OpenModel, plan: SplitPlan) -> str:
 
 
 def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths: Mapping[str, Path]) -> MemoryNeeds:
-    """Predict what a load takes of this machine.
+    """Predict the memory of this machine that a load takes.
 
     Args:
         model: The opened checkpoint.
-        plan: What is to be loaded.
-        options: How.
-        paths: Where the planned shards are.
+        plan: The components to load.
+        options: How to load them.
+        paths: The paths of the planned shards.
 
     Raises:
         ConfigurationError: No strategy of the requested name can do it.
-        BrokenPluginError: A strategy cannot say.
+        BrokenPluginError: The prediction of a strategy fails.
     """
     reads = read_plans(plan, paths, choose_devices(plan, options), whole_model(model, plan, lambda _: None))
     strategies = choose_strategies(model, options, reads)
@@ -233,14 +232,14 @@ def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths
 
 
 def memory_by_strategy(model: OpenModel, plan: SplitPlan, device: str = "cpu") -> dict[str, MemoryNeeds]:
-    """Predict what each of core's own strategies would take to load all of a plan; those that cannot are left out.
+    """Predict what each of core's own strategies would take to load all of a plan; those that cannot are omitted.
 
-    So is ``whole`` for some of the components: the headers of the others say how large it is.
+    So is ``whole`` unless all components are planned: it would need the headers of the others.
 
     Args:
         model: The opened checkpoint.
-        plan: What might be loaded.
-        device: Where all of it would go.
+        plan: The components.
+        device: The device of all of them.
     """
     here = {
         shard: model.checkpoint.source.path(shard) for shard in plan.shards if model.checkpoint.source.is_here(shard)

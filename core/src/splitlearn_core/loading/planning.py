@@ -39,7 +39,7 @@ class PlannedLoad:
     """What a load carries out. Nothing of it needs to be on this machine yet."""
 
     split: SplitPlan
-    #: Where each tensor of the checkpoint goes.
+    #: The component and module of each tensor of the checkpoint.
     table: KeyTable
 
 
@@ -47,7 +47,7 @@ class PlannedLoad:
 class FetchedLoad(PlannedLoad):
     """A planned load whose tensors are on this machine."""
 
-    #: Shard -> where it lies.
+    #: Shard -> its path.
     paths: Mapping[str, Path]
 
 
@@ -56,13 +56,13 @@ def make_plan(
 ) -> PlannedLoad:
     """Plan components from the headers of the shards they need, and of no others; no weights are fetched.
 
-    Where the headers cannot be read, or there are no weights, ``config.json`` says what the tensors would be.
+    If the headers cannot be read, or there are no weights, the tensors are derived from ``config.json``.
 
     Args:
         model: The opened checkpoint.
-        split_points: Where to cut.
+        split_points: The first layer of each component but the first.
         parts: The components to plan; None for all.
-        dtype: The dtype that is wanted, or one for each component.
+        dtype: The requested dtype, or one for each component.
 
     Raises:
         InvalidSplitError: The split points do not cut this model.
@@ -104,7 +104,7 @@ def fetch_headerless(
     if not checkpoint.has_weights or checkpoint.format == SAFETENSORS:
         return
     report = logging_downloads(model.name, progress)
-    checkpoint.fetch_undescribed(report)
+    checkpoint.fetch_headerless_file(report)
     table = _place(model, sorted(checkpoint.weight_map), ranges)
     decides_dtype = AUTO in dtypes.values() and not states_dtype(model.config)
     shards = checkpoint.shards(_keys(table, dtypes))
@@ -232,7 +232,7 @@ def refuse_misfit(model: OpenModel, planned: PlannedLoad, *, strict: bool = Fals
 
 
 def _refuse_saved(model: OpenModel, plan: SplitPlan) -> None:
-    """Raise InvalidCheckpointError where the folder holds one saved component, and others were requested."""
+    """Raise InvalidCheckpointError if the folder holds one saved component, and others were requested."""
     path = model.checkpoint.optional_file(MANIFEST)
     if path is None:
         return
@@ -256,7 +256,7 @@ def mismatch(model: OpenModel, problems: Sequence[str], plan: SplitPlan) -> Tens
 
 def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
     """Describe the tensors that ``config.json`` implies, for a checkpoint without weights."""
-    from splitlearn_core.build.pretrained import describe_tensors
+    from splitlearn_core.build.configuration import describe_tensors
 
     infos = describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
     if not model.checkpoint.quantization:

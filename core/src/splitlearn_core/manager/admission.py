@@ -1,7 +1,7 @@
 """The admission rule: which load may start now, and which models are evicted for it.
 
-Pure arithmetic over values: a decision changes nothing. Victims are named only where they suffice, so
-that a load that has to wait or is refused has evicted nothing.
+A decision changes nothing. Victims are returned only if they suffice, so a load that has to wait or is refused
+evicts nothing.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Tenant(NamedTuple):
     leases: int = 0
     pinned: bool = False
     loading: bool = False
-    #: It serves until a newer generation of it is ready.
+    #: It serves until a newer generation is ready.
     reloading: bool = False
-    #: It is unknown when its memory comes back.
+    #: Its worker did not come back; nobody knows when its memory will.
     stuck: bool = False
 
 
@@ -43,7 +43,7 @@ class Idle:
 
     #: Least recently used first.
     tenants: Iterable[Tenant] = ()
-    #: Upper bounds, known without iterating: number of tenants, and ledger -> bytes that they hold together.
+    #: Upper bounds, known without iterating: the number of tenants, and ledger -> bytes that they hold together.
     count: int = 0
     held: Mapping[str, int] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ def decide(
 ) -> Verdict:
     """Decide whether a load may start.
 
-    The tenants are iterated only where there is no room at once, and no further than the decision needs.
+    The tenants are iterated only if there is no room now, and no further than the decision needs.
 
     Args:
         needs: Ledger -> bytes at the peak of the load.
@@ -119,11 +119,14 @@ def decide(
     beyond = {name: count for name, count in wanted.items() if count > room.total.get(name, 0)}
     if beyond:
         return Refuse("; ".join(_never(name, count, room) for name, count in beyond.items()))
-    short = _shortage(wanted, room)
+    # Ledger -> bytes that are missing now, and PLACES -> models that are too many.
+    short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
+    if room.places is not None and room.places < 1:
+        short[PLACES] = 1 - room.places
     if not short:
         return Admit()
     going = tuple(leaving)
-    # What is being freed already needs no further victim.
+    # Memory that is being freed already needs no victims.
     lacking = _without(short, going)
     names = frozenset(short)
     if not lacking:
@@ -135,28 +138,20 @@ def decide(
 
 
 def has_any(held: Mapping[str, int], short: Collection[str]) -> bool:
-    """Say whether a tenant that holds this has something of a shortage: ledgers, or PLACES."""
+    """Return whether a tenant with this memory has something of a shortage: ledgers, or PLACES."""
     if PLACES in short:
         return True
-    # Plain, since it is called for a thousand models.
+    # A plain loop, because it is called for a thousand models.
     for name in short:  # noqa: SIM110
         if held.get(name):
             return True
     return False
 
 
-def may_evict_enough(
-    needs: Mapping[str, int], room: Room, leaving: Iterable[Tenant], idle: Idle, *, allow_paging: bool
-) -> bool:
-    """Say, without iterating the idle tenants, whether evicting them could make room: no is certain, yes is not."""
-    short = _shortage(_wanted(needs, allow_paging=allow_paging), room)
-    return _may_suffice(_without(short, leaving), idle)
-
-
 def lacks_even_without(
     needs: Mapping[str, int], total: Mapping[str, int], staying: Iterable[Mapping[str, int]], *, allow_paging: bool
 ) -> frozenset[str]:
-    """Return the ledgers in which a load does not fit next to what stays, whatever else goes."""
+    """Return the ledgers in which a load does not fit next to the memory that stays, whatever else is freed."""
     stays = list(staying)
     return frozenset(
         name
@@ -169,16 +164,8 @@ def _wanted(needs: Mapping[str, int], *, allow_paging: bool) -> dict[str, int]:
     return {name: count for name, count in needs.items() if count and not (allow_paging and name == MAPPED)}
 
 
-def _shortage(wanted: Mapping[str, int], room: Room) -> dict[str, int]:
-    """Return ledger -> bytes that are missing now, and PLACES -> models that are too many."""
-    short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
-    if room.places is not None and room.places < 1:
-        short[PLACES] = 1 - room.places
-    return short
-
-
 def _frees(tenant: Tenant, name: str) -> int:
-    """Return what of a shortage is there again once a tenant is gone."""
+    """Return how much of a shortage ends once a tenant is gone."""
     return 1 if name == PLACES else tenant.held.get(name, 0)
 
 
@@ -190,13 +177,9 @@ def _without(short: Mapping[str, int], gone: Iterable[Tenant]) -> dict[str, int]
     return lacking
 
 
-def _may_suffice(lacking: Mapping[str, int], idle: Idle) -> bool:
-    return all(lack <= (idle.count if name == PLACES else idle.held.get(name, 0)) for name, lack in lacking.items())
-
-
 def _victims(lacking: Mapping[str, int], idle: Idle) -> list[Tenant]:
-    """Choose the victims, least recently used first; none where all idle tenants do not suffice."""
-    if not _may_suffice(lacking, idle):
+    """Choose the victims, least recently used first; none if all idle tenants do not suffice."""
+    if any(lack > (idle.count if name == PLACES else idle.held.get(name, 0)) for name, lack in lacking.items()):
         return []
     chosen: list[Tenant] = []
     left = dict(lacking)
@@ -210,7 +193,7 @@ def _victims(lacking: Mapping[str, int], idle: Idle) -> list[Tenant]:
 
 
 def _by_preference(tenants: Iterable[Tenant]) -> Iterator[Tenant]:
-    """Keep the order, but put tenants that are to be reloaded last: they serve as long as the others suffice."""
+    """Keep the order, but put tenants that are being reloaded last."""
     reloading = []
     for tenant in tenants:
         if tenant.reloading:
@@ -221,7 +204,7 @@ def _by_preference(tenants: Iterable[Tenant]) -> Iterator[Tenant]:
 
 
 def _needed(chosen: Iterable[Tenant], lacking: Mapping[str, int]) -> list[Tenant]:
-    """Drop the victims that are needless, since a large model was chosen after them."""
+    """Drop victims that are not needed because a larger one was chosen after them."""
     victims = list(chosen)
     spare = {name: sum(_frees(tenant, name) for tenant in victims) - lack for name, lack in lacking.items()}
     needed = []
@@ -238,7 +221,7 @@ def _never(name: str, count: int, room: Room) -> str:
     total = room.total.get(name)
     if total is None:
         return f"needs {human_bytes(count)} of {_ledger(name)}, which this machine does not have"
-    return f"needs {human_bytes(count)} of {_ledger(name)}; {human_bytes(total)} is all that can be had"
+    return f"needs {human_bytes(count)} of {_ledger(name)}; {human_bytes(total)} is all that this machine can give"
 
 
 def _reason(

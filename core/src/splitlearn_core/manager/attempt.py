@@ -1,21 +1,51 @@
-"""One attempt to load a model, from its request until its memory is free again."""
+"""Attempts to load a model, each from its request until its memory is free again, and their statuses.
+
+An attempt is called a generation of the model. Generations pass through::
+
+    QUEUED -> PLANNING -> WAITING -> LOADING -> [WARMING] -> READY -> DRAINING -> UNLOADING -> (gone)
+       |         |           |          |           |          ^         |
+       |         +-----------+----------+-----------+          +---------+  holders kept it
+       |         |  failed: FAILED    cancelled or stalled: CANCELLING -> (gone) or FAILED
+       +---------+                    no answer: STUCK -> (gone)
+
+``held`` of LOADING, WARMING and CANCELLING generations is reserved memory; of READY, DRAINING, UNLOADING and
+STUCK ones it is filled memory. No other generation holds anything.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from splitlearn_core.manager.admission import BUDGET
+from splitlearn_core.manager.loaders.loadable import HOST
 from splitlearn_core.manager.messages import Key, LoadRequest
 from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus
 from splitlearn_core.types import Progress
 
+_S = ModelStatus
+
+#: The statuses that may follow each status; None is a generation that no longer exists.
+TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
+    _S.QUEUED: frozenset({_S.PLANNING, _S.FAILED, None}),
+    _S.PLANNING: frozenset({_S.WAITING, _S.FAILED, _S.CANCELLING}),
+    _S.WAITING: frozenset({_S.LOADING, _S.FAILED, None}),
+    _S.LOADING: frozenset({_S.WARMING, _S.READY, _S.FAILED, _S.CANCELLING}),
+    _S.WARMING: frozenset({_S.READY, _S.FAILED, _S.CANCELLING}),
+    _S.CANCELLING: frozenset({_S.FAILED, _S.STUCK, None}),
+    _S.READY: frozenset({_S.DRAINING, _S.UNLOADING}),
+    _S.DRAINING: frozenset({_S.READY, _S.UNLOADING}),
+    _S.UNLOADING: frozenset({_S.STUCK, None}),
+    _S.FAILED: frozenset({None}),
+    _S.STUCK: frozenset({None}),
+}
 #: Statuses in which memory is reserved for a generation, but not filled for good.
-RESERVED = frozenset({ModelStatus.LOADING, ModelStatus.WARMING, ModelStatus.CANCELLING})
+RESERVED = frozenset({_S.LOADING, _S.WARMING, _S.CANCELLING})
 #: Statuses in which a generation's memory is filled.
-CHARGED = frozenset({ModelStatus.READY, ModelStatus.DRAINING, ModelStatus.UNLOADING, ModelStatus.STUCK})
+CHARGED = frozenset({_S.READY, _S.DRAINING, _S.UNLOADING, _S.STUCK})
 #: Statuses in which a worker is at work for it.
-WORKING = frozenset({ModelStatus.PLANNING, ModelStatus.LOADING, ModelStatus.WARMING, ModelStatus.CANCELLING})
+WORKING = frozenset({_S.PLANNING, _S.LOADING, _S.WARMING, _S.CANCELLING})
 
 #: Seconds over which the rate is taken.
 _RATE_WINDOW = 5.0
@@ -33,7 +63,7 @@ class Generation:
     requested_at: float
     #: Position in the queue.
     order: int
-    status: ModelStatus = ModelStatus.QUEUED
+    status: ModelStatus = _S.QUEUED
     #: When it entered its status.
     since: float = 0.0
     #: Ledger -> bytes. Reserved while loading (the peak), filled once loaded (what is kept).
@@ -86,6 +116,20 @@ class Generation:
         own = self.goes_before is None
         return self.order if self.goes_before is None else self.goes_before, own, self.order
 
+    @property
+    def stage(self) -> str:
+        """The stage as its worker reports it, or else the status."""
+        return (self.progress.stage if self.status in WORKING else "") or str(self.status)
+
+    def held_in(self, status: ModelStatus) -> Mapping[str, int]:
+        """Return the memory that it holds in a status that it enters now."""
+        if status is _S.LOADING:
+            return self.needs
+        if status is _S.READY:
+            budget = {BUDGET: sum(self.keeps.values())} if BUDGET in self.needs else {}
+            return {HOST: 0, **self.keeps, **budget}
+        return self.held if status in RESERVED | CHARGED else {}
+
     def advance(self, now: float, progress: Progress) -> bool:
         """Store the progress of the worker; return whether there was any."""
         before = self.progress
@@ -111,7 +155,7 @@ class Generation:
     def expires_at(self, min_residency: float) -> float | None:
         """Return when it expires if it stays idle; None for never, or while it is leased."""
         keep = self.request.keep_alive
-        if self.status is not ModelStatus.READY or self.leases or self.request.pinned or keep is None:
+        if self.status is not _S.READY or self.leases or self.request.pinned or keep is None:
             return None
         ready = self.ready_at or 0.0
         return max((self.last_used_at or ready) + keep, ready + min_residency)
@@ -156,3 +200,43 @@ class Generation:
             load_seconds=None if self.ready_at is None else self.ready_at - self.requested_at,
             error=self.failure,
         )
+
+    def violations(self) -> Iterator[str]:
+        """Yield the invariants that do not hold; an empty text for each that does."""
+        yield "leases below 0" if self.leases < 0 else ""
+        yield "leased" if self.leases and self.status not in (_S.READY, _S.DRAINING) else ""
+        yield "draining without a lease" if self.status is _S.DRAINING and not self.leases else ""
+        yield "holds memory" if self.held and self.status not in RESERVED | CHARGED else ""
+        yield "holds no memory" if not self.held and self.status in CHARGED - {_S.STUCK} else ""
+        yield (
+            "failed without a reason"
+            if self.status is _S.FAILED and not (self.failure and self.failure.message)
+            else ""
+        )
+        yield "unresolved" if not self.resolved and not (self.is_loading or self.status is _S.CANCELLING) else ""
+        yield "waiters after it was resolved" if self.resolved and self.waiters else ""
+        yield "more bytes done than in total" if self.progress.bytes_done > self.progress.bytes_total else ""
+
+
+@dataclass(slots=True)
+class Model:
+    """An id, and its generations that are not gone, oldest first."""
+
+    generations: list[Generation] = field(default_factory=list)
+    #: Attempts that failed in a row.
+    failures: int = 0
+    #: The snapshot that a list shows, until something changes.
+    info: ModelInfo | None = None
+
+    @property
+    def serving(self) -> Generation | None:
+        return next((g for g in self.generations if g.status is _S.READY), None)
+
+    @property
+    def coming(self) -> Generation | None:
+        return next((g for g in self.generations if g.is_loading), None)
+
+    @property
+    def visible(self) -> Generation:
+        """The generation that a list shows: the one that serves, or else the newest."""
+        return self.serving or self.generations[-1]

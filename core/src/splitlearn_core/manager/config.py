@@ -1,31 +1,38 @@
-"""The configuration of one model, always valid once it exists, and the files that hold configurations.
+"""The configuration of one model, and the files that hold configurations: YAML, TOML or JSON.
 
-Everything that can be checked without the model's files, a plugin or a device is checked here, and all
-problems are reported at once.
+A configuration is valid once it exists: all that can be checked without the model's files, a plugin or a device is
+checked when it is made, and all problems are reported at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
 import os
+import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from splitlearn_core.arguments import user_path
-from splitlearn_core.errors import ConfigurationError, UnknownModelTypeError
+from splitlearn_core.errors import ConfigurationError, MissingFileError, UnknownModelTypeError
 from splitlearn_core.manager.config_checks import (
     FIELDS_HINT,
     NOT_FAMILIES,
     SECRET_FIELDS,
     check_fields,
     complaint,
+    near,
+    show,
     unknown_name,
 )
-from splitlearn_core.manager.config_text import dump_toml, dump_yaml, near, read_table, show
 from splitlearn_core.plugins.registry import registry
+from splitlearn_core.quoting import reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +149,7 @@ class ModelConfig:
             ConfigurationError: As the class does; unknown and missing fields are listed too.
         """
         if not isinstance(values, Mapping):
-            raise ConfigurationError(f"{show(values)} is no mapping of a model's fields", hint=FIELDS_HINT)
+            raise ConfigurationError(f"{show(values)} is not a mapping of a model's fields", hint=FIELDS_HINT)
         plain, problems = examine(values)
         if problems:
             raise complaint(f"the configuration of model {show(values.get('model_id'))}", problems)
@@ -231,23 +238,25 @@ def read_config_file(
             its values are invalid: all problems of all models are listed, as
             ``models[2].component: ...``.
     """
-    return _interpret(path, read_table(user_path(path)), {"manager": check_manager, "http": check_http})
+    return _interpret(path, read_table(user_path(path)), check_manager, check_http)
 
 
 def _interpret(
     path: str | os.PathLike[str],
     table: Mapping[str, Any],
-    checks: Mapping[str, Check] = MappingProxyType({"manager": _unchecked, "http": _unchecked}),
+    check_manager: Check = _unchecked,
+    check_http: Check = _unchecked,
 ) -> ConfigFile:
     problems = []
+    checks = {"manager": check_manager, "http": check_http}
     for name in table:
         if name not in _TOP_LEVEL:
-            place = "; it belongs into an entry of models" if name in FIELDS else ""
+            place = "; it belongs in an entry of models" if name in FIELDS else ""
             problems.append(unknown_name(name, _TOP_LEVEL, "key at the top level") + place)
     settings = {name: table.get(name, {}) for name in checks}
     for name, values in settings.items():
         if not isinstance(values, Mapping):
-            problems.append(f"{name}: {show(values)} is no table of settings")
+            problems.append(f"{name}: {show(values)} is not a table of settings")
         else:
             problems += [f"{name}.{problem}" for problem in checks[name](values)]
     models, model_problems = _examine_all(table)
@@ -283,14 +292,14 @@ def _examine_all(table: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[s
         return [], ["models: missing; list the models there, or give an empty list"]
     entries = table["models"]
     if not isinstance(entries, list):
-        return [], [f"models: {show(entries)} is no list; each model is one entry of it"]
+        return [], [f"models: {show(entries)} is not a list; each model is one entry of it"]
     models: list[dict[str, Any]] = []
     problems: list[str] = []
     number_of_id: dict[str, int] = {}
     for number, entry in enumerate(entries):
         place = f"models[{number}]"
         if not isinstance(entry, Mapping):
-            problems.append(f"{place}: {show(entry)} is no table of a model's fields")
+            problems.append(f"{place}: {show(entry)} is not a table of a model's fields")
             continue
         values, field_problems = examine(entry)
         models.append(values)
@@ -298,5 +307,174 @@ def _examine_all(table: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[s
         name = values.get("model_id")
         if name is not None and number_of_id.setdefault(name, number) != number:
             other = f"models[{number_of_id[name]}]"
-            problems.append(f"{place}.model_id: {name!r} is the id of {other} too; give it another")
+            problems.append(f"{place}.model_id: {name!r} is also the id of {other}; give it another")
     return models, problems
+
+
+# The text of files
+
+
+def dump_yaml(table: Mapping[str, Any]) -> str:
+    """Write plain values as YAML, in their order."""
+    import yaml
+
+    # PyYAML loses these Unicode line breaks unless it escapes them.
+    readable = not any(isinstance(value, str) and set("\x85\u2028\u2029") & set(value) for value in table.values())
+    text: str = yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=readable)
+    return text
+
+
+def dump_toml(table: Mapping[str, Any]) -> str:
+    """Write a flat table of booleans, numbers, strings and lists of them as TOML."""
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in table.items())
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    # JSON escapes the same characters as TOML, except for one; with ensure_ascii, its escapes would be wrong in TOML.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def read_table(path: Path) -> Mapping[str, Any]:
+    """Return the table at the top level of a file."""
+    parse = _PARSERS.get(path.suffix.lower())
+    data = _bytes(path, readable=parse is not None)
+    if parse is None:
+        meant = near(path.suffix, _PARSERS)
+        raise ConfigurationError(
+            f"{path} has the suffix {path.suffix!r}, which is none of {', '.join(_PARSERS)}{meant}",
+            hint="the suffix decides how the file is read",
+        )
+    try:
+        table = parse(_decode(data))
+    except _SyntaxProblemError as error:
+        raise ConfigurationError(
+            f"{path}{error.place}: {reason(error)}",
+            hint=f"fix the file, which has to be {_FORMATS[path.suffix.lower()]}",
+        ) from None
+    except RecursionError:
+        raise ConfigurationError(
+            f"{path} is nested too deeply to be read", hint="a configuration is a list of flat tables"
+        ) from None
+    if not isinstance(table, Mapping):
+        content = "nothing" if table is None else show(table)
+        raise ConfigurationError(
+            f"{path} contains {content}, not a table", hint="begin with models: and list the models below it"
+        )
+    return table
+
+
+class _SyntaxProblemError(Exception):
+    """A file is invalid in its format; line and column count from 1, and are 0 if they are unknown."""
+
+    def __init__(self, why: str, line: int = 0, column: int = 0) -> None:
+        super().__init__(why)
+        self.place = f", line {line}, column {column}" if line else ""
+
+
+def _bytes(path: Path, *, readable: bool) -> bytes:
+    """Return the content of a file; for an unreadable format, only check that it exists."""
+    try:
+        path.stat()
+        return path.read_bytes() if readable else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingFileError(
+            f"there is no file {path} (looked in {path.absolute().parent})", hint="check the path of the configuration"
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read: {error.strerror}", hint="give a file that this process may read"
+        ) from error
+
+
+def _decode(data: bytes) -> str:
+    try:
+        # Editors on Windows write a byte order mark.
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise _SyntaxProblemError(f"byte {data[error.start]:#04x} is not UTF-8", line, column) from None
+
+
+def _parse_toml(text: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    # Integers of thousands of digits are a plain ValueError.
+    except ValueError as error:
+        why, place = str(error), re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
+        if place is None:
+            raise _SyntaxProblemError(why) from None
+        end = _position(text, len(text))
+        line, column = (int(place[1]), int(place[2])) if place[1] else end
+        raise _SyntaxProblemError(why[: place.start()], line, column) from None
+
+
+def _parse_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise _SyntaxProblemError(f"the key {show(key)} occurs twice in one object")
+            values[key] = value
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise _SyntaxProblemError(error.msg, error.lineno, error.colno) from None
+    except ValueError as error:
+        raise _SyntaxProblemError(str(error)) from None
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        # The loader is yaml.SafeLoader, with checks added.
+        return yaml.load(text, Loader=_strict_loader())  # noqa: S506
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        why = ", ".join(filter(None, (error.context, error.problem)))
+        raise _SyntaxProblemError(why, mark.line + 1, mark.column + 1) from None
+    except yaml.reader.ReaderError as error:
+        place = _position(text, error.position)
+        raise _SyntaxProblemError(f"character U+{error.character:04X} is not allowed in YAML", *place) from None
+
+
+def _position(text: str, offset: int) -> tuple[int, int]:
+    """Return line and column, both counted from 1, of a character."""
+    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
+
+
+@functools.cache
+def _strict_loader() -> Any:
+    """Return a safe loader that refuses duplicate keys and reports where a value cannot be read."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            # Before merge keys are resolved, as those may repeat a key on purpose.
+            node = super().compose_mapping_node(anchor)
+            keys: set[object] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                    why = f"the key {show(key.value)} occurs twice in one mapping"
+                    raise yaml.composer.ComposerError(None, None, why, key.start_mark)
+                keys.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+            return node
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            # A value that looks like a date or a number, or is tagged as one, and is invalid.
+            except (ValueError, OverflowError, LookupError, AttributeError) as error:
+                why = f"{show(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
+                raise yaml.constructor.ConstructorError(None, None, why, node.start_mark) from error
+
+    return StrictLoader
+
+
+_PARSERS = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": _parse_toml, ".json": _parse_json}
+_FORMATS = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".json": "JSON"}

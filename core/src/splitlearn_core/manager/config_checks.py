@@ -1,18 +1,19 @@
-"""Validation of the fields of a model's configuration and of the manager's limits. Pure."""
+"""Checks of the fields of a model's configuration and of the manager's limits. Pure."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import operator
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.manager.config_text import near, show
 from splitlearn_core.plan.split_points import MAX_LAYERS, names_of_parts, nearest_points, point_names
 from splitlearn_core.quoting import listed
 from splitlearn_core.types import (
@@ -25,6 +26,10 @@ from splitlearn_core.types import (
     nearest_dtype,
 )
 
+#: Writes values on one line, shortened.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+
 #: Settings that are a whole number from 1; those of the second line may be None, for no limit.
 _COUNTS = frozenset({"max_workers", "call_workers", "calls_per_model", "max_failed"})
 _COUNTS_OR_NONE = frozenset({"max_models", "load_threads", "call_threads"})
@@ -35,6 +40,21 @@ _AMOUNTS_OR_NONE = frozenset({"max_memory_mb", "wait_timeout", "stall_timeout", 
 
 #: Upper bound of all settings: more MiB than any machine has, more seconds than any process runs.
 _MOST = 2.0**43
+
+
+def near(value: object, choices: Iterable[str]) -> str:
+    """Return a suggestion that continues a sentence; empty if no choice is near."""
+    close = difflib.get_close_matches(value.strip().lower(), choices, n=1) if isinstance(value, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def show(value: object) -> str:
+    """Return a value's repr on one line, shortened if the value is large or deep."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:
+        # Python refuses to write out integers of thousands of digits.
+        return f"a huge {type(value).__name__}"
 
 
 def limit_problems(settings: Mapping[str, Any]) -> list[str]:
@@ -57,7 +77,7 @@ def limit_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def is_amount(value: Any) -> bool:
-    """Say whether a value is a number from 0 to the upper bound of settings."""
+    """Return whether a value is a number from 0 to the upper bound of settings."""
     # Compared rather than converted: an integer may be larger than any float.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
@@ -115,7 +135,7 @@ def complaint(what: str, problems: Sequence[str]) -> ConfigurationError:
 
 
 def unknown_name(name: object, known: Iterable[str], kind: str) -> str:
-    """Say that there is no such field, and suggest the nearest one."""
+    """Return the problem that there is no such name, with the nearest one as a suggestion."""
     known = tuple(known)
     return f"{name if _is_plain(name) else show(name)}: unknown {kind}" + (
         near(name, known) or f"; there are {', '.join(known)}"
@@ -127,7 +147,7 @@ def _is_plain(name: object) -> bool:
 
 
 class _RefusedError(Exception):
-    """A value that its field does not take; the text continues a sentence that begins with the value."""
+    """A value that its field does not take; the message continues a sentence that begins with the value."""
 
 
 # One function for each kind of field, from the given value to the plain one.
@@ -136,11 +156,11 @@ class _RefusedError(Exception):
 def _text(value: object) -> str:
     if not isinstance(value, str):
         quotes = "; put it in quotes" if isinstance(value, int | float) else ""
-        raise _RefusedError(f"is no text{quotes}")
+        raise _RefusedError(f"is not a string{quotes}")
     if not value:
-        raise _RefusedError("is empty; leave the field out, or say what is meant")
+        raise _RefusedError("is empty; leave the field out, or give a value")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise _RefusedError("holds a character that no text file can hold; write it without")
+        raise _RefusedError("contains a character that no text file can hold; leave it out")
     # The plain class: PyYAML represents no subclass of it.
     return str.__str__(value)
 
@@ -155,11 +175,12 @@ def _name(value: object) -> str:
         raise _RefusedError(f"is {len(name)} characters long; {MAX_NAME} at most")
     if not name.isprintable():
         cleaned = "".join(filter(str.isprintable, name)).strip()
-        raise _RefusedError("holds characters that cannot be printed" + (f"; {cleaned!r} would do" if cleaned else ""))
-    if name != name.strip():
         raise _RefusedError(
-            "begins or ends with a space" + (f"; {name.strip()!r} would do" if name.strip() else ""),
+            "contains characters that cannot be printed" + (f"; {cleaned!r} would do" if cleaned else "")
         )
+    if name != name.strip():
+        meant = f"; {name.strip()!r} would do" if name.strip() else ""
+        raise _RefusedError(f"begins or ends with a space{meant}")
     return name
 
 
@@ -187,34 +208,34 @@ def _component(value: object) -> str:
 
 def _split_points(value: object) -> tuple[int, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise _RefusedError("is no sequence of layer numbers, (2, 10) say")
+        raise _RefusedError("is not a sequence of layer numbers, such as (2, 10)")
     if not 0 < len(value) < MAX_LAYERS:
-        raise _RefusedError(f"has {len(value)} numbers; one or more cut a model into components")
+        raise _RefusedError(f"has {len(value)} numbers; one or more are needed to cut a model into components")
     try:
         points = tuple(_integer(point) for point in value)
     except TypeError:
-        raise _RefusedError("holds something else than integers; layer numbers such as (2, 10) are needed") from None
+        raise _RefusedError("contains values that are not integers; layer numbers such as (2, 10) are needed") from None
     if any(before >= after for before, after in pairwise((0, *points, MAX_LAYERS))):
         names = " < ".join(("0", *point_names(len(points)), str(MAX_LAYERS)))
         nearest = nearest_points(points, MAX_LAYERS)
-        raise _RefusedError(f"does not keep to {names}; the nearest that does is {nearest}")
+        raise _RefusedError(f"does not satisfy {names}; the nearest valid value is {nearest}")
     return points
 
 
 def _integer(value: Any) -> int:
     if isinstance(value, bool):
-        raise TypeError("a truth value is no number")
+        raise TypeError("a boolean is not a number")
     return operator.index(value)
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        quoted = "; write it without quotes and as plain digits, 1500 say" if isinstance(value, str) else ""
-        raise _RefusedError(f"is no number{quoted}")
+        quoted = "; write plain digits without quotes, such as 1500" if isinstance(value, str) else ""
+        raise _RefusedError(f"is not a number{quoted}")
     try:
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     except OverflowError:
-        raise _RefusedError("is beyond all bounds") from None
+        raise _RefusedError("is too large") from None
 
 
 def _memory(value: object) -> float:
@@ -229,7 +250,7 @@ def _threads(value: object) -> int:
     try:
         number = _integer(value)
     except TypeError:
-        raise _RefusedError(f"is no integer; 1 to {MAX_THREADS} is possible") from None
+        raise _RefusedError(f"is not an integer; 1 to {MAX_THREADS} is possible") from None
     if not 1 <= number <= MAX_THREADS:
         raise _RefusedError(f"is not between 1 and {MAX_THREADS}; leave it out for the manager's choice")
     return number
@@ -244,7 +265,7 @@ def _flag(value: object) -> bool:
 _DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|[dhms]))+")
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[dhms])")
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_KEEP_ALIVE = "give seconds or a text such as '5m' or '1h30m'; 0 unloads at once, -1 never"
+_KEEP_ALIVE = "give seconds, or a string such as '5m' or '1h30m'; 0 unloads at once, -1 never"
 
 
 def _keep_alive(value: object) -> float:
@@ -258,7 +279,7 @@ def _keep_alive(value: object) -> float:
         elif _DURATION.fullmatch(size):
             seconds = sum(float(count) * _SECONDS[unit] for count, unit in _DURATION_PART.findall(size))
         else:
-            raise _RefusedError(f"is no length of time; {_KEEP_ALIVE}")
+            raise _RefusedError(f"is not a length of time; {_KEEP_ALIVE}")
         seconds = -seconds if text.startswith("-") else seconds
     else:
         seconds = _number(value)
@@ -275,12 +296,12 @@ _DEVICE = re.compile(r"[a-z]{1,32}(?::(?:0|[1-9][0-9]{0,3}))?")
 
 def _device(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
-        raise _RefusedError("is no device; write 'cpu', or 'cuda:0' for the first GPU")
+        raise _RefusedError("is not a device; write 'cpu', or 'cuda:0' for the first GPU")
     name = _text(_of_torch(value, "device"))
     if not _DEVICE.fullmatch(name):
         guess = re.sub(r"(?<=[a-z])[\s:_-]*(?=[0-9]+$)", ":", name[:MAX_NAME].strip().lower())
         meant = f"; did you mean {guess!r}?" if _DEVICE.fullmatch(guess) else "; write cpu, cuda, cuda:0 or mps"
-        raise _RefusedError(f"is no device{meant}")
+        raise _RefusedError(f"is not a device{meant}")
     return name
 
 
@@ -295,7 +316,7 @@ def _dtype(value: object) -> str:
 
 
 def _of_torch(value: object, kind: str) -> object:
-    """Return the str of an object of torch; recognised by its class's name, so that torch is not imported."""
+    """Return an object of torch as a string, recognised by its class's name, so that torch is not imported."""
     return str(value) if (type(value).__module__, type(value).__name__) == ("torch", kind) else value
 
 
@@ -318,9 +339,9 @@ def _token(value: object) -> str | bool:
     if isinstance(value, bool):
         return value
     if not isinstance(value, str) or not value:
-        raise _RefusedError("is neither a text nor true; leave it out for the environment's own")
+        raise _RefusedError("is neither a string nor true; leave it out to use the token of the environment")
     if not (value.isascii() and value.isprintable()) or value != value.strip():
-        raise _RefusedError("holds spaces at its ends, a line break or another character that no token has")
+        raise _RefusedError("has spaces at its ends, a line break or another character that no token has")
     return str.__str__(value)
 
 
@@ -355,13 +376,14 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
 _MEANING = {
     "model_id": "give the model a name",
     "model_type": f"name an installed family, {HUGGINGFACE!r} or {PYTORCH!r}",
-    "component": f"a family's model is loaded in parts, so one of {', '.join(_COMPONENTS)} is needed",
-    "split_points": "a family's model is cut in two places, (2, 10) say",
-    "architecture": "the weights fill a class, 'package.module:Class' (allow_pickle=True does without, and runs code)",
+    "component": f"a family's model is loaded in components, so one of {', '.join(_COMPONENTS)} is needed",
+    "split_points": "a family's model is cut into components, so layer numbers such as (2, 10) are needed",
+    "architecture": "name the class that takes the weights, 'package.module:Class' "
+    "(allow_pickle=True needs none, and runs code)",
 }
 _MODEL_PATH = {HUGGINGFACE: "give a directory or a Hub id", PYTORCH: "give the path of the .pt or .pth file"}
 
-#: Fields that would have no effect: to ignore them silently would mislead.
+#: Fields that would have no effect: ignoring them silently would be misleading.
 _REFUSED = {
     HUGGINGFACE: ("component", "split_points", "strategy", "strict", "architecture", "allow_pickle"),
     PYTORCH: ("component", "split_points", "strategy", "strict", "attn_implementation", "revision"),
@@ -372,7 +394,7 @@ _NEEDED_FOR_FAMILY = ("component", "split_points")
 
 
 def _combination_problems(plain: Mapping[str, Any], invalid: set[str], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which fields the model type lacks or does not take; fields that are invalid anyway are not missing."""
+    """Yield the fields that the model type needs or does not take; an invalid field is not reported as missing."""
     kind = plain.get("model_type")
     if kind is None:
         return
@@ -386,18 +408,18 @@ def _combination_problems(plain: Mapping[str, Any], invalid: set[str], defaults:
     if kind not in NOT_FAMILIES and component and points and not invalid & {"component", "split_points"}:
         names = names_of_parts(points)
         if component not in names:
-            yield f"component: {show(component)} is none of {listed(names)}, into which {points} cut"
+            yield f"component: {show(component)} is none of {listed(names)}, the components that {points} make"
     for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
         if plain.get(name, defaults[name]) != defaults[name]:
             yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
         elif name in invalid:
-            yield f"{name}: not for model type {kind!r} at all, {_WHY[name]}; leave it out"
+            yield f"{name}: not for model type {kind!r}, {_WHY[name]}; leave it out"
 
 
-_OF_FAMILIES = "only for a family's"
+_OF_FAMILIES = "only for models of families"
 _WHY = {
-    "component": f"{_OF_FAMILIES}: it is loaded whole",
-    "split_points": f"{_OF_FAMILIES}: it is loaded whole",
+    "component": f"{_OF_FAMILIES}; this one is loaded whole",
+    "split_points": f"{_OF_FAMILIES}; this one is loaded whole",
     "strategy": _OF_FAMILIES,
     "strict": _OF_FAMILIES,
     "attn_implementation": "only for models of transformers",

@@ -1,27 +1,31 @@
-"""Handles of the manager: models that can be called, and placeholders of those that are loading."""
+"""Handles of the manager: models with their calls, placeholders of those that are loading, and streams of events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import copy
+import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from splitlearn_core.errors import BusyError, ModelGoneError
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.messages import Key
-from splitlearn_core.manager.status import ModelInfo, ModelStatus
-from splitlearn_core.manager.threads import CallPool, answering
-from splitlearn_core.manager.torch_modes import in_mode
+from splitlearn_core.manager.messages import Changed, Key
+from splitlearn_core.manager.status import ManagerEvent, ModelInfo, ModelStatus
+from splitlearn_core.manager.workers import CallPool, answering, in_mode
 
 if TYPE_CHECKING:
     import torch
 
 _T = TypeVar("_T")
+#: Events that a slow reader may be behind before it misses the oldest.
+_BACKLOG = 1024
+#: Changes that are kept for :meth:`History.of`.
+_KEPT = 4096
 
 
 class Lender(Protocol):
@@ -72,7 +76,7 @@ class AsyncManagedModel:
             ModelGoneError: It was unloaded.
         """
         if self._shared.module is None:
-            raise self._gone()
+            raise unloaded_error((self.model_id, self.generation))
         return self._shared.module
 
     @property
@@ -84,7 +88,7 @@ class AsyncManagedModel:
     def info(self) -> ModelInfo:
         """The present snapshot; ModelGoneError once it was unloaded."""
         if self.is_gone:
-            raise self._gone()
+            raise unloaded_error((self.model_id, self.generation))
         return self._lender.info_of((self.model_id, self.generation))
 
     @property
@@ -124,10 +128,10 @@ class AsyncManagedModel:
         module, self._shared.module = self._shared.module, None
         return module
 
-    def _gone(self) -> ModelGoneError:
-        return ModelGoneError(
-            f"this generation of model {self.model_id!r} was unloaded", hint="take a new lease of the model"
-        )
+
+def unloaded_error(key: Key) -> ModelGoneError:
+    """Return the error of a use of a generation that was unloaded."""
+    return ModelGoneError(f"this generation of model {key[0]!r} was unloaded", hint="take a new lease of the model")
 
 
 class LoadingPlaceholder:
@@ -267,3 +271,72 @@ class CallGate:
         if not call.started and call in self._waiting:
             self._waiting.remove(call)
             call.release()
+
+
+class EventStream(AsyncIterator[ManagerEvent]):
+    """Yields the events from its creation until the manager is closed.
+
+    A reader that is more than 1024 events behind misses the oldest: ``sequence`` then has a gap.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[ManagerEvent] = deque(maxlen=_BACKLOG)
+        self._news = asyncio.Event()
+        self._ended = False
+
+    def put(self, event: ManagerEvent) -> None:
+        self._events.append(event)
+        self._news.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> ManagerEvent:
+        while not self._events:
+            if self._ended:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._events.popleft()
+
+
+class History:
+    """The changes of a manager's models: keeps the last ones, and passes each to all streams."""
+
+    def __init__(self) -> None:
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+        self._changes: deque[ManagerEvent] = deque(maxlen=_KEPT)
+        self._sequence = 0
+        self._ended = False
+
+    def add(self, change: Changed, at: float) -> None:
+        """Record a change, ``at`` in seconds since 1970."""
+        self._sequence += 1
+        (model_id, number), before, after = change.key, change.before, change.after
+        event = ManagerEvent(self._sequence, at, model_id, number, before, after, change.cause)
+        self._changes.append(event)
+        # Usually there is no stream, and iterating over a weak set costs more than the rest of this method.
+        for stream in tuple(self._streams) if len(self._streams) else ():
+            stream.put(event)
+
+    def of(self, model_id: str) -> tuple[ManagerEvent, ...]:
+        """Return the recorded changes of one model, oldest first."""
+        return tuple(event for event in self._changes if event.model_id == model_id)
+
+    def follow(self) -> EventStream:
+        """Return a stream of the changes from now on."""
+        stream = EventStream()
+        self._streams.add(stream)
+        if self._ended:
+            stream.end()
+        return stream
+
+    def end(self) -> None:
+        """End all streams: there will be no more changes."""
+        self._ended = True
+        for stream in tuple(self._streams):
+            stream.end()

@@ -1,5 +1,5 @@
-"""The earlier place of :mod:`splitlearn_core.manager.preload`."""
+"""The earlier place of :func:`splitlearn_core.preload`."""
 
-from splitlearn_core.manager.preload import preload
+from splitlearn_core.manager.loaders.loader import preload
 
 __all__ = ["preload"]

@@ -1,29 +1,22 @@
 """The life of every model as a state machine: an event goes in, effects come out.
 
-Two rules. Every decision about a status is made here, and nothing here knows a clock, a thread,
-asyncio or torch: time arrives in events, and what has to be done leaves as effects. An event that
-is not allowed raises and changes nothing.
+Every decision about a status is made here, and nothing here uses a clock, a thread, asyncio or torch:
+time arrives in events, and work is requested by effects. An event that is not allowed raises and changes
+nothing.
 
 A model (an id) has at most one generation that serves and one that is on its way; a reload makes a
-new generation next to the one that serves. Generations run through::
-
-    QUEUED -> PLANNING -> WAITING -> LOADING -> [WARMING] -> READY -> DRAINING -> UNLOADING -> (gone)
-       |         |           |          |           |          ^         |
-       |         +-----------+----------+-----------+          +---------+  holders kept it
-       |         |  failed: FAILED    cancelled or stalled: CANCELLING -> (gone) or FAILED
-       +---------+                    no answer: STUCK -> (gone)
-
-Ledgers: ``held`` of LOADING, WARMING and CANCELLING generations is reserved; of READY, DRAINING,
-UNLOADING and STUCK ones it is filled. No other generation holds anything.
+new generation next to the one that serves. Their statuses are drawn in ``attempt``.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from functools import singledispatchmethod
+from typing import ClassVar
 
 from splitlearn_core.errors import (
     DuplicateModelError,
@@ -52,40 +45,24 @@ from splitlearn_core.manager.admission import (
     decide,
     has_any,
     lacks_even_without,
-    may_evict_enough,
 )
-from splitlearn_core.manager.attempt import CHARGED, RESERVED, WORKING, Generation
+from splitlearn_core.manager.attempt import CHARGED, RESERVED, TRANSITIONS, WORKING, Generation, Model
 from splitlearn_core.manager.loaders.loadable import HOST, MAPPED
 from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, ModelStatus
 
 _S = ModelStatus
-#: Entries that may be useless before they are looked for.
-_SOME = 64
-
-#: The statuses that may follow each status; None is a generation that no longer exists.
-TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
-    _S.QUEUED: frozenset({_S.PLANNING, _S.FAILED, None}),
-    _S.PLANNING: frozenset({_S.WAITING, _S.FAILED, _S.CANCELLING}),
-    _S.WAITING: frozenset({_S.LOADING, _S.FAILED, None}),
-    _S.LOADING: frozenset({_S.WARMING, _S.READY, _S.FAILED, _S.CANCELLING}),
-    _S.WARMING: frozenset({_S.READY, _S.FAILED, _S.CANCELLING}),
-    _S.CANCELLING: frozenset({_S.FAILED, _S.STUCK, None}),
-    _S.READY: frozenset({_S.DRAINING, _S.UNLOADING}),
-    _S.DRAINING: frozenset({_S.READY, _S.UNLOADING}),
-    _S.UNLOADING: frozenset({_S.STUCK, None}),
-    _S.FAILED: frozenset({None}),
-    _S.STUCK: frozenset({None}),
-}
+#: Entries of the list of expiries that may be obsolete before they are removed.
+_MAX_OBSOLETE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits that the manager keeps to; durations in seconds, None for no limit."""
+    """The limits of the manager; durations in seconds, None for no limit."""
 
     max_models: int | None = None
     max_memory: int | None = None
     max_workers: int = 2
-    #: Workers that never came back and are no longer counted against ``max_workers``.
+    #: Stuck workers that are not counted against ``max_workers``.
     max_stuck: int = 4
     when_full: str = "wait"
     wait_timeout: float | None = 600.0
@@ -93,13 +70,13 @@ class Limits:
     stall_timeout: float | None = 300.0
     cancel_grace: float = 10.0
     min_residency: float = 5.0
-    #: Models that failed and are still listed: the newest.
+    #: How many failed models stay listed: the newest ones.
     max_failed: int = 100
 
 
 @dataclass(slots=True)
 class Counters:
-    """What has happened since the manager was made."""
+    """Counts of events since the manager was made."""
 
     loads_started: int = 0
     loads_succeeded: int = 0
@@ -113,35 +90,11 @@ class Counters:
     leases: int = 0
 
 
-@dataclass(slots=True)
-class _Model:
-    """An id, and its generations that are not gone, oldest first."""
-
-    generations: list[Generation] = field(default_factory=list)
-    #: Attempts that failed in a row.
-    failures: int = 0
-    #: What a list shows, until something changes.
-    info: ModelInfo | None = None
-
-    @property
-    def serving(self) -> Generation | None:
-        return next((g for g in self.generations if g.status is _S.READY), None)
-
-    @property
-    def coming(self) -> Generation | None:
-        return next((g for g in self.generations if g.is_loading), None)
-
-    @property
-    def visible(self) -> Generation:
-        """The generation that a list shows: the one that serves, or else the newest."""
-        return self.serving or self.generations[-1]
-
-
 class Machine:
     """All models of one manager. Events enter through :meth:`handle` alone, and only its effects leave.
 
     Args:
-        limits: The limits to keep to.
+        limits: The limits.
         epoch: Added to the times of events to make seconds since 1970, for snapshots.
     """
 
@@ -151,13 +104,13 @@ class Machine:
         self.closed = False
         self._epoch = epoch
         self._now = 0.0
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, Model] = {}
         self._numbers = 0
         self._by_status: dict[ModelStatus, dict[m.Key, Generation]] = {status: {} for status in ModelStatus}
-        #: The same mappings, of those that occupy a worker, and of those that are loaded or on their way.
+        #: The same mappings for the statuses that occupy a worker, and for those that are neither failed nor stuck.
         self._working = tuple(self._by_status[status] for status in WORKING)
         self._unquiet = tuple(self._by_status[status] for status in ModelStatus if status not in (_S.FAILED, _S.STUCK))
-        #: (deadline, key) of idle generations; entries that no longer hold are skipped when they come up.
+        #: (deadline, key) of idle generations; obsolete entries are skipped when they are due.
         self._expiries: list[tuple[float, m.Key]] = []
         self._charged: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
@@ -169,9 +122,11 @@ class Machine:
         #: Ledger -> bytes that all models together may take. Empty until memory was sampled.
         self._capacity: dict[str, int] = {}
         self._total: dict[str, int] = {}
+        #: The ledgers, or PLACES, that loads wait for.
+        self._short: set[str] = set()
         self._effects: list[m.Effect] = []
 
-    # --- the way in -----------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------
 
     def handle(self, event: m.Event) -> list[m.Effect]:
         """Process an event and return the effects to carry out, in order.
@@ -180,10 +135,9 @@ class Machine:
             ManagerError: The request is invalid in this state; the state is unchanged.
             InternalError: A worker's event does not match the state; the state is unchanged.
         """
-        handler: Callable[[Machine, Any], None] = self._HANDLERS[type(event)]
         now, self._now = self._now, max(self._now, event.now)
         try:
-            handler(self, event)
+            self._process(event)
         except SplitLearnError:
             self._now = now
             raise
@@ -193,16 +147,16 @@ class Machine:
     # --- reading --------------------------------------------------------------------------------
 
     def infos(self) -> tuple[ModelInfo, ...]:
-        """Return a snapshot of each model, in the order in which they came."""
+        """Return a snapshot of each model, in the order of their first requests."""
         return tuple([model.info or self._picture(model) for model in self._models.values()])
 
     def info(self, model_id: str) -> ModelInfo:
-        """Return a snapshot of one model; UnknownModelError where there is none."""
+        """Return a snapshot of one model; UnknownModelError if there is none."""
         model = self._model(model_id)
         return model.info or self._picture(model)
 
     def visible(self, model_id: str) -> Generation:
-        """Return the generation that a list shows; UnknownModelError where there is none."""
+        """Return the generation that a list shows; UnknownModelError if there is none."""
         return self._model(model_id).visible
 
     def coming(self, model_id: str) -> Generation | None:
@@ -221,7 +175,7 @@ class Machine:
         return sum(map(len, self._working))
 
     def knows(self, model_id: str) -> bool:
-        """Say whether a model has any generation."""
+        """Return whether a model has any generation."""
         return model_id in self._models
 
     def find(self, key: m.Key) -> Generation | None:
@@ -235,7 +189,7 @@ class Machine:
 
     @property
     def is_quiet(self) -> bool:
-        """Say whether nothing is loaded, loading or being freed; some may have failed or be stuck."""
+        """Whether nothing is loaded, loading or being freed; some may have failed or be stuck."""
         return not any(self._unquiet)
 
     def picture(self, generation: Generation) -> ModelInfo:
@@ -250,7 +204,7 @@ class Machine:
         return self._charged.get(ledger, 0)
 
     def ledgers(self) -> dict[str, LedgerInfo]:
-        """Return the budgets of memory, those that were sampled and those that are used."""
+        """Return the budgets of memory that were sampled or are in use."""
         names = sorted({*self._capacity, *self._charged, *self._reserved})
         return {
             name: LedgerInfo(self._capacity.get(name, 0), self._charged.get(name, 0), self._reserved.get(name, 0))
@@ -259,49 +213,53 @@ class Machine:
 
     def counts(self) -> dict[str, int]:
         """Count the models by status."""
-        counts: dict[str, int] = {}
-        for info in self.infos():
-            counts[str(info.status)] = counts.get(str(info.status), 0) + 1
-        return counts
+        return dict(Counter(str(info.status) for info in self.infos()))
 
     def violations(self) -> list[str]:
-        """Return the invariants that do not hold: none, ever. For tests, and cheap enough for a debugger."""
+        """Return the invariants that do not hold: none unless there is a bug. For tests and debuggers."""
         return [problem for problem in self._problems() if problem]
 
-    def _model(self, model_id: str) -> _Model:
+    def _model(self, model_id: str) -> Model:
         model = self._models.get(model_id)
         if model is None:
             known = ", ".join(sorted(self._models)[:8]) or "none"
             raise UnknownModelError(f"there is no model {model_id!r} here", hint=f"these are here: {known}")
         return model
 
-    def _picture(self, model: _Model) -> ModelInfo:
+    def _picture(self, model: Model) -> ModelInfo:
         reloading = model.serving is not None and model.coming is not None
         model.info = model.visible.snapshot(self._now, self._epoch, self.limits.min_residency, reloading=reloading)
         return model.info
 
+    @singledispatchmethod
+    def _process(self, event: m.Event) -> None:
+        """Process an event of one class."""
+        raise InternalError(f"there are no events of class {type(event).__name__}", hint="please report this")
+
     # --- requests -------------------------------------------------------------------------------
 
+    @_process.register
     def _load_requested(self, event: m.LoadRequested) -> None:
         self._refuse_if_closed()
         model = self._models.get(event.model_id)
+        current = (model.serving or model.coming) if model else None
         if event.reload:
-            self._check_reload(event.model_id, model)
-        elif model is not None and (model.serving or model.coming):
-            self._join(event, model)
+            self._check_reload(event.model_id)
+        elif current is not None:
+            self._join(event, current)
             return
         stuck = self._by_status[_S.STUCK]
         if len(stuck) >= self.limits.max_stuck + self.limits.max_workers:
             raise ModelNotReadyError(
                 f"{len(stuck)} workers are stuck and no load can start ({', '.join(key[0] for key in stuck)})",
-                hint="see where they stand in get_statistics().stuck, and restart the process",
+                hint="get_statistics().stuck shows their stacks; restart the process",
             )
         self._begin(event)
         self._schedule()
 
-    def _check_reload(self, model_id: str, model: _Model | None) -> None:
+    def _check_reload(self, model_id: str) -> None:
         shown = self._model(model_id).visible
-        if model is not None and model.coming is not None:
+        if self.coming(model_id) is not None:
             raise DuplicateModelError(
                 f"model {model_id!r} is loading already", hint="wait for it, or cancel_load() it first"
             )
@@ -311,13 +269,10 @@ class Machine:
                 hint="load_model() it once it is gone",
             )
 
-    def _join(self, event: m.LoadRequested, model: _Model) -> None:
-        current = model.serving or model.coming
-        if current is None:
-            raise InternalError("there is no generation to join")
+    def _join(self, event: m.LoadRequested, current: Generation) -> None:
         if not event.join:
             raise DuplicateModelError(
-                f"model {event.model_id!r} is {'loaded' if model.serving else 'loading'} already",
+                f"model {event.model_id!r} is {'loading' if current.is_loading else 'loaded'} already",
                 hint="use ensure_model() to take it as it is, or reload_model() to load it again",
             )
         if current.request.fingerprint != event.request.fingerprint:
@@ -331,9 +286,10 @@ class Machine:
             self._touch(current)
 
     def _begin(self, event: m.LoadRequested) -> None:
-        model = self._models.setdefault(event.model_id, _Model())
+        model = self._models.setdefault(event.model_id, Model())
         for failed in [g for g in model.generations if g.status is _S.FAILED]:
             self._go(failed, None, "tried again")
+        # The end of its last generation has removed it.
         self._models[event.model_id] = model
         self._numbers += 1
         generation = Generation(
@@ -353,18 +309,21 @@ class Machine:
         self._touch(generation)
         self._effects.append(m.Changed(generation.key, None, _S.QUEUED, "requested"))
 
+    @_process.register
     def _waiter_joined(self, event: m.WaiterJoined) -> None:
         generation = self._expect(event.key, "is waited for")
         if not generation.resolved:
             generation.waiters += 1
             self._touch(generation)
 
+    @_process.register
     def _waiter_gone(self, event: m.WaiterGone) -> None:
         generation = self.find(event.key)
         if generation is not None and not generation.resolved and generation.waiters:
             generation.waiters -= 1
             self._touch(generation)
 
+    @_process.register
     def _cancel_requested(self, event: m.CancelRequested) -> None:
         model = self._model(event.model_id)
         generation = model.coming
@@ -378,38 +337,32 @@ class Machine:
 
     def _cancel(self, generation: Generation, verdict: FailureInfo | None, cause: str) -> None:
         """Stop an attempt; with a verdict it ends as a failure, otherwise it is gone."""
-        if generation.status in (_S.QUEUED, _S.WAITING):
-            if verdict is None:
-                self._resolve(generation, _cancelled(generation))
-                self.counters.loads_cancelled += 1
-                self._go(generation, None, cause)
-            else:
-                self._fail(generation, verdict)
-            return
-        generation.verdict = verdict
-        self._go(generation, _S.CANCELLING, cause)
-        self._effects.append(m.StopWorker(generation.key, cause))
+        if generation.status in WORKING:
+            generation.verdict = verdict
+            self._go(generation, _S.CANCELLING, cause)
+            self._effects.append(m.StopWorker(generation.key, cause))
+        elif verdict is not None:
+            self._fail(generation, verdict)
+        else:
+            self._end_cancelled(generation, cause)
 
     # --- workers --------------------------------------------------------------------------------
 
+    @_process.register
     def _planned(self, event: m.Planned) -> None:
-        generation = self._expect(event.key, "has been planned", _S.PLANNING, _S.CANCELLING, _S.STUCK)
-        if generation.status is not _S.PLANNING:
-            self._stopped(generation)
-        else:
-            # A load that takes nothing is a holder too, and the manager's own limit is one more ledger.
+        generation = self._answered(event.key, "has been planned", _S.PLANNING)
+        if generation is not None:
+            # A load that takes no memory is a holder too, and the manager's own limit is one more ledger.
             budget = {} if self.limits.max_memory is None else {BUDGET: sum(event.needs.values())}
             generation.needs, generation.keeps = {HOST: 0, **event.needs, **budget}, dict(event.keeps)
             generation.location, generation.dtype = event.location, event.dtype
             self._go(generation, _S.WAITING, "planned")
         self._schedule()
 
+    @_process.register
     def _loaded(self, event: m.Loaded) -> None:
-        generation = self._expect(event.key, "has been loaded", _S.LOADING, _S.CANCELLING, _S.STUCK)
-        if generation.status is not _S.LOADING:
-            self._effects.append(m.Discard(generation.key))
-            self._stopped(generation)
-        else:
+        generation = self._answered(event.key, "has been loaded", _S.LOADING)
+        if generation is not None:
             generation.measured = event.measured
             if generation.request.warmup:
                 self._go(generation, _S.WARMING, "loaded")
@@ -418,60 +371,65 @@ class Machine:
                 self._ready(generation)
         self._schedule()
 
+    @_process.register
     def _warmed_up(self, event: m.WarmedUp) -> None:
-        generation = self._expect(event.key, "has been warmed up", _S.WARMING, _S.CANCELLING, _S.STUCK)
-        if generation.status is not _S.WARMING:
-            self._effects.append(m.Discard(generation.key))
-            self._stopped(generation)
-        else:
+        generation = self._answered(event.key, "has been warmed up", _S.WARMING)
+        if generation is not None:
             self._ready(generation)
         self._schedule()
+
+    @_process.register
+    def _worker_failed(self, event: m.WorkerFailed) -> None:
+        generation = self._answered(event.key, "has failed", *WORKING)
+        if generation is not None:
+            self._effects.append(m.Discard(generation.key))
+            self._fail(generation, event.failure)
+        self._schedule()
+
+    @_process.register
+    def _worker_stopped(self, event: m.WorkerStopped) -> None:
+        generation = self._answered(event.key, "has stopped", *WORKING)
+        if generation is not None:
+            self._effects.append(m.Discard(generation.key))
+            # A loader may give up by itself with the error that cancelling raises.
+            self._fail(generation, _failure_of(LoadCancelledError("the loader cancelled itself"), generation))
+        self._schedule()
+
+    def _answered(self, key: m.Key, what: str, *statuses: ModelStatus) -> Generation | None:
+        """Return the generation whose worker has answered; None if it was cancelled before, which ends it now."""
+        generation = self._expect(key, what, *statuses, _S.CANCELLING, _S.STUCK)
+        if generation.status not in (_S.CANCELLING, _S.STUCK):
+            return generation
+        # From here on the worker holds nothing.
+        self._effects.append(m.Discard(key))
+        if generation.status is _S.STUCK:
+            self._go(generation, None, "its worker came back")
+        elif generation.verdict is not None:
+            self._fail(generation, generation.verdict)
+        else:
+            self._end_cancelled(generation, "cancelled")
+        return None
+
+    def _end_cancelled(self, generation: Generation, cause: str) -> None:
+        self._resolve(generation, _cancelled(generation))
+        self.counters.loads_cancelled += 1
+        self._go(generation, None, cause)
 
     def _ready(self, generation: Generation) -> None:
         model = self._models[generation.model_id]
         replaced = model.serving
         generation.ready_at = self._now
-        # The last report may have come before the last bytes.
+        # The last report may be older than the last bytes.
         generation.progress = replace(generation.progress, bytes_done=generation.progress.bytes_total)
         model.failures, generation.failure = 0, None
         if replaced is not None:
-            # The old one goes first, so that two never serve at the same time.
+            # The old one stops serving first, so that two never serve at the same time.
             replaced.drain_deadline = None
             self._drain(replaced, "replaced by a newer generation")
         self._go(generation, _S.READY, "loaded" if generation.status is _S.LOADING else "warm")
         self.counters.loads_succeeded += 1
         self._resolve(generation, None)
         self._watch_expiry(generation)
-
-    def _worker_failed(self, event: m.WorkerFailed) -> None:
-        generation = self._expect(event.key, "has failed", *WORKING, _S.STUCK)
-        self._effects.append(m.Discard(generation.key))
-        if generation.status in (_S.CANCELLING, _S.STUCK):
-            self._stopped(generation)
-        else:
-            self._fail(generation, event.failure)
-        self._schedule()
-
-    def _worker_stopped(self, event: m.WorkerStopped) -> None:
-        generation = self._expect(event.key, "has stopped", *WORKING, _S.STUCK)
-        self._effects.append(m.Discard(generation.key))
-        if generation.status in (_S.CANCELLING, _S.STUCK):
-            self._stopped(generation)
-        else:
-            # A loader may give up by itself with the error that cancelling raises.
-            self._fail(generation, _failure_of(LoadCancelledError("the loader cancelled itself"), generation))
-        self._schedule()
-
-    def _stopped(self, generation: Generation) -> None:
-        """End a cancelled attempt whose worker no longer holds anything."""
-        if generation.status is _S.STUCK:
-            self._go(generation, None, "its worker came back")
-        elif generation.verdict is not None:
-            self._fail(generation, generation.verdict)
-        else:
-            self._resolve(generation, _cancelled(generation))
-            self.counters.loads_cancelled += 1
-            self._go(generation, None, "cancelled")
 
     def _fail(self, generation: Generation, failure: FailureInfo) -> None:
         failure = self._note_failure(generation, failure)
@@ -482,11 +440,7 @@ class Machine:
             self._go(generation, None, "a newer generation took its place")
         elif model.serving is not None:
             self._go(generation, None, "the older generation serves on")
-        else:
-            self._forget_failed()
-
-    def _forget_failed(self) -> None:
-        """Keep the newest failures; of the others, models that readiness does not depend on go first."""
+        # Keep the newest failures; of older ones, those of models that are not required are dropped first.
         failed = self._by_status[_S.FAILED]
         while len(failed) > self.limits.max_failed:
             oldest = next((g for g in failed.values() if not g.request.required), next(iter(failed.values())))
@@ -495,12 +449,12 @@ class Machine:
             self._go(oldest, None, f"the newest {self.limits.max_failed} failures are kept")
 
     def _note_failure(self, generation: Generation, failure: FailureInfo) -> FailureInfo:
-        """Count a failed attempt, and keep its reason where snapshots show it."""
+        """Count a failed attempt, and record its reason for snapshots."""
         model = self._models[generation.model_id]
         newest = generation is model.generations[-1]
-        # The failure of an attempt that a newer one has overtaken does not describe the model as it is now.
+        # The failure of an attempt that is not the newest does not describe the present state of the model.
         model.failures += newest
-        stage = failure.stage or _stage(generation)
+        stage = failure.stage or generation.stage
         consecutive = max(1, model.failures)
         failure = replace(failure, stage=stage, consecutive=consecutive, at=self._now + self._epoch)
         generation.failure = failure
@@ -521,6 +475,7 @@ class Machine:
 
     # --- leases ---------------------------------------------------------------------------------
 
+    @_process.register
     def _lease_taken(self, event: m.LeaseTaken) -> None:
         self._refuse_if_closed()
         model = self._model(event.model_id)
@@ -539,6 +494,7 @@ class Machine:
         self._lend(model.serving)
         self.counters.leases += 1
 
+    @_process.register
     def _call_started(self, event: m.CallStarted) -> None:
         generation = self.find(event.key)
         in_use = generation is not None and generation.status is _S.DRAINING and generation.leases > 0
@@ -554,6 +510,7 @@ class Machine:
         generation.leases += 1
         self._touch(generation)
 
+    @_process.register
     def _lease_released(self, event: m.LeaseReleased) -> None:
         generation = self.find(event.key)
         if generation is None or generation.status not in (_S.READY, _S.DRAINING) or not generation.leases:
@@ -568,11 +525,13 @@ class Machine:
         else:
             self._set_idle(generation, idle=True)
             self._watch_expiry(generation)
-        if self._is_worth_a_look():
+        # Not at each call of each model: others cannot help the loads that wait.
+        if has_any(generation.held, self._short):
             self._schedule()
 
-    # --- letting go -----------------------------------------------------------------------------
+    # --- unloading ------------------------------------------------------------------------------
 
+    @_process.register
     def _unload_requested(self, event: m.UnloadRequested) -> None:
         model = self._model(event.model_id)
         generation = model.visible
@@ -592,7 +551,7 @@ class Machine:
             already = status in (_S.DRAINING, _S.UNLOADING)
             raise ModelNotReadyError(
                 f"model {event.model_id!r} is {'being unloaded already' if already else status}",
-                hint="it goes by itself"
+                hint="wait until it is gone"
                 if already or status is _S.CANCELLING
                 else "its worker does not come back, and its memory stays taken until the process ends",
             )
@@ -610,12 +569,14 @@ class Machine:
         self._go(generation, _S.UNLOADING, cause)
         self._effects.append(m.StartUnload(generation.key, broken))
 
+    @_process.register
     def _unloaded(self, event: m.Unloaded) -> None:
         generation = self._expect(event.key, "has been unloaded", _S.UNLOADING)
         self.counters.unloads += 1
         self._go(generation, None, "freed")
         self._schedule()
 
+    @_process.register
     def _unload_failed(self, event: m.UnloadFailed) -> None:
         generation = self._expect(event.key, "could not be unloaded", _S.UNLOADING)
         at = self._now + self._epoch
@@ -624,6 +585,7 @@ class Machine:
         )
         self._go(generation, _S.STUCK, event.reason)
 
+    @_process.register
     def _close_requested(self, event: m.CloseRequested) -> None:
         self.closed = True
         for generation in self.generations():
@@ -645,6 +607,7 @@ class Machine:
 
     # --- time and memory ------------------------------------------------------------------------
 
+    @_process.register
     def _memory_sampled(self, event: m.MemorySampled) -> None:
         # Free memory excludes the loaded models; the mapped ledger includes them already.
         own = {name: 0 if name == MAPPED else self._charged.get(name, 0) for name in event.free}
@@ -654,6 +617,7 @@ class Machine:
             self._capacity[BUDGET] = self._total[BUDGET] = self.limits.max_memory
         self._schedule()
 
+    @_process.register
     def _tick(self, event: m.Tick) -> None:
         for key, progress in event.progress.items():
             generation = self.find(key)
@@ -678,7 +642,7 @@ class Machine:
         self._cancel(generation, _failure_of(error, generation, retryable=True), "waited too long")
 
     def _watch_worker(self, generation: Generation) -> None:
-        # The rate and the time left change all the time.
+        # The rate and the time left change at every tick.
         self._touch(generation)
         still = self._now - generation.active_at
         generation.stalled = still >= self.limits.stall_after
@@ -690,14 +654,14 @@ class Machine:
         error = LoadStalledError(
             f"loading model {generation.model_id!r} made no progress for {still:.0f} s, "
             f"{at.stage or generation.status}{where}, after {at.bytes_done} of {at.bytes_total} bytes",
-            hint="is the disk or the network hanging? raise stall_timeout if it is merely slow",
+            hint="check the disk and the network; raise stall_timeout if they are only slow",
         )
         self._cancel(generation, _failure_of(error, generation, retryable=True), "stalled")
 
     def _watch_cancelling(self, generation: Generation) -> None:
         if self._now - generation.since < self.limits.cancel_grace:
             return
-        hint = "its memory stays taken until the worker comes back; get_statistics().stuck shows where it stands"
+        hint = "its memory stays taken until the worker comes back; get_statistics().stuck shows its stack"
         if generation.verdict is None:
             failure = _cancelled(generation)
             self.counters.loads_cancelled += 1
@@ -712,7 +676,7 @@ class Machine:
             return
         generation.drain_deadline = None
         newer = [g for g in self._models[generation.model_id].generations if g.number > generation.number]
-        # If a newer generation serves, or did, this one goes on draining.
+        # If a newer generation serves, or did, this one keeps draining.
         if not any(g.status in (_S.READY, _S.DRAINING, _S.UNLOADING) for g in newer):
             self._go(generation, _S.READY, "holders did not give it back in time")
             for failed in [g for g in newer if g.status is _S.FAILED]:
@@ -722,11 +686,11 @@ class Machine:
 
     def _watch_expiry(self, generation: Generation) -> None:
         moment = generation.expires_at(self.limits.min_residency)
-        # One entry each, however often it is used: use only moves the deadline.
+        # One entry for each generation: use only moves the deadline.
         if moment is not None and not generation.watched:
             generation.watched = True
             heapq.heappush(self._expiries, (moment, generation.key))
-            if len(self._expiries) > 2 * len(self._models) + _SOME:
+            if len(self._expiries) > 2 * len(self._models) + _MAX_OBSOLETE:
                 # Drop the entries of models that are gone, which would only be skipped once they are due.
                 self._expiries = [entry for entry in self._expiries if self.find(entry[1])]
                 heapq.heapify(self._expiries)
@@ -740,7 +704,7 @@ class Machine:
                 due.append(generation)
         for generation in due:
             moment = generation.expires_at(self.limits.min_residency)
-            # While it is reloaded it serves on, idle or not.
+            # While it is reloaded it keeps serving, idle or not.
             if moment is not None and moment <= self._now and self.coming(generation.model_id) is None:
                 self.counters.expirations += 1
                 self._unload(generation, "it was not used for its keep_alive")
@@ -755,9 +719,10 @@ class Machine:
         ahead: dict[str, int] = {}
         waiting = self._by_status[_S.WAITING]
         if waiting:
-            self._break_knots()
+            self._resolve_deadlocks()
         for generation in sorted(waiting.values(), key=lambda g: g.rank) if waiting else ():
             self._consider(generation, short, ahead)
+        self._short = short
         # In order of arrival: nothing enters this status a second time.
         for generation in tuple(self._by_status[_S.QUEUED].values()):
             if not self._has_free_worker():
@@ -765,12 +730,12 @@ class Machine:
             self._go(generation, _S.PLANNING, "a worker is free")
             self._effects.append(m.StartWorker(generation.key, m.Job.PLAN))
 
-    def _break_knots(self) -> None:
+    def _resolve_deadlocks(self) -> None:
         """Ensure that no load waits for memory that only loads behind it could release.
 
         A generation that is to be replaced serves until its reload is ready, or, if it may be evicted, until
-        a load before the reload needs its room. A pinned generation cannot be evicted, so its reload goes before
-        the loads that need its room. Where all such reloads need the room of each other, the last is refused.
+        a load before the reload needs its memory. A pinned generation cannot be evicted, so its reload goes before
+        the loads that need its memory. If all such reloads need the memory of each other, the last is refused.
         """
         waiting = self._by_status[_S.WAITING]
         for generation in waiting.values():
@@ -782,7 +747,7 @@ class Machine:
                 break
             last = max(reloads, key=lambda g: g.order)
             others = ", ".join(sorted(g.model_id for g in reloads if g is not last)[:NAMED])
-            reason = f"it needs room of pinned models that wait to be reloaded themselves: {others}"
+            reason = f"it needs memory of pinned models that wait for their own reload: {others}"
             self._refuse(last, reason, retryable=True)
         behind = [g for g in waiting.values() if reloads and self._waits_for_a_reload(g, reloads)]
         place = min((g.order for g in behind), default=math.inf)
@@ -793,20 +758,20 @@ class Machine:
     def _waits_for_a_reload(
         self, generation: Generation, reloads: Iterable[Generation], *, for_good: bool = False
     ) -> bool:
-        """Say whether a load cannot fit until a waiting reload of another model has replaced a pinned generation.
+        """Return whether a load cannot fit until a waiting reload of another model has replaced a pinned generation.
 
         Args:
             generation: The load.
             reloads: The waiting reloads of pinned models.
-            for_good: Whether the memory of stuck workers and of other processes counts as free.
+            for_good: Whether the memory of stuck workers and of other processes counts as free, as it may become.
         """
         own = self._serving_of(generation)
         others = [old for g in reloads if g is not generation and (old := self._serving_of(g))]
-        # Pinned models that are loading will hold what they keep; the generations they replace go by themselves.
+        # Pinned models that are loading will hold what they keep; the generations that they replace will be freed.
         coming = [g for s in (_S.LOADING, _S.WARMING) for g in self._by_status[s].values() if g.request.pinned]
         replaced = [self._serving_of(g) for g in coming]
         ready = [g for g in self._by_status[_S.READY].values() if g.request.pinned and g not in replaced]
-        staying = [g.held for g in ready if g is not own] + [_held(g, _S.READY) for g in coming]
+        staying = [g.held for g in ready if g is not own] + [g.held_in(_S.READY) for g in coming]
         if own is not None:
             staying.append(own.held)
         if not for_good:
@@ -830,17 +795,17 @@ class Machine:
         """
         needs = generation.needs
         if not self._capacity:
-            self._say_waiting(generation, "memory has not been measured yet")
+            self._set_waiting_for(generation, "memory has not been measured yet")
             return
         if short & {PLACES, *(name for name, count in needs.items() if count)}:
-            self._say_waiting(generation, "others that came first wait for memory too")
+            self._set_waiting_for(generation, "earlier loads wait for memory too")
             _add(ahead, needs)
             return
         verdict = decide(
             needs,
             self._room(generation, ahead),
-            self._leaving(),
-            self._idle_for(generation),
+            (Tenant(g.key, g.held) for g in self._by_status[_S.UNLOADING].values()),
+            Idle(self._evictable(generation), len(self._idle), self._idle_held),
             self._holders,
             allow_paging=generation.request.allow_paging,
         )
@@ -858,35 +823,15 @@ class Machine:
         if isinstance(verdict, Wait):
             short |= verdict.short
             _add(ahead, needs)
-            self._say_waiting(generation, verdict.reason)
+            self._set_waiting_for(generation, verdict.reason)
         elif not self._has_free_worker():
             _add(ahead, needs)
-            self._say_waiting(generation, self._no_worker())
+            self._set_waiting_for(generation, self._no_worker())
         else:
             self._go(generation, _S.LOADING, "admitted")
             self._effects.append(m.StartWorker(generation.key, m.Job.LOAD))
 
-    def _is_worth_a_look(self) -> bool:
-        """Say, without looking at each model, whether evictions could make room for the first waiting load.
-
-        Checked whenever a lease is released; ticks look at everything.
-        """
-        first = min(self._by_status[_S.WAITING].values(), key=lambda g: g.rank, default=None)
-        return first is not None and may_evict_enough(
-            first.needs,
-            self._room(first, {}),
-            self._leaving(),
-            self._idle_for(first),
-            allow_paging=first.request.allow_paging,
-        )
-
     # A decision iterates these only as far as it has to: there may be a thousand models.
-
-    def _leaving(self) -> Iterator[Tenant]:
-        return (Tenant(g.key, g.held) for g in self._by_status[_S.UNLOADING].values())
-
-    def _idle_for(self, gainer: Generation) -> Idle:
-        return Idle(self._evictable(gainer), len(self._idle), self._idle_held)
 
     def _evictable(self, gainer: Generation) -> Iterator[Tenant]:
         """Yield the generations that may be evicted: idle, past min_residency, and not protected by a reload."""
@@ -923,7 +868,7 @@ class Machine:
         # A reload is not an additional model: it takes the place of the generation that serves until then.
         replaced = self._models[generation.model_id].serving
         places = None if limit is None else limit - self._held_models + (replaced is not None)
-        # The generation it replaces stays until it is ready, so the two must fit together.
+        # The generation that it replaces stays until it is ready, so the two must fit together.
         kept = {} if replaced is None else replaced.held
         total = {name: count - kept.get(name, 0) for name, count in self._total.items()}
         return Room(total, available, places)
@@ -954,7 +899,7 @@ class Machine:
     def _no_worker(self) -> str:
         return f"waiting for a worker, {self.limits.max_workers} are at work"
 
-    def _say_waiting(self, generation: Generation, reason: str) -> None:
+    def _set_waiting_for(self, generation: Generation, reason: str) -> None:
         if generation.waiting_for != reason:
             generation.waiting_for = reason
             self._touch(generation)
@@ -979,7 +924,7 @@ class Machine:
             del self._by_status[before][generation.key]
             self._by_status[after][generation.key] = generation
             generation.status = after
-            generation.held = _held(generation, after)
+            generation.held = generation.held_in(after)
             self._account(generation, +1)
             if after is _S.READY and not generation.leases:
                 self._set_idle(generation, idle=True)
@@ -1022,7 +967,7 @@ class Machine:
             self._effects.append(m.Resolve(generation.key, failure))
 
     def _touch(self, generation: Generation) -> None:
-        """Forget the snapshot of the model."""
+        """Discard the snapshot of the model."""
         model = self._models.get(generation.model_id)
         if model is not None:
             model.info = None
@@ -1046,36 +991,13 @@ class Machine:
             stale = any(g.status is _S.FAILED and (model.serving or g.number < numbers[-1]) for g in model.generations)
             yield f"{model_id} has a failed generation next to a newer or serving one" if stale else ""
             for g in model.generations:
-                yield from (
-                    f"{model_id}/{g.number} ({g.status}): {problem}" for problem in _generation_violations(g) if problem
-                )
+                yield from (f"{model_id}/{g.number} ({g.status}): {problem}" for problem in g.violations() if problem)
                 ledger = charged if g.status in CHARGED else reserved
                 for name, count in g.held.items():
                     ledger[name] = ledger.get(name, 0) + count
         for title, counted, kept in (("charged", charged, self._charged), ("reserved", reserved, self._reserved)):
             differ = {n for n in {*counted, *kept} if counted.get(n, 0) != kept.get(n, 0)}
             yield f"{title} {sorted(differ)}: {kept} kept, {counted} counted" if differ else ""
-
-    _HANDLERS: ClassVar[Mapping[type, Callable[[Machine, Any], None]]] = {
-        m.LoadRequested: _load_requested,
-        m.WaiterJoined: _waiter_joined,
-        m.WaiterGone: _waiter_gone,
-        m.Planned: _planned,
-        m.Loaded: _loaded,
-        m.WarmedUp: _warmed_up,
-        m.WorkerFailed: _worker_failed,
-        m.WorkerStopped: _worker_stopped,
-        m.CancelRequested: _cancel_requested,
-        m.LeaseTaken: _lease_taken,
-        m.CallStarted: _call_started,
-        m.LeaseReleased: _lease_released,
-        m.UnloadRequested: _unload_requested,
-        m.Unloaded: _unloaded,
-        m.UnloadFailed: _unload_failed,
-        m.MemorySampled: _memory_sampled,
-        m.Tick: _tick,
-        m.CloseRequested: _close_requested,
-    }
 
     _WATCHES: ClassVar[Mapping[ModelStatus, Callable[[Machine, Generation], None]]] = {
         _S.QUEUED: _watch_waiting,
@@ -1088,44 +1010,15 @@ class Machine:
     }
 
 
-def _held(generation: Generation, status: ModelStatus) -> Mapping[str, int]:
-    """Return the ledgers of a generation in a status that it enters."""
-    if status is _S.LOADING:
-        return generation.needs
-    if status in (_S.WARMING, _S.CANCELLING, _S.STUCK, _S.DRAINING, _S.UNLOADING):
-        return generation.held
-    if status is _S.READY:
-        budget = {BUDGET: sum(generation.keeps.values())} if BUDGET in generation.needs else {}
-        return {HOST: 0, **generation.keeps, **budget}
-    return {}
-
-
 def _cancelled(generation: Generation) -> FailureInfo:
     error = LoadCancelledError(f"loading model {generation.model_id!r} was cancelled", hint="load it again")
     return _failure_of(error, generation, retryable=True)
 
 
 def _failure_of(error: SplitLearnError, generation: Generation, *, retryable: bool = False) -> FailureInfo:
-    return FailureInfo(type(error).__name__, error.message, error.hint, _stage(generation), retryable)
-
-
-def _stage(generation: Generation) -> str:
-    """Name the stage of a generation: as its worker reports it, or else its status."""
-    return (generation.progress.stage if generation.status in WORKING else "") or str(generation.status)
+    return FailureInfo(type(error).__name__, error.message, error.hint, generation.stage, retryable)
 
 
 def _add(ledger: dict[str, int], bytes_of: Mapping[str, int], sign: int = 1) -> None:
     for name, count in bytes_of.items():
         ledger[name] = ledger.get(name, 0) + sign * count
-
-
-def _generation_violations(g: Generation) -> Iterable[str]:
-    yield "leases below 0" if g.leases < 0 else ""
-    yield "leased" if g.leases and g.status not in (_S.READY, _S.DRAINING) else ""
-    yield "draining without a lease" if g.status is _S.DRAINING and not g.leases else ""
-    yield "holds memory" if g.held and g.status not in RESERVED | CHARGED else ""
-    yield "holds no memory" if not g.held and g.status in CHARGED - {_S.STUCK} else ""
-    yield "failed without a reason" if g.status is _S.FAILED and not (g.failure and g.failure.message) else ""
-    yield "unresolved" if not g.resolved and not (g.is_loading or g.status is _S.CANCELLING) else ""
-    yield "waiters after it was resolved" if g.resolved and g.waiters else ""
-    yield "more bytes done than in total" if g.progress.bytes_done > g.progress.bytes_total else ""

@@ -9,19 +9,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from splitlearn_core.errors import ConfigurationError, DrainTimeoutError, LoadStalledError, UnknownModelError
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.config_checks import is_amount, limit_problems
-from splitlearn_core.manager.config_text import show
-from splitlearn_core.manager.event_stream import EventStream
-from splitlearn_core.manager.handles import AsyncManagedModel, LoadingPlaceholder
+from splitlearn_core.manager.config_checks import is_amount, limit_problems, show
+from splitlearn_core.manager.handles import AsyncManagedModel, EventStream, LoadingPlaceholder
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits
 from splitlearn_core.manager.resources import ResourceManager
@@ -36,7 +35,7 @@ from splitlearn_core.manager.status import (
     UnloadReport,
     fresh,
 )
-from splitlearn_core.manager.threads import CallPool
+from splitlearn_core.manager.workers import CallPool
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.types import MEGABYTE
 
@@ -57,7 +56,7 @@ class AsyncModelManager:
                 hidden = await trunk(hidden_states=hidden)
 
     Use it from one event loop. Importing torch and transformers stalls the loop, in any thread:
-    call :func:`splitlearn_core.manager.preload.preload` before the loop starts serving.
+    call :func:`splitlearn_core.preload` before the loop starts serving.
 
     Args:
         max_models: Models that are loaded or loading at once; None for no limit.
@@ -119,30 +118,13 @@ class AsyncModelManager:
         resources: ResourceManager | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        _refuse_limits(
-            {
-                "max_models": max_models,
-                "max_memory_mb": max_memory_mb,
-                "headroom_mb": headroom_mb,
-                "max_workers": max_workers,
-                "call_workers": call_workers,
-                "calls_per_model": calls_per_model,
-                "call_queue": call_queue,
-                "load_threads": load_threads,
-                "call_threads": call_threads,
-                "when_full": when_full,
-                "wait_timeout": wait_timeout,
-                "stall_after": stall_after,
-                "stall_timeout": stall_timeout,
-                "cancel_grace": cancel_grace,
-                "drain_timeout": drain_timeout,
-                "close_timeout": close_timeout,
-                "keep_alive": keep_alive,
-                "min_residency": min_residency,
-                "max_failed": max_failed,
-                "required": required,
-            }
-        )
+        # First of all, so that the arguments are the only local variables.
+        problems = limit_problems(locals())
+        if problems:
+            raise ConfigurationError(
+                "the limits of the manager are invalid:\n  " + "\n  ".join(problems),
+                hint="each is documented in splitlearn_core.AsyncModelManager",
+            )
         limits = Limits(
             max_models=max_models,
             max_memory=None if max_memory_mb is None else int(max_memory_mb * MEGABYTE),
@@ -420,20 +402,10 @@ class AsyncModelManager:
 
     def get_statistics(self) -> ManagerStatistics:
         """Return the manager's memory and counters."""
-        counters = self._shell.machine.counters
         return ManagerStatistics(
             models=self._shell.machine.counts(),
             ledgers=self._shell.machine.ledgers(),
-            loads_started=counters.loads_started,
-            loads_succeeded=counters.loads_succeeded,
-            loads_failed=counters.loads_failed,
-            loads_cancelled=counters.loads_cancelled,
-            joined=counters.joined,
-            unloads=counters.unloads,
-            evictions=counters.evictions,
-            expirations=counters.expirations,
-            failures_forgotten=counters.failures_forgotten,
-            leases=counters.leases,
+            **asdict(self._shell.machine.counters),
             calls=self._shell.calls,
             calls_failed=self._shell.calls_failed,
             calls_rejected=self._shell.calls_rejected,
@@ -467,12 +439,3 @@ class AsyncModelManager:
     def story(self, model_id: str) -> tuple[ManagerEvent, ...]:
         """Return the last changes of one model, oldest first; some are kept after it is gone."""
         return self._shell.history.of(model_id)
-
-
-def _refuse_limits(settings: Mapping[str, Any]) -> None:
-    problems = limit_problems(settings)
-    if problems:
-        raise ConfigurationError(
-            "the limits of the manager are invalid:\n  " + "\n  ".join(problems),
-            hint="each is documented in splitlearn_core.AsyncModelManager",
-        )

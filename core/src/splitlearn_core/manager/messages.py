@@ -35,39 +35,44 @@ class LoadRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadRequested:
-    """A caller requests a model. With ``join``, a load on its way or a ready model will do."""
+class Event:
+    """Something that happened, and when: seconds of the manager's clock."""
 
     now: float
+
+
+@dataclass(frozen=True, slots=True)
+class _OfModel(Event):
     model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _OfGeneration(Event):
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequested(_OfModel):
+    """A caller requests a model. With ``join``, a load on its way or a ready model will do."""
+
     request: LoadRequest
     join: bool = False
     #: Load again although a generation serves; it serves on until the new one is ready.
     reload: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WaiterJoined:
+class WaiterJoined(_OfGeneration):
     """A caller waits for a load that is on its way."""
 
-    now: float
-    key: Key
 
-
-@dataclass(frozen=True, slots=True)
-class WaiterGone:
+class WaiterGone(_OfGeneration):
     """A caller no longer waits; the load goes on."""
 
-    now: float
-    key: Key
-
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(_OfGeneration):
     """A worker has planned: bytes per ledger at the peak of the load, and once loaded."""
 
-    now: float
-    key: Key
     needs: Mapping[str, int]
     keeps: Mapping[str, int]
     location: str = ""
@@ -75,148 +80,87 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(_OfGeneration):
     """A worker has loaded the weights."""
 
-    now: float
-    key: Key
     measured: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class WarmedUp:
+class WarmedUp(_OfGeneration):
     """A worker has run the forward passes."""
 
-    now: float
-    key: Key
-
 
 @dataclass(frozen=True, slots=True)
-class WorkerFailed:
+class WorkerFailed(_OfGeneration):
     """A worker has ended with an error."""
 
-    now: float
-    key: Key
     failure: FailureInfo
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStopped:
+class WorkerStopped(_OfGeneration):
     """A worker has acknowledged the request to stop, and no longer holds anything."""
 
-    now: float
-    key: Key
 
-
-@dataclass(frozen=True, slots=True)
-class CancelRequested:
+class CancelRequested(_OfModel):
     """A caller cancels the load of a model."""
 
-    now: float
-    model_id: str
 
-
-@dataclass(frozen=True, slots=True)
-class LeaseTaken:
+class LeaseTaken(_OfModel):
     """A caller leases a ready model."""
 
-    now: float
-    model_id: str
 
-
-@dataclass(frozen=True, slots=True)
-class CallStarted:
+class CallStarted(_OfGeneration):
     """A holder's call begins; it counts as a lease of its own until it ends."""
 
-    now: float
-    key: Key
 
-
-@dataclass(frozen=True, slots=True)
-class LeaseReleased:
+class LeaseReleased(_OfGeneration):
     """A lease, or a call, is over. After a forced unload this changes nothing."""
 
-    now: float
-    key: Key
-
 
 @dataclass(frozen=True, slots=True)
-class UnloadRequested:
+class UnloadRequested(_OfModel):
     """A caller unloads a model: after its leases, within a limit, or by force."""
 
-    now: float
-    model_id: str
     force: bool = False
     #: Seconds to wait for leases; None for as long as it takes.
     drain_timeout: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Unloaded:
+class Unloaded(_OfGeneration):
     """The memory of a model is free."""
 
-    now: float
-    key: Key
-
 
 @dataclass(frozen=True, slots=True)
-class UnloadFailed:
+class UnloadFailed(_OfGeneration):
     """The memory of a model could not be freed."""
 
-    now: float
-    key: Key
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class MemorySampled:
+class MemorySampled(Event):
     """The memory of this machine: ledger -> total bytes, and bytes free at this moment.
 
     ``mapped`` is counted before the weights that are mapped, the other ledgers after what is loaded.
     """
 
-    now: float
     total: Mapping[str, int]
     free: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(Event):
     """Time has passed; the latest progress of the workers."""
 
-    now: float
     progress: Mapping[Key, Progress] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class CloseRequested:
+class CloseRequested(Event):
     """No more work is taken; what is loading is cancelled, what is ready drains and is freed."""
 
-    now: float
     #: Do not wait for leases any longer.
     force: bool = False
-
-
-Event = (
-    LoadRequested
-    | WaiterJoined
-    | WaiterGone
-    | Planned
-    | Loaded
-    | WarmedUp
-    | WorkerFailed
-    | WorkerStopped
-    | CancelRequested
-    | LeaseTaken
-    | CallStarted
-    | LeaseReleased
-    | UnloadRequested
-    | Unloaded
-    | UnloadFailed
-    | MemorySampled
-    | Tick
-    | CloseRequested
-)
 
 
 # --- effects ----------------------------------------------------------------------------------
@@ -231,75 +175,72 @@ class Job(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class StartWorker:
+class Effect:
+    """Something that the shell has to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ForGeneration(Effect):
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker(_ForGeneration):
     """Start a worker; it answers with an event."""
 
-    key: Key
     job: Job
 
 
 @dataclass(frozen=True, slots=True)
-class StopWorker:
+class StopWorker(_ForGeneration):
     """Request a worker to stop; it answers with WorkerStopped, or with the result it had already."""
 
-    key: Key
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class StartUnload:
+class StartUnload(_ForGeneration):
     """Make the model unusable for holders, and free its memory off the loop."""
 
-    key: Key
     broken_leases: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Discard:
+class Discard(_ForGeneration):
     """Drop the result of a worker for a generation that is no longer wanted."""
 
-    key: Key
-
 
 @dataclass(frozen=True, slots=True)
-class Resolve:
+class Resolve(_ForGeneration):
     """Resolve the waiters of a load with its outcome; without a failure, it is ready."""
 
-    key: Key
     failure: FailureInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class DrainEnded:
+class DrainEnded(_ForGeneration):
     """Notify the waiters of an unload that holders kept the model; it serves on."""
 
-    key: Key
     leases: int
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class Gone(_ForGeneration):
     """A generation is gone: notify its waiters."""
 
-    key: Key
     released: Mapping[str, int] = field(default_factory=lambda: _EMPTY)
 
 
 @dataclass(frozen=True, slots=True)
-class Forgotten:
+class Forgotten(Effect):
     """A failed model is no longer listed, since newer ones have failed; its generation goes next."""
 
     model_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(_ForGeneration):
     """A generation changed its status."""
 
-    key: Key
     before: ModelStatus | None
     after: ModelStatus | None
     cause: str
-
-
-Effect = StartWorker | StopWorker | StartUnload | Discard | Resolve | DrainEnded | Gone | Forgotten | Changed

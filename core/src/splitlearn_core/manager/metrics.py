@@ -142,7 +142,7 @@ class ManagerCollector:
             ("unloads", "Models that were unloaded", statistics.unloads),
             ("evictions", "Models that were unloaded to make room", statistics.evictions),
             ("expirations", "Models that were unloaded because they were idle", statistics.expirations),
-            ("failures_forgotten", "Failed models that are listed no more", statistics.failures_forgotten),
+            ("failures_forgotten", "Failed models that are no longer listed", statistics.failures_forgotten),
             ("leases_taken", "Leases that were taken", statistics.leases),
             ("calls", "Calls of models that were started", statistics.calls),
             ("calls_failed", "Calls of models that raised", statistics.calls_failed),
@@ -155,7 +155,7 @@ class ManagerCollector:
         for name, text in (
             ("capacity", "Bytes that all models together may take"),
             ("charged", "Bytes of models that are loaded, or stuck"),
-            ("reserved", "Bytes that are promised to loads on their way"),
+            ("reserved", "Bytes that are reserved for loads in progress"),
         ):
             samples = [((ledger,), getattr(values, name)) for ledger, values in ledgers]
             yield self._gauge(f"memory_{name}_bytes", text, samples, "ledger")
@@ -183,9 +183,9 @@ class ManagerCollector:
             "model_memory_predicted_bytes", "Bytes that a model takes, by its plan", ledgers, "model_id", "ledger"
         )
         values: tuple[tuple[str, str, Callable[[ModelInfo], float | None]], ...] = (
-            ("model_ready", "1 where a model can be lent", lambda model: model.ready),
-            ("model_required", "1 where readiness needs the model", lambda model: model.required),
-            ("model_leases", "Leases of a model that were not given back", lambda model: model.leases),
+            ("model_ready", "1 if a model can be leased", lambda model: model.ready),
+            ("model_required", "1 if readiness needs the model", lambda model: model.required),
+            ("model_leases", "Leases of a model that have not ended", lambda model: model.leases),
             ("model_waiters", "Callers that wait for a model", lambda model: model.waiters),
             ("model_memory_measured_bytes", "Anonymous bytes that loading took", lambda model: model.measured),
             ("model_load_duration_seconds", "Seconds from request to ready", lambda model: model.load_seconds),

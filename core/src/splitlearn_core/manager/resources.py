@@ -78,7 +78,7 @@ class ResourceManager:
         return MemorySample(totals, frees)
 
     def check_available_resources(self, memory_mb: float | None = None, device: str = "cpu") -> ResourceReport:
-        """Say whether memory is available at this moment.
+        """Return whether memory is available at this moment.
 
         Args:
             memory_mb: How much, in units of 2**20 bytes; None for the numbers alone.

@@ -1,6 +1,6 @@
 """The asyncio shell: passes events to the machine and carries out its effects; it makes no decisions.
 
-Everything here runs on the event loop; the jobs of worker threads are in ``jobs``. A worker's result
+Everything here runs on the event loop; the jobs of worker threads are in ``workers``. A worker's result
 comes back as an event. There is no ``await`` between an event and the end of its effects, so that every
 other task sees the manager either before or after them.
 """
@@ -11,9 +11,9 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from functools import partial, singledispatchmethod
+from typing import Any
 
 from splitlearn_core.errors import (
     ConfigurationError,
@@ -26,15 +26,22 @@ from splitlearn_core.errors import (
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.attempt import WORKING
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.event_stream import History
-from splitlearn_core.manager.handles import AsyncManagedModel, CallGate, LoadingPlaceholder
-from splitlearn_core.manager.jobs import EXIT_TIMEOUT, Jobs, Slot, Stopped
+from splitlearn_core.manager.handles import AsyncManagedModel, CallGate, History, LoadingPlaceholder, unloaded_error
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.manager.status import FailureInfo, ModelInfo, ModelStatus, UnloadReport, fresh, record
-from splitlearn_core.manager.threads import CallPool, Worker, answering, run_in_thread
-from splitlearn_core.manager.torch_modes import ModeWatch
+from splitlearn_core.manager.workers import (
+    EXIT_TIMEOUT,
+    CallPool,
+    Jobs,
+    ModeWatch,
+    Slot,
+    Stopped,
+    Worker,
+    answering,
+    run_in_thread,
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +90,6 @@ class Shell:
         #: Those of them that were given to the constructor of the manager.
         self.always_required: frozenset[str] = frozenset()
         self.jobs = Jobs(loader, resources, self.machine.at_work)
-        self._jobs: Mapping[m.Job, Callable[[Slot], Any]] = {
-            m.Job.PLAN: self.jobs.plan,
-            m.Job.LOAD: self.jobs.load,
-            m.Job.WARM_UP: self.jobs.warm_up,
-        }
         self._pool, self._call_limits, self._load_threads = pool, call_limits, load_threads
         #: Grows with everything that changes memory: a measurement during which it grew is invalid.
         self._activity = 0
@@ -149,13 +151,19 @@ class Shell:
 
     def _carry_out(self, effects: Iterable[m.Effect]) -> None:
         for effect in effects:
-            self._EFFECTS[type(effect)](self, effect)
+            self._apply(effect)
         if self._quiet is not None:
             if self.machine.is_quiet:
                 self._quiet.set()
             else:
                 self._quiet.clear()
 
+    @singledispatchmethod
+    def _apply(self, effect: m.Effect) -> None:
+        """Carry out an effect of one class."""
+        raise InternalError(f"there are no effects of class {type(effect).__name__}", hint="please report this")
+
+    @_apply.register
     def _changed(self, effect: m.Changed) -> None:
         level, hint = logging.INFO, ""
         if effect.after in _FAILURES:
@@ -168,6 +176,7 @@ class Shell:
             )
         self.history.add(effect, self.clock() + self._epoch)
 
+    @_apply.register
     def _start_worker(self, effect: m.StartWorker) -> None:
         # Starting a thread waits until it runs, which must not happen in the critical section.
         asyncio.get_running_loop().call_soon(self._launch, effect.key, effect.job)
@@ -179,7 +188,7 @@ class Shell:
         slot.measuring = self._begin_measuring(slot.worker)
         slot.worker = self._start_thread(
             f"splitlearn-{job.name.lower()}-{key[0]}",
-            partial(self._jobs[job], slot),
+            partial(self.jobs.run, job, slot),
             partial(self._worker_done, key, job),
             torch_threads=slot.config.load_threads or self._load_threads if job is not m.Job.PLAN else None,
         )
@@ -212,15 +221,17 @@ class Shell:
         self._workers.append(worker)
         return worker
 
+    @_apply.register
     def _stop_worker(self, effect: m.StopWorker) -> None:
+        # Read by the worker at its next report.
         self.slots[effect.key].stop = effect.reason
 
+    @_apply.register
     def _start_unload(self, effect: m.StartUnload) -> None:
         slot = self.slots[effect.key]
         slot.broken_leases = effect.broken_leases
         if slot.gate is not None:
-            key = effect.key
-            slot.gate.fail_waiting(lambda: ModelGoneError(f"model {key[0]!r} was unloaded", hint="take a new lease"))
+            slot.gate.fail_waiting(lambda: unloaded_error(effect.key))
         # From this moment on no call can start. A running call cannot be stopped, and its model stays
         # in memory until it ends.
         box = [slot.model.take() if slot.model else None]
@@ -236,22 +247,27 @@ class Shell:
         job = partial(self.jobs.free, box, self.slots[key].workers)
         self._start_thread(f"splitlearn-unload-{key[0]}", job, done)
 
+    @_apply.register
     def _discard(self, effect: m.Discard) -> None:
         slot = self.slots.get(effect.key)
         if slot is None or slot.loaded is None:
             return
         job = partial(self.jobs.free, [slot.model.take() if slot.model else None, slot.loaded], slot.workers)
         slot.loaded = slot.model = None
-        asyncio.get_running_loop().call_soon(self._start_thread, f"splitlearn-discard-{effect.key[0]}", job, _ignore)
+        name = f"splitlearn-discard-{effect.key[0]}"
+        asyncio.get_running_loop().call_soon(self._start_thread, name, job, lambda outcome: None)
 
+    @_apply.register
     def _resolve(self, effect: m.Resolve) -> None:
         slot = self.slots[effect.key]
         if not slot.resolved.done():
             slot.resolved.set_result(effect.failure)
 
+    @_apply.register
     def _drain_ended(self, effect: m.DrainEnded) -> None:
         self._answer_unloads(self.slots[effect.key], effect.leases)
 
+    @_apply.register
     def _gone(self, effect: m.Gone) -> None:
         slot = self.slots.pop(effect.key)
         report = UnloadReport(effect.key[0], effect.released, slot.freed, slot.broken_leases)
@@ -263,6 +279,7 @@ class Shell:
         if not slot.resolved.done():
             slot.resolved.set_result(record(LoadCancelledError("the load was given up"), slot.progress.stage))
 
+    @_apply.register
     def _forgotten(self, effect: m.Forgotten) -> None:
         # One of the newer failures still keeps the manager from being ready.
         if effect.model_id not in self.always_required:
@@ -356,7 +373,7 @@ class Shell:
         """Run a function in the call pool under a lease of the generation, for a call of its model."""
         gate = self.slots[key].gate if key in self.slots else None
         if gate is None:
-            raise ModelGoneError(f"model {key[0]!r} was unloaded", hint="take a new lease")
+            raise unloaded_error(key)
         try:
             gate.refuse_if_full()
         except Exception:
@@ -394,11 +411,11 @@ class Shell:
         """Return the model of a loaded generation; ModelGoneError if it is not loaded."""
         model = self.slots[key].model
         if model is None:
-            raise ModelGoneError(f"model {key[0]!r} was unloaded", hint="load it again")
+            raise unloaded_error(key)
         return model
 
     def stuck_stacks(self) -> dict[str, str]:
-        """Return the stacks of the workers that were asked to stop and have not ended."""
+        """Return the stacks of the workers that were requested to stop and have not ended."""
         stacks = {}
         for key in self.machine.keys(ModelStatus.STUCK, ModelStatus.CANCELLING):
             worker = self.slots[key].worker
@@ -445,7 +462,7 @@ class Shell:
         self._start_thread(name, function, done)
         return await future
 
-    # --- the end --------------------------------------------------------------------------------
+    # --- closing --------------------------------------------------------------------------------
 
     async def close(self, limit: float) -> None:
         """End everything within ``limit`` seconds; see :meth:`AsyncModelManager.close`."""
@@ -510,19 +527,3 @@ class Shell:
         except TimeoutError:
             return False
         return True
-
-    _EFFECTS: ClassVar[Mapping[type, Callable[[Shell, Any], None]]] = {
-        m.StartWorker: _start_worker,
-        m.StopWorker: _stop_worker,
-        m.StartUnload: _start_unload,
-        m.Discard: _discard,
-        m.Resolve: _resolve,
-        m.DrainEnded: _drain_ended,
-        m.Gone: _gone,
-        m.Forgotten: _forgotten,
-        m.Changed: _changed,
-    }
-
-
-def _ignore(outcome: Any) -> None:
-    """Ignore an outcome."""

@@ -1,6 +1,6 @@
-"""Bounds of the numbers in a configuration, by name: what makes transformers allocate or loop in proportion to it.
+"""Bounds of the numbers in a configuration, by name: of those in proportion to which transformers allocates or loops.
 
-Far above every model that there is, and far below what takes a machine down. Pure; see :data:`BOUNDS`.
+They are far above those of every model, and far below what exhausts a machine. Pure; see :data:`BOUNDS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from splitlearn_core.types import TensorInfo
 class Bound:
     """The largest number that a configuration may give under certain names."""
 
-    #: What the names look like; the whole of a name, in small letters.
+    #: Matches a whole name, in lower case.
     names: re.Pattern[str]
     largest: int
 
@@ -29,16 +29,16 @@ def _bound(names: str, largest: int) -> Bound:
     return Bound(re.compile(names), largest)
 
 
-#: The first that fits a name counts. In sub-configurations, too.
+#: The first that matches a name counts, in sub-configurations as well.
 BOUNDS = (
-    # Of no module: token ids, statistics of the training, seeds.
+    # Not sizes of modules: token ids, training statistics, seeds.
     _bound(
         r".*(token_ids?|token_index|_offset|seed|n_params|num_param\w*|\w*_params|\w*train\w*|\w*_tokens_seen)", 2**63
     ),
     _bound(r"model_max_length|.*(timescale|theta|_base|temperature|sampling_rate|sample_rate)", 2**63),
-    # Two dictionaries with a text for each.
+    # Two dictionaries with an entry for each.
     _bound(r"(num|n)_(\w+_)?(labels|classes)", 200_000),
-    # A module each, and lists with an entry for each.
+    # A module for each, and lists with an entry for each.
     _bound(r"(\w+_)?(layers?|depth|blocks|stages|stacks|repeats|loops|recurrence|num_passes)", 10_000),
     _bound(r"(\w+_)?n_layers?\w*|num_layers?_per_\w+|\w+_layers_per_\w+", 10_000),
     _bound(r"(\w+_)?vocab\w*", 100_000_000),
@@ -54,7 +54,7 @@ BOUNDS = (
         r"(num|n|d)_\w+|\w+_(size|dim|dims|rank|width|channels|kernel|buckets|queries|units|ratio|multiplier)", 2**26
     ),
 )
-#: Numbers that every model has, under all of their names: whole ones, and nothing else.
+#: Numbers that every model has, under all of their names: they must be integers.
 _WHOLE = frozenset(
     {"num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head"}
     | {"intermediate_size", "n_inner", "num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions"}
@@ -79,10 +79,10 @@ _STORED = ("vocab_size", *_WIDTH)
 
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration whose numbers are out of all proportion, before transformers sees them.
+    """Refuse a configuration with numbers out of bounds, before it is given to transformers.
 
     Args:
-        config: What the file says.
+        config: The content of the file.
         where: The file, for the message.
 
     Raises:
@@ -92,10 +92,10 @@ def check_numbers(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_against_tensors(config: Mapping[str, Any], infos: Iterable[TensorInfo], where: str) -> None:
-    """Refuse sizes that no tensor of a whole, plain model has; transformers would fill up what is missing.
+    """Refuse sizes that no tensor of a whole, plain model has; transformers would initialise what is missing.
 
     Args:
-        config: What the file says.
+        config: The content of the file.
         infos: All tensors of the model.
         where: The model, for the message.
 
@@ -103,11 +103,11 @@ def check_against_tensors(config: Mapping[str, Any], infos: Iterable[TensorInfo]
         ConfigurationError: A size is larger than every dimension of every tensor.
     """
     largest = max((size for info in infos for size in info.shape), default=0)
-    said = ((name, config.get(name)) for name in _STORED)
+    stated = ((name, config.get(name)) for name in _STORED)
     _refuse(
         [
             f"{name} is {quote(value)}, and no tensor has a dimension over {largest:,}"
-            for name, value in said
+            for name, value in stated
             if type(value) is int and value > largest
         ],
         where,
@@ -115,7 +115,7 @@ def check_against_tensors(config: Mapping[str, Any], infos: Iterable[TensorInfo]
 
 
 def bound_of(name: str) -> int | None:
-    """Return the largest number that a configuration may give under a name; None where any may be."""
+    """Return the largest number that a configuration may give under a name; None if there is no bound."""
     return next((bound.largest for bound in BOUNDS if bound.names.fullmatch(name.lower())), None)
 
 
@@ -136,14 +136,15 @@ def _problems(values: Mapping[str, Any], path: str, level: int, most: int = MAX_
         return
     for name, value in values.items():
         where = f"{path}.{plain(name)}" if path else plain(name)
-        if not path and name in _WHOLE and isinstance(value, bool | str | float) and not _is_whole(value):
-            yield f"{where} is {quote(value)}, no whole number"
+        is_integer = type(value) is int or (isinstance(value, float) and value.is_integer())
+        if not path and name in _WHOLE and isinstance(value, bool | str | float) and not is_integer:
+            yield f"{where} is {quote(value)}, not an integer"
         else:
             yield from _problems_of(str(name), value, where, level)
 
 
 def _problems_of(name: str, value: Any, where: str, level: int) -> Iterator[str]:
-    """Say what is out of bounds in one value; in a list of numbers each of them has the list's name."""
+    """Describe what is out of bounds in one value; the numbers of a list are checked under its name."""
     largest = bound_of(name)
     if isinstance(value, Mapping):
         yield from _problems(value, where, level + 1, MAX_LABELS if name in _OF_LABELS else MAX_ENTRIES)
@@ -155,13 +156,13 @@ def _problems_of(name: str, value: Any, where: str, level: int) -> Iterator[str]
         else:
             for number, item in enumerate(value):
                 yield from _problems_of(name, item, f"{where}[{number}]", level + 1)
-    # Ratios and factors may be infinite; those of _WHOLE are looked at before.
+    # Ratios and factors may be infinite; those of _WHOLE were checked before.
     elif largest is not None and type(value) in (int, float) and math.inf > abs(value) > largest:
         yield f"{where} is {quote(value)}; {largest:,} is the bound"
 
 
 def _products(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say which numbers are too large together, though none of them is alone."""
+    """Describe numbers that are within their bounds, and too large together."""
     layers, width = _number(config, _LAYERS), _number(config, _WIDTH)
     if layers * width > _MAX_NORMS:
         yield f"{layers:,} layers of a width of {width:,} are more than any model has"
@@ -176,7 +177,3 @@ def _products(config: Mapping[str, Any]) -> Iterator[str]:
 def _number(config: Mapping[str, Any], names: Iterable[str]) -> int:
     values = (config.get(name) for name in names)
     return next((value for value in values if type(value) is int and value > 0), 0)
-
-
-def _is_whole(value: bool | str | float) -> bool:
-    return isinstance(value, float) and value.is_integer()

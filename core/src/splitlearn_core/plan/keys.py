@@ -25,17 +25,17 @@ class KeyTable:
     tied: tuple[str, ...]
     #: Checkpoint keys that have no place in a model of the family -> the module key that each would be.
     unexpected: Mapping[str, str]
-    #: Two tensors for one place, in words.
+    #: Descriptions of places that two tensors have.
     problems: tuple[str, ...]
-    #: Module keys that config ties but the file holds apart: equal or not is known only by value.
-    apart: tuple[str, str] | None
+    #: Module keys that the configuration ties and the file stores separately: their values may differ.
+    separate_ends: tuple[str, str] | None
 
 
 def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, str | None]:
     """Map checkpoint keys to module keys by the family's tables; None leaves a tensor out.
 
     Some checkpoints name their tensors relative to the base module (GPT-2's on the Hub), some
-    relative to the whole model; both are understood.
+    relative to the whole model; both are supported.
     """
     roots = (f"{family.base}.", f"{family.head}.")
     mapped: dict[str, str | None] = {}
@@ -56,9 +56,9 @@ def place_keys(
     mapping: Mapping[str, str | None],
     ranges: Mapping[str, LayerRange],
 ) -> KeyTable:
-    """Give every tensor of a checkpoint to the component that holds its module.
+    """Assign every tensor of a checkpoint to the component that holds its module.
 
-    What has no place is noted, not raised: a load warns of it, or reports it together with what is missing.
+    A tensor without a place is recorded, not an error: a load warns of it, or reports it together with missing ones.
     """
     origins: dict[str, str] = {}
     twice: list[str] = []
@@ -67,9 +67,9 @@ def place_keys(
             twice.append(f"{origins[name]} and {key} (both are {name})")
     tied = bool(family.config_value(config, "tie_word_embeddings"))
     embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
-    apart = (embedding, head) if tied and embedding in origins and head in origins else None
-    if tied and apart is None:
-        # One tensor, two names: either may be the one that was written.
+    separate = (embedding, head) if tied and embedding in origins and head in origins else None
+    if tied and separate is None:
+        # One tensor, two names: the file may have either.
         for present, absent in ((embedding, head), (head, embedding)):
             if present in origins and absent not in origins:
                 origins[absent] = origins[present]
@@ -88,11 +88,11 @@ def place_keys(
         for key in table.values():
             users[key] = users.get(key, 0) + 1
     shared = tuple(sorted(key for key, count in users.items() if count > 1))
-    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), apart)
+    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), separate)
 
 
 def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable[[str], str | None]:
-    """Return a function from a module key to the component that holds it, or None where none does."""
+    """Return a function from a module key to the component that holds it, or None if none does."""
     owners = [component for component, owned in ranges.items() for _ in range(len(owned))]
     layers = f"{family.base}.{family.layers}."
     bottom = tuple(f"{family.base}.{inlet}." for inlet in family.inlets)
@@ -100,7 +100,7 @@ def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable
 
     def component_of(name: str) -> str | None:
         if name.startswith(layers):
-            # Parsed, not matched as text: layers.1 is no prefix of layers.10.
+            # Parsed, not compared as text: layers.1 is a prefix of layers.10.
             number = name[len(layers) :].partition(".")[0]
             return owners[int(number)] if number.isdecimal() and int(number) < len(owners) else None
         if name.startswith(top):
@@ -111,42 +111,42 @@ def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable
 
 
 def companions(table: KeyTable, checkpoint_keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Say with which component the tensors go that no module wants, the masks of old checkpoints say.
+    """Assign tensors that no module uses, such as the masks of old checkpoints, to components.
 
-    Each goes where the tensors lie whose names are the most like its own.
+    Each goes to the component of the tensors with the longest common module path.
     """
     owners = {
         key: component for component in reversed(list(table.sources)) for key in table.sources[component].values()
     }
-    homes: dict[str, str] = {}
+    component_of_module: dict[str, str] = {}
     for key, component in owners.items():
         while "." in key:
             key = key.rpartition(".")[0]  # noqa: PLW2901  # the name of the module around it
-            homes.setdefault(key, component)
+            component_of_module.setdefault(key, component)
     companions_of: dict[str, list[str]] = {component: [] for component in table.sources}
     for key in sorted(set(checkpoint_keys) - owners.keys()):
         around = key
-        while around and around not in homes:
+        while around and around not in component_of_module:
             around = around.rpartition(".")[0]
-        companions_of[homes.get(around, Component.BOTTOM)].append(key)
+        companions_of[component_of_module.get(around, Component.BOTTOM)].append(key)
     return {component: tuple(keys) for component, keys in companions_of.items()}
 
 
-#: At most one layer of so many may lack something for that to look like a loss: types of models whose layers
-#: differ on purpose have more of each kind.
+#: Only if at most one of so many layers lacks a tensor does it look lost: in models whose layers differ on purpose,
+#: there are more of each kind.
 _ONE_OF = 4
 _NAMED = 3
 
 
 def uneven_layers(prefix: str, module_keys: Iterable[str]) -> tuple[str, ...]:
-    """Say of each layer what it lacks that nearly all others have.
+    """Describe which layers lack tensors that nearly all others have.
 
-    It is no proof of a fault: the layers of a type may differ on purpose. So a layer that has something of its
-    own instead (one with no experts among layers with experts) is left alone.
+    This does not prove an error: layers may differ on purpose. A layer that has tensors of its own instead (one
+    without experts among layers with experts) is therefore not reported.
 
     Args:
         prefix: Of the layers' module keys, up to their numbers: ``model.layers.``.
-        module_keys: The tensors that are there.
+        module_keys: The tensors that are present.
     """
     holders: dict[str, set[int]] = defaultdict(set)
     for key in module_keys:

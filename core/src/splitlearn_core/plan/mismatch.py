@@ -1,4 +1,4 @@
-"""Tensors that do not fit: what is wrong in few lines, and what may be the cause."""
+"""Tensors that do not match the model: a short description, and the likely cause."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _trace(pattern: str, cause: str, remedy: str) -> _Trace:
     return _Trace(re.compile(pattern), cause, remedy)
 
 
-#: In the order in which they are looked for. A wrapper that is a prefix of all names comes before these.
+#: In the order in which they are tried, after a wrapper that is a prefix of all names.
 _TRACES = (
     _trace(
         r"_fsdp_wrapped_module|_fpw_module|flat_param",
@@ -93,7 +93,7 @@ _TRACES = (
         "text_config, then save_pretrained(DIR)",
     ),
 )
-#: Tensors that change weights which are there as well: without them these are other weights.
+#: Tensors that modify other weights, which are different without them.
 _CHANGES_WEIGHTS = re.compile(
     r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|ia3_l|hada_w\d_\w|lokr_w\d(_\w)?)(\.|$)"
 )
@@ -106,17 +106,17 @@ _WRAPPERS = {
 
 
 def alters_weights(key: str) -> bool:
-    """Say whether a tensor changes others that a model has: an adapter's, say, in the file of the model."""
+    """Return whether a tensor modifies others, such as an adapter's in the file of the model."""
     return _CHANGES_WEIGHTS.search(key) is not None
 
 
 def unexpected_words(unexpected: Mapping[str, str]) -> list[str]:
-    """Name tensors without a place, and what each would be in the model."""
+    """Describe tensors without a place, and the name that each would have in the model."""
     return [f"unexpected: {key}" + (f" (as {name})" if name != key else "") for key, name in unexpected.items()]
 
 
 def unread_words(name: str, model_type: str, keys: Sequence[str]) -> str:
-    """Say in one line which tensors of a checkpoint are not read, because the model has no place for them."""
+    """Describe in one line which tensors of a checkpoint are not read, because the model has no place for them."""
     alike = folded(keys)
     more = f" and {len(alike) - _MAX_NAMED} more" if len(alike) > _MAX_NAMED else ""
     return (
@@ -126,7 +126,7 @@ def unread_words(name: str, model_type: str, keys: Sequence[str]) -> str:
 
 
 def folded(problems: Sequence[str]) -> list[str]:
-    """Make one line of those that differ in nothing but the layer, where the first of them stood."""
+    """Join descriptions that differ only in the number of a layer, at the place of the first."""
     alike: dict[str, list[str]] = {}
     for problem in problems:
         number = _NUMBER.search(problem)
@@ -142,12 +142,12 @@ def folded(problems: Sequence[str]) -> list[str]:
 
 
 def cause_in_names(family: ModelFamily, keys: Iterable[str], tensors: Iterable[TensorInfo]) -> str:
-    """Say what made the names or sizes of tensors other than a model's, and the way out; empty where nothing tells.
+    """Explain why the names or sizes of tensors are not those of a model, and what to do; empty if unknown.
 
     Args:
         family: The family whose model was expected.
         keys: The checkpoint's keys.
-        tensors: What is known of the planned ones.
+        tensors: The planned tensors.
     """
     keys = list(keys)
     empty = [info.key for info in tensors if 0 in info.shape]
@@ -174,7 +174,7 @@ def cause_in_names(family: ModelFamily, keys: Iterable[str], tensors: Iterable[T
 
 
 def _common_prefix(family: ModelFamily, keys: Sequence[str]) -> str:
-    """Return what stands before the names of all layers of a model; empty where nothing does, or not the same."""
+    """Return the common prefix of the names of all layers; empty if there is none, or several."""
     for layers in (f"{family.base}.{family.layers}.", f"{family.layers}."):
         pattern = re.compile(rf"(.*?\.)?{re.escape(layers)}\d+\.")
         prefixes = {match[1] or "" for match in map(pattern.match, keys) if match is not None}
@@ -185,12 +185,12 @@ def _common_prefix(family: ModelFamily, keys: Sequence[str]) -> str:
 
 
 def likely_cause(problems: Sequence[str], model_type: str, head: str) -> str:
-    """Say where to look, by the kinds of faults there are.
+    """Suggest a cause, by the kinds of the problems.
 
     Args:
         problems: Each begins with its kind: ``missing:``, ``unexpected:``, ``mis-shaped:``, ``mis-typed:``, ``twice:``.
         model_type: Of the family that names the modules.
-        head: What the family calls the head.
+        head: The family's name of the head.
     """
     if problems and all(problem.startswith(f"missing: {head}.") for problem in problems):
         return (

@@ -1,4 +1,4 @@
-"""Which component goes to which device, and in which dtype: what the caller said, checked and worked out."""
+"""The device and the dtype of each component: the caller's arguments, checked, or chosen automatically."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from splitlearn_core.plan.splitplan import ComponentPlan, loaded_nbytes
 from splitlearn_core.quoting import listed, quote
 from splitlearn_core.types import FLOAT_DTYPES, THREE, dtype_name, human_bytes, nearest_dtype
 
-#: Asks for as much on the GPUs as fits, the rest on the CPU.
+#: As much on the GPUs as fits, the rest on the CPU.
 AUTO = "auto"
-#: Words of accelerate that place single modules.
+#: Values of accelerate that place single modules.
 _ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")
 
 #: Powers of 1024 and of 1000, as accelerate spells them; a small b at the end of the latter counts bits.
@@ -26,15 +26,15 @@ _FEW = 6
 
 
 def parse_dtypes(dtype: Any, requested: Iterable[str], there: Sequence[str] = THREE) -> dict[str, str]:
-    """Return torch's name of the dtype that each requested component shall have, or ``auto``.
+    """Return torch's name of the requested dtype of each component, or ``auto``.
 
     Args:
         dtype: One for all, or a mapping from component to dtype; those left out are ``auto``.
         requested: The components.
-        there: The names of all components that there are.
+        there: The names of all components.
 
     Raises:
-        ConfigurationError: Names that are no component, or no floating dtype; all are listed.
+        ConfigurationError: Names of no component, or of no floating dtype; all are listed.
     """
     given = dtype if isinstance(dtype, Mapping) else dict.fromkeys(requested, dtype)
     names = {part: dtype_name(name) for part, name in given.items()}
@@ -56,15 +56,15 @@ def parse_dtypes(dtype: Any, requested: Iterable[str], there: Sequence[str] = TH
 def parse_device_map(
     device_map: Any, requested: Iterable[str], there: Sequence[str] = THREE
 ) -> dict[str, str] | str | None:
-    """Return where each requested component goes: ``auto`` to work it out, None where nothing is said.
+    """Return the device of each requested component: ``auto`` to choose it, None if nothing is requested.
 
     Args:
         device_map: A mapping from component to device, ``auto``, or None.
         requested: The components.
-        there: The names of all components that there are.
+        there: The names of all components.
 
     Raises:
-        ConfigurationError: It is neither, names what is no component, or leaves one out.
+        ConfigurationError: It is none of these, names an unknown component, or omits one.
     """
     if device_map is None or device_map == AUTO:
         return device_map  # type: ignore[no-any-return]  # one of the two
@@ -91,7 +91,7 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[s
             used. None for no limits.
 
     Raises:
-        ConfigurationError: Sizes or devices that are none; all are listed.
+        ConfigurationError: Invalid sizes or devices; all are listed.
     """
     budgets: dict[str, int] = {}
     problems = []
@@ -116,14 +116,14 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[s
 
 
 def place(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[str, str]:
-    """Give each component a device: as much as fits on the first, then on the next, in the order of the model.
+    """Place components on devices: as many as fit on the first, then on the next, in the order of the model.
 
     Args:
-        parts: What is to be placed.
+        parts: The components to place.
         budgets: Device -> bytes that may be used of it; None for no limit. In the order of preference.
 
     Raises:
-        InsufficientMemoryError: There is no such placement; says what needs how much, and what would fit.
+        InsufficientMemoryError: There is no such placement; names the needed bytes, and what would fit.
     """
     devices = _first_fit(parts, budgets)
     if devices is None:
@@ -132,10 +132,10 @@ def place(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> 
 
 
 def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[str, str], budgets: Mapping[str, int]) -> None:
-    """Refuse a placement that the caller chose where it goes beyond the limits that the caller set.
+    """Refuse a placement of the caller that exceeds the limits of the caller.
 
     Raises:
-        InsufficientMemoryError: Says what needs how much, and what would fit.
+        InsufficientMemoryError: Names the needed bytes, and what would fit.
     """
     # "cuda" alone is the first of them, unless another was chosen.
     limits = {**budgets, "cuda": budgets["cuda:0"]} if "cuda:0" in budgets else budgets
@@ -145,7 +145,7 @@ def check_fit(parts: Sequence[ComponentPlan], devices: Mapping[str, str], budget
 
 
 def bytes_on(parts: Iterable[ComponentPlan], devices: Mapping[str, str]) -> dict[str, int]:
-    """Return the bytes that the components take on each device; a tied tensor counts once where it is shared."""
+    """Return the bytes that the components take on each device; a tied tensor counts once on each device."""
     by_device: dict[str, dict[tuple[str, str], int]] = {}
     for part in parts:
         by_device.setdefault(devices[part.component], {}).update(_tensors(part))
@@ -157,7 +157,7 @@ def _tensors(part: ComponentPlan) -> dict[tuple[str, str], int]:
 
 
 def _first_fit(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[str, str] | None:
-    """Place components on devices in order; None where that cannot be."""
+    """Place components on devices in order; None if they do not fit."""
     devices = _fill(parts, budgets)
     return devices if len(devices) == len(parts) else None
 
@@ -165,8 +165,8 @@ def _first_fit(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]
 def _fill(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> dict[str, str]:
     """Place as many of the first components as fit.
 
-    Hidden states never go back to an earlier device, so each gets components that follow one another. Where each
-    device in turn takes all it can, no other such placement goes further.
+    Hidden states never go back to an earlier device, so each gets consecutive components. If each device takes as
+    many as it can, no other placement fits more.
     """
     devices: dict[str, str] = {}
     rest = list(parts)
@@ -195,9 +195,9 @@ def _does_not_fit(
 
 
 def _what_fits(parts: Sequence[ComponentPlan], budgets: Mapping[str, int | None]) -> str:
-    """Return the arguments with which most of the components can be placed; empty where none can."""
+    """Return the arguments with which most components can be placed; empty if none can."""
     if len(parts) > _FEW:
-        # There are too many choices: only components that follow one another.
+        # There are too many choices: only consecutive components are tried.
         longest = max((_fill(parts[first:], budgets) for first in range(len(parts))), key=len)
         return f"parts={tuple(map(str, longest))}" if longest else ""
     for count in range(len(parts), 0, -1):
@@ -220,7 +220,7 @@ def _device_name(device: Any) -> str:
 
 
 def _bytes(size: Any) -> int:
-    """Return a number of bytes, or -1 for what is none."""
+    """Return a number of bytes, or -1 if it is not a size."""
     if isinstance(size, int) and not isinstance(size, bool):
         return size
     text = size.strip() if isinstance(size, str) else ""

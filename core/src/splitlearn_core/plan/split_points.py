@@ -12,7 +12,7 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.quoting import listed, reason
 from splitlearn_core.types import THREE, Component, LayerRange, component_names, kind_of
 
-#: Far above any model's; a number beyond it is a slip or an attack, and would fill the memory.
+#: Far above that of any model; a larger number is a mistake or an attack, and would exhaust the memory.
 MAX_LAYERS = 10_000
 
 
@@ -20,7 +20,7 @@ def count_layers(family: ModelFamily, config: Mapping[str, Any]) -> int:
     """Read the number of layers from ``config.json``.
 
     Raises:
-        ConfigurationError: It is missing, no positive integer, or beyond belief.
+        ConfigurationError: It is missing, not a positive integer, or above :data:`MAX_LAYERS`.
     """
     layers = family.config_value(config, "num_hidden_layers")
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= MAX_LAYERS:
@@ -71,7 +71,7 @@ def layers_between(points: Sequence[int], total: int) -> dict[str, LayerRange]:
 def names_of_parts(split_points: object) -> tuple[str, ...]:
     """Return the names of the components into which split points cut, before they are compared with a model.
 
-    What is none, or invalid, is refused where the model is known; till then, two points are taken for granted.
+    Invalid split points are refused once the model is known; until then, two are assumed.
     """
     count = len(split_points) if isinstance(split_points, Sequence) and not isinstance(split_points, str) else 0
     return component_names(count + 1) if 0 < count < MAX_LAYERS else THREE
@@ -80,7 +80,7 @@ def names_of_parts(split_points: object) -> tuple[str, ...]:
 def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, int]:
     """Return split points that give bottom and top a third of the layers each, and the trunk the rest.
 
-    Where a family declares a cut impossible, the nearest that is possible.
+    If a family declares one of these cuts impossible, it is the nearest that is possible.
 
     Raises:
         InvalidSplitError: The model cannot be cut into three.
@@ -111,7 +111,7 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
     """Return the cuts that a family's models do not allow, each with the reason; raises BrokenPluginError."""
     try:
         return dict(family.impossible_cuts(config))
-    # The function is the plugin's.
+    # The plugin's own code, which may raise anything.
     except Exception as error:
         raise BrokenPluginError(
             f"impossible_cuts of the family {family.model_type!r} gave no mapping of cuts: {error!r}",
@@ -120,7 +120,7 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
 
 
 def check_split_points(split_points: Sequence[int], total: int) -> tuple[int, ...]:
-    """Return the split points as integers, or say what is wrong and what would be right."""
+    """Return the split points as integers; raises InvalidSplitError, with a valid choice in its hint."""
     points = _integers(split_points)
     parts = len(points) + 1 if points else min(len(THREE), total)
     if total < max(parts, 2):
@@ -174,13 +174,13 @@ def _integers(split_points: object) -> list[int]:
 
 
 def cut_words(split_points: Sequence[int]) -> str:
-    """Say where a model is cut: ``1, 3 and 5``."""
+    """Return split points as text: ``1, 3 and 5``."""
     *others, last = map(str, split_points)
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def _components(count: int) -> str:
-    """Name so many components, or count them where there are many."""
+    """Return the names of so many components, or their number if there are many."""
     if count > len(THREE):
         return f"{count} components"
     *others, last = component_names(count)
@@ -188,7 +188,7 @@ def _components(count: int) -> str:
 
 
 def point_names(count: int) -> tuple[str, ...]:
-    """Return what the points are called in a message: a, b, c, ..."""
+    """Return the names of the points in a message: a, b, c, ..."""
     return (
         tuple(string.ascii_lowercase[:count])
         if count <= len(string.ascii_lowercase)
@@ -201,7 +201,7 @@ def _thirds(total: int) -> tuple[int, int]:
 
 
 def nearest_points(points: Sequence[int], total: int) -> tuple[int, ...]:
-    """Return split points near these, as many, that cut a model of so many layers; even thirds near none."""
+    """Return as many valid split points near these, for a model of so many layers; even thirds if there are none."""
     if not points:
         return _thirds(total) if total >= len(THREE) else (1,)
     near: list[int] = []

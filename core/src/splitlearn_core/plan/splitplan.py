@@ -23,13 +23,13 @@ from splitlearn_core.types import (
     component_names,
 )
 
-#: Stands for the dtype of components that have different ones.
+#: The dtype of a plan whose components have different ones.
 MIXED = "mixed"
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor to be read, and the name under which the module wants it."""
+    """A tensor to be read, and its name in the module."""
 
     module_key: str
     info: TensorInfo
@@ -41,7 +41,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ComponentPlan:
-    """What one component consists of and costs."""
+    """The tensors of one component, and what they cost."""
 
     component: str
     layers: LayerRange
@@ -83,13 +83,13 @@ class ComponentPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeeds:
-    """What a load takes of this machine, in bytes."""
+    """The memory of this machine that a load takes, in bytes."""
 
-    #: Memory of its own at its peak, while it reads.
+    #: Anonymous memory at the peak, while it reads.
     peak: int
-    #: Memory of its own that it keeps.
+    #: Anonymous memory that stays in use.
     kept: int
-    #: What stays pages of files.
+    #: Pages of mapped files.
     mapped: int
 
 
@@ -103,18 +103,18 @@ class SplitPlan:
     model_type: str
     split_points: tuple[int, ...]
     num_layers: int
-    #: The dtype the weights will have once loaded, by torch's name; ``mixed`` where components differ.
+    #: The dtype the weights will have once loaded, by torch's name; ``mixed`` if components differ.
     dtype: str
-    #: ``headers`` of the weight files, or ``config`` alone where there are no weights.
+    #: ``headers`` of the weight files, or ``config`` if there are no weights.
     source: str
     components: tuple[ComponentPlan, ...]
     #: Checkpoint keys of tensors that two components hold.
     tied: tuple[str, ...]
     #: Bytes that cross each cut for each token, in the planned dtype (the widest of several).
     cut_bytes_per_token: int
-    #: What loading all of it on the CPU would take, by strategy; of core's own, those that can read it.
+    #: The memory that loading all of it on the CPU takes, for each of core's strategies that can read it.
     memory: Mapping[str, MemoryNeeds] = field(default_factory=dict, compare=False)
-    #: What looks wrong about the files, and may be on purpose: a layer that lacks what all others have.
+    #: What may be wrong with the files: a layer that lacks what all others have.
     warnings: tuple[str, ...] = field(default=(), compare=False)
     #: Checkpoint keys that a model of the type has no place for; they are not read.
     unexpected: tuple[str, ...] = field(default=(), compare=False)
@@ -130,7 +130,7 @@ class SplitPlan:
         return len(self.components) == len(self.names)
 
     def component(self, name: str) -> ComponentPlan:
-        """Return the plan of one component; KeyError where it was not requested."""
+        """Return the plan of one component; raises KeyError if it was not requested."""
         for component in self.components:
             if component.component == name:
                 return component
@@ -152,7 +152,7 @@ class SplitPlan:
 
     @property
     def infos(self) -> tuple[TensorInfo, ...]:
-        """All planned tensors as they lie in the files, a tied one once."""
+        """All planned tensors as stored in the files, a tied one once."""
         return tuple({tensor.info.key: tensor.info for part in self.components for tensor in part.tensors}.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def plan_components(
     tensors: Mapping[str, TensorInfo],
     dtypes: Mapping[str, str],
 ) -> tuple[ComponentPlan, ...]:
-    """Put the tensors of the components that have a dtype together, in the order in which the files hold them."""
+    """Plan the components that have a dtype, each with its tensors in the order of the files."""
     plans = []
     for component, dtype in dtypes.items():
         per_layer = kv_bytes_per_layer(family, config, dtype)
@@ -196,7 +196,7 @@ def plan_components(
 
 
 def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) -> tuple[int, ...]:
-    """Return the planned layers that the checkpoint has nothing of, although its configuration counts them."""
+    """Return the planned layers of which the checkpoint has no tensor."""
     prefix = f"{family.base}.{family.layers}."
     names = (tensor.module_key for part in parts for tensor in part.tensors)
     present = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
@@ -207,7 +207,7 @@ def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) 
 def resolve_dtype(requested: str, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
     """Decide the dtype of the loaded weights, by the rule of ``from_pretrained``.
 
-    ``auto`` is what ``config.json`` says, or else the first floating dtype of the tensors.
+    ``auto`` is the dtype that ``config.json`` states, or else the first floating dtype of the tensors.
 
     Raises:
         ConfigurationError: No floating dtype of that name.
@@ -228,7 +228,7 @@ def resolve_dtype(requested: str, config: Mapping[str, Any], tensors: Iterable[T
 
 
 def states_dtype(config: Mapping[str, Any]) -> bool:
-    """Say whether ``config.json`` states the dtype of the weights."""
+    """Return whether ``config.json`` states the dtype of the weights."""
     return _stated_dtype(config) is not None
 
 
@@ -237,7 +237,7 @@ def _stated_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
-    """Bytes of one tensor once loaded: floating tensors take on the dtype, others keep theirs."""
+    """Bytes of one tensor once loaded: floating tensors are converted to the dtype, others keep theirs."""
     stored = tensor.info.dtype
     target = FLOAT_DTYPES[dtype] if stored in FLOAT_DTYPES.values() else stored
     return tensor.elements * DTYPE_BYTES[target]
@@ -262,7 +262,7 @@ def parse_parts(parts: Sequence[str] | str, there: Sequence[str] = THREE) -> tup
         there: The names of the components that there are.
 
     Raises:
-        ConfigurationError: A name that is no component, or none at all.
+        ConfigurationError: A name is not that of a component, or there are no names.
     """
     if parts is ALL_PARTS:
         return tuple(there)

@@ -1,15 +1,20 @@
-"""The built-in loading strategies, and the choice of one."""
+"""The built-in loading strategies: the choice of one, and reading with it, compared with the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
-from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.loading_strategy import AUTO, LoadingStrategy, ReadPlan
+from splitlearn_core.errors import BrokenPluginError, ConfigurationError, translate
+from splitlearn_core.loading_strategy import AUTO, BUILT_IN_NAMES, LoadingStrategy, ReadPlan, torch_dtype
+from splitlearn_core.plan.splitplan import PlannedTensor
+from splitlearn_core.quoting import said
 from splitlearn_core.readers.copied import CopiedStrategy
-from splitlearn_core.readers.incremental import IncrementalStrategy
-from splitlearn_core.readers.mapped import MappedStrategy
-from splitlearn_core.readers.whole import WholeStrategy
+from splitlearn_core.readers.mapped import IncrementalStrategy, MappedStrategy, WholeStrategy
+
+if TYPE_CHECKING:
+    import torch
 
 #: Core's own, in the order in which ``auto`` tries them.
 BUILT_IN: tuple[LoadingStrategy, ...] = (
@@ -59,3 +64,62 @@ def choose_strategy(
         if not any(strategy.refusal(plan) for plan in plans):
             return strategy
     raise ConfigurationError("no loading strategy can read this plan")
+
+
+def predicted_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
+    """Return the memory in bytes that a strategy predicts for a read; raises BrokenPluginError if that fails."""
+    with _strategy_errors(strategy):
+        return int(strategy.anonymous_bytes(plan))
+
+
+def passing_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
+    """Return how many bytes of :func:`predicted_bytes` a strategy frees after the read.
+
+    It is the result of its method ``passing_bytes(plan)``, or 0 without one.
+    """
+    method = getattr(strategy, "passing_bytes", None)
+    if method is None:
+        return 0
+    with _strategy_errors(strategy):
+        return int(method(plan))
+
+
+def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+    """Read with a strategy, and compare each tensor that it yields with the plan.
+
+    Raises:
+        BrokenPluginError: It raised, or yielded other tensors than were planned.
+        CheckpointError: A file is invalid, or was changed.
+    """
+    import torch
+
+    wanted = {planned.module_key: planned for planned in plan.tensors}
+    target, device = torch_dtype(plan.dtype), torch.device(plan.device).type
+    with _strategy_errors(strategy):
+        for planned, tensor in strategy.read(plan):
+            if wanted.pop(planned.module_key, None) is None:
+                raise _broken(strategy, f"it yielded {planned.module_key}, which is not or no longer wanted")
+            if not isinstance(tensor, torch.Tensor):
+                raise _broken(strategy, f"it yielded {type(tensor).__name__} for {planned.module_key}, no tensor")
+            expected = (planned.info.shape, target if plan.is_floating(planned) else tensor.dtype)
+            if (tuple(tensor.shape), tensor.dtype) != expected:
+                actual = f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise _broken(strategy, f"it yielded {actual} for {planned.module_key}, not {plan.dtype} as planned")
+            if tensor.device.type != device:
+                raise _broken(strategy, f"it yielded {planned.module_key} on {tensor.device}, not on {plan.device}")
+            yield planned, tensor
+    if wanted:
+        raise _broken(strategy, f"it left out {len(wanted)} tensors: {', '.join(sorted(wanted)[:5])}")
+
+
+def _strategy_errors(strategy: LoadingStrategy) -> AbstractContextManager[None]:
+    """Translate what a plugin's strategy raises into an error that names it; core's own raise their errors."""
+    is_own = strategy.name in BUILT_IN_NAMES
+    return translate(lambda error: None if is_own else _broken(strategy, f"it raised {said(error)}"))
+
+
+def _broken(strategy: LoadingStrategy, why: str) -> BrokenPluginError:
+    return BrokenPluginError(
+        f"loading strategy {strategy.name!r} ({type(strategy).__module__}) is broken: {why}",
+        hint="report it to its authors; strategy='mapped' or 'copied' does without it",
+    )

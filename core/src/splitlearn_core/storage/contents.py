@@ -1,23 +1,108 @@
-"""The contents of the folder of a saved component: tensors, copied files, written files."""
+"""The contents of the folder of a saved component, and the layout of its weights, before any byte is written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG, SINGLE, TOKENIZER_PREFIXES
 from splitlearn_core.checkpoint.manifest import is_plain_name
-from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG, TOKENIZER_PREFIXES
 from splitlearn_core.checkpoint.origin import Origin
+from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.loading.opening import OpenModel
-from splitlearn_core.storage.weight_layout import Tensor
 from splitlearn_core.tokenization import converted_files
 from splitlearn_core.types import (
+    DTYPE_BYTES,
     Component,
     ProgressCallback,
 )
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor to write, and the source of its bytes."""
+
+    key: str
+    #: The name in the safetensors format: ``F32``, ``BF16``, ...
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    #: Yields the bytes in pieces; a piece stays valid until the next but one is requested.
+    pieces: Callable[[], Iterator[memoryview]]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A safetensors file to write."""
+
+    name: str
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+def parse_size(size: str | int) -> int:
+    """Parse a size in bytes: ``5GB``, ``500MiB`` or a number.
+
+    Raises:
+        ConfigurationError: It is not a size, or less than one byte.
+    """
+    match = _SIZE.fullmatch(str(size))
+    nbytes = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if isinstance(size, bool) or nbytes < 1:
+        raise ConfigurationError(f"max_shard_size {size!r} is not a size", hint='give "5GB", or a number of bytes')
+    return nbytes
+
+
+def pack(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[WeightFile]:
+    """Distribute tensors over one file, or several of at most a size; a tensor is never divided."""
+    # Widest dtype first: every tensor then begins at a multiple of its element size.
+    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+    shards: list[list[Tensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in ordered:
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    return [WeightFile(name, _header(shard), tuple(shard)) for name, shard in zip(names, shards, strict=True)]
+
+
+def index_of(files: Sequence[WeightFile]) -> str | None:
+    """Return the JSON index of several files; None for a single file, which needs none."""
+    if len(files) == 1:
+        return None
+    weight_map = {tensor.key: file.name for file in files for tensor in file.tensors}
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def _header(tensors: Sequence[Tensor]) -> bytes:
+    """Return the header of a safetensors file: its length, then JSON, padded so that the data is aligned."""
+    entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        entries[tensor.key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True, slots=True)

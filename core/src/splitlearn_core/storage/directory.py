@@ -1,19 +1,26 @@
-"""Directories of saved components: their manifests and their files."""
+"""Directories of saved components: their manifests and files, and whether they are unchanged and belong together."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from splitlearn_core.arguments import user_path
+from splitlearn_core.checkpoint.checkpoint import Checkpoint
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.checkpoint.manifest import MANIFEST, Manifest, component_folders, read_manifest
-from splitlearn_core.checkpoint.origin import origin_mismatches
-from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.types import component_names, is_component_name, place_of
+from splitlearn_core.checkpoint.origin import fingerprint, origin_mismatches
+from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError, SplitLearnError
+from splitlearn_core.loading.opening import open_model
+from splitlearn_core.loading.planning import make_plan, refuse_misfit
+from splitlearn_core.progress import passing_through
+from splitlearn_core.storage.durable_files import hash_file, range_pieces
+from splitlearn_core.types import Progress, ProgressCallback, TensorInfo, component_names, is_component_name, place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ def as_path(given: Any, what: str) -> Path:
 
 
 def is_split_directory(path: Path) -> bool:
-    """Whether a directory holds saved components and nothing else."""
+    """Return whether a directory holds saved components and nothing else."""
     if not path.is_dir() or path.is_symlink():
         return False
     entries = list(path.iterdir())
@@ -126,3 +133,137 @@ def _component_folders(directory: Path) -> list[Path]:
             hint="save one: splitlearn split MODEL --split A B --out DIR",
         )
     return folders
+
+
+@dataclass(frozen=True, slots=True)
+class SavedVerification:
+    """The result of verifying saved components; they are valid if there are no problems."""
+
+    path: str
+    components: tuple[str, ...]
+    #: Whether they are all components of a model.
+    complete: bool
+    #: Bytes that were hashed.
+    nbytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "components": [str(component) for component in self.components],
+            "complete": self.complete,
+            "bytes": self.nbytes,
+            "sound": self.sound,
+            "problems": list(self.problems),
+        }
+
+
+def verify_saved(
+    *directories: str | os.PathLike[str], progress: ProgressCallback = lambda _: None
+) -> SavedVerification:
+    """Check saved components: hashes, sizes, tensors, ties, and whether they belong together.
+
+    Args:
+        directories: What :func:`save_split` made, or folders of components.
+        progress: Called with each :class:`Progress`; it may raise to stop.
+
+    Returns:
+        The result, with all problems.
+
+    Raises:
+        MissingFileError: There are no saved components.
+        InvalidCheckpointError: A manifest is invalid.
+    """
+    split = SplitDirectory.open(*directories)
+    total = sum(record.size for saved in split.components.values() for record in saved.manifest.files.values())
+    done = 0
+
+    with passing_through(progress) as report:
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            report(Progress("hashing", None, done, total))
+
+        problems = split.mismatches() + absent_problems(split)
+        readable = []
+        for saved in split.components.values():
+            own_problems = file_problems(saved)
+            if not own_problems:
+                readable.append(saved)
+                own_problems = hash_problems(saved, count) + tensor_problems(saved)
+            problems += own_problems
+    problems += tie_problems(readable)
+    names = tuple(split.components)
+    shown = " ".join(os.fspath(directory) for directory in directories)
+    return SavedVerification(shown, names, names == split.names, done, tuple(dict.fromkeys(problems)))
+
+
+def absent_problems(split: SplitDirectory) -> list[str]:
+    """Return the components that were saved into the same directory and are missing from it."""
+    if len(split.components) == 1 and next(iter(split.components.values())).folder == split.path:
+        return []  # The folder of one component was named.
+    expected = {name for saved in split.components.values() for name in saved.manifest.saved_with}
+    missing = sorted(expected - split.components.keys(), key=place_of)
+    return [f"the {name} that was saved with the others is missing" for name in missing]
+
+
+def hash_problems(saved: SavedComponent, on_bytes: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Read the files of a component, and compare their hashes with its manifest."""
+    return [
+        f"{saved.folder / name} is not what was saved: its SHA-256 is another"
+        for name, record in saved.manifest.files.items()
+        if hash_file(saved.folder / name, on_bytes).sha256 != record.sha256
+    ]
+
+
+def tensor_problems(saved: SavedComponent) -> list[str]:
+    """Return the reasons why the tensors are not those of the layers that the manifest names."""
+    origin = saved.manifest.origin
+    try:
+        model = open_model(saved.folder, origin.model_type)
+        refuse_misfit(model, make_plan(model, origin.split_points, (origin.component,), origin.dtype))
+    except SplitLearnError as error:
+        return [f"{saved.folder}: {error.message}"]
+    return []
+
+
+def tie_problems(components: list[SavedComponent]) -> list[str]:
+    """Return the tied tensors whose values differ between two components."""
+    first: dict[str, tuple[SavedComponent, TensorInfo]] = {}
+    problems = []
+    for saved in components:
+        for key, info in tensors_of(saved).items():
+            other, theirs = first.setdefault(key, (saved, info))
+            if other is saved:
+                continue
+            pieces = zip(_pieces(other.folder, theirs), _pieces(saved.folder, info), strict=True)
+            same_layout = (info.dtype, info.shape) == (theirs.dtype, theirs.shape)
+            if not (same_layout and all(left == right for left, right in pieces)):
+                names = f"{other.manifest.component} and {saved.manifest.component}"
+                problems.append(f"{key} is one tensor for {names}, and they hold different values of it")
+    return problems
+
+
+def tensors_of(saved: SavedComponent) -> dict[str, TensorInfo]:
+    """Describe the tensors of a saved component by their checkpoint keys."""
+    checkpoint = Checkpoint(open_source(saved.folder))
+    return checkpoint.tensors(checkpoint.weight_map)
+
+
+def configuration_problems(split: SplitDirectory) -> list[str]:
+    """Return the components whose configuration differs, apart from the dtype and the version that wrote it."""
+    by_fingerprint: dict[str, Path] = {}
+    for saved in split.components.values():
+        path = saved.folder / CONFIG
+        by_fingerprint.setdefault(fingerprint(Checkpoint(open_source(saved.folder)).config, ()), path)
+    paths = list(by_fingerprint.values())
+    return [f"{path} is another configuration than {paths[0]}" for path in paths[1:]]
+
+
+def _pieces(folder: Path, info: TensorInfo) -> Iterator[memoryview]:
+    return range_pieces(folder / info.shard, info.begin, info.end)()

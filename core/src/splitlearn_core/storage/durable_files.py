@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.checkpoint.manifest import FileRecord
-from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.errors import InsufficientDiskError, InvalidCheckpointError
-from splitlearn_core.storage.weight_layout import WeightFile
+from splitlearn_core.storage.contents import WeightFile
 from splitlearn_core.types import CHUNK_BYTES, human_bytes
 
 #: Bytes after which written data is flushed to the disk in the background.

@@ -12,7 +12,7 @@ import torch
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.configuration import hf_config
 from splitlearn_core.build.construction import build_component
-from splitlearn_core.checkpoint.names import CONFIG, GENERATION_CONFIG
+from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.checkpoint.torch_file import read_state_dict
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
@@ -21,8 +21,7 @@ from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions
 from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.storage.contents import Part, companion_files, config_text
-from splitlearn_core.storage.weight_layout import Tensor
+from splitlearn_core.storage.contents import Part, Tensor, companion_files, config_text
 from splitlearn_core.types import CHUNK_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo, dtype_names, place_of
 
 if TYPE_CHECKING:

@@ -7,13 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from splitlearn_core.checkpoint.files import INDEX
 from splitlearn_core.checkpoint.manifest import MANIFEST
-from splitlearn_core.checkpoint.names import INDEX
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.progress import passing_through, reporting
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.atomic import replacing, snapshot
-from splitlearn_core.storage.directory import SplitDirectory, as_path, file_problems
+from splitlearn_core.storage.contents import Tensor, index_of, pack, parse_size
+from splitlearn_core.storage.directory import (
+    SplitDirectory,
+    as_path,
+    configuration_problems,
+    file_problems,
+    hash_problems,
+    tensors_of,
+    tie_problems,
+)
 from splitlearn_core.storage.durable_files import (
     Buffers,
     check_room,
@@ -22,9 +31,7 @@ from splitlearn_core.storage.durable_files import (
     write_text,
     write_weights,
 )
-from splitlearn_core.storage.integrity import configuration_problems, hash_problems, tensors_of, tie_problems
 from splitlearn_core.storage.saving import check_place
-from splitlearn_core.storage.weight_layout import Tensor, index_of, pack, parse_size
 from splitlearn_core.types import THREE, Component, Progress, ProgressCallback
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from splitlearn_core.arguments import accept_foreign_names
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX
 from splitlearn_core.checkpoint.manifest import MANIFEST, FileRecord, Manifest, render_manifest
-from splitlearn_core.checkpoint.names import ADAPTER_CONFIG, CONFIG, INDEX
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
 from splitlearn_core.loading.load import origins_of
@@ -21,7 +21,16 @@ from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.plugins.metadata import core_version
 from splitlearn_core.progress import logging_downloads, passing_through, reporting
 from splitlearn_core.storage.atomic import Snapshot, replacing, snapshot
-from splitlearn_core.storage.contents import Part, companion_files, config_text
+from splitlearn_core.storage.contents import (
+    Part,
+    Tensor,
+    WeightFile,
+    companion_files,
+    config_text,
+    index_of,
+    pack,
+    parse_size,
+)
 from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, as_path, is_split_directory
 from splitlearn_core.storage.durable_files import (
     Buffers,
@@ -32,7 +41,6 @@ from splitlearn_core.storage.durable_files import (
     write_text,
     write_weights,
 )
-from splitlearn_core.storage.weight_layout import Tensor, WeightFile, index_of, pack, parse_size
 from splitlearn_core.types import (
     ALL_PARTS,
     SAFETENSORS,

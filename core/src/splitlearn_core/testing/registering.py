@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     # A hook may define a nested function in every call: compared by name.
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, Callable) else value  # type: ignore[arg-type]
+    return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
 
 
 def _difference(before: Any, after: Any) -> str:

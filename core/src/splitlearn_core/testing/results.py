@@ -36,7 +36,7 @@ class Check:
 
     @property
     def outcome(self) -> str:
-        """The worst outcome of its cases; one that was skipped in part counts by the rest."""
+        """The worst outcome of its cases; skipped cases count only if all were skipped."""
         return next(outcome for outcome in _ORDER if any(case.outcome == outcome for case in self.cases))
 
     @property

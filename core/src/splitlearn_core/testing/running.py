@@ -150,7 +150,7 @@ class _Recorder:
 
 
 def _case_of(item: Any, call: Any, report: Any) -> Case:
-    # Imports torch, which errors about names or a missing pytest must not need.
+    # Imports torch, which is not needed to report unknown names or a missing pytest.
     from splitlearn_core.testing.conformance.findings import ConformanceError
 
     error = call.excinfo.value if call.excinfo is not None else None

@@ -1,4 +1,4 @@
-"""What llama.cpp's converter made of a Hugging Face checkpoint, architecture by architecture, and how to undo it.
+"""How llama.cpp's converter changes a Hugging Face checkpoint, for each architecture, and how to undo it.
 
 Names are of the form ``blk.3.attn_q.weight``. Three things were done to values: the rows of the
 queries and keys of llama were reordered for llama.cpp's rotation, GPT-2's ``Conv1D`` weights were
@@ -17,7 +17,7 @@ from splitlearn_core import CheckpointError
 
 
 class Change(Enum):
-    """What has to be done to a tensor's values to make them Hugging Face's."""
+    """The change that turns a tensor's values into Hugging Face's."""
 
     NONE = "none"
     TRANSPOSE = "transpose"
@@ -130,14 +130,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({known.name: known 
 
 
 def architecture(name: str, where: str) -> Architecture:
-    """Return what is known of an architecture.
+    """Return an architecture by name.
 
     Args:
         name: ``general.architecture`` of a file.
         where: The file, for the message.
 
     Raises:
-        CheckpointError: Nothing is.
+        CheckpointError: It is unknown.
     """
     if name not in ARCHITECTURES:
         read = ", ".join(ARCHITECTURES)

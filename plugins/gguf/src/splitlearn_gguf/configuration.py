@@ -1,7 +1,7 @@
-"""A ``config.json`` out of the metadata of a GGUF file, for a file that has none beside it.
+"""A ``config.json`` from the metadata of a GGUF file, for a folder that has none.
 
-The names are those that transformers gives them when it reads such a file itself. What the metadata
-cannot say in full is refused, not guessed: the original ``config.json`` then has to lie beside the file.
+The names are those of transformers' own GGUF reader. What the metadata does not state in full is refused, not guessed:
+the original ``config.json`` is then needed next to the file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from splitlearn_gguf.metadata import head_size, metadata_problems
 
 log = logging.getLogger(__name__)
 
-_BESIDE = "put the config.json of the original checkpoint beside the file"
+_ADVICE = "put the config.json of the original checkpoint next to the file"
 
-#: Metadata without the architecture's prefix -> what config.json calls it; all of these are needed.
+#: Metadata key without the architecture's prefix -> name in config.json; all are required.
 _SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -35,12 +35,12 @@ _GPT2_SIZES = {
     "feed_forward_length": "n_inner",
     "attention.head_count": "n_head",
 }
-#: Numbers of special tokens, where the file states them.
+#: Ids of special tokens, if the file states them.
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 _DEFAULT_THETA = 10_000.0
-#: Architectures with layers that see a window alone, and with caps on logits.
+#: Architectures with sliding-window layers, and with soft caps on logits.
 _SLIDING = ("gemma2", "gemma3")
-#: ``query_pre_attn_scalar`` where nothing else is said; the size of a head in the released models.
+#: ``query_pre_attn_scalar`` if it is not stated: the size of a head in the released models.
 _USUAL_SCALAR = 256
 _MAX_SHOWN = 8
 #: Layers of the Gemmas whose attention is scaled by the size of a head as if heads shared the hidden
@@ -49,21 +49,21 @@ _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
 
 
 def read_config(header: Header) -> dict[str, Any]:
-    """Return what ``config.json`` would say of the model.
+    """Return the configuration of the model as a ``config.json`` has it.
 
     Raises:
-        InvalidCheckpointError: Metadata is missing or no number; all of it is listed.
-        CheckpointError: The architecture is unknown, or the metadata does not say enough.
+        InvalidCheckpointError: Metadata is missing or not a number; all of it is listed.
+        CheckpointError: The architecture is unknown, or the metadata is incomplete.
     """
     known = architecture(header.architecture, str(header.path))
     needed = _GPT2_SIZES if known.name == "gpt2" else _SIZES
-    _refuse_unsound(header, tuple(needed))
+    _refuse_invalid(header, tuple(needed))
     problems = metadata_problems(header)
     if problems:
         shown = [*problems[:_MAX_SHOWN], *([f"and {len(problems) - _MAX_SHOWN} more"] * (len(problems) > _MAX_SHOWN))]
         raise CheckpointError(
-            f"{header.path}: metadata changes what the model computes, in ways that are not read: {'; '.join(shown)}",
-            hint=f"{_BESIDE}: it says in full what is computed",
+            f"{header.path}: metadata changes what the model computes, in unsupported ways: {'; '.join(shown)}",
+            hint=f"{_ADVICE}: it states all of it",
         )
     config: dict[str, Any] = {"model_type": known.model_types[0]}
     config |= {name: _get(header, key) for key, name in needed.items()}
@@ -75,10 +75,10 @@ def read_config(header: Header) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise InvalidCheckpointError(
-            f"{header.path} has no token_embd.weight, which says how large the vocabulary is", hint=_BESIDE
+            f"{header.path} has no token_embd.weight, which says how large the vocabulary is", hint=_ADVICE
         )
     config["vocab_size"] = embedding.shape[0]
-    # llama.cpp writes the head only where it is not the embedding.
+    # llama.cpp writes the head only if it is not the embedding.
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     if known.name == "gpt2":
         return config | {"layer_norm_epsilon": _epsilon(header, "attention.layer_norm_epsilon")}
@@ -91,7 +91,7 @@ def read_config(header: Header) -> dict[str, Any]:
     return config | _windows(header) | _softcaps(header) | _attention_scale(header, config)
 
 
-def _refuse_unsound(header: Header, needed: tuple[str, ...]) -> None:
+def _refuse_invalid(header: Header, needed: tuple[str, ...]) -> None:
     counted = (*needed, "attention.head_count_kv", "attention.key_length", "attention.sliding_window")
     problems = []
     for key in counted:
@@ -99,13 +99,13 @@ def _refuse_unsound(header: Header, needed: tuple[str, ...]) -> None:
         if value is None and key in needed:
             problems.append(f"{header.architecture}.{key} is missing")
         elif value is not None and (type(value) is not int or value < 1):
-            problems.append(f"{header.architecture}.{key} is {str(value)[:80]}, no whole number from 1")
+            problems.append(f"{header.architecture}.{key} is {str(value)[:80]}, not an integer from 1")
     for key in ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor"):
         value = _get(header, key)
         if value is not None and not (type(value) in (int, float) and 0 < value < float("inf")):
-            problems.append(f"{header.architecture}.{key} is {str(value)[:80]}, no number above 0")
+            problems.append(f"{header.architecture}.{key} is {str(value)[:80]}, not a number above 0")
     if problems:
-        raise InvalidCheckpointError(f"{header.path}: {'; '.join(problems)}", hint=_BESIDE)
+        raise InvalidCheckpointError(f"{header.path}: {'; '.join(problems)}", hint=_ADVICE)
 
 
 def _get(header: Header, key: str) -> Any:
@@ -115,7 +115,7 @@ def _get(header: Header, key: str) -> Any:
 def _epsilon(header: Header, key: str) -> float:
     value = _get(header, key)
     if type(value) is not float or not 0 < value < 1:
-        raise InvalidCheckpointError(f"{header.path}: {header.architecture}.{key} is {str(value)[:80]}", hint=_BESIDE)
+        raise InvalidCheckpointError(f"{header.path}: {header.architecture}.{key} is {str(value)[:80]}", hint=_ADVICE)
     return value
 
 
@@ -130,15 +130,16 @@ def _rope_parameters(header: Header) -> dict[str, Any]:
 
 
 def _scaling(header: Header) -> Iterator[tuple[str, Any]]:
-    """Yield how positions are stretched; only Gemma 3's way is stated in full."""
+    """Yield how rotary positions are scaled; only Gemma 3's scaling is stated in full."""
     kind, factor = _get(header, "rope.scaling.type"), _get(header, "rope.scaling.factor")
     if header.architecture == "gemma3" and kind == "linear" and factor is not None:
         yield from (("rope_type", "linear"), ("factor", float(factor)))
         return
-    stretched = (kind or "none") != "none" or factor is not None or _get(header, "rope.scale_linear") not in (None, 1)
-    if stretched or "rope_freqs.weight" in header.tensors:
+    scaled = (kind or "none") != "none" or factor is not None or _get(header, "rope.scale_linear") not in (None, 1)
+    if scaled or "rope_freqs.weight" in header.tensors:
         raise CheckpointError(
-            f"{header.path} stretches its rotary positions, and its metadata does not say how in full", hint=_BESIDE
+            f"{header.path} scales its rotary positions, and its metadata does not state how in full",
+            hint=_ADVICE,
         )
 
 
@@ -146,7 +147,7 @@ def _head_dim(header: Header) -> int | None:
     length = _get(header, "attention.key_length")
     if length is None and header.architecture == "llama":
         length = _get(header, "rope.dimension_count")
-    # Qwen2's configuration has no size of heads: they share the hidden size.
+    # Qwen2's configuration has no head_dim: heads divide the hidden size.
     return length if type(length) is int and length > 0 and header.architecture != "qwen2" else None
 
 
@@ -159,10 +160,10 @@ def _windows(header: Header) -> dict[str, Any]:
 
 
 def _layer_types(header: Header, pattern: Any) -> list[str]:
-    """Return the kinds of layers: by a flag for each, or, as llama.cpp counts, every so many is a full one.
+    """Return the type of each layer: from a flag for each, or, as llama.cpp counts, full attention every so many.
 
     Raises:
-        InvalidCheckpointError: It is neither.
+        InvalidCheckpointError: The pattern is neither.
     """
     count = _get(header, "block_count")
     if isinstance(pattern, list | tuple) and len(pattern) == count and all(flag in (0, 1) for flag in pattern):
@@ -173,16 +174,16 @@ def _layer_types(header: Header, pattern: Any) -> list[str]:
         raise InvalidCheckpointError(
             f"{header.path}: {header.architecture}.attention.sliding_window_pattern is {str(pattern)[:80]}, "
             f"neither a number nor a flag for each of {count} layers",
-            hint=_BESIDE,
+            hint=_ADVICE,
         )
     return ["sliding_attention" if sliding else "full_attention" for sliding in slides]
 
 
 def _softcaps(header: Header) -> dict[str, Any]:
-    """Return how logits are capped, where the file says so; 0 is no cap.
+    """Return the soft caps of logits that the file states; 0 is no cap.
 
     Raises:
-        InvalidCheckpointError: It is no number from 0.
+        InvalidCheckpointError: It is not a number from 0.
     """
     caps: dict[str, Any] = {}
     for name in ("attn_logit_softcapping", "final_logit_softcapping") if header.architecture in _SLIDING else ():
@@ -191,17 +192,18 @@ def _softcaps(header: Header) -> dict[str, Any]:
             continue
         if type(value) not in (int, float) or not 0 <= value < math.inf:
             raise InvalidCheckpointError(
-                f"{header.path}: {header.architecture}.{name} is {str(value)[:80]}, no number from 0", hint=_BESIDE
+                f"{header.path}: {header.architecture}.{name} is {str(value)[:80]}, not a number from 0",
+                hint=_ADVICE,
             )
         caps[name] = float(value) or None
     return caps
 
 
 def _attention_scale(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return by what the scores of the Gemmas are divided, squared.
+    """Return the square of the number that attention scores of the Gemmas are divided by.
 
     Raises:
-        InvalidCheckpointError: It is stated, and no whole number.
+        InvalidCheckpointError: It is stated, and not an integer.
     """
     if header.architecture not in _SLIDING:
         return {}
@@ -211,8 +213,8 @@ def _attention_scale(header: Header, config: Mapping[str, Any]) -> dict[str, Any
         if not scalar or not math.isclose(scalar, round(scalar), rel_tol=1e-4):
             raise InvalidCheckpointError(
                 f"{header.path}: {header.architecture}.attention.scale is {str(scale)[:80]}, "
-                "not 1 by the root of a whole number",
-                hint=_BESIDE,
+                "not 1 divided by the square root of an integer",
+                hint=_ADVICE,
             )
         return {"query_pre_attn_scalar": round(scalar)}
     if (header.architecture, config["num_hidden_layers"]) in _SCALED_BY_HIDDEN:

@@ -4,8 +4,8 @@ Format (versions 2 and 3, little-endian): the magic ``GGUF``, the version, how m
 many metadata entries; then each entry (key, type, value), then each tensor (name, sizes, type, offset
 from the start of the data). The data begins at the next multiple of ``general.alignment``.
 
-The reader of the ``gguf`` library believes what such a file says, and one that claims 2**63 elements
-keeps it busy for ever; here every count is held against the bytes that are left before it is used.
+The reader of the ``gguf`` library trusts the file, and 2**63 stated elements keep it busy for ever; here
+every count is compared with the bytes that are left before it is used.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
 #: Number of a metadata type of fixed size -> struct's letter for it.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-#: What ggml itself bears: dimensions of a tensor, and a size that a signed number holds.
+#: The limits of ggml: dimensions of a tensor, and a size that a signed number holds.
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 4, 2**63 - 1
 #: Bytes of a key or name; the specification has 65535 for keys, and ggml 64 for names.
 _MAX_NAME = 65_535
-#: Bytes of the least metadata entry (key, type, value) and of the least tensor entry.
-_LEAST_ENTRY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
+#: Bytes of the smallest metadata entry (key, type, value) and of the smallest tensor entry.
+_MIN_ENTRY, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 #: Elements of an array that are kept; longer ones are vocabularies, and only counted.
 _MAX_KEPT = 1024
 _MAX_SHOWN, _MAX_WORD = 8, 80
@@ -41,14 +41,14 @@ _MAX_SHOWN, _MAX_WORD = 8, 80
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """An array of the metadata that is only counted: texts, or many numbers."""
+    """An array of the metadata of which only the length is kept: strings, or many numbers."""
 
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies, and how it is stored."""
+    """The place of a tensor in the file, and how it is stored."""
 
     name: str
     #: In torch's order: the size that varies fastest comes last.
@@ -66,7 +66,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a GGUF file says of itself; no weights were read."""
+    """The metadata and the tensors of a GGUF file; no weights are read."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -81,7 +81,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a GGUF file.
 
     Raises:
-        InvalidCheckpointError: It is no GGUF file, it is truncated, or it contradicts itself; all
+        InvalidCheckpointError: It is not a GGUF file, it is truncated, or it contradicts itself; all
             contradictions of its tensors are listed.
     """
     with open_regular(path) as file:
@@ -96,7 +96,7 @@ def type_name(number: int) -> str:
 
 
 class _Reader:
-    """Walks through a header once, from its first byte to its last."""
+    """Reads a header from its first byte to its last."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
@@ -113,15 +113,15 @@ class _Reader:
         if version not in _VERSIONS:
             self._refuse(f"it is of GGUF version {version}; versions 2 and 3 are read", "convert the model again")
         tensors, entries = self._numbers("QQ", "the counts")
-        self._expect(entries, _LEAST_ENTRY, "metadata entries")
+        self._expect(entries, _MIN_ENTRY, "metadata entries")
         metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._text("a metadata key", _MAX_NAME)
             if key in metadata:
-                self._refuse(f"metadata key {_short(key)} comes twice")
+                self._refuse(f"metadata key {_short(key)} occurs twice")
             metadata[key] = self._value(key)
         self._check_metadata(metadata)
-        self._expect(tensors, _LEAST_TENSOR, "tensors")
+        self._expect(tensors, _MIN_TENSOR, "tensors")
         described = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
         start = -(-self._position // alignment) * alignment
@@ -160,9 +160,9 @@ class _Reader:
             nbytes, problem = _stored_nbytes(shape, number)
             begin = start + offset
             if name in tensors:
-                problem = "it comes twice"
+                problem = "it occurs twice"
             elif not problem and offset % alignment:
-                problem = f"its offset {offset} is no multiple of {alignment}"
+                problem = f"its offset {offset} is not a multiple of {alignment}"
             elif not problem and begin + nbytes > self._size:
                 problem = f"it ends at byte {begin + nbytes} of a file of {self._size}"
             if problem:
@@ -189,7 +189,7 @@ class _Reader:
             return self._numbers(self._scalar(kind, key), where)[0]
         kind, length = self._numbers("IQ", where)
         if kind == _STRING:
-            self._expect(length, 8, f"texts in {_short(key)}")
+            self._expect(length, 8, f"strings in {_short(key)}")
             for _ in range(length):
                 (size,) = self._numbers("Q", where)
                 self._skip(size, where)
@@ -213,7 +213,7 @@ class _Reader:
         try:
             return self._take(length, what).decode("utf-8")
         except UnicodeDecodeError as error:
-            self._refuse(f"{what} is no text: {error}")
+            self._refuse(f"{what} is not UTF-8: {error}")
 
     def _numbers(self, letters: str, what: str) -> tuple[Any, ...]:
         layout = f"<{letters}"
@@ -233,21 +233,21 @@ class _Reader:
         self._position += length
 
     def _expect(self, count: int, least: int, what: str) -> None:
-        """Refuse a count of things, each of at least so many bytes, that the rest of the file cannot hold."""
+        """Refuse a count of items, each of at least so many bytes, for which the rest of the file is too short."""
         if count > (self._size - self._position) // least:
             self._refuse(f"it ends too early for {what}: {count} from byte {self._position} of {self._size}")
 
     def _refuse(self, why: str, hint: str = "fetch or convert the file again") -> NoReturn:
-        raise InvalidCheckpointError(f"{self._path} is no sound GGUF file: {why}", hint=hint)
+        raise InvalidCheckpointError(f"{self._path} is not a valid GGUF file: {why}", hint=hint)
 
 
 def _short(name: str) -> str:
-    """Repeat a name out of a file, but no more of it than a message bears."""
+    """Quote a name from a file, shortened for a message."""
     return repr(name if len(name) <= _MAX_WORD else f"{name[:_MAX_WORD]}...")
 
 
 def _stored_nbytes(shape: tuple[int, ...], number: int) -> tuple[int, str]:
-    """Return the bytes of a stored tensor, or what is wrong with it."""
+    """Return the bytes of a stored tensor, and what is wrong with it; empty if nothing is."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -256,7 +256,7 @@ def _stored_nbytes(shape: tuple[int, ...], number: int) -> tuple[int, str]:
         return 0, f"its type has the unknown number {number}"
     elements = math.prod(shape)
     if not shape or elements < 1 or elements > _MAX_ELEMENTS:
-        return 0, f"its shape {list(shape)} is none"
+        return 0, f"its shape {list(shape)} is invalid"
     if shape[-1] % block:
-        return 0, f"its rows of {shape[-1]} are not made of blocks of {block}"
+        return 0, f"its rows of {shape[-1]} cannot be divided into blocks of {block}"
     return elements // block * size, ""

@@ -1,8 +1,7 @@
-"""What each metadata key of llama.cpp does to the numbers of a model, and whether a value of it can be honoured.
+"""The effect of each metadata key of llama.cpp on what a model computes, and whether a value of it is supported.
 
-A key is used for a configuration, has no effect on logits, or is refused unless its value is neutral:
-the one that leaves the numbers as they are without it. A key that this table does not have may mean
-anything, and is refused as well.
+A key becomes a part of the configuration, has no effect on logits, or is refused unless its value is neutral: it
+changes nothing. A key that is not in this table may mean anything, and is refused as well.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ _TOLERANCE = 1e-4
 
 
 class Effect(Enum):
-    """What a key does to the numbers of a model."""
+    """The effect of a key on what a model computes."""
 
     #: It becomes a value of the configuration, for some architectures; for others its value has to be neutral.
     USED = "used"
     #: Logits do not depend on it.
     NONE = "none"
-    #: Only a neutral value can be honoured.
+    #: Only a neutral value is supported.
     REFUSED = "refused"
 
 
@@ -40,10 +39,10 @@ Neutral = Callable[[Any, Header], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What is done about one key."""
+    """How one key is handled."""
 
     effect: Effect
-    #: The architectures whose configuration it becomes a part of.
+    #: The architectures whose configuration it is a part of.
     used_by: frozenset[str] = frozenset()
     neutral: Neutral = lambda value, header: False
 
@@ -64,10 +63,10 @@ def _zeros(value: Any, header: Header) -> bool:
 
 
 def _equals(*keys: str) -> Neutral:
-    """Neutral where it says what another key says already."""
+    """Neutral if it repeats another key."""
 
     def neutral(value: Any, header: Header) -> bool:
-        return value in (0, next((found for key in keys if (found := _get(header, key)) is not None), None))
+        return value in (0, next((other for key in keys if (other := _get(header, key)) is not None), None))
 
     return neutral
 
@@ -88,7 +87,7 @@ def _head_size(value: Any, header: Header) -> bool:
 
 
 def _rotated_size(value: Any, header: Header) -> bool:
-    """Neutral where all of a head is rotated; the rows of the queries say how large one is."""
+    """Neutral if all of a head is rotated; the size of a head follows from the rows of the queries."""
     queries, heads = header.tensors.get("blk.0.attn_q.weight"), _get(header, "attention.head_count")
     if queries is None or type(heads) is not int or not heads:
         return _head_size(value, header)
@@ -128,7 +127,7 @@ def _used(by: frozenset[str] = _ALL, neutral: Neutral = lambda value, header: Fa
 
 
 _SIZES = {
-    "vocab_size": _NO_EFFECT,  # The embedding says it.
+    "vocab_size": _NO_EFFECT,  # The size of the embedding counts.
     "context_length": _used(),
     "embedding_length": _used(),
     "embedding_length_out": Rule(Effect.REFUSED, neutral=_equals("embedding_length")),
@@ -195,7 +194,7 @@ _ROPE = {
     "dimension_sections": _ZERO,
     "freq_base": _used(_ROTARY, _zeros),
     "freq_base_swa": _used(frozenset({"gemma3"}), _equals("rope.freq_base")),
-    # Stretched positions are refused as a whole where they are not stated in full: see `configuration`.
+    # Scaled positions that are not stated in full are refused in `configuration`.
     "scaling.type": _used(),
     "scaling.factor": _used(),
     "scale_linear": _used(),
@@ -229,21 +228,21 @@ _GLOBAL = {
         _ABSENT,
     ),
 }  # fmt: skip
-#: Key as llama.cpp lists it, with its placeholders -> what is done about it.
+#: Key as llama.cpp lists it, with its placeholders -> how it is handled.
 RULES: Mapping[str, Rule] = MappingProxyType(
     {**{_ARCH + key: rule for key, rule in _OF_ARCHITECTURE.items()}, **_GLOBAL}
 )
-#: What others add beside llama.cpp's keys: of towers for pictures and sounds, whose tensors are not read.
+#: Keys that are not llama.cpp's: of encoders for images and audio, whose tensors are not read.
 _TOWERS = re.compile(r"(vision|mm|audio)\.")
 _DENSE = re.compile(r"\w+_feat_(in|out)")
 
 
 def rule_of(key: str, architecture: str) -> Rule | None:
-    """Return what is done about a key of a file, or None where the table does not know it."""
+    """Return how a key of a file is handled, or None if it is unknown."""
     if key in _GLOBAL:
         return _GLOBAL[key]
     if not key.startswith(f"{architecture}."):
-        # Of another architecture, or of nobody: llama.cpp does not look at it either.
+        # Of another architecture, or unknown: llama.cpp does not read it either.
         return _NO_EFFECT
     own = key.removeprefix(f"{architecture}.")
     if _TOWERS.match(own) or _DENSE.fullmatch(own):
@@ -252,19 +251,19 @@ def rule_of(key: str, architecture: str) -> Rule | None:
 
 
 def listed_rule(key: str) -> Rule | None:
-    """Return what is done about a key as llama.cpp lists it, placeholders and all."""
+    """Return how a key is handled, written as llama.cpp lists it, with placeholders."""
     free = _NO_EFFECT if key.startswith(_FREE_GROUPS) and key not in _GLOBAL else None
     return RULES.get(key, free)
 
 
 def metadata_problems(header: Header) -> list[str]:
-    """Say which values change the numbers of the model and cannot be honoured; empty where there are none."""
+    """Return the values that change what the model computes and are not supported; empty if there are none."""
     problems = []
     for key, value in header.metadata.items():
         rule = rule_of(key, header.architecture)
         shown = f"{key} = {str(value)[:_MAX_WORD]}"
         if rule is None:
-            problems.append(f"{shown} is a key that is not known here")
+            problems.append(f"{shown} is an unknown key")
         elif (
             rule.effect is not Effect.NONE
             and header.architecture not in rule.used_by

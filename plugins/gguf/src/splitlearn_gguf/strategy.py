@@ -1,4 +1,4 @@
-"""The loading strategy: which tensors of a GGUF file are wanted, and reading them."""
+"""The loading strategy for GGUF files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _MAX_SHOWN = 8
-#: What every tensor is once it is dequantised, in the words of the safetensors format.
+#: The dtype of every dequantised tensor, as safetensors names it.
 _DEQUANTISED = "F32"
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MATRIX = 2
@@ -30,7 +30,7 @@ class GgufStrategy:
     reads = "GGUF files, quantised or not: only the planned tensors, dequantised, in any dtype, on any device"
 
     def config(self, path: Path) -> Mapping[str, Any]:
-        """Return the configuration that the file's metadata tells; raises CheckpointError."""
+        """Return the configuration that follows from the file's metadata; raises CheckpointError."""
         return read_config(read_header(path))
 
     def tensors(self, path: Path, config: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
@@ -53,22 +53,22 @@ class GgufStrategy:
         return {key: _info(key, stored, known, path) for key, stored in keyed.items()}
 
     def pretrained_arguments(self, path: Path) -> Mapping[str, Any]:
-        """Return what ``from_pretrained`` of transformers has to be told to read the same file."""
+        """Return the arguments with which ``from_pretrained`` of transformers reads the same file."""
         return {"gguf_file": path.name}
 
     def refusal(self, plan: ReadPlan) -> str:
-        """Say why this plan cannot be read this way, or nothing."""
+        """Return why this plan cannot be read this way; empty if it can."""
         others = sorted({tensor.info.format for tensor in plan.tensors} - {self.format})
         return f"it reads gguf files, not {', '.join(others)}" if others else ""
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
-        """Predict what the tensors take, and what is needed to dequantise a piece of the largest."""
+        """Predict the memory of the tensors, and of dequantising a piece of the largest."""
         elements = sum(tensor.elements for tensor in plan.tensors)
         kept = elements * _ELEMENT_BYTES[plan.dtype] if plan.device == "cpu" else 0
         return kept + self.passing_bytes(plan)
 
     def passing_bytes(self, plan: ReadPlan) -> int:
-        """Predict how much of that is given back once the plan is read."""
+        """Predict how much of that is freed after the read."""
         from splitlearn_gguf.values import CHUNK_ELEMENTS, WORKING_BYTES
 
         largest = max((tensor.elements for tensor in plan.tensors), default=0)
@@ -125,28 +125,28 @@ def _refuse_types(path: Path, tensors: Iterable[StoredTensor]) -> None:
     if refused:
         raise CheckpointError(
             f"{path} stores tensors in a way that the gguf library cannot dequantise: {', '.join(sorted(refused))}",
-            hint="pip install --upgrade gguf; or convert the model to another type, Q8_0 say",
+            hint="pip install --upgrade gguf; or convert the model to another type, such as Q8_0",
         )
 
 
 def _wanted(
     header: Header, known: Architecture, planned: Sequence[PlannedTensor]
 ) -> list[tuple[PlannedTensor, StoredTensor]]:
-    """Find the planned tensors in the file as it is now, in the order in which it holds them."""
+    """Find the planned tensors in the file as it is now, in its order."""
     keyed = _keyed(header, known)
     infos = {key: _info(key, stored, known, header.path) for key, stored in keyed.items()}
     changed = sorted(tensor.info.key for tensor in planned if infos.get(tensor.info.key) != tensor.info)
     if changed:
         raise InvalidCheckpointError(
-            f"{header.path} is no longer the file that was planned; others are now: {', '.join(changed[:_MAX_SHOWN])}",
-            hint="let the file be written to its end, and load it again",
+            f"{header.path} is no longer the file that was planned; changed: {', '.join(changed[:_MAX_SHOWN])}",
+            hint="load it again once it is written completely",
         )
-    found = [(tensor, keyed[tensor.info.key]) for tensor in planned]
-    return sorted(found, key=lambda pair: pair[1].begin)
+    pairs = [(tensor, keyed[tensor.info.key]) for tensor in planned]
+    return sorted(pairs, key=lambda pair: pair[1].begin)
 
 
 def _heads(header: Header, change: Change) -> int:
-    """Return the heads whose rows are to be ordered; 0 where none are."""
+    """Return the number of heads whose rows are reordered; 0 for none."""
     heads = header.metadata.get(f"{header.architecture}.attention.head_count")
     if change is Change.ORDER_KEYS:
         heads = header.metadata.get(f"{header.architecture}.attention.head_count_kv", heads)

@@ -1,4 +1,4 @@
-"""From the blocks in a file to the values of a tensor, a few rows at a time."""
+"""Read and dequantise tensors, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 #: Elements that are dequantised at a time.
 CHUNK_ELEMENTS = 2**20
 #: Bytes that dequantising takes for each element of a chunk: blocks, float32 values, and numpy's
-#: intermediate arrays, the most for the types whose values come out of a table.
+#: intermediate arrays, the most for types with a table of values.
 WORKING_BYTES = 32
 
 
 def can_dequantise(number: int) -> bool:
-    """Say whether the gguf library knows how to dequantise a type; it can store some that it cannot."""
+    """Return whether the gguf library can dequantise a type; there are some that it can only store."""
     import numpy as np
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
@@ -50,12 +50,11 @@ def read_tensor(
 
     Args:
         file: The open file.
-        stored: Where the tensor lies.
-        change: What has to be undone.
-        heads: Heads whose rows are to be ordered, where they are.
-        dtype: The dtype that is wanted.
-        device: Where the tensor goes.
-        on_bytes: Told how many more bytes of the file were read; it may raise to stop.
+        stored: Its place in the file.
+        change: The change to undo.
+        heads: The number of heads whose rows are reordered; 0 for none.
+        dtype, device: Of the result.
+        on_bytes: Called with the number of bytes just read; it may raise to stop.
 
     Raises:
         InvalidCheckpointError: The file ends too early, or the rows do not belong to the heads.
@@ -80,8 +79,7 @@ def read_tensor(
         else:
             target[order[start : start + count].to(device)] = values.to(device=device, dtype=dtype)
         on_bytes(count * row_bytes)
-    # A view, as transformers has it: another layout in memory would be multiplied in another order,
-    # and the last bit would differ.
+    # A view, as in transformers: with another layout in memory, products differ in the last bit.
     return tensor.T if change is Change.TRANSPOSE else tensor
 
 
@@ -91,7 +89,7 @@ def _dequantised(file: FileIO, stored: StoredTensor, rows: int, row_bytes: int) 
     from gguf.quants import dequantize
 
     blocks = np.empty((rows, row_bytes), np.uint8)
-    # Read and not mapped: a file that shrinks meanwhile is an error then, and not a dead process.
+    # Not mapped: a file that is truncated meanwhile is then an error, and does not kill the process.
     rest = blocks.data.cast("B")
     while rest and (taken := file.readinto(rest)):
         rest = rest[taken:]
@@ -104,7 +102,7 @@ def _dequantised(file: FileIO, stored: StoredTensor, rows: int, row_bytes: int) 
 
 
 def _order(where: str, stored: StoredTensor, heads: int) -> torch.Tensor:
-    """Say to which row of Hugging Face's each stored row of queries or keys goes.
+    """Return the row in Hugging Face's order for each stored row of queries or keys.
 
     llama.cpp rotates neighbouring rows of a head, Hugging Face row ``i`` with row ``i + half``.
     """

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
+from splitlearn_core.checkpoint.files import CONFIG, open_regular
 from splitlearn_core.checkpoint.hub.fetch_plan import (
     FileFetch,
     Span,
@@ -32,8 +33,6 @@ from splitlearn_core.checkpoint.hub.transfer import (
     fetch_ranges,
     opened,
 )
-from splitlearn_core.checkpoint.names import CONFIG
-from splitlearn_core.checkpoint.regular_files import open_regular
 from splitlearn_core.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header, read_header
 from splitlearn_core.errors import (
     CheckpointError,
@@ -258,7 +257,7 @@ class HubSource:
         with opened(self.model, name, self._commit, self._options["token"], (0, count)) as (served, chunks):
             if served.span is not None and served.span[0] != 0:
                 raise CheckpointError(
-                    f"{self.model}/{name}: the Hub was asked for its first bytes and sent others",
+                    f"{self.model}/{name}: the first bytes were requested, and the Hub sent others",
                     hint="try another mirror (HF_ENDPOINT)",
                 )
             for chunk in chunks:

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -28,9 +27,21 @@ from splitlearn_core.errors import CheckpointError, InvalidCheckpointError
 #: Seconds without a response from the Hub before a request fails.
 TIMEOUT = 20.0
 
-#: Seconds between two attempts to connect.
-_RECONNECT_S = 1.0
-_OK, _PARTIAL = 200, 206
+#: Seconds before another attempt to connect, or to get the rest of a range.
+_PAUSE_S = 1.0
+
+#: Connections at once.
+_CONNECTIONS = 4
+
+#: Bytes after which received data is flushed and recorded: the most that a killed process loses per connection.
+_RECORD_BYTES = 16 * 2**20
+
+#: Requests in a row for the rest of a range that may gain fewer bytes than this before the fetch fails.
+_ATTEMPTS, _GAIN = 5, 2**20
+
+#: Seconds between two calls of the progress callback, which may raise to stop, while no bytes arrive.
+_HEARTBEAT = 0.2
+_PARTIAL, _UNSATISFIABLE = 206, 416
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +63,17 @@ def opened(
 ) -> Iterator[tuple[Served, Iterator[bytes]]]:
     """Request a range of a file; yield what the response states, and an iterator over the chunks of its body.
 
-    Redirects are followed, and proxies and ``HF_ENDPOINT`` respected, as by the client itself.
+    The client of the Hub follows redirects, uses proxies and ``HF_ENDPOINT``, and retries until the server answers.
+    A broken connection must not leave the block as an error: the client would send the request again.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     url = hf_hub_url(repo, name, revision=commit)
     # A compressed body would not be the requested bytes.
     ranged = {"Range": f"bytes={span[0]}-{span[1] - 1}", "Accept-Encoding": "identity"}
     headers = {**build_hf_headers(token=token), **ranged}
-    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+    with http_stream_backoff("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
         if response.is_error:
             response.read()
         hf_raise_for_status(response)
@@ -97,7 +109,7 @@ def connection_failure() -> Exception | None:
     from huggingface_hub.utils import get_session
 
     failures = transport()
-    for pause in (_RECONNECT_S, 0.0):
+    for pause in (_PAUSE_S, 0.0):
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             return None
@@ -114,23 +126,6 @@ def transport() -> ModuleType:
     from huggingface_hub.utils import get_session
 
     return sys.modules[type(get_session()).__module__.partition(".")[0]]
-
-
-#: Connections at once.
-_CONNECTIONS = 4
-
-#: Bytes after which received data is flushed and recorded: the most that a killed process loses per connection.
-_RECORD_BYTES = 16 * 2**20
-
-#: Rounds in a row that may gain fewer bytes than this before the fetch fails.
-_ROUNDS, _GAIN = 5, 2**20
-
-#: Seconds to wait before the second, third, ... attempt, and the longest wait that ``Retry-After`` can cause.
-_WAITS, _LONGEST_WAIT = (0.0, 1.0, 2.0, 4.0), 30.0
-
-#: Seconds between two calls of the progress callback, which may raise to stop, while no bytes arrive.
-_HEARTBEAT = 0.2
-_TOO_MANY, _UNAVAILABLE, _UNSATISFIABLE = 429, 500, 416
 
 
 class RangesNotServedError(Exception):
@@ -174,31 +169,11 @@ def fetch_ranges(
             with partial.path.open("r+b") as file:
                 file.write(head)
                 _keep(partial, file, (0, len(head)))
-        fruitless = 0
-        while missing := to_request(wanted, partial.coverage().spans):
-            before = count(partial.coverage().spans)
-            failures = _Round(remote, partial, report).run(missing)
-            _raise_fatal(remote, partial, failures)
-            gained = count(partial.coverage().spans) - before
-            fruitless = 0 if gained >= _GAIN else fruitless + 1
-            if failures and fruitless >= _ROUNDS:
-                raise _given_up(remote, partial, missing, failures[0]) from failures[0]
-            if failures:
-                _wait(_pause(fruitless, failures), report)
-
-
-def _raise_fatal(remote: RemoteFile, partial: PartialFile, failures: Sequence[Exception]) -> None:
-    """Raise an error that no retry can fix, if there is one; a changed file takes precedence."""
-    fatal = [failure for failure in failures if not _is_transient(failure)]
-    for failure in fatal:
-        if _status(failure) == _UNSATISFIABLE:
+        try:
+            _Transfer(remote, partial, to_request(wanted, partial.coverage().spans)).run(report)
+        except InvalidCheckpointError:
             partial.discard()
-            raise _changed(remote, f"it had {partial.size} bytes, and now has fewer") from failure
-        if isinstance(failure, InvalidCheckpointError):
-            partial.discard()
-            raise failure
-    if fatal:
-        raise fatal[0]
+            raise
 
 
 def _keep(partial: PartialFile, file: BinaryIO, span: Span) -> None:
@@ -208,78 +183,124 @@ def _keep(partial: PartialFile, file: BinaryIO, span: Span) -> None:
     partial.record(span)
 
 
-class _Round:
-    """One attempt to fetch all missing ranges."""
+class _Transfer:
+    """Requests in several threads.
 
-    def __init__(self, remote: RemoteFile, partial: PartialFile, report: Callable[[int], None]) -> None:
+    The client of the Hub retries a request until there is a response. It has nothing for a range whose body breaks off,
+    and its pauses, which the server determines, cannot be interrupted: the first is done here, and threads that are in
+    such a pause are left behind when a transfer ends early; they write nothing any more.
+    """
+
+    def __init__(self, remote: RemoteFile, partial: PartialFile, spans: Sequence[Span]) -> None:
         self._remote = remote
         self._partial = partial
-        self._report = report
-        self._stop = threading.Event()
-        #: From the connections: a number of bytes received, or the end of an attempt.
-        self._events: queue.SimpleQueue[int | _Ended] = queue.SimpleQueue()
+        self._spans = spans
+        self._stopped = threading.Event()
+        #: Held by a thread while it may write.
+        self._writing = threading.Semaphore(_CONNECTIONS)
+        #: A number of bytes received, an error, or None from a thread that has nothing left to do.
+        self._events: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
 
-    def run(self, spans: Sequence[Span]) -> list[Exception]:
-        """Fetch, and return the failures; the callback is called only in this thread."""
-        requests = list(pieces(spans, REQUEST_BYTES))
-        failures: list[Exception] = []
-        left = len(requests)
-        with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="splitlearn-fetch") as pool:
-            try:
-                for span in requests:
-                    pool.submit(self._attempt, span)
-                while left:
-                    try:
-                        event: int | _Ended = self._events.get(timeout=_HEARTBEAT)
-                    except queue.Empty:
-                        event = 0
-                    if isinstance(event, int):
-                        self._report(event)
-                        continue
-                    left -= 1
-                    if event.failure is not None:
-                        failures.append(event.failure)
-                        if not _is_transient(event.failure):
-                            self._stop.set()
-            finally:
-                # The pool waits for its threads, also if the callback has raised.
-                self._stop.set()
-        return failures
-
-    def _attempt(self, span: Span) -> None:
-        failure: Exception | None = None
+    def run(self, report: Callable[[int], None]) -> None:
+        """Fetch the spans; the callback is called in this thread alone."""
+        requests = list(pieces(self._spans, REQUEST_BYTES))
+        left = iter(requests)
+        threads = [
+            threading.Thread(target=self._work, args=(left,), name="splitlearn-fetch", daemon=True)
+            for _ in range(min(_CONNECTIONS, len(requests)))
+        ]
+        for thread in threads:
+            thread.start()
+        running = len(threads)
         try:
-            if not self._stop.is_set():
-                self._fetch(span)
-        except Exception as error:  # noqa: BLE001  # handed to the calling thread, which raises it
-            failure = error
-        self._events.put(_Ended(failure))
+            while running:
+                try:
+                    event = self._events.get(timeout=_HEARTBEAT)
+                except queue.Empty:
+                    event = 0
+                if isinstance(event, Exception):
+                    raise event
+                if event is None:
+                    running -= 1
+                else:
+                    report(event)
+        finally:
+            self._stopped.set()
+            for _ in range(_CONNECTIONS):
+                self._writing.acquire()
+            self._writing.release(_CONNECTIONS)
+            for thread in threads:
+                thread.join(_HEARTBEAT)
 
-    def _fetch(self, span: Span) -> None:
-        remote, (begin, end) = self._remote, span
-        with (
-            opened(remote.repo, remote.name, remote.commit, remote.token, span) as (served, chunks),
-            self._partial.path.open("r+b") as file,
-        ):
-            self._check(served, span)
-            file.seek(begin)
-            kept = at = begin
-            try:
-                for chunk in chunks:
-                    # Never beyond the requested range, whatever the server sends.
-                    piece = chunk[: end - at]
-                    file.write(piece)
-                    at += len(piece)
-                    self._events.put(len(piece))
-                    if at - kept >= _RECORD_BYTES:
-                        _keep(self._partial, file, (kept, at))
-                        kept = at
-                    if at >= end or self._stop.is_set():
-                        break
-            finally:
-                _keep(self._partial, file, (kept, at))
-        if at < end and not self._stop.is_set():
-            raise ConnectionError(f"{end - at} of {end - begin} bytes did not come")
+    def _work(self, left: Iterator[Span]) -> None:
+        """Fetch one span after the other; several threads take from one iterator."""
+        end: Exception | None = None
+        try:
+            for span in left:
+                self._fetch(*span)
+                if self._stopped.is_set():
+                    break
+        except Exception as error:  # noqa: BLE001  # handed to the calling thread, which raises it
+            end = error
+        self._events.put(end)
+
+    def _fetch(self, begin: int, end: int) -> None:
+        """Fetch a span; where its body breaks off, the rest is requested."""
+        fruitless = 0
+        while True:
+            at, failure = self._request(begin, end)
+            if at >= end or self._stopped.is_set():
+                return
+            fruitless = 0 if at - begin >= _GAIN else fruitless + 1
+            begin = at
+            if fruitless >= _ATTEMPTS:
+                raise self._given_up(failure) from failure
+            if fruitless > 1:
+                self._stopped.wait(_PAUSE_S)
+
+    def _request(self, begin: int, end: int) -> tuple[int, Exception]:
+        """Request a span; return the position that was reached, and why it is not the end."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        remote = self._remote
+        try:
+            with opened(remote.repo, remote.name, remote.commit, remote.token, (begin, end)) as (served, chunks):
+                self._check(served, (begin, end))
+                with self._writing, self._partial.path.open("r+b") as file:
+                    return self._receive(chunks, file, begin, end)
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code == _UNSATISFIABLE:
+                raise self._changed(f"it had {self._partial.size} bytes, and now has fewer") from error
+            raise
+        except RuntimeError as error:
+            # huggingface_hub 1.x retries on a session that it has closed, and closes those of other threads.
+            if type(error) is not RuntimeError:
+                raise
+            return begin, error
+
+    def _receive(self, chunks: Iterator[bytes], file: BinaryIO, begin: int, end: int) -> tuple[int, Exception]:
+        file.seek(begin)
+        kept = at = begin
+        failure: Exception = ConnectionError("the body ended early")
+        try:
+            for chunk in chunks:
+                if self._stopped.is_set():
+                    break
+                # Never beyond the requested range, whatever the server sends.
+                piece = chunk[: end - at]
+                file.write(piece)
+                at += len(piece)
+                self._events.put(len(piece))
+                if at - kept >= _RECORD_BYTES:
+                    _keep(self._partial, file, (kept, at))
+                    kept = at
+                if at >= end:
+                    break
+        except (transport().HTTPError, ConnectionError, TimeoutError) as error:
+            failure = error
+        finally:
+            _keep(self._partial, file, (kept, at))
+        return at, failure
 
     def _check(self, served: Served, span: Span) -> None:
         partial, remote = self._partial, self._remote
@@ -288,60 +309,20 @@ class _Round:
             stated["size"] = (str(served.size), str(partial.size))
         changed = [f"its {what} was {was}, now {now}" for what, (now, was) in stated.items() if now and now != was]
         if changed:
-            raise _changed(remote, "; ".join(changed))
+            raise self._changed("; ".join(changed))
         if served.span != span:
             raise RangesNotServedError(f"requested {span}, served {served.span}")
 
+    def _given_up(self, failure: Exception) -> CheckpointError:
+        left = count(to_request(self._spans, self._partial.coverage().spans))
+        return CheckpointError(
+            f"{self._remote}: the connection to the Hub was lost {_ATTEMPTS} times in a row: {failure}; "
+            f"{left} bytes are missing, what was received of the others is kept in {self._partial.path}",
+            hint="run it again: only what is missing is fetched",
+        )
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    failure: Exception | None
-
-
-def _changed(remote: RemoteFile, how: str) -> InvalidCheckpointError:
-    return InvalidCheckpointError(
-        f"{remote} changed on the Hub while it was being fetched: {how}; nothing of it is kept",
-        hint="run it again to fetch it as it is now",
-    )
-
-
-def _is_transient(error: Exception) -> bool:
-    """Return whether another attempt may succeed."""
-    status = _status(error)
-    if status is not None:
-        return status == _TOO_MANY or status >= _UNAVAILABLE
-    if isinstance(error, transport().HTTPError):
-        return True
-    if isinstance(error, OSError):
-        # Errors of the disk are of other classes.
-        return isinstance(error, ConnectionError | TimeoutError)
-    # The client raises a plain RuntimeError on a session that another thread closed.
-    return type(error) is RuntimeError
-
-
-def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return int(response.status_code) if response is not None else None
-
-
-def _pause(fruitless: int, failures: Sequence[Exception]) -> float:
-    """Return the seconds to wait before the next round."""
-    responses = [response for failure in failures if (response := getattr(failure, "response", None)) is not None]
-    stated = [response.headers.get("Retry-After", "") for response in responses]
-    retry_after = [float(text) for text in stated if text.isascii() and text.isdigit()]
-    return min(_LONGEST_WAIT, max(_WAITS[min(max(fruitless - 1, 0), len(_WAITS) - 1)], *retry_after, 0.0))
-
-
-def _wait(seconds: float, report: Callable[[int], None]) -> None:
-    for _ in range(round(seconds / _HEARTBEAT)):
-        report(0)
-        time.sleep(_HEARTBEAT)
-
-
-def _given_up(remote: RemoteFile, partial: PartialFile, missing: Sequence[Span], failure: Exception) -> CheckpointError:
-    left = count(to_request(missing, partial.coverage().spans))
-    return CheckpointError(
-        f"{remote}: the connection to the Hub was lost {_ROUNDS} times in a row: {failure}; {left} bytes are missing, "
-        f"what was received of the others is kept in {partial.path}",
-        hint="run it again: only what is missing is fetched",
-    )
+    def _changed(self, how: str) -> InvalidCheckpointError:
+        return InvalidCheckpointError(
+            f"{self._remote} changed on the Hub while it was being fetched: {how}; nothing of it is kept",
+            hint="run it again to fetch it as it is now",
+        )

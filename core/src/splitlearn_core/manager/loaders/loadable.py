@@ -1,12 +1,11 @@
-"""The plan and the result of a load, the check for changed files, and the errors of the system."""
+"""The plan and the result of a load, the check for changed files, and errors of the system."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,38 +70,24 @@ _SMALLER = "load a smaller dtype or fewer layers, unload another model, or map t
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")
 
 
-@contextmanager
-def explaining(model: str) -> Iterator[None]:
-    """Translate errors of the system and of memory while a model is read.
+def system_error(model: str, error: BaseException) -> SplitLearnError | None:
+    """Translate an error of the system, or of memory, while a model is read; None for any other error.
 
     Args:
         model: The file, folder or repository, as the configuration names it.
+        error: The error.
     """
-    try:
-        yield
-    except SplitLearnError:
-        raise
-    except MemoryError as error:
-        raise _no_memory(model, error) from error
-    except OSError as error:
-        raise _of_system(model, error) from error
-    except RuntimeError as error:
-        if any(words in str(error) for words in _NO_MEMORY):
-            raise _no_memory(model, error) from error
-        raise
-
-
-def _no_memory(model: str, error: Exception) -> InsufficientMemoryError:
-    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-    return InsufficientMemoryError(f"memory ran out while {model} was loaded: {reason}", hint=_SMALLER)
-
-
-def _of_system(model: str, error: OSError) -> SplitLearnError:
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    of_torch = isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+    if isinstance(error, MemoryError) or of_torch or number == errno.ENOMEM:
+        reason = text.splitlines()[0][:300] if text else type(error).__name__
+        return InsufficientMemoryError(f"memory ran out while {model} was loaded: {reason}", hint=_SMALLER)
+    if not isinstance(error, OSError):
+        return None
     where = str(error.filename) if error.filename is not None else model
-    reason = error.strerror or str(error)
-    if error.errno == errno.ENOMEM:
-        return _no_memory(model, error)
-    if error.errno in _DISK_FULL:
+    reason = error.strerror or text
+    if number in _DISK_FULL:
         return InsufficientDiskError(
             f"{where}: the disk is full: {reason}", hint="free some space, or choose another disk with cache_dir"
         )

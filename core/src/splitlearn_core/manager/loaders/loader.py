@@ -1,22 +1,39 @@
-"""Loading one model from its configuration, in the calling thread: plan, load, warm up.
+"""Loading one model from its configuration, in the calling thread: plan, load, warm up; and importing what that needs.
 
-Nothing here awaits, and importing it imports no torch. Each of the three kinds of models has a module
-of its own with a ``plan`` and a ``load``; this one holds what they have in common.
+Nothing here awaits, and importing it imports no torch.
+
+``import torch`` and ``import transformers`` hold the GIL for hundreds of milliseconds at a time, so in a worker thread
+they stall an event loop just the same. A server imports them before it serves::
+
+    preload({config.model_type for config in configs})
+    asyncio.run(serve(configs))
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+import sys
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.errors import ConfigurationError, InsufficientMemoryError, SplitLearnError
+from splitlearn_core.errors import (
+    ConfigurationError,
+    InsufficientMemoryError,
+    PluginError,
+    SplitLearnError,
+    translate,
+)
+from splitlearn_core.loading.load import import_builders
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.config_checks import HUGGINGFACE, PYTORCH
-from splitlearn_core.manager.loaders import family_component, huggingface, pytorch
-from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress, explaining
-from splitlearn_core.manager.torch_modes import recording
+from splitlearn_core.manager.config_checks import HUGGINGFACE, NOT_FAMILIES, PYTORCH
+from splitlearn_core.manager.loaders import huggingface, pytorch
+from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress, system_error
+from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import said
+from splitlearn_core.system_memory import return_large_blocks
 from splitlearn_core.types import MEGABYTE, Component, Progress, human_bytes
 
 if TYPE_CHECKING:
@@ -28,15 +45,26 @@ _PROMPT_TOKENS = 8
 #: Forward passes of a warm-up: a prompt and one more token, so many times.
 _WARM_UP_ROUNDS = 2
 
+#: Modules that loading any component imports midway.
+_BUILDING = (
+    "splitlearn_core.build.assemble",
+    "splitlearn_core.build.construction",
+    "splitlearn_core.build.pruning",
+    "splitlearn_core.checkpoint.checkpoint",
+    "safetensors.torch",
+    "huggingface_hub.file_download",
+    "huggingface_hub.hf_api",
+)
+#: Names that transformers imports lazily.
+_OF_TRANSFORMERS = ("GenerationConfig", "PreTrainedModel")
+_OF_WHOLE_MODELS = ("AutoConfig", "AutoModelForCausalLM", "GenerationConfig", "PreTrainedModel")
 
-class Kind(Protocol):
-    """A kind of model: one of the modules of this package."""
-
-    def plan(self, config: ModelConfig, report: ReportProgress) -> LoadPlan:
-        """Find the files, download missing ones, and compute the memory that loading takes."""
-
-    def load(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> torch.nn.Module:
-        """Build the module and read its weights, completely or not at all."""
+#: Model type -> the functions that plan and load it; any other type is that of a family.
+_KINDS = {
+    HUGGINGFACE: (huggingface.plan_model, huggingface.load_model),
+    PYTORCH: (pytorch.plan, pytorch.load),
+}
+_FAMILY = huggingface.plan_component, huggingface.load_component
 
 
 class ModelLoader:
@@ -53,8 +81,9 @@ class ModelLoader:
         Raises:
             SplitLearnError: The model cannot be loaded, because of its files, its configuration or its size.
         """
-        with explaining(_name(config)):
-            plan = _kind(config).plan(config, report)
+        make_plan, _ = _KINDS.get(config.model_type, _FAMILY)
+        with translate(partial(system_error, _name(config))):
+            plan = make_plan(config, report)
         # All ledgers together, mapped pages too.
         needed = sum(plan.needs.values())
         if config.max_memory_mb is not None and needed > config.max_memory_mb * MEGABYTE:
@@ -67,13 +96,14 @@ class ModelLoader:
         return plan
 
     def load(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> LoadedModel:
-        """Carry a plan out.
+        """Build the module and read its weights, as planned.
 
         Raises:
             SplitLearnError: The files changed since they were planned, or memory ran out.
         """
-        with explaining(_name(config)):
-            module = _kind(config).load(config, plan, report)
+        _, load = _KINDS.get(config.model_type, _FAMILY)
+        with translate(partial(system_error, _name(config))):
+            module = load(config, plan, report)
         dtype = plan.dtype
         if dtype == "auto":
             tensors = [*module.parameters(), *module.buffers()]
@@ -87,21 +117,21 @@ class ModelLoader:
             ConfigurationError: The module does not run on this device, in this dtype.
             InsufficientMemoryError: Running it takes more memory than there is.
         """
-        component = config.component
-        try:
-            # In the mode of calls: tensors that a model caches in inference_mode could not be trained with.
-            with explaining(_name(config)), recording(gradients=False):
-                for _ in range(_WARM_UP_ROUNDS):
-                    report(Progress("warming up", component))
-                    _one_round(loaded, component, lambda: report(Progress("warming up", component)))
-        except SplitLearnError:
-            raise
-        # With a device or dtype that it does not support, the model's own code raises anything.
-        except Exception as error:
-            raise ConfigurationError(
+        from splitlearn_core.build.torch_state import own_modes
+
+        def translated(error: BaseException) -> SplitLearnError:
+            # With a device or dtype that it does not support, the model's own code may raise anything.
+            return system_error(_name(config), error) or ConfigurationError(
                 f"{_name(config)} was loaded but does not run: {said(error)}",
                 hint="check device, dtype and attn_implementation, or load it without warmup to look into it",
-            ) from error
+            )
+
+        progress = Progress("warming up", config.component)
+        # In the mode of calls: tensors that a model caches in inference_mode could not be trained with.
+        with translate(translated), own_modes(gradients=False):
+            for _ in range(_WARM_UP_ROUNDS):
+                report(progress)
+                _one_round(loaded, config.component, lambda: report(progress))
 
     @classmethod
     def load_from_config(
@@ -124,11 +154,6 @@ class ModelLoader:
         if config.warmup:
             loader.warm_up(config, loaded, report)
         return loaded.module
-
-
-def _kind(config: ModelConfig) -> Kind:
-    kinds: dict[str, Kind] = {HUGGINGFACE: huggingface, PYTORCH: pytorch}
-    return kinds.get(config.model_type, family_component)
 
 
 def _name(config: ModelConfig) -> str:
@@ -158,3 +183,49 @@ def _one_round(loaded: LoadedModel, component: str | None, between: Any) -> None
     module(prompt, past_key_values=cache)
     between()
     module(prompt[:, :1], past_key_values=cache)
+
+
+def preload(model_types: Iterable[str], *, serving: bool = False) -> dict[str, PluginError]:
+    """Import torch, transformers and the architectures of some families, in the calling thread.
+
+    Takes seconds the first time, and nothing after that. Call it before the event loop starts; a
+    load then imports nothing that takes long.
+
+    The imports create hundreds of thousands of objects, and a garbage collection that visits
+    all of them stops every thread for hundreds of milliseconds. One is due soon after the imports, so it
+    is run here. Later ones come after every few loads, unless ``serving`` is given.
+
+    Args:
+        model_types: The model types that will be loaded: those of families, ``huggingface`` or
+            ``pytorch``.
+        serving: Set up the whole process for serving as well: ``gc.freeze()``, so that collections no
+            longer visit any object that exists at this moment; and on Linux a fixed size above which
+            freed blocks of memory go back to the system at once, so that unloading a model that
+            was copied into memory gives back all of it.
+
+    Returns:
+        Model type -> why its plugin is unusable. The other types are imported nevertheless, and loading
+        a model of an unusable type will fail with the same error.
+    """
+    modules_before = len(sys.modules)
+    types = set(model_types)
+    failures: dict[str, PluginError] = {}
+    for model_type in sorted(types.difference(NOT_FAMILIES)):
+        try:
+            import_builders(registry().family(model_type))
+        except PluginError as error:
+            log.warning("Nothing was imported for %s: %s", model_type, error.message)
+            failures[model_type] = error
+    importlib.import_module("splitlearn_core.build.torch_state")
+    if types - {PYTORCH}:
+        transformers = importlib.import_module("transformers")
+        for name in _OF_WHOLE_MODELS if HUGGINGFACE in types else _OF_TRANSFORMERS:
+            getattr(transformers, name)
+    for name in _BUILDING if types - {PYTORCH} else ():
+        importlib.import_module(name)
+    if gc.isenabled() and len(sys.modules) > modules_before:
+        gc.collect()
+    if serving:
+        gc.freeze()
+        return_large_blocks()
+    return failures

@@ -11,13 +11,20 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.prefetch import read_in
 from splitlearn_core.checkpoint.torch_file import is_mappable, open_torch_file
-from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError, TensorMismatchError
+from splitlearn_core.errors import (
+    ConfigurationError,
+    InvalidCheckpointError,
+    MissingFileError,
+    TensorMismatchError,
+    translate,
+)
 from splitlearn_core.loading.options import check_device
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loadable import (
@@ -26,8 +33,8 @@ from splitlearn_core.manager.loaders.loadable import (
     LoadPlan,
     ReportProgress,
     Version,
-    explaining,
     refuse_changes,
+    system_error,
     versions,
 )
 from splitlearn_core.manager.resources import ledger_of
@@ -132,7 +139,7 @@ def _read(config: ModelConfig, details: _Details) -> Any:
         warning = f"{details.path} is unpickled whole, which can run any code (allow_pickle=True)"
         log.warning(warning)
         warnings.warn(warning, UserWarning, stacklevel=2)
-    with explaining(str(details.path)):
+    with translate(partial(system_error, str(details.path))):
         # Allowed by the configuration alone; the warning is above.
         return open_torch_file(
             details.path,
@@ -152,7 +159,7 @@ def _module(config: ModelConfig, saved: Any, report: ReportProgress) -> torch.nn
             f"{config.model_path} holds a state dict, but no module to fill is configured",
             hint="name the class: architecture='package.module:Class'",
         )
-    from splitlearn_core.build.pruning import skeleton
+    from splitlearn_core.build.torch_state import skeleton
 
     make = _architecture(config.architecture)
     try:

@@ -1,4 +1,4 @@
-"""The structure of the unsplit model, found by running it: what a family should declare."""
+"""The structure of the unsplit model, determined by running it: what a family should declare."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def _tie_refusal(cls: type[Checks], family: ModelFamily, variant: str) -> str:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or (head.weight is embedding.weight) == wanted:
         return ""
-    return f"{hf_class.__name__} with {TIE}={wanted} still has head and embedding {'apart' if wanted else 'as one'}"
+    return f"{hf_class.__name__} with {TIE}={wanted} still has head and embedding {'separate' if wanted else 'tied'}"
 
 
 def _attention_refusal(cls: type[Checks], family: ModelFamily, attention: str) -> str:

@@ -73,7 +73,7 @@ class Description(Checks):
         expect(
             named and not wrong,
             f"variants that are to be {tie}: {', '.join(named) or 'none'}; that are not: {', '.join(wrong) or 'none'}",
-            Suspect("variants", f"say {TIE} where the model class does what it says"),
+            Suspect("variants", f"declare {TIE} if the model class obeys it"),
         )
 
     def test_attention_is_there(self, implementation: str, subjects: Mapping[str, Subject]) -> None:
@@ -94,6 +94,6 @@ class Description(Checks):
         tied = subject.tied
         expect(
             (head is embedding) == tied,
-            f"in the unsplit model head and embedding are {'one' if tied else 'apart'}, and not so in the split one",
+            f"head and embedding are {'tied' if tied else 'separate'} in the unsplit model, but not in the split one",
             *misread(family, subject.whole().config, READ_FOR_TIES),
         )

@@ -29,7 +29,7 @@ _MAP_HOOK = "hook splitlearn_map_weight_keys"
 MAPPER = Suspect(_MAP_HOOK, "it must answer for every key, and name no module key twice")
 #: Words of a tensor mismatch, and its possible cause if nothing else is wrong.
 _MISFITS = {
-    "unexpected: ": Suspect("ignored_suffixes", "tensors that no module wants are left out by the ends of their keys"),
+    "unexpected: ": Suspect("ignored_suffixes", "tensors that no module uses are left out by the ends of their keys"),
     "missing: ": Suspect("renamed", "keys of old checkpoints, (old, new)"),
 }
 
@@ -105,7 +105,7 @@ def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
     for field, names in zip(inlets, both, strict=True):
         for name in sorted(names):
             other = next(candidate for candidate in inlets if candidate != field)
-            yield Suspect(field, f"{name!r} belongs into {other}")
+            yield Suspect(field, f"{name!r} belongs in {other}")
 
 
 def _instead(declared: str, right: Iterable[str]) -> str:
@@ -242,7 +242,7 @@ def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None
         if target is None and key in wanted:
             by_suffix = mapper == "renamed" and key.endswith(family.ignored_suffixes)
             suspect = Suspect("ignored_suffixes" if by_suffix else mapper, "it drops a tensor")
-            problems.append((f"{key} is left out, and the model wants it", suspect))
+            problems.append((f"{key} is left out, but the model needs it", suspect))
     for key, target in mapping.items():
         if target is not None and target not in wanted:
             text = f"{key} becomes {target}, which the model does not have"

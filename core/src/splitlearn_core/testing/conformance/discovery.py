@@ -65,7 +65,7 @@ class Discovery(Checks):
         differs = self._registering(registered)["differs"]
         expect(
             not differs,
-            f"asked twice, the plugin says different things of {', '.join(differs)}",
+            f"called twice, the plugin gives different values of {', '.join(differs)}",
             Suspect("hook splitlearn_model_families", "answer with a constant"),
         )
 

@@ -142,7 +142,7 @@ def _of_missing(family: ModelFamily, model: Any) -> Flaw | None:
         check_names(model, family)
     except BrokenPluginError as error:
         suspects: tuple[Suspect, ...] = (Suspect("base, layers, embedding, norm, head", error.hint),)
-        # The right name is found by running the model, whose class may raise any exception.
+        # The right name is determined by running the model, whose class may raise any exception.
         with contextlib.suppress(Exception):
             suspects = tuple(misnamed(family, model)) or suspects
         return Flaw("test_module_names", error.message, suspects)
@@ -169,8 +169,8 @@ def _of_answers(family: ModelFamily, model: Any) -> Flaw | None:
     # Each tensor once, as in a file.
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     try:
-        found = misplaced(family, model, own & set(model.state_dict()))
+        problems = misplaced(family, model, own & set(model.state_dict()))
     except BrokenPluginError as error:
         return Flaw("test_every_key_has_its_place", error.message, (MAPPER,))
-    words = "\n".join(problem for problem, _ in found)
-    return Flaw("test_every_key_has_its_place", words, tuple(suspect for _, suspect in found)) if found else None
+    words = "\n".join(problem for problem, _ in problems)
+    return Flaw("test_every_key_has_its_place", words, tuple(suspect for _, suspect in problems)) if problems else None

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitlearn_core import load_split_model
-from splitlearn_core.checkpoint.names import SINGLE
+from splitlearn_core.checkpoint.files import SINGLE
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.diagnosis import misplaced
 from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect, expect
 from splitlearn_core.testing.conformance.subject import Subject
 
-_LEGACY = Suspect("ignored_suffixes", "the ends of the keys of tensors that no module wants")
+_LEGACY = Suspect("ignored_suffixes", "the ends of the keys of tensors that no module uses")
 
 
 @explained
@@ -70,7 +70,7 @@ class Keys(Checks):
         _expect_alike(subject, tmp_path, tensors, Suspect("base, embedding, head", "names of the module tree"))
 
     def test_legacy_tensors(self, subject: Subject, tmp_path: Path) -> None:
-        """Tensors of old checkpoints that no module wants are left out, with and without the base prefix."""
+        """Tensors of old checkpoints that no module uses are left out, with and without the base prefix."""
         family = subject.family
         derived = {
             f"{family.layers}.0.{suffix.removeprefix('.')}": (4,)
@@ -96,7 +96,9 @@ class Keys(Checks):
         tensors = load_file(subject.checkpoint / SINGLE)
         old = {_old_name(key, renamed): tensor for key, tensor in tensors.items()}
         expect(
-            len(old) == len(tensors), "two keys have one old name", Suspect("renamed", "old names tell tensors apart")
+            len(old) == len(tensors),
+            "two keys have one old name",
+            Suspect("renamed", "old names must differ for different tensors"),
         )
         if old.keys() == tensors.keys():
             pytest.skip("no key of this variant has a new name")

@@ -42,7 +42,7 @@ class Likeness(Checks):
             expect(
                 getattr(split, attribute) == getattr(whole, attribute), f"{attribute} is {getattr(split, attribute)!r}"
             )
-        expect(isinstance(split, type(whole)), f"it is no {type(whole).__name__}")
+        expect(isinstance(split, type(whole)), f"it is not a {type(whole).__name__}")
         expect(type(split).__name__ == type(whole).__name__, f"its class is called {type(split).__name__}")
         signatures = [inspect.signature(model.forward) for model in (split, whole)]
         expect(signatures[0] == signatures[1], f"its forward takes {signatures[0]}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
-from splitlearn_core.checkpoint.names import CONFIG
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import no_grad
 from splitlearn_core.testing.conformance.diagnosis import misread
@@ -103,7 +103,7 @@ class Planning(Checks):
         layers = subject.layers
         for point in impossible:
             field = Suspect("impossible_cuts", f"it answers {point!r}; points lie from 1 to {layers - 1}")
-            expect(type(point) is int and 0 < point < layers, f"{point!r} is no cut of {layers} layers", field)
+            expect(type(point) is int and 0 < point < layers, f"{point!r} is not a valid cut of {layers} layers", field)
             # With a trunk of one layer, after the point or before it.
             cut = (point, point + 1) if point + 1 < layers else (point - 1, point)
             try:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from splitlearn_core import load_split_directory, merge_split, save_split, verify_saved
-from splitlearn_core.checkpoint.names import SINGLE
+from splitlearn_core.checkpoint.files import SINGLE
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.findings import Suspect, expect
 from splitlearn_core.testing.conformance.subject import Subject

@@ -13,7 +13,7 @@ import torch
 
 from splitlearn_core import SplitCausalLM, load_split_model
 from splitlearn_core.build.configuration import architecture_class
-from splitlearn_core.checkpoint.names import CONFIG
+from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import random_model, tiny_config, write_checkpoint

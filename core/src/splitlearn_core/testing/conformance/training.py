@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitlearn_core.build.outside import through_no_layers
+from splitlearn_core.build.pruning import through_no_layers
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import batch, labels_of, no_grad
 from splitlearn_core.testing.conformance.diagnosis import undeclared_inlets

@@ -1,4 +1,4 @@
-"""Threads of the manager: they tell how they ended, where they stand, and change nobody's torch."""
+"""Threads of the manager: they report their outcome and their stack, and do not change torch for other threads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from splitlearn_core.errors import ManagerClosedError
-from splitlearn_core.manager.threads import CallPool, own_torch_threads, run_in_thread
+from splitlearn_core.manager.workers import CallPool, own_torch_threads, run_in_thread
 
 LONG = 60.0
 
 
 def outcome_of(start: Callable[[Callable[[Any], None]], Any]) -> Any:
     """Start something that tells how it ended, and wait until it does."""
-    told: SimpleQueue[Any] = SimpleQueue()
-    start(told.put)
-    return told.get(timeout=LONG)
+    outcomes: SimpleQueue[Any] = SimpleQueue()
+    start(outcomes.put)
+    return outcomes.get(timeout=LONG)
 
 
 def in_new_thread(function: Callable[[], Any], **options: Any) -> Any:
@@ -128,9 +128,9 @@ def test_a_pool_runs_as_many_calls_at_once_as_it_has_threads() -> None:
     """And the next one when one of them is done."""
     pool = CallPool(2)
     stops = [Stop() for _ in range(3)]
-    told: SimpleQueue[Any] = SimpleQueue()
+    outcomes: SimpleQueue[Any] = SimpleQueue()
     for stop in stops:
-        pool.submit(stop, told.put)
+        pool.submit(stop, outcomes.put)
 
     assert stops[0].begun.wait(LONG)
     assert stops[1].begun.wait(LONG)
@@ -140,7 +140,7 @@ def test_a_pool_runs_as_many_calls_at_once_as_it_has_threads() -> None:
     for stop in stops:
         stop.go.set()
 
-    assert [told.get(timeout=LONG) for _ in stops] == ["went on"] * 3
+    assert [outcomes.get(timeout=LONG) for _ in stops] == ["went on"] * 3
     assert len(pool.workers) == 2
     assert pool.close(LONG)
 
@@ -149,18 +149,18 @@ def test_a_closed_pool_fails_what_nobody_began() -> None:
     """The running call ends by itself; the waiting one and later ones are refused."""
     pool = CallPool(1)
     stop = Stop()
-    told: SimpleQueue[Any] = SimpleQueue()
-    pool.submit(stop, told.put)
+    outcomes: SimpleQueue[Any] = SimpleQueue()
+    pool.submit(stop, outcomes.put)
     assert stop.begun.wait(LONG)
-    pool.submit(lambda: "late", told.put)
+    pool.submit(lambda: "late", outcomes.put)
 
     assert not pool.close(0)
 
-    assert isinstance(told.get(timeout=LONG), ManagerClosedError)
+    assert isinstance(outcomes.get(timeout=LONG), ManagerClosedError)
     with pytest.raises(ManagerClosedError):
-        pool.submit(lambda: "later", told.put)
+        pool.submit(lambda: "later", outcomes.put)
     stop.go.set()
-    assert told.get(timeout=LONG) == "went on"
+    assert outcomes.get(timeout=LONG) == "went on"
     assert pool.close(LONG)
     assert not any(worker.is_alive for worker in pool.workers)
 
@@ -173,7 +173,7 @@ def test_a_pool_that_was_never_used_closes() -> None:
 def test_a_thread_that_never_returns_does_not_keep_the_process(world: Any) -> None:
     """Of either kind; ``concurrent.futures`` would join them."""
     code = (
-        "import threading\nfrom splitlearn_core.manager.threads import CallPool, run_in_thread\n"
+        "import threading\nfrom splitlearn_core.manager.workers import CallPool, run_in_thread\n"
         "begun = threading.Semaphore(0)\n"
         "def hang():\n    begun.release()\n    threading.Event().wait()\n"
         "run_in_thread('hangs', hang, print)\npool = CallPool(1)\npool.submit(hang, print)\n"
@@ -230,11 +230,11 @@ def test_a_pools_threads_have_their_number(default_threads: int) -> None:
 
 def test_many_workers_at_once_leave_the_default(default_threads: int) -> None:
     """Each has its own number, whatever the others do meanwhile."""
-    told: SimpleQueue[Any] = SimpleQueue()
+    outcomes: SimpleQueue[Any] = SimpleQueue()
     for count in range(1, 25):
-        run_in_thread("many", lambda c=count: (c, torch.get_num_threads()), told.put, torch_threads=count)
+        run_in_thread("many", lambda c=count: (c, torch.get_num_threads()), outcomes.put, torch_threads=count)
 
-    assert all(asked == got for asked, got in (told.get(timeout=LONG) for _ in range(24)))
+    assert all(requested == actual for requested, actual in (outcomes.get(timeout=LONG) for _ in range(24)))
     assert in_new_thread(torch.get_num_threads) == default_threads
 
 

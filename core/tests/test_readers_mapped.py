@@ -23,8 +23,7 @@ from splitlearn_core import (
     plan_split,
     save_split,
 )
-from splitlearn_core.build.pretrained import alone
-from splitlearn_core.build.pruning import BUILD_LOCK
+from splitlearn_core.build.torch_state import BUILD_LOCK, build_turn
 from splitlearn_core.loading.opening import open_model
 from splitlearn_core.loading.options import LoadOptions, memory_needed
 from splitlearn_core.loading.planning import plan_and_fetch
@@ -110,7 +109,7 @@ def test_it_waits_for_its_turn_and_can_be_stopped_meanwhile() -> None:
 
     def wait() -> None:
         try:
-            with alone(waiting):
+            with build_turn(waiting):
                 pass
         except LoadCancelledError as error:
             caught.append(error)

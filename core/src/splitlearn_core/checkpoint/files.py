@@ -1,4 +1,4 @@
-"""Opening the files of a checkpoint: regular files only, and without blocking on anything else.
+"""The files of a checkpoint: their names, and opening them, if they are regular files, without blocking.
 
 A name that was a file when it was checked may be a pipe, a device, a socket or a folder when it is opened. Opening
 a pipe blocks until there is a writer. So a file is opened first, without blocking, and then checked by its descriptor.
@@ -15,6 +15,27 @@ from pathlib import Path
 from typing import BinaryIO, Literal, overload
 
 from splitlearn_core.errors import InvalidCheckpointError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+#: The weights in one file, and the index of several.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+#: Of an adapter that PEFT saved.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+
+#: Each holds the vocabulary of a tokenizer: without any of them there is none.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+#: How the names of the files of a tokenizer begin.
+TOKENIZER_PREFIXES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
+
 
 #: Errors of opening a socket, or a device without a driver.
 _NOT_OPENABLE = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
