@@ -33,7 +33,7 @@ from splitlearn_core import (
     plan_split,
 )
 from splitlearn_core.checkpoint.hub.transfer import transport
-from splitlearn_core.doctor.model_checks import check_model
+from splitlearn_core.doctor.load_checks import check_model
 from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
 from support.hub import LoopbackHub, RequestRecord
 

@@ -1,4 +1,4 @@
-"""``splitlearn bench``: a split checkpoint beside ``from_pretrained``, measured in processes that take turns."""
+"""``splitlearn bench``: a split checkpoint and ``from_pretrained``, measured in processes that take turns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CUTS = ("--split", "2", "4")
 
 @pytest.mark.usefixtures("warm_processes")
 def test_a_checkpoint_is_measured(llama: Any, single: Path, cli: Callable[..., Any]) -> None:
-    """Each side in a process of its own; JSON on stdout, what is measured next on stderr."""
+    """Each side has its own process; JSON is on stdout, the next measurement on stderr."""
     code, out, err = cli("bench", single, *CUTS, "--parts", "bottom,top", "--runs", "1", "--dtype", "float32", "--json")
 
     result = json.loads(out)
@@ -54,7 +54,7 @@ def test_a_checkpoint_is_measured(llama: Any, single: Path, cli: Callable[..., A
         assert rows[parts, "load"]["splitlearn"]["median"] < rows[parts, "load + first forward"]["splitlearn"]["median"]
 
 
-#: Of a plugin: ends the process that is to measure ``from_pretrained``, and no other.
+#: A plugin that ends only the process that measures ``from_pretrained``.
 ENDING = """
 import sys
 if sys.argv[0] == "-c":
@@ -76,7 +76,7 @@ def test_a_side_that_fails_is_reported(world: Any, single: Path, cli: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "expected"),
     [
         (["--runs", "0"], 2, "0 is not in the range"),
         (["--parts", "middle"], 2, "parts names 'middle'"),
@@ -87,7 +87,7 @@ def test_a_side_that_fails_is_reported(world: Any, single: Path, cli: Callable[.
     ],
 )
 def test_wrong_arguments_measure_nothing(
-    llama: Any, single: Path, cli: Callable[..., Any], arguments: list[str], code: int, said: str,
+    llama: Any, single: Path, cli: Callable[..., Any], arguments: list[str], code: int, expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """They are refused before a process is started."""
@@ -96,13 +96,13 @@ def test_wrong_arguments_measure_nothing(
     returned, out, err = cli("bench", single, *CUTS, *arguments)
 
     assert (returned, out) == (code, "")
-    assert said in err
+    assert expected in err
 
 
 def test_a_dry_run_measures_nothing(
     llama: Any, single: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It shows what would be fetched, as the other commands do."""
+    """It shows what would be fetched, like other commands."""
     monkeypatch.setattr(benchmark, "_measure", pytest.fail)
 
     code, out, _ = cli("bench", single, *CUTS, "--dry-run", "--json")
@@ -116,7 +116,7 @@ def run_of(seconds: float, tokens: tuple[int, ...] = (1, 2)) -> Run:
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Measure nothing: each side has a duration of its own; return the sides in the order of their turns."""
+    """Replace the measurements by fixed durations; return the sides in the order of their turns."""
     turns: list[str] = []
 
     def measure(_: Any, name: str) -> Run | Failure:
@@ -144,24 +144,24 @@ def test_the_sides_take_turns(llama: Any, single: Path, order: list[str]) -> Non
 
 
 def test_all_parts_are_measured_once(llama: Any, single: Path, order: list[str]) -> None:
-    """Where the chosen parts are all of them, there is no second row of the same."""
+    """If the chosen parts are all components, they are not measured twice."""
     result = run_benchmark(open_model(single), (2, 4), "auto", LoadOptions(), tuple(Component), runs=1)
 
     assert order == ["from_pretrained", "all", "from_pretrained"]
     assert {row.parts for row in result.comparisons} == {"all"}
 
 
-def test_other_tokens_are_a_failure(
+def test_different_tokens_are_a_failure(
     llama: Any, single: Path, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The speed of a model that computes something else is worth nothing."""
+    """The speed of a model that computes something else means nothing."""
     monkeypatch.setattr(benchmark, "_measure", lambda _, name: run_of(1.0, (1, 2) if name == "all" else (1, 3)))
 
     result = run_benchmark(open_model(single), (2, 4), "auto", LoadOptions(), runs=1)
 
     assert result.equal_tokens is False
     assert not result.succeeded
-    assert "other tokens" in render_benchmark(result)
+    assert "different tokens" in render_benchmark(result)
 
 
 def test_no_runs_are_refused(llama: Any, single: Path) -> None:
@@ -171,7 +171,7 @@ def test_no_runs_are_refused(llama: Any, single: Path) -> None:
 
 
 def test_the_text_has_medians_and_spread() -> None:
-    """In units that people read; without a bracket where there was one run."""
+    """It uses readable units, and no brackets for a single run."""
     load, _, speed, memory, _ = METRICS
     rows = (
         Comparison("trunk", load, Sample((0.03, 0.01, 0.02)), Sample((0.2, 0.2, 0.2)), Sample((20 / 3, 20.0, 10.0))),

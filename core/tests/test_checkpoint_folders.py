@@ -402,7 +402,7 @@ def test_a_gguf_file_names_the_package_that_reads_it(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_config: bool
 ) -> None:
     """Whether the file or its folder is given, and from the doctor too: no hint leads to the other one."""
-    from splitlearn_core.doctor.model_checks import check_model
+    from splitlearn_core.doctor.load_checks import check_model
     from splitlearn_core.plugins.registry import reset_registry
 
     monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "gguf")

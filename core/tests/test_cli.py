@@ -1,4 +1,4 @@
-"""The command line: data on stdout, the rest on stderr, and the exit codes."""
+"""The command line: data on stdout, everything else on stderr, and exit codes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_version_is_that_of_core(cli: Cli) -> None:
 
 
 def test_plugins_are_listed_without_importing_them(world: Any) -> None:
-    """A fresh process prints JSON, and no plugin has run."""
+    """A new process prints JSON, and no plugin is imported."""
     world.install("alpha", world.marking("alpha") + world.source("alpha"), version="3.1.4")
     info = world.install("beta", "raise RuntimeError('no')\n")
     (info / "entry_points.txt").write_text("[splitlearn.families]\nbeta = surely_absent_package\n")
@@ -122,8 +122,8 @@ def test_plugins_are_listed_without_importing_them(world: Any) -> None:
 
 
 @pytest.mark.parametrize("command", [["plugins"], ["plugins", "list"], ["plugins", "--check"]], ids=" ".join)
-def test_plugins_are_shown_to_people(cli: Cli, world: Any, command: list[str]) -> None:
-    """One line a plugin, then one paragraph a fault with its hint; a check that finds one fails."""
+def test_plugins_are_shown_as_text(cli: Cli, world: Any, command: list[str]) -> None:
+    """A line for each plugin, then each problem with its hint; a check that finds one has exit code 1."""
     world.install("alpha", version="3.1.4")
     info = world.install("beta")
     (info / "direct_url.json").write_text('{"url": "file:///some/where", "dir_info": {"editable": true}}')
@@ -171,8 +171,8 @@ def test_every_status_is_listed(cli: Cli, world: Any, monkeypatch: pytest.Monkey
         assert bool(row["hint"]) == (row["status"] != "ready")
 
 
-def test_no_plugins_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty list is an answer, and as JSON an empty list."""
+def test_no_plugins_is_reported(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text says what to install; the JSON is an empty list."""
     from splitlearn_core.plugins import registry as module
 
     monkeypatch.setattr(module, "_registry", module.PluginRegistry([]))
@@ -194,8 +194,8 @@ def test_a_plan_as_json_is_the_plan(cli: Cli, llama: Any, checkpoint: Callable[[
 
 
 @pytest.mark.heavy
-def test_a_plan_for_people_names_every_component(cli: Cli, llama: Any, tied: Path) -> None:
-    """Layers, parameters and bytes, and what is tied."""
+def test_a_plan_as_text_names_every_component(cli: Cli, llama: Any, tied: Path) -> None:
+    """It has layers, parameters, bytes and tied tensors."""
     code, out, err = cli("plan", tied, *CUTS)
 
     assert (code, err) == (0, "")
@@ -206,7 +206,7 @@ def test_a_plan_for_people_names_every_component(cli: Cli, llama: Any, tied: Pat
 
 @pytest.mark.heavy
 def test_a_plan_without_weights_fails_as_a_load(cli: Cli, llama: Any, single: Path) -> None:
-    """What is missing is named; in Python the same folder can be planned, and the plan says what it is made of."""
+    """The error names what is missing; in Python the same folder can be planned from its configuration."""
     (single / "model.safetensors").unlink()
     drawn = render_plan(plan_split(single, (2, 4)))
 
@@ -220,7 +220,7 @@ def test_a_plan_without_weights_fails_as_a_load(cli: Cli, llama: Any, single: Pa
 
 
 @pytest.mark.heavy
-def test_verify_says_equal(cli: Cli, llama: Any, single: Path) -> None:
+def test_verify_reports_equality(cli: Cli, llama: Any, single: Path) -> None:
     """A split model is the unsplit one to the last bit; exit code 0, JSON on stdout."""
     code, out, _ = cli("verify", single, *CUTS, "--json")
 
@@ -233,7 +233,7 @@ def test_verify_says_equal(cli: Cli, llama: Any, single: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_verify_for_people(cli: Cli, llama: Any, tied: Path) -> None:
+def test_verify_as_text(cli: Cli, llama: Any, tied: Path) -> None:
     """The verdict is the last line."""
     code, out, _ = cli("verify", tied, *CUTS, "--dtype", "bfloat16")
 
@@ -247,7 +247,7 @@ def test_verify_takes_a_sharded_checkpoint(cli: Cli, llama: Any, sharded: Path) 
     assert cli("verify", sharded, "--split", "1", "5")[0] == 0
 
 
-#: How torch may be broken, or any library: the text of its module, and what is said of it.
+#: Ways in which torch or any library may be broken: the text of its module, and of the message.
 BROKEN = {
     "ImportError": ("import torch.no_such_part", "torch cannot be imported: ModuleNotFoundError: No module named"),
     "OSError": ("raise OSError('libtorch is gone')", "torch cannot be imported: OSError: libtorch is gone"),
@@ -256,23 +256,23 @@ BROKEN = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("source", "said"), BROKEN.values(), ids=list(BROKEN))
-def test_a_broken_library_is_named(llama: Any, single: Path, source: str, said: str) -> None:
-    """Which one, why, and the line that mends it; no traceback."""
+@pytest.mark.parametrize(("source", "expected"), BROKEN.values(), ids=list(BROKEN))
+def test_a_broken_library_is_named(llama: Any, single: Path, source: str, expected: str) -> None:
+    """The message has the library, the reason and the command that fixes it, and no traceback."""
     (llama.folder / "torch").mkdir()
     (llama.folder / "torch" / "__init__.py").write_text(source)
 
     done = llama.warm_python("-m", "splitlearn_core", "verify", str(single), *CUTS)
 
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.startswith(f"error: {expected}")
     assert done.stderr.endswith("\nhint: pip install --force-reinstall torch\n")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.heavy
-def test_a_broken_transformers_is_not_the_plugins_fault(llama: Any, single: Path) -> None:
-    """It is imported for a class that the family names."""
+def test_a_broken_transformers_is_not_blamed_on_the_plugin(llama: Any, single: Path) -> None:
+    """It fails while it is imported for a class that the family names."""
     (llama.folder / "transformers.py").write_text("raise ValueError('half installed')")
 
     done = llama.warm_python("-m", "splitlearn_core", "verify", str(single), *CUTS)
@@ -285,22 +285,22 @@ def test_a_broken_transformers_is_not_the_plugins_fault(llama: Any, single: Path
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("metadata", "said"),
+    ("metadata", "expected"),
     [
         (None, "error: torch is not installed\nhint: pip install torch\n"),
         ("2.13", "error: torch is installed, but its files are missing\nhint: pip install --force-reinstall torch\n"),
     ],
 )
 def test_a_missing_library_is_named(
-    cli: Cli, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch, metadata: str | None, said: str
+    cli: Cli, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch, metadata: str | None, expected: str
 ) -> None:
-    """Not installed, or installed and gone."""
+    """It is not installed, or its files are missing."""
     monkeypatch.setattr("splitlearn_core.plugins.metadata.version_of", lambda _: metadata)
     monkeypatch.setitem(sys.modules, "torch", None)
     for name in [name for name in sys.modules if name.startswith(("splitlearn_core.build", "splitlearn_core.pipe"))]:
         monkeypatch.delitem(sys.modules, name)
 
-    assert cli("verify", single, *CUTS) == (1, "", said)
+    assert cli("verify", single, *CUTS) == (1, "", expected)
 
 
 @pytest.mark.heavy
@@ -308,7 +308,7 @@ def test_a_missing_library_is_named(
     "bug", [ImportError("cannot import name 'x' from 'torch'", name="torch"), ModuleNotFoundError(name="splitlearn_x")]
 )
 def test_a_bug_keeps_its_traceback(cli: Cli, single: Path, monkeypatch: pytest.MonkeyPatch, bug: Exception) -> None:
-    """An import of ours that is wrong is nothing that its reader can mend."""
+    """A wrong import in splitlearn itself is not something that users can fix."""
 
     def wrong(*_: object, **__: object) -> None:
         raise bug
@@ -319,10 +319,10 @@ def test_a_bug_keeps_its_traceback(cli: Cli, single: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.heavy
-def test_what_may_not_be_read_comes_with_the_line_that_changes_it(
+def test_an_unreadable_file_comes_with_the_command_that_changes_it(
     cli: Cli, llama: Any, single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path that is barred, quoted for a shell."""
+    """The path is quoted for a shell."""
     barred = single / "not yours"
     barred.mkdir()
 

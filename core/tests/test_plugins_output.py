@@ -1,4 +1,4 @@
-"""What plugins print is not among the data of a command, and a host's stdout stays its own."""
+"""The output of plugins is not mixed with the data of a command; a library leaves stdout alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def splitlearn_model_families():
 
 @pytest.mark.heavy
 def test_json_is_json_whatever_a_plugin_prints(world: Any, single: Any, cli: Any) -> None:
-    """Data alone is on stdout, whether the plugin was asked for or all are."""
+    """Only data is on stdout, whether one plugin is used or all are."""
     world.install("llama", TALKING)
 
     (_, listed, _), (_, planned, _) = (
@@ -48,7 +48,7 @@ def test_json_is_json_whatever_a_plugin_prints(world: Any, single: Any, cli: Any
 
 @pytest.mark.heavy
 def test_what_a_plugin_prints_is_on_stderr(world: Any, single: Any, cli: Any) -> None:
-    """Its author sees it, at import and in the hook."""
+    """Its author sees the output of the import and of the hook."""
     world.install("llama", TALKING)
 
     _, out, err = cli("plan", single, "--split", "2", "4", "--json")
@@ -58,8 +58,8 @@ def test_what_a_plugin_prints_is_on_stderr(world: Any, single: Any, cli: Any) ->
 
 
 @pytest.mark.heavy
-def test_a_process_of_its_own_keeps_them_apart(world: Any, single: Any) -> None:
-    """So do the real streams of a process."""
+def test_real_streams_are_separate(world: Any, single: Any) -> None:
+    """The streams of a new process are separate, too."""
     world.install("llama", TALKING)
 
     done = world.python("-m", "splitlearn_core", "plan", str(single), "--split", "2", "4", "--json")
@@ -68,8 +68,8 @@ def test_a_process_of_its_own_keeps_them_apart(world: Any, single: Any) -> None:
     assert "said at import" in done.stderr
 
 
-def test_a_library_leaves_stdout_to_its_host(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Outside the command line nothing is put in place of stdout: a plugin prints where it likes."""
+def test_a_library_leaves_stdout_alone(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside the command line stdout is not replaced: plugins print as usual."""
     world.install("llama", TALKING)
     before = sys.stdout
 
@@ -80,7 +80,7 @@ def test_a_library_leaves_stdout_to_its_host(world: Any, capsys: pytest.CaptureF
 
 
 def test_other_threads_print_to_stdout_meanwhile() -> None:
-    """While one thread runs a plugin's code, what another prints is data; the stream is put back at the end."""
+    """While one thread runs a plugin, the output of another is data; the stream is restored at the end."""
     out, err = io.StringIO(), io.StringIO()
     inside, printed = threading.Event(), threading.Event()
 
@@ -107,7 +107,7 @@ def test_other_threads_print_to_stdout_meanwhile() -> None:
 
 
 def test_a_closed_stdout_or_stderr_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python has None for a stream that is closed, and printing to it does nothing."""
+    """In Python a closed stream is None, and printing to it does nothing."""
     monkeypatch.setattr(sys, "stdout", None)
     with stdout_for_data(), plugin_output():
         print("nowhere")

@@ -1,4 +1,4 @@
-"""Packages that add a loading strategy: found like families, imported only where they are wanted."""
+"""Packages that add a loading strategy: found like families, imported only if they are needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEAD = "from splitlearn_core import hookimpl\nfrom splitlearn_core.readers.copie
 
 
 def source(*names: str) -> str:
-    """Return the text of a sound package with strategies of these names."""
+    """Return the text of a valid package with strategies of these names."""
     classes = "".join(f"class S{index}(CopiedStrategy):\n    name = {name!r}\n\n\n" for index, name in enumerate(names))
     answer = ", ".join(f"S{index}()" for index in range(len(names)))
     return f"{HEAD}\n\n{classes}@hookimpl\ndef splitlearn_loading_strategies():\n    return [{answer}]\n"
@@ -47,12 +47,12 @@ def install(world: Any) -> Callable[..., None]:
 
 
 def names(*arguments: Any) -> list[str]:
-    """Return the names of strategies out of this file; others may be installed."""
+    """Return the names of the strategies of this file; others may be installed."""
     return sorted(s.name for s in registry().strategies(*arguments) if type(s).__module__.startswith(OURS))
 
 
-def test_a_package_is_imported_when_its_strategy_is_asked_for(world: Any, install: Any) -> None:
-    """One of two: the other is not run."""
+def test_a_package_is_imported_when_its_strategy_is_requested(world: Any, install: Any) -> None:
+    """The other package is not imported."""
     install("one")
     install("two")
 
@@ -61,34 +61,34 @@ def test_a_package_is_imported_when_its_strategy_is_asked_for(world: Any, instal
     assert not world.marker("strategy-two").exists()
 
 
-@pytest.mark.parametrize("asked", ["auto", "mapped", "copied"])
-def test_cores_own_names_import_no_package(world: Any, install: Any, asked: str) -> None:
-    """A checkpoint that core reads needs none."""
+@pytest.mark.parametrize("requested", ["auto", "mapped", "copied"])
+def test_cores_own_names_import_no_package(world: Any, install: Any, requested: str) -> None:
+    """Core reads such a checkpoint itself."""
     install("one")
 
-    assert names(None, asked) == []
+    assert names(None, requested) == []
     assert not world.marker("strategy-one").exists()
 
 
 def test_a_package_in_use_is_known_to_the_automatic_choice(world: Any, install: Any) -> None:
-    """Once a checkpoint was opened by it, ``auto`` may take it."""
+    """After it has opened a checkpoint, ``auto`` may choose it."""
     install("one")
     names(None, "one")
 
     assert names(None, "auto") == ["one"]
 
 
-@pytest.mark.parametrize("asked", [None, "nobody's"])
-def test_all_are_asked_where_core_is_at_its_end(world: Any, install: Any, asked: str | None) -> None:
-    """No name, or one that nobody has: every package says what it knows."""
+@pytest.mark.parametrize("requested", [None, "nobody's"])
+def test_all_packages_are_imported_without_a_known_name(world: Any, install: Any, requested: str | None) -> None:
+    """Without a name, or with an unknown one, the strategies of all packages are returned."""
     install("one")
     install("two")
 
-    assert names(None, asked) == ["one", "two"]
+    assert names(None, requested) == ["one", "two"]
 
 
 def test_the_familys_own_are_among_them(world: Any, install: Any) -> None:
-    """A family's plugin and the packages are asked together; the family's own name wins."""
+    """The strategies of the family and of packages are returned; of two with one name, the family's."""
     families = (
         "from splitlearn_core import ModelFamily\n"
         + source("own", "one")
@@ -101,15 +101,15 @@ def test_the_familys_own_are_among_them(world: Any, install: Any) -> None:
     install("one")
     family = registry().family("llama")
 
-    found = {strategy.name: type(strategy).__module__ for strategy in registry().strategies(family)}
+    results = {strategy.name: type(strategy).__module__ for strategy in registry().strategies(family)}
 
-    assert (found["one"], found["own"]) == ("splitlearn_llama", "splitlearn_llama")
+    assert (results["one"], results["own"]) == ("splitlearn_llama", "splitlearn_llama")
     assert names(family, "own") == ["one", "own"]
 
 
 @pytest.mark.heavy
 def test_a_model_loads_by_a_packages_strategy(llama: Any, install: Any, single: Path) -> None:
-    """By name, through the public function; without the name the package is not imported."""
+    """It is chosen by name through the public function; otherwise the package is not imported."""
     install("one")
 
     load_split_model("llama", (2, 4), single, parts=("trunk",))
@@ -138,10 +138,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("text", "kind", "named"), BROKEN.values(), ids=list(BROKEN))
-def test_a_broken_package_is_named_where_it_is_asked_for(
+def test_a_broken_package_is_named_when_it_is_requested(
     install: Any, text: str, kind: type[Exception], named: str
 ) -> None:
-    """The message says which distribution, the hint how to do without it."""
+    """The message names the distribution, the hint says how to leave it out."""
     install("one", text, version="3.1.4")
 
     with pytest.raises(kind) as caught:
@@ -155,7 +155,7 @@ def test_a_broken_package_is_named_where_it_is_asked_for(
 
 @pytest.mark.parametrize("text", [text for text, _, _ in BROKEN.values()], ids=list(BROKEN))
 def test_a_broken_package_does_not_disturb_another(install: Any, caplog: pytest.LogCaptureFixture, text: str) -> None:
-    """Where all are asked it is left out, and the log says so."""
+    """It is left out when all are imported, with a warning in the log."""
     install("one", text)
     install("two")
 
@@ -165,7 +165,7 @@ def test_a_broken_package_does_not_disturb_another(install: Any, caplog: pytest.
 
 
 def test_an_incompatible_package_is_refused_before_import(world: Any, install: Any) -> None:
-    """The version check of families holds for strategies too."""
+    """The version check of families applies to strategies, too."""
     install("one", requires=">=99")
 
     with pytest.raises(IncompatiblePluginError, match="splitlearn-core>=99"):
@@ -193,7 +193,7 @@ def test_two_claims_to_a_name_are_a_conflict(install: Any, monkeypatch: pytest.M
 def test_a_blocked_package_is_not_imported(
     world: Any, install: Any, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
-    """Asked for by name it says what blocks it; otherwise it is as if it were not there."""
+    """If it is requested by name, the error names the variable; otherwise it is ignored."""
     install("one")
     monkeypatch.setenv(variable, value)
 
@@ -231,7 +231,7 @@ def test_the_list_shows_strategies_without_importing_them(world: Any, install: A
 
 
 def test_a_check_imports_them(world: Any, install: Any, cli: Any) -> None:
-    """``--check`` finds what metadata cannot show, and its exit code says so."""
+    """``--check`` finds problems that metadata does not show, and has exit code 1."""
     install("one")
     install("two", source("three"))
 

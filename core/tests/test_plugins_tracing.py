@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from splitlearn_core import BrokenPluginError
-from splitlearn_core.plugins import tracing
+from splitlearn_core.plugins import host
+from splitlearn_core.plugins.host import trace_to_stderr
 from splitlearn_core.plugins.registry import registry, reset_registry
-from splitlearn_core.plugins.tracing import trace_to_stderr
 
 pytestmark = pytest.mark.light
 
@@ -27,7 +27,7 @@ FAMILY = "ModelFamily(model_type='alpha', architecture='X'"
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     """Leave the logger as it was."""
-    log = tracing.log
+    log = host.trace_log
     before = (list(log.handlers), log.level, log.propagate)
     yield
     log.handlers[:], log.propagate = before[0], before[2]
@@ -40,7 +40,7 @@ def steps(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def listening(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Listen as a server would: through logging."""
+    """Capture the records through logging, as a server would."""
     caplog.set_level(logging.DEBUG, logger="splitlearn_core.trace")
     return caplog
 
@@ -69,7 +69,7 @@ def test_each_step_of_a_plugins_use_is_a_record(world: Any, listening: pytest.Lo
 
 
 def test_arguments_and_answers_are_shortened(world: Any, listening: pytest.LogCaptureFixture) -> None:
-    """Of a mapping with many keys the first are shown."""
+    """The first items of a large mapping are shown."""
     body = "return {key: 'model.' + key for key in checkpoint_keys}"
     world.install("alpha", HEAD + VALID + MAP.format(body=body))
     family = registry().family("alpha")
@@ -83,8 +83,8 @@ def test_arguments_and_answers_are_shortened(world: Any, listening: pytest.LogCa
     assert step["answer"] == "{'a.weight': 'model.a.weight', 'b.weight': 'model.b.weight', ...}"
 
 
-def test_what_is_raised_is_logged(world: Any, listening: pytest.LogCaptureFixture) -> None:
-    """By the import of a plugin, and by a hook; and what a generator raises in the middle."""
+def test_an_exception_is_logged(world: Any, listening: pytest.LogCaptureFixture) -> None:
+    """Exceptions of an import, of a hook, and of a generator are logged."""
     world.install("alpha", "raise OSError('disk on fire')")
     world.install("beta", HEAD + "@hookimpl\ndef splitlearn_model_families():\n    yield 1\n    raise SystemExit(3)\n")
 
@@ -102,7 +102,7 @@ def test_what_is_raised_is_logged(world: Any, listening: pytest.LogCaptureFixtur
 def test_a_blocked_plugin_is_reported_once(
     world: Any, monkeypatch: pytest.MonkeyPatch, listening: pytest.LogCaptureFixture
 ) -> None:
-    """With the variable, however often other plugins are used."""
+    """The record names the variable; it is written once, however often other plugins are used."""
     world.install("alpha")
     world.install("beta")
     monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "beta")
@@ -133,8 +133,8 @@ def test_a_repr_that_raises_is_no_failure(world: Any, listening: pytest.LogCaptu
 
 def test_without_a_listener_no_value_is_shortened(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ``repr`` of a large mapping costs time."""
-    monkeypatch.setattr(tracing, "_shortened", pytest.fail)
-    tracing.log.setLevel(logging.INFO)
+    monkeypatch.setattr(host, "_shortened", pytest.fail)
+    host.trace_log.setLevel(logging.INFO)
     world.install("alpha")
     world.install("beta")
 
@@ -145,7 +145,7 @@ def test_without_a_listener_no_value_is_shortened(world: Any, monkeypatch: pytes
 def test_the_variable_turns_it_on(
     world: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str, lines: bool
 ) -> None:
-    """Lines or JSON lines on stderr, nothing on stdout, and each step once although registries are made again."""
+    """Lines or JSON lines on stderr, nothing on stdout, and each step once, also with a new registry."""
     monkeypatch.setenv("SPLITLEARN_TRACE", value)
     world.install("alpha", HEAD + VALID)
     registry()
@@ -178,7 +178,7 @@ def splitlearn_map_weight_keys(family, checkpoint_keys):
 
 @pytest.mark.heavy
 def test_the_option_traces_one_command(world: Any, single: Any, cli: Any) -> None:
-    """Before the command; what it prints on stdout is what it prints without."""
+    """The option comes before the command, whose stdout is unchanged."""
     world.install("llama", world.source("llama") + MAPPED)
     plain = cli("plan", single, "--split", 2, 4)
     code, out, err = cli("--trace", "plan", single, "--split", 2, 4)

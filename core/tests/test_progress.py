@@ -1,11 +1,11 @@
-"""Bars: on a terminal, in a notebook, and nowhere else."""
+"""Progress bars are shown on a terminal and in a notebook, and nowhere else."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-#: What tqdm and we know a notebook's kernel by, and a load that is shown in it.
+#: The modules by which tqdm and splitlearn recognise a notebook, and a load in it.
 NOTEBOOK = """
 import sys, types
 sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")
@@ -28,21 +28,21 @@ def run(code: str) -> str:
 
 
 def test_a_notebook_has_a_bar() -> None:
-    """Without ipywidgets it is one of text, and nothing warns of that."""
+    """Without ipywidgets it is a text bar, without a warning."""
     shown = run(NOTEBOOK + SHOWN.format(progress="None"))
     assert "Loading" in shown
     assert "100%" in shown
     assert "Warning" not in shown
 
 
-def test_no_bar_where_none_is_wanted() -> None:
-    """A pipe has none; neither has a notebook that was told so."""
+def test_no_bar_without_a_terminal_or_if_turned_off() -> None:
+    """A pipe has none; neither has a notebook with progress=False."""
     assert run(SHOWN.format(progress="None")) == ""
     assert run(NOTEBOOK + SHOWN.format(progress="False")) == ""
 
 
-def test_the_bars_are_those_of_the_place() -> None:
-    """``tqdm.auto`` chooses, and is imported where a bar is to be shown and nowhere else."""
+def test_tqdm_chooses_the_kind_of_bar() -> None:
+    """``tqdm.auto`` is imported only if a bar is shown."""
     assert run(NOTEBOOK + SHOWN.format(progress="None") + "assert 'tqdm.auto' in sys.modules").count("Error") == 0
     light = "import sys, splitlearn_core.progress\nassert not [name for name in sys.modules if name.startswith('tqdm')]"
     assert run(light) == ""

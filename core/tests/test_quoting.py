@@ -1,4 +1,4 @@
-"""Text of others in errors: never more than a line of it, whatever was put in."""
+"""Foreign text in error messages is at most a line, whatever the input."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_all_numbers_out_of_bounds_are_named_at_once() -> None:
 
 
 def test_large_models_are_within_the_bounds() -> None:
-    """More than any model of today has."""
+    """The bounds are larger than any existing model."""
     check_numbers(
         {
             "vocab_size": 2_000_000,
@@ -125,14 +125,14 @@ def test_a_long_text_of_a_configuration_is_not_repeated(llama: Any, single: Path
 @pytest.mark.parametrize(
     "model_type", ["evil", "x; rm -rf ~", "$(id)", "-r", "a/../b", "x" * 100_000, "a b", "`id`", "a\nb"]
 )
-def test_no_command_is_made_of_a_strangers_type(model_type: str) -> None:
+def test_no_command_contains_an_untrusted_type(model_type: str) -> None:
     with pytest.raises(SplitLearnError) as caught:
         PluginRegistry([]).family(model_type)
     assert "pip install" not in caught.value.hint
     assert model_type not in caught.value.hint or model_type == "-r"
 
 
-def test_what_is_proposed_for_a_type_is_what_it_takes() -> None:
+def test_the_proposal_for_a_type_matches_the_tables() -> None:
     assert not WRITTEN & REFUSED
     assert not (WRITTEN | REFUSED) & PACKAGES.keys()
     assert "splitlearn plugins new llama --out DIR" in way_out("llama")

@@ -139,5 +139,5 @@ def test_a_directory_of_other_things_is_not_written_to(single: Path, tmp_path: P
 
 def test_saving_needs_a_place(single: Path) -> None:
     """auto_save without storage_path would save nothing."""
-    with pytest.raises(ConfigurationError, match="no storage_path"):
+    with pytest.raises(ConfigurationError, match="without a storage_path"):
         create(single, auto_save=True)

@@ -1,4 +1,4 @@
-"""A comparison that cannot be made says whose fault that is."""
+"""The error of a comparison that is impossible names the cause."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.libs
 
 @pytest.fixture
 def windowless(world: Any, tmp_path: Path, edit_json: Any) -> Path:
-    """Return a checkpoint whose layers are to look through a window that its configuration has no size for."""
+    """Return a checkpoint whose layers use a sliding window without a size in the configuration."""
     world.install("qwen2", world.source("qwen2").replace("Llama", "Qwen2"))
     folder = write_checkpoint(tmp_path / "windowless", tiny_model("qwen2"))
     layers = 6
@@ -30,7 +30,7 @@ def windowless(world: Any, tmp_path: Path, edit_json: Any) -> Path:
 
 
 def test_a_config_that_transformers_refuses_in_its_forward(windowless: Path, cli: Any) -> None:
-    """The unsplit model fails: the words are those of transformers, and there is no traceback."""
+    """The unsplit model fails: the message quotes transformers, without a traceback."""
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(ValueError, match="sliding_window") as own:
@@ -40,13 +40,13 @@ def test_a_config_that_transformers_refuses_in_its_forward(windowless: Path, cli
 
     assert (code, out) == (1, "")
     assert "Traceback" not in err
-    assert f"error: {windowless} unsplit fails in transformers" in err
+    assert f"error: the unsplit model of {windowless} fails in transformers" in err
     assert str(own.value) in err
     assert "hint: check the values of config.json" in err
 
 
 def test_the_cause_is_chained(windowless: Path) -> None:
-    """Python users see where in transformers it fails."""
+    """Users of Python see where transformers fails."""
     from splitlearn_core.loading.opening import open_model
     from splitlearn_core.loading.options import LoadOptions
     from splitlearn_core.verification import verify_split

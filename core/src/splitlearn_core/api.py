@@ -1,4 +1,7 @@
-"""The short path: a plan, a download list or components from one call. Holds no logic of its own."""
+"""The short path: a plan, a list of downloads, or components from one call."""
+
+# For mypy, the literals of one component may overlap with those of another, in tuples and sequences.
+# mypy: disable-error-code="overload-overlap"
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from typing import (
     overload,
 )
 
+from splitlearn_core.arguments import accept_foreign_names
 from splitlearn_core.checkpoint.files import CONFIG, GENERATION_CONFIG, INDEX, TORCH_INDEX
 from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan, Wanted
 from splitlearn_core.errors import InvalidSplitError
-from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel, open_model, type_and_model
 from splitlearn_core.loading.options import LoadOptions, check_options, memory_by_strategy
@@ -49,10 +52,9 @@ _TRUNK: TypeAlias = Literal["trunk", Component.TRUNK]
 _TOP: TypeAlias = Literal["top", Component.TOP]
 
 
-class LoadArguments(TypedDict, total=False):
-    """The arguments of :func:`load_split_model` that say nothing of which parts are loaded."""
+class CommonArguments(TypedDict, total=False):
+    """The optional arguments that all functions which load a model have in common."""
 
-    device: str | torch.device
     device_map: str | Mapping[str, str | int | torch.device] | None
     max_memory: Mapping[int | str, int | str] | None
     dtype: DType | Mapping[str, DType] | None
@@ -63,10 +65,16 @@ class LoadArguments(TypedDict, total=False):
     strategy: str
     progress: ProgressCallback | Literal[False] | None
     attn_implementation: str | None
+
+
+class LoadArguments(CommonArguments, total=False):
+    """The optional arguments of :func:`load_split_model`, except for the parts."""
+
+    device: str | torch.device
     strict: bool
 
 
-@naming_foreign
+@accept_foreign_names
 def plan_split(
     model_name_or_path: str | os.PathLike[str],
     split_points: Sequence[int],
@@ -79,19 +87,19 @@ def plan_split(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> SplitPlan:
-    """Say what cutting a model gives: layers, parameters, bytes and shards of each component.
+    """Plan the components of a model that is cut: layers, parameters, bytes and shards of each.
 
-    Reads ``config.json`` and the headers of the weight files, over the network only these where the
-    model is on the Hub. Imports neither torch nor transformers, unless there are no weights: then
-    the model is built on the meta device.
+    Reads ``config.json`` and the headers of the weight files; of a model on the Hub, only these are downloaded.
+    Imports neither torch nor transformers, unless there are no weights: then the model is built on the meta
+    device.
 
     Args:
         model_name_or_path: A directory, a repository on the Hub, or ``bundled:gpt2``.
         split_points: ``(a, b)``: bottom is layers ``[0, a)``, trunk ``[a, b)``, top ``[b, N)``. With one point
             there is no trunk; with more, there are ``trunk1``, ``trunk2``, ...
-        model_type: What the caller expects it to be; by default ``config.json`` says.
-        parts: The components to plan; all where it is left out.
-        dtype: The dtype the weights shall have once loaded; ``auto`` as ``from_pretrained``. A mapping
+        model_type: The expected model type; by default that of ``config.json``.
+        parts: The components to plan; by default all.
+        dtype: The dtype of the weights once they are loaded; ``auto`` as in ``from_pretrained``. A mapping
             gives each component its own, ``{"bottom": "float32", "trunk": "bfloat16"}``.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
 
@@ -111,14 +119,14 @@ def plan_opened(
     requested: Sequence[str],
     dtype: DType | Mapping[str, DType] | None,
 ) -> SplitPlan:
-    """Plan components of a model that is open; see :func:`plan_split`."""
+    """Plan components of an opened model; see :func:`plan_split`."""
     planned = make_plan(model, split_points, requested, parse_dtypes(dtype, requested, names_of_parts(split_points)))
     refuse_misfit(model, planned)
     plan = planned.split
     return replace(plan, memory=memory_by_strategy(model, plan)) if model.checkpoint.has_weights else plan
 
 
-@naming_foreign
+@accept_foreign_names
 def plan_fetch(
     model_name_or_path: str | os.PathLike[str],
     split_points: Sequence[int],
@@ -131,16 +139,16 @@ def plan_fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> FetchPlan:
-    """Say what loading components would fetch: files, bytes that are needed, here, and to be transferred.
+    """Plan what loading components would download: the files, and how many bytes are needed, cached and missing.
 
-    Takes the arguments of :func:`plan_split`, and reads no more than that does. Headers, which it
-    reads, are not counted again.
+    Takes the arguments of :func:`plan_split`, and reads no more than that does. The headers that it reads are not
+    counted again.
 
     Returns:
-        A frozen value. Of a directory, everything is here.
+        A frozen value. The files of a directory are all present.
 
     Raises:
-        SplitLearnError: As :func:`plan_split`; and a FileNotFoundError where there are no weights.
+        SplitLearnError: As :func:`plan_split`; and a FileNotFoundError if there are no weights.
     """
     hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
     names = names_of_parts(split_points)
@@ -149,9 +157,8 @@ def plan_fetch(
     return plan_model_fetch(model, split_points, requested, parse_dtypes(dtype, requested, names))
 
 
-# The literals of one part are none of another's, which mypy does not see in tuples and sequences.
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None,
     split_points: tuple[int],
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -162,7 +169,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None,
     split_points: tuple[int],
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -173,7 +180,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None,
     split_points: tuple[int],
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -184,7 +191,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None,
     split_points: tuple[int],
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -195,7 +202,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None,
     split_points: tuple[int, int, int, *tuple[int, ...]],
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -204,7 +211,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None,
     split_points: tuple[int, int, int, *tuple[int, ...]],
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -215,7 +222,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -226,7 +233,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -237,7 +244,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -248,7 +255,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -259,7 +266,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -270,7 +277,7 @@ def load_split_model(  # type: ignore[overload-overlap]
 
 
 @overload
-def load_split_model(  # type: ignore[overload-overlap]
+def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
     model_name_or_path: str | os.PathLike[str] | None = None,
@@ -302,7 +309,7 @@ def load_split_model(
 ) -> SplitModel: ...
 
 
-@naming_foreign
+@accept_foreign_names
 def load_split_model(
     model_type: str | os.PathLike[str] | None = None,
     split_points: Sequence[int] = (),
@@ -325,28 +332,27 @@ def load_split_model(
     """Load the requested components of a model, and read no byte of the others.
 
     Args:
-        model_type: What the model is; None to take what ``config.json`` says. A path, a Hub repository or
-            ``bundled:gpt2`` in its place is the model.
+        model_type: The model type; None for that of ``config.json``. A path, a Hub repository or ``bundled:gpt2``
+            in its place is the model.
         split_points: ``(a, b)`` with ``0 < a < b < number of layers``; or one point, or more, in order.
         model_name_or_path: A directory, or a repository on the Hub; by default the family's own.
         parts: The components to load, by name: ``bottom``, ``trunk`` and ``top``; with one split point ``bottom``
             and ``top``, with more than two ``trunk1``, ``trunk2``, ... for ``trunk``.
-            All where it is left out.
-        device: Where they go.
-        device_map: Where each goes, ``{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}``; or ``auto``:
+            By default all.
+        device: The device of all components.
+        device_map: The device of each component, ``{"bottom": "cpu", "trunk": "cuda:0", "top": "cpu"}``; or ``auto``:
             as much on the GPUs as fits, in order, the rest on the CPU.
-        max_memory: What may be used of each device, ``{0: "10GiB", "cpu": "30GiB"}``, as in accelerate.
-            By default nine tenths of what is free on each GPU.
-        dtype: ``auto`` as ``from_pretrained``: what ``config.json`` says, or else as stored. ``torch.float16``,
-            ``"fp16"`` and ``"half"`` are one; ``torch_dtype`` is taken for it. A mapping gives each component
-            its own; ``SplitCausalLM(..., mixed_dtypes=True)`` joins such components.
+        max_memory: Memory to use of each device, ``{0: "10GiB", "cpu": "30GiB"}``, as in accelerate.
+            By default nine tenths of the free memory of each GPU.
+        dtype: ``auto`` as in ``from_pretrained``: that of ``config.json``, or else as stored. ``torch.float16``,
+            ``"fp16"`` and ``"half"`` are the same; ``torch_dtype`` is another name of the argument. A mapping gives
+            each component its own; ``SplitCausalLM(..., mixed_dtypes=True)`` joins such components.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
-        strategy: ``auto``, the cheapest that can; ``mapped``, ``copied``, ``incremental``, ``whole``, or one
-            that a plugin adds.
-        progress: Called with each :class:`Progress`; None for a bar where stderr is a terminal,
-            False for neither.
-        attn_implementation: ``eager``, ``sdpa``, ...; by default what transformers chooses.
-        strict: Refuse a checkpoint with tensors that the model has no place for (a value head, MTP layers).
+        strategy: ``auto``, the cheapest that can read the files; ``mapped``, ``copied``, ``incremental``, ``whole``,
+            or one that a plugin adds.
+        progress: Called with each :class:`Progress`; None for a bar if stderr is a terminal, False for neither.
+        attn_implementation: ``eager``, ``sdpa``, ...; by default that which transformers chooses.
+        strict: Refuse a checkpoint with tensors that the model does not have (a value head, MTP layers).
             By default they are not read, and named in a warning, as by ``from_pretrained``.
 
     Returns:
@@ -354,9 +360,13 @@ def load_split_model(
         there are components, and ``bottom``, ``trunks`` and ``top`` for any number.
 
     Raises:
-        SplitLearnError: With a hint, before anything is partly loaded; see :func:`plan_split`.
+        SplitLearnError: With a hint; nothing is left partly loaded. See :func:`plan_split`.
     """
-    _check_points(split_points, model_name_or_path)
+    if isinstance(split_points, int) and isinstance(model_name_or_path, int):
+        raise InvalidSplitError(
+            f"split_points is {split_points!r}, and model_name_or_path {model_name_or_path!r}",
+            hint=f"give the split points as one argument: ({split_points}, {model_name_or_path})",
+        )
     model_type, model_name_or_path = type_and_model(model_type, model_name_or_path)
     names = names_of_parts(split_points)
     requested = parse_parts(parts, names)
@@ -380,15 +390,6 @@ def load_split_model(
     return split_model(fetched.split.names, components)
 
 
-def _check_points(split_points: object, model_name_or_path: object) -> None:
-    """Refuse split points that were given as two arguments; raises InvalidSplitError."""
-    if isinstance(split_points, int) and isinstance(model_name_or_path, int):
-        raise InvalidSplitError(
-            f"split_points is {split_points!r}, and model_name_or_path {model_name_or_path!r}",
-            hint=f"give the split points as one argument: ({split_points}, {model_name_or_path})",
-        )
-
-
 def load_options(
     requested: Sequence[str],
     device: str | torch.device,
@@ -400,7 +401,7 @@ def load_options(
     *,
     strict: bool = False,
 ) -> LoadOptions:
-    """Check and put together the arguments of :func:`load_split_model`; raises ConfigurationError."""
+    """Check the arguments of :func:`load_split_model`, and return them as a value; raises ConfigurationError."""
     return LoadOptions(
         str(device),
         strategy,
@@ -411,7 +412,7 @@ def load_options(
     )
 
 
-#: Small files that a load reads where there are any.
+#: Small files that a load reads if they exist.
 _SETTINGS = (CONFIG, INDEX, TORCH_INDEX)
 
 
@@ -424,15 +425,15 @@ def plan_model_fetch(
     whole: bool = False,
     others: Iterable[str] = (),
 ) -> FetchPlan:
-    """Say which files a load of components needs, and how many bytes of each it would fetch.
+    """Plan which files a load of components needs, and how many bytes of each it would fetch.
 
     Args:
         model: The opened checkpoint.
         split_points: Where to cut.
         parts: The components to load; None for all.
-        dtype: The dtype that is wanted; refused here where a load would refuse it.
+        dtype: The dtype that is wanted; refused here if a load would refuse it.
         whole: The unsplit model is loaded, too.
-        others: More files that are read: a tokenizer's, say.
+        others: More files that are read, such as those of a tokenizer.
 
     Raises:
         SplitLearnError: As a load would raise before it fetches.
@@ -441,26 +442,17 @@ def plan_model_fetch(
     files = checkpoint.source.files()
     settings = [*_SETTINGS, *([GENERATION_CONFIG] if parts is None or Component.TOP in parts else []), *others]
     small: Wanted = dict.fromkeys(name for name in settings if name in files)
-    weights = checkpoint.source.plan_fetch({**small, **_weights(model, split_points, parts, dtype, whole)})
-    return FetchPlan(model.name, checkpoint.source.commit, weights)
-
-
-def _weights(
-    model: OpenModel,
-    split_points: Sequence[int],
-    parts: Sequence[str] | None,
-    dtype: str | Mapping[Any, str],
-    whole: bool,
-) -> Wanted:
-    checkpoint = model.checkpoint
-    # Where there are no weights at all, asking for the files says what is missing.
+    # If there are no weights at all, weight_files() raises an error that says what is missing.
+    weights: Wanted
     if whole or checkpoint.quantization or not checkpoint.has_weights:
-        return dict.fromkeys(checkpoint.weight_files())
-    if checkpoint.headerless_file is not None:
-        return {checkpoint.headerless_file: None}
-    if not checkpoint.is_describable:
-        # Shards without headers that could be had alone: what they hold is known from the index.
-        return dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
-    planned = make_plan(model, split_points, parts, dtype)
-    refuse_misfit(model, planned)
-    return checkpoint.wanted(planned.split.infos)
+        weights = dict.fromkeys(checkpoint.weight_files())
+    elif checkpoint.headerless_file is not None:
+        weights = {checkpoint.headerless_file: None}
+    elif not checkpoint.is_describable:
+        # The headers of these shards cannot be fetched alone: their tensors are known from the index.
+        weights = dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))
+    else:
+        planned = make_plan(model, split_points, parts, dtype)
+        refuse_misfit(model, planned)
+        weights = checkpoint.wanted(planned.split.infos)
+    return FetchPlan(model.name, checkpoint.source.commit, checkpoint.source.plan_fetch({**small, **weights}))

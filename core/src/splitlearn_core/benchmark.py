@@ -1,4 +1,4 @@
-"""Loading and running a checkpoint, split and unsplit, measured in fresh processes that take turns."""
+"""Measure how a checkpoint loads and runs, split and unsplit, in new processes that take turns."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from splitlearn_core.plan.split_points import names_of_parts
 from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.system_memory import anonymous_memory
 from splitlearn_core.types import Component, ProgressCallback
-from splitlearn_core.verification import load_unsplit
+from splitlearn_core.verification import load_unsplit, single_dtype
 
 if TYPE_CHECKING:
     import torch
 
-#: Tokens of the prompt and tokens that are generated, where the model has as many positions.
+#: Tokens of the prompt and generated tokens, if the model has that many positions.
 _PROMPT_TOKENS, _NEW_TOKENS = 32, 32
 #: Seconds between two readings of a process's memory.
 _SAMPLING_INTERVAL = 0.002
 
-#: What a load or a first call imports of either side: before the clock starts.
+#: Modules that a load or a first call of either side imports; they are imported before the clock starts.
 _IMPORTS = (
     "splitlearn_core.build.assemble",
     "splitlearn_core.pipeline",
@@ -41,21 +41,21 @@ _IMPORTS = (
     "transformers.modeling_utils",
 )
 
-#: The candidates besides the chosen parts.
+#: The two sides that are measured besides the chosen parts.
 _ALL, _PEER = "all", "from_pretrained"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one process measured."""
+    """The measurements of one process."""
 
     load_seconds: float
-    #: From the beginning of the load to the end of the first forward: mapped weights are read only then.
+    #: From the start of the load to the end of the first forward, in which mapped weights are read.
     first_forward_seconds: float
     tokens_per_second: float | None
-    #: How far memory that no file stands behind rose above what the imports took; None where it cannot be read.
+    #: Peak of anonymous memory above that of the imports; None if it cannot be read.
     peak_bytes: int | None
-    #: The most that was allocated on a CUDA device; None on any other.
+    #: Peak of allocated memory on a CUDA device; None on any other.
     device_peak_bytes: int | None
     tokens: tuple[int, ...] = ()
 
@@ -72,7 +72,7 @@ class Sample:
 
     @property
     def summary(self) -> tuple[float, ...]:
-        """The median, the least and the most; of one measurement, that alone."""
+        """The median, the minimum and the maximum; for one measurement, only its value."""
         return (self.median, min(self.values), max(self.values)) if len(self.values) > 1 else self.values
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,14 +101,14 @@ METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One quantity of some components beside that of the whole model."""
+    """One quantity of some components, compared with that of the whole model."""
 
     #: The components: ``trunk``, ``bottom,top``, or ``all``.
     parts: str
     metric: Metric
     split: Sample
     unsplit: Sample | None
-    #: How many times better the split side is, of each round the two neighbours; None where one of them is zero.
+    #: How many times better the split side is in each round; None if a value is zero.
     ratio: Sample | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,14 +140,14 @@ class Benchmark:
     device: str
     runs: int
     comparisons: tuple[Comparison, ...]
-    #: What could not be measured, by the name of the side.
+    #: Name of a side -> why it could not be measured.
     failures: Mapping[str, Failure]
-    #: Whether split and unsplit generated the same tokens; None where one of them generated none.
+    #: Whether split and unsplit generated the same tokens; None if one of them could not be measured.
     equal_tokens: bool | None
 
     @property
     def succeeded(self) -> bool:
-        """Whether everything was measured, of models that compute the same."""
+        """Whether everything was measured, and both models compute the same."""
         return not self.failures and self.equal_tokens is not False
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The checkpoint, and how it is loaded; strings and numbers only, for another process reads it."""
+    """The checkpoint, and how it is loaded; only strings and numbers, because it is passed to another process."""
 
     model: str
     hub: Mapping[str, Any]
@@ -205,21 +205,17 @@ def run_benchmark(
         split_points: Where to cut.
         dtype: The dtype of all components.
         options: How they are loaded; one device for all.
-        parts: The components that are measured by themselves.
-        runs: How often each side is measured, each time in a fresh process.
+        parts: The components that are measured on their own.
+        runs: How often each side is measured, each time in a new process.
         hub: ``cache_dir`` and ``revision``, with which the model was opened.
         progress: Called while weights are fetched.
-        report: Called with what is measured next.
+        report: Called with a line about the next measurement.
 
     Raises:
-        SplitLearnError: As :func:`load_split_model`, where the checkpoint cannot be planned or fetched.
-        ConfigurationError: Components were to have different dtypes or devices, which the unsplit model cannot have.
+        SplitLearnError: As :func:`load_split_model`, if the checkpoint cannot be planned or fetched.
+        ConfigurationError: The components have different dtypes or devices, which the unsplit model cannot have.
     """
-    if not isinstance(dtype, str) or options.device_map is not None:
-        raise ConfigurationError(
-            f"{model.name} unsplit, with which is compared, has one dtype and one device",
-            hint="give one for all components",
-        )
+    dtype = single_dtype(model, dtype, options)
     if runs < 1:
         raise ConfigurationError(f"{runs} runs measure nothing", hint="give at least one")
     check_options(model, options)
@@ -229,7 +225,7 @@ def run_benchmark(
         model.name,
         hub or {},
         plan.split_points,
-        # What "auto" means is decided once; transformers would decide it by other rules.
+        # Not "auto", which transformers resolves by other rules.
         plan.dtype,
         options.device,
         options.strategy,
@@ -257,9 +253,9 @@ def run_benchmark(
 def _measure_in_turns(
     target: Target, names: Sequence[str], runs: int, report: Callable[[str], None]
 ) -> tuple[dict[str, list[Run]], dict[str, Failure]]:
-    """Measure A B C, C B A, ...: a drift of the machine, and the state that one leaves to the next, hit all alike.
+    """Measure A B C, C B A, ..., so that a drift of the machine affects all sides alike.
 
-    A first round of the whole model alone is not counted: it brings weights and libraries into the page cache.
+    A first round of only the whole model is not counted: it brings weights and libraries into the page cache.
     """
     runs_of: dict[str, list[Run]] = {name: [] for name in names}
     failures: dict[str, Failure] = {}
@@ -269,12 +265,12 @@ def _measure_in_turns(
             if name in failures:
                 continue
             report(f"{label}: {name}")
-            measured = _measure(target, name)
-            if isinstance(measured, Failure):
-                failures[name] = measured
+            result = _measure(target, name)
+            if isinstance(result, Failure):
+                failures[name] = result
             elif number > 0:
-                runs_of[name].append(measured)
-    return {name: found for name, found in runs_of.items() if name not in failures}, failures
+                runs_of[name].append(result)
+    return {name: results for name, results in runs_of.items() if name not in failures}, failures
 
 
 def _compare(parts: str, split: Sequence[Run], unsplit: Sequence[Run]) -> Iterator[Comparison]:
@@ -294,9 +290,9 @@ def _compare(parts: str, split: Sequence[Run], unsplit: Sequence[Run]) -> Iterat
 
 
 def _measure(target: Target, name: str) -> Run | Failure:
-    """Measure one side in a fresh process."""
+    """Measure one side in a new process."""
     process = subprocess.Popen(  # noqa: S603  # this interpreter, and a function of ours
-        command_for(answer, json.dumps(asdict(target)), name),
+        command_for(print_measurements, json.dumps(asdict(target)), name),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -330,7 +326,7 @@ def _measure(target: Target, name: str) -> Run | Failure:
 
 
 def _read_memory(pid: int, readings: list[tuple[float, int]], is_over: threading.Event) -> None:
-    """Follow the memory of a process from outside, where no thread of it is held up."""
+    """Follow the memory of a process from outside, which does not slow its threads."""
     while not is_over.wait(_SAMPLING_INTERVAL):
         try:
             readings.append((time.monotonic(), anonymous_memory(pid)))
@@ -338,7 +334,7 @@ def _read_memory(pid: int, readings: list[tuple[float, int]], is_over: threading
             return  # the process has ended
 
 
-def answer(target: str, name: str) -> None:
+def print_measurements(target: str, name: str) -> None:
     """Measure one side in this process, and print the result as JSON.
 
     Args:
@@ -367,7 +363,7 @@ def _measure_here(target: Target, name: str) -> dict[str, Any]:
     is_cuda = torch.device(target.device).type == "cuda"
     finish: Callable[[], None] = torch.cuda.synchronize if is_cuda else lambda: None
     if is_cuda:
-        torch.zeros(1, device=target.device)  # makes the context of CUDA, which takes a second
+        torch.zeros(1, device=target.device)  # creates the CUDA context, which takes a second
     tokens: tuple[int, ...] = ()
     tokens_per_second = None
     with own_state(gradients=False):
@@ -399,7 +395,7 @@ def _measure_here(target: Target, name: str) -> dict[str, Any]:
 
 
 def _load(target: Target, model: OpenModel, name: str) -> dict[str, Any]:
-    """Load one side; that of ours opens and plans the checkpoint again, as its users do."""
+    """Load one side; the split side opens and plans the checkpoint again, as its users do."""
     if name == _PEER:
         return {_PEER: load_unsplit(model, target.dtype, target.options())}
     model = target.open()
@@ -426,7 +422,7 @@ def _forward(part: str, module: Any, ids: torch.Tensor) -> None:
 
 
 def _generate(module: Any, ids: torch.Tensor) -> tuple[tuple[int, ...], float]:
-    """Generate greedily, and return the tokens and how many there were in a second."""
+    """Generate greedily, and return the tokens and their number per second."""
     import torch
 
     begin = time.monotonic()
@@ -438,6 +434,6 @@ def _generate(module: Any, ids: torch.Tensor) -> tuple[tuple[int, ...], float]:
         max_new_tokens=min(_NEW_TOKENS, ids.shape[1]),
         pad_token_id=0,
     )
-    # Reading the tokens waits for a device that has them still to compute.
+    # Waits for the device, which may still be computing the tokens.
     tokens = tuple(output[0, ids.shape[1] :].tolist())
     return tokens, len(tokens) / (time.monotonic() - begin)

@@ -1,4 +1,4 @@
-"""A fresh interpreter that runs one of our functions and answers on stdout."""
+"""A new interpreter that runs one of our functions and writes its results to stdout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-#: Modules are looked for where this process looks for them, whatever its environment says.
+#: With the module search path of this process, whatever the environment says.
 _CODE = (
     "import sys; sys.path[:] = {path!r}; sys.dont_write_bytecode = {no_bytecode!r}; "
     "from {module} import {function}; {function}(*sys.argv[1:])"
@@ -24,10 +24,10 @@ def command_for(function: Callable[..., None], *arguments: str) -> list[str]:
 
 
 def reserve_stdout() -> TextIO:
-    """Return stdout for answers; what libraries and plugins print from now on goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Return stdout for results, and redirect to stderr what libraries and plugins print from now on."""
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return answers
+    return results
 
 
 def ending(return_code: int) -> str:

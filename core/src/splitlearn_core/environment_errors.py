@@ -24,6 +24,7 @@ _LIBRARIES = {
     "torch": "torch",
     "tqdm": "tqdm",
     "transformers": "transformers",
+    "websockets": "websockets",
     "yaml": "pyyaml",
 }
 
@@ -39,7 +40,7 @@ class Cause:
 
 
 def cause_of(error: BaseException) -> Cause | None:
-    """Return the problem of this environment behind an error; None if it has another cause."""
+    """Return the environment problem that caused an error; None if it has another cause."""
     errors = list(_chain(error))
     for link in reversed(errors):
         if (cause := _library(link)) is not None:
@@ -48,23 +49,23 @@ def cause_of(error: BaseException) -> Cause | None:
 
 
 def denied_path(error: OSError) -> Cause:
-    """Return which path may not be used, and the command that permits it."""
+    """Return which path may not be accessed, and the command that permits it."""
     path = Path(os.fsdecode(error.filename))
-    # A folder without permission to search hides what is in it.
+    # Below a folder without search permission nothing is visible.
     denied = next((folder for folder in reversed(path.absolute().parents) if not os.access(folder, os.X_OK)), path)
     while not os.path.lexists(denied):
         denied = denied.parent  # a new file is created in its parent
     status = denied.lstat()
     name, is_folder = shlex.quote(str(denied)), stat.S_ISDIR(status.st_mode)
     if sys.platform != "win32" and os.geteuid() not in (0, status.st_uid):
-        command = f"have its owner do: chmod a+{'rx' if is_folder else 'r'} {name}"
+        command = f"ask its owner to run: chmod a+{'rx' if is_folder else 'r'} {name}"
     else:
         command = f"chmod u+{'rwx' if is_folder else 'r'} {name}"
     return Cause(f"{error.strerror or error}: {path}", command)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its explicit causes, without the errors that it was merely raised after."""
+    """Yield an error and its explicit causes, without the errors during whose handling it was raised."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -72,7 +73,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _library(error: BaseException) -> Cause | None:
-    """Return the library whose import failed with an error; None if the error is not of an import."""
+    """Return the library whose import failed with an error; None if no import failed."""
     if isinstance(error, MemoryError):
         return None
     if isinstance(error, ModuleNotFoundError) and error.name in _LIBRARIES:
@@ -89,7 +90,7 @@ def _library(error: BaseException) -> Cause | None:
 
 
 def _importing(trace: TracebackType | None) -> str:
-    """Return the library during whose import an error was raised; empty if it was not during an import."""
+    """Return the library whose import raised an error; empty if none did."""
     library = ""
     while trace is not None:
         frame, trace = trace.tb_frame, trace.tb_next

@@ -54,7 +54,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202
 
 
 def shortened(text: str, limit: int) -> str:
-    """Return a text without its middle if it is longer than a limit, with the number of its characters."""
+    """Return a text; if it is longer than a limit, without its middle and with the number of its characters."""
     if len(text) <= limit:
         return text
     gap = f"...({len(text):,} characters)..."
@@ -87,14 +87,14 @@ def _bounded(text: str, limit: int) -> str:
 class SplitLearnError(Exception):
     """Base of all errors of splitlearn: a message, and a hint on what to do.
 
-    Both are cut to a readable size. Quoted text of files is cut to a line before (see ``quoting``).
+    Both are cut to a readable size. Text quoted from files is already shortened to a line (see ``quoting``).
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         message, hint = _bounded(message, _MAX_MESSAGE), _bounded(hint, _MAX_HINT)
         super().__init__(message)
         self.message = message
-        #: What to do, in one or two sentences; empty if the message says it all.
+        #: What to do, in one or two sentences; empty if the message is enough.
         self.hint = hint
 
     def __str__(self) -> str:
@@ -127,7 +127,7 @@ def translate(
         try:
             raise translated from error
         finally:
-            # Its traceback holds this frame: the two would keep what failed, tensors too, until a collection of cycles.
+            # Its traceback refers to this frame, a reference cycle that would keep tensors alive until the next GC.
             del translated
 
 
@@ -282,9 +282,9 @@ class RemoteStepError(RemoteError):
 
 
 class InternalError(SplitLearnError):
-    """splitlearn contradicts itself: please report it."""
+    """A bug in splitlearn: please report it."""
 
 
-# A FutureWarning, which Python shows to all users: they can install a newer version of the plugin.
+# A FutureWarning, which Python shows to all users: they are the ones who can upgrade the plugin.
 class SplitLearnDeprecationWarning(FutureWarning):
     """A plugin uses what a later release refuses: the message names it, the replacement and the release."""

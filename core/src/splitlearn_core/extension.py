@@ -1,4 +1,4 @@
-"""What packages build on that do more than provide a family or a strategy: examine models, or serve them.
+"""For packages that do more than provide a family or a strategy, and examine or serve models.
 
 ``splitlearn-auto`` and ``splitlearn-serve`` import these names and the public ones, and nothing else of core. Unlike
 the public names, they may change with any minor version of core: a package that uses them pins it
@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from splitlearn_core.arguments import user_path as user_path
     from splitlearn_core.build.configuration import hf_config as hf_config
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from splitlearn_core.quoting import reason as reason
     from splitlearn_core.quoting import said as said
     from splitlearn_core.types import human_bytes as human_bytes
-    from splitlearn_core.user_paths import user_path as user_path
 
 #: Name -> the module of core that it is in.
 _HOMES = {
@@ -108,11 +108,11 @@ _HOMES = {
     "through_no_layers": "build.pruning",
     "unbundled": "loading.opening",
     "unknown_name": "manager.config_checks",
-    "user_path": "user_paths",
+    "user_path": "arguments",
     "way_out": "plugins.known",
 }
 
-__all__ = [*_HOMES]  # noqa: PLE0604  # found by __getattr__
+__all__ = [*_HOMES]  # noqa: PLE0604  # resolved by __getattr__
 
 
 def __getattr__(name: str) -> Any:

@@ -1,20 +1,19 @@
-"""The classic entry points: the same loads under the names that split learning code knows."""
+"""The classic entry points: the same loads under the names that earlier split learning code uses."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from splitlearn_core.api import load_split_model
+from splitlearn_core.api import CommonArguments, load_split_model
+from splitlearn_core.arguments import accept_foreign_names, user_path
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.opening import type_and_model
 from splitlearn_core.loading_strategy import AUTO
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.split_model import SplitModel
 from splitlearn_core.types import THREE, Component, ProgressCallback, dtype_name
-from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -26,23 +25,13 @@ if TYPE_CHECKING:
 _LOW_MEMORY = "incremental"
 
 
-class _Arguments(TypedDict, total=False):
-    """The arguments of ``create_split_models`` that may be left out, but the parts."""
+class _Arguments(CommonArguments, total=False):
+    """The optional arguments of ``create_split_models``, except for the parts."""
 
     low_memory: bool
     storage_path: str | os.PathLike[str] | None
     auto_save: bool
-    dtype: DType | Mapping[str, DType] | None
     torch_dtype: DType | Mapping[str, DType] | None
-    device_map: str | Mapping[str, str | int | torch.device] | None
-    max_memory: Mapping[int | str, int | str] | None
-    attn_implementation: str | None
-    strategy: str
-    cache_dir: str | os.PathLike[str] | None
-    revision: str | None
-    token: str | bool | None
-    local_files_only: bool
-    progress: ProgressCallback | Literal[False] | None
 
 
 class ModelFactory:
@@ -71,7 +60,7 @@ class ModelFactory:
         **arguments: Unpack[_Arguments],
     ) -> SplitModel: ...
     @staticmethod
-    @naming_foreign
+    @accept_foreign_names
     def create_split_models(
         model_type: str | os.PathLike[str] | None,
         model_name_or_path: str | os.PathLike[str] | None,
@@ -98,18 +87,18 @@ class ModelFactory:
         """Load bottom, trunk and top; what is not described here is as in :func:`load_split_model`.
 
         Args:
-            model_type: What the model is; None to take what ``config.json`` says.
+            model_type: The model type; None for that of ``config.json``.
             model_name_or_path: A directory or a Hub repository; None for the family's own.
-            split_point_1: Where the trunk begins.
-            split_point_2: Where the top begins.
-            device: Where the components go.
+            split_point_1: The first layer of the trunk.
+            split_point_2: The first layer of the top.
+            device: The device of the components.
             low_memory: Read shard by shard: the strategy ``incremental``.
-            storage_path: A directory where the components are kept. If it holds this split of this
-                source, it is loaded from there and the source is not looked at; if not, from the source.
-            auto_save: Keep there what was loaded from the source, as :func:`save_split` saves it.
+            storage_path: A directory of saved components. If it holds this split of this source, the components
+                are loaded from there without looking at the source; otherwise from the source.
+            auto_save: Save there what was loaded from the source, as :func:`save_split` does.
             parts, device_map, max_memory, attn_implementation, strategy, progress: As there.
             dtype: As there; ``auto`` by default.
-            torch_dtype: ``dtype`` by the name that it had in transformers before.
+            torch_dtype: ``dtype`` under its earlier name in transformers.
             cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
 
         Raises:
@@ -121,9 +110,9 @@ class ModelFactory:
         if low_memory and strategy not in (AUTO, _LOW_MEMORY):
             problems.append(f"low_memory means strategy {_LOW_MEMORY!r}, and strategy is {strategy!r}")
         if storage_path is not None and not isinstance(storage_path, str | os.PathLike):
-            problems.append(f"storage_path is {storage_path!r}, no path")
+            problems.append(f"storage_path is {storage_path!r}, which is not a path")
         if auto_save and storage_path is None:
-            problems.append("auto_save is given, and no storage_path to save to")
+            problems.append("auto_save is given without a storage_path to save to")
         if problems:
             raise ConfigurationError("; ".join(problems), hint="give arguments that agree")
         model_type, model_name_or_path = type_and_model(model_type, model_name_or_path)
@@ -154,23 +143,23 @@ class ModelFactory:
 
 
 def _dtype_names(dtype: Any) -> Any:
-    """Return dtypes by their names alone: ``torch.float16``, ``float16`` and ``half`` are one."""
+    """Return dtypes by torch's names: ``torch.float16``, ``float16`` and ``half`` are the same."""
     if isinstance(dtype, Mapping):
         return {str(part): dtype_name(each) for part, each in dtype.items()}
     return dtype_name(dtype)
 
 
 class ModelRegistry:
-    """Knows the classes of the installed families' components."""
+    """The classes of the components of installed families."""
 
     @staticmethod
     def is_model_registered(model_type: str) -> bool:
-        """Say whether an installed plugin offers the model type; imports none."""
+        """Return whether an installed plugin provides the model type; imports none."""
         return model_type in registry().model_types()
 
     @staticmethod
     def list_models() -> tuple[str, ...]:
-        """Return the model types that installed plugins offer; imports none."""
+        """Return the model types that installed plugins provide; imports none."""
         return tuple(registry().model_types())
 
     @staticmethod
@@ -178,8 +167,8 @@ class ModelRegistry:
         """Return the class of a family's component.
 
         Args:
-            model_type: An installed family's.
-            component: ``bottom``, ``trunk`` or ``top``; one class is that of every trunk.
+            model_type: The model type of an installed family.
+            component: ``bottom``, ``trunk`` or ``top``; all trunks have one class.
 
         Raises:
             UnknownModelTypeError: No plugin provides the model type (a KeyError).

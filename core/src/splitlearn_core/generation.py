@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.files import TOKENIZER_FILES, TOKENIZER_PREFIXES
-from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError
+from splitlearn_core.errors import CheckpointError, ConfigurationError, MissingFileError, SplitLearnError, translate
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.quoting import reason, said
 from splitlearn_core.tokenization import load_converted
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from splitlearn_core.pipeline import SplitCausalLM
 
-_HINT = "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
+_HINT = "save it next to the weights: AutoTokenizer.from_pretrained(...).save_pretrained(DIR)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def has_tokenizer(model: OpenModel) -> bool:
 
 
 def tokenizer_files(model: OpenModel) -> list[str]:
-    """Return the names of the files that transformers may need for the tokenizer."""
+    """Return the names of the files that transformers may read for the tokenizer."""
     return [name for name in model.checkpoint.source.files() if name.startswith(TOKENIZER_PREFIXES)]
 
 
@@ -57,7 +57,7 @@ def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None
 
     Args:
         model: The checkpoint.
-        progress: Called where the tokenizer must first be converted from a weight file, which takes many seconds.
+        progress: Called if the tokenizer must first be converted from a weight file, which takes many seconds.
 
     Raises:
         MissingFileError: The checkpoint has none.
@@ -75,35 +75,26 @@ def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None
         )
     from transformers import AutoTokenizer
 
-    try:
-        if inside is not None:
-            return load_converted(source.path(model.checkpoint.weight_files()[0]), dict(inside), progress)
-        config = _config_for_tokenizer(model)
-        return AutoTokenizer.from_pretrained(model.checkpoint.folder, config=config, local_files_only=True)
-    except SplitLearnError:
-        raise
-    # transformers builds it from untrusted files, and may raise anything.
-    except Exception as error:
-        raise CheckpointError(
-            f"{model.name} holds no tokenizer that transformers can use: {said(error)}", hint=_HINT
-        ) from error
-
-
-def _config_for_tokenizer(model: OpenModel) -> Any:
-    """Make the configuration that transformers looks at to choose a tokenizer, so that errors in it are called so.
-
-    It would read the file itself, and a wrong value in there would seem one of the tokenizer.
-    """
     from splitlearn_core.build.configuration import hf_config
 
-    return hf_config(model.family, model.config, model.checkpoint.source.model, "float32")
+    # transformers builds it from untrusted files, and may raise anything.
+    with translate(
+        lambda error: CheckpointError(
+            f"transformers cannot use the tokenizer of {model.name}: {said(error)}", hint=_HINT
+        )
+    ):
+        if inside is not None:
+            return load_converted(source.path(model.checkpoint.weight_files()[0]), dict(inside), progress)
+        # Passed, because transformers would otherwise report an invalid value in config.json as one of the tokenizer.
+        config = hf_config(model.family, model.config, source.model, "float32")
+        return AutoTokenizer.from_pretrained(model.checkpoint.folder, config=config, local_files_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen, and which texts stop generation."""
 
-    #: 0 for the likeliest token each time; above 0, tokens are sampled.
+    #: 0 always takes the likeliest token; above 0, tokens are sampled.
     temperature: float = 0.0
     #: Sample from this many likeliest tokens.
     top_k: int = 50
@@ -117,18 +108,18 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigurationError(
-                f"temperature {self.temperature} is not a number from 0", hint="0 takes the likeliest token"
+                f"temperature {self.temperature} is not a number of 0 or more", hint="0 takes the likeliest token"
             )
         if "" in self.stop:
-            raise ConfigurationError("an empty text stops nothing", hint="leave --stop out, or give it a text")
+            raise ConfigurationError("an empty stop text stops nothing", hint="leave --stop out, or give it a text")
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
         """Return this as arguments of ``generate``."""
         stopping = {"stop_strings": list(self.stop), "tokenizer": tokenizer} if self.stop else {}
         if self.temperature == 0:
             return {"do_sample": False, **stopping}
-        drawing = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return {"do_sample": True, **drawing, **stopping}
+        sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {"do_sample": True, **sampling, **stopping}
 
 
 def generate_text(
@@ -143,10 +134,10 @@ def generate_text(
     """Continue a prompt, and stream the text.
 
     Args:
-        model: Bottom, trunk and top.
-        tokenizer: The checkpoint's.
+        model: The components, joined.
+        tokenizer: The tokenizer of the checkpoint.
         prompt: The text to continue.
-        max_new_tokens: How many tokens to add at most.
+        max_new_tokens: The maximum number of tokens to add.
         sampling: How they are chosen.
         on_text: Called with each piece of text, the prompt first.
 
@@ -170,9 +161,9 @@ class Conversation:
     """Messages of a user and a model, formatted with the checkpoint's chat template.
 
     Args:
-        model: Bottom, trunk and top.
-        tokenizer: The checkpoint's.
-        max_new_tokens: How many tokens an answer has at most.
+        model: The components, joined.
+        tokenizer: The tokenizer of the checkpoint.
+        max_new_tokens: The maximum number of tokens of an answer.
         sampling: How they are chosen; the seed is used once, for the first answer.
         system: The system message; None for none.
 
@@ -207,14 +198,14 @@ class Conversation:
         Args:
             text: The message.
             on_text: Called with each piece of the answer.
-            is_stopped: Called after each token; where it returns True, the answer ends there.
+            is_stopped: Called after each token; the answer ends when it returns True.
 
         Returns:
-            Its ``text`` is the answer alone, its ``prompt`` the message.
+            Its ``text`` is only the answer, its ``prompt`` the message.
 
         Raises:
             ConfigurationError: The message is empty, the conversation would not fit the model, or the template
-                refuses it. The message is not kept.
+                refuses it. The message is then not added.
             CheckpointError: The model's own code fails.
         """
         _check_text(text)
@@ -233,17 +224,19 @@ class Conversation:
     def _encoded(self, messages: list[dict[str, str]]) -> Any:
         from splitlearn_core.build.torch_state import own_state
 
-        try:
-            with own_state(gradients=False):
-                return self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        # A template is a program: it may raise anything, for example on an unknown role.
+        with (
+            translate(
+                lambda error: ConfigurationError(
+                    f"the chat template refuses the conversation: {said(error)}",
+                    hint="leave --system out, if the template has no such role; or generate without --chat",
                 )
-        # A template is a program: it may raise anything, for instance on an unknown role.
-        except Exception as error:
-            raise ConfigurationError(
-                f"the chat template refuses the conversation: {said(error)}",
-                hint="leave --system out, if the template knows no such role; or generate without --chat",
-            ) from error
+            ),
+            own_state(gradients=False),
+        ):
+            return self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
 
 
 def check_chat_template(tokenizer: Any) -> None:
@@ -251,17 +244,18 @@ def check_chat_template(tokenizer: Any) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigurationError(
             "the tokenizer has no chat template: the model is not for conversations, or its template is missing",
-            hint="leave --chat out to continue a text, or put the model's chat_template.jinja beside its tokenizer",
+            hint="leave --chat out to continue a text, or put the model's chat_template.jinja next to its tokenizer",
         )
 
 
 def _check_text(text: str) -> None:
-    try:
+    with translate(
+        lambda error: ConfigurationError(
+            f"the prompt is not valid text: {reason(error)}", hint="set a UTF-8 locale, or PYTHONUTF8=1, and retype it"
+        ),
+        UnicodeEncodeError,
+    ):
         text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigurationError(
-            f"the prompt is not text: {reason(error)}", hint="set a UTF-8 locale, or PYTHONUTF8=1, before you type it"
-        ) from error
 
 
 def _generate(
@@ -273,7 +267,7 @@ def _generate(
     streamer: Any,
     is_stopped: Callable[[], bool] | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """Return the tokens of prompt and continuation, and the seconds that it took."""
+    """Return the tokens of prompt and continuation, and the seconds that the generation took."""
     import torch
 
     from splitlearn_core.build.torch_state import own_state
@@ -307,19 +301,16 @@ def _stopping(is_stopped: Callable[[], bool]) -> Any:
     return StoppingCriteriaList([Stopped()])
 
 
-@contextmanager
-def _model_errors() -> Iterator[None]:
-    """Raise what fails in the model's own code as a CheckpointError; errors of writing the text pass."""
-    try:
-        yield
-    except (SplitLearnError, OSError):
-        raise
-    # It reads values of the configuration that nothing checks, and may raise anything.
-    except Exception as error:
-        raise CheckpointError(
+def _model_errors() -> AbstractContextManager[None]:
+    """Raise any error of the model's own code as a CheckpointError; errors of writing the text pass."""
+    # The code reads values of the configuration that nothing checks.
+    return translate(
+        lambda error: CheckpointError(
             f"the model fails in transformers: {said(error)}",
-            hint="check the values of config.json; splitlearn verify says whether the unsplit model fails likewise",
-        ) from error
+            hint="check the values of config.json; splitlearn verify shows whether the unsplit model fails likewise",
+        ),
+        unchanged=(SplitLearnError, OSError),
+    )
 
 
 def _check_length(model: SplitCausalLM, length: int, new_tokens: int) -> None:
@@ -328,8 +319,8 @@ def _check_length(model: SplitCausalLM, length: int, new_tokens: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length + new_tokens > limit:
         raise ConfigurationError(
-            f"{length} tokens of prompt and {new_tokens} new ones are more than the {limit} positions of the model",
-            hint=f"ask for at most {max(limit - length, 0)} new tokens, or shorten the prompt",
+            f"{length} prompt tokens and {new_tokens} new ones are more than the {limit} positions of the model",
+            hint=f"request at most {max(limit - length, 0)} new tokens, or shorten the prompt",
         )
 
 

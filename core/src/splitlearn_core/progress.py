@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[ProgressCallback]:
-    """Yield the callback to report to: the caller's, that of a bar (on a terminal or in a notebook), or a dummy."""
+    """Yield a progress callback: the caller's, that of a bar on a terminal or in a notebook, or a no-op."""
     if callable(progress):
         yield progress
     # In the kernel of a notebook stderr is not a terminal, but bars are shown.
@@ -73,7 +73,7 @@ def passing_through(progress: ProgressCallback) -> Iterator[ProgressCallback]:
             raised.clear()
             raise
     if raised:
-        # Removed from the list, as above: the traceback of the error refers to this frame, a reference cycle.
+        # pop, because the traceback of the error refers to this frame: a reference cycle.
         raise raised.pop(0)
 
 

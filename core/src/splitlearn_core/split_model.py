@@ -1,30 +1,17 @@
-"""What a load returns: the components of one split, in order and by name, typed by how many there are."""
+"""The result of a load: the components of one split, in order and by name, with a type for each number of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Generic,
-    NamedTuple,
-    TypeAlias,
-    TypeVar,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
-from splitlearn_core.types import (
-    THREE,
-    component_names,
-    dtype_name,
-    is_component_name,
-)
+from splitlearn_core.types import THREE, component_names, dtype_name, is_component_name
 
 if TYPE_CHECKING:
     from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
 
 
-# Parameters have no defaults in typing until Python 3.13: a SplitModel without them has all parts optional.
+# Until Python 3.13, type parameters in typing have no defaults. A SplitModel without parameters has optional parts.
 if TYPE_CHECKING:
     import typing_extensions
 
@@ -42,7 +29,7 @@ else:
 class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
     """The components of a model that is cut in two places; a part that was not requested is None.
 
-    Its type says which parts there are, where the call says it: what ``parts=("trunk",)`` loads is a
+    Its type says which parts exist, if the call says so: ``parts=("trunk",)`` returns a
     ``SplitModel[None, TrunkModel, None]``.
     """
 
@@ -56,7 +43,7 @@ class SplitModel(NamedTuple, Generic[_Bottom_co, _Trunk_co, _Top_co]):
         return (self.trunk,)
 
     def __repr__(self) -> str:
-        """Name the components in a line; the modules' own repr is theirs."""
+        """Return a line that names the components, without the long repr of the modules."""
         return _shown(self)
 
 
@@ -72,7 +59,7 @@ class SplitPair(NamedTuple, Generic[_Bottom_co, _Top_co]):
         return ()
 
     def __repr__(self) -> str:
-        """Name the components in a line; the modules' own repr is theirs."""
+        """Return a line that names the components, without the long repr of the modules."""
         return _shown(self)
 
 
@@ -108,12 +95,12 @@ class SplitChain(tuple[Any, ...], Generic[_Bottom_co, _Trunk_co, _Top_co]):
 
     def __getattr__(self, name: str) -> _Trunk_co:
         """Return one of the trunks, by its name."""
-        if name in self._fields:
-            return cast("_Trunk_co", self[self._fields.index(name)])
-        raise _no_attribute(self, name)
+        if name not in self._fields:
+            _refuse_attribute(self, name)
+        return cast("_Trunk_co", self[self._fields.index(name)])
 
     def __repr__(self) -> str:
-        """Name the components in a line; the modules' own repr is theirs."""
+        """Return a line that names the components, without the long repr of the modules."""
         return _shown(self)
 
 
@@ -122,7 +109,7 @@ AnySplitModel: TypeAlias = SplitModel | SplitPair | SplitChain
 
 
 def split_model(names: Sequence[str], components: Mapping[str, ComponentModel]) -> AnySplitModel:
-    """Put the components of a model that there are into a named tuple of all its components."""
+    """Return a named tuple of all components of a model; None stands for those that were not loaded."""
     parts = [components.get(name) for name in names]
     if len(names) == len(THREE):
         return SplitModel(*parts)
@@ -132,7 +119,7 @@ def split_model(names: Sequence[str], components: Mapping[str, ComponentModel]) 
 _MOVED = "give {0} to load_split_model, or move each component: for part in parts: part.{1}(...)"
 _JOINED = "join the components: SplitCausalLM(*parts).{}(...)"
 
-#: Attributes of one model that people look for in a tuple of components, and where these are to be had.
+#: Attributes of one model that users look for in a tuple of components, and what to do instead.
 _MODEL_ATTRIBUTES = {
     "to": _MOVED.format("device and dtype", "to"),
     "cuda": _MOVED.format("device='cuda'", "cuda"),
@@ -154,28 +141,26 @@ _MODEL_ATTRIBUTES = {
 }
 
 
-def _no_attribute(parts: Any, name: str) -> AttributeError:
+def _refuse_attribute(parts: Any, name: str) -> NoReturn:
+    """Raise an AttributeError that explains what to do instead."""
     hint = _MODEL_ATTRIBUTES.get(name, "")
     if is_component_name(name):
         hint = f"it has {', '.join(parts._fields)}"
     what = f"a {type(parts).__name__}, a tuple of components, has no {name!r}"
-    return AttributeError(f"{what}; {hint}" if hint else what)
+    raise AttributeError(f"{what}; {hint}" if hint else what)
 
 
-def _explain_attribute(parts: Any, name: str) -> Any:
-    raise _no_attribute(parts, name)
-
-
-if not TYPE_CHECKING:  # a type checker is to say of any other attribute that there is none
-    SplitModel.__getattr__ = SplitPair.__getattr__ = _explain_attribute
+if not TYPE_CHECKING:  # type checkers should report unknown attributes
+    SplitModel.__getattr__ = SplitPair.__getattr__ = _refuse_attribute
 
 
 def _shown(parts: Any) -> str:
-    return f"{type(parts).__name__}({', '.join(f'{name}={_summary(part)}' for name, part in parts._asdict().items())})"
-
-
-def _summary(part: ComponentModel | None) -> str:
-    if part is None:
-        return "None"
-    layers = f"[{part.layer_range.start}, {part.layer_range.end})"
-    return f"<{part.family.model_type} {part.component}, layers {layers}, {dtype_name(part.dtype)}, {part.device}>"
+    described = []
+    for name, part in parts._asdict().items():
+        text = "None"
+        if part is not None:
+            layers = f"[{part.layer_range.start}, {part.layer_range.end})"
+            kind = f"{part.family.model_type} {part.component}"
+            text = f"<{kind}, layers {layers}, {dtype_name(part.dtype)}, {part.device}>"
+        described.append(f"{name}={text}")
+    return f"{type(parts).__name__}({', '.join(described)})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +20,7 @@ import psutil
 _ROOT = Path("/")
 _CGROUPS = "sys/fs/cgroup"
 _OWN_GROUPS = "proc/self/cgroup"
-#: The kernel writes a limit from here on where there is none.
+#: From this value on, a limit of version 1 means that there is none.
 _NO_LIMIT = 2**60
 #: mallopt's M_MMAP_THRESHOLD, and the size of a block from which on glibc maps it separately.
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 2**20
@@ -84,8 +84,7 @@ def _groups(root: Path) -> Iterator[_Group]:
 
 def _limits(mount: Path, path: str, read: Callable[[Path], _Group | None]) -> Iterator[_Group]:
     own = PurePosixPath(path.lstrip("/"))
-    # A container often sees its own group as the mount's root, whatever the path: folders that do not
-    # exist are skipped.
+    # In a container the mount's root is often its own group, whatever the path says, so that folders may not exist.
     for part in (own, *own.parents):
         if ".." not in part.parts and (group := read(mount / part)) is not None:
             yield group
@@ -98,13 +97,12 @@ def _version_2(folder: Path) -> _Group | None:
     stat = _fields(folder / "memory.stat")
     if "anon" not in stat:
         return _Group(str(folder), limit, _number(folder / "memory.current") or 0)
-    kernel = stat["kernel"] - stat.get("slab_reclaimable", 0) if "kernel" in stat else _kernel_parts(stat)
+    if "kernel" in stat:
+        kernel = stat["kernel"] - stat.get("slab_reclaimable", 0)
+    else:
+        # Kernels before 5.18 report the parts.
+        kernel = sum(stat.get(name, 0) for name in ("slab_unreclaimable", "kernel_stack", "pagetables", "percpu"))
     return _Group(str(folder), limit, stat["anon"] + stat.get("shmem", 0) + stat.get("sock", 0) + kernel)
-
-
-def _kernel_parts(stat: Mapping[str, int]) -> int:
-    """Add up what kernels before 5.18 report separately."""
-    return sum(stat.get(name, 0) for name in ("slab_unreclaimable", "kernel_stack", "pagetables", "percpu"))
 
 
 def _version_1(folder: Path) -> _Group | None:
@@ -136,11 +134,14 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def return_large_blocks() -> bool:
-    """Make glibc return large freed blocks to the system at once, in the whole process; say whether it can.
+    """Make glibc return large freed blocks to the system at once, in the whole process.
 
     By default glibc raises its mmap threshold with each large block that is freed. The memory of
     weights then stays in the heap of the thread that loaded them, up to 64 MiB of it, which
     malloc_trim does not reach. A fixed threshold turns that off.
+
+    Returns:
+        Whether this is possible here.
     """
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         return False

@@ -1,7 +1,8 @@
 """A disk cache of the tokenizers that transformers converts from weight files, which takes many seconds.
 
-The key is the file's size, modification time and hash of its beginning, which holds the vocabulary, and the versions of
-transformers and tokenizers. An entry is written atomically, a damaged one is replaced; processes may share the cache.
+The key is the file's size, modification time and hash of its beginning, which contains the vocabulary, and the versions
+of transformers and tokenizers. An entry is written atomically, and replaced if it is damaged; processes may share the
+cache.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def load_converted(file: Path, arguments: dict[str, Any], progress: ProgressCall
     if cached is not None:
         try:
             return AutoTokenizer.from_pretrained(cached, local_files_only=True)
-        # The files are intact, but transformers may raise anything if it cannot use them.
+        # The files are intact, but transformers may raise any error while it reads them.
         except Exception as error:  # noqa: BLE001
             log.warning("The tokenizer in %s is converted again: %s", cached, said(error))
             shutil.rmtree(cached, ignore_errors=True)
@@ -61,13 +62,13 @@ def load_converted(file: Path, arguments: dict[str, Any], progress: ProgressCall
 
 
 def converted_files(file: Path, arguments: dict[str, Any], progress: ProgressCallback) -> dict[str, Path]:
-    """Return the files of the tokenizer that transformers converts from a weight file, by name; none if it fails."""
+    """Return the files of the tokenizer that transformers converts from a weight file, by name; none if that fails."""
     if _cached(file) is None:
         try:
             load_converted(file, arguments, progress)
-        # transformers may raise anything on the contents of the file.
+        # transformers may raise anything for the contents of the file.
         except Exception as error:  # noqa: BLE001
-            log.warning("%s holds no tokenizer that can be saved: %s", file, said(error))
+            log.warning("The tokenizer in %s cannot be saved: %s", file, said(error))
             return {}
     cached = _cached(file)
     if cached is None:

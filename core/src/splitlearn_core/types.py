@@ -33,10 +33,10 @@ DTYPE_ALIASES = {
     "double": "float64", "fp64": "float64", "f64": "float64",
 }  # fmt: skip
 
-#: Where ``config.json`` states the dtype of the weights; the first that is there counts.
+#: The fields of ``config.json`` for the dtype of the weights; the first that exists is used.
 DTYPE_FIELDS = ("dtype", "torch_dtype")
 
-#: The names it may state, which are those that torch itself knows -> torch's first name.
+#: The dtype names allowed there, which are attributes of torch -> the canonical name.
 STATED_DTYPES = {**{name: name for name in FLOAT_DTYPES}, "float": "float32", "half": "float16", "double": "float64"}
 
 #: The dtype of the checkpoint.
@@ -64,8 +64,8 @@ class Component(StrEnum):
 #: The names of the components of a model that is cut in two places.
 THREE: tuple[str, ...] = tuple(Component)
 
-#: Default of ``parts``: all components, also of a model with another number of them. It is recognised by identity,
-#: because a caller who gives the same names means those three.
+#: Default of ``parts``: all components, also of a model that has not three. It is recognised by identity, because a
+#: caller who passes the same names means these three.
 ALL_PARTS: tuple[str, ...] = ("bottom", "trunk", "top")
 
 #: The name of a trunk, alone or numbered.
@@ -114,7 +114,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def nearest_dtype(name: str) -> str:
-    """Return the dtype whose name is most similar to an unknown one."""
+    """Return the dtype whose name is most similar to an unknown name."""
     names = [*FLOAT_DTYPES, *DTYPE_ALIASES]
     close = difflib.get_close_matches(name.strip().lower().removeprefix("torch."), names, n=1, cutoff=0)[0]
     return DTYPE_ALIASES.get(close, close)
@@ -175,11 +175,11 @@ class Progress:
     #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``,
     #: ``converting``, ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
     stage: str
-    #: The name of the component that is worked on, or None if the stage concerns all of them.
+    #: The name of the current component, or None if the stage concerns all of them.
     component: str | None = None
     bytes_done: int = 0
     bytes_total: int = 0
-    #: The file that is worked on, if there is one.
+    #: The current file, if there is one.
     file: str = ""
 
 

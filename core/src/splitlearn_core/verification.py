@@ -1,15 +1,15 @@
-"""Comparison of a split checkpoint with the unsplit one, to the last bit."""
+"""Bit-exact comparison of a split checkpoint with the unsplit one."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from splitlearn_core.errors import CheckpointError, ConfigurationError, SplitLearnError
+from splitlearn_core.errors import CheckpointError, ConfigurationError, translate
 from splitlearn_core.generation import has_tokenizer, load_tokenizer
 from splitlearn_core.loading.load import import_builders, load_components
 from splitlearn_core.loading.opening import OpenModel
@@ -62,9 +62,9 @@ class Verification:
     model: str
     split_points: tuple[int, ...]
     dtype: str
-    #: The input: ``prompt``, or ``random tokens`` where there is no tokenizer.
+    #: The input: ``prompt``, or ``random tokens`` if there is no tokenizer.
     input: str
-    #: Each comparison and whether it is equal to the last bit.
+    #: Comparison -> whether it is equal to the last bit.
     checks: dict[str, bool]
     #: Largest absolute difference of two logits, over all comparisons.
     max_difference: float
@@ -102,22 +102,27 @@ def verify_split(
 
     Raises:
         SplitLearnError: As :func:`load_split_model`.
-        ConfigurationError: Components were to have different dtypes or devices, which the unsplit model cannot have.
-        CheckpointError: transformers fails on the unsplit model, or its logits are NaN: there is nothing to compare
-            with.
+        ConfigurationError: The components have different dtypes or devices, which the unsplit model cannot have.
+        CheckpointError: transformers fails on the unsplit model, or its logits are NaN, so that there is nothing to
+            compare with.
     """
-    if not isinstance(dtype, str) or options.device_map is not None:
-        raise ConfigurationError(
-            f"{model.name} unsplit, with which is compared, has one dtype and one device",
-            hint="give one for all components",
-        )
-
+    dtype = single_dtype(model, dtype, options)
     check_options(model, options)
     import_builders(model.family)
     from splitlearn_core.build.torch_state import own_state
 
     with own_state(gradients=False):
         return _verify(model, split_points, dtype, options, progress, remote)
+
+
+def single_dtype(model: OpenModel, dtype: str | Mapping[Any, str], options: LoadOptions) -> str:
+    """Return the dtype of all components; refuse several dtypes or devices, which the unsplit model cannot have."""
+    if isinstance(dtype, str) and options.device_map is None:
+        return dtype
+    raise ConfigurationError(
+        f"the unsplit model of {model.name}, which the components are compared with, has one dtype and one device",
+        hint="give one for all components",
+    )
 
 
 def _verify(
@@ -152,8 +157,8 @@ def _verify(
         expected = _run(unsplit, ids, mask)
     if bool(expected.logits.isnan().any()):
         raise CheckpointError(
-            f"{model.name} unsplit computes NaN, which equals nothing, so that there is nothing to compare",
-            hint="its weights hold values that are not numbers"
+            f"the unsplit model of {model.name} computes NaN, so that there is nothing to compare with",
+            hint="its weights contain values that are not numbers"
             + ("" if plan.dtype == "float32" else f", or {plan.dtype} is too narrow: try --dtype float32"),
         )
     before_run = {name: _traffic(part) for name, part in remote.items()}
@@ -197,10 +202,10 @@ def _traffic(part: RemoteComponent) -> tuple[int, int]:
 
 
 def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
-    """Load the whole model with ``from_pretrained``, its weight files being on this machine.
+    """Load the whole model with ``from_pretrained``; its weight files are downloaded first.
 
     Raises:
-        CheckpointError: transformers does not read the checkpoint.
+        CheckpointError: transformers cannot read the checkpoint.
     """
     from splitlearn_core.build.configuration import architecture_class, hf_config
     from splitlearn_core.build.torch_state import BUILD_LOCK
@@ -210,26 +215,26 @@ def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
     directory = next(iter(paths.values())).parent
     arguments = checkpoint.pretrained_arguments()
     if arguments is not None:
-        # Otherwise transformers takes the configuration from the weight file and ignores config.json.
+        # Without it, transformers takes the configuration from the weight file and ignores config.json.
         config = hf_config(model.family, model.config, model.name, dtype, options.attn_implementation)
         arguments = {**arguments, "config": config}
-    try:
-        with BUILD_LOCK, _bars_on_terminals():
-            whole = architecture_class(model.family).from_pretrained(
-                directory,
-                dtype=dtype,
-                attn_implementation=options.attn_implementation,
-                local_files_only=True,
-                **(arguments or {}),
-            )
-    except (ImportError, ValueError, NotImplementedError) as error:
+
+    def failure(error: BaseException) -> CheckpointError | None:
         if arguments is None:
-            raise
-        raise CheckpointError(
-            f"transformers does not read {model.name} itself, so that there is nothing to compare with: "
-            f"{reason(error)}",
-            hint="pip install accelerate, if that is what it lacks; the split model may be right nevertheless",
-        ) from error
+            return None
+        return CheckpointError(
+            f"transformers itself cannot read {model.name}, so that there is nothing to compare with: {reason(error)}",
+            hint="pip install accelerate, if it is missing; the split model may be right nevertheless",
+        )
+
+    with translate(failure, (ImportError, ValueError, NotImplementedError)), BUILD_LOCK, _bars_on_terminals():
+        whole = architecture_class(model.family).from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=options.attn_implementation,
+            local_files_only=True,
+            **(arguments or {}),
+        )
     return whole.to(options.device)
 
 
@@ -263,19 +268,15 @@ def _inputs(model: OpenModel, vocabulary: int) -> tuple[torch.Tensor, torch.Tens
     return ids, mask
 
 
-@contextmanager
-def _transformers_errors(model: OpenModel) -> Iterator[None]:
-    """Raise what fails in the unsplit model as a CheckpointError with the text of transformers."""
-    try:
-        yield
-    except SplitLearnError:
-        raise
-    # With a configuration that does not suit it, a model's code may raise any error.
-    except Exception as error:
-        raise CheckpointError(
-            f"{model.name} unsplit fails in transformers, so that there is nothing to compare with: {said(error)}",
-            hint="check the values of config.json: from_pretrained of transformers gives a model that fails likewise",
-        ) from error
+def _transformers_errors(model: OpenModel) -> AbstractContextManager[None]:
+    """Raise any error of the unsplit model, which a wrong configuration can cause, as a CheckpointError."""
+    return translate(
+        lambda error: CheckpointError(
+            f"the unsplit model of {model.name} fails in transformers, so that there is nothing to compare with: "
+            f"{said(error)}",
+            hint="check the values of config.json: a model that from_pretrained of transformers loads fails likewise",
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)

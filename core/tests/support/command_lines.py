@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from splitlearn_core.cli.command_group import PackageCommand
+from splitlearn_core.cli.main import PackageCommand
 
 
 def command_lines(path: str, command: click.Command) -> list[str]:

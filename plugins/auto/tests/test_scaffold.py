@@ -114,7 +114,7 @@ def test_a_dropout_that_reaches_trunk_and_top_is_not_proven() -> None:
     """In training both would drop values of what a component before them has dropped values of already."""
     from transformers import AutoConfig
 
-    from splitlearn_auto.sizes import tiny_sizes
+    from splitlearn_auto.making import tiny_sizes
 
     sizes = tiny_sizes(AutoConfig.for_model("starcoder2"))
     model = tiny_model(AutoConfig.for_model("starcoder2", **sizes, embedding_dropout=0.5))
@@ -163,7 +163,7 @@ def test_a_wrong_family_is_not_proven(wrong: str, value: Any) -> None:
     """A family that is wrong in one field differs, or cannot be cut: the proof is one."""
     from transformers import AutoConfig
 
-    from splitlearn_auto.sizes import tiny_sizes
+    from splitlearn_auto.making import tiny_sizes
 
     known = AutoConfig.for_model("granite")
     config = AutoConfig.for_model("granite", **{**tiny_sizes(known), "embedding_multiplier": 3.0})
@@ -180,13 +180,13 @@ def test_a_wrong_family_is_not_proven(wrong: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("bert", "no causal decoder"),
-        ("t5", "no causal language model: transformers has T5ForConditionalGeneration"),
+        ("bert", "not a causal decoder"),
+        ("t5", "not a causal language model: transformers has T5ForConditionalGeneration"),
         ("bart", "encoder-decoder"),
         ("gemma3", "made of several models"),
         ("mixtral", "its checkpoints hold"),
-        ("rwkv", "keeps no key-value cache"),
-        ("mamba", "keep a running state|keeps no key-value cache"),
+        ("rwkv", "has no key-value cache"),
+        ("mamba", "cache a running state|has no key-value cache"),
         # Older transformers cannot run a small one without kernels for a GPU.
         ("zamba", "original_hidden_states|Fast Mamba kernels"),
         ("nanochat", "norm is called before the first layer and after the last"),
@@ -279,7 +279,7 @@ def test_origins(tmp_path: Path) -> None:
 def test_an_origin_that_is_a_file_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody means a repository that is named like a file: it is not asked for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("splitlearn_auto.asking.open_source", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("splitlearn_auto.knowledge.open_source", lambda *_, **__: pytest.fail("the Hub was asked"))
     for origin in ("x.json", "some/config.json", str(tmp_path / "x.json")):
         with pytest.raises(MissingFileError, match="there is no file") as caught:
             new_plugin("mistral", tmp_path / "out", origin=origin)

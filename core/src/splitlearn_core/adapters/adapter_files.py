@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import MAX_CONFIG_BYTES, parse_object
 from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, open_regular
 from splitlearn_core.checkpoint.safetensors_header import read_header
@@ -21,7 +22,6 @@ from splitlearn_core.plan.keys import placement
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import plain, quote
 from splitlearn_core.types import CHUNK_BYTES, Component, LayerRange, TensorInfo, kind_of
-from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch

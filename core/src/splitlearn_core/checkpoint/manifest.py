@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import parse_object
 from splitlearn_core.checkpoint.files import CONFIG, open_regular
 from splitlearn_core.checkpoint.origin import Origin
@@ -25,7 +26,6 @@ from splitlearn_core.types import (
     is_component_name,
     place_of,
 )
-from splitlearn_core.user_paths import user_path
 
 MANIFEST = "split_manifest.json"
 FORMAT, VERSION = "splitlearn-split", 1

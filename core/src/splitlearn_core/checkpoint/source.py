@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import base_of, needed_reader
 from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted, here
@@ -15,7 +16,6 @@ from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.errors import ConfigurationError, MissingFileError
 from splitlearn_core.quoting import listed, reason
 from splitlearn_core.types import ProgressCallback, TensorInfo
-from splitlearn_core.user_paths import user_path
 
 
 class DirectorySource:

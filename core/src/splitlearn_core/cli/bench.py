@@ -1,4 +1,4 @@
-"""``splitlearn bench``: the split model beside ``from_pretrained``, on the user's own checkpoint."""
+"""``splitlearn bench``: compare the split model with ``from_pretrained``, on the user's own checkpoint."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from splitlearn_core.benchmark import Benchmark, Metric, Sample, run_benchmark
-from splitlearn_core.cli.dry_run import print_fetch
+from splitlearn_core.benchmark import Benchmark, run_benchmark
 from splitlearn_core.cli.shared_options import (
     dry_run_option,
     json_option,
     load_options,
     load_options_of,
     model_options,
+    print_fetch,
     print_json,
     split_points_of,
     table,
@@ -22,15 +22,18 @@ from splitlearn_core.cli.shared_options import (
 from splitlearn_core.types import Component, kind_of
 
 _NOTE = (
-    "from_pretrained loads and runs the whole model. Medians, the least and the most in brackets;\n"
-    "ratio: how many times faster, or smaller, the split side is. Memory: beyond pages of the weight files."
+    "from_pretrained loads and runs the whole model. Medians, with minimum and maximum in brackets;\n"
+    "ratio: how many times faster, or smaller, the split side is. Memory: without pages of the weight files."
 )
 
+#: Unit of a metric -> what its values are multiplied by, and the unit that is shown.
+_SHOWN = {"s": (1000, "ms"), "B": (1 / 2**20, "MiB")}
 
-@click.command("bench", short_help="Measure beside from_pretrained.")
+
+@click.command("bench", short_help="Compare speed and memory with from_pretrained.")
 @model_options
 @load_options
-@click.option("--parts", metavar="NAME,...", help="The components to measure by themselves; by default the trunks.")
+@click.option("--parts", metavar="NAME,...", help="The components to measure on their own; by default the trunks.")
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="Processes for each side.")
 @dry_run_option
 @json_option
@@ -49,9 +52,9 @@ def command(
 ) -> None:
     """Measure MODEL split and MODEL unsplit: load, first forward, tokens per second, memory.
 
-    Each measurement is a fresh process, and the sides take turns. Before the clock starts everything is
-    imported, and the weights are in the page cache where they fit. Exit code 1 where a side cannot be
-    measured, or the two generate different tokens.
+    Each measurement is a new process, and the two sides take turns. Before the clock starts everything is
+    imported, and the weights are in the page cache if they fit. Exit code 1 if a side cannot be measured,
+    or if the two generate different tokens.
     """
     from splitlearn_core.loading.opening import open_model
     from splitlearn_core.plan.split_points import names_of_parts
@@ -59,7 +62,7 @@ def command(
     from splitlearn_core.progress import reporting
 
     names = names_of_parts(split_points)
-    # With one cut there is no trunk, and the bottom is what a data owner runs.
+    # With one cut there is no trunk; the bottom is then what the owner of the data runs.
     default = [name for name in names if kind_of(name) == Component.TRUNK] or [Component.BOTTOM]
     with usage_errors():
         components = parse_parts(default if parts is None else [part.strip() for part in parts.split(",")], names)
@@ -89,17 +92,17 @@ def command(
 
 
 def render_benchmark(result: Benchmark) -> str:
-    """Show measurements to people."""
+    """Format measurements as text."""
     points = " and ".join(map(str, result.split_points))
-    rows = [
-        (
-            f"{row.parts}: {row.metric.name}",
-            _show(row.split, row.metric),
-            _show(row.unsplit, row.metric) if row.unsplit else "",
-            _show_ratio(row.ratio) if row.ratio else "",
+    rows = []
+    for row in result.comparisons:
+        scale, unit = _SHOWN.get(row.metric.unit, (1, row.metric.unit))
+        split, unsplit = (
+            _median([f"{value * scale:.1f}" for value in sample.summary], f" {unit}") if sample else ""
+            for sample in (row.split, row.unsplit)
         )
-        for row in result.comparisons
-    ]
+        ratio = _median([f"{value:.3g}" for value in row.ratio.summary], "x") if row.ratio else ""
+        rows.append((f"{row.parts}: {row.metric.name}", split, unsplit, ratio))
     lines = [f"{result.model} cut at {points}, {result.dtype}, {result.device}; runs: {result.runs}", ""]
     if rows:
         lines += [table(("what", "splitlearn", "from_pretrained", "ratio"), rows), "", _NOTE]
@@ -107,24 +110,11 @@ def render_benchmark(result: Benchmark) -> str:
         lines.append(f"{name} could not be measured: {failure.message}")
         lines += [f"hint: {failure.hint}"] if failure.hint else []
     if result.equal_tokens is False:
-        lines.append("the split model generates other tokens than the unsplit one: see splitlearn verify")
+        lines.append("the split model generates different tokens than the unsplit one: see splitlearn verify")
     return "\n".join(lines)
 
 
-#: Unit of a metric -> what its values are multiplied by, and the unit that is shown.
-_SHOWN = {"s": (1000, "ms"), "B": (1 / 2**20, "MiB")}
-
-
-def _show(sample: Sample, metric: Metric) -> str:
-    scale, unit = _SHOWN.get(metric.unit, (1, metric.unit))
-    return _spread([f"{value * scale:.1f}" for value in sample.summary], f" {unit}")
-
-
-def _show_ratio(sample: Sample) -> str:
-    return _spread([f"{value:.3g}" for value in sample.summary], "x")
-
-
-def _spread(summary: list[str], unit: str = "") -> str:
-    """Write a median, with the least and the most in brackets."""
+def _median(summary: list[str], unit: str) -> str:
+    """Format a median, with the minimum and the maximum in brackets."""
     middle, *ends = summary
     return f"{middle}{unit}" + (f" ({' to '.join(ends)})" if ends else "")

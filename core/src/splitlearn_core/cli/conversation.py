@@ -1,4 +1,4 @@
-"""A conversation at a terminal or over pipes: each line of input gets an answer."""
+"""A conversation at a terminal or over pipes: each line of input is a message, and gets an answer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def converse(conversation: Conversation, show: Callable[[str], None] | None) -> 
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines that are typed or piped, without empty ones."""
+    """Yield the typed or piped lines that are not empty."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         click.echo("Ctrl-D ends, Ctrl-C stops an answer.", err=True)
@@ -48,7 +48,7 @@ def _lines() -> Iterator[str]:
             import readline  # noqa: F401  # gives input() its editing and its history
     while True:
         try:
-            line = _typed() if at_terminal else _piped()
+            line = _read_line(prompt=at_terminal)
         except EOFError:
             if at_terminal:
                 click.echo(err=True)
@@ -57,15 +57,12 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _typed() -> str:
-    # The prompt must not go where stdout is redirected to.
-    if sys.stdout.isatty():
+def _read_line(*, prompt: bool) -> str:
+    if prompt and sys.stdout.isatty():
         return input(_PROMPT)
-    click.echo(_PROMPT, nl=False, err=True)
-    return _piped()
-
-
-def _piped() -> str:
+    if prompt:
+        # Not on stdout, which is redirected.
+        click.echo(_PROMPT, nl=False, err=True)
     line = sys.stdin.readline()
     if not line:
         raise EOFError

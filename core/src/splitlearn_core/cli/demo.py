@@ -1,4 +1,4 @@
-"""``splitlearn demo``: the whole job on the bundled model, offline."""
+"""``splitlearn demo``: plan, load, generate and verify with the bundled model, offline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.plan.split_points import count_layers
 from splitlearn_core.plugins.host import BLOCK_VARIABLE
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, registry
-from splitlearn_core.types import Component, Progress, ProgressCallback, human_bytes
+from splitlearn_core.types import Progress, ProgressCallback, human_bytes
 from splitlearn_core.verification import Verification, verify_split
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ class Demo:
 
 
 def open_demo() -> Demo:
-    """Open the first model that an installed plugin carries.
+    """Open the first model that is bundled with an installed plugin.
 
     Raises:
-        MissingFileError: No installed plugin carries one.
+        MissingFileError: No installed plugin has one.
     """
     for model_type in registry().model_types():
         try:
@@ -74,23 +74,22 @@ def open_demo() -> Demo:
             name = f"{BUNDLED}{model_type}"
             return Demo(name, open_model(name))
     raise MissingFileError(
-        "no plugin that is installed and not blocked carries a model",
-        hint=f"pip install splitlearn-gpt2, or change {ALLOW_VARIABLE} and {BLOCK_VARIABLE} so that they allow it",
+        "no usable plugin has a bundled model",
+        hint=f"pip install splitlearn-gpt2, or allow it in {ALLOW_VARIABLE} and {BLOCK_VARIABLE}",
     )
 
 
 _PROMPT = "The people of the United States"
 
 
-@click.command("demo", short_help="The whole job on the bundled model.")
+@click.command("demo", short_help="Plan, load, generate and verify, offline.")
 @click.option("--prompt", default=_PROMPT, show_default=True, help="The text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=60, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True)
 @json_option
 @click.pass_context
 def command(ctx: click.Context, prompt: str, max_new_tokens: int, seed: int, as_json: bool) -> None:
-    """Plan, load, run and verify the model that splitlearn-gpt2 carries. Needs no network."""
-
+    """Plan, load, run and verify the model that is bundled with splitlearn-gpt2. Needs no network."""
     echo = (lambda text: None) if as_json else click.echo
     stream = (lambda text: None) if as_json else write_text
     demo = open_demo()
@@ -101,13 +100,13 @@ def command(ctx: click.Context, prompt: str, max_new_tokens: int, seed: int, as_
     echo("\n3. Generating through bottom -> trunk -> top\n")
     text = demo.generate(prompt, max_new_tokens, seed, stream)
     echo(f"\n\n   {text.new_tokens} tokens, {text.tokens_per_second:.1f} tokens/s")
-    echo("\n4. Against the unsplit model\n")
+    echo("\n4. Comparing with the unsplit model\n")
     result = demo.verify()
     if as_json:
         print_json({"plan": demo.plan.to_dict(), "generation": text.to_dict(), "verification": result.to_dict()})
     else:
         echo(render_verification(result))
-        echo(_next_steps(demo.name))
+        echo(_NEXT_STEPS.format(name=demo.name))
     ctx.exit(0 if result.equal else 1)
 
 
@@ -121,14 +120,12 @@ def _show_stage(progress: Progress, quiet: bool) -> None:
         click.echo(f"   {progress.stage:<9} {name if progress.stage == 'building' else ''}".rstrip(), err=True)
 
 
-def _next_steps(name: str) -> str:
-    a, b = "A", "B"
-    return f"""
+_NEXT_STEPS = """
 Now with a model of your own (a directory, or a name on the Hub):
-  splitlearn plan     MODEL --split {a} {b}
-  splitlearn generate MODEL --split {a} {b} --prompt "Once upon a time"
-  splitlearn verify   MODEL --split {a} {b}
+  splitlearn plan     MODEL --split A B
+  splitlearn generate MODEL --split A B --prompt "Once upon a time"
+  splitlearn verify   MODEL --split A B
 or in Python:
   from splitlearn_core import load_split_model
-  trunk = load_split_model(None, (A, B), "MODEL", parts=("trunk",)).{Component.TRUNK}
+  trunk = load_split_model(None, (A, B), "MODEL", parts=("trunk",)).trunk
 The bundled model is called {name} wherever a command takes a MODEL."""

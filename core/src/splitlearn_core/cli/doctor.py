@@ -1,4 +1,4 @@
-"""``splitlearn doctor``: why is my plugin not seen, why does my model not load."""
+"""``splitlearn doctor``: find out why a plugin is not found, or why a model does not load."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _COLOURS = {Level.OK: "green", Level.NOTE: "yellow", Level.WRONG: "red"}
 _WIDTH = len("transformers")
 
 
-@click.command("doctor", short_help="Why is a plugin not seen, why does a model not load.")
+@click.command("doctor", short_help="Find out why a plugin or a model does not work.")
 @click.argument("model", required=False)
 @click.option("--quick", is_flag=True, help="Leave out what imports torch and transformers, and load no model.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -> None:
-    """Find what is wrong with plugins, libraries, machine and cache, and with MODEL where one is named.
+    """Find what is wrong with plugins, libraries, machine and cache, and with MODEL if it is given.
 
-    Each finding is followed by its fix. Exit code 1 where something is wrong; notes do not count.
+    Each finding is followed by its fix. Exit code 1 if something is wrong; notes do not count.
     """
     from splitlearn_core.doctor.runner import examine
 
@@ -32,7 +32,7 @@ def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -
 
 
 def render_report(report: Report) -> str:
-    """Write findings for people."""
+    """Format findings as text."""
     counts = ", ".join(f"{report.count(level)} {level}" for level in reversed(Level))
     return "\n".join([*map(_lines, report.findings), "", counts])
 
@@ -42,7 +42,7 @@ def _lines(finding: Finding) -> str:
     first, *more = finding.what.splitlines() or [""]
     indent = " " * (len("wrong") + _WIDTH + 4)
     lines = [f"{level}  {finding.check:<{_WIDTH}}  {first}", *(indent + line.strip() for line in more)]
-    # The place matters only where there is something to do.
+    # The place matters only if there is something to do.
     if finding.where and finding.level is not Level.OK:
         lines.append(f"{indent}at: {finding.where}")
     if finding.fix:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from splitlearn_core.cli.conversation import converse
-from splitlearn_core.cli.dry_run import print_fetch
 from splitlearn_core.cli.shared_options import (
     connect_all,
     dry_run_option,
@@ -17,6 +16,7 @@ from splitlearn_core.cli.shared_options import (
     load_options,
     load_options_of,
     model_options,
+    print_fetch,
     print_json,
     remote_options,
     split_points_of,

@@ -1,4 +1,4 @@
-"""``splitlearn plan``: the components of a split, from the headers alone."""
+"""``splitlearn plan``: the components of a split, from file headers alone."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from splitlearn_core.plan.mismatch import unread_words
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
 from splitlearn_core.types import Component, human_bytes, kind_of
 
-#: Characters of the bar, and the most that it may have to bear the names of all components.
-_BAR_WIDTH, _MOST_WIDTH = 64, 78
+#: Characters of the bar, and how many it may have at most to show the names of all components.
+_BAR_WIDTH, _MAX_WIDTH = 64, 78
 #: Fill and colour of each kind of component.
 _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}
-#: Fill of every other trunk, so that each can be told from the next.
+#: Fill of every other trunk, so that neighbours differ.
 _OTHER_TRUNK = "▞"
 
 
-@click.command("plan", short_help="What a split gives, from headers alone.")
+@click.command("plan", short_help="Show the components of a split, from headers alone.")
 @model_options
 @json_option
 def command(
     model: str, split_points: tuple[int, ...] | None, dtype: str | dict[str, str], as_json: bool, **hub: Any
 ) -> None:
-    """Show what cutting MODEL gives: layers, bytes and shards of each component.
+    """Show the components of MODEL once it is cut: their layers, bytes and shards.
 
     Reads config.json and the headers of the weight files, and no weights.
     """
@@ -79,7 +79,7 @@ def render_plan(plan: SplitPlan) -> str:
         "",
         f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
     ]
-    lines += [f"tied: {key} is held by more than one component, and counted in each" for key in plan.tied]
+    lines += [f"tied: {key} is in more than one component, and counted in each" for key in plan.tied]
     lines += [f"warning: {text}: the file may not be whole" for text in plan.warnings]
     if plan.unexpected:
         lines.append(f"warning: {unread_words(plan.model, plan.model_type, plan.unexpected)}")
@@ -90,8 +90,8 @@ def _bar(plan: SplitPlan) -> str:
     sizes = [part.nbytes for part in plan.components]
     total = sum(sizes) or 1
     widths = [max(len(part.component) + 1, round(_BAR_WIDTH * part.nbytes / total)) for part in plan.components]
-    if sum(widths) > _MOST_WIDTH:
-        # Too many for the name of each.
+    if sum(widths) > _MAX_WIDTH:
+        # Too many components to show all names.
         edges = [round(_BAR_WIDTH * bytes_before / total) for bytes_before in accumulate(sizes, initial=0)]
         widths = [max(1, end - start) for start, end in pairwise(edges)]
     bar, labels = "", ""

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments, options and output that several commands share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.types import Component, is_component_name, kind_of
+from splitlearn_core.types import Component, human_bytes, is_component_name, kind_of
 
 if TYPE_CHECKING:
+    from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan
     from splitlearn_core.hosts.remote import RemoteComponent
     from splitlearn_core.loading.opening import OpenModel
     from splitlearn_core.loading.options import LoadOptions
@@ -26,7 +27,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: Sequence[str] | None) -> tuple[int, ...] | None:
-    """Read what the option took; none is none."""
+    """Convert the values of the option, which are None where it is left out."""
     if value is None:
         return None
     points = tuple(int(click.INT(each, parameter, ctx)) for each in value)
@@ -37,12 +38,12 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: Sequence[str
 
 
 class _NumbersOption(click.Option):
-    """An option that takes each number after it: ``--split 1 3 5``. click's own take as many values as they say."""
+    """An option that takes all numbers that follow it, ``--split 1 3 5``; click's own take a fixed number of values."""
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Let the option take, once it is parsed, the numbers that follow its value."""
+        """Let the parsed option also consume the numbers that follow its value."""
         super().add_to_parser(parser, ctx)
-        option = parser._long_opt[self.opts[0]]  # noqa: SLF001  # as click's own documentation does it
+        option = parser._long_opt[self.opts[0]]  # noqa: SLF001  # click has no public way
         process = option.process
 
         def take(value: str, state: Any) -> None:
@@ -55,7 +56,7 @@ class _NumbersOption(click.Option):
 
 
 def model_options(command: _Command) -> _Command:
-    """Add MODEL, where it is found, and how it is cut."""
+    """Add MODEL and the options that say where it is and how it is cut."""
     for option in reversed(
         (
             click.argument("model"),
@@ -65,7 +66,7 @@ def model_options(command: _Command) -> _Command:
                 cls=_NumbersOption,
                 type=click.UNPROCESSED,
                 callback=_numbers,
-                # The other options name components, and these say which there are.
+                # Processed first: the number of cuts decides which components other options may name.
                 is_eager=True,
                 metavar="A B",
                 help="Layers of the cuts, one or more; without it, even thirds are proposed.",
@@ -96,14 +97,16 @@ def load_options(command: _Command) -> _Command:
                 default="cpu",
                 show_default=True,
                 callback=_check_device,
-                help="Where the components go; or bottom=cpu,trunk=cuda:0,...; or auto.",
+                help="Device of the components; or bottom=cpu,trunk=cuda:0,...; or auto.",
             ),
             click.option(
-                "--max-memory", callback=_parse_max_memory, help="What may be used of each device: 0=10GiB,cpu=30GiB."
+                "--max-memory", callback=_parse_max_memory, help="Memory to use of each device: 0=10GiB,cpu=30GiB."
             ),
             click.option("--strategy", default="auto", show_default=True, help="How the weights are read."),
             click.option("--attn-implementation", help="eager, sdpa, ...; by default what transformers chooses."),
-            click.option("--strict", is_flag=True, help="Refuse tensors that the model has no place for."),
+            click.option(
+                "--strict", is_flag=True, help="Refuse checkpoints with tensors that the model does not have."
+            ),
         )
     ):
         command = option(command)
@@ -185,7 +188,7 @@ def _parse_remote(_: click.Context, __: click.Parameter, values: Sequence[str]) 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Make an error about arguments one of usage, where nothing but the command line was looked at."""
+    """Report a ConfigurationError as wrong usage, where only the command line was looked at."""
     try:
         yield
     except ConfigurationError as error:
@@ -196,31 +199,32 @@ def _check_dtype(ctx: click.Context, _: click.Parameter, value: str) -> str | di
     from splitlearn_core.plan.placement import parse_dtypes
     from splitlearn_core.plan.split_points import names_of_parts
 
-    given, there = _for_each_part(value), names_of_parts(ctx.params.get("split_points"))
+    dtype, names = _per_part(value), names_of_parts(ctx.params.get("split_points"))
     with usage_errors():
-        parse_dtypes(given, there, there)
-    return given
+        parse_dtypes(dtype, names, names)
+    return dtype
 
 
 def _check_device(ctx: click.Context, _: click.Parameter, value: str) -> str | dict[str, str]:
     from splitlearn_core.plan.placement import parse_device_map
     from splitlearn_core.plan.split_points import names_of_parts
 
-    given, there = _for_each_part(value), names_of_parts(ctx.params.get("split_points"))
+    device, names = _per_part(value), names_of_parts(ctx.params.get("split_points"))
     with usage_errors():
-        parse_device_map(given if isinstance(given, dict) else None, there, there)
-    return given
+        parse_device_map(device if isinstance(device, dict) else None, names, names)
+    return device
 
 
 def _parse_max_memory(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, int]:
     from splitlearn_core.plan.placement import parse_max_memory
 
-    given = _pairs(value) if value else {}
+    limits = _pairs(value) if value else {}
     with usage_errors():
-        return parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in given.items()})
+        return parse_max_memory({int(name) if name.isdecimal() else name: size for name, size in limits.items()})
 
 
-def _for_each_part(value: str) -> str | dict[str, str]:
+def _per_part(value: str) -> str | dict[str, str]:
+    """Read one value for all components, or NAME=VALUE for each."""
     return _pairs(value) if "=" in value else value
 
 
@@ -232,29 +236,25 @@ def _pairs(value: str) -> dict[str, str]:
     return {name: text for name, _, text in pairs}
 
 
-def check_shard_size(_: click.Context, __: click.Parameter, value: str) -> str:
-    """Refuse what is no size, as a callback of an option."""
-    from splitlearn_core.storage.contents import parse_size
-
-    with usage_errors():
-        parse_size(value)
-    return value
-
-
 def load_options_of(options: dict[str, Any], split_points: Sequence[int] | None) -> LoadOptions:
-    """Take what :func:`load_options` added out of a command's options; split points say which components there are."""
+    """Remove what :func:`load_options` added from a command's options, and return it as a value.
+
+    Args:
+        options: The options of the command by name; those of a load are removed.
+        split_points: Their number decides which components the options may name.
+    """
     from splitlearn_core.loading.options import LoadOptions
     from splitlearn_core.plan.placement import AUTO, parse_device_map
     from splitlearn_core.plan.split_points import names_of_parts
 
-    there = names_of_parts(split_points)
+    names = names_of_parts(split_points)
     device = options.pop("device")
     device_map = device if isinstance(device, dict) or device == AUTO else None
     return LoadOptions(
         "cpu" if device_map is not None else device,
         options.pop("strategy"),
         options.pop("attn_implementation"),
-        parse_device_map(device_map, there, there),
+        parse_device_map(device_map, names, names),
         options.pop("max_memory"),
         strict=options.pop("strict"),
     )
@@ -263,7 +263,7 @@ def load_options_of(options: dict[str, Any], split_points: Sequence[int] | None)
 def split_points_of(
     model: OpenModel, requested: tuple[int, ...] | None, remote: Mapping[str, RemoteComponent] = {}
 ) -> tuple[int, ...]:
-    """Return the split points requested, or those of a remote component; else even thirds, printed on stderr."""
+    """Return the requested split points, or those of a remote component; else even thirds, after a note on stderr."""
     if requested is not None:
         return requested
     for origin in [component.origin for component in remote.values()]:
@@ -302,3 +302,41 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         return value.rjust(widths[column]) if numeric else value.ljust(widths[column])
 
     return "\n".join("  ".join(cell(value, column) for column, value in enumerate(line)).rstrip() for line in lines)
+
+
+def print_fetch(
+    model: OpenModel,
+    split_points: Sequence[int],
+    dtype: str | Mapping[str, str],
+    *,
+    parts: Sequence[str] | None = None,
+    whole: bool = False,
+    as_json: bool,
+) -> None:
+    """Print what a load would fetch; see :func:`splitlearn_core.api.plan_model_fetch`."""
+    from splitlearn_core.api import plan_model_fetch
+    from splitlearn_core.generation import tokenizer_files
+
+    plan = plan_model_fetch(model, split_points, parts, dtype, whole=whole, others=tokenizer_files(model))
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        click.echo(render_fetch(plan))
+
+
+def render_fetch(plan: FetchPlan) -> str:
+    """Format files and bytes as text."""
+    rows = []
+    for file in plan.files:
+        sizes = map(human_bytes, (file.size, file.needed, file.cached, file.fetched))
+        how = f"in ranges ({len(file.spans)})" if file.is_partial else "whole"
+        rows.append((file.name, *sizes, "" if file.is_here else how))
+    return "\n".join(
+        (
+            plan.model + (f" at {plan.commit[:12]}" if plan.commit else ""),
+            "",
+            table(("file", "size", "needed", "here", "to fetch", ""), rows),
+            "",
+            f"{human_bytes(plan.fetched)} ({plan.fetched:,} bytes) would be fetched",
+        )
+    )

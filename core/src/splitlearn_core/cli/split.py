@@ -1,4 +1,4 @@
-"""``splitlearn split``: save components of a checkpoint."""
+"""``splitlearn split`` and ``splitlearn merge``: save components of a checkpoint, and join saved ones."""
 
 from __future__ import annotations
 
@@ -6,36 +6,46 @@ from typing import Any
 
 import click
 
-from splitlearn_core.cli.dry_run import print_fetch
+from splitlearn_core.arguments import user_path
 from splitlearn_core.cli.shared_options import (
-    check_shard_size,
     dry_run_option,
     json_option,
     model_options,
+    print_fetch,
     print_json,
     table,
     usage_errors,
 )
 from splitlearn_core.storage.directory import SplitDirectory
 from splitlearn_core.types import ALL_PARTS, human_bytes
-from splitlearn_core.user_paths import user_path
+
+
+def _check_shard_size(_: click.Context, __: click.Parameter, value: str) -> str:
+    from splitlearn_core.storage.contents import parse_size
+
+    with usage_errors():
+        parse_size(value)
+    return value
+
+
+_shard_size_option = click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    callback=_check_shard_size,
+    help="Weights above it are sharded.",
+)
 
 
 @click.command("split", short_help="Save the components, each as a folder.")
 @model_options
 @click.option("--out", required=True, metavar="DIR", help="The directory to make.")
-@click.option("--parts", metavar="NAME,...", help="The components to save, bottom,trunk say; by default all.")
-@click.option(
-    "--max-shard-size",
-    default="5GB",
-    show_default=True,
-    callback=check_shard_size,
-    help="Weights above it are sharded.",
-)
+@click.option("--parts", metavar="NAME,...", help="The components to save, such as bottom,trunk; by default all.")
+@_shard_size_option
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace a split that was saved before; parts of it that are not saved again stay.",
+    help="Replace components that were saved there before; those that are not saved again stay.",
 )
 @dry_run_option
 @json_option
@@ -66,49 +76,68 @@ def command(
         raise click.BadParameter("give one dtype for all components", param_hint="--dtype")
     names = ALL_PARTS if parts is None else [part.strip() for part in parts.split(",")]
     with usage_errors():
-        asked = parse_parts(names, names_of_parts(split_points))
+        requested = parse_parts(names, names_of_parts(split_points))
     if split_points is None:
         opened = open_model(model, **others)
         a, b = even_thirds(opened.family, opened.config)
-        raise click.UsageError(f"say where to cut what is saved; --split {a} {b} makes even thirds of the layers")
+        raise click.UsageError(f"to save components, give --split; --split {a} {b} makes even thirds of the layers")
     if dry_run:
         check_target(user_path(out), overwrite=force)
         opened = open_model(model, **others)
         check_source(opened, dtype)
-        print_fetch(opened, split_points, dtype, parts=asked, as_json=as_json)
+        print_fetch(opened, split_points, dtype, parts=requested, as_json=as_json)
         return
     saved = save_split(
         model, out, split_points, parts=names, dtype=dtype, max_shard_size=max_shard_size, overwrite=force, **others
     )
     if as_json:
-        print_json(to_dict(saved))
+        print_json(_to_dict(saved))
     else:
-        click.echo(render(saved))
+        click.echo(render_saved_split(saved))
 
 
-def to_dict(saved: SplitDirectory) -> dict[str, Any]:
-    """Convert to JSON types."""
+def _to_dict(saved: SplitDirectory) -> dict[str, Any]:
     return {
         "path": str(saved.path),
         "components": [
             {
-                "component": str(component),
-                "folder": str(each.folder),
-                "layers": list(each.manifest.origin.layers),
-                "dtype": each.manifest.origin.dtype,
-                "files": {name: record.size for name, record in each.manifest.files.items()},
+                "component": str(name),
+                "folder": str(component.folder),
+                "layers": list(component.manifest.origin.layers),
+                "dtype": component.manifest.origin.dtype,
+                "files": {file: record.size for file, record in component.manifest.files.items()},
             }
-            for component, each in saved.components.items()
+            for name, component in saved.components.items()
         ],
     }
 
 
-def render(saved: SplitDirectory) -> str:
+def render_saved_split(saved: SplitDirectory) -> str:
     """Format saved components as text."""
     rows = []
-    for component, each in saved.components.items():
-        first, last = each.manifest.origin.layers
-        weights = each.manifest.weight_files
-        size = human_bytes(sum(each.manifest.files[name].size for name in weights))
-        rows.append((str(component), f"[{first}, {last})", size, str(len(weights)), str(each.folder)))
+    for name, component in saved.components.items():
+        manifest = component.manifest
+        first, last = manifest.origin.layers
+        size = human_bytes(sum(manifest.files[file].size for file in manifest.weight_files))
+        rows.append((str(name), f"[{first}, {last})", size, str(len(manifest.weight_files)), str(component.folder)))
     return table(("component", "layers", "weights", "files", "folder"), rows)
+
+
+@click.command("merge", short_help="Join saved components into one checkpoint.")
+@click.argument("directories", metavar="DIR...", nargs=-1, required=True)
+@click.option("--out", required=True, metavar="DIR", help="The directory to make.")
+@_shard_size_option
+@json_option
+def merge_command(directories: tuple[str, ...], out: str, max_shard_size: str, as_json: bool) -> None:
+    """Join the components in DIR (or in several) into a checkpoint that transformers loads.
+
+    Its tensors are equal, byte for byte, to those that were split.
+    """
+    from splitlearn_core.storage.merging import merge_split
+
+    merged = merge_split(*directories, out=out, max_shard_size=max_shard_size)
+    if as_json:
+        files = {path.name: path.stat().st_size for path in sorted(merged.iterdir())}
+        print_json({"path": str(merged), "files": files})
+    else:
+        click.echo(f"{merged} is a checkpoint again")

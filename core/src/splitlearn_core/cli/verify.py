@@ -7,7 +7,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from splitlearn_core.cli.dry_run import print_fetch
 from splitlearn_core.cli.shared_options import (
     connect_all,
     dry_run_option,
@@ -15,6 +14,7 @@ from splitlearn_core.cli.shared_options import (
     load_options,
     load_options_of,
     model_options,
+    print_fetch,
     print_json,
     remote_options,
     split_points_of,

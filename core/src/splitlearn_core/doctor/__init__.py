@@ -1,1 +1,1 @@
-"""Why is a plugin not seen, why does a model not load: checks, whose findings say how to fix them."""
+"""Checks that find out why a plugin is not found or a model does not load; each finding has its fix."""

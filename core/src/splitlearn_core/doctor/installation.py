@@ -37,46 +37,43 @@ from splitlearn_core.plugins.metadata import (
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import reason
 
-#: The module of a library to import: that of transformers imports nothing by itself.
-_MODULES = {"transformers": "transformers.modeling_utils"}
-
 
 def check_import(library: str) -> list[Finding]:
-    """Import a library; what it raises is the finding."""
-    importlib.import_module(_MODULES.get(library, library))
+    """Import a library; an exception is the finding."""
+    # The package transformers itself imports nothing.
+    importlib.import_module("transformers.modeling_utils" if library == "transformers" else library)
     return []
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Versions from the lowest to the newest that was tested, both included."""
+    """The tested versions, from the lowest to the newest."""
 
     lowest: str
-    #: As exact as it is written: ``2.13`` means every 2.13.
+    #: ``2.13`` includes every 2.13.x.
     newest: str
 
     def __str__(self) -> str:
         return self.lowest if self.lowest == self.newest else f"{self.lowest} to {self.newest}"
 
-    def is_below(self, version: str) -> bool:
-        return Version(version) < Version(self.lowest)
-
     def is_above(self, version: str) -> bool:
+        """Return whether a version is newer than all that were tested."""
         newest = Version(self.newest).release
         return Version(version).release[: len(newest)] > newest
 
-    def judge(self, name: str, version: str, where: str = "", fix: str = "") -> Finding:
-        """Compare the version of a library with what was tested."""
+    def judge(self, name: str, version: str | None, where: str = "", fix: str = "") -> Finding:
+        """Compare the installed version of something, None if it is not installed, with the tested ones."""
+        fix = fix or f"pip install '{name}>={self.lowest}'"
+        if version is None:
+            return wrong(f"{name} is not installed (tested: {self})", where, fix)
         try:
-            is_below, is_above = self.is_below(version), self.is_above(version)
+            if Version(version) < Version(self.lowest):
+                return wrong(f"{name} {version} is older than what works (tested: {self})", where, fix)
+            if self.is_above(version):
+                fix = "splitlearn verify MODEL --split A B proves your model with it"
+                return note(f"{name} {version} is newer than what was tested ({self})", where, fix)
         except InvalidVersion:
             return note(f"{name} {version} has a version that cannot be compared ({self})", where)
-        if is_below:
-            fix = fix or f"pip install '{name}>={self.lowest}'"
-            return wrong(f"{name} {version} is older than what works (tested: {self})", where, fix)
-        if is_above:
-            how = "splitlearn verify MODEL --split A B proves your model with it"
-            return note(f"{name} {version} is newer than what was tested ({self})", where, how)
         return ok(f"{name} {version} (tested: {self})", where)
 
 
@@ -98,6 +95,7 @@ LIBRARIES = {
     "psutil": Range("6.0", "7.2"),
     "pyyaml": Range("6.0.2", "6.0.4"),
     "tqdm": Range("4.67", "4.70"),
+    "websockets": Range("14.0", "17.4"),
 }
 
 #: Optional dependencies: extra -> what it is for, and its distributions.
@@ -108,14 +106,14 @@ EXTRAS = {
 
 def check_versions() -> Iterator[Finding]:
     """Compare what is installed with what was tested."""
-    yield python(platform.python_version())
+    yield PYTHON.judge("Python", platform.python_version(), sys.executable, f"make an environment of Python {PYTHON}")
     yield from libraries({name: version_of(name) for name in LIBRARIES})
     for extra, (purpose, requirements) in EXTRAS.items():
         versions = {name: version_of(name) for name in requirements}
         if missing := [name for name, version in versions.items() if version is None]:
             yield note(f"{', '.join(missing)} not installed: no {purpose}", fix=f"pip install '{CORE}[{extra}]'")
         else:
-            yield from (tested.judge(name, str(versions[name])) for name, tested in requirements.items())
+            yield from (tested.judge(name, versions[name]) for name, tested in requirements.items())
     if not any(entry.kind == STRATEGY and entry.name == "gguf" for entry in registry().entries):
         yield note("GGUF files cannot be read", fix="pip install splitlearn-gguf")
     offered = {entry.name for entry in discover_commands()}
@@ -124,25 +122,17 @@ def check_versions() -> Iterator[Finding]:
             yield note(f"there is no command splitlearn {command.replace('.', ' ')}", fix=f"pip install {package}")
 
 
-def python(version: str) -> Finding:
-    """Judge the interpreter."""
-    return PYTHON.judge("Python", version, sys.executable, f"make an environment of Python {PYTHON}")
-
-
 def libraries(versions: Mapping[str, str | None]) -> Iterator[Finding]:
-    """Judge what core needs.
+    """Judge the dependencies of core.
 
     Args:
         versions: Distribution -> its installed version, or None.
     """
     as_tested = []
     for name, tested in LIBRARIES.items():
-        version = versions[name]
-        if version is None:
-            fix = f"pip install '{name}>={tested.lowest}'"
-            yield wrong(f"{name} is not installed (tested: {tested})", fix=fix)
-        elif (finding := tested.judge(name, version)).level is Level.OK and name not in DECISIVE:
-            as_tested.append(f"{name} {version}")
+        finding = tested.judge(name, versions[name])
+        if finding.level is Level.OK and name not in DECISIVE:
+            as_tested.append(f"{name} {versions[name]}")
         else:
             yield finding
     if as_tested:
@@ -152,30 +142,28 @@ def libraries(versions: Mapping[str, str | None]) -> Iterator[Finding]:
 _GROUPS = (*KINDS, COMMAND_GROUP, API_GROUP)
 
 
-def check_packages() -> list[Finding]:
-    """Examine the metadata of everything that has to do with plugins; nothing of it is imported."""
+def check_packages() -> Iterator[Finding]:
+    """Examine the metadata of the packages that concern plugins; none of them is imported."""
     packages = installed(("torch", "transformers"))
     counts = Counter(package.name for package in packages)
-    # Of a package that is installed twice, neither copy says what holds.
+    # The metadata of a package that is installed twice says nothing reliable.
     unique = [package for package in packages if counts[package.name] == 1]
-    findings = [*damaged(unique), *duplicates(packages)]
+    yield from damaged(unique)
+    yield from duplicates(packages)
     for package in unique:
         if package.name not in LIBRARIES:
-            findings += [*stale(package), *wrong_groups(package), *unmet(package)]
-    return [
-        *findings,
-        *other_core(Path(splitlearn_core.__file__).parents[1], packages),
-        plugins_found(registry().entries),
-    ]
+            yield from (*stale(package), *wrong_groups(package), *unmet(package))
+    yield from other_core(Path(splitlearn_core.__file__).parents[1], packages)
+    yield plugins_found(registry().entries)
 
 
 def plugins_found(entries: Sequence[PluginEntry]) -> Finding:
-    """Say how many plugins there are, and what to do where none provides a family."""
+    """Report how many plugins there are, and what to do if none provides a family."""
     if any(entry.kind == FAMILY for entry in entries):
         packages = {entry.distribution for entry in entries}
-        return ok(f"{len(entries)} entry points of {len(packages)} packages are found")
+        return ok(f"found {len(entries)} entry points of {len(packages)} packages")
     path = os.pathsep.join(splitlearn_core.__path__)
-    fix = "pip install splitlearn-gpt2, or the package of your model type, with this very Python"
+    fix = "pip install splitlearn-gpt2, or the package of your model type, with this Python"
     return note("no installed package provides a model family", path, fix)
 
 
@@ -189,22 +177,24 @@ def damaged(packages: Sequence[Installed]) -> Iterator[Finding]:
 
 def duplicates(packages: Sequence[Installed]) -> Iterator[Finding]:
     """Find packages that are installed more than once, and say which copy is used and which is stale."""
-    for name in (name for name, count in Counter(package.name for package in packages).items() if count > 1):
+    for name, count in Counter(package.name for package in packages).items():
+        if count == 1:
+            continue
         copies = [package for package in packages if package.name == name]
         used, newest = copies[0], max(copies, key=_version)
-        version = used.version or "a version unknown"
-        others = ", ".join(f"{p.version or 'a version unknown'} in {p.info}" for p in copies if p is not used)
+        others = ", ".join(f"{p.version or 'an unknown version'} in {p.info}" for p in copies if p is not used)
         if len({package.home for package in copies}) > 1:
-            state, fix = f"is used and hides {others}", f"pip uninstall {name} until pip finds none; then "
-            fix += _reinstall(used)
+            state = f"is used and hides {others}"
+            fix = f"pip uninstall {name} until pip finds none; then {_reinstall(used)}"
         else:
-            # Of two in one folder, an installation left the older behind, whichever is listed first.
+            # In one folder, an installation left the older copy behind, whichever is listed first.
             is_stale = _version(used) < _version(newest)
             state = f"is used and is stale; {others} is not used" if is_stale else f"is used; {others} is stale"
             kept = newest if is_stale else used
             folders = " and ".join(str(package.info) for package in copies if package is not kept)
             fix = f"remove {folders}; then {_reinstall(kept)}"
-        yield wrong(f"{name} is installed {len(copies)} times: {version} {state}", str(used.info), fix)
+        what = f"{name} is installed {count} times: {used.version or 'an unknown version'} {state}"
+        yield wrong(what, str(used.info), fix)
 
 
 def _version(package: Installed) -> Version:
@@ -215,7 +205,7 @@ def _version(package: Installed) -> Version:
 
 
 def stale(package: Installed) -> Iterator[Finding]:
-    """Find editable packages whose project has other entry points than were installed."""
+    """Find an editable package whose project has changed its entry points since it was installed."""
     if not package.editable or package.problem:
         return
     path = Path(package.origin) / "pyproject.toml"
@@ -231,34 +221,33 @@ def stale(package: Installed) -> Iterator[Finding]:
     if not project or "entry-points" in project.get("dynamic", ()):
         return
     actual = {point for point in package.points if point[0] in _GROUPS}
-    changes = [f"{name} = {value} [{group}] was added since" for group, name, value in sorted(wanted - actual)]
-    changes += [f"{name} = {value} [{group}] is gone since" for group, name, value in sorted(actual - wanted)]
+    changes = [f"{name} = {value} [{group}] was added" for group, name, value in sorted(wanted - actual)]
+    changes += [f"{name} = {value} [{group}] was removed" for group, name, value in sorted(actual - wanted)]
     if changes:
-        what = f"{package.name} was installed with other entry points than its project has: {'; '.join(changes)}"
+        what = f"the entry points of {package.name} have changed since it was installed: {'; '.join(changes)}"
         yield wrong(what, str(path), reinstall)
     elif project.get("version", package.version) != package.version:
-        what = f"{package.name} was installed as {package.version}, and its project is {project['version']} by now"
+        what = f"{package.name} was installed as {package.version}, and its project is now {project['version']}"
         yield note(what, str(path), reinstall)
 
 
 def wrong_groups(package: Installed) -> Iterator[Finding]:
-    """Find entry points in groups that look like ours, and packages that look like plugins and have none."""
+    """Find entry points in misspelt groups, and packages that are named like plugins but have no entry point."""
     if package.problem or package.name == CORE:
         return
     for group, name, value in package.points:
-        meant = nearest_group(group) if group not in _GROUPS else ""
-        if meant:
+        if group not in _GROUPS and (meant := nearest_group(group)):
             what = f"{package.name} has the entry point {name} = {value} in the group {group}, which nothing reads"
             fix = f'in its pyproject.toml write [project.entry-points."{meant}"], then {_reinstall(package)}'
             yield wrong(what, str(package.info / "entry_points.txt"), fix)
     if package.name.startswith("splitlearn-") and not any(nearest_group(group) for group, _, _ in package.points):
-        what = f"{package.name} is named like a plugin, and has no entry point"
+        what = f"{package.name} is named like a plugin, but has no entry point"
         fix = f'if it is one: [project.entry-points."{FAMILY_GROUP}"] in its pyproject.toml, then {_reinstall(package)}'
         yield note(what, str(package.info), fix)
 
 
 def unmet(package: Installed) -> Iterator[Finding]:
-    """Find requirements that are not met; those of core itself are judged as versions."""
+    """Find requirements that are not met; those of core are checked with the versions."""
     for line in package.requires if package.name != CORE else ():
         try:
             required = Requirement(line)
@@ -271,18 +260,18 @@ def unmet(package: Installed) -> Iterator[Finding]:
         if version is None or not required.specifier.contains(version, prereleases=True):
             requirement = f"{required.name}{required.specifier}"
             state = f"{version} is installed" if version else "it is not installed"
-            what = f"{package.name} {package.version} requires {requirement}, and {state}"
+            what = f"{package.name} {package.version} requires {requirement}, but {state}"
             yield wrong(what, str(package.info), f"pip install '{requirement}'")
 
 
 def other_core(code: Path, packages: Sequence[Installed]) -> Iterator[Finding]:
-    """Find that the code of core which runs is not that of the installed package."""
+    """Find that the running code of core is not that of the installed package."""
     core = next((package for package in packages if canonicalize_name(package.name) == CORE), None)
     if core is None:
-        what = f"{CORE} runs from a folder and is not installed: its version is unknown, and so is every plugin's need"
+        what = f"{CORE} runs from a folder and is not installed: no plugin's requirement of its version can be checked"
         yield wrong(what, str(code), f"pip install {CORE}")
     elif not code.resolve().is_relative_to(Path(core.origin if core.editable else core.home).resolve()):
-        what = f"the code that runs is not that of the installed {CORE} {core.version} ({core.origin or core.home})"
+        what = f"the running code is not that of the installed {CORE} {core.version} ({core.origin or core.home})"
         yield note(what, str(code), "unset PYTHONPATH, unless that is what you want")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from splitlearn_core.environment_errors import cause_of
 from splitlearn_core.errors import SplitLearnError
-from splitlearn_core.quoting import said as error_text
+from splitlearn_core.quoting import said
 
 
 class Level(StrEnum):
@@ -42,7 +42,7 @@ class Finding:
 
 
 def ok(what: str, where: str = "") -> Finding:
-    """Return a finding that all is well; like the next two, the check that returns it gets its name in."""
+    """Return a finding of something that works; its check sets the name of the check."""
     return Finding("", Level.OK, what, where)
 
 
@@ -85,18 +85,18 @@ class Check:
     #: A function of a module, which another process imports.
     function: Callable[..., Iterable[Finding]]
     arguments: tuple[str | bool, ...] = ()
-    #: What it does, for messages: ``importing torch``, ``looking at ...``.
+    #: What it does, in messages: ``importing torch``, ``looking at ...``.
     subject: str = "the check"
-    #: What to do where it fails with an error that does not say.
+    #: What to do if it fails with an error that has no hint.
     fix: str = "report it"
-    #: The library that it tries to import; later checks run without it where that fails.
+    #: The library that it tries to import; if that fails, later checks run without it.
     library: str = ""
 
     def run(self) -> list[Finding]:
         """Run the check in this process; an exception becomes a finding."""
         try:
             findings = list(self.function(*self.arguments))
-        # What is examined may be broken in any way.
+        # What is examined may fail in any way.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             findings = [failure(error, self.subject, self.fix)]
         return [replace(finding, check=self.name) for finding in findings]
@@ -108,7 +108,7 @@ def failure(error: BaseException, subject: str, fix: str, where: str = "") -> Fi
     Args:
         error: The exception.
         subject: What the check was doing.
-        fix: What to do where the error does not say.
+        fix: What to do if the error has no hint.
         where: What it looked at.
     """
     cause = cause_of(error)
@@ -119,16 +119,16 @@ def failure(error: BaseException, subject: str, fix: str, where: str = "") -> Fi
     if isinstance(error, SplitLearnError):
         return wrong(error.message, where, error.hint)
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return wrong(f"{subject} failed: {error_text(error)}", f"{last.filename}:{last.lineno}", fix)
+    return wrong(f"{subject} failed: {said(error)}", f"{last.filename}:{last.lineno}", fix)
 
 
 def left_out(library: str, subject: str = "") -> Finding:
-    """Return the note that something was not examined because a library, which has its own finding, is broken."""
+    """Return the note that something was not examined because a library is broken, which has its own finding."""
     return note(f"{subject and subject + ' '}left out: {library} cannot be imported")
 
 
 def block_import(library: str) -> None:
-    """Make every further import of a library fail at once: a broken one may end the process."""
+    """Make every further import of a library fail at once, because a broken one may end the process."""
     sys.modules[library] = None  # type: ignore[assignment]  # documented: an import of it raises ModuleNotFoundError
 
 

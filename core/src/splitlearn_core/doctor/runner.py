@@ -1,4 +1,4 @@
-"""All checks in the order of the report; plugins, torch and models are examined in subprocesses."""
+"""All checks, in the order of the report; plugins, torch and models are examined in subprocesses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from splitlearn_core.child_process import command_for, ending, reserve_stdout
 from splitlearn_core.doctor.installation import check_import, check_packages, check_versions
-from splitlearn_core.doctor.model_checks import check_model
-from splitlearn_core.doctor.plugin_checks import check_plugin, check_self
+from splitlearn_core.doctor.load_checks import check_model, check_plugin, check_self
 from splitlearn_core.doctor.report import Check, Finding, Level, Report, block_import
 from splitlearn_core.doctor.system import (
     check_architectures,
@@ -27,24 +25,23 @@ from splitlearn_core.doctor.system import (
     check_machine,
     check_variables,
 )
-from splitlearn_core.plugins import tracing
-from splitlearn_core.plugins.host import BLOCK_VARIABLE, fix_hint
+from splitlearn_core.plugins.host import BLOCK_VARIABLE, TRACE_VARIABLE, fix_hint, is_traced
 from splitlearn_core.plugins.metadata import version_of
 from splitlearn_core.plugins.registry import registry
 
-#: Seconds that a plugin, a model (perhaps over the network), and torch with transformers may take.
+#: Time limits in seconds of a plugin, of a model (perhaps over the network), and of torch with transformers.
 _PLUGIN_SECONDS, _MODEL_SECONDS, _TORCH_SECONDS = 60.0, 300.0, 300.0
-#: Seconds after which the check that is waited for is named, and again each time it is another one.
-_PATIENCE = 5.0
+#: Seconds after which a running check is reported; each later one is, too.
+_REPORT_AFTER = 5.0
 #: Characters of the output of a process that ended early.
 _TAIL = 400
 
-#: In the order in which one needs the other.
+#: Each needs those before it.
 _LIBRARIES = ("torch", "transformers")
 _TORCH = (
     Check("devices", check_devices, subject="computing on each device"),
     Check("transformers", check_architectures, subject="importing the classes of the families"),
-    Check("self-test", check_self, subject="splitting the carried model"),
+    Check("self-test", check_self, subject="splitting the bundled model"),
 )
 
 #: Called with the subject of a check that takes long.
@@ -57,7 +54,7 @@ class Outcome:
 
     check: Check
     findings: tuple[Finding, ...]
-    #: Whether it ended its process, or did not return in time.
+    #: Whether it ended its process, or exceeded the time limit.
     is_lost: bool = False
 
 
@@ -74,7 +71,7 @@ def examine(model: str | None = None, *, quick: bool = False, report: ReportWait
         The findings. An exception in a check is one of them; none is raised.
     """
     findings = [*Check("packages", check_packages).run(), *Check("variables", check_variables).run()]
-    # What is not installed has its finding among the versions.
+    # Their findings are among the versions.
     missing = () if quick else tuple(filter(_is_missing, _LIBRARIES))
     plugins = _check_plugins(missing, report)
     torch: list[Outcome] = []
@@ -86,7 +83,7 @@ def examine(model: str | None = None, *, quick: bool = False, report: ReportWait
         ]
         torch = run_in_subprocess((*imports, *_TORCH), _TORCH_SECONDS, missing, _lost_plugins(plugins), report)
     if broken := _unusable(torch):
-        # A broken library has one finding, instead of one for each plugin that imports it.
+        # So that a broken library is one finding, and not one for each plugin that imports it.
         missing += broken
         plugins = _check_plugins(missing, report)
     findings += (finding for outcome in plugins for finding in outcome.findings)
@@ -98,7 +95,7 @@ def examine(model: str | None = None, *, quick: bool = False, report: ReportWait
         lost = _lost_plugins(plugins)
         (outcome,) = run_in_subprocess([check], _MODEL_SECONDS, missing, lost, report)
         for finding in outcome.findings:
-            # The plugin of the model is blocked by this function alone: say what it was blocked for.
+            # If the model's plugin is blocked, it is so only because it was lost above.
             culprit = next((p for p in lost if f"({p} " in finding.what and BLOCK_VARIABLE in finding.what), "")
             left_out = Finding("model", Level.NOTE, f"left out: {culprit} cannot be used")
             findings.append(left_out if culprit else finding)
@@ -110,7 +107,7 @@ def _is_missing(library: str) -> bool:
 
 
 def _check_plugins(missing: Sequence[str], report: ReportWaiting) -> list[Outcome]:
-    """Examine each plugin in a process of its own: what one imports would hide what the next one does."""
+    """Examine each plugin in its own process: the imports of one would hide those of the next."""
     outcomes: list[Outcome] = []
     for entry in registry().entries:
         arguments = (entry.kind, entry.name, entry.distribution)
@@ -120,7 +117,7 @@ def _check_plugins(missing: Sequence[str], report: ReportWaiting) -> list[Outcom
 
 
 def _lost_plugins(plugins: Sequence[Outcome]) -> tuple[str, ...]:
-    """Return the packages of plugins that ended their process, or hang: other checks would fare no better."""
+    """Return the packages of plugins that ended their process or hang, as they would in other checks."""
     return tuple(dict.fromkeys(str(outcome.check.arguments[-1]) for outcome in plugins if outcome.is_lost))
 
 
@@ -139,7 +136,7 @@ def run_in_subprocess(
 ) -> list[Outcome]:
     """Run checks one after the other in another process.
 
-    A check that ends its process, or does not return in time, is a finding; the rest runs in a new process.
+    A check that ends its process, or exceeds the time limit, is a finding; the rest runs in a new process.
 
     Args:
         checks: The checks.
@@ -151,10 +148,10 @@ def run_in_subprocess(
     outcomes: list[Outcome] = []
     while remaining := checks[len(outcomes) :]:
         libraries = (*missing, *_unusable(outcomes))
-        answers, how_it_ended, printed = _run(remaining, seconds, libraries, blocked_plugins, report)
-        outcomes += [Outcome(check, tuple(found)) for check, found in zip(remaining, answers, strict=False)]
-        if len(answers) < len(remaining):
-            lost = remaining[len(answers)]
+        findings, how_it_ended, printed = _run(remaining, seconds, libraries, blocked_plugins, report)
+        outcomes += [Outcome(check, tuple(each)) for check, each in zip(remaining, findings, strict=False)]
+        if len(findings) < len(remaining):
+            lost = remaining[len(findings)]
             tail = printed.strip()[-_TAIL:]
             what = f"{lost.subject} {how_it_ended}{tail and f'; it printed: {tail}'}"
             outcomes.append(Outcome(lost, (Finding(lost.name, Level.WRONG, what, fix=lost.fix),), is_lost=True))
@@ -169,21 +166,24 @@ def _run(
     report: ReportWaiting,
 ) -> tuple[list[list[Finding]], str, str]:
     """Return the findings of the checks that returned, how the process ended, and what it printed."""
-    request = [[c.function.__module__, c.function.__qualname__, *_fields(c)] for c in checks]
+    request = [
+        [c.function.__module__, c.function.__qualname__, c.name, c.arguments, c.subject, c.fix, c.library]
+        for c in checks
+    ]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"}
-    if tracing.listening() and environment.get(tracing.VARIABLE, "") in ("", "0"):
-        environment[tracing.VARIABLE] = "1"
+    if is_traced() and environment.get(TRACE_VARIABLE, "") in ("", "0"):
+        environment[TRACE_VARIABLE] = "1"
     if blocked_plugins:
         environment[BLOCK_VARIABLE] = ",".join((environment.get(BLOCK_VARIABLE, ""), *blocked_plugins))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         answers, printed = Path(folder, "answers"), Path(folder, "printed")
-        # Files and not pipes: a process that a plugin started may hold a pipe open for ever.
+        # Not pipes, which a process that a plugin started may keep open for ever.
         with answers.open("wb") as stdout, printed.open("wb") as stderr:
             process = subprocess.Popen(  # noqa: S603  # this interpreter, and a function of ours
-                command_for(answer, json.dumps(request), *missing),
+                command_for(run_checks, json.dumps(request), *missing),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
-                stderr=None if tracing.listening() else stderr,
+                stderr=None if is_traced() else stderr,
                 env=environment,
             )
             subjects = [*(check.subject for check in checks), "ending the checks"]
@@ -194,27 +194,23 @@ def _run(
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float, subject: Callable[[], str], report: ReportWaiting) -> str:
-    """Wait for a process, end it when its time is over, and return how it ended."""
+    """Wait for a process, kill it after a time limit, and return how it ended."""
     deadline = time.monotonic() + seconds
     reported = ""
     while (left := deadline - time.monotonic()) > 0:
         try:
-            return ending(process.wait(min(_PATIENCE, left)))
+            return ending(process.wait(min(_REPORT_AFTER, left)))
         except subprocess.TimeoutExpired:
             if (waiting_for := subject()) != reported:
                 report(waiting_for)
                 reported = waiting_for
     process.kill()
     process.wait()
-    return f"did not come to an end in {seconds:.0f} seconds"
+    return f"did not finish within {seconds:.0f} seconds"
 
 
-def _fields(check: Check) -> list[Any]:
-    return [check.name, check.arguments, check.subject, check.fix, check.library]
-
-
-def answer(request: str, *missing: str) -> None:
-    """Run checks in this process, and print a line of JSON for each."""
+def run_checks(request: str, *missing: str) -> None:
+    """Run checks in this process, and print the findings of each as a line of JSON."""
     answers = reserve_stdout()
     for library in missing:
         block_import(library)
@@ -225,6 +221,6 @@ def answer(request: str, *missing: str) -> None:
         answers.flush()
         for library in _unusable([Outcome(check, tuple(findings))]):
             block_import(library)
-    # Threads and exit handlers of plugins do not keep this process.
+    # Without waiting for threads and exit handlers of plugins.
     sys.stderr.flush()
     os._exit(0)

@@ -18,23 +18,23 @@ from splitlearn_core.plugins.registry import ALLOW_VARIABLE, registry
 from splitlearn_core.system_memory import MemoryReading, read_memory
 from splitlearn_core.types import FLOAT_DTYPES, human_bytes
 
-#: Below these there is a note: bytes of disk and of memory, and open files.
-_LITTLE_DISK, _LITTLE_MEMORY, _FEW_FILES = 5 * 2**30, 2**30, 256
+#: Less than this is a note: free bytes of disk and of memory, and open files.
+_MIN_DISK, _MIN_MEMORY, _MIN_OPEN_FILES = 5 * 2**30, 2**30, 256
 
 
-def check_cache() -> Iterator[Finding]:
-    """Examine the folder in which ``huggingface_hub`` keeps models."""
+def check_cache() -> list[Finding]:
+    """Examine the folder in which ``huggingface_hub`` caches models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    yield cache_folder(Path(HF_HUB_CACHE).expanduser())
+    return [cache_folder(Path(HF_HUB_CACHE).expanduser())]
 
 
 def cache_folder(path: Path) -> Finding:
-    """Judge a cache: can files be written, and is there room for them? Nothing is left behind."""
+    """Check that files can be written to a cache, and that there is space for them; nothing is left behind."""
     alternative = "set HF_HOME to a folder of yours"
     nearest = path
     try:
-        # Below a folder that may not be searched, even this question is refused.
+        # This raises as well, below a folder without permission to search.
         while not nearest.exists():
             nearest = nearest.parent
         if not nearest.is_dir():
@@ -47,12 +47,12 @@ def cache_folder(path: Path) -> Finding:
         return wrong(what, str(path), f"{alternative}, or: chmod u+rwx {nearest}")
     state = "is writable" if nearest == path else "does not exist yet, and can be made"
     what = f"the cache of models {state}; {human_bytes(free)} of its disk are free"
-    if free < _LITTLE_DISK:
-        return note(what, str(path), f"hf cache ls shows what it holds; or {alternative}")
+    if free < _MIN_DISK:
+        return note(what, str(path), f"hf cache ls shows what it contains; or {alternative}")
     return ok(what, str(path))
 
 
-#: The file that Linux has where a driver of NVIDIA's is loaded.
+#: The file that exists on Linux if a driver of NVIDIA's is loaded.
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -73,27 +73,27 @@ def check_devices() -> Iterator[Finding]:
 
 
 def missing_gpu(built_for: str | None, *, driver: bool, visible: str | None) -> Finding:
-    """Say why there is no GPU.
+    """Report why no GPU can be used.
 
     Args:
         built_for: The version of CUDA that torch was built for, or None.
         driver: Whether a driver is loaded.
-        visible: ``CUDA_VISIBLE_DEVICES``, or None where it is not set.
+        visible: ``CUDA_VISIBLE_DEVICES``, or None if it is not set.
     """
     if not driver:
         return ok("no GPU of NVIDIA's: everything runs on the CPU")
     if built_for is None:
-        what = "there is a GPU, and this torch is built for the CPU alone"
+        what = "there is a GPU, but this torch is built only for the CPU"
         return note(what, fix="install a build of torch for CUDA: torch.version.cuda names it")
     if visible is not None:
         what = f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
         return note(what, "CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")
-    what = f"there is a driver, and torch, built for CUDA {built_for}, cannot use it"
+    what = f"there is a driver, but torch, built for CUDA {built_for}, cannot use it"
     return note(what, fix="nvidia-smi shows what the driver supports")
 
 
 def _device(device: str, label: str) -> Finding:
-    """Multiply on a device, in each dtype that a model may be loaded in."""
+    """Multiply matrices on a device, in each dtype that a model can be loaded in."""
     import torch
 
     problems: dict[str, str] = {}
@@ -108,13 +108,13 @@ def _device(device: str, label: str) -> Finding:
     if not problems:
         return ok(what, device)
     what += f"; not {', '.join(f'{name} ({why})' for name, why in problems.items())}"
-    # A GPU may well lack float64; models are rarely loaded so.
+    # Some GPUs have no float64, which models rarely need.
     level = Level.WRONG if {"float32", "bfloat16"} & problems.keys() else Level.NOTE
     return Finding("", level, what, device, f"choose another device than {device}, or a dtype that works")
 
 
 def check_architectures() -> Iterator[Finding]:
-    """Import, of transformers, the classes that the usable families name."""
+    """Import the classes of transformers that the usable families name."""
     from splitlearn_core.build.configuration import architecture_class
 
     names: list[str] = []
@@ -130,46 +130,43 @@ def check_architectures() -> Iterator[Finding]:
 
 
 def check_machine() -> Iterator[Finding]:
-    """Read memory, processors and limits."""
+    """Report memory, processors and limits."""
     yield memory(read_memory())
     processors = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else processors
-    yield ok(f"{usable} of {processors} processors may be used")
+    yield ok(f"{usable} of {processors} processors can be used")
     if sys.platform != "win32":
         import resource
 
         yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         space, _ = resource.getrlimit(resource.RLIMIT_AS)
-        yield from address_space(None if space == resource.RLIM_INFINITY else space)
+        if space != resource.RLIM_INFINITY:
+            # Mapped files count in full, whether they are read or not.
+            what = f"the address space is limited to {human_bytes(space)}, and mapped weights count in full"
+            yield note(what, fix="ulimit -v unlimited, or --strategy copied")
 
 
 def memory(reading: MemoryReading) -> Finding:
     """Judge the free memory, which a control group may limit."""
-    limit = "" if reading.limited_by == "machine" else ", limited by a control group"
-    what = f"{human_bytes(reading.free)} of {human_bytes(reading.total)} memory are free{limit}"
-    where = reading.limited_by if limit else ""
-    if reading.free < _LITTLE_MEMORY:
-        fix = "end what is not needed" + (", or raise the limit of the control group" if limit else "")
+    is_limited = reading.limited_by != "machine"
+    what = f"{human_bytes(reading.free)} of {human_bytes(reading.total)} memory are free"
+    what += ", limited by a control group" if is_limited else ""
+    where = reading.limited_by if is_limited else ""
+    if reading.free < _MIN_MEMORY:
+        fix = "end other processes" + (", or raise the limit of the control group" if is_limited else "")
         return note(what, where, f"{fix}; mapped weights need little memory of their own")
     return ok(what, where)
 
 
 def open_files(limit: int) -> Finding:
     """Judge the limit of open files; a checkpoint may have hundreds of shards."""
-    if 0 <= limit < _FEW_FILES:
-        what = f"at most {limit} files may be open, and a checkpoint of many shards needs more"
+    if 0 <= limit < _MIN_OPEN_FILES:
+        what = f"at most {limit} files can be open, and a checkpoint of many shards needs more"
         return note(what, fix="ulimit -n 4096")
-    return ok(f"{limit if limit >= 0 else 'any number of'} files may be open")
+    return ok(f"{limit if limit >= 0 else 'any number of'} files can be open")
 
 
-def address_space(limit: int | None) -> Iterator[Finding]:
-    """Judge the limit of the address space, in which mapped files count, read or not."""
-    if limit is not None:
-        what = f"the address space is limited to {human_bytes(limit)}, and mapped weights count in full"
-        yield note(what, fix="ulimit -v unlimited, or --strategy copied")
-
-
-#: Truth, as the Hub's client reads it.
+#: The values that the Hub's client takes as true.
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
@@ -183,29 +180,29 @@ def check_variables() -> list[Finding]:
 
 
 def plugin_lists(environment: Mapping[str, str], unknown: Mapping[str, tuple[str, ...]]) -> Iterator[Finding]:
-    """Say which lists of plugins are set, and which of their names are of no installed plugin."""
-    for variable, does in ((ALLOW_VARIABLE, "allows only"), (BLOCK_VARIABLE, "blocks")):
-        value = environment.get(variable)
-        if value is not None and (value.strip(" ,") or variable == ALLOW_VARIABLE):
-            what = f"{variable} {does} {value.strip(' ,') or 'no plugin at all'}"
-            yield note(what, variable, f"unset {variable}, if other plugins are wanted")
+    """Report which lists of plugins are set, and which of their names no installed plugin has."""
+    for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE):
+        names = environment.get(variable, "").strip(" ,")
+        if names or (variable == ALLOW_VARIABLE and variable in environment):
+            does = "blocks" if variable == BLOCK_VARIABLE else "allows only" if names else "allows no plugin at all"
+            yield note(f"{variable} {does} {names}".rstrip(), variable, f"unset {variable} to use other plugins")
         if variable in unknown:
             what = f"{variable} names {', '.join(unknown[variable])}: no such plugin is installed"
-            fix = "correct the name or take it out: splitlearn plugins lists them, by model type and by package"
-            # A missing plugin is as good as blocked; one that was to be allowed is wanted.
+            fix = "correct or remove the name: splitlearn plugins lists them, by model type and by package"
+            # To block a plugin that is missing has no effect; to allow one means that it is wanted.
             level = Level.NOTE if variable == BLOCK_VARIABLE else Level.WRONG
             yield Finding("", level, what, variable, fix)
 
 
 def hub_variables(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Say what is set for the Hub and the network; no secret is repeated."""
+    """Report what is set for the Hub and the network, without secrets."""
     for variable in _OFFLINE:
         if environment.get(variable, "").upper() in _TRUE:
             what = f"{variable} restricts models to those on this machine"
             yield note(what, variable, f"unset {variable} to download")
     if endpoint := environment.get("HF_ENDPOINT"):
         what = f"models come from {_without_secrets(endpoint)} and not from the Hugging Face Hub"
-        yield note(what, "HF_ENDPOINT", "unset HF_ENDPOINT, if that is not wanted")
+        yield note(what, "HF_ENDPOINT", "unset HF_ENDPOINT to use the Hub")
     for variable in _FOLDERS:
         if environment.get(variable):
             yield note(f"{variable} is {environment[variable]}", variable)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.errors import ConfigurationError, MissingFileError, UnknownModelTypeError
 from splitlearn_core.manager.config_checks import (
     FIELDS_HINT,
@@ -32,7 +33,6 @@ from splitlearn_core.manager.config_checks import (
 )
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import reason
-from splitlearn_core.user_paths import user_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,24 @@
-"""Import one plugin, verify it and call its hooks in isolation: a failure names the plugin."""
+"""Import one plugin, verify it and call its hooks in isolation: a failure names the plugin.
+
+Each import, each hook call and each plugin that was skipped is a record of the logger ``splitlearn_core.trace``, level
+DEBUG; ``record.trace`` holds the values of the message as a mapping. ``SPLITLEARN_TRACE=1`` prints the records on
+stderr as lines, ``SPLITLEARN_TRACE=json`` as JSON objects.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
+import json
+import logging
+import os
 import re
+import reprlib
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -20,7 +30,6 @@ from splitlearn_core.errors import BrokenPluginError, translate
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plugins.contract import PREFIX, signature_problem
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
-from splitlearn_core.plugins.tracing import HOOK, IMPORT, traced
 from splitlearn_core.quoting import said
 
 if TYPE_CHECKING:
@@ -31,8 +40,10 @@ if TYPE_CHECKING:
 PROVIDING_HOOKS = {FAMILY: "splitlearn_model_families", STRATEGY: "splitlearn_loading_strategies"}
 #: A block-list of plugins: entry-point or distribution names.
 BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
-#: What a plugin's code may raise, and what only its own plugin may suffer from.
-_ANY = (Exception, SystemExit)
+#: What foreign code may raise without ending this process.
+ANY_ERROR = (Exception, SystemExit)
+
+trace_log = logging.getLogger("splitlearn_core.trace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +72,7 @@ class LoadedPlugin:
         with (
             translate(
                 lambda error: broken(self.entry, f"hook {hook} raised {said(error)}", _field_hint(error)),
-                _ANY,
+                ANY_ERROR,
                 unchanged=(),
             ),
             traced(HOOK, self.entry, hook, **arguments) as step,
@@ -79,7 +90,7 @@ class LoadedPlugin:
     def call_list(self, hook: str) -> list[Any]:
         """Call a hook that returns an iterable, and return its items."""
         results = self.call(hook)
-        # pluggy drops None. From the hook that the entry point stands for, that is a forgotten return.
+        # pluggy drops None. From the hook that the entry point is for, None means a forgotten return.
         if not results and hook in self.hooks and hook == PROVIDING_HOOKS[self.entry.kind]:
             raise broken(self.entry, f"hook {hook} returned None, not a list", "let the hook return the list")
         for result in results:
@@ -90,7 +101,7 @@ class LoadedPlugin:
 
 
 def load_plugin(entry: PluginEntry) -> LoadedPlugin:
-    """Import a plugin, verify its hooks, and call those that say what it provides.
+    """Import a plugin, verify its hooks, and call those that return what it provides.
 
     Raises:
         BrokenPluginError: Importing or a hook fails, or the plugin does not follow the hook specifications.
@@ -102,6 +113,7 @@ def load_plugin(entry: PluginEntry) -> LoadedPlugin:
 
 
 def broken(entry: PluginEntry, problem: str, hint: str = "") -> BrokenPluginError:
+    """Make the error of a broken plugin; the hint is what fixes it, if known."""
     return BrokenPluginError(f"plugin {entry.label} ({entry.what}) is broken: {problem}", hint=fix_hint(entry, hint))
 
 
@@ -127,26 +139,35 @@ def repair_of(entry: PluginEntry) -> str:
 
 
 def _imported(entry: PluginEntry) -> object:
-    name, _, attribute = entry.module.partition(":")
-
     def failure(error: BaseException) -> BrokenPluginError:
-        missing = (error.name if isinstance(error, ModuleNotFoundError) else None) or ""
-        package = missing.partition(".")[0]
-        hint = f"pip install {package}" if package and package != name.partition(".")[0] else ""
-        return broken(entry, f"importing {name!r} failed: {said(error)}", hint)
+        module = entry.module.partition(":")[0]
+        return broken(entry, f"importing {module!r} failed: {said(error)}", install_hint(error, entry))
 
-    with translate(failure, _ANY, unchanged=()), traced(IMPORT, entry, entry.module), plugin_output():
-        plugin: object = importlib.import_module(name)
-        for part in filter(None, attribute.split(".")):
-            plugin = getattr(plugin, part)
-    return plugin
+    with translate(failure, ANY_ERROR, unchanged=()), traced(IMPORT, entry, entry.module), plugin_output():
+        return import_object(entry.module)
+
+
+def import_object(path: str, attribute: str = "") -> object:
+    """Import ``module:attribute``, or by default the given attribute of the module; of none, the module itself."""
+    module, _, name = path.partition(":")
+    value: object = importlib.import_module(module)
+    for part in filter(None, (name or attribute).split(".")):
+        value = getattr(value, part)
+    return value
+
+
+def install_hint(error: BaseException, entry: PluginEntry) -> str:
+    """Return the command that installs the package whose absence made an import fail; empty for other errors."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    own = entry.module.partition(":")[0].partition(".")[0]
+    return f"pip install {package}" if package and package != own else ""
 
 
 def _verified(entry: PluginEntry, plugin: object) -> LoadedPlugin:
     """Register a plugin in a manager of its own, and check each of its hook implementations."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     with (
-        translate(lambda error: broken(entry, f"inspecting its hooks failed: {said(error)}"), _ANY, unchanged=()),
+        translate(lambda error: broken(entry, f"inspecting its hooks failed: {said(error)}"), ANY_ERROR, unchanged=()),
         plugin_output(),
     ):
         # Before the specifications are added: pluggy would stop at the first problem, and show no specification.
@@ -223,7 +244,7 @@ def _check_name(entry: PluginEntry, what: str, provided: Iterable[str]) -> None:
 
 
 def mapping_problem(mapping: object, checkpoint_keys: Sequence[str]) -> str:
-    """Say what is wrong with the result of ``splitlearn_map_weight_keys``; empty if it is valid."""
+    """Return what is wrong with the result of ``splitlearn_map_weight_keys``; empty if it is valid."""
     if not isinstance(mapping, Mapping):
         return f"it returned {type(mapping).__name__}, not a mapping"
     absent = sorted(set(checkpoint_keys) - set(mapping))
@@ -260,7 +281,7 @@ def stdout_for_data() -> Iterator[None]:
     What bypasses ``sys.stdout`` (a C library, a child process) is not redirected.
     """
     data = sys.stdout
-    # None if it is closed: then printing does nothing, and should go on doing so.
+    # None if it is closed: printing then does nothing, which must stay so.
     if data is not None:
         sys.stdout = cast("TextIO", _PluginAwareStdout(data))
     try:
@@ -270,10 +291,117 @@ def stdout_for_data() -> Iterator[None]:
 
 
 class _PluginAwareStdout:
-    """Is stderr to the code of plugins, and stdout to all other code."""
+    """Behaves as stderr in the code of plugins, and as stdout in all other code."""
 
     def __init__(self, data: TextIO) -> None:
         self._data = data
 
     def __getattr__(self, name: str) -> Any:
         return getattr((sys.stderr or self._data) if _IN_PLUGIN.get() else self._data, name)
+
+
+#: ``1`` for lines, ``json`` for JSON lines; empty or ``0`` for neither.
+TRACE_VARIABLE = "SPLITLEARN_TRACE"
+
+IMPORT, HOOK, SKIPPED = "import", "hook", "skipped"
+
+#: Shows the beginning of long values, and survives a ``__repr__`` that raises.
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 2
+_repr.maxstring = _repr.maxother = 100
+
+
+@contextmanager
+def traced(event: str, entry: PluginEntry, what: str, **arguments: object) -> Iterator[dict[str, Any]]:
+    """Time a step, and log it when it ends.
+
+    Args:
+        event: :data:`IMPORT` or :data:`HOOK`.
+        entry: The plugin's entry point.
+        what: The module, or the hook.
+        arguments: Those of the hook.
+
+    Yields:
+        A mapping in which the caller sets ``answer``, what the hook returned.
+    """
+    step: dict[str, Any] = {"answer": None}
+    error, started = None, time.perf_counter()
+    try:
+        yield step
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        if is_traced():
+            milliseconds = round((time.perf_counter() - started) * 1000, 3)
+            shown = {name: _shortened(value) for name, value in arguments.items()}
+            answer, text = None, what
+            if event == HOOK:
+                answer = _shortened(step["answer"])
+                text += f"({', '.join(f'{name}={value}' for name, value in shown.items())})"
+                text += "" if error else f" -> {answer}"
+            text += f" raised {error}" if error else ""
+            _log(event, entry, what, f"{text}  [{milliseconds:.1f} ms]", shown, answer, milliseconds, error)
+
+
+def trace_skipped(entry: PluginEntry, reason: str) -> None:
+    """Log that a plugin was not used, and why."""
+    _log(SKIPPED, entry, entry.what, f"{entry.what}: {reason}", {}, reason)
+
+
+def _log(
+    event: str,
+    entry: PluginEntry,
+    what: str,
+    text: str,
+    arguments: dict[str, str],
+    answer: str | None,
+    milliseconds: float | None = None,
+    error: str | None = None,
+) -> None:
+    step = {
+        "event": event,
+        "plugin": entry.label,
+        "what": what,
+        "arguments": arguments,
+        "answer": None if error else answer,
+        "milliseconds": milliseconds,
+        "error": error,
+    }
+    trace_log.debug("%-7s  %s  %s", event, entry.label, text, extra={"trace": step})
+
+
+def _shortened(value: object) -> str:
+    return " ".join(_repr.repr(value).split())
+
+
+def is_traced() -> bool:
+    """Return whether the records are wanted."""
+    return trace_log.isEnabledFor(logging.DEBUG)
+
+
+def trace_to_stderr() -> None:
+    """Print every step on stderr from now on, in the form that ``SPLITLEARN_TRACE`` names."""
+    if not any(isinstance(handler, _StderrHandler) for handler in trace_log.handlers):
+        trace_log.addHandler(_StderrHandler())
+    trace_log.setLevel(logging.DEBUG)
+    # Handlers of the program would print the same lines a second time.
+    trace_log.propagate = False
+
+
+def trace_if_requested() -> None:
+    """Print steps on stderr if ``SPLITLEARN_TRACE`` requests it."""
+    if os.environ.get(TRACE_VARIABLE, "") not in ("", "0"):
+        trace_to_stderr()
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to the ``sys.stderr`` of the moment, which tests and notebooks replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        as_json = os.environ.get(TRACE_VARIABLE, "").lower() == "json"
+        step: dict[str, Any] = record.trace  # type: ignore[attr-defined]  # every record of this logger has it
+        line = json.dumps(step) if as_json else f"trace {record.getMessage()}"
+        # A closed stderr must not fail the load that is traced.
+        with suppress(OSError, ValueError):
+            sys.stderr.write(line + "\n")

@@ -1,7 +1,7 @@
 """Advice on model types and commands that no installed package provides. Pure.
 
-Only what works is proposed: the tables list what ``splitlearn plugins new`` does with each type of
-transformers 5.24, and a test holds them against it.
+The tables list what ``splitlearn plugins new`` does with each model type of transformers 5.24; a test compares them
+with it, so that only what works is proposed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ PACKAGES = {
     "gpt2": "splitlearn-gpt2",
     "qwen2": "splitlearn-qwen2",
 }
-#: Commands of this project's packages: words joined by dots -> the package, and the line of ``--help``. It stands here
-#: because a list of commands imports none of them, and metadata has no room for a line about each.
+#: Commands of this project's packages: words joined by dots -> the package, and the line of ``--help``. The line is
+#: here because ``--help`` imports no command, and metadata has no field for it.
 COMMANDS = {
     "plugins.new": ("splitlearn-auto", "Write a package for a model type."),
     "ps": ("splitlearn-serve", "Show the models of a running `serve`."),
@@ -69,26 +69,26 @@ text.save_pretrained(DIR)""",
     )
 }
 _CANNOT = (
-    "cannot be split: their layers do not follow one another as those of a plain decoder do, or their tensors are "
-    "others in the file than in the model; the manager loads one as a whole, with model_type 'huggingface'"
+    "cannot be split: their layers are not a plain sequence as in a decoder, or the tensors in the file are not those "
+    "of the model; the manager loads one as a whole, with model_type 'huggingface'"
 )
 _ENCODES = (
     "have an encoder and a decoder; only causal decoders, one stack of layers that predicts the next token, are split. "
     "transformers itself loads one: AutoModelForSeq2SeqLM, or the class that config.json names"
 )
 _TYPE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}", re.IGNORECASE)
-_CHECK = 'check "model_type" in config.json; if a plugin for it is installed, splitlearn doctor says why it is not seen'
+_CHECK = 'check "model_type" in config.json; if its plugin is installed, splitlearn doctor says why it is not found'
 
 
 def is_known(model_type: str) -> bool:
-    """Return whether a table has the model type, which is then not a misspelling of another."""
+    """Return whether a table lists the model type; it is then not a misspelling of another."""
     return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS, *_TEXT_OF}
 
 
 def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False) -> str:
     """Return what to do with a model of a type that no installed plugin provides.
 
-    The type comes from an untrusted config.json: a command contains it only if a table has it.
+    The type comes from an untrusted config.json: a command contains it only if a table lists it.
 
     Args:
         model_type: The type.
@@ -99,9 +99,9 @@ def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool
         return _CHECK
     if model_type in _TEXT_OF:
         text, lines = _TEXT_OF[model_type]
-        first = f"a {model_type} checkpoint holds an image model besides; its language model is of type {text}"
+        first = f"a {model_type} checkpoint also contains an image model; its language model is of type {text}"
         package = "" if text in provided else f" (pip install {PACKAGES[text]})"
-        return f"{first}{package}. Save that alone, with transformers, and load DIR:{lines}"
+        return f"{first}{package}. Save only that, with transformers, and load DIR:{lines}"
     if model_type in PACKAGES:
         return f"try: pip install {PACKAGES[model_type]}, or {_CHECK}"
     if model_type in WRITTEN:

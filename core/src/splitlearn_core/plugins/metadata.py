@@ -174,7 +174,7 @@ def nearest_group(group: str) -> str:
 
 
 def version_of(name: str) -> str | None:
-    """Return the version of an installed distribution; None if it is not installed or states no version."""
+    """Return the version of an installed distribution; None if it is not installed or has no version."""
     try:
         return str(importlib_metadata.version(name) or "") or None
     # The error for missing or damaged metadata depends on the version of the backport.
@@ -254,7 +254,6 @@ def _describe(distribution: importlib_metadata.Distribution, wanted: set[str]) -
 
 def _description(distribution: importlib_metadata.Distribution) -> tuple[str, str, str]:
     """Return name, version and required version of core; ``unknown`` if METADATA is damaged."""
-    # A half-removed distribution may have lost its METADATA file or a field of it.
     try:
         fields = _fields(distribution)
         lines = fields.get_all("Requires-Dist") or []

@@ -31,10 +31,11 @@ from splitlearn_core.plugins.host import (
     broken,
     load_plugin,
     mapping_problem,
+    trace_if_requested,
+    trace_skipped,
 )
 from splitlearn_core.plugins.known import is_known, way_out
 from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
-from splitlearn_core.plugins.tracing import skipped, trace_if_requested
 from splitlearn_core.quoting import listed, quote
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class PluginStatus:
     entry: PluginEntry
     #: ``ready``, ``blocked``, ``incompatible``, ``conflict`` or ``broken``.
     status: str
-    #: Those that it implements; of a plugin that is not imported, the one that its entry point stands for.
+    #: The hooks it implements; of a plugin that is not imported, the one that its entry point is for.
     hooks: tuple[str, ...] = ()
     error: str = ""
     hint: str = ""
@@ -112,10 +113,10 @@ class PluginRegistry:
         return tuple(sorted({entry.name for entry in self._of(FAMILY) if not blocked_by(entry)}))
 
     def unknown_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names in each variable that are not of an installed plugin: probably misspelt."""
+        """Return, for each variable, the names in it that no installed plugin has: they are probably misspelt."""
         known = {canonicalize_name(name) for entry in self.entries for name in (entry.name, entry.distribution)}
-        named = {variable: _names(variable) or frozenset() for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE)}
-        return {variable: tuple(sorted(names - known)) for variable, names in named.items() if names - known}
+        unknown = {variable: (_names(variable) or frozenset()) - known for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE)}
+        return {variable: tuple(sorted(names)) for variable, names in unknown.items() if names}
 
     def family(self, model_type: str) -> ModelFamily:
         """Return the family of a model type, importing the plugin that owns it.
@@ -149,9 +150,9 @@ class PluginRegistry:
 
         Args:
             family: The family whose plugin's strategies are included.
-            requested: The name that a caller chose. Then only the strategy package of that name is
-                imported for it; of the others those that are already in use are returned. None, or an
-                unknown name, imports all packages: one that cannot be used is left out, with a warning.
+            requested: The name that a caller chose. Of the strategy packages only the one of that name is then
+                imported; the others are returned if they are in use already. None, or an unknown name, imports
+                all packages; one that cannot be used is left out, with a warning.
 
         Raises:
             PluginError: The requested package cannot be used, or the family's plugin cannot.
@@ -203,7 +204,7 @@ class PluginRegistry:
         variable = blocked_by(entry)
         if not self._is_loaded(entry) and (entry, variable) not in self._skipped:
             self._skipped.add((entry, variable))
-            skipped(entry, f"blocked by {variable}" if variable else why)
+            trace_skipped(entry, f"blocked by {variable}" if variable else why)
 
     def _of(self, kind: str) -> list[PluginEntry]:
         return [entry for entry in self.entries if entry.kind == kind]
@@ -299,7 +300,7 @@ def registry() -> PluginRegistry:
 
 
 def reset_registry() -> None:
-    """Forget the discovered and loaded plugins, so that newly installed packages are used."""
+    """Forget the discovered and loaded plugins, so that newly installed packages are found."""
     global _registry  # noqa: PLW0603  # see registry()
     importlib.invalidate_caches()
     _registry = None
@@ -355,7 +356,7 @@ def _check_compatible(entry: PluginEntry) -> None:
 
 def _check_installed(entry: PluginEntry) -> None:
     """Refuse a plugin whose module is not installed, without importing anything of it."""
-    # find_spec imports the parents of a dotted name: the first part must do.
+    # Only the first part: find_spec imports the parents of a dotted name.
     name = entry.module.partition(":")[0].partition(".")[0]
     try:
         spec = importlib.util.find_spec(name)

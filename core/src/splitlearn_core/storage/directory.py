@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.checkpoint.manifest import MANIFEST, Manifest, component_folders, read_manifest
@@ -20,7 +21,6 @@ from splitlearn_core.loading.planning import make_plan, refuse_misfit
 from splitlearn_core.progress import passing_through
 from splitlearn_core.storage.durable_files import hash_file, range_pieces
 from splitlearn_core.types import Progress, ProgressCallback, TensorInfo, component_names, is_component_name, place_of
-from splitlearn_core.user_paths import user_path
 
 
 @dataclass(frozen=True, slots=True)

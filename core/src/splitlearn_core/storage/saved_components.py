@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from splitlearn_core.arguments import accept_foreign_names, user_path
 from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.plan.placement import parse_dtypes
 from splitlearn_core.plan.splitplan import parse_parts
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, file_problems, hash_problems
 from splitlearn_core.types import THREE, Component, ProgressCallback, component_names
-from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from splitlearn_core.split_model import SplitModel
 
 
-@naming_foreign
+@accept_foreign_names
 def load_component(
     directory: str | os.PathLike[str],
     component: str | None = None,
@@ -71,7 +70,7 @@ def load_component(
     ]
 
 
-@naming_foreign
+@accept_foreign_names
 def load_split_directory(
     directory: str | os.PathLike[str],
     *others: str | os.PathLike[str],

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from splitlearn_core.arguments import accept_foreign_names
 from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX
 from splitlearn_core.checkpoint.manifest import MANIFEST, FileRecord, Manifest, render_manifest
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
-from splitlearn_core.foreign_arguments import naming_foreign
 from splitlearn_core.loading.load import origins_of
 from splitlearn_core.loading.opening import OpenModel, open_model
 from splitlearn_core.loading.planning import plan_and_fetch, refuse_misfit
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from splitlearn_core.split_model import AnySplitModel
 
 
-@naming_foreign
+@accept_foreign_names
 def save_split(
     source: str | os.PathLike[str] | AnySplitModel | SplitCausalLM | ComponentModel | Iterable[ComponentModel],
     out: str | os.PathLike[str],

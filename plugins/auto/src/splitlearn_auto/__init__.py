@@ -8,10 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from splitlearn_auto.asking import given_config
 from splitlearn_auto.findings import Derived
-from splitlearn_auto.package import LICENCES, NO_LICENCE, Names, package_files
-from splitlearn_auto.writing import check_free, write_folder
+from splitlearn_auto.knowledge import given_config
+from splitlearn_auto.package import LICENCES, NO_LICENCE, Names, check_free, package_files, write_folder
 from splitlearn_core import ConfigurationError, PluginConflictError
 from splitlearn_core.extension import core_version, registry, user_path
 
@@ -86,9 +85,7 @@ def new_plugin(
     """
     folder = None if dry_run else _free_folder(out, model_type)
     if licence not in (*LICENCES, NO_LICENCE):
-        raise ConfigurationError(
-            f"there is no text of a licence {licence!r} here", hint=f"choose {', '.join((*LICENCES, NO_LICENCE))}"
-        )
+        raise ConfigurationError(f"unknown licence {licence!r}", hint=f"choose {', '.join((*LICENCES, NO_LICENCE))}")
     _check_unclaimed(model_type, force)
     stated = given_config(model_type, origin, **hub) if origin is not None else {}
     from splitlearn_auto.examining import examine
@@ -102,9 +99,7 @@ def new_plugin(
 
 def _free_folder(out: str | os.PathLike[str] | None, model_type: str) -> Path:
     if out is None:
-        raise ConfigurationError(
-            f"no folder is named for the package of model type {model_type!r}", hint="give --out DIR"
-        )
+        raise ConfigurationError(f"the package of model type {model_type!r} has no folder", hint="give --out DIR")
     folder = user_path(out)
     check_free(folder)
     return folder

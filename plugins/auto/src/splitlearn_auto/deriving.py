@@ -1,13 +1,17 @@
-"""Derive the names of the parts of a tiny model by observing it, not by guessing from names."""
+"""Derive the parts of a tiny model, and its tensors' names on disk, by observing it and not by guessing from names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from splitlearn_auto.findings import CannotSplitError, Question
@@ -29,6 +33,8 @@ _MAX_SHOWN = 6
 _ROUNDING = 1e-4
 #: Dimensions of the hidden states.
 _STATE = 3
+_ROTARY = "rotary_emb.inv_freq"
+_LITERAL = re.compile(r"[A-Za-z0-9_]+(?:\\?\.[A-Za-z0-9_]+)+")
 #: Training mode, and words for messages: some functions (dropout) act only in training.
 _MODES = ((False, ""), (True, " in training"))
 
@@ -106,7 +112,7 @@ def _end(root: nn.Module, module: Any, how: str) -> str:
     for path, candidate in root.named_modules():
         if candidate is module and path:
             return str(path)
-    raise CannotSplitError(f"{type(root).__name__} does not hold what {how} answers with ({type(module).__name__})")
+    raise CannotSplitError(f"{type(root).__name__} does not contain what {how} returns ({type(module).__name__})")
 
 
 def _depth(model: Any) -> int:
@@ -125,7 +131,7 @@ def _check_causal(model: Any) -> None:
     # With a tolerance: the order of summation over experts depends on the tokens.
     if before > _ROUNDING * at_last:
         raise CannotSplitError(
-            "it is no causal decoder: another last token changes what it says of the tokens before it (an encoder does)"
+            "it is not a causal decoder: the last token changes the logits of the tokens before it (as in an encoder)"
         )
 
 
@@ -169,21 +175,21 @@ def _check_chain(layers: Sequence[Call]) -> None:
     for before, after in pairwise(layers):
         if not before.tensors or not _same(after.state, before.tensors[0]):
             raise CannotSplitError(
-                f"{after.path} is not given what {before.path} answered: the model does something between its layers"
+                f"the input of {after.path} is not the output of {before.path}: something is computed between"
             )
     shape = layers[0].state.shape
     if any(layer.state.shape != shape or layer.tensors[0].shape != shape for layer in layers) or len(shape) != _STATE:
         raise CannotSplitError(
-            f"what runs through its layers is no tensor [batch, sequence, hidden]: it is {list(layers[0].state.shape)} "
-            f"for {ROWS} rows of {COLUMNS} tokens"
+            f"its hidden states are not [batch, sequence, hidden]: they are {list(layers[0].state.shape)} for "
+            f" {ROWS} rows of {COLUMNS} tokens"
         )
     # No other input of a layer may be computed from the hidden states.
     for layer in layers:
         name, *others = layer.inputs
-        beside = [other for other in others if layer.inputs[other].requires_grad]
-        if beside:
+        computed = [other for other in others if layer.inputs[other].requires_grad]
+        if computed:
             raise CannotSplitError(
-                f"{layer.path} is given {', '.join(beside)} besides {name}, computed from the embeddings or from "
+                f"{layer.path} takes {', '.join(computed)} besides {name}, computed from the embeddings or from "
                 "layers before it; only one tensor crosses a cut"
             )
 
@@ -237,7 +243,7 @@ def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
     twice = sorted({*through} & {*parts.skip_outside_bottom, *parts.zero_outside_bottom})
     if twice:
         raise CannotSplitError(
-            f"{', '.join(twice)} is called before the first layer and after the last, and would be needed on both ends"
+            f"{', '.join(twice)} is called before the first layer and after the last, so that both ends would need it"
         )
     parts.norm, parts.skip_outside_top = (through[0], through[1:]) if through else ("", [])
     for training, when in _MODES:
@@ -255,5 +261,61 @@ def _difference(got: torch.Tensor, expected: torch.Tensor) -> str:
     got, expected = got.detach(), expected.detach()
     ratio = got / expected
     if torch.allclose(ratio, ratio.flatten()[0], rtol=1e-4):
-        return f"what comes is multiplied by {ratio.flatten()[0].item():.6g}"
-    return f"what comes differs by up to {(got - expected).abs().max().item():.3g}"
+        return f"the hidden states are multiplied by {ratio.flatten()[0].item():.6g}"
+    return f"the hidden states differ by up to {(got - expected).abs().max().item():.3g}"
+
+
+def ignored_suffixes(model: Any) -> tuple[str, ...]:
+    """Return the suffixes of tensors of old checkpoints that transformers ignores."""
+    patterns = [str(pattern) for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ())]  # noqa: SLF001
+    literal = [pattern.replace("\\", "") for pattern in patterns if _LITERAL.fullmatch(pattern)]
+    if any(name.endswith(_ROTARY) for name, _ in model.named_buffers()):
+        literal.append(_ROTARY)
+    keys = [f".{key}" for key in model.state_dict()]
+    return tuple(f".{suffix}" for suffix in literal if not any(key.endswith(f".{suffix}") for key in keys))
+
+
+def renamed_keys(model: Any) -> tuple[tuple[str, str], ...]:
+    """Return the parts of names that differ between disk and module, as pairs ``(on disk, in the module)``.
+
+    Raises:
+        CannotSplitError: transformers converts the tensors when it loads a checkpoint.
+    """
+    inside = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = {key: tensor for file in Path(folder).glob("*.safetensors") for key, tensor in load_file(file).items()}
+    pairs: dict[tuple[str, str], None] = {}
+    for key in sorted(saved.keys() - inside.keys()):
+        origin = next((name for name, tensor in inside.items() if _same(tensor, saved[key])), None)
+        if origin is not None:
+            pairs[_different_parts(key, origin)] = None
+    foreign = sorted({_renamed(key, pairs) for key in saved} - inside.keys())
+    if foreign:
+        missing = sorted(inside.keys() - saved.keys())
+        raise CannotSplitError(
+            f"its checkpoints hold {len(foreign)} tensors that the module does not have ({foreign[0]}, ...): "
+            f"transformers converts them when it loads ({missing[0]}, ...), "
+            "and components take tensors as they are in the file",
+        )
+    return tuple(pairs)
+
+
+def _different_parts(key: str, name: str) -> tuple[str, str]:
+    """Return the different parts of two names of a tensor, cut at the dots."""
+    on_disk, in_module = key.split("."), name.split(".")
+    while len(on_disk) > 1 and len(in_module) > 1 and on_disk[-1] == in_module[-1]:
+        on_disk, in_module = on_disk[:-1], in_module[:-1]
+    after = "." if on_disk != key.split(".") else ""
+    shared = 0
+    while shared < min(len(on_disk), len(in_module)) - 1 and on_disk[shared] == in_module[shared]:
+        shared += 1
+    before = "." if shared else ""
+    old, new = (f"{before}{'.'.join(names[shared:])}{after}" for names in (on_disk, in_module))
+    return old, new
+
+
+def _renamed(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        key = key.replace(old, new)
+    return key

@@ -12,13 +12,11 @@ import transformers
 from transformers import AutoConfig, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from splitlearn_auto.deriving import Parts, derive_parts
+from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, renamed_keys
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
-from splitlearn_auto.keys import ignored_suffixes, renamed_keys
-from splitlearn_auto.knowledge import causal_class, check_config
+from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences
-from splitlearn_auto.settings import config_defaults, config_names
 from splitlearn_core import ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state
 
@@ -252,12 +250,12 @@ def _check_cache(config: Any) -> None:
     model = tiny_model(with_values(config, {}))
     cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
     if not isinstance(cache, Cache):
-        raise CannotSplitError(f"{type(model).__name__} keeps no key-value cache from one token to the next")
+        raise CannotSplitError(f"{type(model).__name__} has no key-value cache")
     kinds = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, CacheLayerMixin)}
     if kinds:
         raise CannotSplitError(
-            f"some layers of it keep a running state and no keys and values ({', '.join(sorted(kinds))}), "
-            "and a component of such layers alone cannot tell how many tokens it has seen"
+            f"some of its layers cache a running state instead of keys and values ({', '.join(sorted(kinds))}), "
+            "and a component of only such layers cannot know how many tokens came before"
         )
 
 

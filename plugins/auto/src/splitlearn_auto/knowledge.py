@@ -1,13 +1,31 @@
-"""What transformers knows about a model type, before any model of it is created."""
+"""What is known about a model type before any model of it is created: its classes and its configuration."""
 
 from __future__ import annotations
 
 import difflib
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from splitlearn_auto.findings import CannotSplitError
-from splitlearn_core import ConfigurationError
-from splitlearn_core.extension import registry, text_model
+from splitlearn_core import ConfigurationError, MissingFileError
+from splitlearn_core.extension import (
+    CONFIG,
+    WRITTEN,
+    open_source,
+    quote,
+    read_config,
+    registry,
+    text_model,
+    unbundled,
+    user_path,
+    way_out,
+)
+
+#: The values of ``config.json`` that a plan needs, by their common names.
+COMMON = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_TIED = "tie_word_embeddings"
 
 
 def causal_class(model_type: str) -> str:
@@ -25,7 +43,7 @@ def causal_class(model_type: str) -> str:
     class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if class_names is None:
         raise CannotSplitError(
-            f"{model_type} is no causal language model: transformers has {_kinds(model_type) or 'no model'} for it",
+            f"{model_type} is not a causal language model: transformers has {_kinds(model_type) or 'no model'} for it",
             hint="only decoders that predict the next token can be split",
         )
     return class_names if isinstance(class_names, str) else str(class_names[0])
@@ -67,7 +85,7 @@ def check_config(model_type: str, known: Any) -> None:
     """
     if getattr(known, "is_encoder_decoder", False):
         raise CannotSplitError(
-            f"{model_type} is an encoder-decoder: its layers are two stacks, and the second looks into the first",
+            f"{model_type} is an encoder-decoder: its layers are two stacks, and the second attends to the first",
             hint="only decoders that predict the next token can be split",
         )
     text = known.get_text_config(decoder=True)
@@ -75,7 +93,93 @@ def check_config(model_type: str, known: Any) -> None:
         raise CannotSplitError(
             f"{model_type} is made of several models ({', '.join(known.sub_configs)})",
             hint=text_model(model_type, registry().model_types())
-            or f"its language model is of type {text.model_type}: save that alone as a checkpoint of its own",
+            or f"its language model is of type {text.model_type}: save only that, as a checkpoint of its own",
         )
     if type(getattr(known, "num_hidden_layers", None)) is not int:
         raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
+
+
+def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
+    """Read the ``config.json`` of a model.
+
+    Args:
+        model_type: The expected model type.
+        origin: A directory, a ``config.json``, ``bundled:MODEL_TYPE``, or a Hub repository, of which nothing else is
+            fetched.
+        hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
+
+    Raises:
+        MissingFileError: There is no such file.
+        InvalidCheckpointError: It is not a configuration.
+        ConfigurationError: It is of another model type.
+    """
+    path = user_path(origin)
+    if not _is_file(path):
+        if origin.endswith(".json"):
+            raise MissingFileError(
+                f"there is no file {origin}", hint="give a config.json, its folder, or a Hub repository: owner/name"
+            )
+        path = open_source(unbundled(origin), **hub).path(CONFIG)
+    config = read_config(path)
+    stated = config["model_type"]
+    if stated != model_type:
+        provided = registry().model_types()
+        way = f"use its plugin, which is installed: splitlearn plan {shlex.quote(origin)} --split A B"
+        if stated not in provided:
+            way = way_out(stated, provided)
+        if stated in WRITTEN and stated not in provided:
+            way = f"splitlearn plugins new {stated} --from {shlex.quote(origin)} --out DIR"
+        raise ConfigurationError(f"{origin} is a model of type {quote(stated)}, not {model_type!r}", hint=way)
+    return config
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    # Too long for a path, or with a NUL byte.
+    except (OSError, ValueError):
+        return False
+
+
+def config_names(known: Any) -> dict[str, str]:
+    """Return the names of a type's ``config.json`` that differ from the common ones, by common name."""
+    written = known.to_dict()
+    names = {common: known.attribute_map.get(common, common) for common in COMMON}
+    return {common: own for common, own in names.items() if own != common and own in written}
+
+
+def config_defaults(known: Any) -> dict[str, Any]:
+    """Return the defaults of the configuration class, by common name.
+
+    A default that depends on another value (as many key heads as heads) is left out.
+    """
+    defaults = {}
+    for name in COMMON:
+        value = _read(known, name)
+        if type(value) is int and not _follows(known, name, value):
+            defaults[name] = value
+    return {**defaults, _TIED: bool(_read(known, _TIED))}
+
+
+def _read(config: Any, name: str) -> Any:
+    # Some configurations have different values per layer, and raise an error.
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001  # classes of transformers raise any exception
+        return None
+
+
+def _follows(known: Any, name: str, value: int) -> bool:
+    """Return whether a value is computed from others: whether it changes if they do."""
+    for other in ("num_attention_heads", "hidden_size"):
+        base = _read(known, other)
+        if other == name or type(base) is not int:
+            continue
+        # A class may refuse sizes that do not fit together; this value then shows nothing.
+        try:
+            changed = type(known)(**{other: base * 2})
+        except Exception:  # noqa: BLE001, S112
+            continue
+        if _read(changed, name) != value:
+            return True
+    return False

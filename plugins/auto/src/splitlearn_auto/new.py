@@ -1,4 +1,4 @@
-"""``splitlearn plugins new``: a package for a model type that no plugin has yet."""
+"""``splitlearn plugins new``: write a package for a model type that no plugin has yet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "--from",
     "origin",
     metavar="CONFIG_OR_MODEL",
-    help="A config.json, or a MODEL whose configuration is followed.",
+    help="A config.json, or a MODEL whose configuration is used.",
 )
 @click.option(
     "--license",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The licence of the package.",
 )
-@click.option("--force", is_flag=True, help="Write it although an installed plugin has the type.")
+@click.option("--force", is_flag=True, help="Write it even if an installed plugin has the type.")
 @click.option("--dry-run", is_flag=True, help="Print the family module, and write nothing; needs no --out.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--cache-dir", help="Where the Hub's files are kept.")
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 def command(model_type: str, out: str | None, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Write an installable package for MODEL_TYPE, the "model_type" of config.json.
 
-    Makes a small model of the type with random weights, watches it to find its parts, cuts it, and
-    compares with the model in one piece. What cannot be found out is left as a question in the file.
+    Creates a small model of the type with random weights, observes it to find its parts, cuts it, and
+    compares with the unsplit model. What cannot be derived is left as a question in the file.
     """
     if out is None and not dry_run:
         raise click.UsageError(f"plugins new {model_type}: give --out DIR, the folder of the package, or --dry-run")
@@ -80,5 +80,5 @@ def _remarks(made: NewPlugin) -> list[str]:
         head = f"done, but {number} question{'s' * (number > 1)} could not be answered; see {made.family_file}:"
     else:
         ways = ", ".join([*made.derived.variants, *made.derived.attention, *made.derived.dtypes])
-        head = f"verified: a small model, cut in three, equals the model in one piece to the last bit ({ways})"
+        head = f"verified: a small model, cut in three, equals the unsplit model to the last bit ({ways})"
     return [head, *questions, *(f"not covered: {note}" for note in made.derived.notes)]

@@ -14,16 +14,16 @@ from splitlearn_auto.findings import Derived
 _WIDTH = 88
 
 _REASONS = {
-    "zero_outside_bottom": "Added to the embeddings, and to hidden states that come in from outside too.",
-    "skip_outside_bottom": "The embeddings pass through it; hidden states from outside did so already.",
+    "zero_outside_bottom": "Added to the embeddings, and also to hidden states from outside.",
+    "skip_outside_bottom": "The embeddings pass through it; hidden states from outside already did.",
     "skip_outside_top": "The state passes through it after the last layer.",
-    "layers_return_tuple": "Its layers answer with a tuple whose first item is the running state.",
-    "ignored_suffixes": "What old checkpoints carry and no module wants; transformers passes over it, too.",
+    "layers_return_tuple": "Its layers return a tuple whose first item is the hidden state.",
+    "ignored_suffixes": "Tensors of old checkpoints that no module has; transformers ignores them, too.",
     "renamed": "Names on disk that transformers changes when it loads.",
-    "config_names": "How its config.json calls what a plan asks for.",
-    "config_defaults": "What transformers takes where config.json is silent.",
+    "config_names": "The names in its config.json of the values that a plan needs.",
+    "config_defaults": "The defaults of transformers for values that config.json lacks.",
     "uniform_layers": "Its layers are not all made by one class from a configuration and a number.",
-    "tiny_config": "What a small model for tests needs beside the usual small sizes.",
+    "tiny_config": "What a small model for tests needs besides the usual small sizes.",
 }
 
 
@@ -63,7 +63,7 @@ def _docstring(text: str) -> list[str]:
 def _open_questions(derived: Derived, name: str) -> Iterator[str]:
     if not derived.questions:
         return
-    yield f"# {name} is not right yet: its tests fail until these are answered."
+    yield f"# {name} is not right yet: its tests fail until these questions are answered."
     for question in derived.questions:
         yield from _comment(f"QUESTION ({question.field}): {question.text}")
         yield from _comment(f"seen: {question.seen}", indent="  ")

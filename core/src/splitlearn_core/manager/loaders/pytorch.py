@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.prefetch import read_in
 from splitlearn_core.checkpoint.torch_file import is_mappable, open_torch_file
 from splitlearn_core.errors import (
@@ -39,7 +40,6 @@ from splitlearn_core.manager.loaders.loadable import (
 from splitlearn_core.manager.resources import ledger_of
 from splitlearn_core.quoting import SENTENCE, listed, said
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, Progress
-from splitlearn_core.user_paths import user_path
 
 if TYPE_CHECKING:
     import torch

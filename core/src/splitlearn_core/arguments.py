@@ -1,15 +1,20 @@
-"""Arguments by the names of other libraries: accepted if they mean the same as ours, else refused with a hint."""
+"""Arguments as callers give them: under the names of other libraries, and paths that begin with ``~``.
+
+An argument of another library is accepted if it means the same as one of ours, and refused with a hint otherwise.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from splitlearn_core.errors import UnexpectedArgumentError
+from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError, translate
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -51,18 +56,18 @@ FOREIGN: Mapping[str, ForeignArgument] = {
         "give the path of the GGUF file as model_name_or_path, with splitlearn-gguf installed"
     ),
     "use_safetensors": ForeignArgument(
-        "leave it out: safetensors are read where there are any, and of .bin files tensors alone"
+        "leave it out: safetensors files are preferred, and of .bin files only tensors are read"
     ),
-    "weights_only": ForeignArgument("of a .bin file tensors alone are read, in any case", (None, True)),
+    "weights_only": ForeignArgument("of a .bin file only tensors are read, in any case", (None, True)),
     "use_flash_attention_2": ForeignArgument("give attn_implementation='flash_attention_2'", (None, False)),
-    "attn_implementation": ForeignArgument("give attn_implementation where components are loaded"),
+    "attn_implementation": ForeignArgument("give attn_implementation to the function that loads the components"),
     "device_map": ForeignArgument("give one device='cuda:0' here, or device_map in load_split_model"),
-    "max_memory": ForeignArgument("limits of memory are set where components are loaded: load_split_model"),
+    "max_memory": ForeignArgument("give limits of memory to the function that loads the components: load_split_model"),
     "low_memory": ForeignArgument("give strategy='incremental'", (None, False)),
     "offload_folder": ForeignArgument("mapped weights are pages of their file already: give strategy='mapped'"),
     "offload_state_dict": ForeignArgument("mapped weights are pages of their file already", (None, False)),
     "offload_buffers": ForeignArgument(_WHOLE, (None, False)),
-    "config": ForeignArgument("config.json of the checkpoint counts; change it there"),
+    "config": ForeignArgument("config.json of the checkpoint is used; change it there"),
     "state_dict": ForeignArgument(
         "a component is made of a state dict by ModelRegistry.get_model_class(TYPE, 'trunk').from_pretrained_split"
     ),
@@ -72,20 +77,20 @@ FOREIGN: Mapping[str, ForeignArgument] = {
     "variant": ForeignArgument(_HUB),
     "force_download": ForeignArgument("remove the model from the cache: hf cache delete", (None, False)),
     "resume_download": ForeignArgument("downloads are resumed in any case", (None, True)),
-    "proxies": ForeignArgument("set HTTPS_PROXY, which the Hub's client heeds"),
+    "proxies": ForeignArgument("set HTTPS_PROXY, which the Hub's client uses"),
     "mirror": ForeignArgument("set HF_ENDPOINT"),
     "tp_plan": ForeignArgument("a component is on one device: give device, or device_map"),
     "device_mesh": ForeignArgument("a component is on one device: give device, or device_map"),
     "adapter_kwargs": ForeignArgument("load the adapter afterwards: load_adapter(components, DIR)"),
-    "output_loading_info": ForeignArgument("what does not fit is an error; leave it out", (None, False)),
+    "output_loading_info": ForeignArgument("tensors that do not fit are an error; leave it out", (None, False)),
     "use_cache": ForeignArgument(
         "caches are made by component.new_cache(), or by SplitCausalLM.generate", (None, True)
     ),
 }
 
 
-def naming_foreign(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function accept arguments by their names in transformers, and explain those that it does not accept.
+def accept_foreign_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function accept arguments under their names in transformers, and explain those that it does not accept.
 
     Raises:
         UnexpectedArgumentError: The returned function is given an argument that it does not accept.
@@ -103,7 +108,7 @@ def naming_foreign(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def translated(function: str, given: Mapping[str, Any], names: tuple[str, ...], *, positional: int) -> dict[str, Any]:
-    """Return arguments by the names of a function's parameters.
+    """Return arguments under the names of a function's parameters.
 
     Args:
         function: Its name.
@@ -123,18 +128,33 @@ def translated(function: str, given: Mapping[str, Any], names: tuple[str, ...], 
         foreign = FOREIGN.get(name)
         if ours in names:
             if ours in accepted or ours in names[:positional]:
-                problems.append(f"{name} is another name of {ours}, which was given as well")
-                hints.append(f"give {ours} alone")
+                problems.append(f"{name} is another name of {ours}, which was also given")
+                hints.append(f"give only {ours}")
             else:
                 accepted[ours] = value
         elif foreign is None:
             problems.append(f"unexpected keyword argument {name!r}")
             close = difflib.get_close_matches(name, names, n=1)
-            hints.append(f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}")
-        # Types must be equal too: 1 is not True here, and comparing an array gives no truth value.
+            hints.append(f"did you mean {close[0]}?" if close else f"the arguments are {', '.join(names)}")
+        # The types are compared too: 1 is not True here, and the comparison of an array has no truth value.
         elif not any(type(value) is type(each) and value == each for each in foreign.harmless):
             problems.append(f"unexpected keyword argument {name!r}")
             hints.append(f"{name}: {foreign.hint}")
     if problems:
         raise UnexpectedArgumentError(f"{function}(): {'; '.join(problems)}", hint="; ".join(dict.fromkeys(hints)))
     return accepted
+
+
+def user_path(given: str | os.PathLike[str]) -> Path:
+    """Return a path with a leading ``~`` or ``~name`` expanded to the home directory.
+
+    Raises:
+        ConfigurationError: There is no such home directory.
+    """
+    with translate(
+        lambda _: ConfigurationError(
+            f"{os.fspath(given)!r} is in the home of an unknown user", hint="give the absolute path"
+        ),
+        RuntimeError,
+    ):
+        return Path(given).expanduser()

@@ -1,8 +1,10 @@
-"""What people of transformers call things: taken where it means the same, and else explained by name."""
+"""Arguments under the names of other libraries are accepted or explained; paths may begin with ``~``."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 
 from splitlearn_core import (
     ConfigurationError,
+    ModelConfig,
     ModelFactory,
+    ModelLoader,
     SplitCausalLM,
     SplitLearnError,
     SplitModel,
@@ -22,11 +26,16 @@ from splitlearn_core import (
     load_component,
     load_split_directory,
     load_split_model,
+    merge_split,
     plan_fetch,
     plan_split,
     save_split,
 )
-from splitlearn_core.foreign_arguments import FOREIGN, RENAMED
+from splitlearn_core.adapters.adapter_files import check_adapter_target
+from splitlearn_core.arguments import FOREIGN, RENAMED, user_path
+from splitlearn_core.checkpoint.source import open_source
+from splitlearn_core.manager.config import load_configs
+from splitlearn_core.storage.directory import verify_saved
 from splitlearn_core.types import DTYPE_ALIASES, FLOAT_DTYPES, dtype_name, nearest_dtype
 
 pytestmark = pytest.mark.libs
@@ -45,27 +54,27 @@ CUTS = (2, 4)
     ],
 )  # fmt: skip
 def test_a_dtype_has_many_names(given: object, name: str) -> None:
-    """However a floating dtype is spelled, it is torch's."""
+    """Every spelling of a floating dtype becomes the name of torch."""
     assert dtype_name(given) == name
 
 
-def test_each_alias_is_what_torch_calls_so() -> None:
-    """Where torch knows a short name, it is of the same dtype."""
+def test_each_alias_agrees_with_torch() -> None:
+    """If torch has the short name, it is the same dtype."""
     for alias, name in DTYPE_ALIASES.items():
         assert name in FLOAT_DTYPES
         assert getattr(torch, alias, getattr(torch, name)) is getattr(torch, name)
 
 
 @pytest.mark.parametrize("given", ["float7", "int8", "", "torch.int64", torch.int8, 16, "fp 16"])
-def test_what_is_no_floating_dtype_comes_back(given: object) -> None:
-    """It is quoted where it is refused, with the nearest that is one."""
+def test_other_dtypes_are_returned_unchanged(given: object) -> None:
+    """The refusal quotes them, with the nearest valid name."""
     name = dtype_name(given)
     assert name == str(given)
     assert nearest_dtype(name) in FLOAT_DTYPES
 
 
 def test_the_dtype_is_loaded(llama: Any, single: Path) -> None:
-    """By an alias, by the old name of the argument, one for each component."""
+    """An alias, the old name of the argument, and a dtype for each component are accepted."""
     for how in ({"dtype": "half"}, {"torch_dtype": torch.float16}, {"torch_dtype": "fp16"}):
         parts: Any = load_split_model("llama", CUTS, single, parts=("trunk",), **how)
         assert parts.trunk.dtype is torch.float16
@@ -109,7 +118,7 @@ class TestTheModelInTheTypesPlace:
         assert "model_name_or_path='./llama'" in caught.value.hint
         assert load_split_model("my-model", CUTS, parts=("trunk",)).trunk.layer_range.start == CUTS[0]
 
-    def test_what_is_there_and_no_type_is_a_path(
+    def test_an_existing_path_that_is_not_a_type_is_a_path(
         self, llama: Any, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Saved components, a file, an empty folder: the answer is that of the same name with ./ before it."""
@@ -173,8 +182,8 @@ class TestForeignArguments:
         assert "no_such_thing_at_all" in caught.value.message
 
 
-def test_what_asks_for_nothing_is_taken(llama: Any, single: Path) -> None:
-    """Habits that ask for what is done in any case change nothing."""
+def test_arguments_without_effect_are_accepted(llama: Any, single: Path) -> None:
+    """Arguments that request the normal behaviour change nothing."""
     parts: Any = load_split_model(
         single,
         CUTS,
@@ -205,7 +214,7 @@ def test_one_argument_by_two_names(llama: Any, single: Path) -> None:
 
 
 def test_the_tables_do_not_name_arguments_of_ours() -> None:
-    """What is renamed has a place to go, and nothing is in both tables."""
+    """Every renamed argument has a target, and no name is in both tables."""
     ours = {name for function in functions() for name in inspect.signature(function).parameters}
     assert set(RENAMED.values()) <= ours
     assert not RENAMED.keys() & FOREIGN.keys()
@@ -221,7 +230,7 @@ class TestSplitModel:
         )
         assert "LlamaDecoderLayer" in repr(ends.bottom)
 
-    def test_what_people_look_for_in_it(self) -> None:
+    def test_attributes_of_models_are_explained(self) -> None:
         """It is a tuple; where a model's methods are to be had is said, and hasattr says no."""
         parts: Any = SplitModel(None, None, None)
         for name, way in (
@@ -236,7 +245,81 @@ class TestSplitModel:
         assert parts == (None, None, None)
         assert parts._fields == ("bottom", "trunk", "top")
 
-    def test_joining_what_is_not_there(self, llama: Any, single: Path) -> None:
+    def test_joining_missing_components_is_refused(self, llama: Any, single: Path) -> None:
         """The part that was not loaded is named."""
         with pytest.raises(ConfigurationError, match="trunk is None: it was not loaded"):
             SplitCausalLM(*load_split_model("llama", CUTS, single, parts=("bottom", "top")))
+
+
+@pytest.fixture
+def home(llama: Any, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a home with a model ``m``; the working directory is another folder."""
+    folder, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    shutil.copytree(single, folder / "m")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(elsewhere)
+    return folder
+
+
+def test_functions_expand_the_home(home: Path) -> None:
+    assert plan_split("~/m", CUTS).num_layers == 6
+    assert load_split_model(None, CUTS, "~/m", parts=("trunk",)).trunk is not None
+    save_split("~/m", "~/parts", CUTS)
+    assert (home / "parts/trunk/config.json").is_file()
+    assert load_split_directory("~/parts").trunk is not None
+    assert load_component("~/parts", "trunk").start_layer == CUTS[0]
+    assert verify_saved("~/parts").sound
+    merge_split("~/parts", out="~/whole")
+    assert (home / "whole/config.json").is_file()
+    kept: dict[str, Any] = {"storage_path": "~/kept", "auto_save": True}
+    ModelFactory.create_split_models("llama", "~/m", *CUTS, **kept)
+    ModelFactory.create_split_models("llama", Path("~/m"), *CUTS, **kept)
+    assert (home / "kept/trunk").is_dir()
+    assert check_adapter_target("~/adapter") == home / "adapter"
+    assert not list(Path.cwd().iterdir())
+
+
+def test_the_manager_expands_the_home(home: Path) -> None:
+    config = ModelConfig(model_id="trunk", model_type="llama", model_path="~/m", component="trunk", split_points=CUTS)
+    assert ModelLoader.load_from_config(config) is not None
+    models = [{"model_id": "trunk", "model_type": "llama", "model_path": "~/m", "component": "trunk"}]
+    (home / "models.json").write_text(json.dumps({"models": [{**models[0], "split_points": list(CUTS)}]}))
+    assert load_configs("~/models.json")[0].model_path == "~/m"
+
+
+def test_cache_dir_expands_the_home(home: Path) -> None:
+    """huggingface_hub expands only its own variables."""
+    repository, commit = home / "cache/models--owner--name", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(home / "m", repository / "snapshots" / commit)
+    source = open_source("owner/name", cache_dir="~/cache", local_files_only=True)
+    assert source.path("config.json") == repository / "snapshots" / commit / "config.json"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "~/m", "--split", "2", "4"),
+        ("split", "~/m", "--split", "2", "4", "--out", "~/new"),
+        ("split", "~/m", "--split", "2", "4", "--out", "~/new", "--dry-run"),
+        ("verify", "~/parts"),
+        ("merge", "~/parts", "--out", "~/whole"),
+        ("plugins", "new", "mistral", "--from", "~/mistral.json", "--dry-run"),
+    ],
+    ids=" ".join,
+)
+def test_the_command_line_expands_the_home(home: Path, cli: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    """A shell does not expand the home in quotation marks, or after an equals sign."""
+    save_split("~/m", "~/parts", CUTS)
+    (home / "mistral.json").write_text(json.dumps({"model_type": "mistral"}))
+    code, _, error = cli(*arguments)
+    assert code == 0, error
+    assert not list(Path.cwd().iterdir())
+
+
+def test_the_home_of_an_unknown_user_is_refused() -> None:
+    with pytest.raises(SplitLearnError, match="unknown user"):
+        user_path("~nobody-of-this-name/m")
