@@ -202,14 +202,15 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
         assert not within(module, light) or not [n for n in visitor.names if within(n, HEAVY)], module
 
 
-#: What the figures may be. Wanted are 110 files, 14,500 code lines and 8 %; a commit that needs more than stands here
-#: says why, and one that needs less lowers the limit.
+#: What the figures may be; a commit that needs more says why here, and one that needs less lowers the limit. Of the
+#: rooms that there were before ``hosts``, 110 files, 14,500 code lines and 8 % were wanted; they have 124 and 17,100.
+#: ``hosts`` has taken 15 files and 2,800 lines: a protocol, its two ends, carriers, and processes.
 LIMITS = {
-    "files": (0, 151),
-    "code lines": (0, 17_500),
+    "files": (0, 142),
+    "code lines": (0, 20_000),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
-    "private functions used once, %": (0, 15),
+    "private functions used once, %": (0, 13),
 }
 
 #: Files over 600 lines, and why each is one.

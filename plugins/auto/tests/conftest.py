@@ -16,7 +16,6 @@ import pytest
 
 from splitlearn_core.plugins.registry import reset_registry
 from splitlearn_core.testing.installing import write_plugin
-from support.warm import WarmInterpreter
 
 PLUGIN = """
 from splitlearn_core import ModelFamily, hookimpl
@@ -31,9 +30,9 @@ def splitlearn_model_families():
 class World:
     """A folder on ``sys.path`` with plugins as pip would leave them."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, warm: Callable[[], WarmInterpreter]) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, interpreter: Callable[[], str]) -> None:
         self.folder = folder
-        self._warm = warm
+        self._interpreter = interpreter
         folder.mkdir()
         monkeypatch.syspath_prepend(str(folder))
 
@@ -52,7 +51,7 @@ class World:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPLITLEARN_", "HF_"))}
         path = os.pathsep.join(filter(None, (str(self.folder), kept.get("PYTHONPATH", ""))))
         return subprocess.run(
-            [str(self._warm().path), *arguments],
+            [self._interpreter(), *arguments],
             env={**kept, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -79,7 +78,15 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> World:
     """Return an empty world for plugins."""
-    return World(tmp_path / "site", monkeypatch, lambda: request.getfixturevalue("warm"))
+
+    def interpreter() -> str:
+        try:
+            return str(request.getfixturevalue("warm").path)
+        except pytest.FixtureLookupError:
+            # This package is tested alone, without what the tests of the repository share.
+            return sys.executable
+
+    return World(tmp_path / "site", monkeypatch, interpreter)
 
 
 @pytest.fixture(scope="session")
