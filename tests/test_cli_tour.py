@@ -31,6 +31,7 @@ PLAN_FIELDS = {
 COMPONENT_FIELDS = {"component", "layers", "tensors", "parameters", "bytes", "kv_bytes_per_token", "dtype", "shards"}
 GENERATION_FIELDS = {"prompt", "text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second"}
 VERIFICATION_FIELDS = {
+    "links",
     "equal", "model", "split_points", "dtype", "input", "checks", "max_difference", "components",
     "unsplit_load_seconds", "unsplit_forward_seconds",
 }  # fmt: skip
@@ -513,6 +514,10 @@ class TestDemo:
         assert len(words) > 20
         assert "equal to the last bit; maximum difference 0" in text
         assert "DIFFERS" not in text
+        hosting, here = map(int, re.findall(r"process (\d+) has the trunk, (\d+) has bottom and top", text)[0])
+        assert hosting != here
+        assert not Path(f"/proc/{hosting}").exists()
+        assert re.search(r"^trunk at process:.*: \d+ round trips, [\d.]+ B per token", text, re.MULTILINE)
 
     def test_streams(self, warm: WarmInterpreter) -> None:
         """The text comes piece by piece: it is begun on stdout before the process is done."""

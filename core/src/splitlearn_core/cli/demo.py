@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Self
 
 import click
 
+from splitlearn_core.assembly import load_all
 from splitlearn_core.cli.generate import write_text
 from splitlearn_core.cli.plan import render_plan
 from splitlearn_core.cli.shared_options import json_option, print_json
 from splitlearn_core.cli.verify import render_verification
 from splitlearn_core.errors import MissingFileError, PluginError
 from splitlearn_core.generation import Generation, Sampling, generate_text, load_tokenizer
-from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import BUNDLED, OpenModel, open_model
 from splitlearn_core.loading.options import LoadOptions
 from splitlearn_core.loading.planning import plan_and_fetch
 from splitlearn_core.plan.split_points import count_layers
 from splitlearn_core.plugins.host import BLOCK_VARIABLE
 from splitlearn_core.plugins.registry import ALLOW_VARIABLE, registry
-from splitlearn_core.types import Progress, ProgressCallback, human_bytes
+from splitlearn_core.types import Component, Progress, ProgressCallback, human_bytes
 from splitlearn_core.verification import Verification, verify_split
+
+if TYPE_CHECKING:
+    from splitlearn_core.hosts.process import ProcessHandle
+    from splitlearn_core.hosts.remote import RemoteComponent
 
 log = logging.getLogger(__name__)
 
 
 class Demo:
-    """One bundled model, cut after its first sixth and before its last."""
+    """One bundled model, cut after its first sixth and before its last; its trunk has a process of its own.
+
+    Leave it by ``with``, which ends that process.
+    """
 
     def __init__(self, name: str, model: OpenModel) -> None:
         self.name = name
@@ -36,26 +44,39 @@ class Demo:
         layers = count_layers(model.family, model.config)
         edge = max(1, layers // 6)
         self._split_points = (edge, layers - edge)
-        self._fetched = plan_and_fetch(model, self._split_points, None, "auto", lambda _: None)
-        self.plan = self._fetched.split
-        self._parts: dict[str, Any] = {}
+        self.plan = plan_and_fetch(model, self._split_points, None, "auto", lambda _: None).split
+        self._host: ProcessHandle | None = None
 
-    def load(self, progress: ProgressCallback) -> None:
-        """Load all components."""
-        self._parts = load_components(self._model, self._fetched, LoadOptions(), progress)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._host is not None:
+            self._host.kill()
+
+    def host(self, progress: ProgressCallback) -> ProcessHandle:
+        """Start the process of the trunk, and wait until it is loaded there."""
+        from splitlearn_core.hosts.process import ProcessLoad, start_process
+
+        load = ProcessLoad(self.name, self._split_points, Component.TRUNK, self._model.family.model_type)
+        self._host = start_process(load, progress=progress)
+        # It waits for the load, and raises why there is none.
+        _ = self._host.component
+        return self._host
 
     def generate(self, prompt: str, max_new_tokens: int, seed: int, on_text: Callable[[str], None]) -> Generation:
-        """Continue a prompt; :meth:`load` comes first."""
-        from splitlearn_core.pipeline import SplitCausalLM
-
-        split = SplitCausalLM(*self._parts.values())
+        """Load bottom and top, and continue a prompt; :meth:`host` comes first."""
+        split = load_all(self._model, self._split_points, "auto", LoadOptions(), lambda _: None, self._remote())
         tokenizer = load_tokenizer(self._model)
         sampling = Sampling(temperature=0.8, top_k=40, seed=seed)
         return generate_text(split, tokenizer, prompt, max_new_tokens, sampling, on_text=on_text)
 
     def verify(self) -> Verification:
         """Compare with the unsplit model."""
-        return verify_split(self._model, self._split_points, "auto", LoadOptions(), lambda _: None)
+        return verify_split(self._model, self._split_points, "auto", LoadOptions(), lambda _: None, self._remote())
+
+    def _remote(self) -> dict[str, RemoteComponent]:
+        return {} if self._host is None else {Component.TRUNK: self._host.component}
 
 
 def open_demo() -> Demo:
@@ -92,16 +113,17 @@ def command(ctx: click.Context, prompt: str, max_new_tokens: int, seed: int, as_
     """Plan, load, run and verify the model that is bundled with splitlearn-gpt2. Needs no network."""
     echo = (lambda text: None) if as_json else click.echo
     stream = (lambda text: None) if as_json else write_text
-    demo = open_demo()
-    echo(f"1. The plan: {demo.name}\n")
-    echo(render_plan(demo.plan))
-    echo("\n2. Loading the three components\n")
-    demo.load(lambda progress: _show_stage(progress, as_json))
-    echo("\n3. Generating through bottom -> trunk -> top\n")
-    text = demo.generate(prompt, max_new_tokens, seed, stream)
-    echo(f"\n\n   {text.new_tokens} tokens, {text.tokens_per_second:.1f} tokens/s")
-    echo("\n4. Comparing with the unsplit model\n")
-    result = demo.verify()
+    with open_demo() as demo:
+        echo(f"1. The plan: {demo.name}\n")
+        echo(render_plan(demo.plan))
+        echo("\n2. Loading the trunk, in a process of its own\n")
+        host = demo.host(lambda progress: _show_stage(progress, as_json))
+        echo(f"   process {host.pid} has the trunk, {os.getpid()} has bottom and top")
+        echo("\n3. Generating through bottom -> trunk -> top\n")
+        text = demo.generate(prompt, max_new_tokens, seed, stream)
+        echo(f"\n\n   {text.new_tokens} tokens, {text.tokens_per_second:.1f} tokens/s")
+        echo("\n4. Against the unsplit model\n")
+        result = demo.verify()
     if as_json:
         print_json({"plan": demo.plan.to_dict(), "generation": text.to_dict(), "verification": result.to_dict()})
     else:
@@ -125,6 +147,9 @@ Now with a model of your own (a directory, or a name on the Hub):
   splitlearn plan     MODEL --split A B
   splitlearn generate MODEL --split A B --prompt "Once upon a time"
   splitlearn verify   MODEL --split A B
+with the trunk on another machine (pip install splitlearn-serve):
+  splitlearn serve    MODEL --split A B
+  splitlearn generate MODEL --at trunk=http://HOST:8710/trunk --prompt "Once upon a time"
 or in Python:
   from splitlearn_core import load_split_model
   trunk = load_split_model(None, (A, B), "MODEL", parts=("trunk",)).trunk

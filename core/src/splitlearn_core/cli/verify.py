@@ -113,13 +113,20 @@ _MEMORY_NOTE = "memory taken: beyond pages of the weight files, which are mapped
 
 def render_verification(result: Verification) -> str:
     """Format a comparison as text."""
+    elsewhere = {link.component for link in result.links}
     rows = [
         (
             str(cost.component),
             f"[{cost.layers[0]}, {cost.layers[1]})",
-            human_bytes(cost.bytes),
-            human_bytes(cost.anonymous_bytes),
-            f"{cost.load_seconds * 1000:.0f} ms",
+            *(
+                ("elsewhere", "", "")
+                if cost.component in elsewhere
+                else (
+                    human_bytes(cost.bytes),
+                    human_bytes(cost.anonymous_bytes),
+                    f"{cost.load_seconds * 1000:.0f} ms",
+                )
+            ),
             f"{cost.forward_seconds * 1000:.1f} ms",
         )
         for cost in result.components
