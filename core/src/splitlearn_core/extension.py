@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.protocol import MAX_META_BYTES as MAX_META_BYTES
     from splitlearn_core.hosts.protocol import SUBPROTOCOL as SUBPROTOCOL
     from splitlearn_core.hosts.protocol import Frame as Frame
+    from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES as MAX_PAYLOAD_BYTES
     from splitlearn_core.hosts.protocol import Kind as Kind
     from splitlearn_core.hosts.protocol import decode as decode
+    from splitlearn_core.hosts.protocol import decode_header as decode_header
     from splitlearn_core.hosts.protocol import encode as encode
+    from splitlearn_core.hosts.facts import Facts as Facts
     from splitlearn_core.hosts.remote import TOKEN_VARIABLE as TOKEN_VARIABLE
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import SessionTable as SessionTable
@@ -67,12 +70,14 @@ _HOMES = {
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.names",
     "ConfigFile": "manager.config",
+    "Facts": "hosts.facts",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",
     "HUB": "checkpoint.source",
     "Kind": "hosts.protocol",
     "LoopLag": "manager.metrics",
     "MAX_META_BYTES": "hosts.protocol",
+    "MAX_PAYLOAD_BYTES": "hosts.protocol",
     "ManagerCollector": "manager.metrics",
     "PYTORCH": "manager.config_checks",
     "SUBPROTOCOL": "hosts.protocol",
@@ -84,6 +89,7 @@ _HOMES = {
     "component_from_state_dict": "build.construction",
     "core_version": "plugins.metadata",
     "decode": "hosts.protocol",
+    "decode_header": "hosts.protocol",
     "encode": "hosts.protocol",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",

@@ -83,6 +83,8 @@ class _Session:
     tokens: int
     lock: threading.Lock
     used_at: float
+    #: Those of its owner.
+    limits: SessionLimits
     #: The last step that was done, and its result until the next one.
     done: int = 0
     result: Frame | None = None
@@ -99,6 +101,7 @@ class SessionTable:
         component: A trunk. Its mode (evaluation or training) and dtype stay as they are.
         limits: What sessions may take.
         clock: Returns seconds, monotonically.
+        facts: What an earlier table of the same component said of it; by default it is examined.
 
     Raises:
         ConfigurationError: The component is not a trunk.
@@ -109,6 +112,7 @@ class SessionTable:
         component: ComponentModel,
         limits: SessionLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        facts: Facts | None = None,
     ) -> None:
         if component.kind is not Component.TRUNK:
             raise ConfigurationError(
@@ -118,7 +122,7 @@ class SessionTable:
         self.limits = limits or SessionLimits()
         self._component = component
         self._clock = clock
-        self.facts = component_facts(component, self.limits)
+        self.facts = facts or component_facts(component, self.limits)
         self._sessions: dict[int, _Session] = {}
         self._lock = threading.Lock()
         #: One forward at a time; threads get it in the order in which they came.
@@ -128,20 +132,25 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __contains__(self, number: int) -> bool:
+        return number in self._sessions
+
     @property
     def reserved_bytes(self) -> int:
         """The bytes of caches that open sessions may grow to."""
-        return sum(map(self._bytes_of, self._sessions.values()))
+        return sum(map(self._bytes_of, list(self._sessions.values())))
 
-    def handle(self, frame: Frame, owner: str = "") -> Frame:
+    def handle(self, frame: Frame, owner: str = "", limits: SessionLimits | None = None) -> Frame:
         """Answer one request. Never raises for what a client sent: the answer is then an ERROR.
 
         Args:
             frame: The request.
-            owner: Who asks: sessions of one owner are counted together.
+            owner: Who asks: sessions of one owner are counted together, and no one else's requests reach them.
+            limits: What this owner's sessions may take, in place of the table's; sizes of caches and messages, and
+                the time limit, are the table's in any case.
         """
         try:
-            return self._handlers[frame.kind](self, frame, owner)
+            return self._handlers[frame.kind](self, frame, owner, limits or self.limits)
         except KeyError:
             error: SplitLearnError = ProtocolError(f"{frame.kind.name} is no request", code="malformed")
         except SplitLearnError as raised:
@@ -166,48 +175,52 @@ class SessionTable:
 
     # --- requests -------------------------------------------------------------------------------------
 
-    def _hello(self, frame: Frame, owner: str) -> Frame:
+    def _hello(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         return Frame(Kind.WELCOME, meta=self.facts.to_json())
 
-    def _ping(self, frame: Frame, owner: str) -> Frame:
+    def _ping(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         return Frame(Kind.PONG)
 
-    def _open(self, frame: Frame, owner: str) -> Frame:
-        rows = _number(frame.meta, "rows", 1, self.limits.max_rows)
-        tokens = _number(frame.meta, "tokens", 1, self.limits.max_tokens)
-        return self._opened(self._component.new_cache(), rows, tokens, owner, done=0)
+    def _open(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
+        rows = _number(frame.meta, "rows", 1, limits.max_rows)
+        tokens = _number(frame.meta, "tokens", 1, limits.max_tokens)
+        return self._opened(self._component.new_cache(), (rows, tokens), owner, limits, done=0)
 
-    def _copy(self, frame: Frame, owner: str) -> Frame:
-        source = self._session(frame)
+    def _copy(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
+        source = self._session(frame, owner)
         with source.lock:
             if frame.step != source.done:
                 raise RemoteError(
                     f"the session has done {source.done} steps, and a copy of it after step {frame.step} was requested",
                     code="out_of_order",
                 )
-            return self._opened(_copied(source.cache), source.rows, source.tokens, owner, done=source.done)
+            size = source.rows, source.tokens
+            return self._opened(_copied(source.cache), size, owner, limits, done=source.done)
 
-    def _opened(self, cache: PartCache, rows: int, tokens: int, owner: str, *, done: int) -> Frame:
+    def _opened(
+        self, cache: PartCache, size: tuple[int, int], owner: str, limits: SessionLimits, *, done: int
+    ) -> Frame:
         self.expire()
         session = _Session(
             number=secrets.randbits(62) + 1,
             secret=secrets.token_hex(16),
             owner=owner,
             cache=cache,
-            rows=rows,
-            tokens=tokens,
+            rows=size[0],
+            tokens=size[1],
             lock=threading.Lock(),
             used_at=self._clock(),
+            limits=limits,
             done=done,
         )
         with self._lock:
             if self._closing:
                 raise RemoteError("this host is ending", code="closing", retry_after=_RETRY_AFTER)
             own = sum(other.owner == owner for other in self._sessions.values())
-            if len(self._sessions) >= self.limits.max_sessions or own >= self.limits.max_sessions_per_owner:
+            if len(self._sessions) >= self.limits.max_sessions or own >= limits.max_sessions_per_owner:
                 raise RemoteError(
                     f"{len(self._sessions)} sessions are open, {own} of them yours; "
-                    f"{self.limits.max_sessions} and {self.limits.max_sessions_per_owner} are allowed",
+                    f"{self.limits.max_sessions} and {limits.max_sessions_per_owner} are allowed",
                     code="full",
                     retry_after=_RETRY_AFTER,
                     hint="try again when others have ended, or close sessions that are no longer needed",
@@ -216,19 +229,19 @@ class SessionTable:
             self._sessions[session.number] = session
         return Frame(Kind.OPENED, session.number, meta={"secret": session.secret})
 
-    def _close(self, frame: Frame, owner: str) -> Frame:
+    def _close(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         try:
-            number = self._session(frame).number
+            number = self._session(frame, owner).number
         except RemoteError:
             return Frame(Kind.CLOSED, frame.session)
         with self._lock:
             self._sessions.pop(number, None)
         return Frame(Kind.CLOSED, number)
 
-    def _step(self, frame: Frame, owner: str) -> Frame:
+    def _step(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         if frame.session == 0:
             return self._forward(frame, None)
-        session = self._session(frame)
+        session = self._session(frame, owner)
         with session.lock:
             nonce = frame.meta.get("nonce")
             if frame.step == session.done and session.result is not None and session.nonce == nonce:
@@ -253,7 +266,7 @@ class SessionTable:
             session.result = replace(result, session=session.number, step=frame.step)
             return session.result
 
-    def _backward(self, frame: Frame, owner: str) -> Frame:
+    def _backward(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         tensors = unpack(frame)
         gradient = tensors.pop("gradient", None)
         if gradient is None or frame.session:
@@ -282,12 +295,13 @@ class SessionTable:
 
     # --- parts of a step ------------------------------------------------------------------------------
 
-    def _session(self, frame: Frame) -> _Session:
+    def _session(self, frame: Frame, owner: str) -> _Session:
         session = self._sessions.get(frame.session)
         secret = frame.meta.get("secret")
         # Whether the number exists is not told to someone who does not know its secret.
         if (
             session is None
+            or session.owner != owner
             or not isinstance(secret, str)
             or not hmac.compare_digest(secret.encode(), session.secret.encode())
         ):
@@ -315,10 +329,10 @@ class SessionTable:
 
     def _grow(self, session: _Session, rows: int, tokens: int) -> None:
         """Reserve room for a step that needs more than was declared."""
-        if rows > self.limits.max_rows or tokens > self.limits.max_tokens:
+        limits = session.limits
+        if rows > limits.max_rows or tokens > limits.max_tokens:
             raise RemoteError(
-                f"{rows} sequences of {tokens} tokens; this host allows {self.limits.max_rows} of "
-                f"{self.limits.max_tokens}",
+                f"{rows} sequences of {tokens} tokens; this host allows {limits.max_rows} of {limits.max_tokens}",
                 code="too_large",
                 hint="shorten the input, or generate fewer tokens or beams",
             )
