@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.protocol import decode_header as decode_header
     from splitlearn_core.hosts.protocol import encode as encode
     from splitlearn_core.hosts.facts import Facts as Facts
-    from splitlearn_core.hosts.remote import TOKEN_VARIABLE as TOKEN_VARIABLE
+    from splitlearn_core.hosts.protocol import TOKEN_VARIABLE as TOKEN_VARIABLE
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import SessionTable as SessionTable
     from splitlearn_core.hosts.sessions import error_frame as error_frame
@@ -83,7 +83,7 @@ _HOMES = {
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
     "SessionTable": "hosts.sessions",
-    "TOKEN_VARIABLE": "hosts.remote",
+    "TOKEN_VARIABLE": "hosts.protocol",
     "WRITTEN": "plugins.known",
     "cache_argument": "build.kv_cache",
     "component_from_state_dict": "build.construction",

@@ -24,13 +24,11 @@ from splitlearn_core.hosts.carriers import Endpoint
 from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
-from splitlearn_core.hosts.protocol import Frame, Kind
+from splitlearn_core.hosts.protocol import TOKEN_VARIABLE, Frame, Kind
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
 
 log = logging.getLogger(__name__)
 
-#: The environment variable that holds the token, at both ends.
-TOKEN_VARIABLE = "SPLITLEARN_TOKEN"  # noqa: S105  # the name of a variable
 _STATE_DIMENSIONS = 3
 _DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 
