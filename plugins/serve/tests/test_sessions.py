@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,13 +23,15 @@ from splitlearn_core import (
     ConnectionLostError,
     ModelConfig,
     RemoteBusyError,
+    RemoteError,
     RemoteStepError,
     SplitCausalLM,
     connect,
     load_split_model,
 )
-from splitlearn_core.extension import SUBPROTOCOL, Frame, Kind
+from splitlearn_core.extension import SUBPROTOCOL, Frame, Kind, SessionLimits, decode, encode
 from splitlearn_core.hosts.carriers import Endpoint
+from splitlearn_serve import connections, sockets
 from splitlearn_serve.tls import server_context
 from splitlearn_serve.tokens import Owner, Tokens
 
@@ -176,7 +179,6 @@ class TestTLS:
 
         def make(name: str = "server", *, expired: bool = False) -> tuple[Path, Path]:
             cert, key = tmp_path / f"{name}.pem", tmp_path / f"{name}-key.pem"
-            dates = ("-not_before", "20200101000000Z", "-not_after", "20200102000000Z")
             command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"]
             command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
             if expired:
@@ -197,7 +199,6 @@ class TestTLS:
                 cert.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
             else:
                 subprocess.run(command, check=True, capture_output=True)
-            assert dates
             return cert, key
 
         return make
