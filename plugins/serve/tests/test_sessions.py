@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import ssl
 import subprocess
@@ -37,7 +38,7 @@ from splitlearn_serve.tokens import Owner, Tokens
 
 pytestmark = [pytest.mark.usefixtures("llama"), pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")]
 
-LIMIT = 60
+LIMIT = 30
 TOKEN, OTHER = "a" * 32, "b" * 32
 Serve = Callable[..., StatusServer]
 
@@ -165,6 +166,7 @@ class TestEqual:
         server = serve()
         model = split(models, use(server))
         both(models, model)
+        gc.collect()
 
         settled(server, lambda: not server.control.manager.get_model_info("trunk").leases)
         assert sessions_of(server)["open"] == 0
@@ -371,7 +373,7 @@ class TestRefused:
         server = serve(limits=SessionLimits(max_payload=2**20))
         remote = use(server)
         with pytest.raises(RemoteStepError) as refusal:
-            remote(torch.zeros(1, 2**13, remote.facts.hidden_size))
+            remote(torch.zeros(1, 2**14, remote.facts.hidden_size))
         assert refusal.value.code == "too_large"
 
     def test_full(self, serve: Serve, use: Any, models: Any) -> None:
@@ -389,7 +391,9 @@ class TestRefused:
             remote(hidden(remote, 100_000 // per_token), past_key_values=caches[0])
         remote(hidden(remote), past_key_values=caches[0])
         assert sessions_of(server)["refused"] == {"full": 2}
-        del caches
+        del cache, caches
+        gc.collect()
+        settled(server, lambda: sessions_of(server)["open"] == 0)
         assert torch.equal(*both(models, split(models, remote)))
 
     def test_connections_of_one_owner(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,6 +462,7 @@ class TestLife:
         assert (refused.meta["code"], refused.meta["retry_after"]) == ("closing", 1.0)
         remote(hidden(remote), past_key_values=cache)
         del cache
+        gc.collect()
         unload.join(LIMIT)
         assert not server.run(listed)
 
@@ -475,6 +480,7 @@ class TestLife:
         server = serve()
         model = split(models, use(server))
         assert torch.equal(*both(models, model))
+        gc.collect()
         settled(server, lambda: not server.control.manager.get_model_info("trunk").leases)
         assert server.request("DELETE", "/api/models/trunk").status == 200
         assert torch.equal(*both(models, model))
@@ -573,7 +579,7 @@ class TestFair:
         floods = [threading.Thread(target=flood) for _ in range(8)]
         for thread in floods:
             thread.start()
-        settled(server, lambda: sessions_of(server)["connections"] >= 10)
+        settled(server, lambda: sessions_of(server)["connections"] == 9)
         slow.released.set()
         for thread in (first, *floods):
             thread.join(LIMIT)

@@ -155,7 +155,7 @@ class Sessions:
 
     async def end(self, model_id: str) -> None:
         """End all sessions on a model; their users may rebuild them on another generation or server."""
-        for held in list(self._held.get(model_id, {}).values()):
+        for held in self._all(model_id):
             held.table.close()
             await self._settle(held)
 
@@ -186,6 +186,9 @@ class Sessions:
             # What is declared for a session is at most what its owner may have.
             meta = {**facts.to_json(), "max_tokens": owner.limits(self.limits).max_tokens}
             return _encoded(Frame(Kind.WELCOME, meta=meta))
+        if frame.kind is Kind.CLOSE and not any(frame.session in held.table for held in self._all(model_id)):
+            # It is closed already; nothing is loaded for that.
+            return _encoded(Frame(Kind.CLOSED, frame.session))
         arrived = time.monotonic()
         # Without a session, the owner's frames take turns.
         async with _turn(self._turns, frame.session or owner.name), self._using(model_id, frame) as held:
@@ -220,14 +223,11 @@ class Sessions:
         if self.is_closing:
             raise _closing("this server is ending")
         await self._follow_reload(model_id)
-        for held in self._held.get(model_id, {}).values():
+        for held in self._all(model_id):
             if frame.session in held.table and not held.model.is_gone:
                 held.users += 1
                 break
         else:
-            if frame.kind is Kind.CLOSE and model_id not in self._facts:
-                # An unknown session is closed already; nothing is loaded for that.
-                raise RemoteError("there is no such session here", code="unknown_session")
             held = await self._newest(model_id)
         return held
 
@@ -315,6 +315,9 @@ class Sessions:
         tables = [other.table for other in self._held.get(held.model_id, {}).values()]
         traffic.open = sum(map(len, tables))
         traffic.cache_bytes = sum(table.reserved_bytes for table in tables)
+
+    def _all(self, model_id: str) -> list[_Held]:
+        return list(self._held.get(model_id, {}).values())
 
     def _listed(self, model_id: str) -> ModelInfo | None:
         try:
