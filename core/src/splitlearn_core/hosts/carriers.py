@@ -227,12 +227,17 @@ class _WebSocketConnection:
         return decode(self._messages.popleft(), self._endpoint.max_payload)
 
     def close(self) -> None:
-        # A connection that broke already needs no farewell.
-        with contextlib.suppress(OSError, RuntimeError):
-            self._socket.settimeout(1)
-            self._protocol.send_close()
-            self._flush()
-        self._socket.close()
+        from websockets.protocol import State
+
+        try:
+            # A connection that broke already, or that the other side has closed, needs no farewell.
+            if self._protocol.state is State.OPEN:
+                with contextlib.suppress(OSError):
+                    self._socket.settimeout(1)
+                    self._protocol.send_close()
+                    self._flush()
+        finally:
+            self._socket.close()
 
     def _shake_hands(self) -> None:
         from websockets.exceptions import InvalidHandshake
@@ -276,7 +281,9 @@ class _WebSocketConnection:
                 if frame.fin:
                     self._messages.append(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
                     self._parts = []
-        self._flush()
+        # The answer to a ping or to the end. Whether it gets there is found out by the next read.
+        with contextlib.suppress(OSError):
+            self._flush()
         if self._protocol.close_expected() or not data:
             closed = self._protocol.close_rcvd
             said = f": {closed.reason}" if closed is not None and closed.reason else ""
