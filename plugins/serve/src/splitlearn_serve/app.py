@@ -74,8 +74,6 @@ def build_app(
             Route("/health/live", routes.live, methods=["GET"]),
             Route("/health/ready", routes.ready, methods=["GET"]),
             WebSocketRoute("/{model_id:path}", SessionRoute(sessions or Sessions(control))),
-            # After all others: an id may be the name of a route.
-            Route("/{model_id:path}", ConnectHint(control)),
         ],
         exception_handlers={
             SplitLearnError: _on_error,
@@ -85,6 +83,8 @@ def build_app(
             Exception: _on_internal_error,
         },
     )
+    # No route, which would answer in the place of "not possible" for other methods of the paths above.
+    app.router.default = ConnectHint(control)
     return Guard(app, hosts or HostRule(), is_full, tokens)
 
 

@@ -108,14 +108,14 @@ class SessionRoute:
 
 
 class ConnectHint:
-    """The ASGI application behind plain HTTP requests to ``/MODEL_ID``."""
+    """The ASGI application behind plain HTTP requests to ``/MODEL_ID``, and to all that has no route."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Say how to connect."""
-        model_id = scope["path_params"]["model_id"]
+        model_id = scope["path"].removeprefix("/")
         if self._control.known(model_id) is None:
             raise HTTPException(_NOT_FOUND)
         if scope["method"] not in ("GET", "HEAD"):
