@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.names import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
+    from splitlearn_core.hosts.facts import Facts as Facts
     from splitlearn_core.hosts.protocol import HEADER_BYTES as HEADER_BYTES
     from splitlearn_core.hosts.protocol import MAX_META_BYTES as MAX_META_BYTES
-    from splitlearn_core.hosts.protocol import SUBPROTOCOL as SUBPROTOCOL
-    from splitlearn_core.hosts.protocol import Frame as Frame
     from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES as MAX_PAYLOAD_BYTES
+    from splitlearn_core.hosts.protocol import SUBPROTOCOL as SUBPROTOCOL
+    from splitlearn_core.hosts.protocol import TOKEN_VARIABLE as TOKEN_VARIABLE
+    from splitlearn_core.hosts.protocol import Frame as Frame
     from splitlearn_core.hosts.protocol import Kind as Kind
     from splitlearn_core.hosts.protocol import decode as decode
     from splitlearn_core.hosts.protocol import decode_header as decode_header
     from splitlearn_core.hosts.protocol import encode as encode
-    from splitlearn_core.hosts.facts import Facts as Facts
-    from splitlearn_core.hosts.protocol import TOKEN_VARIABLE as TOKEN_VARIABLE
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import SessionTable as SessionTable
     from splitlearn_core.hosts.sessions import error_frame as error_frame

@@ -475,6 +475,17 @@ class TestLife:
         assert server.control.manager.get_model_info("trunk").generation == 2
         settled(server, lambda: server.control.manager.get_statistics().models.get("draining", 0) == 0)
 
+    def test_reloaded_with_other_weights(self, serve: Serve, use: Any, models: Any, trunk: ModelConfig) -> None:
+        """Sessions stay on the old generation until they end; whoever comes then gets the new one."""
+        server = serve()
+        model = split(models, use(server))
+        other = {**trunk.to_dict(), "dtype": "bfloat16"}
+        self.Midway(model, lambda: server.request("POST", "/api/models/trunk/reload?wait=true", other))
+        assert torch.equal(*both(models, model))
+        assert use(server).facts.dtype == "bfloat16"
+        gc.collect()
+        settled(server, lambda: server.control.manager.get_statistics().models.get("draining", 0) == 0)
+
     def test_loaded_on_first_use(self, serve: Serve, use: Any, models: Any) -> None:
         """A model that expired between two generations is loaded again by the second."""
         server = serve()

@@ -293,15 +293,18 @@ class Sessions:
         if not generations:
             return
         info = self._listed(model_id)
-        if info is None or info.status is not ModelStatus.READY or info.generation <= max(generations):
+        if info is None or info.status is not ModelStatus.READY or info.generation <= min(generations):
             return
-        newest = await self._newest(model_id)
-        newest.users -= 1
-        for number, held in list(generations.items()):
-            if number < newest.model.generation and not held.table.facts.differences(newest.table.facts):
+        known = self._facts.get(model_id)
+        if known is None or known[0] != info.generation:
+            newest = await self._newest(model_id)
+            newest.users -= 1
+            await self._settle(newest)
+            known = newest.model.generation, newest.table.facts
+        for held in self._all(model_id):
+            if held.model.generation < known[0] and not held.table.facts.differences(known[1]):
                 held.table.close()
                 await self._settle(held)
-        await self._settle(newest)
 
     async def _settle(self, held: _Held) -> None:
         """Count the sessions, and give a lease back that is of no more use."""
