@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from splitlearn_core import ConfigurationError, MissingFileError
 from splitlearn_core.extension import TOKEN_VARIABLE, reason, unknown_name
-from splitlearn_serve.answers import RequestError
 
 if TYPE_CHECKING:
     # It needs torch, which the commands do without.
@@ -84,6 +83,9 @@ class Tokens:
         Raises:
             RequestError: A token is needed, and there is none or another one.
         """
+        # It brings the server's libraries, which the commands that read a token do without.
+        from splitlearn_serve.answers import RequestError
+
         if not self._owners:
             return ANYONE
         scheme, _, token = (authorization or "").partition(" ")
