@@ -24,14 +24,17 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.files import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
+    from splitlearn_core.hosts.facts import Facts as Facts
     from splitlearn_core.hosts.protocol import HEADER_BYTES as HEADER_BYTES
     from splitlearn_core.hosts.protocol import MAX_META_BYTES as MAX_META_BYTES
+    from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES as MAX_PAYLOAD_BYTES
     from splitlearn_core.hosts.protocol import SUBPROTOCOL as SUBPROTOCOL
+    from splitlearn_core.hosts.protocol import TOKEN_VARIABLE as TOKEN_VARIABLE
     from splitlearn_core.hosts.protocol import Frame as Frame
     from splitlearn_core.hosts.protocol import Kind as Kind
     from splitlearn_core.hosts.protocol import decode as decode
+    from splitlearn_core.hosts.protocol import decode_header as decode_header
     from splitlearn_core.hosts.protocol import encode as encode
-    from splitlearn_core.hosts.remote import TOKEN_VARIABLE as TOKEN_VARIABLE
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import SessionTable as SessionTable
     from splitlearn_core.hosts.sessions import error_frame as error_frame
@@ -67,23 +70,26 @@ _HOMES = {
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.files",
     "ConfigFile": "manager.config",
+    "Facts": "hosts.facts",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",
     "HUB": "checkpoint.source",
     "Kind": "hosts.protocol",
     "LoopLag": "manager.metrics",
     "MAX_META_BYTES": "hosts.protocol",
+    "MAX_PAYLOAD_BYTES": "hosts.protocol",
     "ManagerCollector": "manager.metrics",
     "PYTORCH": "manager.config_checks",
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
     "SessionTable": "hosts.sessions",
-    "TOKEN_VARIABLE": "hosts.remote",
+    "TOKEN_VARIABLE": "hosts.protocol",
     "WRITTEN": "plugins.known",
     "cache_argument": "build.kv_cache",
     "component_from_state_dict": "build.construction",
     "core_version": "plugins.metadata",
     "decode": "hosts.protocol",
+    "decode_header": "hosts.protocol",
     "encode": "hosts.protocol",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",

@@ -7,12 +7,14 @@ import contextlib
 import http.client
 import json
 import queue
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from splitlearn_core.extension import SessionLimits
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loadable import MAPPED, LoadedModel, LoadPlan, ReportProgress
 from splitlearn_core.manager.loaders.loader import ModelLoader
@@ -24,6 +26,8 @@ from splitlearn_serve.control import Control
 from splitlearn_serve.guard import HostRule
 from splitlearn_serve.permissions import RequestRules
 from splitlearn_serve.run import Address, listening
+from splitlearn_serve.sessions import Sessions
+from splitlearn_serve.tokens import Tokens
 
 _T = TypeVar("_T")
 #: Seconds after which a test has failed rather than been slow.
@@ -53,6 +57,10 @@ class StatusServer:
         hosts: HostRule | None = None,
         http: Mapping[str, Any] | None = None,
         connections: int | None = None,
+        limits: SessionLimits | None = None,
+        tokens: Tokens | None = None,
+        tls: ssl.SSLContext | None = None,
+        port: int = 0,
         **manager: Any,
     ) -> None:
         """Prepare one.
@@ -62,21 +70,26 @@ class StatusServer:
             hosts: Which Host headers it answers for; by default loopback's.
             http: What requests may load, as in the table ``http`` of a configuration file.
             connections: How many there may be; by default what the process can bear.
+            limits: What sessions may take.
+            tokens: Those that may use and change models.
+            tls: What connections begin with.
+            port: Where it listens; 0 for any free one.
             manager: What the manager is made with.
         """
         self._configs = tuple(configs)
         self._rules = RequestRules.of(http or {}, self._configs)
         self._connections = connections
         self._hosts = hosts or HostRule()
+        self._limits, self._tokens, self._tls = limits, tokens, tls
         self._options = manager
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status server")
         self._failure: BaseException | None = None
-        self.port = 0
+        self.port = port
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' * (self._tls is not None)}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -152,18 +165,27 @@ class StatusServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        with listening(Address(port=0)) as listener:
+        with listening(Address(port=self.port)) as listener:
             self.port = listener.getsockname()[1]
             async with AsyncModelManager(**self._options) as manager:
                 self.control = Control(manager, self._configs, self._rules)
                 self.control.load_configured()
                 pool = Pool(self._connections)
-                app = build_app(self.control, self._hosts, is_full=lambda: pool.is_full)
-                self._server = server = Server(uvicorn_config(app), pool)
+                self.sessions = Sessions(self.control, self._limits)
+                app = build_app(
+                    self.control,
+                    self._hosts,
+                    is_full=lambda: pool.is_full,
+                    sessions=self.sessions,
+                    tokens=self._tokens,
+                )
+                config = uvicorn_config(app, self.sessions.limits.max_payload)
+                self._server = server = Server(config, pool, self._tls)
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
                 await server.answering.wait()
                 self._started.set()
                 await self.control.closing.wait()
+                await self.sessions.close()
                 await manager.close()
                 await self.control.end()
                 server.should_exit = True

@@ -16,14 +16,19 @@ def splitlearn(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("name", ["serve", "ps"])
+@pytest.mark.parametrize("name", ["serve", "ps", "load", "unload"])
 def test_the_commands_are_found(name: str) -> None:
     """Through the package's entry points; the list has the line of the command itself."""
     shown, listed = splitlearn(name, "--help"), splitlearn("--help")
 
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"Usage: splitlearn {name} [OPTIONS]")
-    line = {"serve": "Keep models loaded, with a status page.", "ps": "Show the models of a running `serve`."}[name]
+    line = {
+        "serve": "Keep models loaded, with a status page.",
+        "ps": "Show the models of a running `serve`.",
+        "load": "Have a running `serve` load a model.",
+        "unload": "Have a running `serve` unload a model.",
+    }[name]
     assert f"  {name:<8}  {line}\n" in listed.stdout
 
 

@@ -55,22 +55,27 @@ class _NumbersOption(click.Option):
         option.process = take
 
 
+def split_option(text: str) -> Callable[[_Command], _Command]:
+    """Return the option ``--split A B``, with this help."""
+    return click.option(
+        "--split",
+        "split_points",
+        cls=_NumbersOption,
+        type=click.UNPROCESSED,
+        callback=_numbers,
+        # Other options name components, and these say which there are.
+        is_eager=True,
+        metavar="A B",
+        help=text,
+    )
+
+
 def model_options(command: _Command) -> _Command:
     """Add MODEL and the options that say where it is and how it is cut."""
     for option in reversed(
         (
             click.argument("model"),
-            click.option(
-                "--split",
-                "split_points",
-                cls=_NumbersOption,
-                type=click.UNPROCESSED,
-                callback=_numbers,
-                # Processed first: the number of cuts decides which components other options may name.
-                is_eager=True,
-                metavar="A B",
-                help="Layers of the cuts, one or more; without it, even thirds are proposed.",
-            ),
+            split_option("Layers of the cuts, one or more; without it, even thirds are proposed."),
             click.option(
                 "--dtype",
                 default="auto",

@@ -241,12 +241,17 @@ class _WebSocketConnection:
         return decode(self._messages.popleft(), self._endpoint.max_payload)
 
     def close(self) -> None:
-        # A connection that broke already needs no farewell.
-        with contextlib.suppress(OSError, RuntimeError):
-            self._socket.settimeout(1)
-            self._protocol.send_close()
-            self._flush()
-        self._socket.close()
+        from websockets.protocol import State
+
+        try:
+            # A connection that broke already, or that the other side has closed, needs no farewell.
+            if self._protocol.state is State.OPEN:
+                with contextlib.suppress(OSError):
+                    self._socket.settimeout(1)
+                    self._protocol.send_close()
+                    self._flush()
+        finally:
+            self._socket.close()
 
     def _shake_hands(self) -> None:
         from websockets.exceptions import InvalidHandshake
@@ -290,7 +295,9 @@ class _WebSocketConnection:
                 if frame.fin:
                     self._messages.append(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
                     self._parts = []
-        self._flush()
+        # The answer to a ping or to the end. Whether it gets there is found out by the next read.
+        with contextlib.suppress(OSError):
+            self._flush()
         if self._protocol.close_expected() or not data:
             closed = self._protocol.close_rcvd
             said = f": {closed.reason}" if closed is not None and closed.reason else ""
@@ -338,7 +345,10 @@ def _refusal(url: str, response: Any) -> RemoteError:
     if status in (_TOO_MANY, _UNAVAILABLE):
         after = response.headers.get("Retry-After", "")
         return RemoteBusyError(
-            f"{url}: {message}", code="full", hint=hint, retry_after=float(after) if after.isdigit() else 5.0
+            f"{url}: {message}",
+            code="full" if status == _TOO_MANY else "unavailable",
+            hint=hint,
+            retry_after=float(after) if after.isdigit() else 5.0,
         )
     if status == _NOT_FOUND:
         hint = hint or "the id of the model comes after the address; `splitlearn ps` lists the models of a server"

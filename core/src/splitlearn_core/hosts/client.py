@@ -42,8 +42,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _MAX_IDLE = 8
 #: Codes of errors after which a session of this host is gone, and can be rebuilt.
 _GONE = "unknown_session"
-#: Codes for which the host is about to go, so that it counts as away.
-_AWAY = ("closing",)
+#: Codes for which the host counts as away: it is about to go, or has no room for a connection.
+_AWAY = ("closing", "unavailable", "not_loaded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,12 @@ class Host:
     # --- connections ----------------------------------------------------------------------------------
 
     def _once(self, frame: Frame) -> Frame:
+        if frame.payload_bytes > self.facts.max_payload:
+            raise RemoteStepError(
+                f"a step of {human_bytes(frame.payload_bytes)}; {self.url} takes {human_bytes(self.facts.max_payload)}",
+                hint="send fewer tokens or sequences at once: a long prompt in several steps",
+                code="too_large",
+            )
         connection = self._borrow()
         try:
             reply = connection.exchange(frame)

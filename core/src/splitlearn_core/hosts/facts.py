@@ -29,7 +29,7 @@ class Facts:
     vocab_size: int
     #: torch's name of the dtype of its parameters.
     dtype: str
-    #: A hash of its weights as they are in memory; see ``sessions.weights_digest``.
+    #: A hash of its weights as they are in memory; see ``description.weights_digest``.
     digest: str
     #: ``eager``, ``sdpa``, ...
     attention: str

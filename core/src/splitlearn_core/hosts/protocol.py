@@ -42,6 +42,8 @@ from splitlearn_core.types import DTYPE_BYTES
 MAGIC, VERSION = b"SPLF", 1
 #: The WebSocket subprotocol, which names the version too.
 SUBPROTOCOL = f"splitlearn.v{VERSION}"
+#: The environment variable that holds the token, at both ends.
+TOKEN_VARIABLE = "SPLITLEARN_TOKEN"  # noqa: S105  # the name of a variable
 _HEADER = struct.Struct("<4sBBHQQIQI4x")
 HEADER_BYTES = _HEADER.size
 

@@ -24,13 +24,11 @@ from splitlearn_core.hosts.carriers import Endpoint
 from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import library_versions, pack, unpack
-from splitlearn_core.hosts.protocol import Frame, Kind
+from splitlearn_core.hosts.protocol import TOKEN_VARIABLE, Frame, Kind
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
 
 log = logging.getLogger(__name__)
 
-#: The environment variable that holds the token, at both ends.
-TOKEN_VARIABLE = "SPLITLEARN_TOKEN"  # noqa: S105  # the name of a variable
 _STATE_DIMENSIONS = 3
 _DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 
@@ -420,8 +418,6 @@ class _Mirrored:
     """
 
     session: RemoteSession
-    #: The layer itself; of a further one, the layer that it follows.
-    leader: Any
     #: Whether changes of this layer are those of the session.
     _records: bool
     keys: torch.Tensor | None
@@ -486,7 +482,7 @@ class _Mirrored:
         # Stand-ins are replaced and never written to, so that both may have the same.
         vars(other).update(vars(self))
         # The same copy for each layer that leads others.
-        other.session, other.leader = copy.deepcopy(self.session, memo), other
+        other.session = copy.deepcopy(self.session, memo)
         return other
 
 
@@ -501,6 +497,11 @@ class _Sliding(_Mirrored, DynamicSlidingWindowLayer):
 class _Following:
     """A layer that shares the state of another one of its kind, which is changed once for all of them."""
 
+    #: The other one. Not in the state that they share: it would refer to itself, and its session would end only when
+    #: cycles are collected.
+    __slots__ = ("leader",)
+    leader: Any
+
     def advance(self, rows: int, tokens: int) -> None:
         """Do nothing: the leader grows."""
 
@@ -509,7 +510,7 @@ class _Following:
     )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        other = _follower(copy.deepcopy(cast("Any", self).leader, memo))
+        other = _follower(copy.deepcopy(self.leader, memo))
         memo[id(self)] = other
         return other
 
@@ -524,12 +525,13 @@ class _FollowingSliding(_Following, _Sliding):
 
 def _leader(window: int, session: RemoteSession, *, records: bool) -> Any:
     layer: Any = _Sliding(sliding_window=window) if window else _Full()
-    layer.session, layer._records, layer.leader = session, records, layer  # noqa: SLF001  # its own class
+    layer.session, layer._records = session, records  # noqa: SLF001  # its own class
     return layer
 
 
 def _follower(leader: Any) -> Any:
-    layer = object.__new__(_FollowingSliding if isinstance(leader, _Sliding) else _FollowingFull)
+    layer: Any = object.__new__(_FollowingSliding if isinstance(leader, _Sliding) else _FollowingFull)
     # One state, however many layers: each step would otherwise change as many stand-ins as there are layers.
     layer.__dict__ = leader.__dict__
+    layer.leader = leader
     return layer

@@ -17,13 +17,13 @@ full              later      no room for another session, or for more tokens
 failed            no         the component failed in the step
 access            no         the token is missing or wrong
 closing           later      the host is ending, or its model is being unloaded
+not_loaded        later      the model of a server could not be loaded
 ================  =========  ==================================================================================
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import hmac
 import secrets
 import threading
@@ -33,19 +33,16 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.kv_cache import PartCache
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
-from splitlearn_core.hosts.facts import Facts, layer_windows, origin_json
-from splitlearn_core.hosts.payload import library_versions, pack, unpack
+from splitlearn_core.hosts.description import component_facts
+from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
-from splitlearn_core.plan.splitplan import kv_bytes_per_layer
 from splitlearn_core.types import Component, human_bytes
 
-#: Elements of each tensor that the digest of the weights looks at.
-_DIGEST_ELEMENTS = 64
 #: Seconds after which room may be free.
 _RETRY_AFTER = 5.0
 _HIDDEN_DIMENSIONS = 3
@@ -80,6 +77,8 @@ class _Session:
     tokens: int
     lock: threading.Lock
     used_at: float
+    #: Those of its owner.
+    limits: SessionLimits
     #: The last step that was done, and its result until the next one.
     done: int = 0
     result: Frame | None = None
@@ -96,6 +95,7 @@ class SessionTable:
         component: A trunk. Its mode (evaluation or training) and dtype stay as they are.
         limits: What sessions may take.
         clock: Returns seconds, monotonically.
+        facts: What an earlier table of the same component said of it; by default it is examined.
 
     Raises:
         ConfigurationError: The component is not a trunk.
@@ -106,6 +106,7 @@ class SessionTable:
         component: ComponentModel,
         limits: SessionLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        facts: Facts | None = None,
     ) -> None:
         if component.kind is not Component.TRUNK:
             raise ConfigurationError(
@@ -115,7 +116,7 @@ class SessionTable:
         self.limits = limits or SessionLimits()
         self._component = component
         self._clock = clock
-        self.facts = component_facts(component, self.limits)
+        self.facts = facts or component_facts(component, self.limits.max_tokens, self.limits.max_payload)
         self._sessions: dict[int, _Session] = {}
         self._lock = threading.Lock()
         #: One forward at a time.
@@ -125,23 +126,28 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __contains__(self, number: int) -> bool:
+        return number in self._sessions
+
     @property
     def reserved_bytes(self) -> int:
         """The bytes of caches that open sessions may grow to."""
-        return sum(map(self._bytes_of, self._sessions.values()))
+        return sum(map(self._bytes_of, list(self._sessions.values())))
 
-    def handle(self, frame: Frame, owner: str = "") -> Frame:
+    def handle(self, frame: Frame, owner: str = "", limits: SessionLimits | None = None) -> Frame:
         """Answer one request. Never raises for what a client sent: the answer is then an ERROR.
 
         Args:
             frame: The request.
-            owner: Who asks: sessions of one owner are counted together.
+            owner: Who asks: sessions of one owner are counted together, and no one else's requests reach them.
+            limits: What this owner's sessions may take, in place of the table's; sizes of caches and messages, and
+                the time limit, are the table's in any case.
         """
         handler = self._handlers.get(frame.kind)
         if handler is None:
             return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
         try:
-            return handler(self, frame, owner)
+            return handler(self, frame, owner, limits or self.limits)
         except SplitLearnError as error:
             return error_frame(error, frame)
 
@@ -163,48 +169,52 @@ class SessionTable:
 
     # --- requests -------------------------------------------------------------------------------------
 
-    def _hello(self, frame: Frame, owner: str) -> Frame:
+    def _hello(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         return Frame(Kind.WELCOME, meta=self.facts.to_json())
 
-    def _ping(self, frame: Frame, owner: str) -> Frame:
+    def _ping(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         return Frame(Kind.PONG)
 
-    def _open(self, frame: Frame, owner: str) -> Frame:
-        rows = _number(frame.meta, "rows", 1, self.limits.max_rows)
-        tokens = _number(frame.meta, "tokens", 1, self.limits.max_tokens)
-        return self._opened(self._component.new_cache(), rows, tokens, owner, done=0)
+    def _open(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
+        rows = _number(frame.meta, "rows", 1, limits.max_rows)
+        tokens = _number(frame.meta, "tokens", 1, limits.max_tokens)
+        return self._opened(self._component.new_cache(), (rows, tokens), owner, limits, done=0)
 
-    def _copy(self, frame: Frame, owner: str) -> Frame:
-        source = self._session(frame)
+    def _copy(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
+        source = self._session(frame, owner)
         with source.lock:
             if frame.step != source.done:
                 raise RemoteError(
                     f"the session has done {source.done} steps, and a copy of it after step {frame.step} was requested",
                     code="out_of_order",
                 )
-            return self._opened(_copied(source.cache), source.rows, source.tokens, owner, done=source.done)
+            size = source.rows, source.tokens
+            return self._opened(_copied(source.cache), size, owner, limits, done=source.done)
 
-    def _opened(self, cache: PartCache, rows: int, tokens: int, owner: str, *, done: int) -> Frame:
+    def _opened(
+        self, cache: PartCache, size: tuple[int, int], owner: str, limits: SessionLimits, *, done: int
+    ) -> Frame:
         self.expire()
         session = _Session(
             number=secrets.randbits(62) + 1,
             secret=secrets.token_hex(16),
             owner=owner,
             cache=cache,
-            rows=rows,
-            tokens=tokens,
+            rows=size[0],
+            tokens=size[1],
             lock=threading.Lock(),
             used_at=self._clock(),
+            limits=limits,
             done=done,
         )
         with self._lock:
             if self._closing:
                 raise RemoteError("this host is ending", code="closing", retry_after=_RETRY_AFTER)
             own = sum(other.owner == owner for other in self._sessions.values())
-            if len(self._sessions) >= self.limits.max_sessions or own >= self.limits.max_sessions_per_owner:
+            if len(self._sessions) >= self.limits.max_sessions or own >= limits.max_sessions_per_owner:
                 raise RemoteError(
                     f"{len(self._sessions)} sessions are open, {own} of them yours; "
-                    f"{self.limits.max_sessions} and {self.limits.max_sessions_per_owner} are allowed",
+                    f"{self.limits.max_sessions} and {limits.max_sessions_per_owner} are allowed",
                     code="full",
                     retry_after=_RETRY_AFTER,
                     hint="try again when others have ended, or close sessions that are no longer needed",
@@ -213,19 +223,19 @@ class SessionTable:
             self._sessions[session.number] = session
         return Frame(Kind.OPENED, session.number, meta={"secret": session.secret})
 
-    def _close(self, frame: Frame, owner: str) -> Frame:
+    def _close(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         try:
-            number = self._session(frame).number
+            number = self._session(frame, owner).number
         except RemoteError:
             return Frame(Kind.CLOSED, frame.session)
         with self._lock:
             self._sessions.pop(number, None)
         return Frame(Kind.CLOSED, number)
 
-    def _step(self, frame: Frame, owner: str) -> Frame:
+    def _step(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         if frame.session == 0:
             return self._forward(frame, None)
-        session = self._session(frame)
+        session = self._session(frame, owner)
         with session.lock:
             nonce = frame.meta.get("nonce")
             if frame.step == session.done and session.result is not None and session.nonce == nonce:
@@ -250,7 +260,7 @@ class SessionTable:
             session.result = replace(result, session=session.number, step=frame.step)
             return session.result
 
-    def _backward(self, frame: Frame, owner: str) -> Frame:
+    def _backward(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         tensors = unpack(frame)
         gradient = tensors.pop("gradient", None)
         if gradient is None or frame.session:
@@ -279,12 +289,13 @@ class SessionTable:
 
     # --- parts of a step ------------------------------------------------------------------------------
 
-    def _session(self, frame: Frame) -> _Session:
+    def _session(self, frame: Frame, owner: str) -> _Session:
         session = self._sessions.get(frame.session)
         secret = frame.meta.get("secret")
         # Whether the number exists is not told to someone who does not know its secret.
         if (
             session is None
+            or session.owner != owner
             or not isinstance(secret, str)
             or not hmac.compare_digest(secret.encode(errors="replace"), session.secret.encode())
         ):
@@ -312,10 +323,10 @@ class SessionTable:
 
     def _grow(self, session: _Session, rows: int, tokens: int) -> None:
         """Reserve room for a step that needs more than was declared."""
-        if rows > self.limits.max_rows or tokens > self.limits.max_tokens:
+        limits = session.limits
+        if rows > limits.max_rows or tokens > limits.max_tokens:
             raise RemoteError(
-                f"{rows} sequences of {tokens} tokens; this host allows {self.limits.max_rows} of "
-                f"{self.limits.max_tokens}",
+                f"{rows} sequences of {tokens} tokens; this host allows {limits.max_rows} of {limits.max_tokens}",
                 code="too_large",
                 hint="shorten the input, or generate fewer tokens or beams",
             )
@@ -414,68 +425,6 @@ def error_frame(error: SplitLearnError, request: Frame | None = None) -> Frame:
     session, step = (request.session, request.step) if request is not None else (0, 0)
     meta = {"code": code, "message": error.message[:2_000], "hint": error.hint[:1_000], "retry_after": after}
     return Frame(Kind.ERROR, session, step, meta)
-
-
-def component_facts(component: ComponentModel, limits: SessionLimits) -> Facts:
-    """Describe a component for those who use it from elsewhere.
-
-    Raises:
-        ConfigurationError: Its cache is of a kind that sessions cannot keep.
-    """
-    config: Any = component.config
-    windows = layer_windows(component.new_cache().layers)
-    if windows is None:
-        raise ConfigurationError(
-            f"the layers of a {config.model_type} keep a running state, which a session could not restore",
-            hint="use this component in one process",
-        )
-    parameter = next(component.parameters())
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    kinds = getattr(config, "layer_types", None)
-    owned = component.layer_range
-    return Facts(
-        component=str(component.component),
-        layers=(owned.start, owned.end, owned.total),
-        model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        dtype=dtype,
-        digest=weights_digest(component),
-        attention=str(getattr(config, "_attn_implementation", None) or "eager"),
-        versions=library_versions(),
-        threads=torch.get_num_threads(),
-        device=parameter.device.type,
-        arguments=tuple(sorted(component.routing.everywhere)),
-        windows=windows,
-        has_dropout=_has_dropout(component),
-        cache_bytes_per_token=len(owned) * kv_bytes_per_layer(component.family, config.to_dict(), dtype),
-        max_tokens=limits.max_tokens,
-        max_payload=limits.max_payload,
-        epoch=secrets.token_hex(8),
-        layer_types=None if kinds is None else tuple(kinds),
-        origin=origin_json(component.origin),
-    )
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Hash names, shapes, dtypes and evenly spaced values of a module's tensors.
-
-    It reads a few kilobytes of each, so that a mapped component stays unread. Modules that differ only between the
-    values that are read have the same digest; checkpoints that were trained do not.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _DIGEST_ELEMENTS)
-        values = flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode() + values)
-    return digest.hexdigest()
-
-
-def _has_dropout(component: ComponentModel) -> bool:
-    rates = [module.p for module in component.modules() if isinstance(module, nn.Dropout)]
-    values = [getattr(component.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")]
-    return any(rates) or any(values)
 
 
 def _named_outputs(output: Any) -> dict[str, torch.Tensor]:

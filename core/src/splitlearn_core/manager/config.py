@@ -200,7 +200,7 @@ def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
 #: Fields that do not change what is loaded.
 _NOT_IN_FINGERPRINT = frozenset({"keep_alive", "pinned", "required", "token"})
 
-_TOP_LEVEL = ("manager", "http", "models")
+_TOP_LEVEL = ("manager", "http", "sessions", "models")
 
 #: Returns the problems of a table of settings.
 Check = Callable[[Mapping[str, Any]], list[str]]
@@ -217,12 +217,16 @@ class ConfigFile:
     models: tuple[ModelConfig, ...]
     #: The table ``manager``, unchecked; empty if the file has none.
     manager: Mapping[str, Any]
-    #: The same for the table ``http``.
+    #: The same for the tables ``http`` and ``sessions``.
     http: Mapping[str, Any] = field(default_factory=dict)
+    sessions: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_config_file(
-    path: str | os.PathLike[str], check_manager: Check = _unchecked, check_http: Check = _unchecked
+    path: str | os.PathLike[str],
+    check_manager: Check = _unchecked,
+    check_http: Check = _unchecked,
+    check_sessions: Check = _unchecked,
 ) -> ConfigFile:
     """Read all models of a file, and its settings of the manager.
 
@@ -230,7 +234,7 @@ def read_config_file(
         path: A file in YAML, TOML or JSON, by its suffix.
         check_manager: Returns the problems of the table ``manager``, so that they are reported together
             with those of the models.
-        check_http: The same for the table ``http``.
+        check_http, check_sessions: The same for the tables ``http`` and ``sessions``.
 
     Raises:
         MissingFileError: There is no such file.
@@ -238,17 +242,16 @@ def read_config_file(
             its values are invalid: all problems of all models are listed, as
             ``models[2].component: ...``.
     """
-    return _interpret(path, read_table(user_path(path)), check_manager, check_http)
+    checks = {"manager": check_manager, "http": check_http, "sessions": check_sessions}
+    return _interpret(path, read_table(user_path(path)), checks)
 
 
 def _interpret(
     path: str | os.PathLike[str],
     table: Mapping[str, Any],
-    check_manager: Check = _unchecked,
-    check_http: Check = _unchecked,
+    checks: Mapping[str, Check] = MappingProxyType(dict.fromkeys(("manager", "http", "sessions"), _unchecked)),
 ) -> ConfigFile:
     problems = []
-    checks = {"manager": check_manager, "http": check_http}
     for name in table:
         if name not in _TOP_LEVEL:
             place = "; it belongs in an entry of models" if name in FIELDS else ""

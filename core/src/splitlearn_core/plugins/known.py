@@ -19,9 +19,11 @@ PACKAGES = {
 #: Commands of this project's packages: words joined by dots -> the package, and the line of ``--help``. The line is
 #: here because ``--help`` imports no command, and metadata has no field for it.
 COMMANDS = {
+    "load": ("splitlearn-serve", "Have a running `serve` load a model."),
     "plugins.new": ("splitlearn-auto", "Write a package for a model type."),
     "ps": ("splitlearn-serve", "Show the models of a running `serve`."),
     "serve": ("splitlearn-serve", "Keep models loaded, with a status page."),
+    "unload": ("splitlearn-serve", "Have a running `serve` unload a model."),
 }
 #: Types that ``splitlearn plugins new`` writes a package for.
 _WRITTEN = """

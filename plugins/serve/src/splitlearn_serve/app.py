@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp
 
 from splitlearn_core import SplitLearnError
@@ -23,6 +23,10 @@ from splitlearn_serve.control import Control
 from splitlearn_serve.events import WatchRoute, client_left
 from splitlearn_serve.guard import Guard, HostRule
 from splitlearn_serve.page import status_page
+from splitlearn_serve.sessions import Sessions
+from splitlearn_serve.sockets import ConnectHint, SessionRoute
+from splitlearn_serve.tokens import Tokens
+from splitlearn_serve.traffic import TrafficCollector
 
 #: A configuration is a few hundred bytes.
 _BODY_LIMIT = 64 * 1024
@@ -38,6 +42,8 @@ def build_app(
     hosts: HostRule | None = None,
     lag: LoopLag | None = None,
     is_full: Callable[[], bool] = lambda: False,
+    sessions: Sessions | None = None,
+    tokens: Tokens | None = None,
 ) -> ASGIApp:
     """Create the ASGI application of a manager.
 
@@ -46,6 +52,8 @@ def build_app(
         hosts: Which Host headers name this server; by default those of loopback.
         lag: Measures the lag of the event loop, for ``/metrics``.
         is_full: Whether there are so many requests that only health checks are answered.
+        sessions: The sessions on its models; by default, with the default limits.
+        tokens: Those that may use and change models; without any, no token is needed.
     """
     routes = _Routes(control, lag)
     model = "/api/models/{model_id}"
@@ -65,6 +73,7 @@ def build_app(
             Route("/metrics", routes.metrics, methods=["GET"]),
             Route("/health/live", routes.live, methods=["GET"]),
             Route("/health/ready", routes.ready, methods=["GET"]),
+            WebSocketRoute("/{model_id:path}", SessionRoute(sessions or Sessions(control))),
         ],
         exception_handlers={
             SplitLearnError: _on_error,
@@ -74,7 +83,9 @@ def build_app(
             Exception: _on_internal_error,
         },
     )
-    return Guard(app, hosts or HostRule(), is_full)
+    # No route, which would answer in the place of "not possible" for other methods of the paths above.
+    app.router.default = ConnectHint(control)
+    return Guard(app, hosts or HostRule(), is_full, tokens)
 
 
 class _Routes:
@@ -84,6 +95,7 @@ class _Routes:
         self._control = control
         self._registry = CollectorRegistry()
         self._registry.register(ManagerCollector(control.manager, lag))
+        self._registry.register(TrafficCollector(control.traffic))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
@@ -95,7 +107,8 @@ class _Routes:
         return Response(self._control.snapshot(fresh=True).document, 200, media_type="application/json")
 
     async def model(self, request: Request) -> Response:
-        return json_answer(model_json(self._control.info(_model_id(request))))
+        info = self._control.info(_model_id(request))
+        return json_answer({**model_json(info), "sessions": self._control.traffic.get(info.model_id)})
 
     async def story(self, request: Request) -> Response:
         return json_answer({"events": self._control.story(_model_id(request))})

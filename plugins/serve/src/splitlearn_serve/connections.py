@@ -8,7 +8,10 @@ without descriptors retries and logs all the time. Here
 - at the limit of connections, the one that has been idle for longest is closed; a connection is idle while
   the client has to send a request or to read;
 - only a part of the connections may have a request at the same time, so that there is always an idle one
-  to close, and health checks are always answered.
+  to close, and health checks are always answered;
+- a connection that has become a WebSocket is one of them still. It may be idle for as long as its application lets
+  it, but a message that has begun must arrive, and a reply be read, at a low rate at least. What is larger than
+  allowed is answered with an error before it has arrived.
 """
 
 from __future__ import annotations
@@ -18,15 +21,24 @@ import contextlib
 import logging
 import resource
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.frames import CloseCode, Opcode
+from websockets.frames import Frame as MessageFrame
+from websockets.http11 import Request
+
+from splitlearn_core import ProtocolError
+from splitlearn_core.extension import HEADER_BYTES, MAX_META_BYTES, MAX_PAYLOAD_BYTES
+from splitlearn_serve.sessions import refusal_frame
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +46,11 @@ log = logging.getLogger(__name__)
 REQUEST_TIMEOUT = 10.0
 #: Seconds in which a client must read pending data.
 READING_TIMEOUT = 20.0
+#: Seconds in which a message of a WebSocket must arrive, besides the time that it takes at the slowest rate allowed,
+#: in bytes per second.
+MESSAGE_TIMEOUT, SLOWEST = 10.0, 64 * 1024
+#: Seconds for a TLS handshake.
+HANDSHAKE_TIMEOUT = 10.0
 #: Seconds for open connections to end at shutdown.
 GOODBYE = 2.0
 
@@ -61,6 +78,16 @@ def connection_limit() -> int:
     return max(_FEWEST, min(_MOST, limit - in_use - max(_RESERVE, limit // 4)))
 
 
+class Member(Protocol):
+    """A connection as its pool sees it."""
+
+    def abort(self) -> None:
+        """Close it immediately, without sending pending data."""
+
+    def end_after_answer(self) -> None:
+        """Accept no further request after the current one."""
+
+
 class Pool:
     """The open connections of a server, and which are closed at the limit.
 
@@ -71,20 +98,22 @@ class Pool:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = connection_limit() if limit is None else limit
         self._busy_limit = max(1, int(self.limit * _BUSY_PART))
-        self._busy: set[Connection] = set()
+        self._busy: set[Member] = set()
         #: In the order in which they became idle.
-        self._idle: dict[Connection, None] = {}
+        self._idle: dict[Member, None] = {}
+        #: Connections before the end of their TLS handshake.
+        self.joining = 0
         self._logged_at = float("-inf")
 
     def __len__(self) -> int:
-        return len(self._busy) + len(self._idle)
+        return len(self._busy) + len(self._idle) + self.joining
 
     @property
     def is_full(self) -> bool:
         """Whether so many connections have a request that further ones are refused."""
         return len(self._busy) > self._busy_limit
 
-    def note(self, connection: Connection, *, idle: bool) -> None:
+    def note(self, connection: Member, *, idle: bool) -> None:
         """Record that a connection is idle or busy; a connection that stays idle keeps its position."""
         if not idle:
             self._idle.pop(connection, None)
@@ -93,7 +122,7 @@ class Pool:
             self._busy.discard(connection)
             self._idle[connection] = None
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: Member) -> None:
         """Remove a connection."""
         self._busy.discard(connection)
         self._idle.pop(connection, None)
@@ -137,6 +166,7 @@ class Connection(H11Protocol):
     ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state)
         self._pool = pool
+        self._is_upgraded = False
         #: Timers of the next request, and of pending data to be read.
         self._request_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
@@ -188,8 +218,23 @@ class Connection(H11Protocol):
             # The client did not speak HTTP, so there is no orderly end.
             self.abort()
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Leave the connection to a WebSocket, after giving it the request; as uvicorn's, with the pool."""
+        self._is_upgraded = True
+        self._stop_waiting()
+        self._pool.forget(self)
+        self.connections.discard(self)
+        lines = [b"%s: %s" % header for header in self.headers]
+        request = b"\r\n".join([b"%s %s HTTP/1.1" % (event.method, event.target), *lines, b"", b""])
+        socket_connection = SocketConnection(self._pool, self.config, self.server_state, self.app_state)
+        socket_connection.connection_made(self.transport)
+        self.transport.set_protocol(socket_connection)
+        socket_connection.data_received(request)
+
     def _review(self) -> None:
         """Update the pool and the timers: the client has to send or to read, or the server has to answer."""
+        if self._is_upgraded:
+            return
         awaits_request = self.cycle is None or self.cycle.response_complete
         self._pool.note(self, idle=awaits_request or self._reading_due is not None)
         if not awaits_request:
@@ -204,11 +249,146 @@ class Connection(H11Protocol):
             self._request_due = None
 
 
-class Server(uvicorn.Server):
-    """uvicorn without its signal handlers, and with its own way to accept and to end connections."""
+class SocketConnection(WebSocketsSansIOProtocol):
+    """A WebSocket, closed if its client does not send or read fast enough."""
 
-    def __init__(self, config: uvicorn.Config, pool: Pool) -> None:
+    def __init__(
+        self, pool: Pool, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any]
+    ) -> None:
+        super().__init__(config=config, server_state=server_state, app_state=app_state)
+        self._pool = pool
+        #: Timers of a message that arrives, and of pending data to be read.
+        self._message_due: asyncio.TimerHandle | None = None
+        self._reading_due: asyncio.TimerHandle | None = None
+        self._began_at = 0.0
+        self._arrived = 0
+        #: Whether the last data ended something: the handshake, a message, or a control frame.
+        self._is_whole = False
+        self._is_refused = False
+        self._ends_after_answer = False
+
+    def abort(self) -> None:
+        """Close it immediately, without sending pending data."""
+        self.transport.abort()
+
+    def end_after_answer(self) -> None:
+        """Close it after the reply to the current request."""
+        self._ends_after_answer = True
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._pool.note(self, idle=False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.forget(self)
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            # The rest of what was too large. The connection is kept for a while, since a client that is still
+            # sending when it is closed may lose the answer.
+            return
+        self._is_whole = False
+        super().data_received(data)
+        if self.transport.is_closing() or (self._is_whole and not self.frames):
+            self._end_message()
+        elif self._message_due is None:
+            self._began_at, self._arrived = self.loop.time(), len(data)
+            self._message_due = self.loop.call_at(self._due(), self._review_message)
+        else:
+            # The timer is not moved for each piece: it looks how much has arrived once it is due.
+            self._arrived += len(data)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._reading_due is None:
+            seconds = READING_TIMEOUT + self.transport.get_write_buffer_size() / SLOWEST
+            self._reading_due = self.loop.call_later(seconds, self.abort)
+
+    def resume_writing(self) -> None:
+        if self._reading_due is not None:
+            self._reading_due.cancel()
+            self._reading_due = None
+        super().resume_writing()
+
+    def handle_connect(self, event: Request) -> None:
+        self._is_whole = True
+        super().handle_connect(event)
+
+    def handle_ping(self) -> None:
+        self._is_whole = True
+        super().handle_ping()
+
+    def send_receive_event_to_app(self) -> None:
+        self._is_whole = True
+        self._pool.note(self, idle=False)
+        super().send_receive_event_to_app()
+
+    def handle_parser_exception(self) -> None:
+        """Answer a message that is too large, before it has arrived, with an error that a client understands."""
+        closing = self.conn.close_sent
+        if closing is not None and closing.code == CloseCode.MESSAGE_TOO_BIG:
+            error = ProtocolError(
+                f"a message is larger than the {self.config.ws_max_size:,} bytes that this server allows",
+                code="too_large",
+                hint="send fewer tokens in one step",
+            )
+            self.transport.write(MessageFrame(Opcode.BINARY, refusal_frame(error)).serialize(mask=False))
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self._is_refused = self.close_sent = True
+            self._end_message()
+            self._pool.note(self, idle=True)
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": closing.code, "reason": closing.reason})
+            self.close_timer = self.loop.call_later(READING_TIMEOUT, self.abort)
+            return
+        super().handle_parser_exception()
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] in ("websocket.accept", "websocket.send"):
+            if not self.transport.is_closing():
+                self._pool.note(self, idle=True)
+            if self._ends_after_answer:
+                self.shutdown()
+        elif message["type"] == "websocket.http.response.body" and self.close_sent:
+            # A refusal ends the handshake, too; uvicorn would report an application without an answer.
+            self.handshake_complete = True
+
+    def _due(self) -> float:
+        return self._began_at + MESSAGE_TIMEOUT + self._arrived / SLOWEST
+
+    def _review_message(self) -> None:
+        if self.loop.time() >= self._due():
+            self.abort()
+        else:
+            self._message_due = self.loop.call_at(self._due(), self._review_message)
+
+    def _end_message(self) -> None:
+        if self._message_due is not None:
+            self._message_due.cancel()
+            self._message_due = None
+
+    def _stop_timers(self) -> None:
+        self._end_message()
+        if self._reading_due is not None:
+            self._reading_due.cancel()
+            self._reading_due = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers, and with its own way to accept and to end connections.
+
+    Args:
+        config: That of :func:`uvicorn_config`.
+        pool: Its connections.
+        tls: Where it is given, every connection must begin with a TLS handshake.
+    """
+
+    def __init__(self, config: uvicorn.Config, pool: Pool, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(config)
+        self._tls = tls
+        self._handshakes: set[asyncio.Task[None]] = set()
         self.answering = asyncio.Event()
         self._pool = pool
         self._accepting: list[asyncio.Task[None]] = []
@@ -229,9 +409,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, and end the connections: after a grace period, by force."""
-        for task in self._accepting:
+        tasks = [*self._accepting, *self._handshakes]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         # Before uvicorn's own limit, which cancels requests and logs their tracebacks.
         abort = asyncio.get_running_loop().call_later(GOODBYE, self._pool.abort)
         await super().shutdown(sockets)
@@ -251,18 +432,49 @@ class Server(uvicorn.Server):
             if not await self._pool.make_room():
                 accepted.close()
                 continue
-            await loop.connect_accepted_socket(self._connection, accepted)
+            # A client that has vanished without a word is found out by the system.
+            with contextlib.suppress(OSError):
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if self._tls is None:
+                await loop.connect_accepted_socket(self._connection, accepted)
+            else:
+                # Not awaited here: a slow handshake must not keep others waiting.
+                handshake = asyncio.create_task(self._shake_hands(accepted), name="TLS handshake")
+                self._handshakes.add(handshake)
+                handshake.add_done_callback(self._handshakes.discard)
+
+    async def _shake_hands(self, accepted: socket.socket) -> None:
+        self._pool.joining += 1
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._connection, accepted, ssl=self._tls, ssl_handshake_timeout=HANDSHAKE_TIMEOUT
+            )
+        except OSError as error:
+            # A port scan, a client without TLS, or one that does not trust the certificate.
+            log.debug("A TLS handshake failed: %s", error)
+        finally:
+            self._pool.joining -= 1
 
     def _connection(self) -> Connection:
         return Connection(self._pool, self.config, self.server_state, self.lifespan.state)
 
 
-def uvicorn_config(app: Any) -> uvicorn.Config:
-    """Configure uvicorn as a plain HTTP/1.1 server without logging and extra headers."""
+def uvicorn_config(app: Any, max_payload: int = MAX_PAYLOAD_BYTES) -> uvicorn.Config:
+    """Configure uvicorn as an HTTP/1.1 server with WebSockets, without logging and extra headers.
+
+    Args:
+        app: The ASGI application.
+        max_payload: Bytes of the payload of one frame.
+    """
     return uvicorn.Config(
         app,
         http="h11",
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=HEADER_BYTES + MAX_META_BYTES + max_payload,
+        # Hidden states do not become smaller.
+        ws_per_message_deflate=False,
+        # A client reads only while it waits for a reply, so that it does not answer pings between its steps.
+        ws_ping_interval=None,
         lifespan="off",
         log_config=None,
         # Its warnings are about what clients send, a line each.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from splitlearn_core import (
 )
 from splitlearn_serve.answers import RequestError, encode, error_json, model_json
 from splitlearn_serve.permissions import RequestRules
+from splitlearn_serve.traffic import TrafficTable
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,10 @@ class Control:
         self.closing = asyncio.Event()
         #: Set once no more events follow.
         self.ended = asyncio.Event()
+        #: What sessions on the models have done.
+        self.traffic = TrafficTable()
+        #: Called before a model is unloaded by force, to end what holds it.
+        self.before_unload: Callable[[str], Awaitable[None]] | None = None
         self._configs = {config.model_id: config for config in configs}
         self._in_file = frozenset(self._configs)
         self._rules = rules or RequestRules.of({}, self._configs.values())
@@ -108,7 +114,10 @@ class Control:
         statistics["stuck"] = sorted(statistics["stuck"])  # the stacks are for /api/statistics
         content = encode(
             {
-                "models": [model_json(info) for info in self.manager.list_models()],
+                "models": [
+                    {**model_json(info), "sessions": self.traffic.get(info.model_id)}
+                    for info in self.manager.list_models()
+                ],
                 "not_loaded": self.not_loaded(),
                 "health": self.health().to_dict(),
                 "statistics": statistics,
@@ -134,6 +143,12 @@ class Control:
             raise UnknownModelError(
                 f"model {model_id!r} is configured, and not loaded", hint="load_model() loads it"
             ) from None
+
+    def known(self, model_id: str) -> ModelConfig | None:
+        """Return the configuration of a model that is loaded or can be loaded by its id; None if there is none."""
+        with contextlib.suppress(UnknownModelError):
+            return self._config_of(model_id)
+        return None
 
     def story(self, model_id: str) -> list[dict[str, Any]]:
         """Return the last events of a model.
@@ -202,6 +217,8 @@ class Control:
             if remembered is not None and model_id not in listed:
                 return {"model_id": model_id, "released": {}, "measured": None, "broken_leases": 0}
         self.info(model_id)
+        if force and self.before_unload is not None:
+            await self.before_unload(model_id)
         report = await self.manager.unload_model(model_id, force=force, timeout=patience)
         return {
             "model_id": report.model_id,
@@ -250,6 +267,7 @@ class Control:
         for model_id in [name for name in self._configs if name not in needed][:-_REMEMBERED]:
             del self._configs[model_id]
             self._refusals.pop(model_id, None)
+            self.traffic.forget(model_id)
 
     def _config_of(self, model_id: str) -> ModelConfig:
         self.remember(model_id)

@@ -1,13 +1,16 @@
-"""Refuse requests from the pages of other sites before any route sees them.
+"""Refuse requests from the pages of other sites, and those without a token, before any route sees them.
 
-The server has no passwords. On loopback, any local program may use it, but a web page in a local browser
-must not, and browsers send requests to loopback for any page. So:
+Where there are tokens, every request that uses or changes models needs one. On loopback there may be none: any local
+program may then use the server, but a web page in a local browser must not, and browsers send requests to loopback
+for any page. So:
 
 - The Host header must name this server. This stops DNS rebinding, where the name of a foreign page is made
   to resolve to loopback.
 - An Origin header must name this server too, and Fetch Metadata must not name another site.
 - Requests that change anything need a JSON content type, which a page of another origin can only send after
   a CORS preflight; and the server answers none.
+
+The rules for Host and Origin hold for WebSockets, too, for which browsers have no other ones.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from splitlearn_serve.answers import RequestError, error_answer
+from splitlearn_serve.tokens import Tokens
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+#: The key of a request's scope that holds the owner of its token.
+OWNER = "splitlearn.owner"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 #: The status of a request that did not arrive in time.
 _REQUEST_TIMEOUT_STATUS = 408
@@ -75,15 +81,26 @@ class Guard:
         app: The application that answers all other requests.
         hosts: Which Host headers name this server.
         is_full: Whether there are so many requests that only health checks are answered.
+        tokens: Those that may use and change models; without any, no token is needed.
     """
 
-    def __init__(self, app: ASGIApp, hosts: HostRule, is_full: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: HostRule,
+        is_full: Callable[[], bool] = lambda: False,
+        tokens: Tokens | None = None,
+    ) -> None:
         self._app = app
         self._hosts = hosts
         self._is_full = is_full
+        self._tokens = tokens or Tokens()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        if scope["type"] == "websocket":
+            await self._serve_socket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -98,15 +115,31 @@ class Guard:
         # Other methods could wait for a body.
         is_probe = scope["path"].startswith("/health/") and scope["method"] in _SAFE_METHODS
         if self._is_full() and not is_probe:
-            refusal = RequestError(
-                503, "the server has too many requests at once", headers={"Retry-After": "5", "Connection": "close"}
-            )
-            await error_answer(refusal)(scope, receive, send_guarded)
+            await error_answer(_too_many())(scope, receive, send_guarded)
             return
-        problem = _problem(self._hosts, scope["method"], Headers(scope=scope))
+        headers = Headers(scope=scope)
+        problem = _problem(self._hosts, scope["method"], headers)
+        if problem is None and scope["method"] not in _SAFE_METHODS:
+            problem = self._admit(scope, headers)
         answer = self._app if problem is None else error_answer(problem)
         body = _Body(scope, receive, send_guarded)
         await answer(scope, body.receive, body.send)
+
+    async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        # A handshake changes nothing, so that it needs no content type.
+        problem = _problem(self._hosts, "GET", headers) or (_too_many() if self._is_full() else None)
+        problem = problem or self._admit(scope, headers)
+        answer = self._app if problem is None else error_answer(problem)
+        await answer(scope, receive, send)
+
+    def _admit(self, scope: Scope, headers: Headers) -> RequestError | None:
+        """Note whose token a request has; return why it is refused."""
+        try:
+            scope[OWNER] = self._tokens.owner_of(headers.get("authorization"))
+        except RequestError as refusal:
+            return refusal
+        return None
 
 
 class _Body:
@@ -146,6 +179,12 @@ class _Body:
                         await self.receive()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
+
+
+def _too_many() -> RequestError:
+    return RequestError(
+        503, "the server has too many requests at once", headers={"Retry-After": "5", "Connection": "close"}
+    )
 
 
 def _problem(hosts: HostRule, method: str, headers: Headers) -> RequestError | None:

@@ -2,80 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
-from splitlearn_core import ConfigurationError, SplitLearnError
-from splitlearn_core.cli import json_option, print_json, table, usage_errors
-from splitlearn_core.extension import human_bytes, reason
+from splitlearn_core.cli import json_option, print_json, table
+from splitlearn_core.extension import human_bytes
+from splitlearn_serve.server_client import ServerClient, plain, server_options
 
-_TIMEOUT = 10.0
-#: Enough for thousands of models.
-_ANSWER_LIMIT = 32 * 2**20
-_COLUMNS = ("model", "status", "stage", "progress", "memory", "leases", "expires", "error")
+_COLUMNS = ("model", "status", "stage", "progress", "memory", "leases", "expires", "sessions", "error")
 _ERROR_WIDTH = 60
 
 
-def _check_url(_: click.Context, __: click.Parameter, value: str) -> str:
-    with usage_errors():
-        return _address(value)
-
-
 @click.command("ps", short_help="Show the models of a running `serve`.")
-@click.option("--url", default="http://127.0.0.1:8710", show_default=True, callback=_check_url, help="Where it serves.")
+@server_options
 @json_option
-def command(url: str, as_json: bool) -> None:
-    """Show the models of a running `splitlearn serve`: status, progress, memory, leases and errors."""
-    overview = fetch_overview(url)
+def command(url: str, token_file: Path | None, as_json: bool) -> None:
+    """Show the models of a running `splitlearn serve`: status, progress, memory, leases, sessions and errors."""
+    overview = fetch_overview(url, token_file)
     if as_json:
         print_json(overview)
     else:
         click.echo(render_overview(overview))
 
 
-def fetch_overview(url: str) -> dict[str, Any]:
+def fetch_overview(url: str, token_file: Path | None = None) -> dict[str, Any]:
     """Fetch the models and statistics of a running server.
 
     Raises:
         ConfigurationError: The URL is invalid.
         SplitLearnError: Nothing answers there, or not a ``splitlearn serve``.
     """
-    address = _address(url)
-    # No proxy for loopback, which would be the proxy's own. No redirects: the URL is explicit.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-    ):
-        opener.add_handler(handler)
-    if not _is_loopback(address):
-        opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    request = urllib.request.Request(f"{address}/api/models", headers={"Accept": "application/json"})  # noqa: S310
-    try:
-        with opener.open(request, timeout=_TIMEOUT) as answer:
-            overview = json.loads(answer.read(_ANSWER_LIMIT))
-        if not isinstance(overview, dict) or not isinstance(overview["models"], list):
-            raise TypeError("no list of models")
-    except urllib.error.HTTPError as error:
-        raise _foreign_server(address, _refusal(error)) from error
-    except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise SplitLearnError(
-            f"nothing answers at {address}: {reason}", hint="is `splitlearn serve` running, and at this --url?"
-        ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _foreign_server(address, "its answer is not a list of models") from error
-    return overview
+    return ServerClient(url, token_file).overview()
 
 
 def render_overview(overview: Mapping[str, Any]) -> str:
@@ -89,7 +50,7 @@ def render_overview(overview: Mapping[str, Any]) -> str:
     for model in models:
         awaited = model.get("waiting_for")
         if awaited:
-            lines.append(f"{_plain(model['model_id'])}: {_plain(awaited)}")
+            lines.append(f"{plain(model['model_id'])}: {plain(awaited)}")
     return "\n".join(lines)
 
 
@@ -97,14 +58,15 @@ def _row(model: Mapping[str, Any], now: float) -> tuple[str, ...]:
     error = model.get("error")
     text = f"{error['type']}: {error['message']}" if error else ""
     return (
-        _plain(model["model_id"]),
-        _plain(model.get("status", "not loaded")),
-        _plain(model.get("stage") or "-"),
+        plain(model["model_id"]),
+        plain(model.get("status", "not loaded")),
+        plain(model.get("stage") or "-"),
         _progress(model),
         human_bytes(sum(model["predicted"].values())) if model.get("predicted") else "-",
         str(model.get("leases", 0)),
         _expires(model, now),
-        _shortened(_plain(text)) or "-",
+        _sessions(model),
+        _shortened(plain(text)) or "-",
     )
 
 
@@ -129,44 +91,14 @@ def _expires(model: Mapping[str, Any], now: float) -> str:
     return "pinned" if model.get("pinned") else "-"
 
 
-def _plain(text: object) -> str:
-    """Escape control characters and line breaks: ids and errors are foreign text."""
-    line = " ".join(str(text).split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+def _sessions(model: Mapping[str, Any]) -> str:
+    sessions = model.get("sessions")
+    if not sessions:
+        return "-"
+    steps = f"{sessions['steps']:,} step{'s' * (sessions['steps'] != 1)}"
+    rate = f", {sessions['steps_per_second']:g}/s" if sessions["steps_per_second"] else ""
+    return f"{sessions['open']} open, {steps}{rate}"
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _ERROR_WIDTH else text[: _ERROR_WIDTH - 1] + "…"
-
-
-def _address(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018  # reading it is what checks it
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{url!r} is not a URL: {reason(error)}", hint="for example http://127.0.0.1:8710"
-        ) from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigurationError(f"{url!r} is not an http or https URL", hint="for example http://127.0.0.1:8710")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-
-
-def _is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.")
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    """Return status and message of a refusal, or the status and its reason phrase."""
-    try:
-        message = json.loads(error.read(_ANSWER_LIMIT))["error"]["message"]
-    except (ValueError, KeyError, TypeError, OSError, HTTPException):
-        message = error.reason
-    return f"{error.code} {_plain(message)[:300]}"
-
-
-def _foreign_server(address: str, evidence: str) -> SplitLearnError:
-    return SplitLearnError(
-        f"the server at {address} is not a `splitlearn serve`: {evidence}", hint="give its address with --url"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import ipaddress
 import logging
@@ -11,9 +12,11 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import ssl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_core import AsyncModelManager, ConfigurationError, InternalError, ModelConfig, preload
 from splitlearn_core.extension import (
@@ -30,9 +33,19 @@ from splitlearn_serve.connections import Pool, Server, uvicorn_config
 from splitlearn_serve.control import Control
 from splitlearn_serve.guard import HostRule
 from splitlearn_serve.permissions import RequestRules, request_problems
+from splitlearn_serve.session_settings import session_limits, session_problems
+from splitlearn_serve.sessions import Sessions
 from splitlearn_serve.signals import ENDING
+from splitlearn_serve.tls import server_context
+from splitlearn_serve.tokens import Tokens, read_tokens
+
+if TYPE_CHECKING:
+    from splitlearn_core.extension import SessionLimits
 
 log = logging.getLogger(__name__)
+
+#: Calls of one model that may wait, at least: as many as there are sessions by default.
+_CALL_QUEUE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +64,100 @@ class Address:
         return all(ipaddress.ip_address(sockaddr[0]).is_loopback for _, sockaddr in _resolve(self.host, self.port))
 
 
-def run_server(config_file: str | os.PathLike[str], address: Address, announce: Callable[[str], None]) -> None:
-    """Serve the models of a configuration file until SIGINT or SIGTERM; a second one ends at once.
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may use the server, and how they reach it."""
+
+    #: A file of tokens; by default, the one in ``SPLITLEARN_TOKEN``.
+    token_file: Path | None = None
+    #: The files of the certificate and its key: both, or none for a server without TLS.
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Return the TLS context of the server; None without one.
+
+        Raises:
+            ConfigurationError: One of the files is missing, or cannot be used.
+        """
+        if self.tls_cert is None and self.tls_key is None:
+            return None
+        if self.tls_cert is None or self.tls_key is None:
+            raise ConfigurationError(
+                "TLS needs two files, and one was given", hint="give both --tls-cert FILE and --tls-key FILE"
+            )
+        return server_context(self.tls_cert, self.tls_key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What a server runs with."""
+
+    manager: AsyncModelManager
+    models: Sequence[ModelConfig]
+    rules: RequestRules
+    address: Address
+    listener: socket.socket
+    tokens: Tokens
+    tls: ssl.SSLContext | None
+    limits: SessionLimits
+    announce: Callable[[str], None] = field(repr=False)
+
+
+def read_configuration(path: str | os.PathLike[str]) -> ConfigFile:
+    """Read a configuration file with all of its tables.
+
+    Raises:
+        ConfigurationError: It is invalid; all problems are listed.
+        MissingFileError: There is no such file.
+    """
+    return read_config_file(path, setting_problems, request_problems, session_problems)
+
+
+def run_server(
+    configuration: ConfigFile,
+    address: Address,
+    announce: Callable[[str], None],
+    access: Access | None = None,
+    session_settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Serve the models of a configuration until SIGINT or SIGTERM; a second one ends at once.
 
     Everything is validated before the slow steps. torch, transformers and the needed architectures are
     imported before the event loop starts, so that no load blocks it.
 
     Args:
-        config_file: The models, and the settings of the manager.
+        configuration: The models, and the settings of the manager and of sessions.
         address: The address to serve at.
         announce: Called with the URL once the server answers.
+        access: Tokens and TLS.
+        session_settings: Limits of sessions that take precedence over those of the configuration.
 
     Raises:
-        ConfigurationError: The file or the address is invalid.
-        MissingFileError: There is no such file.
+        ConfigurationError: The configuration, the address, the tokens or the certificate are invalid.
+        MissingFileError: A file does not exist.
     """
-    configuration = read_config_file(config_file, setting_problems, request_problems)
-    manager = make_manager(configuration)
+    access = access or Access()
+    settings = {**configuration.sessions, **(session_settings or {})}
+    problems = session_problems(settings)
+    if problems:
+        raise ConfigurationError("the limits of sessions are invalid:\n  " + "\n  ".join(problems))
+    manager = make_manager(dataclasses.replace(configuration, sessions=settings))
     rules = RequestRules.of(configuration.http, configuration.models)
+    tokens, tls = read_tokens(access.token_file), access.tls()
     with listening(address) as listener:
+        if not len(tokens) and not address.is_loopback:
+            raise ConfigurationError(
+                f"{address.host} can be reached from other machines, and no token is needed to use and change models",
+                hint="make one, (umask 077; openssl rand -hex 32 > tokens), and give it at both ends: "
+                "--token-file tokens, or SPLITLEARN_TOKEN",
+            )
+        if len(tokens) and tls is None and not address.is_loopback:
+            log.warning("Tokens and hidden states cross the network unencrypted: give --tls-cert and --tls-key")
         preload({config.model_type for config in configuration.models}, serving=True)
-        asyncio.run(_serve(manager, configuration.models, rules, address, listener, announce))
+        models = configuration.models
+        limits = session_limits(settings)
+        asyncio.run(_serve(_Serving(manager, models, rules, address, listener, tokens, tls, limits, announce)))
 
 
 @contextlib.contextmanager
@@ -102,35 +188,34 @@ def listening(address: Address) -> Iterator[socket.socket]:
         listener.close()
 
 
-async def _serve(
-    manager: AsyncModelManager,
-    models: Iterable[ModelConfig],
-    rules: RequestRules,
-    address: Address,
-    listener: socket.socket,
-    announce: Callable[[str], None],
-) -> None:
+async def _serve(serving: _Serving) -> None:
+    address, manager = serving.address, serving.manager
     async with manager:
-        control, lag, pool = Control(manager, models, rules), LoopLag(), Pool()
-        server = Server(uvicorn_config(build_app(control, _hosts(address), lag, lambda: pool.is_full)), pool)
+        control, lag, pool = Control(manager, serving.models, serving.rules), LoopLag(), Pool()
+        sessions = Sessions(control, serving.limits)
+        app = build_app(control, _hosts(address), lag, lambda: pool.is_full, sessions, serving.tokens)
+        server = Server(uvicorn_config(app, serving.limits.max_payload), pool, serving.tls)
         with _stopping(control.closing):
             # Before the server accepts, so that no probe sees a manager without required models.
             control.load_configured()
-            serving = asyncio.create_task(server.serve(sockets=[listener]), name="serve")
+            answering = asyncio.create_task(server.serve(sockets=[serving.listener]), name="serve")
             measuring = asyncio.create_task(lag.run(), name="measure the loop's lag")
             try:
-                await _until(server.answering, serving)
-                announce(_url(address.host, listener.getsockname()[1]))
-                await _until(control.closing, serving)
+                await _until(server.answering, answering)
+                port = serving.listener.getsockname()[1]
+                serving.announce(_url(address.host, port, "http" if serving.tls is None else "https"))
+                await _until(control.closing, answering)
                 log.info("Closing: no new work is taken, and what is loading is cancelled")
             finally:
                 control.closing.set()
+                # Their leases would keep the models for as long as a lease may.
+                await sessions.close()
                 # Event streams show the models being unloaded before the connections end.
                 await manager.close()
                 await control.end()
                 server.should_exit = True
                 measuring.cancel()
-                await asyncio.gather(serving, measuring, return_exceptions=True)
+                await asyncio.gather(answering, measuring, return_exceptions=True)
     log.info("Closed")
 
 
@@ -213,6 +298,8 @@ def make_manager(configuration: ConfigFile) -> AsyncModelManager:
     settings["required"] = [*(settings.get("required") or []), *required]
     parsed, _ = examine({"keep_alive": settings.get("keep_alive")})
     settings["keep_alive"] = None if parsed["keep_alive"] == math.inf else parsed["keep_alive"]
+    # One step of each session may wait for its turn.
+    settings.setdefault("call_queue", max(_CALL_QUEUE, configuration.sessions.get("max_sessions", _CALL_QUEUE)))
     return AsyncModelManager(**settings)
 
 
@@ -226,5 +313,5 @@ def _resolve(host: str, port: int) -> Sequence[tuple[socket.AddressFamily, Any]]
     return [(family, sockaddr) for family, _, _, _, sockaddr in infos]
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, scheme: str = "http") -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -1,0 +1,66 @@
+"""The limits of sessions, as the configuration file and the command line give them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core import ConfigurationError
+from splitlearn_core.extension import examine, show, unknown_name
+
+if TYPE_CHECKING:
+    from splitlearn_core.extension import SessionLimits
+
+_MEGABYTE = 2**20
+_COUNTS = ("max_sessions", "max_sessions_per_owner", "max_tokens")
+_TIMEOUT, _MEMORY = "session_timeout", "cache_memory"
+_SETTINGS = (*_COUNTS, _TIMEOUT, _MEMORY)
+_MOST = 10**9
+
+
+def session_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the problems of the table ``sessions`` of a configuration file."""
+    problems = [unknown_name(name, _SETTINGS, "setting") for name in settings if name not in _SETTINGS]
+    for name in _COUNTS:
+        value = settings.get(name, 1)
+        if type(value) is not int or not 1 <= value <= _MOST:
+            problems.append(f"{name}: {show(value)} is no whole number from 1")
+    timeout = _seconds(settings.get(_TIMEOUT, 1))
+    if not 0 < timeout < math.inf:
+        problems.append(f"{_TIMEOUT}: {show(settings[_TIMEOUT])} is neither a number of seconds nor such as 10m")
+    memory = settings.get(_MEMORY, 1)
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < _MOST:
+        problems.append(f"{_MEMORY}: {show(memory)} is no number of megabytes")
+    return problems
+
+
+def session_limits(settings: Mapping[str, Any]) -> SessionLimits:
+    """Return the limits that valid settings give.
+
+    Raises:
+        ConfigurationError: They are not valid; all problems are listed.
+    """
+    from splitlearn_core.extension import SessionLimits
+
+    problems = session_problems(settings)
+    if problems:
+        raise ConfigurationError(
+            "the limits of sessions are invalid:\n  " + "\n  ".join(problems), hint=f"there are {', '.join(_SETTINGS)}"
+        )
+    limits: dict[str, Any] = {name: settings[name] for name in _COUNTS if name in settings}
+    if "max_sessions" in limits:
+        # Without a limit of its own, an owner may have all of them.
+        limits.setdefault("max_sessions_per_owner", limits["max_sessions"])
+    if _TIMEOUT in settings:
+        limits["idle_timeout"] = _seconds(settings[_TIMEOUT])
+    if _MEMORY in settings:
+        limits["cache_bytes"] = int(settings[_MEMORY] * _MEGABYTE)
+    return SessionLimits(**limits)
+
+
+def _seconds(value: Any) -> float:
+    """Read a time as ``keep_alive`` is read; NaN for what is none."""
+    values, problems = examine({"keep_alive": value})
+    faulty = value is None or any(problem.startswith("keep_alive:") for problem in problems)
+    return math.nan if faulty else float(values["keep_alive"])

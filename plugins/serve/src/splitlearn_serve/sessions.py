@@ -1,0 +1,388 @@
+"""Sessions on the models of a manager: each frame is answered under a lease, in the manager's threads.
+
+A model is loaded by the first frame that needs it, and leased while sessions on it are open, so that it is neither
+evicted nor unloaded under them. A reload with the same weights moves them: they are ended with the code ``closing``,
+and their users rebuild them on the new generation. With other weights they stay where they are until they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core import (
+    AsyncManagedModel,
+    BusyError,
+    CapacityError,
+    DuplicateModelError,
+    LoadCancelledError,
+    ManagerClosedError,
+    ModelGoneError,
+    ModelInfo,
+    ModelNotReadyError,
+    ModelStatus,
+    ProtocolError,
+    RemoteError,
+    SplitLearnError,
+    UnknownModelError,
+    WaitTimeoutError,
+)
+from splitlearn_core.extension import (
+    HEADER_BYTES,
+    Frame,
+    Kind,
+    decode,
+    decode_header,
+    encode,
+)
+from splitlearn_serve.control import Control
+from splitlearn_serve.tokens import Owner
+from splitlearn_serve.traffic import Traffic
+
+if TYPE_CHECKING:
+    # They need torch, which is imported once the configuration is known to be valid.
+    from splitlearn_core.extension import Facts, SessionLimits, SessionTable
+
+log = logging.getLogger(__name__)
+
+#: Meta of a frame from which on it is parsed in a thread.
+_LARGE_META = 16 * 1024
+#: Seconds between two looks for sessions that have been idle for too long: a part of the limit, and at most so many.
+_EXPIRY_PART, _EXPIRY_MOST = 0.25, 5.0
+#: Seconds after which a client may try again, while a model is unloaded or there is no room.
+_SOON, _LATER = 1.0, 5.0
+#: The longest pause between two attempts to load a model whose loads fail.
+_LONGEST_PAUSE = 60.0
+_REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE})
+_STEPS = frozenset({Kind.STEP, Kind.BACKWARD})
+#: Codes after which a connection ends, since where the next frame begins or what it means is unknown.
+_FATAL = frozenset({"malformed", "version"})
+_GOING = (ModelStatus.DRAINING, ModelStatus.UNLOADING)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A frame as bytes."""
+
+    data: bytes
+    #: Whether the connection ends after it.
+    is_last: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A generation of a model that is leased, and the sessions on it."""
+
+    model_id: str
+    model: AsyncManagedModel
+    table: SessionTable
+    lease: contextlib.AsyncExitStack
+    #: Frames that are being answered.
+    users: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    lock: asyncio.Lock
+    users: int = 0
+
+
+class Sessions:
+    """The sessions on all models of a manager. It is used in the manager's event loop.
+
+    Args:
+        control: The manager with its configurations, which are loaded on their first use.
+        limits: What sessions may take.
+    """
+
+    def __init__(self, control: Control, limits: SessionLimits | None = None) -> None:
+        from splitlearn_core.extension import SessionLimits
+
+        self.limits = limits or SessionLimits()
+        self.control = control
+        self._manager = control.manager
+        #: Model -> generation -> what is held of it.
+        self._held: dict[str, dict[int, _Held]] = {}
+        #: Model -> the generation that was last used, and what it is.
+        self._facts: dict[str, tuple[int, Facts]] = {}
+        #: One lease is taken at a time for each model.
+        self._preparing: dict[str, _Turn] = {}
+        #: One frame of each session waits or computes, so that no session fills the queue of its model.
+        self._turns: dict[object, _Turn] = {}
+        self._timer: asyncio.Task[None] | None = None
+        self._is_closed = False
+        control.before_unload = self.end
+
+    @property
+    def is_closing(self) -> bool:
+        return self._is_closed or self.control.closing.is_set()
+
+    async def answer(self, model_id: str, data: bytes, owner: Owner) -> Reply:
+        """Answer one message; an error is an answer, too."""
+        traffic = self.control.traffic.of(model_id)
+        traffic.bytes_received += len(data)
+        frame: Frame | None = None
+        try:
+            frame = await self._decoded(data)
+            reply = await self._reply(model_id, frame, owner, traffic)
+        except SplitLearnError as error:
+            reply = _refusal(error, frame, traffic)
+        except Exception:
+            # Its text goes only to the log: it may name files.
+            log.exception("A request to %s failed", model_id)
+            failure = RemoteError("the server failed at this request", code="failed", hint="its log says how")
+            reply = _refusal(failure, frame, traffic)
+        traffic.bytes_sent += len(reply.data)
+        return reply
+
+    async def expire(self) -> None:
+        """End the sessions that have been idle for too long, and give back the leases of models without any."""
+        for model_id, generations in list(self._held.items()):
+            for held in list(generations.values()):
+                # Frees the memory of their caches.
+                count = await asyncio.to_thread(held.table.expire)
+                self.control.traffic.of(model_id).expired += count
+                if held.model.is_gone:
+                    held.table.close()
+                await self._settle(held)
+            with contextlib.suppress(SplitLearnError):
+                await self._follow_reload(model_id)
+
+    async def end(self, model_id: str) -> None:
+        """End all sessions on a model; their users may rebuild them on another generation or server."""
+        for held in self._all(model_id):
+            held.table.close()
+            await self._settle(held)
+
+    async def close(self) -> None:
+        """End all sessions, and take no more."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            await asyncio.gather(self._timer, return_exceptions=True)
+        for model_id in list(self._held):
+            await self.end(model_id)
+
+    # --- a request ------------------------------------------------------------------------------------
+
+    async def _decoded(self, data: bytes) -> Frame:
+        header = decode_header(data, self.limits.max_payload)
+        if header.kind not in _REQUESTS:
+            raise ProtocolError(f"{header.kind.name} is no request", code="malformed")
+        if header.meta_length > _LARGE_META and len(data) == HEADER_BYTES + header.rest:
+            return await asyncio.to_thread(decode, data, self.limits.max_payload)
+        return decode(data, self.limits.max_payload)
+
+    async def _reply(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> Reply:
+        if frame.kind is Kind.PING:
+            return _encoded(Frame(Kind.PONG))
+        if frame.kind is Kind.HELLO:
+            facts = await self._facts_of(model_id)
+            # What is declared for a session is at most what its owner may have.
+            meta = {**facts.to_json(), "max_tokens": owner.limits(self.limits).max_tokens}
+            return _encoded(Frame(Kind.WELCOME, meta=meta))
+        if frame.kind is Kind.CLOSE and not any(frame.session in held.table for held in self._all(model_id)):
+            # It is closed already; nothing is loaded for that.
+            return _encoded(Frame(Kind.CLOSED, frame.session))
+        arrived = time.monotonic()
+        # Without a session, the owner's frames take turns.
+        async with _turn(self._turns, frame.session or owner.name), self._using(model_id, frame) as held:
+            table, limits = held.table, owner.limits(self.limits)
+
+            def work(_: Any) -> tuple[Frame, bytes, float, float]:
+                began = time.monotonic()
+                reply = table.handle(frame, owner.name, limits)
+                return reply, b"".join(encode(reply)), began, time.monotonic()
+
+            reply, data, began, ended = await held.model.run(work)
+            if reply.kind is Kind.RESULT:
+                traffic.stepped(began - arrived, ended - began)
+            elif reply.kind is Kind.OPENED:
+                traffic.opened += 1
+            elif reply.kind is Kind.ERROR:
+                traffic.refused[str(reply.meta.get("code"))] += 1
+        return Reply(data)
+
+    @contextlib.asynccontextmanager
+    async def _using(self, model_id: str, frame: Frame) -> AsyncIterator[_Held]:
+        """Use the generation that has the frame's session, or else the newest one."""
+        held = await self._holder(model_id, frame)
+        try:
+            yield held
+        finally:
+            held.users -= 1
+            await self._settle(held)
+
+    async def _holder(self, model_id: str, frame: Frame) -> _Held:
+        """Return it with one user more."""
+        if self.is_closing:
+            raise _closing("this server is ending")
+        await self._follow_reload(model_id)
+        for held in self._all(model_id):
+            if frame.session in held.table and not held.model.is_gone:
+                held.users += 1
+                break
+        else:
+            held = await self._newest(model_id)
+        return held
+
+    async def _facts_of(self, model_id: str) -> Facts:
+        if self.is_closing:
+            raise _closing("this server is ending")
+        info, known = self._listed(model_id), self._facts.get(model_id)
+        if info is not None and info.status is ModelStatus.READY and known and known[0] == info.generation:
+            return known[1]
+        held = await self._newest(model_id)
+        held.users -= 1
+        await self._settle(held)
+        return held.table.facts
+
+    # --- generations ----------------------------------------------------------------------------------
+
+    async def _newest(self, model_id: str) -> _Held:
+        """Return the newest generation of a model with one user more; load the model if necessary."""
+        from splitlearn_core.extension import SessionTable
+
+        async with _turn(self._preparing, model_id):
+            await self._make_ready(model_id)
+            async with contextlib.AsyncExitStack() as stack:
+                model = await stack.enter_async_context(self._manager.lease(model_id))
+                generations = self._held.setdefault(model_id, {})
+                held = generations.get(model.generation)
+                if held is None:
+                    known, limits = self._facts.get(model_id), self.limits
+                    facts = known[1] if known and known[0] == model.generation else None
+                    table = await model.run(lambda module: SessionTable(module, limits, facts=facts))
+                    if self.is_closing:
+                        raise _closing("this server is ending")
+                    self._facts[model_id] = model.generation, table.facts
+                    held = generations[model.generation] = _Held(model_id, model, table, stack.pop_all())
+                held.users += 1
+        if self._timer is None or self._timer.done():
+            self._timer = asyncio.create_task(self._expire_forever(), name="end idle sessions")
+        return held
+
+    async def _make_ready(self, model_id: str) -> None:
+        info = self._listed(model_id)
+        if info is not None and info.status in _GOING:
+            raise _closing(f"model {model_id!r} is being unloaded")
+        if info is not None and info.status is not ModelStatus.FAILED:
+            return
+        if info is not None and info.error is not None:
+            # Clients that come again and again do not load a broken model again and again.
+            left = info.error.at + min(2.0**info.error.consecutive, _LONGEST_PAUSE) - time.time()
+            if not info.error.retryable or left > 0:
+                raise RemoteError(
+                    f"model {model_id!r} cannot be loaded: {info.error.message}",
+                    code="not_loaded",
+                    hint=info.error.hint,
+                    retry_after=max(left, _SOON) if info.error.retryable else None,
+                )
+        # Another request may have begun to load it.
+        with contextlib.suppress(DuplicateModelError):
+            await self.control.load_known(model_id, wait=True)
+
+    async def _follow_reload(self, model_id: str) -> None:
+        """Move sessions from older generations to the one that serves now, if it has the same weights."""
+        generations = self._held.get(model_id)
+        if not generations:
+            return
+        info = self._listed(model_id)
+        if info is None or info.status is not ModelStatus.READY or info.generation <= min(generations):
+            return
+        known = self._facts.get(model_id)
+        if known is None or known[0] != info.generation:
+            newest = await self._newest(model_id)
+            newest.users -= 1
+            await self._settle(newest)
+            known = newest.model.generation, newest.table.facts
+        for held in self._all(model_id):
+            if held.model.generation < known[0] and not held.table.facts.differences(known[1]):
+                held.table.close()
+                await self._settle(held)
+
+    async def _settle(self, held: _Held) -> None:
+        """Count the sessions, and give a lease back that is of no more use."""
+        generations = self._held.get(held.model_id, {})
+        if not held.users and not len(held.table) and generations.get(held.model.generation) is held:
+            del generations[held.model.generation]
+            if not generations:
+                del self._held[held.model_id]
+            await held.lease.aclose()
+        traffic = self.control.traffic.of(held.model_id)
+        tables = [other.table for other in self._held.get(held.model_id, {}).values()]
+        traffic.open = sum(map(len, tables))
+        traffic.cache_bytes = sum(table.reserved_bytes for table in tables)
+
+    def _all(self, model_id: str) -> list[_Held]:
+        return list(self._held.get(model_id, {}).values())
+
+    def _listed(self, model_id: str) -> ModelInfo | None:
+        try:
+            return self._manager.get_model_info(model_id)
+        except UnknownModelError:
+            return None
+
+    async def _expire_forever(self) -> None:
+        interval = min(self.limits.idle_timeout * _EXPIRY_PART, _EXPIRY_MOST)
+        while self._held:
+            await asyncio.sleep(interval)
+            try:
+                await self.expire()
+            except Exception:
+                # Without this task, no session would ever end.
+                log.exception("Idle sessions could not be ended")
+
+
+@contextlib.asynccontextmanager
+async def _turn(turns: dict[Any, _Turn], key: object) -> AsyncIterator[None]:
+    """Wait for those who came before with the same key."""
+    turn = turns.setdefault(key, _Turn(asyncio.Lock()))
+    turn.users += 1
+    try:
+        async with turn.lock:
+            yield
+    finally:
+        turn.users -= 1
+        if not turn.users:
+            del turns[key]
+
+
+def _encoded(frame: Frame) -> Reply:
+    return Reply(b"".join(encode(frame)))
+
+
+def _refusal(error: SplitLearnError, frame: Frame | None, traffic: Traffic) -> Reply:
+    remote = as_remote(error)
+    traffic.refused[remote.code] += 1
+    return Reply(refusal_frame(remote, frame), remote.code in _FATAL or frame is None)
+
+
+def refusal_frame(error: RemoteError, request: Frame | None = None) -> bytes:
+    """Return an error as the bytes of a frame."""
+    from splitlearn_core.extension import error_frame
+
+    return b"".join(encode(error_frame(error, request)))
+
+
+def _closing(message: str) -> RemoteError:
+    return RemoteError(message, code="closing", retry_after=_SOON, hint="try again: it may be loaded again elsewhere")
+
+
+def as_remote(error: SplitLearnError) -> RemoteError:
+    """Return an error of the manager as one that a client understands."""
+    if isinstance(error, RemoteError):
+        return error
+    code, retry_after = "not_loaded", None
+    if isinstance(error, BusyError | CapacityError | WaitTimeoutError):
+        code, retry_after = "full", _SOON if isinstance(error, BusyError) else _LATER
+    elif isinstance(error, ModelGoneError | ModelNotReadyError | ManagerClosedError | LoadCancelledError):
+        code, retry_after = "closing", _SOON
+    elif isinstance(error, UnknownModelError):
+        code = "unknown_model"
+    return RemoteError(error.message, hint=error.hint, code=code, retry_after=retry_after)
