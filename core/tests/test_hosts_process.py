@@ -17,12 +17,20 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core import HostDiedError, LoadCancelledError, MissingFileError, RemoteError, SplitCausalLM
+from splitlearn_core import (
+    HostDiedError,
+    LoadCancelledError,
+    MissingFileError,
+    RemoteError,
+    SplitCausalLM,
+    SplitLearnError,
+    errors,
+)
 from splitlearn_core.api import load_split_model
-from splitlearn_core.hosts import process
+from splitlearn_core.hosts import child, process
 from splitlearn_core.hosts.process import ProcessHandle, ProcessLoad, start_process
 from splitlearn_core.hosts.shared_memory import ARENA_FROM
-from splitlearn_core.hosts.supervisor import Supervisor, end_processes, living_supervisor
+from splitlearn_core.hosts.supervisor import Supervisor, end_processes, living_supervisor, prepare_processes
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is left is read from /proc")
 
@@ -79,6 +87,7 @@ HANGING = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_left() -> Iterator[None]:
+    prepare_processes(["llama"])
     yield
     end_processes()
 
@@ -241,6 +250,22 @@ def test_errors_of_a_load_keep_their_type(started: Any, folder: Path, tmp_path: 
 
     with pytest.raises(ZeroDivisionError):
         _ = started(progress=refuse).component
+
+
+def test_each_error_class_can_be_sent() -> None:
+    """A child names the class; one that only a plugin knows comes as what it derives from."""
+
+    class OfPluginError(errors.InvalidCheckpointError):
+        pass
+
+    classes = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, SplitLearnError)]
+    for cls in (*classes, OfPluginError):
+        error = process._error_of(ProcessLoad("x", CUT), child._described(cls("what", hint="so")))
+        assert type(error) is (cls if cls in classes else errors.InvalidCheckpointError)
+        assert (error.message, error.hint) == ("what", "so")
+    foreign = process._error_of(ProcessLoad("x", CUT), child._described(MemoryError("too much")))
+    assert type(foreign) is errors.LoadFailedError
+    assert "MemoryError: too much" in foreign.message
 
 
 @pytest.mark.usefixtures("folder")
