@@ -29,8 +29,9 @@ MODULES = {
 LAYERS = (
     "errors", "types", "quoting", "child_process", "user_paths", "system_memory", "foreign_arguments", "progress",
     "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "tokenization",
-    "readers", "build", "adapters", "split_model", "loading", "api", "hosts", "storage", "pipeline", "factory", "generation",
-    "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "readers", "build", "adapters", "split_model", "loading", "api", "hosts", "storage", "pipeline", "factory",
+    "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing", "cli",
+    "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
