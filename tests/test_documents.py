@@ -182,7 +182,7 @@ class Reader:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, encoding="utf-8")
         elif block.language == "python":
-            (self.folder / "block.py").write_text(block.text, encoding="utf-8")
+            (self.folder / "block.py").write_text(block.text.replace(PORT, self._port), encoding="utf-8")
             done = self._run([str(self._bin / "python"), "-W", "error", *PEFT_SAYS, "block.py"])
             assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
         elif block.language == "sh":

@@ -17,12 +17,20 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core import HostDiedError, LoadCancelledError, MissingFileError, RemoteError, SplitCausalLM
+from splitlearn_core import (
+    HostDiedError,
+    LoadCancelledError,
+    MissingFileError,
+    RemoteError,
+    SplitCausalLM,
+    SplitLearnError,
+    errors,
+)
 from splitlearn_core.api import load_split_model
-from splitlearn_core.hosts import process
+from splitlearn_core.hosts import child, process
 from splitlearn_core.hosts.process import ProcessHandle, ProcessLoad, start_process
 from splitlearn_core.hosts.shared_memory import ARENA_FROM
-from splitlearn_core.hosts.supervisor import Supervisor, end_processes, living_supervisor
+from splitlearn_core.hosts.supervisor import Supervisor, end_processes, living_supervisor, prepare_processes
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is left is read from /proc")
 
@@ -79,6 +87,7 @@ HANGING = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_left() -> Iterator[None]:
+    prepare_processes(["llama"])
     yield
     end_processes()
 
@@ -243,6 +252,22 @@ def test_errors_of_a_load_keep_their_type(started: Any, folder: Path, tmp_path: 
         _ = started(progress=refuse).component
 
 
+def test_each_error_class_can_be_sent() -> None:
+    """A child names the class; one that only a plugin knows comes as what it derives from."""
+
+    class OfPluginError(errors.InvalidCheckpointError):
+        pass
+
+    classes = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, SplitLearnError)]
+    for cls in (*classes, OfPluginError):
+        error = process._error_of(ProcessLoad("x", CUT), child._described(cls("what", hint="so")))
+        assert type(error) is (cls if cls in classes else errors.InvalidCheckpointError)
+        assert (error.message, error.hint) == ("what", "so")
+    foreign = process._error_of(ProcessLoad("x", CUT), child._described(MemoryError("too much")))
+    assert type(foreign) is errors.LoadFailedError
+    assert "MemoryError: too much" in foreign.message
+
+
 @pytest.mark.usefixtures("folder")
 def test_progress_is_reported_and_the_token_is_no_argument(single: Path) -> None:
     """The stages are those of a load here, and nobody else can read what the child was given."""
@@ -356,9 +381,12 @@ def test_the_end_of_a_zygote_is_that_of_its_children(started: Any, monkeypatch: 
     monkeypatch.setattr(process, "living_supervisor", lambda: own)
     handle = started()
     component = handle.component
+    assert handle.pid is not None
+    # By a descriptor: whoever inherits the child may be late to remove its entry.
+    ended = watch(handle.pid)
     os.kill(own.pid, signal.SIGKILL)
     assert handle.ended.result().status is None
-    assert not Path(f"/proc/{handle.pid}").exists()
+    assert ended()
     with pytest.raises(HostDiedError, match="the process that starts others"):
         component(hidden_states=states())
     own.close()

@@ -84,13 +84,12 @@ def _serve(control: socket.socket, *, is_forked: bool) -> int:
     received = receive_message(control)
     if received is None:
         return 0
-    request = received[0]
-    _adopt(request["process"])
-    before = set(sys.modules)
+    request, before = received[0], set(sys.modules)
     tables: list[SessionTable] = []
     reader = threading.Thread(target=_read_control, args=(control, tables), name="read control messages", daemon=True)
     reader.start()
     try:
+        _adopt(request["process"])
         tables.append(_load(control, request))
     except Exception as error:  # noqa: BLE001  # the parent raises it
         send_message(control, {"error": _described(error)})
@@ -105,7 +104,8 @@ def _adopt(process: Mapping[str, Any]) -> None:
     """Become like the parent: environment, folder, where modules are found, and what decides about the last bit."""
     os.environ.clear()
     os.environ.update(process["environment"])
-    os.chdir(process["folder"])
+    if process["folder"] is not None:
+        os.chdir(process["folder"])
     if sys.path != process["path"]:
         sys.path[:] = process["path"]
         importlib.invalidate_caches()
@@ -122,9 +122,13 @@ def process_settings(threads: int | None) -> dict[str, Any]:
     """Return what :func:`_adopt` takes, of this process."""
     import torch
 
+    try:
+        folder = str(Path.cwd())
+    except FileNotFoundError:  # it was removed
+        folder = None
     return {
         "environment": dict(os.environ),
-        "folder": str(Path.cwd()),
+        "folder": folder,
         "path": list(sys.path),
         "threads": threads or torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),
@@ -148,7 +152,9 @@ def _load(control: socket.socket, request: Mapping[str, Any]) -> SessionTable:
 
 def _described(error: Exception) -> dict[str, str]:
     if isinstance(error, SplitLearnError):
-        return {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+        # A plugin's own class is known here alone.
+        known = next(cls for cls in type(error).__mro__ if cls.__module__ == SplitLearnError.__module__)
+        return {"type": known.__name__, "message": error.message, "hint": error.hint}
     text = "".join(traceback.format_exception(error))
     log.error("A load in a process of its own failed:\n%s", text)
     return {"type": "", "message": f"{type(error).__name__}: {error}", "hint": ""}

@@ -263,7 +263,12 @@ class ProcessHandle(Supervised):
     def on_started(self, pid: int, method: str, pidfd: int) -> None:
         """Note that the process runs."""
         with self._lock:
-            self.pid, self.start_method, self._pidfd = pid, method, pidfd
+            self.pid, self.start_method = pid, method
+            if not self._gone.done():
+                self._pidfd = pidfd
+            elif pidfd >= 0:
+                # It was not waited for, and ends at once.
+                os.close(pidfd)
 
     def on_ended(self, status: int | None, detail: str = "", *, was_requested: bool = False) -> None:
         """Note that the process has ended."""

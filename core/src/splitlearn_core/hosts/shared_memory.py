@@ -12,17 +12,20 @@ processes are, however they end. Before each frame stands::
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import socket
 import struct
+import sys
 import weakref
 from typing import Any
 
 from splitlearn_core.errors import ProtocolError
 from splitlearn_core.hosts.control import close_all
 from splitlearn_core.hosts.protocol import HEADER_BYTES, Frame, decode_body, decode_header, encode
+
+if sys.platform == "linux":
+    import fcntl
 
 _PREFIX = struct.Struct("<I4xQ")
 #: Where a payload is.

@@ -153,10 +153,13 @@ class _Zygote:
         """Report the children that have ended."""
         for pid, number in list(self._children.items()):
             # Its number cannot be another process's, or group's, before it is waited for.
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if hasattr(os, "waitid") and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                _kill_group(pid)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
                 continue
-            _kill_group(pid)
-            _, status = os.waitpid(pid, 0)
+            if not hasattr(os, "waitid"):  # macOS before Python 3.13
+                _kill_group(pid)
             del self._children[pid]
             self._send({"ended": number, "status": os.waitstatus_to_exitcode(status)})
 
