@@ -1,11 +1,15 @@
-"""A trunk in a process of its own: round trips, decoding next to a trunk that runs here, and the time to start it."""
+"""A trunk in a process of its own, or behind a WebSocket: round trips, decoding next to one that runs here, starts."""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from checkpoints import Checkpoint, qwen2
@@ -19,6 +23,8 @@ NAME = "hosts"
 _SMALL, _LARGE = 16 * 1024, 4 * 2**20
 _PROMPT, _NEW, _PREFILL = 32, 64, 512
 _DECODE_SHARE, _PREFILL_SHARE = 0.97, 0.95
+_SERVED_SHARE = 0.95
+_WEBSOCKET_TIMES, _BANDWIDTH_TIMES = 6.0, 2.0
 _PIPE_TIMES, _COPIES_TIMES = 4.0, 1.5
 _WARM_TIMES, _FRESH_SHARE = 1.3, 0.25
 #: Round trips in one measurement: the first few find their pages missing.
@@ -29,7 +35,8 @@ def run(session: Session) -> None:
     _round_trips(session)
     for checkpoint in session.models((qwen2,)):
         read_through(checkpoint.files)
-        _running(session, checkpoint)
+        for where in ("process", "WebSocket"):
+            _running(session, checkpoint, where)
         _starting(session, checkpoint)
 
 
@@ -63,6 +70,9 @@ def _round_trips(session: Session) -> None:
     note = "each way: into shared memory, and out of it"
     session.add(at_most(NAME, large, ours, "the copies", microseconds["copies 4 MB"], share=_COPIES_TIMES, note=note))
     session.add(at_most(NAME, large, ours, "raw socket", microseconds["socket 4 MB"], share=1.0))
+    for what, size, share in ((small, "16 kB", _WEBSOCKET_TIMES), (large, "4 MB", _BANDWIDTH_TIMES)):
+        ours, theirs = microseconds[f"websocket {size}"], microseconds[f"loopback {size}"]
+        session.add(at_most(NAME, f"{what}, WebSocket", ours, "raw TCP socket", theirs, share=share))
 
 
 def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +83,10 @@ def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
         "socket 4 MB": (_LARGE, _raw_socket(_LARGE)),
         "copies 4 MB": (_LARGE, _copies(_LARGE)),
         "channel 4 MB": (_LARGE, _channel(_LARGE)),
+        "loopback 16 kB": (_SMALL, _raw_socket(_SMALL, over_tcp=True)),
+        "websocket 16 kB": (_SMALL, _websocket(_SMALL)),
+        "loopback 4 MB": (_LARGE, _raw_socket(_LARGE, over_tcp=True)),
+        "websocket 4 MB": (_LARGE, _websocket(_LARGE)),
     }
     answers: dict[str, list[float]] = {name: [] for name in trips}
     for _ in range(job["rounds"]):
@@ -123,8 +137,17 @@ def _pipe(size: int) -> Callable[[], None]:
     return trip
 
 
-def _raw_socket(size: int) -> Callable[[], None]:
-    near, far = socket.socketpair()
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    for end in (near, far):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return near, far
+
+
+def _raw_socket(size: int, *, over_tcp: bool = False) -> Callable[[], None]:
+    near, far = _tcp_pair() if over_tcp else socket.socketpair()
     memory = bytearray(size)
 
     def read(stream: socket.socket) -> None:
@@ -187,31 +210,73 @@ def _channel(size: int) -> Callable[[], None]:
     return trip
 
 
+def _websocket(size: int) -> Callable[[], None]:
+    """The client of core, and the implementation that ``splitlearn serve`` runs."""
+    import uvicorn
+
+    from splitlearn_core.hosts.carriers import Endpoint
+    from splitlearn_core.hosts.protocol import SUBPROTOCOL, Frame, Kind, TensorSpec, decode, encode
+
+    specs = (TensorSpec("hidden_states", "F32", (1, size // 4096, 1024)),)
+    memory = memoryview(bytearray(size))
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL})
+        while (message := await receive())["type"] == "websocket.receive":
+            memory[:] = decode(message["bytes"]).buffers[0]
+            reply = b"".join(encode(Frame(Kind.RESULT, 1, 1, {}, specs, (memory,))))
+            await send({"type": "websocket.send", "bytes": reply})
+
+    def serve() -> None:
+        config = uvicorn.Config(
+            answer,
+            log_level="error",
+            ws="websockets-sansio",
+            ws_max_size=2**28,
+            ws_per_message_deflate=False,
+            lifespan="off",
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+    _echo(serve)
+    connection = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/trunk").open()
+    listener.close()
+
+    def trip() -> None:
+        connection.exchange(Frame(Kind.STEP, 1, 1, {}, specs, (memory,)))
+
+    return trip
+
+
 # --- running ------------------------------------------------------------------------------------------
 
 
-def _running(session: Session, checkpoint: Checkpoint) -> None:
+def _running(session: Session, checkpoint: Checkpoint, where: str) -> None:
     tokens = _PREFILL // 8 if session.quick else _PREFILL
     job = {
         "what": "running",
+        "where": where,
         "directory": str(checkpoint.directory),
         "cut": checkpoint.recipe.cut,
         "vocabulary": checkpoint.recipe.vocabulary,
         "rounds": session.runs,
         "prefill": tokens,
     }
-    answer = _answer(session, f"{checkpoint.recipe.name}, trunk in a process", job)
+    answer = _answer(session, f"{checkpoint.recipe.name}, trunk: {where}", job)
     if answer is not None:
+        name = f"{checkpoint.recipe.name}, trunk: {where}"
+        share = _DECODE_SHARE if where == "process" else _SERVED_SHARE
         session.add(
-            _rate(checkpoint, f"{_NEW} tokens after {_PROMPT}", answer["decode"], _NEW, _DECODE_SHARE),
-            _rate(checkpoint, f"prefill of {tokens}", answer["prefill"], tokens, _PREFILL_SHARE),
+            _rate(f"{name}, {_NEW} tokens after {_PROMPT}", answer["decode"], _NEW, share),
+            _rate(f"{name}, prefill of {tokens}", answer["prefill"], tokens, _PREFILL_SHARE),
         )
 
 
-def _rate(checkpoint: Checkpoint, what: str, answer: dict[str, Any], tokens: int, share: float) -> Row:
+def _rate(what: str, answer: dict[str, Any], tokens: int, share: float) -> Row:
     ratio = Sample.of((inline / apart for apart, inline in answer["seconds"]), "").median
     apart, inline = (Sample.of((tokens / pair[side] for pair in answer["seconds"]), "tok/s") for side in (0, 1))
-    what = f"{checkpoint.recipe.name}, trunk in a process, {what}"
     note = "" if answer["equal"] else "the outputs differ"
     return Row(NAME, what, apart, "inline", inline, ratio, f">= {share:g} of it", ratio >= share, note)
 
@@ -220,22 +285,45 @@ def _measure_running(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from splitlearn_core import SplitCausalLM
+
+    inline = split_model(Job(job["directory"], tuple(job["cut"])))
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(job["vocabulary"] - 2, (1, job["prefill"]), generator=generator)
+    with (_in_a_process if job["where"] == "process" else _served)(job) as trunk, torch.no_grad():
+        models = (SplitCausalLM(inline.components[0], trunk, inline.components[-1]), inline)
+        return {
+            "decode": alternate([decoding(model, text[:, :_PROMPT]) for model in models], job["rounds"]),
+            "prefill": alternate([prefill(model, text) for model in models], job["rounds"]),
+        }
+
+
+@contextmanager
+def _in_a_process(job: dict[str, Any]) -> Iterator[Any]:
     from splitlearn_core.hosts.process import ProcessLoad, start_process
 
     handle = start_process(ProcessLoad(job["directory"], tuple(job["cut"])))
-    inline = split_model(Job(job["directory"], tuple(job["cut"])))
-    apart = SplitCausalLM(inline.components[0], handle.component, inline.components[-1])
-    models = (apart, inline)
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(job["vocabulary"] - 2, (1, job["prefill"]), generator=generator)
     try:
-        with torch.no_grad():
-            return {
-                "decode": alternate([decoding(model, text[:, :_PROMPT]) for model in models], job["rounds"]),
-                "prefill": alternate([prefill(model, text) for model in models], job["rounds"]),
-            }
+        yield handle.component
     finally:
         handle.kill()
+
+
+@contextmanager
+def _served(job: dict[str, Any]) -> Iterator[Any]:
+    from splitlearn_core import connect
+
+    command = [sys.executable, "-m", "splitlearn_core", "serve", job["directory"], "--port", "0"]
+    cut = ["--split", *map(str, job["cut"])]
+    with subprocess.Popen([*command, *cut], stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            # It prints more, later: without a reader it would stand still.
+            url = next(word for line in server.stderr for word in line.split() if word.endswith("/trunk"))
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            # The first request waits for the model to be loaded.
+            yield connect(url)
+        finally:
+            server.terminate()
 
 
 # --- starting -----------------------------------------------------------------------------------------

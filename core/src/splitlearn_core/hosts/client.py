@@ -133,10 +133,10 @@ class Host:
         """End all connections. Sessions end by themselves after the host's time limit."""
         self._abandoned.put(None)
         self._is_closed = True
-        self._close_idle()
+        self.drop_connections()
 
     def drop_connections(self) -> None:
-        """Close the connections that are not in use: the host behind them is gone."""
+        """Close the connections that are not in use."""
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:
@@ -166,7 +166,7 @@ class Host:
             connection.close()
             if isinstance(error, ConnectionLostError):
                 # The others are older.
-                self._close_idle()
+                self.drop_connections()
             raise
         self.round_trips += 1
         self.bytes_sent += frame.payload_bytes
@@ -190,12 +190,6 @@ class Host:
             if self._idle:
                 return self._idle.pop()
         return self._connect()
-
-    def _close_idle(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
 
     def _put_back(self, connection: Connection) -> None:
         with self._lock:
