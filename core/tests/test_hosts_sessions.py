@@ -265,35 +265,45 @@ def test_only_trunks_are_hosted(parts: Any, name: str) -> None:
         SessionTable(getattr(parts, name))
 
 
-def test_any_request_has_an_answer(table: SessionTable) -> None:
-    """Whatever a client sends: a reply, and the sessions of others go on."""
+def test_any_request_has_an_answer(table: SessionTable, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever a client sends: a reply, no accident of the host, and the sessions of others go on."""
     chance = random.Random(3)
     good, bad = Client(table), Client(table)
     values: list[Any] = [None, 0, -1, 1.5, True, "x", [], {}, [["remove", 1]], {"attention_mask": 3}, bad.secret]
-    names = ("secret", "nonce", "changes", "arguments", "rows", "tokens")
-    done = 0
-    for count in range(cases(20_000, 1_000)):
-        meta = {name: chance.choice(values) for name in names if chance.random() < 0.6}
-        if chance.random() < 0.7:
+    values += [[["repeat", 2]], [["reorder", [0]]], {"attention_mask_of": ["x"]}, {"output_hidden_states": True}, [{}]]
+    kinds = [*Kind, *[Kind.STEP] * 10, *[Kind.BACKWARD] * 5]
+    names = ["hidden_states", "attention_mask", "attention_mask.x", "position_ids", "y", "gradient", "past_key_values"]
+    done, results = 0, 0
+    for count in range(cases(20_000, 1_500)):
+        meta = {name: chance.choice(values) for name in ("changes", "arguments") if chance.random() < 0.3}
+        meta |= {name: chance.choice(values) for name in ("secret", "nonce", "rows", "tokens") if chance.random() < 0.2}
+        if chance.random() < 0.8:
             meta["secret"] = bad.secret
-        tensors = {
-            chance.choice(["hidden_states", "attention_mask", "attention_mask.x", "position_ids", "y", "gradient"]): (
-                torch.zeros([chance.randrange(4) for _ in range(chance.randrange(4))])
-                if chance.random() < 0.5
-                else states(1, 1)
-            )
-            for _ in range(chance.randrange(3))
-        }
+        tensors = {chance.choice(names): any_tensor(chance) for _ in range(chance.randrange(3))}
+        if chance.random() < 0.7:
+            tensors["hidden_states"] = states(1, 1)
         specs, buffers = pack(tensors)
-        session = chance.choice([0, bad.number, bad.number, 5])
-        reply = table.handle(Frame(chance.choice(list(Kind)), session, chance.randrange(3), meta, specs, buffers))
+        kind, session = chance.choice(kinds), chance.choice([0, bad.number, bad.number, 5])
+        step = chance.choice([0, 1, 2, results])
+        reply = table.handle(Frame(kind, 0 if kind is Kind.BACKWARD else session, step, meta, specs, buffers))
         assert isinstance(reply, Frame)
+        results += reply.kind is Kind.RESULT and reply.session == bad.number
         if reply.kind is Kind.OPENED:
             table.handle(Frame(Kind.CLOSE, reply.session, meta={"secret": reply.meta["secret"]}))
-        if count % 200 == 0 and done < 8:
+        if bad.number not in table:
+            bad = Client(table)
+            values.append(bad.secret)
+        if count % 150 == 0 and done < 8:
             done += 1
             assert output(good.step(done)).shape == (1, 2, 32)
     assert done > 4
+    assert results > 4
+    assert caplog.text == ""
+
+
+def any_tensor(chance: random.Random) -> torch.Tensor:
+    shape = [chance.choice([0, 1, 1, 2, 3, 32]) for _ in range(chance.randrange(4))]
+    return torch.zeros(shape, dtype=chance.choice([torch.float32, torch.bool, torch.int64, torch.bfloat16]))
 
 
 def test_bytes_become_tensors_of_their_own() -> None:

@@ -25,16 +25,19 @@ from __future__ import annotations
 
 import copy
 import hmac
+import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.build.forward_arguments import RECORDINGS
 from splitlearn_core.build.kv_cache import PartCache
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
 from splitlearn_core.hosts.description import component_facts
@@ -42,6 +45,8 @@ from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
 from splitlearn_core.types import Component, human_bytes
+
+log = logging.getLogger(__name__)
 
 #: Seconds after which room may be free.
 _RETRY_AFTER = 5.0
@@ -150,6 +155,10 @@ class SessionTable:
             return handler(self, frame, owner, limits or self.limits)
         except SplitLearnError as error:
             return error_frame(error, frame)
+        except Exception as error:
+            # One client's request must not end what serves the others.
+            log.exception("A %s failed", frame.kind.name)
+            return error_frame(RemoteError(f"the host failed: {type(error).__name__}", code="failed"), frame)
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long; returns how many there were."""
@@ -268,7 +277,7 @@ class SessionTable:
         with self._compute, torch.inference_mode(mode=False), torch.enable_grad():
             hidden, inputs = self._inputs(frame, tensors, None)
             hidden.requires_grad_()
-            output = self._run(hidden, inputs)
+            output = _named_outputs(self._run(hidden, inputs))["output"]
             if gradient.shape != output.shape or gradient.dtype != output.dtype:
                 raise RemoteError(
                     f"the gradient is {_shape(gradient)}; the output was {_shape(output)}", code="bad_input"
@@ -330,7 +339,7 @@ class SessionTable:
                 code="too_large",
                 hint="shorten the input, or generate fewer tokens or beams",
             )
-        grown = replace_size(session, max(rows, session.rows), max(tokens, session.tokens))
+        grown = replace(session, rows=max(rows, session.rows), tokens=max(tokens, session.tokens))
         with self._lock:
             self._admit(self._bytes_of(grown) - self._bytes_of(session))
             session.rows, session.tokens = grown.rows, grown.tokens
@@ -344,10 +353,11 @@ class SessionTable:
             apply = _CHANGES.get(name) if isinstance(name, str) else None
             if apply is None:
                 raise RemoteError(f"{str(name)[:50]!r} is no change of a cache", code="bad_input")
-            rows = _rows(session.cache)
-            apply(
-                session.cache, _checked_change(name, value, rows, self.limits.max_rows, session.cache.get_seq_length())
-            )
+            rows, length = _rows(session.cache), session.cache.get_seq_length()
+            checked = _checked_change(name, value, rows, self.limits.max_rows, length)
+            if rows and name in _ROWS_AFTER:
+                self._grow(session, _ROWS_AFTER[name](rows, value), length)
+            apply(session.cache, checked)
 
     def _forward(self, frame: Frame, session: _Session | None) -> Frame:
         tensors = unpack(frame)
@@ -383,17 +393,19 @@ class SessionTable:
             raise RemoteError(
                 f"{hidden.shape[1]} tokens in one step; this host allows {self.limits.max_tokens}", code="too_large"
             )
-        if hidden.is_floating_point() and not torch.isfinite(hidden).all():
+        if not hidden.is_floating_point():
+            raise RemoteError(f"hidden_states are {_shape(hidden)}, no floating numbers", code="bad_input")
+        if not torch.isfinite(hidden).all():
             raise RemoteError(
                 "hidden_states have values that are not finite",
                 code="bad_input",
                 hint="look at the bottom and at what it was given: is a value NaN, or beyond the dtype?",
             )
-        inputs = _arguments(frame.meta, tensors)
+        inputs = _arguments(frame.meta, tensors, {*self.facts.arguments, *RECORDINGS})
         inputs = {name: _to(value, device) for name, value in inputs.items()}
         for tensor in _tensors_in(inputs.get("attention_mask")):
             past = 0 if session is None else session.cache.get_seq_length()
-            if tensor.shape[-1:] != (past + hidden.shape[1],) or tensor.shape[0] not in (1, hidden.shape[0]):
+            if tensor.shape[-1:] != (past + hidden.shape[1],) or tensor.shape[:1] not in ((1,), hidden.shape[:1]):
                 raise RemoteError(
                     f"the attention mask is {_shape(tensor)}; {past} tokens are cached, and hidden_states are "
                     f"{_shape(hidden)}",
@@ -411,11 +423,6 @@ class SessionTable:
             raise RemoteError(error.message, hint=error.hint, code="bad_input") from error
         except Exception as error:
             raise RemoteError(f"the component failed: {type(error).__name__}: {error}", code="failed") from error
-
-
-def replace_size(session: _Session, rows: int, tokens: int) -> _Session:
-    """Return a session of another size, to count with."""
-    return replace(session, rows=rows, tokens=tokens)
 
 
 def error_frame(error: SplitLearnError, request: Frame | None = None) -> Frame:
@@ -436,22 +443,30 @@ def _named_outputs(output: Any) -> dict[str, torch.Tensor]:
     return named
 
 
-def _arguments(meta: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _arguments(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], known: AbstractSet[str]) -> dict[str, Any]:
     """Return the arguments of a forward by name, from the values of meta and the tensors of a frame."""
-    arguments = meta.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise RemoteError("the arguments of a step are no JSON object", code="bad_input")
-    arguments = dict(arguments)
-    kinds = arguments.pop("attention_mask_of", None)
-    for name, tensor in tensors.items():
-        argument, _, kind = name.partition(".")
-        if kind:
-            arguments.setdefault(argument, {})[kind] = tensor
-        else:
-            arguments[argument] = tensor
-    if isinstance(kinds, list):
-        masks = arguments.get("attention_mask") or {}
-        arguments["attention_mask"] = {str(kind): masks.get(kind) for kind in kinds}
+    values, kinds = meta.get("arguments", {}), []
+    if isinstance(values, dict) and "attention_mask_of" in values:
+        kinds = values["attention_mask_of"]
+        values = {name: value for name, value in values.items() if name != "attention_mask_of"}
+    if (
+        not isinstance(values, dict)
+        or not all(isinstance(value, bool | int | float | str) for value in values.values())
+        or not isinstance(kinds, list)
+        or not all(isinstance(kind, str) for kind in kinds)
+    ):
+        raise RemoteError("the arguments of a step are no names of numbers and texts", code="bad_input")
+    masks = {f"attention_mask.{kind}": kind for kind in kinds}
+    unknown = [name for name in (*values, *tensors) if name not in known and name not in masks]
+    if unknown:
+        raise RemoteError(
+            f"this component takes no {', '.join(map(repr, unknown[:5]))}",
+            code="bad_input",
+            hint=f"it takes hidden_states, {', '.join(sorted(known))}",
+        )
+    arguments = {**values, **{name: tensor for name, tensor in tensors.items() if name not in masks}}
+    if kinds:
+        arguments["attention_mask"] = {kind: tensors.get(name) for name, kind in masks.items()}
     return arguments
 
 
@@ -508,6 +523,14 @@ def _checked_change(name: str, value: Any, rows: int, max_rows: int, length: int
         f"the cache has {rows} sequences of {length} tokens and cannot {name} {str(value)[:50]}",
         code="bad_input",
     )
+
+
+#: Name of a change -> the sequences that there are after it.
+_ROWS_AFTER: Mapping[str, Callable[[int, Any], int]] = {
+    "reorder": lambda rows, value: len(value),
+    "select": lambda rows, value: len(value),
+    "repeat": lambda rows, value: rows * int(value),
+}
 
 
 def _each(method: str) -> Callable[[PartCache, Any], None]:
