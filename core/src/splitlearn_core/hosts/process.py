@@ -263,7 +263,12 @@ class ProcessHandle(Supervised):
     def on_started(self, pid: int, method: str, pidfd: int) -> None:
         """Note that the process runs."""
         with self._lock:
-            self.pid, self.start_method, self._pidfd = pid, method, pidfd
+            if not self._gone.done():
+                self.pid, self.start_method, self._pidfd = pid, method, pidfd
+                return
+        # It was given up before it ran, and ends as it sees that its connection is closed.
+        if pidfd >= 0:
+            os.close(pidfd)
 
     def on_ended(self, status: int | None, detail: str = "", *, was_requested: bool = False) -> None:
         """Note that the process has ended."""
