@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from splitlearn_core import AsyncModelManager, ConfigurationError, ModelConfig
 from splitlearn_core.api import load_split_model
-from splitlearn_core.errors import HostDiedError, LoadCancelledError, LoadStalledError, ModelNotReadyError
+from splitlearn_core.errors import (
+    HostDiedError,
+    LoadCancelledError,
+    LoadStalledError,
+    ModelNotReadyError,
+    RemoteError,
+)
 from splitlearn_core.hosts.supervisor import end_processes
 from splitlearn_core.manager import messages as m
+from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
-from support.managing import StepsClock, check_sound, closing, reached, run, status_of, until
+from splitlearn_core.types import Progress
+from support.managing import StepsClock, check_sound, closing, reached, run, status_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is left is read from /proc")
 
@@ -139,18 +150,30 @@ def test_it_computes_what_an_inline_one_does_and_ends_with_its_unload(single: Pa
 
 
 def test_progress_is_that_of_the_process(single: Path, folder: Path) -> None:
-    """What the child reports is what the status shows."""
-    (folder / "load.py").write_text(ARRIVE)
+    """What the child reports is what the loader does; and a report that raises ends it."""
+    (folder / "load.py").write_text('import os\n(HERE / "arrived").write_text(str(os.getpid()))\n')
+    loader, seen, pids, fails = ModelLoader(), list[Progress](), list[int](), False
 
-    async def main() -> None:
-        async with closing(AsyncModelManager()) as models:
-            load = asyncio.ensure_future(models.load_model(trunk(single)))
-            await asyncio.to_thread((folder / "arrived").read_text)
-            info = models.get_model_info("trunk")
-            assert (info.status, info.component) == (S.LOADING, "trunk")
-            assert (await load).info.bytes_done > 0
+    def report(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.stage == "verifying" and fails:
+            raise ZeroDivisionError
 
-    run(main())
+    for fails in (False, True):
+        reader = threading.Thread(target=lambda: pids.append(int((folder / "arrived").read_text())), daemon=True)
+        reader.start()
+        plan = loader.plan(trunk(single), report)
+        if not fails:
+            loaded = loader.load(trunk(single), plan, report)
+            assert loaded.host is not None
+            assert {"importing", "verifying"} <= {progress.stage for progress in seen}
+            assert seen[-1].bytes_done == seen[-1].bytes_total > 0
+            loaded.host.end()
+        else:
+            with pytest.raises(ZeroDivisionError):
+                loader.load(trunk(single), plan, report)
+        reader.join()
+    assert not any(map(is_running, pids))
 
 
 def test_a_killed_idle_model_has_failed_and_is_nobody_elses_failure(single: Path) -> None:
@@ -169,7 +192,7 @@ def test_a_killed_idle_model_has_failed_and_is_nobody_elses_failure(single: Path
                 info.error.message
             )
             assert "dmesg" in info.error.hint
-            with pytest.raises(ModelNotReadyError, match="'trunk' failed: .*SIGKILL"):
+            with pytest.raises(ModelNotReadyError, match=r"'trunk' failed: .*SIGKILL"):
                 async with models.lease("trunk"):
                     pass
             async with models.lease("other") as other:
@@ -235,6 +258,7 @@ def test_open_sessions_count_as_use(single: Path) -> None:
             await killed(models)
             assert models.get_model_info("trunk").restarts_at is not None
             del cache
+            gc.collect()
             await models.ensure_model(trunk(single))
             await killed(models)
             assert models.get_model_info("trunk").restarts_at is None
@@ -352,9 +376,9 @@ def test_closing_leaves_no_process(single: Path, folder: Path) -> None:
         async with closing(AsyncModelManager()) as models:
             await models.load_model(trunk(single))
             pids.append(pid_of(models))
-            (folder / "load.py").write_text('import os\n(HERE / "arrived").write_text(str(os.getpid()))\n')
-            (folder / "load.py").write_text((folder / "load.py").read_text() + "import threading\n")
-            (folder / "load.py").write_text((folder / "load.py").read_text() + "threading.Event().wait()\n")
+            (folder / "load.py").write_text(
+                'import os, threading\n(HERE / "arrived").write_text(str(os.getpid()))\nthreading.Event().wait()\n'
+            )
             load = asyncio.ensure_future(models.load_model(trunk(single, model_id="late")))
             pids.append(int(await asyncio.to_thread((folder / "arrived").read_text)))
             await models.close()
@@ -366,11 +390,27 @@ def test_closing_leaves_no_process(single: Path, folder: Path) -> None:
     assert not any(map(is_running, pids))
 
 
-def test_another_checkpoint_in_the_same_place_is_loaded_without_the_sessions(
-    single: Path, tmp_path: Path, make_checkpoint: Any
-) -> None:
-    """A session of other weights cannot go on; the model does."""
-    del tmp_path, make_checkpoint, single
+def test_other_weights_in_the_same_place_are_loaded_without_the_sessions(single: Path) -> None:
+    """A session cannot go on with them; the model does."""
+
+    async def main() -> None:
+        async with closing(AsyncModelManager(clock=StepsClock())) as models:
+            model = await models.load_model(trunk(single))
+            before, cache = model.model, model.new_cache()
+            first = await model(hidden_states=states(), past_key_values=cache)
+            await killed(models)
+            other = AutoModelForCausalLM.from_pretrained(single)
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.mul_(1.5)
+            other.save_pretrained(single)
+            model = await models.ensure_model(trunk(single))
+            assert model.model is not before
+            assert not torch.equal(first, await model(hidden_states=states()))
+            with pytest.raises(RemoteError):
+                before(hidden_states=states(), past_key_values=cache)
+
+    run(main())
 
 
 @pytest.mark.parametrize(
@@ -402,6 +442,3 @@ def test_a_configuration_keeps_its_host() -> None:
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert config.fingerprint == trunk(Path("m")).fingerprint
     assert config.fingerprint != trunk(Path("m"), host="inline").fingerprint
-
-
-_ = until

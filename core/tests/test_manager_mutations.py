@@ -134,6 +134,23 @@ MUTATIONS = {
         "if reload is None or (reload.status is _S.WAITING and reload.rank > gainer.rank):",
         "if reload is None:",
     ),
+    "I33: leases of a host that has died are not broken": (
+        "machine",
+        "        broken, generation.leases = generation.leases, 0\n        if generation.ready_at",
+        "        broken = generation.leases\n        if generation.ready_at",
+    ),
+    "I33: a model that nobody needs is started again": ("machine", "        elif is_wanted:\n", "        else:\n"),
+    "I33: every restart comes after the same time": ("machine", " * 2.0 ** min(model.restarts, _MAX_DOUBLINGS)", ""),
+    "I33: restarts have no limit": (
+        "machine",
+        "if model.restarts >= generation.request.restart_limit:",
+        "if False:",
+    ),
+    "I33: a host that dies during the warm-up is forgotten": (
+        "machine",
+        "            generation.host_failure = event.failure\n",
+        "            pass\n",
+    ),
     "I32: failures are kept without bound": ("machine", "while len(failed) > self.limits.max_failed:", "while False:"),
     "I31: reloads of pinned models wait their turn": ("machine", "generation.goes_before = int(place)", "pass"),
     "I31: reloads of pinned models wait for each other": (

@@ -86,6 +86,8 @@ class ModelLoader:
             default of torch.
     """
 
+    _call_threads: int | None = None
+
     def __init__(self, call_threads: int | None = None) -> None:
         self._call_threads = call_threads
 
@@ -134,6 +136,8 @@ class ModelLoader:
         with translate(partial(system_error, _name(config))):
             component, host = load_in_process(config, plan, report, threads)
         try:
+            (part,) = plan.details.planned.split.components
+            report(Progress("verifying", part.component, part.nbytes, part.nbytes))
             refuse_changes(plan.details.files)
         except BaseException:
             host.end()
