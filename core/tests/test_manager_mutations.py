@@ -25,6 +25,15 @@ FIRST_LIFE = {
     "I7: a waiter that leaves takes the others along": 29,
     "I13: victims that do not suffice": 67,
     "I13: needless victims": 92,
+    "I16: a model that is reloaded goes first": 44,
+    "I18: use does not put expiry off": 18,
+    "I20: waiting is counted from 0 in each status": 124,
+    "I26: closing forgets what drains": 108,
+    "I31: a generation to be reloaded serves until then, whichever load waits for it": 76,
+    "I33: a model that nobody needs is started again": 28,
+    "I33: every restart comes after the same time": 21,
+    "I33: a host that dies during the warm-up is forgotten": 22,
+    "I31: reloads of pinned models wait their turn": 16,
 }
 
 #: What goes wrong: (file, the line as it is, the line as it must not be).
