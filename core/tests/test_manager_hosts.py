@@ -181,9 +181,12 @@ def test_a_killed_idle_model_has_failed_and_is_nobody_elses_failure(single: Path
 
     async def main() -> None:
         async with closing(AsyncModelManager()) as models:
-            await models.load_model(trunk(single))
+            dead = await models.load_model(trunk(single))
             await models.load_model(trunk(single, model_id="other"))
             pid = await killed(models)
+            assert (dead.status, dead.is_gone) == (S.FAILED, True)
+            with pytest.raises(HostDiedError, match="SIGKILL"):
+                await dead(hidden_states=states())
             info = models.get_model_info("trunk")
             assert (info.pid, info.restarts_at) == (None, None)
             assert info.error is not None

@@ -96,6 +96,8 @@ class AsyncManagedModel:
 
     @property
     def status(self) -> ModelStatus:
+        if self._shared.failure is not None:
+            return ModelStatus.FAILED
         return ModelStatus.UNLOADING if self.is_gone else self.info.status
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +114,7 @@ class AsyncManagedModel:
         Raises:
             BusyError: The queue of waiting calls of this model is full.
             ModelGoneError: It was unloaded.
+            HostDiedError: Its process has ended.
         """
         bound = in_mode(partial(contextvars.copy_context().run, function, self.model), gradients=self.gradients)
         result: _T = await self._lender.call((self.model_id, self.generation), bound)
