@@ -142,6 +142,14 @@ def belongings() -> tuple[set[str], set[str], set[str]]:
     return {link for link in links if "/proc/" not in link}, maps, set(os.listdir("/dev/shm"))  # noqa: PTH208
 
 
+def is_running(pid: int) -> bool:
+    """Return whether a process has not ended; one whose parent has, too, is a zombie until init notices."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def states(rows: int = 1, tokens: int = 5, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, tokens, 32, generator=torch.Generator().manual_seed(seed))
 
@@ -217,6 +225,27 @@ def test_a_child_that_dies_leaves_nothing(started: Any, folder: Path, moment: st
     assert handle.memory() is None
     assert not Path(f"/proc/{handle.pid}").exists()
     del error
+    assert belongings() == before
+
+
+def test_a_child_that_is_given_up_before_it_runs_leaves_no_descriptor(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zygote that is still importing starts it later than it is killed."""
+
+    class Slow:
+        def start_child(self, child: Any, control: Any) -> None:
+            pass
+
+    monkeypatch.setattr(process, "living_supervisor", Slow)
+    before = belongings()
+    handle = start_process(ProcessLoad(str(single), CUT))
+    ending = handle.kill(0)
+    assert (ending.status, ending.was_requested) == (None, True)
+    handle.on_started(os.getpid(), "fork", os.pidfd_open(os.getpid()))
+    assert handle.pid is None
+    with pytest.raises(LoadCancelledError):
+        _ = handle.component
     assert belongings() == before
 
 

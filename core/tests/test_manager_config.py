@@ -640,6 +640,7 @@ CONFIGS = [
         keep_alive="1h30m", pinned=True, required=True, allow_paging=True, strategy="copied", strict=True,
         attn_implementation="eager", revision="main", cache_dir="/cache", local_files_only=True, load_threads=3,
     ),
+    ModelConfig(**FAMILY, host="process", restart_limit=0),
     ModelConfig(**{**PYTORCH, "architecture": None}, allow_pickle=True),
     *(ModelConfig(**FAMILY, keep_alive=value) for value in (0, -1, math.inf, 1e-07, 1e10, 300, 0.1, 123456789.125)),
     *(ModelConfig(**FAMILY, max_memory_mb=value) for value in (2**43, 1e-300, 0.1, 1, 2.0**43)),
@@ -708,13 +709,14 @@ def test_the_fingerprint_tells_loads_apart(name: str) -> None:
         "model_id": "u", "model_type": "gpt2", "model_path": "x", "component": "top", "split_points": (2, 5),
         "device": "cuda", "dtype": "float16", "max_memory_mb": 5, "keep_alive": 5, "strategy": "mapped",
         "attn_implementation": "eager", "revision": "main", "cache_dir": "c", "token": "t", "load_threads": 1,
+        "host": "process", "restart_limit": 5,
     }  # fmt: skip
-    config = ModelConfig(**FAMILY)
+    config = ModelConfig(**FAMILY, **({"host": "process"} if name == "restart_limit" else {}))
     changed = dataclasses.replace(config, **{name: other.get(name, True)})
 
     assert changed != config
     same = changed.fingerprint == config.fingerprint
-    assert same == (name in {"keep_alive", "pinned", "required", "token"})
+    assert same == (name in {"keep_alive", "pinned", "required", "restart_limit", "token"})
     assert (hash(changed.fingerprint) == hash(config.fingerprint)) == same
 
 

@@ -951,3 +951,176 @@ def test_late_progress_of_what_is_ready_changes_nothing():
     info = desk.machine.info("a")
     desk.send(m.Tick(desk.now, {key: Progress("reading", None, 1, 9), ("gone", 7): Progress("reading")}))
     assert desk.machine.info("a") == info
+
+
+# --- hosts that die -------------------------------------------------------------------------------
+
+DEATH = FailureInfo("HostDiedError", "its process was killed by SIGKILL", "look at dmesg", "", retryable=True)
+
+
+def lost(desk: Desk, key: m.Key, **details: bool) -> list[m.Effect]:
+    return desk.send(m.HostDied(desk.now, key, DEATH, **details))
+
+
+def restart(desk: Desk, model_id: str = "a") -> m.Key:
+    """Bring a model that is started again to READY."""
+    key = desk.machine.coming(model_id).key
+    desk.plan(key)
+    desk.send(m.Loaded(desk.now, key, pid=7))
+    return key
+
+
+def test_the_death_of_a_host_fails_its_model_alone():
+    desk = Desk()
+    key, other = desk.load("a", restart_limit=3), desk.load("b")
+    desk.send(m.LeaseTaken(desk.now, "b"))
+    effects = lost(desk, key)
+    assert effects == [m.Changed(key, S.READY, S.FAILED, DEATH.message), m.HostLost(key, effects[1].failure, 0)]
+    info = desk.machine.info("a")
+    assert (info.error.message, info.error.stage, info.error.at) == (DEATH.message, "ready", 1010.0)
+    # It was idle, and is loaded again when it is next wanted.
+    assert info.restarts_at is None
+    assert desk.machine.ledgers()["host"].charged == 4
+    assert (desk.status(other), desk.machine.info("b").leases) == (S.READY, 1)
+    with pytest.raises(errors.ModelNotReadyError, match=f"model 'a' failed: {DEATH.message}"):
+        desk.send(m.LeaseTaken(desk.now, "a"))
+    desk.ask("a", join=True)
+    assert m.Succeeds(desk.machine.coming("a").key, key) in desk.effects
+
+
+@pytest.mark.parametrize("reason", ["pinned", "required", "lease", "call", "session"])
+def test_what_is_needed_is_started_again(reason):
+    desk = Desk()
+    wishes = {reason: True} if reason in ("pinned", "required") else {}
+    key = desk.load(restart_limit=3, **wishes)
+    if reason == "lease":
+        desk.send(m.LeaseTaken(desk.now, "a"))
+    if reason == "call":
+        desk.send(m.CallStarted(desk.now, key))
+    (gone,) = [e for e in lost(desk, key, has_sessions=reason == "session") if isinstance(e, m.HostLost)]
+    assert gone.broken_leases == (reason in ("lease", "call"))
+    assert desk.machine.info("a").restarts_at == 1011.0
+    assert desk.send(m.LeaseReleased(desk.now, key)) == []
+    with pytest.raises(errors.ModelNotReadyError) as refusal:
+        desk.send(m.LeaseTaken(desk.now, "a"))
+    assert refusal.value.hint == "it is started again in 1.0 s; look at dmesg"
+    desk.tick(0.9)
+    assert desk.status(key) is S.FAILED
+    desk.tick(0.1)
+    assert desk.status(key) is None
+    new = restart(desk)
+    info = desk.machine.info("a")
+    assert (info.status, info.pid, info.restarts) == (S.READY, 7, 1)
+    assert [e for e in desk.effects if isinstance(e, m.Succeeds)] == [m.Succeeds(new, key)]
+    assert (desk.machine.counters.hosts_died, desk.machine.counters.restarts) == (1, 1)
+
+
+def test_restarts_wait_twice_as_long_each_time_until_their_limit():
+    desk = Desk()
+    key = desk.load(pinned=True, restart_limit=3)
+    for delay in (1.0, 2.0, 4.0):
+        lost(desk, key)
+        assert desk.machine.info("a").restarts_at == 1000 + desk.now + delay
+        desk.tick(delay)
+        key = restart(desk)
+    lost(desk, key)
+    info = desk.machine.info("a")
+    assert (info.status, info.restarts, info.restarts_at, info.error.consecutive) == (S.FAILED, 3, None, 4)
+    assert info.error.hint.startswith("it was started again 3 times in a row; load it again with ensure_model()")
+    desk.tick(1000)
+    assert desk.status(key) is S.FAILED
+    # A caller's own wish begins the count again.
+    desk.ask(pinned=True, restart_limit=3)
+    key = restart(desk)
+    lost(desk, key)
+    assert desk.machine.info("a").restarts_at is not None
+
+
+@pytest.mark.parametrize("seconds", [59.0, 60.0])
+def test_a_minute_of_service_begins_the_count_again(seconds):
+    desk = Desk()
+    lost(desk, desk.load(pinned=True, restart_limit=3))
+    desk.tick(1)
+    key = restart(desk)
+    desk.now += seconds
+    lost(desk, key)
+    assert desk.machine.info("a").restarts_at == 1000 + desk.now + (1 if seconds == 60 else 2)
+
+
+def test_a_restart_that_fails_is_one_of_them_unless_trying_again_cannot_help():
+    desk = Desk()
+    lost(desk, desk.load(pinned=True, restart_limit=3))
+    desk.tick(1)
+    key = desk.machine.coming("a").key
+    desk.send(m.WorkerFailed(desk.now, key, DEATH))
+    assert desk.machine.info("a").restarts_at == 1000 + desk.now + 2
+    desk.tick(2)
+    key = desk.machine.coming("a").key
+    desk.send(m.WorkerFailed(desk.now, key, dataclasses.replace(FAILURE, retryable=False)))
+    assert (desk.status(key), desk.machine.info("a").restarts_at) == (S.FAILED, None)
+
+
+def test_a_load_whose_host_dies_is_not_started_again():
+    desk = Desk()
+    key = desk.ask(pinned=True, warmup=True, restart_limit=3)
+    desk.plan(key)
+    desk.send(m.Loaded(desk.now, key))
+    assert lost(desk, key) == []
+    assert m.Discard(key) in desk.send(m.WarmedUp(desk.now, key))
+    assert desk.outcome(key).message == DEATH.message
+    assert desk.machine.info("a").restarts_at is None
+
+
+def test_a_host_that_dies_while_it_drains_ends_the_drain():
+    desk = Desk()
+    key = desk.load(pinned=True, restart_limit=3)
+    desk.send(m.LeaseTaken(desk.now, "a"))
+    desk.send(m.UnloadRequested(desk.now, "a"))
+    assert lost(desk, key)[-1] == m.StartUnload(key, 1)
+    desk.free(key)
+    assert desk.machine.infos() == ()
+    assert lost(desk, key) == []
+
+
+@pytest.mark.parametrize("ends", ["ready", "failed", "cancelled"])
+def test_a_host_that_dies_while_it_is_reloaded_leaves_the_place_to_the_reload(ends):
+    desk = Desk()
+    old = desk.load(pinned=True, restart_limit=3)
+    new = desk.ask(pinned=True, restart_limit=3, reload=True)
+    desk.plan(new)
+    if ends == "cancelled":
+        desk.send(m.CancelRequested(desk.now, "a"))
+    lost(desk, old)
+    assert desk.status(old) is None
+    assert m.Succeeds(new, old) in desk.effects
+    if ends == "ready":
+        desk.send(m.Loaded(desk.now, new))
+        assert desk.status(new) is S.READY
+        return
+    desk.send(m.WorkerFailed(desk.now, new, FAILURE) if ends == "failed" else m.WorkerStopped(desk.now, new))
+    info = desk.machine.info("a")
+    assert (info.status, info.restarts_at) == (S.FAILED, 1000 + desk.now + 1)
+    assert info.error.message == (FAILURE if ends == "failed" else DEATH).message
+
+
+@pytest.mark.parametrize("way", ["unload", "close"])
+def test_who_unloads_what_has_died_ends_its_restarts(way):
+    desk = Desk()
+    lost(desk, desk.load(pinned=True, restart_limit=3))
+    desk.send(m.UnloadRequested(desk.now, "a") if way == "unload" else m.CloseRequested(desk.now))
+    assert desk.tick(100) == []
+    assert desk.machine.infos() == ()
+
+
+def test_stuck_workers_put_restarts_off():
+    desk = Desk(max_workers=1, max_stuck=0)
+    lost(desk, desk.load(pinned=True, restart_limit=3))
+    stuck = desk.ask("b")
+    desk.send(m.CancelRequested(desk.now, "b"))
+    desk.tick(11)
+    assert desk.status(stuck) is S.STUCK
+    desk.tick(1)
+    assert desk.machine.info("a").status is S.FAILED
+    desk.send(m.WorkerStopped(desk.now, stuck))
+    desk.tick(1)
+    assert desk.machine.coming("a") is not None

@@ -1,6 +1,6 @@
 """The machine against a small reference of its own, over random lives of four models.
 
-The reference sees only events and effects, and keeps its own account of them. I1 to I32 are the invariants of
+The reference sees only events and effects, and keeps its own account of them. I1 to I33 are the invariants of
 the design.
 """
 
@@ -45,7 +45,7 @@ TABLE = {
     "loading": {"warming", "ready", "failed", "cancelling"},
     "warming": {"ready", "failed", "cancelling"},
     "cancelling": {"failed", "stuck", None},
-    "ready": {"draining", "unloading"},
+    "ready": {"draining", "unloading", "failed"},
     "draining": {"ready", "unloading"},
     "unloading": {"stuck", None},
     "failed": {None},
@@ -94,6 +94,11 @@ class Life:
     keeps: Mapping[str, int] = dataclasses.field(default_factory=dict)
     held: Mapping[str, int] | None = None
     progress: Progress = dataclasses.field(default_factory=lambda: Progress(""))
+    #: Whether its host has died before its worker has answered.
+    host_failed: bool = False
+    #: Whether it is tried again by itself where it fails, and when that is.
+    is_restart: bool = False
+    due: float | None = None
     #: Models that go for this one, as long as nothing else has changed what there is.
     victims: set[m.Key] = dataclasses.field(default_factory=set)
 
@@ -115,6 +120,10 @@ class Reference:
         self.closed = False
         self.lives: dict[m.Key, Life] = {}
         self.capacity: dict[str, int] = {}
+        #: Model -> starts in a row by the restart policy.
+        self.restarts: dict[str, int] = {}
+        #: Generation -> the request of the one before it, whose host has died.
+        self.inherited: dict[m.Key, m.LoadRequest] = {}
 
     # --- reading
 
@@ -306,8 +315,14 @@ class Reference:
         assert effect.cause, effect
         if effect.before is None:
             assert all(key[1] > other[1] for other in self.lives), f"{key} is not the newest"
-            assert isinstance(event, m.LoadRequested)
-            self.lives[key] = Life(event.request)
+            if isinstance(event, m.LoadRequested):
+                self.restarts[key[0]] = 0
+                self.lives[key] = Life(event.request)
+            else:
+                assert isinstance(event, m.Tick)
+                self.restarts[key[0]] += 1
+                self.lives[key] = Life(self.inherited.pop(key), waiters=0, is_restart=True)
+                assert self.restarts[key[0]] <= self.lives[key].request.restart_limit, f"{key} is one restart too many"
         life = self.lives[key]
         assert life.status == (None if effect.before is None else str(effect.before)), effect
         assert after in TABLE[life.status], effect
@@ -318,6 +333,7 @@ class Reference:
             moment = life.idle_until(self.limits.min_residency)
             assert moment is not None, f"{key} expired although it may not"
             assert moment <= self.now, f"{key} expired too early"
+        assert after != "ready" or life.status == "draining" or not life.host_failed, f"{key} is ready without a host"
         if (life.status, after) == ("draining", "ready"):
             assert life.deadline is not None, f"{key} came back from draining"
             assert life.deadline <= self.now, f"{key} came back too early"
@@ -352,11 +368,42 @@ class Reference:
         """I15: what is freed is not lent, unless it was forced."""
         life = self.lives[effect.key]
         assert effect.broken_leases == life.leases, f"{effect.key} is freed under {life.leases} leases"
-        assert not life.leases or getattr(event, "force", False), f"{effect.key} is freed while it is lent"
+        broken = getattr(event, "force", False) or isinstance(event, m.HostDied)
+        assert not life.leases or broken, f"{effect.key} is freed while it is lent"
         life.leases, life.freeing = 0, True
 
     def _effect_Discard(self, event: m.Event, effect: m.Discard) -> None:  # noqa: N802
         assert self.lives[effect.key].status not in ("ready", "draining", "unloading"), f"{effect.key} is discarded"
+
+    def _effect_HostLost(self, event: m.Event, effect: m.HostLost) -> None:  # noqa: N802
+        """I33: the end of a host breaks the leases of its model, and restarts it if somebody needs it."""
+        assert isinstance(event, m.HostDied)
+        key, life = effect.key, self.lives[effect.key]
+        assert life.status == "failed"
+        assert effect.broken_leases == life.leases
+        wanted = life.request.pinned or life.request.required or life.leases > 0 or event.has_sessions
+        life.leases = 0
+        assert life.ready_at is not None
+        if self.now - life.ready_at >= self.limits.restart_reset:
+            self.restarts[key[0]] = 0
+        newest = self.lives[max(self.there(key[0]), key=lambda other: other[1])]
+        if newest is not life:
+            newest.is_restart |= wanted
+        elif wanted:
+            self._expect_restart(key)
+
+    def _expect_restart(self, key: m.Key) -> None:
+        life, count = self.lives[key], self.restarts[key[0]]
+        if count < life.request.restart_limit and not self.closed:
+            life.due = self.now + self.limits.restart_backoff * 2**count
+
+    def _effect_Succeeds(self, event: m.Event, effect: m.Succeeds) -> None:  # noqa: N802
+        before = self.lives[effect.before]
+        assert before.status == "failed"
+        if isinstance(event, m.Tick):
+            assert before.due is not None, f"{effect.before} is started again by itself"
+            assert before.due <= self.now, f"{effect.before} is started again too early"
+            self.inherited[effect.key] = before.request
 
     def _effect_Resolve(self, event: m.Event, effect: m.Resolve) -> None:  # noqa: N802
         """I2: each load is resolved once; I20: each limit has its own error, and is not early."""
@@ -368,6 +415,10 @@ class Reference:
             assert life.status == "ready", f"{effect.key} is called ready"
             return
         assert effect.failure.message
+        newest = max(self.there(effect.key[0]), key=lambda other: other[1]) == effect.key
+        tried_again = life.is_restart and effect.failure.retryable and newest and not self.serving(effect.key[0])
+        if life.status == "failed" and tried_again:
+            self._expect_restart(effect.key)
         kind = effect.failure.type
         if kind == "WaitTimeoutError":
             assert life.waited >= self.limits.wait_timeout, f"{effect.key} waited {life.waited} s"
@@ -544,6 +595,7 @@ CHOICES: dict[str, dict[str, Sequence[Any]]] = {
         "required": [False, True],
         "allow_paging": [False, True],
         "warmup": [False, True],
+        "restart_limit": [0, 1, 3],
     },
     "load_at_once": {
         "which": _WHICH,
@@ -552,6 +604,7 @@ CHOICES: dict[str, dict[str, Sequence[Any]]] = {
         "mapped": range(9),
         "pinned": [False, False, False, True],
         "keep_alive": [None, 0.0, 20.0],
+        "restart_limit": [0, 3],
         "answers": [1, 2, 2],
         "lent": [0, 0, 1, 2],
     },
@@ -573,6 +626,7 @@ CHOICES: dict[str, dict[str, Sequence[Any]]] = {
     "unload": {"which": _WHICH, "force": [False, False, True], "timeout": [None, 0.0, 5.0, 20.0]},
     "drain": {"which": _WHICH, "timeout": [5.0, 20.0]},
     "unloaded": {"which": _WHICH, "well": [True, True, True, False]},
+    "host_dies": {"which": _WHICH, "has_sessions": [False, False, True], "wait": [0.0, 0.0, 1.0, 4.0, 61.0]},
     "sample": {"outside": range(6)},
     "tick": {"seconds": [0.0, 1.0, 5.0, 11.0, 31.0], "moving": range(8), "step": range(1, 6)},
     "close": {"sure": [False] * 29 + [True], "force": [False, True]},
@@ -748,6 +802,28 @@ class Lives(RuleBasedStateMachine):
         self.send(m.Unloaded(self.now, key) if well else m.UnloadFailed(self.now, key, "it is used"))
         assert self.reference.lives[key].status == (None if well else "stuck")
 
+    @rule(**choices("host_dies"))
+    def host_dies(self, which: int, has_sessions: bool, wait: float) -> None:
+        """I33: the process of a model ends, at any time, also when it is no more; others are not touched."""
+        keys = [key for key, life in self.reference.lives.items() if life.ready_at is not None]
+        keys += [key for key, life in self.reference.lives.items() if life.status in ("loading", "warming")]
+        keys += [key for key in keys if self.reference.lives[key].status == "ready"] * 2
+        if not keys:
+            return
+        key = keys[which % len(keys)]
+        life = self.reference.lives[key]
+        self.now += wait if life.status == "ready" else 0.0
+        others = {k: other.status for k, other in self.reference.there().items() if k != key}
+        status = life.status
+        life.host_failed = status in ("loading", "warming")
+        self.send(m.HostDied(self.now, key, FAILURE, has_sessions))
+        after = {"ready": ("failed", None), "draining": ("unloading",)}.get(str(status), (status,))
+        assert life.status in after
+        assert all(
+            self.reference.lives[k].status == before or before not in ("planning", "loading", "warming", "draining")
+            for k, before in others.items()
+        )
+
     @rule(**choices("sample"))
     def sample(self, outside: int) -> None:
         """Somebody else takes some of the memory."""
@@ -781,6 +857,8 @@ class Lives(RuleBasedStateMachine):
                 assert since < limits.cancel_grace, f"{key} does not stop"
             if life.status == "draining" and life.deadline is not None:
                 assert self.now < life.deadline, f"{key} drains too long"
+            crowded = self.reference.stuck() >= limits.max_stuck + limits.max_workers
+            assert life.due is None or self.now < life.due or crowded, f"{key} should have been started again"
             moment = life.idle_until(limits.min_residency)
             assert moment is None or self.now < moment or self.reference.coming(key[0]), f"{key} should have expired"
 
@@ -840,6 +918,7 @@ class Lives(RuleBasedStateMachine):
             assert info.bytes_done == info.bytes_total or not info.ready
             assert info.eta is None or (info.rate and info.eta > 0)
             assert bool(info.waiting_for) == (life.status in ("queued", "waiting")), info
+            assert info.restarts_at == (None if life.due is None else life.due + 1000.0), info
             assert info.error is None or info.error.message
             assert info.error is not None or life.status != "failed"
             assert info.error is None or life.status not in COMING
@@ -970,7 +1049,10 @@ def observe(machine: Any) -> Any:
         machine.closed,
         {status: tuple(generations) for status, generations in machine._by_status.items()},
         tuple(machine._expiries),
-        {model_id: (len(model.generations), model.failures) for model_id, model in machine._models.items()},
+        {
+            model_id: (len(model.generations), model.failures, model.restarts)
+            for model_id, model in machine._models.items()
+        },
         (machine._now, machine._numbers, machine._held_models, tuple(machine._effects)),
     )
 

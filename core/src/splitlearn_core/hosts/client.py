@@ -83,6 +83,8 @@ class Host:
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._facts: Facts | None = None
+        #: Sessions that are open.
+        self.sessions: weakref.WeakSet[RemoteSession] = weakref.WeakSet()
         #: Requests and replies so far, and their bytes.
         self.round_trips = 0
         self.bytes_sent = 0
@@ -405,6 +407,7 @@ class RemoteSession:
         self._number, self._secret, self._done, self._process = reply.session, secret, done, os.getpid()
         self._finalizer = weakref.finalize(self, self.host.abandon, self._number, self._secret)
         self._finalizer.atexit = False
+        self.host.sessions.add(self)
 
     def _note(self, step: Step) -> None:
         if self._journal is None:
@@ -431,4 +434,5 @@ class RemoteSession:
     def _forget(self) -> None:
         if self._finalizer is not None:
             self._finalizer.detach()
+            self.host.sessions.discard(self)
         self._finalizer, self._number, self._secret = None, 0, ""

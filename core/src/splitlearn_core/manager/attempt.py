@@ -3,10 +3,11 @@
 An attempt is called a generation of the model. Generations pass through::
 
     QUEUED -> PLANNING -> WAITING -> LOADING -> [WARMING] -> READY -> DRAINING -> UNLOADING -> (gone)
-       |         |           |          |           |          ^         |
-       |         +-----------+----------+-----------+          +---------+  holders kept it
+       |         |           |          |           |          ^ |       |
+       |         +-----------+----------+-----------+          +-|-------+  holders kept it
        |         |  failed: FAILED    cancelled or stalled: CANCELLING -> (gone) or FAILED
-       +---------+                    no answer: STUCK -> (gone)
+       +---------+                    no answer: STUCK -> (gone) |
+                                                                 +--> FAILED  its host died
 
 ``held`` of LOADING, WARMING and CANCELLING generations is reserved memory; of READY, DRAINING, UNLOADING and
 STUCK ones it is filled memory. No other generation holds anything.
@@ -34,7 +35,7 @@ TRANSITIONS: Mapping[ModelStatus, frozenset[ModelStatus | None]] = {
     _S.LOADING: frozenset({_S.WARMING, _S.READY, _S.FAILED, _S.CANCELLING}),
     _S.WARMING: frozenset({_S.READY, _S.FAILED, _S.CANCELLING}),
     _S.CANCELLING: frozenset({_S.FAILED, _S.STUCK, None}),
-    _S.READY: frozenset({_S.DRAINING, _S.UNLOADING}),
+    _S.READY: frozenset({_S.DRAINING, _S.UNLOADING, _S.FAILED}),
     _S.DRAINING: frozenset({_S.READY, _S.UNLOADING}),
     _S.UNLOADING: frozenset({_S.STUCK, None}),
     _S.FAILED: frozenset({None}),
@@ -97,6 +98,17 @@ class Generation:
     verdict: FailureInfo | None = None
     #: Why it failed, or, on a generation that serves, why its reload failed.
     failure: FailureInfo | None = None
+    #: The process that it runs in; None where that is this one.
+    pid: int | None = None
+    #: Why its host has died before its worker has answered.
+    host_failure: FailureInfo | None = None
+    #: Whether it was started by the restart policy, not by a caller; and how many such starts there were in a row.
+    is_restart: bool = False
+    restarts: int = 0
+    #: When, having failed, it is tried again by itself; None for never.
+    restarts_at: float | None = None
+    #: Whether its host, or that of one before it, has died and left sessions to whatever is next.
+    has_heritage: bool = False
     rates: deque[tuple[float, int]] = field(default_factory=deque)
     #: Whether its expiry is scheduled.
     watched: bool = False
@@ -193,6 +205,10 @@ class Generation:
             location=self.location,
             predicted=dict(self.keeps),
             measured=self.measured,
+            host=self.request.host,
+            pid=self.pid,
+            restarts=self.restarts,
+            restarts_at=wall(self.restarts_at),
             requested_at=wall(self.requested_at),
             ready_at=wall(self.ready_at),
             last_used_at=wall(self.last_used_at),
@@ -213,6 +229,12 @@ class Generation:
             if self.status is _S.FAILED and not (self.failure and self.failure.message)
             else ""
         )
+        yield (
+            "started again although it has not failed"
+            if self.restarts_at is not None and self.status is not _S.FAILED
+            else ""
+        )
+        yield "more restarts than allowed" if self.restarts > self.request.restart_limit else ""
         yield "unresolved" if not self.resolved and not (self.is_loading or self.status is _S.CANCELLING) else ""
         yield "waiters after it was resolved" if self.resolved and self.waiters else ""
         yield "more bytes done than in total" if self.progress.bytes_done > self.progress.bytes_total else ""
@@ -225,6 +247,8 @@ class Model:
     generations: list[Generation] = field(default_factory=list)
     #: Attempts that failed in a row.
     failures: int = 0
+    #: Restarts in a row after the death of a host.
+    restarts: int = 0
     #: The snapshot that a list shows, until something changes.
     info: ModelInfo | None = None
 

@@ -101,6 +101,11 @@ class ModelConfig:
     allow_pickle: bool = False
     #: Threads of torch for this load; None for the manager's setting.
     load_threads: int | None = None
+    #: ``inline``: in this process. ``process``, for a trunk: in one of its own, which can be ended whatever it does,
+    #: and whose end is nobody else's.
+    host: str = "inline"
+    #: How often in a row a model whose process has died is started again, if it is pinned, required or in use.
+    restart_limit: int = 3
 
     def __post_init__(self) -> None:
         """Report all invalid fields at once; store the plain values."""
@@ -198,7 +203,7 @@ def examine(values: Mapping[Any, object]) -> tuple[dict[str, Any], list[str]]:
 
 
 #: Fields that do not change what is loaded.
-_NOT_IN_FINGERPRINT = frozenset({"keep_alive", "pinned", "required", "token"})
+_NOT_IN_FINGERPRINT = frozenset({"keep_alive", "pinned", "required", "restart_limit", "token"})
 
 _TOP_LEVEL = ("manager", "http", "sessions", "models")
 

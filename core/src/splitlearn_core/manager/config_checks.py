@@ -23,6 +23,7 @@ from splitlearn_core.types import (
     Component,
     dtype_name,
     is_component_name,
+    kind_of,
     nearest_dtype,
 )
 
@@ -84,6 +85,11 @@ def is_amount(value: Any) -> bool:
 
 #: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
 HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
+
+#: Where a model runs: in this process, or in one of its own.
+INLINE, PROCESS = "inline", "process"
+HOSTS = (INLINE, PROCESS)
+MAX_RESTARTS = 1000
 
 #: 2**63 bytes; more is a typing error.
 MAX_MEMORY_MB = 2**63 // MEGABYTE
@@ -256,6 +262,23 @@ def _threads(value: object) -> int:
     return number
 
 
+def _restarts(value: object) -> int:
+    try:
+        number = _integer(value)
+    except TypeError:
+        raise _RefusedError(f"is not an integer; 0 to {MAX_RESTARTS} is possible") from None
+    if not 0 <= number <= MAX_RESTARTS:
+        raise _RefusedError(f"is not between 0, for never, and {MAX_RESTARTS}")
+    return number
+
+
+def _host(value: object) -> str:
+    name = _text(value)
+    if name not in HOSTS:
+        raise _RefusedError(f"is no host that is installed: {', '.join(HOSTS)}{near(name, HOSTS)}")
+    return name
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise _RefusedError("is neither true nor false")
@@ -370,6 +393,8 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "architecture": _architecture,
     "allow_pickle": _flag,
     "load_threads": _threads,
+    "host": _host,
+    "restart_limit": _restarts,
 }
 
 #: Shown if the field is missing.
@@ -409,11 +434,31 @@ def _combination_problems(plain: Mapping[str, Any], invalid: set[str], defaults:
         names = names_of_parts(points)
         if component not in names:
             yield f"component: {show(component)} is none of {listed(names)}, the components that {points} make"
+    yield from _host_problems(plain, defaults)
     for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
         if plain.get(name, defaults[name]) != defaults[name]:
             yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
         elif name in invalid:
             yield f"{name}: not for model type {kind!r}, {_WHY[name]}; leave it out"
+
+
+def _host_problems(plain: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a model that runs elsewhere cannot be."""
+    kind, component, host = plain["model_type"], plain.get("component"), plain.get("host", INLINE)
+    limit = plain.get("restart_limit", defaults["restart_limit"])
+    if host == INLINE:
+        if limit != defaults["restart_limit"]:
+            yield f"restart_limit: {limit} is for models with a process of their own; add host={PROCESS!r}"
+    elif kind in NOT_FAMILIES:
+        yield (
+            f"host: {host!r} is for trunks of families, and model type {kind!r} is loaded whole; leave it out, or name "
+            "a family, split_points and component='trunk'"
+        )
+    elif component is not None and kind_of(component) is not Component.TRUNK:
+        yield (
+            f"host: {host!r} is for trunks, and a {component} holds what the data owner keeps: token ids enter it or "
+            "logits leave it; leave it out for this component"
+        )
 
 
 _OF_FAMILIES = "only for models of families"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from splitlearn_core.errors import BusyError, ModelGoneError
+from splitlearn_core.errors import BusyError, HostDiedError, ModelGoneError, SplitLearnError
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.messages import Changed, Key
-from splitlearn_core.manager.status import ManagerEvent, ModelInfo, ModelStatus
+from splitlearn_core.manager.status import FailureInfo, ManagerEvent, ModelInfo, ModelStatus
 from splitlearn_core.manager.workers import CallPool, answering, in_mode
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class _SharedModule:
     """The module, shared by all handles of one generation; None once it is unloaded."""
 
     module: torch.nn.Module | None
+    #: Why it is gone, where its host has died.
+    failure: FailureInfo | None = None
 
 
 class AsyncManagedModel:
@@ -74,9 +76,10 @@ class AsyncManagedModel:
 
         Raises:
             ModelGoneError: It was unloaded.
+            HostDiedError: Its process has ended.
         """
         if self._shared.module is None:
-            raise unloaded_error((self.model_id, self.generation))
+            raise self._gone_error()
         return self._shared.module
 
     @property
@@ -88,11 +91,13 @@ class AsyncManagedModel:
     def info(self) -> ModelInfo:
         """The present snapshot; ModelGoneError once it was unloaded."""
         if self.is_gone:
-            raise unloaded_error((self.model_id, self.generation))
+            raise self._gone_error()
         return self._lender.info_of((self.model_id, self.generation))
 
     @property
     def status(self) -> ModelStatus:
+        if self._shared.failure is not None:
+            return ModelStatus.FAILED
         return ModelStatus.UNLOADING if self.is_gone else self.info.status
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +114,7 @@ class AsyncManagedModel:
         Raises:
             BusyError: The queue of waiting calls of this model is full.
             ModelGoneError: It was unloaded.
+            HostDiedError: Its process has ended.
         """
         bound = in_mode(partial(contextvars.copy_context().run, function, self.model), gradients=self.gradients)
         result: _T = await self._lender.call((self.model_id, self.generation), bound)
@@ -123,15 +129,26 @@ class AsyncManagedModel:
         gradients = ", with gradients" * self.gradients
         return f"<AsyncManagedModel {self.model_id!r}, generation {self.generation}, {self.status}{gradients}>"
 
-    def take(self) -> torch.nn.Module | None:
-        """Remove and return the module: from now on the model is gone. For the manager."""
-        module, self._shared.module = self._shared.module, None
+    def take(self, failure: FailureInfo | None = None) -> torch.nn.Module | None:
+        """Remove and return the module: from now on the model is gone, by a failure of its host. For the manager."""
+        module, self._shared.module, self._shared.failure = self._shared.module, None, failure
         return module
+
+    def _gone_error(self) -> SplitLearnError:
+        failure = self._shared.failure
+        return unloaded_error((self.model_id, self.generation)) if failure is None else lost_error(failure)
 
 
 def unloaded_error(key: Key) -> ModelGoneError:
     """Return the error of a use of a generation that was unloaded."""
     return ModelGoneError(f"this generation of model {key[0]!r} was unloaded", hint="take a new lease of the model")
+
+
+def lost_error(failure: FailureInfo) -> SplitLearnError:
+    """Return the error of a use of a generation whose host has died."""
+    return HostDiedError(
+        failure.message, hint=f"take a new lease once it is ready again; {failure.hint}", code="host_died"
+    )
 
 
 class LoadingPlaceholder:

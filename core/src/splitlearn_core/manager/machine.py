@@ -53,6 +53,8 @@ from splitlearn_core.manager.status import FailureInfo, LedgerInfo, ModelInfo, M
 _S = ModelStatus
 #: Entries of the list of expiries that may be obsolete before they are removed.
 _MAX_OBSOLETE = 64
+#: How often the wait before a restart is doubled: from 1 second to 256.
+_MAX_DOUBLINGS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,10 @@ class Limits:
     min_residency: float = 5.0
     #: How many failed models stay listed: the newest ones.
     max_failed: int = 100
+    #: Seconds before the first restart of a model whose host has died, doubled for each one that follows; and
+    #: those for which it has to have been ready for the count to begin again.
+    restart_backoff: float = 1.0
+    restart_reset: float = 60.0
 
 
 @dataclass(slots=True)
@@ -88,6 +94,8 @@ class Counters:
     expirations: int = 0
     failures_forgotten: int = 0
     leases: int = 0
+    hosts_died: int = 0
+    restarts: int = 0
 
 
 class Machine:
@@ -248,13 +256,15 @@ class Machine:
         elif current is not None:
             self._join(event, current)
             return
-        stuck = self._by_status[_S.STUCK]
-        if len(stuck) >= self.limits.max_stuck + self.limits.max_workers:
+        if self._is_crowded():
+            stuck = self._by_status[_S.STUCK]
             raise ModelNotReadyError(
                 f"{len(stuck)} workers are stuck and no load can start ({', '.join(key[0] for key in stuck)})",
                 hint="get_statistics().stuck shows their stacks; restart the process",
             )
-        self._begin(event)
+        if model is not None:
+            model.restarts = 0
+        self._begin(event.model_id, event.request)
         self._schedule()
 
     def _check_reload(self, model_id: str) -> None:
@@ -285,24 +295,30 @@ class Machine:
             self.counters.joined += 1
             self._touch(current)
 
-    def _begin(self, event: m.LoadRequested) -> None:
-        model = self._models.setdefault(event.model_id, Model())
-        for failed in [g for g in model.generations if g.status is _S.FAILED]:
-            self._go(failed, None, "tried again")
-        # The end of its last generation has removed it.
-        self._models[event.model_id] = model
+    def _begin(self, model_id: str, request: m.LoadRequest, *, is_restart: bool = False) -> None:
+        model = self._models.setdefault(model_id, Model())
         self._numbers += 1
         generation = Generation(
-            event.model_id,
+            model_id,
             self._numbers,
-            event.request,
+            request,
             requested_at=self._now,
             order=self._numbers,
             since=self._now,
             active_at=self._now,
-            waiters=1,
+            waiters=0 if is_restart else 1,
             waiting_for=self._no_worker(),
+            is_restart=is_restart,
+            restarts=model.restarts,
         )
+        for failed in [g for g in model.generations if g.status is _S.FAILED]:
+            if failed.has_heritage:
+                generation.has_heritage = True
+                # Before the other is gone.
+                self._effects.append(m.Succeeds(generation.key, failed.key))
+            self._go(failed, None, "tried again")
+        # The end of its last generation has removed it.
+        self._models[model_id] = model
         model.generations.append(generation)
         self._by_status[_S.QUEUED][generation.key] = generation
         self.counters.loads_started += 1
@@ -363,7 +379,7 @@ class Machine:
     def _loaded(self, event: m.Loaded) -> None:
         generation = self._answered(event.key, "has been loaded", _S.LOADING)
         if generation is not None:
-            generation.measured = event.measured
+            generation.measured, generation.pid = event.measured, event.pid
             if generation.request.warmup:
                 self._go(generation, _S.WARMING, "loaded")
                 self._effects.append(m.StartWorker(generation.key, m.Job.WARM_UP))
@@ -416,6 +432,10 @@ class Machine:
         self._go(generation, None, cause)
 
     def _ready(self, generation: Generation) -> None:
+        if generation.host_failure is not None:
+            self._effects.append(m.Discard(generation.key))
+            self._fail(generation, generation.host_failure)
+            return
         model = self._models[generation.model_id]
         replaced = model.serving
         generation.ready_at = self._now
@@ -440,10 +460,15 @@ class Machine:
             self._go(generation, None, "a newer generation took its place")
         elif model.serving is not None:
             self._go(generation, None, "the older generation serves on")
-        # Keep the newest failures; of older ones, those of models that are not required are dropped first.
+        elif generation.is_restart:
+            self._plan_restart(generation)
+        self._forget_oldest_failures()
+
+    def _forget_oldest_failures(self) -> None:
+        """Keep the newest failures; of older ones, those of models that are not required are dropped first."""
         failed = self._by_status[_S.FAILED]
         while len(failed) > self.limits.max_failed:
-            oldest = next((g for g in failed.values() if not g.request.required), next(iter(failed.values())))
+            oldest = min(failed.values(), key=lambda g: (g.request.required, g.restarts_at is not None))
             self.counters.failures_forgotten += 1
             self._effects.append(m.Forgotten(oldest.model_id))
             self._go(oldest, None, f"the newest {self.limits.max_failed} failures are kept")
@@ -466,6 +491,73 @@ class Machine:
             self._touch(serving)
         return failure
 
+    # --- hosts ----------------------------------------------------------------------------------
+
+    @_process.register
+    def _host_died(self, event: m.HostDied) -> None:
+        generation = self.find(event.key)
+        if generation is None:
+            return
+        if generation.status in (_S.LOADING, _S.WARMING):
+            # Its worker has yet to answer.
+            generation.host_failure = event.failure
+        elif generation.status is _S.DRAINING:
+            self.counters.hosts_died += 1
+            self._unload(generation, event.failure.message)
+        elif generation.status is _S.READY:
+            self.counters.hosts_died += 1
+            self._lose(generation, event)
+        self._schedule()
+
+    def _lose(self, generation: Generation, event: m.HostDied) -> None:
+        """End a generation that served, as its host has; its memory is free with it."""
+        model, request = self._models[generation.model_id], generation.request
+        broken, generation.leases = generation.leases, 0
+        if generation.ready_at is not None and self._now - generation.ready_at >= self.limits.restart_reset:
+            model.restarts = 0
+        at = self._now + self._epoch
+        generation.failure = replace(event.failure, stage=str(_S.READY), consecutive=model.restarts + 1, at=at)
+        generation.pid, generation.has_heritage = None, True
+        self._go(generation, _S.FAILED, event.failure.message)
+        self._effects.append(m.HostLost(generation.key, generation.failure, broken))
+        newest = model.generations[-1]
+        is_wanted = request.pinned or request.required or broken > 0 or event.has_sessions
+        if newest is not generation:
+            # Its reload comes in time, and is tried again if it was to be a restart; one that is being cancelled
+            # leaves the reason behind.
+            newest.has_heritage, newest.is_restart = True, newest.is_restart or is_wanted
+            if newest.status is _S.CANCELLING and newest.verdict is None:
+                newest.verdict = generation.failure
+            self._effects.append(m.Succeeds(newest.key, generation.key))
+            self._go(generation, None, "a newer generation took its place")
+        elif is_wanted:
+            self._plan_restart(generation)
+        self._forget_oldest_failures()
+
+    def _plan_restart(self, generation: Generation) -> None:
+        """Decide when a model whose host has died is tried again, if at all."""
+        model, failure = self._models[generation.model_id], generation.failure
+        if self.closed or failure is None or not failure.retryable:
+            return
+        if model.restarts >= generation.request.restart_limit:
+            tried = f"it was started again {model.restarts} times in a row; " if model.restarts else ""
+            generation.failure = replace(failure, hint=f"{tried}load it again with ensure_model(); {failure.hint}")
+        else:
+            delay = self.limits.restart_backoff * 2.0 ** min(model.restarts, _MAX_DOUBLINGS)
+            generation.restarts_at = self._now + delay
+        self._touch(generation)
+
+    def _watch_failed(self, generation: Generation) -> None:
+        if generation.restarts_at is None or self._now < generation.restarts_at or self._is_crowded():
+            return
+        self._models[generation.model_id].restarts += 1
+        self.counters.restarts += 1
+        self._begin(generation.model_id, generation.request, is_restart=True)
+
+    def _is_crowded(self) -> bool:
+        """Whether so many workers are stuck that no load can start."""
+        return len(self._by_status[_S.STUCK]) >= self.limits.max_stuck + self.limits.max_workers
+
     def _expect(self, key: m.Key, what: str, *statuses: ModelStatus) -> Generation:
         generation = self.find(key)
         if generation is None or (statuses and generation.status not in statuses):
@@ -482,9 +574,11 @@ class Machine:
         if model.serving is None:
             status, failure = model.visible.status, model.visible.failure
             if status is _S.FAILED and failure is not None:
+                was_ready, restart = model.visible.ready_at is not None, model.visible.restarts_at
+                hint = failure.hint or "load it again with load_model() or ensure_model()"
                 raise ModelNotReadyError(
-                    f"model {event.model_id!r} failed to load: {failure.message}",
-                    hint=failure.hint or "load it again with load_model() or ensure_model()",
+                    f"model {event.model_id!r} failed{'' if was_ready else ' to load'}: {failure.message}",
+                    hint=hint if restart is None else f"it is started again in {restart - self._now:.1f} s; {hint}",
                 )
             going = status in (_S.DRAINING, _S.UNLOADING, _S.STUCK, _S.CANCELLING)
             raise ModelNotReadyError(
@@ -1007,6 +1101,7 @@ class Machine:
         _S.WARMING: _watch_worker,
         _S.CANCELLING: _watch_cancelling,
         _S.DRAINING: _watch_draining,
+        _S.FAILED: _watch_failed,
     }
 
 

@@ -140,7 +140,7 @@ class AsyncModelManager:
         )
         self._shell = Shell(
             limits,
-            loader or ModelLoader(),
+            loader or ModelLoader(call_threads),
             resources or ResourceManager(headroom=int(headroom_mb * MEGABYTE)),
             CallPool(call_workers, call_threads),
             call_limits=(calls_per_model, call_queue),
@@ -266,6 +266,8 @@ class AsyncModelManager:
             required=config.required or config.model_id in self._shell.required,
             allow_paging=config.allow_paging,
             warmup=config.warmup,
+            host=config.host,
+            restart_limit=config.restart_limit,
         )
 
     # --- unloading and closing ------------------------------------------------------------------

@@ -29,6 +29,9 @@ class LoadRequest:
     required: bool = False
     allow_paging: bool = False
     warmup: bool = False
+    #: Where it runs, and how often in a row it is started again by itself after its host has died.
+    host: str = "inline"
+    restart_limit: int = 0
 
 
 # --- events -----------------------------------------------------------------------------------
@@ -84,6 +87,8 @@ class Loaded(_OfGeneration):
     """A worker has loaded the weights."""
 
     measured: int | None = None
+    #: The process of the model; None where it is this one.
+    pid: int | None = None
 
 
 class WarmedUp(_OfGeneration):
@@ -99,6 +104,15 @@ class WorkerFailed(_OfGeneration):
 
 class WorkerStopped(_OfGeneration):
     """A worker has acknowledged the request to stop, and no longer holds anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostDied(_OfGeneration):
+    """The process of a model has ended without a request."""
+
+    failure: FailureInfo
+    #: Whether sessions are open, besides the leases that the machine counts.
+    has_sessions: bool = False
 
 
 class CancelRequested(_OfModel):
@@ -203,6 +217,21 @@ class StartUnload(_ForGeneration):
     """Make the model unusable for holders, and free its memory off the loop."""
 
     broken_leases: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostLost(_ForGeneration):
+    """Make a model whose host has died unusable for holders, who get the failure; its memory is free already."""
+
+    failure: FailureInfo
+    broken_leases: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeds(_ForGeneration):
+    """A generation takes the place of one whose host has died, and goes on with the sessions of that."""
+
+    before: Key
 
 
 class Discard(_ForGeneration):

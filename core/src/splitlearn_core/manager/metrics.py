@@ -143,6 +143,8 @@ class ManagerCollector:
             ("evictions", "Models that were unloaded to make room", statistics.evictions),
             ("expirations", "Models that were unloaded because they were idle", statistics.expirations),
             ("failures_forgotten", "Failed models that are no longer listed", statistics.failures_forgotten),
+            ("hosts_died", "Processes of models that ended without a request", statistics.hosts_died),
+            ("restarts", "Models that were started again because their process had died", statistics.restarts),
             ("leases_taken", "Leases that were taken", statistics.leases),
             ("calls", "Calls of models that were started", statistics.calls),
             ("calls_failed", "Calls of models that raised", statistics.calls_failed),

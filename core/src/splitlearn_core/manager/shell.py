@@ -26,7 +26,14 @@ from splitlearn_core.errors import (
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.attempt import WORKING
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.handles import AsyncManagedModel, CallGate, History, LoadingPlaceholder, unloaded_error
+from splitlearn_core.manager.handles import (
+    AsyncManagedModel,
+    CallGate,
+    History,
+    LoadingPlaceholder,
+    lost_error,
+    unloaded_error,
+)
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.machine import Limits, Machine
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
@@ -234,10 +241,12 @@ class Shell:
             slot.gate.fail_waiting(lambda: unloaded_error(effect.key))
         # From this moment on no call can start. A running call cannot be stopped, and its model stays
         # in memory until it ends.
-        box = [slot.model.take() if slot.model else None]
+        box = [slot.model.take() if slot.model else None, slot.loaded]
+        is_elsewhere = slot.loaded is not None and slot.loaded.host is not None
         slot.loaded = None
         free = partial(asyncio.get_running_loop().call_soon, self._free, effect.key, box)
-        if slot.gate is None:
+        if slot.gate is None or is_elsewhere:
+            # The end of its process is that of calls in it.
             free()
         else:
             slot.gate.when_idle(free)
@@ -246,6 +255,27 @@ class Shell:
         done = partial(self._unloaded, key, self._begin_measuring(None))
         job = partial(self.jobs.free, box, self.slots[key].workers)
         self._start_thread(f"splitlearn-unload-{key[0]}", job, done)
+
+    @_apply.register
+    def _host_lost(self, effect: m.HostLost) -> None:
+        slot = self.slots[effect.key]
+        slot.died, slot.broken_leases = effect.failure, effect.broken_leases
+        slot.heritage = slot.loaded.host if slot.loaded is not None else None
+        slot.loaded = None
+        if slot.model is not None:
+            slot.model.take(effect.failure)
+        if slot.gate is not None:
+            slot.gate.fail_waiting(lambda: lost_error(effect.failure))
+
+    @_apply.register
+    def _succeeds(self, effect: m.Succeeds) -> None:
+        before = self.slots[effect.before]
+        if effect.key not in self.slots:
+            # It was not requested by a caller.
+            self.add_slot(effect.key, before.config)
+        slot = self.slots[effect.key]
+        if slot.config.fingerprint == before.config.fingerprint:
+            slot.heritage = before.heritage
 
     @_apply.register
     def _discard(self, effect: m.Discard) -> None:
@@ -314,10 +344,25 @@ class Shell:
             loaded, grown, sample = outcome
             slot.loaded, slot.model = loaded, AsyncManagedModel(key, slot.config, loaded.module, self)
             slot.gate = CallGate(key[0], self._pool, *self._call_limits)
-            self.dispatch(m.Loaded(now, key, max(0, grown) if alone else None))
+            is_known = alone or loaded.host is not None
+            pid = loaded.host.pid if loaded.host is not None else None
+            self.dispatch(m.Loaded(now, key, max(0, grown) if is_known else None, pid))
             self._sampled(sample)
+            if loaded.host is not None:
+                loaded.host.ended.add_done_callback(
+                    answering(asyncio.get_running_loop(), lambda _: self._look_at_host(key))
+                )
         else:
             self.dispatch(m.WarmedUp(now, key))
+
+    def _look_at_host(self, key: m.Key) -> None:
+        """Report the end of the host of a generation, if it has ended and was not to."""
+        slot = self.slots.get(key)
+        host = slot.loaded.host if slot is not None and slot.loaded is not None else None
+        if slot is None or host is None or slot.died is not None or not host.ended.done():
+            return
+        slot.died = record(host.death(), str(ModelStatus.READY))
+        self.dispatch(m.HostDied(self.clock(), key, slot.died, host.has_sessions))
 
     def _unloaded(self, key: m.Key, activity: int | None, outcome: Any) -> None:
         if isinstance(outcome, BaseException):
@@ -351,6 +396,8 @@ class Shell:
             raise
         if failure is not None:
             raise fresh(failure)
+        if slot.died is not None:
+            raise lost_error(slot.died)
         if slot.model is None or slot.model.is_gone:
             raise ModelGoneError(
                 f"model {key[0]!r} was loaded and has been unloaded since",
@@ -396,6 +443,8 @@ class Shell:
 
     def _call_over(self, key: m.Key) -> None:
         self._calls_running -= 1
+        # Before the lease is over, so that the model counts as one in use.
+        self._look_at_host(key)
         self.dispatch(m.LeaseReleased(self.clock(), key))
 
     def info_of(self, key: m.Key) -> ModelInfo:

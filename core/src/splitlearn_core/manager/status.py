@@ -112,6 +112,13 @@ class ModelInfo:
     predicted: Mapping[str, int] = field(default_factory=dict)
     #: Anonymous bytes that loading took, as measured; None where other loads ran at the same time.
     measured: int | None = None
+    #: Where it runs: ``inline`` in this process, ``process`` in one of its own.
+    host: str = "inline"
+    #: The number of that process, while it serves.
+    pid: int | None = None
+    #: How often in a row it was started again because its process died; when it will be again, None for never.
+    restarts: int = 0
+    restarts_at: float | None = None
     #: Seconds since the epoch; None where it has not happened.
     requested_at: float | None = None
     ready_at: float | None = None
@@ -172,6 +179,9 @@ class ManagerStatistics:
     uptime: float
     #: Models that failed and are not listed any more, since as many newer ones have failed as are kept.
     failures_forgotten: int = 0
+    #: Processes of models that ended without a request, and starts by the restart policy.
+    hosts_died: int = 0
+    restarts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""

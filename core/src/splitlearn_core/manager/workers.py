@@ -7,6 +7,7 @@ keep the process alive. The caller of these daemon threads decides how long to w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import queue
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from splitlearn_core.errors import ConfigurationError, InternalError, LoadCancelledError, ManagerClosedError
-from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ModelHost, ReportProgress
 from splitlearn_core.manager.messages import Job
 from splitlearn_core.manager.status import FailureInfo, UnloadReport, record
 from splitlearn_core.system_memory import anonymous_memory
@@ -234,6 +235,16 @@ def own_torch_threads(count: int) -> None:
             keeper.join()
 
 
+def default_torch_threads() -> int:
+    """Return with how many threads torch computes in a thread that sets no number of its own."""
+    import torch
+
+    counts: list[int] = []
+    with _TORCH_THREADS_LOCK:
+        Worker("splitlearn-torch-threads", lambda: counts.append(torch.get_num_threads())).join()
+    return counts[0]
+
+
 def in_mode(function: Callable[[], _T], *, gradients: bool) -> Callable[[], _T]:
     """Return a function that runs with or without gradients, whatever the mode of the thread that runs it.
 
@@ -314,6 +325,9 @@ class Slot:
     loaded: LoadedModel | None = None
     model: AsyncManagedModel | None = None
     gate: CallGate | None = None
+    #: Why its host has died, and what it leaves to the next generation; that of the one before this.
+    died: FailureInfo | None = None
+    heritage: ModelHost | None = None
     broken_leases: int = 0
     freed: int | None = None
 
@@ -368,8 +382,10 @@ class Jobs:
         if slot.plan is None:
             raise InternalError("nothing was planned", hint="please report this")
         before = anonymous_memory()
-        loaded = self._checked(self._loader.load(slot.config, slot.plan, report), LoadedModel, "load")
-        return loaded, anonymous_memory() - before, self._resources.sample()
+        plan = slot.plan if slot.heritage is None else dataclasses.replace(slot.plan, after=slot.heritage)
+        loaded = self._checked(self._loader.load(slot.config, plan, report), LoadedModel, "load")
+        grown = anonymous_memory() - before if loaded.host is None else loaded.host.private_memory()
+        return loaded, grown, self._resources.sample()
 
     def _warm_up(self, slot: Slot, report: ReportProgress) -> None:
         """Run forward passes."""
@@ -378,14 +394,22 @@ class Jobs:
             self._loader.warm_up(slot.config, slot.loaded, report)
 
     def free(self, box: list[Any], workers: Iterable[Worker]) -> tuple[int, MemorySample]:
-        """Drop the contents of the box; return the anonymous memory that was freed, and the memory available."""
+        """Drop the contents of the box, and end hosts; return the anonymous memory that was freed, and that available.
+
+        Raises:
+            HostDiedError: A process does not end.
+        """
+        hosts = [item.host for item in box if isinstance(item, LoadedModel) and item.host is not None]
+        private = sum(host.private_memory() for host in hosts)
+        for host in hosts:
+            host.end()
         for worker in workers:
             # Until it has ended, its frames refer to the model that it loaded.
             worker.join(EXIT_TIMEOUT)
         before = anonymous_memory()
         box.clear()
         self._resources.release_unused()
-        return before - anonymous_memory(), self._resources.sample()
+        return private + before - anonymous_memory(), self._resources.sample()
 
     def sample(self) -> MemorySample:
         """Return the memory available."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from splitlearn_core.checkpoint.hub.partial_file import grows
 from splitlearn_core.errors import (
@@ -22,6 +22,8 @@ from splitlearn_core.errors import (
 from splitlearn_core.types import ProgressCallback
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import torch
 
 
@@ -34,6 +36,32 @@ HOST = "host"
 
 #: The ledger of weights that are pages of their file: they can be dropped and read again.
 MAPPED = "mapped"
+
+
+class ModelHost(Protocol):
+    """Where a model runs that does not run in this process."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    #: Done once it has ended, in whatever way.
+    @property
+    def ended(self) -> Future[Any]: ...
+
+    @property
+    def has_sessions(self) -> bool: ...
+
+    def death(self) -> SplitLearnError:
+        """Return how it ended."""
+        ...
+
+    def private_memory(self) -> int:
+        """Return the bytes that would come back if it ended now."""
+        ...
+
+    def end(self) -> None:
+        """End it, now."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +79,8 @@ class LoadPlan:
     device: str
     #: Private to the loader.
     details: Any = None
+    #: What has died before; its sessions go on in what is loaded.
+    after: ModelHost | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +91,8 @@ class LoadedModel:
     location: str
     dtype: str
     device: str
+    #: Where it runs; None for this process.
+    host: ModelHost | None = None
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

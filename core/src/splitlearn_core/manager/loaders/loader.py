@@ -28,9 +28,16 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.loading.load import import_builders
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.config_checks import HUGGINGFACE, NOT_FAMILIES, PYTORCH
+from splitlearn_core.manager.config_checks import HUGGINGFACE, NOT_FAMILIES, PROCESS, PYTORCH
 from splitlearn_core.manager.loaders import huggingface, pytorch
-from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress, system_error
+from splitlearn_core.manager.loaders.loadable import (
+    LoadedModel,
+    LoadPlan,
+    ReportProgress,
+    refuse_changes,
+    system_error,
+)
+from splitlearn_core.manager.workers import default_torch_threads
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import said
 from splitlearn_core.system_memory import return_large_blocks
@@ -73,7 +80,16 @@ class ModelLoader:
     Every method works in the calling thread, for seconds or minutes, and reports throughout. A
     ``report`` that raises stops the work: its exception passes unchanged, and nothing is kept
     except downloads. Any number of threads may use one loader.
+
+    Args:
+        call_threads: Threads of torch with which a model is called, in processes of their own too; None for the
+            default of torch.
     """
+
+    _call_threads: int | None = None
+
+    def __init__(self, call_threads: int | None = None) -> None:
+        self._call_threads = call_threads
 
     def plan(self, config: ModelConfig, report: ReportProgress) -> LoadPlan:
         """Find the files, download missing ones, and compute the memory that loading takes.
@@ -101,6 +117,8 @@ class ModelLoader:
         Raises:
             SplitLearnError: The files changed since they were planned, or memory ran out.
         """
+        if config.host == PROCESS:
+            return self._load_in_process(config, plan, report)
         _, load = _KINDS.get(config.model_type, _FAMILY)
         with translate(partial(system_error, _name(config))):
             module = load(config, plan, report)
@@ -109,6 +127,23 @@ class ModelLoader:
             tensors = [*module.parameters(), *module.buffers()]
             dtype = next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "auto")
         return LoadedModel(module, plan.location, dtype, plan.device)
+
+    def _load_in_process(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> LoadedModel:
+        from splitlearn_core.manager.loaders.own_process import load_in_process
+
+        refuse_changes(plan.details.files)
+        threads = self._call_threads or default_torch_threads()
+        with translate(partial(system_error, _name(config))):
+            component, host = load_in_process(config, plan, report, threads)
+        try:
+            (part,) = plan.details.planned.split.components
+            report(Progress("verifying", part.component, part.nbytes, part.nbytes))
+            refuse_changes(plan.details.files)
+        except BaseException:
+            host.end()
+            raise
+        # Its inputs are sent from memory of this machine's.
+        return LoadedModel(component, plan.location, plan.dtype, "cpu", host)
 
     def warm_up(self, config: ModelConfig, loaded: LoadedModel, report: ReportProgress) -> None:
         """Run the forward passes of a short prompt and of one more token, so that the first call is not slow.
