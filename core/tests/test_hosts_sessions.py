@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
+from support.hosts import MemoryEndpoint, remote
 from support.long import cases
 
 LIMITS = SessionLimits(max_sessions=3, max_tokens=16, max_rows=4, idle_timeout=10)
@@ -263,6 +264,12 @@ def test_only_trunks_are_hosted(parts: Any, name: str) -> None:
     """The ends stay with the data."""
     with pytest.raises(ConfigurationError, match="data owner"):
         SessionTable(getattr(parts, name))
+
+
+def test_what_runs_elsewhere_is_not_hosted_once_more(table: SessionTable) -> None:
+    """A host of a remote component could not undo a step."""
+    with pytest.raises(ConfigurationError, match="no layers in this process"):
+        SessionTable(cast("Any", remote(MemoryEndpoint(lambda: table))))
 
 
 def test_any_request_has_an_answer(table: SessionTable, caplog: pytest.LogCaptureFixture) -> None:

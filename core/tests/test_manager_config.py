@@ -824,7 +824,8 @@ models:
     reported = problems(error)
     assert reported == {
         "modles": "unknown key at the top level; did you mean 'models'?",
-        "device": "unknown key at the top level; there are manager, http, sessions, models; it belongs in an entry of models",
+        "device": "unknown key at the top level; there are manager, http, sessions, models; it belongs in an entry of "
+        "models",
         "manager": "[1] is not a table of settings",
         "models[1]": "'just a text' is not a table of a model's fields",
         "models[2].split_point": "unknown field; did you mean 'split_points'?",

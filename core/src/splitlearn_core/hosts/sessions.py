@@ -103,7 +103,7 @@ class SessionTable:
         facts: What an earlier table of the same component said of it; by default it is examined.
 
     Raises:
-        ConfigurationError: The component is not a trunk.
+        ConfigurationError: The component is not a trunk, or does not run here.
     """
 
     def __init__(
@@ -113,6 +113,11 @@ class SessionTable:
         clock: Callable[[], float] = time.monotonic,
         facts: Facts | None = None,
     ) -> None:
+        if not isinstance(component, ComponentModel):
+            raise ConfigurationError(
+                f"a {type(component).__name__} has no layers in this process, and so no sessions here",
+                hint='serve a model with host="inline"; or connect to where it runs',
+            )
         if component.kind is not Component.TRUNK:
             raise ConfigurationError(
                 f"a {component.component} cannot be used from elsewhere: it has the data owner's embeddings or head",
