@@ -8,13 +8,14 @@ import functools
 import gc
 import json
 import os
+import pickle
 import socket
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -269,7 +270,7 @@ def test_a_host_of_another_model_does_not_take_over(endpoint: MemoryEndpoint) ->
             raise lost()
 
     endpoint.before = replace
-    with pytest.raises(RemoteError, match=r"dtype was float32, and is bfloat16") as caught:
+    with pytest.raises(RemoteError, match="dtype: float32 before, bfloat16 now") as caught:
         generated(split, padded(), do_sample=False)
     assert caught.value.code == "other_model"
 
@@ -328,6 +329,67 @@ def test_an_interrupted_step_is_not_taken_for_the_next(endpoint: MemoryEndpoint)
         assert torch.equal(
             split(tokens(1, 2), **{name: cache}).logits, whole(tokens(1, 2), **{name: expected_cache}).logits
         )
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "first"])
+def test_a_call_that_failed_can_be_made_again(endpoint: MemoryEndpoint, cached: bool) -> None:
+    """What the components before the failure had cached is taken back; what the top could not do, at the trunk too."""
+    whole, _ = models("qwen2", "float32")
+    split = used(endpoint, wait=0)
+    name = cache_argument(whole.forward)
+    cache, expected = DynamicCache(config=whole.config), DynamicCache(config=whole.config)
+
+    def refuse(number: int, _: Any) -> None:
+        raise lost()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with torch.no_grad():
+        if cached:
+            split(tokens(2, 5), **{name: cache})
+            whole(tokens(2, 5), **{name: expected})
+        endpoint.before = refuse
+        with pytest.raises(ConnectionLostError):
+            split(tokens(2, 2), **{name: cache})
+        endpoint.before = lambda number, frame: None
+        hook = split.top.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            split(tokens(2, 2), **{name: cache})
+        hook.remove()
+        for ids in (tokens(2, 2), tokens(2, 1)):
+            assert torch.equal(split(ids, **{name: cache}).logits, whole(ids, **{name: expected}).logits)
+
+
+def test_a_remote_component_is_copied_and_not_pickled(endpoint: MemoryEndpoint) -> None:
+    """A copy has the same host."""
+    split = used(endpoint)
+    other = copy.deepcopy(split.trunk)
+    with torch.no_grad():
+        hidden = split.bottom(tokens(1, 3))
+        assert torch.equal(other(hidden_states=hidden), split.trunk(hidden_states=hidden))
+    with pytest.raises(ConfigurationError, match="cannot be pickled"):
+        pickle.dumps(other)
+
+
+def test_attentions_are_what_the_unsplit_model_gives(endpoint: MemoryEndpoint) -> None:
+    """With an implementation that has none to give, none."""
+    whole, _ = models("qwen2", "float32")
+    with torch.no_grad():
+        expected, actual = (model(tokens(1, 3), output_attentions=True) for model in (whole, used(endpoint)))
+    assert len(expected.attentions or ()) == len(actual.attentions or ())
+    assert torch.equal(expected.logits, actual.logits)
+
+
+def test_closing_ends_sessions(endpoint: MemoryEndpoint) -> None:
+    """At once, as the command line does when it ends with an error."""
+    split = used(endpoint)
+    cache = split.trunk.new_cache()
+    with torch.no_grad():
+        split.trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=cache)
+    assert len(endpoint.table) == 1
+    cast("Any", split.trunk).close()
+    assert len(endpoint.table) == 0
 
 
 def test_sessions_end_with_their_caches(endpoint: MemoryEndpoint) -> None:
@@ -513,7 +575,7 @@ def test_the_command_line_uses_a_trunk_elsewhere(warm: WarmInterpreter, talking:
         (["--at", "trunk=unix:///x", "--at", "trunk=unix:///y"], "two addresses", 2),
         (["--token-file", "x"], "go with --at", 2),
         (["--at", "trunk=unix:///no/such.sock"], "No such file", 1),
-        (["--at", "trunk=http://h", "--split", "2", "4"], "names no model", 1),
+        (["--at", "trunk=http://h", "--split", "2", "4"], "names no model", 2),
     ],
 )
 def test_wrong_uses_of_at_are_refused(

@@ -499,5 +499,5 @@ def test_nothing_outlives_its_parent(folder: Path, world: Any, single: Path, num
         watches = [watch(int(pid)) for pid in parent.stdout.readline().split()]
         assert len(watches) == 3
         parent.send_signal(number)
-        parent.wait()
+        parent.wait(timeout=60)
         assert [ended() for ended in watches] == [True] * 3

@@ -448,11 +448,11 @@ def test_sources_that_differ_in_values_alone_are_told_apart(single: Path, tmp_pa
     one: Any = load_split_model("llama", CUTS, single)
     two: Any = load_split_model("llama", CUTS, other)
 
-    with pytest.raises(ConfigurationError, match=r"the values of model\.safetensors differ"):
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors is not the same file"):
         SplitCausalLM(one.bottom, two.trunk, one.top)
-    with pytest.raises(ConfigurationError, match=r"the values of model\.safetensors differ"):
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors is not the same file"):
         load_split_directory(*both)
-    with pytest.raises(ConfigurationError, match=r"the values of model\.safetensors differ"):
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors is not the same file"):
         merge_split(*both, out=tmp_path / "merged")
     assert "values of model.safetensors differ" in " ".join(verify_saved(*both).problems)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -25,7 +26,7 @@ from splitlearn_core.build.module_tree import LinkedModules, class_over, module_
 from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.hosts.remote import RemoteComponent
+from splitlearn_core.hosts.remote import RemoteComponent, restored
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import (
     THREE,
@@ -53,6 +54,7 @@ class ComponentChain:
         self.mixed_dtypes = mixed_dtypes
         self.config = parts[Component.TOP].config
         self.routing = cast("ComponentModel", parts[Component.BOTTOM]).routing
+        self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
         # A parameter of each, for its device and dtype without a walk over the module at every token. One that runs
         # elsewhere has none: it takes hidden states where they are.
         self._probes = [
@@ -88,14 +90,15 @@ class ComponentChain:
         given.update({name: True for name, wanted in recordings.items() if wanted})
 
         parts = list(self.parts.values())
-        output: Any = parts[0](tokens, **first, **given, past_key_values=_share(cache, parts[0]))
-        outputs = [output]
-        for number, part in enumerate(parts[1:], start=1):
-            is_last = part is parts[-1]
-            given = _move({**given, **last} if is_last and head else given, self.device(number))
-            run = cast("Any", part).without_head if is_last and not head else part
-            output = run(self._enter(number, output), **given, past_key_values=_share(cache, part))
-            outputs.append(output)
+        with restored(cache) if self._is_apart else nullcontext():
+            output: Any = parts[0](tokens, **first, **given, past_key_values=_share(cache, parts[0]))
+            outputs = [output]
+            for number, part in enumerate(parts[1:], start=1):
+                is_last = part is parts[-1]
+                given = _move({**given, **last} if is_last and head else given, self.device(number))
+                run = cast("Any", part).without_head if is_last and not head else part
+                output = run(self._enter(number, output), **given, past_key_values=_share(cache, part))
+                outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)
         return result if return_dict else result.to_tuple()
 

@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,12 @@ _INITIAL_TORCH = {
 }
 #: Contexts that were entered to end an inference mode. Torch would end them, too, if they were freed.
 _entered: list[Any] = []
+
+
+def pytest_configure() -> None:
+    """Take SIGINT where a shell ignores it for what is in its background: processes of tests inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_state() -> dict[str, Any]:

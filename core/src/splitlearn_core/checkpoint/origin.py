@@ -98,7 +98,7 @@ def origin_mismatches(origins: Sequence[Origin], *, dtypes: bool = True) -> list
         for name, sample in origin.samples.items():
             other, other_sample = first_samples.setdefault(name, (origin, sample))
             if sample != other_sample:
-                problems.append(f"the values of {name} differ: {other}, {origin}")
+                problems.append(f"{name} is not the same file: {other}, {origin}")
                 break
     return problems
 

@@ -151,6 +151,9 @@ def connect_all(options: dict[str, Any]) -> dict[str, RemoteComponent]:
     from splitlearn_core.hosts.remote import connect
 
     remote = {name: connect(url, token=token, ca_file=ca_file) for name, url in urls.items()}
+    for component in remote.values():
+        # In any case, or the server would keep a session that nobody uses.
+        click.get_current_context().call_on_close(component.close)
     for name, component in remote.items():
         if component.component != name:
             raise ConfigurationError(
@@ -178,6 +181,8 @@ def read_token(name: str) -> str:
 
 
 def _parse_remote(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    from splitlearn_core.hosts.carriers import Endpoint
+
     urls: dict[str, str] = {}
     for value in values:
         name, equals, url = value.partition("=")
@@ -187,6 +192,8 @@ def _parse_remote(_: click.Context, __: click.Parameter, values: Sequence[str]) 
             raise click.BadParameter(f"the {name} stays with the data: only trunks are used where they are served")
         if name in urls:
             raise click.BadParameter(f"two addresses are given for {name}")
+        with usage_errors():
+            Endpoint(url).check()
         urls[name] = url
     return urls
 

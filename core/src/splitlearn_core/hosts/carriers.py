@@ -279,7 +279,7 @@ class _WebSocketConnection:
         raise ConnectionLostError(
             f"{self._endpoint.url} does not speak WebSocket: {cause}",
             code="connection",
-            hint="is that the address of `splitlearn serve`?",
+            hint="is that the address of `splitlearn serve`? One with TLS has a URL with https",
         )
 
     def _read(self) -> None:
@@ -363,10 +363,13 @@ def _losing(url: str) -> Iterator[None]:
     def lost(error: BaseException) -> RemoteError | None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return None
+        plain = isinstance(error, ssl.SSLError) and "WRONG_VERSION" in str(error)
         return ConnectionLostError(
             f"the connection to {url} failed: {_words(error)}",
             code="connection",
-            hint="is the host running, and is this its address?",
+            hint="the server speaks no TLS: http instead of https"
+            if plain
+            else "is the host running, and is this its address?",
         )
 
     with translate(lost, (OSError, EOFError), unchanged=(RemoteError,)):

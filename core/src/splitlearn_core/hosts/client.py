@@ -113,7 +113,7 @@ class Host:
         pause = 0.0
         while True:
             try:
-                return self._once(frame)
+                return self.request_once(frame)
             except RemoteError as error:
                 if not isinstance(error, ConnectionLostError) and error.code not in _AWAY:
                     raise
@@ -132,8 +132,14 @@ class Host:
             pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def close(self) -> None:
-        """End all connections. Sessions end by themselves after the host's time limit."""
+        """End the sessions and all connections; a host that is away ends the sessions after its own time limit."""
         self._abandoned.put(None)
+        for session in list(self.sessions):
+            try:
+                session.close_now()
+            except RemoteError as error:
+                log.debug("Sessions at %s were not closed: %s", self.url, error.message)
+                break
         self._is_closed = True
         self.drop_connections()
 
@@ -153,7 +159,8 @@ class Host:
 
     # --- connections ----------------------------------------------------------------------------------
 
-    def _once(self, frame: Frame) -> Frame:
+    def request_once(self, frame: Frame) -> Frame:
+        """Send a request and return its reply; raises ConnectionLostError if the host is away."""
         if frame.payload_bytes > self.facts.max_payload:
             raise RemoteStepError(
                 f"a step of {human_bytes(frame.payload_bytes)}; {self.url} takes {human_bytes(self.facts.max_payload)}",
@@ -227,7 +234,7 @@ class Host:
         while (session := self._abandoned.get()) is not None:
             number, secret = session
             try:
-                self._once(Frame(Kind.CLOSE, number, meta={"secret": secret}))
+                self.request_once(Frame(Kind.CLOSE, number, meta={"secret": secret}))
             except RemoteError as error:
                 # The host ends it after its own time limit.
                 log.debug("A session at %s was not closed: %s", self.url, error.message)
@@ -359,8 +366,15 @@ class RemoteSession:
         return self.copy()
 
     def close(self) -> None:
-        """End it at the host."""
+        """End it at the host, without waiting for that."""
         self._leave()
+
+    def close_now(self) -> None:
+        """End it at the host; raises RemoteError if that is away."""
+        if self._number and self._process == os.getpid():
+            number, secret = self._number, self._secret
+            self._forget()
+            self.host.request_once(Frame(Kind.CLOSE, number, meta={"secret": secret}))
 
     def _sent(self, step: Step, rows: int) -> Frame:
         nonce = secrets.token_hex(8)

@@ -97,12 +97,15 @@ class Facts:
 
     def differences(self, other: Facts) -> list[str]:
         """Say why another host cannot take over a session of this one, in words; empty where it can."""
-        names = ("component", "layers", "model_type", "hidden_size", "dtype", "digest", "windows")
-        return [
-            f"{name} was {getattr(self, name)}, and is {getattr(other, name)}"
+        names = ("component", "layers", "model_type", "hidden_size", "dtype")
+        problems = [
+            f"{name}: {getattr(self, name)} before, {getattr(other, name)} now"
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]
+        if not problems and (self.digest, self.windows) != (other.digest, other.windows):
+            problems.append(f"other weights: digest {self.digest[:12]} before, {other.digest[:12]} now")
+        return problems
 
     def last_bit_differences(self, here: Mapping[str, Any]) -> list[str]:
         """Say what of this host and of another place can make results differ in the last bit, in words.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -171,6 +173,16 @@ class RemoteComponent(nn.Module):
         """End the connections."""
         self.host.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteComponent:
+        # It has no weights; the connections are for any thread.
+        return RemoteComponent(self.host, self._max_tokens)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigurationError(
+            f"the {self.component} at {self.url} cannot be pickled: it is a connection",
+            hint="connect to it where it is used: connect(URL)",
+        )
+
     def new_cache(self) -> PartCache:
         """Return an empty cache of this component's layers: a session, opened at its first step."""
         return PartCache(self._new_layers(), self.layer_range)
@@ -246,7 +258,7 @@ class RemoteComponent(nn.Module):
                 reply = leader.session.step(arguments, specs, buffers, states.shape[0])
                 for layer in cache.layers:
                     layer.advance(states.shape[0], states.shape[1])
-            return _output(reply, states)
+            return _output(reply, states, arguments)
 
         def back(states: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
             if cache is not None:
@@ -339,6 +351,41 @@ class RemoteComponent(nn.Module):
         return arguments, tensors
 
 
+@contextmanager
+def restored(whole: Any) -> Iterator[None]:
+    """Leave the cache of a whole model as it was where a component fails, so that the same call can be made again.
+
+    Args:
+        whole: A cache with layers at a host among those that are here; or None.
+
+    Raises:
+        ConfigurationError: The layers have different lengths: an earlier failure could not be undone.
+    """
+    layers = [] if whole is None else list(whole.layers)
+    lengths = {layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")}
+    if len(lengths) > 1:
+        raise ConfigurationError(
+            f"the layers of this cache have {' and '.join(map(str, sorted(lengths)))} tokens: a step failed half-way",
+            hint="start again with an empty cache",
+        )
+    length = max(lengths, default=0)
+    before = [(layer, dict(vars(layer))) for layer in layers if not isinstance(layer, _Mirrored)]
+    try:
+        yield
+    except BaseException:
+        for layer, state in before:
+            vars(layer).clear()
+            vars(layer).update(state)
+        for layer in [] if whole is None else whole.layers:
+            if isinstance(layer, _Mirrored) and not isinstance(layer, _Following):
+                # Where a window has moved on, what it lost cannot be taken back: the next call is refused.
+                with contextlib.suppress(RuntimeError, ValueError):
+                    layer.crop(length - cast("Any", layer).get_seq_length())
+            elif not isinstance(layer, _Mirrored) and layer not in layers:
+                cast("Any", layer).reset()
+        raise
+
+
 class RemoteLayer(nn.Module):
     """Stands for a layer that runs elsewhere."""
 
@@ -386,18 +433,16 @@ def _through(hidden: torch.Tensor, run: Callable[..., Any], back: Callable[..., 
     return output
 
 
-def _output(reply: Frame, states: torch.Tensor) -> Any:
+def _output(reply: Frame, states: torch.Tensor, requested: Mapping[str, Any]) -> Any:
     tensors = unpack(reply)
     hidden = _received(tensors, "output", states)
     recorded = {
         kind: tuple(tensors[name].to(states.device) for name in tensors if name.startswith(f"{kind}."))
         for kind in RECORDINGS.values()
     }
-    if not any(recorded.values()):
+    if not any(requested.get(name) for name in RECORDINGS):
         return hidden
-    return BaseModelOutputWithPast(
-        last_hidden_state=cast("Any", hidden), **{kind: items for kind, items in recorded.items() if items}
-    )
+    return BaseModelOutputWithPast(last_hidden_state=cast("Any", hidden), **cast("Any", recorded))
 
 
 def _received(tensors: Mapping[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
