@@ -169,7 +169,7 @@ class TestConversation:
         with pytest.raises(ConfigurationError, match="positions"):
             talk.answer("hello")
         assert talk.messages == []
-        with pytest.raises(ConfigurationError, match="not text"):
+        with pytest.raises(ConfigurationError, match="not valid text"):
             talk.answer("\udcff")
         talk.messages = [{"role": "tool", "content": "x"}]
         with pytest.raises(ConfigurationError, match="there are no tools here"):

@@ -450,6 +450,7 @@ def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_pa
         split.save_pretrained(tmp_path / "saved")
     with pytest.raises(ConfigurationError, match="kernels of its host"):
         split.set_attn_implementation("eager")
+    assert split.bottom.config._attn_implementation == whole.config._attn_implementation
     with pytest.raises(ConfigurationError, match="unexpected keyword argument 'input_ids'"):
         trunk(hidden_states=torch.zeros(1, 1, 32), input_ids=tokens(1, 1))
     with pytest.raises(ConfigurationError, match="cache of another trunk"):

@@ -78,7 +78,7 @@ def test_a_model_of_nan_cannot_be_compared(single: Path, cli: Any) -> None:
 
     assert (code, out) == (1, "")
     assert "computes NaN" in err
-    assert err.endswith("hint: its weights hold values that are not numbers\n")
+    assert err.endswith("hint: its weights contain values that are not numbers\n")
     assert "or float16 is too narrow: try --dtype float32" in cli("verify", single, *cuts, "--dtype", "float16")[2]
 
 

@@ -421,13 +421,17 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the attention implementation of each component; arguments as of Hugging Face models."""
-        for component in self.components:
+        for component in self._remote_first():
             component.set_attn_implementation(*args, **kwargs)
+
+    def _remote_first(self) -> list[Any]:
+        """Return the components, those first that refuse to be changed, so that none is changed before."""
+        return sorted(self.components, key=lambda part: not isinstance(part, RemoteComponent))
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the implementation of experts in each component; arguments as of Hugging Face models."""
-        for component in self.components:
-            cast("ComponentModel", component).set_experts_implementation(*args, **kwargs)
+        for component in self._remote_first():
+            component.set_experts_implementation(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the vocabulary, in bottom and top; arguments and result as of Hugging Face models."""

@@ -269,7 +269,7 @@ def test_origins(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="'mistral', not 'llama'"):
         new_plugin("llama", tmp_path / "out", origin=str(file))
     file.write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         new_plugin("mistral", tmp_path / "out", origin=str(file))
     with pytest.raises(MissingFileError):
         new_plugin("mistral", tmp_path / "out", origin="owner/nowhere", local_files_only=True)
