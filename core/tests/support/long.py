@@ -92,7 +92,14 @@ def _balanced(items: list[pytest.Item], number: int, times: Counter[tuple[str, s
 
 
 def _values(item: pytest.Item) -> list[tuple[str, str]]:
-    return [(name, str(value)) for name, value in item.callspec.params.items()]  # type: ignore[attr-defined]
+    callspec = item.callspec  # type: ignore[attr-defined]
+    values = []
+    for name, value in callspec.params.items():
+        try:
+            values.append((name, str(value)))
+        except ValueError:  # Python writes no numbers of thousands of digits
+            values.append((name, f"number {callspec.indices[name]}"))
+    return values
 
 
 def _without(parameters: dict[str, object], *names: str) -> str:
