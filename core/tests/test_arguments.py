@@ -313,6 +313,8 @@ def test_cache_dir_expands_the_home(home: Path) -> None:
 )
 def test_the_command_line_expands_the_home(home: Path, cli: Callable[..., Any], arguments: tuple[str, ...]) -> None:
     """A shell does not expand the home in quotation marks, or after an equals sign."""
+    if arguments[0] == "plugins":
+        pytest.importorskip("splitlearn_auto", reason="the command is one of splitlearn-auto")
     save_split("~/m", "~/parts", CUTS)
     (home / "mistral.json").write_text(json.dumps({"model_type": "mistral"}))
     code, _, error = cli(*arguments)
