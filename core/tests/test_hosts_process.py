@@ -31,40 +31,11 @@ from splitlearn_core.hosts import child, process
 from splitlearn_core.hosts.process import ProcessHandle, ProcessLoad, start_process
 from splitlearn_core.hosts.shared_memory import ARENA_FROM
 from splitlearn_core.hosts.supervisor import Supervisor, end_processes, living_supervisor, prepare_processes
+from support.hosts import BEHAVING_PLUGIN
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is left is read from /proc")
 
 CUT = (2, 4)
-#: A plugin that does in a child, at its import and in each step, what a file says.
-PLUGIN = """
-import os, pathlib
-from splitlearn_core import ModelFamily, hookimpl
-
-HERE = pathlib.Path(__file__).parent
-
-
-def behave(moment):
-    path = HERE / f"{moment}.py"
-    if path.exists():
-        exec(path.read_text(), {"HERE": HERE})
-
-
-if os.environ["TEST_PARENT"] != str(os.getpid()):
-    behave("load")
-    from transformers.models.llama import modeling_llama
-    original = modeling_llama.LlamaMLP.forward
-
-    def forward(self, *args):
-        behave("step")
-        return original(self, *args)
-
-    modeling_llama.LlamaMLP.forward = forward
-
-
-@hookimpl
-def splitlearn_model_families():
-    return [ModelFamily(model_type="llama", architecture="LlamaForCausalLM")]
-"""
 #: Starts a process, says so, and waits for the test.
 WITH_GRANDCHILD = """
 import subprocess
@@ -96,7 +67,7 @@ def _no_process_left() -> Iterator[None]:
 def folder(world: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder that holds what children do, and through which they say that they have come to it."""
     monkeypatch.setenv("TEST_PARENT", str(os.getpid()))
-    world.install("llama", PLUGIN)
+    world.install("llama", BEHAVING_PLUGIN)
     for name in ("arrived", "go"):
         os.mkfifo(world.folder / name)
     return Path(world.folder)

@@ -30,42 +30,13 @@ from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
 from splitlearn_core.types import Progress
+from support.hosts import BEHAVING_PLUGIN
 from support.managing import StepsClock, check_sound, closing, reached, run, status_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is left is read from /proc")
 
 S = ModelStatus
 CUT = (2, 4)
-#: A plugin that does in a child, at its import and in each step, what a file says.
-PLUGIN = """
-import os, pathlib
-from splitlearn_core import ModelFamily, hookimpl
-
-HERE = pathlib.Path(__file__).parent
-
-
-def behave(moment):
-    path = HERE / f"{moment}.py"
-    if path.exists():
-        exec(path.read_text(), {"HERE": HERE})
-
-
-if os.environ["TEST_PARENT"] != str(os.getpid()):
-    behave("load")
-    from transformers.models.llama import modeling_llama
-    original = modeling_llama.LlamaMLP.forward
-
-    def forward(self, *args):
-        behave("step")
-        return original(self, *args)
-
-    modeling_llama.LlamaMLP.forward = forward
-
-
-@hookimpl
-def splitlearn_model_families():
-    return [ModelFamily(model_type="llama", architecture="LlamaForCausalLM")]
-"""
 ARRIVE = '(HERE / "arrived").write_text("0")\n'
 HANGING = {
     "in Python": ARRIVE + "import threading\nthreading.Event().wait()\n",
@@ -84,7 +55,7 @@ def _no_process_left() -> Iterator[None]:
 def folder(world: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder that holds what children do, and through which they say that they have come to it."""
     monkeypatch.setenv("TEST_PARENT", str(os.getpid()))
-    world.install("llama", PLUGIN)
+    world.install("llama", BEHAVING_PLUGIN)
     os.mkfifo(world.folder / "arrived")
     return Path(world.folder)
 

@@ -152,7 +152,7 @@ def connect_all(options: dict[str, Any]) -> dict[str, RemoteComponent]:
 
     remote = {name: connect(url, token=token, ca_file=ca_file) for name, url in urls.items()}
     for component in remote.values():
-        # In any case, or the server would keep a session that nobody uses.
+        # After an error too: the server would keep an unused session until its time limit.
         click.get_current_context().call_on_close(component.close)
     for name, component in remote.items():
         if component.component != name:

@@ -336,8 +336,8 @@ def _refusal(url: str, response: Any) -> RemoteError:
     """Return the error of a host that answered with plain HTTP."""
     message, hint = f"HTTP status {response.status_code}", ""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        told = json.loads(response.body or b"")["error"]
-        message, hint = str(told["message"]), str(told["hint"])
+        refusal = json.loads(response.body or b"")["error"]
+        message, hint = str(refusal["message"]), str(refusal["hint"])
     status = response.status_code
     if status in (_UNAUTHORIZED, _FORBIDDEN):
         hint = hint or "give the token: token=..., --token-file FILE, or SPLITLEARN_TOKEN"

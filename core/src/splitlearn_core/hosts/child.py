@@ -173,7 +173,7 @@ def _read_control(control: socket.socket, tables: list[SessionTable]) -> None:
     except OSError as error:
         log.debug("The control connection broke: %s", error)
     finally:
-        # A load or a step may be running; nobody waits for it any more.
+        # A load or a step may be running, whose result has no reader any more.
         os._exit(0)
 
 

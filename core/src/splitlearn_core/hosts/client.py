@@ -78,7 +78,7 @@ class Host:
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._process = os.getpid()
-        #: Sessions that nobody refers to any more; a queue that finalizers may write to.
+        #: Sessions whose caches are gone; a queue that finalizers may write to.
         self._abandoned: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
         self._closer: threading.Thread | None = None
         self._is_closed = False

@@ -1,6 +1,6 @@
 """A component in a process of its own: started, watched and ended from here, and used as one that runs here.
 
-A load that hangs is killed, a crash or a lack of memory ends one model and nobody else's, and memory comes back whole.
+A load that hangs is killed, a crash or a lack of memory ends one model and no other, and all memory is given back.
 Nothing of a child outlives its parent, however that ends.
 """
 

@@ -29,7 +29,7 @@ _END_TIMEOUT = 5.0
 
 
 class Supervised(Protocol):
-    """What is told of a child. The calls come from the supervisor's thread."""
+    """Receives what happens to a child. The calls come from the supervisor's thread."""
 
     #: The process, once it runs.
     pid: int | None

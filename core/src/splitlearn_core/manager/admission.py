@@ -33,7 +33,7 @@ class Tenant(NamedTuple):
     loading: bool = False
     #: It serves until a newer generation is ready.
     reloading: bool = False
-    #: Its worker did not come back; nobody knows when its memory will.
+    #: Its worker did not come back, and when its memory will is unknown.
     stuck: bool = False
 
 

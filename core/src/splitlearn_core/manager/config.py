@@ -102,7 +102,7 @@ class ModelConfig:
     #: Threads of torch for this load; None for the manager's setting.
     load_threads: int | None = None
     #: ``inline``: in this process. ``process``, for a trunk: in one of its own, which can be ended whatever it does,
-    #: and whose end is nobody else's.
+    #: and whose end affects no other model.
     host: str = "inline"
     #: How often in a row a model whose process has died is started again, if it is pinned, required or in use.
     restart_limit: int = 3

@@ -49,7 +49,7 @@ class Architecture:
     def key(self, name: str) -> str | None:
         """Return the checkpoint key of a GGUF tensor, or None for one that is left out.
 
-        A name that nobody knows is its own key: then the plan says that it has no place.
+        An unknown name is its own key: the plan then reports that it has no place.
         """
         if name.endswith(self.ignored):
             return None

@@ -87,7 +87,7 @@ class RequestRules:
         if given.get("token"):
             yield "token: it would let others read with your rights"
         if given.get("cache_dir"):
-            yield "cache_dir: downloads go where the server was told to put them"
+            yield "cache_dir: downloads go to the cache folder of the server"
         if not _is_any_of(given.get("architecture"), (None, *self.architectures)):
             yield "architecture: importing a module runs it; only those of the configuration file are known"
         if not _is_any_of(given.get("attn_implementation"), (None, *_ATTENTION, *self.attention)):

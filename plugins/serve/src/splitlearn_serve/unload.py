@@ -27,7 +27,7 @@ _PATIENCE = 60.0
 )
 @json_option
 def command(model_id: str, url: str, token_file: Path | None, force: bool, timeout: float, as_json: bool) -> None:
-    """Have a running `splitlearn serve` unload the model ID once no session is open on it and nobody has it.
+    """Have a running `splitlearn serve` unload the model ID once no session is open on it and it has no leases.
 
     Its next user loads it again. With --force, users of open sessions do, and rebuild them.
     """
