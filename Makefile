@@ -53,6 +53,7 @@ lint: $(VENV)/tools
 
 types: $(VENV)/tools
 	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src plugins/gguf/src plugins/serve/src plugins/auto/src
+	$(BIN)/python -m pytest "tests/test_documents.py::test_python_in_documents_has_no_type_errors[mypy]"
 
 docs: $(VENV)/tools
 	$(PIP) install --quiet -r docs/requirements.txt

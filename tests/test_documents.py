@@ -36,7 +36,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.long import cases
 from support.warm import WarmInterpreter
 
 ROOT = Path(__file__).parent.parent
@@ -332,13 +331,10 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-#: Each reads torch and transformers for a minute. The second is one of the long tests.
-CHECKERS = ("mypy", "pyright")[: cases(2, 1)]
-
-
-# A checker reads torch and transformers before it says anything.
+# A checker reads torch and transformers for a minute before it says anything: `make types` runs the first.
+@pytest.mark.sample(0)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("checker", CHECKERS)
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_python_in_documents_has_no_type_errors(typed: Path, checker: str) -> None:
     """As a reader's own checker sees it, without a configuration."""
     pytest.importorskip(checker)

@@ -15,6 +15,7 @@ from splitlearn_core.plugins.registry import registry
 NOT_DERIVED = {"default_model", "bundled_checkpoint", "ignored_suffixes", "tiny_config"}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "gemma", "gemma2", "gemma3_text"])
 def test_the_scaffold_says_what_the_plugin_says(model_type: str) -> None:
     """Field for field."""

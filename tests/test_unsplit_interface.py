@@ -357,6 +357,7 @@ def test_going_on_from_a_cache(world: World) -> None:
 
 
 @newest
+@pytest.mark.sample(2)
 def test_continuous_batching(world: World) -> None:
     """``generate_batch`` gives each request the tokens that it has from the unsplit model."""
     batching = getattr(transformers, "ContinuousBatchingConfig", None)
@@ -382,6 +383,8 @@ def test_continuous_batching(world: World) -> None:
 # --- compiling, exporting, checkpointing
 
 
+# Tracing takes long, and is the same for most types.
+@pytest.mark.sample(2)
 def test_compiles_as_one_graph(world: World) -> None:
     """Forward is traced without a break."""
     whole, split = world.load("sdpa" if world.model_type != "gemma2" else "eager")
@@ -392,6 +395,7 @@ def test_compiles_as_one_graph(world: World) -> None:
 
 
 @newest
+@pytest.mark.sample(2)
 def test_compiled_decoding(world: World) -> None:
     """Generation with a static cache compiles the split model's forward, and gives the same text."""
     from transformers import CompileConfig

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from splitlearn_core.manager import admission
 from splitlearn_core.manager.admission import Admit, Evict, Idle, Refuse, Room, Tenant, Verdict, Wait, has_any
+from support.long import cases
 
 pytestmark = pytest.mark.light
 
 LEDGERS = ("host", "mapped", "cuda:0")
-SETTINGS = settings(max_examples=400, deadline=None, derandomize=True, database=None)
+SETTINGS = settings(max_examples=cases(400, 100), deadline=None, derandomize=True, database=None)
 
 
 @dataclasses.dataclass(frozen=True)

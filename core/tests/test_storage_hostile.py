@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from splitlearn_core import InvalidCheckpointError, SplitLearnError, load_component, save_split, verify_saved
 from splitlearn_core.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest, render_manifest
+from support.long import cases
 
 SOUND: dict[str, Any] = {
     "format": "splitlearn-split",
@@ -76,7 +77,7 @@ def test_the_sound_one_is_sound() -> None:
     assert parse_manifest(json.dumps(SOUND).encode(), "here").component == "trunk"
 
 
-@settings(max_examples=700, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=cases(700, 100), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), anything), min_size=1, max_size=3))
 def test_every_field_may_be_anything(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
     """Up to three fields at a time, each replaced by any JSON value."""
@@ -92,7 +93,7 @@ def test_every_field_may_be_anything(changes: list[tuple[tuple[Any, ...], Any]])
     outcome(values)
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
+@settings(max_examples=cases(800, 200), deadline=None, derandomize=True)
 @given(st.binary(max_size=8), st.integers(0, 900), st.integers(0, 8))
 def test_every_byte_may_be_anything(put: bytes, at: int, out: int) -> None:
     """Bytes changed, taken out, put in; cut short."""
@@ -101,7 +102,7 @@ def test_every_byte_may_be_anything(put: bytes, at: int, out: int) -> None:
     outcome(content[:at])
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=cases(500, 100), deadline=None, derandomize=True)
 @given(anything)
 def test_any_json_is_no_manifest(values: Any) -> None:
     """Whatever else there is under the name."""

@@ -73,6 +73,7 @@ def test_an_ordinary_decoder_is_its_class_alone(examined: Callable[..., Derived]
     assert derived.attention == ("eager", "sdpa")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("model_type", "expected"),
     [
