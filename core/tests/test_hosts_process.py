@@ -156,6 +156,7 @@ def test_it_computes_what_the_unsplit_model_does(folder: Path, single: Path, dty
         assert handle.kill().status == 0
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 @pytest.mark.parametrize("moment", ["load", "idle", "step"])
 def test_a_child_that_dies_leaves_nothing(started: Any, folder: Path, moment: str, number: signal.Signals) -> None:

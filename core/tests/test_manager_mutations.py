@@ -198,6 +198,8 @@ def lives(request: pytest.FixtureRequest) -> ModuleType:
         return properties()
 
 
+# They test the tests: all of them after a change to the machine or to its properties.
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_caught(name, lives, monkeypatch):
     class Mutated(lives.Lives):

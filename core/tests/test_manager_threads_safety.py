@@ -16,8 +16,9 @@ from torch import nn
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.workers import run_in_thread
+from support.long import cases
 
-LOADS = 400
+LOADS = cases(400, 100)
 WORKERS = 6
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
