@@ -144,9 +144,7 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
             f"the description of a {frame.kind.name} takes {len(meta):,} bytes, and {MAX_META_BYTES:,} are allowed",
             code="too_large",
         )
-    header = _HEADER.pack(
-        MAGIC, VERSION, frame.kind, 0, frame.session, frame.step, len(meta), size, zlib.crc32(meta)
-    )
+    header = _HEADER.pack(MAGIC, VERSION, frame.kind, 0, frame.session, frame.step, len(meta), size, zlib.crc32(meta))
     return [header + meta, *frame.buffers]
 
 
@@ -156,7 +154,7 @@ def _listed(tensors: tuple[TensorSpec, ...]) -> tuple[str, int]:
     return _ENCODER.encode(tensors), sum(spec.nbytes for spec in tensors)
 
 
-def decode_header(data: bytes | memoryview, max_payload: int = MAX_PAYLOAD_BYTES) -> Header:
+def decode_header(data: bytes | bytearray | memoryview, max_payload: int = MAX_PAYLOAD_BYTES) -> Header:
     """Check the header of a frame, before anything is allocated for what follows it.
 
     Raises:
@@ -250,7 +248,7 @@ def _parse_tensor(item: Any) -> TensorSpec:
         or dtype not in DTYPE_BYTES
         or not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
-        or any([type(size) is not int or not 0 <= size <= _MAX_NUMBER for size in shape])
+        or not all(type(size) is int and 0 <= size <= _MAX_NUMBER for size in shape)
     ):
         raise ProtocolError("a frame lists what is no name, dtype and shape of a tensor", code="malformed")
     return TensorSpec(name, dtype, tuple(shape))

@@ -22,7 +22,7 @@ from typing import Any
 
 from splitlearn_core.errors import ProtocolError
 from splitlearn_core.hosts.control import close_all
-from splitlearn_core.hosts.protocol import HEADER_BYTES, Frame, decode_body, decode_header, encode
+from splitlearn_core.hosts.protocol import HEADER_BYTES, MAX_META_BYTES, Frame, decode_body, decode_header, encode
 
 if sys.platform == "linux":
     import fcntl
@@ -35,8 +35,8 @@ _ON_SOCKET, _IN_ARENA = 0, 1
 ARENA_FROM = 8 * 1024
 #: The least size of an arena, and the largest; a larger payload goes through the socket.
 _LEAST_SIZE, _LARGEST_SIZE = 2**20, 2**30
-#: Read at once: a frame without a large payload is one system call.
-_SCRATCH = 128 * 1024
+#: Read at once: a frame without a large payload is one system call, and any description has room.
+_SCRATCH = _HEAD_BYTES + MAX_META_BYTES
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DESCRIPTOR = struct.Struct("i")
 
@@ -99,12 +99,14 @@ class Channel:
             ProtocolError: It is not valid, or too large; the connection is of no more use.
             OSError: The connection broke.
         """
+        descriptors: list[int] = []
         if self._is_first:
-            # Descriptors come with requests alone.
-            count, ancillary = self._stream.recv_into(self._scratch), ()
+            # They come with requests alone.
+            count = self._stream.recv_into(self._scratch)
         else:
-            count, ancillary, _, _ = self._stream.recvmsg_into([self._scratch], socket.CMSG_SPACE(_DESCRIPTOR.size), _CLOSE_ON_EXEC)
-        descriptors = [_DESCRIPTOR.unpack(data)[0] for _, _, data in ancillary] if ancillary else []
+            room = socket.CMSG_SPACE(_DESCRIPTOR.size)
+            count, ancillary, _, _ = self._stream.recvmsg_into([self._scratch], room, _CLOSE_ON_EXEC)
+            descriptors = [_DESCRIPTOR.unpack(data)[0] for _, _, data in ancillary]
         try:
             if count == 0:
                 return None
