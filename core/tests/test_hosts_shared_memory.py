@@ -135,7 +135,7 @@ def test_what_is_no_arena_is_refused(make: Callable[[], int] | None) -> None:
     """Reading memory that becomes shorter would end the process."""
     raw, far = socket.socketpair()
     large = frame(Kind.STEP, bytes(ARENA_FROM))
-    head = struct.pack("<I4xQ", 1, 2**20) + encode(large)[0]
+    head = struct.pack("<I4xQ", 1, 2**21) + encode(large)[0]
     with ExitStack() as stack:
         end: Any = Channel(far, LIMIT)
         stack.callback(end.close)

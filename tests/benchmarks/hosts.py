@@ -211,11 +211,12 @@ def _channel(size: int) -> Callable[[], None]:
 
 
 def _websocket(size: int) -> Callable[[], None]:
-    """The client of core, and the implementation that ``splitlearn serve`` runs."""
-    import uvicorn
+    """The client of core, and the connections of ``splitlearn serve``."""
+    import asyncio
 
     from splitlearn_core.hosts.carriers import Endpoint
     from splitlearn_core.hosts.protocol import SUBPROTOCOL, Frame, Kind, TensorSpec, decode, encode
+    from splitlearn_serve.connections import Pool, Server, uvicorn_config
 
     specs = (TensorSpec("hidden_states", "F32", (1, size // 4096, 1024)),)
     memory = memoryview(bytearray(size))
@@ -230,15 +231,7 @@ def _websocket(size: int) -> Callable[[], None]:
             await send({"type": "websocket.send", "bytes": reply})
 
     def serve() -> None:
-        config = uvicorn.Config(
-            answer,
-            log_level="error",
-            ws="websockets-sansio",
-            ws_max_size=2**28,
-            ws_per_message_deflate=False,
-            lifespan="off",
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        asyncio.run(Server(uvicorn_config(answer), Pool()).serve([listener]))
 
     _echo(serve)
     connection = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/trunk").open()

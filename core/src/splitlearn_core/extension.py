@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import SessionTable as SessionTable
     from splitlearn_core.hosts.sessions import error_frame as error_frame
+    from splitlearn_core.hosts.websocket import MessageStream as MessageStream
+    from splitlearn_core.hosts.websocket import message_head as message_head
     from splitlearn_core.loading.opening import BUNDLED as BUNDLED
     from splitlearn_core.loading.opening import unbundled as unbundled
     from splitlearn_core.manager.config import ConfigFile as ConfigFile
@@ -79,6 +81,7 @@ _HOMES = {
     "MAX_META_BYTES": "hosts.protocol",
     "MAX_PAYLOAD_BYTES": "hosts.protocol",
     "ManagerCollector": "manager.metrics",
+    "MessageStream": "hosts.websocket",
     "PYTORCH": "manager.config_checks",
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
@@ -98,6 +101,7 @@ _HOMES = {
     "kv_bytes_per_layer": "plan.splitplan",
     "limit_problems": "manager.config_checks",
     "map_keys": "plan.keys",
+    "message_head": "hosts.websocket",
     "open_source": "checkpoint.source",
     "own_state": "build.torch_state",
     "place_keys": "plan.keys",

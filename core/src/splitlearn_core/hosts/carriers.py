@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from splitlearn_core.errors import (
@@ -37,6 +37,9 @@ from splitlearn_core.hosts.protocol import (
     encode,
 )
 from splitlearn_core.quoting import reason
+
+if TYPE_CHECKING:
+    from websockets.http11 import Response
 
 log = logging.getLogger(__name__)
 
@@ -205,18 +208,23 @@ class _WebSocketConnection:
         from websockets.typing import Subprotocol
         from websockets.uri import parse_uri
 
+        from splitlearn_core.hosts.websocket import PIECE_BYTES, MessageStream
+
         self._endpoint = endpoint
         parts = urlsplit(endpoint.url)
         scheme = _WEBSOCKET_SCHEMES[parts.scheme]
         path = quote(unquote(parts.path).strip("/"), safe="")
+        max_size = HEADER_BYTES + MAX_META_BYTES + endpoint.max_payload
         self._protocol = ClientProtocol(
             parse_uri(f"{scheme}://{parts.netloc}/{path}"),
             subprotocols=[Subprotocol(SUBPROTOCOL)],
-            max_size=HEADER_BYTES + MAX_META_BYTES + endpoint.max_payload,
+            max_size=max_size,
         )
-        self._messages: deque[bytes] = deque()
+        self._messages: deque[bytes | bytearray] = deque()
         #: The fragments of a message so far.
         self._parts: list[bytes] = []
+        self._stream = MessageStream(self._protocol, max_size, self._messages.append, self._take_other)
+        self._scratch = memoryview(bytearray(PIECE_BYTES))
         port = parts.port or _DEFAULT_PORTS[scheme]
         with _losing(endpoint.url):
             stream = socket.create_connection((parts.hostname, port), timeout=endpoint.connect_timeout)
@@ -233,11 +241,14 @@ class _WebSocketConnection:
             raise
 
     def exchange(self, request: Frame) -> Frame:
-        with _losing(self._endpoint.url):
-            self._protocol.send_binary(b"".join(encode(request)))
-            self._flush()
+        try:
+            for piece in self._stream.masked(encode(request)):
+                self._socket.sendall(piece)
             while not self._messages:
                 self._read()
+        except (OSError, EOFError):
+            with _losing(self._endpoint.url):
+                raise
         return decode(self._messages.popleft(), self._endpoint.max_payload)
 
     def close(self) -> None:
@@ -255,7 +266,6 @@ class _WebSocketConnection:
 
     def _shake_hands(self) -> None:
         from websockets.exceptions import InvalidHandshake
-        from websockets.http11 import Response
 
         request = self._protocol.connect()
         if self._endpoint.token is not None:
@@ -266,14 +276,22 @@ class _WebSocketConnection:
             response = None
             while response is None:
                 data = self._socket.recv(_READ_BYTES)
-                self._protocol.receive_data(data) if data else self._protocol.receive_eof()
-                response = next((e for e in self._protocol.events_received() if isinstance(e, Response)), None)
+                if not data:
+                    self._protocol.receive_eof()
+                    response = self._response()
+                for line in data.splitlines(keepends=True):
+                    if response is None:
+                        self._protocol.receive_data(line)
+                        response = self._response()
+                    else:
+                        # What comes after the answer are frames already.
+                        self._stream.feed(memoryview(line))
                 if response is None and (not data or self._protocol.handshake_exc is not None):
                     break
         error = self._protocol.handshake_exc
         if error is None and response is not None:
             return
-        if isinstance(response, Response) and response.status_code != 101:  # noqa: PLR2004  # switching protocols
+        if response is not None and response.status_code != 101:  # noqa: PLR2004  # switching protocols
             raise _refusal(self._endpoint.url, response)
         cause = reason(error) if isinstance(error, InvalidHandshake | Exception) else "it ended the connection"
         raise ConnectionLostError(
@@ -282,27 +300,38 @@ class _WebSocketConnection:
             hint="is that the address of `splitlearn serve`? One with TLS has a URL with https",
         )
 
+    def _response(self) -> Response | None:
+        from websockets.http11 import Response
+
+        return next((event for event in self._protocol.events_received() if isinstance(event, Response)), None)
+
     def _read(self) -> None:
         """Read what has come, and keep whole messages."""
+        count = self._socket.recv_into(self._scratch)
+        if count:
+            self._stream.feed(self._scratch[:count])
+        else:
+            self._protocol.receive_eof()
+        if not self._messages and (not count or self._protocol.close_expected()):
+            closed = self._protocol.close_rcvd
+            said = f": {closed.reason}" if closed is not None and closed.reason else ""
+            raise ConnectionResetError(f"the connection was closed{said}")
+
+    def _take_other(self, data: bytes) -> None:
+        """Read what is no binary message in one frame."""
         from websockets.frames import Opcode
 
-        data = self._socket.recv(_READ_BYTES)
-        self._protocol.receive_data(data) if data else self._protocol.receive_eof()
+        self._protocol.receive_data(data)
         for event in self._protocol.events_received():
             frame: Any = event
             if frame.opcode in (Opcode.BINARY, Opcode.CONT):
                 self._parts.append(frame.data)
                 if frame.fin:
-                    self._messages.append(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+                    self._messages.append(b"".join(self._parts))
                     self._parts = []
         # The answer to a ping or to the end. Whether it gets there is found out by the next read.
         with contextlib.suppress(OSError):
             self._flush()
-        if self._protocol.close_expected() or not data:
-            closed = self._protocol.close_rcvd
-            said = f": {closed.reason}" if closed is not None and closed.reason else ""
-            if not self._messages:
-                raise ConnectionResetError(f"the connection was closed{said}")
 
     def _flush(self) -> None:
         for data in self._protocol.data_to_send():
@@ -332,7 +361,7 @@ def _tls(stream: socket.socket, endpoint: Endpoint, name: str) -> ssl.SSLSocket:
         return context.wrap_socket(stream, server_hostname=name)
 
 
-def _refusal(url: str, response: Any) -> RemoteError:
+def _refusal(url: str, response: Response) -> RemoteError:
     """Return the error of a host that answered with plain HTTP."""
     message, hint = f"HTTP status {response.status_code}", ""
     with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -271,7 +271,7 @@ class SessionTable:
             finally:
                 session.used_at = self._clock()
             session.done, session.nonce = frame.step, nonce
-            session.result = replace(result, session=session.number, step=frame.step)
+            session.result = result._replace(session=session.number, step=frame.step)
             return session.result
 
     def _backward(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:

@@ -1,12 +1,12 @@
 """Frames between a process and its child: small ones on a Unix socket, payloads of large ones in shared memory.
 
-A request and its reply take turns, so that one *arena* is enough for a connection: a memory file of two halves, the
-first for requests and the second for replies. The side that opened the connection makes it when a request is large
-enough, makes a larger one when that is too small, and sends its descriptor along. It has no name, and is gone when both
+A request and its reply take turns, so that one *arena* is enough for a connection: a memory file that holds the payload
+of the request, and then that of its reply. The side that opened the connection makes it when a request is large enough,
+makes a larger one when that is too small, and sends its descriptor along. It has no name, and is gone when both
 processes are, however they end. Before each frame stands::
 
-    place of the payload   bytes of half an arena
-             I                     4x Q
+    place of the payload   bytes of the arena
+             I                    4x Q
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from typing import Any
 
 from splitlearn_core.errors import ProtocolError
 from splitlearn_core.hosts.control import close_all
-from splitlearn_core.hosts.protocol import HEADER_BYTES, Frame, decode_body, decode_header, encode
+from splitlearn_core.hosts.protocol import HEADER_BYTES, MAX_META_BYTES, Frame, decode_body, decode_header, encode
 
 if sys.platform == "linux":
     import fcntl
 
 _PREFIX = struct.Struct("<I4xQ")
+_HEAD_BYTES = _PREFIX.size + HEADER_BYTES
 #: Where a payload is.
 _ON_SOCKET, _IN_ARENA = 0, 1
 #: The payload from which on copying it twice is cheaper than passing it through the socket's buffer.
-ARENA_FROM = 64 * 1024
-#: The least half of an arena, and the largest; a larger payload goes through the socket.
-_LEAST_HALF, _LARGEST_HALF = 2**20, 2**30
-#: Read at once: a frame without a large payload is one system call.
-_SCRATCH = 128 * 1024
+ARENA_FROM = 8 * 1024
+#: The least size of an arena, and the largest; a larger payload goes through the socket.
+_LEAST_SIZE, _LARGEST_SIZE = 2**20, 2**30
+#: Read at once: a frame without a large payload is one system call, and any description has room.
+_SCRATCH = _HEAD_BYTES + MAX_META_BYTES
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DESCRIPTOR = struct.Struct("i")
 
@@ -55,10 +56,11 @@ class Channel:
         self._makes_arena = makes_arena and hasattr(os, "memfd_create")
         self._is_first = makes_arena
         self._arena: mmap.mmap | None = None
-        self._half = 0
+        self._size = 0
         #: The reply whose buffers may still be in use, as views of the arena.
         self._lent: weakref.ref[Any] | None = None
         self._scratch = bytearray(_SCRATCH)
+        self._view = memoryview(self._scratch)
 
     def send(self, frame: Frame) -> None:
         """Send a frame.
@@ -67,22 +69,22 @@ class Channel:
             OSError: The other side has ended.
         """
         head, *buffers = encode(frame)
-        size, descriptor = frame.payload_bytes, -1
+        size, descriptor = sum(map(len, buffers)), -1
         is_lent = self._lent is not None and self._lent() is not None
-        if self._makes_arena and ARENA_FROM <= size <= _LARGEST_HALF and (is_lent or self._half < size):
+        if self._makes_arena and ARENA_FROM <= size <= _LARGEST_SIZE and (is_lent or self._size < size):
             descriptor = self._make(size)
         elif is_lent:
-            # The reply is not to be written where the last one still is.
-            self._arena, self._half = None, 0
+            # Nothing is to be written where the last reply still is.
+            self._arena, self._size = None, 0
         try:
-            if size >= ARENA_FROM and self._arena is not None and size <= self._half:
-                position = 0 if self._is_first else self._half
+            if ARENA_FROM <= size <= self._size and self._arena is not None:
+                position = 0
                 for buffer in buffers:
                     self._arena[position : position + len(buffer)] = buffer
                     position += len(buffer)
-                self._write([_PREFIX.pack(_IN_ARENA, self._half), head], descriptor)
+                self._write([_PREFIX.pack(_IN_ARENA, self._size) + head], descriptor)
             else:
-                self._write([_PREFIX.pack(_ON_SOCKET, self._half), head, *buffers], descriptor)
+                self._write([_PREFIX.pack(_ON_SOCKET, self._size) + head, *buffers], descriptor)
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -90,40 +92,46 @@ class Channel:
     def receive(self) -> Frame | None:
         """Receive a frame; None if the other side has ended between two frames.
 
-        The buffers of a large request are views of the arena, which are valid until the reply is sent. Those of a reply
-        are valid as long as they exist.
+        The buffers of a large request are views of the arena, which are valid until the reply is sent: that is written
+        over them. Those of a reply are valid as long as they exist.
 
         Raises:
             ProtocolError: It is not valid, or too large; the connection is of no more use.
             OSError: The connection broke.
         """
-        count, ancillary, _, _ = self._stream.recvmsg_into(
-            [self._scratch], socket.CMSG_SPACE(_DESCRIPTOR.size), _CLOSE_ON_EXEC
-        )
-        descriptors = [_DESCRIPTOR.unpack(data)[0] for _, _, data in ancillary]
+        descriptors: list[int] = []
+        if self._is_first:
+            # They come with requests alone.
+            count = self._stream.recv_into(self._scratch)
+        else:
+            room = socket.CMSG_SPACE(_DESCRIPTOR.size)
+            count, ancillary, _, _ = self._stream.recvmsg_into([self._scratch], room, _CLOSE_ON_EXEC)
+            descriptors = [_DESCRIPTOR.unpack(data)[0] for _, _, data in ancillary]
         try:
             if count == 0:
                 return None
-            count = self._read_until(self._scratch, count, _PREFIX.size + HEADER_BYTES)
-            place, half = _PREFIX.unpack_from(self._scratch)
+            count = self._read_until(self._scratch, count, _HEAD_BYTES)
+            place, size = _PREFIX.unpack_from(self._scratch)
             if descriptors:
-                self._take(descriptors[0], half)
-            elif not self._is_first and half != self._half:
+                self._take(descriptors[0], size)
+            elif not self._is_first and size != self._size:
                 # The last reply is still in use there.
-                self._arena, self._half = None, 0
+                self._arena, self._size = None, 0
         finally:
             close_all(descriptors)
-        view = memoryview(self._scratch)
-        header = decode_header(view[_PREFIX.size : _PREFIX.size + HEADER_BYTES], self._max_payload)
-        begin = _PREFIX.size + HEADER_BYTES
+        header = decode_header(self._view[_PREFIX.size : _HEAD_BYTES], self._max_payload)
         if place == _IN_ARENA:
-            count = self._read_until(self._scratch, count, begin + header.meta_length)
-            return decode_body(header, view[begin : begin + header.meta_length], self._payload(header.payload_length))
+            end = _HEAD_BYTES + header.meta_length
+            self._read_until(self._scratch, count, end)
+            return decode_body(header, self._view[_HEAD_BYTES:end], self._payload(header.payload_length))
         # Its buffers may be kept, and the scratch memory is used again.
-        body = bytearray(header.rest)
-        present = count - begin
-        body[:present] = view[begin:count]
-        self._read_until(body, present, header.rest)
+        present = self._view[_HEAD_BYTES:count]
+        if len(present) >= header.rest:
+            body = bytearray(present)
+        else:
+            body = bytearray(header.rest)
+            body[: len(present)] = present
+            self._read_until(body, len(present), header.rest)
         return decode_body(header, memoryview(body))
 
     def close(self) -> None:
@@ -132,10 +140,13 @@ class Channel:
         self._arena = None
 
     def _write(self, buffers: list[bytes | memoryview], descriptor: int) -> None:
-        ancillary = []
-        if descriptor >= 0:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(descriptor))]
-        sent = self._stream.sendmsg(buffers, ancillary)
+        if descriptor < 0:
+            sent = self._stream.sendmsg(buffers)
+        else:
+            passed = (socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(descriptor))
+            sent = self._stream.sendmsg(buffers, [passed])
+        if sent == sum(map(len, buffers)):
+            return
         for buffer in buffers:
             if sent < len(buffer):
                 self._stream.sendall(memoryview(buffer)[sent:])
@@ -155,32 +166,32 @@ class Channel:
 
     def _make(self, size: int) -> int:
         """Make an arena for requests of a size, and return its descriptor."""
-        half = max(_LEAST_HALF, 1 << (size - 1).bit_length())
+        size = max(_LEAST_SIZE, 1 << (size - 1).bit_length())
         descriptor = os.memfd_create("splitlearn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(descriptor, 2 * half)
+            os.ftruncate(descriptor, size)
             # Memory that becomes shorter would end the process that reads it.
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self._arena, self._half = mmap.mmap(descriptor, 2 * half), half
+            self._arena, self._size = mmap.mmap(descriptor, size), size
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
 
-    def _take(self, descriptor: int, half: int) -> None:
+    def _take(self, descriptor: int, size: int) -> None:
         """Map the arena that the other side has made."""
-        if self._is_first or half > _LARGEST_HALF or os.fstat(descriptor).st_size != 2 * half:
+        if self._is_first or size > _LARGEST_SIZE or os.fstat(descriptor).st_size != size:
             raise ProtocolError("an arena is not as large as announced", code="malformed")
         if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise ProtocolError("an arena is not sealed", code="malformed")
-        self._arena, self._half = mmap.mmap(descriptor, 2 * half), half
+        self._arena, self._size = mmap.mmap(descriptor, size), size
 
     def _payload(self, length: int) -> memoryview:
-        if self._arena is None or length > self._half:
+        if self._arena is None or length > self._size:
             raise ProtocolError("a payload is in an arena that is not there, or too small", code="malformed")
         if self._is_first:
             # Every view of it keeps it alive, so that it says when the arena can be used again.
-            reply = (ctypes.c_ubyte * length).from_buffer(self._arena, self._half)
+            reply = (ctypes.c_ubyte * length).from_buffer(self._arena)
             self._lent = weakref.ref(reply)
             return memoryview(reply).cast("B")
         return memoryview(self._arena)[:length]

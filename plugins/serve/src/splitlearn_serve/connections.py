@@ -25,19 +25,25 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
-from websockets.frames import CloseCode, Opcode
-from websockets.frames import Frame as MessageFrame
+from websockets.frames import CloseCode
 from websockets.http11 import Request
+from websockets.protocol import State
 
 from splitlearn_core import ProtocolError
-from splitlearn_core.extension import HEADER_BYTES, MAX_META_BYTES, MAX_PAYLOAD_BYTES
+from splitlearn_core.extension import (
+    HEADER_BYTES,
+    MAX_META_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MessageStream,
+    message_head,
+)
 from splitlearn_serve.sessions import refusal_frame
 
 log = logging.getLogger(__name__)
@@ -62,6 +68,8 @@ _RESERVE = 64
 _BUSY_PART = 0.75
 #: Seconds until the next attempt to accept a connection, and between two log lines about it.
 _RETRY, _LOG_EVERY = 0.1, 60.0
+#: Bytes that are read at once from a WebSocket: they stay in the processor's cache.
+_READ_BYTES = 128 * 1024
 #: Attempts to make room before a new connection is closed.
 _TRIES = 10
 
@@ -104,6 +112,8 @@ class Pool:
         #: Connections before the end of their TLS handshake.
         self.joining = 0
         self._logged_at = float("-inf")
+        #: What has just arrived on a WebSocket; each has read it before the next one is served.
+        self.arrived = memoryview(bytearray(_READ_BYTES))
 
     def __len__(self) -> int:
         return len(self._busy) + len(self._idle) + self.joining
@@ -249,8 +259,11 @@ class Connection(H11Protocol):
             self._request_due = None
 
 
-class SocketConnection(WebSocketsSansIOProtocol):
-    """A WebSocket, closed if its client does not send or read fast enough."""
+class SocketConnection(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
+    """A WebSocket, closed if its client does not send or read fast enough.
+
+    Binary messages are read and written here; uvicorn and ``websockets`` do the rest.
+    """
 
     def __init__(
         self, pool: Pool, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any]
@@ -266,6 +279,9 @@ class SocketConnection(WebSocketsSansIOProtocol):
         self._is_whole = False
         self._is_refused = False
         self._ends_after_answer = False
+        #: Whether the application waits for a message.
+        self._is_awaited = False
+        self._stream = MessageStream(self.conn, config.ws_max_size, self._take_message, self._take_other)
 
     def abort(self) -> None:
         """Close it immediately, without sending pending data."""
@@ -284,21 +300,38 @@ class SocketConnection(WebSocketsSansIOProtocol):
         self._stop_timers()
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._pool.arrived
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._is_refused:
             # The rest of what was too large. The connection is kept for a while, since a client that is still
             # sending when it is closed may lose the answer.
             return
         self._is_whole = False
-        super().data_received(data)
+        self._stream.feed(self._pool.arrived[:nbytes])
         if self.transport.is_closing() or (self._is_whole and not self.frames):
             self._end_message()
         elif self._message_due is None:
-            self._began_at, self._arrived = self.loop.time(), len(data)
+            self._began_at, self._arrived = self.loop.time(), nbytes
             self._message_due = self.loop.call_at(self._due(), self._review_message)
         else:
             # The timer is not moved for each piece: it looks how much has arrived once it is due.
-            self._arrived += len(data)
+            self._arrived += nbytes
+
+    def _take_message(self, message: bytearray) -> None:
+        if self._is_awaited and not self.close_sent:
+            # Nothing is behind it, so that reading need not stop until it is taken.
+            self._is_awaited, self._is_whole = False, True
+            self._pool.note(self, idle=False)
+            self.queue.put_nowait({"type": "websocket.receive", "bytes": cast("bytes", message)})
+        else:
+            self.curr_msg_data_type, self.frames = "bytes", [cast("bytes", message)]
+            self.send_receive_event_to_app()
+
+    def _take_other(self, data: bytes) -> None:
+        if not self._is_refused and not self.transport.is_closing():
+            self.data_received(data)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -334,7 +367,8 @@ class SocketConnection(WebSocketsSansIOProtocol):
                 code="too_large",
                 hint="send fewer tokens in one step",
             )
-            self.transport.write(MessageFrame(Opcode.BINARY, refusal_frame(error)).serialize(mask=False))
+            refusal = refusal_frame(error)
+            self.transport.write(message_head(len(refusal)) + refusal)
             self.transport.write(b"".join(self.conn.data_to_send()))
             self._is_refused = self.close_sent = True
             self._end_message()
@@ -344,8 +378,18 @@ class SocketConnection(WebSocketsSansIOProtocol):
             return
         super().handle_parser_exception()
 
+    async def receive(self) -> Any:
+        self._is_awaited = self.queue.empty()
+        return await super().receive()
+
     async def send(self, message: Any) -> None:
-        await super().send(message)
+        data = message.get("bytes")
+        if data is not None:
+            await self.writable.wait()
+        if data is not None and self.conn.state is State.OPEN and not self.disconnected:
+            self.transport.write(memoryview(b"".join((message_head(len(data)), data))))
+        else:
+            await super().send(message)
         if message["type"] in ("websocket.accept", "websocket.send"):
             if not self.transport.is_closing():
                 self._pool.note(self, idle=True)

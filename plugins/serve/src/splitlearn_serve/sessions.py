@@ -122,7 +122,7 @@ class Sessions:
     def is_closing(self) -> bool:
         return self._is_closed or self.control.closing.is_set()
 
-    async def answer(self, model_id: str, data: bytes, owner: Owner) -> Reply:
+    async def answer(self, model_id: str, data: bytes | bytearray, owner: Owner) -> Reply:
         """Answer one message; an error is an answer, too."""
         traffic = self.control.traffic.of(model_id)
         traffic.bytes_received += len(data)
@@ -170,7 +170,7 @@ class Sessions:
 
     # --- a request ------------------------------------------------------------------------------------
 
-    async def _decoded(self, data: bytes) -> Frame:
+    async def _decoded(self, data: bytes | bytearray) -> Frame:
         header = decode_header(data, self.limits.max_payload)
         if header.kind not in _REQUESTS:
             raise ProtocolError(f"{header.kind.name} is no request", code="malformed")

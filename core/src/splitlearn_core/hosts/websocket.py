@@ -1,0 +1,146 @@
+"""Binary messages of a WebSocket, read and written with few copies.
+
+``websockets`` does the handshake, and gets whatever is no binary message in one frame: control frames, text, fragments,
+what is too large, and what is not valid. It would copy a message four times, and the parts of a large one that have
+left the processor's cache meanwhile take longest.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+
+from websockets.protocol import Protocol, Side, State
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # an installation without a compiler
+    from websockets.utils import apply_mask
+
+#: Bytes of a message that are masked, sent and received at once: they stay in the cache.
+PIECE_BYTES = 128 * 1024
+#: The first byte of a binary message in one frame; the bits of the second one, and what its length may say.
+_BINARY, _MASKED, _LENGTH, _TWO_BYTES, _EIGHT_BYTES = 0x82, 0x80, 0x7F, 126, 127
+_FINAL, _OPCODE, _CONTROL = 0x80, 0x0F, 0x08
+_LONGEST_HEAD, _MASK_BYTES = 14, 4
+
+
+def message_head(size: int, mask: bytes = b"") -> bytes:
+    """Return what stands before a binary message of a size: a client masks it, and a server does not."""
+    masked = _MASKED if mask else 0
+    if size < _TWO_BYTES:
+        return bytes((_BINARY, masked | size)) + mask
+    if size < 1 << 16:
+        return bytes((_BINARY, masked | _TWO_BYTES)) + size.to_bytes(2, "big") + mask
+    return bytes((_BINARY, masked | _EIGHT_BYTES)) + size.to_bytes(8, "big") + mask
+
+
+def _after(mask: bytes, count: int) -> bytes:
+    """Return the mask for what follows a number of bytes."""
+    count %= _MASK_BYTES
+    return mask[count:] + mask[:count]
+
+
+class MessageStream:
+    """The binary messages of a WebSocket connection, separated from the rest of what arrives.
+
+    Args:
+        protocol: Knows the state of the connection.
+        max_size: Bytes of the largest message; a larger one is left to ``protocol``, which refuses it.
+        take_message: Is called with each binary message that came in one frame.
+        take_other: Is called with the bytes of everything else, in order.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        max_size: int,
+        take_message: Callable[[bytearray], object],
+        take_other: Callable[[bytes], object],
+    ) -> None:
+        self._protocol = protocol
+        self._max_size = max_size
+        self._take_message = take_message
+        self._take_other = take_other
+        self._is_server = protocol.side is Side.SERVER
+        #: The part of a frame's head that has come; the bytes that its payload lacks, and how they are masked.
+        self._head = b""
+        self._left = 0
+        self._mask = b""
+        self._message: bytearray | None = None
+        self._is_in_fragments = False
+
+    def masked(self, buffers: Sequence[bytes | memoryview]) -> Iterator[bytes]:
+        """Return a binary message, as a client sends it, in pieces.
+
+        Raises:
+            ConnectionResetError: The other side has ended the connection.
+        """
+        if self._protocol.state is not State.OPEN:
+            raise ConnectionResetError("the connection was closed")
+        mask, size = secrets.token_bytes(_MASK_BYTES), sum(map(len, buffers))
+        prefix = message_head(size, mask)
+        if size <= PIECE_BYTES:
+            yield prefix + apply_mask(b"".join(buffers), mask)
+            return
+        for buffer in buffers:
+            view = memoryview(buffer)
+            for begin in range(0, len(view), PIECE_BYTES):
+                piece = view[begin : begin + PIECE_BYTES]
+                yield prefix + apply_mask(piece, mask)
+                prefix, mask = b"", _after(mask, len(piece))
+
+    def feed(self, data: memoryview) -> None:
+        """Take bytes that have arrived; nothing refers to them afterwards."""
+        while data:
+            if not self._left:
+                data = self._begin(data)
+            piece, data = data[: self._left], data[self._left :]
+            self._left -= len(piece)
+            if self._message is None:
+                if piece:
+                    self._take_other(bytes(piece))
+                continue
+            # It grows as it arrives: no memory is taken for what is only announced.
+            self._message += apply_mask(piece, self._mask) if self._mask else piece
+            if self._left:
+                self._mask = _after(self._mask, len(piece))
+            else:
+                message, self._message = self._message, None
+                self._take_message(message)
+
+    def _begin(self, data: memoryview) -> memoryview:
+        """Read the head of a frame as far as it has come, and return what is left of the data."""
+        head = self._head + data[: _LONGEST_HEAD - len(self._head)]
+        size = _head_bytes(head)
+        if len(head) < size:
+            self._head = head
+            return data[len(data) :]
+        data, head, self._head = data[size - len(self._head) :], head[:size], b""
+        is_masked, length = bool(head[1] & _MASKED), head[1] & _LENGTH
+        if length >= _TWO_BYTES:
+            length = int.from_bytes(head[2:4] if length == _TWO_BYTES else head[2:10], "big")
+        self._left, self._mask = length, head[-_MASK_BYTES:] if is_masked else b""
+        is_message = (
+            head[0] == _BINARY
+            and not self._is_in_fragments
+            and is_masked is self._is_server
+            and length <= self._max_size
+            and self._protocol.state is State.OPEN
+        )
+        if head[0] & _OPCODE < _CONTROL:
+            self._is_in_fragments = not head[0] & _FINAL
+        if is_message:
+            self._message = bytearray()
+        else:
+            self._take_other(head)
+        return data
+
+
+def _head_bytes(head: bytes) -> int:
+    """Return the size of a frame's head, or more than there is of it."""
+    if len(head) < 2:  # noqa: PLR2004  # flags and length
+        return 2
+    length = head[1] & _LENGTH
+    more = 0 if length < _TWO_BYTES else 2 if length == _TWO_BYTES else 8
+    return 2 + more + (_MASK_BYTES if head[1] & _MASKED else 0)
