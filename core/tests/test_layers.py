@@ -28,10 +28,10 @@ MODULES = {
 #: The rooms of core (a module at the top level is one), from the ground up: each imports those before it and itself.
 LAYERS = (
     "errors", "types", "quoting", "child_process", "arguments", "system_memory", "progress",
-    "family", "plan", "loading_strategy", "cut_stage", "wire_formats", "hookspecs", "plugins", "environment_errors", "checkpoint", "tokenization",
-    "readers", "build", "adapters", "split_model", "loading", "api", "cuts", "hosts", "storage", "pipeline", "assembly",
-    "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing",
-    "cli", "__main__",
+    "family", "plan", "loading_strategy", "cut_stage", "wire_formats", "hookspecs", "plugins", "environment_errors",
+    "checkpoint", "tokenization", "readers", "build", "adapters", "split_model", "loading", "api", "cuts", "hosts",
+    "storage", "pipeline", "assembly", "factory", "generation", "verification", "benchmark", "leak", "manager",
+    "quickstart", "extension", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.

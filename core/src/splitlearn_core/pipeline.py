@@ -96,10 +96,8 @@ class ComponentChain:
 
         parts = list(self.parts.values())
         rows = tokens if tokens is not None else first.get("inputs_embeds")
-        with (
-            restored(cache) if self._is_apart else nullcontext(),
-            crossing(self.crossings, owner, rows, cache) as cross,
-        ):
+        over_cuts = crossing(self.crossings, parts, rows, cache, is_training=owner.training)
+        with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross:
             output: Any = parts[0](tokens, **first, **given, past_key_values=_share(cache, parts[0]))
             outputs = [output]
             for number, part in enumerate(parts[1:], start=1):
@@ -304,11 +302,6 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def components(self) -> tuple[AnyComponent, ...]:
         """All components, in the order in which hidden states pass through them."""
         return tuple(self._chain.parts.values())
-
-    @property
-    def cuts(self) -> tuple[Cut, ...]:
-        """What is done at each cut; empty where nothing was given."""
-        return () if self._chain.crossings is None else self._chain.crossings.cuts
 
     @property
     def ledger(self) -> PrivacyLedger:

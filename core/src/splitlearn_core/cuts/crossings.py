@@ -65,13 +65,15 @@ class Crossings:
         return Crossings, (self.cuts, len(self.cuts), self.ledger)
 
     @contextmanager
-    def forward(self, owner: Any, rows: torch.Tensor | None, cache: Any) -> Iterator[_Cross]:
+    def forward(
+        self, parts: Sequence[Any], rows: torch.Tensor | None, cache: Any, *, is_training: bool
+    ) -> Iterator[_Cross]:
         """Surround a forward of the whole model; see :func:`crossing`."""
-        purpose = TRAINING if owner.training else EVALUATION
+        purpose = TRAINING if is_training else EVALUATION
         if _GENERATING.get() or (cache is not None and cache.get_seq_length() > 0):
             purpose = GENERATION
         # A trunk has no parameters of the owner but those of adapters, which are computed from the server's replies.
-        ends = [part for part in owner.components if part.kind is not Component.TRUNK]
+        ends = [part for part in parts if part.kind is not Component.TRUNK]
         is_trained = purpose == TRAINING and any(p.requires_grad for part in ends for p in part.parameters())
         windows = [] if rows is None else [self.ledger.window(_raw_bytes(row)) for row in rows]
         failed = True
@@ -109,21 +111,24 @@ class Crossings:
 
 
 def crossing(
-    crossings: Crossings | None, owner: Any, rows: torch.Tensor | None, cache: Any
+    crossings: Crossings | None, parts: Sequence[Any], rows: torch.Tensor | None, cache: Any, *, is_training: bool
 ) -> AbstractContextManager[_Cross]:
     """Surround a forward of a whole model.
 
     Args:
         crossings: Its cuts; None where nothing is done and counted.
-        owner: The split model.
+        parts: The components.
         rows: Token ids, or their embeddings.
         cache: What the forward goes on from.
+        is_training: The model's mode.
 
     Returns:
         A context with a function that takes the number of a cut, from 0 on, and hidden states over it. Their gradient
         will come back over it.
     """
-    return nullcontext(lambda number, hidden: hidden) if crossings is None else crossings.forward(owner, rows, cache)
+    if crossings is None:
+        return nullcontext(lambda number, hidden: hidden)
+    return crossings.forward(parts, rows, cache, is_training=is_training)
 
 
 @contextmanager
