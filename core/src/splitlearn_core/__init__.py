@@ -66,6 +66,12 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.files import open_regular as open_regular
     from splitlearn_core.checkpoint.hub.fetch_plan import FetchPlan as FetchPlan
     from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch as FileFetch
+    from splitlearn_core.cut_stage import Crossing as Crossing
+    from splitlearn_core.cut_stage import CutStage as CutStage
+    from splitlearn_core.cuts.cut import Cut as Cut
+    from splitlearn_core.cuts.ledger import PrivacyLedger as PrivacyLedger
+    from splitlearn_core.cuts.ledger import PrivacyStatement as PrivacyStatement
+    from splitlearn_core.cuts.ledger import Release as Release
     from splitlearn_core.factory import ModelFactory as ModelFactory
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
     from splitlearn_core.hosts.remote import RemoteComponent as RemoteComponent
@@ -108,6 +114,9 @@ _LAZY = {
     "AsyncModelManager": "manager.manager",
     "BottomModel": "build.component",
     "ComponentPlan": "plan.splitplan",
+    "Crossing": "cut_stage",
+    "Cut": "cuts.cut",
+    "CutStage": "cut_stage",
     "FailureInfo": "manager.status",
     "FamilyPlugin": "plugins.contract",
     "FetchPlan": "checkpoint.hub.fetch_plan",
@@ -124,7 +133,10 @@ _LAZY = {
     "ModelRegistry": "factory",
     "ModelStatus": "manager.status",
     "PlannedTensor": "plan.splitplan",
+    "PrivacyLedger": "cuts.ledger",
+    "PrivacyStatement": "cuts.ledger",
     "ReadPlan": "loading_strategy",
+    "Release": "cuts.ledger",
     "RemoteComponent": "hosts.remote",
     "ResourceManager": "manager.resources",
     "SplitCausalLM": "pipeline",

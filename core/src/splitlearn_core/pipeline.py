@@ -25,6 +25,9 @@ from splitlearn_core.build.kv_cache import CACHE_FIELD
 from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree, places_of
 from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.checkpoint.origin import origin_mismatches
+from splitlearn_core.cuts.crossings import Crossings, crossing, generating
+from splitlearn_core.cuts.cut import Cut
+from splitlearn_core.cuts.ledger import PrivacyLedger
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent, restored
 from splitlearn_core.storage.saved_components import load_split_directory
@@ -47,11 +50,13 @@ class ComponentChain:
     Args:
         parts: The components by name, in order.
         mixed_dtypes: Whether hidden states are cast at a cut.
+        crossings: What is done to what crosses the cuts; None for nothing.
     """
 
-    def __init__(self, parts: dict[str, AnyComponent], mixed_dtypes: bool) -> None:
+    def __init__(self, parts: dict[str, AnyComponent], mixed_dtypes: bool, crossings: Crossings | None = None) -> None:
         self.parts = parts
         self.mixed_dtypes = mixed_dtypes
+        self.crossings = crossings
         self.config = parts[Component.TOP].config
         self.routing = cast("ComponentModel", parts[Component.BOTTOM]).routing
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
@@ -90,14 +95,17 @@ class ComponentChain:
         given.update({name: True for name, wanted in recordings.items() if wanted})
 
         parts = list(self.parts.values())
-        with restored(cache) if self._is_apart else nullcontext():
+        rows = tokens if tokens is not None else first.get("inputs_embeds")
+        over_cuts = crossing(self.crossings, parts, rows, cache, is_training=owner.training)
+        with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross:
             output: Any = parts[0](tokens, **first, **given, past_key_values=_share(cache, parts[0]))
             outputs = [output]
             for number, part in enumerate(parts[1:], start=1):
                 is_last = part is parts[-1]
                 given = _move({**given, **last} if is_last and head else given, self.device(number))
                 run = cast("Any", part).without_head if is_last and not head else part
-                output = run(self._enter(number, output), **given, past_key_values=_share(cache, part))
+                hidden = cross(number - 1, self._enter(number, output))
+                output = run(hidden, **given, past_key_values=_share(cache, part))
                 outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)
         return result if return_dict else result.to_tuple()
@@ -166,9 +174,11 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         mixed_dtypes: Let the components have different dtypes. At each cut, hidden states are then
             cast to the dtype of the component that they enter. Without it, different dtypes are
             refused.
+        cuts: What is done to hidden states and gradients that leave the data owner, one for each cut.
+        ledger: Counts what is released there; by default a new one, ``model.ledger``.
 
     Raises:
-        ConfigurationError: The components do not form one model.
+        ConfigurationError: The components do not form one model, or the cuts do not fit them.
     """
 
     _chain: ComponentChain
@@ -194,6 +204,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         bottom: ComponentModel | None = None,
         *following: AnyComponent | None,
         mixed_dtypes: bool = False,
+        cuts: Sequence[Cut] | None = None,
+        ledger: PrivacyLedger | None = None,
         **named: AnyComponent | None,
     ) -> None:
         if isinstance(bottom, list | tuple):
@@ -205,6 +217,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         # A single component is named as one of two in the error.
         parts: dict[str, Any] = dict(zip(component_names(max(len(given), 2)), [*given, None], strict=False))
         _check_fit(parts, mixed_dtypes)
+        crossings = None if cuts is None and ledger is None else Crossings(cuts or (), len(parts) - 1, ledger)
         top = parts[Component.TOP]
         config, training = top.config, top.training
         family_class = architecture_class(top.family)
@@ -218,19 +231,19 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         # What the checkpoint says about generation came with the top; without it, the model's own.
         stated = getattr(top, "generation_config", None)
         self.generation_config = stated or GenerationConfig.from_model_config(config)
-        self._assemble(parts, mixed_dtypes)
+        self._assemble(parts, mixed_dtypes, crossings)
         for part in parts.values():
             if isinstance(part, RemoteComponent):
                 part.report_differences(config, self.device)
 
-    def _assemble(self, parts: dict[str, Any], mixed_dtypes: bool) -> None:
+    def _assemble(self, parts: dict[str, Any], mixed_dtypes: bool, crossings: Crossings | None) -> None:
         """Build the module tree of the unsplit model from the modules of the components."""
         top = parts[Component.TOP]
         ours = self.__dict__
         # Attributes that the family's own class sets and its methods rely on.
         own = {"loss_type", "generation_config", "training", *nn.Module().__dict__}
         ours.update({name: getattr(top, name) for name in top.family_attributes if name not in own})
-        self._chain = ComponentChain(parts, mixed_dtypes)
+        self._chain = ComponentChain(parts, mixed_dtypes, crossings)
         ours["_modules"] = module_tree(parts, Backbone, {"_chain": self._chain})
         # Components of two separate loads hold one copy each, which nothing keeps equal.
         tied = self.get_expanded_tied_weights_keys(all_submodels=True)
@@ -248,7 +261,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             raise AttributeError(self._lacks(name))
         parts = {**self._chain.parts, name: value}
         _check_fit(parts, self._chain.mixed_dtypes)
-        self._assemble(parts, self._chain.mixed_dtypes)
+        self._assemble(parts, self._chain.mixed_dtypes, self._chain.crossings)
 
     if not TYPE_CHECKING:  # a type checker is to know the attributes of the class
 
@@ -289,6 +302,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def components(self) -> tuple[AnyComponent, ...]:
         """All components, in the order in which hidden states pass through them."""
         return tuple(self._chain.parts.values())
+
+    @property
+    def ledger(self) -> PrivacyLedger:
+        """The count of what was released at the cuts; without ``cuts`` nothing is counted, and this is an error."""
+        if self._chain.crossings is None:
+            raise ConfigurationError("this split model was made without cuts=[Cut(), ...], and counts no releases")
+        return self._chain.crossings.ledger
 
     @property
     def device(self) -> torch.device:
@@ -332,7 +352,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                 "a split model cannot draft with its own first layers (assistant_early_exit)",
                 hint="give a small model as assistant_model, or prompt_lookup_num_tokens",
             )
-        return super().generate(inputs, *args, **kwargs)
+        with generating():
+            return super().generate(inputs, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -439,7 +460,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         for component in self.components:
             component.config.vocab_size = self.config.vocab_size
             component.vocab_size = self.config.vocab_size
-        self._assemble(self._chain.parts, self._chain.mixed_dtypes)
+        self._assemble(self._chain.parts, self._chain.mixed_dtypes, self._chain.crossings)
         return resized
 
 

@@ -166,6 +166,7 @@ _COMMANDS = {
     "split": "split",
     "merge": "split:merge_command",
     "bench": "bench",
+    "leak": "leak",
     "doctor": "doctor",
 }
 

@@ -33,6 +33,7 @@ from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.quoting import said
 
 if TYPE_CHECKING:
+    from splitlearn_core.cut_stage import CutStage
     from splitlearn_core.loading_strategy import LoadingStrategy
 
 
@@ -110,6 +111,26 @@ def load_plugin(entry: PluginEntry) -> LoadedPlugin:
     families = _families(entry, loaded.call_list("splitlearn_model_families"))
     strategies = _strategies(entry, loaded.call_list("splitlearn_loading_strategies"))
     return replace(loaded, families=families, strategies=strategies)
+
+
+def load_stage(entry: PluginEntry) -> CutStage:
+    """Import a stage of cuts: the object that its entry point names.
+
+    Raises:
+        BrokenPluginError: Importing fails, or it is not a stage of that name.
+    """
+    from splitlearn_core.cut_stage import CutStage
+
+    stage = _imported(entry)
+    if isinstance(stage, type) or not isinstance(stage, CutStage):
+        raise broken(entry, f"{entry.module!r} is {stage!r}, which is not a CutStage", "name an object: module:object")
+    if stage.name != entry.name:
+        raise broken(
+            entry,
+            f"its entry point is named {entry.name!r}, but the stage {stage.name!r}",
+            "name the entry point after the stage",
+        )
+    return stage
 
 
 def broken(entry: PluginEntry, problem: str, hint: str = "") -> BrokenPluginError:

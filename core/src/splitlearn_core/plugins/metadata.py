@@ -33,9 +33,12 @@ STRATEGY_GROUP = "splitlearn.strategies"
 #: Entry points of commands for the command line: the name is the command's words joined by dots (``plugins.new``), the
 #: value where its click command is (``package.module:attribute``).
 COMMAND_GROUP = "splitlearn.commands"
-FAMILY, STRATEGY, COMMAND = "family", "strategy", "command"
-#: Group -> what its entry points name: what loads models.
-KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY}
+#: Entry points of packages that add a stage of cuts: the name is the stage's, the value the object
+#: (``package.module:attribute``).
+STAGE_GROUP = "splitlearn.cut_stages"
+FAMILY, STRATEGY, STAGE, COMMAND = "family", "strategy", "cut stage", "command"
+#: Group -> what its entry points name.
+KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY, STAGE_GROUP: STAGE}
 #: An optional entry point ``version = "1"`` that says which plugin API a plugin was made for.
 API_GROUP = "splitlearn.plugin_api"
 CORE = "splitlearn-core"
@@ -51,9 +54,10 @@ _MIN_SIMILARITY = 0.8
 class PluginEntry:
     """One entry point, as the metadata of an installed distribution states it."""
 
-    #: The model type of a family, the name of a loading strategy, or the words of a command joined by dots.
+    #: The model type of a family, the name of a strategy or of a cut stage, or the words of a command joined by dots.
     name: str
-    #: The module with the hook implementations, ``package.module``; of a command ``package.module:attribute``.
+    #: The module with the hook implementations, ``package.module``; of a command, and of a cut stage,
+    #: ``package.module:attribute``.
     module: str
     distribution: str
     version: str
@@ -63,12 +67,12 @@ class PluginEntry:
     plugin_api: str = "1"
     #: The version of core that the distribution requires, ``>=0.1``; empty if it does not say.
     requires_core: str = ""
-    #: ``family``, ``strategy`` or ``command``.
+    #: ``family``, ``strategy``, ``cut stage`` or ``command``.
     kind: str = FAMILY
 
     @property
     def model_type(self) -> str:
-        """The model type of a family; empty for a strategy."""
+        """The model type of a family; empty for what is none."""
         return self.name if self.kind == FAMILY else ""
 
     @property
@@ -76,7 +80,8 @@ class PluginEntry:
         """What the entry point names, in words."""
         if self.kind == COMMAND:
             return f"command '{self.name.replace('.', ' ')}'"
-        return f"model type {self.name!r}" if self.kind == FAMILY else f"loading strategy {self.name!r}"
+        words = {FAMILY: "model type", STRATEGY: "loading strategy"}
+        return f"{words.get(self.kind, self.kind)} {self.name!r}"
 
     @property
     def is_local(self) -> bool:

@@ -30,15 +30,17 @@ from splitlearn_core.plugins.host import (
     LoadedPlugin,
     broken,
     load_plugin,
+    load_stage,
     mapping_problem,
     trace_if_requested,
     trace_skipped,
 )
 from splitlearn_core.plugins.known import is_known, way_out
-from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+from splitlearn_core.plugins.metadata import FAMILY, STAGE, STRATEGY, PluginEntry
 from splitlearn_core.quoting import listed, quote
 
 if TYPE_CHECKING:
+    from splitlearn_core.cut_stage import CutStage
     from splitlearn_core.loading_strategy import LoadingStrategy
 
 log = logging.getLogger(__name__)
@@ -172,6 +174,27 @@ class PluginRegistry:
                 added[name] = strategy
         return tuple({**added, **{strategy.name: strategy for strategy in own}}.values())
 
+    def cut_stage(self, name: str) -> CutStage:
+        """Return a stage of cuts by its name, importing the package that adds it and no other.
+
+        Raises:
+            PluginError: The package cannot be used.
+            ConfigurationError: No package adds such a stage, or a variable blocks the package.
+        """
+        entries = [entry for entry in self._of(STAGE) if entry.name == name]
+        allowed = [entry for entry in entries if not blocked_by(entry)]
+        if not allowed:
+            names = listed([entry.name for entry in self._of(STAGE)]) or "none"
+            raise ConfigurationError(
+                f"cut stage {name!r} ({entries[0].label}) is blocked by {blocked_by(entries[0])}"
+                if entries
+                else f"no installed plugin adds a cut stage {quote(name)} (installed: {names})",
+                hint=f"change or unset {blocked_by(entries[0])}" if entries else "splitlearn plugins shows the plugins",
+            )
+        entry = _only(allowed)
+        _check_compatible(entry)
+        return load_stage(entry)
+
     def _package_strategy(self, name: str, requested: str | None) -> LoadingStrategy | None:
         entries = [entry for entry in self._of(STRATEGY) if entry.name == name]
         allowed = [entry for entry in entries if not blocked_by(entry)]
@@ -253,7 +276,8 @@ class PluginRegistry:
 
     def status(self, entry: PluginEntry, *, check: bool = False) -> PluginStatus:
         """Return the row of one plugin; with ``check`` it is imported and its hooks are called."""
-        hooks: tuple[str, ...] = (PROVIDING_HOOKS[entry.kind],)
+        # A stage is an object, and no hook provides it.
+        hooks: tuple[str, ...] = () if entry.kind == STAGE else (PROVIDING_HOOKS[entry.kind],)
         if variable := blocked_by(entry):
             return PluginStatus(entry, "blocked", hooks, f"blocked by {variable}", f"change or unset {variable}")
         try:
@@ -261,6 +285,8 @@ class PluginRegistry:
             _check_compatible(entry)
             if check and entry.kind == FAMILY:
                 hooks = self.plugin(entry.name).hooks
+            elif check and entry.kind == STAGE:
+                self.cut_stage(entry.name)
             elif check:
                 self.strategies(None, entry.name)
                 hooks = self._use(entry).hooks

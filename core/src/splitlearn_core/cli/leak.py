@@ -1,0 +1,160 @@
+"""``splitlearn leak``: attack the messages of a split model, and say what was recovered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from splitlearn_core.cli.shared_options import (
+    connect_all,
+    json_option,
+    load_options,
+    load_options_of,
+    model_options,
+    print_json,
+    remote_options,
+    split_points_of,
+    table,
+    usage_errors,
+)
+from splitlearn_core.leak.measure import NO_DEFENCE, NO_MESSAGES, SHUFFLED, Leak, LeakSettings, Recovery, measure_leak
+from splitlearn_core.plan.split_points import cut_words
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+class _Pair(click.ParamType):
+    """``VALUE``, or ``VALUE,VALUE`` for hidden states and gradients; ``-`` for none."""
+
+    name = "value"
+
+    def __init__(self, kind: click.ParamType) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        values = str(value).split(",")
+        if len(values) > 2:  # noqa: PLR2004  # a pair
+            self.fail(f"{value!r}: give one value, or one for hidden states and one for gradients", param, ctx)
+        converted = tuple(None if each == "-" else self._kind.convert(each, param, ctx) for each in values)
+        return converted if len(converted) > 1 else converted[0]
+
+
+@click.command("leak", short_help="Attack what crosses the cuts.")
+@model_options
+@load_options
+@remote_options
+@click.option("--clip", type=_Pair(_POSITIVE), metavar="C[,C]", help="Largest norm of a window, at each cut.")
+@click.option("--noise", type=_Pair(_POSITIVE), metavar="S[,S]", help="Standard deviation of noise, at each cut.")
+@click.option(
+    "--quantize", type=_Pair(click.Choice(("int8", "int4"))), metavar="E[,E]", help="int8 or int4, at each cut."
+)
+@click.option("--stage", "stages", multiple=True, metavar="NAME", help="A stage of a plugin, at each cut. Repeatable.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The text: its second half is attacked, the first is the attacker's. By default letters made from the seed.",
+)
+@click.option("--windows", type=click.IntRange(min=2), default=8, show_default=True, help="Windows of it.")
+@click.option("--length", type=click.IntRange(min=4), default=24, show_default=True, help="Tokens of a window.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of letters, noise and attacks.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    model: str,
+    split_points: tuple[int, ...] | None,
+    dtype: str | dict[str, str],
+    clip: Any,
+    noise: Any,
+    quantize: Any,
+    stages: tuple[str, ...],
+    text: Path | None,
+    windows: int,
+    length: int,
+    seed: int,
+    as_json: bool,
+    **others: Any,
+) -> None:
+    """Attack the messages that a training of MODEL sends, and say how much of the text was recovered.
+
+    The attacks run on this machine; with --at, what is attacked is what a trunk that is served there
+    gets. One value of --clip, --noise or --quantize is for hidden states and gradients; a pair, as in
+    --clip 8,0.1, is one for each, and - is for none.
+    """
+    from splitlearn_core.cuts.cut import Cut
+    from splitlearn_core.loading.opening import open_model
+    from splitlearn_core.progress import reporting
+
+    with usage_errors():
+        cut = Cut(clip, noise, quantize, stages)
+    options = load_options_of(others, split_points)
+    elsewhere = {name: others.pop(name) for name in ("remote", "token_file", "ca_file")}
+    opened = open_model(model, **others)
+    remote = connect_all(elsewhere)
+    split_points = split_points_of(opened, split_points, remote)
+    settings = LeakSettings(text=text, windows=windows, length=length, seed=seed)
+    with reporting(None) as progress:
+        result = measure_leak(
+            opened,
+            split_points,
+            dtype,
+            options,
+            cut,
+            settings,
+            progress,
+            remote,
+            report=lambda line: click.echo(line, err=True),
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        click.echo(render_leak(result))
+
+
+def render_leak(result: Leak) -> str:
+    """Format what was recovered as text."""
+    rows = []
+    for each in result.attacks:
+        low, high = each.recovery.interval
+        rows.append(
+            (
+                each.attack,
+                each.attacker,
+                f"{each.recovery.share:.1%} ({low:.0%} to {high:.0%})",
+                f"{each.recovery.exact_windows} of {result.windows}",
+                f"{each.recovery.secrets} of {result.secrets}",
+                *(_share(each.controls[name]) for name in (NO_DEFENCE, SHUFFLED, NO_MESSAGES)),
+            )
+        )
+    header = ("attack", "attacker", "tokens", "windows", "secrets", NO_DEFENCE, SHUFFLED, NO_MESSAGES)
+    statement = result.statement
+    if statement.epsilon is None:
+        budget = f"no epsilon is stated: {'; '.join(statement.reasons)}"
+    else:
+        budget = (
+            f"epsilon {statement.epsilon:.1f} at delta {statement.delta:g} for one pass of training over a window, "
+            f"with frozen ends: {statement.releases} messages, sensitivity 2C; unit: {statement.unit}"
+        )
+    sizes = ", ".join(f"{what} {size:,}" for what, size in result.bytes_per_token.items())
+    return "\n".join(
+        (
+            f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}; {result.text}: "
+            f"{result.windows} windows of {result.length} tokens",
+            result.cut,
+            "",
+            table(header, rows),
+            f"{result.note}; intervals of 95 % over windows",
+            "",
+            f"loss {result.loss:.3f}, without this {result.loss_without_cuts:.3f}",
+            f"bytes per token: {sizes}",
+            budget,
+        )
+    )
+
+
+def _share(recovery: Recovery) -> str:
+    return f"{recovery.share:.1%}"

@@ -1,0 +1,204 @@
+"""What was released at the cuts, and what that comes to where it can be stated."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from splitlearn_core.cut_stage import STATES
+from splitlearn_core.errors import ConfigurationError
+
+TRAINING, EVALUATION, GENERATION = PURPOSES = ("training", "evaluation", "generation")
+
+_UNIT = "one window: one sequence of a batch, replaced by another one of the same length"
+_ASSUMPTIONS = (
+    "the server sees every message, and knows everything but one window",
+    "sensitivity 2C: all positions of a window are clipped together to the norm C, and one window is replaced",
+    "no text is in two windows, and no computation of the model mixes the windows of a batch",
+    "masks, positions, and the numbers of tokens and of labels are known to the server",
+    "nothing else that depends on the windows is sent: no adapters but those computed from the server's replies alone",
+    "noise of real numbers: that of floating-point numbers gives away some low bits",
+)
+_KEY_BYTES, _DIGEST_BYTES = 32, 12
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One kind of message that left the data owner."""
+
+    purpose: str
+    #: The cut, from 0 on, and what crossed it.
+    cut: int
+    what: str
+    clip: float | None
+    noise: float | None
+    #: Whether the noise can be drawn again, from a seed.
+    seeded: bool
+    #: Whether bottom or top were trained meanwhile.
+    trained_ends: bool
+
+    def refusals(self) -> list[str]:
+        """Say why no budget can be stated for it."""
+        what = f"{self.what} at cut {self.cut + 1} in {self.purpose}"
+        reasons = [] if self.noise is not None else [f"{what} were sent without noise"]
+        reasons += (
+            [] if self.clip is not None else [f"{what} were not clipped, so that one window may change any amount"]
+        )
+        reasons += [f"{what} had noise of a given seed, which can be subtracted"] if self.seeded else []
+        if self.trained_ends:
+            reasons.append(f"bottom or top were trained: {what} of one window then depend on all others")
+        if self.purpose == GENERATION:
+            reasons.append(f"{what} were sent in pieces, and a window is clipped as a whole only")
+        return reasons
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyStatement:
+    """What the ledger states, or why it does not."""
+
+    #: None where it is not stated.
+    epsilon: float | None
+    delta: float
+    unit: str
+    #: Messages of the window of which most was released.
+    releases: int
+    assumptions: tuple[str, ...]
+    #: Why epsilon is not stated.
+    reasons: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class PrivacyLedger:
+    """Counts what was released at the cuts of a model: in training, evaluation and generation.
+
+    It is kept by the model (``model.ledger``); give it to another model to go on counting.
+    """
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(_KEY_BYTES)
+        self._lock = threading.Lock()
+        #: Messages of one window each, of any window, and by window.
+        self._all: Counter[Release] = Counter()
+        self._by_window: dict[bytes, Counter[Release]] = {}
+
+    def window(self, content: bytes | memoryview) -> bytes:
+        """Return the name of a window: a hash under a key of this ledger."""
+        return hashlib.blake2b(content, key=self._key, digest_size=_DIGEST_BYTES).digest()
+
+    def count(self, release: Release, windows: list[bytes]) -> None:
+        """Count one message of each window."""
+        with self._lock:
+            self._all[release] += len(windows)
+            for window in windows:
+                self._by_window.setdefault(window, Counter())[release] += 1
+
+    @property
+    def releases(self) -> Mapping[Release, int]:
+        """How many windows were sent, by kind of message."""
+        with self._lock:
+            return dict(self._all)
+
+    def statement(self, delta: float = 1e-5) -> PrivacyStatement:
+        """State (epsilon, delta) for the window of which most was released, where the assumptions hold.
+
+        Args:
+            delta: The probability that is left out; less than one over the number of windows.
+        """
+        if not 0 < delta < 1:
+            raise ConfigurationError(f"delta={delta} is no probability between 0 and 1")
+        with self._lock:
+            reasons = tuple(dict.fromkeys(reason for release in self._all for reason in release.refusals()))
+            worst = max(self._by_window.values(), key=_precision, default=Counter[Release]())
+            worst = Counter(worst)
+        epsilon: float | None = 0.0
+        if reasons:
+            epsilon = None
+        elif worst:
+            try:
+                epsilon = _epsilon(worst, delta)
+            except ImportError as error:
+                epsilon, reasons = (
+                    None,
+                    (f"dp-accounting is not installed ({error}): pip install 'splitlearn-core[accounting]'",),
+                )
+        return PrivacyStatement(epsilon, delta, _UNIT, worst.total(), _ASSUMPTIONS, reasons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ledger as values of JSON, to be kept with a checkpoint of a training."""
+        with self._lock:
+            kinds = list(self._all)
+            places = {release: number for number, release in enumerate(kinds)}
+            windows = {
+                window.hex(): [[places[release], count] for release, count in counts.items()]
+                for window, counts in self._by_window.items()
+            }
+            return {
+                "key": self._key.hex(),
+                "releases": [{**asdict(release), "windows": self._all[release]} for release in kinds],
+                "windows": windows,
+            }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PrivacyLedger:
+        """Go on with what :meth:`to_dict` returned.
+
+        Raises:
+            ConfigurationError: It is something else.
+        """
+        ledger = cls()
+        try:
+            kinds = [
+                Release(**{name: value for name, value in item.items() if name != "windows"})
+                for item in values["releases"]
+            ]
+            ledger._key = bytes.fromhex(values["key"])
+            ledger._all = Counter({kind: int(item["windows"]) for kind, item in zip(kinds, values["releases"])})
+            ledger._by_window = {
+                bytes.fromhex(window): Counter({kinds[place]: int(count) for place, count in counts})
+                for window, counts in values["windows"].items()
+            }
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ConfigurationError(
+                f"this is no ledger: {type(error).__name__} {error}", hint="give what to_dict() of one returned"
+            ) from error
+        return ledger
+
+    def __repr__(self) -> str:
+        counts = Counter[str]()
+        for release, count in self.releases.items():
+            counts[f"{release.purpose} {'states' if release.what == STATES else 'gradients'}"] += count
+        return f"PrivacyLedger({', '.join(f'{what}: {count}' for what, count in sorted(counts.items())) or 'empty'})"
+
+    def __reduce__(self) -> Any:
+        return PrivacyLedger.from_dict, (self.to_dict(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrivacyLedger:
+        # What a copy of the model releases is released of the same text.
+        return self
+
+
+def _precision(counts: Counter[Release]) -> float:
+    """Return what adds up over Gaussian releases: the squares of clip over noise."""
+    return sum(
+        number * (release.clip / release.noise) ** 2
+        for release, number in counts.items()
+        if release.clip is not None and release.noise is not None
+    )
+
+
+def _epsilon(counts: Counter[Release], delta: float) -> float:
+    from dp_accounting import dp_event, pld
+
+    accountant = pld.PLDAccountant()
+    for release, number in counts.items():
+        if release.clip is not None and release.noise is not None:
+            # The event's multiplier is in units of the sensitivity, which is 2C.
+            accountant.compose(dp_event.GaussianDpEvent(release.noise / (2 * release.clip)), number)
+    return float(accountant.get_epsilon(delta))

@@ -1,0 +1,442 @@
+"""Measure a split: messages of a text, the attacks on them, the controls, and what the cuts cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.generation import has_tokenizer, load_tokenizer
+from splitlearn_core.leak.texts import letters, secrets
+from splitlearn_core.loading.load import import_builders, load_components
+from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.loading.options import LoadOptions, check_options
+from splitlearn_core.loading.planning import plan_and_fetch
+from splitlearn_core.types import Component, ProgressCallback, dtype_name
+from splitlearn_core.wire_formats import RAW, encoded_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from splitlearn_core.cuts.cut import Cut
+    from splitlearn_core.cuts.ledger import PrivacyStatement
+    from splitlearn_core.hosts.remote import RemoteComponent
+
+#: Sentences of the built-in text: attacked, and known to the attacker.
+_SENTENCES, _KNOWN_SENTENCES = 60, 900
+#: Windows that cross at once.
+_AT_ONCE = 16
+_RESAMPLES = 1_000
+_RANDOM_KNOWN = 64
+
+NO_DEFENCE, SHUFFLED, NO_MESSAGES = "no defence", "shuffled messages", "no messages"
+
+
+@dataclass(frozen=True, slots=True)
+class LeakSettings:
+    """What is attacked, and how much of it."""
+
+    #: The text; by default letters that are made from the seed.
+    text: Path | None = None
+    #: Windows of the text, secrets each at the beginning of one more window, and tokens of a window.
+    windows: int = 8
+    secrets: int = 4
+    length: int = 24
+    #: Windows of other text that inverters are trained on.
+    known: int = 256
+    #: Tokens that vocabulary matching tries in context at each position.
+    candidates: int = 1_024
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What an attack recovered: a share of all tokens, with an interval of 95 % over windows."""
+
+    share: float
+    interval: tuple[float, float]
+    exact_windows: int
+    secrets: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttackResult:
+    """One attack on the messages, and on those of the controls."""
+
+    attack: str
+    #: What the attacker has.
+    attacker: str
+    recovery: Recovery
+    controls: Mapping[str, Recovery]
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """What was recovered, and what the cuts cost."""
+
+    model: str
+    split_points: tuple[int, ...]
+    dtype: str
+    text: str
+    cut: str
+    windows: int
+    length: int
+    secrets: int
+    attacks: tuple[AttackResult, ...]
+    #: Per token, on the text that was attacked.
+    loss: float
+    loss_without_cuts: float
+    #: What crosses in training, for one token: by cut and direction.
+    bytes_per_token: Mapping[str, int]
+    #: For one pass of training over each window, with frozen ends and secret noise.
+    statement: PrivacyStatement
+    note: str = field(default="recovered by these attacks; others may recover more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as values of JSON."""
+        return asdict(self)
+
+
+def measure_leak(
+    model: OpenModel,
+    split_points: Sequence[int],
+    dtype: str | Mapping[Any, str],
+    options: LoadOptions,
+    cut: Cut,
+    settings: LeakSettings,
+    progress: ProgressCallback,
+    remote: Mapping[str, RemoteComponent] = {},
+    report: Callable[[str], None] = lambda text: None,
+) -> Leak:
+    """Attack the messages of a split model on the user's checkpoint.
+
+    Args:
+        model: The checkpoint.
+        split_points: Where it is cut.
+        dtype, options: How components are loaded.
+        cut: What is done at each cut.
+        settings: What is attacked.
+        progress: Called during loads.
+        remote: Components that are used where they run, by name.
+        report: Called with a line before each stage.
+
+    Raises:
+        ConfigurationError: The text is too short, or cannot be read.
+    """
+    check_options(model, options)
+    import_builders(model.family)
+    from splitlearn_core.build.torch_state import own_state
+
+    plan = plan_and_fetch(model, split_points, None, dtype, progress).split
+    names = [name for name in plan.names if name not in remote]
+    loaded = load_components(model, plan_and_fetch(model, split_points, names, dtype, progress), options, progress)
+    parts = [remote.get(name) or loaded[name] for name in plan.names]
+    with own_state(gradients=False):
+        return _measure(model, parts, plan.split_points, cut, settings, report)
+
+
+def _measure(
+    model: OpenModel,
+    parts: list[Any],
+    split_points: tuple[int, ...],
+    cut: Cut,
+    settings: LeakSettings,
+    report: Callable[[str], None],
+) -> Leak:
+    import torch
+
+    from splitlearn_core.cuts.cut import Cut
+    from splitlearn_core.cuts.ledger import TRAINING, PrivacyLedger
+    from splitlearn_core.pipeline import SplitCausalLM
+
+    cuts = len(split_points)
+    seeded = replace(cut, seed=settings.seed)
+    corpus = _corpus(model, settings)
+    defended = SplitCausalLM(*parts, cuts=[seeded] * cuts).eval()
+    plain = SplitCausalLM(*parts, cuts=[Cut()] * cuts).eval()
+    report(f"sending {len(corpus.attacked)} windows, and {len(corpus.known)} of other text")
+    sent = {"": _sent(defended, corpus.attacked), NO_DEFENCE: _sent(plain, corpus.attacked)}
+    known = {
+        "": _sent(defended, corpus.known, gradients=False),
+        NO_DEFENCE: _sent(plain, corpus.known, gradients=False),
+    }
+    judge = _Judge(corpus, settings.seed)
+    results = []
+    for attack in _ATTACKS:
+        if attack.of_gradients and len(parts) < 3:  # noqa: PLR2004  # bottom, a trunk, top
+            continue
+        report(f"{attack.name}")
+        recovered = {
+            name: attack.run(parts, messages, known[name], corpus, Cut() if name else cut, settings)
+            for name, messages in sent.items()
+            # Without a defence both are the same.
+            if not name or cut != Cut()
+        }
+        recovered.setdefault(NO_DEFENCE, recovered[""])
+        # A message that is given to the attacker as that of another text.
+        recovered[SHUFFLED] = recovered[""].roll(1, 0)
+        values, counts = corpus.known.unique(return_counts=True)
+        recovered[NO_MESSAGES] = torch.full_like(recovered[""], int(values[counts.argmax()]))
+        judged = {name: judge.recovery(tokens, attack.of_gradients) for name, tokens in recovered.items()}
+        results.append(AttackResult(attack.name, attack.attacker, judged.pop(""), judged))
+    ledger = PrivacyLedger()
+    for release in defended.ledger.releases:
+        ledger.count(replace(release, purpose=TRAINING, seeded=False, trained_ends=False), [b"window"])
+    return Leak(
+        model=model.name,
+        split_points=split_points,
+        dtype=dtype_name(parts[0].dtype),
+        text=corpus.name,
+        cut=_words(cut),
+        windows=len(corpus.attacked),
+        length=settings.length,
+        secrets=len(corpus.secret_lengths),
+        attacks=tuple(results),
+        loss=sent[""].loss,
+        loss_without_cuts=sent[NO_DEFENCE].loss,
+        bytes_per_token=_bytes_per_token(parts, cut),
+        statement=ledger.statement(),
+    )
+
+
+# --- the text ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Corpus:
+    name: str
+    #: Token ids ``[windows, length]``; the last ones begin with a secret each.
+    attacked: torch.Tensor
+    known: torch.Tensor
+    #: Tokens of each secret.
+    secret_lengths: tuple[int, ...]
+
+
+def _corpus(model: OpenModel, settings: LeakSettings) -> _Corpus:
+    import torch
+
+    length, count = settings.length, settings.windows
+    if not has_tokenizer(model):
+        if settings.text is not None:
+            raise ConfigurationError(f"{model.name} has no tokenizer for the text", hint="leave --text out")
+        vocabulary = int(model.config["vocab_size"])
+        source = torch.Generator().manual_seed(settings.seed)
+        ids = torch.randint(0, vocabulary, (count + settings.known, length), generator=source)
+        return _Corpus("random tokens", ids[:count], ids[count:], ())
+    tokenizer = load_tokenizer(model)
+
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    if settings.text is None:
+        name = f"letters of seed {settings.seed}"
+        attacked = encoded(letters(2 * settings.seed, _SENTENCES))
+        known = encoded(letters(2 * settings.seed + 1, _KNOWN_SENTENCES))
+    else:
+        name, tokens = settings.text.name, encoded(_read(settings.text))
+        # The attacker's text is like the owner's: a half of it.
+        attacked, known = tokens[len(tokens) // 2 :], tokens[: len(tokens) // 2]
+    if min(len(attacked), len(known)) < count * length:
+        raise ConfigurationError(
+            f"{name} has {len(attacked) + len(known)} tokens, and {2 * count * length} are needed: "
+            f"{count} windows of {length}, and as many for the attacker",
+            hint="give a longer text, or fewer or shorter windows",
+        )
+    planted = [encoded(secret)[:length] for secret in secrets(settings.seed, settings.secrets)]
+    windows = [attacked[start : start + length] for start in range(0, count * length, length)]
+    windows += [[*secret, *attacked][:length] for secret in planted]
+    others = len(known) // length
+    # Overlapping windows, where there are few of them.
+    starts = islice(cycle([*range(0, others * length, length)]), min(settings.known, others))
+    return _Corpus(
+        name,
+        torch.tensor(windows),
+        torch.tensor([known[start : start + length] for start in starts]),
+        tuple(map(len, planted)),
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the text cannot be read: {error}", hint="check --text; it is UTF-8") from error
+
+
+# --- the messages --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Messages as the server gets them, and what it returned."""
+
+    states: torch.Tensor
+    outputs: torch.Tensor
+    gradients: torch.Tensor | None
+    loss: float
+
+
+def _sent(model: Any, ids: torch.Tensor, *, gradients: bool = True) -> _Sent:
+    """Run windows through a model, and keep what enters the second component and comes back to the last but one."""
+    import torch
+
+    kept: dict[str, list[torch.Tensor]] = {"states": [], "outputs": [], "gradients": []}
+    losses = []
+    with _watched(model, kept), torch.set_grad_enabled(gradients):
+        # One window at a time where gradients are wanted: their size depends on the labels of a batch.
+        for rows in ids.split(1 if gradients else _AT_ONCE):
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+            losses.append(float(loss.detach()) * len(rows))
+            if gradients:
+                loss.backward()
+                model.zero_grad()
+    joined = {name: torch.cat(tensors) if tensors else None for name, tensors in kept.items()}
+    states, outputs = joined["states"], joined["outputs"]
+    if states is None or outputs is None:
+        raise ConfigurationError("no window was sent")
+    return _Sent(states, outputs, joined["gradients"], sum(losses) / len(ids))
+
+
+@contextmanager
+def _watched(model: Any, kept: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+    first, last = model.components[1], model.components[-2]
+
+    def before(_: Any, args: Any, kwargs: Any) -> None:
+        kept["states"].append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
+
+    def after(_: Any, args: Any, output: torch.Tensor) -> None:
+        kept["outputs"].append(output.detach().cpu())
+        if output.requires_grad:
+            output.register_hook(lambda gradient: kept["gradients"].append(gradient.cpu()))
+
+    hooks = [first.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- the attacks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Attack:
+    name: str
+    attacker: str
+    run: Callable[[list[Any], _Sent, _Sent, _Corpus, Cut, LeakSettings], torch.Tensor]
+    of_gradients: bool = False
+
+
+def _match(
+    parts: list[Any], sent: _Sent, known: _Sent, corpus: _Corpus, cut: Cut, settings: LeakSettings
+) -> torch.Tensor:
+    import torch
+
+    from splitlearn_core.cut_stage import STATES
+    from splitlearn_core.leak.attacks import VocabularyMatching
+
+    is_scaled = cut.of(STATES).clip is not None
+    attack = VocabularyMatching(parts[0], parts[0].config.vocab_size, settings.candidates, is_scaled=is_scaled)
+    return torch.stack([attack.recover(message) for message in sent.states])
+
+
+def _invert(kind: str) -> Callable[..., torch.Tensor]:
+    def run(
+        parts: list[Any], sent: _Sent, known: _Sent, corpus: _Corpus, cut: Cut, settings: LeakSettings
+    ) -> torch.Tensor:
+        from splitlearn_core.leak.attacks import trained_inverter
+
+        return trained_inverter(kind, known.states.float(), corpus.known, settings.seed)(sent.states.float())
+
+    return run
+
+
+def _labels(
+    parts: list[Any], sent: _Sent, known: _Sent, corpus: _Corpus, cut: Cut, settings: LeakSettings
+) -> torch.Tensor:
+    import torch
+
+    from splitlearn_core.cut_stage import GRADIENTS
+    from splitlearn_core.leak.attacks import labels_of
+
+    stages = cut.of(GRADIENTS)
+    gradients = sent.gradients
+    if gradients is None:
+        raise ConfigurationError("no gradient came back to the last trunk")
+    return torch.stack(
+        [
+            labels_of(parts[-1], output[None], gradient[None], noise=stages.noise or 0.0, is_scaled=bool(stages.clip))
+            for output, gradient in zip(sent.outputs, gradients, strict=True)
+        ]
+    )
+
+
+_ATTACKS = (
+    _Attack("vocabulary matching", "has the bottom's weights", _match),
+    _Attack("linear inverter", "may query the bottom", _invert("linear")),
+    _Attack("GRU inverter", "may query the bottom", _invert("GRU")),
+    _Attack("label matching", "has the top's weights", _labels, of_gradients=True),
+)
+
+
+class _Judge:
+    """Compares recovered tokens with the text."""
+
+    def __init__(self, corpus: _Corpus, seed: int) -> None:
+        self._truth, self._secret_lengths, self._seed = corpus.attacked, corpus.secret_lengths, seed
+
+    def recovery(self, tokens: torch.Tensor, of_labels: bool) -> Recovery:  # noqa: FBT001  # of a table
+        import torch
+
+        offset = int(of_labels)
+        right = tokens == self._truth[:, offset:]
+        shares = right.double().mean(1)
+        source = torch.Generator().manual_seed(self._seed)
+        picks = torch.randint(len(shares), (_RESAMPLES, len(shares)), generator=source)
+        low, high = shares[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+        with_secret = right[len(right) - len(self._secret_lengths) :]
+        held = [bool(row[: n - offset].all()) for row, n in zip(with_secret, self._secret_lengths, strict=True)]
+        return Recovery(float(shares.mean()), (low, high), int(right.all(1).sum()), sum(held))
+
+
+# --- the price -----------------------------------------------------------------------------------------
+
+
+def _bytes_per_token(parts: list[Any], cut: Cut) -> dict[str, int]:
+    from splitlearn_core.cut_stage import GRADIENTS, STATES
+
+    width, item = int(parts[0].config.hidden_size), parts[0].dtype.itemsize
+    trunks = [part for part in parts if part.kind is Component.TRUNK]
+
+    def sized(what: str) -> int:
+        return encoded_bytes(cut.of(what).quantize or RAW, (1, width), item)
+
+    raw = encoded_bytes(RAW, (1, width), item)
+    count = max(len(trunks), 1)
+    return {"sent, forward": count * sized(STATES), "received, forward": count * raw} | {
+        "sent, backward": count * sized(GRADIENTS),
+        "received, backward": count * raw,
+    }
+
+
+def _words(cut: Cut) -> str:
+    from splitlearn_core.cut_stage import GRADIENTS, STATES
+
+    said = []
+    for what in (STATES, GRADIENTS):
+        stages = cut.of(what)
+        steps = [
+            *([f"clipped to {stages.clip:g}"] if stages.clip is not None else []),
+            *([f"noise of {stages.noise:g}"] if stages.noise is not None else []),
+            *(stage.name for stage in stages.others),
+            *([f"rounded to {stages.quantize}"] if stages.quantize is not None else []),
+        ]
+        said.append(f"{what}: {', '.join(steps) or 'as they are'}")
+    return "; ".join(said)
