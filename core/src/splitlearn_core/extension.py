@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.protocol import decode as decode
     from splitlearn_core.hosts.protocol import decode_header as decode_header
     from splitlearn_core.hosts.protocol import encode as encode
+    from splitlearn_core.hosts.relay import Sessions as Sessions
+    from splitlearn_core.hosts.relay import sessions_on as sessions_on
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
-    from splitlearn_core.hosts.sessions import SessionTable as SessionTable
     from splitlearn_core.hosts.sessions import error_frame as error_frame
     from splitlearn_core.loading.opening import BUNDLED as BUNDLED
     from splitlearn_core.loading.opening import unbundled as unbundled
@@ -82,7 +83,7 @@ _HOMES = {
     "PYTORCH": "manager.config_checks",
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
-    "SessionTable": "hosts.sessions",
+    "Sessions": "hosts.relay",
     "TOKEN_VARIABLE": "hosts.protocol",
     "WRITTEN": "plugins.known",
     "cache_argument": "build.kv_cache",
@@ -108,6 +109,7 @@ _HOMES = {
     "reason": "quoting",
     "registry": "plugins.registry",
     "said": "quoting",
+    "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
     "split_layers": "plan.split_points",
     "text_model": "plugins.known",

@@ -44,6 +44,8 @@ _MAX_IDLE = 8
 _GONE = "unknown_session"
 #: Codes for which the host counts as away: it is about to go, or has no room for a connection.
 _AWAY = ("closing", "unavailable", "not_loaded")
+#: Codes of errors after which a connection is not used again.
+_ENDING = ("malformed", "version", "too_large", *_AWAY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,13 @@ class Host:
                 hint="send fewer tokens or sequences at once: a long prompt in several steps",
                 code="too_large",
             )
+        reply = self.exchange(frame)
+        if reply.kind is Kind.ERROR:
+            raise _error_of(self.url, reply)
+        return reply
+
+    def exchange(self, frame: Frame) -> Frame:
+        """Send a request once, and return its reply, be it an error; raises ConnectionLostError if the host is away."""
         connection = self._borrow()
         try:
             reply = connection.exchange(frame)
@@ -180,15 +189,11 @@ class Host:
         self.round_trips += 1
         self.bytes_sent += frame.payload_bytes
         self.bytes_received += reply.payload_bytes
-        if reply.kind is not Kind.ERROR:
-            self._put_back(connection)
-            return reply
-        refusal = _error_of(self.url, reply)
-        if refusal.code in ("malformed", "version", "too_large", *_AWAY):
+        if reply.kind is Kind.ERROR and reply.meta.get("code") in _ENDING:
             connection.close()
         else:
             self._put_back(connection)
-        raise refusal
+        return reply
 
     def _borrow(self) -> Connection:
         with self._lock:

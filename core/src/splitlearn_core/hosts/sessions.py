@@ -116,7 +116,7 @@ class SessionTable:
         if not isinstance(component, ComponentModel):
             raise ConfigurationError(
                 f"a {type(component).__name__} has no layers in this process, and so no sessions here",
-                hint='serve a model with host="inline"; or connect to where it runs',
+                hint="its sessions are where it runs; sessions_on(component, limits) reaches those",
             )
         if component.kind is not Component.TRUNK:
             raise ConfigurationError(
@@ -138,6 +138,11 @@ class SessionTable:
 
     def __contains__(self, number: int) -> bool:
         return number in self._sessions
+
+    @property
+    def numbers(self) -> list[int]:
+        """Those of the sessions that are open."""
+        return list(self._sessions)
 
     @property
     def reserved_bytes(self) -> int:
