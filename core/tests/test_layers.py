@@ -28,10 +28,10 @@ MODULES = {
 #: The rooms of core (a module at the top level is one), from the ground up: each imports those before it and itself.
 LAYERS = (
     "errors", "types", "quoting", "child_process", "arguments", "system_memory", "progress",
-    "family", "plan", "loading_strategy", "hookspecs", "plugins", "environment_errors", "checkpoint", "tokenization",
-    "readers", "build", "adapters", "split_model", "loading", "api", "hosts", "storage", "pipeline", "assembly",
-    "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension", "doctor", "testing",
-    "cli", "__main__",
+    "family", "plan", "loading_strategy", "component_host", "hookspecs", "plugins", "environment_errors",
+    "checkpoint", "tokenization", "readers", "build", "adapters", "split_model", "loading", "api", "hosts", "storage",
+    "pipeline", "assembly", "factory", "generation", "verification", "benchmark", "manager", "quickstart", "extension",
+    "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
@@ -205,10 +205,11 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: What the figures may be; a commit that needs more says why here, and one that needs less lowers the limit. Of the
 #: rooms that there were before ``hosts``, 110 files, 14,500 code lines and 8 % were wanted; they have 124 and 17,100.
 #: ``hosts`` has taken 16 files and 2,850 lines (a protocol, its two ends, carriers, processes), and models of the
-#: manager in processes of their own one file and 330 lines.
+#: manager in processes of their own one file and 330 lines; their sessions over a server, and hosts of plugins, three
+#: files and 300 lines.
 LIMITS = {
-    "files": (0, 143),
-    "code lines": (0, 20_400),
+    "files": (0, 146),
+    "code lines": (0, 20_700),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

@@ -30,12 +30,14 @@ log = logging.getLogger(__name__)
 FAMILY_GROUP = "splitlearn.families"
 #: Entry points of packages that add a loading strategy to every family: the name is the strategy's.
 STRATEGY_GROUP = "splitlearn.strategies"
+#: Entry points of hosts: the name is the host's, the value the module, or the object in one, that loads models there.
+HOST_GROUP = "splitlearn.hosts"
 #: Entry points of commands for the command line: the name is the command's words joined by dots (``plugins.new``), the
 #: value where its click command is (``package.module:attribute``).
 COMMAND_GROUP = "splitlearn.commands"
-FAMILY, STRATEGY, COMMAND = "family", "strategy", "command"
+FAMILY, STRATEGY, HOST, COMMAND = "family", "strategy", "host", "command"
 #: Group -> what its entry points name: what loads models.
-KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY}
+KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY, HOST_GROUP: HOST}
 #: An optional entry point ``version = "1"`` that says which plugin API a plugin was made for.
 API_GROUP = "splitlearn.plugin_api"
 CORE = "splitlearn-core"
@@ -51,9 +53,9 @@ _MIN_SIMILARITY = 0.8
 class PluginEntry:
     """One entry point, as the metadata of an installed distribution states it."""
 
-    #: The model type of a family, the name of a loading strategy, or the words of a command joined by dots.
+    #: The model type of a family, the name of a loading strategy or host, or the words of a command joined by dots.
     name: str
-    #: The module with the hook implementations, ``package.module``; of a command ``package.module:attribute``.
+    #: The module with the hook implementations, ``package.module``; of a command or host ``package.module:attribute``.
     module: str
     distribution: str
     version: str
@@ -63,12 +65,12 @@ class PluginEntry:
     plugin_api: str = "1"
     #: The version of core that the distribution requires, ``>=0.1``; empty if it does not say.
     requires_core: str = ""
-    #: ``family``, ``strategy`` or ``command``.
+    #: ``family``, ``strategy``, ``host`` or ``command``.
     kind: str = FAMILY
 
     @property
     def model_type(self) -> str:
-        """The model type of a family; empty for a strategy."""
+        """The model type of a family; empty for anything else."""
         return self.name if self.kind == FAMILY else ""
 
     @property
@@ -76,7 +78,8 @@ class PluginEntry:
         """What the entry point names, in words."""
         if self.kind == COMMAND:
             return f"command '{self.name.replace('.', ' ')}'"
-        return f"model type {self.name!r}" if self.kind == FAMILY else f"loading strategy {self.name!r}"
+        words = {FAMILY: "model type", STRATEGY: "loading strategy", HOST: "host"}
+        return f"{words[self.kind]} {self.name!r}"
 
     @property
     def is_local(self) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.utils import canonicalize_name
 
 from splitlearn_core import hookspecs
+from splitlearn_core.component_host import CORE_HOSTS, ComponentHost
 from splitlearn_core.errors import (
     ConfigurationError,
     IncompatiblePluginError,
@@ -34,8 +35,8 @@ from splitlearn_core.plugins.host import (
     trace_if_requested,
     trace_skipped,
 )
-from splitlearn_core.plugins.known import is_known, way_out
-from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+from splitlearn_core.plugins.known import HOSTS, is_known, way_out
+from splitlearn_core.plugins.metadata import FAMILY, HOST, STRATEGY, PluginEntry
 from splitlearn_core.quoting import listed, quote
 
 if TYPE_CHECKING:
@@ -89,12 +90,12 @@ class PluginRegistry:
 
     def __init__(self, entries: Iterable[PluginEntry] | None = None) -> None:
         self._entries = tuple(entries) if entries is not None else None
-        self._loaded: dict[tuple[str, str], LoadedPlugin | PluginError] = {}
+        self._loaded: dict[tuple[str, str, bool], LoadedPlugin | PluginError] = {}
         #: Never held while a plugin's code runs.
         self._lock = threading.Lock()
         #: One lock for each plugin, held while it is imported and called: one that hangs blocks
         #: neither the others nor the list.
-        self._loading: dict[tuple[str, str], threading.RLock] = {}
+        self._loading: dict[tuple[str, str, bool], threading.RLock] = {}
         #: Plugins that were skipped, and what blocked them; each is logged once.
         self._skipped: set[tuple[PluginEntry, str]] = set()
         trace_if_requested()
@@ -172,6 +173,37 @@ class PluginRegistry:
                 added[name] = strategy
         return tuple({**added, **{strategy.name: strategy for strategy in own}}.values())
 
+    def host(self, name: str) -> ComponentHost:
+        """Return the host of a name that a plugin provides, importing that plugin.
+
+        Raises:
+            ConfigurationError: No plugin provides it, or a variable blocks it.
+            PluginError: It cannot be used.
+        """
+        problem = self.host_problem(name)
+        if problem:
+            raise ConfigurationError(f"host {quote(name)} {problem}", hint="change host=, or what is installed")
+        loaded = self._use(_only([entry for entry in self._of(HOST) if entry.name == name and not blocked_by(entry)]))
+        if loaded.host is None:
+            raise broken(loaded.entry, "it is no host")
+        return loaded.host
+
+    def host_problem(self, name: str) -> str:
+        """Return why there is no host of a name, as the end of a sentence, with the way out; empty if there is one.
+
+        Nothing is imported for it.
+        """
+        claimed = [entry for entry in self._of(HOST) if entry.name == name]
+        if name in CORE_HOSTS or any(not blocked_by(entry) for entry in claimed):
+            return ""
+        if claimed:
+            variable = blocked_by(claimed[0])
+            return f"({claimed[0].label}) is blocked by {variable}: change or unset it"
+        names = (*CORE_HOSTS, *sorted({entry.name for entry in self._of(HOST) if not blocked_by(entry)}))
+        close = difflib.get_close_matches(name.strip().lower()[:_MAX_COMPARED], names, n=1)
+        way = f"; pip install {HOSTS[name]}" if name in HOSTS else f"; did you mean {close[0]!r}?" if close else ""
+        return f"is no host that is installed: {listed(names, most=50)}{way}"
+
     def _package_strategy(self, name: str, requested: str | None) -> LoadingStrategy | None:
         entries = [entry for entry in self._of(STRATEGY) if entry.name == name]
         allowed = [entry for entry in entries if not blocked_by(entry)]
@@ -210,12 +242,12 @@ class PluginRegistry:
         return [entry for entry in self.entries if entry.kind == kind]
 
     def _is_loaded(self, entry: PluginEntry) -> bool:
-        return isinstance(self._loaded.get((entry.distribution, entry.module)), LoadedPlugin)
+        return isinstance(self._loaded.get(_key(entry)), LoadedPlugin)
 
     def _use(self, entry: PluginEntry) -> LoadedPlugin:
         """Return a plugin, imported at most once; the error of a failed import is raised each time."""
         _check_compatible(entry)
-        key = (entry.distribution, entry.module)
+        key = _key(entry)
         with self._lock:
             loading = self._loading.setdefault(key, threading.RLock())
         with loading:
@@ -253,7 +285,7 @@ class PluginRegistry:
 
     def status(self, entry: PluginEntry, *, check: bool = False) -> PluginStatus:
         """Return the row of one plugin; with ``check`` it is imported and its hooks are called."""
-        hooks: tuple[str, ...] = (PROVIDING_HOOKS[entry.kind],)
+        hooks: tuple[str, ...] = () if entry.kind == HOST else (PROVIDING_HOOKS[entry.kind],)
         if variable := blocked_by(entry):
             return PluginStatus(entry, "blocked", hooks, f"blocked by {variable}", f"change or unset {variable}")
         try:
@@ -261,6 +293,8 @@ class PluginRegistry:
             _check_compatible(entry)
             if check and entry.kind == FAMILY:
                 hooks = self.plugin(entry.name).hooks
+            elif check and entry.kind == HOST:
+                self.host(entry.name)
             elif check:
                 self.strategies(None, entry.name)
                 hooks = self._use(entry).hooks
@@ -304,6 +338,11 @@ def reset_registry() -> None:
     global _registry  # noqa: PLW0603  # see registry()
     importlib.invalidate_caches()
     _registry = None
+
+
+def _key(entry: PluginEntry) -> tuple[str, str, bool]:
+    """Return what two entry points share that name the same plugin: hooks are registered once, a host is an object."""
+    return entry.distribution, entry.module, entry.kind == HOST
 
 
 def _names(variable: str) -> frozenset[str] | None:
