@@ -65,7 +65,7 @@ class ComponentServer:
         if relay.get("end"):
             table.close()
         if frame.kind is Kind.PING:
-            return _state(table)
+            return dataclasses.replace(_state(table), step=frame.step)
         reply = table.handle(frame, relay["owner"], SessionLimits(**relay["limits"]))
         if reply.kind not in _CHANGES_SESSIONS:
             return reply

@@ -162,7 +162,9 @@ class SessionTable:
         if handler is None:
             return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
         try:
-            return handler(self, frame, owner, limits or self.limits)
+            reply = handler(self, frame, owner, limits or self.limits)
+            # By its number, the other side sees that it is the reply to this request.
+            return reply if reply.step == frame.step else replace(reply, step=frame.step)
         except SplitLearnError as error:
             return error_frame(error, frame)
         except Exception as error:

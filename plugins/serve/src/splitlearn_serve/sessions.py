@@ -193,15 +193,15 @@ class Sessions:
 
     async def _reply(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> Reply:
         if frame.kind is Kind.PING:
-            return _encoded(Frame(Kind.PONG))
+            return _encoded(Frame(Kind.PONG, step=frame.step))
         if frame.kind is Kind.HELLO:
             facts = await self._facts_of(model_id)
             # What is declared for a session is at most what its owner may have.
             meta = {**facts.to_json(), "max_tokens": owner.limits(self.limits).max_tokens}
-            return _encoded(Frame(Kind.WELCOME, meta=meta))
+            return _encoded(Frame(Kind.WELCOME, step=frame.step, meta=meta))
         if frame.kind is Kind.CLOSE and not any(frame.session in held.table for held in self._all(model_id)):
             # It is closed already; nothing is loaded for that.
-            return _encoded(Frame(Kind.CLOSED, frame.session))
+            return _encoded(Frame(Kind.CLOSED, frame.session, frame.step))
         arrived = time.monotonic()
         # Without a session, the owner's frames take turns.
         async with _turn(self._turns, frame.session or owner.name), self._using(model_id, frame) as held:
