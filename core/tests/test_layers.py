@@ -28,10 +28,10 @@ MODULES = {
 #: The rooms of core (a module at the top level is one), from the ground up: each imports those before it and itself.
 LAYERS = (
     "errors", "types", "quoting", "child_process", "arguments", "system_memory", "progress",
-    "family", "plan", "loading_strategy", "cut_stage", "wire_formats", "hookspecs", "plugins", "environment_errors",
-    "checkpoint", "tokenization", "readers", "build", "adapters", "split_model", "loading", "api", "cuts", "hosts",
-    "storage", "pipeline", "assembly", "factory", "generation", "verification", "benchmark", "leak", "manager",
-    "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "family", "plan", "loading_strategy", "component_host", "cut_stage", "wire_formats", "hookspecs", "plugins",
+    "environment_errors", "checkpoint", "tokenization", "readers", "build", "adapters", "split_model", "loading", "api",
+    "cuts", "hosts", "storage", "pipeline", "assembly", "factory", "generation", "verification", "benchmark", "leak",
+    "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
@@ -206,10 +206,11 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: rooms that there were before ``hosts``, 110 files, 14,500 code lines and 8 % were wanted; they have 124 and 17,100.
 #: ``cuts`` takes 8 files and 550 lines (clip, noise, encodings, the ledger).
 #: ``hosts`` has taken 16 files and 2,850 lines (a protocol, its two ends, carriers, processes), and models of the
-#: manager in processes of their own one file and 330 lines.
+#: manager in processes of their own one file and 330 lines; their sessions over a server, and hosts of plugins, three
+#: files and 300 lines.
 LIMITS = {
-    "files": (0, 151),
-    "code lines": (0, 20_950),
+    "files": (0, 154),
+    "code lines": (0, 21_900),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

@@ -1,8 +1,8 @@
-"""For packages that do more than provide a family or a strategy, and examine or serve models.
+"""For packages that do more than provide a family or a strategy: that examine or serve models, or run them elsewhere.
 
-``splitlearn-auto`` and ``splitlearn-serve`` import these names and the public ones, and nothing else of core. Unlike
-the public names, they may change with any minor version of core: a package that uses them pins it
-(``splitlearn-core>=0.1,<0.2``).
+``splitlearn-auto``, ``splitlearn-serve`` and packages of hosts import these names and the public ones, and nothing
+else of core. Unlike the public names, they may change with any minor version of core: a package that uses them pins
+it (``splitlearn-core>=0.1,<0.2``).
 
 Importing this module imports nothing: names are resolved on first use.
 """
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.files import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
+    from splitlearn_core.component_host import ComponentHost as ComponentHost
+    from splitlearn_core.hosts.client import Host as Host
+    from splitlearn_core.hosts.client import Patience as Patience
     from splitlearn_core.hosts.facts import Facts as Facts
     from splitlearn_core.hosts.protocol import HEADER_BYTES as HEADER_BYTES
     from splitlearn_core.hosts.protocol import MAX_META_BYTES as MAX_META_BYTES
@@ -35,8 +38,10 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.protocol import decode as decode
     from splitlearn_core.hosts.protocol import decode_header as decode_header
     from splitlearn_core.hosts.protocol import encode as encode
+    from splitlearn_core.hosts.relay import ComponentServer as ComponentServer
+    from splitlearn_core.hosts.relay import Sessions as Sessions
+    from splitlearn_core.hosts.relay import sessions_on as sessions_on
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
-    from splitlearn_core.hosts.sessions import SessionTable as SessionTable
     from splitlearn_core.hosts.sessions import error_frame as error_frame
     from splitlearn_core.hosts.websocket import MessageStream as MessageStream
     from splitlearn_core.hosts.websocket import message_head as message_head
@@ -49,6 +54,10 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.config_checks import limit_problems as limit_problems
     from splitlearn_core.manager.config_checks import show as show
     from splitlearn_core.manager.config_checks import unknown_name as unknown_name
+    from splitlearn_core.manager.loaders.loadable import LoadedModel as LoadedModel
+    from splitlearn_core.manager.loaders.loadable import LoadPlan as LoadPlan
+    from splitlearn_core.manager.loaders.loadable import ModelHost as ModelHost
+    from splitlearn_core.manager.loaders.own_process import load_arguments as load_arguments
     from splitlearn_core.manager.metrics import LoopLag as LoopLag
     from splitlearn_core.manager.metrics import ManagerCollector as ManagerCollector
     from splitlearn_core.plan.keys import map_keys as map_keys
@@ -71,21 +80,28 @@ _HOMES = {
     "BUNDLED": "loading.opening",
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.files",
+    "ComponentHost": "component_host",
+    "ComponentServer": "hosts.relay",
     "ConfigFile": "manager.config",
     "Facts": "hosts.facts",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",
     "HUB": "checkpoint.source",
+    "Host": "hosts.client",
     "Kind": "hosts.protocol",
+    "LoadPlan": "manager.loaders.loadable",
+    "LoadedModel": "manager.loaders.loadable",
     "LoopLag": "manager.metrics",
     "MAX_META_BYTES": "hosts.protocol",
     "MAX_PAYLOAD_BYTES": "hosts.protocol",
     "ManagerCollector": "manager.metrics",
     "MessageStream": "hosts.websocket",
+    "ModelHost": "manager.loaders.loadable",
     "PYTORCH": "manager.config_checks",
+    "Patience": "hosts.client",
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
-    "SessionTable": "hosts.sessions",
+    "Sessions": "hosts.relay",
     "TOKEN_VARIABLE": "hosts.protocol",
     "WRITTEN": "plugins.known",
     "cache_argument": "build.kv_cache",
@@ -100,6 +116,7 @@ _HOMES = {
     "human_bytes": "types",
     "kv_bytes_per_layer": "plan.splitplan",
     "limit_problems": "manager.config_checks",
+    "load_arguments": "manager.loaders.own_process",
     "map_keys": "plan.keys",
     "message_head": "hosts.websocket",
     "open_source": "checkpoint.source",
@@ -112,6 +129,7 @@ _HOMES = {
     "reason": "quoting",
     "registry": "plugins.registry",
     "said": "quoting",
+    "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
     "split_layers": "plan.split_points",
     "text_model": "plugins.known",

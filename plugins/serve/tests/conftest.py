@@ -28,6 +28,7 @@ def _load(name: str) -> None:
 
 
 _load("serving")
+_load("proxy")
 
 
 @pytest.fixture(autouse=True)

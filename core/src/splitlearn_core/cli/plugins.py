@@ -11,7 +11,7 @@ import click
 
 from splitlearn_core.cli.main import CommandGroup
 from splitlearn_core.cli.shared_options import json_option, print_json, table
-from splitlearn_core.plugins.metadata import CORE, FAMILY, STAGE, STRATEGY, core_version, summary
+from splitlearn_core.plugins.metadata import CORE, FAMILY, HOST, STAGE, STRATEGY, core_version, summary
 from splitlearn_core.plugins.registry import PluginStatus, registry
 
 if TYPE_CHECKING:
@@ -93,7 +93,12 @@ def _print_plugins(statuses: tuple[PluginStatus, ...], as_json: bool) -> None:
         # A table for each kind, because users mostly look for families.
         tables = [
             _table(title, [status for status in statuses if status.entry.kind == kind])
-            for kind, title in ((FAMILY, "model type"), (STRATEGY, "strategy"), (STAGE, "cut stage"))
+            for kind, title in (
+                (FAMILY, "model type"),
+                (STRATEGY, "strategy"),
+                (HOST, "host"),
+                (STAGE, "cut stage"),
+            )
         ]
         click.echo("\n\n".join(filter(None, tables)))
         for status in statuses:

@@ -24,7 +24,7 @@ from splitlearn_core.loading_strategy import reserved_names
 from splitlearn_core.plan.split_points import count_layers, impossible_cuts
 from splitlearn_core.plan.splitplan import MemoryNeeds, SplitPlan
 from splitlearn_core.plugins.host import LoadedPlugin
-from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+from splitlearn_core.plugins.metadata import FAMILY, HOST, STAGE, STRATEGY, PluginEntry
 from splitlearn_core.plugins.registry import PluginStatus, registry
 from splitlearn_core.readers.mapped import MappedStrategy
 from splitlearn_core.readers.selection import BUILT_IN
@@ -79,7 +79,7 @@ def _status_finding(status: PluginStatus) -> Finding:
     """Return the finding on a plugin; if it is broken because a library is, the finding is about the library."""
     entry = status.entry
     hooks = ", ".join(hook.removeprefix("splitlearn_") for hook in status.hooks)
-    what = status.error or f"{entry.what}: {entry.label}, with {hooks}"
+    what = status.error or f"{entry.what}: {entry.label}" + (f", with {hooks}" if hooks else "")
     if entry.label not in what:
         what = f"{entry.what} ({entry.label}): {what}"
     # The packages in a conflict share one finding.
@@ -90,6 +90,10 @@ def _status_finding(status: PluginStatus) -> Finding:
     try:
         if entry.kind == FAMILY:
             registry().plugin(entry.name)
+        elif entry.kind == HOST:
+            registry().host(entry.name)
+        elif entry.kind == STAGE:
+            registry().cut_stage(entry.name)
         else:
             registry().strategies(None, entry.name)
     except PluginError as error:

@@ -23,7 +23,7 @@ from splitlearn_core.plugins.registry import reset_registry
 from splitlearn_core.types import Progress
 
 if TYPE_CHECKING:
-    from splitlearn_core.hosts.sessions import SessionTable
+    from splitlearn_core.hosts.relay import ComponentServer
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _serve(control: socket.socket, *, is_forked: bool) -> int:
     if received is None:
         return 0
     request, before = received[0], set(sys.modules)
-    tables: list[SessionTable] = []
+    tables: list[ComponentServer] = []
     reader = threading.Thread(target=_read_control, args=(control, tables), name="read control messages", daemon=True)
     reader.start()
     try:
@@ -136,9 +136,10 @@ def process_settings(threads: int | None) -> dict[str, Any]:
     }
 
 
-def _load(control: socket.socket, request: Mapping[str, Any]) -> SessionTable:
+def _load(control: socket.socket, request: Mapping[str, Any]) -> ComponentServer:
     from splitlearn_core.api import load_split_model
-    from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
+    from splitlearn_core.hosts.relay import ComponentServer
+    from splitlearn_core.hosts.sessions import SessionLimits
 
     def report(step: Progress) -> None:
         values = [step.stage, step.component, step.bytes_done, step.bytes_total, step.file]
@@ -147,7 +148,7 @@ def _load(control: socket.socket, request: Mapping[str, Any]) -> SessionTable:
     wanted = dict(request["load"])
     component, points = wanted.pop("component"), tuple(wanted.pop("split_points"))
     parts = load_split_model(split_points=points, parts=[component], progress=report, **wanted)
-    return SessionTable(next(part for part in parts if part is not None), SessionLimits(**request["limits"]))
+    return ComponentServer(next(part for part in parts if part is not None), SessionLimits(**request["limits"]))
 
 
 def _described(error: Exception) -> dict[str, str]:
@@ -160,7 +161,7 @@ def _described(error: Exception) -> dict[str, str]:
     return {"type": "", "message": f"{type(error).__name__}: {error}", "hint": ""}
 
 
-def _read_control(control: socket.socket, tables: list[SessionTable]) -> None:
+def _read_control(control: socket.socket, tables: list[ComponentServer]) -> None:
     """Serve each connection that the parent sends, and end the process when the parent has."""
     try:
         while (received := receive_message(control)) is not None:
@@ -177,7 +178,7 @@ def _read_control(control: socket.socket, tables: list[SessionTable]) -> None:
         os._exit(0)
 
 
-def _answer(channel: Channel, table: SessionTable) -> None:
+def _answer(channel: Channel, table: ComponentServer) -> None:
     from splitlearn_core.hosts.sessions import error_frame
 
     with contextlib.closing(channel), contextlib.suppress(OSError):  # the parent closed it

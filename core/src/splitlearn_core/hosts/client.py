@@ -6,6 +6,7 @@ one with the same weights, is given the same steps again, one by one, so that it
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
@@ -44,6 +45,18 @@ _MAX_IDLE = 8
 _GONE = "unknown_session"
 #: Codes for which the host counts as away: it is about to go, or has no room for a connection.
 _AWAY = ("closing", "unavailable", "not_loaded")
+#: Request -> its reply, unless that is an ERROR.
+_REPLIES = {
+    Kind.HELLO: Kind.WELCOME,
+    Kind.PING: Kind.PONG,
+    Kind.OPEN: Kind.OPENED,
+    Kind.COPY: Kind.OPENED,
+    Kind.STEP: Kind.RESULT,
+    Kind.BACKWARD: Kind.RESULT,
+    Kind.CLOSE: Kind.CLOSED,
+}
+#: Codes of errors after which a connection is not used again.
+_ENDING = ("malformed", "version", "too_large", *_AWAY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,7 @@ class Host:
         self.patience = patience
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
+        self._numbers = itertools.count(1)
         self._process = os.getpid()
         #: Sessions whose caches are gone; a queue that finalizers may write to.
         self._abandoned: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
@@ -167,9 +181,25 @@ class Host:
                 hint="send fewer tokens or sequences at once: a long prompt in several steps",
                 code="too_large",
             )
+        reply = self.exchange(frame)
+        if reply.kind is Kind.ERROR:
+            raise _error_of(self.url, reply)
+        return reply
+
+    def exchange(self, frame: Frame) -> Frame:
+        """Send a request once, and return its reply, be it an error; raises ConnectionLostError if the host is away."""
         connection = self._borrow()
+        # Outside of sessions, steps have no numbers of their own; with one, a reply to another request is noticed.
+        sent = frame if frame.session else frame._replace(step=next(self._numbers))
         try:
-            reply = connection.exchange(frame)
+            reply = connection.exchange(sent)
+            if not _answers(reply, sent):
+                raise ConnectionLostError(
+                    f"{self.url} answered another request than the last one: a {sent.kind.name} with a "
+                    f"{reply.kind.name} of step {reply.step}",
+                    code="connection",
+                    hint="is there a proxy in between that repeats or reorders messages?",
+                )
         except BaseException as error:
             # A reply may still come, so that the connection cannot be used for another request.
             connection.close()
@@ -180,15 +210,11 @@ class Host:
         self.round_trips += 1
         self.bytes_sent += frame.payload_bytes
         self.bytes_received += reply.payload_bytes
-        if reply.kind is not Kind.ERROR:
-            self._put_back(connection)
-            return reply
-        refusal = _error_of(self.url, reply)
-        if refusal.code in ("malformed", "version", "too_large", *_AWAY):
+        if reply.kind is Kind.ERROR and reply.meta.get("code") in _ENDING:
             connection.close()
         else:
             self._put_back(connection)
-        raise refusal
+        return reply if reply.step == frame.step else reply._replace(step=frame.step)
 
     def _borrow(self) -> Connection:
         with self._lock:
@@ -238,6 +264,16 @@ class Host:
             except RemoteError as error:
                 # The host ends it after its own time limit.
                 log.debug("A session at %s was not closed: %s", self.url, error.message)
+
+
+def _answers(reply: Frame, request: Frame) -> bool:
+    """Whether a reply is that of a request, as far as its header says."""
+    if reply.kind is Kind.ERROR and not reply.session and not reply.step:
+        # What was sent could not be read.
+        return True
+    is_kind = reply.kind in (_REPLIES[request.kind], Kind.ERROR)
+    # The number of a session that is opened is new.
+    return is_kind and reply.step == request.step and (reply.kind is Kind.OPENED or reply.session == request.session)
 
 
 _KINDS: Mapping[str, type[RemoteError]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -63,7 +63,7 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as values of JSON."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:

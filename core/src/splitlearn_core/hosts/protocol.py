@@ -6,8 +6,9 @@ order in which meta lists them::
     magic  version  kind  flags  session  step  meta length  payload length  CRC-32 of meta  reserved
      4s      B       B     H       Q       Q        I              Q                I            4x
 
-Every request gets one reply, in order. Nothing is allocated for a frame before its header is checked against the
-limits, and nothing of a frame is ever executed: there is no pickle, and dtypes are the safetensors format's names.
+Every request gets one reply, in order, with the step number of the request. Nothing is allocated for a frame before its
+header is checked against the limits, and nothing of a frame is ever executed: there is no pickle, and dtypes are the
+safetensors format's names.
 
 =========  =========  ==========================================================================================
 request    reply      meaning

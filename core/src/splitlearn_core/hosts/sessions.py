@@ -116,7 +116,7 @@ class SessionTable:
         if not isinstance(component, ComponentModel):
             raise ConfigurationError(
                 f"a {type(component).__name__} has no layers in this process, and so no sessions here",
-                hint='serve a model with host="inline"; or connect to where it runs',
+                hint="its sessions are where it runs; sessions_on(component, limits) reaches those",
             )
         if component.kind is not Component.TRUNK:
             raise ConfigurationError(
@@ -140,6 +140,11 @@ class SessionTable:
         return number in self._sessions
 
     @property
+    def numbers(self) -> list[int]:
+        """Those of the sessions that are open."""
+        return list(self._sessions)
+
+    @property
     def reserved_bytes(self) -> int:
         """The bytes of caches that open sessions may grow to."""
         return sum(map(self._bytes_of, list(self._sessions.values())))
@@ -157,7 +162,9 @@ class SessionTable:
         if handler is None:
             return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
         try:
-            return handler(self, frame, owner, limits or self.limits)
+            reply = handler(self, frame, owner, limits or self.limits)
+            # By its number, the other side sees that it is the reply to this request.
+            return reply if reply.step == frame.step else reply._replace(step=frame.step)
         except SplitLearnError as error:
             return error_frame(error, frame)
         except Exception as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.plan.split_points import MAX_LAYERS, names_of_parts, nearest_points, point_names
+from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import listed
 from splitlearn_core.types import (
     AUTO_DTYPE,
@@ -88,7 +89,6 @@ HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
 
 #: Where a model runs: in this process, or in one of its own.
 INLINE, PROCESS = "inline", "process"
-HOSTS = (INLINE, PROCESS)
 MAX_RESTARTS = 1000
 
 #: 2**63 bytes; more is a typing error.
@@ -274,8 +274,9 @@ def _restarts(value: object) -> int:
 
 def _host(value: object) -> str:
     name = _text(value)
-    if name not in HOSTS:
-        raise _RefusedError(f"is no host that is installed: {', '.join(HOSTS)}{near(name, HOSTS)}")
+    problem = registry().host_problem(name)
+    if problem:
+        raise _RefusedError(problem)
     return name
 
 

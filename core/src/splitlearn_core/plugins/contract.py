@@ -61,13 +61,13 @@ def signature_problem(hook: str, implementation: pluggy.HookImpl) -> str:
     if not problem:
         return ""
     if nearest:
-        problem += f"\n  specified: {_definition(nearest, _SIGNATURES[nearest])}"
+        problem += f"\n  specified: {written(nearest, _SIGNATURES[nearest])}"
     function = implementation.function
     code = getattr(inspect.unwrap(function), "__code__", None)
     place = f"  ({code.co_filename}:{code.co_firstlineno})" if code else ""
     keyword = "async " if _is_async(function) else ""
     name = getattr(function, "__name__", hook)
-    return f"{problem}\n  found:     {keyword}{_definition(name, inspect.signature(function))}{place}"
+    return f"{problem}\n  found:     {keyword}{written(name, inspect.signature(function))}{place}"
 
 
 def _problems(hook: str, implementation: pluggy.HookImpl) -> Iterator[str]:
@@ -102,7 +102,8 @@ def _is_async(function: Callable[..., object]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
-def _definition(name: str, signature: inspect.Signature) -> str:
+def written(name: str, signature: inspect.Signature) -> str:
+    """Return the first line of a function's definition."""
     # Postponed annotations are strings, which inspect shows in quotes.
     return f"def {name}" + re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(signature))
 

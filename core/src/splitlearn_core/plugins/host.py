@@ -26,18 +26,19 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import pluggy
 
 from splitlearn_core import hookspecs
+from splitlearn_core.component_host import CORE_HOSTS, ComponentHost
+from splitlearn_core.cut_stage import CutStage
 from splitlearn_core.errors import BrokenPluginError, translate
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plugins.contract import PREFIX, signature_problem
-from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
+from splitlearn_core.plugins.contract import PREFIX, signature_problem, written
+from splitlearn_core.plugins.metadata import FAMILY, HOST, STRATEGY, PluginEntry
 from splitlearn_core.quoting import said
 
 if TYPE_CHECKING:
-    from splitlearn_core.cut_stage import CutStage
     from splitlearn_core.loading_strategy import LoadingStrategy
 
 
-#: Kind of entry point -> the hook that returns what it names.
+#: Kind of entry point -> the hook that returns what it names; those of hosts and cut stages name the object itself.
 PROVIDING_HOOKS = {FAMILY: "splitlearn_model_families", STRATEGY: "splitlearn_loading_strategies"}
 #: A block-list of plugins: entry-point or distribution names.
 BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
@@ -57,6 +58,8 @@ class LoadedPlugin:
     hooks: tuple[str, ...]
     families: Mapping[str, ModelFamily] = field(default_factory=dict)
     strategies: tuple[LoadingStrategy, ...] = ()
+    #: What the entry point names, of a host or a cut stage.
+    value: object = None
 
     def strategy(self, name: str) -> LoadingStrategy | None:
         """Return the strategy of a name, or None where the plugin has none."""
@@ -102,35 +105,19 @@ class LoadedPlugin:
 
 
 def load_plugin(entry: PluginEntry) -> LoadedPlugin:
-    """Import a plugin, verify its hooks, and call those that return what it provides.
+    """Import a plugin, verify its hooks, and call those that return what it provides; or verify the object that it is.
 
     Raises:
         BrokenPluginError: Importing or a hook fails, or the plugin does not follow the hook specifications.
     """
+    if entry.kind not in PROVIDING_HOOKS:
+        value = _imported(entry)
+        (_check_host if entry.kind == HOST else _check_stage)(entry, value)
+        return LoadedPlugin(entry, pluggy.PluginManager(hookspecs.PROJECT), (), value=value)
     loaded = _verified(entry, _imported(entry))
     families = _families(entry, loaded.call_list("splitlearn_model_families"))
     strategies = _strategies(entry, loaded.call_list("splitlearn_loading_strategies"))
     return replace(loaded, families=families, strategies=strategies)
-
-
-def load_stage(entry: PluginEntry) -> CutStage:
-    """Import a stage of cuts: the object that its entry point names.
-
-    Raises:
-        BrokenPluginError: Importing fails, or it is not a stage of that name.
-    """
-    from splitlearn_core.cut_stage import CutStage
-
-    stage = _imported(entry)
-    if isinstance(stage, type) or not isinstance(stage, CutStage):
-        raise broken(entry, f"{entry.module!r} is {stage!r}, which is not a CutStage", "name an object: module:object")
-    if stage.name != entry.name:
-        raise broken(
-            entry,
-            f"its entry point is named {entry.name!r}, but the stage {stage.name!r}",
-            "name the entry point after the stage",
-        )
-    return stage
 
 
 def broken(entry: PluginEntry, problem: str, hint: str = "") -> BrokenPluginError:
@@ -252,6 +239,36 @@ def _strategies(entry: PluginEntry, items: list[Any]) -> tuple[LoadingStrategy, 
     if entry.kind == STRATEGY:
         _check_name(entry, "strategy", [strategy.name for strategy in items])
     return tuple(items)
+
+
+def _check_host(entry: PluginEntry, value: object) -> None:
+    """Check, without calling it, that an object can be a host."""
+    if entry.name in CORE_HOSTS:
+        raise broken(entry, f"the name {entry.name!r} is core's own", "name the entry point otherwise")
+    load = getattr(value, "load", None)
+    wanted = inspect.signature(ComponentHost.load)
+    if inspect.isclass(value) or not isinstance(value, ComponentHost) or not callable(load):
+        what = f"{type(value).__name__} {entry.module!r} is no host"
+        hint = "name an instance" if inspect.isclass(value) else "name a module or an object that has a function load"
+        raise broken(entry, f"{what}: it needs a method {written('load', wanted)}", hint)
+    if inspect.iscoroutinefunction(load):
+        raise broken(entry, "its load is asynchronous: it runs in a thread, write a plain def")
+    try:
+        inspect.signature(load).bind(*list(wanted.parameters)[1:])
+    except (TypeError, ValueError) as error:
+        found = f"def load{inspect.signature(load)}" if isinstance(error, TypeError) else "load"
+        raise broken(entry, f"{found} cannot be called as {written('load', wanted)}") from error
+
+
+def _check_stage(entry: PluginEntry, value: object) -> None:
+    if isinstance(value, type) or not isinstance(value, CutStage):
+        raise broken(entry, f"{entry.module!r} is {value!r}, which is not a CutStage", "name an object: module:object")
+    if value.name != entry.name:
+        raise broken(
+            entry,
+            f"its entry point is named {entry.name!r}, but the stage {value.name!r}",
+            "name the entry point after the stage",
+        )
 
 
 def _check_name(entry: PluginEntry, what: str, provided: Iterable[str]) -> None:

@@ -16,6 +16,8 @@ PACKAGES = {
     "gpt2": "splitlearn-gpt2",
     "qwen2": "splitlearn-qwen2",
 }
+#: Host -> the package of this project that provides it.
+HOSTS = {"ray": "splitlearn-ray"}
 #: Commands of this project's packages: words joined by dots -> the package, and the line of ``--help``. The line is
 #: here because ``--help`` imports no command, and metadata has no field for it.
 COMMANDS = {

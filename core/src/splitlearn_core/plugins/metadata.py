@@ -30,15 +30,17 @@ log = logging.getLogger(__name__)
 FAMILY_GROUP = "splitlearn.families"
 #: Entry points of packages that add a loading strategy to every family: the name is the strategy's.
 STRATEGY_GROUP = "splitlearn.strategies"
+#: Entry points of hosts: the name is the host's, the value the module, or the object in one, that loads models there.
+HOST_GROUP = "splitlearn.hosts"
 #: Entry points of commands for the command line: the name is the command's words joined by dots (``plugins.new``), the
 #: value where its click command is (``package.module:attribute``).
 COMMAND_GROUP = "splitlearn.commands"
 #: Entry points of packages that add a stage of cuts: the name is the stage's, the value the object
 #: (``package.module:attribute``).
 STAGE_GROUP = "splitlearn.cut_stages"
-FAMILY, STRATEGY, STAGE, COMMAND = "family", "strategy", "cut stage", "command"
+FAMILY, STRATEGY, HOST, STAGE, COMMAND = "family", "strategy", "host", "cut stage", "command"
 #: Group -> what its entry points name.
-KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY, STAGE_GROUP: STAGE}
+KINDS = {FAMILY_GROUP: FAMILY, STRATEGY_GROUP: STRATEGY, HOST_GROUP: HOST, STAGE_GROUP: STAGE}
 #: An optional entry point ``version = "1"`` that says which plugin API a plugin was made for.
 API_GROUP = "splitlearn.plugin_api"
 CORE = "splitlearn-core"
@@ -54,9 +56,10 @@ _MIN_SIMILARITY = 0.8
 class PluginEntry:
     """One entry point, as the metadata of an installed distribution states it."""
 
-    #: The model type of a family, the name of a strategy or of a cut stage, or the words of a command joined by dots.
+    #: The model type of a family, the name of a loading strategy, host or cut stage, or the words of a command joined
+    #: by dots.
     name: str
-    #: The module with the hook implementations, ``package.module``; of a command, and of a cut stage,
+    #: The module with the hook implementations, ``package.module``; of a command, host or cut stage
     #: ``package.module:attribute``.
     module: str
     distribution: str
@@ -67,12 +70,12 @@ class PluginEntry:
     plugin_api: str = "1"
     #: The version of core that the distribution requires, ``>=0.1``; empty if it does not say.
     requires_core: str = ""
-    #: ``family``, ``strategy``, ``cut stage`` or ``command``.
+    #: ``family``, ``strategy``, ``host``, ``cut stage`` or ``command``.
     kind: str = FAMILY
 
     @property
     def model_type(self) -> str:
-        """The model type of a family; empty for what is none."""
+        """The model type of a family; empty for anything else."""
         return self.name if self.kind == FAMILY else ""
 
     @property

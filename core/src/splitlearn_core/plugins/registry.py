@@ -10,11 +10,13 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 from packaging.utils import canonicalize_name
 
 from splitlearn_core import hookspecs
+from splitlearn_core.component_host import CORE_HOSTS
 from splitlearn_core.errors import (
     ConfigurationError,
     IncompatiblePluginError,
@@ -30,16 +32,16 @@ from splitlearn_core.plugins.host import (
     LoadedPlugin,
     broken,
     load_plugin,
-    load_stage,
     mapping_problem,
     trace_if_requested,
     trace_skipped,
 )
-from splitlearn_core.plugins.known import is_known, way_out
-from splitlearn_core.plugins.metadata import FAMILY, STAGE, STRATEGY, PluginEntry
+from splitlearn_core.plugins.known import HOSTS, is_known, way_out
+from splitlearn_core.plugins.metadata import FAMILY, HOST, STAGE, STRATEGY, PluginEntry
 from splitlearn_core.quoting import listed, quote
 
 if TYPE_CHECKING:
+    from splitlearn_core.component_host import ComponentHost
     from splitlearn_core.cut_stage import CutStage
     from splitlearn_core.loading_strategy import LoadingStrategy
 
@@ -91,12 +93,12 @@ class PluginRegistry:
 
     def __init__(self, entries: Iterable[PluginEntry] | None = None) -> None:
         self._entries = tuple(entries) if entries is not None else None
-        self._loaded: dict[tuple[str, str], LoadedPlugin | PluginError] = {}
+        self._loaded: dict[tuple[str, str, bool], LoadedPlugin | PluginError] = {}
         #: Never held while a plugin's code runs.
         self._lock = threading.Lock()
         #: One lock for each plugin, held while it is imported and called: one that hangs blocks
         #: neither the others nor the list.
-        self._loading: dict[tuple[str, str], threading.RLock] = {}
+        self._loading: dict[tuple[str, str, bool], threading.RLock] = {}
         #: Plugins that were skipped, and what blocked them; each is logged once.
         self._skipped: set[tuple[PluginEntry, str]] = set()
         trace_if_requested()
@@ -174,26 +176,53 @@ class PluginRegistry:
                 added[name] = strategy
         return tuple({**added, **{strategy.name: strategy for strategy in own}}.values())
 
-    def cut_stage(self, name: str) -> CutStage:
-        """Return a stage of cuts by its name, importing the package that adds it and no other.
+    def host(self, name: str) -> ComponentHost:
+        """Return the host of a name that a plugin provides, importing that plugin.
 
         Raises:
-            PluginError: The package cannot be used.
-            ConfigurationError: No package adds such a stage, or a variable blocks the package.
+            ConfigurationError: No plugin provides it, or a variable blocks it.
+            PluginError: It cannot be used.
         """
-        entries = [entry for entry in self._of(STAGE) if entry.name == name]
-        allowed = [entry for entry in entries if not blocked_by(entry)]
-        if not allowed:
-            names = listed([entry.name for entry in self._of(STAGE)]) or "none"
-            raise ConfigurationError(
-                f"cut stage {name!r} ({entries[0].label}) is blocked by {blocked_by(entries[0])}"
-                if entries
-                else f"no installed plugin adds a cut stage {quote(name)} (installed: {names})",
-                hint=f"change or unset {blocked_by(entries[0])}" if entries else "splitlearn plugins shows the plugins",
-            )
-        entry = _only(allowed)
-        _check_compatible(entry)
-        return load_stage(entry)
+        if problem := self.host_problem(name):
+            raise ConfigurationError(f"host {quote(name)} {problem}", hint="change host=, or what is installed")
+        return cast("ComponentHost", self._object(HOST, name))
+
+    def host_problem(self, name: str) -> str:
+        """Return why there is no host of a name, as the end of a sentence, with the way out; empty if there is one.
+
+        Nothing is imported for it.
+        """
+        return "" if name in CORE_HOSTS else self._object_problem(HOST, name, CORE_HOSTS, HOSTS)
+
+    def cut_stage(self, name: str) -> CutStage:
+        """Return the stage of cuts of a name that a plugin provides, importing that plugin.
+
+        Raises:
+            ConfigurationError: No plugin provides it, or a variable blocks it.
+            PluginError: It cannot be used.
+        """
+        if problem := self._object_problem(STAGE, name):
+            raise ConfigurationError(f"cut stage {quote(name)} {problem}", hint="splitlearn plugins shows the plugins")
+        return cast("CutStage", self._object(STAGE, name))
+
+    def _object(self, kind: str, name: str) -> object:
+        entries = [entry for entry in self._of(kind) if entry.name == name and not blocked_by(entry)]
+        return self._use(_only(entries)).value
+
+    def _object_problem(
+        self, kind: str, name: str, own: Iterable[str] = (), known: Mapping[str, str] = MappingProxyType({})
+    ) -> str:
+        """Return why no plugin provides an object of a name; ``own`` are core's, ``known`` packages with others."""
+        claimed = [entry for entry in self._of(kind) if entry.name == name]
+        if any(not blocked_by(entry) for entry in claimed):
+            return ""
+        if claimed:
+            variable = blocked_by(claimed[0])
+            return f"({claimed[0].label}) is blocked by {variable}: change or unset it"
+        names = (*own, *sorted({entry.name for entry in self._of(kind) if not blocked_by(entry)}))
+        close = difflib.get_close_matches(name.strip().lower()[:_MAX_COMPARED], names, n=1)
+        way = f"; pip install {known[name]}" if name in known else f"; did you mean {close[0]!r}?" if close else ""
+        return f"is no {kind} that is installed: {listed(names, most=50) or 'there is none'}{way}"
 
     def _package_strategy(self, name: str, requested: str | None) -> LoadingStrategy | None:
         entries = [entry for entry in self._of(STRATEGY) if entry.name == name]
@@ -233,12 +262,12 @@ class PluginRegistry:
         return [entry for entry in self.entries if entry.kind == kind]
 
     def _is_loaded(self, entry: PluginEntry) -> bool:
-        return isinstance(self._loaded.get((entry.distribution, entry.module)), LoadedPlugin)
+        return isinstance(self._loaded.get(_key(entry)), LoadedPlugin)
 
     def _use(self, entry: PluginEntry) -> LoadedPlugin:
         """Return a plugin, imported at most once; the error of a failed import is raised each time."""
         _check_compatible(entry)
-        key = (entry.distribution, entry.module)
+        key = _key(entry)
         with self._lock:
             loading = self._loading.setdefault(key, threading.RLock())
         with loading:
@@ -276,8 +305,7 @@ class PluginRegistry:
 
     def status(self, entry: PluginEntry, *, check: bool = False) -> PluginStatus:
         """Return the row of one plugin; with ``check`` it is imported and its hooks are called."""
-        # A stage is an object, and no hook provides it.
-        hooks: tuple[str, ...] = () if entry.kind == STAGE else (PROVIDING_HOOKS[entry.kind],)
+        hooks: tuple[str, ...] = (PROVIDING_HOOKS[entry.kind],) if entry.kind in PROVIDING_HOOKS else ()
         if variable := blocked_by(entry):
             return PluginStatus(entry, "blocked", hooks, f"blocked by {variable}", f"change or unset {variable}")
         try:
@@ -285,8 +313,8 @@ class PluginRegistry:
             _check_compatible(entry)
             if check and entry.kind == FAMILY:
                 hooks = self.plugin(entry.name).hooks
-            elif check and entry.kind == STAGE:
-                self.cut_stage(entry.name)
+            elif check and entry.kind not in PROVIDING_HOOKS:
+                self._object(entry.kind, entry.name)
             elif check:
                 self.strategies(None, entry.name)
                 hooks = self._use(entry).hooks
@@ -330,6 +358,11 @@ def reset_registry() -> None:
     global _registry  # noqa: PLW0603  # see registry()
     importlib.invalidate_caches()
     _registry = None
+
+
+def _key(entry: PluginEntry) -> tuple[str, str, bool]:
+    """Return what two entry points share that name the same plugin: hooks are registered once, a host is an object."""
+    return entry.distribution, entry.module, entry.kind == HOST
 
 
 def _names(variable: str) -> frozenset[str] | None:

@@ -19,7 +19,9 @@ from splitlearn_core import (
     AsyncManagedModel,
     BusyError,
     CapacityError,
+    ConnectionLostError,
     DuplicateModelError,
+    HostDiedError,
     LoadCancelledError,
     ManagerClosedError,
     ModelGoneError,
@@ -46,7 +48,8 @@ from splitlearn_serve.traffic import Traffic
 
 if TYPE_CHECKING:
     # They need torch, which is imported once the configuration is known to be valid.
-    from splitlearn_core.extension import Facts, SessionLimits, SessionTable
+    from splitlearn_core.extension import Facts, SessionLimits
+    from splitlearn_core.extension import Sessions as Table
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,15 @@ _STEPS = frozenset({Kind.STEP, Kind.BACKWARD})
 #: Codes after which a connection ends, since where the next frame begins or what it means is unknown.
 _FATAL = frozenset({"malformed", "version"})
 _GOING = (ModelStatus.DRAINING, ModelStatus.UNLOADING)
+#: Errors of a generation that is gone or going; another one may follow.
+_LEAVING = (
+    HostDiedError,
+    ConnectionLostError,
+    ModelGoneError,
+    ModelNotReadyError,
+    ManagerClosedError,
+    LoadCancelledError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +92,7 @@ class _Held:
 
     model_id: str
     model: AsyncManagedModel
-    table: SessionTable
+    table: Table
     lease: contextlib.AsyncExitStack
     #: Frames that are being answered.
     users: int = 0
@@ -144,9 +156,10 @@ class Sessions:
         """End the sessions that have been idle for too long, and give back the leases of models without any."""
         for model_id, generations in list(self._held.items()):
             for held in list(generations.values()):
-                # Frees the memory of their caches.
-                count = await asyncio.to_thread(held.table.expire)
-                self.control.traffic.of(model_id).expired += count
+                # Frees the memory of their caches. A process that does not answer keeps only its own sessions open.
+                with contextlib.suppress(TimeoutError):
+                    count = await asyncio.wait_for(asyncio.to_thread(held.table.expire), _EXPIRY_MOST)
+                    self.control.traffic.of(model_id).expired += count
                 if held.model.is_gone:
                     held.table.close()
                 await self._settle(held)
@@ -180,15 +193,15 @@ class Sessions:
 
     async def _reply(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> Reply:
         if frame.kind is Kind.PING:
-            return _encoded(Frame(Kind.PONG))
+            return _encoded(Frame(Kind.PONG, step=frame.step))
         if frame.kind is Kind.HELLO:
             facts = await self._facts_of(model_id)
             # What is declared for a session is at most what its owner may have.
             meta = {**facts.to_json(), "max_tokens": owner.limits(self.limits).max_tokens}
-            return _encoded(Frame(Kind.WELCOME, meta=meta))
+            return _encoded(Frame(Kind.WELCOME, step=frame.step, meta=meta))
         if frame.kind is Kind.CLOSE and not any(frame.session in held.table for held in self._all(model_id)):
             # It is closed already; nothing is loaded for that.
-            return _encoded(Frame(Kind.CLOSED, frame.session))
+            return _encoded(Frame(Kind.CLOSED, frame.session, frame.step))
         arrived = time.monotonic()
         # Without a session, the owner's frames take turns.
         async with _turn(self._turns, frame.session or owner.name), self._using(model_id, frame) as held:
@@ -246,7 +259,7 @@ class Sessions:
 
     async def _newest(self, model_id: str) -> _Held:
         """Return the newest generation of a model with one user more; load the model if necessary."""
-        from splitlearn_core.extension import SessionTable
+        from splitlearn_core.extension import sessions_on
 
         async with _turn(self._preparing, model_id):
             await self._make_ready(model_id)
@@ -257,7 +270,7 @@ class Sessions:
                 if held is None:
                     known, limits = self._facts.get(model_id), self.limits
                     facts = known[1] if known and known[0] == model.generation else None
-                    table = await model.run(lambda module: SessionTable(module, limits, facts=facts))
+                    table = await model.run(lambda module: sessions_on(module, limits, facts))
                     if self.is_closing:
                         raise _closing("this server is ending")
                     self._facts[model_id] = model.generation, table.facts
@@ -376,12 +389,12 @@ def _closing(message: str) -> RemoteError:
 
 def as_remote(error: SplitLearnError) -> RemoteError:
     """Return an error of the manager as one that a client understands."""
-    if isinstance(error, RemoteError):
+    if isinstance(error, RemoteError) and not isinstance(error, HostDiedError | ConnectionLostError):
         return error
     code, retry_after = "not_loaded", None
     if isinstance(error, BusyError | CapacityError | WaitTimeoutError):
         code, retry_after = "full", _SOON if isinstance(error, BusyError) else _LATER
-    elif isinstance(error, ModelGoneError | ModelNotReadyError | ManagerClosedError | LoadCancelledError):
+    elif isinstance(error, _LEAVING):
         code, retry_after = "closing", _SOON
     elif isinstance(error, UnknownModelError):
         code = "unknown_model"

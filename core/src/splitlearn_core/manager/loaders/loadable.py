@@ -39,17 +39,21 @@ MAPPED = "mapped"
 
 
 class ModelHost(Protocol):
-    """Where a model runs that does not run in this process."""
+    """Where one model runs that does not run in this process, as its :class:`ComponentHost` returns it."""
 
     @property
-    def pid(self) -> int | None: ...
-
-    #: Done once it has ended, in whatever way.
-    @property
-    def ended(self) -> Future[Any]: ...
+    def pid(self) -> int | None:
+        """The process, where it is one of this machine."""
 
     @property
-    def has_sessions(self) -> bool: ...
+    def ended(self) -> Future[Any]:
+        """Done once it has ended, in whatever way; a future whose ``cancel`` has no effect."""
+        ...
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether caches of it are in use here: it is then started again when it dies."""
+        ...
 
     def death(self) -> SplitLearnError:
         """Return how it ended."""
@@ -60,7 +64,7 @@ class ModelHost(Protocol):
         ...
 
     def end(self) -> None:
-        """End it, now."""
+        """End it, now, and wait for that; also where it has ended already."""
         ...
 
 

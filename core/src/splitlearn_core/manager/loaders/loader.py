@@ -16,28 +16,30 @@ import importlib
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from splitlearn_core.component_host import ComponentHost
 from splitlearn_core.errors import (
     ConfigurationError,
     InsufficientMemoryError,
+    LoadFailedError,
     PluginError,
     SplitLearnError,
     translate,
 )
 from splitlearn_core.loading.load import import_builders
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.config_checks import HUGGINGFACE, NOT_FAMILIES, PROCESS, PYTORCH
-from splitlearn_core.manager.loaders import huggingface, pytorch
+from splitlearn_core.manager.config_checks import HUGGINGFACE, INLINE, NOT_FAMILIES, PROCESS, PYTORCH
+from splitlearn_core.manager.loaders import inline, own_process
 from splitlearn_core.manager.loaders.loadable import (
     LoadedModel,
     LoadPlan,
     ReportProgress,
-    refuse_changes,
     system_error,
 )
-from splitlearn_core.manager.workers import default_torch_threads
+from splitlearn_core.plugins.host import BLOCK_VARIABLE, plugin_output
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.quoting import said
 from splitlearn_core.system_memory import return_large_blocks
@@ -66,12 +68,8 @@ _BUILDING = (
 _OF_TRANSFORMERS = ("GenerationConfig", "PreTrainedModel")
 _OF_WHOLE_MODELS = ("AutoConfig", "AutoModelForCausalLM", "GenerationConfig", "PreTrainedModel")
 
-#: Model type -> the functions that plan and load it; any other type is that of a family.
-_KINDS = {
-    HUGGINGFACE: (huggingface.plan_model, huggingface.load_model),
-    PYTORCH: (pytorch.plan, pytorch.load),
-}
-_FAMILY = huggingface.plan_component, huggingface.load_component
+#: Core's own hosts; other names are those of plugins.
+_HOSTS: Mapping[str, ComponentHost] = {INLINE: inline, PROCESS: own_process}
 
 
 class ModelLoader:
@@ -97,9 +95,8 @@ class ModelLoader:
         Raises:
             SplitLearnError: The model cannot be loaded, because of its files, its configuration or its size.
         """
-        make_plan, _ = _KINDS.get(config.model_type, _FAMILY)
         with translate(partial(system_error, _name(config))):
-            plan = make_plan(config, report)
+            plan = inline.plan(config, report)
         # All ledgers together, mapped pages too.
         needed = sum(plan.needs.values())
         if config.max_memory_mb is not None and needed > config.max_memory_mb * MEGABYTE:
@@ -117,33 +114,15 @@ class ModelLoader:
         Raises:
             SplitLearnError: The files changed since they were planned, or memory ran out.
         """
-        if config.host == PROCESS:
-            return self._load_in_process(config, plan, report)
-        _, load = _KINDS.get(config.model_type, _FAMILY)
-        with translate(partial(system_error, _name(config))):
-            module = load(config, plan, report)
-        dtype = plan.dtype
-        if dtype == "auto":
-            tensors = [*module.parameters(), *module.buffers()]
-            dtype = next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "auto")
-        return LoadedModel(module, plan.location, dtype, plan.device)
-
-    def _load_in_process(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> LoadedModel:
-        from splitlearn_core.manager.loaders.own_process import load_in_process
-
-        refuse_changes(plan.details.files)
-        threads = self._call_threads or default_torch_threads()
-        with translate(partial(system_error, _name(config))):
-            component, host = load_in_process(config, plan, report, threads)
-        try:
-            (part,) = plan.details.planned.split.components
-            report(Progress("verifying", part.component, part.nbytes, part.nbytes))
-            refuse_changes(plan.details.files)
-        except BaseException:
-            host.end()
-            raise
-        # Its inputs are sent from memory of this machine's.
-        return LoadedModel(component, plan.location, plan.dtype, "cpu", host)
+        host = _HOSTS.get(config.host) or registry().host(config.host)
+        with translate(partial(_load_error, config)), plugin_output() if config.host not in _HOSTS else nullcontext():
+            loaded = host.load(config, plan, report, self._call_threads)
+        if not isinstance(loaded, LoadedModel):
+            raise ConfigurationError(
+                f"host {config.host!r} returned {type(loaded).__name__}, not LoadedModel",
+                hint="ComponentHost.load of splitlearn_core.component_host says what to return",
+            )
+        return loaded
 
     def warm_up(self, config: ModelConfig, loaded: LoadedModel, report: ReportProgress) -> None:
         """Run the forward passes of a short prompt and of one more token, so that the first call is not slow.
@@ -189,6 +168,17 @@ class ModelLoader:
         if config.warmup:
             loader.warm_up(config, loaded, report)
         return loaded.module
+
+
+def _load_error(config: ModelConfig, error: BaseException) -> SplitLearnError | None:
+    """Translate an error of a load; of a plugin's host, any error."""
+    known = system_error(_name(config), error)
+    if known is not None or config.host in _HOSTS:
+        return known
+    return LoadFailedError(
+        f"host {config.host!r} failed to load {_name(config)}: {said(error)}",
+        hint=f"is it a fault of its package? {BLOCK_VARIABLE}={config.host} leaves it out",
+    )
 
 
 def _name(config: ModelConfig) -> str:

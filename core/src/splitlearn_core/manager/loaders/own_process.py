@@ -1,28 +1,43 @@
-"""Loading a component in a process of its own."""
+"""The host ``process``: a component in a process of its own."""
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.errors import HostDiedError, InternalError, RemoteError, SplitLearnError
-from splitlearn_core.hosts.process import ProcessHandle, ProcessLoad, start_process
-from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.manager.config import ModelConfig
-from splitlearn_core.manager.loaders.loadable import LoadPlan, ReportProgress
+from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress, refuse_changes
+from splitlearn_core.manager.workers import default_torch_threads
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.types import Progress
 
+if TYPE_CHECKING:
+    from splitlearn_core.hosts.process import ProcessHandle, ProcessLoad
+
 log = logging.getLogger(__name__)
 
+#: Fields of a configuration that are arguments of load_split_model by the same names.
+_SAME = (
+    "model_type",
+    "device",
+    "dtype",
+    "strategy",
+    "revision",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "attn_implementation",
+    "strict",
+)
 #: Seconds between two looks at whether a load is to stop.
 _LOOK_EVERY = 0.05
 #: Seconds in which a child may end by itself: it ends at once, unless it hangs with the interpreter's lock.
 _GRACE = 0.5
 
 
-class ProcessHost:
+class ModelProcess:
     """The process of a model, as the manager sees it."""
 
     def __init__(self, model_id: str, handle: ProcessHandle) -> None:
@@ -62,33 +77,34 @@ class ProcessHost:
         self.handle.kill(_GRACE)
 
 
-def load_in_process(
-    config: ModelConfig, plan: LoadPlan, report: ReportProgress, threads: int
-) -> tuple[RemoteComponent, ProcessHost]:
-    """Start a process, and return the component once it has loaded it.
-
-    Args:
-        config: What is loaded.
-        plan: Of the same load in this process.
-        report: Called often, in this thread; what it raises ends the process.
-        threads: Threads of torch in the process.
-
-    Raises:
-        SplitLearnError: It cannot be loaded, or its process died.
-    """
-    after = plan.after.handle if isinstance(plan.after, ProcessHost) else None
+def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress, threads: int | None) -> LoadedModel:
+    """Start a process, and return the component once it has loaded it; see :meth:`ComponentHost.load`."""
+    refuse_changes(plan.details.files)
+    after = plan.after.handle if isinstance(plan.after, ModelProcess) else None
+    count = threads or default_torch_threads()
     try:
-        handle = _loaded(config, report, threads, after)
+        handle = _loaded(config, report, count, after)
     except RemoteError as error:
         if error.code != "other_model" or after is None:
             raise
         # Its files have been replaced meanwhile.
         log.warning("The sessions of model %r end: %s", config.model_id, error.message)
-        handle = _loaded(config, report, threads, None)
-    return handle.component, ProcessHost(config.model_id, handle)
+        handle = _loaded(config, report, count, None)
+    host = ModelProcess(config.model_id, handle)
+    try:
+        (part,) = plan.details.planned.split.components
+        report(Progress("verifying", part.component, part.nbytes, part.nbytes))
+        refuse_changes(plan.details.files)
+    except BaseException:
+        host.end()
+        raise
+    # Its inputs are sent from memory of this machine's.
+    return LoadedModel(handle.component, plan.location, plan.dtype, "cpu", host)
 
 
 def _loaded(config: ModelConfig, report: ReportProgress, threads: int, after: ProcessHandle | None) -> ProcessHandle:
+    from splitlearn_core.hosts.process import start_process
+
     latest = Progress("importing", config.component)
 
     def note(progress: Progress) -> None:
@@ -113,20 +129,24 @@ def _loaded(config: ModelConfig, report: ReportProgress, threads: int, after: Pr
 
 
 def _load_of(config: ModelConfig) -> ProcessLoad:
+    from splitlearn_core.hosts.process import ProcessLoad
+
+    arguments = load_arguments(config)
+    (component,) = arguments.pop("parts")
+    return ProcessLoad(component=component, **arguments)
+
+
+def load_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments with which ``load_split_model`` loads a model's component in another process.
+
+    Raises:
+        InternalError: It is a whole model, which the checks of configurations refuse with another host than inline.
+    """
     if config.component is None or config.split_points is None:
-        raise InternalError("a process loads components of families", hint="please report this")
-    return ProcessLoad(
-        config.model_path or registry().family(config.model_type).default_model or "",
-        config.split_points,
-        config.component,
-        config.model_type,
-        config.device,
-        config.dtype,
-        config.strategy,
-        config.revision,
-        config.cache_dir,
-        config.token,
-        config.local_files_only,
-        config.attn_implementation,
-        config.strict,
-    )
+        raise InternalError("another process loads components of families", hint="please report this")
+    return {
+        "model_name_or_path": config.model_path or registry().family(config.model_type).default_model or "",
+        "split_points": config.split_points,
+        "parts": (config.component,),
+        **{name: getattr(config, name) for name in _SAME},
+    }

@@ -1,0 +1,48 @@
+"""The interface of hosts: where the models of a manager run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from splitlearn_core.manager.config import ModelConfig
+    from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan
+    from splitlearn_core.types import ProgressCallback
+
+#: Name -> what it is, of the hosts that core has itself.
+CORE_HOSTS = {"inline": "the manager's own process", "process": "a process of its own"}
+
+
+@runtime_checkable
+class ComponentHost(Protocol):
+    """Where models run: what ``ModelConfig(host=NAME)`` names. ``inline`` and ``process`` are of this kind, too.
+
+    A package adds one by an entry point in the group ``splitlearn.hosts``: its name is that of the host, and its value
+    a module, or an object in one, that has :meth:`load`::
+
+        [project.entry-points."splitlearn.hosts"]
+        ray = "splitlearn_ray:host"
+
+    The module is imported when a model with that host is loaded. Other hosts than ``inline`` run trunks of families.
+    """
+
+    def load(self, config: ModelConfig, plan: LoadPlan, report: ProgressCallback, threads: int | None) -> LoadedModel:
+        """Load a model there, completely or not at all.
+
+        It is called in a thread of its own, and may take any time.
+
+        Args:
+            config: What to load.
+            plan: What the load takes, made in this process: its files are here. ``plan.after`` is the ``host`` of the
+                generation before, where that has died: its sessions should go on, if the weights are the same.
+            report: Called at least ten times a second, in this thread. It raises to stop the load: end what has
+                been started, and let the exception pass.
+            threads: Threads of torch for a forward; None for torch's default in this process.
+
+        Returns:
+            The module that stands for the model, such as a :class:`RemoteComponent`, and with it, as ``host``, the
+            :class:`ModelHost` that says when it dies and ends it; None if it runs in this process.
+
+        Raises:
+            SplitLearnError: It cannot be loaded. Any other exception is reported as the host's failure.
+        """

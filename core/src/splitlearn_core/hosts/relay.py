@@ -1,0 +1,218 @@
+"""Sessions of others on a component that runs elsewhere: a server passes their frames on to it as they are.
+
+The sessions are where the component is. A server that lends it has a :class:`SessionRelay`, which adds to each frame
+whose it is and what that owner may take; the :class:`ComponentServer` at the other end keeps those sessions apart from
+the ones that its own user has. Payloads are neither read nor copied into tensors on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+import threading
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.errors import ConnectionLostError, HostDiedError, RemoteError, SplitLearnError
+from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
+from splitlearn_core.hosts.remote import RemoteComponent
+from splitlearn_core.hosts.sessions import SessionLimits, SessionTable, error_frame
+
+log = logging.getLogger(__name__)
+
+#: The entry of meta that only the user of a host writes: what clients send under this name is replaced.
+_RELAY = "relay"
+#: Seconds after which a client may try again when its host has gone.
+_SOON = 1.0
+_CHANGES_SESSIONS = (Kind.OPENED, Kind.CLOSED)
+
+
+class ComponentServer:
+    """Answers the frames of one component where it runs: those of its user, and those that its user relays.
+
+    Args:
+        component: A trunk that runs here.
+        limits: What sessions of the user may take; relayed ones have limits of their own.
+    """
+
+    def __init__(self, component: ComponentModel, limits: SessionLimits | None = None) -> None:
+        self._component = component
+        self._own = SessionTable(component, limits)
+        self._lock = threading.Lock()
+        #: Of the relay that began last.
+        self._relay_id, self._relayed = "", self._own
+
+    @property
+    def limits(self) -> SessionLimits:
+        return self._own.limits
+
+    def handle(self, frame: Frame) -> Frame:
+        """Answer one request; like :meth:`SessionTable.handle`, from any thread."""
+        relay = frame.meta.get(_RELAY)
+        if relay is None:
+            return self._own.handle(frame)
+        frame = frame._replace(meta={name: value for name, value in frame.meta.items() if name != _RELAY})
+        if "begin" in relay:
+            self._begin(relay)
+        with self._lock:
+            table = self._relayed
+            if relay["id"] != self._relay_id:
+                return error_frame(_closing(), frame)
+        if relay.get("end"):
+            table.close()
+        if frame.kind is Kind.PING:
+            return _state(table)._replace(step=frame.step)
+        reply = table.handle(frame, relay["owner"], SessionLimits(**relay["limits"]))
+        if reply.kind not in _CHANGES_SESSIONS:
+            return reply
+        state = {"is_open": reply.session in table, "reserved": table.reserved_bytes}
+        return reply._replace(meta={**reply.meta, _RELAY: state})
+
+    def _begin(self, relay: Mapping[str, Any]) -> None:
+        """Make a table for a relay; the sessions of the one before it end."""
+        limits = SessionLimits(**relay["begin"])
+        table = SessionTable(self._component, limits, facts=_facts_for(self._own.facts, limits))
+        with self._lock:
+            if self._relayed is not self._own:
+                self._relayed.close()
+            self._relay_id, self._relayed = relay["id"], table
+
+
+class SessionRelay:
+    """The sessions of others on a component that runs elsewhere, used as a :class:`SessionTable` is.
+
+    Args:
+        component: What :func:`connect` or a host has returned; at its other end is a :class:`ComponentServer`.
+        limits: What sessions may take.
+
+    Raises:
+        RemoteError: The host does not answer.
+    """
+
+    def __init__(self, component: RemoteComponent, limits: SessionLimits | None = None) -> None:
+        self.limits = limits or SessionLimits()
+        self.facts = _facts_for(component.facts, self.limits)
+        self._host = component.host
+        self._id = secrets.token_hex(8)
+        self._numbers: set[int] = set()
+        self._looking = threading.Lock()
+        self._is_closed = False
+        #: The bytes of caches that open sessions may grow to, when they were last asked for.
+        self.reserved_bytes = 0
+        self._exchange(Frame(Kind.PING), {"begin": dataclasses.asdict(self.limits)})
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._numbers
+
+    def handle(self, frame: Frame, owner: str = "", limits: SessionLimits | None = None) -> Frame:
+        """Answer one request; see :meth:`SessionTable.handle`."""
+        try:
+            if self._is_closed:
+                raise _closing()
+            reply = self._exchange(frame, {"owner": owner, "limits": dataclasses.asdict(limits or self.limits)})
+        except (ConnectionLostError, HostDiedError) as error:
+            # Its text names files. The client comes again with the same step, or with its journal.
+            log.debug("A frame was not relayed: %s", error.message)
+            return error_frame(_closing(), frame)
+        except SplitLearnError as error:
+            return error_frame(error, frame)
+        state = reply.meta.get(_RELAY)
+        if state is None:
+            return reply
+        if state["is_open"] and not self._is_closed:
+            self._numbers.add(reply.session)
+        else:
+            self._numbers.discard(reply.session)
+        self.reserved_bytes = state["reserved"]
+        return reply._replace(meta={name: value for name, value in reply.meta.items() if name != _RELAY})
+
+    def expire(self) -> int:
+        """End the sessions that have been idle for too long; returns how many there were.
+
+        Only one caller at a time waits for a host that does not answer; to the others it is as if none had ended.
+        """
+        if self._is_closed or not self._looking.acquire(blocking=False):
+            return 0
+        try:
+            before = set(self._numbers)
+            reply = self._exchange(Frame(Kind.PING), {})
+            if reply.kind is not Kind.PONG:
+                return 0
+            open_now = array("q", b"".join(reply.buffers))
+            # One that was opened meanwhile may not be among them.
+            self._numbers -= before.difference(open_now)
+            self.reserved_bytes = int(reply.meta["reserved"])
+            return int(reply.meta["expired"])
+        except (ConnectionLostError, HostDiedError) as error:
+            log.debug("Sessions were not counted: %s", error.message)
+            return 0
+        finally:
+            self._looking.release()
+
+    def close(self) -> None:
+        """End all sessions, and take no more; does not wait for the host."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._numbers.clear()
+            self.reserved_bytes = 0
+            threading.Thread(target=self._end, name="end relayed sessions", daemon=True).start()
+
+    def _end(self) -> None:
+        try:
+            self._exchange(Frame(Kind.PING), {"end": True})
+        except RemoteError as error:
+            log.debug("Relayed sessions end with their host: %s", error.message)
+
+    def _exchange(self, frame: Frame, relay: Mapping[str, Any]) -> Frame:
+        meta = {**frame.meta, _RELAY: {"id": self._id, **relay}}
+        return self._host.exchange(frame._replace(meta=meta))
+
+
+#: What serves the sessions of a component, here or elsewhere.
+Sessions = SessionTable | SessionRelay
+
+
+def sessions_on(component: Any, limits: SessionLimits | None = None, facts: Facts | None = None) -> Sessions:
+    """Return what serves sessions on a component, wherever it runs.
+
+    Args:
+        component: A trunk that runs here, or the :class:`RemoteComponent` of one that has a host.
+        limits: What sessions may take.
+        facts: What an earlier table of the same component said of it.
+
+    Raises:
+        ConfigurationError: It is no trunk.
+        RemoteError: Its host does not answer.
+    """
+    if isinstance(component, RemoteComponent):
+        return SessionRelay(component, limits)
+    return SessionTable(component, limits, facts=facts)
+
+
+def _facts_for(facts: Facts, limits: SessionLimits) -> Facts:
+    return dataclasses.replace(facts, max_tokens=limits.max_tokens, max_payload=limits.max_payload)
+
+
+def _state(table: SessionTable) -> Frame:
+    """End idle sessions, and say which are left."""
+    expired = table.expire()
+    numbers = array("q", table.numbers)
+    spec = TensorSpec("sessions", "I64", (len(numbers),))
+    meta = {"expired": expired, "reserved": table.reserved_bytes}
+    return Frame(Kind.PONG, meta=meta, tensors=(spec,), buffers=[memoryview(numbers).cast("B")])
+
+
+def _closing() -> RemoteError:
+    return RemoteError(
+        "the process of this model has ended, or is about to",
+        code="closing",
+        retry_after=_SOON,
+        hint="try again: it may be started again",
+    )
