@@ -318,7 +318,7 @@ def test_a_pair_is_for_hidden_states_and_gradients(llama: Any, checkpoint: Calla
         ({"clip": (1.0, 2.0, 3.0)}, "a pair"),
         ({"quantize": "int2"}, "quantize='int2'"),
         ({"stages": "largest"}, "not names or stages"),
-        ({"stages": ("nowhere",)}, "no installed plugin adds a cut stage 'nowhere'"),
+        ({"stages": ("nowhere",)}, "cut stage 'nowhere' is no cut stage that is installed: none"),
         ({"seed": 0.5}, "no whole number"),
     ],
 )
