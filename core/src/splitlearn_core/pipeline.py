@@ -226,6 +226,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def _assemble(self, parts: dict[str, Any], mixed_dtypes: bool) -> None:
         """Build the module tree of the unsplit model from the modules of the components."""
         top = parts[Component.TOP]
+        device = next(parts[Component.BOTTOM].parameters()).device
+        for part in parts.values():
+            if isinstance(part, RemoteComponent):
+                part.open_layers(top.family, top.config, device)
         ours = self.__dict__
         # Attributes that the family's own class sets and its methods rely on.
         own = {"loss_type", "generation_config", "training", *nn.Module().__dict__}
@@ -242,6 +246,11 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not is_component_name(name):
+            if name == "peft_config":
+                # Set by PEFT once its modules are there.
+                for part in self.components:
+                    if isinstance(part, RemoteComponent):
+                        part.adapt(value)
             super().__setattr__(name, value)
             return
         if name not in self._chain.parts:
