@@ -451,8 +451,11 @@ def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_pa
     """With the way out."""
     split, (whole, parts) = used(endpoint), models("qwen2", "float32")
     trunk: Any = split.trunk
-    with pytest.raises(ConfigurationError, match="no whole checkpoint can be saved"):
-        split.save_pretrained(tmp_path / "saved")
+    split.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "config.json").exists()
+    with pytest.raises(ConfigurationError, match="holds a whole model"):
+        whole.save_pretrained(tmp_path / "whole")
+        split.save_pretrained(tmp_path / "whole")
     with pytest.raises(ConfigurationError, match="kernels of its host"):
         split.set_attn_implementation("eager")
     assert split.bottom.config._attn_implementation == whole.config._attn_implementation

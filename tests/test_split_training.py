@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-from splitlearn_core import SplitCausalLM, connect, load_split_model
+from splitlearn_core import (
+    AccessRefusedError,
+    ConfigurationError,
+    RemoteError,
+    RemoteStepError,
+    SplitCausalLM,
+    connect,
+    load_component,
+    load_split_model,
+)
 from splitlearn_core.hosts import calls
 from splitlearn_core.hosts.protocol import Frame, Kind
-from splitlearn_core.hosts.sessions import SessionTable
+from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from support.hosts import MemoryEndpoint, lost, remote
 from support.long import LONG
@@ -208,7 +217,9 @@ def test_generation_between_steps_is_equal(arguments: dict[str, Any]) -> None:
             wrapped.eval()
             ids = torch.arange(3, 9)[None]
             state = torch.get_rng_state()
-            texts.append(wrapped.generate(input_ids=ids, max_new_tokens=8, pad_token_id=0, eos_token_id=None, **arguments))
+            texts.append(
+                wrapped.generate(input_ids=ids, max_new_tokens=8, pad_token_id=0, eos_token_id=None, **arguments)
+            )
             torch.set_rng_state(state)
             wrapped.train()
 
@@ -266,7 +277,9 @@ def test_norms_that_are_added_by_part_are_noticed(elsewhere: tuple[Recipe, str])
 
     def by_part(parameters: list[Any], limit: float) -> None:
         half = len(parameters) // 2
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in (parameters[:half], parameters[half:])]
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in part]) for part in (parameters[:half], parameters[half:])
+        ]
         total = torch.stack([norm**2 for norm in norms]).sum().sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
 
@@ -379,3 +392,267 @@ def test_a_split_model_is_copied_with_its_adapters() -> None:
     for name, parameter in other.named_parameters():
         if "layers.2." in name and not parameter.requires_grad:
             assert parameter.untyped_storage().nbytes() == parameter.element_size(), name
+
+
+# --- trainers ---------------------------------------------------------------------------------------------
+
+
+def run_trainer(model: Any, out: Path, **options: Any) -> Any:
+    """Train with transformers' own trainer; return it."""
+    settings = TrainingArguments(
+        output_dir=str(out),
+        **{
+            "per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 0.01, "logging_steps": 1,
+            "save_strategy": "steps", "save_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True,
+            "dataloader_pin_memory": False, "seed": 1, "max_grad_norm": 0.05, "gradient_accumulation_steps": 2,
+        },
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    data = [{"input_ids": (ids := torch.randint(3, 90, (8,), generator=draw)), "labels": ids} for _ in range(16)]
+    made = Trainer(model, settings, train_dataset=data)
+    made.remove_callback(PrinterCallback)
+    made.train(**options)
+    return made
+
+
+def learned_by(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in trainer.model.named_parameters() if each.requires_grad}
+
+
+def losses_of(trainer: Any) -> list[tuple[float, float]]:
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def in_the_trunk(name: str) -> bool:
+    return any(f".{number}." in name for number in range(*SPLIT))
+
+
+@pytest.mark.parametrize("kind", ["adapters", "ends"])
+def test_a_trainer_goes_on_from_each_of_its_checkpoints(kind: str, tmp_path: Path) -> None:
+    """Adapters by the unsplit model's names; ends that are trained in full as components."""
+    recipe = Recipe(family="gpt2")
+
+    def model(trunk: Any = None) -> Any:
+        made = whole(recipe) if trunk is None else split_model(recipe, trunk)
+        if kind == "adapters":
+            return adapted(made, recipe)
+        if trunk is None:
+            for name, parameter in made.named_parameters():
+                parameter.requires_grad_(not in_the_trunk(name))
+        return made
+
+    endpoint = endpoint_of(recipe)
+    expected = run_trainer(model(), tmp_path / "unsplit")
+    trained_elsewhere = run_trainer(model(remote(endpoint)), tmp_path / "split")
+    assert losses_of(trained_elsewhere) == losses_of(expected)
+    values = learned_by(expected)
+    assert all(torch.equal(value, values[name]) for name, value in learned_by(trained_elsewhere).items())
+    assert learned_by(trained_elsewhere).keys() == values.keys()
+    for step in range(1, 6):
+        folder = tmp_path / "split" / f"checkpoint-{step}"
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        assert size < 4 * sum(value.nbytes for value in values.values())
+        resumed = run_trainer(model(remote(endpoint)), tmp_path / f"resumed-{step}", resume_from_checkpoint=str(folder))
+        assert losses_of(resumed) == losses_of(expected), step
+        assert all(torch.equal(value, values[name]) for name, value in learned_by(resumed).items())
+
+    last = tmp_path / "split" / "checkpoint-6"
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        logits = expected.model.eval()(ids).logits
+        if kind == "adapters":
+            theirs, ours = (
+                load_file(tmp_path / name / "checkpoint-6" / "adapter_model.safetensors")
+                for name in ("unsplit", "split")
+            )
+            assert theirs.keys() == ours.keys()
+            assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+            loaded = peft.PeftModel.from_pretrained(whole(recipe), last)
+        else:
+            ends = [load_component(last / "components" / name, name) for name in ("bottom", "top")]
+            loaded = SplitCausalLM(ends[0], remote(endpoint), ends[1])
+            # transformers would make up the layers that are missing.
+            with pytest.raises((OSError, ValueError), match=r"config\.json"):
+                AutoModelForCausalLM.from_pretrained(last)
+        assert torch.equal(loaded.eval()(ids).logits, logits)
+
+
+def test_values_are_loaded_around_what_is_elsewhere(tmp_path: Path) -> None:
+    """A state dict has what is here; a dtype is given to layers elsewhere without memory for them."""
+    recipe = Recipe()
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    state = split.state_dict()
+    assert {name for name in whole(recipe).state_dict() if not in_the_trunk(name)} == state.keys()
+    assert split.load_state_dict(state).missing_keys == []
+    assert split.load_state_dict(whole(recipe).state_dict(), strict=False).missing_keys == []
+    hole = split.get_parameter("model.layers.2.mlp.up_proj.weight")
+    split.to(torch.bfloat16)
+    other = split.get_parameter("model.layers.2.mlp.up_proj.weight")
+    assert (other.dtype, other.shape) == (torch.bfloat16, hole.shape)
+    assert other.untyped_storage().nbytes() == 2
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "DoRA needs the norms of the weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes"),
+        ({"bias": "all"}, "biases of the model itself"),
+    ],
+)
+def test_adapters_that_need_the_weights_are_refused(settings: dict[str, Any], words: str) -> None:
+    """Before anything is trained, with the reason."""
+    recipe = Recipe(dropout=0.0)
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    with pytest.raises(ConfigurationError, match=words):
+        peft.get_peft_model(split, peft.LoraConfig(target_modules=["q_proj"], **settings))
+
+
+def test_a_kind_that_is_not_known_is_refused() -> None:
+    """By name."""
+    recipe = Recipe(dropout=0.0)
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    with pytest.raises(ConfigurationError, match="VERA is not one of LORA, IA3, LOHA, LOKR"):
+        peft.get_peft_model(split, peft.VeraConfig(target_modules=["q_proj"]))
+
+
+def test_adapters_of_the_ends_alone_may_be_of_any_kind() -> None:
+    """They are here, as are the weights that they need."""
+    recipe = Recipe(dropout=0.0)
+    config = {"target_modules": ["q_proj"], "layers_to_transform": [0, 5], "use_dora": True, "init_lora_weights": False}
+
+    def run(model: Any) -> Learned:
+        torch.manual_seed(1)
+        return train(peft.get_peft_model(model, peft.LoraConfig(**config)), recipe, 3)
+
+    assert differences(run(whole(recipe)), run(split_model(recipe, remote(endpoint_of(recipe))))) == []
+
+
+def test_weights_that_are_elsewhere_are_neither_trained_nor_merged() -> None:
+    """The error names the first of them."""
+    recipe = Recipe(dropout=0.0)
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    split.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"model\.layers\.2\.\S+ would be trained, and its values are at"):
+        split(torch.arange(3, 9)[None], use_cache=False)
+
+
+def test_a_host_may_allow_no_training() -> None:
+    """A permission of its own, and limits: adapters, training mode and gradients are refused, and evaluation is not."""
+    recipe = Recipe()
+    endpoint = endpoint_of(recipe)
+    endpoint.limits = SessionLimits(training=False)
+    split = split_model(recipe, remote(endpoint))
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        assert split.eval()(ids).logits.shape == (1, 10, 101)
+    with pytest.raises(AccessRefusedError, match="lets nothing be trained by you"):
+        split.train()(ids, use_cache=False)
+    loss = split.eval()(ids, labels=ids, use_cache=False).loss
+    with pytest.raises(AccessRefusedError, match="permission to train"):
+        loss.backward()
+    with pytest.raises(AccessRefusedError, match="takes no adapters"):
+        adapted(split, recipe).eval()(ids)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"training_steps": 2}, "train 2 steps"),
+        ({"training_tokens": 60}, "train 60 tokens"),
+        ({"adapter_bytes": 1000}, r"this host keeps 1000 B|this host keeps"),
+    ],
+)
+def test_a_host_has_limits_of_training(limits: dict[str, int], words: str) -> None:
+    """Of steps, tokens and bytes, for each owner."""
+    recipe = Recipe()
+    endpoint = endpoint_of(recipe)
+    endpoint.limits = SessionLimits(**limits)
+    with pytest.raises(RemoteError, match=words):
+        trained(recipe, remote(endpoint), 4)
+    if "adapter_bytes" not in limits:
+        endpoint.owner = "another"
+        assert differences(unsplit(recipe, 2), trained(recipe, remote(endpoint), 2)) == []
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    """By its shapes, before anything is computed."""
+    recipe = Recipe()
+    small, large = endpoint_of(recipe), tiny_model("qwen2", intermediate_size=96)
+    split = split_model(recipe, remote(small))
+    wrapped = adapted(split, recipe)
+    for name, parameter in wrapped.named_parameters():
+        if "layers.2" in name and "down_proj.lora_A" in name:
+            parameter.data = torch.zeros(4, large.config.intermediate_size)
+    with pytest.raises(RemoteStepError, match=r"not one of this trunk: \S*layers\.2\.mlp\.down_proj\S* is \[4, 96\]"):
+        wrapped(torch.arange(3, 9)[None], use_cache=False)
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    """With the side that they come from, and the call; the optimizer has not stepped, and training goes on."""
+    recipe = Recipe(dropout=0.0)
+    endpoint = endpoint_of(recipe)
+    split = split_model(recipe, remote(endpoint))
+    wrapped = adapted(split, recipe)
+    ids = torch.arange(3, 13)[None]
+    loss = wrapped(ids, labels=ids, use_cache=False).loss
+    with pytest.raises(RemoteStepError, match=r"components after the trunk, which are here, in call 1 of") as caught:
+        (loss * torch.inf).backward()
+    assert caught.value.code == "not_finite"
+    wrapped.zero_grad()
+    poisoned = dict(wrapped.named_parameters())[
+        "base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight"
+    ]
+    before = poisoned.detach().clone()
+    poisoned.data.fill_(torch.inf)
+    with pytest.raises(RemoteStepError, match=r"hidden states .* came from the trunk at memory://trunk, in call 2 of"):
+        wrapped(ids, labels=ids, use_cache=False)
+    poisoned.data.copy_(before)
+    assert differences(unsplit(recipe, 2), train(wrapped, recipe, 2)) == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_host_without_memory_says_so(error: type[Exception]) -> None:
+    """In backward, too; the same call succeeds when there is memory again."""
+    recipe = Recipe(dropout=0.0)
+    ends = loaded(recipe, "bottom", "trunk", "top")
+    wrapped = adapted(
+        SplitCausalLM(ends.bottom, remote(MemoryEndpoint(lambda: SessionTable(ends.trunk))), ends.top), recipe
+    )
+    ids = torch.arange(3, 13)[None]
+    loss = wrapped(ids, labels=ids, use_cache=False).loss
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    # Copies at the host were made with the first call: what all share is the class.
+    layer = type(ends.trunk.layer_modules[2].mlp)
+    original = layer.forward
+    layer.forward = fail
+    try:
+        with pytest.raises(RemoteStepError, match="no memory for this step") as caught:
+            loss.backward(retain_graph=True)
+    finally:
+        layer.forward = original
+    assert caught.value.code == "out_of_memory"
+    wrapped.zero_grad()
+    assert differences(unsplit(recipe, 2), train(wrapped, recipe, 2)) == []
+
+
+def test_a_host_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typed error, and only where adapters come."""
+    recipe = Recipe()
+
+    def absent() -> Any:
+        raise ConfigurationError("adapters need the package peft", hint='pip install "splitlearn-core[peft]"')
+
+    monkeypatch.setattr("splitlearn_core.hosts.tuning.import_peft", absent)
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    split.train()(torch.arange(3, 9)[None], use_cache=False)
+    with pytest.raises(RemoteStepError, match="cannot apply adapters") as caught:
+        adapted(split, recipe)(torch.arange(3, 9)[None], use_cache=False)
+    assert caught.value.code == "no_peft"
+    assert "splitlearn-core[peft]" in caught.value.hint

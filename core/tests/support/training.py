@@ -189,7 +189,9 @@ def differences(expected: Learned, actual: Learned) -> list[str]:
             found.append(f"names of gradients: {sorted(a.keys() ^ b.keys())[:3]}")
         found += [f"step {step}: gradient of {name}" for name in a if name in b and not torch.equal(a[name], b[name])]
     found += [
-        name for name, value in expected.parameters.items() if not torch.equal(value, actual.parameters.get(name, value + 1))
+        name
+        for name, value in expected.parameters.items()
+        if not torch.equal(value, actual.parameters.get(name, value + 1))
     ]
     return found[:5]
 

@@ -18,6 +18,8 @@ from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import LayerRange
 
+#: Where a module of dropout keeps its rate by the configuration, which is that of its host.
+CONFIGURED_RATE = "_splitlearn_configured_rate"
 #: Where a module keeps its parameters without values while values are loaded into it.
 _SET_ASIDE = "_splitlearn_set_aside"
 
@@ -94,6 +96,8 @@ def layers_without_values(
             if parameter is not None:
                 element = torch.zeros((), dtype=parameter.dtype)
                 module._parameters[name] = HoleParameter(element, parameter.shape)  # noqa: SLF001  # as above
+        if isinstance(module, nn.Dropout):
+            vars(module)[CONFIGURED_RATE] = module.p
         # Computed from the configuration, and used by the forward alone.
         module._buffers.update(dict.fromkeys(module._buffers))  # noqa: SLF001  # as above
         module.register_state_dict_post_hook(_leave_out)

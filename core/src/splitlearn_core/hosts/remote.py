@@ -310,7 +310,7 @@ class RemoteComponent(nn.Module):
     def _tuning(self) -> Tuning | None:
         if not self._prefix:
             return None
-        return tuning_of(self.layer_modules, self._prefix, self._configs, self.url)
+        return tuning_of(self.layer_modules, self._prefix, self._configs, self.url, training=self.training)
 
     def _upload_of(self, tuning: Tuning | None) -> Upload | None:
         """Return the adapters to send; the same object as long as they do not change."""

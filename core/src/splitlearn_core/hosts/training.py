@@ -193,12 +193,13 @@ class Training:
         """
         component, parameters = self._adapted(mode, owner)
         device = next(self._component.parameters()).device
-        autocast = _AUTOCAST.get(mode.autocast or "")
+        # Of the forward alone: the way back runs outside it, as in one process.
+        autocast = torch.autocast(
+            device.type, _AUTOCAST.get(mode.autocast or "", torch.bfloat16), enabled=mode.autocast is not None
+        )
         with contextlib.ExitStack() as stack:
             states = stack.enter_context(_random_numbers(random, device)) if random else dict
-            if autocast is not None:
-                stack.enter_context(torch.autocast(device.type, autocast))
-            yield Running(component, parameters, states)
+            yield Running(component, parameters, states, autocast)
 
     def _adapted(self, mode: Mode, owner: str) -> tuple[Any, dict[str, torch.Tensor]]:
         if not mode.adapter and not mode.training:
@@ -246,6 +247,8 @@ class Running:
     parameters: dict[str, torch.Tensor]
     #: Returns the states of the generators after what was run.
     random: Callable[[], dict[str, torch.Tensor]]
+    #: A context for forwards.
+    autocast: Any
 
     def __call__(self, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Run it; return its output by name, and what it recorded.
@@ -254,7 +257,7 @@ class Running:
             RemoteError: It failed.
         """
         arguments = {"hidden_states": hidden, **inputs}
-        with _failures_named():
+        with _failures_named(), self.autocast:
             if not self.parameters:
                 return _named_outputs(self.component(**arguments))
             return _named_outputs(functional_call(self.component, self.parameters, (), arguments))

@@ -22,7 +22,7 @@ from torch import nn
 from splitlearn_core.adapters.adapter_files import HARMLESS_INITIALISATIONS
 from splitlearn_core.adapters.peft_models import import_peft
 from splitlearn_core.errors import ConfigurationError, RemoteStepError
-from splitlearn_core.hosts.holes import holes_in
+from splitlearn_core.hosts.holes import CONFIGURED_RATE, holes_in
 from splitlearn_core.quoting import listed, quote, said
 
 #: Kind -> the settings that change a forward, with their values where nothing is said.
@@ -113,14 +113,17 @@ def _adapted_modules(layers: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, layer
 
 
-def tuning_of(layers: nn.Module, prefix: str, configs: Mapping[str, Any], where: str) -> Tuning | None:
-    """Describe the adapters that are active on layers that run elsewhere; None without any.
+def tuning_of(
+    layers: nn.Module, prefix: str, configs: Mapping[str, Any], where: str, *, training: bool
+) -> Tuning | None:
+    """Describe what is to be different at a host: adapters that are active, rates of dropout; None where nothing is.
 
     Args:
         layers: The layers.
         prefix: What comes before their names in the whole model.
         configs: PEFT's configurations, by the name of the adapter.
         where: The address of the host.
+        training: Whether dropout is active.
 
     Raises:
         ConfigurationError: Something there would be trained, or was changed, that is not here.
@@ -142,7 +145,8 @@ def tuning_of(layers: nn.Module, prefix: str, configs: Mapping[str, Any], where:
             for name, parameter in layer.named_parameters()
             if not name.startswith("base_layer.") and not _is_apart(name, names)
         })  # fmt: skip
-    if not active:
+    rates = {prefix + path: rate for path, rate in _changed_rates(layers, active, configs)} if training else {}
+    if not active and not rates:
         return None
     unknown = [name for name in active if name not in configs]
     if unknown:
@@ -156,7 +160,19 @@ def tuning_of(layers: nn.Module, prefix: str, configs: Mapping[str, Any], where:
         kind = str(getattr(configs[name].peft_type, "value", configs[name].peft_type))
         settings = {setting: getattr(configs[name], setting, usual) for setting, usual in _SETTINGS[kind].items()}
         adapters[name] = {"kind": kind, "settings": settings, "targets": targets[name]}
-    return Tuning({"active": active, "adapters": adapters}, parameters)
+    return Tuning({"active": active, "adapters": adapters, "rates": rates}, parameters)
+
+
+def _changed_rates(layers: nn.Module, active: list[str], configs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield modules of dropout whose rate was changed after they were made: trainers of preferences set it to 0."""
+    for path, module in layers.named_modules():
+        if not isinstance(module, nn.Dropout):
+            continue
+        adapter = path.rpartition(".")[2]
+        is_known = CONFIGURED_RATE in vars(module) or adapter in active
+        made_with = vars(module).get(CONFIGURED_RATE, getattr(configs.get(adapter), "lora_dropout", None))
+        if is_known and module.p != made_with:
+            yield path, module.p
 
 
 def _is_apart(path: str, names: list[str]) -> bool:
@@ -218,8 +234,8 @@ def build_adapted(component: nn.Module, description: Any) -> tuple[Any, dict[str
 
     Args:
         component: The component, which stays as it is.
-        description: ``active``, the adapters in order; and ``adapters``: for each its ``kind``, ``settings``, and the
-            adapted modules as ``targets`` with their rank and scaling.
+        description: ``active``, the adapters in order; ``adapters``: for each its ``kind``, ``settings``, and the
+            adapted modules as ``targets`` with their rank and scaling; and ``rates`` of dropout by module.
 
     Returns:
         The copy, and its parameters that need values: name -> a tensor without memory.
@@ -227,17 +243,17 @@ def build_adapted(component: nn.Module, description: Any) -> tuple[Any, dict[str
     Raises:
         RemoteStepError: It is no description, or does not fit the component.
     """
+    adapters, active, rates = _checked(description)
     try:
-        # Lazily: a host without adapters needs no PEFT.
-        peft = import_peft()
+        # A host without adapters needs no PEFT.
+        peft = import_peft() if adapters else None
     except ConfigurationError as error:
         raise RemoteStepError(
             f"this host cannot apply adapters: {error.message}", hint=error.hint, code="no_peft"
         ) from error
-    adapters, active = _checked(description)
     made = frozen_copy(component)
     names = set(dict(made.named_parameters()))
-    if any(True for _ in _adapted_modules(made)):
+    if adapters and any(True for _ in _adapted_modules(made)):
         raise RemoteStepError("the trunk has an adapter at its host already", code="bad_input", hint="use one of them")
     modules = dict(made.named_modules())
     foreign = [name for adapter in adapters.values() for name in adapter["targets"] if name not in modules]
@@ -254,6 +270,12 @@ def build_adapted(component: nn.Module, description: Any) -> tuple[Any, dict[str
             scaling = adapter["targets"].get(path, {}).get("scaling")
             if scaling is not None:
                 layer.scaling[name] = scaling
+    present = dict(made.named_modules())
+    for path, rate in rates.items():
+        dropout = present.get(path)
+        if not isinstance(dropout, nn.Dropout):
+            raise _unfit([f"there is no dropout {path}"])
+        dropout.p = rate
     added = {name: parameter for name, parameter in made.named_parameters() if parameter.is_meta}
     if names - {name.replace(".base_layer.", ".") for name, _ in made.named_parameters()}:
         raise RemoteStepError("PEFT replaced weights of the trunk", code="bad_input")
@@ -305,13 +327,20 @@ def _unfit(problems: list[str]) -> RemoteStepError:
     )
 
 
-def _checked(description: Any) -> tuple[dict[str, Any], list[str]]:
+def _checked(description: Any) -> tuple[dict[str, Any], list[str], dict[str, float]]:
     """Check a description, value for value."""
     given = description if isinstance(description, dict) else {}
-    adapters, active = given.get("adapters"), given.get("active")
+    adapters, active, rates = given.get("adapters"), given.get("active"), given.get("rates")
     problems = []
-    if not isinstance(adapters, dict) or not 0 < len(adapters) <= _MAX_ADAPTERS or not isinstance(active, list):
-        problems.append("it lists no adapters")
+    if (
+        not isinstance(adapters, dict)
+        or len(adapters) > _MAX_ADAPTERS
+        or not isinstance(active, list)
+        or not isinstance(rates, dict)
+    ):
+        problems.append("it lists no adapters, or too many")
+    elif not all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in rates.values()):
+        problems.append("a rate of dropout is none")
     elif sorted(adapters) != sorted(map(str, active)) or not all(map(_ADAPTER_NAME.fullmatch, adapters)):
         problems.append("the active adapters are not those that it lists")
     else:
@@ -324,7 +353,7 @@ def _checked(description: Any) -> tuple[dict[str, Any], list[str]]:
             code="bad_input",
             hint="install the same version of splitlearn-core on both sides",
         )
-    return cast("dict[str, Any]", adapters), cast("list[str]", active)
+    return cast("dict[str, Any]", adapters), cast("list[str]", active), cast("dict[str, float]", rates)
 
 
 def _adapter_problems(adapter: Any) -> Iterator[str]:
