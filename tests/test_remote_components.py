@@ -453,8 +453,8 @@ def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_pa
     trunk: Any = split.trunk
     split.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "config.json").exists()
+    whole.save_pretrained(tmp_path / "whole")
     with pytest.raises(ConfigurationError, match="holds a whole model"):
-        whole.save_pretrained(tmp_path / "whole")
         split.save_pretrained(tmp_path / "whole")
     with pytest.raises(ConfigurationError, match="kernels of its host"):
         split.set_attn_implementation("eager")

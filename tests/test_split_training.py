@@ -34,7 +34,6 @@ from support.training import (
     Learned,
     Recipe,
     adapted,
-    clipped,
     differences,
     host_process,
     names_of_ends,
@@ -237,9 +236,11 @@ def test_generation_between_steps_is_equal(arguments: dict[str, Any]) -> None:
 def elsewhere(warm: Any) -> Iterator[tuple[Recipe, str]]:
     """A recipe, and the URL of a process that serves the trunk of its model."""
     recipe = Recipe(family="gpt2", clip=0.05, accumulation=2)
-    with tempfile.TemporaryDirectory() as folder:
-        with host_process(warm.path, Path(folder_of(recipe)), Path(folder) / "trunk.sock") as url:
-            yield recipe, url
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        host_process(warm.path, Path(folder_of(recipe)), Path(folder) / "trunk.sock") as url,
+    ):
+        yield recipe, url
 
 
 def test_training_over_a_socket_is_equal(elsewhere: tuple[Recipe, str]) -> None:
@@ -271,7 +272,7 @@ def test_random_numbers_that_stay_here_are_noticed(
 
 
 def test_norms_that_are_added_by_part_are_noticed(elsewhere: tuple[Recipe, str]) -> None:
-    """A control of the comparison: the norm over all parameters is not that over the norms of parts, in the last bits."""
+    """A control of the comparison: the norm of all parameters is not that of the norms of two parts, in the last bit."""
     recipe, url = elsewhere
     trunk = connect(url)
 
@@ -401,11 +402,9 @@ def run_trainer(model: Any, out: Path, **options: Any) -> Any:
     """Train with transformers' own trainer; return it."""
     settings = TrainingArguments(
         output_dir=str(out),
-        **{
-            "per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 0.01, "logging_steps": 1,
-            "save_strategy": "steps", "save_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True,
-            "dataloader_pin_memory": False, "seed": 1, "max_grad_norm": 0.05, "gradient_accumulation_steps": 2,
-        },
+        per_device_train_batch_size=2, max_steps=6, learning_rate=0.01, logging_steps=1, save_strategy="steps",
+        save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=1,
+        max_grad_norm=0.05, gradient_accumulation_steps=2,
     )  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     data = [{"input_ids": (ids := torch.randint(3, 90, (8,), generator=draw)), "labels": ids} for _ in range(16)]

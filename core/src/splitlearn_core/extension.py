@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import SessionTable as SessionTable
     from splitlearn_core.hosts.sessions import error_frame as error_frame
+    from splitlearn_core.hosts.training import TrainingUsage as TrainingUsage
     from splitlearn_core.loading.opening import BUNDLED as BUNDLED
     from splitlearn_core.loading.opening import unbundled as unbundled
     from splitlearn_core.manager.config import ConfigFile as ConfigFile
@@ -91,6 +92,7 @@ _HOMES = {
     "decode": "hosts.protocol",
     "decode_header": "hosts.protocol",
     "encode": "hosts.protocol",
+    "TrainingUsage": "hosts.training",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",
     "hf_config": "build.configuration",

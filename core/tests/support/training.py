@@ -196,7 +196,7 @@ def differences(expected: Learned, actual: Learned) -> list[str]:
     return found[:5]
 
 
-#: Starts a host in a process of its own: ``python -c HOST FOLDER SOCKET``; it says when it listens, and ends with stdin.
+#: Is a host in a process: ``python -c HOST CHECKPOINT SOCKET DTYPE``; says when it listens, and ends with its stdin.
 HOST = """
 import socket, sys, torch
 torch.set_num_threads(1)

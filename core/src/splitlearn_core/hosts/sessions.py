@@ -49,7 +49,7 @@ from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
-from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, taken_random
+from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_random
 from splitlearn_core.types import Component, human_bytes
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ class SessionTable:
         limits: What sessions may take.
         clock: Returns seconds, monotonically.
         facts: What an earlier table of the same component said of it; by default it is examined.
+        usage: Counts what owners train, over several tables.
 
     Raises:
         ConfigurationError: The component is not a trunk, or does not run here.
@@ -118,6 +119,7 @@ class SessionTable:
         limits: SessionLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         facts: Facts | None = None,
+        usage: TrainingUsage | None = None,
     ) -> None:
         if not isinstance(component, ComponentModel):
             raise ConfigurationError(
@@ -134,7 +136,7 @@ class SessionTable:
         self._clock = clock
         self.facts = facts or component_facts(component, self.limits.max_tokens, self.limits.max_payload)
         self._sessions: dict[int, _Session] = {}
-        self._training = Training(component, clock)
+        self._training = Training(component, clock, usage)
         self._lock = threading.Lock()
         #: One forward at a time.
         self._compute = threading.Lock()

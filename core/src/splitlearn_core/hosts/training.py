@@ -81,15 +81,42 @@ class Mode:
         return bool(self.training or self.adapter)
 
 
+class TrainingUsage:
+    """How much each owner has trained. It may outlive the component that they trained on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+
+    def add(self, owner: str, tokens: int, limits: TrainingLimits) -> None:
+        """Count a backward pass of so many tokens.
+
+        Raises:
+            RemoteStepError: It would be more than is allowed.
+        """
+        with self._lock:
+            for what, most, after in (
+                ("steps", limits.training_steps, self._steps[owner] + 1),
+                ("tokens", limits.training_tokens, self._tokens[owner] + tokens),
+            ):
+                if most is not None and after > most:
+                    raise RemoteStepError(
+                        f"this host lets you train {most:,} {what} (backward passes count), and that was all",
+                        code="no_more_training",
+                        hint="ask who runs it for more",
+                    )
+            self._steps[owner] += 1
+            self._tokens[owner] += tokens
+
+
 @dataclass(slots=True)
 class _Owner:
-    """What one owner has sent, and used."""
+    """What one owner has sent."""
 
     #: Hash -> a description, or tensors; those used last come last.
     pieces: OrderedDict[str, Any] = field(default_factory=OrderedDict)
     bytes_of: Counter[str] = field(default_factory=Counter)
-    steps: int = 0
-    tokens: int = 0
     used_at: float = 0.0
 
 
@@ -99,10 +126,14 @@ class Training:
     Args:
         component: The component, which stays as it is: modes and adapters are those of copies that share its weights.
         clock: Returns seconds, monotonically.
+        usage: Counts what is trained.
     """
 
-    def __init__(self, component: ComponentModel, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, component: ComponentModel, clock: Callable[[], float] = time.monotonic, usage: TrainingUsage | None = None
+    ) -> None:
         self._component = component
+        self._usage = usage or TrainingUsage()
         self._clock = clock
         self._lock = threading.Lock()
         self._owners: dict[str, _Owner] = {}
@@ -162,22 +193,8 @@ class Training:
         """
         if mode.trains or tokens:
             _refuse_training(limits)
-        if not tokens:
-            return
-        with self._lock:
-            own = self._owners.setdefault(owner, _Owner())
-            for what, most, next_value in (
-                ("steps", limits.training_steps, own.steps + 1),
-                ("tokens", limits.training_tokens, own.tokens + tokens),
-            ):
-                if most is not None and next_value > most:
-                    raise RemoteStepError(
-                        f"this host lets you train {most:,} {what} (backward passes count), and that was all",
-                        code="no_more_training",
-                        hint="ask who runs it for more",
-                    )
-            own.steps += 1
-            own.tokens += tokens
+        if tokens:
+            self._usage.add(owner, tokens, limits)
 
     @contextlib.contextmanager
     def running(self, mode: Mode, owner: str, random: Mapping[str, torch.Tensor]) -> Iterator[Running]:

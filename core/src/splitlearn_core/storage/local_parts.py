@@ -1,4 +1,4 @@
-"""The components of a split model that are here, where another one runs elsewhere: saved so that a trainer can go on."""
+"""The components of a split model that are here, where another one runs elsewhere, saved for a trainer to go on."""
 
 from __future__ import annotations
 

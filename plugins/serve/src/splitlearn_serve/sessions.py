@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ from splitlearn_serve.traffic import Traffic
 
 if TYPE_CHECKING:
     # They need torch, which is imported once the configuration is known to be valid.
-    from splitlearn_core.extension import Facts, SessionLimits, SessionTable
+    from splitlearn_core.extension import Facts, SessionLimits, SessionTable, TrainingUsage
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ _EXPIRY_PART, _EXPIRY_MOST = 0.25, 5.0
 _SOON, _LATER = 1.0, 5.0
 #: The longest pause between two attempts to load a model whose loads fail.
 _LONGEST_PAUSE = 60.0
-_REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE})
+_REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE, Kind.PUT})
 _STEPS = frozenset({Kind.STEP, Kind.BACKWARD})
 #: Codes after which a connection ends, since where the next frame begins or what it means is unknown.
 _FATAL = frozenset({"malformed", "version"})
@@ -101,9 +102,11 @@ class Sessions:
     """
 
     def __init__(self, control: Control, limits: SessionLimits | None = None) -> None:
-        from splitlearn_core.extension import SessionLimits
+        from splitlearn_core.extension import SessionLimits, TrainingUsage
 
         self.limits = limits or SessionLimits()
+        #: Model -> what owners have trained on it, over its generations.
+        self._usage: defaultdict[str, TrainingUsage] = defaultdict(TrainingUsage)
         self.control = control
         self._manager = control.manager
         #: Model -> generation -> what is held of it.
@@ -257,7 +260,8 @@ class Sessions:
                 if held is None:
                     known, limits = self._facts.get(model_id), self.limits
                     facts = known[1] if known and known[0] == model.generation else None
-                    table = await model.run(lambda module: SessionTable(module, limits, facts=facts))
+                    usage = self._usage[model_id]
+                    table = await model.run(lambda module: SessionTable(module, limits, facts=facts, usage=usage))
                     if self.is_closing:
                         raise _closing("this server is ending")
                     self._facts[model_id] = model.generation, table.facts
@@ -309,7 +313,7 @@ class Sessions:
     async def _settle(self, held: _Held) -> None:
         """Count the sessions, and give a lease back that is of no more use."""
         generations = self._held.get(held.model_id, {})
-        if not held.users and not len(held.table) and generations.get(held.model.generation) is held:
+        if not held.users and held.table.is_idle and generations.get(held.model.generation) is held:
             del generations[held.model.generation]
             if not generations:
                 del self._held[held.model_id]
