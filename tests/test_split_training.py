@@ -272,7 +272,7 @@ def test_random_numbers_that_stay_here_are_noticed(
 
 
 def test_norms_that_are_added_by_part_are_noticed(elsewhere: tuple[Recipe, str]) -> None:
-    """A control of the comparison: the norm of all parameters is not that of the norms of two parts, in the last bit."""
+    """A control of the comparison: the norm of all parameters is not that of two parts' norms, in the last bit."""
     recipe, url = elsewhere
     trunk = connect(url)
 

@@ -7,6 +7,7 @@ with parameters of their own.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -104,7 +105,7 @@ def layers_without_values(
         module.register_load_state_dict_pre_hook(_set_aside)
         module.register_load_state_dict_post_hook(_put_back)
     for layer in layers.values():
-        vars(layer)["forward"] = _Refusal(url)
+        vars(layer).update(forward=_Refusal(url), extra_repr=functools.partial(str, f"at {url}"))
     return layers
 
 

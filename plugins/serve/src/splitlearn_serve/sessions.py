@@ -150,7 +150,10 @@ class Sessions:
                 # Frees the memory of their caches.
                 count = await asyncio.to_thread(held.table.expire)
                 self.control.traffic.of(model_id).expired += count
-                if held.model.is_gone:
+                info = self._listed(model_id)
+                is_going = info is not None and info.status in _GOING
+                # Adapters alone keep no model from being unloaded: they are sent again.
+                if held.model.is_gone or (is_going and not len(held.table)):
                     held.table.close()
                 await self._settle(held)
             with contextlib.suppress(SplitLearnError):
