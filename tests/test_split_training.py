@@ -6,6 +6,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,23 @@ def test_training_over_a_socket_is_equal(elsewhere: tuple[Recipe, str]) -> None:
         trunk.close()
 
 
+def test_training_goes_on_when_its_host_is_killed(tmp_path: Path, warm: Any) -> None:
+    """Between two steps; another process takes its place, and is sent the adapters again."""
+    recipe = Recipe(family="gpt2")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as first, ExitStack() as second:
+        serving = warm.path, Path(folder_of(recipe)), Path(folder) / "trunk.sock"
+        trunk = connect(first.enter_context(host_process(*serving)))
+
+        def kill(step: int) -> None:
+            if step == 1:
+                first.close()
+                second.enter_context(host_process(*serving))
+
+        found = differences(unsplit(recipe, 4), trained(recipe, trunk, 4, after=kill))
+        trunk.close()
+    assert found == []
+
+
 def test_random_numbers_that_stay_here_are_noticed(
     elsewhere: tuple[Recipe, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +372,23 @@ def test_an_adapter_that_is_not_kept_is_sent_again() -> None:
     # A description and tensors for the first call, tensors for those of the other steps, and both for each way back.
     assert kinds.count(Kind.PUT) == 2 + 1 + 1 + 3 * 2
     assert kinds.count(Kind.BACKWARD) == 3 * 2
+
+
+def test_a_host_keeps_one_version_of_an_adapter() -> None:
+    """Not those of earlier steps; and none of an owner who is idle."""
+    now = [0.0]
+    recipe = Recipe()
+    trunk = loaded(recipe, "trunk").trunk
+    endpoint = MemoryEndpoint(lambda: SessionTable(trunk, clock=lambda: now[0]))
+    kept = []
+    trained(recipe, remote(endpoint), 4, after=lambda step: kept.append(endpoint.table._training.kept_bytes))
+    assert kept[0] > 0
+    assert len(set(kept)) == 1
+    assert not endpoint.table.is_idle
+    now[0] += 1_000
+    endpoint.table.expire()
+    assert endpoint.table.is_idle
+    assert endpoint.table._training.kept_bytes == 0
 
 
 def test_owners_train_as_if_alone() -> None:

@@ -205,10 +205,11 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: What the figures may be; a commit that needs more says why here, and one that needs less lowers the limit. Of the
 #: rooms that there were before ``hosts``, 110 files, 14,500 code lines and 8 % were wanted; they have 124 and 17,100.
 #: ``hosts`` has taken 16 files and 2,850 lines (a protocol, its two ends, carriers, processes), and models of the
-#: manager in processes of their own one file and 330 lines.
+#: manager in processes of their own one file and 330 lines. Training across the cut has taken five files and 1,000
+#: lines: layers without values, adapters described and checked, their host, a call and its way back, saving what is here.
 LIMITS = {
-    "files": (0, 143),
-    "code lines": (0, 20_400),
+    "files": (0, 148),
+    "code lines": (0, 21_400),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

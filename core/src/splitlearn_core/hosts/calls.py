@@ -25,9 +25,10 @@ class Upload:
     Args:
         tuning: The adapters; their parameters are copied, since they may change before a piece is sent again.
         max_payload: Bytes of one message.
+        earlier: The same adapters as they were before, which the host need not keep any more.
     """
 
-    def __init__(self, tuning: Tuning, max_payload: int) -> None:
+    def __init__(self, tuning: Tuning, max_payload: int, earlier: Upload | None = None) -> None:
         self.description = tuning.description
         self._pieces = [
             {name: tensor.detach().clone() for name, tensor in piece.items()}
@@ -38,13 +39,14 @@ class Upload:
             content_hash(self.description, {}),
             *(content_hash(None, piece) for piece in self._pieces),
         )
+        self.replaces = tuple(name for name in (earlier.names if earlier else ()) if name not in self.names)
 
     def frames(self) -> Iterator[tuple[str, Frame]]:
         """Yield each hash with the request that brings its piece."""
         yield self.names[0], Frame(Kind.PUT, meta={"description": self.description})
         for name, piece in zip(self.names[1:], self._pieces, strict=True):
             specs, buffers = pack(piece)
-            yield name, Frame(Kind.PUT, tensors=specs, buffers=buffers)
+            yield name, Frame(Kind.PUT, meta={"replaces": list(self.replaces)}, tensors=specs, buffers=buffers)
 
 
 def _pieces(tensors: Mapping[str, torch.Tensor], most: int) -> list[dict[str, torch.Tensor]]:

@@ -6,7 +6,6 @@ one with the same weights, is given the same steps again, one by one, so that it
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -15,7 +14,6 @@ import secrets
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -42,8 +40,8 @@ JOURNAL_BYTES = 1024 * MEGABYTE
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 #: Connections that are kept open without a use.
 _MAX_IDLE = 8
-#: How often an adapter is sent again that its host does not keep, and how many hashes are remembered.
-_MAX_UPLOADS, _MAX_REMEMBERED = 3, 4_096
+#: How often an adapter is sent again that its host does not keep.
+_MAX_UPLOADS = 3
 #: Codes of errors after which a session of this host is gone, and can be rebuilt.
 _GONE = "unknown_session"
 #: Codes for which the host counts as away: it is about to go, or has no room for a connection.
@@ -67,6 +65,8 @@ class Upload(Protocol):
     """What a host keeps by the hashes of its content: see ``calls.Upload``."""
 
     names: tuple[str, ...]
+    #: What it takes the place of.
+    replaces: tuple[str, ...]
 
     def frames(self) -> Iterator[tuple[str, Frame]]:
         """Yield each hash with the request that brings its content."""
@@ -99,7 +99,7 @@ class Host:
         #: Sessions that are open.
         self.sessions: weakref.WeakSet[RemoteSession] = weakref.WeakSet()
         #: Hashes of what was put there, and may still be.
-        self._uploaded: deque[str] = deque(maxlen=_MAX_REMEMBERED)
+        self._uploaded: set[str] = set()
         #: Requests and replies so far, and their bytes.
         self.round_trips = 0
         self.bytes_sent = 0
@@ -138,9 +138,7 @@ class Host:
                 if error.code != "unknown_adapter" or attempts > _MAX_UPLOADS:
                     raise
                 # It was restarted, or needed the room.
-                for name in upload.names:
-                    with contextlib.suppress(ValueError):
-                        self._uploaded.remove(name)
+                self._uploaded.difference_update(upload.names)
         return self._request(frame)
 
     def _put(self, upload: Upload) -> None:
@@ -150,7 +148,8 @@ class Host:
             kept = self._request(frame).meta.get("hash")
             if kept != name:
                 raise ProtocolError(f"{self.url} keeps {kept!r}, and {name!r} was sent", code="malformed")
-            self._uploaded.append(name)
+            self._uploaded.add(name)
+            self._uploaded.difference_update(upload.replaces)
 
     def _request(self, frame: Frame) -> Frame:
         deadline = time.monotonic() + self.patience.wait

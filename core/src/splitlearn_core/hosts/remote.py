@@ -29,12 +29,14 @@ from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.holes import RemoteLayer, apply_around_holes, layers_without_values
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
-from splitlearn_core.hosts.tuning import Tuning, has_adapter, refuse_unfit, tuning_of
+from splitlearn_core.hosts.tuning import Tuning, content_hash, has_adapter, refuse_unfit, tuning_of
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
 
 log = logging.getLogger(__name__)
 
 _STATE_DIMENSIONS = 3
+#: Sets of adapters that are active in turn, of which the host is told what it need not keep.
+_MAX_UPLOADS = 8
 _DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 
 
@@ -100,9 +102,9 @@ class RemoteComponent(nn.Module):
         self._has_reported = False
         #: What comes before the names of layers in the whole model; empty until their modules are known.
         self._prefix = ""
-        #: PEFT's configurations, and the adapters as they were last sent.
+        #: PEFT's configurations, and the adapters as they were last sent, by the hash of their description.
         self._configs: Mapping[str, Any] = {}
-        self._upload: Upload | None = None
+        self._uploads: dict[str, Upload] = {}
         #: Calls in training mode.
         self._calls = 0
         facts = host.facts
@@ -316,10 +318,15 @@ class RemoteComponent(nn.Module):
         """Return the adapters to send; the same object as long as they do not change."""
         if tuning is None:
             return None
-        upload = Upload(tuning, self.facts.max_payload)
-        if self._upload is None or upload.names != self._upload.names:
-            self._upload = upload
-        return self._upload
+        description = content_hash(tuning.description, {})
+        earlier = self._uploads.pop(description, None)
+        upload = Upload(tuning, self.facts.max_payload, earlier)
+        if earlier is not None and upload.names == earlier.names:
+            upload = earlier
+        self._uploads[description] = upload
+        if len(self._uploads) > _MAX_UPLOADS:
+            del self._uploads[next(iter(self._uploads))]
+        return upload
 
     def _apply(self, fn: Any, recurse: bool = True) -> RemoteComponent:
         apply_around_holes(self, fn, lambda: cast("Any", nn.Module)._apply(self, fn, recurse))  # noqa: SLF001  # its own way of moving

@@ -46,7 +46,7 @@ class TrainingLimits:
     training_steps: int | None = None
     training_tokens: int | None = None
     #: Bytes of adapters that are kept for one owner.
-    adapter_bytes: int = 4 * 2**30
+    adapter_bytes: int = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,12 @@ class Mode:
         Raises:
             RemoteStepError: It is no mode.
         """
-        training, autocast, adapter = meta.get("training"), meta.get("autocast"), meta.get("adapter", [])
-        if (
-            training not in (None, True, False)
-            or not (autocast is None or (isinstance(autocast, str) and autocast in _AUTOCAST))
-            or not isinstance(adapter, list)
-            or len(adapter) > _MAX_PIECES
-            or not all(isinstance(piece, str) for piece in adapter)
+        training, autocast = meta.get("training"), meta.get("autocast")
+        if training not in (None, True, False) or not (
+            autocast is None or (isinstance(autocast, str) and autocast in _AUTOCAST)
         ):
-            raise RemoteStepError("training, autocast or adapter of a call are of a wrong kind", code="bad_input")
-        return cls(training, autocast, tuple(adapter))
+            raise RemoteStepError("training or autocast of a call are of a wrong kind", code="bad_input")
+        return cls(training, autocast, _names(meta.get("adapter", [])))
 
     @property
     def trains(self) -> bool:
@@ -108,6 +104,13 @@ class TrainingUsage:
                     )
             self._steps[owner] += 1
             self._tokens[owner] += tokens
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Check names of pieces."""
+    if not isinstance(value, list) or len(value) > _MAX_PIECES or not all(isinstance(name, str) for name in value):
+        raise RemoteStepError("the pieces of an adapter are no list of names, or too many", code="bad_input")
+    return tuple(value)
 
 
 @dataclass(slots=True)
@@ -177,6 +180,9 @@ class Training:
         with self._lock:
             own = self._owners.setdefault(owner, _Owner())
             own.used_at = self._clock()
+            for replaced in _names(frame.meta.get("replaces", [])):
+                own.pieces.pop(replaced, None)
+                del own.bytes_of[replaced]
             own.pieces[name] = tensors if description is None else description
             own.bytes_of[name] = size
             own.pieces.move_to_end(name)
@@ -241,17 +247,16 @@ class Training:
         return component, fit_tensors(added, tensors, next(self._component.parameters()).device)
 
     def _copy(self, name: str, description: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-        made = self._copies.get(name)
-        if made is None:
-            made = (
-                (frozen_copy(self._component), {})
-                if description is None
-                else build_adapted(self._component, description)
-            )
+        with self._lock:
+            made = self._copies.pop(name, None)
+        if made is None and description is None:
+            made = frozen_copy(self._component), {}
+        elif made is None:
+            made = build_adapted(self._component, description)
+        with self._lock:
             self._copies[name] = made
             if len(self._copies) > _MAX_COPIES:
                 self._copies.popitem(last=False)
-        self._copies.move_to_end(name)
         return made
 
 
