@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from splitlearn_core import (
     AccessRefusedError,
@@ -435,6 +435,8 @@ def test_a_split_model_is_copied_with_its_adapters() -> None:
 
 def run_trainer(model: Any, out: Path, **options: Any) -> Any:
     """Train with transformers' own trainer; return it."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
     settings = TrainingArguments(
         output_dir=str(out),
         per_device_train_batch_size=2, max_steps=6, learning_rate=0.01, logging_steps=1, save_strategy="steps",
@@ -464,6 +466,7 @@ def in_the_trunk(name: str) -> bool:
 @pytest.mark.parametrize("kind", ["adapters", "ends"])
 def test_a_trainer_goes_on_from_each_of_its_checkpoints(kind: str, tmp_path: Path) -> None:
     """Adapters by the unsplit model's names; ends that are trained in full as components."""
+    pytest.importorskip("accelerate", minversion="1.3.0", reason="needs accelerate 1.3 or newer")
     recipe = Recipe(family="gpt2")
 
     def model(trunk: Any = None) -> Any:
