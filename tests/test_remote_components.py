@@ -174,13 +174,17 @@ def test_gradients_are_equal(pair: tuple[Any, Any]) -> None:
     """Of everything that is here, through what is elsewhere."""
     whole, split = pair
     ids = tokens(2, 6)
+    base = whole.base_model_prefix
+    inside = tuple(f"{base}.{'h' if base == 'transformer' else 'layers'}.{number}." for number in range(*SPLIT))
     losses = [model(ids, labels=ids, use_cache=False).loss for model in pair]
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
     expected = dict(whole.named_parameters())
-    here = dict(split.named_parameters())
+    # What is elsewhere has names and shapes here, and neither values nor gradients.
+    here = {name: parameter for name, parameter in split.named_parameters() if parameter.requires_grad}
     assert here
+    assert {name for name in expected if not name.startswith(inside)} == here.keys()
     assert all(parameter.grad is not None for parameter in here.values())
     different = [name for name, parameter in here.items() if not torch.equal(parameter.grad, expected[name].grad)]
     assert different == []
@@ -447,8 +451,11 @@ def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_pa
     """With the way out."""
     split, (whole, parts) = used(endpoint), models("qwen2", "float32")
     trunk: Any = split.trunk
-    with pytest.raises(ConfigurationError, match="no whole checkpoint can be saved"):
-        split.save_pretrained(tmp_path / "saved")
+    split.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "config.json").exists()
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ConfigurationError, match="holds a whole model"):
+        split.save_pretrained(tmp_path / "whole")
     with pytest.raises(ConfigurationError, match="kernels of its host"):
         split.set_attn_implementation("eager")
     assert split.bottom.config._attn_implementation == whole.config._attn_implementation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from splitlearn_core import SplitCausalLM, load_split_model
+from splitlearn_core.hosts.sessions import SessionTable
+from support.hosts import MemoryEndpoint, remote
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
@@ -58,7 +60,24 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(kind: Any, settings: Any, data: dict[str, list[str]], options: dict[str, Any], out: Path) -> list[Any]:
+def elsewhere(place: str) -> Any:
+    """Return the bundled model split, with its trunk at a host."""
+    parts = load_split_model("gpt2", (1, 5), place, dtype="float32")
+    return SplitCausalLM(parts.bottom, remote(MemoryEndpoint(lambda: SessionTable(parts.trunk))), parts.top)
+
+
+def here(place: str) -> Any:
+    return SplitCausalLM(*load_split_model("gpt2", (1, 5), place, dtype="float32"))
+
+
+def train(
+    kind: Any,
+    settings: Any,
+    data: dict[str, list[str]],
+    options: dict[str, Any],
+    out: Path,
+    split: Callable[[str], Any] = here,
+) -> list[Any]:
     """Train the bundled model unsplit and split; return what was logged and learned of each."""
     place = str(importlib.resources.files("splitlearn_gpt2") / "bundled")
     tokenizer = AutoTokenizer.from_pretrained(place)
@@ -66,7 +85,7 @@ def train(kind: Any, settings: Any, data: dict[str, list[str]], options: dict[st
     results = []
     for model in (
         AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32),
-        SplitCausalLM(*load_split_model("gpt2", (1, 5), place, dtype="float32")),
+        split(place),
     ):
         own = dict(options)
         config = copy.deepcopy(own.pop("peft_config", None))
@@ -93,7 +112,12 @@ def train(kind: Any, settings: Any, data: dict[str, list[str]], options: dict[st
             {name: value for name, value in entry.items() if not any(word in name for word in MEASURED)}
             for entry in trainer.state.log_history
         ]
-        results.append((logged, {name: each.detach().clone() for name, each in trainer.model.named_parameters()}))
+        own_weights = {
+            name: each.detach().clone()
+            for name, each in trainer.model.named_parameters()
+            if split is here or each.requires_grad
+        }
+        results.append((logged, own_weights))
     return results
 
 
@@ -125,3 +149,25 @@ def test_sft_gives_the_unsplit_losses(options: dict[str, Any], tmp_path: Path) -
 )
 def test_dpo_gives_the_unsplit_losses(options: dict[str, Any], tmp_path: Path) -> None:
     compare(train(trl.DPOTrainer, trl.DPOConfig, PREFERENCES, options, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "nll", "packing": True, "max_steps": 30, "bf16": True},
+        {"loss_type": "chunked_nll", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"padding_free": True, "max_length": None, "max_grad_norm": 0.1},
+    ],
+    ids=["packing", "chunked", "padding free"],
+)
+def test_sft_with_the_trunk_elsewhere_gives_the_unsplit_losses(options: dict[str, Any], tmp_path: Path) -> None:
+    """Adapters everywhere, in the trunk too."""
+    options = {**options, "peft_config": lora()}
+    compare(train(trl.SFTTrainer, trl.SFTConfig, {"text": TEXTS}, options, tmp_path, elsewhere))
+
+
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}], ids=["reference", "precomputed"])
+def test_dpo_with_the_trunk_elsewhere_gives_the_unsplit_losses(options: dict[str, Any], tmp_path: Path) -> None:
+    """The reference is the model without its adapters, or with other ones."""
+    options = {**options, "peft_config": lora(), "max_steps": 4}
+    compare(train(trl.DPOTrainer, trl.DPOConfig, PREFERENCES, options, tmp_path, elsewhere))

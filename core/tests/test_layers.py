@@ -207,10 +207,11 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: ``cuts`` takes 8 files and 550 lines (clip, noise, encodings, the ledger).
 #: ``hosts`` has taken 16 files and 2,850 lines (a protocol, its two ends, carriers, processes), and models of the
 #: manager in processes of their own one file and 330 lines; their sessions over a server, and hosts of plugins, three
-#: files and 300 lines.
+#: files and 300 lines. Training across the cut has taken five files and 1,000 lines: layers without values, adapters
+#: described and checked, their host, calls and their way back, saving.
 LIMITS = {
-    "files": (0, 154),
-    "code lines": (0, 21_900),
+    "files": (0, 159),
+    "code lines": (0, 22_900),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.relay import sessions_on as sessions_on
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import error_frame as error_frame
+    from splitlearn_core.hosts.training import TrainingUsage as TrainingUsage
     from splitlearn_core.hosts.websocket import MessageStream as MessageStream
     from splitlearn_core.hosts.websocket import message_head as message_head
     from splitlearn_core.loading.opening import BUNDLED as BUNDLED
@@ -110,6 +111,7 @@ _HOMES = {
     "decode": "hosts.protocol",
     "decode_header": "hosts.protocol",
     "encode": "hosts.protocol",
+    "TrainingUsage": "hosts.training",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",
     "hf_config": "build.configuration",

@@ -30,6 +30,7 @@ from splitlearn_core.cuts.cut import Cut
 from splitlearn_core.cuts.ledger import PrivacyLedger
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent, restored
+from splitlearn_core.storage.local_parts import save_local_parts
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import (
     THREE,
@@ -239,6 +240,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def _assemble(self, parts: dict[str, Any], mixed_dtypes: bool, crossings: Crossings | None) -> None:
         """Build the module tree of the unsplit model from the modules of the components."""
         top = parts[Component.TOP]
+        device = next(parts[Component.BOTTOM].parameters()).device
+        for part in parts.values():
+            if isinstance(part, RemoteComponent):
+                part.open_layers(top.family, top.config, device)
         ours = self.__dict__
         # Attributes that the family's own class sets and its methods rely on.
         own = {"loss_type", "generation_config", "training", *nn.Module().__dict__}
@@ -255,6 +260,11 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not is_component_name(name):
+            if name == "peft_config":
+                # Set by PEFT once its modules are there.
+                for part in self.components:
+                    if isinstance(part, RemoteComponent):
+                        part.adapt(value)
             super().__setattr__(name, value)
             return
         if name not in self._chain.parts:
@@ -396,24 +406,32 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         with keeping_ties(self):
             return super().load_state_dict(state_dict, strict, assign)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """Save a checkpoint of the whole model; arguments as of Hugging Face models.
 
+        Where a component runs elsewhere, those that are here are saved as components, in
+        ``save_directory/components``, with an index from which a ``Trainer`` resumes.
+
         Raises:
-            ConfigurationError: There is an adapter on the components, which such a checkpoint cannot hold; or weights
-                that are elsewhere.
+            ConfigurationError: There is an adapter on the components, which such a checkpoint cannot hold.
         """
-        elsewhere = [part for part in self.components if isinstance(part, RemoteComponent)]
-        if elsewhere:
-            raise ConfigurationError(
-                f"the weights of {', '.join(part.component for part in elsewhere)} are at "
-                f"{', '.join(part.url for part in elsewhere)}, so that no whole checkpoint can be saved here",
-                hint="save bottom and top: save_split(model.bottom, DIR), save_split(model.top, DIR)",
-            )
+        here = [part for part in self.components if not isinstance(part, RemoteComponent)]
         # What add_adapter of transformers put there, its save_pretrained saves as an adapter.
-        if not getattr(self, "_hf_peft_config_loaded", False):
-            refuse_adapters(cast("Any", self.components))
-        super().save_pretrained(*args, **kwargs)
+        adapts = getattr(self, "_hf_peft_config_loaded", False)
+        if not adapts:
+            refuse_adapters(here)
+        if len(here) == len(self.components) or adapts:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            return
+        if self.config.tie_word_embeddings and not self.all_tied_weights_keys:
+            raise ConfigurationError(
+                "embedding and head are tied in this model, and bottom and top have a copy each",
+                hint='load both with one call: parts=("bottom", "top")',
+            )
+        if is_main_process:
+            save_local_parts(here, save_directory)
 
     def train(self, mode: bool = True) -> SplitCausalLM:
         """Set training or evaluation mode, of each component too."""

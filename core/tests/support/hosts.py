@@ -55,6 +55,7 @@ class MemoryEndpoint:
 
     Attributes:
         table: The sessions, which a restart replaces.
+        owner, limits: Who asks, and what is allowed.
         before, after: Called with the number of each request, and the request, before and after it is carried out.
     """
 
@@ -64,6 +65,8 @@ class MemoryEndpoint:
     def __init__(self, make: Callable[[], SessionTable]) -> None:
         self._make = make
         self.table = make()
+        self.owner = ""
+        self.limits: SessionLimits | None = None
         self.count = 0
         self.frames: list[Frame] = []
         self.before: Callable[[int, Frame], None] = lambda number, frame: None
@@ -85,14 +88,18 @@ class MemoryEndpoint:
     def exchange(self, request: Frame) -> Frame:
         request = decode(b"".join(encode(request)))
         if request.kind is Kind.HELLO:
-            return decode(b"".join(encode(self.table.handle(request))))
+            return self.answered(request)
         self.count += 1
         number = self.count
         self.frames.append(request)
         self.before(number, request)
-        reply = decode(b"".join(encode(self.table.handle(request))))
+        reply = self.answered(request)
         self.after(number, request)
         return reply
+
+    def answered(self, request: Frame) -> Frame:
+        """Carry a request out."""
+        return decode(b"".join(encode(self.table.handle(request, self.owner, self.limits))))
 
 
 def lost() -> ConnectionLostError:

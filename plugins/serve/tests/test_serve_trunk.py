@@ -189,6 +189,17 @@ class TestTokens:
         assert (owner.name, owner.max_sessions, owner.max_tokens) == ("me", 8, None)
         assert client_token(tokens) == TOKEN
 
+    def test_training(self, tmp_path: Path) -> None:
+        """A word of its own allows it, and limits of its own may follow; without it, a token is for inference."""
+        file = tmp_path / "tokens"
+        file.write_text(f"a: {TOKEN} training training_steps=5 adapter_memory=2\nb: {'x' * 32} max_tokens=9\n")
+        a, b = (read_tokens(file).owner_of(f"Bearer {token}") for token in (TOKEN, "x" * 32))
+        limits = a.limits(session_limits({"training_tokens": 100, "training_steps": 8}))
+        assert (limits.training, limits.training_steps, limits.training_tokens) == (True, 5, 100)
+        assert limits.adapter_bytes == 2 * 2**20
+        assert not b.limits(session_limits({})).training
+        assert not a.limits(session_limits({"training": False})).training
+
     def test_the_variable(self, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where there is a file, it counts."""
         assert len(read_tokens(None)) == 0
@@ -205,7 +216,7 @@ class TestTokens:
         [
             ("# nothing\n", "there is none"),
             (f"{TOKEN} max_session=3", "did you mean 'max_sessions'"),
-            (f"{TOKEN} max_tokens=many", "line 1: what follows the token is no NAME=NUMBER"),
+            (f"{TOKEN} max_tokens=many", "line 1: what follows the token is neither NAME=NUMBER nor"),
             (f"a: {TOKEN}\nb: {TOKEN}", "line 2 repeats"),
             ("a:", "line 1 is no token"),
         ],
@@ -260,7 +271,9 @@ def test_settings() -> None:
     limits = session_limits({"max_sessions": 4, "session_timeout": "5m", "cache_memory": 1.5})
     assert (limits.max_sessions, limits.max_sessions_per_owner, limits.idle_timeout) == (4, 4, 300.0)
     assert limits.cache_bytes == 3 * 2**19
-    problems = session_problems({"max_sesions": 1, "max_tokens": True, "session_timeout": -1, "cache_memory": "much"})
+    problems = session_problems(
+        {"max_sesions": 1, "max_tokens": True, "session_timeout": -1, "cache_memory": "much", "training": 1}
+    )
     assert [problem.partition(":")[0] for problem in problems] == [
-        "max_sesions", "max_tokens", "session_timeout", "cache_memory",
+        "max_sesions", "max_tokens", "session_timeout", "cache_memory", "training",
     ]  # fmt: skip

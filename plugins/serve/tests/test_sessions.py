@@ -661,3 +661,53 @@ class TestShown:
             'splitlearn_session_step_seconds_count{model_id="trunk"} 1.0',
         ):
             assert line in metrics
+
+
+class TestTraining:
+    @pytest.fixture
+    def learner(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> StatusServer:
+        monkeypatch.delenv("SPLITLEARN_TOKEN", raising=False)
+        owners = {TOKEN: Owner("alice", training=False), OTHER: Owner("bob", training_steps=3)}
+        return serve(tokens=Tokens(owners))
+
+    def test_a_permission_of_its_own(self, learner: StatusServer, use: Any, models: Any) -> None:
+        """With one token of inference alone, and one for a number of steps, which a reload does not give again."""
+        reader = split(models, use(learner, token=TOKEN))
+        loss = reader(models.ids, labels=models.ids, use_cache=False).loss
+        with pytest.raises(AccessRefusedError, match="permission to train"):
+            loss.backward()
+        writer = split(models, use(learner, token=OTHER))
+        for count in range(3):
+            if count == 2:
+                learner.request("POST", "/api/models/trunk/reload", headers={"Authorization": f"Bearer {OTHER}"})
+                learner.wait_until(lambda manager: manager.get_model_info("trunk").ready)
+            writer(models.ids, labels=models.ids, use_cache=False).loss.backward()
+        loss = writer(models.ids, labels=models.ids, use_cache=False).loss
+        with pytest.raises(AccessRefusedError, match="train 3 steps"):
+            loss.backward()
+
+    # Of PEFT's own making, on the unsplit model too.
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+    def test_adapters_are_sent_once_a_step(self, serve: Serve, use: Any, models: Any) -> None:
+        """They hold their model as sessions do, and are dropped when it is to go; then they are sent again."""
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        server = serve()
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        results = []
+        for model in (models.whole, split(models, use(server))):
+            torch.manual_seed(0)
+            wrapped = peft.get_peft_model(model, config)
+            trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=0.01)
+            for step in range(3):
+                if model is not models.whole and step == 2:
+                    assert server.request("DELETE", "/api/models/trunk").status == 200
+                wrapped(models.ids, labels=models.ids, use_cache=False).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append([parameter.detach() for parameter in trained])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        # Forwards and backwards; the rest are adapters: a description, and tensors three times; both again once.
+        traffic = sessions_of(server)
+        assert traffic["steps"] == 6
+        assert traffic["refused"] == {"unknown_adapter": 1}

@@ -133,7 +133,7 @@ PREFIX = "base_model.model."
 KINDS = {"IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "LORA": "lora_"}
 
 #: Initialisations of an adapter that do not change the weights of the model.
-_HARMLESS_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")
+HARMLESS_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")
 #: Settings that cannot be divided by layers, each with the reason.
 _REFUSED = {
     "alora_invocation_tokens": "it looks at token ids, which only the bottom sees",
@@ -170,7 +170,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"task_type is {quote(task)}, not CAUSAL_LM")
     problems += [f"{name}: {why}" for name, why in _REFUSED.items() if config.get(name)]
     initialisation = config.get("init_lora_weights")
-    if initialisation not in _HARMLESS_INITIALISATIONS:
+    if initialisation not in HARMLESS_INITIALISATIONS:
         problems.append(f"init_lora_weights is {quote(initialisation)}, which changes the model's own weights too")
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):

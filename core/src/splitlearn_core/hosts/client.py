@@ -15,9 +15,9 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from splitlearn_core.errors import (
     AccessRefusedError,
@@ -41,6 +41,8 @@ JOURNAL_BYTES = 1024 * MEGABYTE
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 #: Connections that are kept open without a use.
 _MAX_IDLE = 8
+#: How often an adapter is sent again that its host does not keep.
+_MAX_UPLOADS = 3
 #: Codes of errors after which a session of this host is gone, and can be rebuilt.
 _GONE = "unknown_session"
 #: Codes for which the host counts as away: it is about to go, or has no room for a connection.
@@ -72,6 +74,17 @@ class Patience:
     journal_bytes: int = JOURNAL_BYTES
 
 
+class Upload(Protocol):
+    """What a host keeps by the hashes of its content: see ``calls.Upload``."""
+
+    names: tuple[str, ...]
+    #: What it takes the place of.
+    replaces: tuple[str, ...]
+
+    def frames(self) -> Iterator[tuple[str, Frame]]:
+        """Yield each hash with the request that brings its content."""
+
+
 class Host:
     """A host as its user sees it: what it runs, and a pool of connections. Any thread may use it.
 
@@ -99,6 +112,8 @@ class Host:
         self._facts: Facts | None = None
         #: Sessions that are open.
         self.sessions: weakref.WeakSet[RemoteSession] = weakref.WeakSet()
+        #: Hashes of what was put there, and may still be.
+        self._uploaded: set[str] = set()
         #: Requests and replies so far, and their bytes.
         self.round_trips = 0
         self.bytes_sent = 0
@@ -117,12 +132,40 @@ class Host:
             raise ConnectionLostError(f"{self.url} was never reached", code="connection")
         return self._facts
 
-    def request(self, frame: Frame) -> Frame:
+    def request(self, frame: Frame, upload: Upload | None = None) -> Frame:
         """Send a request and return its reply; sends it again over new connections while the host is away.
+
+        Args:
+            frame: The request.
+            upload: The adapters that it names; they are sent first where the host does not have them.
 
         Raises:
             RemoteError: The host refused; or was away for too long.
         """
+        attempts = 0
+        while upload is not None:
+            attempts += 1
+            try:
+                self._put(upload)
+                return self._request(frame)
+            except RemoteError as error:
+                if error.code != "unknown_adapter" or attempts > _MAX_UPLOADS:
+                    raise
+                # It was restarted, or needed the room.
+                self._uploaded.difference_update(upload.names)
+        return self._request(frame)
+
+    def _put(self, upload: Upload) -> None:
+        for name, frame in upload.frames():
+            if name in self._uploaded:
+                continue
+            kept = self._request(frame).meta.get("hash")
+            if kept != name:
+                raise ProtocolError(f"{self.url} keeps {kept!r}, and {name!r} was sent", code="malformed")
+            self._uploaded.add(name)
+            self._uploaded.difference_update(upload.replaces)
+
+    def _request(self, frame: Frame) -> Frame:
         deadline = time.monotonic() + self.patience.wait
         pause = 0.0
         while True:
@@ -285,6 +328,10 @@ _KINDS: Mapping[str, type[RemoteError]] = {
     "bad_input": RemoteStepError,
     "failed": RemoteStepError,
     "out_of_order": RemoteStepError,
+    "out_of_memory": RemoteStepError,
+    "no_peft": RemoteStepError,
+    "no_training": AccessRefusedError,
+    "no_more_training": AccessRefusedError,
 }
 
 
@@ -305,28 +352,33 @@ def _error_of(url: str, reply: Frame) -> RemoteError:
 class Step:
     """What a step sends besides its number: changes of the cache, arguments, and tensors as bytes of their own."""
 
-    changes: tuple[tuple[str, Any], ...]
     arguments: Mapping[str, Any]
     tensors: tuple[TensorSpec, ...]
     buffers: tuple[memoryview, ...]
+    #: In which mode it runs, where that is not the usual one.
+    meta: Mapping[str, Any]
+    #: The adapters that it names.
+    upload: Upload | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(
         cls,
-        changes: Sequence[tuple[str, Any]],
         arguments: Mapping[str, Any],
         tensors: tuple[TensorSpec, ...],
         buffers: Sequence[memoryview],
+        meta: Mapping[str, Any],
+        upload: Upload | None,
     ) -> Step:
         """Take copies of the buffers: their tensors may change before the step is sent again."""
-        return cls(tuple(changes), arguments, tensors, tuple(memoryview(bytes(buffer)) for buffer in buffers))
+        return cls(arguments, tensors, tuple(memoryview(bytes(buffer)) for buffer in buffers), meta, upload)
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def frame(self, session: int, number: int, secret: str, nonce: str) -> Frame:
-        meta: dict[str, Any] = {"arguments": self.arguments, "secret": secret, "nonce": nonce}
+        meta: dict[str, Any] = {**self.meta, "arguments": self.arguments, "secret": secret, "nonce": nonce}
         if self.changes:
             meta["changes"] = [list(change) for change in self.changes]
         return Frame(Kind.STEP, session, number, meta, self.tensors, self.buffers)
@@ -354,16 +406,14 @@ class RemoteSession:
         self.changes: list[tuple[str, Any]] = []
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
-    def step(
-        self, arguments: Mapping[str, Any], tensors: tuple[TensorSpec, ...], buffers: Sequence[memoryview], rows: int
-    ) -> Frame:
-        """Do the next step, and return its result.
+    def step(self, step: Step, rows: int) -> Frame:
+        """Do the next step, on so many sequences and after the changes that are to be done; return its result.
 
         Raises:
             RemoteError: It was refused; the session is as before.
             SessionLostError: The host has lost the session, and the journal is not complete.
         """
-        step = Step.of(self.changes, arguments, tensors, buffers)
+        step = replace(step, changes=tuple(self.changes))
         with self._lock:
             if self._process != os.getpid():
                 # The parent may go on with it.
@@ -420,7 +470,7 @@ class RemoteSession:
             try:
                 if not self._number:
                     self._rebuild(rows)
-                return self.host.request(step.frame(self._number, self._done + 1, self._secret, nonce))
+                return self.host.request(step.frame(self._number, self._done + 1, self._secret, nonce), step.upload)
             except RemoteError as error:
                 if error.code != _GONE:
                     raise
@@ -447,7 +497,7 @@ class RemoteSession:
         if self._journal:
             log.warning("Rebuilding a session at %s from %d steps", self.host.url, len(self._journal))
         for number, step in enumerate(self._journal, start=1):
-            self.host.request(step.frame(self._number, number, self._secret, secrets.token_hex(8)))
+            self.host.request(step.frame(self._number, number, self._secret, secrets.token_hex(8)), step.upload)
         self._done = len(self._journal)
 
     def _opened(self, reply: Frame, done: int) -> None:

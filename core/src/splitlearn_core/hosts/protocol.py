@@ -18,7 +18,9 @@ OPEN       OPENED     a new session, with its own key-value cache
 COPY       OPENED     a new session with a copy of another one's cache, as it was after a numbered step
 STEP       RESULT     changes of the cache, then a forward. Steps of a session are numbered from 1; a step that is
                       sent twice is done once. Session 0: a forward without cache
-BACKWARD   RESULT     a forward without cache once more, and the gradient of its input for that of its output
+BACKWARD   RESULT     a forward without cache once more, and the gradients of its input and of adapters for that of its
+                      output
+PUT        KEPT       a description of adapters, or their tensors; the reply has the hash by which calls name them
 CLOSE      CLOSED     the end of a session; one that is unknown is closed already
 PING       PONG       nothing
 any        ERROR      a code, whether the same request can succeed later, and what became of the session
@@ -53,7 +55,7 @@ MAX_META_BYTES = 256 * 1024
 #: The largest payload unless a side says otherwise: 8,192 positions of width 8,192 in float32.
 MAX_PAYLOAD_BYTES = 256 * 2**20
 #: Tensors of one frame, their dimensions and the length of their names.
-MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 1_024, 8, 128
+MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 4_096, 8, 256
 #: The largest session and step number.
 _MAX_NUMBER = 2**63 - 1
 
@@ -74,6 +76,8 @@ class Kind(IntEnum):
     PONG = 11
     ERROR = 12
     BACKWARD = 13
+    PUT = 14
+    KEPT = 15
 
 
 #: A look-up in a dict takes a tenth of the time of Kind(number).

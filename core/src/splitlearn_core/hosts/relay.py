@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import secrets
 import threading
 from array import array
@@ -21,6 +22,7 @@ from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable, error_frame
+from splitlearn_core.hosts.training import TrainingUsage
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +90,25 @@ class SessionRelay:
     Args:
         component: What :func:`connect` or a host has returned; at its other end is a :class:`ComponentServer`.
         limits: What sessions may take.
+        usage: Counts what owners train, over several relays.
 
     Raises:
         RemoteError: The host does not answer.
     """
 
-    def __init__(self, component: RemoteComponent, limits: SessionLimits | None = None) -> None:
+    def __init__(
+        self, component: RemoteComponent, limits: SessionLimits | None = None, usage: TrainingUsage | None = None
+    ) -> None:
         self.limits = limits or SessionLimits()
+        self._usage = usage or TrainingUsage()
         self.facts = _facts_for(component.facts, self.limits)
         self._host = component.host
         self._id = secrets.token_hex(8)
         self._numbers: set[int] = set()
         self._looking = threading.Lock()
         self._is_closed = False
+        #: Whether adapters may be there.
+        self._keeps_adapters = False
         #: The bytes of caches that open sessions may grow to, when they were last asked for.
         self.reserved_bytes = 0
         self._exchange(Frame(Kind.PING), {"begin": dataclasses.asdict(self.limits)})
@@ -111,18 +119,29 @@ class SessionRelay:
     def __contains__(self, number: int) -> bool:
         return number in self._numbers
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there are neither sessions nor adapters."""
+        return not self._numbers and not self._keeps_adapters
+
     def handle(self, frame: Frame, owner: str = "", limits: SessionLimits | None = None) -> Frame:
         """Answer one request; see :meth:`SessionTable.handle`."""
         try:
             if self._is_closed:
                 raise _closing()
-            reply = self._exchange(frame, {"owner": owner, "limits": dataclasses.asdict(limits or self.limits)})
+            limits = limits or self.limits
+            if frame.kind is Kind.BACKWARD and limits.training:
+                # Counted here, so that a host that is started again does not begin again at none.
+                self._usage.add(owner, _tokens(frame), limits)
+                limits = dataclasses.replace(limits, training_steps=None, training_tokens=None)
+            reply = self._exchange(frame, {"owner": owner, "limits": dataclasses.asdict(limits)})
         except (ConnectionLostError, HostDiedError) as error:
             # Its text names files. The client comes again with the same step, or with its journal.
             log.debug("A frame was not relayed: %s", error.message)
             return error_frame(_closing(), frame)
         except SplitLearnError as error:
             return error_frame(error, frame)
+        self._keeps_adapters = self._keeps_adapters or reply.kind is Kind.KEPT
         state = reply.meta.get(_RELAY)
         if state is None:
             return reply
@@ -149,6 +168,7 @@ class SessionRelay:
             # One that was opened meanwhile may not be among them.
             self._numbers -= before.difference(open_now)
             self.reserved_bytes = int(reply.meta["reserved"])
+            self._keeps_adapters = bool(reply.meta["adapters"])
             return int(reply.meta["expired"])
         except (ConnectionLostError, HostDiedError) as error:
             log.debug("Sessions were not counted: %s", error.message)
@@ -179,25 +199,36 @@ class SessionRelay:
 Sessions = SessionTable | SessionRelay
 
 
-def sessions_on(component: Any, limits: SessionLimits | None = None, facts: Facts | None = None) -> Sessions:
+def sessions_on(
+    component: Any,
+    limits: SessionLimits | None = None,
+    facts: Facts | None = None,
+    usage: TrainingUsage | None = None,
+) -> Sessions:
     """Return what serves sessions on a component, wherever it runs.
 
     Args:
         component: A trunk that runs here, or the :class:`RemoteComponent` of one that has a host.
         limits: What sessions may take.
         facts: What an earlier table of the same component said of it.
+        usage: Counts what owners train, over several of these.
 
     Raises:
         ConfigurationError: It is no trunk.
         RemoteError: Its host does not answer.
     """
     if isinstance(component, RemoteComponent):
-        return SessionRelay(component, limits)
-    return SessionTable(component, limits, facts=facts)
+        return SessionRelay(component, limits, usage)
+    return SessionTable(component, limits, facts=facts, usage=usage)
 
 
 def _facts_for(facts: Facts, limits: SessionLimits) -> Facts:
     return dataclasses.replace(facts, max_tokens=limits.max_tokens, max_payload=limits.max_payload)
+
+
+def _tokens(frame: Frame) -> int:
+    shapes = [spec.shape for spec in frame.tensors if spec.name == "hidden_states"]
+    return math.prod(shapes[0][:-1]) if shapes else 0
 
 
 def _state(table: SessionTable) -> Frame:
@@ -205,7 +236,7 @@ def _state(table: SessionTable) -> Frame:
     expired = table.expire()
     numbers = array("q", table.numbers)
     spec = TensorSpec("sessions", "I64", (len(numbers),))
-    meta = {"expired": expired, "reserved": table.reserved_bytes}
+    meta = {"expired": expired, "reserved": table.reserved_bytes, "adapters": not table.is_idle and not len(numbers)}
     return Frame(Kind.PONG, meta=meta, tensors=(spec,), buffers=[memoryview(numbers).cast("B")])
 
 

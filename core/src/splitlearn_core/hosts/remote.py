@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -21,17 +20,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from splitlearn_core.build.forward_arguments import RECORDINGS, mask_for_layers, named_cache
 from splitlearn_core.build.kv_cache import PartCache
 from splitlearn_core.checkpoint.origin import Origin
-from splitlearn_core.errors import ConfigurationError, RemoteError, UnexpectedArgumentError
+from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.hosts.calls import Call, Upload, through
 from splitlearn_core.hosts.carriers import Endpoint
 from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
 from splitlearn_core.hosts.facts import Facts
-from splitlearn_core.hosts.payload import library_versions, pack, unpack
-from splitlearn_core.hosts.protocol import TOKEN_VARIABLE, Frame, Kind
+from splitlearn_core.hosts.holes import RemoteLayer, apply_around_holes, layers_without_values
+from splitlearn_core.hosts.payload import library_versions
+from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
+from splitlearn_core.hosts.tuning import Tuning, content_hash, has_adapter, refuse_unfit, tuning_of
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
 
 log = logging.getLogger(__name__)
 
 _STATE_DIMENSIONS = 3
+#: Sets of adapters that are active in turn, of which the host is told what it need not keep.
+_MAX_UPLOADS = 8
 _DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 
 
@@ -95,6 +100,13 @@ class RemoteComponent(nn.Module):
         self.host = host
         self._max_tokens = max_tokens
         self._has_reported = False
+        #: What comes before the names of layers in the whole model; empty until their modules are known.
+        self._prefix = ""
+        #: PEFT's configurations, and the adapters as they were last sent, by the hash of their description.
+        self._configs: Mapping[str, Any] = {}
+        self._uploads: dict[str, Upload] = {}
+        #: Calls in training mode.
+        self._calls = 0
         facts = host.facts
         if kind_of(facts.component) is not Component.TRUNK:
             raise ConfigurationError(f"{host.url} runs a {facts.component}; only trunks are used remotely")
@@ -174,8 +186,11 @@ class RemoteComponent(nn.Module):
         self.host.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteComponent:
-        # It has no weights; the connections are for any thread.
-        return RemoteComponent(self.host, self._max_tokens)
+        # The connections are for any thread.
+        other = memo[id(self)] = RemoteComponent(self.host, self._max_tokens)
+        other.layer_modules = copy.deepcopy(self.layer_modules, memo)
+        other._prefix, other._configs = self._prefix, copy.deepcopy(self._configs, memo)  # its own class
+        return other.train(self.training)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigurationError(
@@ -249,29 +264,73 @@ class RemoteComponent(nn.Module):
         mask = mask_for_layers(attention_mask, self.facts.layer_types, self.layer_range)
         arguments, tensors = self._named({"attention_mask": mask, "position_ids": position_ids, **kwargs})
 
-        def run(states: torch.Tensor) -> Any:
-            specs, buffers = pack({"hidden_states": states, **tensors})
-            if cache is None:
-                reply = self.host.request(Frame(Kind.STEP, 0, 0, {"arguments": arguments}, specs, buffers))
-            else:
-                leader = cast("Any", cache.layers[0])
-                reply = leader.session.step(arguments, specs, buffers, states.shape[0])
-                for layer in cache.layers:
-                    layer.advance(states.shape[0], states.shape[1])
-            return _output(reply, states, arguments)
+        tuning = self._tuning()
+        parameters = {} if tuning is None else tuning.parameters
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *parameters.values()))
+        self._calls += self.training
+        call = Call(
+            host=self.host,
+            component=self.component,
+            arguments=arguments,
+            tensors=tensors,
+            training=self.training,
+            autocast=_autocast_name(hidden.device),
+            upload=self._upload_of(tuning),
+            number=self._calls,
+        )
+        if learns:
+            return cast("torch.Tensor | BaseModelOutputWithPast", through(call, cache, hidden, parameters))
+        return cast("torch.Tensor | BaseModelOutputWithPast", call.forward(hidden, cache)[0])
 
-        def back(states: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-            if cache is not None:
-                raise ConfigurationError(
-                    f"a gradient cannot go back through a session at {self.url}", hint="give use_cache=False"
-                )
-            specs, buffers = pack({"hidden_states": states, "gradient": gradient, **tensors})
-            reply = self.host.request(Frame(Kind.BACKWARD, 0, 0, {"arguments": arguments}, specs, buffers))
-            return _received(unpack(reply), "gradient", states)
+    def open_layers(self, family: ModelFamily, config: Any, device: torch.device) -> None:
+        """Put modules of the family in the place of the layers, for PEFT to adapt; they have no values.
 
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            return _through(hidden, run, back)
-        return cast("torch.Tensor | BaseModelOutputWithPast", run(hidden))
+        Args:
+            family, config: Those of the components that are here.
+            device: Where the modules that PEFT adds are to be.
+        """
+        if self._prefix:
+            return
+        self.layer_modules = layers_without_values(
+            family, config, self.component, self.layer_range, self.dtype, self.url
+        )
+        self._prefix = f"{family.base}.{family.layers}."
+        self.layer_modules.train(self.training)
+        if device.type != "cpu":
+            self.to(device)
+
+    def adapt(self, configs: Mapping[str, Any]) -> None:
+        """Take note of PEFT's configurations, of which what they name may be on the layers.
+
+        Raises:
+            ConfigurationError: One of them needs the weights.
+        """
+        adapted = {name: config for name, config in configs.items() if has_adapter(self.layer_modules, name)}
+        refuse_unfit(adapted, self.url)
+        self._configs = configs
+
+    def _tuning(self) -> Tuning | None:
+        if not self._prefix:
+            return None
+        return tuning_of(self.layer_modules, self._prefix, self._configs, self.url, training=self.training)
+
+    def _upload_of(self, tuning: Tuning | None) -> Upload | None:
+        """Return the adapters to send; the same object as long as they do not change."""
+        if tuning is None:
+            return None
+        description = content_hash(tuning.description, {})
+        earlier = self._uploads.pop(description, None)
+        upload = Upload(tuning, self.facts.max_payload, earlier)
+        if earlier is not None and upload.names == earlier.names:
+            upload = earlier
+        self._uploads[description] = upload
+        if len(self._uploads) > _MAX_UPLOADS:
+            del self._uploads[next(iter(self._uploads))]
+        return upload
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RemoteComponent:
+        apply_around_holes(self, fn, lambda: cast("Any", nn.Module)._apply(self, fn, recurse))  # noqa: SLF001  # its own way of moving
+        return self
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: the host decides which implementation it runs."""
@@ -290,7 +349,7 @@ class RemoteComponent(nn.Module):
             not isinstance(hidden, torch.Tensor)
             or hidden.dim() != _STATE_DIMENSIONS
             or hidden.shape[-1] != width
-            or hidden.dtype != self.dtype
+            or (hidden.dtype != self.dtype and _autocast_name(hidden.device) is None)
         ):
             given = (
                 f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else type(hidden).__name__
@@ -298,11 +357,6 @@ class RemoteComponent(nn.Module):
             raise ConfigurationError(
                 f"hidden_states are {given}; this {self.component} takes {self.dtype} [batch, sequence, {width}]",
                 hint="give what the component before it returned, as it is",
-            )
-        if self.training and self.facts.has_dropout:
-            raise ConfigurationError(
-                f"the {self.component} at {self.url} has dropout, and runs in evaluation mode",
-                hint="model.eval(), or set the dropouts of the configuration to 0",
             )
         return hidden
 
@@ -351,6 +405,13 @@ class RemoteComponent(nn.Module):
         return arguments, tensors
 
 
+def _autocast_name(device: torch.device) -> str | None:
+    """Return torch's name of the dtype of autocast, which is the thread's, and does not travel by itself."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+
+
 @contextmanager
 def restored(whole: Any) -> Iterator[None]:
     """Leave the cache of a whole model as it was where a component fails, so that the same call can be made again.
@@ -384,75 +445,6 @@ def restored(whole: Any) -> Iterator[None]:
             elif not isinstance(layer, _Mirrored) and layer not in layers:
                 cast("Any", layer).reset()
         raise
-
-
-class RemoteLayer(nn.Module):
-    """Stands for a layer that runs elsewhere."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self.url = url
-
-    def extra_repr(self) -> str:
-        return f"at {self.url}"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: a layer is not called by itself."""
-        raise ConfigurationError(
-            f"this layer runs at {self.url}, as a part of a component", hint="call the component, or the whole model"
-        )
-
-
-class _RemoteForward(torch.autograd.Function):
-    """Hidden states through a host, and their gradient back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, run: Callable[..., Any], back: Callable[..., Any], box: list[Any]
-    ) -> Any:
-        ctx.back = back
-        ctx.save_for_backward(hidden)
-        output = run(hidden.detach())
-        box.append(output)
-        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        (hidden,) = ctx.saved_tensors
-        return ctx.back(hidden.detach(), gradient), None, None, None
-
-
-def _through(hidden: torch.Tensor, run: Callable[..., Any], back: Callable[..., Any]) -> Any:
-    box: list[Any] = []
-    state = cast("Any", _RemoteForward).apply(hidden, run, back, box)
-    output = box.pop()
-    if isinstance(output, torch.Tensor):
-        return state
-    output.last_hidden_state = state
-    return output
-
-
-def _output(reply: Frame, states: torch.Tensor, requested: Mapping[str, Any]) -> Any:
-    tensors = unpack(reply)
-    hidden = _received(tensors, "output", states)
-    recorded = {
-        kind: tuple(tensors[name].to(states.device) for name in tensors if name.startswith(f"{kind}."))
-        for kind in RECORDINGS.values()
-    }
-    if not any(requested.get(name) for name in RECORDINGS):
-        return hidden
-    return BaseModelOutputWithPast(last_hidden_state=cast("Any", hidden), **cast("Any", recorded))
-
-
-def _received(tensors: Mapping[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
-        what = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise RemoteError(
-            f"the host returned {what} as {name}, and {like.dtype} {list(like.shape)} was expected", code="malformed"
-        )
-    return tensor.to(like.device)
 
 
 class _Mirrored:

@@ -15,6 +15,11 @@ unknown_session   no         there is no such session: it expired, was closed, t
 out_of_order      no         a step that is neither the next nor the last one
 full              later      no room for another session, or for more tokens
 failed            no         the component failed in the step
+out_of_memory     no         it had no memory for the step
+unknown_adapter   at once    an adapter is not here any more, and is to be sent again
+no_training       no         this owner may not train
+no_more_training  no         this owner has trained as much as it may
+no_peft           no         the library of adapters is not installed at the host
 access            no         the token is missing or wrong
 closing           later      the host is ending, or its model is being unloaded
 not_loaded        later      the model of a server could not be loaded
@@ -44,6 +49,7 @@ from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
+from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_random
 from splitlearn_core.types import Component, human_bytes
 
 log = logging.getLogger(__name__)
@@ -54,8 +60,8 @@ _HIDDEN_DIMENSIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """What a host gives to its sessions."""
+class SessionLimits(TrainingLimits):
+    """What a host gives to its sessions, and to training."""
 
     #: Sessions at once, in all and of one owner (that is, of one token).
     max_sessions: int = 256
@@ -101,6 +107,7 @@ class SessionTable:
         limits: What sessions may take.
         clock: Returns seconds, monotonically.
         facts: What an earlier table of the same component said of it; by default it is examined.
+        usage: Counts what owners train, over several tables.
 
     Raises:
         ConfigurationError: The component is not a trunk, or does not run here.
@@ -112,6 +119,7 @@ class SessionTable:
         limits: SessionLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         facts: Facts | None = None,
+        usage: TrainingUsage | None = None,
     ) -> None:
         if not isinstance(component, ComponentModel):
             raise ConfigurationError(
@@ -128,6 +136,7 @@ class SessionTable:
         self._clock = clock
         self.facts = facts or component_facts(component, self.limits.max_tokens, self.limits.max_payload)
         self._sessions: dict[int, _Session] = {}
+        self._training = Training(component, clock, usage)
         self._lock = threading.Lock()
         #: One forward at a time.
         self._compute = threading.Lock()
@@ -143,6 +152,11 @@ class SessionTable:
     def numbers(self) -> list[int]:
         """Those of the sessions that are open."""
         return list(self._sessions)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it keeps neither sessions nor adapters."""
+        return not self._sessions and not len(self._training)
 
     @property
     def reserved_bytes(self) -> int:
@@ -180,6 +194,7 @@ class SessionTable:
             idle = [s for s in self._sessions.values() if s.used_at < limit and not s.lock.locked()]
             for session in idle:
                 del self._sessions[session.number]
+        self._training.forget(used_before=limit)
         return len(idle)
 
     def close(self) -> None:
@@ -187,6 +202,7 @@ class SessionTable:
         with self._lock:
             self._closing = True
             self._sessions.clear()
+        self._training.forget()
 
     # --- requests -------------------------------------------------------------------------------------
 
@@ -255,7 +271,7 @@ class SessionTable:
 
     def _step(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         if frame.session == 0:
-            return self._forward(frame, None)
+            return self._forward(frame, None, owner, limits)
         session = self._session(frame, owner)
         with session.lock:
             nonce = frame.meta.get("nonce")
@@ -270,7 +286,7 @@ class SessionTable:
             before = [copy.copy(layer) for layer in session.cache.layers], session.rows, session.tokens
             try:
                 self._change(session, frame.meta.get("changes", []))
-                result = self._forward(frame, session)
+                result = self._forward(frame, session, owner, limits)
             except BaseException:
                 # Cache layers put new tensors in the place of old ones, so that copies of the layers are the old state.
                 session.cache.layers[:], session.rows, session.tokens = before
@@ -281,21 +297,26 @@ class SessionTable:
             session.result = result._replace(session=session.number, step=frame.step)
             return session.result
 
+    def _put(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
+        with self._lock:
+            if self._closing:
+                raise RemoteError("this host is ending", code="closing", retry_after=_RETRY_AFTER)
+        return Frame(Kind.KEPT, meta={"hash": self._training.put(frame, owner, limits)})
+
     def _backward(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
-        tensors = unpack(frame)
-        gradient = tensors.pop("gradient", None)
+        tensors, mode = unpack(frame), Mode.of(frame.meta)
+        random, gradient = taken_random(tensors), tensors.pop("gradient", None)
         if gradient is None or frame.session:
             raise RemoteError("a gradient goes back through a forward without cache", code="bad_input")
-        with self._compute, torch.inference_mode(mode=False), torch.enable_grad():
-            hidden, inputs = self._inputs(frame, tensors, None)
-            hidden.requires_grad_()
-            output = _named_outputs(self._run(hidden, inputs))["output"]
-            if gradient.shape != output.shape or gradient.dtype != output.dtype:
-                raise RemoteError(
-                    f"the gradient is {_shape(gradient)}; the output was {_shape(output)}", code="bad_input"
-                )
-            (result,) = torch.autograd.grad(output, hidden, gradient.to(output.device))
-        specs, buffers = pack({"gradient": result})
+        with (
+            self._compute,
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            self._training.running(mode, owner, random) as running,
+        ):
+            hidden, inputs = self._inputs(frame, tensors, None, mode)
+            self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
+            specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
         return Frame(Kind.RESULT, tensors=specs, buffers=buffers)
 
     _handlers: Mapping[Kind, Callable[..., Frame]] = {
@@ -306,6 +327,7 @@ class SessionTable:
         Kind.CLOSE: _close,
         Kind.STEP: _step,
         Kind.BACKWARD: _backward,
+        Kind.PUT: _put,
     }
 
     # --- parts of a step ------------------------------------------------------------------------------
@@ -371,8 +393,10 @@ class SessionTable:
                 self._grow(session, _ROWS_AFTER[name](rows, value), length)
             apply(session.cache, checked)
 
-    def _forward(self, frame: Frame, session: _Session | None) -> Frame:
-        tensors = unpack(frame)
+    def _forward(self, frame: Frame, session: _Session | None, owner: str, limits: SessionLimits) -> Frame:
+        tensors, mode = unpack(frame), Mode.of(frame.meta)
+        random = taken_random(tensors)
+        self._training.admit(mode, owner, limits)
         if session is not None:
             hidden = tensors.get("hidden_states")
             if hidden is not None and hidden.dim() == _HIDDEN_DIMENSIONS:
@@ -380,9 +404,9 @@ class SessionTable:
         asked_at = self._clock()
         with self._compute, torch.inference_mode(mode=False), torch.no_grad():
             began_at = self._clock()
-            hidden, inputs = self._inputs(frame, tensors, session)
-            output = self._run(hidden, inputs)
-            packed = pack(_named_outputs(output))
+            with self._training.running(mode, owner, random) as running:
+                hidden, inputs = self._inputs(frame, tensors, session, mode)
+                packed = pack({**running(hidden, inputs), **running.random()})
         meta = {
             "length": 0 if session is None else session.cache.get_seq_length(),
             "mode": "solo",
@@ -392,7 +416,7 @@ class SessionTable:
         return Frame(Kind.RESULT, meta=meta, tensors=packed[0], buffers=packed[1])
 
     def _inputs(
-        self, frame: Frame, tensors: dict[str, torch.Tensor], session: _Session | None
+        self, frame: Frame, tensors: dict[str, torch.Tensor], session: _Session | None, mode: Mode
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Check the inputs of a step, and name them as the component does."""
         device = next(self._component.parameters()).device
@@ -407,7 +431,8 @@ class SessionTable:
             )
         if not hidden.is_floating_point():
             raise RemoteError(f"hidden_states are {_shape(hidden)}, no floating numbers", code="bad_input")
-        if not torch.isfinite(hidden).all():
+        # A scaler of half precision looks for what is not finite itself, and leaves the step out.
+        if mode.autocast != "float16" and not torch.isfinite(hidden).all():
             raise RemoteError(
                 "hidden_states have values that are not finite",
                 code="bad_input",
@@ -428,14 +453,6 @@ class SessionTable:
             inputs["past_key_values"] = session.cache
         return hidden.to(device), inputs
 
-    def _run(self, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
-        try:
-            return self._component(hidden_states=hidden, **inputs)
-        except ConfigurationError as error:
-            raise RemoteError(error.message, hint=error.hint, code="bad_input") from error
-        except Exception as error:
-            raise RemoteError(f"the component failed: {type(error).__name__}: {error}", code="failed") from error
-
 
 def error_frame(error: SplitLearnError, request: Frame | None = None) -> Frame:
     """Return the answer to a request that was refused."""
@@ -444,15 +461,6 @@ def error_frame(error: SplitLearnError, request: Frame | None = None) -> Frame:
     session, step = (request.session, request.step) if request is not None else (0, 0)
     meta = {"code": code, "message": error.message[:2_000], "hint": error.hint[:1_000], "retry_after": after}
     return Frame(Kind.ERROR, session, step, meta)
-
-
-def _named_outputs(output: Any) -> dict[str, torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return {"output": output}
-    named = {"output": output.last_hidden_state}
-    for kind in ("hidden_states", "attentions"):
-        named.update({f"{kind}.{number}": tensor for number, tensor in enumerate(output.get(kind) or ())})
-    return named
 
 
 def _arguments(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], known: AbstractSet[str]) -> dict[str, Any]:

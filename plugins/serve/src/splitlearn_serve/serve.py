@@ -73,6 +73,9 @@ _session_options = _options(
     click.option(
         "--cache-memory", type=click.FloatRange(0, min_open=True), metavar="MB", help="Caches of one model's sessions."
     ),
+    click.option(
+        "--no-training", is_flag=True, help="Take no adapters and give no gradients, whatever a token allows."
+    ),
 )
 
 
@@ -138,6 +141,8 @@ def _serve(
         for name in ("max_sessions", "max_tokens", "session_timeout", "cache_memory")
         if others[name] is not None
     }
+    if others["no_training"]:
+        sessions["training"] = False
     if model is not None:
         fields = {name: others[name] for name in _MODEL_OPTIONS if others[name] not in (None, False)}
         configuration = trunk_configuration(model, split_points, part, fields)

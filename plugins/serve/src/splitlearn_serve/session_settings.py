@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from splitlearn_core.extension import SessionLimits
 
 _MEGABYTE = 2**20
-_COUNTS = ("max_sessions", "max_sessions_per_owner", "max_tokens")
-_TIMEOUT, _MEMORY = "session_timeout", "cache_memory"
-_SETTINGS = (*_COUNTS, _TIMEOUT, _MEMORY)
+_COUNTS = ("max_sessions", "max_sessions_per_owner", "max_tokens", "training_steps", "training_tokens")
+_TIMEOUT, _TRAINING = "session_timeout", "training"
+#: Megabytes of what -> the limit in bytes.
+_MEMORY = {"cache_memory": "cache_bytes", "adapter_memory": "adapter_bytes"}
+_SETTINGS = (*_COUNTS, _TIMEOUT, *_MEMORY, _TRAINING)
 _MOST = 10**9
 
 
@@ -29,9 +31,12 @@ def session_problems(settings: Mapping[str, Any]) -> list[str]:
     timeout = _seconds(settings.get(_TIMEOUT, 1))
     if not 0 < timeout < math.inf:
         problems.append(f"{_TIMEOUT}: {show(settings[_TIMEOUT])} is neither a number of seconds nor such as 10m")
-    memory = settings.get(_MEMORY, 1)
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < _MOST:
-        problems.append(f"{_MEMORY}: {show(memory)} is no number of megabytes")
+    for name in _MEMORY:
+        memory = settings.get(name, 1)
+        if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < _MOST:
+            problems.append(f"{name}: {show(memory)} is no number of megabytes")
+    if not isinstance(settings.get(_TRAINING, True), bool):
+        problems.append(f"{_TRAINING}: {show(settings[_TRAINING])} is neither true nor false")
     return problems
 
 
@@ -54,8 +59,9 @@ def session_limits(settings: Mapping[str, Any]) -> SessionLimits:
         limits.setdefault("max_sessions_per_owner", limits["max_sessions"])
     if _TIMEOUT in settings:
         limits["idle_timeout"] = _seconds(settings[_TIMEOUT])
-    if _MEMORY in settings:
-        limits["cache_bytes"] = int(settings[_MEMORY] * _MEGABYTE)
+    limits.update({limit: int(settings[name] * _MEGABYTE) for name, limit in _MEMORY.items() if name in settings})
+    if _TRAINING in settings:
+        limits["training"] = settings[_TRAINING]
     return SessionLimits(**limits)
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ from splitlearn_serve.traffic import Traffic
 
 if TYPE_CHECKING:
     # They need torch, which is imported once the configuration is known to be valid.
-    from splitlearn_core.extension import Facts, SessionLimits
+    from splitlearn_core.extension import Facts, SessionLimits, TrainingUsage
     from splitlearn_core.extension import Sessions as Table
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ _EXPIRY_PART, _EXPIRY_MOST = 0.25, 5.0
 _SOON, _LATER = 1.0, 5.0
 #: The longest pause between two attempts to load a model whose loads fail.
 _LONGEST_PAUSE = 60.0
-_REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE})
+_REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE, Kind.PUT})
 _STEPS = frozenset({Kind.STEP, Kind.BACKWARD})
 #: Codes after which a connection ends, since where the next frame begins or what it means is unknown.
 _FATAL = frozenset({"malformed", "version"})
@@ -113,9 +114,11 @@ class Sessions:
     """
 
     def __init__(self, control: Control, limits: SessionLimits | None = None) -> None:
-        from splitlearn_core.extension import SessionLimits
+        from splitlearn_core.extension import SessionLimits, TrainingUsage
 
         self.limits = limits or SessionLimits()
+        #: Model -> what owners have trained on it, over its generations.
+        self._usage: defaultdict[str, TrainingUsage] = defaultdict(TrainingUsage)
         self.control = control
         self._manager = control.manager
         #: Model -> generation -> what is held of it.
@@ -160,7 +163,10 @@ class Sessions:
                 with contextlib.suppress(TimeoutError):
                     count = await asyncio.wait_for(asyncio.to_thread(held.table.expire), _EXPIRY_MOST)
                     self.control.traffic.of(model_id).expired += count
-                if held.model.is_gone:
+                info = self._listed(model_id)
+                is_going = info is not None and info.status in _GOING
+                # Adapters alone keep no model from being unloaded: they are sent again.
+                if held.model.is_gone or (is_going and not len(held.table)):
                     held.table.close()
                 await self._settle(held)
             with contextlib.suppress(SplitLearnError):
@@ -270,7 +276,8 @@ class Sessions:
                 if held is None:
                     known, limits = self._facts.get(model_id), self.limits
                     facts = known[1] if known and known[0] == model.generation else None
-                    table = await model.run(lambda module: sessions_on(module, limits, facts))
+                    usage = self._usage[model_id]
+                    table = await model.run(lambda module: sessions_on(module, limits, facts, usage))
                     if self.is_closing:
                         raise _closing("this server is ending")
                     self._facts[model_id] = model.generation, table.facts
@@ -322,7 +329,7 @@ class Sessions:
     async def _settle(self, held: _Held) -> None:
         """Count the sessions, and give a lease back that is of no more use."""
         generations = self._held.get(held.model_id, {})
-        if not held.users and not len(held.table) and generations.get(held.model.generation) is held:
+        if not held.users and held.table.is_idle and generations.get(held.model.generation) is held:
             del generations[held.model.generation]
             if not generations:
                 del self._held[held.model_id]

@@ -4,7 +4,10 @@ A file holds one token per line. A name before it is shown where sessions are co
 
     # name: token       limits
     alice: 3f9c0a...    max_sessions=4 max_tokens=4096
+    bob:   77aa01...    training training_steps=10000
     5d1e77...
+
+Without the word ``training``, a token is for inference alone.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splitlearn_core import ConfigurationError, MissingFileError
 from splitlearn_core.extension import TOKEN_VARIABLE, reason, unknown_name
@@ -32,7 +35,9 @@ log = logging.getLogger(__name__)
 _LINE = re.compile(r"(?:(?P<name>[A-Za-z0-9_.@-]{1,64}):\s+)?(?P<token>\S+)(?P<limits>(?:\s+\S+)*)")
 _COMMENT = re.compile(r"(^|\s)#.*")
 _LIMIT = re.compile(r"(?P<name>\w+)=(?P<value>\d{1,9})")
-_LIMITS = ("max_sessions", "max_tokens")
+_LIMITS = ("max_sessions", "max_tokens", "training_steps", "training_tokens", "adapter_memory")
+_TRAINING = "training"
+_MEGABYTE = 2**20
 #: A token goes into a header.
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 #: Characters below which a token can be tried out.
@@ -48,17 +53,30 @@ class Owner:
     #: Sessions at once of one model, and tokens of one sequence; None for the server's limits.
     max_sessions: int | None = None
     max_tokens: int | None = None
+    #: Whether adapters, training mode and gradients are allowed.
+    training: bool = True
+    #: Backward passes, tokens in them, and megabytes of adapters that are kept; None for the server's limits.
+    training_steps: int | None = None
+    training_tokens: int | None = None
+    adapter_memory: int | None = None
 
     def limits(self, limits: SessionLimits) -> SessionLimits:
         """Return the limits of this owner's sessions."""
-        sessions, tokens = self.max_sessions, self.max_tokens
+        memory = None if self.adapter_memory is None else self.adapter_memory * _MEGABYTE
         return replace(
             limits,
-            max_sessions_per_owner=limits.max_sessions_per_owner
-            if sessions is None
-            else min(sessions, limits.max_sessions_per_owner),
-            max_tokens=limits.max_tokens if tokens is None else min(tokens, limits.max_tokens),
+            max_sessions_per_owner=_least(self.max_sessions, limits.max_sessions_per_owner),
+            max_tokens=_least(self.max_tokens, limits.max_tokens),
+            training=self.training and limits.training,
+            training_steps=_least(self.training_steps, limits.training_steps),
+            training_tokens=_least(self.training_tokens, limits.training_tokens),
+            adapter_bytes=_least(memory, limits.adapter_bytes),
         )
+
+
+def _least(own: int | None, server: Any) -> Any:
+    """Return the smaller one of two limits, either of which may be None for no limit."""
+    return min((limit for limit in (own, server) if limit is not None), default=None)
 
 
 ANYONE = Owner()
@@ -181,13 +199,15 @@ def _parse(path: Path, text: str) -> dict[str, Owner]:
     return owners
 
 
-def _parse_limits(words: list[str]) -> tuple[dict[str, int], list[str]]:
-    limits: dict[str, int] = {}
+def _parse_limits(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    limits: dict[str, Any] = {_TRAINING: _TRAINING in words}
     faults = []
     for word in words:
         match = _LIMIT.fullmatch(word)
+        if word == _TRAINING:
+            continue
         if match is None or not int(match["value"]):
-            faults.append("what follows the token is no NAME=NUMBER")
+            faults.append("what follows the token is neither NAME=NUMBER nor `training`")
         elif match["name"] not in _LIMITS:
             faults.append(unknown_name(match["name"], _LIMITS, "limit"))
         else:

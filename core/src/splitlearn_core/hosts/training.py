@@ -1,0 +1,387 @@
+"""Training at a host: adapters that were sent, and calls in the mode, and with the random numbers, of their caller.
+
+Nothing is kept that could not be lost: adapters come by the hash of their content, and a request that names one which
+is not here any more gets the code ``unknown_adapter``, after which it is sent again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.func import functional_call
+
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.errors import ConfigurationError, RemoteError, RemoteStepError
+from splitlearn_core.hosts.payload import unpack
+from splitlearn_core.hosts.protocol import Frame
+from splitlearn_core.hosts.tuning import build_adapted, content_hash, fit_tensors, frozen_copy
+from splitlearn_core.types import human_bytes
+
+#: Tensors of a frame with the state of a generator.
+RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"
+#: Copies of the component with the modules of adapters, for as many descriptions.
+_MAX_COPIES = 16
+#: Pieces that one adapter is sent in.
+_MAX_PIECES = 256
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+#: One computation draws random numbers at a time: torch's generator of a device is the whole process's.
+_DRAWING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLimits:
+    """What a host lets be trained."""
+
+    #: Whether adapters, training mode and gradients are allowed at all.
+    training: bool = True
+    #: Backward passes of one owner, and tokens in them; None for no limit.
+    training_steps: int | None = None
+    training_tokens: int | None = None
+    #: Bytes of adapters that are kept for one owner.
+    adapter_bytes: int = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """In which mode a call is to be carried out, as it says itself."""
+
+    training: bool | None
+    autocast: str | None
+    adapter: tuple[str, ...]
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> Mode:
+        """Check what a call says.
+
+        Raises:
+            RemoteStepError: It is no mode.
+        """
+        training, autocast = meta.get("training"), meta.get("autocast")
+        if training not in (None, True, False) or not (
+            autocast is None or (isinstance(autocast, str) and autocast in _AUTOCAST)
+        ):
+            raise RemoteStepError("training or autocast of a call are of a wrong kind", code="bad_input")
+        return cls(training, autocast, _names(meta.get("adapter", [])))
+
+    @property
+    def trains(self) -> bool:
+        """Whether it needs the permission to train."""
+        return bool(self.training or self.adapter)
+
+
+class TrainingUsage:
+    """How much each owner has trained. It may outlive the component that they trained on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+
+    def add(self, owner: str, tokens: int, limits: TrainingLimits) -> None:
+        """Count a backward pass of so many tokens.
+
+        Raises:
+            RemoteStepError: It would be more than is allowed.
+        """
+        with self._lock:
+            for what, most, after in (
+                ("steps", limits.training_steps, self._steps[owner] + 1),
+                ("tokens", limits.training_tokens, self._tokens[owner] + tokens),
+            ):
+                if most is not None and after > most:
+                    raise RemoteStepError(
+                        f"this host lets you train {most:,} {what} (backward passes count), and that was all",
+                        code="no_more_training",
+                        hint="ask who runs it for more",
+                    )
+            self._steps[owner] += 1
+            self._tokens[owner] += tokens
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Check names of pieces."""
+    if not isinstance(value, list) or len(value) > _MAX_PIECES or not all(isinstance(name, str) for name in value):
+        raise RemoteStepError("the pieces of an adapter are no list of names, or too many", code="bad_input")
+    return tuple(value)
+
+
+@dataclass(slots=True)
+class _Owner:
+    """What one owner has sent."""
+
+    #: Hash -> a description, or tensors; those used last come last.
+    pieces: OrderedDict[str, Any] = field(default_factory=OrderedDict)
+    bytes_of: Counter[str] = field(default_factory=Counter)
+    used_at: float = 0.0
+
+
+class Training:
+    """A component with the adapters of its users. Its methods may be called from several threads.
+
+    Args:
+        component: The component, which stays as it is: modes and adapters are those of copies that share its weights.
+        clock: Returns seconds, monotonically.
+        usage: Counts what is trained.
+    """
+
+    def __init__(
+        self, component: ComponentModel, clock: Callable[[], float] = time.monotonic, usage: TrainingUsage | None = None
+    ) -> None:
+        self._component = component
+        self._usage = usage or TrainingUsage()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._owners: dict[str, _Owner] = {}
+        #: Description -> a copy of the component with its modules, and their parameters.
+        self._copies: OrderedDict[str, tuple[Any, dict[str, torch.Tensor]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of pieces that are kept."""
+        return sum(len(owner.pieces) for owner in self._owners.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(owner.bytes_of.total() for owner in list(self._owners.values()))
+
+    def forget(self, used_before: float | None = None) -> None:
+        """Drop the adapters of those who have used none since a time; of all without one."""
+        with self._lock:
+            for owner in self._owners.values():
+                if used_before is None or owner.used_at < used_before:
+                    owner.pieces.clear()
+                    owner.bytes_of.clear()
+            if not len(self):
+                self._copies.clear()
+
+    def put(self, frame: Frame, owner: str, limits: TrainingLimits) -> str:
+        """Keep a description or tensors, and return the hash of their content.
+
+        Raises:
+            RemoteStepError: Nothing is allowed to be trained, or they are larger than allowed.
+        """
+        _refuse_training(limits)
+        tensors, description = unpack(frame), frame.meta.get("description")
+        size = sum(tensor.nbytes for tensor in tensors.values()) + (len(json.dumps(description)) if description else 0)
+        if size > limits.adapter_bytes:
+            raise RemoteStepError(
+                f"an adapter of {human_bytes(size)}; this host keeps {human_bytes(limits.adapter_bytes)}",
+                code="too_large",
+                hint="train fewer modules, or with a smaller rank",
+            )
+        name = content_hash(description, tensors)
+        with self._lock:
+            own = self._owners.setdefault(owner, _Owner())
+            own.used_at = self._clock()
+            for replaced in _names(frame.meta.get("replaces", [])):
+                own.pieces.pop(replaced, None)
+                del own.bytes_of[replaced]
+            own.pieces[name] = tensors if description is None else description
+            own.bytes_of[name] = size
+            own.pieces.move_to_end(name)
+            while own.bytes_of.total() > limits.adapter_bytes:
+                oldest, _ = own.pieces.popitem(last=False)
+                del own.bytes_of[oldest]
+        return name
+
+    def admit(self, mode: Mode, owner: str, limits: TrainingLimits, tokens: int = 0) -> None:
+        """Count a backward pass of so many tokens, or refuse a call; 0 for a forward.
+
+        Raises:
+            RemoteStepError: It is not allowed, or no more of it.
+        """
+        if mode.trains or tokens:
+            _refuse_training(limits)
+        if tokens:
+            self._usage.add(owner, tokens, limits)
+
+    @contextlib.contextmanager
+    def running(self, mode: Mode, owner: str, random: Mapping[str, torch.Tensor]) -> Iterator[Running]:
+        """Carry out one call in its mode; the caller lets one run at a time.
+
+        Args:
+            mode: The mode.
+            owner: Whose adapters it means.
+            random: The states of its generators, by :data:`RANDOM_CPU` and :data:`RANDOM_CUDA`; or none.
+
+        Raises:
+            RemoteError: An adapter is not here, or does not fit; a state is none.
+        """
+        component, parameters = self._adapted(mode, owner)
+        device = next(self._component.parameters()).device
+        # Of the forward alone: the way back runs outside it, as in one process.
+        autocast = torch.autocast(
+            device.type, _AUTOCAST.get(mode.autocast or "", torch.bfloat16), enabled=mode.autocast is not None
+        )
+        with contextlib.ExitStack() as stack:
+            states = stack.enter_context(_random_numbers(random, device)) if random else dict
+            yield Running(component, parameters, states, autocast)
+
+    def _adapted(self, mode: Mode, owner: str) -> tuple[Any, dict[str, torch.Tensor]]:
+        if not mode.adapter and not mode.training:
+            return self._component, {}
+        with self._lock:
+            own = self._owners.get(owner, _Owner())
+            own.used_at = self._clock()
+            missing = [name for name in mode.adapter if name not in own.pieces]
+            if missing:
+                raise RemoteError(
+                    f"{len(missing)} of {len(mode.adapter)} pieces of the adapter are not here",
+                    code="unknown_adapter",
+                    hint="send them again",
+                )
+            for name in mode.adapter:
+                own.pieces.move_to_end(name)
+            pieces = [own.pieces[name] for name in mode.adapter]
+        description = pieces.pop(0) if pieces else None
+        component, added = self._copy(mode.adapter[0] if mode.adapter else "", description)
+        tensors = {name: tensor for piece in pieces for name, tensor in piece.items()}
+        component.train(bool(mode.training))
+        return component, fit_tensors(added, tensors, next(self._component.parameters()).device)
+
+    def _copy(self, name: str, description: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        with self._lock:
+            made = self._copies.pop(name, None)
+        if made is None and description is None:
+            made = frozen_copy(self._component), {}
+        elif made is None:
+            made = build_adapted(self._component, description)
+        with self._lock:
+            self._copies[name] = made
+            if len(self._copies) > _MAX_COPIES:
+                self._copies.popitem(last=False)
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A component with its adapters in place."""
+
+    component: Any
+    #: The parameters of the adapters.
+    parameters: dict[str, torch.Tensor]
+    #: Returns the states of the generators after what was run.
+    random: Callable[[], dict[str, torch.Tensor]]
+    #: A context for forwards.
+    autocast: Any
+
+    def __call__(self, hidden: torch.Tensor, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Run it; return its output by name, and what it recorded.
+
+        Raises:
+            RemoteError: It failed.
+        """
+        arguments = {"hidden_states": hidden, **inputs}
+        with _failures_named(), self.autocast:
+            if not self.parameters:
+                return _named_outputs(self.component(**arguments))
+            return _named_outputs(functional_call(self.component, self.parameters, (), arguments))
+
+    def gradients(
+        self, hidden: torch.Tensor, inputs: Mapping[str, Any], meta: Mapping[str, Any], gradient: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Run it, and return the gradients of what a frame wants them of, for that of the output.
+
+        Raises:
+            RemoteError: It failed; or the frame wants what there is not.
+        """
+        wanted = meta.get("wanted", [])
+        if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+            raise RemoteStepError("what gradients are wanted of is no list of names", code="bad_input")
+        unknown = [name for name in wanted if name not in self.parameters]
+        if unknown:
+            raise RemoteStepError(f"a gradient is wanted of {unknown[0][:200]}, which was not sent", code="bad_input")
+        learning = {name: self.parameters[name] for name in wanted}
+        if meta.get("of_input", True):
+            learning["hidden_states"] = hidden
+        try:
+            for tensor in learning.values():
+                tensor.requires_grad_()
+            output = self(hidden, inputs)["output"]
+            if gradient.shape != output.shape or gradient.dtype != output.dtype:
+                raise RemoteStepError(
+                    f"the gradient is {gradient.dtype} {list(gradient.shape)}; "
+                    f"the output was {output.dtype} {list(output.shape)}",
+                    code="bad_input",
+                )
+            with _failures_named():
+                found = torch.autograd.grad(
+                    output, list(learning.values()), gradient.to(output.device), materialize_grads=True
+                )
+        finally:
+            for tensor in learning.values():
+                tensor.requires_grad_(False)
+        return {f"gradient.{name}": tensor for name, tensor in zip(learning, found, strict=True)}
+
+
+@contextlib.contextmanager
+def _failures_named() -> Iterator[None]:
+    """Raise what goes wrong in a component as an error with a code."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise RemoteError(error.message, hint=error.hint, code="bad_input") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RemoteError(
+            "the host has no memory for this step",
+            code="out_of_memory",
+            hint="send fewer sequences or tokens at once: smaller batches, and more of them accumulated",
+        ) from error
+    except Exception as error:
+        raise RemoteError(f"the component failed: {type(error).__name__}: {error}", code="failed") from error
+
+
+def taken_random(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the states of generators out of the tensors of a frame."""
+    return {name: tensors.pop(name) for name in (RANDOM_CPU, RANDOM_CUDA) if name in tensors}
+
+
+def _named_outputs(output: Any) -> dict[str, torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return {"output": output}
+    named = {"output": output.last_hidden_state}
+    for kind in ("hidden_states", "attentions"):
+        named.update({f"{kind}.{number}": tensor for number, tensor in enumerate(output.get(kind) or ())})
+    return named
+
+
+@contextlib.contextmanager
+def _random_numbers(
+    given: Mapping[str, torch.Tensor], device: torch.device
+) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
+    """Draw random numbers as the caller would have; yields what returns the states then."""
+    on_cuda = device.type == "cuda"
+
+    def states() -> dict[str, torch.Tensor]:
+        result = {RANDOM_CPU: torch.get_rng_state()}
+        if RANDOM_CUDA in given:
+            result[RANDOM_CUDA] = torch.cuda.get_rng_state(device) if on_cuda else given[RANDOM_CUDA]
+        return result
+
+    with _DRAWING, torch.random.fork_rng([device] if on_cuda else []):
+        try:
+            torch.set_rng_state(given[RANDOM_CPU])
+            if on_cuda and RANDOM_CUDA in given:
+                torch.cuda.set_rng_state(given[RANDOM_CUDA], device)
+            elif on_cuda:
+                # Of the caller's generator, so that the same call draws the same, and the next one others.
+                torch.cuda.manual_seed(int(torch.randint(2**62, ())))
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise RemoteStepError("the state of a generator is none", code="bad_input") from error
+        yield states
+
+
+def _refuse_training(limits: TrainingLimits) -> None:
+    if not limits.training:
+        raise RemoteStepError(
+            "this host lets nothing be trained by you: it takes no adapters, training mode or gradients",
+            code="no_training",
+            hint="ask who runs it for the permission to train",
+        )
