@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +14,18 @@ from checkpoints import Checkpoint, qwen2
 from generation import alternate, decoding, prefill
 from loaders import Job, split_model
 from measuring import HERE, MeasurementError, Session, in_fresh_process, last_line, read_through, say, start
-from report import Row, Sample, at_most
+from report import Row, Sample, at_most, within
 from trunk import TORCH_NAMES, hidden_states
+
+from serving import ACTIVE, DELAY_MS, DRAFT, NEW, PROMPT, SESSIONS, served
 
 NAME = "hosts"
 _SMALL, _LARGE = 16 * 1024, 4 * 2**20
-_PROMPT, _NEW, _PREFILL = 32, 64, 512
+_PREFILL = 512
 _DECODE_SHARE, _PREFILL_SHARE = 0.97, 0.95
 _SERVED_SHARE = 0.95
+_DISTANCE_SHARE = 0.95
+_WAIT_TIMES, _LAG_MS, _GROWTH = 3.0, 5.0, 1.05
 _WEBSOCKET_TIMES, _BANDWIDTH_TIMES = 6.0, 2.0
 _PIPE_TIMES, _COPIES_TIMES = 4.0, 1.5
 _WARM_TIMES, _FRESH_SHARE = 1.3, 0.25
@@ -37,13 +39,15 @@ def run(session: Session) -> None:
         read_through(checkpoint.files)
         for where in ("process", "WebSocket"):
             _running(session, checkpoint, where)
+        _distance(session, checkpoint)
+        _crowd(session, checkpoint)
         _starting(session, checkpoint)
 
 
-def _answer(session: Session, what: str, job: dict[str, Any]) -> dict[str, Any] | None:
+def _answer(session: Session, what: str, job: dict[str, Any], module: str = "hosts") -> dict[str, Any] | None:
     say(f"  {what}")
     try:
-        return in_fresh_process("hosts", job)
+        return in_fresh_process(module, job)
     except MeasurementError as error:
         session.add(Row(NAME, what, note=str(error)))
         return None
@@ -73,6 +77,10 @@ def _round_trips(session: Session) -> None:
     for what, size, share in ((small, "16 kB", _WEBSOCKET_TIMES), (large, "4 MB", _BANDWIDTH_TIMES)):
         ours, theirs = microseconds[f"websocket {size}"], microseconds[f"loopback {size}"]
         session.add(at_most(NAME, f"{what}, WebSocket", ours, "raw TCP socket", theirs, share=share))
+    floors = ((small, "channel", "Python alone, Unix socket"), (f"{small}, WebSocket", "websocket", "asyncio alone"))
+    for what, name, peer in floors:
+        ours, floor = microseconds[f"{name} 16 kB"], microseconds[f"{name} floor 16 kB"]
+        session.add(Row(NAME, what, ours, peer, floor, ours.median / floor.median))
 
 
 def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
@@ -80,11 +88,13 @@ def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
         "pipe 16 kB": (_SMALL, _pipe(_SMALL)),
         "socket 16 kB": (_SMALL, _raw_socket(_SMALL)),
         "channel 16 kB": (_SMALL, _channel(_SMALL)),
+        "channel floor 16 kB": (_SMALL, _raw_messages(_SMALL)),
         "socket 4 MB": (_LARGE, _raw_socket(_LARGE)),
         "copies 4 MB": (_LARGE, _copies(_LARGE)),
         "channel 4 MB": (_LARGE, _channel(_LARGE)),
         "loopback 16 kB": (_SMALL, _raw_socket(_SMALL, over_tcp=True)),
         "websocket 16 kB": (_SMALL, _websocket(_SMALL)),
+        "websocket floor 16 kB": (_SMALL, _asyncio(_SMALL)),
         "loopback 4 MB": (_LARGE, _raw_socket(_LARGE, over_tcp=True)),
         "websocket 4 MB": (_LARGE, _websocket(_LARGE)),
     }
@@ -102,8 +112,12 @@ def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
 
 def _echo(serve: Callable[[], None]) -> None:
     """Let a forked process answer until it is no longer asked, or this one ends."""
+    from splitlearn_core.hosts.child import die_with_parent
+
+    parent = os.getpid()
     if os.fork() == 0:
         try:
+            die_with_parent(parent, signal.SIGKILL)
             serve()
         finally:
             os._exit(0)
@@ -174,6 +188,63 @@ def _raw_socket(size: int, *, over_tcp: bool = False) -> Callable[[], None]:
     return trip
 
 
+def _raw_messages(size: int) -> Callable[[], None]:
+    """What a channel costs without a protocol: a head and a payload, in one system call each way."""
+    near, far = socket.socketpair()
+    head, data, memory = b"x" * 128, bytes(size), memoryview(bytearray(size + 128))
+
+    def read(stream: socket.socket) -> None:
+        count = stream.recv_into(memory)
+        while 0 < count < len(memory):
+            count += stream.recv_into(memory[count:])
+        if not count:
+            os._exit(0)
+
+    def serve() -> None:
+        near.close()
+        while True:
+            read(far)
+            far.sendmsg([head, data])
+
+    _echo(serve)
+    far.close()
+
+    def trip() -> None:
+        near.sendmsg([head, data])
+        read(near)
+
+    return trip
+
+
+def _asyncio(size: int) -> Callable[[], None]:
+    """What a server in asyncio costs without a protocol: bytes to a task that waits for them, and back."""
+    import asyncio
+
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(await reader.readexactly(size))
+
+    async def run() -> None:
+        server = await asyncio.start_server(answer, sock=listener, limit=2 * size)
+        await server.serve_forever()
+
+    _echo(lambda: asyncio.run(run()))
+    near = socket.create_connection(listener.getsockname())
+    listener.close()
+    near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    memory = memoryview(bytearray(size))
+
+    def trip() -> None:
+        near.sendall(memory)
+        left = memory
+        while left:
+            left = left[near.recv_into(left) :]
+
+    return trip
+
+
 def _copies(size: int) -> Callable[[], None]:
     memory = [memoryview(bytearray(size)) for _ in range(3)]
 
@@ -205,7 +276,9 @@ def _channel(size: int) -> Callable[[], None]:
 
     def trip() -> None:
         near.send(Frame(Kind.STEP, 1, 1, {}, specs, (memory,)))
-        near.receive()
+        reply = near.receive()
+        assert reply is not None
+        memory[:] = reply.buffers[0]
 
     return trip
 
@@ -238,7 +311,7 @@ def _websocket(size: int) -> Callable[[], None]:
     listener.close()
 
     def trip() -> None:
-        connection.exchange(Frame(Kind.STEP, 1, 1, {}, specs, (memory,)))
+        memory[:] = connection.exchange(Frame(Kind.STEP, 1, 1, {}, specs, (memory,))).buffers[0]
 
     return trip
 
@@ -262,7 +335,7 @@ def _running(session: Session, checkpoint: Checkpoint, where: str) -> None:
         name = f"{checkpoint.recipe.name}, trunk: {where}"
         share = _DECODE_SHARE if where == "process" else _SERVED_SHARE
         session.add(
-            _rate(f"{name}, {_NEW} tokens after {_PROMPT}", answer["decode"], _NEW, share),
+            _rate(f"{name}, {NEW} tokens after {PROMPT}", answer["decode"], NEW, share),
             _rate(f"{name}, prefill of {tokens}", answer["prefill"], tokens, _PREFILL_SHARE),
         )
 
@@ -270,7 +343,13 @@ def _running(session: Session, checkpoint: Checkpoint, where: str) -> None:
 def _rate(what: str, answer: dict[str, Any], tokens: int, share: float) -> Row:
     ratio = Sample.of((inline / apart for apart, inline in answer["seconds"]), "").median
     apart, inline = (Sample.of((tokens / pair[side] for pair in answer["seconds"]), "tok/s") for side in (0, 1))
-    note = "" if answer["equal"] else "the outputs differ"
+    # What two processes on one machine cost, whatever carries their messages.
+    carried = answer["carried"] / (len(answer["seconds"]) + 1)
+    bound = Sample.of((inline / (apart - carried) for apart, inline in answer["seconds"]), "").median
+    note = (
+        f"{1000 * answer['carried'] / answer['requests']:.2f} ms a request besides computing; without them {bound:.3f}"
+    )
+    note += "" if answer["equal"] else "; the outputs differ"
     return Row(NAME, what, apart, "inline", inline, ratio, f">= {share:g} of it", ratio >= share, note)
 
 
@@ -284,10 +363,29 @@ def _measure_running(job: dict[str, Any]) -> dict[str, Any]:
     text = torch.randint(job["vocabulary"] - 2, (1, job["prefill"]), generator=generator)
     with (_in_a_process if job["where"] == "process" else _served)(job) as trunk, torch.no_grad():
         models = (SplitCausalLM(inline.components[0], trunk, inline.components[-1]), inline)
-        return {
-            "decode": alternate([decoding(model, text[:, :_PROMPT]) for model in models], job["rounds"]),
-            "prefill": alternate([prefill(model, text) for model in models], job["rounds"]),
+        actions = {
+            "decode": [decoding(model, text[:, :PROMPT]) for model in models],
+            "prefill": [prefill(model, text) for model in models],
         }
+        return {name: _alternate(trunk.host, both, job["rounds"]) for name, both in actions.items()}
+
+
+def _alternate(host: Any, actions: list[Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Time two actions in turns, and what the requests of the first one take besides what the host computes."""
+    carried: list[float] = []
+    send = host.request
+
+    def request(frame: Any) -> Any:
+        begin = time.perf_counter()
+        reply = send(frame)
+        carried.append(time.perf_counter() - begin - reply.meta.get("computed", 0.0))
+        return reply
+
+    host.request = request
+    try:
+        return {**alternate(actions, rounds), "carried": sum(carried), "requests": len(carried)}
+    finally:
+        host.request = send
 
 
 @contextmanager
@@ -305,18 +403,59 @@ def _in_a_process(job: dict[str, Any]) -> Iterator[Any]:
 def _served(job: dict[str, Any]) -> Iterator[Any]:
     from splitlearn_core import connect
 
-    command = [sys.executable, "-m", "splitlearn_core", "serve", job["directory"], "--port", "0"]
-    cut = ["--split", *map(str, job["cut"])]
-    with subprocess.Popen([*command, *cut], stderr=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stderr is not None
-            # It prints more, later: without a reader it would stand still.
-            url = next(word for line in server.stderr for word in line.split() if word.endswith("/trunk"))
-            threading.Thread(target=server.stderr.read, daemon=True).start()
-            # The first request waits for the model to be loaded.
-            yield connect(url)
-        finally:
-            server.terminate()
+    with served(job) as (url, _):
+        # The first request waits for the model to be loaded.
+        yield connect(url)
+
+
+# --- at a distance, and many sessions -----------------------------------------------------------------
+
+
+def _distance(session: Session, checkpoint: Checkpoint) -> None:
+    recipe = checkpoint.recipe
+    what = f"{recipe.name}, {DELAY_MS:g} ms away"
+    job = {"what": "distance", "directory": str(checkpoint.directory), "cut": recipe.cut, "rounds": session.runs}
+    answer = _answer(session, what, job, "serving")
+    if answer is None:
+        return
+    for name, title in (("plain", f"{NEW} tokens"), ("lookup", f"prompt lookup of {DRAFT}")):
+        rounds = answer[name]["rounds"]
+        ours = Sample.of((NEW / far for far, _, _ in rounds), "tok/s")
+        # As many forwards as there were, each of them as long as here and the delay.
+        ideal = Sample.of((NEW / (here + steps * DELAY_MS / 1000) for _, here, steps in rounds), "tok/s")
+        ratio = Sample.of((o / i for o, i in zip(ours.values, ideal.values, strict=True)), "").median
+        accepted = NEW / Sample.of((steps for *_, steps in rounds), "").median
+        note = f"{accepted:.2f} tokens a round trip; a PING takes {1000 * answer['ping']:.1f} ms"
+        note += "" if answer[name]["equal"] else "; the outputs differ"
+        target = f">= {_DISTANCE_SHARE:g} of it"
+        reached = ratio >= _DISTANCE_SHARE
+        session.add(
+            Row(NAME, f"{what}, {title}", ours, "tokens / (delay + compute)", ideal, ratio, target, reached, note)
+        )
+
+
+def _crowd(session: Session, checkpoint: Checkpoint) -> None:
+    recipe = checkpoint.recipe
+    what = f"{recipe.name}, {SESSIONS} sessions, {ACTIVE} active, {session.minutes:g} min"
+    job = {
+        "what": "crowd",
+        "directory": str(checkpoint.directory),
+        "cut": recipe.cut,
+        "width": recipe.hidden_size,
+        "minutes": session.minutes,
+    }
+    answer = _answer(session, what, job, "serving")
+    if answer is None:
+        return
+    longest, median = (Sample.of([1000 * answer[name]], "ms") for name in ("longest", "median"))
+    after, before = (Sample.of([answer[name]], "MB") for name in ("after_mb", "before_mb"))
+    lag = Sample.of([1000 * answer["lag"]], "ms")
+    note = f"{answer['steps']} steps"
+    session.add(
+        at_most(NAME, f"{what}: longest step", longest, "median step", median, share=_WAIT_TIMES, note=note),
+        at_most(NAME, f"{what}: memory in the last quarter", after, "in the second one", before, share=_GROWTH),
+        within(NAME, f"{what}: lag of the event loop, p99", lag, _LAG_MS),
+    )
 
 
 # --- starting -----------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ class Session:
     runs: int
     quick: bool
     cache_dir: Path
+    #: How long many sessions run at once.
+    minutes: float
     rows: list[Row] = field(default_factory=list)
 
     def models(self, recipes: Iterable[Callable[..., Recipe]] = (gpt2, qwen2, gemma)) -> Iterator[Checkpoint]:

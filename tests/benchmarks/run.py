@@ -42,6 +42,8 @@ _PACKAGES = (
     "runai-model-streamer",
 )
 _QUICK_RUNS = 2
+#: Minutes that many sessions run at once: in an ordinary run, with --quick, and with --minutes alone.
+_MINUTES, _QUICK_MINUTES, _FULL_MINUTES = 0.5, 0.05, 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     runs = options.runs or (_QUICK_RUNS if options.quick else 5)
     with tempfile.TemporaryDirectory(prefix="splitlearn-benchmarks-") as temporary:
-        session = Session(runs, options.quick, options.cache_dir or Path(temporary))
+        minutes = options.minutes or (_QUICK_MINUTES if options.quick else _MINUTES)
+        session = Session(runs, options.quick, options.cache_dir or Path(temporary), minutes)
         session.cache_dir.mkdir(parents=True, exist_ok=True)
         for name in options.only or BENCHMARKS:
             say(f"{name}:")
@@ -69,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--runs", type=int, help="measurements of each thing (default: 5; 2 with --quick)")
     parser.add_argument("--cache-dir", type=Path, help="keep checkpoints here, 7 GB (default: a temporary folder)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs="?",
+        const=_FULL_MINUTES,
+        metavar="N",
+        help=f"how long many sessions run at once (default: {_MINUTES:g}; {_FULL_MINUTES:g} without a number)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measured values here as well")
     return parser
 

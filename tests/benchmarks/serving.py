@@ -1,0 +1,176 @@
+"""A trunk behind ``splitlearn serve``: at a distance, and with many sessions at once."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from loaders import Job, split_model
+from measuring import HERE, anonymous_mb
+
+PROMPT, NEW = 32, 64
+#: Of the delay, each way takes a half.
+DELAY_MS = 50.0
+#: Tokens that prompt lookup proposes.
+DRAFT = 8
+SESSIONS, ACTIVE = 64, 16
+#: Steps after which an active session is replaced by a new one, so that no cache grows for ever.
+_STEPS = 32
+_TAKEN_MB_EVERY = 0.5
+_LAG = "splitlearn_event_loop_lag_seconds_bucket"
+
+
+@contextmanager
+def served(job: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Serve a trunk, and return its URL and the number of the process."""
+    command = [sys.executable, "-m", "splitlearn_core", "serve", job["directory"], "--port", "0"]
+    cut = ["--split", *map(str, job["cut"])]
+    with subprocess.Popen([*command, *cut], stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            # It prints more, later: without a reader it would stand still.
+            url = next(word for line in server.stderr for word in line.split() if word.endswith("/trunk"))
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            yield url, server.pid
+        finally:
+            server.terminate()
+
+
+@contextmanager
+def _delayed(url: str) -> Iterator[str]:
+    """Return an address by which each request and each reply is held for half of the delay."""
+    parts = urlsplit(url)
+    command = [sys.executable, str(HERE / "delay.py"), str(parts.port), str(DELAY_MS / 2)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
+        try:
+            assert proxy.stdout is not None
+            yield f"http://127.0.0.1:{int(proxy.stdout.readline())}{parts.path}"
+        finally:
+            proxy.terminate()
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    return {"distance": _measure_distance, "crowd": _measure_crowd}[job["what"]](job)
+
+
+# --- at a distance ------------------------------------------------------------------------------------
+
+
+def _measure_distance(job: dict[str, Any]) -> dict[str, Any]:
+    """Time the same generation here and at a distance, in turns: seconds, and forwards of the trunk."""
+    import torch
+
+    from splitlearn_core import SplitCausalLM, connect
+    from splitlearn_core.hosts.protocol import Frame, Kind
+
+    inline = split_model(Job(job["directory"], tuple(job["cut"])))
+    with served(job) as (url, _), _delayed(url) as far, torch.no_grad():
+        trunk = connect(far)
+        apart = SplitCausalLM(inline.components[0], trunk, inline.components[-1])
+        # A text that goes round in circles, as code and lists do, so that there is something to look up.
+        prompt = torch.arange(8).repeat(PROMPT // 8)[None] + 100
+        answers: dict[str, Any] = {}
+        for name, draft in (("plain", None), ("lookup", DRAFT)):
+            options: dict[str, Any] = {
+                "do_sample": False,
+                "min_new_tokens": NEW,
+                "max_new_tokens": NEW,
+                "pad_token_id": 0,
+                "prompt_lookup_num_tokens": draft,
+                "attention_mask": torch.ones_like(prompt),
+            }
+            rounds = []
+            equal = torch.equal(apart.generate(prompt, **options), inline.generate(prompt, **options))
+            for _ in range(job["rounds"]):
+                before = trunk.host.round_trips
+                begin = time.perf_counter()
+                apart.generate(prompt, **options)
+                middle = time.perf_counter()
+                inline.generate(prompt, **options)
+                # One request opens the session.
+                steps = trunk.host.round_trips - before - 1
+                rounds.append((middle - begin, time.perf_counter() - middle, steps))
+            answers[name] = {"rounds": rounds, "equal": equal}
+        pings = []
+        for _ in range(10):
+            begin = time.perf_counter()
+            trunk.host.request(Frame(Kind.PING))
+            pings.append(time.perf_counter() - begin)
+        return {**answers, "ping": statistics.median(pings)}
+
+
+# --- many sessions ------------------------------------------------------------------------------------
+
+
+def _measure_crowd(job: dict[str, Any]) -> dict[str, Any]:
+    """Let some of many sessions work for a while, each in a thread of its own; the others stay open."""
+    import torch
+
+    from splitlearn_core import connect
+
+    with served(job) as (url, pid), torch.no_grad():
+        trunk = connect(url)
+        dtype = trunk.dtype
+        prompt, token = (torch.randn(1, count, job["width"]).to(dtype) for count in (PROMPT, 1))
+
+        def opened() -> Any:
+            cache = trunk.new_cache()
+            trunk(hidden_states=prompt, past_key_values=cache)
+            return cache
+
+        idle = [opened() for _ in range(SESSIONS - ACTIVE)]
+        until = time.monotonic() + 60 * job["minutes"]
+        waits: list[list[float]] = [[] for _ in range(ACTIVE)]
+        failures: list[BaseException] = []
+
+        def work_in(times: list[float]) -> None:
+            try:
+                with torch.no_grad():
+                    while time.monotonic() < until:
+                        cache = opened()
+                        for _ in range(_STEPS):
+                            begin = time.perf_counter()
+                            trunk(hidden_states=token, past_key_values=cache)
+                            times.append(time.perf_counter() - begin)
+            except BaseException as error:  # noqa: BLE001  # it is raised below
+                failures.append(error)
+
+        threads = [threading.Thread(target=work_in, args=(times,)) for times in waits]
+        for thread in threads:
+            thread.start()
+        memory = []
+        while any(thread.is_alive() for thread in threads):
+            memory.append(anonymous_mb(pid))
+            time.sleep(_TAKEN_MB_EVERY)
+        for failure in failures:
+            raise failure
+        text = urllib.request.urlopen(f"http://{urlsplit(url).netloc}/metrics").read().decode()  # loopback
+        trunk.close()
+    quarter = max(1, len(memory) // 4)
+    steps = [value for times in waits for value in times]
+    return {
+        "open": len(idle) + ACTIVE,
+        "steps": len(steps),
+        "median": statistics.median(steps),
+        "longest": max(steps),
+        # The first quarter is that of caches, threads and connections that come.
+        "before_mb": statistics.median(memory[quarter : 2 * quarter] or memory),
+        "after_mb": statistics.median(memory[-quarter:]),
+        "lag": _percentile_of(text, 0.99),
+    }
+
+
+def _percentile_of(metrics: str, share: float) -> float:
+    """Return the bound, in seconds, below which a share of the lags of the server's event loop are."""
+    buckets = [line.split() for line in metrics.splitlines() if line.startswith(_LAG)]
+    total = float(buckets[-1][1])
+    bounds = ((labels.partition('le="')[2].partition('"')[0], float(count)) for labels, count in buckets)
+    return next(float(bound) for bound, count in bounds if count >= share * total)
