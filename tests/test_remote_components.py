@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ from splitlearn_core import (
     load_split_model,
 )
 from splitlearn_core.extension import cache_argument
+from splitlearn_core.hosts import client
 from splitlearn_core.hosts.protocol import Kind
 from splitlearn_core.hosts.sessions import SessionTable
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
@@ -447,6 +449,108 @@ def test_several_threads_use_one_component(endpoint: MemoryEndpoint) -> None:
     assert all(torch.equal(text, expected) for text in asyncio.run(run()))
 
 
+def _recipe() -> Any:
+    """Return the function that the documents show for event loops."""
+    page = (Path(__file__).parent.parent / "docs" / "remote-components.md").read_text()
+    source = re.search(r"<!-- file: in_a_loop.py -->\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert source
+    names: dict[str, Any] = {}
+    exec(source[1], names)  # what the page shows
+    return names["generate"]
+
+
+def test_an_event_loop_is_not_blocked_and_cancels(endpoint: MemoryEndpoint) -> None:
+    """While a step waits for the host, the loop goes on; a cancelled task ends its generation and its session."""
+    whole, _ = models("qwen2", "float32")
+    split, generate = used(endpoint), _recipe()
+    options = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    entered, released, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def before(number: int, frame: Any) -> None:
+        if number == 4:
+            entered.set()
+            assert released.wait(30)
+
+    def after(number: int, frame: Any) -> None:
+        if frame.kind is Kind.CLOSE:
+            closed.set()
+
+    endpoint.before, endpoint.after = before, after
+
+    async def main() -> int:
+        task = asyncio.ensure_future(generate(split, tokens(1, 3), **options))
+        # The loop turns while the step is with the host.
+        assert await asyncio.to_thread(entered.wait, 30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        released.set()
+        assert await asyncio.to_thread(closed.wait, 30)
+        return endpoint.count
+
+    # Opened, two steps, the one that waited, and the end; of twelve steps.
+    assert asyncio.run(main()) <= 6
+    assert len(endpoint.table) == 0
+    endpoint.before = endpoint.after = lambda number, frame: None
+    expected = whole.generate(tokens(1, 3), **options)
+    assert torch.equal(asyncio.run(generate(split, tokens(1, 3), **options)), expected)
+
+
+def test_the_length_of_a_generation_is_declared(endpoint: MemoryEndpoint) -> None:
+    """Room is reserved before the first step; what the host does not allow is refused before it, with both numbers."""
+    split = used(endpoint)
+    generated(split, padded(), do_sample=False)
+    assert _declared(endpoint) == [256]
+    split.generate(tokens(1, 3), max_new_tokens=300, eos_token_id=5, pad_token_id=0, do_sample=False)
+    assert _declared(endpoint)[-1] == 302
+    count = endpoint.count
+    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+        with pytest.raises(ConfigurationError, match="may become 40002 tokens long, and memory://trunk allows 32768"):
+            split.generate(tokens(1, 3), max_new_tokens=40_000, pad_token_id=0, **options)
+    assert endpoint.count == count
+
+
+def _declared(endpoint: MemoryEndpoint) -> list[int]:
+    return [frame.meta["tokens"] for frame in endpoint.frames if frame.kind is Kind.OPEN]
+
+
+def test_a_host_that_stands_still_does_not_hold_up_closing(
+    endpoint: MemoryEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a reply may take."""
+    monkeypatch.setattr(client, "_CLOSE_TIMEOUT", 0.1)
+    split = used(endpoint)
+    cache = split.trunk.new_cache()
+    with torch.no_grad():
+        split.trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=cache)
+    entered, released = threading.Event(), threading.Event()
+
+    def before(number: int, frame: Any) -> None:
+        entered.set()
+        assert released.wait(30)
+
+    endpoint.before = before
+    cast("Any", split.trunk).close()
+    assert entered.is_set()
+    assert len(endpoint.table) == 1
+    released.set()
+
+
+def test_a_cast_that_cannot_reach_the_trunk_is_refused(endpoint: MemoryEndpoint) -> None:
+    """And changes nothing; where the cuts cast, it is meant for what is here."""
+    parts = copy.deepcopy(models("qwen2", "float32")[1])
+    split = SplitCausalLM(parts.bottom, remote(endpoint), parts.top)
+    for cast_it in (lambda: split.to(torch.bfloat16), split.half, split.double):
+        with pytest.raises(ConfigurationError, match=r"memory://trunk runs in torch\.float32") as error:
+            cast_it()
+        assert "serve it with --dtype" in error.value.hint
+    assert next(split.parameters()).dtype == torch.float32
+    split.to(torch.float32).to("cpu")
+    mixed = SplitCausalLM(parts.bottom, remote(endpoint), parts.top, mixed_dtypes=True).to(torch.bfloat16)
+    with torch.no_grad():
+        assert mixed(tokens(1, 3)).logits.dtype == torch.bfloat16
+
+
 def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_path: Path) -> None:
     """With the way out."""
     split, (whole, parts) = used(endpoint), models("qwen2", "float32")
@@ -594,3 +698,23 @@ def test_wrong_uses_of_at_are_refused(
     result = splitlearn(warm, "generate", str(talking), "--prompt", "x", *arguments)
     assert words in " ".join(result.stderr.split())
     assert result.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--split", "1", "4"], "--split 1 4 makes layers [1, 4) the trunk, and URL runs layers [2, 4)"),
+        (["--split", "1", "4"], "give that of the server: --split 2 4"),
+        (["--dtype", "bfloat16"], "would be bfloat16, and URL runs the trunk in float32"),
+        (["--dtype", "bfloat16"], "--dtype float32 here, or `splitlearn serve ... --dtype bfloat16` there"),
+    ],
+)
+def test_options_that_do_not_fit_the_host_name_both_sides(
+    talking: Path, command: Any, arguments: list[str], words: str
+) -> None:
+    """Before any weights are read."""
+    parts = load_split_model(None, (2, 4), talking, parts=("trunk",), progress=False)
+    with tempfile.TemporaryDirectory() as folder, unix_host(SessionTable(parts.trunk), Path(folder) / "s") as url:
+        result = command("generate", str(talking), "--prompt", "x", "--at", f"trunk={url}", *arguments)
+    assert result.returncode == 1
+    assert words.replace("URL", url) in " ".join(result.stderr.split())

@@ -82,11 +82,41 @@ def load_all(
     names = component_names(len(split_points) + 1)
     _refuse_unknown(remote, names)
     check_options(model, options)
+    _refuse_other_cuts(remote, split_points)
     here = tuple(name for name in names if name not in remote)
     fetched = plan_and_fetch(model, split_points, here if remote else None, dtype, progress)
+    if isinstance(dtype, str):
+        _refuse_other_dtype(remote, fetched.split.dtype)
     loaded = load_components(model, fetched, options, progress)
     parts: list[Any] = [remote.get(name) or loaded[name] for name in names]
     return SplitCausalLM(*parts, mixed_dtypes=isinstance(dtype, Mapping))
+
+
+def _refuse_other_cuts(remote: Mapping[str, RemoteComponent], split_points: Sequence[int]) -> None:
+    for number, name in enumerate(component_names(len(split_points) + 1)):
+        if name not in remote:
+            continue
+        component = remote[name]
+        layers, total = component.layer_range, component.layer_range.total
+        start, end = (0, *split_points, total)[number : number + 2]
+        if (start, end) != (layers.start, layers.end):
+            origin = component.origin
+            cuts = "" if origin is None else f": --split {' '.join(map(str, origin.split_points))}"
+            raise ConfigurationError(
+                f"--split {' '.join(map(str, split_points))} makes layers [{start}, {end}) the {name}, and "
+                f"{component.url} runs layers {layers}",
+                hint=f"leave --split out, or give that of the server{cuts}",
+            )
+
+
+def _refuse_other_dtype(remote: Mapping[str, RemoteComponent], dtype: str) -> None:
+    for name, component in remote.items():
+        theirs = component.facts.dtype
+        if theirs != dtype:
+            raise ConfigurationError(
+                f"the components here would be {dtype}, and {component.url} runs the {name} in {theirs}",
+                hint=f"--dtype {theirs} here, or `splitlearn serve ... --dtype {dtype}` there",
+            )
 
 
 def _refuse_unknown(remote: Mapping[str, RemoteComponent], names: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
     from splitlearn_core.component_host import ComponentHost as ComponentHost
+    from splitlearn_core.errors import translate as translate
     from splitlearn_core.hosts.client import Host as Host
     from splitlearn_core.hosts.client import Patience as Patience
     from splitlearn_core.hosts.facts import Facts as Facts
@@ -136,6 +137,7 @@ _HOMES = {
     "split_layers": "plan.split_points",
     "text_model": "plugins.known",
     "through_no_layers": "build.pruning",
+    "translate": "errors",
     "unbundled": "loading.opening",
     "unknown_name": "manager.config_checks",
     "user_path": "arguments",

@@ -365,6 +365,15 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         with generating():
             return super().generate(inputs, *args, **kwargs)
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        # All steps but the last one's token are cached; here their number is known, and before the first of them.
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = named_cache(dict(model_kwargs), model_kwargs.get("past_key_values"))
+        for component in self.components:
+            if isinstance(component, RemoteComponent):
+                component.expect(generation_config.max_length - 1, cache)
+        return result
+
     @classmethod
     def from_pretrained(
         cls,
@@ -443,6 +452,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SplitCausalLM:
         # Through the components, each of which has buffers of its own: rotary frequencies, say.
         own: list[Any] = [*self.components, *cast("LinkedModules", self._modules).added()]
+        for component in self.components:
+            if isinstance(component, RemoteComponent) and not self._chain.mixed_dtypes:
+                component.refuse_cast(fn)
         for module in own:
             module._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
         return self

@@ -30,6 +30,7 @@ from splitlearn_core import errors, preload
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.resources import MemorySample, ResourceManager
 from splitlearn_core.types import Component, Progress
+from splitlearn_serve.tokens import Owner, Tokens
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
@@ -351,6 +352,31 @@ def test_what_is_refused_is_said(browser: Browser, page: Callable[..., StatusSer
     server.run(lambda manager: lease.__aexit__(None, None, None))
     # The refusal itself was an answer of 409, which the browser notes.
     assert all("409" in complaint for complaint in browser.complaints)
+
+
+def test_a_token_is_asked_for(browser: Browser, page: Callable[..., StatusServer]) -> None:
+    """A button that needs one asks once, does what it was pressed for, and the others then need no other."""
+    token = "t" * 32
+    page(config("trunk"), tokens=Tokens({token: Owner("alice")}))
+    browser.wait(has("trunk", "ready"))
+    assert browser.run("document.querySelector('#access').hidden") is True
+    browser.click(button("trunk", "unload"))
+    browser.wait(f"{part('trunk', 'refusal')}.textContent.includes('token')")
+    browser.wait("document.activeElement.id === 'token'")
+    browser.run("document.querySelector('#token').value = 'wrong'")
+    browser.click("document.querySelector('#use-token')")
+    browser.wait(f"{part('trunk', 'refusal')}.textContent.includes('not one of')")
+    browser.run(f"document.querySelector('#token').value = {token!r}")
+    browser.press("#token")
+    browser.wait(has("trunk", "not loaded"))
+    assert browser.run("document.querySelector('#access').hidden") is True
+    browser.click(button("trunk", "load"))
+    browser.wait(has("trunk", "ready"))
+    # It is nowhere in the page.
+    assert token not in browser.run(
+        "document.documentElement.outerHTML + location + document.querySelector('#token').value"
+    )
+    assert all("401" in complaint for complaint in browser.complaints)
 
 
 def test_without_events_it_asks(browser: Browser, loader: ScriptedLoader, page: Callable[..., StatusServer]) -> None:

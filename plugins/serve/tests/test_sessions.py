@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from serving import Answer, StatusServer, until_met
 from splitlearn_core import (
     AccessRefusedError,
+    ConfigurationError,
     ConnectionLostError,
     ModelConfig,
     RemoteBusyError,
@@ -32,7 +34,8 @@ from splitlearn_core import (
 )
 from splitlearn_core.extension import SUBPROTOCOL, Frame, Kind, SessionLimits, decode, encode
 from splitlearn_core.hosts.carriers import Endpoint
-from splitlearn_serve import connections, sockets
+from splitlearn_serve import connections, load, ps, sockets, unload
+from splitlearn_serve.server_client import ServerClient
 from splitlearn_serve.tls import server_context
 from splitlearn_serve.tokens import Owner, Tokens
 
@@ -195,6 +198,20 @@ class TestTLS:
 
         assert remote.url.startswith("https://")
         assert torch.equal(*both(models, split(models, remote), attention_mask=models.mask))
+
+    def test_the_commands(self, serve: Serve, certificate: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        """``ps``, ``load`` and ``unload`` trust the file that they are given, and name the option without it."""
+        cert, key = certificate()
+        server = serve(tls=server_context(cert, key))
+        server.wait_until(lambda manager: manager.get_model_info("trunk").ready)
+        for command, arguments in ((ps, []), (unload, ["trunk"]), (load, ["trunk"])):
+            done = CliRunner().invoke(command.command, [*arguments, "--url", server.url, "--ca-file", str(cert)])
+            assert (done.exit_code, "trunk" in done.output) == (0, True), done.output
+        with pytest.raises(AccessRefusedError, match="certificate") as refusal:
+            ServerClient(server.url).overview()
+        assert "--ca-file" in refusal.value.hint
+        with pytest.raises(ConfigurationError, match="holds no certificates"):
+            ServerClient(server.url, ca_file=key)
 
     def test_an_unknown_authority(self, serve: Serve, certificate: Any) -> None:
         """It is refused by the client, which says so."""

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 JOURNAL_BYTES = 1024 * MEGABYTE
 #: Seconds between two attempts to reach a host that is away: the first, and the longest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+#: Seconds in which sessions are closed before their connections are.
+_CLOSE_TIMEOUT = 2.0
 #: Connections that are kept open without a use.
 _MAX_IDLE = 8
 #: How often an adapter is sent again that its host does not keep.
@@ -189,14 +191,15 @@ class Host:
             pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def close(self) -> None:
-        """End the sessions and all connections; a host that is away ends the sessions after its own time limit."""
-        self._abandoned.put(None)
+        """End the sessions and all connections.
+
+        One that is away, or does not answer, ends the sessions after its own time limit: that is not waited for.
+        """
         for session in list(self.sessions):
-            try:
-                session.close_now()
-            except RemoteError as error:
-                log.debug("Sessions at %s were not closed: %s", self.url, error.message)
-                break
+            session.close()
+        self._abandoned.put(None)
+        if self._closer is not None:
+            self._closer.join(_CLOSE_TIMEOUT)
         self._is_closed = True
         self.drop_connections()
 
@@ -307,6 +310,8 @@ class Host:
             except RemoteError as error:
                 # The host ends it after its own time limit.
                 log.debug("A session at %s was not closed: %s", self.url, error.message)
+                if self._is_closed:
+                    return
 
 
 def _answers(reply: Frame, request: Frame) -> bool:
@@ -431,6 +436,10 @@ class RemoteSession:
             self._note(step)
         return result
 
+    def expect(self, tokens: int) -> None:
+        """Declare more tokens when it is opened the next time; one that is open grows when they come."""
+        self._max_tokens = max(self._max_tokens, tokens)
+
     def copy(self) -> RemoteSession:
         """Return a session with the same content: a copy at the host, or a journal from which it will be rebuilt."""
         other = RemoteSession(self.host, self._max_tokens)
@@ -454,13 +463,6 @@ class RemoteSession:
     def close(self) -> None:
         """End it at the host, without waiting for that."""
         self._leave()
-
-    def close_now(self) -> None:
-        """End it at the host; raises RemoteError if that is away."""
-        if self._number and self._process == os.getpid():
-            number, secret = self._number, self._secret
-            self._forget()
-            self.host.request_once(Frame(Kind.CLOSE, number, meta={"secret": secret}))
 
     def _sent(self, step: Step, rows: int) -> Frame:
         nonce = secrets.token_hex(8)

@@ -22,12 +22,12 @@ _INTERVAL = 0.3
 @click.argument("model_id", metavar="ID")
 @server_options
 @json_option
-def command(model_id: str, url: str, token_file: Path | None, as_json: bool) -> None:
+def command(model_id: str, url: str, token_file: Path | None, ca_file: Path | None, as_json: bool) -> None:
     """Have a running `splitlearn serve` load the model ID, which it has a configuration of, and wait for it.
 
     Its progress is printed on stderr. A model that is loaded already stays as it is.
     """
-    server = ServerClient(url, token_file)
+    server = ServerClient(url, token_file, ca_file)
     status = _status(server, model_id)
     if status != "ready":
         if status in ("failed", "not loaded"):

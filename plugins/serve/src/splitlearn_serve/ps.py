@@ -20,23 +20,23 @@ _ERROR_WIDTH = 60
 @click.command("ps", short_help="Show the models of a running `serve`.")
 @server_options
 @json_option
-def command(url: str, token_file: Path | None, as_json: bool) -> None:
+def command(url: str, token_file: Path | None, ca_file: Path | None, as_json: bool) -> None:
     """Show the models of a running `splitlearn serve`: status, progress, memory, leases, sessions and errors."""
-    overview = fetch_overview(url, token_file)
+    overview = fetch_overview(url, token_file, ca_file)
     if as_json:
         print_json(overview)
     else:
         click.echo(render_overview(overview))
 
 
-def fetch_overview(url: str, token_file: Path | None = None) -> dict[str, Any]:
+def fetch_overview(url: str, token_file: Path | None = None, ca_file: Path | None = None) -> dict[str, Any]:
     """Fetch the models and statistics of a running server.
 
     Raises:
         ConfigurationError: The URL is invalid.
         SplitLearnError: Nothing answers there, or not a ``splitlearn serve``.
     """
-    return ServerClient(url, token_file).overview()
+    return ServerClient(url, token_file, ca_file).overview()
 
 
 def render_overview(overview: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import click
 
 from splitlearn_core import AccessRefusedError, ConfigurationError, SplitLearnError
 from splitlearn_core.cli import usage_errors
-from splitlearn_core.extension import reason
+from splitlearn_core.extension import reason, translate
 from splitlearn_serve.tokens import client_token
 
 _TIMEOUT = 10.0
@@ -36,6 +37,9 @@ class RefusedError(SplitLearnError):
 def server_options(command: _Command) -> _Command:
     """Add the options that say where the server is, and the token for it."""
     for option in (
+        click.option(
+            "--ca-file", type=click.Path(path_type=Path), help="Certificates to trust, in place of the system's."
+        ),
         click.option("--token-file", type=click.Path(path_type=Path), help="Its token; else that in SPLITLEARN_TOKEN."),
         click.option(
             "--url", default="http://127.0.0.1:8710", show_default=True, callback=_check_url, help="Where it serves."
@@ -51,20 +55,21 @@ class ServerClient:
     Args:
         url: Its address.
         token_file: A file whose first token is sent; by default the one in ``SPLITLEARN_TOKEN``, if there is one.
+        ca_file: A PEM file of certificates to trust, in place of the system's.
 
     Raises:
         ConfigurationError: The address is invalid, or the file.
         MissingFileError: There is no such file.
     """
 
-    def __init__(self, url: str, token_file: Path | None = None) -> None:
+    def __init__(self, url: str, token_file: Path | None = None, ca_file: Path | None = None) -> None:
         self.address = server_address(url)
         self._token = client_token(token_file)
         # No proxy for loopback, which would be the proxy's own. No redirects: the URL is explicit.
         self._opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(),
+            urllib.request.HTTPSHandler(context=_tls(ca_file)),
             urllib.request.HTTPDefaultErrorHandler(),
         ):
             self._opener.add_handler(handler)
@@ -94,6 +99,12 @@ class ServerClient:
             raise self._refusal(error) from error
         except (OSError, HTTPException) as error:
             cause = getattr(error, "reason", error)
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise AccessRefusedError(
+                    f"the certificate of {self.address} is not valid: {reason(cause)}",
+                    code="certificate",
+                    hint="name the file of its authority with --ca-file, or renew the certificate",
+                ) from error
             raise SplitLearnError(
                 f"nothing answers at {self.address}: {cause}",
                 hint="is `splitlearn serve` running, and at this --url?",
@@ -131,6 +142,14 @@ class ServerClient:
         if error.code == _UNAUTHORIZED:
             return AccessRefusedError(f"{self.address} refuses access: {message}", hint=hint, code="access")
         return RefusedError(message, hint=hint, status=error.code)
+
+
+def _tls(ca_file: Path | None) -> ssl.SSLContext:
+    with translate(
+        lambda error: ConfigurationError(f"{ca_file} holds no certificates: {reason(error)}", hint="give a PEM file"),
+        (OSError,),
+    ):
+        return ssl.create_default_context(cafile=ca_file)
 
 
 def server_address(url: str) -> str:

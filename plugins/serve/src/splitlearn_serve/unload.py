@@ -26,12 +26,20 @@ _PATIENCE = 60.0
     help="Seconds to wait for sessions, leases and calls to end.",
 )
 @json_option
-def command(model_id: str, url: str, token_file: Path | None, force: bool, timeout: float, as_json: bool) -> None:
+def command(
+    model_id: str,
+    url: str,
+    token_file: Path | None,
+    ca_file: Path | None,
+    force: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
     """Have a running `splitlearn serve` unload the model ID once no session is open on it and it has no leases.
 
     Its next user loads it again. With --force, users of open sessions do, and rebuild them.
     """
-    server = ServerClient(url, token_file)
+    server = ServerClient(url, token_file, ca_file)
     click.echo(f"{plain(model_id)}: waiting for sessions and leases to end", err=True)
     path = f"{server.model_path(model_id)}?timeout={timeout:g}" + "&force=true" * force
     report = server.request("DELETE", path, timeout + _PATIENCE)
