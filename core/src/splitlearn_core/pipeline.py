@@ -27,6 +27,7 @@ from splitlearn_core.checkpoint.manifest import holds_components
 from splitlearn_core.checkpoint.origin import origin_mismatches
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent, restored
+from splitlearn_core.hosts.remote_limits import declare_length, refuse_cast
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import (
     THREE,
@@ -340,7 +341,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         cache = named_cache(dict(model_kwargs), model_kwargs.get("past_key_values"))
         for component in self.components:
             if isinstance(component, RemoteComponent):
-                component.expect(generation_config.max_length - 1, cache)
+                declare_length(component, generation_config.max_length - 1, cache)
         return result
 
     @classmethod
@@ -415,7 +416,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         own: list[Any] = [*self.components, *cast("LinkedModules", self._modules).added()]
         for component in self.components:
             if isinstance(component, RemoteComponent) and not self._chain.mixed_dtypes:
-                component.refuse_cast(fn)
+                refuse_cast(component, fn)
         for module in own:
             module._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
         return self
