@@ -97,9 +97,12 @@ def test_a_plugin_imports_what_is_public_and_no_other_plugin(plugin: Path) -> No
         assert foreign <= public, source
 
 
-def test_every_name_of_the_extension_module_is_there() -> None:
-    """Each leads to what it names, and a package of this repository uses it."""
+def test_every_name_of_the_extension_module_is_there(tmp_path: Path) -> None:
+    """Each leads to what it names, and a package of this repository uses it, or that of a host in the documents."""
     sources = [source for plugin in EXTENSIONS for source in (ROOT / "plugins" / plugin).rglob("*.py")]
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "hosts.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "splitlearn_pipe.py").write_text(shown)
+    sources.append(tmp_path / "splitlearn_pipe.py")
     used = {name for source in sources for name in imported(source)}
 
     for name in extension.__all__:

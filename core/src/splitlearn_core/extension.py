@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from splitlearn_core.checkpoint.files import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
-    from splitlearn_core.component_host import ComponentHost as ComponentHost
     from splitlearn_core.errors import translate as translate
     from splitlearn_core.hosts.client import Host as Host
     from splitlearn_core.hosts.client import Patience as Patience
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.config_checks import show as show
     from splitlearn_core.manager.config_checks import unknown_name as unknown_name
     from splitlearn_core.manager.loaders.loadable import LoadedModel as LoadedModel
-    from splitlearn_core.manager.loaders.loadable import LoadPlan as LoadPlan
     from splitlearn_core.manager.loaders.loadable import ModelHost as ModelHost
     from splitlearn_core.manager.loaders.own_process import load_arguments as load_arguments
     from splitlearn_core.manager.metrics import LoopLag as LoopLag
@@ -82,7 +80,6 @@ _HOMES = {
     "BUNDLED": "loading.opening",
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.files",
-    "ComponentHost": "component_host",
     "ComponentServer": "hosts.relay",
     "ConfigFile": "manager.config",
     "Facts": "hosts.facts",
@@ -91,7 +88,6 @@ _HOMES = {
     "HUB": "checkpoint.source",
     "Host": "hosts.client",
     "Kind": "hosts.protocol",
-    "LoadPlan": "manager.loaders.loadable",
     "LoadedModel": "manager.loaders.loadable",
     "LoopLag": "manager.metrics",
     "MAX_META_BYTES": "hosts.protocol",

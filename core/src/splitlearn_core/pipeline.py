@@ -30,6 +30,7 @@ from splitlearn_core.cuts.cut import Cut
 from splitlearn_core.cuts.ledger import PrivacyLedger
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent, restored
+from splitlearn_core.hosts.remote_limits import declare_length, refuse_cast
 from splitlearn_core.storage.local_parts import save_local_parts
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import (
@@ -371,7 +372,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         cache = named_cache(dict(model_kwargs), model_kwargs.get("past_key_values"))
         for component in self.components:
             if isinstance(component, RemoteComponent):
-                component.expect(generation_config.max_length - 1, cache)
+                declare_length(component, generation_config.max_length - 1, cache)
         return result
 
     @classmethod
@@ -454,7 +455,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         own: list[Any] = [*self.components, *cast("LinkedModules", self._modules).added()]
         for component in self.components:
             if isinstance(component, RemoteComponent) and not self._chain.mixed_dtypes:
-                component.refuse_cast(fn)
+                refuse_cast(component, fn)
         for module in own:
             module._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
         return self

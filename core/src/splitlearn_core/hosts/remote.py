@@ -181,35 +181,6 @@ class RemoteComponent(nn.Module):
                 "; ".join(differences),
             )
 
-    def expect(self, tokens: int, cache: Any) -> None:
-        """Have room reserved for a sequence of so many tokens, when its session is opened.
-
-        Args:
-            tokens: The most that will be cached; a longer one asks for more when it comes.
-            cache: The cache of the whole model; None without one.
-
-        Raises:
-            ConfigurationError: The host does not allow so many.
-        """
-        most = self.facts.max_tokens
-        if tokens > most:
-            raise ConfigurationError(
-                f"a sequence may become {tokens} tokens long, and {self.url} allows {most}",
-                hint="give a smaller max_new_tokens, or a shorter input; or serve it with a larger --max-tokens",
-            )
-        if tokens > self._max_tokens and isinstance(cache, Cache) and len(cache.layers) >= self.layer_range.end:
-            cast("Any", self.cache_view(cache).layers[0]).session.expect(tokens)
-
-    def refuse_cast(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Refuse what would change the dtype of parameters, if there were any here."""
-        dtype = function(torch.empty(0, dtype=self.dtype)).dtype
-        if dtype != self.dtype:
-            raise ConfigurationError(
-                f"the {self.component} at {self.url} runs in {self.dtype}, and cannot be changed to {dtype} from here",
-                hint=f"serve it with --dtype {str(dtype).removeprefix('torch.')}; or let the cuts cast: "
-                "SplitCausalLM(..., mixed_dtypes=True)",
-            )
-
     def close(self) -> None:
         """End the connections."""
         self.host.close()
