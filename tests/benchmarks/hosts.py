@@ -450,11 +450,14 @@ def _crowd(session: Session, checkpoint: Checkpoint) -> None:
     longest, median = (Sample.of([1000 * answer[name]], "ms") for name in ("longest", "median"))
     after, before = (Sample.of([answer[name]], "MB") for name in ("after_mb", "before_mb"))
     lag = Sample.of([1000 * answer["lag"]], "ms")
+    bare = f"of one that does nothing: {1000 * answer['bare_lag']:g} ms"
     note = f"{answer['steps']} steps"
     session.add(
         at_most(NAME, f"{what}: longest step", longest, "median step", median, share=_WAIT_TIMES, note=note),
         at_most(NAME, f"{what}: memory in the last quarter", after, "in the second one", before, share=_GROWTH),
-        within(NAME, f"{what}: lag of the event loop, p99", lag, _LAG_MS),
+        within(
+            NAME, f"{what}: lag of the event loop, p99", lag, _LAG_MS, note=f"of one that does nothing: {bare:g} ms"
+        ),
     )
 
 
