@@ -25,12 +25,12 @@ from splitlearn_core.plan.split_points import cut_words
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-class _Pair(click.ParamType):
+class _Pair(click.ParamType[Any]):
     """``VALUE``, or ``VALUE,VALUE`` for hidden states and gradients; ``-`` for none."""
 
     name = "value"
 
-    def __init__(self, kind: click.ParamType) -> None:
+    def __init__(self, kind: click.ParamType[Any]) -> None:
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -73,9 +73,6 @@ def command(
     quantize: Any,
     stages: tuple[str, ...],
     text: Path | None,
-    windows: int,
-    length: int,
-    seed: int,
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -91,12 +88,12 @@ def command(
 
     with usage_errors():
         cut = Cut(clip, noise, quantize, stages)
+    numbers = {name: others.pop(name) for name in ("windows", "length", "seed")}
     options = load_options_of(others, split_points)
     elsewhere = {name: others.pop(name) for name in ("remote", "token_file", "ca_file")}
     opened = open_model(model, **others)
     remote = connect_all(elsewhere)
     split_points = split_points_of(opened, split_points, remote)
-    settings = LeakSettings(text=text, windows=windows, length=length, seed=seed)
     with reporting(None) as progress:
         result = measure_leak(
             opened,
@@ -104,7 +101,7 @@ def command(
             dtype,
             options,
             cut,
-            settings,
+            LeakSettings(text=text, **numbers),
             progress,
             remote,
             report=lambda line: click.echo(line, err=True),
@@ -140,10 +137,10 @@ def render_leak(result: Leak) -> str:
             f"with frozen ends: {statement.releases} messages, sensitivity 2C; unit: {statement.unit}"
         )
     sizes = ", ".join(f"{what} {size:,}" for what, size in result.bytes_per_token.items())
+    where = f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}"
     return "\n".join(
         (
-            f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}; {result.text}: "
-            f"{result.windows} windows of {result.length} tokens",
+            f"{where}; {result.text}: {result.windows} windows of {result.length} tokens",
             result.cut,
             "",
             table(header, rows),

@@ -44,6 +44,7 @@ from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
+from splitlearn_core.hosts.wires import compressed, expanded, wire_of
 from splitlearn_core.types import Component, human_bytes
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,8 @@ class SessionTable:
         if handler is None:
             return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
         try:
-            return handler(self, frame, owner, limits or self.limits)
+            request = expanded(frame, self.limits.max_payload)
+            return compressed(handler(self, request, owner, limits or self.limits), wire_of(frame))
         except SplitLearnError as error:
             return error_frame(error, frame)
         except Exception as error:

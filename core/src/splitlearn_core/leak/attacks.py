@@ -31,14 +31,15 @@ class VocabularyMatching:
     """
 
     def __init__(self, bottom: Any, vocabulary: int, candidates: int, *, is_scaled: bool) -> None:
-        self._bottom = bottom
+        # As precise as it gets, and faster where a processor has no half precision.
+        self._bottom = copy.deepcopy(bottom).float()
         self._count = min(candidates, vocabulary)
         self._fit = _fit_of_directions if is_scaled else _fit_of_values
         self._alone: torch.Tensor | None = None
         if self._count < vocabulary:
             # After one token, since the first position of a text is often unlike all others.
-            first = bottom.new_cache()
-            bottom(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=first)
+            first = self._bottom.new_cache()
+            self._bottom(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=first)
             self._alone = self._states(torch.arange(vocabulary), first)
         self._vocabulary = vocabulary
 
@@ -58,7 +59,7 @@ class VocabularyMatching:
     def _states(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
         """Return the bottom's states for tokens, each of them the next one after a cache."""
         states = []
-        for part in tokens.split(_BATCH):
+        for part in torch.split(tokens, _BATCH):
             before = copy.deepcopy(cache)
             if before.get_seq_length():
                 before.batch_repeat_interleave(len(part))
@@ -75,7 +76,7 @@ def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, se
         tokens: ``[windows, positions]``.
         seed: For its first weights, and the order of the messages.
     """
-    known, classes = tokens.unique(return_inverse=True)
+    known, classes = torch.unique(tokens, return_inverse=True)
     mean, deviation = messages.mean((0, 1)), messages.std((0, 1)).clamp(min=1e-6)
     order = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -88,12 +89,12 @@ def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, se
             rows = torch.randint(len(inputs), (_WINDOWS_AT_ONCE,), generator=order)
             loss = nn.functional.cross_entropy(network(inputs[rows]).flatten(0, 1), classes[rows].flatten())
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
 
     def recover(given: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return known[network((given - mean) / deviation).argmax(-1)]
+            return cast("torch.Tensor", known[network((given - mean) / deviation).argmax(-1)])
 
     return recover
 
@@ -123,6 +124,7 @@ def labels_of(top: Any, states: torch.Tensor, gradient: torch.Tensor, *, noise: 
         noise: The standard deviation of the noise in it.
         is_scaled: Whether it is scaled by an unknown factor.
     """
+    top, states, gradient = copy.deepcopy(top).float(), states.float(), gradient.float()
     # The other kernels of attention cannot be differentiated twice.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         states = states.detach().clone().requires_grad_()
@@ -131,7 +133,7 @@ def labels_of(top: Any, states: torch.Tensor, gradient: torch.Tensor, *, noise: 
         unknown = torch.zeros_like(normed, requires_grad=True)
         (back,) = torch.autograd.grad(normed, states, unknown, create_graph=True)
     with torch.no_grad():
-        weight = top.get_output_embeddings().weight.float()
+        weight = top.get_output_embeddings().weight.detach()
         logits = top(hidden_states=states.detach()).logits.float()
         count = states.shape[1] - 1
         expected = logits.softmax(-1) @ weight
@@ -166,7 +168,7 @@ def _least_squares(
     direction, size = slope.clone(), slope.square().sum()
     first = size.clone()
     for _ in range(_SOLVER_STEPS):
-        if size <= 1e-20 * first or not size:  # noqa: PLR2004  # solved to the last bit
+        if size <= 1e-20 * first or not size:  # solved to the last bit
             break
         image = apply(direction)
         step = size / (image.square().sum() + damping**2 * direction.square().sum())

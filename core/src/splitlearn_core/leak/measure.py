@@ -33,7 +33,6 @@ _SENTENCES, _KNOWN_SENTENCES = 60, 900
 #: Windows that cross at once.
 _AT_ONCE = 16
 _RESAMPLES = 1_000
-_RANDOM_KNOWN = 64
 
 NO_DEFENCE, SHUFFLED, NO_MESSAGES = "no defence", "shuffled messages", "no messages"
 
@@ -51,7 +50,7 @@ class LeakSettings:
     #: Windows of other text that inverters are trained on.
     known: int = 256
     #: Tokens that vocabulary matching tries in context at each position.
-    candidates: int = 1_024
+    candidates: int = 256
     seed: int = 0
 
 
@@ -181,9 +180,9 @@ def _measure(
         recovered.setdefault(NO_DEFENCE, recovered[""])
         # A message that is given to the attacker as that of another text.
         recovered[SHUFFLED] = recovered[""].roll(1, 0)
-        values, counts = corpus.known.unique(return_counts=True)
+        values, counts = torch.unique(corpus.known, return_counts=True)
         recovered[NO_MESSAGES] = torch.full_like(recovered[""], int(values[counts.argmax()]))
-        judged = {name: judge.recovery(tokens, attack.of_gradients) for name, tokens in recovered.items()}
+        judged = {name: judge.recovery(tokens, of_labels=attack.of_gradients) for name, tokens in recovered.items()}
         results.append(AttackResult(attack.name, attack.attacker, judged.pop(""), judged))
     ledger = PrivacyLedger()
     for release in defended.ledger.releases:
@@ -232,7 +231,7 @@ def _corpus(model: OpenModel, settings: LeakSettings) -> _Corpus:
     tokenizer = load_tokenizer(model)
 
     def encoded(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     if settings.text is None:
         name = f"letters of seed {settings.seed}"
@@ -290,7 +289,7 @@ def _sent(model: Any, ids: torch.Tensor, *, gradients: bool = True) -> _Sent:
     losses = []
     with _watched(model, kept), torch.set_grad_enabled(gradients):
         # One window at a time where gradients are wanted: their size depends on the labels of a batch.
-        for rows in ids.split(1 if gradients else _AT_ONCE):
+        for rows in torch.split(ids, 1 if gradients else _AT_ONCE):
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
             losses.append(float(loss.detach()) * len(rows))
             if gradients:
@@ -313,7 +312,10 @@ def _watched(model: Any, kept: dict[str, list[torch.Tensor]]) -> Iterator[None]:
     def after(_: Any, args: Any, output: torch.Tensor) -> None:
         kept["outputs"].append(output.detach().cpu())
         if output.requires_grad:
-            output.register_hook(lambda gradient: kept["gradients"].append(gradient.cpu()))
+            catch(output, kept["gradients"])
+
+    def catch(output: Any, gradients: list[torch.Tensor]) -> None:
+        output.register_hook(lambda gradient: gradients.append(gradient.cpu()))
 
     hooks = [first.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]
     try:
@@ -392,7 +394,7 @@ class _Judge:
     def __init__(self, corpus: _Corpus, seed: int) -> None:
         self._truth, self._secret_lengths, self._seed = corpus.attacked, corpus.secret_lengths, seed
 
-    def recovery(self, tokens: torch.Tensor, of_labels: bool) -> Recovery:  # noqa: FBT001  # of a table
+    def recovery(self, tokens: torch.Tensor, *, of_labels: bool) -> Recovery:
         import torch
 
         offset = int(of_labels)
