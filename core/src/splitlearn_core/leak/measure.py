@@ -423,7 +423,8 @@ def _bytes_per_token(parts: list[Any], cut: Cut) -> dict[str, int]:
     raw = encoded_bytes(RAW, (1, width), item)
     count = max(len(trunks), 1)
     return {"sent, forward": count * sized(STATES), "received, forward": count * raw} | {
-        "sent, backward": count * sized(GRADIENTS),
+        # The host computes the forward once more.
+        "sent, backward": count * (sized(STATES) + sized(GRADIENTS)),
         "received, backward": count * raw,
     }
 
