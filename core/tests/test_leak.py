@@ -16,6 +16,7 @@ from splitlearn_core.cli.leak import render_leak
 from splitlearn_core.hosts.sessions import SessionTable
 from splitlearn_core.leak.attacks import VocabularyMatching, labels_of, trained_inverter
 from splitlearn_core.leak.measure import NO_DEFENCE, NO_MESSAGES, SHUFFLED, Leak, LeakSettings, measure_leak
+from splitlearn_core.leak.plot import recovery_plot
 from splitlearn_core.leak.texts import letters, secrets
 from splitlearn_core.loading.opening import open_model
 from splitlearn_core.loading.options import LoadOptions
@@ -180,6 +181,41 @@ def test_letters_are_made_from_a_seed() -> None:
     assert letters(1, 20) == letters(1, 20) != letters(2, 20)
     made = secrets(1, 50)
     assert len({"".join(c for c in secret if c.isdigit()) for secret in made}) == 50
+
+
+def test_recovery_is_drawn_against_loss(folder: Path) -> None:
+    """A line for each attack, through each of the measurements and the messages without a defence."""
+    from xml.etree import ElementTree as ET
+
+    results = [measured(folder, Cut(noise=noise), settings={"known": 32}) for noise in (0.1, 10.0)]
+    drawing = ET.fromstring(recovery_plot(results))
+    lines = [element.get("points", "").split() for element in drawing.iter() if element.tag.endswith("polyline")]
+    assert [len(line) for line in lines] == [3] * 4
+    words = " ".join(element.text or "" for element in drawing.iter())
+    assert "others may recover more" in words
+    assert all(attack.attack in words for attack in results[0].attacks)
+
+
+def test_the_command_prints_a_table_and_draws(folder: Path, tmp_path: Path) -> None:
+    """Data as JSON or as text; wrong values are wrong usage."""
+    from click.testing import CliRunner
+
+    from splitlearn_core.cli.main import cli
+
+    def run(*arguments: str) -> Any:
+        given = ["leak", str(folder), "--split", "1", "5", "--windows", "2", "--length", "4", *arguments]
+        return CliRunner().invoke(cli, given)
+
+    picture = tmp_path / "leak.svg"
+    drawn = run("--clip", "1,0.5", "--noise", "0.1,-", "--quantize", "int4", "--json", "--plot", str(picture))
+    assert drawn.exit_code == 0, drawn.output
+    result = json.loads(drawn.stdout)
+    words = "hidden states: clipped to 1, noise of 0.1, rounded to int4; gradients: clipped to 0.5, rounded to int4"
+    assert result["cut"] == words
+    assert picture.read_text().startswith("<svg")
+    assert "others may recover more" in run().stdout
+    for wrong in (["--clip", "0"], ["--clip", "1,2,3"], ["--quantize", "int2"], ["--plot", str(picture)]):
+        assert run(*wrong).exit_code == 2, wrong
 
 
 def test_a_text_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
