@@ -22,7 +22,7 @@ from splitlearn_core.loading.opening import open_model
 from splitlearn_core.loading.options import LoadOptions
 from support.hosts import unix_host
 
-SETTINGS = LeakSettings(windows=4, length=8, known=64)
+SETTINGS = LeakSettings(windows=4, length=8, known=32, steps=20)
 MATCHING, LINEAR, GRU, LABELS = "vocabulary matching", "linear inverter", "GRU inverter", "label matching"
 
 
@@ -129,7 +129,7 @@ def test_an_inverter_learns_a_code(folder: Path) -> None:
     vectors = torch.randn(20, 16, generator=source)
     known, attacked = (torch.randint(20, (count, 6), generator=source) for count in (64, 8))
     for kind in ("linear", "GRU"):
-        inverter = trained_inverter(kind, vectors[known], known, seed=0)
+        inverter = trained_inverter(kind, vectors[known], known, steps=150, seed=0)
         assert torch.equal(inverter(vectors[attacked]), attacked)
         assert float((inverter(vectors[attacked].roll(1, 0)) == attacked).double().mean()) < 0.2
 
@@ -187,7 +187,7 @@ def test_recovery_is_drawn_against_loss(folder: Path) -> None:
     """A line for each attack, through each of the measurements and the messages without a defence."""
     from xml.etree import ElementTree as ET
 
-    results = [measured(folder, Cut(noise=noise), settings={"known": 32}) for noise in (0.1, 10.0)]
+    results = [measured(folder, Cut(noise=noise)) for noise in (0.1, 10.0)]
     drawing = ET.fromstring(recovery_plot(results))
     lines = [element.get("points", "").split() for element in drawing.iter() if element.tag.endswith("polyline")]
     assert [len(line) for line in lines] == [3] * 4

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 #: Candidates that are computed at once.
 _BATCH = 512
-#: Steps of the solver of :func:`labels_of`, and of the training of an inverter.
-_SOLVER_STEPS, _TRAINING_STEPS = 60, 300
+#: Steps of the solver of :func:`labels_of`.
+_SOLVER_STEPS = 60
 _WINDOWS_AT_ONCE, _WIDTH = 32, 128
 
 #: Turns messages ``[windows, positions, hidden]`` into token ids ``[windows, positions]``.
@@ -67,13 +67,14 @@ class VocabularyMatching:
         return torch.cat(states)
 
 
-def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, seed: int) -> Inverter:
+def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, *, steps: int, seed: int) -> Inverter:
     """Train an inverter on messages whose text is known.
 
     Args:
         kind: ``linear``, which sees one position, or ``GRU``, which sees those before it, too.
         messages: ``[windows, positions, hidden]``.
         tokens: ``[windows, positions]``.
+        steps: Of its training.
         seed: For its first weights, and the order of the messages.
     """
     known, classes = torch.unique(tokens, return_inverse=True)
@@ -85,7 +86,7 @@ def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, se
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01 if kind == "linear" else 0.003)
     inputs = (messages - mean) / deviation
     with torch.enable_grad():
-        for _ in range(_TRAINING_STEPS):
+        for _ in range(steps):
             rows = torch.randint(len(inputs), (_WINDOWS_AT_ONCE,), generator=order)
             loss = nn.functional.cross_entropy(network(inputs[rows]).flatten(0, 1), classes[rows].flatten())
             optimizer.zero_grad()

@@ -49,6 +49,8 @@ class LeakSettings:
     length: int = 24
     #: Windows of other text that inverters are trained on.
     known: int = 256
+    #: Steps of their training.
+    steps: int = 300
     #: Tokens that vocabulary matching tries in context at each position.
     candidates: int = 256
     seed: int = 0
@@ -355,7 +357,8 @@ def _invert(kind: str) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         from splitlearn_core.leak.attacks import trained_inverter
 
-        return trained_inverter(kind, known.states.float(), corpus.known, settings.seed)(sent.states.float())
+        states, steps, seed = known.states.float(), settings.steps, settings.seed
+        return trained_inverter(kind, states, corpus.known, steps=steps, seed=seed)(sent.states.float())
 
     return run
 
