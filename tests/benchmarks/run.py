@@ -31,6 +31,7 @@ BENCHMARKS = (
     "strategies",
     "saving",
     "hosts",
+    "wires",
 )
 _PACKAGES = (
     "splitlearn-core",

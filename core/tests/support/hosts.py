@@ -107,10 +107,12 @@ def lost() -> ConnectionLostError:
     return ConnectionLostError("the connection broke", code="connection")
 
 
-def remote(endpoint: MemoryEndpoint, *, wait: float = 5.0, journal_bytes: int = JOURNAL_BYTES) -> RemoteComponent:
+def remote(
+    endpoint: MemoryEndpoint, *, wait: float = 5.0, journal_bytes: int = JOURNAL_BYTES, wire: str = "raw"
+) -> RemoteComponent:
     """Use the component of a host in this process."""
     made: Any = endpoint
-    return RemoteComponent(Host(made, Patience(wait, journal_bytes)), max_tokens=256)
+    return RemoteComponent(Host(made, Patience(wait, journal_bytes), wire), max_tokens=256)
 
 
 @contextmanager

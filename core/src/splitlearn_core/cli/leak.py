@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ from splitlearn_core.cli.shared_options import (
     usage_errors,
 )
 from splitlearn_core.leak.measure import NO_DEFENCE, NO_MESSAGES, SHUFFLED, Leak, LeakSettings, Recovery, measure_leak
+from splitlearn_core.leak.plot import recovery_plot
 from splitlearn_core.plan.split_points import cut_words
 
+#: Of the noise, in a picture.
+_FACTORS = (0.25, 1.0, 4.0)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-class _Pair(click.ParamType):
+class _Pair(click.ParamType[Any]):
     """``VALUE``, or ``VALUE,VALUE`` for hidden states and gradients; ``-`` for none."""
 
     name = "value"
 
-    def __init__(self, kind: click.ParamType) -> None:
+    def __init__(self, kind: click.ParamType[Any]) -> None:
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -60,6 +64,12 @@ class _Pair(click.ParamType):
 @click.option("--windows", type=click.IntRange(min=2), default=8, show_default=True, help="Windows of it.")
 @click.option("--length", type=click.IntRange(min=4), default=24, show_default=True, help="Tokens of a window.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of letters, noise and attacks.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Measure with a quarter and four times the noise too, and draw recovery against loss, as SVG.",
+)
 @json_option
 @click.pass_context
 def command(
@@ -73,9 +83,7 @@ def command(
     quantize: Any,
     stages: tuple[str, ...],
     text: Path | None,
-    windows: int,
-    length: int,
-    seed: int,
+    plot: Path | None,
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -89,30 +97,45 @@ def command(
     from splitlearn_core.loading.opening import open_model
     from splitlearn_core.progress import reporting
 
+    if plot is not None and noise is None:
+        raise click.UsageError("--plot goes with --noise, which is varied")
     with usage_errors():
         cut = Cut(clip, noise, quantize, stages)
+    numbers = {name: others.pop(name) for name in ("windows", "length", "seed")}
     options = load_options_of(others, split_points)
     elsewhere = {name: others.pop(name) for name in ("remote", "token_file", "ca_file")}
     opened = open_model(model, **others)
     remote = connect_all(elsewhere)
     split_points = split_points_of(opened, split_points, remote)
-    settings = LeakSettings(text=text, windows=windows, length=length, seed=seed)
+    settings = LeakSettings(text=text, **numbers)
     with reporting(None) as progress:
-        result = measure_leak(
-            opened,
-            split_points,
-            dtype,
-            options,
-            cut,
-            settings,
-            progress,
-            remote,
-            report=lambda line: click.echo(line, err=True),
-        )
+        results = [
+            measure_leak(
+                opened,
+                split_points,
+                dtype,
+                options,
+                replace(cut, noise=_scaled(noise, factor)),
+                settings,
+                progress,
+                remote,
+                report=lambda line: click.echo(line, err=True),
+            )
+            for factor in (_FACTORS if plot is not None else (1.0,))
+        ]
+    result = results[len(results) // 2]
+    if plot is not None:
+        plot.write_text(recovery_plot(results), encoding="utf-8")
     if as_json:
         print_json(result.to_dict())
     else:
         click.echo(render_leak(result))
+
+
+def _scaled(noise: Any, factor: float) -> Any:
+    if isinstance(noise, tuple):
+        return tuple(_scaled(each, factor) for each in noise)
+    return None if noise is None else noise * factor
 
 
 def render_leak(result: Leak) -> str:
@@ -140,10 +163,10 @@ def render_leak(result: Leak) -> str:
             f"with frozen ends: {statement.releases} messages, sensitivity 2C; unit: {statement.unit}"
         )
     sizes = ", ".join(f"{what} {size:,}" for what, size in result.bytes_per_token.items())
+    where = f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}"
     return "\n".join(
         (
-            f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}; {result.text}: "
-            f"{result.windows} windows of {result.length} tokens",
+            f"{where}; {result.text}: {result.windows} windows of {result.length} tokens",
             result.cut,
             "",
             table(header, rows),

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from splitlearn_core.errors import (
     AccessRefusedError,
+    ConfigurationError,
     ConnectionLostError,
     ProtocolError,
     RemoteBusyError,
@@ -31,7 +32,9 @@ from splitlearn_core.errors import (
 from splitlearn_core.hosts.carriers import Address, Connection
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
+from splitlearn_core.hosts.wires import compressed, expanded
 from splitlearn_core.types import MEGABYTE, human_bytes
+from splitlearn_core.wire_formats import RAW
 
 log = logging.getLogger(__name__)
 
@@ -93,16 +96,18 @@ class Host:
     Args:
         endpoint: Its address.
         patience: How long to wait for it.
+        wire: How hidden states and gradients are sent, both ways.
 
     Raises:
-        ConfigurationError: The address cannot be one.
+        ConfigurationError: The address cannot be one, or the host does not know this encoding.
         RemoteError: It cannot be reached, or refuses.
     """
 
-    def __init__(self, endpoint: Address, patience: Patience) -> None:
+    def __init__(self, endpoint: Address, patience: Patience, wire: str = RAW) -> None:
         endpoint.check()
         self.endpoint = endpoint
         self.patience = patience
+        self.wire = wire
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._numbers = itertools.count(1)
@@ -122,6 +127,12 @@ class Host:
         self.bytes_received = 0
         # A host that does not run is reported at once: it is more often a wrong address than a restart.
         self._put_back(self._connect())
+        if wire not in self.facts.wires:
+            self.close()
+            raise ConfigurationError(
+                f"wire={wire!r}: {self.url} knows {', '.join(self.facts.wires)}",
+                hint="give one of these, or install the same version of splitlearn-core on both sides",
+            )
 
     @property
     def url(self) -> str:
@@ -221,6 +232,7 @@ class Host:
 
     def request_once(self, frame: Frame) -> Frame:
         """Send a request and return its reply; raises ConnectionLostError if the host is away."""
+        frame = compressed(frame, self.wire)
         if frame.payload_bytes > self.facts.max_payload:
             raise RemoteStepError(
                 f"a step of {human_bytes(frame.payload_bytes)}; {self.url} takes {human_bytes(self.facts.max_payload)}",
@@ -230,7 +242,7 @@ class Host:
         reply = self.exchange(frame)
         if reply.kind is Kind.ERROR:
             raise _error_of(self.url, reply)
-        return reply
+        return expanded(reply, self.facts.max_payload)
 
     def exchange(self, frame: Frame) -> Frame:
         """Send a request once, and return its reply, be it an error; raises ConnectionLostError if the host is away."""

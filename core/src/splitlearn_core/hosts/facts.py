@@ -10,6 +10,7 @@ from typing import Any
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ProtocolError
 from splitlearn_core.types import FLOAT_DTYPES, LayerRange, is_component_name, kind_of
+from splitlearn_core.wire_formats import WIRES
 
 _MAX_TEXT, _MAX_ITEMS, _MAX_NUMBER = 4_096, 10_000, 2**53
 #: Fields of an origin that are not sent: they are long, and needed where components are saved only.
@@ -52,6 +53,8 @@ class Facts:
     max_payload: int
     #: Another one each time that the host starts.
     epoch: str
+    #: How hidden states and gradients may be sent.
+    wires: tuple[str, ...] = WIRES
     #: The type of each layer of the model, where it has several.
     layer_types: tuple[str, ...] | None = None
     #: Where it comes from; None where it was made from a state dict.
@@ -206,6 +209,7 @@ _CHECKS = {
     "max_tokens": _is_number,
     "max_payload": _is_number,
     "epoch": _is_text,
+    "wires": _are_texts,
     "layer_types": lambda value: value is None or _are_texts(value),
     "origin": _is_origin,
 }

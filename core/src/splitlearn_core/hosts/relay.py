@@ -23,6 +23,7 @@ from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable, error_frame
 from splitlearn_core.hosts.training import TrainingUsage
+from splitlearn_core.hosts.wires import shape_of
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +228,8 @@ def _facts_for(facts: Facts, limits: SessionLimits) -> Facts:
 
 
 def _tokens(frame: Frame) -> int:
-    shapes = [spec.shape for spec in frame.tensors if spec.name == "hidden_states"]
-    return math.prod(shapes[0][:-1]) if shapes else 0
+    shape = shape_of(frame, "hidden_states")
+    return math.prod(shape[:-1]) if shape else 0
 
 
 def _state(table: SessionTable) -> Frame:

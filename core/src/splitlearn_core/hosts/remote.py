@@ -31,6 +31,7 @@ from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
 from splitlearn_core.hosts.tuning import Tuning, content_hash, has_adapter, refuse_unfit, tuning_of
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
+from splitlearn_core.wire_formats import WIRES
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def connect(
     Args:
         url: ``http(s)://HOST:PORT/MODEL_ID`` of ``splitlearn serve``, or ``unix://PATH``.
         token: What the server asks for; by default the value of ``SPLITLEARN_TOKEN``.
-        wire: How hidden states are sent; ``"raw"`` is without loss.
+        wire: How hidden states and gradients are sent, both ways: ``"raw"`` without loss, ``"int8"`` or ``"int4"``
+            with so many bits for a value.
         mode: ``"solo"`` is bit-equal to the unsplit model.
         max_tokens: Tokens of one sequence for which the server reserves room; a longer one asks for more.
         wait: Seconds to wait for a server that was reached before and is away.
@@ -69,10 +71,10 @@ def connect(
         ConfigurationError: An argument is invalid.
         RemoteError: The server cannot be reached, or refuses.
     """
-    if wire != "raw" or mode != "solo":
+    if wire not in WIRES or mode != "solo":
         raise ConfigurationError(
-            f"wire={wire!r}, mode={mode!r}: this version sends raw hidden states and runs sessions alone",
-            hint='leave them out, or give wire="raw" and mode="solo"',
+            f"wire={wire!r}, mode={mode!r}: this version sends {', '.join(WIRES)}, and runs sessions alone",
+            hint='leave them out, or give one of these and mode="solo"',
         )
     if max_tokens < 1 or wait < 0 or reply_timeout <= 0 or journal_bytes < 0:
         raise ConfigurationError(
@@ -85,7 +87,7 @@ def connect(
         ca_file=None if ca_file is None else os.fspath(ca_file),
         reply_timeout=reply_timeout,
     )
-    return RemoteComponent(Host(endpoint, Patience(wait, journal_bytes)), max_tokens)
+    return RemoteComponent(Host(endpoint, Patience(wait, journal_bytes), wire), max_tokens)
 
 
 class RemoteComponent(nn.Module):

@@ -50,6 +50,7 @@ from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
 from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_random
+from splitlearn_core.hosts.wires import compressed, expanded, wire_of
 from splitlearn_core.types import Component, human_bytes
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,8 @@ class SessionTable:
         if handler is None:
             return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
         try:
-            reply = handler(self, frame, owner, limits or self.limits)
+            request = expanded(frame, self.limits.max_payload)
+            reply = compressed(handler(self, request, owner, limits or self.limits), wire_of(frame))
             # By its number, the other side sees that it is the reply to this request.
             return reply if reply.step == frame.step else reply._replace(step=frame.step)
         except SplitLearnError as error:

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 #: Candidates that are computed at once.
 _BATCH = 512
-#: Steps of the solver of :func:`labels_of`, and of the training of an inverter.
-_SOLVER_STEPS, _TRAINING_STEPS = 60, 300
+#: Steps of the solver of :func:`labels_of`.
+_SOLVER_STEPS = 60
 _WINDOWS_AT_ONCE, _WIDTH = 32, 128
 
 #: Turns messages ``[windows, positions, hidden]`` into token ids ``[windows, positions]``.
@@ -31,14 +31,15 @@ class VocabularyMatching:
     """
 
     def __init__(self, bottom: Any, vocabulary: int, candidates: int, *, is_scaled: bool) -> None:
-        self._bottom = bottom
+        # As precise as it gets, and faster where a processor has no half precision.
+        self._bottom = copy.deepcopy(bottom).float()
         self._count = min(candidates, vocabulary)
         self._fit = _fit_of_directions if is_scaled else _fit_of_values
         self._alone: torch.Tensor | None = None
         if self._count < vocabulary:
             # After one token, since the first position of a text is often unlike all others.
-            first = bottom.new_cache()
-            bottom(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=first)
+            first = self._bottom.new_cache()
+            self._bottom(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=first)
             self._alone = self._states(torch.arange(vocabulary), first)
         self._vocabulary = vocabulary
 
@@ -58,7 +59,7 @@ class VocabularyMatching:
     def _states(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
         """Return the bottom's states for tokens, each of them the next one after a cache."""
         states = []
-        for part in tokens.split(_BATCH):
+        for part in torch.split(tokens, _BATCH):
             before = copy.deepcopy(cache)
             if before.get_seq_length():
                 before.batch_repeat_interleave(len(part))
@@ -66,16 +67,17 @@ class VocabularyMatching:
         return torch.cat(states)
 
 
-def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, seed: int) -> Inverter:
+def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, *, steps: int, seed: int) -> Inverter:
     """Train an inverter on messages whose text is known.
 
     Args:
         kind: ``linear``, which sees one position, or ``GRU``, which sees those before it, too.
         messages: ``[windows, positions, hidden]``.
         tokens: ``[windows, positions]``.
+        steps: Of its training.
         seed: For its first weights, and the order of the messages.
     """
-    known, classes = tokens.unique(return_inverse=True)
+    known, classes = torch.unique(tokens, return_inverse=True)
     mean, deviation = messages.mean((0, 1)), messages.std((0, 1)).clamp(min=1e-6)
     order = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -84,16 +86,16 @@ def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, se
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01 if kind == "linear" else 0.003)
     inputs = (messages - mean) / deviation
     with torch.enable_grad():
-        for _ in range(_TRAINING_STEPS):
+        for _ in range(steps):
             rows = torch.randint(len(inputs), (_WINDOWS_AT_ONCE,), generator=order)
             loss = nn.functional.cross_entropy(network(inputs[rows]).flatten(0, 1), classes[rows].flatten())
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
 
     def recover(given: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return known[network((given - mean) / deviation).argmax(-1)]
+            return cast("torch.Tensor", known[network((given - mean) / deviation).argmax(-1)])
 
     return recover
 
@@ -123,6 +125,7 @@ def labels_of(top: Any, states: torch.Tensor, gradient: torch.Tensor, *, noise: 
         noise: The standard deviation of the noise in it.
         is_scaled: Whether it is scaled by an unknown factor.
     """
+    top, states, gradient = copy.deepcopy(top).float(), states.float(), gradient.float()
     # The other kernels of attention cannot be differentiated twice.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         states = states.detach().clone().requires_grad_()
@@ -131,7 +134,7 @@ def labels_of(top: Any, states: torch.Tensor, gradient: torch.Tensor, *, noise: 
         unknown = torch.zeros_like(normed, requires_grad=True)
         (back,) = torch.autograd.grad(normed, states, unknown, create_graph=True)
     with torch.no_grad():
-        weight = top.get_output_embeddings().weight.float()
+        weight = top.get_output_embeddings().weight.detach()
         logits = top(hidden_states=states.detach()).logits.float()
         count = states.shape[1] - 1
         expected = logits.softmax(-1) @ weight
@@ -166,7 +169,7 @@ def _least_squares(
     direction, size = slope.clone(), slope.square().sum()
     first = size.clone()
     for _ in range(_SOLVER_STEPS):
-        if size <= 1e-20 * first or not size:  # noqa: PLR2004  # solved to the last bit
+        if size <= 1e-20 * first or not size:  # solved to the last bit
             break
         image = apply(direction)
         step = size / (image.square().sum() + damping**2 * direction.square().sum())

@@ -33,7 +33,6 @@ _SENTENCES, _KNOWN_SENTENCES = 60, 900
 #: Windows that cross at once.
 _AT_ONCE = 16
 _RESAMPLES = 1_000
-_RANDOM_KNOWN = 64
 
 NO_DEFENCE, SHUFFLED, NO_MESSAGES = "no defence", "shuffled messages", "no messages"
 
@@ -50,8 +49,10 @@ class LeakSettings:
     length: int = 24
     #: Windows of other text that inverters are trained on.
     known: int = 256
+    #: Steps of their training.
+    steps: int = 300
     #: Tokens that vocabulary matching tries in context at each position.
-    candidates: int = 1_024
+    candidates: int = 256
     seed: int = 0
 
 
@@ -181,9 +182,9 @@ def _measure(
         recovered.setdefault(NO_DEFENCE, recovered[""])
         # A message that is given to the attacker as that of another text.
         recovered[SHUFFLED] = recovered[""].roll(1, 0)
-        values, counts = corpus.known.unique(return_counts=True)
+        values, counts = torch.unique(corpus.known, return_counts=True)
         recovered[NO_MESSAGES] = torch.full_like(recovered[""], int(values[counts.argmax()]))
-        judged = {name: judge.recovery(tokens, attack.of_gradients) for name, tokens in recovered.items()}
+        judged = {name: judge.recovery(tokens, of_labels=attack.of_gradients) for name, tokens in recovered.items()}
         results.append(AttackResult(attack.name, attack.attacker, judged.pop(""), judged))
     ledger = PrivacyLedger()
     for release in defended.ledger.releases:
@@ -232,7 +233,7 @@ def _corpus(model: OpenModel, settings: LeakSettings) -> _Corpus:
     tokenizer = load_tokenizer(model)
 
     def encoded(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     if settings.text is None:
         name = f"letters of seed {settings.seed}"
@@ -290,7 +291,7 @@ def _sent(model: Any, ids: torch.Tensor, *, gradients: bool = True) -> _Sent:
     losses = []
     with _watched(model, kept), torch.set_grad_enabled(gradients):
         # One window at a time where gradients are wanted: their size depends on the labels of a batch.
-        for rows in ids.split(1 if gradients else _AT_ONCE):
+        for rows in torch.split(ids, 1 if gradients else _AT_ONCE):
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
             losses.append(float(loss.detach()) * len(rows))
             if gradients:
@@ -313,7 +314,10 @@ def _watched(model: Any, kept: dict[str, list[torch.Tensor]]) -> Iterator[None]:
     def after(_: Any, args: Any, output: torch.Tensor) -> None:
         kept["outputs"].append(output.detach().cpu())
         if output.requires_grad:
-            output.register_hook(lambda gradient: kept["gradients"].append(gradient.cpu()))
+            catch(output, kept["gradients"])
+
+    def catch(output: Any, gradients: list[torch.Tensor]) -> None:
+        output.register_hook(lambda gradient: gradients.append(gradient.cpu()))
 
     hooks = [first.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]
     try:
@@ -353,7 +357,8 @@ def _invert(kind: str) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         from splitlearn_core.leak.attacks import trained_inverter
 
-        return trained_inverter(kind, known.states.float(), corpus.known, settings.seed)(sent.states.float())
+        states, steps, seed = known.states.float(), settings.steps, settings.seed
+        return trained_inverter(kind, states, corpus.known, steps=steps, seed=seed)(sent.states.float())
 
     return run
 
@@ -392,7 +397,7 @@ class _Judge:
     def __init__(self, corpus: _Corpus, seed: int) -> None:
         self._truth, self._secret_lengths, self._seed = corpus.attacked, corpus.secret_lengths, seed
 
-    def recovery(self, tokens: torch.Tensor, of_labels: bool) -> Recovery:  # noqa: FBT001  # of a table
+    def recovery(self, tokens: torch.Tensor, *, of_labels: bool) -> Recovery:
         import torch
 
         offset = int(of_labels)
@@ -421,7 +426,8 @@ def _bytes_per_token(parts: list[Any], cut: Cut) -> dict[str, int]:
     raw = encoded_bytes(RAW, (1, width), item)
     count = max(len(trunks), 1)
     return {"sent, forward": count * sized(STATES), "received, forward": count * raw} | {
-        "sent, backward": count * sized(GRADIENTS),
+        # The host computes the forward once more.
+        "sent, backward": count * (sized(STATES) + sized(GRADIENTS)),
         "received, backward": count * raw,
     }
 

@@ -31,7 +31,10 @@ _FORMS = (
     "My sister {name} has moved to {place} and would like to sell {thing} for {amount}. ",
     "With kind regards, {name} {family}. ",
 )
-_MONTHS = "January February March April May June July August September October November December".split()
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 _SECRETS = (
     "The code of {name} {family} is {digits}.",
     "{name} {family} in {place} owes us {amount} and {digits}.",
