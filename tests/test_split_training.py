@@ -266,9 +266,9 @@ def test_training_goes_on_when_its_host_is_killed(tmp_path: Path, warm: Any) -> 
                 first.close()
                 second.enter_context(host_process(*serving))
 
-        found = differences(unsplit(recipe, 4), trained(recipe, trunk, 4, after=kill))
+        problems = differences(unsplit(recipe, 4), trained(recipe, trunk, 4, after=kill))
         trunk.close()
-    assert found == []
+    assert problems == []
 
 
 def test_random_numbers_that_stay_here_are_noticed(
@@ -282,9 +282,9 @@ def test_random_numbers_that_stay_here_are_noticed(
     )
     monkeypatch.setattr(calls, "_set_generators", lambda tensors, device: None)
     try:
-        found = differences(unsplit(recipe, 3), trained(recipe, trunk, 3))
-        assert found
-        assert found[0].startswith("loss 0")
+        problems = differences(unsplit(recipe, 3), trained(recipe, trunk, 3))
+        assert problems
+        assert problems[0].startswith("loss 0")
     finally:
         trunk.close()
 

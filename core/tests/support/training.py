@@ -180,20 +180,22 @@ def train(
 
 def differences(expected: Learned, actual: Learned) -> list[str]:
     """Say in what two trainings differ in a bit; nothing if in nothing."""
-    found = []
+    problems = []
     for number, (a, b) in enumerate(zip(expected.losses, actual.losses, strict=True)):
         if not torch.equal(a, b):
-            found.append(f"loss {number}: {a} {b}")
+            problems.append(f"loss {number}: {a} {b}")
     for step, (a, b) in enumerate(zip(expected.gradients, actual.gradients, strict=True)):
         if a.keys() != b.keys():
-            found.append(f"names of gradients: {sorted(a.keys() ^ b.keys())[:3]}")
-        found += [f"step {step}: gradient of {name}" for name in a if name in b and not torch.equal(a[name], b[name])]
-    found += [
+            problems.append(f"names of gradients: {sorted(a.keys() ^ b.keys())[:3]}")
+        problems += [
+            f"step {step}: gradient of {name}" for name in a if name in b and not torch.equal(a[name], b[name])
+        ]
+    problems += [
         name
         for name, value in expected.parameters.items()
         if not torch.equal(value, actual.parameters.get(name, value + 1))
     ]
-    return found[:5]
+    return problems[:5]
 
 
 #: Is a host in a process: ``python -c HOST CHECKPOINT SOCKET DTYPE``; says when it listens, and ends with its stdin.

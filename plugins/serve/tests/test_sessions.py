@@ -162,7 +162,9 @@ class TestEqual:
             each(models.ids, labels=models.ids, use_cache=False).loss.backward()
 
         expected = dict(models.whole.named_parameters())
-        assert all(torch.equal(each.grad, expected[name].grad) for name, each in model.named_parameters())
+        here = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        assert here.keys() == {name for name in expected if "layers.2." not in name and "layers.3." not in name}
+        assert all(torch.equal(each.grad, expected[name].grad) for name, each in here.items())
 
     def test_a_session_ends_with_its_user(self, serve: Serve, use: Any, models: Any) -> None:
         """Sessions and the lease end when nobody refers to the cache any more."""

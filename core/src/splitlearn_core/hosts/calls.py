@@ -144,7 +144,7 @@ class Call:
             return hidden
         return BaseModelOutputWithPast(last_hidden_state=cast("Any", hidden), **cast("Any", recorded))
 
-    def _refuse_infinite(self, tensors: Mapping[str, torch.Tensor], whence: str) -> None:
+    def _refuse_infinite(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         # A scaler of half precision looks for what is not finite itself, and leaves the step out.
         if self.autocast == "float16":
             return
@@ -152,7 +152,7 @@ class Call:
             if not torch.isfinite(tensor).all():
                 what = "hidden states" if name == "output" else f"a gradient{f' of {name}' if name else ''}"
                 raise RemoteStepError(
-                    f"{what} with values that are not finite {whence}, in call {self.number} of this training",
+                    f"{what} with values that are not finite {source}, in call {self.number} of this training",
                     code="not_finite",
                     hint="the optimizer has not stepped: look at the loss and the labels of this batch, "
                     "the learning rate, and the dtype; then zero_grad() and go on, or resume from a checkpoint",
@@ -187,8 +187,8 @@ class _RemoteForward(torch.autograd.Function):
             for name, parameter, is_needed in zip(ctx.names, parameters, needed, strict=True)
             if is_needed
         }
-        found = ctx.call.gradients(hidden.detach(), gradient, ctx.random, wanted, of_input=of_input)
-        return (None, None, None, None, found.get("hidden_states"), *(found.get(name) for name in ctx.names))
+        gradients = ctx.call.gradients(hidden.detach(), gradient, ctx.random, wanted, of_input=of_input)
+        return (None, None, None, None, gradients.get("hidden_states"), *(gradients.get(name) for name in ctx.names))
 
 
 def through(call: Call, cache: Any, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Any:

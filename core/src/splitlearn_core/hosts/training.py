@@ -312,13 +312,13 @@ class Running:
                     code="bad_input",
                 )
             with _failures_named():
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     output, list(learning.values()), gradient.to(output.device), materialize_grads=True
                 )
         finally:
             for tensor in learning.values():
                 tensor.requires_grad_(False)
-        return {f"gradient.{name}": tensor for name, tensor in zip(learning, found, strict=True)}
+        return {f"gradient.{name}": tensor for name, tensor in zip(learning, gradients, strict=True)}
 
 
 @contextlib.contextmanager
