@@ -30,8 +30,8 @@ LAYERS = (
     "errors", "types", "quoting", "child_process", "arguments", "system_memory", "progress",
     "family", "plan", "loading_strategy", "component_host", "cut_stage", "wire_formats", "hookspecs", "plugins",
     "environment_errors", "checkpoint", "tokenization", "readers", "build", "adapters", "split_model", "loading", "api",
-    "cuts", "hosts", "storage", "pipeline", "assembly", "factory", "generation", "verification", "benchmark", "leak",
-    "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "cuts", "hosts", "storage", "component_chain", "pipeline", "assembly", "factory", "generation", "verification",
+    "benchmark", "leak", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
