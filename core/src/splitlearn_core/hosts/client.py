@@ -60,6 +60,7 @@ _REPLIES = {
     Kind.COPY: Kind.OPENED,
     Kind.STEP: Kind.RESULT,
     Kind.BACKWARD: Kind.RESULT,
+    Kind.PUT: Kind.KEPT,
     Kind.CLOSE: Kind.CLOSED,
 }
 #: Codes of errors after which a connection is not used again.
