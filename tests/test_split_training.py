@@ -524,7 +524,7 @@ def test_values_are_loaded_around_what_is_elsewhere(tmp_path: Path) -> None:
     assert split.load_state_dict(whole(recipe).state_dict(), strict=False).missing_keys == []
     hole = split.get_parameter("model.layers.2.mlp.up_proj.weight")
     assert hole.untyped_storage().nbytes() == 4 < hole.nbytes
-    with pytest.raises(ConfigurationError, match="cannot be changed to torch.bfloat16"):
+    with pytest.raises(ConfigurationError, match=r"cannot be changed to torch\.bfloat16"):
         split.to(torch.bfloat16)
 
 
