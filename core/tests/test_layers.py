@@ -203,15 +203,17 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 
 
 #: What the figures may be; a commit that needs more says why here, and one that needs less lowers the limit. Of the
-#: rooms that there were before ``hosts``, 110 files, 14,500 code lines and 8 % were wanted; they have 124 and 17,100.
+#: rooms that there were before ``hosts``, 110 files, 14,500 code lines and 8 % were wanted; they have 124 and 17,100,
+#: of which 13 files only make a folder a package. Of the private functions that are used once, a fifth are
+#: entries of tables and targets of threads, and the others name a step; to inline them would make long functions.
 #: ``cuts`` takes 9 files and 650 lines (clip, noise, encodings, the ledger), ``leak`` 5 and 560 (attacks, controls).
 #: ``hosts`` has taken 16 files and 2,850 lines (a protocol, its two ends, carriers, processes), and models of the
 #: manager in processes of their own one file and 330 lines; their sessions over a server, and hosts of plugins, three
 #: files and 300 lines. Training across the cut has taken five files and 1,000 lines: layers without values, adapters
-#: described and checked, their host, calls and their way back, saving.
+#: described and checked, their host, calls and their way back, saving. The forward of components in order has a file.
 LIMITS = {
-    "files": (0, 165),
-    "code lines": (0, 24_000),
+    "files": (0, 168),
+    "code lines": (0, 22_900),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),
