@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import json
+import logging
 import os
 import pickle
 import re
@@ -32,11 +33,11 @@ from splitlearn_core import (
     load_split_model,
 )
 from splitlearn_core.extension import cache_argument
-from splitlearn_core.hosts import client
+from splitlearn_core.hosts import carriers, client
 from splitlearn_core.hosts.protocol import Kind
 from splitlearn_core.hosts.sessions import SessionTable
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
-from support.hosts import CARRIERS, MemoryEndpoint, hosting, lost, remote, unix_host
+from support.hosts import CARRIERS, MemoryEndpoint, hosting, lost, remote, unix_host, websocket_host
 from support.warm import WarmInterpreter
 
 SPLIT = (2, 4)
@@ -299,6 +300,48 @@ def test_a_host_that_stays_away_is_named(endpoint: MemoryEndpoint) -> None:
     endpoint.before = refuse
     with pytest.raises(ConnectionLostError, match="did not come back within 0 s"):
         generated(split, padded(), do_sample=False)
+
+
+@pytest.mark.parametrize("carrier", ["unix", "websocket"])
+def test_a_host_that_is_silent_is_reported(carrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its reply is waited for, and may still come."""
+    _, parts = models("qwen2", "float32")
+    monkeypatch.setattr(carriers, "_SILENCE", 0.01)
+    reported = threading.Event()
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "has not answered for" in record.getMessage():
+                reported.set()
+
+    note = Note()
+    logging.getLogger(carriers.__name__).addHandler(note)
+    with tempfile.TemporaryDirectory() as folder, hosting(carrier, parts.trunk, Path(folder)) as trunk:
+        reported.clear()
+        waiting = parts.trunk.register_forward_pre_hook(lambda *_: None if reported.wait(60) else False)
+        try:
+            with torch.no_grad():
+                assert trunk(hidden_states=torch.zeros(1, 1, 32)).shape == (1, 1, 32)
+        finally:
+            waiting.remove()
+            logging.getLogger(carriers.__name__).removeHandler(note)
+    assert reported.is_set()
+
+
+def test_a_token_is_taken_as_a_file_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its line end; what no header can hold is refused, and not shown."""
+    _, parts = models("qwen2", "float32")
+    monkeypatch.setenv("SPLITLEARN_TOKEN", "secret\n")
+    with websocket_host(SessionTable(parts.trunk)) as url:
+        for token in (None, "secret\n"):
+            component = connect(url, token=token)
+            assert component.host.endpoint.token == "secret"
+            component.close()
+        with pytest.raises(ConfigurationError, match="no header can hold") as caught:
+            connect(url, token="sec\nret")
+        assert "sec" not in str(caught.value)
+        with pytest.raises(ConfigurationError, match="no such file of certificates"):
+            connect(url, ca_file="nowhere.pem")
 
 
 def test_a_journal_has_a_limit(endpoint: MemoryEndpoint, caplog: pytest.LogCaptureFixture) -> None:

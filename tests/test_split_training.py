@@ -555,6 +555,36 @@ def test_a_kind_that_is_not_known_is_refused() -> None:
         peft.get_peft_model(split, peft.VeraConfig(target_modules=["q_proj"]))
 
 
+def test_changes_that_the_host_would_not_know_of_are_refused() -> None:
+    """Hooks, modules in the place of others, PEFT's batches of several adapters; and not what is undone."""
+    recipe, ids = Recipe(dropout=0.0), torch.arange(3, 13)[None]
+    split = split_model(recipe, remote(endpoint_of(recipe))).eval()
+    layer = split.model.layers[2]
+    hook = layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigurationError, match=r"model\.layers\.2\.mlp\.up_proj has a hook"):
+        split(ids)
+    hook.remove()
+    mlp, layer.mlp = layer.mlp, torch.nn.Identity()
+    with pytest.raises(ConfigurationError, match=r"layers\.2\.mlp: Identity was put there, \d+ modules are not"):
+        split(ids)
+    layer.mlp = mlp
+    with torch.no_grad():
+        assert torch.equal(split(ids).logits, whole(recipe).eval()(ids).logits)
+    model = peft.get_peft_model(split, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    with pytest.raises(ConfigurationError, match="adapter_names"):
+        model(ids, adapter_names=["__base__"])
+
+
+def test_an_adapter_that_is_no_layer_of_its_own_is_refused() -> None:
+    """Its modules are around those of the model."""
+    recipe = Recipe(family="gpt2", dropout=0.0)
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    config = peft.AdaptionPromptConfig(adapter_layers=4, adapter_len=4, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(split, config)
+    with pytest.raises(ConfigurationError, match=r"h\.2\.attn: AdaptedAttention\w* was put there"):
+        model(torch.arange(3, 13)[None])
+
+
 def test_adapters_of_the_ends_alone_may_be_of_any_kind() -> None:
     """They are here, as are the weights that they need."""
     recipe = Recipe(dropout=0.0)

@@ -45,7 +45,12 @@ class Crossings:
             given = cuts if isinstance(cuts, Cut) else f"{len(cuts)}: {list(cuts)}"
             raise ConfigurationError(
                 f"a model with {count} cuts was given as cuts {given}",
-                hint=f"give one for each: cuts=[{', '.join(['Cut(...)'] * count)}]; Cut() changes nothing",
+                hint=f"give one for each: cuts=[{', '.join(['Cut(...)'] * count)}]; Cut() changes nothing"
+                + ("" if ledger is None else ", and a ledger counts what they release"),
+            )
+        if ledger is not None and not isinstance(ledger, PrivacyLedger):
+            raise ConfigurationError(
+                f"ledger is a {type(ledger).__name__}", hint="give a PrivacyLedger, or leave it out"
             )
         self.cuts = tuple(cuts)
         self.ledger = PrivacyLedger() if ledger is None else ledger

@@ -9,6 +9,8 @@ import contextlib
 import json
 import logging
 import os
+import re
+import select
 import socket
 import ssl
 from collections import deque
@@ -50,6 +52,9 @@ _UNIX = "unix"
 _EXAMPLE = "for example http://127.0.0.1:8710/trunk, https://HOST/trunk or unix:///run/trunk.sock"
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _TOO_MANY, _UNAVAILABLE = 401, 403, 404, 429, 503
 _READ_BYTES = 256 * 1024
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+#: Seconds without a reply after which that is reported.
+_SILENCE = 10.0
 
 
 class Connection(Protocol):
@@ -100,6 +105,13 @@ class Endpoint:
         Raises:
             ConfigurationError: It is no URL of a host.
         """
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            raise ConfigurationError(
+                f"the token for {self.url} is empty, or has spaces or other characters that no header can hold",
+                hint="a token is letters, digits and punctuation of ASCII",
+            )
+        if self.ca_file is not None and not os.path.isfile(self.ca_file):  # noqa: PTH113  # a path of the caller's
+            raise ConfigurationError(f"{self.ca_file}: there is no such file of certificates")
         try:
             parts = urlsplit(self.url)
             parts.port  # noqa: B018  # reading it is what checks it
@@ -143,6 +155,7 @@ class _StreamConnection:
     def exchange(self, request: Frame) -> Frame:
         with _losing(self._endpoint.url):
             send_frame(self._socket, request)
+            _report_silence(self._socket, self._endpoint)
             reply = receive_frame(self._socket, self._endpoint.max_payload)
         if reply is None:
             raise ConnectionLostError(f"{self._endpoint.url} ended the connection", code="connection")
@@ -150,6 +163,21 @@ class _StreamConnection:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _report_silence(stream: socket.socket, endpoint: Endpoint) -> None:
+    """Wait until a reply begins, or for ten seconds, after which the user is told what is waited for."""
+    if endpoint.reply_timeout <= _SILENCE or not hasattr(select, "poll"):  # Windows has none
+        return
+    arrives = select.poll()
+    arrives.register(stream, select.POLLIN)
+    if not arrives.poll(1000 * _SILENCE):
+        log.warning(
+            "%s has not answered for %.0f s; waiting up to %.0f s for its reply",
+            endpoint.url,
+            _SILENCE,
+            endpoint.reply_timeout,
+        )
 
 
 def send_frame(stream: socket.socket, frame: Frame) -> None:
@@ -244,6 +272,7 @@ class _WebSocketConnection:
         try:
             for piece in self._stream.masked(encode(request)):
                 self._socket.sendall(piece)
+            _report_silence(self._socket, self._endpoint)
             while not self._messages:
                 self._read()
         except (OSError, EOFError):

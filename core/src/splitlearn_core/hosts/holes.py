@@ -21,6 +21,8 @@ from splitlearn_core.types import LayerRange
 
 #: Where a module of dropout keeps its rate by the configuration, which is that of its host.
 CONFIGURED_RATE = "_splitlearn_configured_rate"
+#: What marks a module that runs elsewhere; and where all of them keep how many they are.
+_MARK, _COUNT = "_splitlearn_elsewhere", "_splitlearn_count"
 #: Where a module keeps its parameters without values while values are loaded into it.
 _SET_ASIDE = "_splitlearn_set_aside"
 
@@ -91,7 +93,7 @@ def layers_without_values(
     own.dtype = dtype
     built = build_component(family, own, component, owned)
     layers = nn.ModuleDict({str(number): built.layer_modules[number] for number in range(owned.start, owned.end)})
-    modules: list[Any] = list(layers.modules())
+    modules: list[Any] = [module for layer in layers.values() for module in layer.modules()]
     for module in modules:
         for name, parameter in module._parameters.items():  # noqa: SLF001  # the register that nn.Module documents
             if parameter is not None:
@@ -104,9 +106,44 @@ def layers_without_values(
         module.register_state_dict_post_hook(_leave_out)
         module.register_load_state_dict_pre_hook(_set_aside)
         module.register_load_state_dict_post_hook(_put_back)
+        vars(module)[_MARK] = True
+    vars(layers)[_COUNT] = len(modules)
     for layer in layers.values():
         vars(layer).update(forward=_Refusal(url), extra_repr=functools.partial(str, f"at {url}"))
     return layers
+
+
+def ineffective_changes(layers: nn.ModuleDict, prefix: str, adapters: tuple[type[Any], ...]) -> list[str]:
+    """Return what was done to modules here that their host would know nothing of: hooks, other modules in their place.
+
+    Args:
+        layers: What :func:`layers_without_values` has returned.
+        prefix: What comes before their names in the whole model.
+        adapters: Classes of modules that may be around others, and hold modules of their own.
+    """
+    problems: list[str] = []
+    found = 0
+    # A stack, and no generators: it is looked at in each call.
+    left: list[tuple[str, nn.Module, bool]] = [("", layers, True)]
+    while left:
+        path, module, is_known = left.pop()
+        values: dict[str, Any] = vars(module)
+        is_own = _MARK in values
+        found += is_own
+        is_known = is_known or isinstance(module, adapters)
+        if not is_own and not is_known:
+            problems.append(f"{prefix}{path}: {type(module).__name__} was put there")
+        if values["_forward_hooks"] or values["_forward_pre_hooks"] or values["_backward_hooks"]:
+            problems.append(f"{prefix}{path} has a hook")
+        left += [
+            (f"{path}.{name}" if path else name, child, is_known and not is_own and module is not layers)
+            for name, child in values["_modules"].items()
+            if child is not None
+        ]
+    missing = vars(layers)[_COUNT] - found
+    if missing > 0:
+        problems.append(f"{missing} modules are not there any more")
+    return problems
 
 
 def holes_in(module: nn.Module) -> list[tuple[nn.Module, str, HoleParameter]]:

@@ -29,7 +29,7 @@ from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.holes import RemoteLayer, apply_around_holes, layers_without_values
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
-from splitlearn_core.hosts.tuning import Tuning, content_hash, has_adapter, refuse_unfit, tuning_of
+from splitlearn_core.hosts.tuning import Tuning, content_hash, has_adapter, refuse_ineffective, refuse_unfit, tuning_of
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
 from splitlearn_core.wire_formats import WIRES
 
@@ -83,7 +83,8 @@ def connect(
         )
     endpoint = Endpoint(
         url=url,
-        token=token if token is not None else os.environ.get(TOKEN_VARIABLE) or None,
+        # As it is read from a file, with its line end.
+        token=(token if token is not None else os.environ.get(TOKEN_VARIABLE, "")).strip() or None,
         ca_file=None if ca_file is None else os.fspath(ca_file),
         reply_timeout=reply_timeout,
     )
@@ -309,6 +310,8 @@ class RemoteComponent(nn.Module):
         """
         adapted = {name: config for name, config in configs.items() if has_adapter(self.layer_modules, name)}
         refuse_unfit(adapted, self.url)
+        if self._prefix:
+            refuse_ineffective(self.layer_modules, self._prefix, self.url)
         self._configs = configs
 
     def _tuning(self) -> Tuning | None:

@@ -22,7 +22,7 @@ from torch import nn
 from splitlearn_core.adapters.adapter_files import HARMLESS_INITIALISATIONS
 from splitlearn_core.adapters.peft_models import import_peft
 from splitlearn_core.errors import ConfigurationError, RemoteStepError
-from splitlearn_core.hosts.holes import CONFIGURED_RATE, holes_in
+from splitlearn_core.hosts.holes import CONFIGURED_RATE, holes_in, ineffective_changes
 from splitlearn_core.quoting import listed, quote, said
 
 #: Kind -> the settings that change a forward, with their values where nothing is said.
@@ -98,9 +98,33 @@ def _config_problems(config: Any) -> Iterator[str]:
             yield f"{name}={quote(value)}" + (f": {_WHY[name]}" if name in _WHY else " is not known here")
 
 
+def refuse_ineffective(layers: nn.ModuleDict, prefix: str, where: str) -> None:
+    """Refuse what was done to layers here that their host would know nothing of.
+
+    Raises:
+        ConfigurationError: It lists all of it.
+    """
+    problems = ineffective_changes(layers, prefix, _adapter_classes())
+    if problems:
+        raise ConfigurationError(
+            f"layers that run at {where} were changed here, which would have no effect: {listed(problems, most=5)}",
+            hint="of those layers only adapters can be changed here (a hook may come from adapter_names= of PEFT); "
+            "load the trunk here for the rest",
+        )
+
+
 def has_adapter(layers: nn.Module, name: str) -> bool:
     """Return whether PEFT has put modules of an adapter there."""
     return any(name in layer._get_available_adapters() for _, layer in _adapted_modules(layers))  # noqa: SLF001  # as below
+
+
+def _adapter_classes() -> tuple[type[Any], ...]:
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return BaseTunerLayer, ModulesToSaveWrapper
 
 
 def _adapted_modules(layers: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -114,7 +138,7 @@ def _adapted_modules(layers: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def tuning_of(
-    layers: nn.Module, prefix: str, configs: Mapping[str, Any], where: str, *, training: bool
+    layers: nn.ModuleDict, prefix: str, configs: Mapping[str, Any], where: str, *, training: bool
 ) -> Tuning | None:
     """Describe what is to be different at a host: adapters that are active, rates of dropout; None where nothing is.
 
@@ -128,6 +152,7 @@ def tuning_of(
     Raises:
         ConfigurationError: Something there would be trained, or was changed, that is not here.
     """
+    refuse_ineffective(layers, prefix, where)
     if torch.is_grad_enabled():
         _refuse_changed(layers, prefix, where)
     active: list[str] = []

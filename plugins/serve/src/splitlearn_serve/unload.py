@@ -40,7 +40,10 @@ def command(
     Its next user loads it again. With --force, users of open sessions do, and rebuild them.
     """
     server = ServerClient(url, token_file, ca_file)
-    click.echo(f"{plain(model_id)}: waiting for sessions and leases to end", err=True)
+    if not force:
+        click.echo(
+            f"{plain(model_id)}: waiting up to {timeout:g} s for sessions and leases to end; --force does not", err=True
+        )
     path = f"{server.model_path(model_id)}?timeout={timeout:g}" + "&force=true" * force
     report = server.request("DELETE", path, timeout + _PATIENCE)
     if as_json:
