@@ -84,7 +84,7 @@ def error_json(error: SplitLearnError) -> dict[str, Any]:
     """Return an error as plain values."""
     kind = error.kind if isinstance(error, RequestError) else type(error).__name__
     # The reader has no manager: its methods in the hint become requests.
-    hint = _CALL.sub(lambda call: _REQUESTS[call[1]], error.hint)
+    hint = _CALL.sub(lambda call: _REQUESTS[call[1]] + ("?force=true" if "force=True" in call[0] else ""), error.hint)
     return {"type": kind, "message": error.message, "hint": hint}
 
 
