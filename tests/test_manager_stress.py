@@ -133,7 +133,8 @@ def test_many_hands_leave_nothing_behind(tmp_path: Path) -> None:
                 statistics.loads_succeeded + statistics.loads_failed + statistics.loads_cancelled
             )
             # It was a test of something: all that can happen has happened, many times.
-            assert min(statistics.loads_succeeded, statistics.evictions, statistics.calls, statistics.joined) >= CYCLES
+            happened = (statistics.loads_succeeded, statistics.evictions, statistics.calls, statistics.joined)
+            assert min(happened) >= OPERATIONS // 5
             for info in infos:
                 await models.unload_model(info.model_id)
             assert charges(models) == {}

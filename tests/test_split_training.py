@@ -485,7 +485,7 @@ def test_a_trainer_goes_on_from_each_of_its_checkpoints(kind: str, tmp_path: Pat
     values = learned_by(expected)
     assert all(torch.equal(value, values[name]) for name, value in learned_by(trained_elsewhere).items())
     assert learned_by(trained_elsewhere).keys() == values.keys()
-    for step in range(1, 6):
+    for step in range(1, 6) if LONG else (1, 4):
         folder = tmp_path / "split" / f"checkpoint-{step}"
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         assert size < 4 * sum(value.nbytes for value in values.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,3 +353,11 @@ def test_large_blocks_can_be_had_back_at_once(world: Any) -> None:
     )
 
     assert done.returncode == 0, done.stderr
+
+
+def test_the_memory_of_a_process_that_has_ended() -> None:
+    """Its absence is an error of the system's kind, on every system."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with pytest.raises(ProcessLookupError, match=str(ended.pid)):
+        anonymous_memory(ended.pid)

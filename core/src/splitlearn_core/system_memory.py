@@ -149,11 +149,18 @@ def return_large_blocks() -> bool:
 
 
 def anonymous_memory(pid: int | None = None) -> int:
-    """Return how many bytes of memory a process (by default this one) holds that are not pages of files."""
+    """Return how many bytes of memory a process (by default this one) holds that are not pages of files.
+
+    Raises:
+        ProcessLookupError: There is no such process, or not any more.
+    """
     try:
         lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
     except OSError:
         # Systems without /proc: everything resident, file pages too.
-        return int(psutil.Process(pid).memory_info().rss)
+        try:
+            return int(psutil.Process(pid).memory_info().rss)
+        except psutil.NoSuchProcess as error:
+            raise ProcessLookupError(f"process {pid} has ended") from error
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(fields["RssAnon"].split()[0]) * 1024
