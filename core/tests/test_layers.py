@@ -213,7 +213,7 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: described and checked, their host, calls and their way back, saving. The forward of components in order has a file.
 LIMITS = {
     "files": (0, 168),
-    "code lines": (0, 22_900),
+    "code lines": (0, 23_000),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

@@ -29,7 +29,7 @@ _FACTORS = (0.25, 1.0, 4.0)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-class _Pair(click.ParamType[Any]):
+class _Pair(click.ParamType):  # type: ignore[type-arg]  # older click has no such argument
     """``VALUE``, or ``VALUE,VALUE`` for hidden states and gradients; ``-`` for none."""
 
     name = "value"
