@@ -39,7 +39,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|os|pathlib|pluggy|torch|transformers|types|typing)\..*"),
     ("py:.*", r"PluginManager.*"),  # pluggy's own docstrings of the markers
-    ("py:class", r"AnyComponent|AnySplitModel|DType|Host|Module|Parts|Path|ProgressCallback|ReportProgress|.*_co"),
+    ("py:class", r"AnyComponent|AnySplitModel|DType|Future|Host|LoadPlan|Module|Parts|Path|ProgressCallback"),
+    ("py:class", r"ReportProgress|SessionLimits|.*_co"),
 ]
 
 

@@ -41,7 +41,7 @@ class ComponentHost(Protocol):
 
         Returns:
             The module that stands for the model, such as a :class:`RemoteComponent`, and with it, as ``host``, the
-            :class:`ModelHost` that says when it dies and ends it; None if it runs in this process.
+            ``ModelHost`` that says when it dies and ends it; None if it runs in this process.
 
         Raises:
             SplitLearnError: It cannot be loaded. Any other exception is reported as the host's failure.

@@ -54,7 +54,7 @@ class ComponentServer:
         return self._own.limits
 
     def handle(self, frame: Frame) -> Frame:
-        """Answer one request; like :meth:`SessionTable.handle`, from any thread."""
+        """Answer one request; like ``SessionTable.handle``, from any thread."""
         relay = frame.meta.get(_RELAY)
         if relay is None:
             return self._own.handle(frame)

@@ -39,7 +39,7 @@ MAPPED = "mapped"
 
 
 class ModelHost(Protocol):
-    """Where one model runs that does not run in this process, as its :class:`ComponentHost` returns it."""
+    """Where one model runs that does not run in this process, as its ``ComponentHost`` returns it."""
 
     @property
     def pid(self) -> int | None:
