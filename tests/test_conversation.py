@@ -183,13 +183,19 @@ class TestConversation:
             Sampling(**sampling)
 
 
-def test_at_a_terminal(instructed: Path) -> None:
+def test_at_a_terminal(instructed: Path, tmp_path: Path) -> None:
     """There is a prompt; Ctrl-C stops an answer and no more, Ctrl-D ends with success."""
+    # An answer that is still being given when Ctrl-C comes, however late that is.
+    for path in instructed.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((instructed / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
     process, screen = pty.fork()
     if process == 0:
         os.execve(  # the child never returns
             SCRIPT,
-            [str(SCRIPT), "generate", str(instructed), *SPLIT, "--chat", "--max-new-tokens", "200"],
+            [str(SCRIPT), "generate", str(tmp_path), *SPLIT, "--chat", "--max-new-tokens", "50000"],
             {**os.environ, "TERM": "dumb"},
         )
     seen = b""

@@ -485,13 +485,17 @@ def test_a_trainer_goes_on_from_each_of_its_checkpoints(kind: str, tmp_path: Pat
     values = learned_by(expected)
     assert all(torch.equal(value, values[name]) for name, value in learned_by(trained_elsewhere).items())
     assert learned_by(trained_elsewhere).keys() == values.keys()
-    for step in range(1, 6) if LONG else (1, 4):
+    for step in range(1, 6) if LONG else (2, 5):
         folder = tmp_path / "split" / f"checkpoint-{step}"
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         assert size < 4 * sum(value.nbytes for value in values.values())
+        # Of the unsplit model, too: transformers 5.4 goes on with other random numbers in the middle of an epoch.
+        whole_folder = str(tmp_path / "unsplit" / folder.name)
+        there = run_trainer(model(), tmp_path / f"unsplit-{step}", resume_from_checkpoint=whole_folder)
         resumed = run_trainer(model(remote(endpoint)), tmp_path / f"resumed-{step}", resume_from_checkpoint=str(folder))
-        assert losses_of(resumed) == losses_of(expected), step
-        assert all(torch.equal(value, values[name]) for name, value in learned_by(resumed).items())
+        assert losses_of(resumed) == losses_of(there), step
+        values_there = learned_by(there)
+        assert all(torch.equal(value, values_there[name]) for name, value in learned_by(resumed).items())
 
     last = tmp_path / "split" / "checkpoint-6"
     ids = torch.arange(3, 13)[None]
