@@ -525,6 +525,8 @@ def test_a_ledger_is_kept_with_a_training(parts: Any) -> None:
     for values in ({}, {"key": 1, "releases": [], "windows": {}}, {"key": "", "releases": [{}], "windows": {}}):
         with pytest.raises(ConfigurationError, match="no ledger"):
             PrivacyLedger.from_dict(values)
+    with pytest.raises(ConfigurationError, match="has version, which this version does not know"):
+        PrivacyLedger.from_dict({**ledger.to_dict(), "version": 9})
     for delta in (0.0, 1.0, -1.0):
         with pytest.raises(ConfigurationError, match="delta"):
             ledger.statement(delta)

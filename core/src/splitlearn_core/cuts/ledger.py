@@ -153,6 +153,12 @@ class PrivacyLedger:
             ConfigurationError: It is something else.
         """
         ledger = cls()
+        unknown = sorted(map(str, values.keys() - {"key", "releases", "windows"}))
+        if unknown:
+            raise ConfigurationError(
+                f"this ledger has {', '.join(unknown)[:200]}, which this version does not know",
+                hint="was it written by a newer version of splitlearn-core?",
+            )
         try:
             kinds = [
                 Release(**{name: value for name, value in item.items() if name != "windows"})
