@@ -375,9 +375,9 @@ def _alternate(host: Any, actions: list[Callable[[], Any]], rounds: int) -> dict
     carried: list[float] = []
     send = host.request
 
-    def request(frame: Any) -> Any:
+    def request(frame: Any, *arguments: Any) -> Any:
         begin = time.perf_counter()
-        reply = send(frame)
+        reply = send(frame, *arguments)
         carried.append(time.perf_counter() - begin - reply.meta.get("computed", 0.0))
         return reply
 
