@@ -19,7 +19,7 @@ from typing import Protocol
 from splitlearn_core.child_process import command_for
 from splitlearn_core.errors import CapacityError, ConnectionLostError, translate
 from splitlearn_core.hosts.control import close_all, receive_message, send_message
-from splitlearn_core.hosts.zygote import DEFAULTS, ENVIRONMENT, run_zygote
+from splitlearn_core.hosts.zygote import ENVIRONMENT, run_zygote
 from splitlearn_core.quoting import reason
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Supervisor:
         try:
             process = subprocess.Popen(  # noqa: S603  # this interpreter
                 command,
-                env={**DEFAULTS, **os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[far.fileno()],
                 start_new_session=True,

@@ -45,10 +45,6 @@ _MODULES = (
 )
 #: What the environment of a zygote has, besides that of its parent.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-#: What it has unless its parent's says something else. By default the threads of libgomp keep their cores for 8 ms
-#: after each forward, and take them from the parent, whose turn it is; so they do for 0.3 ms, longer than any pause
-#: within a forward.
-DEFAULTS = {"GOMP_SPINCOUNT": "10000"}
 #: A thread of jemalloc, which starts it again in a child.
 _HARMLESS_THREAD = "jemalloc_bg_thd"
 #: What is mapped by a process that has initialised CUDA.
