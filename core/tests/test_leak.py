@@ -62,7 +62,7 @@ def test_without_a_defence_everything_is_recovered(folder: Path) -> None:
 
 
 def test_noise_lowers_recovery_and_costs_loss(folder: Path) -> None:
-    """Much of it leaves nothing but chance; what was recovered without it is beside it."""
+    """Much noise leaves nothing but chance; the table also has what was recovered without it."""
     result = measured(folder, Cut(clip=1.0, noise=5.0))
     for attack in result.attacks:
         assert attack.recovery.share <= 0.25, attack

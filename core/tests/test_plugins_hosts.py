@@ -101,7 +101,7 @@ def test_a_broken_one_is_named_and_harms_no_other(install: Any, case: str) -> No
 
 
 def test_a_class_and_a_name_of_cores_are_refused(world: Any, install: Any) -> None:
-    """A class is not a host, and nobody takes the place of core's own."""
+    """A class is not a host, and no plugin takes the place of core's own."""
     install("cloud", "class Host:\n    def load(self, config, plan, report, threads):\n        pass\n")
     points = world.folder / "host_cloud-1.0.dist-info" / "entry_points.txt"
     points.write_text(f"[{GROUP}]\ncloud = host_cloud:Host\n")

@@ -132,7 +132,7 @@ def test_sessions_are_encoded_and_rebuilt(parts: Any, wire: str) -> None:
 
 
 def test_an_encoding_is_negotiated(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the host does not know is refused at once, and what nobody knows before a connection."""
+    """What the host does not know is refused at once, and what no version knows, before a connection."""
     with pytest.raises(ConfigurationError, match="wire='int2'"):
         connect("http://127.0.0.1:1/trunk", wire="int2")
     table = SessionTable(parts.trunk)

@@ -283,7 +283,7 @@ class TestLimits:
         remote(hidden(remote), past_key_values=caches[0])
 
     def test_of_an_owner(self, serve: Serve, use: Any) -> None:
-        """Each token has its own; nobody gets at the session of another one."""
+        """Each token has its own; no token reaches the sessions of another."""
         server = serve(tokens=Tokens({ALICE: Owner("alice", max_sessions=1, max_tokens=50), BOB: Owner("bob")}))
         alice, bob = use(server, token=ALICE), use(server, token=BOB)
         assert (alice.facts.max_tokens, bob.facts.max_tokens) == (50, 32_768)

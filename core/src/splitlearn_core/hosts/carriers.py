@@ -166,7 +166,7 @@ class _StreamConnection:
 
 
 def _report_silence(stream: socket.socket, endpoint: Endpoint) -> None:
-    """Wait until a reply begins, or for ten seconds, after which the user is told what is waited for."""
+    """Wait until a reply begins, and log a warning if it takes longer than :data:`_SILENCE`."""
     if endpoint.reply_timeout <= _SILENCE or not hasattr(select, "poll"):  # Windows has none
         return
     arrives = select.poll()

@@ -36,7 +36,7 @@ from splitlearn_core.wire_formats import WIRES
 log = logging.getLogger(__name__)
 
 _STATE_DIMENSIONS = 3
-#: Sets of adapters that are active in turn, of which the host is told what it need not keep.
+#: Sets of adapters that may be active in turn; of an older one, the host may drop what it keeps.
 _MAX_UPLOADS = 8
 _DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 

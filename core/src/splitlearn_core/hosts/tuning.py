@@ -1,7 +1,7 @@
 """Adapters on layers that run elsewhere: described by their owner, checked and built at the host.
 
 What crosses is JSON and tensors. A description has the kind, the settings that change a forward, and the adapted
-modules by name; whatever else PEFT can be told to do is refused by name, at both ends.
+modules by name; any other setting of PEFT is refused by name, at both ends.
 """
 
 from __future__ import annotations
