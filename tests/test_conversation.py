@@ -193,9 +193,11 @@ def test_at_a_terminal(instructed: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
     process, screen = pty.fork()
     if process == 0:
+        # Text is written up to its last space, and the likeliest tokens of random weights may never be one.
+        sampling = ("--temperature", "100", "--top-k", "0", "--seed", "1")
         os.execve(  # the child never returns
             SCRIPT,
-            [str(SCRIPT), "generate", str(tmp_path), *SPLIT, "--chat", "--max-new-tokens", "50000"],
+            [str(SCRIPT), "generate", str(tmp_path), *SPLIT, "--chat", "--max-new-tokens", "50000", *sampling],
             {**os.environ, "TERM": "dumb"},
         )
     seen = b""
