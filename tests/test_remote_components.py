@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -657,6 +658,14 @@ def test_wrong_addresses_are_refused(url: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words) as caught:
         connect(url)
     assert "secret" not in str(caught.value)
+
+
+def test_wrong_limits_are_refused_at_once() -> None:
+    """All of them in one error, before a connection."""
+    wrong: dict[str, Any] = {"max_tokens": 0, "wait": "10", "reply_timeout": math.nan, "journal_bytes": True}
+    with pytest.raises(ConfigurationError) as caught:
+        connect("http://127.0.0.1:1/trunk", **wrong)
+    assert all(f"{name}={value!r}" in str(caught.value) for name, value in wrong.items())
 
 
 def test_a_host_that_does_not_run_is_reported_at_once(tmp_path: Path) -> None:

@@ -76,11 +76,19 @@ def connect(
             f"wire={wire!r}, mode={mode!r}: this version sends {', '.join(WIRES)}, and runs sessions alone",
             hint='leave them out, or give one of these and mode="solo"',
         )
-    if max_tokens < 1 or wait < 0 or reply_timeout <= 0 or journal_bytes < 0:
-        raise ConfigurationError(
-            f"max_tokens={max_tokens}, wait={wait}, reply_timeout={reply_timeout}, journal_bytes={journal_bytes}: "
-            "tokens and timeouts are positive, and the others not negative"
+    problems = [
+        f"{name}={value!r} is not {what}"
+        for name, value, kind, least, what in (
+            ("max_tokens", max_tokens, int, 1, "a whole number of 1 or more"),
+            ("wait", wait, int | float, 0, "a number of seconds of 0 or more"),
+            ("reply_timeout", reply_timeout, int | float, 1e-3, "a number of seconds of 0.001 or more"),
+            ("journal_bytes", journal_bytes, int, 0, "a whole number of 0 or more"),
         )
+        # A comparison with NaN is false.
+        if not isinstance(value, kind) or isinstance(value, bool) or not value >= least
+    ]
+    if problems:
+        raise ConfigurationError("; ".join(problems), hint="leave an argument out for its default")
     endpoint = Endpoint(
         url=url,
         # As it is read from a file, with its line end.
@@ -226,7 +234,8 @@ class RemoteComponent(nn.Module):
                 state = "filled" if layer.is_initialized else f"of the kind {type(layer).__name__}"
                 raise ConfigurationError(
                     f"layers {owned} run at {self.url}, and this cache has layers for them that are {state}",
-                    hint="use an empty DynamicCache(config=model.config), or leave past_key_values out",
+                    hint="use an empty DynamicCache(config=model.config), or leave past_key_values out; PEFT's prefix "
+                    "tuning fills the keys and values of every layer, and is for components that are all here",
                 )
         records_past = any(getattr(layer, "record_past", False) for layer in view.layers)
         view.layers[:] = self._new_layers()
