@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -187,34 +188,43 @@ def test_recovery_is_drawn_against_loss(folder: Path) -> None:
     """A line for each attack, through each of the measurements and the messages without a defence."""
     from xml.etree import ElementTree as ET
 
-    results = [measured(folder, Cut(noise=noise)) for noise in (0.1, 10.0)]
+    noises, splits = (0.1, 10.0), ((1, 5), (3, 5))
+    results = [[measured(folder, Cut(noise=noise), points) for noise in noises] for points in splits]
     drawing = ET.fromstring(recovery_plot(results))
     lines = [element.get("points", "").split() for element in drawing.iter() if element.tag.endswith("polyline")]
-    assert [len(line) for line in lines] == [3] * 4
+    assert [len(line) for line in lines] == [2, 3, 3, 3, 3] * 2  # one of the legend, and one for each attack
     words = " ".join(element.text or "" for element in drawing.iter())
     assert "others may recover more" in words
-    assert all(attack.attack in words for attack in results[0].attacks)
+    assert "cut at 1 and 5" in words
+    assert "cut at 3 and 5" in words
+    assert all(attack.attack in words for attack in results[0][0].attacks)
 
 
-def test_the_command_prints_a_table_and_draws(folder: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_draws(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data as JSON or as text; wrong values are wrong usage."""
     from click.testing import CliRunner
 
+    from splitlearn_core.cli import leak
     from splitlearn_core.cli.main import cli
+
+    # Inverters that learn for a short time; how well is measured above.
+    monkeypatch.setattr(leak, "LeakSettings", functools.partial(LeakSettings, known=32, steps=20))
 
     def run(*arguments: str) -> Any:
         given = ["leak", str(folder), "--split", "1", "5", "--windows", "2", "--length", "4", *arguments]
         return CliRunner().invoke(cli, given)
 
     picture = tmp_path / "leak.svg"
-    drawn = run("--clip", "1,0.5", "--noise", "0.1,-", "--quantize", "int4", "--json", "--plot", str(picture))
+    drawing = ("--plot", str(picture), "--plot-split", "2", "4")
+    drawn = run("--clip", "1,0.5", "--noise", "0.1,-", "--quantize", "int4", "--json", *drawing)
     assert drawn.exit_code == 0, drawn.output
     result = json.loads(drawn.stdout)
     words = "hidden states: clipped to 1, noise of 0.1, rounded to int4; gradients: clipped to 0.5, rounded to int4"
     assert result["cut"] == words
     assert picture.read_text().startswith("<svg")
+    assert "cut at 2 and 4" in picture.read_text()
     assert "others may recover more" in run().stdout
-    for wrong in (["--clip", "0"], ["--clip", "1,2,3"], ["--quantize", "int2"], ["--plot", str(picture)]):
+    for wrong in (["--clip", "0"], ["--clip", "1,2,3"], ["--quantize", "int2"], ["--plot", str(picture)], drawing[2:]):
         assert run(*wrong).exit_code == 2, wrong
 
 

@@ -16,13 +16,14 @@ from splitlearn_core.cli.shared_options import (
     model_options,
     print_json,
     remote_options,
+    split_option,
     split_points_of,
     table,
     usage_errors,
 )
 from splitlearn_core.leak.measure import NO_DEFENCE, NO_MESSAGES, SHUFFLED, Leak, LeakSettings, Recovery, measure_leak
 from splitlearn_core.leak.plot import recovery_plot
-from splitlearn_core.plan.split_points import cut_words
+from splitlearn_core.plan.split_points import cut_words, split_layers
 
 #: Of the noise, in a picture.
 _FACTORS = (0.25, 1.0, 4.0)
@@ -70,6 +71,7 @@ class _Pair(click.ParamType):  # type: ignore[type-arg]  # older click has no su
     metavar="FILE",
     help="Measure with a quarter and four times the noise too, and draw recovery against loss, as SVG.",
 )
+@split_option("Draw it for these cuts too. Repeatable.", "--plot-split", "drawn_splits", multiple=True)
 @json_option
 @click.pass_context
 def command(
@@ -84,6 +86,7 @@ def command(
     stages: tuple[str, ...],
     text: Path | None,
     plot: Path | None,
+    drawn_splits: tuple[tuple[int, ...], ...],
     as_json: bool,
     **others: Any,
 ) -> None:
@@ -99,6 +102,8 @@ def command(
 
     if plot is not None and noise is None:
         raise click.UsageError("--plot goes with --noise, which is varied")
+    if drawn_splits and plot is None:
+        raise click.UsageError("--plot-split goes with --plot")
     with usage_errors():
         cut = Cut(clip, noise, quantize, stages)
     numbers = {name: others.pop(name) for name in ("windows", "length", "seed")}
@@ -106,24 +111,33 @@ def command(
     elsewhere = {name: others.pop(name) for name in ("remote", "token_file", "ca_file")}
     opened = open_model(model, **others)
     remote = connect_all(elsewhere)
-    split_points = split_points_of(opened, split_points, remote)
+    if drawn_splits and remote:
+        raise click.UsageError("--plot-split is for components that are all here")
+    splits = [split_points_of(opened, split_points, remote), *drawn_splits]
     settings = LeakSettings(text=text, **numbers)
+    factors = _FACTORS if plot is not None else (1.0,)
     with reporting(None) as progress:
+        # All of them, before the first is measured for minutes.
+        for points in splits:
+            split_layers(opened.family, opened.config, points)
         results = [
-            measure_leak(
-                opened,
-                split_points,
-                dtype,
-                options,
-                replace(cut, noise=_scaled(noise, factor)),
-                settings,
-                progress,
-                remote,
-                report=lambda line: click.echo(line, err=True),
-            )
-            for factor in (_FACTORS if plot is not None else (1.0,))
+            [
+                measure_leak(
+                    opened,
+                    points,
+                    dtype,
+                    options,
+                    replace(cut, noise=_scaled(noise, factor)),
+                    settings,
+                    progress,
+                    remote,
+                    report=lambda line: click.echo(line, err=True),
+                )
+                for factor in factors
+            ]
+            for points in splits
         ]
-    result = results[len(results) // 2]
+    result = results[0][len(factors) // 2]
     if plot is not None:
         plot.write_text(recovery_plot(results), encoding="utf-8")
     if as_json:

@@ -26,10 +26,16 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
-def _numbers(ctx: click.Context, parameter: click.Parameter, value: Sequence[str] | None) -> tuple[int, ...] | None:
-    """Convert the values of the option, which are None where it is left out."""
+def _split_points(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Convert the values of the option, which are None where it is left out, and several where it is repeated."""
     if value is None:
         return None
+    if parameter.multiple:
+        return tuple(_increasing(ctx, parameter, each) for each in value)
+    return _increasing(ctx, parameter, value)
+
+
+def _increasing(ctx: click.Context, parameter: click.Parameter, value: Sequence[str]) -> tuple[int, ...]:
     points = tuple(int(click.INT(each, parameter, ctx)) for each in value)
     if any(a >= b for a, b in pairwise((0, *points))):
         shown = " < ".join(map(str, (0, *points)))
@@ -55,14 +61,17 @@ class _NumbersOption(click.Option):
         option.process = take
 
 
-def split_option(text: str) -> Callable[[_Command], _Command]:
-    """Return the option ``--split A B``, with this help."""
+def split_option(
+    text: str, option: str = "--split", name: str = "split_points", *, multiple: bool = False
+) -> Callable[[_Command], _Command]:
+    """Return the option ``--split A B``, with this help; or another one with such values."""
     return click.option(
-        "--split",
-        "split_points",
+        option,
+        name,
         cls=_NumbersOption,
+        multiple=multiple,
         type=click.UNPROCESSED,
-        callback=_numbers,
+        callback=_split_points,
         # Other options name components, and these say which there are.
         is_eager=True,
         metavar="A B",

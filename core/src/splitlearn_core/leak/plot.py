@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from html import escape
 
 from splitlearn_core.leak.measure import NO_DEFENCE, Leak
+from splitlearn_core.plan.split_points import cut_words
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _LEGEND = 420, 260, 60, 20, 200
+#: Of lines, by split.
+_DASHES = ("none", "6 3", "2 3", "10 3 2 3")
 _COLOURS = ("#1b6ca8", "#c0392b", "#27835a", "#7d4fa3")
 
 
-def recovery_plot(results: Sequence[Leak]) -> str:
-    """Return an SVG: for each attack a line over the losses, from the messages without a defence on.
+def recovery_plot(results: Sequence[Sequence[Leak]]) -> str:
+    """Return an SVG: for each attack and split a line over the losses, from the messages without a defence on.
 
     Args:
-        results: The same model, text and cuts, with more and more noise.
+        results: For each choice of split points, the same model and text with more and more noise.
     """
-    losses = [results[0].loss_without_cuts, *(result.loss for result in results)]
-    low, high = min(losses), max(losses)
+    first = results[0][0]
+    losses = [[split[0].loss_without_cuts, *(result.loss for result in split)] for split in results]
+    low, high = min(map(min, losses)), max(map(max, losses))
     span = high - low or 1.0
 
     def place(loss: float, share: float) -> tuple[float, float]:
@@ -31,17 +35,23 @@ def recovery_plot(results: Sequence[Leak]) -> str:
         parts.append(_text(_LEFT - 6, y + 4, f"{share:.0%}", "end"))
     below = _TOP + _HEIGHT + 18
     parts += [_text(place(loss, 0)[0], below, f"{loss:.2f}", "middle") for loss in (low, high)]
-    for number, attack in enumerate(results[0].attacks):
-        colour = _COLOURS[number % len(_COLOURS)]
-        shares = [attack.controls[NO_DEFENCE].share, *(each.attacks[number].recovery.share for each in results)]
-        points = [place(*point) for point in sorted(zip(losses, shares, strict=True))]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        parts.append(_text(_LEFT + _WIDTH + 16, _TOP + 14 + 20 * number, attack.attack, colour=colour))
-    note = f"{results[0].model}, cut at {', '.join(map(str, results[0].split_points))}; {results[0].note}"
-    parts.append(_text(8, _TOP + _HEIGHT + 64, note))
-    width, height = _LEFT + _WIDTH + _LEGEND, _TOP + _HEIGHT + 74
+    right = _LEFT + _WIDTH + 16
+    for number, attack in enumerate(first.attacks):
+        parts.append(_text(right, _TOP + 14 + 20 * number, attack.attack, colour=_COLOURS[number % len(_COLOURS)]))
+    for row, (split, at) in enumerate(zip(results, losses, strict=True)):
+        dashes = _DASHES[row % len(_DASHES)]
+        y = _TOP + 14 + 20 * (len(first.attacks) + 1 + row)
+        parts.append(_polyline([(right, y - 4), (right + 30, y - 4)], "#222", dashes))
+        parts.append(_text(right + 38, y, f"cut at {cut_words(split[0].split_points)}"))
+        for number, attack in enumerate(split[0].attacks):
+            colour = _COLOURS[number % len(_COLOURS)]
+            shares = [attack.controls[NO_DEFENCE].share, *(each.attacks[number].recovery.share for each in split)]
+            points = [place(*point) for point in sorted(zip(at, shares, strict=True))]
+            parts.append(_polyline(points, colour, dashes))
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+    parts.append(_text(8, _TOP + _HEIGHT + 64, f"{first.model}; {first.note}"))
+    rows = len(first.attacks) + 1 + len(results)
+    width, height = _LEFT + _WIDTH + _LEGEND, _TOP + max(_HEIGHT + 74, 34 + 20 * rows)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12"'
     return "\n".join(
         (
@@ -51,6 +61,11 @@ def recovery_plot(results: Sequence[Leak]) -> str:
             "</svg>\n",
         )
     )
+
+
+def _polyline(points: Sequence[tuple[float, float]], colour: str, dashes: str) -> str:
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", colour: str = "#222") -> str:
