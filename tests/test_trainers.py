@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from splitlearn_core import SplitCausalLM, load_split_model
+from splitlearn_core.hosts.sessions import SessionTable
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from support.hosts import MemoryEndpoint, remote
 
 # The Trainer of transformers 5.4 calls what older ones have not, whatever it asks for.
 pytest.importorskip("accelerate", minversion="1.3.0", reason="needs accelerate 1.3 or newer")
@@ -114,6 +116,11 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def trained_parameters(model: Any) -> dict[str, torch.Tensor]:
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: values for name, values in parameters(model).items() if name in learning}
+
+
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return list(left) == list(right) and all(torch.equal(each, right[name]) for name, each in left.items())
 
@@ -197,14 +204,25 @@ def test_checkpoints_of_a_trainer(
         assert torch.equal(loaded.eval()(IDS).logits, model.eval()(IDS).logits)
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_accelerate_saves_and_restores_a_split_model(checkpoint: Checkpoints, adapted: bool, tmp_path: Path) -> None:
+def with_trunk_elsewhere(folder: Path) -> Any:
+    parts = load_split_model(None, CUTS, folder)
+    return SplitCausalLM(parts.bottom, remote(MemoryEndpoint(lambda: SessionTable(parts.trunk))), parts.top)
+
+
+@pytest.mark.parametrize(
+    ("make_split", "adapted"),
+    [(split, False), (split, True), (with_trunk_elsewhere, True)],
+    ids=["full", "lora", "lora, trunk elsewhere"],
+)
+def test_accelerate_saves_and_restores_a_split_model(
+    checkpoint: Checkpoints, make_split: Callable[[Path], Any], adapted: bool, tmp_path: Path
+) -> None:
     """After load_state, a step is the step it was; saved weights are those of the unsplit model."""
     from accelerate import Accelerator
 
     peft = pytest.importorskip("peft", reason="the extra peft is not installed") if adapted else None
     results = {}
-    for make in (unsplit, split):
+    for make in (unsplit, make_split):
         model = make(checkpoint("qwen2"))
         if peft is not None:
             with torch.random.fork_rng(devices=[]):
@@ -224,15 +242,21 @@ def test_accelerate_saves_and_restores_a_split_model(checkpoint: Checkpoints, ad
         losses = [step()]
         accelerator.save_state(str(tmp_path / make.__name__ / "state"))
         losses.append(step())
-        learned = parameters(prepared)
+        learned = trained_parameters(prepared)
         accelerator.load_state(str(tmp_path / make.__name__ / "state"))
         losses.append(step())
         assert losses[1] == losses[2]
-        assert equal(parameters(prepared), learned)
+        assert equal(trained_parameters(prepared), learned)
         accelerator.save_model(prepared, str(tmp_path / make.__name__ / "model"))
         results[make] = losses, learned
 
-    assert results[split][0] == results[unsplit][0]
-    assert equal(results[split][1], results[unsplit][1])
-    saved = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("split", "unsplit")]
-    assert equal(*saved)
+    assert results[make_split][0] == results[unsplit][0]
+    assert equal(results[make_split][1], results[unsplit][1])
+    saved, whole = (
+        load_file(tmp_path / make.__name__ / "model" / "model.safetensors") for make in (make_split, unsplit)
+    )
+    if make_split is with_trunk_elsewhere:
+        # The weights of its layers are not here; adapters are.
+        whole = {name: tensor for name, tensor in whole.items() if name in saved}
+        assert any(".layers.3." in name for name in whole)
+    assert equal(saved, whole)

@@ -453,6 +453,8 @@ class SessionTable:
                 )
         if session is not None:
             inputs["past_key_values"] = session.cache
+        elif frame.meta.get("has_cache") is True:
+            inputs["past_key_values"] = self._component.new_cache()
         return hidden.to(device), inputs
 
 
