@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_recovery_is_drawn_against_loss(folder: Path) -> None:
     assert all(attack.attack in words for attack in results[0].attacks)
 
 
-def test_the_command_prints_a_table_and_draws(folder: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_draws(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data as JSON or as text; wrong values are wrong usage."""
     from click.testing import CliRunner
 
@@ -206,6 +207,9 @@ def test_the_command_prints_a_table_and_draws(folder: Path, tmp_path: Path) -> N
         given = ["leak", str(folder), "--split", "1", "5", "--windows", "2", "--length", "4", *arguments]
         return CliRunner().invoke(cli, given)
 
+    # How long the attackers learn is no option.
+    brief = partial(LeakSettings, known=SETTINGS.known, steps=SETTINGS.steps)
+    monkeypatch.setattr("splitlearn_core.cli.leak.LeakSettings", brief)
     picture = tmp_path / "leak.svg"
     drawn = run("--clip", "1,0.5", "--noise", "0.1,-", "--quantize", "int4", "--json", "--plot", str(picture))
     assert drawn.exit_code == 0, drawn.output
