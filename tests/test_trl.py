@@ -17,6 +17,7 @@ from transformers.utils import logging
 from splitlearn_core import SplitCausalLM, load_split_model
 from splitlearn_core.hosts.sessions import SessionTable
 from support.hosts import MemoryEndpoint, remote
+from support.long import cases
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
@@ -154,7 +155,7 @@ def test_dpo_gives_the_unsplit_losses(options: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss_type": "nll", "packing": True, "max_steps": 30, "bf16": True},
+        {"loss_type": "nll", "packing": True, "max_steps": cases(30, 5), "bf16": True},
         {"loss_type": "chunked_nll", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {"padding_free": True, "max_length": None, "max_grad_norm": 0.1},
     ],

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,9 @@ def test_the_command_prints_a_table_and_draws(folder: Path, tmp_path: Path, monk
         given = ["leak", str(folder), "--split", "1", "5", "--windows", "2", "--length", "4", *arguments]
         return CliRunner().invoke(cli, given)
 
+    # How long the attackers learn is no option.
+    brief = partial(LeakSettings, known=SETTINGS.known, steps=SETTINGS.steps)
+    monkeypatch.setattr("splitlearn_core.cli.leak.LeakSettings", brief)
     picture = tmp_path / "leak.svg"
     drawing = ("--plot", str(picture), "--plot-split", "2", "4")
     drawn = run("--clip", "1,0.5", "--noise", "0.1,-", "--quantize", "int4", "--json", *drawing)
