@@ -291,7 +291,7 @@ def _measure_owner(job: dict[str, Any]) -> dict[str, Any]:
         before, begin = anonymous_mb(), time.monotonic()
         trainee = _split(job, url, strategy="copied", ends=True)
         batches = _batches(job, _MEMORY_STEPS + 1)
-        bottom, *_, top = trainee.model.base_model.model.parts.values()
+        bottom, *_, top = trainee.model.base_model.model.components
 
         def without_trunk(ids: Any) -> Any:
             return top(hidden_states=bottom(input_ids=ids), labels=ids).loss
