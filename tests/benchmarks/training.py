@@ -31,6 +31,8 @@ _ROWS, _LENGTH, _QUICK_LENGTH = 2, 128, 16
 _ROUNDS_PER_RUN = 3
 _DELAYS_MS = (10, 100)
 _RATES_MBIT = (20, 100, 1000)
+#: What is sent over the slowest of them besides, at the least delay.
+_WIRES = ("int8", "int4")
 _OWNERS = (1, 8, 32)
 _MEMORY_STEPS, _WARM_STEPS = 3, 4
 _RANK = 8
@@ -89,10 +91,11 @@ def _links(session: Session, checkpoint: Checkpoint, job: dict[str, Any]) -> Non
         fixed = link["trips"] * link["delay"] / 1000 + 8 * link["bytes"] / link["rate"] / 1e6
         ideal = Sample.of((1000 * (near + fixed) for _, near in link["seconds"]), "ms")
         ratio = Sample.of((i / o for i, o in zip(ideal.values, ours.values, strict=True)), "").median
+        wire = "" if link["wire"] == "raw" else f", {link['wire']}"
         session.add(
             Row(
                 NAME,
-                f"{checkpoint.recipe.name}, {link['delay']} ms and {link['rate']} Mbit/s, a step",
+                f"{checkpoint.recipe.name}, {link['delay']} ms and {link['rate']} Mbit/s{wire}, a step",
                 ours,
                 "compute + delays + bytes / rate",
                 ideal,
@@ -183,13 +186,15 @@ def _has_values(parameter: Any) -> bool:
     return not isinstance(parameter, HoleParameter)
 
 
-def _split(job: dict[str, Any], url: str, token: str | None = None, strategy: str = "auto", **options: Any) -> _Trainee:
+def _split(
+    job: dict[str, Any], url: str, connection: dict[str, Any] | None = None, strategy: str = "auto", **options: Any
+) -> _Trainee:
     from splitlearn_core import SplitCausalLM, connect, load_split_model
 
     ends = load_split_model(
         None, tuple(job["cut"]), job["directory"], parts=("bottom", "top"), strategy=strategy, progress=False
     )
-    trunk = connect(url, token=token)
+    trunk = connect(url, **(connection or {}))
     return _Trainee(SplitCausalLM(ends.bottom, trunk, ends.top), trunk, **options)
 
 
@@ -261,11 +266,15 @@ def _time_requests(host: Any) -> list[float]:
 def _measure_links(job: dict[str, Any]) -> dict[str, Any]:
     """Take the same steps over each link and on loopback, in turns."""
     links: list[dict[str, Any]] = [
-        {"delay": delay, "rate": rate, "seconds": []} for delay in _DELAYS_MS for rate in _RATES_MBIT
+        {"delay": delay, "rate": rate, "wire": "raw", "seconds": []} for delay in _DELAYS_MS for rate in _RATES_MBIT
     ]
+    links += [{"delay": _DELAYS_MS[0], "rate": _RATES_MBIT[0], "wire": wire, "seconds": []} for wire in _WIRES]
     with served(job) as (url, _), ExitStack() as stack:
         near = _split(job, url)
-        far = [_split(job, stack.enter_context(delayed(url, link["delay"], link["rate"]))) for link in links]
+        far = [
+            _split(job, stack.enter_context(delayed(url, link["delay"], link["rate"])), {"wire": link["wire"]})
+            for link in links
+        ]
         for number, ids in enumerate(_batches(job, job["rounds"] + 1)):
             for link, there in zip(links, far, strict=True):
                 before = there.traffic()
@@ -339,14 +348,14 @@ def _measure_owners(job: dict[str, Any]) -> dict[str, Any]:
         lines.touch(mode=0o600)
         lines.write_text("".join(f"owner{number}: {token} training\n" for number, token in enumerate(tokens)))
         with served(job, "--token-file", str(lines)) as (url, pid):
-            waiting = [_split(job, url, tokens[0])]
+            waiting = [_split(job, url, {"token": tokens[0]})]
             idle = anonymous_mb(pid)
             for number in range(_WARM_STEPS):
                 waiting[0].step(ids, number)
             memory = []
             for count in _OWNERS:
                 while len(waiting) < count:
-                    waiting.append(_split(job, url, tokens[len(waiting)]))
+                    waiting.append(_split(job, url, {"token": tokens[len(waiting)]}))
                     waiting[-1].step(ids, 0)
                 memory.append(anonymous_mb(pid))
             (upload,) = waiting[0].trunk._uploads.values()  # what it has sent
