@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,8 @@ def prepared(model: Any, recipe: Recipe, split: Any) -> Any:
     return adapted(model, recipe, names_of_ends(split) if recipe.ends else None)
 
 
-@functools.cache
+# Each holds the gradients of all steps.
+@functools.lru_cache(maxsize=32)
 def unsplit(recipe: Recipe, steps: int = STEPS) -> Learned:
     """Train the unsplit model."""
     template = split_model(recipe, loaded(recipe, "trunk").trunk) if recipe.ends else None
@@ -256,21 +259,32 @@ def test_training_over_a_socket_is_equal(elsewhere: tuple[Recipe, str]) -> None:
         trunk.close()
 
 
-def test_training_goes_on_when_its_host_is_killed(tmp_path: Path, warm: Any) -> None:
-    """Between two steps; another process takes its place, and is sent the adapters again."""
+def test_training_goes_on_when_its_host_is_killed(warm: Any) -> None:
+    """Before each kind of message, in another step each; another process takes its place, and lacks the adapters."""
     recipe = Recipe(family="gpt2")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as first, ExitStack() as second:
+    kills = [(1, Kind.PUT), (2, Kind.STEP), (3, Kind.BACKWARD)]
+    step = 0
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as hosts:
         serving = warm.path, Path(folder_of(recipe)), Path(folder) / "trunk.sock"
-        trunk = connect(first.enter_context(host_process(*serving)))
+        trunk = connect(hosts.enter_context(host_process(*serving)))
+        send = trunk.host.exchange
 
-        def kill(step: int) -> None:
-            if step == 1:
-                first.close()
-                second.enter_context(host_process(*serving))
+        def exchange(frame: Frame) -> Frame:
+            if kills[:1] == [(step, frame.kind)]:
+                del kills[0]
+                hosts.close()
+                hosts.enter_context(host_process(*serving))
+            return send(frame)
 
-        problems = differences(unsplit(recipe, 4), trained(recipe, trunk, 4, after=kill))
+        def count(number: int) -> None:
+            nonlocal step
+            step = number + 1
+
+        trunk.host.exchange = exchange  # type: ignore[method-assign]
+        problems = differences(unsplit(recipe, 5), trained(recipe, trunk, 5, after=count))
         trunk.close()
     assert problems == []
+    assert kills == []
 
 
 def test_random_numbers_that_stay_here_are_noticed(
@@ -395,7 +409,7 @@ def test_a_host_keeps_one_version_of_an_adapter() -> None:
 
 
 def test_owners_train_as_if_alone() -> None:
-    """Two on one trunk, step by step in turn: each with its adapters, modes, random numbers and settings."""
+    """A whole training of another owner in the midst of one, and evaluation besides."""
     recipes = [Recipe(clip=0.05), Recipe(kind="LoHaConfig", ends=True, accumulation=2)]
     expected = [unsplit(recipe, 6) for recipe in recipes]
     first = endpoint_of(recipes[0])
@@ -403,7 +417,6 @@ def test_owners_train_as_if_alone() -> None:
     results: list[Learned] = []
 
     def second(step: int) -> None:
-        # A whole training of the other one in the midst of this one, and evaluation besides.
         endpoint = MemoryEndpoint(lambda: table)
         endpoint.owner = "other"
         state = torch.get_rng_state()
@@ -416,6 +429,42 @@ def test_owners_train_as_if_alone() -> None:
 
     assert differences(expected[0], trained(recipes[0], remote(first), 6, after=second)) == []
     assert differences(expected[1], results[0]) == []
+
+
+def test_owners_take_turns_at_each_message() -> None:
+    """Two on one trunk, each with its adapters, modes, settings and random numbers: one message each in turn."""
+    recipes = [Recipe(clip=0.05), Recipe(kind="LoHaConfig", ends=True, accumulation=2, checkpointing="plain")]
+    expected = [unsplit(recipe, 6) for recipe in recipes]
+    table = endpoint_of(recipes[0]).table
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+    ended: set[int] = set()
+    order: list[int] = []
+
+    def train_in_turn(me: int) -> Learned:
+        def give_way(number: int, frame: Frame) -> None:
+            order.append(me)
+            if 1 - me not in ended:
+                # The generator is the whole process's.
+                state = torch.get_rng_state()
+                turns[1 - me].release()
+                turns[me].acquire()
+                torch.set_rng_state(state)
+
+        endpoint = MemoryEndpoint(lambda: table)
+        endpoint.owner, endpoint.before = f"owner {me}", give_way
+        turns[me].acquire()
+        try:
+            return trained(recipes[me], remote(endpoint), 6)
+        finally:
+            ended.add(me)
+            turns[1 - me].release()
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(train_in_turn, (0, 1)))
+    assert [differences(*pair) for pair in zip(expected, results, strict=True)] == [[], []]
+    together = 2 * min(order.count(0), order.count(1))
+    assert together > 30
+    assert order[:together] == [0, 1] * (together // 2)
 
 
 def test_a_split_model_is_copied_with_its_adapters() -> None:
@@ -436,13 +485,13 @@ def test_a_split_model_is_copied_with_its_adapters() -> None:
 # --- trainers ---------------------------------------------------------------------------------------------
 
 
-def run_trainer(model: Any, out: Path, save_steps: int, **options: Any) -> Any:
-    """Train six steps, of which four are an epoch, with transformers' own trainer; return it."""
+def run_trainer(model: Any, out: Path, save_steps: int, steps: int = 6, **options: Any) -> Any:
+    """Train with transformers' own trainer, of whose steps four are an epoch; return it."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     settings = TrainingArguments(
         output_dir=str(out),
-        per_device_train_batch_size=2, max_steps=6, learning_rate=0.01, logging_steps=1, save_strategy="steps",
+        per_device_train_batch_size=2, max_steps=steps, learning_rate=0.01, logging_steps=1, save_strategy="steps",
         report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=1,
         max_grad_norm=0.05, gradient_accumulation_steps=2, save_steps=save_steps,
     )  # fmt: skip
@@ -464,6 +513,20 @@ def losses_of(trainer: Any) -> list[tuple[float, float]]:
 
 def in_the_trunk(name: str) -> bool:
     return any(f".{number}." in name for number in range(*SPLIT))
+
+
+def test_a_trainer_of_thirty_steps_is_equal(tmp_path: Path) -> None:
+    """With its schedule of learning rates, clipping, accumulation, and several epochs."""
+    pytest.importorskip("accelerate", minversion="1.3.0", reason="needs accelerate 1.3 or newer")
+    recipe = Recipe(family="gpt2")
+    expected = run_trainer(adapted(whole(recipe), recipe), tmp_path / "unsplit", 30, 30)
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    actual = run_trainer(adapted(split, recipe), tmp_path / "split", 30, 30)
+    assert len(losses_of(expected)) == 30
+    assert losses_of(actual) == losses_of(expected)
+    values = learned_by(expected)
+    assert learned_by(actual).keys() == values.keys()
+    assert all(torch.equal(value, values[name]) for name, value in learned_by(actual).items())
 
 
 @pytest.mark.parametrize("kind", ["adapters", "ends"])

@@ -184,9 +184,10 @@ class SessionTable:
         except SplitLearnError as error:
             return error_frame(error, frame)
         except Exception as error:
-            # One client's request must not end what serves the others.
+            # One client's request must not end what serves the others. The text may name files.
             log.exception("A %s failed", frame.kind.name)
-            return error_frame(RemoteError(f"the host failed: {type(error).__name__}", code="failed"), frame)
+            failure = RemoteError(f"the host failed: {type(error).__name__}", code="failed", hint="its log says how")
+            return error_frame(failure, frame)
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long; returns how many there were."""
@@ -310,16 +311,15 @@ class SessionTable:
         random, gradient = taken_random(tensors), tensors.pop("gradient", None)
         if gradient is None or frame.session:
             raise RemoteError("a gradient goes back through a forward without cache", code="bad_input")
-        with (
-            self._compute,
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
-            self._training.running(mode, owner, random) as running,
-        ):
-            hidden, inputs = self._inputs(frame, tensors, None, mode)
-            self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
-            specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
-        return Frame(Kind.RESULT, tensors=specs, buffers=buffers)
+        asked_at = self._clock()
+        with self._compute, torch.inference_mode(mode=False), torch.enable_grad():
+            began_at = self._clock()
+            with self._training.running(mode, owner, random) as running:
+                hidden, inputs = self._inputs(frame, tensors, None, mode)
+                self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
+                specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
+        meta = {"waited": began_at - asked_at, "computed": self._clock() - began_at}
+        return Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers)
 
     _handlers: Mapping[Kind, Callable[..., Frame]] = {
         Kind.HELLO: _hello,
