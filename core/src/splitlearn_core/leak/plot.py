@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from splitlearn_core.leak.measure import NO_DEFENCE, Leak
+from splitlearn_core.line_plot import Axis, Line, line_plot
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _LEGEND = 420, 260, 60, 20, 200
 _COLOURS = ("#1b6ca8", "#c0392b", "#27835a", "#7d4fa3")
 
 
@@ -18,40 +17,15 @@ def recovery_plot(results: Sequence[Leak]) -> str:
         results: The same model, text and cuts, with more and more noise.
     """
     losses = [results[0].loss_without_cuts, *(result.loss for result in results)]
-    low, high = min(losses), max(losses)
-    span = high - low or 1.0
-
-    def place(loss: float, share: float) -> tuple[float, float]:
-        return _LEFT + _WIDTH * (loss - low) / span, _TOP + _HEIGHT * (1 - share)
-
-    parts = [_text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 40, "loss", "middle"), _text(8, 14, "tokens recovered")]
-    for share in (0.0, 0.5, 1.0):
-        y = place(low, share)[1]
-        parts.append(f'<line x1="{_LEFT}" y1="{y:g}" x2="{_LEFT + _WIDTH}" y2="{y:g}" stroke="#ccc"/>')
-        parts.append(_text(_LEFT - 6, y + 4, f"{share:.0%}", "end"))
-    below = _TOP + _HEIGHT + 18
-    parts += [_text(place(loss, 0)[0], below, f"{loss:.2f}", "middle") for loss in (low, high)]
+    lines = []
     for number, attack in enumerate(results[0].attacks):
-        colour = _COLOURS[number % len(_COLOURS)]
         shares = [attack.controls[NO_DEFENCE].share, *(each.attacks[number].recovery.share for each in results)]
-        points = [place(*point) for point in sorted(zip(losses, shares, strict=True))]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        parts.append(_text(_LEFT + _WIDTH + 16, _TOP + 14 + 20 * number, attack.attack, colour=colour))
-    note = f"{results[0].model}, cut at {', '.join(map(str, results[0].split_points))}; {results[0].note}"
-    parts.append(_text(8, _TOP + _HEIGHT + 64, note))
-    width, height = _LEFT + _WIDTH + _LEGEND, _TOP + _HEIGHT + 74
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12"'
-    return "\n".join(
-        (
-            head + ' font-family="sans-serif">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-            *parts,
-            "</svg>\n",
-        )
+        points = sorted(zip(losses, shares, strict=True))
+        lines.append(Line(attack.attack, points, _COLOURS[number % len(_COLOURS)], has_dots=True))
+    low, high = min(losses), max(losses)
+    return line_plot(
+        lines,
+        Axis("loss", low, high, (low, high)),
+        Axis("tokens recovered", 0.0, 1.0, (0.0, 0.5, 1.0), ".0%"),
+        f"{results[0].model}, cut at {', '.join(map(str, results[0].split_points))}; {results[0].note}",
     )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", colour: str = "#222") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
