@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from splitlearn_core.verification import load_unsplit
 #: Of all components: a step of an optimizer is smaller than a half can show.
 TUNING_DTYPE = "float32"
 _HELD_OUT_WINDOWS = 16
+#: Warnings of PEFT about its own use of transformers, and about a base model without a folder.
+_OF_PEFT = ("`is_gradient_checkpointing` is deprecated", "Could not find a config file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,8 @@ class TuningRecipe:
     #: Largest norm of all gradients together.
     clip: float = 1.0
     seed: int = 0
-    prompt: str = "Shall I compare thee"
-    max_new_tokens: int = 48
+    prompt: str = "The people of the United States"
+    max_new_tokens: int = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +118,11 @@ def compare_fine_tuning(
     """
     import_peft()
     tokenizer = load_tokenizer(model)
-    with own_state(gradients=True):
-        whole = _learn(
-            load_unsplit(model, TUNING_DTYPE, LoadOptions()),
-            tokenizer,
-            recipe,
-            lambda number, loss: on_step(number, loss, None),
-        )
+    with warnings.catch_warnings(), own_state(gradients=True):
+        for message in _OF_PEFT:
+            warnings.filterwarnings("ignore", message)
+        unsplit = _unsplit(model)
+        whole = _learn(unsplit, tokenizer, recipe, lambda number, loss: on_step(number, loss, None))
         split = load_all(model, split_points, TUNING_DTYPE, LoadOptions(), lambda _: None, remote)
         links = [part.host for part in remote.values()]
         traffic: list[tuple[int, int]] = []
@@ -179,6 +180,13 @@ def loss_plot(result: FineTuning) -> str:
     )
 
 
+def _unsplit(model: OpenModel) -> Any:
+    whole = load_unsplit(model, TUNING_DTYPE, LoadOptions())
+    # What transformers takes, with a warning, where the name of a class does not say it.
+    whole.loss_type = whole.loss_type or "ForCausalLM"
+    return whole
+
+
 def _learn(model: Any, tokenizer: Any, recipe: TuningRecipe, on_step: Callable[[int, float], None]) -> _Run:
     """Put an adapter on a model, and train that: nothing in here knows whether the model is split."""
     peft = import_peft()
@@ -230,12 +238,15 @@ def _windows(tokenizer: Any, poems: Sequence[str], length: int) -> torch.Tensor:
     """Return the poems one after the other, cut into windows: ``[windows, length]``."""
     ids: list[int] = []
     for poem in poems:
-        ids += [tokenizer.eos_token_id, *tokenizer(poem)["input_ids"]]
+        ids.append(tokenizer.eos_token_id)
+        # By line: tokenizers warn of texts that are longer than the model's positions.
+        for line in poem.splitlines(keepends=True):
+            ids += tokenizer(line)["input_ids"]
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def _has_transposed_weights(model: Any) -> bool:
-    """Return whether linear layers keep their weights transposed, as GPT-2's do; PEFT warns where it is not told."""
+    """Return whether linear layers keep their weights transposed, as GPT-2's do, which PEFT has to know."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())
@@ -247,7 +258,7 @@ def _compare(model: OpenModel, whole: _Run, apart: _Run) -> dict[str, bool]:
     ids = torch.arange(32)[None]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         apart.peft_model.save_pretrained(folder)
-        loaded = peft.PeftModel.from_pretrained(load_unsplit(model, TUNING_DTYPE, LoadOptions()), folder).eval()
+        loaded = peft.PeftModel.from_pretrained(_unsplit(model), folder).eval()
         expected = loaded(input_ids=ids, use_cache=False).logits
         actual = apart.peft_model(input_ids=ids, use_cache=False).logits
     names = list(whole.adapter) == list(apart.adapter)
