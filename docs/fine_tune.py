@@ -3,8 +3,8 @@
     python docs/fine_tune.py
 
 starts ``splitlearn serve`` for the trunk, and trains a LoRA adapter on all layers with PEFT and the Trainer of
-transformers; then trains the unsplit model in the same way, and compares. In ``--out`` are left ``adapter/``, which PEFT
-loads on the unsplit model, and ``loss.svg``. The exit code is 1 where a bit differs.
+transformers; then trains the unsplit model in the same way, and compares. It leaves ``adapter/`` in ``--out``, which
+PEFT loads on the unsplit model, and ``loss.svg``. The exit code is 1 where a bit differs.
 """
 
 from __future__ import annotations
