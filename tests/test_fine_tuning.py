@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
+from splitlearn_core import load_split_model
 from splitlearn_core.fine_tuning.comparison import TuningRecipe, compare_fine_tuning
 from splitlearn_core.fine_tuning.sonnets import sonnets
 from splitlearn_core.hosts.sessions import SessionTable
 from splitlearn_core.loading.opening import open_model
-from splitlearn_core import load_split_model
 from support.hosts import MemoryEndpoint, remote
 from support.warm import WarmInterpreter
 
