@@ -42,11 +42,13 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """Put back what a Trainer leaves in the environment and in accelerate's state of the process."""
+    """Take one thread, as the processes do; put back what a Trainer leaves behind."""
     from accelerate.state import AcceleratorState
 
-    before = dict(os.environ)
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)
     AcceleratorState._reset_state(reset_partial_state=True)

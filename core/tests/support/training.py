@@ -238,9 +238,14 @@ def host_process(interpreter: object, checkpoint: Path, path: Path, dtype: str =
 
 @contextmanager
 def served_trunk(interpreter: object, checkpoint: Path | str, *cuts: int, dtype: str = "float32") -> Iterator[str]:
-    """Serve the trunk of a checkpoint by ``splitlearn serve``, as another process; yields the URL."""
+    """Serve the trunk of a checkpoint by ``splitlearn serve``, as another process; yields the URL.
+
+    Meanwhile torch has one thread here, as it has there.
+    """
     import subprocess
     import threading
+
+    threads = torch.get_num_threads()
 
     options = ["--split", *map(str, cuts), "--dtype", dtype, "--port", "0"]
     command = [str(interpreter), "-m", "splitlearn_core", "serve", str(checkpoint), *options]
@@ -251,8 +256,10 @@ def served_trunk(interpreter: object, checkpoint: Path | str, *cuts: int, dtype:
         assert url
         rest = threading.Thread(target=lambda: list(lines))
         rest.start()
+        torch.set_num_threads(1)
         try:
             yield url
         finally:
+            torch.set_num_threads(threads)
             server.terminate()
             rest.join()
