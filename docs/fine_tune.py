@@ -117,10 +117,7 @@ def train(model: Any, steps: int, out: Path) -> Training:
 
 def whole_model() -> Any:
     """Load the unsplit model."""
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    # What transformers takes for GPT-2, with a warning.
-    model.loss_type = "ForCausalLM"
-    return model
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
 
 
 def picture(split: Training, unsplit: Training) -> str:

@@ -55,9 +55,7 @@ def own_environment() -> Iterator[None]:
 
 
 def unsplit() -> Any:
-    model = AutoModelForCausalLM.from_pretrained(PLACE, dtype=torch.float32)
-    model.loss_type = "ForCausalLM"
-    return model
+    return AutoModelForCausalLM.from_pretrained(PLACE, dtype=torch.float32)
 
 
 def windows(poems: Sequence[str]) -> torch.Tensor:
@@ -133,10 +131,10 @@ def test_demo_trains_what_the_unsplit_model_learns(cli: Cli, tmp_path: Path) -> 
     assert len(result["checks"]) == 5
     assert result["parameters"] == sum(parameter.numel() for parameter in trained)
     assert 0 < result["parameters_elsewhere"] < result["parameters"]
-    # Hidden states go up twice and their gradient once; both come back once; adapters go up, and their gradients down.
-    states, adapter = 8 * 64 * 192 * 4, 4 * result["parameters_elsewhere"]
-    assert 0 <= result["bytes_sent_per_step"] - 3 * states - adapter < 0.02 * states
-    assert 0 <= result["bytes_received_per_step"] - 2 * states - adapter < 0.02 * states
+    # Hidden states go up twice, their gradient once, and each comes back once; adapters up, and their gradients down.
+    states, adapter, random = 8 * 64 * 192 * 4, 4 * result["parameters_elsewhere"], torch.get_rng_state().nbytes
+    assert result["bytes_sent_per_step"] == 3 * states + adapter + 2 * random
+    assert result["bytes_received_per_step"] == 2 * states + adapter + random
     assert result["text_before"] != result["text_after"]
 
     drawn = curves(picture.read_text(encoding="utf-8"))
@@ -196,7 +194,6 @@ def test_without_peft(cli: Cli, tmp_path: Path) -> None:
         (["--train", "--steps", "0"], 2, "--steps"),
         (["--train", "--plot", "no such folder/x.svg"], 2, "no folder"),
         (["--train", "--max-new-tokens", "300"], 1, "positions of the model"),
-        (["--train", "--prompt", ""], 1, "no tokens"),
     ],
 )
 def test_wrong_use_is_said(cli: Cli, arguments: list[str], code: int, words: str) -> None:
