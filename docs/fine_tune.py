@@ -88,9 +88,9 @@ def train(model: Any, steps: int, out: Path) -> Training:
     """Train an adapter on a model: nothing in here is particular to a split one."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     learned, held_out = (windows(tokenizer, poems, 64) for poems in sonnets())
-    torch.manual_seed(0)
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", fan_in_fan_out=True)
     before = text_of(model, tokenizer)
+    torch.manual_seed(0)
     model = get_peft_model(model, lora)
     settings = TrainingArguments(
         output_dir=str(out),

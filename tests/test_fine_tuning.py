@@ -220,16 +220,20 @@ def test_the_script_saves_what_the_unsplit_model_learns(warm: WarmInterpreter, t
     assert sum(line.startswith("equal ") for line in done.stdout.splitlines()) == 5
     assert "DIFFERS" not in done.stdout
 
-    data = [{"input_ids": row, "labels": row} for row in windows(sonnets()[0]).tolist()]
+    data, held_out = ([{"input_ids": row, "labels": row} for row in windows(poems).tolist()] for poems in sonnets())
     torch.manual_seed(0)
     model = adapted(unsplit())
     settings = TrainingArguments(
         output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=5e-3,
         lr_scheduler_type="cosine", save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(model, settings, train_dataset=data)
+    trainer = Trainer(model, settings, train_dataset=data, eval_dataset=held_out[:32])
     trainer.remove_callback(PrinterCallback)
+    # An evaluation, too, draws a number.
+    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert f"on poems held out {before:.3f} before, {after:.3f} after" in done.stdout
     saved = peft.PeftModel.from_pretrained(unsplit(), out / "adapter")
     expected, actual = (
         {name: each for name, each in one.named_parameters() if "lora_" in name} for one in (model, saved)
