@@ -21,12 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from splitlearn_core import SplitCausalLM, connect, load_split_model
 from splitlearn_core.fine_tuning.sonnets import sonnets
 from splitlearn_core.line_plot import Axis, Line, line_plot
+
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    import splitlearn_serve  # noqa: F401  # started below, as a process
+except ImportError as error:
+    sys.exit(f'{error}\nthis needs more packages: pip install "splitlearn[serve,peft]"')
 
 MODEL, CUTS = "bundled:gpt2", (1, 5)
 FOLDER = str(files("splitlearn_gpt2") / "bundled")
@@ -138,7 +144,7 @@ def picture(split: Training, unsplit: Training) -> str:
 def main() -> int:
     """Train, compare and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("tuned"), help="the folder of the adapter and the picture")
     arguments = parser.parse_args()
     if arguments.steps < 1:
