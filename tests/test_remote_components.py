@@ -338,10 +338,10 @@ def test_a_token_is_taken_as_a_file_has_it(monkeypatch: pytest.MonkeyPatch) -> N
             component = connect(url, token=token)
             assert component.host.endpoint.token == "secret"
             component.close()
-        with pytest.raises(ConfigurationError, match="no header can hold") as caught:
+        with pytest.raises(ConfigurationError, match="a header cannot hold") as caught:
             connect(url, token="sec\nret")
         assert "sec" not in str(caught.value)
-        with pytest.raises(ConfigurationError, match="no such file of certificates"):
+        with pytest.raises(ConfigurationError, match="no such certificate file"):
             connect(url, ca_file="nowhere.pem")
 
 
@@ -611,7 +611,7 @@ def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_pa
         trunk(hidden_states=torch.zeros(1, 1, 32), input_ids=tokens(1, 1))
     with pytest.raises(ConfigurationError, match="cache of another trunk"):
         trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=parts.trunk.new_cache())
-    with pytest.raises(ConfigurationError, match="was given to one that runs here"), torch.no_grad():
+    with pytest.raises(ConfigurationError, match="was passed to one that runs here"), torch.no_grad():
         parts.trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=trunk.new_cache())
     filled = DynamicCache(config=whole.config)
     whole(tokens(1, 4), **{cache_argument(whole.forward): filled})
@@ -645,7 +645,7 @@ def test_last_bit_differences_are_reported_once(endpoint: MemoryEndpoint, caplog
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("ftp://host/trunk", "no address of a host"),
+        ("ftp://host/trunk", "not the address of a host"),
         ("http://host:8710", "names no model"),
         ("http://user:secret@host/trunk", "no user"),
         ("http://host:port/trunk", "no URL"),

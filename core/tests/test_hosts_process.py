@@ -387,7 +387,7 @@ def test_the_end_of_a_zygote_is_that_of_its_children(started: Any, monkeypatch: 
     os.kill(own.pid, signal.SIGKILL)
     assert handle.ended.result().status is None
     assert ended()
-    with pytest.raises(HostDiedError, match="the process that starts others"):
+    with pytest.raises(HostDiedError, match="zygote"):
         component(hidden_states=states())
     own.close()
     assert own.is_over

@@ -208,7 +208,7 @@ class TestTokens:
         with pytest.raises(Exception, match="not one of"):
             read_tokens(tokens).owner_of("Bearer of-the-variable")
         monkeypatch.setenv("SPLITLEARN_TOKEN", "two words")
-        with pytest.raises(ConfigurationError, match="no header can hold"):
+        with pytest.raises(ConfigurationError, match="a header cannot hold"):
             read_tokens(None)
 
     @pytest.mark.parametrize(

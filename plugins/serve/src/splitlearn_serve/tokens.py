@@ -137,7 +137,7 @@ def read_tokens(path: str | os.PathLike[str] | None) -> Tokens:
         return Tokens()
     if not _TOKEN.fullmatch(token):
         raise ConfigurationError(
-            f"the token in {TOKEN_VARIABLE} has spaces or other characters that no header can hold",
+            f"the token in {TOKEN_VARIABLE} has spaces or other characters that a header cannot hold",
             hint="make one: openssl rand -hex 32",
         )
     return Tokens({token: Owner("token")})
