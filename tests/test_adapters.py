@@ -386,7 +386,7 @@ def test_what_is_no_component_is_refused(plain: World, worlds: Callable[[str], W
     """Nor are components of two models."""
     parts = plain.parts(parts=["trunk"])
     for wrong in ([], AutoModelForCausalLM.from_pretrained(plain.model), [None]):
-        with pytest.raises(ConfigurationError, match="is no component"):
+        with pytest.raises(ConfigurationError, match="is not a component"):
             load_adapter(wrong, plain.adapter)
     for pair in ([parts.trunk, parts.trunk], [parts.trunk, worlds("gpt2").parts().top]):
         with pytest.raises(ConfigurationError, match="not components of one model"):
@@ -691,12 +691,12 @@ def test_an_adapter_of_pefts_own_is_not_taken_for_ours(plain: World, tmp_path: P
         lambda: merge_and_unload(split.trunk),
         lambda: unload_adapter(split),
     ):
-        with pytest.raises(ConfigurationError, match="put there by PEFT itself"):
+        with pytest.raises(ConfigurationError, match="applied with PEFT itself"):
             action()
     for saved in (split, split.trunk, own):
         with pytest.raises(ConfigurationError, match=r"there is an adapter|PeftModelForCausalLM cannot be saved"):
             save_split(saved, out)
-    with pytest.raises(ConfigurationError, match="PeftModelForCausalLM is no component") as caught:
+    with pytest.raises(ConfigurationError, match="PeftModelForCausalLM is not a component") as caught:
         save_adapter(own, out)
     with pytest.raises(ConfigurationError, match="a checkpoint of the whole model cannot hold"):
         split.save_pretrained(out)

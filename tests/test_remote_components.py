@@ -738,7 +738,7 @@ def test_the_command_line_uses_a_trunk_elsewhere(warm: WarmInterpreter, talking:
         (["--at", "trunk"], "is not PART=URL", 2),
         (["--at", "bottom=unix:///x"], "stays with the data", 2),
         (["--at", "trunk=unix:///x", "--at", "trunk=unix:///y"], "two addresses", 2),
-        (["--token-file", "x"], "go with --at", 2),
+        (["--token-file", "x"], "need --at", 2),
         (["--at", "trunk=unix:///no/such.sock"], "No such file", 1),
         (["--at", "trunk=http://h", "--split", "2", "4"], "names no model", 2),
     ],
@@ -756,7 +756,7 @@ def test_wrong_uses_of_at_are_refused(
     ("arguments", "words"),
     [
         (["--split", "1", "4"], "--split 1 4 makes layers [1, 4) the trunk, and URL runs layers [2, 4)"),
-        (["--split", "1", "4"], "give that of the server: --split 2 4"),
+        (["--split", "1", "4"], "give the server's: --split 2 4"),
         (["--dtype", "bfloat16"], "would be bfloat16, and URL runs the trunk in float32"),
         (["--dtype", "bfloat16"], "--dtype float32 here, or `splitlearn serve ... --dtype bfloat16` there"),
     ],

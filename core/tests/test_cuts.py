@@ -311,7 +311,7 @@ def test_a_pair_is_for_hidden_states_and_gradients(llama: Any, checkpoint: Calla
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"clip": 0}, "clip=0 at a cut is no positive number"),
+        ({"clip": 0}, "clip=0 at a cut is not a positive number"),
         ({"noise": float("nan")}, "noise=nan"),
         ({"noise": True}, "noise=True"),
         ({"clip": "1"}, "clip='1'"),
@@ -319,7 +319,7 @@ def test_a_pair_is_for_hidden_states_and_gradients(llama: Any, checkpoint: Calla
         ({"quantize": "int2"}, "quantize='int2'"),
         ({"stages": "largest"}, "not names or stages"),
         ({"stages": ("nowhere",)}, "cut stage 'nowhere' is no cut stage that is installed: none"),
-        ({"seed": 0.5}, "no whole number"),
+        ({"seed": 0.5}, "not a whole number"),
     ],
 )
 def test_what_cannot_be_a_cut_is_refused(arguments: dict[str, Any], words: str) -> None:

@@ -66,7 +66,7 @@ def test_a_plan_of_a_file_without_a_tensor(llama: Any, single: Path, cli: Any) -
 
     (_, shown, _), (_, data, _) = (cli("plan", single, "--split", "2", "4", *json_) for json_ in ((), ("--json",)))
 
-    assert f"warning: {said}: the file may not be whole" in shown.splitlines()
+    assert f"warning: {said}: the file may be incomplete" in shown.splitlines()
     assert json.loads(data)["warnings"] == [said]
     assert plan_split(single, (2, 4), parts=("bottom",)).warnings == (said,)
 

@@ -79,7 +79,7 @@ def test_it_only_runs_trunks(install: Any) -> None:
 
 BROKEN = {
     "raises on import": ("raise RuntimeError('no luck today')", "no luck today"),
-    "has no load": ("def lode():\n    pass\n", "is no host: it needs a method def load"),
+    "has no load": ("def lode():\n    pass\n", "is not a host: it needs a method def load"),
     "takes other arguments": (LOAD.format(arguments="config"), r"def load\(config\) cannot be called as def load"),
     "is asynchronous": ("async " + SOUND, "is asynchronous"),
 }

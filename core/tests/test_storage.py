@@ -337,11 +337,11 @@ def test_saved_components_are_no_model(cli: Any, single: Path, tmp_path: Path) -
     """Where a model is wanted, it is said what they are, and what to do."""
     out = tmp_path / "out"
     save_split(single, out, CUTS)
-    with pytest.raises(MissingFileError, match="a split that was saved, and not a model") as caught:
+    with pytest.raises(MissingFileError, match="a saved split, not a model") as caught:
         load_split_model("llama", CUTS, out)
     assert "load_split_directory" in caught.value.hint
     code, _, err = cli("plan", out, "--split", "2", "4")
-    assert (code, "a split that was saved" in err) == (1, True)
+    assert (code, "a saved split" in err) == (1, True)
     code, _, err = cli("plan", out / "trunk", "--split", "2", "4")
     assert (code, "is a saved trunk" in err) == (1, True)
 

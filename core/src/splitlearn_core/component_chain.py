@@ -1,4 +1,4 @@
-"""Components in order, and the way of a forward's arguments through them."""
+"""Components in order, and how the arguments of a forward pass through them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ComponentChain:
     Args:
         parts: The components by name, in order.
         mixed_dtypes: Whether hidden states are cast at a cut.
-        crossings: What is done to what crosses the cuts; None for nothing.
+        crossings: The treatment of what crosses the cuts; None for none.
     """
 
     def __init__(self, parts: dict[str, AnyComponent], mixed_dtypes: bool, crossings: Crossings | None = None) -> None:
@@ -38,8 +38,8 @@ class ComponentChain:
         self.config = parts[Component.TOP].config
         self.routing = cast("ComponentModel", parts[Component.BOTTOM]).routing
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
-        # A parameter of each, for its device and dtype without a walk over the module at every token. One that runs
-        # elsewhere has none: it takes hidden states where they are.
+        # A parameter of each, for its device and dtype without walking the module at every token. A component that runs
+        # elsewhere has none: it takes hidden states on any device.
         self._probes = [
             None if isinstance(part, RemoteComponent) else _first_parameter(part) for part in parts.values()
         ]
@@ -56,7 +56,7 @@ class ComponentChain:
             ConfigurationError: An argument that components cannot honour.
             TypeError: A name that the family's forward does not know.
         """
-        # An argument of None is one that was not given.
+        # None counts as not given.
         given = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
         return_dict = given.pop("return_dict", self.config.return_dict)
         recordings = {name: given.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
@@ -89,22 +89,22 @@ class ComponentChain:
         return result if return_dict else result.to_tuple()
 
     def device(self, number: int) -> torch.device:
-        """Return where a component is, by its number in the order; of a remote one, where that before it is."""
+        """Return the device of a component, by its number in the order; for a remote one, that of its predecessor."""
         probe = self._probes[number]
         return self.device(number - 1) if probe is None else cast("torch.device", getattr(*probe).device)
 
     def _enter(self, number: int, output: Any) -> torch.Tensor:
-        """Take hidden states over a cut: to the next component's device, and to its dtype where those may differ."""
+        """Take hidden states across a cut: to the next component's device, and to its dtype if dtypes may differ."""
         hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
         if not self.mixed_dtypes:
             return hidden.to(self.device(number))
         probe = self._probes[number]
-        # Not as the module was made: .to(dtype) may have changed it since.
+        # Read from the parameters: .to(dtype) may have changed the dtype since.
         dtype = list(self.parts.values())[number].dtype if probe is None else getattr(*probe).dtype
         return hidden.to(self.device(number), dtype)
 
     def _is_recomputed(self, owner: Any) -> bool:
-        """Say whether layers run twice, which would cache their keys twice: transformers turns the cache off."""
+        """Return whether layers run twice and would cache their keys twice; transformers then turns the cache off."""
         checkpointing = getattr(self.parts[Component.BOTTOM].base_model, "gradient_checkpointing", False)
         return bool(checkpointing and owner.training and torch.is_grad_enabled())
 
@@ -127,14 +127,14 @@ class ComponentChain:
 
 
 def _by_name(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward that were given by their place."""
+    """Name the positional arguments of a forward."""
     if not args:
         return kwargs
     names = owner.places
     given = dict(zip(names, args, strict=False))
     twice = sorted(given.keys() & kwargs.keys())
     if twice or len(args) > len(names):
-        what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} arguments by place"
+        what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} positional arguments"
         raise TypeError(f"{type(owner).__name__}.forward() got {what}")
     return {**given, **kwargs}
 
@@ -145,7 +145,7 @@ def _first_parameter(part: Any) -> tuple[Any, str]:
 
 
 def _share(cache: Any, part: AnyComponent) -> Any:
-    """Return a component's own layers of a cache of the whole model."""
+    """Return a component's own layers in a cache of the whole model."""
     return cache if cache is None or is_paged(cache) else part.cache_view(cache)
 
 
@@ -174,7 +174,7 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
 
 
 def _selected(states: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
-    """Keep the states that were requested by number, as newer transformers allows, in their places."""
+    """Keep only the states whose numbers were requested, which newer transformers allows."""
     if isinstance(wanted, bool):
         return states
     count = len(states)

@@ -82,7 +82,7 @@ def test_small_arrays_of_numbers_are_kept(tmp_path: Path) -> None:
 
 HOSTILE = {
     "empty": (b"", "too early"),
-    "another format": (b"PK\3\4" + bytes(40), "does not begin as a GGUF file"),
+    "another format": (b"PK\3\4" + bytes(40), "does not begin like a GGUF file"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "version 1": (head(version=1), "version 1"),
     "version of the future": (head(version=9), "version 9"),

@@ -133,7 +133,7 @@ def test_load_and_unload(serve: Callable[..., Process], tokens: Path) -> None:
 
     refused = splitlearn("unload", "trunk", *at)
     assert refused.returncode == 1
-    assert "asks for a token" in refused.stderr
+    assert "requires a token" in refused.stderr
     loaded = splitlearn("load", "trunk", *at, "--token-file", tokens)
     assert (loaded.returncode, loaded.stdout.split(":")[0].split(" is ")[0]) == (0, "trunk")
     unloaded = splitlearn("unload", "trunk", *at, "--token-file", tokens)
@@ -218,7 +218,7 @@ class TestTokens:
             (f"{TOKEN} max_session=3", "did you mean 'max_sessions'"),
             (f"{TOKEN} max_tokens=many", "line 1: what follows the token is neither NAME=NUMBER nor"),
             (f"a: {TOKEN}\nb: {TOKEN}", "line 2 repeats"),
-            ("a:", "line 1 is no token"),
+            ("a:", "line 1 is not a token"),
         ],
     )
     def test_bad_files(self, tmp_path: Path, text: str, said: str) -> None:
@@ -231,7 +231,7 @@ class TestTokens:
 
     def test_no_file(self, tmp_path: Path) -> None:
         """The way to make one is shown."""
-        with pytest.raises(MissingFileError, match="no file of tokens"):
+        with pytest.raises(MissingFileError, match="no token file"):
             read_tokens(tmp_path / "tokens")
 
     def test_a_file_that_others_can_read(self, tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -256,8 +256,8 @@ class TestCertificates:
         server_context(tmp_path / "a.pem", tmp_path / "a-key.pem")
         for certificate, key, said in (
             ("a.pem", "b-key.pem", "the key is another certificate's"),
-            ("no.pem", "a-key.pem", "is no PEM file"),
-            ("a.pem", "no.pem", "is no PEM file"),
+            ("no.pem", "a-key.pem", "is not a PEM file"),
+            ("a.pem", "no.pem", "is not a PEM file"),
             ("c.pem", "c-key.pem", "password"),
         ):
             with pytest.raises(ConfigurationError, match=said):

@@ -185,8 +185,8 @@ def test_fields_that_are_not() -> None:
     ("settings", "said"),
     [
         ({"model_root": []}, "did you mean 'model_roots'?"),
-        ({"model_roots": "/srv"}, "is no list of folders"),
-        ({"model_roots": [7]}, "is no list of folders"),
+        ({"model_roots": "/srv"}, "is not a list of folders"),
+        ({"model_roots": [7]}, "is not a list of folders"),
         ({"model_roots": ["/no/such/folder"]}, "there is no folder '/no/such/folder'"),
         ({"hub": "yes"}, "is neither true nor false"),
         ({"token": "hf_secret "}, "token: "),

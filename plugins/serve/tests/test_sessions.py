@@ -253,7 +253,7 @@ class TestAccess:
 
     def test_tokens(self, guarded: StatusServer, use: Any, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Sessions need one of the tokens; it is refused at once, not waited for."""
-        with pytest.raises(AccessRefusedError, match="asks for a token"):
+        with pytest.raises(AccessRefusedError, match="requires a token"):
             connect(f"{guarded.url}/trunk")
         with pytest.raises(AccessRefusedError, match="not one of"):
             connect(f"{guarded.url}/trunk", token="c" * 32)

@@ -45,7 +45,7 @@ def command(
 ) -> None:
     """Compare MODEL, cut into components, with MODEL unsplit. Exit code 1 where a bit differs.
 
-    With --at, the trunk that is served there is compared, with what it takes to get there and back.
+    With --at, the trunk at that server is compared, and its round trips and traffic are measured.
 
     Where MODEL is a directory of saved components, and --split is left out, their files are
     compared with their manifests (hashes, sizes, tensors, ties), and the components with each other.

@@ -32,7 +32,7 @@ _USABLE = 0.9
 class LoadOptions:
     """How to load the planned components."""
 
-    #: Their device, unless ``device_map`` gives another.
+    #: The device of components, unless ``device_map`` gives another.
     device: str = "cpu"
     strategy: str = "auto"
     attn_implementation: str | None = None
@@ -50,12 +50,12 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
     """Refuse a device or strategy that does not exist, before anything is fetched or read for it.
 
     Raises:
-        ConfigurationError: The name is no device or strategy, or this machine has no such device.
+        ConfigurationError: There is no such device or strategy, or this machine does not have the device.
     """
     check_strategy(options.strategy, registry().strategies(model.family, options.strategy))
     if model.checkpoint.has_adapter and find_spec("peft") is None:
         raise ConfigurationError(
-            f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}); to put it onto them needs peft",
+            f"there is an adapter next to the weights of {model.name} ({ADAPTER_CONFIG}); applying it needs peft",
             hint=f'pip install "splitlearn-core[peft]"; or move {ADAPTER_CONFIG} away for the model without it',
         )
     if model.checkpoint.quantization:

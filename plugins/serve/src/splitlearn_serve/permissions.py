@@ -97,7 +97,7 @@ class RequestRules:
             )
         revision = given.get("revision")
         if isinstance(revision, str) and not (_REVISION.fullmatch(revision) and ".." not in revision):
-            yield "revision: this is no name of a branch, tag or commit"
+            yield "revision: this is not the name of a branch, tag or commit"
 
     def _source(self, config: ModelConfig) -> str | None:
         path = config.model_path
@@ -149,7 +149,7 @@ def request_problems(settings: Mapping[str, Any]) -> list[str]:
     problems = [unknown_name(name, _SETTINGS, "setting") for name in settings if name not in _SETTINGS]
     roots = settings.get("model_roots") or []
     if not isinstance(roots, list | tuple) or not all(isinstance(root, str) and root for root in roots):
-        problems.append(f"model_roots: {show(roots)} is no list of folders")
+        problems.append(f"model_roots: {show(roots)} is not a list of folders")
     else:
         problems += [
             f"model_roots: there is no folder {show(root)}" for root in roots if not Path(_absolute(root)).is_dir()
