@@ -523,7 +523,7 @@ def test_a_ledger_is_kept_with_a_training(parts: Any) -> None:
     trained(again)
     assert ledger.statement().releases == 4
     for values in ({}, {"key": 1, "releases": [], "windows": {}}, {"key": "", "releases": [{}], "windows": {}}):
-        with pytest.raises(ConfigurationError, match="no ledger"):
+        with pytest.raises(ConfigurationError, match="not a ledger"):
             PrivacyLedger.from_dict(values)
     with pytest.raises(ConfigurationError, match="has version, which this version does not know"):
         PrivacyLedger.from_dict({**ledger.to_dict(), "version": 9})
