@@ -330,7 +330,7 @@ def test_a_host_that_is_silent_is_reported(carrier: str, monkeypatch: pytest.Mon
 
 
 def test_a_token_is_taken_as_a_file_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its line end; what no header can hold is refused, and not shown."""
+    """A final newline is allowed; characters that a header cannot hold are refused, and not shown."""
     _, parts = models("qwen2", "float32")
     monkeypatch.setenv("SPLITLEARN_TOKEN", "secret\n")
     with websocket_host(SessionTable(parts.trunk)) as url:
@@ -346,7 +346,7 @@ def test_a_token_is_taken_as_a_file_has_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_journal_has_a_limit(endpoint: MemoryEndpoint, caplog: pytest.LogCaptureFixture) -> None:
-    """Beyond it the session goes on, and is lost with its host."""
+    """A session that exceeds it continues, but is lost with its host."""
     whole, _ = models("qwen2", "float32")
     expected = generated(whole, padded(), do_sample=False)
     assert torch.equal(generated(used(endpoint, journal_bytes=100), padded(), do_sample=False), expected)
@@ -504,7 +504,7 @@ def _recipe() -> Any:
 
 
 def test_an_event_loop_is_not_blocked_and_cancels(endpoint: MemoryEndpoint) -> None:
-    """While a step waits for the host, the loop goes on; a cancelled task ends its generation and its session."""
+    """While a step waits for the host, the loop is free; a cancelled task ends its generation and its session."""
     whole, _ = models("qwen2", "float32")
     split, generate = used(endpoint), _recipe()
     options = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}

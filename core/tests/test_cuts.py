@@ -449,7 +449,7 @@ def test_releases_are_counted_by_purpose_and_cut(parts: Any) -> None:
 
 
 def test_a_statement_is_refused_with_its_reasons(parts: Any) -> None:
-    """Whatever is missing is said, of every kind of release."""
+    """Every missing assumption is reported, for each kind of release."""
     model = SplitCausalLM(*parts, cuts=[Cut(clip=1.0, noise=1.0, seed=1), Cut(clip=1.0)]).train()
     trained(model)
     model.eval().generate(IDS, max_new_tokens=2, do_sample=False)

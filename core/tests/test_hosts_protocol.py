@@ -83,7 +83,7 @@ def test_a_frame_comes_back_as_it_was() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_frame_is_refused(data: bytes, code: str, words: str) -> None:
+def test_invalid_frames_are_refused(data: bytes, code: str, words: str) -> None:
     """With a code for programs, and words for people."""
     with pytest.raises(ProtocolError, match=words) as caught:
         decode(data)

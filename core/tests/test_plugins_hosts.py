@@ -105,7 +105,7 @@ def test_a_class_and_a_name_of_cores_are_refused(world: Any, install: Any) -> No
     install("cloud", "class Host:\n    def load(self, config, plan, report, threads):\n        pass\n")
     points = world.folder / "host_cloud-1.0.dist-info" / "entry_points.txt"
     points.write_text(f"[{GROUP}]\ncloud = host_cloud:Host\n")
-    with pytest.raises(BrokenPluginError, match="no host") as error:
+    with pytest.raises(BrokenPluginError, match="not a host") as error:
         PluginRegistry().host("cloud")
     assert "name an instance" in error.value.hint
     points.write_text(f"[{GROUP}]\nprocess = host_cloud\n")

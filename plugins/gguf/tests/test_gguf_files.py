@@ -187,7 +187,7 @@ def test_random_damage_is_an_error_of_ours_or_none(gguf_file: Write, tmp_path: P
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
-    """Write a file anew, with its metadata and its float32 tensors changed."""
+    """Rewrite a file, with its metadata and its float32 tensors changed."""
     header, reader = read_header(path), gguf.GGUFReader(path)
     metadata = {key: value for key, value in header.metadata.items() if not isinstance(value, Array)}
     architecture = metadata.pop("general.architecture")
@@ -285,7 +285,7 @@ def test_tensors_that_the_library_cannot_dequantise_are_named(gguf_file: Write) 
         plan_split(path, (1, 3))
 
 
-def test_a_config_beside_the_file_counts(gguf_file: Write, model: Callable[..., Any]) -> None:
+def test_a_config_next_to_the_file_is_used(gguf_file: Write, model: Callable[..., Any]) -> None:
     """It says what metadata cannot; one of another architecture is refused."""
     path = gguf_file("llama")
     config = json.loads(model("llama").config.to_json_string())

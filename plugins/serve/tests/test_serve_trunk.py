@@ -101,7 +101,7 @@ def tokens(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 def test_killed_and_restarted(serve: Callable[..., Process], single: Path, tokens: Path) -> None:
-    """The text goes on to the last bit, in another process; with a token from a file at both ends."""
+    """The text continues to the last bit, in another process; with a token from a file at both ends."""
     whole = AutoModelForCausalLM.from_pretrained(single).eval()
     parts = load_split_model(None, (2, 4), str(single), parts=("bottom", "top"))
     ids = torch.randint(3, whole.config.vocab_size, (2, 6))
@@ -127,7 +127,7 @@ def test_killed_and_restarted(serve: Callable[..., Process], single: Path, token
 
 
 def test_load_and_unload(serve: Callable[..., Process], tokens: Path) -> None:
-    """What `ps` shows, `load` and `unload` change, for whoever has the token."""
+    """With the token, `load` and `unload` change what `ps` shows."""
     server = serve("--token-file", tokens)
     at = ("--url", server.address)
 

@@ -1,4 +1,4 @@
-"""What a load that is asked for over HTTP may use: folders that the file names, and no token of the server's user."""
+"""What a load requested over HTTP may use: folders that the file names, and no token of the server's user."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_fields_that_are_not() -> None:
     ],
 )
 def test_settings(settings: dict[str, Any], said: str) -> None:
-    """A table that cannot be kept is said, without the token."""
+    """An invalid table is reported, without the token."""
     (problem,) = request_problems(settings)
 
     assert said in problem
