@@ -648,9 +648,9 @@ def test_last_bit_differences_are_reported_once(endpoint: MemoryEndpoint, caplog
         ("ftp://host/trunk", "not the address of a host"),
         ("http://host:8710", "names no model"),
         ("http://user:secret@host/trunk", "no user"),
-        ("http://host:port/trunk", "no URL"),
-        ("unix:trunk.sock", "no address"),
-        ("", "no address"),
+        ("http://host:port/trunk", "not a URL"),
+        ("unix:trunk.sock", "not the address"),
+        ("", "not the address"),
     ],
 )
 def test_wrong_addresses_are_refused(url: str, words: str) -> None:
