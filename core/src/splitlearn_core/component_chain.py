@@ -57,33 +57,33 @@ class ComponentChain:
             TypeError: A name that the family's forward does not know.
         """
         # None counts as not given.
-        given = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
-        return_dict = given.pop("return_dict", self.config.return_dict)
-        recordings = {name: given.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
-        use_cache = given.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
-        cache = self._whole_cache(named_cache(given, given.pop("past_key_values", None)), use_cache)
+        passed = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
+        return_dict = passed.pop("return_dict", self.config.return_dict)
+        recordings = {name: passed.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
+        use_cache = passed.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
+        cache = self._whole_cache(named_cache(passed, passed.pop("past_key_values", None)), use_cache)
         # generate passes on what it needs for stop_strings; the family's forward ignores it.
-        given.pop("tokenizer", None)
-        tokens = given.pop("input_ids", None)
-        first = {name: given.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in given}
+        passed.pop("tokenizer", None)
+        tokens = passed.pop("input_ids", None)
+        first = {name: passed.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in passed}
         # The family's base model ignores what is meant for the head.
-        last = {name: given.pop(name) for name in self.routing.top if name in given}
+        last = {name: passed.pop(name) for name in self.routing.top if name in passed}
         if not is_paged(cache):
-            self._refuse_unknown(owner, given)
-        given.update({name: True for name, wanted in recordings.items() if wanted})
+            self._refuse_unknown(owner, passed)
+        passed.update({name: True for name, is_requested in recordings.items() if is_requested})
 
         parts = list(self.parts.values())
         rows = tokens if tokens is not None else first.get("inputs_embeds")
         over_cuts = crossing(self.crossings, parts, rows, cache, is_training=owner.training)
         with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross:
-            output: Any = parts[0](tokens, **first, **given, past_key_values=_share(cache, parts[0]))
+            output: Any = parts[0](tokens, **first, **passed, past_key_values=_share(cache, parts[0]))
             outputs = [output]
             for number, part in enumerate(parts[1:], start=1):
                 is_last = part is parts[-1]
-                given = _move({**given, **last} if is_last and head else given, self.device(number))
+                passed = _move({**passed, **last} if is_last and head else passed, self.device(number))
                 run = cast("Any", part).without_head if is_last and not head else part
                 hidden = cross(number - 1, self._enter(number, output))
-                output = run(hidden, **given, past_key_values=_share(cache, part))
+                output = run(hidden, **passed, past_key_values=_share(cache, part))
                 outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)
         return result if return_dict else result.to_tuple()
@@ -120,8 +120,8 @@ class ComponentChain:
             )
         return cache
 
-    def _refuse_unknown(self, owner: Any, given: Mapping[str, Any]) -> None:
-        for name in given:
+    def _refuse_unknown(self, owner: Any, passed: Mapping[str, Any]) -> None:
+        for name in passed:
             if name not in self.routing.everywhere:
                 raise TypeError(f"{type(owner).__name__}.forward() got an unexpected keyword argument {name!r}")
 
@@ -131,12 +131,12 @@ def _by_name(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     if not args:
         return kwargs
     names = owner.places
-    given = dict(zip(names, args, strict=False))
-    twice = sorted(given.keys() & kwargs.keys())
+    positional = dict(zip(names, args, strict=False))
+    twice = sorted(positional.keys() & kwargs.keys())
     if twice or len(args) > len(names):
         what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} positional arguments"
         raise TypeError(f"{type(owner).__name__}.forward() got {what}")
-    return {**given, **kwargs}
+    return {**positional, **kwargs}
 
 
 def _first_parameter(part: Any) -> tuple[Any, str]:
@@ -153,11 +153,11 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
     """Combine the output of the last component with what each recorded of its own layers."""
     last = outputs[-1]
     recorded: dict[str, Any] = {CACHE_FIELD: cache}
-    wanted = recordings["output_hidden_states"]
-    if wanted:
+    requested = recordings["output_hidden_states"]
+    if requested:
         # The last state of a component is the first of the next.
         states = [state for output in outputs[:-1] for state in output.hidden_states[:-1]]
-        recorded["hidden_states"] = _selected((*states, *last.hidden_states), wanted)
+        recorded["hidden_states"] = _selected((*states, *last.hidden_states), requested)
     if recordings["output_attentions"]:
         recorded["attentions"] = tuple(item for output in outputs for item in output.attentions or ())
     if isinstance(last, torch.Tensor):
@@ -173,12 +173,16 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
     return result
 
 
-def _selected(states: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
+def _selected(states: tuple[Any, ...], requested: Any) -> tuple[Any, ...]:
     """Keep only the states whose numbers were requested, which newer transformers allows."""
-    if isinstance(wanted, bool):
+    if isinstance(requested, bool):
         return states
     count = len(states)
-    kept = {number % count for number in ([wanted] if isinstance(wanted, int) else wanted) if -count <= number < count}
+    kept = {
+        number % count
+        for number in ([requested] if isinstance(requested, int) else requested)
+        if -count <= number < count
+    }
     return tuple(state if number in kept else None for number, state in enumerate(states))
 
 

@@ -106,9 +106,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                 f"SplitCausalLM takes components, and was given a {type(bottom).__name__} of {len(bottom)}",
                 hint="give them one by one: SplitCausalLM(*parts)",
             )
-        given = [bottom, *following, *_in_order(type(self), named)]
+        ordered = [bottom, *following, *_in_order(type(self), named)]
         # A single component is named as one of two in the error.
-        parts: dict[str, Any] = dict(zip(component_names(max(len(given), 2)), [*given, None], strict=False))
+        parts: dict[str, Any] = dict(zip(component_names(max(len(ordered), 2)), [*ordered, None], strict=False))
         _check_fit(parts, mixed_dtypes)
         crossings = None if cuts is None and ledger is None else Crossings(cuts or (), len(parts) - 1, ledger)
         top = parts[Component.TOP]
@@ -408,40 +408,40 @@ def _kind(part: object) -> str:
     return str(getattr(part, "component", type(part).__name__))
 
 
-def _check_fit(given: Mapping[str, Any], mixed_dtypes: bool) -> None:
+def _check_fit(parts: Mapping[str, Any], mixed_dtypes: bool) -> None:
     problems = [
         f"{name} is {'None: it was not loaded, or not given' if part is None else f'a {_kind(part)}'}"
-        for name, part in given.items()
+        for name, part in parts.items()
         if getattr(part, "kind", None) != kind_of(name)
     ]
     if not problems:
-        edges = [part.layer_range for part in given.values()]
+        edges = [part.layer_range for part in parts.values()]
         if not edges[0].is_first or any(before.end != after.start for before, after in pairwise(edges)):
             problems.append(f"their layers do not follow one another: {', '.join(map(str, edges))}")
         if not edges[-1].is_last or len({edge.total for edge in edges}) > 1:
             problems.append(f"they belong to models of different depth: {', '.join(map(str, edges))}")
         facts = {
-            what: [getattr(part.config, what) for part in given.values()]
+            what: [getattr(part.config, what) for part in parts.values()]
             for what in ("model_type", "hidden_size", "vocab_size")
         }
         # The dtype of the parameters: .to(dtype) does not change the one in the configuration.
         if not mixed_dtypes:
             facts["dtype"] = [
                 part.dtype if isinstance(part, RemoteComponent) else next(part.parameters()).dtype
-                for part in given.values()
+                for part in parts.values()
             ]
         for what, values in facts.items():
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
         # Components built from a state dict have no origin to compare.
-        problems += origin_mismatches([part.origin for part in given.values() if part.origin is not None], dtypes=False)
-        problems += adapter_mismatches([part for part in given.values() if not isinstance(part, RemoteComponent)])
+        problems += origin_mismatches([part.origin for part in parts.values() if part.origin is not None], dtypes=False)
+        problems += adapter_mismatches([part for part in parts.values() if not isinstance(part, RemoteComponent)])
     if problems:
-        kinds = [getattr(part, "component", None) for part in given.values()]
-        which = "bottom, trunk and top" if len(given) == len(THREE) else "all components"
+        kinds = [getattr(part, "component", None) for part in parts.values()]
+        which = "bottom, trunk and top" if len(parts) == len(THREE) else "all components"
         hint = f"load {which} of one checkpoint with the same split points"
-        if kinds != list(given) and set(kinds) == set(given):
-            hint = f"give them in this order: {', '.join(given)}"
+        if kinds != list(parts) and set(kinds) == set(parts):
+            hint = f"give them in this order: {', '.join(parts)}"
         raise ConfigurationError(
             f"these components do not form a model: {'; '.join(problems)}",
             hint=hint

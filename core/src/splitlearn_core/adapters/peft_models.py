@@ -171,9 +171,9 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
         tensors.update(_slice_tensors(component, loaded))
     missing = sorted(adapter.tensors.keys() - tensors.keys())
     if missing:
-        held = ", ".join(str(component.component) for component in components)
+        names = ", ".join(str(component.component) for component in components)
         raise ConfigurationError(
-            f"{held} hold {len(tensors)} of the adapter's {len(adapter.tensors)} tensors; missing: {_some(missing)}",
+            f"{names} hold {len(tensors)} of the adapter's {len(adapter.tensors)} tensors; missing: {_some(missing)}",
             hint="give all components",
         )
     return write_adapter(target, adapter.text, tensors)
@@ -261,9 +261,9 @@ def _components(parts: Parts) -> list[ComponentModel]:
     # A SplitCausalLM, which imports this module. Looked up on the class: a PeftModel around one has its attributes.
     if hasattr(type(parts), "components"):
         parts = cast("Any", parts).components
-    given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
-    wrong = sorted({type(part).__name__ for part in given if not isinstance(part, ComponentModel)})
-    if wrong or not given:
+    components: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
+    wrong = sorted({type(part).__name__ for part in components if not isinstance(part, ComponentModel)})
+    if wrong or not components:
         own = any(name.startswith("Peft") for name in wrong)
         raise ConfigurationError(
             f"{', '.join(wrong) or 'nothing'} is not a component",
@@ -271,11 +271,13 @@ def _components(parts: Parts) -> list[ComponentModel]:
             if own
             else "pass the result of load_split_model, or some of its parts",
         )
-    models = {(part.family.model_type, part.layer_range.total) for part in given}
-    if len(models) > 1 or len({(part.kind, part.start_layer, part.component) for part in given}) < len(given):
-        seen = ", ".join(f"{part.family.model_type} {part.component} {part.layer_range}" for part in given)
-        raise ConfigurationError(f"these are not components of one model: {seen}", hint="pass components of one split")
-    return given
+    models = {(part.family.model_type, part.layer_range.total) for part in components}
+    if len(models) > 1 or len({(part.kind, part.start_layer, part.component) for part in components}) < len(components):
+        described = ", ".join(f"{part.family.model_type} {part.component} {part.layer_range}" for part in components)
+        raise ConfigurationError(
+            f"these are not components of one model: {described}", hint="pass components of one split"
+        )
+    return components
 
 
 def _all_loaded(components: list[ComponentModel]) -> list[_Loaded]:
@@ -396,11 +398,15 @@ def _target_problems(components: Sequence[ComponentModel], adapter: AdapterFiles
 
     from splitlearn_core.build.pruning import PassLayer, Zero
 
-    given, adapted = adapter.config.get("target_modules"), adapted_modules(adapter.tensors, adapter.config)
-    if not given or given == _NOTHING or (isinstance(given, str) and given.lower() == "all-linear"):
+    target_modules, adapted = adapter.config.get("target_modules"), adapted_modules(adapter.tensors, adapter.config)
+    if (
+        not target_modules
+        or target_modules == _NOTHING
+        or (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
+    ):
         return []
     if not adapted:
-        return [f"missing: every tensor of target_modules, {given!r}"]
+        return [f"missing: every tensor of target_modules, {target_modules!r}"]
     with _blaming(adapter):
         config = import_peft().PeftConfig.from_pretrained(str(adapter.weights.parent))
         problems = [
@@ -462,15 +468,15 @@ def _narrow(config: Any, own: AdapterSlice) -> None:
 def _tensor_problems(component: ComponentModel, loaded: _Loaded) -> list[str]:
     """Compare the tensors of PEFT's modules with those in the file for this component."""
     planned = loaded.adapter.tensors
-    wanted = _held(loaded) if loaded.peft is not None else {}
+    expected = _held(loaded) if loaded.peft is not None else {}
     own = set(loaded.slice.keys) - set(loaded.slice.base_keys)
-    problems = [f"missing: {key} {list(wanted[key].shape)}" for key in sorted(wanted.keys() - own)]
-    problems += [f"unexpected: {key} {list(planned[key].shape)}" for key in sorted(own - wanted.keys())]
-    wanted.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
+    problems = [f"missing: {key} {list(expected[key].shape)}" for key in sorted(expected.keys() - own)]
+    problems += [f"unexpected: {key} {list(planned[key].shape)}" for key in sorted(own - expected.keys())]
+    expected.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
     return problems + [
-        f"mis-shaped: {key} is {list(planned[key].shape)} in the file, {list(wanted[key].shape)} in the model"
-        for key in sorted(wanted.keys() & set(loaded.slice.keys))
-        if planned[key].shape != tuple(wanted[key].shape)
+        f"mis-shaped: {key} is {list(planned[key].shape)} in the file, {list(expected[key].shape)} in the model"
+        for key in sorted(expected.keys() & set(loaded.slice.keys))
+        if planned[key].shape != tuple(expected[key].shape)
     ]
 
 

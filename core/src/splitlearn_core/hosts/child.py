@@ -145,9 +145,9 @@ def _load(control: socket.socket, request: Mapping[str, Any]) -> ComponentServer
         values = [step.stage, step.component, step.bytes_done, step.bytes_total, step.file]
         send_message(control, {"progress": values})
 
-    wanted = dict(request["load"])
-    component, points = wanted.pop("component"), tuple(wanted.pop("split_points"))
-    parts = load_split_model(split_points=points, parts=[component], progress=report, **wanted)
+    arguments = dict(request["load"])
+    component, points = arguments.pop("component"), tuple(arguments.pop("split_points"))
+    parts = load_split_model(split_points=points, parts=[component], progress=report, **arguments)
     return ComponentServer(next(part for part in parts if part is not None), SessionLimits(**request["limits"]))
 
 

@@ -391,11 +391,11 @@ class RemoteComponent(nn.Module):
             )
         return cache
 
-    def _named(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def _named(self, passed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Separate arguments into JSON values and tensors."""
         arguments: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for name, value in given.items():
+        for name, value in passed.items():
             if value is None:
                 continue
             if name not in self.facts.arguments and name not in RECORDINGS:

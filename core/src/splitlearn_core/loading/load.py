@@ -278,8 +278,8 @@ def _check_all(
     for part in plan.components:
         planned = {tensor.module_key: tensor.info for tensor in part.tensors}
         names = unexpected_names(built[part.component], planned)
-        wanted = {name: info for name, info in planned.items() if name not in names}
-        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], wanted)]
+        placed = {name: info for name, info in planned.items() if name not in names}
+        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], placed)]
         surplus += [f"unexpected: {name} {list(planned[name].shape)} ({part.component})" for name in sorted(names)]
         keys.update(planned[name].key for name in names)
         unread |= {part.component: names} if names else {}

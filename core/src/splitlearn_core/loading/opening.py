@@ -77,11 +77,11 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
     return name, model_name_or_path
 
 
-def _is_model(given: _Path) -> bool:
-    if isinstance(given, os.PathLike):
+def _is_model(name: _Path) -> bool:
+    if isinstance(name, os.PathLike):
         return True
     separators = ("/", os.sep, *((os.altsep,) if os.altsep else ()))
-    return given.startswith((BUNDLED, ".", "~")) or any(mark in given for mark in (*separators, ":"))
+    return name.startswith((BUNDLED, ".", "~")) or any(mark in name for mark in (*separators, ":"))
 
 
 def _is_there(name: str) -> bool:

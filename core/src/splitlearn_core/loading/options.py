@@ -68,8 +68,8 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
         from splitlearn_core.build.configuration import check_quantization
 
         check_quantization(model.name, model.checkpoint.quantization, model.checkpoint.config["quantization_config"])
-    given = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
-    check_devices(dict.fromkeys((*given, *options.max_memory)))
+    requested = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
+    check_devices(dict.fromkeys((*requested, *options.max_memory)))
 
 
 def check_devices(devices: Iterable[str]) -> None:
@@ -97,10 +97,10 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        wanted = torch.device(device)
-        if wanted.type == "meta":
+        torch_device = torch.device(device)
+        if torch_device.type == "meta":
             raise ConfigurationError("on the meta device nothing would be loaded", hint="use plan_split to look ahead")
-        torch.empty(0, device=wanted)
+        torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         # The first sentence: the rest is about torch's own dispatcher.
         reason = str(error).splitlines()[0].partition(". ")[0][:200]
@@ -119,8 +119,8 @@ def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[str, str]:
     """
     if options.device_map == AUTO:
         return place(plan.components, options.max_memory or _free_devices())
-    given = options.device_map if isinstance(options.device_map, Mapping) else {}
-    devices = {part.component: given.get(part.component, options.device) for part in plan.components}
+    device_map = options.device_map if isinstance(options.device_map, Mapping) else {}
+    devices = {part.component: device_map.get(part.component, options.device) for part in plan.components}
     check_fit(plan.components, devices, options.max_memory)
     return devices
 

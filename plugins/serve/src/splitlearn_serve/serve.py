@@ -109,9 +109,11 @@ def command(
     if (model is None) == (config_file is None):
         raise click.UsageError("give either MODEL --split A B, or --config FILE")
     if config_file is not None:
-        given = [name for name in _WITH_MODEL if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-        if given:
-            names = ", ".join("--split" if name == "split_points" else f"--{name.replace('_', '-')}" for name in given)
+        conflicting = [name for name in _WITH_MODEL if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if conflicting:
+            names = ", ".join(
+                "--split" if name == "split_points" else f"--{name.replace('_', '-')}" for name in conflicting
+            )
             raise click.UsageError(f"{names}: with --config, the file says this for each model")
     elif split_points is None:
         raise click.UsageError("MODEL needs --split A B, the same as where bottom and top are")

@@ -228,29 +228,29 @@ def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None
         model: The unsplit model.
         keys: The keys of the checkpoint; by default those that the model itself would write.
     """
-    wanted = set(model.state_dict())
+    expected = set(model.state_dict())
     written = json.loads(model.config.to_json_string(use_diff=False))
-    names = sorted(wanted if keys is None else keys)
+    names = sorted(expected if keys is None else keys)
     mapping = registry().map_weight_keys(family, written, names) or map_keys(family, names)
     targets = {target for target in mapping.values() if target is not None}
     dropped = {key for key, target in mapping.items() if target is None}
     mapper = _MAP_HOOK if "splitlearn_map_weight_keys" in registry().plugin(family.model_type).hooks else "renamed"
     problems = []
     for key, target in mapping.items():
-        if target is None and key in wanted:
+        if target is None and key in expected:
             by_suffix = mapper == "renamed" and key.endswith(family.ignored_suffixes)
             suspect = Suspect("ignored_suffixes" if by_suffix else mapper, "it drops a tensor")
             problems.append((f"{key} is left out, but the model needs it", suspect))
     for key, target in mapping.items():
-        if target is not None and target not in wanted:
+        if target is not None and target not in expected:
             text = f"{key} becomes {target}, which the model does not have"
             problems.append((text, Suspect(mapper, "its new name is a name of the module tree")))
     optional = _tied_names(model)
     problems += [
         (f"no tensor of the checkpoint becomes {name}", Suspect(mapper, "every parameter needs a tensor"))
-        for name in sorted(wanted - targets - optional - dropped)
+        for name in sorted(expected - targets - optional - dropped)
     ]
-    return [*problems, *_unplaced(family, model, sorted(wanted & targets))]
+    return [*problems, *_unplaced(family, model, sorted(expected & targets))]
 
 
 def _tied_names(model: Any) -> set[str]:
