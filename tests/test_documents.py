@@ -52,7 +52,7 @@ REASONS = {
     "needs a file of yours": 2,
     "is what the checks do": 2,
     "takes half an hour": 1,
-    "takes minutes": 1,
+    "takes minutes": 2,
     "needs a git checkout of transformers": 1,
 }
 #: PEFT up to 0.21 uses a name that transformers 5.23 has renamed; 0.18 looks for a configuration that no model

@@ -55,6 +55,7 @@ def states(tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
 def test_a_model_runs_there(single: Path) -> None:
     """Equal to the last bit, for the manager's callers and in sessions of others; its death is the model's failure."""
     (expected,) = [part for part in load_split_model(None, CUT, str(single), parts=("trunk",)) if part is not None]

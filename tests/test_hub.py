@@ -658,14 +658,14 @@ class TestConnection:
         hub.faults.breaks.clear()
         assert parts_equal(load(), load(model=single))
 
-    def test_cut_at_the_command_line(self, hub: LoopbackHub, single: Path, process: Cli) -> None:
+    def test_cut_at_the_command_line(self, hub: LoopbackHub, single: Path, warm_process: Cli) -> None:
         """A download that breaks shows no traceback; the next command completes it."""
         hub.add_repo(REPO, single)
         self.break_downloads(hub)
         command = ("-c", IMPATIENT, "verify", REPO, "--split", "2", "4", "--json")
-        broken = process(*command)
+        broken = warm_process(*command)
         hub.faults.breaks.clear()
-        again = process(*command)
+        again = warm_process(*command)
         assert again.returncode == 0, again.stderr
         assert json.loads(again.stdout)["equal"] is True
         assert failed_cleanly(broken), broken.stderr
@@ -710,11 +710,11 @@ class TestProgress:
         totals = {progress.bytes_total for progress in seen if progress.stage == "downloading"}
         assert totals == {sum((sharded / name).stat().st_size for name in new)}
 
-    def test_progress_false_is_silent(self, hub: LoopbackHub, sharded: Path, process: Cli) -> None:
+    def test_progress_false_is_silent(self, hub: LoopbackHub, sharded: Path, warm_process: Cli) -> None:
         """Where stderr is no terminal, a load writes nothing on stdout."""
         hub.add_repo(REPO, sharded)
         code = "import sys; from splitlearn_core import load_split_model as l; l(None, (2, 4), sys.argv[1])"
-        result = process("-c", code, REPO)
+        result = warm_process("-c", code, REPO)
         assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 

@@ -194,6 +194,16 @@ def test_gradients_are_equal(pair: tuple[Any, Any]) -> None:
     assert different == []
 
 
+def test_a_gradient_after_cached_tokens_is_refused(pair: tuple[Any, Any]) -> None:
+    """What is cached elsewhere is no part of the graph."""
+    _, split = pair
+    ids = tokens(2, 6)
+    begun = split(ids[:, :4])
+    continued = split(ids[:, 4:], past_key_values=begun.past_key_values)
+    with pytest.raises(ConfigurationError, match="after 4 cached tokens"):
+        continued.logits.sum().backward()
+
+
 # --- bad luck -------------------------------------------------------------------------------------------
 
 

@@ -310,7 +310,6 @@ class TestSignals:
         with hub.hold("config.json", after=10) as held:
             process = serve(
                 component("slow", "own/slow", "bottom"),
-                cold=True,
                 manager={"close_timeout": 600, "cancel_grace": 600},
             )
             assert held.reached.wait(120)

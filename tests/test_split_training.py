@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from splitlearn_core.hosts.protocol import Frame, Kind
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from support.hosts import MemoryEndpoint, lost, remote
-from support.long import LONG
+from support.long import LONG, cases
 from support.training import (
     Learned,
     Recipe,
@@ -51,6 +53,8 @@ pytestmark = [
 ]
 
 SPLIT = (2, 4)
+#: What differs by a bit does so from the first or the second step on, when the optimizer has stepped.
+STEPS = cases(20, 5)
 CHOICES: dict[str, tuple[Any, ...]] = {
     "family": ("qwen2", "gpt2", "gemma"),
     "dropout": (0.1, 0.0),
@@ -106,8 +110,9 @@ def prepared(model: Any, recipe: Recipe, split: Any) -> Any:
     return adapted(model, recipe, names_of_ends(split) if recipe.ends else None)
 
 
-@functools.cache
-def unsplit(recipe: Recipe, steps: int = 20) -> Learned:
+# Each holds the gradients of all steps.
+@functools.lru_cache(maxsize=32)
+def unsplit(recipe: Recipe, steps: int = STEPS) -> Learned:
     """Train the unsplit model."""
     template = split_model(recipe, loaded(recipe, "trunk").trunk) if recipe.ends else None
     if template is not None:
@@ -118,7 +123,7 @@ def unsplit(recipe: Recipe, steps: int = 20) -> Learned:
     return train(adapted(whole(recipe), recipe), recipe, steps)
 
 
-def trained(recipe: Recipe, trunk: Any, steps: int = 20, **arguments: Any) -> Learned:
+def trained(recipe: Recipe, trunk: Any, steps: int = STEPS, **arguments: Any) -> Learned:
     """Train the same with its trunk elsewhere."""
     split = split_model(recipe, trunk)
     return train(prepared(split, recipe, split), recipe, steps, **arguments)
@@ -254,21 +259,32 @@ def test_training_over_a_socket_is_equal(elsewhere: tuple[Recipe, str]) -> None:
         trunk.close()
 
 
-def test_training_goes_on_when_its_host_is_killed(tmp_path: Path, warm: Any) -> None:
-    """Between two steps; another process takes its place, and is sent the adapters again."""
+def test_training_goes_on_when_its_host_is_killed(warm: Any) -> None:
+    """Before each kind of message, in another step each; another process takes its place, and lacks the adapters."""
     recipe = Recipe(family="gpt2")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as first, ExitStack() as second:
+    kills = [(1, Kind.PUT), (2, Kind.STEP), (3, Kind.BACKWARD)]
+    step = 0
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as hosts:
         serving = warm.path, Path(folder_of(recipe)), Path(folder) / "trunk.sock"
-        trunk = connect(first.enter_context(host_process(*serving)))
+        trunk = connect(hosts.enter_context(host_process(*serving)))
+        send = trunk.host.exchange
 
-        def kill(step: int) -> None:
-            if step == 1:
-                first.close()
-                second.enter_context(host_process(*serving))
+        def exchange(frame: Frame) -> Frame:
+            if kills[:1] == [(step, frame.kind)]:
+                del kills[0]
+                hosts.close()
+                hosts.enter_context(host_process(*serving))
+            return send(frame)
 
-        problems = differences(unsplit(recipe, 4), trained(recipe, trunk, 4, after=kill))
+        def count(number: int) -> None:
+            nonlocal step
+            step = number + 1
+
+        trunk.host.exchange = exchange  # type: ignore[method-assign]
+        problems = differences(unsplit(recipe, 5), trained(recipe, trunk, 5, after=count))
         trunk.close()
     assert problems == []
+    assert kills == []
 
 
 def test_random_numbers_that_stay_here_are_noticed(
@@ -303,7 +319,8 @@ def test_norms_that_are_added_by_part_are_noticed(elsewhere: tuple[Recipe, str])
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
 
     try:
-        assert differences(unsplit(recipe), trained(recipe, trunk, clip=by_part)) != []
+        # The first steps may happen to agree.
+        assert differences(unsplit(recipe, 20), trained(recipe, trunk, 20, clip=by_part)) != []
     finally:
         trunk.close()
 
@@ -392,7 +409,7 @@ def test_a_host_keeps_one_version_of_an_adapter() -> None:
 
 
 def test_owners_train_as_if_alone() -> None:
-    """Two on one trunk, step by step in turn: each with its adapters, modes, random numbers and settings."""
+    """A whole training of another owner in the midst of one, and evaluation besides."""
     recipes = [Recipe(clip=0.05), Recipe(kind="LoHaConfig", ends=True, accumulation=2)]
     expected = [unsplit(recipe, 6) for recipe in recipes]
     first = endpoint_of(recipes[0])
@@ -400,7 +417,6 @@ def test_owners_train_as_if_alone() -> None:
     results: list[Learned] = []
 
     def second(step: int) -> None:
-        # A whole training of the other one in the midst of this one, and evaluation besides.
         endpoint = MemoryEndpoint(lambda: table)
         endpoint.owner = "other"
         state = torch.get_rng_state()
@@ -413,6 +429,42 @@ def test_owners_train_as_if_alone() -> None:
 
     assert differences(expected[0], trained(recipes[0], remote(first), 6, after=second)) == []
     assert differences(expected[1], results[0]) == []
+
+
+def test_owners_take_turns_at_each_message() -> None:
+    """Two on one trunk, each with its adapters, modes, settings and random numbers: one message each in turn."""
+    recipes = [Recipe(clip=0.05), Recipe(kind="LoHaConfig", ends=True, accumulation=2, checkpointing="plain")]
+    expected = [unsplit(recipe, 6) for recipe in recipes]
+    table = endpoint_of(recipes[0]).table
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+    ended: set[int] = set()
+    order: list[int] = []
+
+    def train_in_turn(me: int) -> Learned:
+        def give_way(number: int, frame: Frame) -> None:
+            order.append(me)
+            if 1 - me not in ended:
+                # The generator is the whole process's.
+                state = torch.get_rng_state()
+                turns[1 - me].release()
+                turns[me].acquire()
+                torch.set_rng_state(state)
+
+        endpoint = MemoryEndpoint(lambda: table)
+        endpoint.owner, endpoint.before = f"owner {me}", give_way
+        turns[me].acquire()
+        try:
+            return trained(recipes[me], remote(endpoint), 6)
+        finally:
+            ended.add(me)
+            turns[1 - me].release()
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(train_in_turn, (0, 1)))
+    assert [differences(*pair) for pair in zip(expected, results, strict=True)] == [[], []]
+    together = 2 * min(order.count(0), order.count(1))
+    assert together > 30
+    assert order[:together] == [0, 1] * (together // 2)
 
 
 def test_a_split_model_is_copied_with_its_adapters() -> None:
@@ -433,15 +485,15 @@ def test_a_split_model_is_copied_with_its_adapters() -> None:
 # --- trainers ---------------------------------------------------------------------------------------------
 
 
-def run_trainer(model: Any, out: Path, **options: Any) -> Any:
-    """Train with transformers' own trainer; return it."""
+def run_trainer(model: Any, out: Path, save_steps: int, steps: int = 6, **options: Any) -> Any:
+    """Train with transformers' own trainer, of whose steps four are an epoch; return it."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     settings = TrainingArguments(
         output_dir=str(out),
-        per_device_train_batch_size=2, max_steps=6, learning_rate=0.01, logging_steps=1, save_strategy="steps",
-        save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=1,
-        max_grad_norm=0.05, gradient_accumulation_steps=2,
+        per_device_train_batch_size=2, max_steps=steps, learning_rate=0.01, logging_steps=1, save_strategy="steps",
+        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=1,
+        max_grad_norm=0.05, gradient_accumulation_steps=2, save_steps=save_steps,
     )  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     data = [{"input_ids": (ids := torch.randint(3, 90, (8,), generator=draw)), "labels": ids} for _ in range(16)]
@@ -463,6 +515,20 @@ def in_the_trunk(name: str) -> bool:
     return any(f".{number}." in name for number in range(*SPLIT))
 
 
+def test_a_trainer_of_thirty_steps_is_equal(tmp_path: Path) -> None:
+    """With its schedule of learning rates, clipping, accumulation, and several epochs."""
+    pytest.importorskip("accelerate", minversion="1.3.0", reason="needs accelerate 1.3 or newer")
+    recipe = Recipe(family="gpt2")
+    expected = run_trainer(adapted(whole(recipe), recipe), tmp_path / "unsplit", 30, 30)
+    split = split_model(recipe, remote(endpoint_of(recipe)))
+    actual = run_trainer(adapted(split, recipe), tmp_path / "split", 30, 30)
+    assert len(losses_of(expected)) == 30
+    assert losses_of(actual) == losses_of(expected)
+    values = learned_by(expected)
+    assert learned_by(actual).keys() == values.keys()
+    assert all(torch.equal(value, values[name]) for name, value in learned_by(actual).items())
+
+
 @pytest.mark.parametrize("kind", ["adapters", "ends"])
 def test_a_trainer_goes_on_from_each_of_its_checkpoints(kind: str, tmp_path: Path) -> None:
     """Adapters by the unsplit model's names; ends that are trained in full as components."""
@@ -478,21 +544,24 @@ def test_a_trainer_goes_on_from_each_of_its_checkpoints(kind: str, tmp_path: Pat
                 parameter.requires_grad_(not in_the_trunk(name))
         return made
 
+    # In the middle of the first epoch, and in that of the second.
+    every = 1 if LONG else {"adapters": 3, "ends": 5}[kind]
     endpoint = endpoint_of(recipe)
-    expected = run_trainer(model(), tmp_path / "unsplit")
-    trained_elsewhere = run_trainer(model(remote(endpoint)), tmp_path / "split")
+    expected = run_trainer(model(), tmp_path / "unsplit", every)
+    trained_elsewhere = run_trainer(model(remote(endpoint)), tmp_path / "split", every)
     assert losses_of(trained_elsewhere) == losses_of(expected)
     values = learned_by(expected)
     assert all(torch.equal(value, values[name]) for name, value in learned_by(trained_elsewhere).items())
     assert learned_by(trained_elsewhere).keys() == values.keys()
-    for step in range(1, 6) if LONG else (2, 5):
+    for step in range(every, 6, every):
         folder = tmp_path / "split" / f"checkpoint-{step}"
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         assert size < 4 * sum(value.nbytes for value in values.values())
         # Of the unsplit model, too: transformers 5.4 goes on with other random numbers in the middle of an epoch.
         whole_folder = str(tmp_path / "unsplit" / folder.name)
-        there = run_trainer(model(), tmp_path / f"unsplit-{step}", resume_from_checkpoint=whole_folder)
-        resumed = run_trainer(model(remote(endpoint)), tmp_path / f"resumed-{step}", resume_from_checkpoint=str(folder))
+        there = run_trainer(model(), tmp_path / f"unsplit-{step}", 6, resume_from_checkpoint=whole_folder)
+        again = tmp_path / f"resumed-{step}"
+        resumed = run_trainer(model(remote(endpoint)), again, 6, resume_from_checkpoint=str(folder))
         assert losses_of(resumed) == losses_of(there), step
         values_there = learned_by(there)
         assert all(torch.equal(value, values_there[name]) for name, value in learned_by(resumed).items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-from splitlearn_core import SplitCausalLM, load_split_model
+from splitlearn_core import SplitCausalLM, connect, load_split_model
+from splitlearn_core.hosts.sessions import SessionTable
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from support.hosts import MemoryEndpoint, remote
+from support.training import served_trunk
+from support.warm import WarmInterpreter
 
 # The Trainer of transformers 5.4 calls what older ones have not, whatever it asks for.
 pytest.importorskip("accelerate", minversion="1.3.0", reason="needs accelerate 1.3 or newer")
@@ -114,6 +119,11 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def trained_parameters(model: Any) -> dict[str, torch.Tensor]:
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: values for name, values in parameters(model).items() if name in learning}
+
+
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return list(left) == list(right) and all(torch.equal(each, right[name]) for name, each in left.items())
 
@@ -197,14 +207,71 @@ def test_checkpoints_of_a_trainer(
         assert torch.equal(loaded.eval()(IDS).logits, model.eval()(IDS).logits)
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_accelerate_saves_and_restores_a_split_model(checkpoint: Checkpoints, adapted: bool, tmp_path: Path) -> None:
+def test_thirty_steps_through_a_server(checkpoint: Checkpoints, warm: WarmInterpreter, tmp_path: Path) -> None:
+    """With the trunk in a process of ``splitlearn serve``: logs, adapters, evaluation, and a run that was resumed."""
+    peft = pytest.importorskip("peft", reason="the extra peft is not installed")
+    folder = checkpoint("gpt2")
+    options = {
+        "max_steps": 30, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 5,
+        "max_grad_norm": 0.1, "eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 15,
+    }  # fmt: skip
+
+    def adapted(model: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], lora_dropout=0.1, fan_in_fan_out=True)
+            return peft.get_peft_model(model, config)
+
+    results: dict[str, Any] = {}
+    with served_trunk(warm.path, folder, *CUTS) as url, ExitStack() as stack:
+
+        def served(folder: Path) -> Any:
+            ends = load_split_model(None, CUTS, folder, parts=("bottom", "top"))
+            trunk = connect(url)
+            stack.callback(trunk.close)
+            return SplitCausalLM(ends.bottom, trunk, ends.top)
+
+        for name, make in (("unsplit", unsplit), ("split", served)):
+            trained = trainer(adapted(make(folder)), tmp_path / name, **options)
+            trained.train()
+            # Of the owner's own: of layers that are elsewhere there are no values here.
+            learned = {name: each for name, each in trained.model.named_parameters() if each.requires_grad}
+            resumed = trainer(adapted(make(folder)), tmp_path / f"{name}-resumed", **options)
+            resumed.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-15"))
+            again = {name: each for name, each in resumed.model.named_parameters() if each.requires_grad}
+            # Compared with the unsplit run that was resumed: older transformers goes on with other random numbers.
+            results[name] = history(trained), history(resumed), learned, again
+
+    assert results["split"][:2] == results["unsplit"][:2]
+    assert equal(results["split"][2], results["unsplit"][2])
+    assert equal(results["split"][3], results["unsplit"][3])
+    logged = results["split"][0]
+    assert [sum(name in entry for entry in logged) for name in ("loss", "eval_loss")] == [30, 3]
+    saved = [
+        load_file(tmp_path / name / "checkpoint-30" / "adapter_model.safetensors") for name in ("split", "unsplit")
+    ]
+    assert equal(*saved)
+
+
+def with_trunk_elsewhere(folder: Path) -> Any:
+    parts = load_split_model(None, CUTS, folder)
+    return SplitCausalLM(parts.bottom, remote(MemoryEndpoint(lambda: SessionTable(parts.trunk))), parts.top)
+
+
+@pytest.mark.parametrize(
+    ("make_split", "adapted"),
+    [(split, False), (split, True), (with_trunk_elsewhere, True)],
+    ids=["full", "lora", "lora, trunk elsewhere"],
+)
+def test_accelerate_saves_and_restores_a_split_model(
+    checkpoint: Checkpoints, make_split: Callable[[Path], Any], adapted: bool, tmp_path: Path
+) -> None:
     """After load_state, a step is the step it was; saved weights are those of the unsplit model."""
     from accelerate import Accelerator
 
     peft = pytest.importorskip("peft", reason="the extra peft is not installed") if adapted else None
     results = {}
-    for make in (unsplit, split):
+    for make in (unsplit, make_split):
         model = make(checkpoint("qwen2"))
         if peft is not None:
             with torch.random.fork_rng(devices=[]):
@@ -224,15 +291,21 @@ def test_accelerate_saves_and_restores_a_split_model(checkpoint: Checkpoints, ad
         losses = [step()]
         accelerator.save_state(str(tmp_path / make.__name__ / "state"))
         losses.append(step())
-        learned = parameters(prepared)
+        learned = trained_parameters(prepared)
         accelerator.load_state(str(tmp_path / make.__name__ / "state"))
         losses.append(step())
         assert losses[1] == losses[2]
-        assert equal(parameters(prepared), learned)
+        assert equal(trained_parameters(prepared), learned)
         accelerator.save_model(prepared, str(tmp_path / make.__name__ / "model"))
         results[make] = losses, learned
 
-    assert results[split][0] == results[unsplit][0]
-    assert equal(results[split][1], results[unsplit][1])
-    saved = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("split", "unsplit")]
-    assert equal(*saved)
+    assert results[make_split][0] == results[unsplit][0]
+    assert equal(results[make_split][1], results[unsplit][1])
+    saved, whole = (
+        load_file(tmp_path / make.__name__ / "model" / "model.safetensors") for make in (make_split, unsplit)
+    )
+    if make_split is with_trunk_elsewhere:
+        # The weights of its layers are not here; adapters are.
+        whole = {name: tensor for name, tensor in whole.items() if name in saved}
+        assert any(".layers.3." in name for name in whole)
+    assert equal(saved, whole)

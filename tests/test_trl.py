@@ -14,9 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from splitlearn_core import SplitCausalLM, load_split_model
+from splitlearn_core import SplitCausalLM, connect, load_split_model
 from splitlearn_core.hosts.sessions import SessionTable
 from support.hosts import MemoryEndpoint, remote
+from support.long import cases
+from support.training import served_trunk
+from support.warm import WarmInterpreter
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 peft = pytest.importorskip("peft", reason="the extra peft is not installed")
@@ -154,7 +157,7 @@ def test_dpo_gives_the_unsplit_losses(options: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss_type": "nll", "packing": True, "max_steps": 30, "bf16": True},
+        {"loss_type": "nll", "packing": True, "max_steps": cases(30, 5), "bf16": True},
         {"loss_type": "chunked_nll", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {"padding_free": True, "max_length": None, "max_grad_norm": 0.1},
     ],
@@ -164,6 +167,27 @@ def test_sft_with_the_trunk_elsewhere_gives_the_unsplit_losses(options: dict[str
     """Adapters everywhere, in the trunk too."""
     options = {**options, "peft_config": lora()}
     compare(train(trl.SFTTrainer, trl.SFTConfig, {"text": TEXTS}, options, tmp_path, elsewhere))
+
+
+def test_thirty_steps_of_sft_through_a_server(warm: WarmInterpreter, tmp_path: Path) -> None:
+    """The trunk is in a process of ``splitlearn serve``, and the learning rate, clipping and accumulation TRL's own."""
+    place = str(importlib.resources.files("splitlearn_gpt2") / "bundled")
+    options = {
+        "peft_config": lora(), "max_steps": 30, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine", "warmup_steps": 5, "max_grad_norm": 0.5,
+    }  # fmt: skip
+    with served_trunk(warm.path, place, 1, 5) as url:
+        trunk = connect(url)
+
+        def served(place: str) -> Any:
+            ends = load_split_model("gpt2", (1, 5), place, parts=("bottom", "top"), dtype="float32")
+            return SplitCausalLM(ends.bottom, trunk, ends.top)
+
+        results = train(trl.SFTTrainer, trl.SFTConfig, {"text": TEXTS}, options, tmp_path, served)
+        trunk.close()
+    compare(results)
+    assert sum("loss" in entry for entry in results[1][0]) == 30
+    assert any(".2.attn" in name for name in results[1][1])
 
 
 @pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}], ids=["reference", "precomputed"])

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from splitlearn_core import SplitCausalLM, load_split_model
+from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("llama")
 
-CUTS = (2, 4)
+CUTS = (1, 2)
 NAMES = ("bottom", "trunk", "top")
 IDS = torch.tensor([[5, 17, 42, 99, 3, 8, 64], [1, 2, 3, 4, 5, 6, 7]])
 MASK = torch.tensor([[1] * 7, [0] * 2 + [1] * 5])
@@ -30,9 +31,15 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """The unsplit model, of a layer for each component: each layer is traced again, and that takes longest."""
+    return tiny_model("llama", num_hidden_layers=3)
+
+
 @pytest.fixture
-def parts(single: Path) -> Any:
-    return load_split_model("llama", CUTS, single)
+def parts(whole: Any, tmp_path: Path) -> Any:
+    return load_split_model("llama", CUTS, write_checkpoint(tmp_path / "model", whole))
 
 
 # The compiler itself looks at the hidden states' gradients.

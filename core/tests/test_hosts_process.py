@@ -30,8 +30,9 @@ from splitlearn_core.api import load_split_model
 from splitlearn_core.hosts import child, process
 from splitlearn_core.hosts.process import ProcessHandle, ProcessLoad, start_process
 from splitlearn_core.hosts.shared_memory import ARENA_FROM
-from splitlearn_core.hosts.supervisor import Supervisor, end_processes, living_supervisor, prepare_processes
+from splitlearn_core.hosts.supervisor import Supervisor, living_supervisor, prepare_processes
 from support.hosts import BEHAVING_PLUGIN
+from support.warm import WarmInterpreter
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is left is read from /proc")
 
@@ -57,10 +58,8 @@ HANGING = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_process_left() -> Iterator[None]:
+def _prepared() -> None:
     prepare_processes(["llama"])
-    yield
-    end_processes()
 
 
 @pytest.fixture
@@ -456,12 +455,14 @@ threading.Event().wait()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_outlives_its_parent(folder: Path, world: Any, single: Path, number: signal.Signals) -> None:
+def test_nothing_outlives_its_parent(
+    folder: Path, world: Any, single: Path, warm: WarmInterpreter, number: signal.Signals
+) -> None:
     """Neither the zygote, nor children, nor what they have started."""
     (folder / "load.py").write_text(WITH_GRANDCHILD)
     environment = {**world.environment(), "TEST_PARENT": "0"}
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(single), str(folder)],
+        [str(warm.path), "-c", PARENT, str(single), str(folder)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -272,6 +272,25 @@ def test_what_runs_elsewhere_is_not_hosted_once_more(table: SessionTable) -> Non
         SessionTable(cast("Any", remote(MemoryEndpoint(lambda: table))))
 
 
+@pytest.mark.parametrize("kind", [Kind.STEP, Kind.BACKWARD])
+def test_a_component_that_fails_says_little_to_its_caller(
+    table: SessionTable, parts: Any, kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kind of the error; its text, which may name files of the host, is in the log there."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("/srv/secret/weights cannot be read")
+
+    parts.trunk.layer_modules[2].register_forward_pre_hook(fail)
+    names = ["hidden_states", "gradient"] if kind is Kind.BACKWARD else ["hidden_states"]
+    specs, buffers = pack({name: states(1, 2) for name in names})
+    with caplog.at_level("INFO"):
+        reply = table.handle(Frame(kind, tensors=specs, buffers=buffers))
+    refused(reply, "failed", "the component failed: OSError")
+    assert "secret" not in str(reply.meta)
+    assert "/srv/secret/weights cannot be read" in caplog.text
+
+
 def test_any_request_has_an_answer(table: SessionTable, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever a client sends: a reply, no accident of the host, and the sessions of others go on."""
     chance = random.Random(3)

@@ -31,7 +31,8 @@ LAYERS = (
     "family", "plan", "loading_strategy", "component_host", "cut_stage", "wire_formats", "hookspecs", "plugins",
     "environment_errors", "checkpoint", "tokenization", "readers", "build", "adapters", "split_model", "loading", "api",
     "cuts", "hosts", "storage", "component_chain", "pipeline", "assembly", "factory", "generation", "verification",
-    "benchmark", "leak", "manager", "quickstart", "extension", "doctor", "testing", "cli", "__main__",
+    "benchmark", "line_plot", "leak", "fine_tuning", "manager", "quickstart", "extension", "doctor", "testing", "cli",
+    "__main__",
 )  # fmt: skip
 
 #: Modules that only keep an earlier import path alive; they may look up.
@@ -211,9 +212,11 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: manager in processes of their own one file and 330 lines; their sessions over a server, and hosts of plugins, three
 #: files and 300 lines. Training across the cut has taken five files and 1,000 lines: layers without values, adapters
 #: described and checked, their host, calls and their way back, saving. The forward of components in order has a file.
+#: ``fine_tuning`` takes three files and 230 lines (a text, a training compared with the unsplit one), and pictures of
+#: lines, which ``leak`` draws too, one.
 LIMITS = {
-    "files": (0, 168),
-    "code lines": (0, 23_000),
+    "files": (0, 172),
+    "code lines": (0, 23_300),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

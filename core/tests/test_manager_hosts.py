@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from splitlearn_core.errors import (
     ModelNotReadyError,
     RemoteError,
 )
-from splitlearn_core.hosts.supervisor import end_processes
 from splitlearn_core.manager import messages as m
 from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.status import ModelStatus
@@ -43,12 +41,6 @@ HANGING = {
     # With the lock of the interpreter, so that no other thread of it runs.
     "in C": ARRIVE + "import ctypes\nctypes.PyDLL(None).pause()\n",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_left() -> Iterator[None]:
-    yield
-    end_processes()
 
 
 @pytest.fixture(autouse=True)

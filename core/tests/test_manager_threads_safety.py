@@ -18,7 +18,7 @@ from splitlearn_core.manager.loaders.loader import ModelLoader
 from splitlearn_core.manager.workers import run_in_thread
 from support.long import cases
 
-LOADS = cases(400, 100)
+LOADS = cases(400, 50)
 WORKERS = 6
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

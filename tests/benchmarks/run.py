@@ -31,6 +31,7 @@ BENCHMARKS = (
     "strategies",
     "saving",
     "hosts",
+    "training",
     "wires",
 )
 _PACKAGES = (

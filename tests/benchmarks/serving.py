@@ -30,11 +30,11 @@ _LAG = "splitlearn_event_loop_lag_seconds_bucket"
 
 
 @contextmanager
-def served(job: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def served(job: dict[str, Any], *options: str) -> Iterator[tuple[str, int]]:
     """Serve a trunk, and return its URL and the number of the process."""
     command = [sys.executable, "-m", "splitlearn_core", "serve", job["directory"], "--port", "0"]
     cut = ["--split", *map(str, job["cut"])]
-    with subprocess.Popen([*command, *cut], stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen([*command, *cut, *options], stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
             # It prints more, later: without a reader it would stand still.
@@ -46,10 +46,14 @@ def served(job: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 @contextmanager
-def _delayed(url: str) -> Iterator[str]:
-    """Return an address by which each request and each reply is held for half of the delay."""
+def delayed(url: str, milliseconds: float, megabits: float | None = None) -> Iterator[str]:
+    """Return an address by which each request and each reply is held for half of a delay.
+
+    With megabits per second, each way carries no more than these.
+    """
     parts = urlsplit(url)
-    command = [sys.executable, str(HERE / "delay.py"), str(parts.port), str(DELAY_MS / 2)]
+    command = [sys.executable, str(HERE / "delay.py"), str(parts.port), str(milliseconds / 2)]
+    command += [] if megabits is None else [str(megabits)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
         try:
             assert proxy.stdout is not None
@@ -73,7 +77,7 @@ def _measure_distance(job: dict[str, Any]) -> dict[str, Any]:
     from splitlearn_core.hosts.protocol import Frame, Kind
 
     inline = split_model(Job(job["directory"], tuple(job["cut"])))
-    with served(job) as (url, _), _delayed(url) as far, torch.no_grad():
+    with served(job) as (url, _), delayed(url, DELAY_MS) as far, torch.no_grad():
         trunk = connect(far)
         apart = SplitCausalLM(inline.components[0], trunk, inline.components[-1])
         # A text that goes round in circles, as code and lists do, so that there is something to look up.

@@ -7,8 +7,8 @@ Four kinds of sweep are sampled, each the same way in every run:
   combinations; of :data:`LONGEST`, or with ``SHORT_TESTS``, as the checks run them a second time with other libraries,
   one. Checks in :data:`IN_TURN` take one other parameter in turn.
 - Numbers of random cases in one test: :func:`cases`.
-- With ``SHORT_TESTS``, of every other parametrised test :data:`SHORT_CASES`: most of its cases differ in paths of our
-  own code, which run with the newest libraries.
+- With ``SHORT_TESTS``, of every other parametrised test, and of a marked one, :data:`SHORT_CASES`: most of its cases
+  differ in paths of our own code, which run with the newest libraries.
 
 What is chosen next is what has values that were chosen least: each value of each parameter is tried as far as the
 number of cases goes, of the kit's checks over all variants.
@@ -37,7 +37,7 @@ LONG = bool(os.environ.get("LONG_TESTS"))
 #: Whether the tests run with other libraries as well.
 SHORT = bool(os.environ.get("SHORT_TESTS"))
 #: How many cases of a parametrised test are run then.
-SHORT_CASES = 4
+SHORT_CASES = 2
 
 
 def cases(long: int, sample: int) -> int:
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         name = getattr(item, "originalname", "")
         if (marker := item.get_closest_marker("sample")) is not None and parameters:
-            turn, number = "", marker.args[0]
+            turn, number = "", min(marker.args[0], SHORT_CASES) if SHORT else marker.args[0]
         elif parameters.keys() >= {"variant", *SPREAD}:
             turn, number = _without(parameters, *SPREAD), 1 if SHORT or name in LONGEST else 2
         elif SHORT and parameters:

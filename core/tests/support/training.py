@@ -165,7 +165,9 @@ def train(
     data = batches(recipe)
     for step in range(steps):
         for _ in range(recipe.accumulation):
-            loss = model(**next(data), use_cache=False).loss
+            batch = next(data)
+            # With a cache, which there is by default, transformers does not look for packed sequences.
+            loss = model(**batch, **({"use_cache": False} if "position_ids" in batch else {})).loss
             (loss / recipe.accumulation).backward()
             learned.losses.append(loss.detach())
         if recipe.clip:
@@ -234,3 +236,32 @@ def host_process(interpreter: object, checkpoint: Path, path: Path, dtype: str =
         finally:
             child.stdin.close()
             child.kill()
+
+
+@contextmanager
+def served_trunk(interpreter: object, checkpoint: Path | str, *cuts: int, dtype: str = "float32") -> Iterator[str]:
+    """Serve the trunk of a checkpoint by ``splitlearn serve``, as another process; yields the URL.
+
+    Meanwhile torch has one thread here, as it has there.
+    """
+    import subprocess
+    import threading
+
+    threads = torch.get_num_threads()
+
+    options = ["--split", *map(str, cuts), "--dtype", dtype, "--port", "0"]
+    command = [str(interpreter), "-m", "splitlearn_core", "serve", str(checkpoint), *options]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        lines = iter(server.stderr)
+        url = next((line.partition(" at ")[2].strip() for line in lines if line.startswith("trunk at ")), "")
+        assert url
+        rest = threading.Thread(target=lambda: list(lines))
+        rest.start()
+        torch.set_num_threads(1)
+        try:
+            yield url
+        finally:
+            torch.set_num_threads(threads)
+            server.terminate()
+            rest.join()

@@ -48,6 +48,7 @@ USERS = ("huggingface_hub", "transformers", "accelerate", "datasets", "peft")
 def serve(path: str) -> None:
     """Run commands until the standard input ends."""
     del sys.path[0]  # where this file lies
+    gc.disable()  # nothing of what is imported is garbage
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in LIBRARIES:
@@ -62,6 +63,7 @@ def serve(path: str) -> None:
     # the fork.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
+    gc.enable()
     gc.collect()
     gc.freeze()
     selector = selectors.DefaultSelector()

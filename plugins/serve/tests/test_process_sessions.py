@@ -29,7 +29,6 @@ from splitlearn_core import (
 )
 from splitlearn_core.extension import Frame, Kind, SessionLimits
 from splitlearn_core.hosts.carriers import Endpoint
-from splitlearn_core.hosts.supervisor import end_processes
 from splitlearn_serve.tokens import Owner, Tokens
 
 pytestmark = [
@@ -40,12 +39,6 @@ pytestmark = [
 
 ALICE, BOB = "a" * 32, "b" * 32
 Serve = Callable[..., StatusServer]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_left() -> Iterator[None]:
-    yield
-    end_processes()
 
 
 @pytest.fixture

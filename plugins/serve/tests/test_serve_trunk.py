@@ -33,11 +33,11 @@ def splitlearn(*arguments: object, **environment: str) -> subprocess.CompletedPr
 
 
 class Process:
-    """A running ``splitlearn serve``."""
+    """A running ``splitlearn serve``, in an interpreter."""
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
+    def __init__(self, interpreter: str, *arguments: object, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "splitlearn_core", "serve", *map(str, arguments)],
+            [interpreter, "-m", "splitlearn_core", "serve", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -75,13 +75,21 @@ class Process:
 
 
 @pytest.fixture
-def serve(single: Path, llama: None, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+def serve(
+    single: Path, llama: None, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Process]]:
     """Return a function that serves the trunk of the checkpoint."""
     running = []
+    try:
+        interpreter = str(request.getfixturevalue("warm").path)
+    except pytest.FixtureLookupError:
+        # This package is tested alone, without what the tests of the repository share.
+        interpreter = sys.executable
 
     def serve(*arguments: object, port: int = 0) -> Process:
         path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-        process = Process(single, "--split", 2, 4, "--port", port, *arguments, PYTHONPATH=path, OMP_NUM_THREADS="1")
+        command = (single, "--split", 2, 4, "--port", port, *arguments)
+        process = Process(interpreter, *command, PYTHONPATH=path, OMP_NUM_THREADS="1")
         running.append(process)
         return process
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -138,7 +139,6 @@ def render_verification(result: Verification) -> str:
         f"{human_bytes(link.bytes_per_token)} per token, both ways"
         for link in result.links
     ]
-    checks = [f"{'equal' if equal else 'DIFFERS':<8}{name}" for name, equal in result.checks.items()]
     verdict = "equal to the last bit" if result.equal else "NOT equal"
     return "\n".join(
         [
@@ -148,7 +148,12 @@ def render_verification(result: Verification) -> str:
             _MEMORY_NOTE,
             "",
             *links,
-            *checks,
+            *render_checks(result.checks),
             f"{verdict}; maximum difference {result.max_difference:g}",
         ]
     )
+
+
+def render_checks(checks: Mapping[str, bool]) -> list[str]:
+    """Format comparisons, a line each."""
+    return [f"{'equal' if equal else 'DIFFERS':<8}{name}" for name, equal in checks.items()]

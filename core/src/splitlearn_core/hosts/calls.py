@@ -110,6 +110,7 @@ class Call:
         wanted: Mapping[str, torch.Tensor],
         *,
         of_input: bool,
+        has_cache: bool,
     ) -> dict[str, torch.Tensor]:
         """Return the gradients of the input, as ``hidden_states``, and of parameters of adapters."""
         self._refuse_infinite(
@@ -117,6 +118,7 @@ class Call:
         )
         specs, buffers = pack({"hidden_states": states, "gradient": gradient, **self.tensors, **random})
         meta = {"arguments": self.arguments, "wanted": list(wanted), "of_input": of_input, **self._meta()}
+        meta |= {"has_cache": True} if has_cache else {}
         tensors = unpack(self.host.request(Frame(Kind.BACKWARD, 0, 0, meta, specs, buffers), self.upload))
         expected = {**wanted, **({"hidden_states": states} if of_input else {})}
         result = {name: received(tensors, f"gradient.{name}", like, like.dtype) for name, like in expected.items()}
@@ -166,7 +168,8 @@ class _RemoteForward(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, cache: Any, box: list[Any], names: list[str], hidden: torch.Tensor, *parameters: Any
     ) -> Any:
-        ctx.call, ctx.cache, ctx.names = call, cache, names
+        ctx.call, ctx.names = call, names
+        ctx.has_cache, ctx.cached_tokens = cache is not None, cache.get_seq_length() if cache is not None else 0
         # The parameters too, so that autograd notices if they change before the way back.
         ctx.save_for_backward(hidden, *parameters)
         output, ctx.random = call.forward(hidden.detach(), cache)
@@ -176,9 +179,11 @@ class _RemoteForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        if ctx.cache is not None:
+        if ctx.cached_tokens:
             raise ConfigurationError(
-                f"a gradient cannot go back through a session at {ctx.call.host.url}", hint="give use_cache=False"
+                f"a gradient cannot go back through a step after {ctx.cached_tokens} cached tokens, which are at "
+                f"{ctx.call.host.url}",
+                hint="give the whole sequence in one call, without past_key_values",
             )
         hidden, *parameters = ctx.saved_tensors
         of_input, *needed = ctx.needs_input_grad[4:]
@@ -187,7 +192,10 @@ class _RemoteForward(torch.autograd.Function):
             for name, parameter, is_needed in zip(ctx.names, parameters, needed, strict=True)
             if is_needed
         }
-        gradients = ctx.call.gradients(hidden.detach(), gradient, ctx.random, wanted, of_input=of_input)
+        # The first step of a session is done again with an empty cache: with none, attention may take another kernel.
+        gradients = ctx.call.gradients(
+            hidden.detach(), gradient, ctx.random, wanted, of_input=of_input, has_cache=ctx.has_cache
+        )
         return (None, None, None, None, gradients.get("hidden_states"), *(gradients.get(name) for name in ctx.names))
 
 

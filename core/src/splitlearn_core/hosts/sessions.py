@@ -184,9 +184,12 @@ class SessionTable:
         except SplitLearnError as error:
             return error_frame(error, frame)
         except Exception as error:
-            # One client's request must not stop the service of the others.
+            # One client's request must not stop the service of the others. The error's text may name files.
             log.exception("A %s failed", frame.kind.name)
-            return error_frame(RemoteError(f"the host failed: {type(error).__name__}", code="failed"), frame)
+            failure = RemoteError(
+                f"the host failed: {type(error).__name__}", code="failed", hint="its log has the details"
+            )
+            return error_frame(failure, frame)
 
     def expire(self) -> int:
         """End the sessions that have been idle for too long, and return their number."""
@@ -310,16 +313,15 @@ class SessionTable:
         random, gradient = taken_random(tensors), tensors.pop("gradient", None)
         if gradient is None or frame.session:
             raise RemoteError("a backward pass needs a forward without cache", code="bad_input")
-        with (
-            self._compute,
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
-            self._training.running(mode, owner, random) as running,
-        ):
-            hidden, inputs = self._inputs(frame, tensors, None, mode)
-            self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
-            specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
-        return Frame(Kind.RESULT, tensors=specs, buffers=buffers)
+        requested_at = self._clock()
+        with self._compute, torch.inference_mode(mode=False), torch.enable_grad():
+            began_at = self._clock()
+            with self._training.running(mode, owner, random) as running:
+                hidden, inputs = self._inputs(frame, tensors, None, mode)
+                self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
+                specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
+        meta = {"waited": began_at - requested_at, "computed": self._clock() - began_at}
+        return Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers)
 
     _handlers: Mapping[Kind, Callable[..., Frame]] = {
         Kind.HELLO: _hello,
@@ -453,6 +455,8 @@ class SessionTable:
                 )
         if session is not None:
             inputs["past_key_values"] = session.cache
+        elif frame.meta.get("has_cache") is True:
+            inputs["past_key_values"] = self._component.new_cache()
         return hidden.to(device), inputs
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -24,6 +25,8 @@ from splitlearn_core.hosts.payload import unpack
 from splitlearn_core.hosts.protocol import Frame
 from splitlearn_core.hosts.tuning import build_adapted, content_hash, fit_tensors, frozen_copy
 from splitlearn_core.types import human_bytes
+
+log = logging.getLogger(__name__)
 
 #: Tensors of a frame with the state of a generator.
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"
@@ -335,7 +338,13 @@ def _failures_named() -> Iterator[None]:
             hint="send fewer sequences or tokens at once: smaller batches, and more of them accumulated",
         ) from error
     except Exception as error:
-        raise RemoteError(f"the component failed: {type(error).__name__}: {error}", code="failed") from error
+        # Its text may name files of the host. No warning: a caller makes it fail with wrong shapes at will.
+        log.info("The component failed", exc_info=True)
+        raise RemoteError(
+            f"the component failed: {type(error).__name__}",
+            code="failed",
+            hint="do the shapes and arguments belong together? The log of its host (INFO) says how it failed",
+        ) from error
 
 
 def taken_random(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
