@@ -147,7 +147,7 @@ def _running(interpreter: object) -> Callable[..., subprocess.CompletedProcess[s
 
 @pytest.fixture
 def cli(warm_process: Callable[..., Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the console script that is installed beside this interpreter, in a warm one."""
+    """Run the console script of this interpreter's environment, in a warm interpreter."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         return warm_process(Path(sys.executable).with_name("splitlearn"), *arguments, **environment)

@@ -288,7 +288,7 @@ def test_a_tied_embedding_is_not_merged(tmp_path: Path) -> None:
 
 
 def test_an_adapter_from_the_hub(plain: World, hub: LoopbackHub) -> None:
-    """Its two files are fetched, and found again without the Hub; what is missing is told."""
+    """Its two files are fetched, and found again without the Hub; missing files are reported."""
     (plain.adapter / "README.md").write_text("Of no use here.")
     hub.add_repo("someone/adapter", plain.adapter)
     hub.add_repo("someone/model", plain.model)
@@ -386,7 +386,7 @@ def test_what_is_no_component_is_refused(plain: World, worlds: Callable[[str], W
     """Nor are components of two models."""
     parts = plain.parts(parts=["trunk"])
     for wrong in ([], AutoModelForCausalLM.from_pretrained(plain.model), [None]):
-        with pytest.raises(ConfigurationError, match="is no component"):
+        with pytest.raises(ConfigurationError, match="is not a component"):
             load_adapter(wrong, plain.adapter)
     for pair in ([parts.trunk, parts.trunk], [parts.trunk, worlds("gpt2").parts().top]):
         with pytest.raises(ConfigurationError, match="not components of one model"):
@@ -490,7 +490,7 @@ def test_modules_are_replaced_by_the_end_of_their_names(tmp_path: Path, model_ty
 
 @pytest.mark.parametrize("target", [None, 3, "a_file", "a_folder", "stale"])
 def test_where_no_adapter_is_saved(plain: World, tmp_path: Path, target: Any) -> None:
-    """Beside other files it could not be told what is of it."""
+    """Next to other files, the adapter's own could not be identified."""
     (tmp_path / "a_file").write_text("x")
     for folder, file in (("a_folder", "notes.txt"), ("stale", "adapter_model.bin")):
         (tmp_path / folder).mkdir()
@@ -529,7 +529,7 @@ def split(folder: Path, **options: Any) -> SplitCausalLM:
 
 
 def add_adapter(folder: Path, *, rank: int = 4, **options: Any) -> None:
-    """Write the adapter that PEFT makes for a folder's model, with values of its own, beside the weights."""
+    """Write an adapter that PEFT makes for a folder's model, with random values, next to the weights."""
     torch.manual_seed(2)
     settings = {"target_modules": ["q_proj", "down_proj"], **options}
     model = peft.get_peft_model(unsplit(folder), peft.LoraConfig(r=rank, task_type="CAUSAL_LM", **settings))
@@ -593,7 +593,7 @@ def test_an_adapter_that_cannot_be_cut_is_refused(single: Path) -> None:
 
 
 def test_a_folder_with_an_adapter_is_not_split_without_it(single: Path, tmp_path: Path) -> None:
-    """Components on disk have none: what they would lack is said, and the way out."""
+    """Saved components have no adapter: the error says what would be missing, and what to do."""
     add_adapter(single)
 
     for dtype in ("auto", "bfloat16"):
@@ -691,12 +691,12 @@ def test_an_adapter_of_pefts_own_is_not_taken_for_ours(plain: World, tmp_path: P
         lambda: merge_and_unload(split.trunk),
         lambda: unload_adapter(split),
     ):
-        with pytest.raises(ConfigurationError, match="put there by PEFT itself"):
+        with pytest.raises(ConfigurationError, match="applied with PEFT itself"):
             action()
     for saved in (split, split.trunk, own):
         with pytest.raises(ConfigurationError, match=r"there is an adapter|PeftModelForCausalLM cannot be saved"):
             save_split(saved, out)
-    with pytest.raises(ConfigurationError, match="PeftModelForCausalLM is no component") as caught:
+    with pytest.raises(ConfigurationError, match="PeftModelForCausalLM is not a component") as caught:
         save_adapter(own, out)
     with pytest.raises(ConfigurationError, match="a checkpoint of the whole model cannot hold"):
         split.save_pretrained(out)

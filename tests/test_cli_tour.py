@@ -408,7 +408,7 @@ class TestGenerate:
 class TestWithoutSplit:
     @pytest.mark.parametrize("words", [("plan",), ("generate", "--prompt", "x"), ("verify",)], ids=" ".join)
     def test_even_thirds_are_taken(self, command: Cli, talking: Path, words: tuple[str, ...]) -> None:
-        """What only reads goes on with even thirds, and says on stderr which they are, as options to repeat."""
+        """Commands that only read use even thirds, and print them on stderr as options to repeat."""
         name, *options = words
         proposed = command(name, talking, *options, "--json")
         said = re.search(r"(--split) (\d+) (\d+)", proposed.stderr)
@@ -501,7 +501,7 @@ def test_reader_that_goes_away(warm: WarmInterpreter, talking: Path, command: tu
 
 class TestDemo:
     def test_for_people_and_as_json(self, warm: WarmInterpreter, command: Cli) -> None:
-        """Offline, with every way out closed, the demonstration plans, loads, tells a story and verifies equal.
+        """Offline, without any network, the demonstration plans, loads, generates text and verifies equal.
 
         The text comes piece by piece: it is begun on stdout before the process is done. As JSON it is one document:
         the plan, what was generated, and the verification; the seed gives the same story.

@@ -1,4 +1,4 @@
-"""``generate --chat``: what is said equals what transformers says by the checkpoint's own template."""
+"""``generate --chat``: the answers equal those of transformers with the checkpoint's own template."""
 
 from __future__ import annotations
 

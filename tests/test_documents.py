@@ -259,7 +259,7 @@ def free_port() -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_document_shows_what_happens(document: str, warm: WarmInterpreter, tmp_path: Path) -> None:
-    """As a reader would do it who starts with an empty folder and goes on to the end."""
+    """As a reader would do it, from an empty folder to the end."""
     reader = Reader(tmp_path, warm)
     try:
         for block in blocks_of(document):

@@ -1,4 +1,4 @@
-"""Families that one command writes: each is written anew, and the conformance kit is run on it."""
+"""Families that one command writes: each is written again, and the conformance kit is run on it."""
 
 from __future__ import annotations
 

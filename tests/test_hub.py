@@ -73,7 +73,7 @@ def asked(hub: LoopbackHub) -> list[RequestRecord]:
 
 
 def whole_downloads(hub: LoopbackHub) -> list[str]:
-    """Names of the weight files that were asked for without a range, one for each request."""
+    """Names of the weight files that were requested without a range, one for each request."""
     return [str(r.filename) for r in file_requests(hub, ".safetensors") if r.range is None]
 
 
@@ -111,7 +111,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def closed_port() -> Any:
-    """An endpoint that refuses connections, and that nobody else can take meanwhile: bound, never listened on."""
+    """An endpoint that refuses connections: its port is bound, so that no process can take it, but nothing listens."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{reserved.getsockname()[1]}"
@@ -159,7 +159,7 @@ class TestDownloads:
     def test_other_formats_in_the_repository_are_left_alone(
         self, hub: LoopbackHub, single: Path, tmp_path: Path
     ) -> None:
-        """Pickles, ONNX files and folders beside the safetensors are not downloaded."""
+        """Pickles, ONNX files and folders next to the safetensors are not downloaded."""
         folder = shutil.copytree(single, tmp_path / "mixed")
         (folder / "pytorch_model.bin").write_bytes(b"pickle")
         (folder / "onnx").mkdir()
@@ -230,7 +230,7 @@ class TestPlanning:
     def test_where_the_tensors_lie_equals_the_directory(
         self, hub: LoopbackHub, kind: str, request: pytest.FixtureRequest
     ) -> None:
-        """The planned byte ranges are the same: counted from the start of the file, whoever read the header."""
+        """The planned byte ranges are the same, counted from the start of the file, for both readers of the header."""
         folder = request.getfixturevalue(kind)
         hub.add_repo(REPO, folder)
         remote, local = (plan_split(model, SPLIT).components for model in (REPO, folder))
@@ -247,7 +247,7 @@ class TestPlanning:
         assert whole_downloads(hub) == []
 
     def test_plan_of_one_part_reads_its_headers_alone(self, hub: LoopbackHub, sharded: Path) -> None:
-        """Of a sharded repository only the headers of the asked part's shards are read."""
+        """Of a sharded repository only the headers of the requested part's shards are read."""
         hub.add_repo(REPO, sharded)
         plan_split(REPO, SPLIT, parts=("trunk",))
         assert {r.filename for r in file_requests(hub, ".safetensors")} == shards_of(sharded, "trunk")
@@ -295,7 +295,7 @@ class TestRevisions:
             assert not parts_equal(load(revision=revision), here[first if expected[revision] == second else second])
 
     def test_full_commit_in_the_cache_asks_nothing_for_its_files(self, hub: LoopbackHub, sharded: Path) -> None:
-        """A commit cannot change, so what is cached of it is not asked for again."""
+        """A commit cannot change, so its cached files are not requested again."""
         commit = hub.add_repo(REPO, sharded)
         load(revision=commit)
         before = len(asked(hub))
@@ -478,7 +478,7 @@ class TestRefusals:
         self.expect(lambda: plan_split(REPO, SPLIT, revision="0" * 40), "0{40}", "commit")
 
     def test_no_config(self, hub: LoopbackHub, single: Path, tmp_path: Path) -> None:
-        """A repository that is no transformers checkpoint lacks config.json, and that is said."""
+        """A repository that is not a transformers checkpoint lacks config.json, and the error says so."""
         folder = tmp_path / "dataset"
         folder.mkdir()
         (folder / "data.csv").write_text("a,b\n")
@@ -487,14 +487,14 @@ class TestRefusals:
 
     @pytest.mark.parametrize("token", [None, "hf_wrong"])
     def test_gated(self, hub: LoopbackHub, sharded: Path, token: str | None) -> None:
-        """A gated repository tells to accept its terms, whether no token or a stranger's is sent."""
+        """The hint for a gated repository is to accept its terms, with no token and with another user's."""
         hub.add_repo(REPO, sharded, gated=True, token=TOKEN)
         self.expect(lambda: load(token=token), "gated", "terms.*token")
         assert hub.downloaded(REPO) == set()
 
     @pytest.mark.parametrize("token", [None, "hf_wrong"])
     def test_private(self, hub: LoopbackHub, sharded: Path, token: str | None) -> None:
-        """A private repository cannot be told from one that is not there; the hint names the token."""
+        """A private repository cannot be distinguished from a missing one; the hint names the token."""
         hub.add_repo(REPO, sharded, private=True, token=TOKEN)
         self.expect(lambda: load(token=token), "neither a directory", "token")
         assert hub.downloaded(REPO) == set()
@@ -514,7 +514,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["no/such/depth", "spaces are not allowed", "-dash"])
     def test_names_that_no_repository_can_have(self, hub: LoopbackHub, name: str) -> None:
-        """What cannot be a repository was meant as a path, and is not asked for."""
+        """A name that cannot be a repository was meant as a path, and is not requested."""
         self.expect(lambda: load(model=name), "neither a directory", "path|spelling")
         assert asked(hub) == []
 
@@ -855,7 +855,7 @@ def test_quantised_repository_is_refused_before_its_weights(hub: LoopbackHub, si
 
 
 def test_pickled_repository_is_refused(hub: LoopbackHub, single: Path, tmp_path: Path) -> None:
-    """A repository with pickles of another layout is told how to convert, and none of them is downloaded."""
+    """For a repository with pickles of another layout, the hint says how to convert, and none of them is downloaded."""
     folder = shutil.copytree(single, tmp_path / "pickled")
     (folder / SINGLE).rename(folder / "consolidated.pth")
     hub.add_repo(REPO, folder)
@@ -876,7 +876,7 @@ def test_index_that_names_a_missing_shard(hub: LoopbackHub, sharded: Path, tmp_p
 
 
 def test_wrong_model_type_costs_the_config_alone(hub: LoopbackHub, single: Path) -> None:
-    """A contradiction between the caller and config.json is found before anything large is asked for."""
+    """A contradiction between the caller and config.json is found before anything large is requested."""
     hub.add_repo(REPO, single)
     with pytest.raises(ConfigurationError, match=r"gpt2.*qwen2"):
         load_split_model("gpt2", SPLIT, REPO)
@@ -913,7 +913,7 @@ def test_bin_files_come_from_the_hub(hub: LoopbackHub, single: Path, tmp_path: P
 
 
 def test_a_whole_model_comes_from_the_hub(hub: LoopbackHub, sharded: Path) -> None:
-    """All of its shards, though one part was asked for."""
+    """All of its shards, although one part was requested."""
     hub.add_repo(REPO, sharded)
 
     trunk = load_split_model(None, (2, 4), REPO, parts=["trunk"], strategy="whole").trunk

@@ -188,7 +188,7 @@ class TestTransfer:
         assert len(gets(hub)) == before
 
     def test_a_whole_file_in_the_cache_is_used(self, hub: LoopbackHub, large: Path) -> None:
-        """Whoever fetched it."""
+        """Regardless of who fetched it."""
         hub.add_repo(REPO, large)
         hf_hub_download(REPO, SINGLE)
         before = len(gets(hub))
@@ -306,7 +306,7 @@ class TestBreaks:
         assert len(gets(hub)) == 4
 
     def test_it_is_given_up_in_the_end(self, hub: LoopbackHub, large: Path) -> None:
-        """After some attempts that bring nothing; what came is kept, the message says so, and the next load goes on."""
+        """After some attempts without data; received bytes are kept, as the message says; the next load continues."""
         hub.add_repo(REPO, large)
         trunk = count(spans_of(large, "trunk"))
         after_header(hub, lambda: hub.faults.breaks.update({SINGLE: [700_000] + [0] * 50}))

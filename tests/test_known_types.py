@@ -99,7 +99,7 @@ def test_the_lines_for_gemma3_save_what_can_be_split(gemma3: tuple[Path, Any], t
 
 
 def test_gemma3_leads_in_no_circle(gemma3: tuple[Path, Any], tmp_path: Path) -> None:
-    """Whoever goes on with what an error names is not sent back."""
+    """Following the advice of an error does not lead back to it."""
     folder, _ = gemma3
     for attempt in (
         lambda: plan_split(folder, (2, 4)),

@@ -47,7 +47,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["component", "whole model"])
-def test_bytes_are_told_while_files_download(hub: LoopbackHub, sharded: Path, whole: bool) -> None:
+def test_bytes_are_reported_while_files_download(hub: LoopbackHub, sharded: Path, whole: bool) -> None:
     """Each file in steps of the client's chunks; the bytes go forward, over all files, up to the total."""
     hub.add_repo(REPO, sharded)
     config = ModelConfig(model_id="m", model_type="huggingface", model_path=REPO) if whole else component()
@@ -68,7 +68,7 @@ def test_bytes_are_told_while_files_download(hub: LoopbackHub, sharded: Path, wh
         assert all(torch.equal(t, expected.trunk.state_dict()[k]) for k, t in module.state_dict().items())
 
 
-def test_what_is_there_is_not_told_again(hub: LoopbackHub, sharded: Path) -> None:
+def test_cached_files_are_not_reported_again(hub: LoopbackHub, sharded: Path) -> None:
     """A second load downloads nothing, and does not say so."""
     hub.add_repo(REPO, sharded)
     ModelLoader.load_from_config(component())
@@ -114,7 +114,7 @@ def test_a_download_can_be_stopped_in_the_middle_of_a_file(hub: LoopbackHub, sin
 
 
 def test_a_cut_connection_does_not_count_back(hub: LoopbackHub, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load that goes on where another was cut off tells of the bytes that are there already, once."""
+    """A load that resumes an interrupted download reports the cached bytes once."""
     hub.add_repo(REPO, single)
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.faults.break_connection("model.safetensors", after=5 * CHUNK, times=1)
@@ -149,7 +149,7 @@ def test_people_see_the_clients_bars(
 
 
 def test_a_download_that_stands_still_can_be_watched(hub: LoopbackHub, single: Path, spare: Callable[..., Any]) -> None:
-    """Held in the middle of a file, the load has told how far it is and of which file."""
+    """Held in the middle of a file, the load has reported the file and its progress."""
     hub.add_repo(REPO, single)
     said: list[Progress] = []
     with hub.hold("model.safetensors", after=4 * CHUNK) as hold:
@@ -163,7 +163,7 @@ def test_a_download_that_stands_still_can_be_watched(hub: LoopbackHub, single: P
 
 @pytest.fixture
 def spare() -> Callable[..., Callable[[], Any]]:
-    """Run a function beside the test; what is returned waits for its result."""
+    """Run a function in the background; the returned function waits for its result."""
     from concurrent.futures import ThreadPoolExecutor
 
     def start(function: Callable[[], Any]) -> Callable[[], Any]:

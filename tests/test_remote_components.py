@@ -340,7 +340,7 @@ def test_a_host_that_is_silent_is_reported(carrier: str, monkeypatch: pytest.Mon
 
 
 def test_a_token_is_taken_as_a_file_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its line end; what no header can hold is refused, and not shown."""
+    """A final newline is allowed; characters that a header cannot hold are refused, and not shown."""
     _, parts = models("qwen2", "float32")
     monkeypatch.setenv("SPLITLEARN_TOKEN", "secret\n")
     with websocket_host(SessionTable(parts.trunk)) as url:
@@ -348,15 +348,15 @@ def test_a_token_is_taken_as_a_file_has_it(monkeypatch: pytest.MonkeyPatch) -> N
             component = connect(url, token=token)
             assert component.host.endpoint.token == "secret"
             component.close()
-        with pytest.raises(ConfigurationError, match="no header can hold") as caught:
+        with pytest.raises(ConfigurationError, match="a header cannot hold") as caught:
             connect(url, token="sec\nret")
         assert "sec" not in str(caught.value)
-        with pytest.raises(ConfigurationError, match="no such file of certificates"):
+        with pytest.raises(ConfigurationError, match="no such certificate file"):
             connect(url, ca_file="nowhere.pem")
 
 
 def test_a_journal_has_a_limit(endpoint: MemoryEndpoint, caplog: pytest.LogCaptureFixture) -> None:
-    """Beyond it the session goes on, and is lost with its host."""
+    """A session that exceeds it continues, but is lost with its host."""
     whole, _ = models("qwen2", "float32")
     expected = generated(whole, padded(), do_sample=False)
     assert torch.equal(generated(used(endpoint, journal_bytes=100), padded(), do_sample=False), expected)
@@ -514,7 +514,7 @@ def _recipe() -> Any:
 
 
 def test_an_event_loop_is_not_blocked_and_cancels(endpoint: MemoryEndpoint) -> None:
-    """While a step waits for the host, the loop goes on; a cancelled task ends its generation and its session."""
+    """While a step waits for the host, the loop is free; a cancelled task ends its generation and its session."""
     whole, _ = models("qwen2", "float32")
     split, generate = used(endpoint), _recipe()
     options = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
@@ -621,7 +621,7 @@ def test_what_a_remote_trunk_cannot_do_is_named(endpoint: MemoryEndpoint, tmp_pa
         trunk(hidden_states=torch.zeros(1, 1, 32), input_ids=tokens(1, 1))
     with pytest.raises(ConfigurationError, match="cache of another trunk"):
         trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=parts.trunk.new_cache())
-    with pytest.raises(ConfigurationError, match="was given to one that runs here"), torch.no_grad():
+    with pytest.raises(ConfigurationError, match="was passed to one that runs here"), torch.no_grad():
         parts.trunk(hidden_states=torch.zeros(1, 1, 32), past_key_values=trunk.new_cache())
     filled = DynamicCache(config=whole.config)
     whole(tokens(1, 4), **{cache_argument(whole.forward): filled})
@@ -655,12 +655,12 @@ def test_last_bit_differences_are_reported_once(endpoint: MemoryEndpoint, caplog
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("ftp://host/trunk", "no address of a host"),
+        ("ftp://host/trunk", "not the address of a host"),
         ("http://host:8710", "names no model"),
         ("http://user:secret@host/trunk", "no user"),
-        ("http://host:port/trunk", "no URL"),
-        ("unix:trunk.sock", "no address"),
-        ("", "no address"),
+        ("http://host:port/trunk", "not a URL"),
+        ("unix:trunk.sock", "not the address"),
+        ("", "not the address"),
     ],
 )
 def test_wrong_addresses_are_refused(url: str, words: str) -> None:
@@ -748,7 +748,7 @@ def test_the_command_line_uses_a_trunk_elsewhere(warm: WarmInterpreter, talking:
         (["--at", "trunk"], "is not PART=URL", 2),
         (["--at", "bottom=unix:///x"], "stays with the data", 2),
         (["--at", "trunk=unix:///x", "--at", "trunk=unix:///y"], "two addresses", 2),
-        (["--token-file", "x"], "go with --at", 2),
+        (["--token-file", "x"], "need --at", 2),
         (["--at", "trunk=unix:///no/such.sock"], "No such file", 1),
         (["--at", "trunk=http://h", "--split", "2", "4"], "names no model", 2),
     ],
@@ -766,7 +766,7 @@ def test_wrong_uses_of_at_are_refused(
     ("arguments", "words"),
     [
         (["--split", "1", "4"], "--split 1 4 makes layers [1, 4) the trunk, and URL runs layers [2, 4)"),
-        (["--split", "1", "4"], "give that of the server: --split 2 4"),
+        (["--split", "1", "4"], "give the server's: --split 2 4"),
         (["--dtype", "bfloat16"], "would be bfloat16, and URL runs the trunk in float32"),
         (["--dtype", "bfloat16"], "--dtype float32 here, or `splitlearn serve ... --dtype bfloat16` there"),
     ],

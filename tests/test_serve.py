@@ -347,7 +347,7 @@ class TestTokens:
     def test_requests_have_none(
         self, serve: Callable[..., Process], hub: LoopbackHub, sharded: Path, tmp_path: Path, kind: str
     ) -> None:
-        """A load asked for over HTTP sends no token of the server's user, in a variable or stored; the file's do."""
+        """A load over HTTP sends no token of the server's user, from a variable or stored; models of the file do."""
         for name in ("filed", "private"):
             hub.add_repo(f"own/{name}", sharded, private=True, token=SECRET)
         hub.add_repo("own/public", sharded)
@@ -391,7 +391,7 @@ def whole(model_id: str, path: str) -> dict[str, Any]:
 def test_a_folder_in_the_working_directory_is_not_the_hubs(
     serve: Callable[..., Process], hub: LoopbackHub, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name in a request means the Hub's repository, though the server stands beside a folder of this name."""
+    """A name in a request means the Hub's repository, even if the server's working directory has such a folder."""
     (tmp_path / "here" / "own" / "model").mkdir(parents=True)
     (tmp_path / "here" / "own" / "model" / "my-private-file.txt").touch()
     monkeypatch.chdir(tmp_path / "here")
@@ -432,7 +432,7 @@ def test_five_mistakes(cli: Cli, tmp_path: Path) -> None:
     ],
 )
 def test_settings_of_the_manager(cli: Cli, tmp_path: Path, manager: dict[str, Any], said: str) -> None:
-    """A setting that does not exist, or cannot be kept, is told before anything is imported."""
+    """An unknown or invalid setting is reported before anything is imported."""
     result = cli("serve", "--config", write(tmp_path, manager=manager))
 
     assert (result.returncode, result.stdout) == (1, "")
@@ -463,7 +463,7 @@ def test_no_file(cli: Cli, tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_usage(cli: Cli, arguments: tuple[str, ...]) -> None:
-    """Wrong usage is 2; so is an address that others can reach, unless it is said to be meant."""
+    """Wrong usage is 2; so is an address that others can reach without --allow-remote."""
     result = cli("serve", *arguments)
 
     assert (result.returncode, result.stdout) == (2, "")
@@ -542,7 +542,7 @@ def test_nothing_is_imported_once_it_serves(process: Cli, sharded: Path) -> None
 
 
 def test_preload_survives_a_broken_plugin(warm_process: Cli, tmp_path: Path) -> None:
-    """The other families are imported, and which is of no use is said."""
+    """The other families are imported, and the unusable one is reported."""
     from splitlearn_core.testing.installing import write_plugin
 
     folder = write_plugin(tmp_path / "plugins", "broken", "raise RuntimeError('no')\n")
@@ -593,7 +593,7 @@ def stranger() -> Iterator[str]:
 
 
 class TestPs:
-    def test_nobody_answers(self, cli: Cli) -> None:
+    def test_no_server_answers(self, cli: Cli) -> None:
         """The address and the way out, and exit code 1."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
@@ -609,7 +609,7 @@ class TestPs:
         "url", ["ftp://127.0.0.1/", "file:///etc/passwd", "127.0.0.1:8710", "http://", "http://[", ""]
     )
     def test_no_url(self, cli: Cli, url: str) -> None:
-        """Only http and https, and only what can be asked."""
+        """Only http and https, and only valid addresses."""
         result = cli("ps", "--url", url)
 
         assert (result.returncode, result.stdout) == (2, "")
@@ -626,7 +626,7 @@ class TestPs:
         assert "\x1b" not in result.stderr
         assert "Traceback" not in result.stderr
 
-    def test_a_proxy_is_not_asked_for_loopback(self, serve: Callable[..., Process], cli: Cli) -> None:
+    def test_no_proxy_is_used_for_loopback(self, serve: Callable[..., Process], cli: Cli) -> None:
         """Even where every way out goes through one that is dead."""
         process = serve()
 

@@ -1,4 +1,4 @@
-"""Components saved straight from the Hub: the bytes of the asked parts, and the commit they are of."""
+"""Components saved straight from the Hub: the bytes of the requested parts, and their commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plugins as their users get them: built, installed beside core in an environment of their own, and removed again."""
+"""Plugins as their users get them: built, installed with core in a new environment, and removed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The script that runs transformers' own suite: what it says where that is not to be had, and how it counts."""
+"""The script that runs transformers' own suite: its message if there is none, and its counts."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ def test_chosen_hidden_states(world: World, selection: list[int] | int) -> None:
     assert_same(expected, split(IDS, output_hidden_states=selection))
 
 
-def test_no_recordings_unasked(world: World) -> None:
-    """Nothing is recorded that was not asked for."""
+def test_no_recordings_without_a_request(world: World) -> None:
+    """Nothing is recorded without a request."""
     whole, split = world.load()
     assert split(IDS).hidden_states is None
     assert split(IDS).attentions is None
@@ -322,7 +322,7 @@ def test_generation_with_an_assistant(world: World) -> None:
 
 
 def test_generation_with_token_types(world: World) -> None:
-    """What GPT-2 takes beside token ids goes with the text as it grows."""
+    """GPT-2's inputs besides token ids grow with the text."""
     if world.model_type != "gpt2":
         pytest.skip("takes no token_type_ids")
     types = torch.tensor([[0, 0, 1, 1, 2, 2, 3]]).expand(2, -1)

@@ -231,7 +231,7 @@ class TestSplitModel:
         assert "LlamaDecoderLayer" in repr(ends.bottom)
 
     def test_attributes_of_models_are_explained(self) -> None:
-        """It is a tuple; where a model's methods are to be had is said, and hasattr says no."""
+        """It is a tuple; the error says where a model's methods are, and hasattr returns False."""
         parts: Any = SplitModel(None, None, None)
         for name, way in (
             ("to", "load_split_model"),

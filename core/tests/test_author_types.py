@@ -1,4 +1,4 @@
-"""What a type checker tells the author of a plugin."""
+"""The errors that a type checker shows to the author of a plugin."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def refusal(world: Any, source: str) -> str:
 
 
 @pytest.mark.parametrize(("function", "problem"), REFUSED.values(), ids=list(REFUSED))
-def test_a_wrong_signature_is_shown_beside_the_specification(world: Any, function: str, problem: str) -> None:
+def test_a_wrong_signature_is_shown_with_the_specification(world: Any, function: str, problem: str) -> None:
     """What is wrong, what was specified, what was found and where."""
     source = f"from splitlearn_core import hookimpl\n\n@hookimpl\n{function}\n    return None\n"
 
@@ -303,13 +303,13 @@ def test_all_that_is_wrong_is_said_at_once(world: Any) -> None:
 
 @pytest.mark.parametrize("option", ["wrapper", "hookwrapper"])
 def test_a_wrapper_is_refused(world: Any, option: str) -> None:
-    """A plugin is asked alone, so that there is nothing to wrap."""
+    """A plugin's hooks are called alone, so there is nothing to wrap."""
     source = f"from splitlearn_core import hookimpl\n\n@hookimpl({option}=True)\ndef {FAMILIES}():\n    yield\n"
 
     assert f"hook {FAMILIES} is marked as a wrapper" in refusal(world, source)
 
 
-def test_a_class_instead_of_an_object_is_told_so(world: Any) -> None:
+def test_a_class_instead_of_an_object_is_reported(world: Any) -> None:
     """An entry point that names a class has functions that still want their ``self``."""
     from splitlearn_core.plugins.registry import registry
 
@@ -343,7 +343,7 @@ def test_a_hook_may_have_another_name_and_come_from_a_later_core(world: Any) -> 
 
 
 def test_an_answer_that_has_to_be_awaited_is_refused(world: Any) -> None:
-    """A plain function that returns a coroutine is told so, and the coroutine is closed."""
+    """A plain function that returns a coroutine is reported, and the coroutine is closed."""
     from splitlearn_core import BrokenPluginError
     from splitlearn_core.plugins.registry import registry
 
@@ -358,7 +358,7 @@ def test_an_answer_that_has_to_be_awaited_is_refused(world: Any) -> None:
 
 
 def test_an_object_whose_attributes_raise_has_its_hooks_all_the_same(world: Any) -> None:
-    """Looking for hooks runs no property: one that raises concerns nobody."""
+    """Looking for hooks evaluates no property: one that raises does no harm."""
     from splitlearn_core.plugins.registry import registry
 
     source = (

@@ -249,7 +249,7 @@ def test_a_directory_may_be_a_text_or_a_path(single: Path, as_type: Callable[[Pa
     ],
     ids=repr,
 )
-def test_an_index_may_only_name_files_beside_it(sharded: Path, shard: Any) -> None:
+def test_an_index_may_only_name_files_next_to_it(sharded: Path, shard: Any) -> None:
     """An index that leads out of its folder is refused, and the tensor is named."""
     index = {"weight_map": {**weight_map(sharded), "model.norm.weight": shard}}
     (sharded / INDEX).write_text(json.dumps(index))
@@ -292,7 +292,7 @@ def test_a_missing_shard_matters_only_where_it_is_needed(sharded: Path) -> None:
 
 
 def test_all_missing_shards_are_listed(sharded: Path) -> None:
-    """Whoever has to fetch shards wants to know all of them at once."""
+    """All missing shards are listed at once."""
     needed = sorted(shards_of(sharded, "model.layers.2.", "model.layers.3."))
     assert len(needed) > 1
     for name in needed:
@@ -395,7 +395,7 @@ def test_a_config_alone_can_be_planned_and_not_loaded(single: Path) -> None:
 
 
 def test_one_file_wins_over_an_index(checkpoint: Callable[[str], Path], whole: Any) -> None:
-    """As in transformers: a leftover index beside model.safetensors is not read."""
+    """As in transformers: a leftover index next to model.safetensors is not read."""
     single = checkpoint("single")
     (single / INDEX).write_text("rubbish")
 

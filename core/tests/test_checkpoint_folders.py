@@ -128,7 +128,7 @@ def test_the_index_may_state_the_dtype(narrow: Path) -> None:
 
 
 def test_without_the_first_shard_the_next_decides(narrow: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A folder with the shards of one component alone is loaded, and what decided is said."""
+    """A folder with only the shards of one component is loaded, and the log says why."""
     index = narrow / "model.safetensors.index.json"
     if not index.is_file():
         pytest.skip("one file has no shards")
@@ -323,7 +323,7 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_other_files_in_the_place_of_weights(single: Path, kind: str) -> None:
-    """What is there is named, and what to do with it; nobody is sent for an index that never was."""
+    """The error names the files that are there and what to do, and does not ask for an index."""
     name, hint = FILES[kind]
     (single / WEIGHTS).rename(single / name)
 
@@ -334,7 +334,7 @@ def test_other_files_in_the_place_of_weights(single: Path, kind: str) -> None:
 
 
 def test_files_of_a_training_run_do_not_matter(single: Path) -> None:
-    """Optimizer, scheduler and others lie beside the weights of a checkpoint of Trainer."""
+    """A Trainer checkpoint has optimizer, scheduler and other files next to the weights."""
     for name in ("optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth", "consolidated.safetensors"):
         (single / name).write_bytes(b"not read")
 

@@ -1,4 +1,4 @@
-"""Which bytes are wanted, held and asked for: arithmetic against sets of bytes, and records that may say anything."""
+"""Which bytes are needed, cached and requested: arithmetic against sets of bytes, and arbitrary records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planned bytes come into the page cache while something else goes on."""
+"""Planned bytes are read into the page cache in the background."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_files_that_are_gone_or_shorter_are_left_to_the_reader(cold_file: Path, 
     assert is_cached(cold_file, BEGIN, SIZE // 2 - 8 * 2**20)
 
 
-def test_what_is_in_memory_is_not_asked_for(tmp_path: Path) -> None:
+def test_cached_pages_are_not_requested(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(SIZE))
     if not is_cached(path, 0, SIZE):

@@ -58,7 +58,7 @@ def test_a_sound_header_says_where_each_tensor_is(shard: Callable[[bytes], Path]
     ]
 
 
-def test_what_is_remembered_of_a_header_is_nobodys_to_change(shard: Callable[[bytes], Path]) -> None:
+def test_a_cached_header_cannot_be_changed(shard: Callable[[bytes], Path]) -> None:
     """The same bytes are understood once; other bytes of the same path and length are other bytes."""
     path = shard(file_of(SOUND))
     read_header(path).clear()

@@ -119,7 +119,7 @@ def failures(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_wrong_family_fails_and_the_field_is_named(world: Any) -> None:
-    """Each field said wrongly, in a package of its own beside eleven others that claim the same model type.
+    """Each field declared wrongly, in its own package next to eleven others that claim the same model type.
 
     Where the check that would tell of a family of no use is not asked for, the first of the others tells, once.
     """
@@ -139,8 +139,8 @@ def test_a_wrong_family_fails_and_the_field_is_named(world: Any) -> None:
         assert what not in NO_USE or len(found) == 1, f"{what} is told {len(found)} times"
 
 
-def test_what_makes_a_family_of_no_use_is_told_once(world: Any) -> None:
-    """One check fails, with the field and the mend; what else can be said is said, and all the rest points there."""
+def test_a_fatal_problem_of_a_family_is_reported_once(world: Any) -> None:
+    """One check fails, with the field and the fix; independent checks run, and the others point to it."""
     texts = sources()
     names = [
         install(world, name, texts.get(source.strip("{}"), source), model_type)
@@ -188,8 +188,10 @@ def test_an_exception_is_explained_by_what_has_to_do_with_it(world: Any) -> None
     assert [suspect.field for suspect in explain(astray, family, {})] == ["ignored_suffixes"]
 
 
-def test_a_right_family_passes_beside_a_broken_one(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every check holds, in an empty folder in which nothing is left; what is installed beside changes nothing."""
+def test_a_correct_family_passes_next_to_a_broken_one(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every check passes, in an empty folder that stays empty; other installed packages change nothing."""
     install(world, "right", described(LLAMA), "llama")
     install(world, "claims-too", described({**LLAMA, "base": "wrong"}), "llama")
     install(world, "broken", "raise RuntimeError('broken')\n", "mistral")
@@ -262,7 +264,7 @@ def test_a_check_is_neither_overridden_nor_excused_in_silence(world: Any, tmp_pa
     ],
     ids=["misspelt", "capitals", "strategy", "no expression", "not allowed", "blocked"],
 )
-def test_a_mistake_at_the_command_line_is_told(
+def test_a_mistake_on_the_command_line_is_reported(
     world: Any, arguments: tuple[str, ...], environment: dict[str, str], said: str
 ) -> None:
     """An error and a way out, no traceback and no report."""
@@ -276,7 +278,7 @@ def test_a_mistake_at_the_command_line_is_told(
     assert "Traceback" not in done.stderr
 
 
-def test_a_library_that_fails_is_told_as_the_cause(world: Any) -> None:
+def test_a_failing_library_is_reported_as_the_cause(world: Any) -> None:
     """The kit cannot be imported: exit code 1 and the library's own words."""
     install(world, "right", described(LLAMA), "llama")
     (world.folder / "torch.py").write_text("raise RuntimeError('this torch is broken')\n")
@@ -288,7 +290,7 @@ def test_a_library_that_fails_is_told_as_the_cause(world: Any) -> None:
     assert "Traceback" not in said
 
 
-def test_a_collection_that_fails_is_told(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_collection_is_reported(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no interruption by the user."""
     from splitlearn_core.testing import running
 

@@ -311,7 +311,7 @@ def test_a_pair_is_for_hidden_states_and_gradients(llama: Any, checkpoint: Calla
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"clip": 0}, "clip=0 at a cut is no positive number"),
+        ({"clip": 0}, "clip=0 at a cut is not a positive number"),
         ({"noise": float("nan")}, "noise=nan"),
         ({"noise": True}, "noise=True"),
         ({"clip": "1"}, "clip='1'"),
@@ -319,7 +319,7 @@ def test_a_pair_is_for_hidden_states_and_gradients(llama: Any, checkpoint: Calla
         ({"quantize": "int2"}, "quantize='int2'"),
         ({"stages": "largest"}, "not names or stages"),
         ({"stages": ("nowhere",)}, "cut stage 'nowhere' is no cut stage that is installed: none"),
-        ({"seed": 0.5}, "no whole number"),
+        ({"seed": 0.5}, "not a whole number"),
     ],
 )
 def test_what_cannot_be_a_cut_is_refused(arguments: dict[str, Any], words: str) -> None:
@@ -449,7 +449,7 @@ def test_releases_are_counted_by_purpose_and_cut(parts: Any) -> None:
 
 
 def test_a_statement_is_refused_with_its_reasons(parts: Any) -> None:
-    """Whatever is missing is said, of every kind of release."""
+    """Every missing assumption is reported, for each kind of release."""
     model = SplitCausalLM(*parts, cuts=[Cut(clip=1.0, noise=1.0, seed=1), Cut(clip=1.0)]).train()
     trained(model)
     model.eval().generate(IDS, max_new_tokens=2, do_sample=False)
@@ -523,7 +523,7 @@ def test_a_ledger_is_kept_with_a_training(parts: Any) -> None:
     trained(again)
     assert ledger.statement().releases == 4
     for values in ({}, {"key": 1, "releases": [], "windows": {}}, {"key": "", "releases": [{}], "windows": {}}):
-        with pytest.raises(ConfigurationError, match="no ledger"):
+        with pytest.raises(ConfigurationError, match="not a ledger"):
             PrivacyLedger.from_dict(values)
     with pytest.raises(ConfigurationError, match="has version, which this version does not know"):
         PrivacyLedger.from_dict({**ledger.to_dict(), "version": 9})

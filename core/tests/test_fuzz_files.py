@@ -172,7 +172,7 @@ def broken_objects(chance: random.Random, sound: dict[str, Any], inner: str) -> 
         yield scramble(chance, content) if chance.random() < 0.2 else content
 
 
-def test_an_index_names_files_beside_it_or_is_refused(tmp_path: Path) -> None:
+def test_an_index_names_files_next_to_it_or_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     sound = {"metadata": {"total_size": 12}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
     accepted = 0

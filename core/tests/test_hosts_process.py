@@ -269,7 +269,7 @@ def test_each_error_class_can_be_sent() -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_progress_is_reported_and_the_token_is_no_argument(single: Path) -> None:
-    """The stages are those of a load here, and nobody else can read what the child was given."""
+    """The stages are those of a local load, and other users cannot read the arguments of the child."""
     stages = []
     load = ProcessLoad(str(single), CUT, token="hf_secret")
     handle = start_process(load, progress=lambda step: stages.append(step.stage))
@@ -374,7 +374,7 @@ def test_a_fork_of_the_owner_does_not_use_its_children(started: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_end_of_a_zygote_is_that_of_its_children(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zygote_ends_together_with_its_children(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next start makes another one."""
     own = Supervisor()
     monkeypatch.setattr(process, "living_supervisor", lambda: own)
@@ -386,7 +386,7 @@ def test_the_end_of_a_zygote_is_that_of_its_children(started: Any, monkeypatch: 
     os.kill(own.pid, signal.SIGKILL)
     assert handle.ended.result().status is None
     assert ended()
-    with pytest.raises(HostDiedError, match="the process that starts others"):
+    with pytest.raises(HostDiedError, match="zygote"):
         component(hidden_states=states())
     own.close()
     assert own.is_over

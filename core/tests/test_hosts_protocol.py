@@ -68,22 +68,22 @@ def test_a_frame_comes_back_as_it_was() -> None:
         (raw(b"{}", version=2), "version", "version 2; this side speaks version 1"),
         (raw(b"{}", kind=99), "malformed", "kind 99"),
         (raw(b"{"), "malformed", "not JSON"),
-        (raw(b"[]"), "malformed", "no JSON object"),
+        (raw(b"[]"), "malformed", "not a JSON object"),
         (raw(b'{"a":NaN}'), "malformed", "NaN is not JSON"),
         (raw(b'{"a":' + b"[" * 60_000 + b"]" * 60_000 + b"}"), "malformed", "not JSON"),
         (raw(b'{"a":1' + b"0" * 5_000 + b"}"), "malformed", "not JSON"),
-        (raw(b'{"tensors":[["x","F32",[2]]]}', bytes(4)), "malformed", "another number of bytes"),
-        (raw(b'{"tensors":[["x","F32",[-1]]]}'), "malformed", "no name, dtype and shape"),
-        (raw(b'{"tensors":[["x","F4",[0]]]}'), "malformed", "no name, dtype and shape"),
-        (raw(b'{"tensors":[["x","F32",[0]],["x","F32",[0]]]}'), "malformed", "one name"),
-        (raw(b'{"tensors":{}}'), "malformed", "no list"),
+        (raw(b'{"tensors":[["x","F32",[2]]]}', bytes(4)), "malformed", "do not add up"),
+        (raw(b'{"tensors":[["x","F32",[-1]]]}'), "malformed", "not a name, dtype and shape"),
+        (raw(b'{"tensors":[["x","F4",[0]]]}'), "malformed", "not a name, dtype and shape"),
+        (raw(b'{"tensors":[["x","F32",[0]],["x","F32",[0]]]}'), "malformed", "the same name"),
+        (raw(b'{"tensors":{}}'), "malformed", "not a list"),
         (raw(b"{}")[:-1], "malformed", "announced"),
         (raw(b"{}") + b"x", "malformed", "announced"),
         (raw(b"{}")[:20], "malformed", "no header"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_frame_is_refused(data: bytes, code: str, words: str) -> None:
+def test_invalid_frames_are_refused(data: bytes, code: str, words: str) -> None:
     """With a code for programs, and words for people."""
     with pytest.raises(ProtocolError, match=words) as caught:
         decode(data)

@@ -1,4 +1,4 @@
-"""The sessions of a host: steps are numbered, atomic and done once, and what a client sends wrong harms nobody."""
+"""The sessions of a host: steps are numbered, atomic and executed once, and invalid requests harm no other session."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_what_is_not_bundled_is_missing(name: str, expected: type[Exception]) ->
     assert caught.value.hint  # type: ignore[attr-defined]
 
 
-def test_a_bundled_model_is_found_beside_its_plugin(world: Any, single: Path) -> None:
+def test_a_bundled_model_is_found_next_to_its_plugin(world: Any, single: Path) -> None:
     """``bundled:TYPE`` is the folder that the plugin names."""
     source = world.source("llama").replace(
         'architecture="LlamaForCausalLM"', 'architecture="LlamaForCausalLM", bundled_checkpoint="carrier:model"'

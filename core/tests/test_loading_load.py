@@ -1,4 +1,4 @@
-"""Loading components: what is asked for, right to the last bit, and nothing else."""
+"""Loading components: only the requested ones, equal to the last bit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_checkpoint_and_strategy_gives_the_same(
 
 
 @pytest.mark.parametrize("asked", [c for n in (1, 2, 3) for c in itertools.combinations(NAMES, n)], ids="+".join)
-def test_a_part_not_asked_for_is_none(single: Path, asked: tuple[str, ...]) -> None:
+def test_a_part_that_was_not_requested_is_none(single: Path, asked: tuple[str, ...]) -> None:
     """The result names all three; the others are None."""
     parts = load_split_model("llama", CUTS, single, parts=asked)
 
@@ -289,7 +289,7 @@ def test_progress_counts_to_the_end(checkpoint: Callable[[str], Path], kind: str
     assert [report.component for report in reports if report.stage == "building"] == list(asked)
 
 
-def test_no_progress_is_shown_where_nobody_looks(single: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_is_shown_without_a_terminal(single: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stdout stays empty, and so does a stderr that is no terminal."""
     load_split_model("llama", CUTS, single)
     load_split_model("llama", CUTS, single, progress=False)
@@ -451,7 +451,7 @@ def test_the_first_loads_of_a_process_may_come_together(
         assert (done.returncode, done.stdout, done.stderr) == (0, "equal\n", "")
 
 
-def test_logs_and_stdout_stay_apart(llama: Any, single: Path) -> None:
+def test_logs_and_stdout_stay_separate(llama: Any, single: Path) -> None:
     """A process that loads a model writes nothing to either by itself; that its imports do not, the race shows."""
     code = "import sys; from splitlearn_core import load_split_model; load_split_model('llama', (2, 4), sys.argv[1])"
 

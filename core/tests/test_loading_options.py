@@ -1,4 +1,4 @@
-"""Components with a dtype and a device each, and how their load is told."""
+"""Components with a dtype and a device each, and the reports of their load."""
 
 from __future__ import annotations
 

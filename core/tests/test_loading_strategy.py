@@ -85,7 +85,7 @@ def test_a_format_that_an_added_strategy_reads_is_planned_and_loaded(reversed_mo
 
 
 def test_weights_that_core_knows_come_first(reversed_model: Path, whole: Any) -> None:
-    """An added reader is not asked where core can read."""
+    """A plugin's reader is not called if core can read the files."""
     torch.save(whole.state_dict(), reversed_model / "pytorch_model.bin")
 
     assert plan_split(reversed_model, CUTS).shards == ("pytorch_model.bin",)
@@ -101,7 +101,7 @@ def test_two_such_files_are_refused(reversed_model: Path) -> None:
     assert caught.value.hint
 
 
-def test_a_file_that_nobody_reads_is_refused(reversed_model: Path) -> None:
+def test_a_file_without_a_reader_is_refused(reversed_model: Path) -> None:
     """Its folder is the way out."""
     (reversed_model / "notes.txt").touch()
 

@@ -70,7 +70,7 @@ def collected(world: Any, tmp_path: Path) -> Callable[..., dict[str, list[set[st
 
 
 def test_a_sample_has_each_value(collected: Callable[..., dict[str, list[set[str]]]]) -> None:
-    """As many cases as are asked for; of the kit's checks two in a variant, one of the longest, and by turns."""
+    """The requested number of cases; of the kit's checks two per variant, one of the longest, and in turn."""
     cases = collected(LONG_TESTS="")
 
     assert {test: len(values) for test, values in cases.items()} == {

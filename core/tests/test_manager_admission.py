@@ -180,14 +180,14 @@ def test_places_are_freed_too():
     assert isinstance(decide({"host": 1}, room(10, 10, places=-2), tenants), Wait)
 
 
-def test_nobody_goes_where_it_would_not_suffice():
+def test_nothing_is_evicted_if_it_would_not_suffice():
     tenants = [tenant("a", 4), tenant("b", 3, leases=2), tenant("c", 3, pinned=True)]
     verdict = decide({"host": 5}, room(10, 0), tenants)
     assert isinstance(verdict, Wait)
     assert not verdict.soon
 
 
-def test_what_is_leaving_is_waited_for_and_needs_nobody():
+def test_memory_being_freed_is_waited_for_without_evictions():
     verdict = decide({"host": 5}, room(10, 0), [tenant("a", 5, leaving=True), tenant("b", 5)])
     assert isinstance(verdict, Wait)
     assert verdict.soon

@@ -224,7 +224,7 @@ async def _check(scene: Scene, operation: Callable[[Scene], Any], cancelled: Can
 
 
 async def _works(scene: Scene) -> None:
-    """Nobody holds anything; all that is charged is what is ready; another load and a call succeed."""
+    """Nothing is leased; only ready models are charged; another load and a call succeed."""
     models = scene.models
     # A call whose caller has left keeps the model until its thread is done with it.
     await until(lambda: not any(info.leases for info in models.list_models()))
@@ -251,7 +251,7 @@ def descriptors() -> int:
 
 @pytest.mark.parametrize("late", [False, True], ids=["as it waits", "as it has come"])
 def test_a_cancelled_entry_leaves_nothing(late: bool) -> None:
-    """Nobody closes what could not be entered: no task, thread or descriptor of it is left."""
+    """A manager that could not be entered leaves no task, thread or descriptor, although nobody closes it."""
 
     async def main() -> None:
         models = AsyncModelManager()
@@ -273,7 +273,7 @@ def test_a_cancelled_entry_leaves_nothing(late: bool) -> None:
 
 
 def test_an_entry_that_is_cancelled_twice_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second cancellation does not wait for the end, which goes on and comes."""
+    """The second cancellation does not wait for the close, which continues and completes."""
     gate = Gate(deaf=True)
     monkeypatch.setattr(manager_module, "registry", lambda: gate.enter(lambda _: None))
 
@@ -336,7 +336,7 @@ def test_a_manager_is_entered_once_and_in_one_loop() -> None:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_cancelled_exit_still_ends(times: int) -> None:
-    """The block is cancelled, and then its end: what goes on, ends by itself."""
+    """The block is cancelled, and then its exit: the remaining work ends by itself."""
 
     async def main() -> None:
         loader = GatedLoader()
@@ -361,7 +361,7 @@ def test_a_cancelled_exit_still_ends(times: int) -> None:
 
 
 def test_a_loop_that_ends_before_the_manager_leaves_no_thread(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever waits is answered, and the threads end with what they do."""
+    """Waiting callers get an answer, and the threads end after their current work."""
     loader = GatedLoader()
     models = AsyncModelManager(loader=loader, resources=loader.memory)
     gate = Gate(deaf=True)

@@ -246,7 +246,7 @@ def test_components_are_those_of_the_split_points(points: tuple[int, ...], names
 
 
 @pytest.mark.parametrize("value", ["cpu", "cuda", "cuda:0", "cuda:15", "mps", "xpu:1"])
-def test_the_shape_of_a_device_is_all_that_is_asked(value: str) -> None:
+def test_only_the_syntax_of_a_device_is_checked(value: str) -> None:
     """Whether the device exists is checked when it is needed."""
     assert ModelConfig(**{**FAMILY, "device": value}).device == value
 
@@ -474,7 +474,7 @@ def test_a_class_named_with_a_dot_is_guessed() -> None:
 # Installed families
 
 
-def test_whether_the_family_is_installed_is_asked_apart(llama: Any) -> None:
+def test_whether_the_family_is_installed_is_checked_separately(llama: Any) -> None:
     """Constructing needs no plugin; the question is answered by the registry's own error."""
     ModelConfig(**FAMILY).check_installed()
     ModelConfig(**WHOLE).check_installed()
@@ -703,7 +703,7 @@ def test_each_format_may_say_infinity_its_own_way(suffix: str, text: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in ("architecture", "allow_pickle")])
-def test_the_fingerprint_tells_loads_apart(name: str) -> None:
+def test_the_fingerprint_distinguishes_loads(name: str) -> None:
     """It is the same but for what does not change the load."""
     other: dict[str, Any] = {
         "model_id": "u", "model_type": "gpt2", "model_path": "x", "component": "top", "split_points": (2, 5),

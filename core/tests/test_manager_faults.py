@@ -206,7 +206,7 @@ def test_what_takes_the_place_of_the_weights_between_plan_and_load_is_refused(
 
 @needs_pipes
 @pytest.mark.parametrize("strategy", ["mapped", "copied"])
-def test_a_load_that_hangs_in_open_is_stuck_and_nobody_else_is(
+def test_a_load_that_hangs_in_open_is_the_only_stuck_one(
     single: Path, hanging: tuple[Path, Any, Any], strategy: str
 ) -> None:
     """Shown with its stack after a cancel, charged until it comes back; another load of the same id works."""
@@ -549,7 +549,7 @@ def test_a_plugin_that_hangs(world: Any, single: Path, edit_json: Any, where: st
 
 
 def test_workers_that_never_come_back_are_counted_and_then_no_load_starts(single: Path) -> None:
-    """A few do no harm; when all that are allowed are stuck, a load is refused with a hint, and reading goes on."""
+    """A few do no harm; when all workers are stuck, a load is refused with a hint, and snapshots still work."""
     opened = threading.Event()
 
     class Hanging(ModelLoader):

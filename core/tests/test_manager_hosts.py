@@ -1,4 +1,4 @@
-"""Models with a process of their own: loaded, lent, killed, started again, and gone without a trace."""
+"""Models in their own processes: loaded, leased, killed, restarted, and removed completely."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_progress_is_that_of_the_process(single: Path, folder: Path) -> None:
     assert not any(map(is_running, pids))
 
 
-def test_a_killed_idle_model_has_failed_and_is_nobody_elses_failure(single: Path) -> None:
+def test_a_killed_idle_model_fails_alone(single: Path) -> None:
     """It is loaded again on its next use alone; what it held is free."""
 
     async def main() -> None:
@@ -174,7 +174,7 @@ def test_a_killed_idle_model_has_failed_and_is_nobody_elses_failure(single: Path
 
 
 def test_a_model_that_dies_in_a_call_is_started_again_with_its_sessions(single: Path, folder: Path) -> None:
-    """The call fails at once with the signal; the cache goes on in the next process, to the last bit."""
+    """The call fails immediately with the signal; the cache continues in the next process, to the last bit."""
     clock = StepsClock()
     whole = load_split_model(None, CUT, single, parts=["trunk"]).trunk
     expected = whole.new_cache()
@@ -214,7 +214,7 @@ def test_a_model_that_dies_in_a_call_is_started_again_with_its_sessions(single: 
 
 
 def test_open_sessions_count_as_use(single: Path) -> None:
-    """A cache that somebody still has is a reason to start again; one that nobody has is none."""
+    """A cache that is still referenced is a reason to restart; one that is not referenced is none."""
 
     async def main() -> None:
         async with closing(AsyncModelManager(clock=StepsClock())) as models:
@@ -303,7 +303,7 @@ def test_a_load_that_hangs_is_ended_within_its_grace(single: Path, folder: Path,
 def test_a_process_that_dies_while_it_loads_is_a_failed_load(
     single: Path, folder: Path, number: signal.Signals
 ) -> None:
-    """Its caller gets the signal; nobody starts it again."""
+    """Its caller gets the signal; it is not restarted."""
     (folder / "load.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
 
     async def main() -> None:

@@ -479,9 +479,9 @@ class TestTorchFiles:
         [
             ("nets:Nothing", "Nothing"),
             ("no_such_module:Net", "no_such_module"),
-            ("nets:number", "no class"),
+            ("nets:number", "not a class"),
             ("nets:Needy", "without arguments"),
-            ("nets:no_module", "no torch.nn.Module"),
+            ("nets:no_module", "not a torch.nn.Module"),
             ("nets:Holes", "hole"),
         ],
     )
@@ -709,7 +709,7 @@ class TestChunks:
         ids=str,
     )
     @pytest.mark.parametrize("size", [64, 100, 4096])
-    def test_large_tensors_are_told_chunk_by_chunk(
+    def test_large_tensors_are_reported_chunk_by_chunk(
         self, llama: Any, sharded: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], size: int
     ) -> None:
         """The tensors are bit-equal, and the bytes go forward up to the total."""

@@ -410,7 +410,7 @@ def test_a_small_reload_of_a_pinned_model_passes_the_large_one_that_waits_for_it
     assert [desk.status(key) for key in old] == [None, None]
 
 
-def test_a_reload_whose_old_one_had_to_go_is_a_load_like_others():
+def test_a_reload_whose_old_generation_was_evicted_is_an_ordinary_load():
     desk = Desk(max_models=2)
     desk.load("a")
     lost = desk.load("b")
@@ -564,7 +564,7 @@ def test_stuck_workers_cost_their_place_beyond_a_number_and_then_all():
 # --- limits ------------------------------------------------------------------------------------------
 
 
-def test_waiting_and_stalling_are_limited_apart():
+def test_waiting_and_stalling_have_separate_limits():
     desk = Desk(max_workers=1, wait_timeout=20.0, stall_after=5.0, stall_timeout=30.0)
     first, second = desk.ask("a"), desk.ask("b")
     desk.tick(15)
@@ -583,7 +583,7 @@ def test_waiting_and_stalling_are_limited_apart():
     assert "waited 20 s and may wait 20 s" in failure.message
 
 
-def test_a_stalled_load_is_told_from_a_slow_one():
+def test_a_stalled_load_is_distinguished_from_a_slow_one():
     desk = Desk(stall_after=5.0, stall_timeout=30.0)
     key = desk.ask()
     desk.plan(key)
@@ -646,7 +646,7 @@ def test_a_drain_that_takes_too_long_ends_ready():
     assert desk.machine.info("a").leases == 2
 
 
-def test_a_drain_ends_ready_and_takes_in_what_failed_beside_it():
+def test_a_drain_ends_ready_and_absorbs_a_failed_reload():
     desk = Desk()
     key = desk.load()
     desk.send(m.LeaseTaken(desk.now, "a"))
@@ -659,7 +659,7 @@ def test_a_drain_ends_ready_and_takes_in_what_failed_beside_it():
     assert len(desk.machine.generations()) == 1
 
 
-def test_an_older_one_that_drains_does_not_come_back_beside_a_newer_one():
+def test_a_draining_generation_does_not_return_next_to_a_newer_one():
     desk = Desk()
     old = desk.load(needs=2)
     desk.send(m.LeaseTaken(desk.now, "a"))
@@ -796,7 +796,7 @@ def test_the_least_recently_used_goes_and_is_waited_for():
     assert desk.machine.counters.evictions == 1
 
 
-def test_nobody_goes_where_it_does_not_suffice():
+def test_nothing_is_evicted_if_that_does_not_suffice():
     desk = Desk()
     idle = desk.load("idle")
     lent = desk.load("lent")
@@ -892,7 +892,7 @@ def test_small_loads_do_not_pass_a_large_one_that_waits_for_the_same_memory():
     assert (desk.status(large), desk.status(small)) == (S.LOADING, S.LOADING)
 
 
-def test_later_loads_leave_what_an_earlier_one_needs_beside_what_it_waits_for():
+def test_later_loads_leave_all_that_an_earlier_load_needs():
     desk = Desk(total={"host": 10, "cuda:0": 10})
     desk.load("holder", 6)
     desk.send(m.LeaseTaken(desk.now, "holder"))

@@ -32,7 +32,7 @@ def part(folder: Path, model_id: str = "a", **options: Any) -> ModelConfig:
 
 
 class NeedsTheLoop(ModelLoader):
-    """Loads real models, but each stage goes on only once the loop has answered from a callback."""
+    """Loads real models, but each stage continues only once the loop has run a callback."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -365,7 +365,7 @@ class Reference:
         life.stop_requested = True
 
     def _effect_StartUnload(self, event: m.Event, effect: m.StartUnload) -> None:  # noqa: N802
-        """I15: what is freed is not lent, unless it was forced."""
+        """I15: a model that is freed is not leased, unless by force."""
         life = self.lives[effect.key]
         assert effect.broken_leases == life.leases, f"{effect.key} is freed under {life.leases} leases"
         broken = getattr(event, "force", False) or isinstance(event, m.HostDied)
@@ -765,7 +765,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(**choices("ask_in_vain"))
     def ask_in_vain(self, model_id: str, what: Any) -> None:
-        """I17: what is not there or going away is not lent, and refusals change nothing."""
+        """I17: a model that is missing or being unloaded is not leased, and refusals change nothing."""
         self.send(what(self.now, model_id))
 
     @rule(**choices("call"))

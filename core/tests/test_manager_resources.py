@@ -183,7 +183,7 @@ def test_an_odd_limit_is_none(groups: Groups, text: str) -> None:
     assert read_memory(groups.root).total == 64 * GB
 
 
-def test_this_process_can_be_asked() -> None:
+def test_this_process_can_be_measured() -> None:
     """The short names read the real files."""
     assert 0 <= available_memory() <= 32 * GB
     assert anonymous_memory() > 0
@@ -334,7 +334,7 @@ def test_a_sample_is_a_value() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps large blocks")
-def test_large_blocks_can_be_had_back_at_once(world: Any) -> None:
+def test_large_blocks_can_be_returned_at_once(world: Any) -> None:
     """Whatever size was freed before: without the call, the second block would stay in the heap."""
     done = world.warm_python(
         "-c",

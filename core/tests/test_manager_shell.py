@@ -199,8 +199,8 @@ def test_many_callers_of_ensure_make_one_load() -> None:
 
 
 @pytest.mark.parametrize("cancelled", [0, 1, 2], ids=["first", "second", "third"])
-def test_one_callers_cancellation_disturbs_nobody(cancelled: int) -> None:
-    """Whoever came first may leave; the others get the model."""
+def test_one_callers_cancellation_does_not_affect_others(cancelled: int) -> None:
+    """The first caller may leave; the others get the model."""
 
     async def main() -> None:
         loader = GatedLoader()
@@ -236,7 +236,7 @@ def test_a_load_goes_on_without_callers() -> None:
     run(main())
 
 
-def test_a_failed_load_is_each_callers_own_and_the_next_tries_anew(single: Path) -> None:
+def test_each_caller_gets_its_own_error_and_the_next_call_retries(single: Path) -> None:
     """Each waiter has an exception of its own, of the class the loader raised; the next call succeeds."""
 
     async def main() -> None:
@@ -313,7 +313,7 @@ def test_failures_in_a_row_are_counted() -> None:
 
 
 @pytest.mark.parametrize("method", ["plan", "load"])
-def test_a_loader_that_returns_nonsense_is_told_so(method: str) -> None:
+def test_a_loader_that_returns_nonsense_is_reported(method: str) -> None:
     """None instead of a plan or a model is a failed load, not a load without an end."""
 
     class Nonsense(GatedLoader):
@@ -631,7 +631,7 @@ def test_a_mapping_is_no_configuration() -> None:
 
 
 def test_failures_are_warnings_with_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever reads a log for failures finds them, and what to do."""
+    """Failures are logged, with what to do."""
 
     async def main() -> None:
         loader = GatedLoader()
@@ -970,7 +970,7 @@ def test_cancelling_a_reload_leaves_the_old_one() -> None:
 
 
 def test_a_lease_waits_for_a_load_and_counts() -> None:
-    """Whoever asks during the load gets the model; the snapshot says how many have it."""
+    """Callers that lease during the load get the model; the snapshot counts their leases."""
 
     async def main() -> None:
         loader = GatedLoader()
@@ -1149,7 +1149,7 @@ def test_a_call_keeps_the_model_without_a_lease() -> None:
 
 
 def test_the_least_recently_used_goes() -> None:
-    """Not the oldest, and none that is pinned or lent."""
+    """Not the oldest, and none that is pinned or leased."""
 
     async def main() -> None:
         clock = StepsClock()
@@ -1193,7 +1193,7 @@ def _why(models: AsyncModelManager, model_id: str) -> str:
 
 
 def test_a_load_waits_for_a_lease_and_says_so() -> None:
-    """And goes on when it is given back."""
+    """And continues when the lease is released."""
 
     async def main() -> None:
         async with closing(manager(GatedLoader({"a": 9000, "b": 9000}))) as models:
@@ -1562,7 +1562,7 @@ def test_close_with_a_call_that_does_not_end_is_bounded() -> None:
     run(main())
 
 
-def test_a_thread_that_cannot_be_had_fails_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_fails_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's limit of threads is a failed load, not one without an end."""
 
     async def main() -> None:

@@ -145,7 +145,7 @@ def test_a_cache_continues_whichever_way_each_call_is_made(single: Path, whole: 
         torch.testing.assert_close(ours, theirs)
 
 
-def test_hidden_states_of_a_lent_trunk_go_into_a_top_that_is_trained(lent, whole: Any) -> None:
+def test_hidden_states_of_a_leased_trunk_go_into_a_top_that_is_trained(lent, whole: Any) -> None:
     """They are leaves for the client, whose own gradients are those of the unsplit model."""
 
     async def use(bottom: Any, trunk: Any, top: Any) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ LONG = 60.0
 
 
 def outcome_of(start: Callable[[Callable[[Any], None]], Any]) -> Any:
-    """Start something that tells how it ended, and wait until it does."""
+    """Start a function that reports its outcome, and wait for the outcome."""
     outcomes: SimpleQueue[Any] = SimpleQueue()
     start(outcomes.put)
     return outcomes.get(timeout=LONG)
@@ -42,7 +42,7 @@ class Stop:
         return "went on"
 
 
-def test_a_result_is_told_in_the_worker() -> None:
+def test_a_result_is_reported_in_the_worker() -> None:
     """With the thread's name, and as a daemon."""
     thread = in_new_thread(threading.current_thread)
 
@@ -52,8 +52,8 @@ def test_a_result_is_told_in_the_worker() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), MemoryError()])
-def test_every_exception_is_told(error: BaseException) -> None:
-    """Whoever waits gets an answer, also to what would end the interpreter."""
+def test_every_exception_is_reported(error: BaseException) -> None:
+    """A waiting caller gets every exception, even one that would end the interpreter."""
 
     def fail() -> None:
         raise error
@@ -61,7 +61,7 @@ def test_every_exception_is_told(error: BaseException) -> None:
     assert in_new_thread(fail) is error
 
 
-def test_a_listener_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_listener_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     """An event loop that has closed meanwhile; it is logged."""
 
     def deaf(_: Any) -> None:
@@ -145,7 +145,7 @@ def test_a_pool_runs_as_many_calls_at_once_as_it_has_threads() -> None:
     assert pool.close(LONG)
 
 
-def test_a_closed_pool_fails_what_nobody_began() -> None:
+def test_a_closed_pool_fails_calls_that_have_not_started() -> None:
     """The running call ends by itself; the waiting one and later ones are refused."""
     pool = CallPool(1)
     stop = Stop()
@@ -238,7 +238,7 @@ def test_many_workers_at_once_leave_the_default(default_threads: int) -> None:
     assert in_new_thread(torch.get_num_threads) == default_threads
 
 
-def test_a_number_that_torch_refuses_is_told(default_threads: int) -> None:
+def test_a_thread_count_that_torch_refuses_is_reported(default_threads: int) -> None:
     """The function does not run, and the default is kept."""
     assert isinstance(in_new_thread(lambda: "ran", torch_threads=0), RuntimeError)
     assert in_new_thread(torch.get_num_threads) == default_threads

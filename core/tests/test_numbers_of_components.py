@@ -317,7 +317,7 @@ def test_the_command_line(single: Path, cli: Cli, points: tuple[int, ...]) -> No
 
 
 def test_the_picture_of_a_plan(single: Path) -> None:
-    """Trunks that lie together can be told from each other; of very many, only those with room have their names."""
+    """Adjacent trunks can be distinguished; of very many, only those with enough room show their names."""
     bar, names = click.unstyle(render_plan(plan_split(single, (1, 2, 5)))).splitlines()[3:5]
     assert names.split() == [*NAMES[1, 2, 5]]
     assert [fill for number, fill in enumerate(bar) if fill != bar[number - 1]] == ["▓", "█", "▞", "▒"]
@@ -353,7 +353,7 @@ def test_devices_for_many_components(single: Path) -> None:
 
 @OTHERS
 def test_components_under_the_manager(single: Path, whole: Any, points: tuple[int, ...]) -> None:
-    """Loaded, warmed up and lent one by one, they give the logits of the unsplit model."""
+    """Loaded, warmed up and leased one by one, they give the logits of the unsplit model."""
 
     async def lent() -> torch.Tensor:
         state: Any = IDS

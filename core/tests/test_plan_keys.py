@@ -80,7 +80,7 @@ def test_a_key_is_mapped_by_the_familys_tables(key: str, name: str | None) -> No
 
 
 def test_what_is_added_to_the_embeddings_is_the_bottoms() -> None:
-    """Position embeddings stand beside the token embedding."""
+    """Position embeddings belong to the same component as the token embedding."""
     table = place(GPT, ["wte.weight", "wpe.weight", "ln_f.weight", "lm_head.weight"])
 
     assert sorted(table.sources[Component.BOTTOM]) == ["transformer.wpe.weight", "transformer.wte.weight"]
@@ -225,7 +225,7 @@ def test_a_rubbish_optional_size_is_refused(name: str, value: object) -> None:
     ],
 )
 def test_the_dtype_is_that_of_from_pretrained(asked: str, config: dict[str, object], dtype: str) -> None:
-    """What is asked, else what config.json says, else the first floating dtype in the file."""
+    """The requested dtype, else that of config.json, else the first floating dtype in the file."""
     assert resolve_dtype(asked, config, INFOS.values()) == dtype
 
 

@@ -1,4 +1,4 @@
-"""A plan tells a layer that lacks what its neighbours have, and leaves alone what differs on purpose."""
+"""A plan detects a layer without tensors that its neighbours have, but accepts intended differences."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_is_said(present: list[str], said: tuple[str, ...]) -> None:
 
 
 def test_a_plan_of_a_file_without_a_tensor(llama: Any, single: Path, cli: Any) -> None:
-    """People and programs are told; the plan is made all the same."""
+    """Text and JSON have the warning; the plan is made nevertheless."""
     file = single / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.4.mlp.up_proj.weight"]
@@ -66,7 +66,7 @@ def test_a_plan_of_a_file_without_a_tensor(llama: Any, single: Path, cli: Any) -
 
     (_, shown, _), (_, data, _) = (cli("plan", single, "--split", "2", "4", *json_) for json_ in ((), ("--json",)))
 
-    assert f"warning: {said}: the file may not be whole" in shown.splitlines()
+    assert f"warning: {said}: the file may be incomplete" in shown.splitlines()
     assert json.loads(data)["warnings"] == [said]
     assert plan_split(single, (2, 4), parts=("bottom",)).warnings == (said,)
 

@@ -1,4 +1,4 @@
-"""Tensors that do not fit, in few lines, and what is said of the cause."""
+"""Mismatching tensors in few lines, and their likely cause."""
 
 from __future__ import annotations
 

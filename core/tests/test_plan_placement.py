@@ -61,7 +61,7 @@ def test_a_half_takes_half() -> None:
     assert bytes_on(parts, {Component.BOTTOM: "cpu", Component.TOP: "cpu"}) == {"cpu": 60}
 
 
-def test_what_does_not_fit_is_told_with_what_would() -> None:
+def test_components_that_do_not_fit_are_reported_with_what_would() -> None:
     """The message says what each component needs and what may be used."""
     with pytest.raises(InsufficientMemoryError) as caught:
         place(PARTS, {"cuda:0": 150, "cpu": 150})
@@ -106,7 +106,7 @@ def test_the_cpu_is_filled_last() -> None:
     assert parse_max_memory(None) == {}
 
 
-def test_all_that_is_wrong_with_limits_is_told() -> None:
+def test_all_invalid_limits_are_reported() -> None:
     """No size, no device, and the disk."""
     wrong: Any = {"cpu": "3 apples", 0: -1, 1.5: "1GiB", True: 1, "disk": "1GiB"}
 

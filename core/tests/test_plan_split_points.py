@@ -1,4 +1,4 @@
-"""Split points: what cuts a model into components, and what is said where it does not."""
+"""Split points: how they cut a model into components, and the errors of invalid ones."""
 
 from __future__ import annotations
 

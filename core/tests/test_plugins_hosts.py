@@ -79,7 +79,7 @@ def test_it_only_runs_trunks(install: Any) -> None:
 
 BROKEN = {
     "raises on import": ("raise RuntimeError('no luck today')", "no luck today"),
-    "has no load": ("def lode():\n    pass\n", "is no host: it needs a method def load"),
+    "has no load": ("def lode():\n    pass\n", "is not a host: it needs a method def load"),
     "takes other arguments": (LOAD.format(arguments="config"), r"def load\(config\) cannot be called as def load"),
     "is asynchronous": ("async " + SOUND, "is asynchronous"),
 }
@@ -105,7 +105,7 @@ def test_a_class_and_a_name_of_cores_are_refused(world: Any, install: Any) -> No
     install("cloud", "class Host:\n    def load(self, config, plan, report, threads):\n        pass\n")
     points = world.folder / "host_cloud-1.0.dist-info" / "entry_points.txt"
     points.write_text(f"[{GROUP}]\ncloud = host_cloud:Host\n")
-    with pytest.raises(BrokenPluginError, match="no host") as error:
+    with pytest.raises(BrokenPluginError, match="not a host") as error:
         PluginRegistry().host("cloud")
     assert "name an instance" in error.value.hint
     points.write_text(f"[{GROUP}]\nprocess = host_cloud\n")

@@ -181,7 +181,7 @@ def plain(value: Any) -> str:
 
 
 def test_the_public_api_is_the_one_that_was_reviewed() -> None:
-    """Whoever changes what others rely on sees it, and says so in the same commit."""
+    """A change of the public API fails here until the list changes in the same commit."""
     now, then = public_api().splitlines(), SNAPSHOT.read_text().splitlines()
 
     difference = "\n".join(difflib.unified_diff(then, now, SNAPSHOT.name, "the code", lineterm="", n=1))

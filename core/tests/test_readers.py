@@ -129,7 +129,7 @@ def test_views_are_what_the_library_reads(tmp_path: Path, padding: int) -> None:
 @needs_maps
 @pytest.mark.usefixtures("llama")
 def test_the_mapping_ends_with_the_component(single: Path) -> None:
-    """A component that nobody holds any more lets go of its file."""
+    """A component that is no longer referenced unmaps its file."""
     import gc
 
     parts = load_split_model("llama", CUTS, single)
@@ -199,7 +199,7 @@ def test_a_strategy_that_is_not_there_lists_those_that_are() -> None:
     assert "auto, mapped, copied, incremental, whole, fast" in caught.value.hint
 
 
-def test_an_asked_strategy_that_refuses_says_why() -> None:
+def test_a_requested_strategy_that_refuses_says_why() -> None:
     """It is not replaced behind the caller's back."""
     with pytest.raises(ConfigurationError, match="too slow") as caught:
         choose_strategy("slow", [read_plan()], [Named("slow", "too slow")])
@@ -215,7 +215,7 @@ def test_one_refused_part_is_enough() -> None:
 
 
 def test_the_built_in_strategies_keep_the_protocol() -> None:
-    """They are what a plugin is asked to write."""
+    """They are the members that a plugin has to implement."""
     assert [strategy.name for strategy in BUILT_IN] == ["mapped", "copied", "incremental", "whole"]
     assert all(isinstance(strategy, LoadingStrategy) for strategy in BUILT_IN)
 
@@ -266,7 +266,7 @@ def plugin(world: Any, body: str, preferred: str = "") -> None:
 def test_a_plugins_strategy_reads_what_is_planned(
     world: Any, single: Path, whole: Any, preferred: str, strategy: str
 ) -> None:
-    """It is asked for the planned tensors, each once, and for no other part's."""
+    """It gets the planned tensors, each once, and none of other components."""
     body = "        self.seen += [t.module_key for t in plan.tensors]\n        yield from super().read(plan)"
     plugin(world, body, preferred)
 

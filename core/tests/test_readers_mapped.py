@@ -98,7 +98,7 @@ def test_its_memory_is_the_whole_models_and_the_parts(single: Path, whole: Any) 
 
 
 def test_it_waits_for_its_turn_and_can_be_stopped_meanwhile() -> None:
-    """from_pretrained must be alone; who waits for it is asked whether it is still wanted."""
+    """from_pretrained runs alone; a load that waits for it can be cancelled."""
     asked: list[int] = []
     caught: list[BaseException] = []
 
@@ -142,7 +142,7 @@ def test_a_quantised_checkpoint_is_planned_by_its_configuration(single: Path, ed
 def test_what_transformers_lacks_for_a_quantised_checkpoint_is_said(
     single: Path, edit_json: Callable[..., None], strategy: str, stated: Any
 ) -> None:
-    """As an error of ours, before weights are read: here the package, or a method that nobody knows."""
+    """An error of ours before weights are read: a missing package, or an unknown method."""
     edit_json(single / "config.json", quantization_config=stated)
     (single / SINGLE).write_bytes(b"not to be read")
 
@@ -178,7 +178,7 @@ def fp8(single: Path, edit_json: Callable[..., None]) -> Path:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU transformers leaves fp8 weights as they are")
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_checkpoint_is_dequantised_by_transformers(fp8: Path) -> None:
-    """Nobody has to name the strategy: nothing else reads it."""
+    """The strategy need not be named: no other can read the files."""
     try:
         importlib.import_module("transformers.integrations.finegrained_fp8")
     except ModuleNotFoundError as error:
@@ -221,7 +221,7 @@ def test_a_model_that_lacks_a_tensor_is_refused(single: Path) -> None:
 
 
 def test_a_saved_component_is_no_whole_model(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before transformers is asked, which would make the rest up; ``auto`` still reads it."""
+    """Refused before transformers initialises the rest at random; ``auto`` still reads it."""
     save_split(single, tmp_path / "out", CUTS, parts=["trunk"])
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
     folder = next(path.parent for path in (tmp_path / "out").rglob("config.json"))

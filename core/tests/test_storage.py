@@ -156,7 +156,7 @@ def test_tensors_that_no_module_wants_come_back(world: Any, single: Path, tmp_pa
 
 
 def test_trained_components_are_saved_and_merged(single: Path, tmp_path: Path) -> None:
-    """Values in memory, beside components that nobody trained; the source's are left behind."""
+    """Values in memory are merged with untrained components; the source's values are not used."""
     parts: Any = load_split_model("llama", CUTS, single, strategy="copied")
     with torch.no_grad():
         for parameter in parts.trunk.parameters():
@@ -233,7 +233,7 @@ def test_bin_files_go_through_tensors(single: Path, tmp_path: Path, sharded_bin:
 
 
 def test_parts_are_saved_alone(sharded: Path, tmp_path: Path) -> None:
-    """Only what was asked for is there, and nothing is wrong with it."""
+    """Only the requested components are there, and they are valid."""
     save_split(sharded, tmp_path / "out", CUTS, parts=["trunk"])
 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["trunk"]
@@ -245,7 +245,7 @@ def test_parts_are_saved_alone(sharded: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_not_overwritten(single: Path, tmp_path: Path) -> None:
-    """Foreign files never; an earlier split where it is asked for, and then as a whole."""
+    """Foreign files are never replaced; an earlier split only on request, and then completely."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
@@ -286,7 +286,7 @@ def test_overwriting_a_part_keeps_the_others(single: Path, tied: Path, tmp_path:
         assert files_of(out) == after
 
 
-def test_what_lies_beside_a_component_is_not_overwritten(single: Path, tmp_path: Path) -> None:
+def test_files_next_to_a_component_are_not_overwritten(single: Path, tmp_path: Path) -> None:
     """An adapter that was saved into its folder, say; and a manifest that cannot be read says nothing."""
     out = tmp_path / "out"
     save_split(single, out, CUTS)
@@ -334,14 +334,14 @@ def test_what_is_no_path_is_refused(single: Path, tmp_path: Path) -> None:
 
 
 def test_saved_components_are_no_model(cli: Any, single: Path, tmp_path: Path) -> None:
-    """Where a model is wanted, it is said what they are, and what to do."""
+    """If a model is expected, the error says what the folder is, and what to do."""
     out = tmp_path / "out"
     save_split(single, out, CUTS)
-    with pytest.raises(MissingFileError, match="a split that was saved, and not a model") as caught:
+    with pytest.raises(MissingFileError, match="a saved split, not a model") as caught:
         load_split_model("llama", CUTS, out)
     assert "load_split_directory" in caught.value.hint
     code, _, err = cli("plan", out, "--split", "2", "4")
-    assert (code, "a split that was saved" in err) == (1, True)
+    assert (code, "a saved split" in err) == (1, True)
     code, _, err = cli("plan", out / "trunk", "--split", "2", "4")
     assert (code, "is a saved trunk" in err) == (1, True)
 
@@ -377,7 +377,7 @@ def test_a_raising_callback_stops_and_leaves_nothing(single: Path, tmp_path: Pat
     assert said[-1].bytes_total > saving[-1] > 0
 
 
-def test_the_disk_is_asked_before(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_space_is_checked_first(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is not begun."""
     import shutil
     from types import SimpleNamespace
@@ -434,8 +434,8 @@ def test_a_pipeline_of_two_sources_is_refused(single: Path, tied: Path) -> None:
         SplitCausalLM(one.bottom, other.trunk, one.top)
 
 
-def test_sources_that_differ_in_values_alone_are_told_apart(single: Path, tmp_path: Path) -> None:
-    """Equal names, shapes and configuration: a sample of the values tells, in memory, on a merge and by verify."""
+def test_sources_that_differ_only_in_values_are_distinguished(single: Path, tmp_path: Path) -> None:
+    """With equal names, shapes and configuration, samples of values decide: in memory, on a merge and in verify."""
     import shutil
 
     other = tmp_path / "other"
@@ -672,7 +672,7 @@ def test_the_command_line_splits_verifies_and_merges(cli: Any, single: Path, tmp
 
 
 def test_ranges_that_share_buffers_are_read_as_if_each_had_its_own(tmp_path: Path) -> None:
-    """A piece holds still until the next but one is asked for, across the end of a range too."""
+    """A piece stays valid until the next but one is requested, also across the end of a range."""
     content = bytes(range(256)) * 5
     (tmp_path / "file").write_bytes(content)
     ranges = [(0, 1), (1, 300), (300, 301), (301, 301), (301, 1280)]

@@ -142,7 +142,7 @@ def test_deep_and_long_values_are_refused(nested: str) -> None:
     "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "C:x", "a\\b", "a\nb", MANIFEST]
 )
 def test_names_lead_nowhere(name: str) -> None:
-    """A manifest names files beside itself."""
+    """A manifest names files in its own folder."""
     files = {**SOUND["files"], name: {"size": 1, "sha256": "3" * 64}}
     with pytest.raises(InvalidCheckpointError, match="not a file next to the manifest"):
         parse_manifest(json.dumps({**SOUND, "files": files}).encode(), "here")

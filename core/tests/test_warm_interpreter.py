@@ -107,7 +107,7 @@ def test_a_library_that_is_another_one_is_imported(python: Any, tmp_path: Path, 
     assert done.stdout == "1\n", done.stderr
 
 
-def test_warnings_are_errors_where_that_is_asked_for(python: Any) -> None:
+def test_warnings_are_errors_if_requested(python: Any) -> None:
     """The option of the interpreter is followed."""
     done = python("-W", "error", "-c", "import warnings; warnings.warn('so')")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "UserWarning: so")

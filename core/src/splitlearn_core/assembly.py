@@ -71,10 +71,10 @@ def load_all(
     progress: ProgressCallback,
     remote: Mapping[str, RemoteComponent] = {},
 ) -> SplitCausalLM:
-    """Load the components that do not run elsewhere, and make one generation model of all.
+    """Load the components that do not run elsewhere, and join all of them into one generation model.
 
     Raises:
-        ConfigurationError: There is no such component to run elsewhere.
+        ConfigurationError: A remote component is not part of this split.
         SplitLearnError: As :func:`load_components`.
     """
     from splitlearn_core.pipeline import SplitCausalLM
@@ -105,7 +105,7 @@ def _refuse_other_cuts(remote: Mapping[str, RemoteComponent], split_points: Sequ
             raise ConfigurationError(
                 f"--split {' '.join(map(str, split_points))} makes layers [{start}, {end}) the {name}, and "
                 f"{component.url} runs layers {layers}",
-                hint=f"leave --split out, or give that of the server{cuts}",
+                hint=f"leave --split out, or give the server's{cuts}",
             )
 
 
@@ -124,5 +124,5 @@ def _refuse_unknown(remote: Mapping[str, RemoteComponent], names: Sequence[str])
     if unknown:
         raise ConfigurationError(
             f"{', '.join(unknown)} cannot run elsewhere: the components of this model are {', '.join(names)}",
-            hint="one of these with --at NAME=URL",
+            hint="use one of these in --at NAME=URL",
         )

@@ -1,4 +1,4 @@
-"""Components in order, and the way of a forward's arguments through them."""
+"""Components in order, and how the arguments of a forward pass through them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ComponentChain:
     Args:
         parts: The components by name, in order.
         mixed_dtypes: Whether hidden states are cast at a cut.
-        crossings: What is done to what crosses the cuts; None for nothing.
+        crossings: The treatment of what crosses the cuts; None for none.
     """
 
     def __init__(self, parts: dict[str, AnyComponent], mixed_dtypes: bool, crossings: Crossings | None = None) -> None:
@@ -38,8 +38,8 @@ class ComponentChain:
         self.config = parts[Component.TOP].config
         self.routing = cast("ComponentModel", parts[Component.BOTTOM]).routing
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
-        # A parameter of each, for its device and dtype without a walk over the module at every token. One that runs
-        # elsewhere has none: it takes hidden states where they are.
+        # A parameter of each, for its device and dtype without walking the module at every token. A component that runs
+        # elsewhere has none: it takes hidden states on any device.
         self._probes = [
             None if isinstance(part, RemoteComponent) else _first_parameter(part) for part in parts.values()
         ]
@@ -56,55 +56,55 @@ class ComponentChain:
             ConfigurationError: An argument that components cannot honour.
             TypeError: A name that the family's forward does not know.
         """
-        # An argument of None is one that was not given.
-        given = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
-        return_dict = given.pop("return_dict", self.config.return_dict)
-        recordings = {name: given.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
-        use_cache = given.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
-        cache = self._whole_cache(named_cache(given, given.pop("past_key_values", None)), use_cache)
+        # None counts as not given.
+        passed = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
+        return_dict = passed.pop("return_dict", self.config.return_dict)
+        recordings = {name: passed.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
+        use_cache = passed.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
+        cache = self._whole_cache(named_cache(passed, passed.pop("past_key_values", None)), use_cache)
         # generate passes on what it needs for stop_strings; the family's forward ignores it.
-        given.pop("tokenizer", None)
-        tokens = given.pop("input_ids", None)
-        first = {name: given.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in given}
+        passed.pop("tokenizer", None)
+        tokens = passed.pop("input_ids", None)
+        first = {name: passed.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in passed}
         # The family's base model ignores what is meant for the head.
-        last = {name: given.pop(name) for name in self.routing.top if name in given}
+        last = {name: passed.pop(name) for name in self.routing.top if name in passed}
         if not is_paged(cache):
-            self._refuse_unknown(owner, given)
-        given.update({name: True for name, wanted in recordings.items() if wanted})
+            self._refuse_unknown(owner, passed)
+        passed.update({name: True for name, is_requested in recordings.items() if is_requested})
 
         parts = list(self.parts.values())
         rows = tokens if tokens is not None else first.get("inputs_embeds")
         over_cuts = crossing(self.crossings, parts, rows, cache, is_training=owner.training)
         with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross:
-            output: Any = parts[0](tokens, **first, **given, past_key_values=_share(cache, parts[0]))
+            output: Any = parts[0](tokens, **first, **passed, past_key_values=_share(cache, parts[0]))
             outputs = [output]
             for number, part in enumerate(parts[1:], start=1):
                 is_last = part is parts[-1]
-                given = _move({**given, **last} if is_last and head else given, self.device(number))
+                passed = _move({**passed, **last} if is_last and head else passed, self.device(number))
                 run = cast("Any", part).without_head if is_last and not head else part
                 hidden = cross(number - 1, self._enter(number, output))
-                output = run(hidden, **given, past_key_values=_share(cache, part))
+                output = run(hidden, **passed, past_key_values=_share(cache, part))
                 outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)
         return result if return_dict else result.to_tuple()
 
     def device(self, number: int) -> torch.device:
-        """Return where a component is, by its number in the order; of a remote one, where that before it is."""
+        """Return the device of a component, by its number in the order; for a remote one, that of its predecessor."""
         probe = self._probes[number]
         return self.device(number - 1) if probe is None else cast("torch.device", getattr(*probe).device)
 
     def _enter(self, number: int, output: Any) -> torch.Tensor:
-        """Take hidden states over a cut: to the next component's device, and to its dtype where those may differ."""
+        """Take hidden states across a cut: to the next component's device, and to its dtype if dtypes may differ."""
         hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
         if not self.mixed_dtypes:
             return hidden.to(self.device(number))
         probe = self._probes[number]
-        # Not as the module was made: .to(dtype) may have changed it since.
+        # Read from the parameters: .to(dtype) may have changed the dtype since.
         dtype = list(self.parts.values())[number].dtype if probe is None else getattr(*probe).dtype
         return hidden.to(self.device(number), dtype)
 
     def _is_recomputed(self, owner: Any) -> bool:
-        """Say whether layers run twice, which would cache their keys twice: transformers turns the cache off."""
+        """Return whether layers run twice and would cache their keys twice; transformers then turns the cache off."""
         checkpointing = getattr(self.parts[Component.BOTTOM].base_model, "gradient_checkpointing", False)
         return bool(checkpointing and owner.training and torch.is_grad_enabled())
 
@@ -120,23 +120,23 @@ class ComponentChain:
             )
         return cache
 
-    def _refuse_unknown(self, owner: Any, given: Mapping[str, Any]) -> None:
-        for name in given:
+    def _refuse_unknown(self, owner: Any, passed: Mapping[str, Any]) -> None:
+        for name in passed:
             if name not in self.routing.everywhere:
                 raise TypeError(f"{type(owner).__name__}.forward() got an unexpected keyword argument {name!r}")
 
 
 def _by_name(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward that were given by their place."""
+    """Name the positional arguments of a forward."""
     if not args:
         return kwargs
     names = owner.places
-    given = dict(zip(names, args, strict=False))
-    twice = sorted(given.keys() & kwargs.keys())
+    positional = dict(zip(names, args, strict=False))
+    twice = sorted(positional.keys() & kwargs.keys())
     if twice or len(args) > len(names):
-        what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} arguments by place"
+        what = f"multiple values for argument {twice[0]!r}" if twice else f"{len(args)} positional arguments"
         raise TypeError(f"{type(owner).__name__}.forward() got {what}")
-    return {**given, **kwargs}
+    return {**positional, **kwargs}
 
 
 def _first_parameter(part: Any) -> tuple[Any, str]:
@@ -145,7 +145,7 @@ def _first_parameter(part: Any) -> tuple[Any, str]:
 
 
 def _share(cache: Any, part: AnyComponent) -> Any:
-    """Return a component's own layers of a cache of the whole model."""
+    """Return a component's own layers in a cache of the whole model."""
     return cache if cache is None or is_paged(cache) else part.cache_view(cache)
 
 
@@ -153,11 +153,11 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
     """Combine the output of the last component with what each recorded of its own layers."""
     last = outputs[-1]
     recorded: dict[str, Any] = {CACHE_FIELD: cache}
-    wanted = recordings["output_hidden_states"]
-    if wanted:
+    requested = recordings["output_hidden_states"]
+    if requested:
         # The last state of a component is the first of the next.
         states = [state for output in outputs[:-1] for state in output.hidden_states[:-1]]
-        recorded["hidden_states"] = _selected((*states, *last.hidden_states), wanted)
+        recorded["hidden_states"] = _selected((*states, *last.hidden_states), requested)
     if recordings["output_attentions"]:
         recorded["attentions"] = tuple(item for output in outputs for item in output.attentions or ())
     if isinstance(last, torch.Tensor):
@@ -173,12 +173,16 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
     return result
 
 
-def _selected(states: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
-    """Keep the states that were requested by number, as newer transformers allows, in their places."""
-    if isinstance(wanted, bool):
+def _selected(states: tuple[Any, ...], requested: Any) -> tuple[Any, ...]:
+    """Keep only the states whose numbers were requested, which newer transformers allows."""
+    if isinstance(requested, bool):
         return states
     count = len(states)
-    kept = {number % count for number in ([wanted] if isinstance(wanted, int) else wanted) if -count <= number < count}
+    kept = {
+        number % count
+        for number in ([requested] if isinstance(requested, int) else requested)
+        if -count <= number < count
+    }
     return tuple(state if number in kept else None for number, state in enumerate(states))
 
 

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan
     from splitlearn_core.types import ProgressCallback
 
-#: Name -> what it is, of the hosts that core has itself.
-CORE_HOSTS = {"inline": "the manager's own process", "process": "a process of its own"}
+#: Core's own hosts: name -> description.
+CORE_HOSTS = {"inline": "the manager's own process", "process": "its own process"}
 
 
 @runtime_checkable
 class ComponentHost(Protocol):
-    """Where models run: what ``ModelConfig(host=NAME)`` names. ``inline`` and ``process`` are of this kind, too.
+    """Where models run: what ``ModelConfig(host=NAME)`` names. ``inline`` and ``process`` are such hosts, too.
 
     A package adds one by an entry point in the group ``splitlearn.hosts``: its name is that of the host, and its value
     a module, or an object in one, that has :meth:`load`::
@@ -27,21 +27,21 @@ class ComponentHost(Protocol):
     """
 
     def load(self, config: ModelConfig, plan: LoadPlan, report: ProgressCallback, threads: int | None) -> LoadedModel:
-        """Load a model there, completely or not at all.
+        """Load a model on this host, completely or not at all.
 
-        It is called in a thread of its own, and may take any time.
+        It is called in a separate thread, and may take any time.
 
         Args:
             config: What to load.
-            plan: What the load takes, made in this process: its files are here. ``plan.after`` is the ``host`` of the
-                generation before, where that has died: its sessions should go on, if the weights are the same.
-            report: Called at least ten times a second, in this thread. It raises to stop the load: end what has
+            plan: The plan of the load, made in this process: its files are here. ``plan.after`` is the ``host`` of the
+                earlier generation, if that has died: its sessions should continue, if the weights are the same.
+            report: Call it at least ten times a second, in this thread. It raises to stop the load: end what has
                 been started, and let the exception pass.
-            threads: Threads of torch for a forward; None for torch's default in this process.
+            threads: The number of torch's threads for a forward; None for torch's default in this process.
 
         Returns:
             The module that stands for the model, such as a :class:`RemoteComponent`, and with it, as ``host``, the
-            ``ModelHost`` that says when it dies and ends it; None if it runs in this process.
+            ``ModelHost`` that reports its death and can end it; None if the model runs in this process.
 
         Raises:
             SplitLearnError: It cannot be loaded. Any other exception is reported as the host's failure.

@@ -21,22 +21,22 @@ class Crossing:
     cut: int
     #: ``"hidden states"`` or ``"gradients"``.
     what: str
-    #: Returns secret random bytes, for randomness that a stage needs. A message that is sent again, or computed again
-    #: by gradient checkpointing, gets the same ones.
+    #: Returns secret random bytes, for a stage that needs randomness. A message that is sent again, or recomputed
+    #: by gradient checkpointing, gets the same bytes.
     random_bytes: Callable[[int], bytes] = field(repr=False, compare=False)
 
 
 @runtime_checkable
 class CutStage(Protocol):
-    """One more stage of a cut, between noise and quantisation, at the data owner. A package may add some.
+    """A further stage of a cut, between noise and quantisation, at the data owner. Packages may add stages.
 
     Its entry point is in the group ``splitlearn.cut_stages``, is named after the stage, and names an object::
 
         [project.entry-points."splitlearn.cut_stages"]
         signs = "splitlearn_signs:signs"
 
-    It is imported when a ``Cut`` names it, ``Cut(stages=("signs",))``, and never otherwise; an object can be given as
-    it is, too.
+    It is only imported when a ``Cut`` names it, ``Cut(stages=("signs",))``; ``stages`` also takes the object
+    itself.
     """
 
     #: The name by which a ``Cut`` requests it.

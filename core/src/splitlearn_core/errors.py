@@ -278,13 +278,13 @@ class AccessRefusedError(RemoteError, PermissionError):
 
 
 class RemoteStepError(RemoteError):
-    """A host refused a step, or the component failed in it; the session is as it was before."""
+    """A host refused a step, or the component failed in it; the session is unchanged."""
 
 
 class InternalError(SplitLearnError):
     """A bug in splitlearn: please report it."""
 
 
-# A FutureWarning, which Python shows to all users: they are the ones who can upgrade the plugin.
+# A FutureWarning, which Python shows to all users: they can upgrade the plugin.
 class SplitLearnDeprecationWarning(FutureWarning):
-    """A plugin uses what a later release refuses: the message names it, the replacement and the release."""
+    """A plugin uses a deprecated feature: the message names it, its replacement, and the release that removes it."""

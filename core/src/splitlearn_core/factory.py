@@ -84,7 +84,7 @@ class ModelFactory:
         local_files_only: bool = False,
         progress: ProgressCallback | Literal[False] | None = None,
     ) -> SplitModel:
-        """Load bottom, trunk and top; what is not described here is as in :func:`load_split_model`.
+        """Load bottom, trunk and top; anything not described here works as in :func:`load_split_model`.
 
         Args:
             model_type: The model type; None for that of ``config.json``.
@@ -96,13 +96,13 @@ class ModelFactory:
             storage_path: A directory of saved components. If it holds this split of this source, the components
                 are loaded from there without looking at the source; otherwise from the source.
             auto_save: Save there what was loaded from the source, as :func:`save_split` does.
-            parts, device_map, max_memory, attn_implementation, strategy, progress: As there.
-            dtype: As there; ``auto`` by default.
+            parts, device_map, max_memory, attn_implementation, strategy, progress: As in :func:`load_split_model`.
+            dtype: As in :func:`load_split_model`; ``auto`` by default.
             torch_dtype: ``dtype`` under its earlier name in transformers.
             cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
 
         Raises:
-            SplitLearnError: As there; arguments that contradict each other are a ConfigurationError.
+            SplitLearnError: As :func:`load_split_model`; contradictory arguments are a ConfigurationError.
         """
         problems = []
         if dtype is not None and torch_dtype is not None and _dtype_names(dtype) != _dtype_names(torch_dtype):
@@ -145,7 +145,7 @@ class ModelFactory:
 def _dtype_names(dtype: Any) -> Any:
     """Return dtypes by torch's names: ``torch.float16``, ``float16`` and ``half`` are the same."""
     if isinstance(dtype, Mapping):
-        return {str(part): dtype_name(each) for part, each in dtype.items()}
+        return {str(part): dtype_name(value) for part, value in dtype.items()}
     return dtype_name(dtype)
 
 

@@ -56,26 +56,26 @@ class ModelFamily:
     #: A module of the three tuples, or ``norm``, may be None in some models of the type.
     skip_outside_top: tuple[str, ...] = ()
     #: Arguments of the model's forward that its embeddings use up, and that mean nothing to layers; the bottom
-    #: alone takes them. Where they matter to all layers (masks by type of token), say ``()``.
+    #: alone takes them. If they matter to all layers (masks by type of token), set ``()``.
     bottom_arguments: tuple[str, ...] = ("token_type_ids",)
-    #: True where the model does something to the embeddings that no module does (Granite multiplies them).
-    #: Hidden states from outside are then handed to the layers past whatever is done there.
+    #: True if the model does something to the embeddings outside any module (Granite multiplies them).
+    #: Hidden states from outside then enter at the first layer, and skip that step.
     enter_at_layers: bool = False
-    #: True where a layer answers with a tuple whose first item is the running state.
+    #: True if a layer returns a tuple whose first item is the running state.
     layers_return_tuple: bool = False
-    #: Tensors that old checkpoints carry and no module wants, as suffixes of the checkpoint key.
+    #: Tensors that old checkpoints contain and no module uses, as suffixes of the checkpoint key.
     ignored_suffixes: tuple[str, ...] = ()
     #: Substrings of checkpoint keys that changed their name, ``(old, new)``, applied in order.
     renamed: tuple[tuple[str, str], ...] = ()
-    #: Where this family's ``config.json`` departs from the common names, ``{common: own}``.
+    #: This family's own names of values in ``config.json``, where they differ: ``{common: own}``.
     config_names: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    #: Values that count when ``config.json`` leaves them out, by common name: what the family's
+    #: Defaults of values that ``config.json`` omits, by common name: what the family's
     #: Hugging Face configuration class would fill in.
     config_defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    #: True where all layers are made by ``type(layers[0])(config, layer_idx)``. Then the layers of
-    #: other components are never built; say False for a family that mixes classes of layers.
+    #: True if all layers are made by ``type(layers[0])(config, layer_idx)``. Then the layers of
+    #: other components are never built; set False for a family that mixes classes of layers.
     uniform_layers: bool = True
-    #: Given ``config.json``: cuts that this model does not bear, each with the reason
+    #: Returns, for a ``config.json``, the cuts that are impossible in this model, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
     #: Name of the loading strategy to prefer over the automatic choice; empty for none.
@@ -85,12 +85,12 @@ class ModelFamily:
     #: A checkpoint that the plugin carries, ``"package:folder"``; empty for none. It must work offline.
     bundled_checkpoint: str = ""
     #: Values of ``config.json``, by the family's own names, that a tiny random model of this type needs
-    #: beside the ordinary small sizes: a number of experts, a window that is shorter than a test's prompt.
-    #: Only the conformance kit reads it, so that it can test a plugin that brings no test file.
+    #: besides the ordinary small sizes: a number of experts, a window that is shorter than a test's prompt.
+    #: Only the conformance kit reads it, so that it can test a plugin without a test file.
     tiny_config: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
 
     def __post_init__(self) -> None:
-        """Refuse wrong values, which would fail later and elsewhere, naming the field."""
+        """Refuse invalid values by field; otherwise they would fail later and elsewhere."""
         problems = [f"{name} must be {what}, not {getattr(self, name)!r}" for name, what in _wrong_fields(self)]
         if problems:
             raise ConfigurationError(
@@ -131,10 +131,10 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         "ignored_suffixes",
     ):
         if not _is_tuple_of_texts(getattr(family, name)):
-            yield name, "a tuple of texts"
+            yield name, "a tuple of strings"
     pairs = family.renamed
     if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR_LENGTH for pair in pairs)):
-        yield "renamed", "a tuple of pairs of texts"
+        yield "renamed", "a tuple of pairs of strings"
     for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"

@@ -57,31 +57,31 @@ class Backbone(PreTrainedModel):
 class SplitCausalLM(PreTrainedModel, GenerationMixin):
     """Runs components one after the other, from bottom to top; it is an instance of the family's own class too.
 
-    What asks a model for its class, its loss, the arguments of its forward, its base model or a parameter by name
-    gets the unsplit model's answer; its modules and parameters are those of the components.
+    Code that inspects the class, the loss, the signature of the forward, the base model or a parameter by name
+    sees the unsplit model's; the modules and parameters are those of the components.
 
     Args:
-        bottom: The component with the embeddings; None, a part that was not loaded, is refused like any other mismatch.
+        bottom: The component with the embeddings. None, for a part that was not loaded, is refused like any mismatch.
         following: The trunks, in order: none, one or several; then the top, with the head.
-        named: Those of them that are given by name: ``trunk``, or ``trunk1``, ``trunk2``, ...; and ``top``.
+        named: Components given by name instead: ``trunk``, or ``trunk1``, ``trunk2``, ...; and ``top``.
         mixed_dtypes: Let the components have different dtypes. At each cut, hidden states are then
             cast to the dtype of the component that they enter. Without it, different dtypes are
             refused.
-        cuts: What is done to hidden states and gradients that leave the data owner, one for each cut.
-        ledger: Counts what is released there; by default a new one, ``model.ledger``.
+        cuts: The treatment of hidden states and gradients that leave the data owner, one for each cut.
+        ledger: Counts what is released at the cuts; by default a new one, ``model.ledger``.
 
     Raises:
         ConfigurationError: The components do not form one model, or the cuts do not fit them.
     """
 
     _chain: ComponentChain
-    #: The family's own class, of which an instance is one too.
+    #: The family's own class; an instance is an instance of it too.
     family_class: ClassVar[type[Any]]
-    #: The arguments that its forward takes by their place.
+    #: The positional arguments of its forward.
     places: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let a class that names the configuration of a family be of that family, before there is an instance."""
+        """Let a subclass that names a family's configuration class inherit from the family's own class."""
         config_class = vars(cls).get("config_class")
         super().__init_subclass__(**kwargs)
         family_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None) if config_class is not None else None
@@ -106,9 +106,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                 f"SplitCausalLM takes components, and was given a {type(bottom).__name__} of {len(bottom)}",
                 hint="give them one by one: SplitCausalLM(*parts)",
             )
-        given = [bottom, *following, *_in_order(type(self), named)]
+        ordered = [bottom, *following, *_in_order(type(self), named)]
         # A single component is named as one of two in the error.
-        parts: dict[str, Any] = dict(zip(component_names(max(len(given), 2)), [*given, None], strict=False))
+        parts: dict[str, Any] = dict(zip(component_names(max(len(ordered), 2)), [*ordered, None], strict=False))
         _check_fit(parts, mixed_dtypes)
         crossings = None if cuts is None and ledger is None else Crossings(cuts or (), len(parts) - 1, ledger)
         top = parts[Component.TOP]
@@ -121,7 +121,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             object.__setattr__(self, "__class__", combined)
         PreTrainedModel.__init__(self, config)
         self.training = training
-        # What the checkpoint says about generation came with the top; without it, the model's own.
+        # The checkpoint's generation settings come with the top; without it, the model's own are used.
         stated = getattr(top, "generation_config", None)
         self.generation_config = stated or GenerationConfig.from_model_config(config)
         self._assemble(parts, mixed_dtypes, crossings)
@@ -142,7 +142,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         ours.update({name: getattr(top, name) for name in top.family_attributes if name not in own})
         self._chain = ComponentChain(parts, mixed_dtypes, crossings)
         ours["_modules"] = module_tree(parts, Backbone, {"_chain": self._chain})
-        # Components of two separate loads hold one copy each, which nothing keeps equal.
+        # Components of two separate loads have one copy each, which nothing keeps equal.
         tied = self.get_expanded_tied_weights_keys(all_submodels=True)
         self.all_tied_weights_keys = {
             target: source
@@ -185,7 +185,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def trunk(self) -> AnyComponent:
-        """The component with the middle layers, where there is one; otherwise see :attr:`trunks`."""
+        """The component with the middle layers, if there is exactly one; otherwise see :attr:`trunks`."""
         if Component.TRUNK not in self._chain.parts:
             raise AttributeError(self._lacks(Component.TRUNK))
         return self._chain.parts[Component.TRUNK]
@@ -207,14 +207,14 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def ledger(self) -> PrivacyLedger:
-        """The count of what was released at the cuts; without ``cuts`` nothing is counted, and this is an error."""
+        """The ledger of what was released at the cuts; an error without ``cuts``, since nothing is counted then."""
         if self._chain.crossings is None:
             raise ConfigurationError("this split model was made without cuts=[Cut(), ...], and counts no releases")
         return self._chain.crossings.ledger
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the bottom's device."""
+        """The device for token ids: the bottom's."""
         return self._chain.device(0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -258,7 +258,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             return super().generate(inputs, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        # All steps but the last one's token are cached; here their number is known, and before the first of them.
+        # The number of cached tokens (all but the last one's) is known here, before the first step.
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = named_cache(dict(model_kwargs), model_kwargs.get("past_key_values"))
         for component in self.components:
@@ -274,7 +274,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         split_points: Sequence[int] = (),
         **kwargs: Any,
     ) -> Any:
-        """Load saved components; or a checkpoint, where ``split_points`` say how to cut it.
+        """Load saved components; or a checkpoint, if ``split_points`` say how to cut it.
 
         Args:
             pretrained_model_name_or_path: What ``save_split`` wrote, or a checkpoint.
@@ -301,7 +301,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return cls(*cast("Any", load_split_model(None, split_points, name, **kwargs)))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load values as any module does; with ``assign``, too, a tied embedding and head stay one parameter."""
+        """Load a state dict as any module does; even with ``assign``, a tied embedding and head stay one parameter."""
         if not assign:
             return super().load_state_dict(state_dict, strict)
         with keeping_ties(self):
@@ -312,14 +312,14 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Save a checkpoint of the whole model; arguments as of Hugging Face models.
 
-        Where a component runs elsewhere, those that are here are saved as components, in
+        If a component runs elsewhere, the local ones are saved as components, in
         ``save_directory/components``, with an index from which a ``Trainer`` resumes.
 
         Raises:
             ConfigurationError: There is an adapter on the components, which such a checkpoint cannot hold.
         """
         here = [part for part in self.components if not isinstance(part, RemoteComponent)]
-        # What add_adapter of transformers put there, its save_pretrained saves as an adapter.
+        # An adapter from add_adapter of transformers: save_pretrained of transformers saves it as an adapter.
         adapts = getattr(self, "_hf_peft_config_loaded", False)
         if not adapts:
             refuse_adapters(here)
@@ -342,13 +342,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SplitCausalLM:
-        # Through the components, each of which has buffers of its own: rotary frequencies, say.
+        # Through the components, because each has its own buffers, such as rotary frequencies.
         own: list[Any] = [*self.components, *cast("LinkedModules", self._modules).added()]
         for component in self.components:
             if isinstance(component, RemoteComponent) and not self._chain.mixed_dtypes:
                 refuse_cast(component, fn)
         for module in own:
-            module._apply(fn, recurse)  # noqa: SLF001  # nn.Module's own way of moving and casting
+            module._apply(fn, recurse)  # noqa: SLF001  # nn.Module moves and casts with it
         return self
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
@@ -368,7 +368,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             component.set_attn_implementation(*args, **kwargs)
 
     def _remote_first(self) -> list[Any]:
-        """Return the components, those first that refuse to be changed, so that none is changed before."""
+        """Return the components, remote ones first: they refuse changes before any other component is changed."""
         return sorted(self.components, key=lambda part: not isinstance(part, RemoteComponent))
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
@@ -387,7 +387,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _in_order(owner: type[Any], named: Mapping[str, AnyComponent | None]) -> list[AnyComponent | None]:
-    """Put components that were given by name into the order of the model."""
+    """Sort components that were given by name into the order of the model."""
     for name in named:
         if not is_component_name(name):
             raise TypeError(f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}")
@@ -408,42 +408,42 @@ def _kind(part: object) -> str:
     return str(getattr(part, "component", type(part).__name__))
 
 
-def _check_fit(given: Mapping[str, Any], mixed_dtypes: bool) -> None:
+def _check_fit(parts: Mapping[str, Any], mixed_dtypes: bool) -> None:
     problems = [
         f"{name} is {'None: it was not loaded, or not given' if part is None else f'a {_kind(part)}'}"
-        for name, part in given.items()
+        for name, part in parts.items()
         if getattr(part, "kind", None) != kind_of(name)
     ]
     if not problems:
-        edges = [part.layer_range for part in given.values()]
+        edges = [part.layer_range for part in parts.values()]
         if not edges[0].is_first or any(before.end != after.start for before, after in pairwise(edges)):
             problems.append(f"their layers do not follow one another: {', '.join(map(str, edges))}")
         if not edges[-1].is_last or len({edge.total for edge in edges}) > 1:
-            problems.append(f"they are of models of different depth: {', '.join(map(str, edges))}")
+            problems.append(f"they belong to models of different depth: {', '.join(map(str, edges))}")
         facts = {
-            what: [getattr(part.config, what) for part in given.values()]
+            what: [getattr(part.config, what) for part in parts.values()]
             for what in ("model_type", "hidden_size", "vocab_size")
         }
-        # Of the parameters, not of the configuration, which .to(dtype) leaves as it was.
+        # The dtype of the parameters: .to(dtype) does not change the one in the configuration.
         if not mixed_dtypes:
             facts["dtype"] = [
                 part.dtype if isinstance(part, RemoteComponent) else next(part.parameters()).dtype
-                for part in given.values()
+                for part in parts.values()
             ]
         for what, values in facts.items():
             if len(set(values)) > 1:
                 problems.append(f"their {what} differs: {', '.join(map(str, values))}")
-        # Those that were made from a state dict have no origin to compare.
-        problems += origin_mismatches([part.origin for part in given.values() if part.origin is not None], dtypes=False)
-        problems += adapter_mismatches([part for part in given.values() if not isinstance(part, RemoteComponent)])
+        # Components built from a state dict have no origin to compare.
+        problems += origin_mismatches([part.origin for part in parts.values() if part.origin is not None], dtypes=False)
+        problems += adapter_mismatches([part for part in parts.values() if not isinstance(part, RemoteComponent)])
     if problems:
-        kinds = [getattr(part, "component", None) for part in given.values()]
-        which = "bottom, trunk and top" if len(given) == len(THREE) else "all components"
+        kinds = [getattr(part, "component", None) for part in parts.values()]
+        which = "bottom, trunk and top" if len(parts) == len(THREE) else "all components"
         hint = f"load {which} of one checkpoint with the same split points"
-        if kinds != list(given) and set(kinds) == set(given):
-            hint = f"give them in this order: {', '.join(given)}"
+        if kinds != list(parts) and set(kinds) == set(parts):
+            hint = f"give them in this order: {', '.join(parts)}"
         raise ConfigurationError(
-            f"these components make up no model: {'; '.join(problems)}",
+            f"these components do not form a model: {'; '.join(problems)}",
             hint=hint
             + ("; mixed_dtypes=True where dtypes differ on purpose" if any("dtype" in p for p in problems) else ""),
         )

@@ -1,4 +1,4 @@
-"""The earlier place of :mod:`splitlearn_core.api`."""
+"""The former name of :mod:`splitlearn_core.api`."""
 
 from splitlearn_core.api import load_split_model, plan_fetch, plan_split
 from splitlearn_core.split_model import SplitModel

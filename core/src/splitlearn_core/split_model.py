@@ -136,8 +136,8 @@ _MODEL_ATTRIBUTES = {
     "state_dict": "each component has one: parts.trunk.state_dict()",
     "forward": _JOINED.format("forward"),
     "generate": _JOINED.format("generate"),
-    "save_pretrained": "save_split(parts, DIR) saves the components, each into a folder of its own",
-    "push_to_hub": "save_split(parts, DIR) saves the components, each into a folder of its own",
+    "save_pretrained": "save_split(parts, DIR) saves the components, each into its own folder",
+    "push_to_hub": "save_split(parts, DIR) saves the components, each into its own folder",
 }
 
 

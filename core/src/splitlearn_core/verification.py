@@ -46,12 +46,12 @@ class ComponentCost:
 
 @dataclass(frozen=True, slots=True)
 class LinkCost:
-    """What the comparison took between here and a component that runs elsewhere."""
+    """The traffic of the comparison with a component that runs elsewhere."""
 
     component: str
     url: str
     round_trips: int
-    #: Of hidden states, masks and positions, both ways, for each token of each sequence.
+    #: Bytes of hidden states, masks and positions, both ways, for each token of each sequence.
     bytes_per_token: float
 
 
@@ -71,7 +71,7 @@ class Verification:
     components: tuple[ComponentCost, ...]
     unsplit_load_seconds: float
     unsplit_forward_seconds: float
-    #: Of the components that run elsewhere.
+    #: The traffic of each component that runs elsewhere.
     links: tuple[LinkCost, ...] = ()
 
     @property
@@ -95,10 +95,10 @@ def verify_split(
     Args:
         model: The checkpoint.
         split_points: Where it is cut.
-        dtype: One for all components.
-        options: How they are loaded.
+        dtype: The dtype of all components.
+        options: How to load them.
         progress: Called during loads.
-        remote: Components that are not loaded but used where they run, by name.
+        remote: Components that run elsewhere, by name.
 
     Raises:
         SplitLearnError: As :func:`load_split_model`.
@@ -163,7 +163,7 @@ def _verify(
         )
     before_run = {name: _traffic(part) for name, part in remote.items()}
     checks, difference = _compare(expected, _run(split, ids, mask))
-    # A forward of all, and a generation, in which the last token is not given to the model.
+    # One forward of all tokens, and a generation, whose last token never enters the model.
     tokens = len(ids) * (2 * ids.shape[1] + _NEW_TOKENS - 1)
     links = tuple(
         LinkCost(name, part.url, trips - before_run[name][0], (size - before_run[name][1]) / tokens)

@@ -116,7 +116,7 @@ class GatedLoader(ModelLoader):
         return LoadedModel(module, plan.location, plan.dtype, plan.device)
 
     def warm_up(self, config: ModelConfig, loaded: LoadedModel, report: ReportProgress) -> None:
-        """Do nothing but stand still where told to."""
+        """Do nothing but wait at the requested gates."""
         self._pass(config, "warm_up", report)
 
     def _pass(self, config: ModelConfig, stage: str, report: ReportProgress) -> None:
@@ -149,7 +149,7 @@ async def seen(manager: AsyncModelManager, met: Callable[[], object]) -> None:
 
 
 async def until(met: Callable[[], object]) -> None:
-    """Wait until something is so that no event tells of."""
+    """Wait for a condition that no event reports."""
     while not met():
         await asyncio.to_thread(threading.Event().wait, _LOOK_EVERY)
 

@@ -134,7 +134,7 @@ def _attend(selector: Any, running: dict[int, tuple[socket.socket, int, int]], f
 
 
 def _run(request: dict[str, Any], streams: list[int]) -> NoReturn:
-    """Be the interpreter that was asked for, to its end."""
+    """Run as the requested interpreter, until it ends."""
     for fd, target in zip(streams, range(3), strict=True):
         os.dup2(fd, target)
         os.close(fd)

@@ -82,7 +82,7 @@ def test_small_arrays_of_numbers_are_kept(tmp_path: Path) -> None:
 
 HOSTILE = {
     "empty": (b"", "too early"),
-    "another format": (b"PK\3\4" + bytes(40), "does not begin as a GGUF file"),
+    "another format": (b"PK\3\4" + bytes(40), "does not begin like a GGUF file"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "version 1": (head(version=1), "version 1"),
     "version of the future": (head(version=9), "version 9"),
@@ -187,7 +187,7 @@ def test_random_damage_is_an_error_of_ours_or_none(gguf_file: Write, tmp_path: P
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
-    """Write a file anew, with its metadata and its float32 tensors changed."""
+    """Rewrite a file, with its metadata and its float32 tensors changed."""
     header, reader = read_header(path), gguf.GGUFReader(path)
     metadata = {key: value for key, value in header.metadata.items() if not isinstance(value, Array)}
     architecture = metadata.pop("general.architecture")
@@ -285,7 +285,7 @@ def test_tensors_that_the_library_cannot_dequantise_are_named(gguf_file: Write) 
         plan_split(path, (1, 3))
 
 
-def test_a_config_beside_the_file_counts(gguf_file: Write, model: Callable[..., Any]) -> None:
+def test_a_config_next_to_the_file_is_used(gguf_file: Write, model: Callable[..., Any]) -> None:
     """It says what metadata cannot; one of another architecture is refused."""
     path = gguf_file("llama")
     config = json.loads(model("llama").config.to_json_string())

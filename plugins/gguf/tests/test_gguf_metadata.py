@@ -129,7 +129,7 @@ def test_a_neutral_value_is_no_hindrance(
     assert plan_split(gguf_file("llama", metadata=metadata), (1, 3)).num_layers == 4
 
 
-def test_a_key_that_nobody_knows_is_refused(gguf_file: Callable[..., Path]) -> None:
+def test_an_unknown_key_is_refused(gguf_file: Callable[..., Path]) -> None:
     """It may mean anything."""
     with pytest.raises(CheckpointError, match="twist"):
         plan_split(gguf_file("llama", metadata={"twist": 2.0}), (1, 3))

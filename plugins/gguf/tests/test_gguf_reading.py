@@ -80,7 +80,7 @@ def test_pieces_make_the_same_tensor(
         assert tensor.is_contiguous() or (model_type == "gpt2" and tensor.T.is_contiguous())
 
 
-def test_bytes_are_told_as_they_are_read(gguf_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_reported_as_they_are_read(gguf_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces that add up to the plan's bytes, which are those of the file."""
     path = gguf_file("llama", "Q4_0")
     monkeypatch.setattr(values, "CHUNK_ELEMENTS", 300)
@@ -94,7 +94,7 @@ def test_bytes_are_told_as_they_are_read(gguf_file: Write, monkeypatch: pytest.M
     assert len(told) > 2 * len(plan.tensors)
 
 
-def test_a_load_stops_where_it_is_told_to(gguf_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_stops_on_request(gguf_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``on_bytes`` raises comes through, in the middle of a tensor."""
     monkeypatch.setattr(values, "CHUNK_ELEMENTS", 300)
     told: list[int] = []

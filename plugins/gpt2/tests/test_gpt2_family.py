@@ -24,7 +24,7 @@ class TestGpt2(FamilyConformance):
 
 
 def test_a_load_and_a_loss_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of GPT-2's class tells no loss, of which transformers warns; the loss is the unsplit model's."""
+    """GPT-2's class name has no known loss, about which transformers warns; the loss is the unsplit model's."""
     said: list[str] = []
     monkeypatch.setattr(modeling_utils.logger, "warning_once", lambda text, *_: said.append(text))
     ids = torch.tensor([[11, 22, 33]])

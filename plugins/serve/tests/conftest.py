@@ -19,7 +19,7 @@ PLUGIN = (
 
 
 def _load(name: str) -> None:
-    """Import a module that lies beside this file, which pytest does not put on the path."""
+    """Import a module next to this file, which pytest does not put on the path."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None

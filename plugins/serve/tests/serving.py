@@ -193,7 +193,7 @@ class StatusServer:
 
 
 async def until_met(met: Callable[[], object]) -> None:
-    """Wait until something is so that no event tells of."""
+    """Wait for a condition that no event reports."""
     while not met():
         await asyncio.to_thread(threading.Event().wait, 0.002)
 

@@ -354,7 +354,7 @@ def test_what_is_refused_is_said(browser: Browser, page: Callable[..., StatusSer
     assert all("409" in complaint for complaint in browser.complaints)
 
 
-def test_a_token_is_asked_for(browser: Browser, page: Callable[..., StatusServer]) -> None:
+def test_a_token_is_requested(browser: Browser, page: Callable[..., StatusServer]) -> None:
     """A button that needs one asks once, does what it was pressed for, and the others then need no other."""
     token = "t" * 32
     page(config("trunk"), tokens=Tokens({token: Owner("alice")}))
@@ -393,10 +393,10 @@ def test_without_events_it_asks(browser: Browser, loader: ScriptedLoader, page: 
     assert browser.run("window.marker") == "the same page"
 
 
-def test_a_page_that_nobody_looks_at_is_silent(
+def test_a_hidden_page_sends_no_requests(
     browser: Browser, loader: ScriptedLoader, page: Callable[..., StatusServer]
 ) -> None:
-    """Hidden, it gives up its line to the server; looked at again, it is up to date."""
+    """A hidden page closes its stream; when it is visible again, it is up to date."""
     loader.hold("trunk")
     page(config("trunk"))
     browser.wait(has("trunk", "loading"))
@@ -412,7 +412,7 @@ def test_a_page_that_nobody_looks_at_is_silent(
 
 
 def test_the_end_of_the_server_is_seen(browser: Browser, page: Callable[..., StatusServer]) -> None:
-    """What was known stays to be read, and the line at the top says that nobody answers."""
+    """The last data stay visible, and the line at the top says that the server does not answer."""
     server = page(config("trunk"))
     browser.wait(has("trunk", "ready"))
 

@@ -109,7 +109,7 @@ def tokens(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
 def test_killed_and_restarted(serve: Callable[..., Process], single: Path, tokens: Path) -> None:
-    """The text goes on to the last bit, in another process; with a token from a file at both ends."""
+    """The text continues to the last bit, in another process; with a token from a file at both ends."""
     whole = AutoModelForCausalLM.from_pretrained(single).eval()
     parts = load_split_model(None, (2, 4), str(single), parts=("bottom", "top"))
     ids = torch.randint(3, whole.config.vocab_size, (2, 6))
@@ -135,13 +135,13 @@ def test_killed_and_restarted(serve: Callable[..., Process], single: Path, token
 
 
 def test_load_and_unload(serve: Callable[..., Process], tokens: Path) -> None:
-    """What `ps` shows, `load` and `unload` change, for whoever has the token."""
+    """With the token, `load` and `unload` change what `ps` shows."""
     server = serve("--token-file", tokens)
     at = ("--url", server.address)
 
     refused = splitlearn("unload", "trunk", *at)
     assert refused.returncode == 1
-    assert "asks for a token" in refused.stderr
+    assert "requires a token" in refused.stderr
     loaded = splitlearn("load", "trunk", *at, "--token-file", tokens)
     assert (loaded.returncode, loaded.stdout.split(":")[0].split(" is ")[0]) == (0, "trunk")
     unloaded = splitlearn("unload", "trunk", *at, "--token-file", tokens)
@@ -216,7 +216,7 @@ class TestTokens:
         with pytest.raises(Exception, match="not one of"):
             read_tokens(tokens).owner_of("Bearer of-the-variable")
         monkeypatch.setenv("SPLITLEARN_TOKEN", "two words")
-        with pytest.raises(ConfigurationError, match="no header can hold"):
+        with pytest.raises(ConfigurationError, match="a header cannot hold"):
             read_tokens(None)
 
     @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ class TestTokens:
             (f"{TOKEN} max_session=3", "did you mean 'max_sessions'"),
             (f"{TOKEN} max_tokens=many", "line 1: what follows the token is neither NAME=NUMBER nor"),
             (f"a: {TOKEN}\nb: {TOKEN}", "line 2 repeats"),
-            ("a:", "line 1 is no token"),
+            ("a:", "line 1 is not a token"),
         ],
     )
     def test_bad_files(self, tmp_path: Path, text: str, said: str) -> None:
@@ -239,7 +239,7 @@ class TestTokens:
 
     def test_no_file(self, tmp_path: Path) -> None:
         """The way to make one is shown."""
-        with pytest.raises(MissingFileError, match="no file of tokens"):
+        with pytest.raises(MissingFileError, match="no token file"):
             read_tokens(tmp_path / "tokens")
 
     def test_a_file_that_others_can_read(self, tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,8 +264,8 @@ class TestCertificates:
         server_context(tmp_path / "a.pem", tmp_path / "a-key.pem")
         for certificate, key, said in (
             ("a.pem", "b-key.pem", "the key is another certificate's"),
-            ("no.pem", "a-key.pem", "is no PEM file"),
-            ("a.pem", "no.pem", "is no PEM file"),
+            ("no.pem", "a-key.pem", "is not a PEM file"),
+            ("a.pem", "no.pem", "is not a PEM file"),
             ("c.pem", "c-key.pem", "password"),
         ):
             with pytest.raises(ConfigurationError, match=said):

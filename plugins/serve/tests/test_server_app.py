@@ -217,7 +217,7 @@ class TestDoing:
         assert server.get("/api/models/trunk") == before
 
     def test_unload_and_load_again(self, serve: Serve) -> None:
-        """What came back is said; the id is enough to load it again, of the file or not."""
+        """The released memory is reported; the id is enough to load it again, whether it is in the file or not."""
         server = serve(config("filed"))
         server.request("POST", "/api/models?wait=true", configuration("posted"))
         server.wait_until(is_ready("filed"))
@@ -349,7 +349,7 @@ class TestBadRequests:
         assert "hf_secret" not in answer.body.decode()
 
     def test_an_architecture_of_the_file_is_known(self, serve: Serve) -> None:
-        """What the file names may be posted, too: whoever wrote the file trusts it."""
+        """Values that the file names may be posted, too: its author trusts them."""
         filed = ModelConfig(
             model_id="own", model_type="pytorch", model_path="/nowhere.pt", architecture="torch.nn:Identity"
         )
@@ -407,7 +407,7 @@ class TestBadRequests:
         assert server.request("POST", "/api/models/trunk/load", {"dtype": "float16"}).status == 400
 
     def test_a_mistake_of_ours(self, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-        """An unforeseen exception is a 500 that tells nothing of it, and is in the log."""
+        """An unforeseen exception is a 500 without details, and is logged."""
         server = serve()
 
         def boom(model_id: str) -> None:
@@ -451,7 +451,7 @@ class TestStrangers:
             assert client.recv(100).startswith(b"HTTP/1.1 200")
 
     def test_named_hosts(self, serve: Serve) -> None:
-        """A name that was allowed is, and beside loopback any address is where that was allowed."""
+        """An allowed name is accepted; any address is accepted if remote access is allowed."""
         server = serve(hosts=HostRule.of(["Models.Internal"], any_address=True))
 
         for host, status in (
@@ -499,8 +499,8 @@ class TestStrangers:
         for path in ("/api/models", "/api/models/trunk/load", "/api/models/trunk/reload", "/api/models/trunk/cancel"):
             assert server.request("POST", path, b"{}", headers={"Content-Type": kind}).status == 415
 
-    def test_nobody_is_asked_first(self, serve: Serve) -> None:
-        """A browser's question whether another origin may is answered with no."""
+    def test_no_preflight_is_answered(self, serve: Serve) -> None:
+        """A CORS preflight of another origin is refused."""
         server = serve()
         asking = {"Origin": "https://evil.example", "Access-Control-Request-Method": "DELETE"}
 
@@ -511,7 +511,7 @@ class TestStrangers:
 
     @pytest.mark.parametrize("path", ["/", "/api/models", "/metrics", "/health/live", "/nothing"])
     def test_headers(self, serve: Serve, path: str) -> None:
-        """Nothing is sniffed, framed, cached or told to others, and no server names itself."""
+        """Headers forbid sniffing, framing, caching and referrers, and do not name the server."""
         headers = serve().request("GET", path).headers
 
         assert headers["x-content-type-options"] == "nosniff"
@@ -598,7 +598,7 @@ class TestEvents:
             assert stream.next("snapshot")["models"][0]["status"] == "ready"
 
     def test_it_ends_with_the_server(self, serve: Serve) -> None:
-        """The last change is told, and then the stream ends as it should."""
+        """The last change is sent, and then the stream ends cleanly."""
         server = serve(config())
         server.wait_until(is_ready("trunk"))
         with server.connection() as connection:
@@ -613,7 +613,7 @@ class TestEvents:
                 stream.next("nothing")
 
     def test_it_ends_with_the_client(self, serve: Serve) -> None:
-        """Whoever leaves is not remembered: more may come and go than may watch at once."""
+        """Clients that leave are forgotten: more may come and go than may watch at the same time."""
         server = serve()
         for _ in range(80):
             with server.connection() as connection:
@@ -641,7 +641,7 @@ class TestEvents:
 
 class TestEnd:
     def test_loads_are_cancelled(self, serve: Serve, loader: ScriptedLoader) -> None:
-        """A load that stands still does not keep the server, and whoever waits for it is told."""
+        """A load that hangs does not keep the server from closing, and a waiting client gets an answer."""
         loader.hold("trunk")
         server = serve()
         body = json.dumps(configuration()).encode()

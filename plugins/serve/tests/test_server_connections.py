@@ -113,7 +113,7 @@ class TestTime:
         server.end()
         assert rest(watcher).endswith(b"0\r\n\r\n")
 
-    def test_answers_that_nobody_reads(self, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unread_answers(self, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
         """A client that asks and asks and reads nothing is closed, and others are answered meanwhile."""
         monkeypatch.setattr(connections, "READING_TIMEOUT", SOON)
         server = serve()
@@ -138,7 +138,7 @@ class TestTime:
         assert server.request("GET", "/health/live").status == 200
 
     def test_a_body_that_does_not_come(self, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is said, and the connection closed."""
+        """The client gets an error, and the connection is closed."""
         monkeypatch.setattr(app, "_BODY_TIMEOUT", SOON)
 
         answer = rest(connect(serve(), b"POST /api/models HTTP/1.1\r\n" + HEAD + b"Content-Length: 9\r\n\r\n{"))
@@ -161,8 +161,8 @@ class TestNumber:
         assert rest(idle[-1]).startswith(b"HTTP/1.1 200")
         assert len([r for r in caplog.records if "connections" in r.getMessage()]) == 1
 
-    def test_health_beside_requests_that_last(self, serve: Serve, connect: Connect) -> None:
-        """Where all that may have a request have one, others are told to come later, and health checks are answered."""
+    def test_health_during_long_requests(self, serve: Serve, connect: Connect) -> None:
+        """At the limit of requests, others are refused for now, and health checks are answered."""
         server = serve(connections=8)
         head = b"POST /api/models HTTP/1.1\r\n" + HEAD + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n"
         busy = [connect(server, head) for _ in range(6)]
@@ -182,7 +182,7 @@ class TestNumber:
             assert until(client, b"\r\n\r\n").startswith(b"HTTP/1.1 422")
         assert server.request("GET", "/api/models").status == 200
 
-    def test_answers_that_nobody_reads_make_room(self, serve: Serve, connect: Connect) -> None:
+    def test_unread_answers_make_room(self, serve: Serve, connect: Connect) -> None:
         """A client that does not read its answers is as good as one that asks nothing."""
         server = serve(connections=4)
         for _ in range(6):
@@ -248,7 +248,7 @@ class TestLargeBodies:
             assert "64 KiB" in json.loads(answer.read())["error"]["message"]
 
     def test_it_comes_before_the_body(self, serve: Serve, connect: Connect) -> None:
-        """A length alone is enough: nothing has to be sent, and no client is told to."""
+        """A length alone is enough: the client need not send, and is not asked to send, the body."""
         head = b"POST /api/models HTTP/1.1\r\n" + HEAD + b"Content-Length: 9999999\r\n"
 
         assert until(connect(serve(), head + b"\r\n"), b"}}").startswith(b"HTTP/1.1 413")
@@ -318,7 +318,7 @@ class TestEnd:
 def test_requests_that_are_none(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are refused with 400, say nothing in the log, and hurt nobody else."""
+    """They are refused with 400, are not logged, and affect no other client."""
     monkeypatch.setattr(connections, "REQUEST_TIMEOUT", SOON)
     server = serve()
     for said in (

@@ -1,4 +1,4 @@
-"""What a load that is asked for over HTTP may use: folders that the file names, and no token of the server's user."""
+"""What a load requested over HTTP may use: folders that the file names, and no token of the server's user."""
 
 from __future__ import annotations
 
@@ -185,8 +185,8 @@ def test_fields_that_are_not() -> None:
     ("settings", "said"),
     [
         ({"model_root": []}, "did you mean 'model_roots'?"),
-        ({"model_roots": "/srv"}, "is no list of folders"),
-        ({"model_roots": [7]}, "is no list of folders"),
+        ({"model_roots": "/srv"}, "is not a list of folders"),
+        ({"model_roots": [7]}, "is not a list of folders"),
         ({"model_roots": ["/no/such/folder"]}, "there is no folder '/no/such/folder'"),
         ({"hub": "yes"}, "is neither true nor false"),
         ({"token": "hf_secret "}, "token: "),
@@ -194,7 +194,7 @@ def test_fields_that_are_not() -> None:
     ],
 )
 def test_settings(settings: dict[str, Any], said: str) -> None:
-    """A table that cannot be kept is said, without the token."""
+    """An invalid table is reported, without the token."""
     (problem,) = request_problems(settings)
 
     assert said in problem

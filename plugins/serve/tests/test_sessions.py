@@ -134,7 +134,7 @@ def settled(server: StatusServer, met: Callable[[], object]) -> None:
 
 class TestEqual:
     def test_generation(self, serve: Serve, use: Any, models: Any) -> None:
-        """Logits, padding, greedy, beams, samples, prompt look-up and a cache that goes on are bit-equal."""
+        """Logits, padding, greedy, beams, samples, prompt look-up and a continued cache are bit-equal."""
         server = serve()
         model = split(models, use(server))
 
@@ -167,7 +167,7 @@ class TestEqual:
         assert all(torch.equal(each.grad, expected[name].grad) for name, each in here.items())
 
     def test_a_session_ends_with_its_user(self, serve: Serve, use: Any, models: Any) -> None:
-        """Sessions and the lease end when nobody refers to the cache any more."""
+        """Sessions and the lease end when the cache is no longer referenced."""
         server = serve()
         model = split(models, use(server))
         both(models, model)
@@ -253,7 +253,7 @@ class TestAccess:
 
     def test_tokens(self, guarded: StatusServer, use: Any, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Sessions need one of the tokens; it is refused at once, not waited for."""
-        with pytest.raises(AccessRefusedError, match="asks for a token"):
+        with pytest.raises(AccessRefusedError, match="requires a token"):
             connect(f"{guarded.url}/trunk")
         with pytest.raises(AccessRefusedError, match="not one of"):
             connect(f"{guarded.url}/trunk", token="c" * 32)
@@ -431,7 +431,7 @@ class TestLife:
                 self._action()
 
     def test_unloaded_by_force(self, serve: Serve, use: Any, models: Any) -> None:
-        """Its users load it again, and rebuild their sessions: the text goes on."""
+        """Its users load it again, and rebuild their sessions: the text continues."""
         server = serve()
         model = split(models, use(server))
         before = server.control.manager.get_statistics().unloads
@@ -483,7 +483,7 @@ class TestLife:
         settled(server, lambda: server.control.manager.get_statistics().models.get("draining", 0) == 0)
 
     def test_reloaded_with_other_weights(self, serve: Serve, use: Any, models: Any, trunk: ModelConfig) -> None:
-        """Sessions stay on the old generation until they end; whoever comes then gets the new one."""
+        """Sessions stay on the old generation until they end; new sessions get the new one."""
         server = serve()
         model = split(models, use(server))
         other = {**trunk.to_dict(), "dtype": "bfloat16"}

@@ -33,11 +33,11 @@ _OWN_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"})
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter as PEFT saves it, read and checked but for its tensors."""
+    """An adapter as PEFT saves it, read and checked except for its tensors."""
 
     name: str
     config: Mapping[str, Any]
-    #: The content of ``adapter_config.json``, to be written again.
+    #: The content of ``adapter_config.json``, for writing it unchanged.
     text: bytes
     weights: Path
     #: All tensors, from the header.
@@ -90,12 +90,12 @@ def _digest(text: bytes, weights: Path) -> str:
 
 
 def check_adapter_target(directory: Any) -> Path:
-    """Return the folder that an adapter is to be written to: a new or empty one, or that of an earlier adapter.
+    """Return the folder to write an adapter to: a new or empty one, or the folder of an earlier adapter.
 
     Raises:
         ConfigurationError: It is not a folder, or holds other files, which would look like part of the adapter.
     """
-    hint = "give a new or empty folder, or that of an earlier adapter"
+    hint = "give a new or empty folder, or the folder of an earlier adapter"
     if not isinstance(directory, str | os.PathLike):
         raise ConfigurationError(f"{directory!r} is not a path to save an adapter to", hint=hint)
     target = user_path(directory)
@@ -152,7 +152,7 @@ class AdapterSlice:
     component: str
     #: Keys of the adapter's file.
     keys: tuple[str, ...]
-    #: Those of them that are the model's own embedding or head, saved with their adapters.
+    #: The keys among them of the model's own embedding or head, which was saved with its adapter.
     base_keys: tuple[str, ...]
     #: Modules of the component that the adapter replaces as a whole, by their full names.
     modules_to_save: tuple[str, ...]

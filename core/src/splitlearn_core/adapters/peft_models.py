@@ -70,20 +70,20 @@ def load_adapter(
 ) -> None:
     """Load an adapter of the whole model onto components; each holds its own tensors and no others.
 
-    The components are changed in place and keep their class: they are called as before, and make up
+    The components are changed in place and keep their class: they are called as before, and form
     a :class:`SplitCausalLM` as before. Needs ``pip install "splitlearn-core[peft]"``.
 
     Args:
         parts: A component, several, what ``load_split_model`` returned, or a ``SplitCausalLM``.
         adapter: The folder that PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
-        is_trainable: Let the adapter learn; the component's own weights never do.
+        is_trainable: Whether the adapter is trained; the component's own weights never are.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
 
     Raises:
         ConfigurationError: The adapter cannot be cut by layers, a component has one already, or PEFT is
             not installed.
-        TensorMismatchError: Its tensors are not those that the components want; all are listed, and the
-            components are as before.
+        TensorMismatchError: Its tensors do not match the components; all mismatches are listed, and the
+            components are unchanged.
         CheckpointError: Its files are missing or not valid.
     """
     components = _components(parts)
@@ -93,15 +93,15 @@ def load_adapter(
 
 
 def apply_adapter(
-    components: Sequence[ComponentModel], found: AdapterFiles, *, is_trainable: bool = False, widen: bool = True
+    components: Sequence[ComponentModel], files: AdapterFiles, *, is_trainable: bool = False, widen: bool = True
 ) -> None:
     """Load an adapter whose files are local onto components; all or nothing. Raises like :func:`load_adapter`.
 
     Args:
         components: The components.
-        found: The adapter.
-        is_trainable: Let it learn.
-        widen: Compute halves in float32, as PEFT does; ``from_pretrained`` of a model with an adapter does not.
+        files: The adapter.
+        is_trainable: Whether to train it.
+        widen: Convert half-precision adapters to float32, as PEFT does; ``from_pretrained`` with adapters does not.
     """
     import_peft()
     _refuse_others(components)
@@ -110,29 +110,29 @@ def apply_adapter(
         raise ConfigurationError(
             f"there is an adapter on {', '.join(taken)} already", hint="call merge_and_unload or unload_adapter first"
         )
-    problems = config_problems(found.config)
+    problems = config_problems(files.config)
     if problems:
         raise ConfigurationError(
-            f"{found.name} cannot be cut into slices for components: {'; '.join(problems)}",
+            f"{files.name} cannot be cut into slices for components: {'; '.join(problems)}",
             hint="merge it into the whole model with PEFT, save that, and split the result",
         )
-    problems = rank_problems(found.config, found.tensors.values())
+    problems = rank_problems(files.config, files.tensors.values())
     if problems:
-        raise _mismatch(found, problems)
+        raise _mismatch(files, problems)
     first = components[0]
-    problems = key_problems(found.tensors, found.config, first.family, first.layer_range)
+    problems = key_problems(files.tensors, files.config, first.family, first.layer_range)
     if problems:
-        raise _mismatch(found, problems)
-    problems = _target_problems(components, found)
+        raise _mismatch(files, problems)
+    problems = _target_problems(components, files)
     if problems:
-        raise _mismatch(found, problems)
+        raise _mismatch(files, problems)
     loads: list[tuple[ComponentModel, _Loaded]] = []
     try:
         for component in components:
-            loads.append((component, _inject(component, found, is_trainable, widen)))  # noqa: PERF401  # undone if the next fails
+            loads.append((component, _inject(component, files, is_trainable, widen)))  # noqa: PERF401  # undone if the next fails
         problems = [problem for component, loaded in loads for problem in _tensor_problems(component, loaded)]
         if problems:
-            raise _mismatch(found, problems)
+            raise _mismatch(files, problems)
         for _, loaded in loads:
             _read(loaded)
     except BaseException:
@@ -146,7 +146,7 @@ def apply_adapter(
 def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
     """Join the slices of an adapter and save them as PEFT does, for the whole model.
 
-    What was loaded and not trained is written as it was, tensor for tensor, and so is ``adapter_config.json``.
+    Tensors that were loaded and not trained are written unchanged, and so is ``adapter_config.json``.
 
     Args:
         parts: All components that the adapter has tensors for.
@@ -157,7 +157,7 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         ConfigurationError: Components without an adapter, with different ones, or too few of them; or the
-            directory is no folder, or holds something else.
+            directory is not a folder, or holds something else.
     """
     target = check_adapter_target(directory)
     components = _components(parts)
@@ -171,9 +171,9 @@ def save_adapter(parts: Parts, directory: str | os.PathLike[str]) -> Path:
         tensors.update(_slice_tensors(component, loaded))
     missing = sorted(adapter.tensors.keys() - tensors.keys())
     if missing:
-        held = ", ".join(str(component.component) for component in components)
+        names = ", ".join(str(component.component) for component in components)
         raise ConfigurationError(
-            f"{held} hold {len(tensors)} of the adapter's {len(adapter.tensors)} tensors; missing: {_some(missing)}",
+            f"{names} hold {len(tensors)} of the adapter's {len(adapter.tensors)} tensors; missing: {_some(missing)}",
             hint="give all components",
         )
     return write_adapter(target, adapter.text, tensors)
@@ -191,7 +191,7 @@ def merge_and_unload(parts: Parts, *, safe_merge: bool = False) -> None:
 
     Raises:
         ConfigurationError: A component has no adapter, or PEFT cannot merge it; or the adapter adapts an
-            embedding that is also the head, which another component may hold. The components are as before.
+            embedding that is also the head, which another component may hold. The components are unchanged.
     """
     components = _components(parts)
     _refuse_others(components)
@@ -261,21 +261,23 @@ def _components(parts: Parts) -> list[ComponentModel]:
     # A SplitCausalLM, which imports this module. Looked up on the class: a PeftModel around one has its attributes.
     if hasattr(type(parts), "components"):
         parts = cast("Any", parts).components
-    given: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
-    wrong = sorted({type(part).__name__ for part in given if not isinstance(part, ComponentModel)})
-    if wrong or not given:
+    components: list[Any] = [parts] if not isinstance(parts, Iterable) else [part for part in parts if part is not None]
+    wrong = sorted({type(part).__name__ for part in components if not isinstance(part, ComponentModel)})
+    if wrong or not components:
         own = any(name.startswith("Peft") for name in wrong)
         raise ConfigurationError(
-            f"{', '.join(wrong) or 'nothing'} is no component",
+            f"{', '.join(wrong) or 'nothing'} is not a component",
             hint="a PeftModel saves, merges and removes its adapters itself: save_pretrained, merge_and_unload, unload"
             if own
-            else "give what load_split_model returned, or some of it",
+            else "pass the result of load_split_model, or some of its parts",
         )
-    models = {(part.family.model_type, part.layer_range.total) for part in given}
-    if len(models) > 1 or len({(part.kind, part.start_layer, part.component) for part in given}) < len(given):
-        seen = ", ".join(f"{part.family.model_type} {part.component} {part.layer_range}" for part in given)
-        raise ConfigurationError(f"these are not components of one model: {seen}", hint="give those of one split")
-    return given
+    models = {(part.family.model_type, part.layer_range.total) for part in components}
+    if len(models) > 1 or len({(part.kind, part.start_layer, part.component) for part in components}) < len(components):
+        described = ", ".join(f"{part.family.model_type} {part.component} {part.layer_range}" for part in components)
+        raise ConfigurationError(
+            f"these are not components of one model: {described}", hint="pass components of one split"
+        )
+    return components
 
 
 def _all_loaded(components: list[ComponentModel]) -> list[_Loaded]:
@@ -305,12 +307,12 @@ def _refuse_others(components: Sequence[ComponentModel]) -> None:
             continue
         if loaded is None:
             raise ConfigurationError(
-                f"the adapter on {component.component} was put there by PEFT itself, not by load_adapter",
+                f"the adapter on {component.component} was applied with PEFT itself, not with load_adapter",
                 hint="save, merge or remove it with the PeftModel: save_pretrained, merge_and_unload, unload",
             )
         raise ConfigurationError(
             f"PEFT itself has changed the adapter {loaded.adapter.name} on {component.component}, "
-            "which load_adapter put there",
+            "which load_adapter applied",
             hint="load the components again, and use load_adapter or PEFT's own means, not both",
         )
 
@@ -396,11 +398,15 @@ def _target_problems(components: Sequence[ComponentModel], adapter: AdapterFiles
 
     from splitlearn_core.build.pruning import PassLayer, Zero
 
-    given, adapted = adapter.config.get("target_modules"), adapted_modules(adapter.tensors, adapter.config)
-    if not given or given == _NOTHING or (isinstance(given, str) and given.lower() == "all-linear"):
+    target_modules, adapted = adapter.config.get("target_modules"), adapted_modules(adapter.tensors, adapter.config)
+    if (
+        not target_modules
+        or target_modules == _NOTHING
+        or (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
+    ):
         return []
     if not adapted:
-        return [f"missing: every tensor of target_modules, {given!r}"]
+        return [f"missing: every tensor of target_modules, {target_modules!r}"]
     with _blaming(adapter):
         config = import_peft().PeftConfig.from_pretrained(str(adapter.weights.parent))
         problems = [
@@ -462,15 +468,15 @@ def _narrow(config: Any, own: AdapterSlice) -> None:
 def _tensor_problems(component: ComponentModel, loaded: _Loaded) -> list[str]:
     """Compare the tensors of PEFT's modules with those in the file for this component."""
     planned = loaded.adapter.tensors
-    wanted = _held(loaded) if loaded.peft is not None else {}
+    expected = _held(loaded) if loaded.peft is not None else {}
     own = set(loaded.slice.keys) - set(loaded.slice.base_keys)
-    problems = [f"missing: {key} {list(wanted[key].shape)}" for key in sorted(wanted.keys() - own)]
-    problems += [f"unexpected: {key} {list(planned[key].shape)}" for key in sorted(own - wanted.keys())]
-    wanted.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
+    problems = [f"missing: {key} {list(expected[key].shape)}" for key in sorted(expected.keys() - own)]
+    problems += [f"unexpected: {key} {list(planned[key].shape)}" for key in sorted(own - expected.keys())]
+    expected.update({key: component.get_parameter(_base_name(key)) for key in loaded.slice.base_keys})
     return problems + [
-        f"mis-shaped: {key} is {list(planned[key].shape)} in the file, {list(wanted[key].shape)} in the model"
-        for key in sorted(wanted.keys() & set(loaded.slice.keys))
-        if planned[key].shape != tuple(wanted[key].shape)
+        f"mis-shaped: {key} is {list(planned[key].shape)} in the file, {list(expected[key].shape)} in the model"
+        for key in sorted(expected.keys() & set(loaded.slice.keys))
+        if planned[key].shape != tuple(expected[key].shape)
     ]
 
 

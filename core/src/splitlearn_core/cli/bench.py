@@ -62,7 +62,7 @@ def command(
     from splitlearn_core.progress import reporting
 
     names = names_of_parts(split_points)
-    # With one cut there is no trunk; the bottom is then what the owner of the data runs.
+    # With one cut there is no trunk; the data owner then runs the bottom.
     default = [name for name in names if kind_of(name) == Component.TRUNK] or [Component.BOTTOM]
     with usage_errors():
         components = parse_parts(default if parts is None else [part.strip() for part in parts.split(",")], names)

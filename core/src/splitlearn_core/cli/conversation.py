@@ -61,7 +61,7 @@ def _read_line(*, prompt: bool) -> str:
     if prompt and sys.stdout.isatty():
         return input(_PROMPT)
     if prompt:
-        # Not on stdout, which is redirected.
+        # On stderr, since stdout is redirected.
         click.echo(_PROMPT, nl=False, err=True)
     line = sys.stdin.readline()
     if not line:

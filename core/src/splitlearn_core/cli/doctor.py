@@ -13,7 +13,7 @@ _WIDTH = len("transformers")
 
 @click.command("doctor", short_help="Find out why a plugin or a model does not work.")
 @click.argument("model", required=False)
-@click.option("--quick", is_flag=True, help="Leave out what imports torch and transformers, and load no model.")
+@click.option("--quick", is_flag=True, help="Skip checks that import torch and transformers, and load no model.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, model: str | None, quick: bool, as_json: bool) -> None:

@@ -29,24 +29,22 @@ if TYPE_CHECKING:
     from splitlearn_core.types import ProgressCallback
 
 
-@click.command("generate", short_help="Continue a prompt, or talk, cut into components.")
+@click.command("generate", short_help="Continue a prompt, or chat, with a split model.")
 @model_options
 @load_options
 @remote_options
 @click.option("--prompt", help="The text to continue.")
 @click.option(
-    "--prompt-file", metavar="FILE", help="A file with that text; - for stdin. Its last line end is left out."
+    "--prompt-file", metavar="FILE", help="A file with the prompt; - for stdin. Its final newline is dropped."
 )
-@click.option(
-    "--chat", is_flag=True, help="Talk, by the checkpoint's chat template: --prompt, or else each line of stdin."
-)
+@click.option("--chat", is_flag=True, help="Chat with the checkpoint's chat template: --prompt, or each line of stdin.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system message.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--stop", multiple=True, metavar="TEXT", help="End where this text comes. Repeatable.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: always the likeliest token.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop after this text. Repeatable.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: always take the likeliest token.")
 @click.option("--top-k", type=click.IntRange(min=0), default=50, show_default=True)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes draws repeatable.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes sampling repeatable.")
 @dry_run_option
 @json_option
 def command(
@@ -72,7 +70,7 @@ def command(
     Ctrl-C stops an answer, and Ctrl-D ends.
 
     A directory of saved components needs no --split. With --at, bottom and top are loaded here, and the
-    trunk runs where it is served.
+    trunk runs on its server.
     """
     from splitlearn_core.checkpoint.manifest import holds_components
     from splitlearn_core.generation import Conversation, Sampling, generate_text
@@ -148,7 +146,7 @@ def _check_prompts(
     prompt: str | None, prompt_file: str | None, system: str | None, *, chat: bool, needed: bool
 ) -> None:
     if prompt is not None and prompt_file is not None:
-        raise click.UsageError("--prompt and --prompt-file are two prompts: give one of them")
+        raise click.UsageError("--prompt and --prompt-file are both given: give one of them")
     if system is not None and not chat:
         raise click.UsageError("--system goes with --chat")
     if needed and not chat and prompt is None and prompt_file is None:

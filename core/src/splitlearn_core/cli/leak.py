@@ -1,4 +1,4 @@
-"""``splitlearn leak``: attack the messages of a split model, and say what was recovered."""
+"""``splitlearn leak``: attack the messages of a split model, and report what was recovered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from splitlearn_core.leak.measure import NO_DEFENCE, NO_MESSAGES, SHUFFLED, Leak
 from splitlearn_core.leak.plot import recovery_plot
 from splitlearn_core.plan.split_points import cut_words, split_layers
 
-#: Of the noise, in a picture.
+#: Factors of the noise in a plot.
 _FACTORS = (0.25, 1.0, 4.0)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
@@ -42,7 +42,7 @@ class _Pair(click.ParamType):  # type: ignore[type-arg]  # older click has no su
         values = str(value).split(",")
         if len(values) > 2:  # noqa: PLR2004  # a pair
             self.fail(f"{value!r}: give one value, or one for hidden states and one for gradients", param, ctx)
-        converted = tuple(None if each == "-" else self._kind.convert(each, param, ctx) for each in values)
+        converted = tuple(None if item == "-" else self._kind.convert(item, param, ctx) for item in values)
         return converted if len(converted) > 1 else converted[0]
 
 
@@ -62,16 +62,16 @@ class _Pair(click.ParamType):  # type: ignore[type-arg]  # older click has no su
     metavar="FILE",
     help="The text: its second half is attacked, the first is the attacker's. By default letters made from the seed.",
 )
-@click.option("--windows", type=click.IntRange(min=2), default=8, show_default=True, help="Windows of it.")
-@click.option("--length", type=click.IntRange(min=4), default=24, show_default=True, help="Tokens of a window.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of letters, noise and attacks.")
+@click.option("--windows", type=click.IntRange(min=2), default=8, show_default=True, help="Number of attacked windows.")
+@click.option("--length", type=click.IntRange(min=4), default=24, show_default=True, help="Tokens per window.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of text and noise.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
     help="Measure with a quarter and four times the noise too, and draw recovery against loss, as SVG.",
 )
-@split_option("Draw it for these cuts too. Repeatable.", "--plot-split", "drawn_splits", multiple=True)
+@split_option("Plot these cuts too. Repeatable.", "--plot-split", "drawn_splits", multiple=True)
 @json_option
 @click.pass_context
 def command(
@@ -90,9 +90,9 @@ def command(
     as_json: bool,
     **others: Any,
 ) -> None:
-    """Attack the messages that a training of MODEL sends, and say how much of the text was recovered.
+    """Attack the messages that training MODEL sends, and report how much of the text was recovered.
 
-    The attacks run on this machine; with --at, what is attacked is what a trunk that is served there
+    The attacks run on this machine; with --at, they are on the messages that a trunk at that server
     gets. One value of --clip, --noise or --quantize is for hidden states and gradients; a pair, as in
     --clip 8,0.1, is one for each, and - is for none.
     """
@@ -101,9 +101,9 @@ def command(
     from splitlearn_core.progress import reporting
 
     if plot is not None and noise is None:
-        raise click.UsageError("--plot goes with --noise, which is varied")
+        raise click.UsageError("--plot needs --noise, which it varies")
     if drawn_splits and plot is None:
-        raise click.UsageError("--plot-split goes with --plot")
+        raise click.UsageError("--plot-split needs --plot")
     with usage_errors():
         cut = Cut(clip, noise, quantize, stages)
     numbers = {name: others.pop(name) for name in ("windows", "length", "seed")}
@@ -112,12 +112,12 @@ def command(
     opened = open_model(model, **others)
     remote = connect_all(elsewhere)
     if drawn_splits and remote:
-        raise click.UsageError("--plot-split is for components that are all here")
+        raise click.UsageError("--plot-split cannot be used with --at")
     splits = [split_points_of(opened, split_points, remote), *drawn_splits]
     settings = LeakSettings(text=text, **numbers)
     factors = _FACTORS if plot is not None else (1.0,)
     with reporting(None) as progress:
-        # All of them, before the first is measured for minutes.
+        # Check all of them before the first measurement, which takes minutes.
         for points in splits:
             split_layers(opened.family, opened.config, points)
         results = [
@@ -155,16 +155,16 @@ def _scaled(noise: Any, factor: float) -> Any:
 def render_leak(result: Leak) -> str:
     """Format what was recovered as text."""
     rows = []
-    for each in result.attacks:
-        low, high = each.recovery.interval
+    for attack in result.attacks:
+        low, high = attack.recovery.interval
         rows.append(
             (
-                each.attack,
-                each.attacker,
-                f"{each.recovery.share:.1%} ({low:.0%} to {high:.0%})",
-                f"{each.recovery.exact_windows} of {result.windows}",
-                f"{each.recovery.secrets} of {result.secrets}",
-                *(_share(each.controls[name]) for name in (NO_DEFENCE, SHUFFLED, NO_MESSAGES)),
+                attack.attack,
+                attack.attacker,
+                f"{attack.recovery.share:.1%} ({low:.0%} to {high:.0%})",
+                f"{attack.recovery.exact_windows} of {result.windows}",
+                f"{attack.recovery.secrets} of {result.secrets}",
+                *(_share(attack.controls[name]) for name in (NO_DEFENCE, SHUFFLED, NO_MESSAGES)),
             )
         )
     header = ("attack", "attacker", "tokens", "windows", "secrets", NO_DEFENCE, SHUFFLED, NO_MESSAGES)

@@ -92,7 +92,7 @@ class CommandGroup(click.Group):
     def _added(self, ctx: click.Context) -> Sequence[PluginEntry]:
         """Return the commands below this group; the installed metadata is read once in each run."""
         if _DISCOVERED not in ctx.meta:
-            # Without those that have an empty word, which cannot be typed.
+            # Names with an empty word cannot be typed.
             ctx.meta[_DISCOVERED] = [entry for entry in discover_commands() if all(entry.name.split("."))]
         return [entry for entry in ctx.meta[_DISCOVERED] if entry.name.startswith(self._prefix)]
 

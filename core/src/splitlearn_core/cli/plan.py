@@ -80,7 +80,7 @@ def render_plan(plan: SplitPlan) -> str:
         f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
     ]
     lines += [f"tied: {key} is in more than one component, and counted in each" for key in plan.tied]
-    lines += [f"warning: {text}: the file may not be whole" for text in plan.warnings]
+    lines += [f"warning: {text}: the file may be incomplete" for text in plan.warnings]
     if plan.unexpected:
         lines.append(f"warning: {unread_words(plan.model, plan.model_type, plan.unexpected)}")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
 def _split_points(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """Convert the values of the option, which are None where it is left out, and several where it is repeated."""
+    """Convert the values of the option: None if it is omitted, several if it is repeated."""
     if value is None:
         return None
     if parameter.multiple:
@@ -64,7 +64,7 @@ class _NumbersOption(click.Option):
 def split_option(
     text: str, option: str = "--split", name: str = "split_points", *, multiple: bool = False
 ) -> Callable[[_Command], _Command]:
-    """Return the option ``--split A B``, with this help; or another one with such values."""
+    """Return the option ``--split A B``, or another option with such values."""
     return click.option(
         option,
         name,
@@ -72,7 +72,7 @@ def split_option(
         multiple=multiple,
         type=click.UNPROCESSED,
         callback=_split_points,
-        # Other options name components, and these say which there are.
+        # Processed first: the split points decide which components other options may name.
         is_eager=True,
         metavar="A B",
         help=text,
@@ -128,7 +128,7 @@ def load_options(command: _Command) -> _Command:
 
 
 def remote_options(command: _Command) -> _Command:
-    """Add where components run that are not loaded here."""
+    """Add the options for components that run elsewhere."""
     for option in reversed(
         (
             click.option(
@@ -137,7 +137,7 @@ def remote_options(command: _Command) -> _Command:
                 multiple=True,
                 metavar="PART=URL",
                 callback=_parse_remote,
-                help="Use a component where it is served: trunk=http://HOST:8710/trunk. Repeatable.",
+                help="Use a component on a server: trunk=http://HOST:8710/trunk. Repeatable.",
             ),
             click.option(
                 "--token-file", metavar="FILE", help="The token for these servers; otherwise SPLITLEARN_TOKEN is used."
@@ -150,18 +150,18 @@ def remote_options(command: _Command) -> _Command:
 
 
 def connect_all(options: dict[str, Any]) -> dict[str, RemoteComponent]:
-    """Take what :func:`remote_options` added out of a command's options, and connect to each component."""
+    """Remove what :func:`remote_options` added from a command's options, and connect to each component."""
     urls, token_file, ca_file = options.pop("remote"), options.pop("token_file"), options.pop("ca_file")
     if not urls:
         if token_file or ca_file:
-            raise click.UsageError("--token-file and --ca-file go with --at PART=URL")
+            raise click.UsageError("--token-file and --ca-file need --at PART=URL")
         return {}
     token = None if token_file is None else read_token(token_file)
     from splitlearn_core.hosts.remote import connect
 
     remote = {name: connect(url, token=token, ca_file=ca_file) for name, url in urls.items()}
     for component in remote.values():
-        # After an error too: the server would keep an unused session until its time limit.
+        # Also after an error: the server would keep an unused session until its time limit.
         click.get_current_context().call_on_close(component.close)
     for name, component in remote.items():
         if component.component != name:
@@ -198,7 +198,7 @@ def _parse_remote(_: click.Context, __: click.Parameter, values: Sequence[str]) 
         if not equals or not is_component_name(name):
             raise click.BadParameter(f"{value!r} is not PART=URL, as in trunk=http://127.0.0.1:8710/trunk")
         if kind_of(name) is not Component.TRUNK:
-            raise click.BadParameter(f"the {name} stays with the data: only trunks are used where they are served")
+            raise click.BadParameter(f"the {name} stays with the data: only trunks can be used remotely")
         if name in urls:
             raise click.BadParameter(f"two addresses are given for {name}")
         with usage_errors():
@@ -209,7 +209,7 @@ def _parse_remote(_: click.Context, __: click.Parameter, values: Sequence[str]) 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Report a ConfigurationError as wrong usage, where only the command line was looked at."""
+    """Report a ConfigurationError as wrong usage, since only the command line has been checked."""
     try:
         yield
     except ConfigurationError as error:

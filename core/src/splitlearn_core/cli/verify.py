@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Compare MODEL, cut into components, with MODEL unsplit. Exit code 1 where a bit differs.
 
-    With --at, the trunk that is served there is compared, with what it takes to get there and back.
+    With --at, the trunk at that server is compared, and its round trips and traffic are measured.
 
     Where MODEL is a directory of saved components, and --split is left out, their files are
     compared with their manifests (hashes, sizes, tensors, ties), and the components with each other.
@@ -59,14 +59,14 @@ def command(
     if split_points is None and holds_components(model):
         if dry_run:
             raise click.UsageError("--dry-run is for models: saved components are here already")
-        given = [
+        refused = [
             "--at" if name == "remote" else f"--{name.replace('_', '-')}"
             for name in ("dtype", *others)
             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
         ]
-        if given:
+        if refused:
             raise click.UsageError(
-                f"{', '.join(given)}: for a comparison with the unsplit model; files are compared with manifests"
+                f"{', '.join(refused)}: for a comparison with the unsplit model; files are compared with manifests"
             )
         ctx.exit(0 if _verify_saved(model, as_json=as_json) else 1)
     options = load_options_of(others, split_points)
@@ -101,11 +101,11 @@ def _verify_saved(directory: str, *, as_json: bool) -> bool:
 
 def render_saved(result: SavedVerification) -> str:
     """Format the verification of saved components as text."""
-    held = ", ".join(result.components)
+    names = ", ".join(result.components)
     verdict = "as it was saved" if result.sound else f"{len(result.problems)} FAULTS"
     whole = "" if result.complete else " (not a whole model)"
     faults = [f"fault   {problem}" for problem in result.problems]
-    return "\n".join([f"{result.path}: {held}{whole}, {human_bytes(result.nbytes)} hashed", *faults, verdict])
+    return "\n".join([f"{result.path}: {names}{whole}, {human_bytes(result.nbytes)} hashed", *faults, verdict])
 
 
 #: Explains a component of 300 MB that took 0 B.

@@ -1,1 +1,1 @@
-"""What is done to hidden states and gradients that leave the data owner, and how they are encoded and counted."""
+"""The treatment of hidden states and gradients that leave the data owner: noise, encodings, and their accounting."""

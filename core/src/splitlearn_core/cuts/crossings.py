@@ -1,4 +1,4 @@
-"""The cuts of one model at work: hidden states on their way out, gradients on their way back."""
+"""The cuts of one model in use: they treat outgoing hidden states, and gradients on their way back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DIGEST_BYTES = 16
 
 
 class Crossings:
-    """The cuts of a model, their noise, and the count of what was released.
+    """The cuts of a model, their noise, and the ledger of what was released.
 
     Args:
         cuts: One for each cut.
@@ -37,14 +37,14 @@ class Crossings:
         ledger: Counts releases; by default a new one.
 
     Raises:
-        ConfigurationError: There is not one for each cut.
+        ConfigurationError: Their number differs from that of the cuts.
     """
 
     def __init__(self, cuts: Sequence[Cut], count: int, ledger: PrivacyLedger | None = None) -> None:
         if isinstance(cuts, Cut) or len(cuts) != count or not all(isinstance(cut, Cut) for cut in cuts):
-            given = cuts if isinstance(cuts, Cut) else f"{len(cuts)}: {list(cuts)}"
+            described = cuts if isinstance(cuts, Cut) else f"{len(cuts)}: {list(cuts)}"
             raise ConfigurationError(
-                f"a model with {count} cuts was given as cuts {given}",
+                f"a model with {count} cuts was given cuts={described}",
                 hint=f"give one for each: cuts=[{', '.join(['Cut(...)'] * count)}]; Cut() changes nothing"
                 + ("" if ledger is None else ", and a ledger counts what they release"),
             )
@@ -56,14 +56,14 @@ class Crossings:
         self.ledger = PrivacyLedger() if ledger is None else ledger
         self._ways: dict[tuple[int, str], _Way] = {}
         for number, cut in enumerate(cuts):
-            # Hidden states come back from the server at the last cut, and gradients at the first one.
+            # Hidden states at the last cut and gradients at the first come from the server, and are not treated.
             if count == 1 or number < count - 1:
                 self._ways[number, STATES] = _Way(number, STATES, cut)
             if count == 1 or number > 0:
                 self._ways[number, GRADIENTS] = _Way(number, GRADIENTS, cut)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Crossings:
-        # A copy with the same key would add equal noise to other values; their difference would show both.
+        # A copy with the same key would add equal noise to other values, and the difference would cancel it.
         return Crossings(self.cuts, len(self.cuts), self.ledger)
 
     def __reduce__(self) -> Any:
@@ -77,7 +77,7 @@ class Crossings:
         purpose = TRAINING if is_training else EVALUATION
         if _GENERATING.get() or (cache is not None and cache.get_seq_length() > 0):
             purpose = GENERATION
-        # A trunk has no parameters of the owner but those of adapters, which are computed from the server's replies.
+        # The owner's only parameters in a trunk are adapters, which are computed from the server's replies.
         ends = [part for part in parts if part.kind is not Component.TRUNK]
         is_trained = purpose == TRAINING and any(p.requires_grad for part in ends for p in part.parameters())
         windows = [] if rows is None else [self.ledger.window(_raw_bytes(row)) for row in rows]
@@ -107,7 +107,7 @@ class Crossings:
         def treat(gradient: torch.Tensor) -> torch.Tensor:
             digest = _digest(gradient)
             if digest not in made:
-                # A backward pass that is repeated on the same graph sends the same bytes.
+                # Repeating a backward pass on the same graph sends the same bytes.
                 made[digest] = way.draws.source.next_draw()
                 self.ledger.count(forward.release(way), forward.windows)
             return way.treated(gradient, made[digest])
@@ -121,15 +121,15 @@ def crossing(
     """Surround a forward of a whole model.
 
     Args:
-        crossings: Its cuts; None where nothing is done and counted.
+        crossings: Its cuts; None to treat and count nothing.
         parts: The components.
         rows: Token ids, or their embeddings.
-        cache: What the forward goes on from.
+        cache: The cache that the forward continues.
         is_training: The model's mode.
 
     Returns:
-        A context with a function that takes the number of a cut, from 0 on, and hidden states over it. Their gradient
-        will come back over it.
+        A context with a function that takes the number of a cut, from 0 on, and passes hidden states across it. Their
+        gradient will come back across it.
     """
     if crossings is None:
         return nullcontext(lambda number, hidden: hidden)
@@ -138,7 +138,7 @@ def crossing(
 
 @contextmanager
 def generating() -> Iterator[None]:
-    """Count what is released in here as generation."""
+    """Count releases in this context as generation."""
     before = _GENERATING.set(True)
     try:
         yield
@@ -148,7 +148,7 @@ def generating() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Forward:
-    """What a forward of the model is for, and whose text it has."""
+    """The purpose of a forward of the model, and its text."""
 
     purpose: str
     windows: list[bytes]
@@ -162,7 +162,7 @@ class _Forward:
 
 
 class _Way:
-    """One direction over one cut."""
+    """One direction across one cut."""
 
     def __init__(self, number: int, what: str, cut: Cut) -> None:
         self.number, self.what, self.cut = number, what, cut
@@ -170,11 +170,11 @@ class _Way:
         self.draws = Draws(SecretNoise(cut.seed, f"{what} {number}"))
 
     def treated(self, values: torch.Tensor, draw: int) -> torch.Tensor:
-        """Return what is sent in place of values; clipping is differentiated, the others pass gradients unchanged."""
+        """Return the values to send; gradients flow through clipping, and pass the other stages unchanged."""
         stages, dtype = self.stages, values.dtype
         if stages == Stages():
             return values
-        # Sums of squares over a whole window are not taken in half precision.
+        # The sum of squares over a whole window would overflow in half precision.
         values = values.to(torch.promote_types(dtype, torch.float32))
         if stages.clip is not None:
             norms = torch.linalg.vector_norm(values, dim=(1, 2), keepdim=True)
@@ -227,7 +227,7 @@ def _applied(stage: CutStage, crossing: Crossing, values: torch.Tensor) -> torch
     if not isinstance(result, torch.Tensor) or result.shape != values.shape or result.dtype != values.dtype:
         what = f"{result.dtype} {list(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise ConfigurationError(
-            f"the stage {stage.name!r} at cut {crossing.cut} returned {what} in place of {values.dtype} "
+            f"the stage {stage.name!r} at cut {crossing.cut} returned {what} instead of {values.dtype} "
             f"{list(values.shape)}",
             hint="a stage keeps shape and dtype; report it to the authors of its package",
         )

@@ -1,4 +1,4 @@
-"""A cut, as its user describes it."""
+"""The user's description of a cut."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Format = str | tuple[str | None, str | None] | None
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What is done to hidden states, or to gradients, in this order."""
+    """The treatment of hidden states, or of gradients, in this order."""
 
     clip: float | None = None
     noise: float | None = None
@@ -28,23 +28,23 @@ class Stages:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is done to what leaves the data owner at one cut: clip, add noise, apply other stages, quantise.
+    """The treatment of what leaves the data owner at one cut: clip, add noise, apply other stages, quantise.
 
-    Hidden states leave the owner at a cut that has a component of the server behind it, gradients at one that has
-    such a component before it: at the first cut hidden states, at the last one gradients, at one between two trunks
-    both. Where there is one cut only, both are treated. Each argument is one value for both, or a pair ``(for hidden
+    Hidden states leave the owner at a cut before a component of the server, gradients at a cut
+    after such a component: at the first cut hidden states, at the last one gradients, at one between two trunks
+    both. If there is only one cut, both are treated. Each argument is one value for both, or a pair ``(for hidden
     states, for gradients)``. Without arguments nothing is changed.
 
     Args:
-        clip: The largest Euclidean norm of what is sent of one sequence, all positions together; more is scaled down.
+        clip: The largest Euclidean norm of one sequence, all positions together; anything larger is scaled down.
         noise: The standard deviation of Gaussian noise that is added to every value. The noise of clipped values is
             usually given as a multiple of ``clip``.
         quantize: ``"int8"`` or ``"int4"``: round to what this encoding of ``connect(wire=...)`` can represent.
         stages: Further stages of plugins, by name or as objects, between noise and quantisation.
-        seed: For tests: noise that can be drawn again. By default the system's entropy.
+        seed: For tests: makes the noise reproducible. By default it comes from the system's entropy.
 
     Raises:
-        ConfigurationError: A value cannot be one, or no plugin has a stage of that name.
+        ConfigurationError: A value is invalid, or no plugin has a stage of that name.
     """
 
     clip: Bound = None
@@ -58,7 +58,7 @@ class Cut:
             for value in _pair(getattr(self, name), name):
                 if value is not None and not _is_positive(value):
                     raise ConfigurationError(
-                        f"{name}={value!r} at a cut is no positive number",
+                        f"{name}={value!r} at a cut is not a positive number",
                         hint=f"leave {name} out for none; a pair is (for hidden states, for gradients)",
                     )
         for value in _pair(self.quantize, "quantize"):
@@ -67,7 +67,7 @@ class Cut:
                     f"quantize={value!r} at a cut is unknown", hint=f"it may be {' or '.join(map(repr, ENCODINGS))}"
                 )
         if self.seed is not None and type(self.seed) is not int:
-            raise ConfigurationError(f"seed={self.seed!r} is no whole number")
+            raise ConfigurationError(f"seed={self.seed!r} is not a whole number")
         if isinstance(self.stages, str) or not all(isinstance(stage, str | CutStage) for stage in self.stages):
             raise ConfigurationError(
                 f"stages={self.stages!r} are not names or stages",

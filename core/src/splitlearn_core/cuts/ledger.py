@@ -1,4 +1,4 @@
-"""What was released at the cuts, and what that comes to where it can be stated."""
+"""The record of what was released at the cuts, and its privacy budget where that can be stated."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Release:
     """One kind of message that left the data owner."""
 
     purpose: str
-    #: The cut, from 0 on, and what crossed it.
+    #: The number of the cut, from 0 on, and what crossed it.
     cut: int
     what: str
     clip: float | None
     noise: float | None
-    #: Whether the noise can be drawn again, from a seed.
+    #: Whether the noise is reproducible from a seed.
     seeded: bool
-    #: Whether bottom or top were trained meanwhile.
+    #: Whether bottom or top were being trained.
     trained_ends: bool
 
     def refusals(self) -> list[str]:
-        """Say why no budget can be stated for it."""
+        """Return the reasons why no budget can be stated for it."""
         what = f"{self.what} at cut {self.cut + 1} in {self.purpose}"
         reasons = [] if self.noise is not None else [f"{what} were sent without noise"]
         reasons += (
@@ -59,13 +59,13 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class PrivacyStatement:
-    """What the ledger states, or why it does not."""
+    """A statement of the ledger, or the reasons for stating nothing."""
 
-    #: None where it is not stated.
+    #: None if it is not stated.
     epsilon: float | None
     delta: float
     unit: str
-    #: Messages of the window of which most was released.
+    #: The number of messages of the window of which most was released.
     releases: int
     assumptions: tuple[str, ...]
     #: Why epsilon is not stated.
@@ -78,18 +78,18 @@ class PrivacyStatement:
 class PrivacyLedger:
     """Counts what was released at the cuts of a model: in training, evaluation and generation.
 
-    It is kept by the model (``model.ledger``); give it to another model to go on counting.
+    The model keeps it (``model.ledger``); pass it to another model to go on counting.
     """
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(_KEY_BYTES)
         self._lock = threading.Lock()
-        #: Messages of one window each, of any window, and by window.
+        #: Counts of messages, each of one window: over all windows, and by window.
         self._all: Counter[Release] = Counter()
         self._by_window: dict[bytes, Counter[Release]] = {}
 
     def window(self, content: bytes | memoryview) -> bytes:
-        """Return the name of a window: a hash under a key of this ledger."""
+        """Return the name of a window: a hash keyed by this ledger."""
         return hashlib.blake2b(content, key=self._key, digest_size=_DIGEST_BYTES).digest()
 
     def count(self, release: Release, windows: list[bytes]) -> None:
@@ -101,7 +101,7 @@ class PrivacyLedger:
 
     @property
     def releases(self) -> Mapping[Release, int]:
-        """How many windows were sent, by kind of message."""
+        """The number of windows sent, by kind of message."""
         with self._lock:
             return dict(self._all)
 
@@ -109,10 +109,10 @@ class PrivacyLedger:
         """State (epsilon, delta) for the window of which most was released, where the assumptions hold.
 
         Args:
-            delta: The probability that is left out; less than one over the number of windows.
+            delta: The probability that the bound does not cover; choose less than one over the number of windows.
         """
         if not 0 < delta < 1:
-            raise ConfigurationError(f"delta={delta} is no probability between 0 and 1")
+            raise ConfigurationError(f"delta={delta} is not a probability between 0 and 1")
         with self._lock:
             reasons = tuple(dict.fromkeys(reason for release in self._all for reason in release.refusals()))
             worst = max(self._by_window.values(), key=_precision, default=Counter[Release]())
@@ -131,7 +131,7 @@ class PrivacyLedger:
         return PrivacyStatement(epsilon, delta, _UNIT, worst.total(), _ASSUMPTIONS, reasons)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ledger as values of JSON, to be kept with a checkpoint of a training."""
+        """Return the ledger as JSON values, to be saved with a training checkpoint."""
         with self._lock:
             kinds = list(self._all)
             places = {release: number for number, release in enumerate(kinds)}
@@ -147,10 +147,10 @@ class PrivacyLedger:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyLedger:
-        """Go on with what :meth:`to_dict` returned.
+        """Restore a ledger from the result of :meth:`to_dict`.
 
         Raises:
-            ConfigurationError: It is something else.
+            ConfigurationError: The values are not a ledger.
         """
         ledger = cls()
         unknown = sorted(map(str, values.keys() - {"key", "releases", "windows"}))
@@ -172,7 +172,7 @@ class PrivacyLedger:
             }
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigurationError(
-                f"this is no ledger: {type(error).__name__} {error}", hint="give what to_dict() of one returned"
+                f"this is not a ledger: {type(error).__name__} {error}", hint="pass the result of a ledger's to_dict()"
             ) from error
         return ledger
 
@@ -186,12 +186,12 @@ class PrivacyLedger:
         return PrivacyLedger.from_dict, (self.to_dict(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrivacyLedger:
-        # What a copy of the model releases is released of the same text.
+        # A copy of the model shares the ledger, since it releases the same text.
         return self
 
 
 def _precision(counts: Counter[Release]) -> float:
-    """Return what adds up over Gaussian releases: the squares of clip over noise."""
+    """Return the quantity that adds up over Gaussian releases: (clip / noise) squared."""
     return sum(
         number * (release.clip / release.noise) ** 2
         for release, number in counts.items()
@@ -202,5 +202,5 @@ def _precision(counts: Counter[Release]) -> float:
 def _epsilon(counts: Counter[Release], delta: float) -> float:
     from dp_accounting import get_epsilon_gaussian
 
-    # Gaussian releases, one after the other and each with the sensitivity 2C, are as much as one with less noise.
+    # A sequence of Gaussian releases, each with sensitivity 2C, is equivalent to one release with less noise.
     return float(get_epsilon_gaussian(0.5 / _precision(counts) ** 0.5, delta))

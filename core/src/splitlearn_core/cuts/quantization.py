@@ -19,7 +19,7 @@ def encode(tensor: torch.Tensor, encoding: str) -> torch.Tensor:
     places = blocks.abs().argmax(-1, keepdim=True)
     largest = blocks.gather(-1, places)
     rest = blocks.scatter(-1, places, 0).float()
-    # Rounded up, so that no multiple is beyond the largest one.
+    # Rounded up, so that no value exceeds the largest multiple.
     scales = (rest.abs().amax(-1, keepdim=True) / most * (1 + 2**-8)).to(torch.bfloat16)
     multiples = torch.where(scales > 0, rest / scales.float(), 0).round().clamp(-most, most).nan_to_num()
     codes = multiples.to(torch.int8)
@@ -30,14 +30,14 @@ def encode(tensor: torch.Tensor, encoding: str) -> torch.Tensor:
 
 
 def decode(data: torch.Tensor, encoding: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor of encoded bytes, which have the length that ``wire_formats`` says."""
+    """Return the tensor of encoded bytes, whose length is that of ``wire_formats.encoded_bytes``."""
     sections = torch.split(data, list(section_bytes(encoding, shape, dtype.itemsize)))
     codes, scales, places, largest = (section.clone() for section in sections)
     if encoding == "int4":
         codes = torch.stack((codes % _HALF_BYTE, codes // _HALF_BYTE), -1).to(torch.int8) - _HALF_BYTE // 2
     multiples = codes.view(torch.int8).reshape(-1, BLOCK).float()
     values = (multiples * scales.view(torch.bfloat16).float()[:, None]).to(dtype)
-    # A damaged place must not lead out of its block.
+    # A corrupt position must not point outside its block.
     values.scatter_(-1, (places.long() % BLOCK)[:, None], largest.view(dtype)[:, None])
     width = shape[-1] if shape else 1
     rows = values.reshape(-1, -(-width // BLOCK) * BLOCK) if width else values.reshape(-1, 0)
@@ -46,7 +46,7 @@ def decode(data: torch.Tensor, encoding: str, shape: Sequence[int], dtype: torch
 
 
 def quantized(tensor: torch.Tensor, encoding: str) -> torch.Tensor:
-    """Return the values that arrive where a tensor is sent in an encoding."""
+    """Return the values that a receiver decodes from a tensor sent in this encoding."""
     return decode(encode(tensor, encoding), encoding, tensor.shape, tensor.dtype).to(tensor.device)
 
 

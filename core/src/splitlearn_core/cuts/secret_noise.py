@@ -1,8 +1,8 @@
 """Noise that only the data owner can draw.
 
-Not from a generator of torch: the state of the default one crosses the wire in training, one of 32-bit seeds can be
-found by trying all, and a Mersenne twister by its output wherever the server knows a text. The bytes are those of
-SHAKE-256 over a secret key and the number of the draw.
+It does not come from a torch generator: the state of the default generator crosses the wire in training, a 32-bit seed
+can be found by brute force, and a Mersenne twister can be reconstructed from its output wherever the server knows a
+text. The bytes are SHAKE-256 of a secret key and the number of the draw.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import OrderedDict
 
 import torch
 
-#: Draws that are remembered, for gradient checkpointing: more than a backward pass goes back over.
+#: Remembered draws, for gradient checkpointing: more than one backward pass recomputes.
 _REMEMBERED = 4_096
 _KEY_BYTES, _NUMBER_BYTES, _WORD = 32, 8, 8
 
@@ -25,8 +25,8 @@ class SecretNoise:
     """A source of random bytes, in numbered draws.
 
     Args:
-        seed: For draws that can be made again, in another process as well; None for the system's entropy.
-        purpose: Sources of one seed and another purpose have other draws.
+        seed: Makes the draws reproducible, in another process too; None for the system's entropy.
+        purpose: Sources with the same seed but different purposes have different draws.
     """
 
     def __init__(self, seed: int | None, purpose: str) -> None:
@@ -37,14 +37,14 @@ class SecretNoise:
         self._lock = threading.Lock()
 
     def next_draw(self) -> int:
-        """Return the number of a draw that was not made before."""
+        """Return the number of a new draw."""
         with self._lock:
             self._count += 1
             return self._count
 
     def read(self, draw: int, count: int, use: str = "") -> bytes:
-        """Return bytes of a draw; other ones for each use."""
-        # A forked process has the same key and count, and must not have the same noise.
+        """Return bytes of a draw, different for each use."""
+        # A forked process has the same key and counter, but must not draw the same noise.
         process = b"" if self._is_seeded else os.getpid().to_bytes(_NUMBER_BYTES, "little")
         start = self._key + process + draw.to_bytes(_NUMBER_BYTES, "little") + use.encode()
         return hashlib.shake_256(start).digest(count)
@@ -55,22 +55,22 @@ def gaussian(data: bytes, shape: torch.Size) -> torch.Tensor:
     count = shape.numel()
     half = -(-count // 2)
     words = torch.frombuffer(bytearray(data), dtype=torch.int64)[: 2 * half]
-    # 53 bits, the middle of each step: never 0, whose logarithm is infinite.
+    # 53 bits, at the middle of each step: never 0, whose logarithm is infinite.
     uniform = ((words >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
     radius, angle = uniform[:half].log().mul_(-2).sqrt_(), uniform[half:] * (2 * math.pi)
     return torch.cat((radius * angle.cos(), radius * angle.sin()))[:count].reshape(shape)
 
 
 def gaussian_bytes(shape: torch.Size) -> int:
-    """Return how many bytes :func:`gaussian` takes."""
+    """Return the number of bytes that :func:`gaussian` needs."""
     return (shape.numel() + 1) * _WORD
 
 
 class Draws:
-    """Which draw belongs to which message, so that one that is made again gets the same one.
+    """The assignment of draws to messages, so that a recomputed message gets the same draw.
 
-    A message is made again by gradient checkpointing, in the backward pass; and where a forward failed, and the caller
-    repeats it. Any other message has a draw of its own, even of the same values: equal noise would show that they are.
+    A message is recomputed by gradient checkpointing, in the backward pass; and when a forward failed, and the caller
+    repeats it. Any other message gets a new draw, even for equal values: equal noise would reveal that they are equal.
     """
 
     def __init__(self, source: SecretNoise) -> None:
@@ -81,7 +81,7 @@ class Draws:
         self._running: dict[int, dict[bytes, int]] = {}
 
     def of(self, digest: bytes) -> tuple[int, bool]:
-        """Return the draw of a message, and whether the message was made before."""
+        """Return the draw of a message, and whether the message is a repetition."""
         thread, is_backward = threading.get_ident(), in_backward()
         with self._lock:
             again = self._made.get(digest) if is_backward else self._failed.pop((thread, digest), None)
@@ -95,7 +95,7 @@ class Draws:
         return draw, again is not None
 
     def finish(self, *, failed: bool) -> None:
-        """End a forward of this thread; what one that failed has sent may be sent again, by the next one only."""
+        """End a forward of this thread; only the next one may repeat messages of a failed one."""
         thread = threading.get_ident()
         with self._lock:
             self._failed = {key: draw for key, draw in self._failed.items() if key[0] != thread}
@@ -105,5 +105,5 @@ class Draws:
 
 
 def in_backward() -> bool:
-    """Say whether this thread is inside a backward pass: a forward there computes again what was computed before."""
-    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001  # as torch.utils.checkpoint asks
+    """Return whether this thread is inside a backward pass, where a forward is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001  # the same check as in torch.utils.checkpoint

@@ -213,7 +213,7 @@ def stale(package: Installed) -> Iterator[Finding]:
     try:
         project = tomllib.loads(path.read_text("utf-8")).get("project", {})
         groups = project.get("entry-points", {})
-        wanted = {(group, *point) for group in _GROUPS for point in groups.get(group, {}).items()}
+        declared = {(group, *point) for group in _GROUPS for point in groups.get(group, {}).items()}
     except (OSError, ValueError, AttributeError) as error:
         what = f"{package.name} is an editable checkout whose pyproject.toml cannot be read: {reason(error)}"
         yield wrong(what, str(path), f"{reinstall}, or pip uninstall {package.name}")
@@ -221,8 +221,8 @@ def stale(package: Installed) -> Iterator[Finding]:
     if not project or "entry-points" in project.get("dynamic", ()):
         return
     actual = {point for point in package.points if point[0] in _GROUPS}
-    changes = [f"{name} = {value} [{group}] was added" for group, name, value in sorted(wanted - actual)]
-    changes += [f"{name} = {value} [{group}] was removed" for group, name, value in sorted(actual - wanted)]
+    changes = [f"{name} = {value} [{group}] was added" for group, name, value in sorted(declared - actual)]
+    changes += [f"{name} = {value} [{group}] was removed" for group, name, value in sorted(actual - declared)]
     if changes:
         what = f"the entry points of {package.name} have changed since it was installed: {'; '.join(changes)}"
         yield wrong(what, str(path), reinstall)

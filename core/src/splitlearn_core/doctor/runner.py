@@ -29,14 +29,14 @@ from splitlearn_core.plugins.host import BLOCK_VARIABLE, TRACE_VARIABLE, fix_hin
 from splitlearn_core.plugins.metadata import version_of
 from splitlearn_core.plugins.registry import registry
 
-#: Time limits in seconds of a plugin, of a model (perhaps over the network), and of torch with transformers.
+#: Time limits in seconds for a plugin, for a model (perhaps over the network), and for torch with transformers.
 _PLUGIN_SECONDS, _MODEL_SECONDS, _TORCH_SECONDS = 60.0, 300.0, 300.0
 #: Seconds after which a running check is reported; each later one is, too.
 _REPORT_AFTER = 5.0
 #: Characters of the output of a process that ended early.
 _TAIL = 400
 
-#: Each needs those before it.
+#: Each needs the libraries before it.
 _LIBRARIES = ("torch", "transformers")
 _TORCH = (
     Check("devices", check_devices, subject="computing on each device"),
@@ -63,7 +63,7 @@ def examine(model: str | None = None, *, quick: bool = False, report: ReportWait
 
     Args:
         model: A model to examine as well: a directory, a repository on the Hub, or ``bundled:MODEL_TYPE``.
-        quick: Leave out what imports torch and transformers: devices, architectures, the self-test, and
+        quick: Skip checks that import torch and transformers: devices, architectures, the self-test, and
             loading the model.
         report: Called with the subject of a check that takes long.
 
@@ -83,7 +83,7 @@ def examine(model: str | None = None, *, quick: bool = False, report: ReportWait
         ]
         torch = run_in_subprocess((*imports, *_TORCH), _TORCH_SECONDS, missing, _lost_plugins(plugins), report)
     if broken := _unusable(torch):
-        # So that a broken library is one finding, and not one for each plugin that imports it.
+        # So that a broken library is one finding instead of one for each plugin that imports it.
         missing += broken
         plugins = _check_plugins(missing, report)
     findings += (finding for outcome in plugins for finding in outcome.findings)

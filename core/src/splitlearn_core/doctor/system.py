@@ -31,7 +31,7 @@ def check_cache() -> list[Finding]:
 
 def cache_folder(path: Path) -> Finding:
     """Check that files can be written to a cache, and that there is space for them; nothing is left behind."""
-    alternative = "set HF_HOME to a folder of yours"
+    alternative = "set HF_HOME to a folder of your own"
     nearest = path
     try:
         # This raises as well, below a folder without permission to search.
@@ -52,7 +52,7 @@ def cache_folder(path: Path) -> Finding:
     return ok(what, str(path))
 
 
-#: The file that exists on Linux if a driver of NVIDIA's is loaded.
+#: The file that exists on Linux if an NVIDIA driver is loaded.
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -81,7 +81,7 @@ def missing_gpu(built_for: str | None, *, driver: bool, visible: str | None) -> 
         visible: ``CUDA_VISIBLE_DEVICES``, or None if it is not set.
     """
     if not driver:
-        return ok("no GPU of NVIDIA's: everything runs on the CPU")
+        return ok("no NVIDIA GPU: everything runs on the CPU")
     if built_for is None:
         what = "there is a GPU, but this torch is built only for the CPU"
         return note(what, fix="install a build of torch for CUDA: torch.version.cuda names it")

@@ -65,7 +65,7 @@ class Connection(Protocol):
 
         Raises:
             ConnectionLostError: The connection ended, or there was no reply in time.
-            ProtocolError: What came back is no valid frame.
+            ProtocolError: The reply is not a valid frame.
         """
 
     def close(self) -> None:
@@ -77,10 +77,10 @@ class Address(Protocol):
 
     @property
     def url(self) -> str:
-        """What messages call it."""
+        """The name for it in messages."""
 
     def check(self) -> None:
-        """Refuse an address that cannot be one."""
+        """Refuse an invalid address."""
 
     def open(self) -> Connection:
         """Connect."""
@@ -100,27 +100,27 @@ class Endpoint:
     max_payload: int = 2**32
 
     def check(self) -> None:
-        """Refuse an address that cannot be one.
+        """Refuse an invalid address.
 
         Raises:
-            ConfigurationError: It is no URL of a host.
+            ConfigurationError: It is not the URL of a host.
         """
         if self.token is not None and not _TOKEN.fullmatch(self.token):
             raise ConfigurationError(
-                f"the token for {self.url} is empty, or has spaces or other characters that no header can hold",
-                hint="a token is letters, digits and punctuation of ASCII",
+                f"the token for {self.url} is empty, or has spaces or other characters that a header cannot hold",
+                hint="a token consists of ASCII letters, digits and punctuation",
             )
         if self.ca_file is not None and not os.path.isfile(self.ca_file):  # noqa: PTH113  # a path of the caller's
-            raise ConfigurationError(f"{self.ca_file}: there is no such file of certificates")
+            raise ConfigurationError(f"{self.ca_file}: there is no such certificate file")
         try:
             parts = urlsplit(self.url)
             parts.port  # noqa: B018  # reading it is what checks it
         except ValueError as error:
-            raise ConfigurationError(f"{self.url!r} is no URL: {reason(error)}", hint=_EXAMPLE) from error
+            raise ConfigurationError(f"{self.url!r} is not a URL: {reason(error)}", hint=_EXAMPLE) from error
         if parts.scheme == _UNIX and parts.path.startswith("/") and not parts.netloc:
             return
         if parts.scheme not in _WEBSOCKET_SCHEMES or not parts.hostname:
-            raise ConfigurationError(f"{self.url!r} is no address of a host", hint=_EXAMPLE)
+            raise ConfigurationError(f"{self.url!r} is not the address of a host", hint=_EXAMPLE)
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ConfigurationError(
                 f"the address of a host has no user, query or fragment: {parts.scheme}://{parts.hostname}{parts.path}",
@@ -135,7 +135,7 @@ class Endpoint:
         """Connect.
 
         Raises:
-            ConnectionLostError: Nothing answers there.
+            ConnectionLostError: Nothing answers at this address.
             AccessRefusedError: The token is missing or wrong.
             RemoteError: The host refuses for another reason.
         """
@@ -153,7 +153,7 @@ class _StreamConnection:
         self._endpoint = endpoint
 
     def exchange(self, request: Frame) -> Frame:
-        with _losing(self._endpoint.url):
+        with _connection_errors(self._endpoint.url):
             send_frame(self._socket, request)
             _report_silence(self._socket, self._endpoint)
             reply = receive_frame(self._socket, self._endpoint.max_payload)
@@ -167,7 +167,7 @@ class _StreamConnection:
 
 def _report_silence(stream: socket.socket, endpoint: Endpoint) -> None:
     """Wait until a reply begins, and log a warning if it takes longer than :data:`_SILENCE`."""
-    if endpoint.reply_timeout <= _SILENCE or not hasattr(select, "poll"):  # Windows has none
+    if endpoint.reply_timeout <= _SILENCE or not hasattr(select, "poll"):  # not on Windows
         return
     arrives = select.poll()
     arrives.register(stream, select.POLLIN)
@@ -190,7 +190,7 @@ def receive_frame(stream: socket.socket, max_payload: int) -> Frame | None:
     """Receive a frame from a stream socket; None if the other side has ended between two frames.
 
     Raises:
-        ProtocolError: It is not valid, or too large; the stream is of no more use.
+        ProtocolError: It is not valid, or too large; the stream cannot be used any further.
         OSError: The connection broke.
     """
     head = bytearray(HEADER_BYTES)
@@ -215,7 +215,7 @@ def _fill(stream: socket.socket, view: memoryview) -> None:
 def _unix_socket(path: str, endpoint: Endpoint) -> socket.socket:
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _losing(endpoint.url):
+        with _connection_errors(endpoint.url):
             stream.settimeout(endpoint.connect_timeout)
             stream.connect(path)
             stream.settimeout(endpoint.reply_timeout)
@@ -254,7 +254,7 @@ class _WebSocketConnection:
         self._stream = MessageStream(self._protocol, max_size, self._messages.append, self._take_other)
         self._scratch = memoryview(bytearray(PIECE_BYTES))
         port = parts.port or _DEFAULT_PORTS[scheme]
-        with _losing(endpoint.url):
+        with _connection_errors(endpoint.url):
             stream = socket.create_connection((parts.hostname, port), timeout=endpoint.connect_timeout)
         self._socket = stream
         try:
@@ -276,7 +276,7 @@ class _WebSocketConnection:
             while not self._messages:
                 self._read()
         except (OSError, EOFError):
-            with _losing(self._endpoint.url):
+            with _connection_errors(self._endpoint.url):
                 raise
         return decode(self._messages.popleft(), self._endpoint.max_payload)
 
@@ -300,7 +300,7 @@ class _WebSocketConnection:
         if self._endpoint.token is not None:
             request.headers["Authorization"] = f"Bearer {self._endpoint.token}"
         self._protocol.send_request(request)
-        with _losing(self._endpoint.url):
+        with _connection_errors(self._endpoint.url):
             self._flush()
             response = None
             while response is None:
@@ -313,7 +313,7 @@ class _WebSocketConnection:
                         self._protocol.receive_data(line)
                         response = self._response()
                     else:
-                        # What comes after the answer are frames already.
+                        # What follows the response is frames.
                         self._stream.feed(memoryview(line))
                 if response is None and (not data or self._protocol.handshake_exc is not None):
                     break
@@ -326,7 +326,7 @@ class _WebSocketConnection:
         raise ConnectionLostError(
             f"{self._endpoint.url} does not speak WebSocket: {cause}",
             code="connection",
-            hint="is that the address of `splitlearn serve`? One with TLS has a URL with https",
+            hint="is that the address of `splitlearn serve`? A server with TLS needs https in its URL",
         )
 
     def _response(self) -> Response | None:
@@ -335,7 +335,7 @@ class _WebSocketConnection:
         return next((event for event in self._protocol.events_received() if isinstance(event, Response)), None)
 
     def _read(self) -> None:
-        """Read what has come, and keep whole messages."""
+        """Read the bytes that have arrived, and queue complete messages."""
         count = self._socket.recv_into(self._scratch)
         if count:
             self._stream.feed(self._scratch[:count])
@@ -343,11 +343,11 @@ class _WebSocketConnection:
             self._protocol.receive_eof()
         if not self._messages and (not count or self._protocol.close_expected()):
             closed = self._protocol.close_rcvd
-            said = f": {closed.reason}" if closed is not None and closed.reason else ""
-            raise ConnectionResetError(f"the connection was closed{said}")
+            details = f": {closed.reason}" if closed is not None and closed.reason else ""
+            raise ConnectionResetError(f"the connection was closed{details}")
 
     def _take_other(self, data: bytes) -> None:
-        """Read what is no binary message in one frame."""
+        """Handle whatever is not a binary message in one frame."""
         from websockets.frames import Opcode
 
         self._protocol.receive_data(data)
@@ -358,7 +358,7 @@ class _WebSocketConnection:
                 if frame.fin:
                     self._messages.append(b"".join(self._parts))
                     self._parts = []
-        # The answer to a ping or to the end. Whether it gets there is found out by the next read.
+        # The reply to a ping or a close. If it cannot be sent, the next read fails.
         with contextlib.suppress(OSError):
             self._flush()
 
@@ -385,7 +385,7 @@ def _tls(stream: socket.socket, endpoint: Endpoint, name: str) -> ssl.SSLSocket:
             ),
             ssl.SSLCertVerificationError,
         ),
-        _losing(endpoint.url),
+        _connection_errors(endpoint.url),
     ):
         return context.wrap_socket(stream, server_hostname=name)
 
@@ -415,18 +415,18 @@ def _refusal(url: str, response: Response) -> RemoteError:
 
 
 @contextmanager
-def _losing(url: str) -> Iterator[None]:
-    """Translate what ends a connection."""
+def _connection_errors(url: str) -> Iterator[None]:
+    """Translate the errors that end a connection."""
 
     def lost(error: BaseException) -> RemoteError | None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return None
-        plain = isinstance(error, ssl.SSLError) and "WRONG_VERSION" in str(error)
+        is_plain_http = isinstance(error, ssl.SSLError) and "WRONG_VERSION" in str(error)
         return ConnectionLostError(
-            f"the connection to {url} failed: {_words(error)}",
+            f"the connection to {url} failed: {_error_text(error)}",
             code="connection",
-            hint="the server speaks no TLS: http instead of https"
-            if plain
+            hint="the server does not use TLS: write http instead of https"
+            if is_plain_http
             else "is the host running, and is this its address?",
         )
 
@@ -434,10 +434,10 @@ def _losing(url: str) -> Iterator[None]:
         yield
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "it did not answer in time"
     number = error.errno if isinstance(error, OSError) else None
-    # The text of ssl and of address look-ups says more than that of the number.
-    plain = number and not isinstance(error, ssl.SSLError | socket.gaierror)
-    return os.strerror(number) if plain and number else reason(error)
+    # Errors of ssl and of address look-ups say more than their errno does.
+    is_system_error = number and not isinstance(error, ssl.SSLError | socket.gaierror)
+    return os.strerror(number) if is_system_error and number else reason(error)

@@ -1,4 +1,4 @@
-"""What a child process does: it loads a component, and serves it on the connections that its parent opens."""
+"""The child process: it loads a component, and serves it on the connections that its parent opens."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-#: Of 1,000: the kernel, when memory runs out, ends a child rather than those who can start another.
+#: Of 1,000: when memory runs out, the kernel kills a child rather than a process that can start another child.
 _OOM_SCORE = 500
-#: Packages whose modules a zygote may import for later children: nothing of plugins, whose imports may do anything.
+#: Packages whose modules a zygote may import for later children. No plugins: their imports may do anything.
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "numpy", "splitlearn_core")
 
 
 def run_child(control: str, parent: str) -> None:
-    """Be a child, in a fresh interpreter; ``control`` is the number of a descriptor, ``parent`` of a process."""
+    """Run as a child in a fresh interpreter; ``control`` is a file descriptor, ``parent`` a process id."""
     be_child(socket.socket(fileno=int(control)), int(parent), is_forked=False)
 
 
@@ -43,25 +43,25 @@ def be_child(control: socket.socket, parent: int, *, is_forked: bool) -> NoRetur
     """Serve a component until the other end of ``control`` is closed; ends the process.
 
     Args:
-        control: What to load comes from here, and connections; progress and errors go back.
+        control: The load request and connections arrive on it; progress and errors are sent back.
         parent: The process that started this one.
-        is_forked: Whether libraries are imported already.
+        is_forked: Whether the libraries have been imported.
     """
     code = 1
     try:
         _separate(parent)
         code = _serve(control, is_forked=is_forked)
     except (BrokenPipeError, ConnectionResetError):
-        # The parent has ended, or does not want the component any more.
+        # The parent has ended, or no longer wants the component.
         code = 0
     except BaseException:  # noqa: BLE001  # the end of the process, whatever it was
         traceback.print_exc()
-    # Neither destructors nor atexit: a fork has inherited those of its zygote.
+    # Run neither destructors nor atexit handlers: a fork has inherited those of its zygote.
     os._exit(code)
 
 
 def die_with_parent(parent: int, number: int) -> None:
-    """Let the kernel send this process a signal when its parent ends; elsewhere than on Linux, do nothing."""
+    """Let the kernel send this process a signal when its parent ends; does nothing on systems other than Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if os.getppid() != parent:
@@ -69,14 +69,14 @@ def die_with_parent(parent: int, number: int) -> None:
 
 
 def _separate(parent: int) -> None:
-    """Get a process group of its own, and end with the parent."""
-    with contextlib.suppress(PermissionError):  # it leads a group already
+    """Start a new process group, and end with the parent."""
+    with contextlib.suppress(PermissionError):  # it already leads a group
         os.setsid()
     die_with_parent(parent, signal.SIGKILL)
     # A container may not allow it.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
-    # Answers of the parent's commands are written to its stdout.
+    # The stdout is the parent's, where its commands print their results.
     os.dup2(2, 1)
 
 
@@ -101,7 +101,7 @@ def _serve(control: socket.socket, *, is_forked: bool) -> int:
 
 
 def _adopt(process: Mapping[str, Any]) -> None:
-    """Become like the parent: environment, folder, where modules are found, and what decides about the last bit."""
+    """Take over the parent's environment, working directory, module path, and numerical settings of torch."""
     os.environ.clear()
     os.environ.update(process["environment"])
     if process["folder"] is not None:
@@ -109,7 +109,7 @@ def _adopt(process: Mapping[str, Any]) -> None:
     if sys.path != process["path"]:
         sys.path[:] = process["path"]
         importlib.invalidate_caches()
-        # A zygote has read what is installed where modules were found when it started.
+        # A zygote has cached the metadata of packages on its own module path.
         reset_registry()
     import torch
 
@@ -119,12 +119,12 @@ def _adopt(process: Mapping[str, Any]) -> None:
 
 
 def process_settings(threads: int | None) -> dict[str, Any]:
-    """Return what :func:`_adopt` takes, of this process."""
+    """Return the settings of this process that :func:`_adopt` takes over."""
     import torch
 
     try:
         folder = str(Path.cwd())
-    except FileNotFoundError:  # it was removed
+    except FileNotFoundError:  # it has been removed
         folder = None
     return {
         "environment": dict(os.environ),
@@ -145,24 +145,24 @@ def _load(control: socket.socket, request: Mapping[str, Any]) -> ComponentServer
         values = [step.stage, step.component, step.bytes_done, step.bytes_total, step.file]
         send_message(control, {"progress": values})
 
-    wanted = dict(request["load"])
-    component, points = wanted.pop("component"), tuple(wanted.pop("split_points"))
-    parts = load_split_model(split_points=points, parts=[component], progress=report, **wanted)
+    arguments = dict(request["load"])
+    component, points = arguments.pop("component"), tuple(arguments.pop("split_points"))
+    parts = load_split_model(split_points=points, parts=[component], progress=report, **arguments)
     return ComponentServer(next(part for part in parts if part is not None), SessionLimits(**request["limits"]))
 
 
 def _described(error: Exception) -> dict[str, str]:
     if isinstance(error, SplitLearnError):
-        # A plugin's own class is known here alone.
+        # The parent may not know a plugin's own class.
         known = next(cls for cls in type(error).__mro__ if cls.__module__ == SplitLearnError.__module__)
         return {"type": known.__name__, "message": error.message, "hint": error.hint}
     text = "".join(traceback.format_exception(error))
-    log.error("A load in a process of its own failed:\n%s", text)
+    log.error("A load in its own process failed:\n%s", text)
     return {"type": "", "message": f"{type(error).__name__}: {error}", "hint": ""}
 
 
 def _read_control(control: socket.socket, tables: list[ComponentServer]) -> None:
-    """Serve each connection that the parent sends, and end the process when the parent has."""
+    """Serve each connection that the parent sends, and end this process when the parent ends."""
     try:
         while (received := receive_message(control)) is not None:
             _, descriptors = received
@@ -174,7 +174,7 @@ def _read_control(control: socket.socket, tables: list[ComponentServer]) -> None
     except OSError as error:
         log.debug("The control connection broke: %s", error)
     finally:
-        # A load or a step may be running, whose result has no reader any more.
+        # A load or a step may be running, but nobody will read its result.
         os._exit(0)
 
 

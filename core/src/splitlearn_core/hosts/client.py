@@ -1,7 +1,7 @@
 """The user's end: connections to one host, and sessions that survive its restarts.
 
-A session keeps a *journal*: the steps that it has done, as they were sent. A host that has lost the session, or another
-one with the same weights, is given the same steps again, one by one, so that its cache is the same to the last bit.
+A session keeps a *journal*: its executed steps, as they were sent. A host that has lost the session, or another host
+with the same weights, gets the same steps again, one by one, so that its cache is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ log = logging.getLogger(__name__)
 
 #: Bytes of inputs that a session keeps by default.
 JOURNAL_BYTES = 1024 * MEGABYTE
-#: Seconds between two attempts to reach a host that is away: the first, and the longest.
+#: Seconds between two attempts to reach an unreachable host: the first pause, and the longest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-#: Seconds in which sessions are closed before their connections are.
+#: Seconds for closing sessions before their connections are closed.
 _CLOSE_TIMEOUT = 2.0
-#: Connections that are kept open without a use.
+#: Idle connections that are kept open.
 _MAX_IDLE = 8
-#: How often an adapter is sent again that its host does not keep.
+#: How often an adapter is sent again if its host does not keep it.
 _MAX_UPLOADS = 3
 #: Codes of errors after which a session of this host is gone, and can be rebuilt.
 _GONE = "unknown_session"
-#: Codes for which the host counts as away: it is about to go, or has no room for a connection.
+#: Codes for which the host counts as unreachable: it is shutting down, or has no room for a connection.
 _AWAY = ("closing", "unavailable", "not_loaded")
-#: Request -> its reply, unless that is an ERROR.
+#: Request -> the kind of its reply, if that is not an ERROR.
 _REPLIES = {
     Kind.HELLO: Kind.WELCOME,
     Kind.PING: Kind.PONG,
@@ -63,17 +63,17 @@ _REPLIES = {
     Kind.PUT: Kind.KEPT,
     Kind.CLOSE: Kind.CLOSED,
 }
-#: Codes of errors after which a connection is not used again.
+#: Codes of errors after which a connection is not reused.
 _ENDING = ("malformed", "version", "too_large", *_AWAY)
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to wait for a host that is away, and how much to keep for rebuilding a session.
+    """How long to wait for an unreachable host, and how much to keep for rebuilding a session.
 
     Attributes:
         wait: Seconds for a host to come back; 0 to fail at once.
-        journal_bytes: Bytes of inputs that a session keeps. One that has sent more cannot be rebuilt.
+        journal_bytes: Bytes of inputs that a session keeps. A session that has sent more cannot be rebuilt.
     """
 
     wait: float = 60.0
@@ -81,14 +81,14 @@ class Patience:
 
 
 class Upload(Protocol):
-    """What a host keeps by the hashes of its content: see ``calls.Upload``."""
+    """Content that a host stores by its hashes: see ``calls.Upload``."""
 
     names: tuple[str, ...]
-    #: What it takes the place of.
+    #: The name of the content that it replaces.
     replaces: tuple[str, ...]
 
     def frames(self) -> Iterator[tuple[str, Frame]]:
-        """Yield each hash with the request that brings its content."""
+        """Yield each hash with the request that sends its content."""
 
 
 class Host:
@@ -100,7 +100,7 @@ class Host:
         wire: How hidden states and gradients are sent, both ways.
 
     Raises:
-        ConfigurationError: The address cannot be one, or the host does not know this encoding.
+        ConfigurationError: The address is invalid, or the host does not support this encoding.
         RemoteError: It cannot be reached, or refuses.
     """
 
@@ -113,20 +113,20 @@ class Host:
         self._idle: list[Connection] = []
         self._numbers = itertools.count(1)
         self._process = os.getpid()
-        #: Sessions whose caches are gone; a queue that finalizers may write to.
+        #: Sessions whose caches were garbage-collected; a queue that finalizers may write to.
         self._abandoned: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
         self._closer: threading.Thread | None = None
         self._is_closed = False
         self._facts: Facts | None = None
         #: Sessions that are open.
         self.sessions: weakref.WeakSet[RemoteSession] = weakref.WeakSet()
-        #: Hashes of what was put there, and may still be.
+        #: Hashes of uploads that the host may still have.
         self._uploaded: set[str] = set()
         #: Requests and replies so far, and their bytes.
         self.round_trips = 0
         self.bytes_sent = 0
         self.bytes_received = 0
-        # A host that does not run is reported at once: it is more often a wrong address than a restart.
+        # No retries: an unreachable host is more often a wrong address than a restart.
         self._put_back(self._connect())
         if wire not in self.facts.wires:
             self.close()
@@ -141,7 +141,7 @@ class Host:
 
     @property
     def facts(self) -> Facts:
-        """What it said of its component when it was first reached."""
+        """The host's description of its component, from the first connection."""
         if self._facts is None:
             raise ConnectionLostError(f"{self.url} was never reached", code="connection")
         return self._facts
@@ -151,7 +151,7 @@ class Host:
 
         Args:
             frame: The request.
-            upload: The adapters that it names; they are sent first where the host does not have them.
+            upload: The adapters that it names; they are sent first if the host does not have them.
 
         Raises:
             RemoteError: The host refused; or was away for too long.
@@ -165,7 +165,7 @@ class Host:
             except RemoteError as error:
                 if error.code != "unknown_adapter" or attempts > _MAX_UPLOADS:
                     raise
-                # It was restarted, or needed the room.
+                # The host was restarted, or needed the memory.
                 self._uploaded.difference_update(upload.names)
         return self._request(frame)
 
@@ -173,9 +173,9 @@ class Host:
         for name, frame in upload.frames():
             if name in self._uploaded:
                 continue
-            kept = self._request(frame).meta.get("hash")
-            if kept != name:
-                raise ProtocolError(f"{self.url} keeps {kept!r}, and {name!r} was sent", code="malformed")
+            stored = self._request(frame).meta.get("hash")
+            if stored != name:
+                raise ProtocolError(f"{self.url} keeps {stored!r}, and {name!r} was sent", code="malformed")
             self._uploaded.add(name)
             self._uploaded.difference_update(upload.replaces)
 
@@ -197,15 +197,15 @@ class Host:
                     ) from error
                 if pause == _FIRST_PAUSE:
                     log.warning("%s; waiting up to %.0f s for it to come back", error.message, left)
-            # At once the first time: a connection that was not used for a while may be gone, and its host be there.
-            # Afterwards not all at the same moment, of those that wait for one host.
+            # No pause the first time: an idle connection may be dead while its host is running.
+            # Afterwards a random pause, so that the clients of one host do not all come back at the same moment.
             time.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311  # no secret
             pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def close(self) -> None:
         """End the sessions and all connections.
 
-        One that is away, or does not answer, ends the sessions after its own time limit: that is not waited for.
+        An unreachable host ends the sessions after its own time limit; this does not wait for it.
         """
         for session in list(self.sessions):
             session.close()
@@ -216,7 +216,7 @@ class Host:
         self.drop_connections()
 
     def drop_connections(self) -> None:
-        """Close the connections that are not in use."""
+        """Close the idle connections."""
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:
@@ -232,7 +232,7 @@ class Host:
     # --- connections ----------------------------------------------------------------------------------
 
     def request_once(self, frame: Frame) -> Frame:
-        """Send a request and return its reply; raises ConnectionLostError if the host is away."""
+        """Send a request and return its reply; raises ConnectionLostError if the host is unreachable."""
         frame = compressed(frame, self.wire)
         if frame.payload_bytes > self.facts.max_payload:
             raise RemoteStepError(
@@ -246,24 +246,24 @@ class Host:
         return expanded(reply, self.facts.max_payload)
 
     def exchange(self, frame: Frame) -> Frame:
-        """Send a request once, and return its reply, be it an error; raises ConnectionLostError if the host is away."""
+        """Send a request once, and return any reply; raises ConnectionLostError if the host is unreachable."""
         connection = self._borrow()
-        # Outside of sessions, steps have no numbers of their own; with one, a reply to another request is noticed.
+        # Requests outside of sessions get a step number too, so that a reply to another request is noticed.
         sent = frame if frame.session else frame._replace(step=next(self._numbers))
         try:
             reply = connection.exchange(sent)
             if not _answers(reply, sent):
                 raise ConnectionLostError(
-                    f"{self.url} answered another request than the last one: a {sent.kind.name} with a "
+                    f"{self.url} answered the wrong request: a {sent.kind.name} with a "
                     f"{reply.kind.name} of step {reply.step}",
                     code="connection",
                     hint="is there a proxy in between that repeats or reorders messages?",
                 )
         except BaseException as error:
-            # A reply may still come, so that the connection cannot be used for another request.
+            # A reply may still arrive, so the connection cannot be used for another request.
             connection.close()
             if isinstance(error, ConnectionLostError):
-                # The others are older.
+                # The other idle connections are older, and dead too.
                 self.drop_connections()
             raise
         self.round_trips += 1
@@ -278,7 +278,7 @@ class Host:
     def _borrow(self) -> Connection:
         with self._lock:
             if self._process != os.getpid():
-                # They are the parent's: two processes that use one connection get each other's replies.
+                # After a fork they belong to the parent: two processes on one connection get each other's replies.
                 self._process, self._idle = os.getpid(), []
                 self._closer = None
             if self._idle:
@@ -306,9 +306,9 @@ class Host:
             problems = self._facts.differences(facts)
             if problems:
                 raise RemoteError(
-                    f"{self.url} now runs another component than before: {'; '.join(problems)}",
+                    f"{self.url} now runs a different component than before: {'; '.join(problems)}",
                     code="other_model",
-                    hint="connect to it again, and load bottom and top of the same checkpoint",
+                    hint="connect again, and load bottom and top of the same checkpoint",
                 )
         except BaseException:
             connection.close()
@@ -328,12 +328,12 @@ class Host:
 
 
 def _answers(reply: Frame, request: Frame) -> bool:
-    """Whether a reply is that of a request, as far as its header says."""
+    """Whether a reply belongs to a request, judging by its header."""
     if reply.kind is Kind.ERROR and not reply.session and not reply.step:
-        # What was sent could not be read.
+        # The host could not read the request.
         return True
     is_kind = reply.kind in (_REPLIES[request.kind], Kind.ERROR)
-    # The number of a session that is opened is new.
+    # A new session gets its number from the host.
     return is_kind and reply.step == request.step and (reply.kind is Kind.OPENED or reply.session == request.session)
 
 
@@ -368,12 +368,12 @@ def _error_of(url: str, reply: Frame) -> RemoteError:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step sends besides its number: changes of the cache, arguments, and tensors as bytes of their own."""
+    """What a step sends besides its number: changes of the cache, arguments, and tensors as bytes."""
 
     arguments: Mapping[str, Any]
     tensors: tuple[TensorSpec, ...]
     buffers: tuple[memoryview, ...]
-    #: In which mode it runs, where that is not the usual one.
+    #: The mode it runs in, if that is not the default.
     meta: Mapping[str, Any]
     #: The adapters that it names.
     upload: Upload | None = None
@@ -403,11 +403,11 @@ class Step:
 
 
 class RemoteSession:
-    """A cache at a host, and the steps on it. It is opened at the first step, by one caller at a time.
+    """A cache at a host, and the steps on it, for one caller at a time. The first step opens it.
 
     Args:
-        host: Where it is.
-        max_tokens: Tokens of one sequence that are declared; the host reserves room for them.
+        host: The host of the cache.
+        max_tokens: The declared length of a sequence; the host reserves memory for it.
     """
 
     def __init__(self, host: Host, max_tokens: int) -> None:
@@ -420,28 +420,28 @@ class RemoteSession:
         #: None once it is larger than allowed.
         self._journal: list[Step] | None = []
         self._journal_bytes = 0
-        #: What is to be done to the cache before the next forward.
+        #: Pending changes of the cache, applied before the next forward.
         self.changes: list[tuple[str, Any]] = []
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def step(self, step: Step, rows: int) -> Frame:
-        """Do the next step, on so many sequences and after the changes that are to be done; return its result.
+        """Apply the pending changes, execute the next step on ``rows`` sequences, and return its result.
 
         Raises:
-            RemoteError: It was refused; the session is as before.
+            RemoteError: The step was refused; the session is unchanged.
             SessionLostError: The host has lost the session, and the journal is not complete.
         """
         step = replace(step, changes=tuple(self.changes))
         with self._lock:
             if self._process != os.getpid():
-                # The parent may go on with it.
+                # After a fork, the parent may go on using it.
                 self._leave()
             try:
                 result = self._sent(step, rows)
             except RemoteError:
                 raise
             except BaseException:
-                # Interrupted: whether the host has done it is unknown.
+                # Interrupted: it is unknown whether the host has executed the step.
                 self._leave()
                 raise
             self._done += 1
@@ -450,7 +450,7 @@ class RemoteSession:
         return result
 
     def expect(self, tokens: int) -> None:
-        """Declare more tokens when it is opened the next time; one that is open grows when they come."""
+        """Declare more tokens at the next opening; an open session grows when they arrive."""
         self._max_tokens = max(self._max_tokens, tokens)
 
     def copy(self) -> RemoteSession:
@@ -474,7 +474,7 @@ class RemoteSession:
         return self.copy()
 
     def close(self) -> None:
-        """End it at the host, without waiting for that."""
+        """End the session at the host, without waiting for it."""
         self._leave()
 
     def _sent(self, step: Step, rows: int) -> Frame:
@@ -490,7 +490,7 @@ class RemoteSession:
                 if error.code != _GONE:
                     raise
                 self._forget()
-                # A host that loses it again and again is no host for it.
+                # A host that keeps losing the session cannot be used.
                 if was_lost and time.monotonic() > deadline:
                     raise SessionLostError(
                         f"{self.host.url} loses the session whenever it is rebuilt: {error.message}",
@@ -500,7 +500,7 @@ class RemoteSession:
                 was_lost = True
 
     def _rebuild(self, rows: int) -> None:
-        """Open a session, and do again what the journal has."""
+        """Open a session, and replay the journal."""
         if self._journal is None:
             raise SessionLostError(
                 f"the session at {self.host.url} ended, and its journal was larger than allowed",
@@ -540,7 +540,7 @@ class RemoteSession:
             self._journal = None
 
     def _leave(self) -> None:
-        """End it at the host without waiting, unless it is another process's."""
+        """End the session at the host without waiting, unless it belongs to another process."""
         finalizer = self._finalizer
         if finalizer is not None and self._process == os.getpid():
             finalizer()

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 _LENGTH_BYTES = 4
-#: An environment may take megabytes; nothing else is large.
+#: The environment variables may take megabytes; nothing else is large.
 _MAX_BYTES = 64 * 2**20
 _MAX_DESCRIPTORS = 4
-#: Not to be inherited by what another thread starts meanwhile; elsewhere a moment is left in which it is.
+#: Processes that other threads start must not inherit the descriptors; without the flag there is a short race.
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 def send_message(stream: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
-    """Send a message; the receiver gets descriptors of its own for the same open files.
+    """Send a message; the receiver gets its own descriptors of the same open files.
 
     Raises:
         OSError: The other side has ended.

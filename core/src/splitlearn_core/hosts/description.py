@@ -1,4 +1,4 @@
-"""What a component is, for those who use it from elsewhere."""
+"""The description of a component for its remote users."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from splitlearn_core.hosts.facts import Facts, layer_windows, origin_json
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.plan.splitplan import kv_bytes_per_layer
 
-#: Elements of each tensor that the digest of the weights looks at.
+#: Elements of each tensor that enter the digest of the weights.
 _DIGEST_ELEMENTS = 64
 
 
 def component_facts(component: ComponentModel, max_tokens: int, max_payload: int) -> Facts:
-    """Describe a component for those who use it from elsewhere.
+    """Describe a component for its remote users.
 
     Raises:
-        ConfigurationError: Its cache is of a kind that sessions cannot keep.
+        ConfigurationError: Sessions do not support its kind of cache.
     """
     config: Any = component.config
     windows = layer_windows(component.new_cache().layers)
@@ -63,8 +63,8 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
 def weights_digest(module: nn.Module) -> str:
     """Hash names, shapes, dtypes and evenly spaced values of a module's tensors.
 
-    It reads a few kilobytes of each, so that a mapped component stays unread. Modules that differ only between the
-    values that are read have the same digest; checkpoints that were trained do not.
+    It reads a few kilobytes of each tensor, so that a mapped component is not paged in. Modules that differ only
+    elsewhere have the same digest; checkpoints that were trained differ in the values that are read, too.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

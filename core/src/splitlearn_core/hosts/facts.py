@@ -1,4 +1,4 @@
-"""What a host says of its component before the first step, and how it is compared with the other components."""
+"""A host's description of its component, and comparisons with the other components."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitlearn_core.types import FLOAT_DTYPES, LayerRange, is_component_name, k
 from splitlearn_core.wire_formats import WIRES
 
 _MAX_TEXT, _MAX_ITEMS, _MAX_NUMBER = 4_096, 10_000, 2**53
-#: Fields of an origin that are not sent: they are long, and needed where components are saved only.
+#: Fields of an origin that are not sent: they are long, and only needed for saving components.
 _LOCAL = ("ties", "keys", "config")
 
 
@@ -34,30 +34,30 @@ class Facts:
     digest: str
     #: ``eager``, ``sdpa``, ...
     attention: str
-    #: Distribution -> version, of what decides about the last bit of a result.
+    #: Distribution -> version, for the libraries that decide the last bit of a result.
     versions: Mapping[str, str]
-    #: Threads of torch for one forward.
+    #: The number of threads that torch uses for one forward.
     threads: int
-    #: Type of the device, and its name where it has one.
+    #: Type of the device, and its name if it has one.
     device: str
     #: The arguments besides hidden states, mask, positions and cache that its forward takes.
     arguments: tuple[str, ...]
-    #: For each of its layers, the sliding window of its cache; 0 where it keeps everything.
+    #: For each of its layers, the sliding window of its cache; 0 if it keeps everything.
     windows: tuple[int, ...]
     #: Whether training mode would change its results.
     has_dropout: bool
     #: Bytes by which the cache of its layers grows for each token of each sequence.
     cache_bytes_per_token: int
-    #: The most tokens in one session, and the most bytes in one message.
+    #: The maximum number of tokens in a session, and of bytes in a message.
     max_tokens: int
     max_payload: int
-    #: Another one each time that the host starts.
+    #: A value that changes whenever the host is started.
     epoch: str
     #: How hidden states and gradients may be sent.
     wires: tuple[str, ...] = WIRES
-    #: The type of each layer of the model, where it has several.
+    #: The type of each layer of the model, if there are several types.
     layer_types: tuple[str, ...] | None = None
-    #: Where it comes from; None where it was made from a state dict.
+    #: The origin of its weights; None if it was built from a state dict.
     origin: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -65,41 +65,41 @@ class Facts:
         return LayerRange(*self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the facts as values of JSON."""
+        """Return the facts as JSON values."""
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
-        """Check what a host sent.
+        """Return the facts that a host sent, after checking them.
 
         Raises:
-            ProtocolError: A field is missing, or is not what it should be; all are listed.
+            ProtocolError: Fields are missing or invalid; the message lists all of them.
         """
         problems = [f"{item.name} is missing" for item in fields(cls) if item.name not in values]
         if not problems:
             problems = [name for name, is_valid in _CHECKS.items() if not is_valid(values[name])]
         if not problems:
-            made = cls(**{item.name: _frozen(values[item.name]) for item in fields(cls)})
-            start, end, total = made.layers
-            consistent = start < end <= total and len(made.windows) == end - start
-            if consistent and len(made.layer_types or range(total)) == total:
-                return made
-            problems = ["layers, windows and layer_types do not fit together"]
+            facts = cls(**{item.name: _frozen(values[item.name]) for item in fields(cls)})
+            start, end, total = facts.layers
+            consistent = start < end <= total and len(facts.windows) == end - start
+            if consistent and len(facts.layer_types or range(total)) == total:
+                return facts
+            problems = ["layers, windows and layer_types contradict each other"]
         raise ProtocolError(
-            f"the host does not say properly what it runs: {'; '.join(problems)}",
+            f"the host's description of its component is invalid: {'; '.join(problems)}",
             code="malformed",
             hint="install the same version of splitlearn-core on both sides",
         )
 
     def origin_value(self) -> Origin | None:
-        """Return where the component comes from."""
+        """Return the origin of the component."""
         if self.origin is None:
             return None
         values = dict(self.origin)
         return Origin(**{**values, "split_points": tuple(values["split_points"]), "layers": tuple(values["layers"])})
 
     def differences(self, other: Facts) -> list[str]:
-        """Say why another host cannot take over a session of this one, in words; empty where it can."""
+        """Return the reasons why another host cannot take over a session of this one; empty if it can."""
         names = ("component", "layers", "model_type", "hidden_size", "dtype")
         problems = [
             f"{name}: {getattr(self, name)} before, {getattr(other, name)} now"
@@ -111,20 +111,20 @@ class Facts:
         return problems
 
     def last_bit_differences(self, here: Mapping[str, Any]) -> list[str]:
-        """Say what of this host and of another place can make results differ in the last bit, in words.
+        """Describe the differences to another place that can make results differ in the last bit.
 
         Args:
-            here: The values of that place: ``attention``, ``versions``, ``threads`` and ``device``.
+            here: The values of the other place: ``attention``, ``versions``, ``threads`` and ``device``.
         """
         return [
-            f"{name}: {_words(getattr(self, name))} there, {_words(value)} here"
+            f"{name}: {_as_text(getattr(self, name))} there, {_as_text(value)} here"
             for name, value in here.items()
             if getattr(self, name) != value
         ]
 
 
 def origin_json(origin: Origin | None) -> dict[str, Any] | None:
-    """Return an origin as values of JSON, without what only saving needs."""
+    """Return an origin as JSON values, without the fields that only saving needs."""
     if origin is None:
         return None
     return {item.name: _plain(getattr(origin, item.name)) for item in fields(Origin) if item.name not in _LOCAL}
@@ -142,7 +142,7 @@ def _frozen(value: Any) -> Any:
     return MappingProxyType(value) if isinstance(value, dict) else value
 
 
-def _words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
 
 
@@ -216,7 +216,7 @@ _CHECKS = {
 
 
 def layer_windows(layers: Sequence[Any]) -> tuple[int, ...] | None:
-    """Return the sliding window of each cache layer, 0 where it has none; None where a layer is of another kind."""
+    """Return the sliding window of each cache layer, 0 if it has none; None if a layer is of another kind."""
     windows = []
     for layer in layers:
         kind = type(layer).__name__

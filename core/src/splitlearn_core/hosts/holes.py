@@ -1,7 +1,7 @@
-"""Layers that run elsewhere, as modules of the family: true names, shapes, dtypes and devices, without values.
+"""Stand-ins for layers that run elsewhere: the family's modules, with names, shapes, dtypes and devices but no values.
 
-PEFT finds them as it finds the layers of the unsplit model, and puts its own modules there, which are ordinary modules
-with parameters of their own.
+PEFT finds them as it finds the layers of the unsplit model, and inserts its own modules, which are ordinary modules
+with real parameters.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import LayerRange
 
-#: Where a module of dropout keeps its rate by the configuration, which is that of its host.
+#: The attribute of a dropout module for its configured rate, which its host uses.
 CONFIGURED_RATE = "_splitlearn_configured_rate"
-#: What marks a module that runs elsewhere; and where all of them keep how many they are.
+#: The attribute that marks a module that runs elsewhere; and the attribute of all layers for the number of these.
 _MARK, _COUNT = "_splitlearn_elsewhere", "_splitlearn_count"
-#: Where a module keeps its parameters without values while values are loaded into it.
+#: The attribute of a module for its parameters without values while a state dict is loaded into it.
 _SET_ASIDE = "_splitlearn_set_aside"
 
 
@@ -40,18 +40,18 @@ class HoleParameter(nn.Parameter):
 
     @property
     def has_values(self) -> bool:
-        """Whether values were written to it, which are not those of the host."""
+        """Whether values were written to it, which the host does not know."""
         return any(self.stride())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HoleParameter:
-        # A parameter copies itself with memory for each of its elements.
+        # A plain parameter would allocate all of its elements.
         other = HoleParameter(self.element.clone(), self.shape)
         memo[id(self)] = other
         return other
 
 
 class RemoteLayer(nn.Module):
-    """Stands for a layer that runs elsewhere, where nothing is known of its modules."""
+    """Stands for a layer that runs elsewhere, if its modules are unknown."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class RemoteLayer(nn.Module):
         return f"at {self.url}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: a layer is not called by itself."""
+        """Raise: a layer cannot be called on its own."""
         _Refusal(self.url)()
 
 
@@ -86,7 +86,7 @@ def layers_without_values(
         family: The model's family.
         config: The configuration of the whole model; it is not changed.
         component, owned: The component's name, and the layers that it runs.
-        dtype: That of its parameters.
+        dtype: The dtype of its parameters.
         url: Where it runs.
     """
     own = copy.deepcopy(config)
@@ -101,7 +101,7 @@ def layers_without_values(
                 module._parameters[name] = HoleParameter(element, parameter.shape)  # noqa: SLF001  # as above
         if isinstance(module, nn.Dropout):
             vars(module)[CONFIGURED_RATE] = module.p
-        # Computed from the configuration, and used by the forward alone.
+        # Buffers are computed from the configuration, and only the forward uses them.
         module._buffers.update(dict.fromkeys(module._buffers))  # noqa: SLF001  # as above
         module.register_state_dict_post_hook(_leave_out)
         module.register_load_state_dict_pre_hook(_set_aside)
@@ -114,40 +114,40 @@ def layers_without_values(
 
 
 def ineffective_changes(layers: nn.ModuleDict, prefix: str, adapters: tuple[type[Any], ...]) -> list[str]:
-    """Return what was done to modules here that their host would know nothing of: hooks, other modules in their place.
+    """Describe changes of the stand-ins that have no effect at their host: hooks, and replaced modules.
 
     Args:
-        layers: What :func:`layers_without_values` has returned.
-        prefix: What comes before their names in the whole model.
-        adapters: Classes of modules that may be around others, and hold modules of their own.
+        layers: The result of :func:`layers_without_values`.
+        prefix: The prefix of their names in the whole model.
+        adapters: Classes of modules that may wrap others, and hold modules of their own.
     """
     problems: list[str] = []
-    found = 0
-    # A stack, and no generators: it is looked at in each call.
-    left: list[tuple[str, nn.Module, bool]] = [("", layers, True)]
-    while left:
-        path, module, is_known = left.pop()
+    own_count = 0
+    # An explicit stack instead of generators, because this runs in each call.
+    stack: list[tuple[str, nn.Module, bool]] = [("", layers, True)]
+    while stack:
+        path, module, is_known = stack.pop()
         values: dict[str, Any] = vars(module)
         is_own = _MARK in values
-        found += is_own
+        own_count += is_own
         is_known = is_known or isinstance(module, adapters)
         if not is_own and not is_known:
             problems.append(f"{prefix}{path}: {type(module).__name__} was put there")
         if values["_forward_hooks"] or values["_forward_pre_hooks"] or values["_backward_hooks"]:
             problems.append(f"{prefix}{path} has a hook")
-        left += [
+        stack += [
             (f"{path}.{name}" if path else name, child, is_known and not is_own and module is not layers)
             for name, child in values["_modules"].items()
             if child is not None
         ]
-    missing = vars(layers)[_COUNT] - found
+    missing = vars(layers)[_COUNT] - own_count
     if missing > 0:
         problems.append(f"{missing} modules are not there any more")
     return problems
 
 
 def holes_in(module: nn.Module) -> list[tuple[nn.Module, str, HoleParameter]]:
-    """Return the parameters without values in a module, each with its owner and its name there."""
+    """Return the parameters without values in a module, each with the module that holds it and its name."""
     return [
         (owner, name, parameter)
         for owner in module.modules()
@@ -159,12 +159,12 @@ def holes_in(module: nn.Module) -> list[tuple[nn.Module, str, HoleParameter]]:
 def apply_around_holes(
     module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], rest: Callable[[], Any]
 ) -> None:
-    """Move or cast a module without giving memory to its parameters without values.
+    """Move or cast a module without allocating its parameters without values.
 
     Args:
         module: The module.
-        change: What is done to each tensor; to one element of those without values.
-        rest: Does it to all others.
+        change: The function for each tensor; of a parameter without values it gets one element.
+        rest: Applies the change to everything else.
     """
     holes = holes_in(module)
     for owner, name, _ in holes:
@@ -179,14 +179,14 @@ def apply_around_holes(
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Leave parameters without values out of a state dict: who saves it would write their whole size."""
+    """Leave parameters without values out of a state dict: saving it would write their full size."""
     for name, parameter in module._parameters.items():  # noqa: SLF001  # the register that nn.Module documents
         if isinstance(parameter, HoleParameter):
             state_dict.pop(prefix + name, None)
 
 
 def _set_aside(module: nn.Module, *_: Any) -> None:
-    """Neither miss nor overwrite them where values are loaded."""
+    """Hide the parameters without values from ``load_state_dict``: they are neither missing nor overwritten."""
     own = {name: value for name, value in module._parameters.items() if isinstance(value, HoleParameter)}  # noqa: SLF001  # as above
     vars(module)[_SET_ASIDE] = own
     module._parameters.update(dict.fromkeys(own))  # noqa: SLF001  # as above

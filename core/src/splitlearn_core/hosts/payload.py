@@ -1,4 +1,4 @@
-"""Tensors as the payload of frames, and the libraries that compute with them."""
+"""Tensors as the payload of frames, and the versions of the libraries that compute with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splitlearn_core.types import dtype_names, stored_dtype
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], list[memoryview]]:
-    """Describe tensors, and view their bytes; those of tensors on other devices are copied."""
+    """Return the specs of tensors and views of their bytes; tensors on other devices are copied to the CPU."""
     specs, buffers = [], []
     for name, tensor in tensors.items():
         specs.append(TensorSpec(name, dtype_names()[tensor.dtype], tuple(tensor.shape)))
@@ -25,7 +25,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], l
 def unpack(frame: Frame) -> dict[str, torch.Tensor]:
     """Return the tensors of a frame, in memory of their own.
 
-    A kernel may depend on the alignment of its input in the last bit, so that a view into a message would not do.
+    A kernel's last bit may depend on the alignment of its input, so a view into the message would not be safe.
     """
     tensors = {}
     for spec, buffer in zip(frame.tensors, frame.buffers, strict=True):
@@ -37,7 +37,7 @@ def unpack(frame: Frame) -> dict[str, torch.Tensor]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what decides about the last bit of a result."""
+    """Return the versions of the libraries that decide the last bit of a result."""
     return {
         "splitlearn-core": core_version(),
         "torch": torch.__version__,

@@ -1,7 +1,7 @@
-"""A component in a process of its own: started, watched and ended from here, and used as one that runs here.
+"""A component in its own process: started, watched and ended from here, and used like a local component.
 
-A load that hangs is killed, a crash or a lack of memory ends one model and no other, and all memory is given back.
-Nothing of a child outlives its parent, however that ends.
+A load that hangs can be killed, a crash or a lack of memory ends only this model, and all of its memory is released.
+A child never outlives its parent, however the parent ends.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from splitlearn_core.types import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which the end of a child is known after its connections have broken.
+#: Seconds until the end of a child is known after its connections have broken.
 _EXIT_TIMEOUT = 10.0
-#: Seconds in which the kernel ends a killed process; more, and it hangs in a driver or on a disk.
+#: Seconds in which the kernel ends a killed process; after that, it hangs in a driver or on a disk.
 _KILL_TIMEOUT = 30.0
 _CAN_START = hasattr(socket, "AF_UNIX") and hasattr(os, "posix_spawn")
 
@@ -72,11 +72,11 @@ class ProcessLoad:
 class ProcessExit:
     """How a child ended."""
 
-    #: The exit code, or a signal's number as a negative one; None where it was not seen.
+    #: The exit code, or the negative number of a signal; None if unknown.
     status: int | None
     #: Whether :meth:`ProcessHandle.kill` was called before.
     was_requested: bool = False
-    #: More about it, in words.
+    #: Further details as text.
     detail: str = ""
 
     @property
@@ -86,12 +86,12 @@ class ProcessExit:
             return None
         try:
             return signal.Signals(-self.status).name
-        except ValueError:  # one of real time
+        except ValueError:  # a real-time signal has no name
             return f"SIG{-self.status}"
 
     @property
     def may_be_out_of_memory(self) -> bool:
-        """Whether it was killed by somebody else, as the kernel does when memory runs out."""
+        """Whether it was killed from outside, as the kernel does when memory runs out."""
         return self.status == -signal.SIGKILL and not self.was_requested and not self.detail
 
     def __str__(self) -> str:
@@ -108,8 +108,8 @@ class ProcessExit:
 class ProcessMemory:
     """The memory of a process in bytes."""
 
-    #: All pages that it sees; the part of them that is its own, shared pages divided among those who share them; and
-    #: what would come back if it ended now.
+    #: All mapped pages; the same with each shared page divided by the number of its processes; and
+    #: what would be freed if the process ended now.
     rss: int
     pss: int
     private: int
@@ -126,28 +126,28 @@ def start_process(
     journal_bytes: int = JOURNAL_BYTES,
     after: ProcessHandle | None = None,
 ) -> ProcessHandle:
-    """Start to load a component in a process of its own; returns at once.
+    """Start to load a component in a new process; returns immediately.
 
     Args:
-        load: What is loaded.
-        limits: What sessions may take.
-        threads: Threads of torch; by default as many as here, so that results are equal to the last bit.
-        progress: Called with each :class:`Progress`, in a thread of the handle. What it raises ends the load.
-        wait: Seconds for which a step waits for a successor of a child that has ended; 0 to fail at once.
-        max_tokens: Tokens of one sequence for which a session reserves room.
-        journal_bytes: Bytes of inputs that each session keeps here, to be rebuilt in a successor.
-        after: The handle of a child that has ended: its component, and the sessions of that, go on in the new child.
+        load: The component to load.
+        limits: The limits of its sessions.
+        threads: The number of torch's threads; by default as in this process, so that results are bit-equal.
+        progress: Called with each :class:`Progress`, in a thread of the handle. An exception in it ends the load.
+        wait: Seconds for which a step waits for a successor of an ended child; 0 to fail immediately.
+        max_tokens: Tokens of one sequence for which a session reserves memory.
+        journal_bytes: Bytes of inputs that each session keeps here, for being rebuilt in a successor.
+        after: The handle of an ended child: its component and sessions continue in the new child.
 
     Raises:
-        ConfigurationError: This system cannot, or the other child still runs.
+        ConfigurationError: This system does not support it, or the child of ``after`` still runs.
         SplitLearnError: No process could be started.
     """
     if not _CAN_START:
         raise ConfigurationError(
-            f"a component cannot have a process of its own on {sys.platform}", hint='use host="inline"'
+            f"a component cannot run in its own process on {sys.platform}", hint='use host="inline"'
         )
     if after is not None and not after.ended.done():
-        raise ConfigurationError("the child that is to be followed still runs", hint="end it: handle.kill()")
+        raise ConfigurationError("the child of after= still runs", hint="end it: handle.kill()")
     address = after.address if after is not None else ProcessAddress(load, Patience(wait, journal_bytes), max_tokens)
     handle = ProcessHandle(load, address, progress, living_supervisor())
     handle.start(limits or SessionLimits(), threads)
@@ -165,20 +165,20 @@ class ProcessHandle(Supervised):
     ) -> None:
         self.load = load
         self.address = address
-        #: The component once it is loaded, or why it is not.
+        #: The component once it is loaded, or the error.
         self.ready: Future[RemoteComponent] = Future()
-        #: How the child ended, once nothing is left of it here.
+        #: How the child ended, once everything of it is cleaned up here.
         self.ended: Future[ProcessExit] = Future()
         for future in (self.ready, self.ended):
-            # They say what happens; to end the child is kill().
+            # Futures only report here: cancelling them must not end the child; kill() does.
             future.set_running_or_notify_cancel()
-        #: The process, and whether it was forked from the zygote or is a fresh interpreter; known once it runs.
+        #: The process id, and whether it was forked from the zygote or is a fresh interpreter; set once it runs.
         self.pid: int | None = None
         self.start_method = ""
         self._progress = progress
         self._lock = threading.Lock()
         self._pidfd = -1
-        #: How the process ended, as soon as it is known.
+        #: How the process ended, as soon as that is known.
         self._gone: Future[ProcessExit] = Future()
         self._was_requested = False
         self._supervisor = supervisor
@@ -195,13 +195,13 @@ class ProcessHandle(Supervised):
         except BaseException:
             self._control.close()
             raise
-        # Larger than the socket's buffer where the environment is, so that the child has to read it meanwhile.
+        # In a thread: a large environment exceeds the socket's buffer, so that the child has to read meanwhile.
         threading.Thread(target=self._request, args=(request,), name="ask for a load", daemon=True).start()
         self._follower.start()
 
     @property
     def component(self) -> RemoteComponent:
-        """The component; waits for the load, and raises why there is none."""
+        """The component; waits for the load, and raises its error if it fails."""
         return self.ready.result()
 
     @property
@@ -210,7 +210,7 @@ class ProcessHandle(Supervised):
         return self._gone.result() if self._gone.done() else None
 
     def memory(self) -> ProcessMemory | None:
-        """Return what the child takes at present; None if it does not run."""
+        """Return the child's current memory; None if it does not run."""
         pid = self.pid
         if pid is None or self._gone.done():
             return None
@@ -222,17 +222,17 @@ class ProcessHandle(Supervised):
         return ProcessMemory(values["Rss"], values["Pss"], values["Private_Clean"] + values["Private_Dirty"])
 
     def kill(self, grace: float = 5.0) -> ProcessExit:
-        """End the child, and all that it has started.
+        """End the child, and all processes that it has started.
 
         Args:
-            grace: Seconds in which it may end by itself, before it is killed.
+            grace: Seconds in which it may end by itself before it is killed.
 
         Raises:
             HostDiedError: The kernel does not end it.
         """
         self._was_requested = True
         with contextlib.suppress(OSError):
-            # Whatever it does, it ends when it sees this.
+            # The child ends when it sees that this connection is closed.
             self._control.shutdown(socket.SHUT_WR)
         ending = self._ending(grace)
         if ending is None:
@@ -245,15 +245,15 @@ class ProcessHandle(Supervised):
                 hint=f"process {self.pid} may hang in a driver or on a disk",
             )
         if threading.current_thread() is not self._follower:
-            with contextlib.suppress(TimeoutError):  # of a callback for progress that does not return
+            with contextlib.suppress(TimeoutError):  # a progress callback that does not return
                 self.ended.result(_EXIT_TIMEOUT)
         return ending
 
     def connect(self, far: socket.socket) -> None:
-        """Give the child the other end of a connection.
+        """Send the child the other end of a connection.
 
         Raises:
-            OSError: It has ended.
+            OSError: The child has ended.
         """
         with self._lock:
             send_message(self._control, {"connection": 1}, [far.fileno()])
@@ -267,7 +267,7 @@ class ProcessHandle(Supervised):
             if not self._gone.done():
                 self._pidfd = pidfd
             elif pidfd >= 0:
-                # It was not waited for, and ends at once.
+                # kill() was called before it ran: end it now.
                 os.close(pidfd)
 
     def on_ended(self, status: int | None, detail: str = "", *, was_requested: bool = False) -> None:
@@ -281,7 +281,7 @@ class ProcessHandle(Supervised):
         if not self._was_requested:
             log.warning("The process of %s %s", self.address.url, ending)
         with contextlib.suppress(OSError):
-            # Wakes the follower, if it waits for a message.
+            # This wakes the follower, if it is waiting for a message.
             self._control.shutdown(socket.SHUT_RDWR)
 
     @property
@@ -300,16 +300,16 @@ class ProcessHandle(Supervised):
     # --- threads of this handle -------------------------------------------------------------------------
 
     def _request(self, request: Mapping[str, Any]) -> None:
-        # A child that has ended is seen by the follower.
+        # The follower notices if the child has ended.
         with contextlib.suppress(OSError):
             send_message(self._control, dict(request))
 
     def _follow(self) -> None:
-        """See the load to its end, and then the child to its own."""
+        """Wait for the end of the load, and then for the end of the child."""
         try:
             self._follow_load()
             component = self.address.adopt(self)
-        except BaseException as error:  # noqa: BLE001  # it is raised where the component is asked for
+        except BaseException as error:  # noqa: BLE001  # raised when the component is requested
             self.kill()
             self._finish()
             self.ready.set_exception(error)
@@ -360,18 +360,18 @@ class ProcessHandle(Supervised):
     def _kill_now(self) -> None:
         with self._lock:
             if self._pidfd >= 0:
-                # Not by number: it may have ended, and the number be another process's.
+                # Not by process id: it may have ended, and the id may have been reused.
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 return
         if self.pid is None:
-            # Not started yet: when it is, it will end at once.
+            # Not started yet: it will end as soon as it is.
             self.on_ended(None, "was never started")
         else:
             self._supervisor.kill_child(self)
 
 
 class ProcessAddress:
-    """Where the user of a component reaches it: at a child, and after the end of that at its successor."""
+    """The address of a component: its child process, and after the end of that, the successor."""
 
     def __init__(self, load: ProcessLoad, patience: Patience, max_tokens: int) -> None:
         self.url = f"process:{load.model_name_or_path}/{load.component}"
@@ -384,14 +384,14 @@ class ProcessAddress:
         self._process = os.getpid()
 
     def check(self) -> None:
-        """Do nothing: it is not a user's text."""
+        """Do nothing: there is no user input to check."""
 
     def open(self) -> ProcessConnection:
         """Connect to the child.
 
         Raises:
-            HostDiedError: It has ended.
-            ConnectionLostError: It has ended, and may get a successor.
+            HostDiedError: The child has ended.
+            ConnectionLostError: The child has ended, and may get a successor.
         """
         if self._process != os.getpid():
             raise RemoteError(
@@ -415,7 +415,7 @@ class ProcessAddress:
         """Send steps to this child from now on.
 
         Raises:
-            RemoteError: It runs another component than the one before it.
+            RemoteError: It runs a different component than its predecessor.
         """
         self._child = child
         try:
@@ -429,18 +429,18 @@ class ProcessAddress:
         return self._component
 
     def child_ended(self, child: ProcessHandle, ending: ProcessExit) -> None:
-        """Note that a child has ended; its connections are of no more use."""
+        """Note that a child has ended; its connections are useless now."""
         if self._child is child or self._child is None:
             self._child, self._exit = None, ending
             if self._component is not None:
                 self._component.host.drop_connections()
 
     def give_up(self) -> None:
-        """Let steps fail at once from now on: there will be no other successor."""
+        """Let steps fail immediately from now on: there will be no successor."""
         self._waits = False
 
     def lost(self, child: ProcessHandle) -> RemoteError:
-        """Return the error of a connection to a child that broke."""
+        """Return the error for a broken connection to a child."""
         try:
             child.ended.result(_EXIT_TIMEOUT)
         except TimeoutError:
@@ -449,7 +449,7 @@ class ProcessAddress:
 
     def _away(self) -> RemoteError:
         if self._exit is None or self._child is not None:
-            return ConnectionLostError(f"{self.url} is being started again", code="connection")
+            return ConnectionLostError(f"{self.url} is being restarted", code="connection")
         kind = ConnectionLostError if self._waits else HostDiedError
         return kind(f"the process of {self.url} {self._exit}", code="host_died", hint=_hint(self._exit))
 
@@ -483,17 +483,17 @@ def _hint(ending: ProcessExit) -> str:
     if ending.was_requested:
         return ""
     if ending.may_be_out_of_memory:
-        return "free memory, or load fewer layers; the kernel's log says whom it killed (dmesg)"
+        return "free memory, or load fewer layers; the kernel's log shows which process it killed (dmesg)"
     return "what the process wrote to stderr may say more; start_process(load, after=handle) goes on in another one"
 
 
 def _error_of(load: ProcessLoad, described: Mapping[str, Any]) -> SplitLearnError:
-    """Return the error that a child describes."""
+    """Return the error that a child has described."""
     kind = getattr(errors, described["type"], None) if described["type"] else None
     if isinstance(kind, type) and issubclass(kind, SplitLearnError):
         return kind(described["message"], hint=described["hint"])
     return LoadFailedError(
-        f"loading {load.component} of {load.model_name_or_path} in a process of its own failed: {described['message']}"
+        f"loading {load.component} of {load.model_name_or_path} in its own process failed: {described['message']}"
     )
 
 

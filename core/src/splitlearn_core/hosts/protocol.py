@@ -1,4 +1,4 @@
-"""The messages between the user of a component and its host: frames, their limits, and nothing that does I/O.
+"""The messages between the user of a component and its host: frames and their limits. Nothing here does I/O.
 
 A frame is a header of fixed size, a JSON object (*meta*), and the raw little-endian bytes of tensors (*payload*) in the
 order in which meta lists them::
@@ -17,12 +17,12 @@ HELLO      WELCOME    what each side is; the first message of a connection
 OPEN       OPENED     a new session, with its own key-value cache
 COPY       OPENED     a new session with a copy of another one's cache, as it was after a numbered step
 STEP       RESULT     changes of the cache, then a forward. Steps of a session are numbered from 1; a step that is
-                      sent twice is done once. Session 0: a forward without cache
-BACKWARD   RESULT     a forward without cache once more, and the gradients of its input and of adapters for that of its
+                      sent twice is executed once. Session 0: a forward without cache
+BACKWARD   RESULT     repeats a forward without cache; returns gradients of its input and adapters for that of its
                       output
 PUT        KEPT       a description of adapters, or their tensors; the reply has the hash by which calls name them
-CLOSE      CLOSED     the end of a session; one that is unknown is closed already
-PING       PONG       nothing
+CLOSE      CLOSED     the end of a session; an unknown session counts as closed
+PING       PONG       checks that the host answers
 any        ERROR      a code, whether the same request can succeed later, and what became of the session
 =========  =========  ==========================================================================================
 """
@@ -52,7 +52,7 @@ HEADER_BYTES = _HEADER.size
 
 #: The largest meta of a frame. A reordering of 4,096 rows takes 20 kB of it.
 MAX_META_BYTES = 256 * 1024
-#: The largest payload unless a side says otherwise: 8,192 positions of width 8,192 in float32.
+#: The largest payload unless a side sets another limit: 8,192 positions of width 8,192 in float32.
 MAX_PAYLOAD_BYTES = 256 * 2**20
 #: Tensors of one frame, their dimensions and the length of their names.
 MAX_TENSORS, MAX_DIMENSIONS, MAX_NAME = 4_096, 8, 256
@@ -198,11 +198,11 @@ def decode_body(header: Header, body: memoryview, payload: memoryview | None = N
 
     Args:
         header: The checked header.
-        body: Meta and payload; or meta alone, if the payload came on another way.
-        payload: The payload that did.
+        body: Meta and payload; or meta alone, if the payload arrived separately.
+        payload: The payload that arrived separately.
 
     Raises:
-        ProtocolError: Meta is damaged or no valid description of the payload.
+        ProtocolError: Meta is damaged, or does not describe the payload.
     """
     if payload is None:
         body, payload = body[: header.meta_length], body[header.meta_length :]
@@ -210,11 +210,11 @@ def decode_body(header: Header, body: memoryview, payload: memoryview | None = N
         count = len(body) + len(payload)
         raise ProtocolError(f"a frame of {count:,} bytes announced {header.rest:,}", code="malformed")
     if zlib.crc32(body) != header.meta_crc:
-        raise ProtocolError("the description of a frame was damaged on its way", code="malformed")
+        raise ProtocolError("the description of a frame was damaged in transit", code="malformed")
     meta = _parse_meta(body)
     listed = meta.pop("tensors", [])
     if not isinstance(listed, list) or len(listed) > MAX_TENSORS:
-        raise ProtocolError("the tensors of a frame are no list, or too many", code="malformed")
+        raise ProtocolError("the tensors of a frame are not a list, or are too many", code="malformed")
     tensors, buffers, position = [], [], 0
     for item in listed:
         spec = _parse_tensor(item)
@@ -222,14 +222,14 @@ def decode_body(header: Header, body: memoryview, payload: memoryview | None = N
         tensors.append(spec)
         buffers.append(payload[begin:position])
     if len(tensors) > 1 and len({spec.name for spec in tensors}) < len(tensors):
-        raise ProtocolError("two tensors of a frame have one name", code="malformed")
+        raise ProtocolError("two tensors of a frame have the same name", code="malformed")
     if position != header.payload_length:
-        raise ProtocolError("the tensors of a frame take another number of bytes than its payload", code="malformed")
+        raise ProtocolError("the sizes of a frame's tensors do not add up to its payload", code="malformed")
     return Frame(header.kind, header.session, header.step, meta, tuple(tensors), buffers)
 
 
 def decode(data: bytes | bytearray | memoryview, max_payload: int = MAX_PAYLOAD_BYTES) -> Frame:
-    """Check a frame that has arrived whole; raises like :func:`decode_header` and :func:`decode_body`."""
+    """Decode a complete frame; raises like :func:`decode_header` and :func:`decode_body`."""
     view = memoryview(data)
     return decode_body(decode_header(view, max_payload), view[HEADER_BYTES:])
 
@@ -240,7 +240,7 @@ def _parse_meta(raw: memoryview) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the description of a frame is not JSON: {error}", code="malformed") from error
     if not isinstance(meta, dict):
-        raise ProtocolError("the description of a frame is no JSON object", code="malformed")
+        raise ProtocolError("the description of a frame is not a JSON object", code="malformed")
     return meta
 
 
@@ -255,5 +255,5 @@ def _parse_tensor(item: Any) -> TensorSpec:
         or len(shape) > MAX_DIMENSIONS
         or not all(type(size) is int and 0 <= size <= _MAX_NUMBER for size in shape)
     ):
-        raise ProtocolError("a frame lists what is no name, dtype and shape of a tensor", code="malformed")
+        raise ProtocolError("a frame lists something that is not a name, dtype and shape of a tensor", code="malformed")
     return TensorSpec(name, dtype, tuple(shape))

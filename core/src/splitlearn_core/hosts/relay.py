@@ -1,8 +1,8 @@
-"""Sessions of others on a component that runs elsewhere: a server passes their frames on to it as they are.
+"""Sessions of clients on a component that runs elsewhere: a server forwards their frames unchanged.
 
-The sessions are where the component is. A server that lends it has a :class:`SessionRelay`, which adds to each frame
-whose it is and what that owner may take; the :class:`ComponentServer` at the other end keeps those sessions apart from
-the ones that its own user has. Payloads are neither read nor copied into tensors on the way.
+The sessions are kept where the component is. The server has a :class:`SessionRelay`, which adds to each frame
+its owner and that owner's limits; the :class:`ComponentServer` at the other end separates these sessions from
+those of its own user. Payloads are neither read nor copied into tensors on the way.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from splitlearn_core.hosts.wires import shape_of
 
 log = logging.getLogger(__name__)
 
-#: The entry of meta that only the user of a host writes: what clients send under this name is replaced.
+#: The entry of meta that only the user of a host may write: what clients send under this name is replaced.
 _RELAY = "relay"
-#: Seconds after which a client may try again when its host has gone.
+#: Seconds after which a client may try again when its host has ended.
 _SOON = 1.0
 _CHANGES_SESSIONS = (Kind.OPENED, Kind.CLOSED)
 
@@ -39,14 +39,14 @@ class ComponentServer:
 
     Args:
         component: A trunk that runs here.
-        limits: What sessions of the user may take; relayed ones have limits of their own.
+        limits: The limits of the user's own sessions; relayed sessions have their own.
     """
 
     def __init__(self, component: ComponentModel, limits: SessionLimits | None = None) -> None:
         self._component = component
         self._own = SessionTable(component, limits)
         self._lock = threading.Lock()
-        #: Of the relay that began last.
+        #: The latest relay.
         self._relay_id, self._relayed = "", self._own
 
     @property
@@ -76,7 +76,7 @@ class ComponentServer:
         return reply._replace(meta={**reply.meta, _RELAY: state})
 
     def _begin(self, relay: Mapping[str, Any]) -> None:
-        """Make a table for a relay; the sessions of the one before it end."""
+        """Make a table for a new relay; the sessions of the previous one end."""
         limits = SessionLimits(**relay["begin"])
         table = SessionTable(self._component, limits, facts=_facts_for(self._own.facts, limits))
         with self._lock:
@@ -86,12 +86,12 @@ class ComponentServer:
 
 
 class SessionRelay:
-    """The sessions of others on a component that runs elsewhere, used as a :class:`SessionTable` is.
+    """The sessions of clients on a component that runs elsewhere, with the interface of :class:`SessionTable`.
 
     Args:
-        component: What :func:`connect` or a host has returned; at its other end is a :class:`ComponentServer`.
-        limits: What sessions may take.
-        usage: Counts what owners train, over several relays.
+        component: The result of :func:`connect` or of a host; a :class:`ComponentServer` is at its other end.
+        limits: The limits of the sessions.
+        usage: Counts the training of each owner, across several relays.
 
     Raises:
         RemoteError: The host does not answer.
@@ -108,9 +108,9 @@ class SessionRelay:
         self._numbers: set[int] = set()
         self._looking = threading.Lock()
         self._is_closed = False
-        #: Whether adapters may be there.
+        #: Whether the host may have adapters.
         self._keeps_adapters = False
-        #: The bytes of caches that open sessions may grow to, when they were last asked for.
+        #: The bytes of caches that open sessions may grow to, as last reported by the host.
         self.reserved_bytes = 0
         self._exchange(Frame(Kind.PING), {"begin": dataclasses.asdict(self.limits)})
 
@@ -132,12 +132,12 @@ class SessionRelay:
                 raise _closing()
             limits = limits or self.limits
             if frame.kind is Kind.BACKWARD and limits.training:
-                # Counted here, so that a host that is started again does not begin again at none.
+                # Counted here, so that a restart of the host does not reset the count.
                 self._usage.add(owner, _tokens(frame), limits)
                 limits = dataclasses.replace(limits, training_steps=None, training_tokens=None)
             reply = self._exchange(frame, {"owner": owner, "limits": dataclasses.asdict(limits)})
         except (ConnectionLostError, HostDiedError) as error:
-            # Its text names files. The client comes again with the same step, or with its journal.
+            # The error's text may contain file names. The client retries the step, or replays its journal.
             log.debug("A frame was not relayed: %s", error.message)
             return error_frame(_closing(), frame)
         except SplitLearnError as error:
@@ -154,9 +154,9 @@ class SessionRelay:
         return reply._replace(meta={name: value for name, value in reply.meta.items() if name != _RELAY})
 
     def expire(self) -> int:
-        """End the sessions that have been idle for too long; returns how many there were.
+        """End the sessions that have been idle for too long, and return their number.
 
-        Only one caller at a time waits for a host that does not answer; to the others it is as if none had ended.
+        Only one caller at a time waits for a host that does not answer; the others get 0.
         """
         if self._is_closed or not self._looking.acquire(blocking=False):
             return 0
@@ -166,7 +166,7 @@ class SessionRelay:
             if reply.kind is not Kind.PONG:
                 return 0
             open_now = array("q", b"".join(reply.buffers))
-            # One that was opened meanwhile may not be among them.
+            # A session that was opened meanwhile may be missing from them.
             self._numbers -= before.difference(open_now)
             self.reserved_bytes = int(reply.meta["reserved"])
             self._keeps_adapters = bool(reply.meta["adapters"])
@@ -178,7 +178,7 @@ class SessionRelay:
             self._looking.release()
 
     def close(self) -> None:
-        """End all sessions, and take no more; does not wait for the host."""
+        """End all sessions, and accept no more; does not wait for the host."""
         if not self._is_closed:
             self._is_closed = True
             self._numbers.clear()
@@ -196,7 +196,7 @@ class SessionRelay:
         return self._host.exchange(frame._replace(meta=meta))
 
 
-#: What serves the sessions of a component, here or elsewhere.
+#: The sessions of a component that runs here or elsewhere.
 Sessions = SessionTable | SessionRelay
 
 
@@ -206,16 +206,16 @@ def sessions_on(
     facts: Facts | None = None,
     usage: TrainingUsage | None = None,
 ) -> Sessions:
-    """Return what serves sessions on a component, wherever it runs.
+    """Return the sessions of a component, wherever it runs.
 
     Args:
-        component: A trunk that runs here, or the :class:`RemoteComponent` of one that has a host.
-        limits: What sessions may take.
-        facts: What an earlier table of the same component said of it.
-        usage: Counts what owners train, over several of these.
+        component: A trunk in this process, or the :class:`RemoteComponent` of a trunk at a host.
+        limits: The limits of the sessions.
+        facts: The facts of an earlier table of the same component.
+        usage: Counts the training of each owner, across several of these.
 
     Raises:
-        ConfigurationError: It is no trunk.
+        ConfigurationError: It is not a trunk.
         RemoteError: Its host does not answer.
     """
     if isinstance(component, RemoteComponent):
@@ -233,7 +233,7 @@ def _tokens(frame: Frame) -> int:
 
 
 def _state(table: SessionTable) -> Frame:
-    """End idle sessions, and say which are left."""
+    """End idle sessions, and report the remaining ones."""
     expired = table.expire()
     numbers = array("q", table.numbers)
     spec = TensorSpec("sessions", "I64", (len(numbers),))
@@ -243,8 +243,8 @@ def _state(table: SessionTable) -> Frame:
 
 def _closing() -> RemoteError:
     return RemoteError(
-        "the process of this model has ended, or is about to",
+        "the process of this model has ended, or is about to end",
         code="closing",
         retry_after=_SOON,
-        hint="try again: it may be started again",
+        hint="try again: it may be restarted",
     )

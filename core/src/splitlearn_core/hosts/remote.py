@@ -1,4 +1,4 @@
-"""A component that runs elsewhere, used as one that runs here."""
+"""A component that runs elsewhere, used like a local one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from splitlearn_core.wire_formats import WIRES
 log = logging.getLogger(__name__)
 
 _STATE_DIMENSIONS = 3
-#: Sets of adapters that may be active in turn; of an older one, the host may drop what it keeps.
+#: Sets of adapters that may alternate; the host may drop older ones.
 _MAX_UPLOADS = 8
 _DTYPES = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 
@@ -53,19 +53,19 @@ def connect(
     journal_bytes: int = JOURNAL_BYTES,
     ca_file: str | os.PathLike[str] | None = None,
 ) -> RemoteComponent:
-    """Use a component where it is served.
+    """Connect to a component that a server runs.
 
     Args:
         url: ``http(s)://HOST:PORT/MODEL_ID`` of ``splitlearn serve``, or ``unix://PATH``.
-        token: What the server asks for; by default the value of ``SPLITLEARN_TOKEN``.
-        wire: How hidden states and gradients are sent, both ways: ``"raw"`` without loss, ``"int8"`` or ``"int4"``
-            with so many bits for a value.
+        token: The access token of the server; by default the value of ``SPLITLEARN_TOKEN``.
+        wire: How hidden states and gradients are sent, both ways: lossless ``"raw"``, or ``"int8"`` or ``"int4"``
+            with 8 or 4 bits for each value.
         mode: ``"solo"`` is bit-equal to the unsplit model.
-        max_tokens: Tokens of one sequence for which the server reserves room; a longer one asks for more.
-        wait: Seconds to wait for a server that was reached before and is away.
+        max_tokens: Tokens of one sequence for which the server reserves memory; a longer sequence asks for more.
+        wait: Seconds to wait for a server that was reached before and has become unreachable.
         reply_timeout: Seconds for the reply to one step.
-        journal_bytes: Bytes of inputs that each session keeps here, to be rebuilt after a restart of the server.
-        ca_file: Certificates to trust, in place of the system's.
+        journal_bytes: Bytes of inputs that each session keeps here, for being rebuilt after a restart of the server.
+        ca_file: A file of certificates to trust, in place of the system's.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -74,7 +74,7 @@ def connect(
     if wire not in WIRES or mode != "solo":
         raise ConfigurationError(
             f"wire={wire!r}, mode={mode!r}: this version sends {', '.join(WIRES)}, and runs sessions alone",
-            hint='leave them out, or give one of these and mode="solo"',
+            hint='leave both out, or use one of these and mode="solo"',
         )
     problems = [
         f"{name}={value!r} is not {what}"
@@ -91,7 +91,7 @@ def connect(
         raise ConfigurationError("; ".join(problems), hint="leave an argument out for its default")
     endpoint = Endpoint(
         url=url,
-        # As it is read from a file, with its line end.
+        # A token that was read from a file may end with a newline.
         token=(token if token is not None else os.environ.get(TOKEN_VARIABLE, "")).strip() or None,
         ca_file=None if ca_file is None else os.fspath(ca_file),
         reply_timeout=reply_timeout,
@@ -102,7 +102,7 @@ def connect(
 class RemoteComponent(nn.Module):
     """A component without weights, whose forward runs at a host. See :func:`connect`.
 
-    It is used wherever a component is: called, with :meth:`new_cache`, and in ``SplitCausalLM``. Any thread may
+    It is used like a component: called, with :meth:`new_cache`, and in ``SplitCausalLM``. Any thread may
     call it; each cache is one session at the host, for one caller at a time.
     """
 
@@ -111,17 +111,17 @@ class RemoteComponent(nn.Module):
         self.host = host
         self._max_tokens = max_tokens
         self._has_reported = False
-        #: What comes before the names of layers in the whole model; empty until their modules are known.
+        #: The prefix of the layers' names in the whole model; empty until their modules are known.
         self._prefix = ""
         #: PEFT's configurations, and the adapters as they were last sent, by the hash of their description.
         self._configs: Mapping[str, Any] = {}
         self._uploads: dict[str, Upload] = {}
-        #: Calls in training mode.
+        #: The number of calls in training mode.
         self._calls = 0
         facts = host.facts
         if kind_of(facts.component) is not Component.TRUNK:
             raise ConfigurationError(f"{host.url} runs a {facts.component}; only trunks are used remotely")
-        #: What ``SplitCausalLM`` compares with the other components.
+        #: ``SplitCausalLM`` compares these with the other components.
         self.config = SimpleNamespace(
             model_type=facts.model_type, hidden_size=facts.hidden_size, vocab_size=facts.vocab_size
         )
@@ -131,7 +131,7 @@ class RemoteComponent(nn.Module):
 
     @property
     def facts(self) -> Facts:
-        """What the host says of the component."""
+        """The host's description of the component."""
         return self.host.facts
 
     @property
@@ -170,11 +170,11 @@ class RemoteComponent(nn.Module):
         return f"{self.component}, layers {self.layer_range}, at {self.url}"
 
     def report_differences(self, config: Any, device: torch.device) -> None:
-        """Log, once, what makes results with this host differ in the last bit from the unsplit model's here.
+        """Log, once, why results with this host may differ in the last bit from those of the unsplit model here.
 
         Args:
             config: The configuration of a component that runs here.
-            device: Where that component is.
+            device: The device of that component.
         """
         here = {
             "attention": str(getattr(config, "_attn_implementation", None) or "eager"),
@@ -197,7 +197,7 @@ class RemoteComponent(nn.Module):
         self.host.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteComponent:
-        # The connections are for any thread.
+        # Connections are thread-safe, so copies share them.
         other = memo[id(self)] = RemoteComponent(self.host, self._max_tokens)
         other.layer_modules = copy.deepcopy(self.layer_modules, memo)
         other._prefix, other._configs = self._prefix, copy.deepcopy(self._configs, memo)  # its own class
@@ -206,7 +206,7 @@ class RemoteComponent(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ConfigurationError(
             f"the {self.component} at {self.url} cannot be pickled: it is a connection",
-            hint="connect to it where it is used: connect(URL)",
+            hint="connect in the process that uses it: connect(URL)",
         )
 
     def new_cache(self) -> PartCache:
@@ -214,10 +214,10 @@ class RemoteComponent(nn.Module):
         return PartCache(self._new_layers(), self.layer_range)
 
     def cache_view(self, whole: Cache) -> PartCache:
-        """See this component's layers in a cache of the whole model, after turning empty ones into a session.
+        """Return a view of this component's layers in a cache of the whole model; empty layers become a session.
 
         Raises:
-            ConfigurationError: They are filled already, by a component that runs here; or are of another kind.
+            ConfigurationError: The layers were filled by a component that runs here, or are of another kind.
         """
         owned = self.layer_range
         view = PartCache.view(whole, owned)
@@ -265,11 +265,11 @@ class RemoteComponent(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | BaseModelOutputWithPast:
-        """Run the component at its host; arguments and result are those of a trunk.
+        """Run the component at its host; arguments and result are as for a trunk.
 
         Raises:
             ConfigurationError: Arguments that a trunk does not take.
-            RemoteError: The host refused the step, or was away for too long.
+            RemoteError: The host refused the step, or was unreachable for too long.
         """
         hidden = self._checked_states(hidden_states)
         cache = self._checked_cache(named_cache(kwargs, past_key_values))
@@ -295,11 +295,11 @@ class RemoteComponent(nn.Module):
         return cast("torch.Tensor | BaseModelOutputWithPast", call.forward(hidden, cache)[0])
 
     def open_layers(self, family: ModelFamily, config: Any, device: torch.device) -> None:
-        """Put modules of the family in the place of the layers, for PEFT to adapt; they have no values.
+        """Replace the layers by the family's modules without values, for PEFT to adapt.
 
         Args:
-            family, config: Those of the components that are here.
-            device: Where the modules that PEFT adds are to be.
+            family, config: The family and configuration of the components in this process.
+            device: The device for the modules that PEFT adds.
         """
         if self._prefix:
             return
@@ -312,7 +312,7 @@ class RemoteComponent(nn.Module):
             self.to(device)
 
     def adapt(self, configs: Mapping[str, Any]) -> None:
-        """Take note of PEFT's configurations, of which what they name may be on the layers.
+        """Note PEFT's configurations, some of whose target modules may be in these layers.
 
         Raises:
             ConfigurationError: One of them needs the weights.
@@ -329,7 +329,7 @@ class RemoteComponent(nn.Module):
         return tuning_of(self.layer_modules, self._prefix, self._configs, self.url, training=self.training)
 
     def _upload_of(self, tuning: Tuning | None) -> Upload | None:
-        """Return the adapters to send; the same object as long as they do not change."""
+        """Return the adapters to send; the same object until they change."""
         if tuning is None:
             return None
         description = content_hash(tuning.description, {})
@@ -347,11 +347,11 @@ class RemoteComponent(nn.Module):
         return self
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: the host decides which implementation it runs."""
+        """Raise: the host decides which implementation it runs."""
         self.set_attn_implementation()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: the host decides which implementation it runs."""
+        """Raise: the host decides which implementation it runs."""
         raise ConfigurationError(
             f"the {self.component} runs with the kernels of its host ({self.facts.attention} attention)",
             hint="set it where the component is loaded",
@@ -365,12 +365,12 @@ class RemoteComponent(nn.Module):
             or hidden.shape[-1] != width
             or (hidden.dtype != self.dtype and _autocast_name(hidden.device) is None)
         ):
-            given = (
+            described = (
                 f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else type(hidden).__name__
             )
             raise ConfigurationError(
-                f"hidden_states are {given}; this {self.component} takes {self.dtype} [batch, sequence, {width}]",
-                hint="give what the component before it returned, as it is",
+                f"hidden_states are {described}; this {self.component} takes {self.dtype} [batch, sequence, {width}]",
+                hint="pass the output of the previous component unchanged",
             )
         return hidden
 
@@ -381,21 +381,21 @@ class RemoteComponent(nn.Module):
             cached = getattr(cache, "layer_range", "all layers")
             raise ConfigurationError(
                 f"past_key_values is a cache of {cached}; this {self.component} runs layers {self.layer_range}",
-                hint=f"use {self.component}.new_cache(); a cache of other layers would give wrong text silently",
+                hint=f"use {self.component}.new_cache(); a cache of other layers would silently give wrong text",
             )
         first = cache.layers[0]
         if not isinstance(first, _Mirrored) or first.session.host is not self.host:
             raise ConfigurationError(
-                f"past_key_values is a cache of another {self.component} than that at {self.url}",
-                hint=f"use its own {self.component}.new_cache()",
+                f"past_key_values is a cache of another {self.component} than the one at {self.url}",
+                hint=f"use this component's own {self.component}.new_cache()",
             )
         return cache
 
-    def _named(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Separate arguments into values of JSON and tensors."""
+    def _named(self, passed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Separate arguments into JSON values and tensors."""
         arguments: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for name, value in given.items():
+        for name, value in passed.items():
             if value is None:
                 continue
             if name not in self.facts.arguments and name not in RECORDINGS:
@@ -413,14 +413,14 @@ class RemoteComponent(nn.Module):
                 arguments[name] = value
             else:
                 raise ConfigurationError(
-                    f"{name} is a {type(value).__name__}, which is not sent to {self.url}",
-                    hint="give a tensor, a number, a text, or nothing",
+                    f"{name} is a {type(value).__name__}, which cannot be sent to {self.url}",
+                    hint="pass a tensor, a number, a string, or None",
                 )
         return arguments, tensors
 
 
 def _autocast_name(device: torch.device) -> str | None:
-    """Return torch's name of the dtype of autocast, which is the thread's, and does not travel by itself."""
+    """Return torch's name of the autocast dtype, a setting of this thread that has to be sent along."""
     if not torch.is_autocast_enabled(device.type):
         return None
     return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
@@ -428,10 +428,10 @@ def _autocast_name(device: torch.device) -> str | None:
 
 @contextmanager
 def restored(whole: Any) -> Iterator[None]:
-    """Leave the cache of a whole model as it was where a component fails, so that the same call can be made again.
+    """Restore the cache of a whole model if a component fails, so that the call can be repeated.
 
     Args:
-        whole: A cache with layers at a host among those that are here; or None.
+        whole: A cache with local layers and layers at a host; or None.
 
     Raises:
         ConfigurationError: The layers have different lengths: an earlier failure could not be undone.
@@ -453,7 +453,7 @@ def restored(whole: Any) -> Iterator[None]:
             vars(layer).update(state)
         for layer in [] if whole is None else whole.layers:
             if isinstance(layer, _Mirrored) and not isinstance(layer, _Following):
-                # Where a window has moved on, what it lost cannot be taken back: the next call is refused.
+                # A sliding window that has moved on cannot be restored: the next call is refused.
                 with contextlib.suppress(RuntimeError, ValueError):
                     layer.crop(length - cast("Any", layer).get_seq_length())
             elif not isinstance(layer, _Mirrored) and layer not in layers:
@@ -462,35 +462,35 @@ def restored(whole: Any) -> Iterator[None]:
 
 
 class _Mirrored:
-    """A cache layer whose keys and values are at a host, and that only knows its own length and rows.
+    """A cache layer whose keys and values are at a host; it only knows its length and number of rows.
 
-    Changes of the cache (beam search reorders it, drafting takes tokens back) are done to small stand-ins by
+    Changes of the cache (beam search reorders it, speculative decoding crops it) are applied to small stand-ins by
     transformers' own code, and go to the host with the next step.
     """
 
     session: RemoteSession
-    #: Whether changes of this layer are those of the session.
+    #: Whether this layer records changes for the session.
     _records: bool
     keys: torch.Tensor | None
     values: torch.Tensor | None
 
     def advance(self, rows: int, tokens: int) -> None:
-        """Grow by a step that was done."""
+        """Grow by an executed step."""
         stand_in = torch.empty(rows, 1, tokens, 1, dtype=torch.uint8)
         super().update(stand_in, stand_in)  # type: ignore[misc]  # of the layer that it is mixed into
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: keys and values are not here."""
+        """Raise: keys and values are not in this process."""
         raise ConfigurationError(
-            f"this cache belongs to a component at {self.session.host.url}, and was given to one that runs here",
-            hint="give each component a cache of its own new_cache()",
+            f"this cache belongs to a component at {self.session.host.url}, and was passed to one that runs here",
+            hint="give each component a cache from its own new_cache()",
         )
 
     def offload(self) -> None:
-        """Do nothing: there is nothing here to move."""
+        """Do nothing: there is nothing to move."""
 
     def prefetch(self) -> None:
-        """Do nothing: there is nothing here to move."""
+        """Do nothing: there is nothing to move."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx.cpu())  # type: ignore[misc]  # of the layer that it is mixed into
@@ -513,7 +513,7 @@ class _Mirrored:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]  # of the layer that it is mixed into
         if self._records:
-            # Nothing that was to be done before matters any more.
+            # Earlier pending changes are void.
             self.session.changes = [("reset", None)]
 
     def activate_past_recording(self) -> None:
@@ -530,9 +530,9 @@ class _Mirrored:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         other = object.__new__(type(self))
         memo[id(self)] = other
-        # Stand-ins are replaced and never written to, so that both may have the same.
+        # Stand-ins are replaced, never written to, so copies may share them.
         vars(other).update(vars(self))
-        # The same copy for each layer that leads others.
+        # All layers of the copy share one copied session.
         other.session = copy.deepcopy(self.session, memo)
         return other
 
@@ -546,10 +546,10 @@ class _Sliding(_Mirrored, DynamicSlidingWindowLayer):
 
 
 class _Following:
-    """A layer that shares the state of another one of its kind, which is changed once for all of them."""
+    """A layer that shares the state of a leading layer of its kind, which is changed once for all of them."""
 
-    #: The other one. Not in the state that they share: it would refer to itself, and its session would end only when
-    #: cycles are collected.
+    #: The leading layer. Not in the shared state: it would refer to itself, and its session would end only when
+    #: the garbage collector finds the cycle.
     __slots__ = ("leader",)
     leader: Any
 
@@ -582,7 +582,7 @@ def _leader(window: int, session: RemoteSession, *, records: bool) -> Any:
 
 def _follower(leader: Any) -> Any:
     layer: Any = object.__new__(_FollowingSliding if isinstance(leader, _Sliding) else _FollowingFull)
-    # One state, however many layers: each step would otherwise change as many stand-ins as there are layers.
+    # One shared state: otherwise each step would change a stand-in for every layer.
     layer.__dict__ = leader.__dict__
     layer.leader = leader
     return layer

@@ -1,4 +1,4 @@
-"""What a remote component allows, compared with what a model is about to do, before that costs anything."""
+"""Checks of what a model is about to do against the limits of a remote component, before any work is done."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from splitlearn_core.hosts.remote import RemoteComponent
 
 
 def declare_length(component: RemoteComponent, tokens: int, cache: Any) -> None:
-    """Have room reserved for a sequence of so many tokens, when its session is opened.
+    """Declare the length of a sequence, for which the host reserves memory when the session is opened.
 
     Args:
-        component: Where it runs.
-        tokens: The most that will be cached; a longer one asks for more when it comes.
+        component: The remote component.
+        tokens: The largest number of cached tokens; a longer sequence grows the reservation later.
         cache: The cache of the whole model; None without one.
 
     Raises:
-        ConfigurationError: The host does not allow so many.
+        ConfigurationError: The host does not allow as many tokens.
     """
     most = component.facts.max_tokens
     if tokens > most:
@@ -34,10 +34,10 @@ def declare_length(component: RemoteComponent, tokens: int, cache: Any) -> None:
 
 
 def refuse_cast(component: RemoteComponent, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Refuse what would change the dtype of a component's parameters, if they were here.
+    """Refuse a cast of the parameters of a component that runs elsewhere.
 
     Raises:
-        ConfigurationError: It would.
+        ConfigurationError: The function would change their dtype.
     """
     dtype = function(torch.empty(0, dtype=component.dtype)).dtype
     if dtype != component.dtype:

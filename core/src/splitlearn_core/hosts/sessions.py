@@ -6,7 +6,7 @@ it was.
 ================  =========  ==================================================================================
 code              again?     meaning
 ================  =========  ==================================================================================
-malformed         no         no valid frame; the connection ends
+malformed         no         not a valid frame; the connection ends
 version           no         another version of the protocol
 too_large         no         more bytes or tokens than the host allows
 bad_input         no         a step that this component cannot do: wrong shapes, dtypes, numbers, arguments
@@ -14,14 +14,14 @@ unknown_session   no         there is no such session: it expired, was closed, t
                              secret is wrong; the caller can open another and replay its journal
 out_of_order      no         a step that is neither the next nor the last one
 full              later      no room for another session, or for more tokens
-failed            no         the component failed in the step
-out_of_memory     no         it had no memory for the step
-unknown_adapter   at once    an adapter is not here any more, and is to be sent again
+failed            no         the component raised an error in the step
+out_of_memory     no         the host ran out of memory in the step
+unknown_adapter   at once    the host no longer has an adapter; the caller sends it again
 no_training       no         this owner may not train
-no_more_training  no         this owner has trained as much as it may
-no_peft           no         the library of adapters is not installed at the host
+no_more_training  no         this owner has used up its training allowance
+no_peft           no         PEFT is not installed at the host
 access            no         the token is missing or wrong
-closing           later      the host is ending, or its model is being unloaded
+closing           later      the host is shutting down, or its model is being unloaded
 not_loaded        later      the model of a server could not be loaded
 ================  =========  ==================================================================================
 """
@@ -55,16 +55,16 @@ from splitlearn_core.types import Component, human_bytes
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which room may be free.
+#: Seconds after which a refused client may try again.
 _RETRY_AFTER = 5.0
 _HIDDEN_DIMENSIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits(TrainingLimits):
-    """What a host gives to its sessions, and to training."""
+    """The limits of a host for sessions and training."""
 
-    #: Sessions at once, in all and of one owner (that is, of one token).
+    #: Sessions at a time, in total and for each owner (that is, for each token).
     max_sessions: int = 256
     max_sessions_per_owner: int = 256
     #: Tokens of one sequence, and sequences of one session.
@@ -85,13 +85,13 @@ class _Session:
     owner: str
     cache: PartCache
     rows: int
-    #: The tokens that it declared, or has.
+    #: Tokens of one sequence: declared, or cached if that is more.
     tokens: int
     lock: threading.Lock
     used_at: float
-    #: Those of its owner.
+    #: The limits of its owner.
     limits: SessionLimits
-    #: The last step that was done, and its result until the next one.
+    #: The number of the last executed step, and its result until the next one.
     done: int = 0
     result: Frame | None = None
     #: What the caller chose for that step: another step of the same number is not the same step.
@@ -105,13 +105,13 @@ class SessionTable:
 
     Args:
         component: A trunk. Its mode (evaluation or training) and dtype stay as they are.
-        limits: What sessions may take.
+        limits: The limits of its sessions.
         clock: Returns seconds, monotonically.
-        facts: What an earlier table of the same component said of it; by default it is examined.
-        usage: Counts what owners train, over several tables.
+        facts: The facts of an earlier table of the same component; by default the component is examined.
+        usage: Counts the training of each owner, across several tables.
 
     Raises:
-        ConfigurationError: The component is not a trunk, or does not run here.
+        ConfigurationError: The component is not a trunk, or does not run in this process.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SessionTable:
         if not isinstance(component, ComponentModel):
             raise ConfigurationError(
                 f"a {type(component).__name__} has no layers in this process, and so no sessions here",
-                hint="its sessions are where it runs; sessions_on(component, limits) reaches those",
+                hint="its sessions are kept where it runs; use sessions_on(component, limits)",
             )
         if component.kind is not Component.TRUNK:
             raise ConfigurationError(
@@ -139,7 +139,7 @@ class SessionTable:
         self._sessions: dict[int, _Session] = {}
         self._training = Training(component, clock, usage)
         self._lock = threading.Lock()
-        #: One forward at a time.
+        #: Held during a forward, so that one runs at a time.
         self._compute = threading.Lock()
         self._closing = False
 
@@ -151,7 +151,7 @@ class SessionTable:
 
     @property
     def numbers(self) -> list[int]:
-        """Those of the sessions that are open."""
+        """The numbers of the open sessions."""
         return list(self._sessions)
 
     @property
@@ -165,35 +165,37 @@ class SessionTable:
         return sum(map(self._bytes_of, list(self._sessions.values())))
 
     def handle(self, frame: Frame, owner: str = "", limits: SessionLimits | None = None) -> Frame:
-        """Answer one request. Never raises for what a client sent: the answer is then an ERROR.
+        """Answer one request. A bad request does not raise: it is answered with an ERROR.
 
         Args:
             frame: The request.
-            owner: Who asks: sessions of one owner are counted together, and no one else's requests reach them.
-            limits: What this owner's sessions may take, in place of the table's; sizes of caches and messages, and
-                the time limit, are the table's in any case.
+            owner: Who sent it. Sessions of one owner are counted together, and only that owner's requests reach them.
+            limits: The limits of this owner, in place of the table's; the sizes of caches and messages, and
+                the time limit, are always the table's.
         """
         handler = self._handlers.get(frame.kind)
         if handler is None:
-            return error_frame(ProtocolError(f"{frame.kind.name} is no request", code="malformed"), frame)
+            return error_frame(ProtocolError(f"{frame.kind.name} is not a request", code="malformed"), frame)
         try:
             request = expanded(frame, self.limits.max_payload)
             reply = compressed(handler(self, request, owner, limits or self.limits), wire_of(frame))
-            # By its number, the other side sees that it is the reply to this request.
+            # Its number shows the other side which request it answers.
             return reply if reply.step == frame.step else reply._replace(step=frame.step)
         except SplitLearnError as error:
             return error_frame(error, frame)
         except Exception as error:
-            # One client's request must not end what serves the others. The text may name files.
+            # One client's request must not stop the service of the others. The error's text may name files.
             log.exception("A %s failed", frame.kind.name)
-            failure = RemoteError(f"the host failed: {type(error).__name__}", code="failed", hint="its log says how")
+            failure = RemoteError(
+                f"the host failed: {type(error).__name__}", code="failed", hint="its log has the details"
+            )
             return error_frame(failure, frame)
 
     def expire(self) -> int:
-        """End the sessions that have been idle for too long; returns how many there were."""
+        """End the sessions that have been idle for too long, and return their number."""
         limit = self._clock() - self.limits.idle_timeout
         with self._lock:
-            # One that is in a step is not idle, however long the step takes.
+            # A session in a step is not idle, however long the step takes.
             idle = [s for s in self._sessions.values() if s.used_at < limit and not s.lock.locked()]
             for session in idle:
                 del self._sessions[session.number]
@@ -201,7 +203,7 @@ class SessionTable:
         return len(idle)
 
     def close(self) -> None:
-        """End all sessions, and take no more."""
+        """End all sessions, and accept no more."""
         with self._lock:
             self._closing = True
             self._sessions.clear()
@@ -249,7 +251,7 @@ class SessionTable:
         )
         with self._lock:
             if self._closing:
-                raise RemoteError("this host is ending", code="closing", retry_after=_RETRY_AFTER)
+                raise RemoteError("this host is shutting down", code="closing", retry_after=_RETRY_AFTER)
             own = sum(other.owner == owner for other in self._sessions.values())
             if len(self._sessions) >= self.limits.max_sessions or own >= limits.max_sessions_per_owner:
                 raise RemoteError(
@@ -257,7 +259,7 @@ class SessionTable:
                     f"{self.limits.max_sessions} and {limits.max_sessions_per_owner} are allowed",
                     code="full",
                     retry_after=_RETRY_AFTER,
-                    hint="try again when others have ended, or close sessions that are no longer needed",
+                    hint="try again when other sessions have ended, or close those that are no longer needed",
                 )
             self._admit(self._bytes_of(session))
             self._sessions[session.number] = session
@@ -284,15 +286,15 @@ class SessionTable:
                 raise RemoteError(
                     f"step {frame.step} was sent, and step {session.done + 1} is next",
                     code="out_of_order",
-                    hint="a session is used by one caller at a time; copy its cache for another one",
+                    hint="a session has one caller at a time; copy its cache for another caller",
                 )
-            before = [copy.copy(layer) for layer in session.cache.layers], session.rows, session.tokens
+            old_state = [copy.copy(layer) for layer in session.cache.layers], session.rows, session.tokens
             try:
                 self._change(session, frame.meta.get("changes", []))
                 result = self._forward(frame, session, owner, limits)
             except BaseException:
-                # Cache layers put new tensors in the place of old ones, so that copies of the layers are the old state.
-                session.cache.layers[:], session.rows, session.tokens = before
+                # Cache layers replace their tensors instead of writing to them, so shallow copies hold the old state.
+                session.cache.layers[:], session.rows, session.tokens = old_state
                 raise
             finally:
                 session.used_at = self._clock()
@@ -303,22 +305,22 @@ class SessionTable:
     def _put(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         with self._lock:
             if self._closing:
-                raise RemoteError("this host is ending", code="closing", retry_after=_RETRY_AFTER)
+                raise RemoteError("this host is shutting down", code="closing", retry_after=_RETRY_AFTER)
         return Frame(Kind.KEPT, meta={"hash": self._training.put(frame, owner, limits)})
 
     def _backward(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         tensors, mode = unpack(frame), Mode.of(frame.meta)
         random, gradient = taken_random(tensors), tensors.pop("gradient", None)
         if gradient is None or frame.session:
-            raise RemoteError("a gradient goes back through a forward without cache", code="bad_input")
-        asked_at = self._clock()
+            raise RemoteError("a backward pass needs a forward without cache", code="bad_input")
+        requested_at = self._clock()
         with self._compute, torch.inference_mode(mode=False), torch.enable_grad():
             began_at = self._clock()
             with self._training.running(mode, owner, random) as running:
                 hidden, inputs = self._inputs(frame, tensors, None, mode)
                 self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
                 specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
-        meta = {"waited": began_at - asked_at, "computed": self._clock() - began_at}
+        meta = {"waited": began_at - requested_at, "computed": self._clock() - began_at}
         return Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers)
 
     _handlers: Mapping[Kind, Callable[..., Frame]] = {
@@ -337,7 +339,7 @@ class SessionTable:
     def _session(self, frame: Frame, owner: str) -> _Session:
         session = self._sessions.get(frame.session)
         secret = frame.meta.get("secret")
-        # A wrong secret gets the same answer as an unknown number, so that numbers cannot be probed.
+        # A wrong secret gets the same answer as an unknown number, so that nobody can probe for numbers.
         if (
             session is None
             or session.owner != owner
@@ -345,18 +347,18 @@ class SessionTable:
             or not hmac.compare_digest(secret.encode(errors="replace"), session.secret.encode())
         ):
             raise RemoteError(
-                "there is no such session here: it has ended, or is another one's",
+                "there is no such session here: it has ended, or belongs to another owner",
                 code="closing" if self._closing else "unknown_session",
                 hint="open another session",
             )
         return session
 
-    def _admit(self, wanted: int) -> None:
+    def _admit(self, additional: int) -> None:
         """Refuse bytes beyond the limit; called with the lock held."""
         limit, reserved = self.limits.cache_bytes, self.reserved_bytes
-        if limit is not None and reserved + wanted > limit:
+        if limit is not None and reserved + additional > limit:
             raise RemoteError(
-                f"caches of {human_bytes(reserved)} are reserved, {human_bytes(wanted)} more are needed, "
+                f"caches of {human_bytes(reserved)} are reserved, {human_bytes(additional)} more are needed, "
                 f"and {human_bytes(limit)} are allowed",
                 code="full",
                 retry_after=_RETRY_AFTER,
@@ -367,7 +369,7 @@ class SessionTable:
         return session.rows * session.tokens * self.facts.cache_bytes_per_token
 
     def _grow(self, session: _Session, rows: int, tokens: int) -> None:
-        """Reserve room for a step that needs more than was declared."""
+        """Reserve memory for a step that exceeds what was declared."""
         limits = session.limits
         if rows > limits.max_rows or tokens > limits.max_tokens:
             raise RemoteError(
@@ -381,14 +383,14 @@ class SessionTable:
             session.rows, session.tokens = grown.rows, grown.tokens
 
     def _change(self, session: _Session, changes: Any) -> None:
-        """Apply the changes of a cache that a step brings along, in order."""
+        """Apply a step's changes of the cache, in order."""
         if not isinstance(changes, list):
-            raise RemoteError("the changes of a cache are no list", code="bad_input")
+            raise RemoteError("the changes of a cache are not a list", code="bad_input")
         for change in changes:
             name, value = change if isinstance(change, list) and len(change) == 2 else ("", None)  # noqa: PLR2004  # name and value
             apply = _CHANGES.get(name) if isinstance(name, str) else None
             if apply is None:
-                raise RemoteError(f"{str(name)[:50]!r} is no change of a cache", code="bad_input")
+                raise RemoteError(f"{str(name)[:50]!r} is not a change of a cache", code="bad_input")
             rows, length = _rows(session.cache), session.cache.get_seq_length()
             checked = _checked_change(name, value, rows, self.limits.max_rows, length)
             if rows and name in _ROWS_AFTER:
@@ -403,7 +405,7 @@ class SessionTable:
             hidden = tensors.get("hidden_states")
             if hidden is not None and hidden.dim() == _HIDDEN_DIMENSIONS:
                 self._grow(session, hidden.shape[0], session.cache.get_seq_length() + hidden.shape[1])
-        asked_at = self._clock()
+        requested_at = self._clock()
         with self._compute, torch.inference_mode(mode=False), torch.no_grad():
             began_at = self._clock()
             with self._training.running(mode, owner, random) as running:
@@ -412,7 +414,7 @@ class SessionTable:
         meta = {
             "length": 0 if session is None else session.cache.get_seq_length(),
             "mode": "solo",
-            "waited": began_at - asked_at,
+            "waited": began_at - requested_at,
             "computed": self._clock() - began_at,
         }
         return Frame(Kind.RESULT, meta=meta, tensors=packed[0], buffers=packed[1])
@@ -420,25 +422,25 @@ class SessionTable:
     def _inputs(
         self, frame: Frame, tensors: dict[str, torch.Tensor], session: _Session | None, mode: Mode
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Check the inputs of a step, and name them as the component does."""
+        """Check the inputs of a step, and return them by the component's argument names."""
         device = next(self._component.parameters()).device
         hidden = tensors.pop("hidden_states", None)
         if hidden is None or hidden.dim() != _HIDDEN_DIMENSIONS:
             raise RemoteError("a step has no hidden_states [batch, sequence, hidden]", code="bad_input")
         if hidden.shape[0] * hidden.shape[1] == 0 or hidden.shape[0] > self.limits.max_rows:
-            raise RemoteError(f"hidden_states are {_shape(hidden)}: none, or too many sequences", code="bad_input")
+            raise RemoteError(f"hidden_states are {_shape(hidden)}: empty, or too many sequences", code="bad_input")
         if hidden.shape[1] > self.limits.max_tokens:
             raise RemoteError(
                 f"{hidden.shape[1]} tokens in one step; this host allows {self.limits.max_tokens}", code="too_large"
             )
         if not hidden.is_floating_point():
-            raise RemoteError(f"hidden_states are {_shape(hidden)}, no floating numbers", code="bad_input")
-        # A scaler of half precision looks for what is not finite itself, and leaves the step out.
+            raise RemoteError(f"hidden_states are {_shape(hidden)}, not floating-point numbers", code="bad_input")
+        # A gradient scaler looks for infinities and NaNs itself, and skips the step.
         if mode.autocast != "float16" and not torch.isfinite(hidden).all():
             raise RemoteError(
                 "hidden_states have values that are not finite",
                 code="bad_input",
-                hint="look at the bottom and at what it was given: is a value NaN, or beyond the dtype?",
+                hint="check the bottom and its input: is a value NaN, or out of the range of the dtype?",
             )
         inputs = _arguments(frame.meta, tensors, {*self.facts.arguments, *RECORDINGS})
         inputs = {name: _to(value, device) for name, value in inputs.items()}
@@ -459,7 +461,7 @@ class SessionTable:
 
 
 def error_frame(error: SplitLearnError, request: Frame | None = None) -> Frame:
-    """Return the answer to a request that was refused."""
+    """Return the reply to a refused request."""
     code = getattr(error, "code", "") or "failed"
     after = getattr(error, "retry_after", None)
     session, step = (request.session, request.step) if request is not None else (0, 0)
@@ -468,7 +470,7 @@ def error_frame(error: SplitLearnError, request: Frame | None = None) -> Frame:
 
 
 def _arguments(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], known: AbstractSet[str]) -> dict[str, Any]:
-    """Return the arguments of a forward by name, from the values of meta and the tensors of a frame."""
+    """Return the arguments of a forward by name, from the values in meta and the tensors of a frame."""
     values, kinds = meta.get("arguments", {}), []
     if isinstance(values, dict) and "attention_mask_of" in values:
         kinds = values["attention_mask_of"]
@@ -479,12 +481,12 @@ def _arguments(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], kno
         or not isinstance(kinds, list)
         or not all(isinstance(kind, str) for kind in kinds)
     ):
-        raise RemoteError("the arguments of a step are no names of numbers and texts", code="bad_input")
+        raise RemoteError("the arguments of a step are not a mapping of names to numbers and strings", code="bad_input")
     masks = {f"attention_mask.{kind}": kind for kind in kinds}
     unknown = [name for name in (*values, *tensors) if name not in known and name not in masks]
     if unknown:
         raise RemoteError(
-            f"this component takes no {', '.join(map(repr, unknown[:5]))}",
+            f"this component does not take {', '.join(map(repr, unknown[:5]))}",
             code="bad_input",
             hint=f"it takes hidden_states, {', '.join(sorted(known))}",
         )
@@ -523,7 +525,7 @@ def _number(meta: Mapping[str, Any], name: str, least: int, most: int) -> int:
     value = meta.get(name)
     if type(value) is not int or not least <= value <= most:
         raise RemoteError(
-            f"{name} is {str(value)[:50]}, no whole number from {least} to {most}",
+            f"{name} is {str(value)[:50]}, not a whole number from {least} to {most}",
             code="too_large" if type(value) is int and value > most else "bad_input",
             hint=f"this host allows {most} {name} in one session",
         )
@@ -531,7 +533,7 @@ def _number(meta: Mapping[str, Any], name: str, least: int, most: int) -> int:
 
 
 def _checked_change(name: str, value: Any, rows: int, max_rows: int, length: int) -> Any:
-    """Return the value of a change, checked against the cache that it is for."""
+    """Return the value of a change, checked against its cache."""
     if name in ("reorder", "select"):
         if isinstance(value, list) and len(value) <= max_rows and all(type(r) is int and 0 <= r < rows for r in value):
             return torch.tensor(value, dtype=torch.long)
@@ -549,7 +551,7 @@ def _checked_change(name: str, value: Any, rows: int, max_rows: int, length: int
     )
 
 
-#: Name of a change -> the sequences that there are after it.
+#: Name of a change -> the number of sequences after it.
 _ROWS_AFTER: Mapping[str, Callable[[int, Any], int]] = {
     "reorder": lambda rows, value: len(value),
     "select": lambda rows, value: len(value),
@@ -569,12 +571,12 @@ def _each(method: str) -> Callable[[PartCache, Any], None]:
 
 def _remove(cache: PartCache, count: int) -> None:
     for layer in cache.layers:
-        # Older versions take 0 for the length that is left.
+        # Older versions take 0 for the remaining length.
         if count or getattr(layer, "record_past", False):
             cast("Any", layer).crop(-count)
 
 
-#: Name of a change -> what does it. They are the methods of transformers' cache layers.
+#: Name of a change -> the function that applies it: methods of transformers' cache layers.
 _CHANGES: Mapping[str, Callable[[PartCache, Any], None]] = {
     "reorder": _each("reorder_cache"),
     "select": _each("batch_select_indices"),

@@ -2,8 +2,8 @@
 
 A request and its reply take turns, so that one *arena* is enough for a connection: a memory file that holds the payload
 of the request, and then that of its reply. The side that opened the connection makes it when a request is large enough,
-makes a larger one when that is too small, and sends its descriptor along. It has no name, and is gone when both
-processes are, however they end. Before each frame stands::
+makes a larger one when it is too small, and sends its descriptor along. It has no name, and is freed when both
+processes have ended, in whatever way. Each frame is preceded by::
 
     place of the payload   bytes of the arena
              I                    4x Q
@@ -31,11 +31,11 @@ _PREFIX = struct.Struct("<I4xQ")
 _HEAD_BYTES = _PREFIX.size + HEADER_BYTES
 #: Where a payload is.
 _ON_SOCKET, _IN_ARENA = 0, 1
-#: The payload from which on copying it twice is cheaper than passing it through the socket's buffer.
+#: The payload size from which two copies are cheaper than passing it through the socket's buffer.
 ARENA_FROM = 8 * 1024
-#: The least size of an arena, and the largest; a larger payload goes through the socket.
+#: The minimum and maximum size of an arena; a larger payload goes through the socket.
 _LEAST_SIZE, _LARGEST_SIZE = 2**20, 2**30
-#: Read at once: a frame without a large payload is one system call, and any description has room.
+#: The size of one read: a frame without a large payload takes one system call, and any description fits.
 _SCRATCH = _HEAD_BYTES + MAX_META_BYTES
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DESCRIPTOR = struct.Struct("i")
@@ -45,8 +45,8 @@ class Channel:
     """One end of a connection; used by one thread at a time.
 
     Args:
-        stream: A Unix socket whose other end is a channel as well.
-        max_payload: Bytes of the largest payload that is received.
+        stream: A Unix socket with a channel at its other end.
+        max_payload: The largest payload to receive, in bytes.
         makes_arena: Whether this end sends requests; it then makes the arena.
     """
 
@@ -57,7 +57,7 @@ class Channel:
         self._is_first = makes_arena
         self._arena: mmap.mmap | None = None
         self._size = 0
-        #: The reply whose buffers may still be in use, as views of the arena.
+        #: A reply whose buffers, views of the arena, may still be in use.
         self._lent: weakref.ref[Any] | None = None
         self._scratch = bytearray(_SCRATCH)
         self._view = memoryview(self._scratch)
@@ -74,7 +74,7 @@ class Channel:
         if self._makes_arena and ARENA_FROM <= size <= _LARGEST_SIZE and (is_lent or self._size < size):
             descriptor = self._make(size)
         elif is_lent:
-            # Nothing is to be written where the last reply still is.
+            # The arena must not be overwritten while it still holds the last reply.
             self._arena, self._size = None, 0
         try:
             if ARENA_FROM <= size <= self._size and self._arena is not None:
@@ -92,16 +92,16 @@ class Channel:
     def receive(self) -> Frame | None:
         """Receive a frame; None if the other side has ended between two frames.
 
-        The buffers of a large request are views of the arena, which are valid until the reply is sent: that is written
-        over them. Those of a reply are valid as long as they exist.
+        The buffers of a large request are views of the arena, which are valid until the reply is sent: the reply
+        overwrites them. Those of a reply are valid as long as they exist.
 
         Raises:
-            ProtocolError: It is not valid, or too large; the connection is of no more use.
+            ProtocolError: It is not valid, or too large; the connection cannot be used any further.
             OSError: The connection broke.
         """
         descriptors: list[int] = []
         if self._is_first:
-            # They come with requests alone.
+            # Only requests have descriptors.
             count = self._stream.recv_into(self._scratch)
         else:
             room = socket.CMSG_SPACE(_DESCRIPTOR.size)
@@ -115,7 +115,7 @@ class Channel:
             if descriptors:
                 self._take(descriptors[0], size)
             elif not self._is_first and size != self._size:
-                # The last reply is still in use there.
+                # The last reply in the arena is still in use.
                 self._arena, self._size = None, 0
         finally:
             close_all(descriptors)
@@ -124,7 +124,7 @@ class Channel:
             end = _HEAD_BYTES + header.meta_length
             self._read_until(self._scratch, count, end)
             return decode_body(header, self._view[_HEAD_BYTES:end], self._payload(header.payload_length))
-        # Its buffers may be kept, and the scratch memory is used again.
+        # Its buffers may outlive this call, while the scratch memory is reused.
         present = self._view[_HEAD_BYTES:count]
         if len(present) >= header.rest:
             body = bytearray(present)
@@ -136,7 +136,7 @@ class Channel:
 
     def close(self) -> None:
         self._stream.close()
-        # Views of a request that failed may live as long as its traceback.
+        # Views of a failed request may live as long as its traceback.
         self._arena = None
 
     def _write(self, buffers: list[bytes | memoryview], descriptor: int) -> None:
@@ -152,25 +152,25 @@ class Channel:
                 self._stream.sendall(memoryview(buffer)[sent:])
             sent = max(0, sent - len(buffer))
 
-    def _read_until(self, memory: bytearray, count: int, wanted: int) -> int:
-        """Fill memory that has ``count`` bytes until it has as many as wanted; returns how many it has then."""
-        if count >= wanted:
+    def _read_until(self, memory: bytearray, count: int, minimum: int) -> int:
+        """Read into memory that holds ``count`` bytes until it holds at least ``minimum``; return the new count."""
+        if count >= minimum:
             return count
         with memoryview(memory) as view:
-            while count < wanted:
-                more = self._stream.recv_into(view[count:wanted])
+            while count < minimum:
+                more = self._stream.recv_into(view[count:minimum])
                 if more == 0:
                     raise ConnectionResetError("the connection ended within a frame")
                 count += more
         return count
 
     def _make(self, size: int) -> int:
-        """Make an arena for requests of a size, and return its descriptor."""
+        """Make an arena for requests of this size, and return its descriptor."""
         size = max(_LEAST_SIZE, 1 << (size - 1).bit_length())
         descriptor = os.memfd_create("splitlearn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, size)
-            # Memory that becomes shorter would end the process that reads it.
+            # If the file were truncated, the process that reads it would crash (SIGBUS).
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self._arena, self._size = mmap.mmap(descriptor, size), size
         except BaseException:
@@ -179,7 +179,7 @@ class Channel:
         return descriptor
 
     def _take(self, descriptor: int, size: int) -> None:
-        """Map the arena that the other side has made."""
+        """Map an arena of the other side."""
         if self._is_first or size > _LARGEST_SIZE or os.fstat(descriptor).st_size != size:
             raise ProtocolError("an arena is not as large as announced", code="malformed")
         if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
@@ -188,9 +188,9 @@ class Channel:
 
     def _payload(self, length: int) -> memoryview:
         if self._arena is None or length > self._size:
-            raise ProtocolError("a payload is in an arena that is not there, or too small", code="malformed")
+            raise ProtocolError("a payload is in an arena that is missing or too small", code="malformed")
         if self._is_first:
-            # Every view of it keeps it alive, so that it says when the arena can be used again.
+            # Views of this memory keep it alive; once it is collected, the arena can be reused.
             reply = (ctypes.c_ubyte * length).from_buffer(self._arena)
             self._lent = weakref.ref(reply)
             return memoryview(reply).cast("B")

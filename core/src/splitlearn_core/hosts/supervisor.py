@@ -1,4 +1,4 @@
-"""The parent's end of a zygote: one for the whole process, started when the first child is, and again if it dies."""
+"""The parent's end of a zygote. A process has one; it is started with the first child, and restarted if it dies."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from splitlearn_core.quoting import reason
 
 log = logging.getLogger(__name__)
 
-#: Seconds for a child to end with its zygote, and for the zygote at the end of this process.
+#: Seconds for a child to end after its zygote, and for the zygote to end after this process closes it.
 _END_TIMEOUT = 5.0
 
 
 class Supervised(Protocol):
-    """Receives what happens to a child. The calls come from the supervisor's thread."""
+    """Receives the events of a child. The calls come from the supervisor's thread."""
 
-    #: The process, once it runs.
+    #: The process id, once it runs.
     pid: int | None
 
     @property
@@ -49,13 +49,13 @@ class Supervisor:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._children: dict[int, Supervised] = {}
-        #: Modules that the zygote was given to import.
+        #: Modules that the zygote was asked to import.
         self._modules: set[str] = set()
         self._is_over = self._is_closing = False
         self.control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.pid = 0
         started: Future[int] = Future()
-        # The zygote ends with the thread that has started it, so that this thread is there for the zygote alone.
+        # The zygote dies with the thread that started it (PR_SET_PDEATHSIG), so it gets a thread of its own.
         self._thread = threading.Thread(target=self._run, args=(far, started), name="zygote", daemon=True)
         self._thread.start()
         with translate(lambda error: CapacityError(f"no process can be started: {reason(error)}"), OSError):
@@ -67,7 +67,7 @@ class Supervisor:
         return self._is_over
 
     def start_child(self, child: Supervised, control: socket.socket) -> None:
-        """Let a child be started that gets one end of a connection.
+        """Start a child that gets one end of a connection.
 
         Raises:
             ConnectionLostError: The zygote has just ended.
@@ -76,19 +76,19 @@ class Supervisor:
         with self._lock:
             if not self._is_over:
                 self._children[number] = child
-                with contextlib.suppress(OSError):  # the thread sees the end of the zygote, and tells the child
+                with contextlib.suppress(OSError):  # the thread notices the end of the zygote, and informs the child
                     send_message(self.control, {"start": number}, [control.fileno()])
                 return
-        raise ConnectionLostError("the process that starts others has ended", hint="try again")
+        raise ConnectionLostError("the zygote process, which starts children, has ended", hint="try again")
 
     def kill_child(self, child: Supervised) -> None:
-        """Kill a child where it has no descriptor."""
+        """Kill a child for which there is no pidfd."""
         for number, other in list(self._children.items()):
             if other is child:
                 self._tell({"kill": number})
 
     def import_later(self, modules: Iterable[str]) -> None:
-        """Let the zygote import modules when it has nothing to do, so that later children need not."""
+        """Let the zygote import modules when it is idle, so that later children need not."""
         fresh = sorted(set(modules) - self._modules)
         if fresh:
             self._modules.update(fresh)
@@ -115,7 +115,7 @@ class Supervisor:
                 pass_fds=[far.fileno()],
                 start_new_session=True,
             )
-        except BaseException as error:  # noqa: BLE001  # it is raised in the thread that waits
+        except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
             self._is_over = True
             self.control.close()
             started.set_exception(error)
@@ -128,7 +128,7 @@ class Supervisor:
         with self._lock:
             self._is_over = True
             left, self._children = list(self._children.values()), {}
-        # It may have closed its end without having ended.
+        # It may have closed its end while still running.
         try:
             process.wait(_END_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -153,9 +153,9 @@ class Supervisor:
 
 
 def _end_orphan(child: Supervised, *, was_requested: bool) -> None:
-    """See to the end of a child whose zygote has ended; the kernel ends them together."""
+    """Clean up a child whose zygote has ended; the kernel ends both together."""
     if child.pid is not None:
-        # What it has started; its own end follows, so that the number is not yet another's.
+        # Its process group first, while the id of the child cannot have been reused.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
     if child.pidfd >= 0:
@@ -164,7 +164,7 @@ def _end_orphan(child: Supervised, *, was_requested: bool) -> None:
         if not poll.poll(_END_TIMEOUT * 1000):
             signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
             poll.poll(_END_TIMEOUT * 1000)
-    child.on_ended(None, "ended with the process that starts others", was_requested=was_requested)
+    child.on_ended(None, "ended with its zygote process", was_requested=was_requested)
 
 
 class _Current:
@@ -187,10 +187,10 @@ def living_supervisor() -> Supervisor:
 
 
 def prepare_processes(model_types: Iterable[str] = ()) -> None:
-    """Start the zygote ahead of the first child, with what some model types need.
+    """Start the zygote before the first child, with the imports of some model types.
 
-    It imports torch and transformers in the background, for seconds; a component that is started later is then there
-    in the time of its load.
+    It imports torch and transformers in the background, which takes seconds; a component that is started later is
+    then ready in the time of its load.
     """
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
@@ -207,10 +207,10 @@ def end_processes() -> None:
 
 
 def _after_fork() -> None:
-    """Forget, in a forked copy of this process, what belongs to the original."""
+    """In a forked copy of this process, forget what belongs to the original."""
     if _current.supervisor is not None:
         _current.supervisor.control.close()
-    # Another thread may have had the lock.
+    # Another thread may have held the lock during the fork.
     _current.lock, _current.supervisor = threading.Lock(), None
 
 

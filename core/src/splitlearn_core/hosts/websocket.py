@@ -1,7 +1,7 @@
 """Binary messages of a WebSocket, read and written with few copies.
 
-``websockets`` does the handshake, and gets whatever is no binary message in one frame: control frames, text, fragments,
-what is too large, and what is not valid. It would copy a message four times, and the parts of a large one that have
+``websockets`` does the handshake, and gets all but binary messages in one frame: control frames, text, fragments,
+frames that are too large or invalid. It would copy a message four times, and the parts of a large message that have
 left the processor's cache meanwhile take longest.
 """
 
@@ -19,14 +19,14 @@ except ImportError:  # an installation without a compiler
 
 #: Bytes of a message that are masked, sent and received at once: they stay in the cache.
 PIECE_BYTES = 128 * 1024
-#: The first byte of a binary message in one frame; the bits of the second one, and what its length may say.
+#: The first byte of a binary message in one frame; the mask and length bits of the second, and special lengths.
 _BINARY, _MASKED, _LENGTH, _TWO_BYTES, _EIGHT_BYTES = 0x82, 0x80, 0x7F, 126, 127
 _FINAL, _OPCODE, _CONTROL = 0x80, 0x0F, 0x08
 _LONGEST_HEAD, _MASK_BYTES = 14, 4
 
 
 def message_head(size: int, mask: bytes = b"") -> bytes:
-    """Return what stands before a binary message of a size: a client masks it, and a server does not."""
+    """Return the frame header of a binary message; clients mask their messages, and servers do not."""
     masked = _MASKED if mask else 0
     if size < _TWO_BYTES:
         return bytes((_BINARY, masked | size)) + mask
@@ -36,7 +36,7 @@ def message_head(size: int, mask: bytes = b"") -> bytes:
 
 
 def _after(mask: bytes, count: int) -> bytes:
-    """Return the mask for what follows a number of bytes."""
+    """Return the mask, rotated for what follows ``count`` bytes."""
     count %= _MASK_BYTES
     return mask[count:] + mask[:count]
 
@@ -45,10 +45,10 @@ class MessageStream:
     """The binary messages of a WebSocket connection, separated from the rest of what arrives.
 
     Args:
-        protocol: Knows the state of the connection.
+        protocol: The state machine of the connection.
         max_size: Bytes of the largest message; a larger one is left to ``protocol``, which refuses it.
-        take_message: Is called with each binary message that came in one frame.
-        take_other: Is called with the bytes of everything else, in order.
+        take_message: Called with each binary message that arrived in one frame.
+        take_other: Called with the bytes of everything else, in order.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MessageStream:
         self._take_message = take_message
         self._take_other = take_other
         self._is_server = protocol.side is Side.SERVER
-        #: The part of a frame's head that has come; the bytes that its payload lacks, and how they are masked.
+        #: The received part of a frame's header; the number of missing bytes of its payload, and their mask.
         self._head = b""
         self._left = 0
         self._mask = b""
@@ -91,7 +91,7 @@ class MessageStream:
                 prefix, mask = b"", _after(mask, len(piece))
 
     def feed(self, data: memoryview) -> None:
-        """Take bytes that have arrived; nothing refers to them afterwards."""
+        """Process received bytes; they are not referenced afterwards."""
         while data:
             if not self._left:
                 data = self._begin(data)
@@ -101,7 +101,7 @@ class MessageStream:
                 if piece:
                     self._take_other(bytes(piece))
                 continue
-            # It grows as it arrives: no memory is taken for what is only announced.
+            # The message grows as it arrives: no memory is allocated for a length that is only announced.
             self._message += apply_mask(piece, self._mask) if self._mask else piece
             if self._left:
                 self._mask = _after(self._mask, len(piece))
@@ -110,7 +110,7 @@ class MessageStream:
                 self._take_message(message)
 
     def _begin(self, data: memoryview) -> memoryview:
-        """Read the head of a frame as far as it has come, and return what is left of the data."""
+        """Read the header of a frame as far as it has arrived, and return the rest of the data."""
         head = self._head + data[: _LONGEST_HEAD - len(self._head)]
         size = _head_bytes(head)
         if len(head) < size:
@@ -138,7 +138,7 @@ class MessageStream:
 
 
 def _head_bytes(head: bytes) -> int:
-    """Return the size of a frame's head, or more than there is of it."""
+    """Return the size of a frame's header, or a larger number if it is incomplete."""
     if len(head) < 2:  # noqa: PLR2004  # flags and length
         return 2
     length = head[1] & _LENGTH

@@ -13,18 +13,18 @@ from splitlearn_core.hosts.sessions import SessionTable, error_frame
 
 log = logging.getLogger(__name__)
 
-#: Connections at once; another one waits in the listener's queue.
+#: Connections at a time; further ones wait in the listener's queue.
 _MAX_CONNECTIONS = 512
-#: Seconds for a client to take its reply.
+#: Seconds for a client to receive its reply.
 _SEND_TIMEOUT = 60.0
 
 
 class Worker:
-    """Serves the sessions of one component on a listening stream socket, in threads of its own.
+    """Serves the sessions of one component on a listening stream socket, with a thread for each connection.
 
     Args:
         table: The sessions.
-        listener: Listens already; it is closed by :meth:`close`.
+        listener: A listening socket; :meth:`close` closes it.
     """
 
     def __init__(self, table: SessionTable, listener: socket.socket) -> None:
@@ -46,7 +46,7 @@ class Worker:
             self._is_closed = True
             connections = list(self._connections)
         for stream in (self._listener, *connections):
-            # Threads that wait in accept or recv return from it.
+            # This wakes threads that are blocked in accept or recv.
             with contextlib.suppress(OSError):
                 stream.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -81,12 +81,12 @@ class Worker:
             self._room.release()
 
     def _answer(self, stream: socket.socket) -> None:
-        """Answer requests until the client leaves, or sends what is no frame."""
+        """Answer requests until the client disconnects, or sends something that is not a frame."""
         while True:
             try:
                 request = receive_frame(stream, self._table.limits.max_payload)
             except ProtocolError as error:
-                # Where the next frame would begin is unknown.
+                # It is unknown where the next frame would begin.
                 send_frame(stream, error_frame(error))
                 return
             if request is None:

@@ -1,10 +1,10 @@
-"""A process that has imported what a component needs, and forks a child for each one in milliseconds.
+"""A process that has imported the libraries of components, and forks a child for each component in milliseconds.
 
-It has one thread and never computes anything: libgomp hangs in a child whose parent ran a parallel region. It hides
-CUDA from itself, because a process that has initialised it cannot fork, and it imports nothing of plugins, which may
-do anything as they are imported. Where forking is not safe, it starts a fresh interpreter instead.
+It has one thread and never computes: libgomp hangs in a child whose parent ran a parallel region. It hides
+CUDA from itself, because a process that has initialised CUDA cannot fork, and it imports no plugins, which may
+do anything when imported. Where forking is not safe, it starts a fresh interpreter instead.
 
-Being the parent of all children, it ends their process groups when they end, and all of them when its own parent does.
+As the parent of all children, it kills their process groups when they end, and all of them when its own parent ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from splitlearn_core.hosts.child import be_child, die_with_parent, run_child
 from splitlearn_core.hosts.control import close_all, receive_message, send_message
 from splitlearn_core.plugins.registry import registry
 
-#: What any component needs, and what it is loaded and served with.
+#: The imports that every component needs for being loaded and served.
 _MODULES = (
     "torch",
     "transformers",
@@ -43,11 +43,11 @@ _MODULES = (
     "splitlearn_core.build.torch_state",
     "splitlearn_core.hosts.sessions",
 )
-#: What the environment of a zygote has, besides that of its parent.
+#: Environment variables of a zygote, in addition to its parent's.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-#: A thread of jemalloc, which starts it again in a child.
+#: A thread of jemalloc, which restarts it in a child.
 _HARMLESS_THREAD = "jemalloc_bg_thd"
-#: What is mapped by a process that has initialised CUDA.
+#: Mapped into every process that has initialised CUDA.
 _CUDA_DRIVER = "libcuda.so"
 
 
@@ -55,8 +55,8 @@ def run_zygote(control: str, parent: str) -> None:
     """Start children until the other end of ``control`` is closed.
 
     Args:
-        control: The number of a descriptor.
-        parent: The number of the process that started this one.
+        control: A file descriptor.
+        parent: The id of the process that started this one.
     """
     _Zygote(socket.socket(fileno=int(control)), int(parent)).run()
 
@@ -64,11 +64,11 @@ def run_zygote(control: str, parent: str) -> None:
 class _Zygote:
     def __init__(self, control: socket.socket, parent: int) -> None:
         self._control = control
-        #: The process of each child -> the number by which the parent knows it.
+        #: The process id of each child -> the parent's number for it.
         self._children: dict[int, int] = {}
         self._can_import = sys.platform == "linux" and hasattr(os, "fork")
         signal.signal(signal.SIGTERM, lambda *_: self._end())
-        # The terminal's interrupt is for the parent.
+        # Ctrl-C in the terminal is for the parent.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         die_with_parent(parent, signal.SIGTERM)
         os.dup2(2, 1)
@@ -80,7 +80,7 @@ class _Zygote:
 
     def run(self) -> NoReturn:
         self._import(_MODULES)
-        # Reads what is installed, which no child has to do then, and imports none of it.
+        # Reads the metadata of installed packages once, for all children, without importing any of them.
         _ = registry().entries
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
@@ -98,7 +98,7 @@ class _Zygote:
         for name in modules if self._can_import else ():
             try:
                 importlib.import_module(name)
-            except Exception:  # noqa: BLE001  # a child will import it, and its parent see the error
+            except Exception:  # noqa: BLE001  # a child will import it again, and report the error
                 traceback.print_exc()
         gc.collect()
         gc.freeze()
@@ -152,7 +152,7 @@ class _Zygote:
     def _reap(self) -> None:
         """Report the children that have ended."""
         for pid, number in list(self._children.items()):
-            # Its number cannot be another process's, or group's, before it is waited for.
+            # Its id cannot be reused, by a process or a group, before it is waited for.
             if hasattr(os, "waitid") and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 _kill_group(pid)
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -183,13 +183,13 @@ class _Zygote:
 
 
 def _kill_group(pid: int) -> None:
-    """End what a child has started; a child that has only begun has no group yet, and has started nothing."""
+    """Kill what a child has started; a child that is still starting has no group yet, and has started nothing."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def _may_fork() -> bool:
-    """Whether this process has one thread, and has not touched CUDA."""
+    """Whether this process has one thread, and has not initialised CUDA."""
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     has_one = sum(name != _HARMLESS_THREAD for name in threads) == 1
     return has_one and _CUDA_DRIVER not in Path("/proc/self/maps").read_text()

@@ -1,1 +1,1 @@
-"""How much of a text can be had from what crosses the cuts: attacks on real messages, with controls."""
+"""How much of a text can be recovered from what crosses the cuts: attacks on real messages, with controls."""

@@ -1,4 +1,4 @@
-"""The attacks: what a server that has the public checkpoint, or may query the bottom, does with messages."""
+"""The attacks: what a server with the public checkpoint, or with query access to the bottom, can do with messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-#: Candidates that are computed at once.
+#: Candidates that are computed in one batch.
 _BATCH = 512
 #: Steps of the solver of :func:`labels_of`.
 _SOLVER_STEPS = 60
@@ -31,13 +31,13 @@ class VocabularyMatching:
     """
 
     def __init__(self, bottom: Any, vocabulary: int, candidates: int, *, is_scaled: bool) -> None:
-        # As precise as it gets, and faster where a processor has no half precision.
+        # Float32 is more precise, and faster on processors without half precision.
         self._bottom = copy.deepcopy(bottom).float()
         self._count = min(candidates, vocabulary)
         self._fit = _fit_of_directions if is_scaled else _fit_of_values
         self._alone: torch.Tensor | None = None
         if self._count < vocabulary:
-            # After one token, since the first position of a text is often unlike all others.
+            # Behind one token, since the states of the first position are often unlike all others.
             first = self._bottom.new_cache()
             self._bottom(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=first)
             self._alone = self._states(torch.arange(vocabulary), first)
@@ -57,13 +57,13 @@ class VocabularyMatching:
         return torch.stack(tokens)
 
     def _states(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Return the bottom's states for tokens, each of them the next one after a cache."""
+        """Return the bottom's states for alternative next tokens after a cache."""
         states = []
         for part in torch.split(tokens, _BATCH):
-            before = copy.deepcopy(cache)
-            if before.get_seq_length():
-                before.batch_repeat_interleave(len(part))
-            states.append(self._bottom(input_ids=part[:, None], past_key_values=before)[:, 0].float())
+            past = copy.deepcopy(cache)
+            if past.get_seq_length():
+                past.batch_repeat_interleave(len(part))
+            states.append(self._bottom(input_ids=part[:, None], past_key_values=past)[:, 0].float())
         return torch.cat(states)
 
 
@@ -71,18 +71,18 @@ def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, *,
     """Train an inverter on messages whose text is known.
 
     Args:
-        kind: ``linear``, which sees one position, or ``GRU``, which sees those before it, too.
+        kind: ``linear``, which sees one position, or ``GRU``, which also sees the earlier ones.
         messages: ``[windows, positions, hidden]``.
         tokens: ``[windows, positions]``.
-        steps: Of its training.
-        seed: For its first weights, and the order of the messages.
+        steps: Training steps.
+        seed: The seed of its initial weights, and of the order of the messages.
     """
-    known, classes = torch.unique(tokens, return_inverse=True)
+    vocabulary, classes = torch.unique(tokens, return_inverse=True)
     mean, deviation = messages.mean((0, 1)), messages.std((0, 1)).clamp(min=1e-6)
     order = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _Network(kind, messages.shape[-1], len(known))
+        network = _Network(kind, messages.shape[-1], len(vocabulary))
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01 if kind == "linear" else 0.003)
     inputs = (messages - mean) / deviation
     with torch.enable_grad():
@@ -93,9 +93,9 @@ def trained_inverter(kind: str, messages: torch.Tensor, tokens: torch.Tensor, *,
             torch.autograd.backward(loss)
             optimizer.step()
 
-    def recover(given: torch.Tensor) -> torch.Tensor:
+    def recover(unknown: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return cast("torch.Tensor", known[network((given - mean) / deviation).argmax(-1)])
+            return cast("torch.Tensor", vocabulary[network((unknown - mean) / deviation).argmax(-1)])
 
     return recover
 
@@ -113,7 +113,7 @@ class _Network(nn.Module):
 
 
 def labels_of(top: Any, states: torch.Tensor, gradient: torch.Tensor, *, noise: float, is_scaled: bool) -> torch.Tensor:
-    """Return the tokens that the gradient at the last cut was computed for: all but the first of the text.
+    """Return the labels that the gradient at the last cut was computed for: all tokens of the text but the first.
 
     The server made ``states``, and computes with the public top what each label would add to the gradient of the
     normed states before the head. That gradient is found by least squares from the one that arrived.
@@ -121,18 +121,18 @@ def labels_of(top: Any, states: torch.Tensor, gradient: torch.Tensor, *, noise: 
     Args:
         top: The top of the checkpoint.
         states: What the last trunk returned, ``[1, positions, hidden]``.
-        gradient: What came back for it.
-        noise: The standard deviation of the noise in it.
-        is_scaled: Whether it is scaled by an unknown factor.
+        gradient: Its gradient, as received.
+        noise: The standard deviation of the noise in the gradient.
+        is_scaled: Whether the gradient is scaled by an unknown factor.
     """
     top, states, gradient = copy.deepcopy(top).float(), states.float(), gradient.float()
-    # The other kernels of attention cannot be differentiated twice.
+    # The other attention kernels cannot be differentiated twice.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         states = states.detach().clone().requires_grad_()
         output = top.without_head(states)
         normed = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        unknown = torch.zeros_like(normed, requires_grad=True)
-        (back,) = torch.autograd.grad(normed, states, unknown, create_graph=True)
+        norm_gradient = torch.zeros_like(normed, requires_grad=True)
+        (back,) = torch.autograd.grad(normed, states, norm_gradient, create_graph=True)
     with torch.no_grad():
         weight = top.get_output_embeddings().weight.detach()
         logits = top(hidden_states=states.detach()).logits.float()
@@ -144,16 +144,16 @@ def labels_of(top: Any, states: torch.Tensor, gradient: torch.Tensor, *, noise: 
         return torch.autograd.grad(normed, states, value.to(normed), retain_graph=True)[0].double()
 
     def transposed(value: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(back, unknown, value.to(back), retain_graph=True)[0].double()
+        return torch.autograd.grad(back, norm_gradient, value.to(back), retain_graph=True)[0].double()
 
     solution = _least_squares(apply, transposed, gradient.double(), damping=noise / typical)
     differences = expected[0, :-1] - count * solution[0, :-1].float()
     if not is_scaled:
         return torch.cdist(differences, weight).argmin(-1)
-    found = []
+    labels = []
     for position, direction in enumerate(solution[0, :-1].float()):
-        found.append(_fit_of_directions(direction, expected[0, position] - weight).argmax())
-    return torch.stack(found)
+        labels.append(_fit_of_directions(direction, expected[0, position] - weight).argmax())
+    return torch.stack(labels)
 
 
 def _least_squares(

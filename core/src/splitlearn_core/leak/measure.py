@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from splitlearn_core.cuts.ledger import PrivacyStatement
     from splitlearn_core.hosts.remote import RemoteComponent
 
-#: Sentences of the built-in text: attacked, and known to the attacker.
+#: Sentences of the built-in text: those under attack, and those that the attacker knows.
 _SENTENCES, _KNOWN_SENTENCES = 60, 900
-#: Windows that cross at once.
+#: Windows in one forward.
 _AT_ONCE = 16
 _RESAMPLES = 1_000
 
@@ -41,15 +41,15 @@ NO_DEFENCE, SHUFFLED, NO_MESSAGES = "no defence", "shuffled messages", "no messa
 class LeakSettings:
     """What is attacked, and how much of it."""
 
-    #: The text; by default letters that are made from the seed.
+    #: The text; by default letters generated from the seed.
     text: Path | None = None
-    #: Windows of the text, secrets each at the beginning of one more window, and tokens of a window.
+    #: Windows of the text; further windows that begin with a secret; and the tokens of a window.
     windows: int = 8
     secrets: int = 4
     length: int = 24
-    #: Windows of other text that inverters are trained on.
+    #: Windows of other text, for training inverters.
     known: int = 256
-    #: Steps of their training.
+    #: Training steps of the inverters.
     steps: int = 300
     #: Tokens that vocabulary matching tries in context at each position.
     candidates: int = 256
@@ -58,7 +58,7 @@ class LeakSettings:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What an attack recovered: a share of all tokens, with an interval of 95 % over windows."""
+    """What an attack recovered: the share of all tokens, with its 95 % interval over windows."""
 
     share: float
     interval: tuple[float, float]
@@ -71,7 +71,7 @@ class AttackResult:
     """One attack on the messages, and on those of the controls."""
 
     attack: str
-    #: What the attacker has.
+    #: What the attacker knows.
     attacker: str
     recovery: Recovery
     controls: Mapping[str, Recovery]
@@ -79,7 +79,7 @@ class AttackResult:
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """What was recovered, and what the cuts cost."""
+    """What was recovered, and the cost of the cuts."""
 
     model: str
     split_points: tuple[int, ...]
@@ -90,17 +90,17 @@ class Leak:
     length: int
     secrets: int
     attacks: tuple[AttackResult, ...]
-    #: Per token, on the text that was attacked.
+    #: Loss per token on the attacked text.
     loss: float
     loss_without_cuts: float
-    #: What crosses in training, for one token: by cut and direction.
+    #: Traffic of training for one token, by direction and pass.
     bytes_per_token: Mapping[str, int]
-    #: For one pass of training over each window, with frozen ends and secret noise.
+    #: The privacy of one training pass over each window, with frozen ends and secret noise.
     statement: PrivacyStatement
     note: str = field(default="recovered by these attacks; others may recover more")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as values of JSON."""
+        """Return the result as JSON values."""
         return asdict(self)
 
 
@@ -120,12 +120,12 @@ def measure_leak(
     Args:
         model: The checkpoint.
         split_points: Where it is cut.
-        dtype, options: How components are loaded.
-        cut: What is done at each cut.
-        settings: What is attacked.
+        dtype, options: How to load the components.
+        cut: The defence at each cut.
+        settings: What to attack.
         progress: Called during loads.
-        remote: Components that are used where they run, by name.
-        report: Called with a line before each stage.
+        remote: Components that run elsewhere, by name.
+        report: Called with a line of text before each stage.
 
     Raises:
         ConfigurationError: The text is too short, or cannot be read.
@@ -136,8 +136,8 @@ def measure_leak(
 
     plan = plan_and_fetch(model, split_points, None, dtype, progress).split
     names = [name for name in plan.names if name not in remote]
-    loaded = load_components(model, plan_and_fetch(model, split_points, names, dtype, progress), options, progress)
-    parts = [remote.get(name) or loaded[name] for name in plan.names]
+    local = load_components(model, plan_and_fetch(model, split_points, names, dtype, progress), options, progress)
+    parts = [remote.get(name) or local[name] for name in plan.names]
     with own_state(gradients=False):
         return _measure(model, parts, plan.split_points, cut, settings, report)
 
@@ -160,12 +160,12 @@ def _measure(
     seeded = replace(cut, seed=settings.seed)
     corpus = _corpus(model, settings)
     defended = SplitCausalLM(*parts, cuts=[seeded] * cuts).eval()
-    plain = SplitCausalLM(*parts, cuts=[Cut()] * cuts).eval()
+    undefended = SplitCausalLM(*parts, cuts=[Cut()] * cuts).eval()
     report(f"sending {len(corpus.attacked)} windows, and {len(corpus.known)} of other text")
-    sent = {"": _sent(defended, corpus.attacked), NO_DEFENCE: _sent(plain, corpus.attacked)}
-    known = {
+    messages_by_defence = {"": _sent(defended, corpus.attacked), NO_DEFENCE: _sent(undefended, corpus.attacked)}
+    known_by_defence = {
         "": _sent(defended, corpus.known, gradients=False),
-        NO_DEFENCE: _sent(plain, corpus.known, gradients=False),
+        NO_DEFENCE: _sent(undefended, corpus.known, gradients=False),
     }
     judge = _Judge(corpus, settings.seed)
     results = []
@@ -174,13 +174,13 @@ def _measure(
             continue
         report(f"{attack.name}")
         recovered = {
-            name: attack.run(parts, messages, known[name], corpus, Cut() if name else cut, settings)
-            for name, messages in sent.items()
-            # Without a defence both are the same.
+            name: attack.run(parts, messages, known_by_defence[name], corpus, Cut() if name else cut, settings)
+            for name, messages in messages_by_defence.items()
+            # Without a defence, both are the same.
             if not name or cut != Cut()
         }
         recovered.setdefault(NO_DEFENCE, recovered[""])
-        # A message that is given to the attacker as that of another text.
+        # Control: each message is attributed to another window's text.
         recovered[SHUFFLED] = recovered[""].roll(1, 0)
         values, counts = torch.unique(corpus.known, return_counts=True)
         recovered[NO_MESSAGES] = torch.full_like(recovered[""], int(values[counts.argmax()]))
@@ -194,13 +194,13 @@ def _measure(
         split_points=split_points,
         dtype=dtype_name(parts[0].dtype),
         text=corpus.name,
-        cut=_words(cut),
+        cut=_describe(cut),
         windows=len(corpus.attacked),
         length=settings.length,
         secrets=len(corpus.secret_lengths),
         attacks=tuple(results),
-        loss=sent[""].loss,
-        loss_without_cuts=sent[NO_DEFENCE].loss,
+        loss=messages_by_defence[""].loss,
+        loss_without_cuts=messages_by_defence[NO_DEFENCE].loss,
         bytes_per_token=_bytes_per_token(parts, cut),
         statement=ledger.statement(),
     )
@@ -212,7 +212,7 @@ def _measure(
 @dataclass(frozen=True, slots=True)
 class _Corpus:
     name: str
-    #: Token ids ``[windows, length]``; the last ones begin with a secret each.
+    #: Token ids ``[windows, length]``; each of the last ones begins with a secret.
     attacked: torch.Tensor
     known: torch.Tensor
     #: Tokens of each secret.
@@ -241,7 +241,7 @@ def _corpus(model: OpenModel, settings: LeakSettings) -> _Corpus:
         known = encoded(letters(2 * settings.seed + 1, _KNOWN_SENTENCES))
     else:
         name, tokens = settings.text.name, encoded(_read(settings.text))
-        # The attacker's text is like the owner's: a half of it.
+        # The attacker knows text like the owner's: half of it.
         attacked, known = tokens[len(tokens) // 2 :], tokens[: len(tokens) // 2]
     if min(len(attacked), len(known)) < count * length:
         raise ConfigurationError(
@@ -253,7 +253,7 @@ def _corpus(model: OpenModel, settings: LeakSettings) -> _Corpus:
     windows = [attacked[start : start + length] for start in range(0, count * length, length)]
     windows += [[*secret, *attacked][:length] for secret in planted]
     others = len(known) // length
-    # Overlapping windows, where there are few of them.
+    # Windows overlap if the text is short.
     starts = islice(cycle([*range(0, others * length, length)]), min(settings.known, others))
     return _Corpus(
         name,
@@ -284,20 +284,20 @@ class _Sent:
 
 
 def _sent(model: Any, ids: torch.Tensor, *, gradients: bool = True) -> _Sent:
-    """Run windows through a model, and keep what enters the second component and comes back to the last but one."""
+    """Run windows through a model, and record what the server receives in the forward and in the backward pass."""
     import torch
 
-    kept: dict[str, list[torch.Tensor]] = {"states": [], "outputs": [], "gradients": []}
+    records: dict[str, list[torch.Tensor]] = {"states": [], "outputs": [], "gradients": []}
     losses = []
-    with _watched(model, kept), torch.set_grad_enabled(gradients):
-        # One window at a time where gradients are wanted: their size depends on the labels of a batch.
+    with _watched(model, records), torch.set_grad_enabled(gradients):
+        # One window at a time for gradients: their size depends on all labels of a batch.
         for rows in torch.split(ids, 1 if gradients else _AT_ONCE):
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
             losses.append(float(loss.detach()) * len(rows))
             if gradients:
                 loss.backward()
                 model.zero_grad()
-    joined = {name: torch.cat(tensors) if tensors else None for name, tensors in kept.items()}
+    joined = {name: torch.cat(tensors) if tensors else None for name, tensors in records.items()}
     states, outputs = joined["states"], joined["outputs"]
     if states is None or outputs is None:
         raise ConfigurationError("no window was sent")
@@ -305,16 +305,16 @@ def _sent(model: Any, ids: torch.Tensor, *, gradients: bool = True) -> _Sent:
 
 
 @contextmanager
-def _watched(model: Any, kept: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+def _watched(model: Any, records: dict[str, list[torch.Tensor]]) -> Iterator[None]:
     first, last = model.components[1], model.components[-2]
 
     def before(_: Any, args: Any, kwargs: Any) -> None:
-        kept["states"].append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
+        records["states"].append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
 
     def after(_: Any, args: Any, output: torch.Tensor) -> None:
-        kept["outputs"].append(output.detach().cpu())
+        records["outputs"].append(output.detach().cpu())
         if output.requires_grad:
-            catch(output, kept["gradients"])
+            catch(output, records["gradients"])
 
     def catch(output: Any, gradients: list[torch.Tensor]) -> None:
         output.register_hook(lambda gradient: gradients.append(gradient.cpu()))
@@ -401,17 +401,17 @@ class _Judge:
         import torch
 
         offset = int(of_labels)
-        right = tokens == self._truth[:, offset:]
-        shares = right.double().mean(1)
+        correct = tokens == self._truth[:, offset:]
+        shares = correct.double().mean(1)
         source = torch.Generator().manual_seed(self._seed)
-        picks = torch.randint(len(shares), (_RESAMPLES, len(shares)), generator=source)
-        low, high = shares[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-        with_secret = right[len(right) - len(self._secret_lengths) :]
-        held = [bool(row[: n - offset].all()) for row, n in zip(with_secret, self._secret_lengths, strict=True)]
-        return Recovery(float(shares.mean()), (low, high), int(right.all(1).sum()), sum(held))
+        resamples = torch.randint(len(shares), (_RESAMPLES, len(shares)), generator=source)
+        low, high = shares[resamples].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+        with_secret = correct[len(correct) - len(self._secret_lengths) :]
+        recovered = [bool(row[: n - offset].all()) for row, n in zip(with_secret, self._secret_lengths, strict=True)]
+        return Recovery(float(shares.mean()), (low, high), int(correct.all(1).sum()), sum(recovered))
 
 
-# --- the price -----------------------------------------------------------------------------------------
+# --- the cost ------------------------------------------------------------------------------------------
 
 
 def _bytes_per_token(parts: list[Any], cut: Cut) -> dict[str, int]:
@@ -426,23 +426,23 @@ def _bytes_per_token(parts: list[Any], cut: Cut) -> dict[str, int]:
     raw = encoded_bytes(RAW, (1, width), item)
     count = max(len(trunks), 1)
     return {"sent, forward": count * sized(STATES), "received, forward": count * raw} | {
-        # The host computes the forward once more.
+        # For the backward pass, the host computes the forward again.
         "sent, backward": count * (sized(STATES) + sized(GRADIENTS)),
         "received, backward": count * raw,
     }
 
 
-def _words(cut: Cut) -> str:
+def _describe(cut: Cut) -> str:
     from splitlearn_core.cut_stage import GRADIENTS, STATES
 
-    said = []
-    for what in (STATES, GRADIENTS):
-        stages = cut.of(what)
+    described = []
+    for content in (STATES, GRADIENTS):
+        stages = cut.of(content)
         steps = [
             *([f"clipped to {stages.clip:g}"] if stages.clip is not None else []),
             *([f"noise of {stages.noise:g}"] if stages.noise is not None else []),
             *(stage.name for stage in stages.others),
             *([f"rounded to {stages.quantize}"] if stages.quantize is not None else []),
         ]
-        said.append(f"{what}: {', '.join(steps) or 'as they are'}")
-    return "; ".join(said)
+        described.append(f"{content}: {', '.join(steps) or 'unchanged'}")
+    return "; ".join(described)

@@ -9,21 +9,21 @@ from splitlearn_core.line_plot import Axis, Line, line_plot
 from splitlearn_core.plan.split_points import cut_words
 
 _COLOURS = ("#1b6ca8", "#c0392b", "#27835a", "#7d4fa3")
-#: By split.
+#: Dash patterns of the lines, by split.
 _DASHES = ("", "6 3", "2 3", "10 3 2 3")
 
 
 def recovery_plot(results: Sequence[Sequence[Leak]]) -> str:
-    """Return an SVG: for each attack and split a line over the losses, from the messages without a defence on.
+    """Return an SVG: for each attack and split, recovery over loss, starting with the undefended messages.
 
     Args:
-        results: For each choice of split points, the same model and text with more and more noise.
+        results: For each choice of split points, results of one model and text with increasing noise.
     """
     lines = []
     for row, split in enumerate(results):
         losses = [split[0].loss_without_cuts, *(result.loss for result in split)]
         for number, attack in enumerate(split[0].attacks):
-            shares = [attack.controls[NO_DEFENCE].share, *(each.attacks[number].recovery.share for each in split)]
+            shares = [attack.controls[NO_DEFENCE].share, *(result.attacks[number].recovery.share for result in split)]
             points = sorted(zip(losses, shares, strict=True))
             label = f"{attack.attack}, {cut_words(split[0].split_points)}"
             colour, dashes = _COLOURS[number % len(_COLOURS)], _DASHES[row % len(_DASHES)]

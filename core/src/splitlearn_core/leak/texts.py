@@ -1,4 +1,4 @@
-"""Letters and secrets that no model has seen, made from a seed. Pure."""
+"""Letters and secrets that no model has seen, generated from a seed. Pure."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _SECRETS = (
 
 
 def letters(seed: int, count: int) -> str:
-    """Return a text of sentences from letters."""
-    source = random.Random(seed)  # noqa: S311  # no secret: the same text for the same seed
+    """Return a text of sentences as in letters."""
+    source = random.Random(seed)  # noqa: S311  # not for cryptography: the same seed gives the same text
     return "".join(_filled(source.choice(_FORMS), source) for _ in range(count))
 
 
 def secrets(seed: int, count: int) -> list[str]:
-    """Return sentences with a number each, whose recovery is counted: canaries."""
+    """Return sentences that each contain a number, whose recovery is counted: canaries."""
     source = random.Random(seed)  # noqa: S311  # see letters
     return [_filled(source.choice(_SECRETS), source) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""Load what was planned and fetched: build, check, read, assign and tie, in the order of the data."""
+"""Load a fetched plan: build, check, read, assign and tie, in the order of the data."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def origins_of(model: OpenModel, planned: PlannedLoad, paths: Mapping[str, Path]
     """Return the origin of each planned component: the model, or the source of a saved component.
 
     Args:
-        model, planned: The model, and what is loaded of it.
+        model, planned: The model, and the planned load.
         paths: The paths of its shards.
     """
     plan, table = planned.split, planned.table
@@ -126,7 +126,7 @@ def _check_saved(saved: Origin, plan: SplitPlan, path: Path) -> None:
             f"{path.parent} holds the {saved.component} of a {saved.model_type} model of {saved.num_layers} layers, "
             f"cut at {saved.split_points}; requested was the {requested} of a {plan.model_type} model of "
             f"{plan.num_layers} layers, cut at {plan.split_points}",
-            hint="load it with load_component, which asks for what is there",
+            hint="load it with load_component, which takes what is there",
         )
 
 
@@ -219,7 +219,7 @@ def load_components(
     if any(isinstance(strategy, WholeStrategy) for strategy in strategies.values()):
         model.checkpoint.fetch(model.checkpoint.weight_files(), logging_downloads(model.name, progress))
     built: dict[str, ComponentModel] = {}
-    # As from_pretrained: what is loaded can be trained, and has the same values, whatever modes torch is in.
+    # As in from_pretrained: the result can be trained, and has the same values, whatever modes torch is in.
     with own_modes(gradients=True):
         for part in plan.components:
             log.info("Building %s, layers %s, of %s", part.component, part.layers, model.name)
@@ -254,7 +254,7 @@ def load_components(
 
 
 def _without_cross_attention(config: Mapping[str, Any], table: KeyTable) -> Mapping[str, Any]:
-    """Leave out cross-attention that the checkpoint has no tensors for: a decoder without encoder never runs it."""
+    """Omit cross-attention for which the checkpoint has no tensors: a decoder without an encoder never runs it."""
     has_tensors = any("cross" in name for names in table.sources.values() for name in names)
     return {**config, "add_cross_attention": False} if config.get("add_cross_attention") and not has_tensors else config
 
@@ -278,8 +278,8 @@ def _check_all(
     for part in plan.components:
         planned = {tensor.module_key: tensor.info for tensor in part.tensors}
         names = unexpected_names(built[part.component], planned)
-        wanted = {name: info for name, info in planned.items() if name not in names}
-        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], wanted)]
+        placed = {name: info for name, info in planned.items() if name not in names}
+        problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], placed)]
         surplus += [f"unexpected: {name} {list(planned[name].shape)} ({part.component})" for name in sorted(names)]
         keys.update(planned[name].key for name in names)
         unread |= {part.component: names} if names else {}

@@ -35,7 +35,7 @@ _Path = str | os.PathLike[str]
 def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -> tuple[str | None, _Path | None]:
     """Return the model type and the model; the model may be given in place of the type.
 
-    A path, a repository of the Hub (``owner/name``) or ``bundled:TYPE`` is no model type.
+    A path, a repository on the Hub (``owner/name``) or ``bundled:TYPE`` is not a model type.
 
     Raises:
         ConfigurationError: It is ambiguous which model is meant.
@@ -53,7 +53,7 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
         if model_name_or_path is None:
             return None, model_type
         raise ConfigurationError(
-            f"two models are named: model_type={name!r}, which is no model type, and "
+            f"two models are named: model_type={name!r}, which is not a model type, and "
             f"model_name_or_path={os.fspath(model_name_or_path)!r}",
             hint=f"give the model as model_name_or_path, and its type, or None, as model_type: "
             f"model_type=None, model_name_or_path={name!r}",
@@ -72,16 +72,16 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
         except UnknownModelTypeError as error:
             raise UnknownModelTypeError(
                 error.message,
-                hint=f"if that is a model and no type, give model_name_or_path={name!r}; otherwise {error.hint}",
+                hint=f"if that is a model and not a type, give model_name_or_path={name!r}; otherwise {error.hint}",
             ) from error
     return name, model_name_or_path
 
 
-def _is_model(given: _Path) -> bool:
-    if isinstance(given, os.PathLike):
+def _is_model(name: _Path) -> bool:
+    if isinstance(name, os.PathLike):
         return True
     separators = ("/", os.sep, *((os.altsep,) if os.altsep else ()))
-    return given.startswith((BUNDLED, ".", "~")) or any(mark in given for mark in (*separators, ":"))
+    return name.startswith((BUNDLED, ".", "~")) or any(mark in name for mark in (*separators, ":"))
 
 
 def _is_there(name: str) -> bool:
@@ -133,7 +133,7 @@ def open_model(
     source = open_source(unbundled(model_name_or_path), readable_suffixes=_readable_suffixes, **hub)
     if not source.has_config and source.commit is None and holds_components(source.model):
         raise MissingFileError(
-            f"{source.model} is a split that was saved, and not a model: it holds components, each a folder",
+            f"{source.model} is a saved split, not a model: it holds components, each in a folder",
             hint="use load_split_directory or load_component, or make a model of it: splitlearn merge DIR --out OUT",
         )
     checkpoint = Checkpoint(source, _readers)

@@ -32,7 +32,7 @@ _USABLE = 0.9
 class LoadOptions:
     """How to load the planned components."""
 
-    #: Their device, unless ``device_map`` gives another.
+    #: The device of components, unless ``device_map`` gives another.
     device: str = "cpu"
     strategy: str = "auto"
     attn_implementation: str | None = None
@@ -50,12 +50,12 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
     """Refuse a device or strategy that does not exist, before anything is fetched or read for it.
 
     Raises:
-        ConfigurationError: The name is no device or strategy, or this machine has no such device.
+        ConfigurationError: There is no such device or strategy, or this machine does not have the device.
     """
     check_strategy(options.strategy, registry().strategies(model.family, options.strategy))
     if model.checkpoint.has_adapter and find_spec("peft") is None:
         raise ConfigurationError(
-            f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}); to put it onto them needs peft",
+            f"there is an adapter next to the weights of {model.name} ({ADAPTER_CONFIG}); applying it needs peft",
             hint=f'pip install "splitlearn-core[peft]"; or move {ADAPTER_CONFIG} away for the model without it',
         )
     if model.checkpoint.quantization:
@@ -68,8 +68,8 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
         from splitlearn_core.build.configuration import check_quantization
 
         check_quantization(model.name, model.checkpoint.quantization, model.checkpoint.config["quantization_config"])
-    given = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
-    check_devices(dict.fromkeys((*given, *options.max_memory)))
+    requested = options.device_map.values() if isinstance(options.device_map, Mapping) else [options.device]
+    check_devices(dict.fromkeys((*requested, *options.max_memory)))
 
 
 def check_devices(devices: Iterable[str]) -> None:
@@ -97,10 +97,10 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        wanted = torch.device(device)
-        if wanted.type == "meta":
+        torch_device = torch.device(device)
+        if torch_device.type == "meta":
             raise ConfigurationError("on the meta device nothing would be loaded", hint="use plan_split to look ahead")
-        torch.empty(0, device=wanted)
+        torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         # The first sentence: the rest is about torch's own dispatcher.
         reason = str(error).splitlines()[0].partition(". ")[0][:200]
@@ -119,8 +119,8 @@ def choose_devices(plan: SplitPlan, options: LoadOptions) -> dict[str, str]:
     """
     if options.device_map == AUTO:
         return place(plan.components, options.max_memory or _free_devices())
-    given = options.device_map if isinstance(options.device_map, Mapping) else {}
-    devices = {part.component: given.get(part.component, options.device) for part in plan.components}
+    device_map = options.device_map if isinstance(options.device_map, Mapping) else {}
+    devices = {part.component: device_map.get(part.component, options.device) for part in plan.components}
     check_fit(plan.components, devices, options.max_memory)
     return devices
 

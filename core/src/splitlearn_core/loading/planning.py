@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PlannedLoad:
-    """What a load carries out. Nothing of it needs to be on this machine yet."""
+    """A planned load, none of whose files need to be on this machine yet."""
 
     split: SplitPlan
     #: The component and module of each tensor of the checkpoint.

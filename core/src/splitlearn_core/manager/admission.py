@@ -17,7 +17,7 @@ from splitlearn_core.types import human_bytes
 
 #: The ledger of the manager's own limit over everything it loads.
 BUDGET = "budget"
-#: Stands next to the ledgers in a shortage: places for models.
+#: A shortage other than of a ledger's bytes: places for models.
 PLACES = "places"
 #: Holders that a reason names.
 NAMED = 3
@@ -31,9 +31,9 @@ class Tenant(NamedTuple):
     leases: int = 0
     pinned: bool = False
     loading: bool = False
-    #: It serves until a newer generation is ready.
+    #: It stays in service until a newer generation is ready.
     reloading: bool = False
-    #: Its worker did not come back, and when its memory will is unknown.
+    #: Its worker did not stop, and it is unknown when its memory will be free.
     stuck: bool = False
 
 
@@ -115,12 +115,12 @@ def decide(
         holders: The tenants that the reason of a wait may name; the idle ones may be among them.
         allow_paging: Mapped weights may exceed what can be resident.
     """
-    wanted = _wanted(needs, allow_paging=allow_paging)
-    beyond = {name: count for name, count in wanted.items() if count > room.total.get(name, 0)}
+    requested = _requested(needs, allow_paging=allow_paging)
+    beyond = {name: count for name, count in requested.items() if count > room.total.get(name, 0)}
     if beyond:
         return Refuse("; ".join(_never(name, count, room) for name, count in beyond.items()))
     # Ledger -> bytes that are missing now, and PLACES -> models that are too many.
-    short = {name: lack for name, count in wanted.items() if (lack := count - room.available.get(name, 0)) > 0}
+    short = {name: lack for name, count in requested.items() if (lack := count - room.available.get(name, 0)) > 0}
     if room.places is not None and room.places < 1:
         short[PLACES] = 1 - room.places
     if not short:
@@ -155,12 +155,12 @@ def lacks_even_without(
     stays = list(staying)
     return frozenset(
         name
-        for name, count in _wanted(needs, allow_paging=allow_paging).items()
+        for name, count in _requested(needs, allow_paging=allow_paging).items()
         if count > total.get(name, 0) - sum(held.get(name, 0) for held in stays)
     )
 
 
-def _wanted(needs: Mapping[str, int], *, allow_paging: bool) -> dict[str, int]:
+def _requested(needs: Mapping[str, int], *, allow_paging: bool) -> dict[str, int]:
     return {name: count for name, count in needs.items() if count and not (allow_paging and name == MAPPED)}
 
 

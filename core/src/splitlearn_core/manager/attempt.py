@@ -107,7 +107,7 @@ class Generation:
     restarts: int = 0
     #: When, having failed, it is tried again by itself; None for never.
     restarts_at: float | None = None
-    #: Whether its host, or that of one before it, has died and left sessions to whatever is next.
+    #: Whether its host, or an earlier generation's, has died and left sessions to a later generation.
     has_heritage: bool = False
     rates: deque[tuple[float, int]] = field(default_factory=deque)
     #: Whether its expiry is scheduled.
@@ -130,11 +130,11 @@ class Generation:
 
     @property
     def stage(self) -> str:
-        """The stage as its worker reports it, or else the status."""
+        """The stage that its worker reports, or else the status."""
         return (self.progress.stage if self.status in WORKING else "") or str(self.status)
 
     def held_in(self, status: ModelStatus) -> Mapping[str, int]:
-        """Return the memory that it holds in a status that it enters now."""
+        """Return the memory that it holds after entering a status now."""
         if status is _S.LOADING:
             return self.needs
         if status is _S.READY:
@@ -158,7 +158,7 @@ class Generation:
         return True
 
     def rate(self, now: float) -> float | None:
-        """Return bytes per second over the last seconds; None where too few reports came."""
+        """Return bytes per second over the last seconds; None after too few reports."""
         if len(self.rates) < 2 or now - self.rates[-1][0] > _RATE_WINDOW:  # noqa: PLR2004  # a difference takes two
             return None
         (begin, first), last = self.rates[0], self.rates[-1][1]

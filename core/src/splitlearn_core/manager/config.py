@@ -52,7 +52,7 @@ class ModelConfig:
 
     #: The model's name in the manager: at most 128 printable characters, no path.
     model_id: str
-    #: That of an installed family, or ``"huggingface"`` (a whole model through
+    #: The model type of an installed family, or ``"huggingface"`` (a whole model through
     #: ``AutoModelForCausalLM``), or ``"pytorch"`` (a ``.pt`` or ``.pth`` file).
     model_type: str
     #: A directory or a Hub id; for ``"pytorch"`` the file. None for the family's default model.
@@ -101,7 +101,7 @@ class ModelConfig:
     allow_pickle: bool = False
     #: Threads of torch for this load; None for the manager's setting.
     load_threads: int | None = None
-    #: ``inline``: in this process. ``process``, for a trunk: in one of its own, which can be ended whatever it does,
+    #: ``inline``: in this process. ``process``, for a trunk: in its own process, which can be killed at any time,
     #: and whose end affects no other model.
     host: str = "inline"
     #: How often in a row a model whose process has died is started again, if it is pinned, required or in use.

@@ -87,7 +87,7 @@ def is_amount(value: Any) -> bool:
 #: The two model types that no plugin provides: a whole model, and a file of PyTorch's own.
 HUGGINGFACE, PYTORCH = "huggingface", "pytorch"
 
-#: Where a model runs: in this process, or in one of its own.
+#: Where a model runs: in this process, or in its own.
 INLINE, PROCESS = "inline", "process"
 MAX_RESTARTS = 1000
 
@@ -153,7 +153,7 @@ def _is_plain(name: object) -> bool:
 
 
 class _RefusedError(Exception):
-    """A value that its field does not take; the message continues a sentence that begins with the value."""
+    """A field refuses a value; the message continues a sentence that begins with the value."""
 
 
 # One function for each kind of field, from the given value to the plain one.
@@ -420,7 +420,7 @@ _NEEDED_FOR_FAMILY = ("component", "split_points")
 
 
 def _combination_problems(plain: Mapping[str, Any], invalid: set[str], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the fields that the model type needs or does not take; an invalid field is not reported as missing."""
+    """Yield the fields that the model type needs or refuses; an invalid field is not reported as missing."""
     kind = plain.get("model_type")
     if kind is None:
         return
@@ -444,7 +444,7 @@ def _combination_problems(plain: Mapping[str, Any], invalid: set[str], defaults:
 
 
 def _host_problems(plain: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a model that runs elsewhere cannot be."""
+    """Yield the settings that a model on another host cannot have."""
     kind, component, host = plain["model_type"], plain.get("component"), plain.get("host", INLINE)
     limit = plain.get("restart_limit", defaults["restart_limit"])
     if host == INLINE:

@@ -43,7 +43,7 @@ class _SharedModule:
     """The module, shared by all handles of one generation; None once it is unloaded."""
 
     module: torch.nn.Module | None
-    #: Why it is gone, where its host has died.
+    #: Why it is gone, if its host has died.
     failure: FailureInfo | None = None
 
 
@@ -53,7 +53,7 @@ class AsyncManagedModel:
     Get it from :meth:`AsyncModelManager.lease`: during a lease or a call, it is not freed. After an
     unload by force, calls raise :class:`ModelGoneError`.
 
-    Calls record no gradients, whatever the caller's mode is; those of :meth:`with_gradients` do. So no
+    Calls record no gradients, whatever the caller's mode is; calls of :meth:`with_gradients` do. So no
     ``torch.no_grad()`` is needed around an ``await``, where it would be in force for every other task.
     """
 
@@ -140,12 +140,12 @@ class AsyncManagedModel:
 
 
 def unloaded_error(key: Key) -> ModelGoneError:
-    """Return the error of a use of a generation that was unloaded."""
+    """Return the error for using a generation that was unloaded."""
     return ModelGoneError(f"this generation of model {key[0]!r} was unloaded", hint="take a new lease of the model")
 
 
 def lost_error(failure: FailureInfo) -> SplitLearnError:
-    """Return the error of a use of a generation whose host has died."""
+    """Return the error for using a generation whose host has died."""
     return HostDiedError(
         failure.message, hint=f"take a new lease once it is ready again; {failure.hint}", code="host_died"
     )
@@ -232,7 +232,7 @@ class CallGate:
             )
 
     def submit(self, function: Callable[[], Any], release: Callable[[], None]) -> asyncio.Future[Any]:
-        """Run a function when it is its turn, and return the future of its result."""
+        """Queue a function, and return the future of its result."""
         call = _Call(function, asyncio.get_running_loop().create_future(), release)
         call.future.add_done_callback(lambda future: self._cancelled(call) if future.cancelled() else None)
         self._waiting.append(call)
@@ -251,7 +251,7 @@ class CallGate:
         while self._waiting and self.running < self._limit:
             call = self._waiting.popleft()
             if call.future.cancelled():
-                # Its callback has yet to run, and will no longer find it among the waiting.
+                # A cancelled call: its callback has not run yet, and will not find it in the queue.
                 call.release()
                 continue
             self._begin(call)
@@ -275,7 +275,7 @@ class CallGate:
             if isinstance(outcome, Exception) and not isinstance(outcome, StopIteration):
                 call.future.set_exception(outcome)
             elif isinstance(outcome, BaseException):
-                # These would end the generator, task or loop that waits for the call.
+                # These exceptions would end the generator, task or loop that awaits the call.
                 call.future.set_exception(RuntimeError(f"the call raised {outcome!r}"))
             else:
                 call.future.set_result(outcome)

@@ -1,4 +1,4 @@
-"""The earlier place of :func:`splitlearn_core.preload`."""
+"""The former module of :func:`splitlearn_core.preload`."""
 
 from splitlearn_core.manager.loaders.loader import preload
 

@@ -74,8 +74,8 @@ class Limits:
     min_residency: float = 5.0
     #: How many failed models stay listed: the newest ones.
     max_failed: int = 100
-    #: Seconds before the first restart of a model whose host has died, doubled for each one that follows; and
-    #: those for which it has to have been ready for the count to begin again.
+    #: Seconds before the first restart of a model whose host has died, doubled for each further one; and the
+    #: seconds that it has to be ready before the count starts at zero again.
     restart_backoff: float = 1.0
     restart_reset: float = 60.0
 
@@ -510,7 +510,7 @@ class Machine:
         self._schedule()
 
     def _lose(self, generation: Generation, event: m.HostDied) -> None:
-        """End a generation that served, as its host has; its memory is free with it."""
+        """End a serving generation whose host has ended, which freed its memory."""
         model, request = self._models[generation.model_id], generation.request
         broken, generation.leases = generation.leases, 0
         if generation.ready_at is not None and self._now - generation.ready_at >= self.limits.restart_reset:
@@ -523,8 +523,8 @@ class Machine:
         newest = model.generations[-1]
         is_wanted = request.pinned or request.required or broken > 0 or event.has_sessions
         if newest is not generation:
-            # Its reload comes in time, and is tried again if it was to be a restart; one that is being cancelled
-            # leaves the reason behind.
+            # A waiting reload takes over, and is retried if a restart was due; one that is being cancelled
+            # only leaves the reason.
             newest.has_heritage, newest.is_restart = True, newest.is_restart or is_wanted
             if newest.status is _S.CANCELLING and newest.verdict is None:
                 newest.verdict = generation.failure
@@ -535,7 +535,7 @@ class Machine:
         self._forget_oldest_failures()
 
     def _plan_restart(self, generation: Generation) -> None:
-        """Decide when a model whose host has died is tried again, if at all."""
+        """Decide whether and when a model whose host has died is restarted."""
         model, failure = self._models[generation.model_id], generation.failure
         if self.closed or failure is None or not failure.retryable:
             return
@@ -619,7 +619,7 @@ class Machine:
         else:
             self._set_idle(generation, idle=True)
             self._watch_expiry(generation)
-        # Not at each call of each model: others cannot help the loads that wait.
+        # Not at each call of each model: other calls cannot help waiting loads.
         if has_any(generation.held, self._short):
             self._schedule()
 
@@ -647,7 +647,7 @@ class Machine:
                 f"model {event.model_id!r} is {'being unloaded already' if already else status}",
                 hint="wait until it is gone"
                 if already or status is _S.CANCELLING
-                else "its worker does not come back, and its memory stays taken until the process ends",
+                else "its worker does not stop, and its memory stays taken until the process ends",
             )
         generation.drain_deadline = None if event.drain_timeout is None else self._now + event.drain_timeout
         self._drain(generation, "unload requested", force=event.force)

@@ -272,7 +272,7 @@ class AsyncModelManager:
 
     # --- unloading and closing ------------------------------------------------------------------
 
-    async def unload_model(self, model_id: str, *, force: bool = False, timeout: float | None = None) -> UnloadReport:  # noqa: ASYNC109  # a limit on the drain, not on the call
+    async def unload_model(self, model_id: str, *, force: bool = False, timeout: float | None = None) -> UnloadReport:  # noqa: ASYNC109  # limits the drain, not the call
         """Unload a model once it has no leases, and report the freed memory; remove one that failed.
 
         Args:
@@ -315,7 +315,7 @@ class AsyncModelManager:
             raise fresh(outcome)
         return outcome
 
-    async def close(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  # it ends within it, done or not
+    async def close(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  # it ends in time, finished or not
         """Accept no more work, cancel loads, unload all models, and end within the time limit.
 
         May be called again, and concurrently: all callers wait for the same end. Leases have four

@@ -29,7 +29,7 @@ class LoadRequest:
     required: bool = False
     allow_paging: bool = False
     warmup: bool = False
-    #: Where it runs, and how often in a row it is started again by itself after its host has died.
+    #: Where it runs, and how often in a row it is restarted automatically after its host has died.
     host: str = "inline"
     restart_limit: int = 0
 
@@ -87,7 +87,7 @@ class Loaded(_OfGeneration):
     """A worker has loaded the weights."""
 
     measured: int | None = None
-    #: The process of the model; None where it is this one.
+    #: The process id of the model; None if it runs in this process.
     pid: int | None = None
 
 
@@ -229,7 +229,7 @@ class HostLost(_ForGeneration):
 
 @dataclass(frozen=True, slots=True)
 class Succeeds(_ForGeneration):
-    """A generation takes the place of one whose host has died, and goes on with the sessions of that."""
+    """A generation replaces one whose host has died, and continues its sessions."""
 
     before: Key
 

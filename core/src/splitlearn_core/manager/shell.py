@@ -94,7 +94,7 @@ class Shell:
         self.history = History()
         #: Models without which the manager is not ready.
         self.required: set[str] = set()
-        #: Those of them that were given to the constructor of the manager.
+        #: The part of them that was passed to the manager's constructor.
         self.always_required: frozenset[str] = frozenset()
         self.jobs = Jobs(loader, resources, self.machine.at_work)
         self._pool, self._call_limits, self._load_threads = pool, call_limits, load_threads
@@ -246,7 +246,7 @@ class Shell:
         slot.loaded = None
         free = partial(asyncio.get_running_loop().call_soon, self._free, effect.key, box)
         if slot.gate is None or is_elsewhere:
-            # The end of its process is that of calls in it.
+            # When its process ends, so do the calls in it.
             free()
         else:
             slot.gate.when_idle(free)
@@ -271,7 +271,7 @@ class Shell:
     def _succeeds(self, effect: m.Succeeds) -> None:
         before = self.slots[effect.before]
         if effect.key not in self.slots:
-            # It was not requested by a caller.
+            # No caller requested it.
             self.add_slot(effect.key, before.config)
         slot = self.slots[effect.key]
         if slot.config.fingerprint == before.config.fingerprint:
@@ -356,7 +356,7 @@ class Shell:
             self.dispatch(m.WarmedUp(now, key))
 
     def _look_at_host(self, key: m.Key) -> None:
-        """Report the end of the host of a generation, if it has ended and was not to."""
+        """Report the host of a generation if it has ended unexpectedly."""
         slot = self.slots.get(key)
         host = slot.loaded.host if slot is not None and slot.loaded is not None else None
         if slot is None or host is None or slot.died is not None or not host.ended.done():
@@ -537,7 +537,7 @@ class Shell:
         if not await self.in_thread("splitlearn-close", partial(self._end_threads, self._ending_workers(), left)):
             log.warning("a call still runs; its thread ends with it")
         for worker in self._ending_workers():
-            # Only the thread that waited for the others: it has answered, and is about to end.
+            # This is only the thread that waited for the others: it has reported, and is about to end.
             worker.join(EXIT_TIMEOUT)
 
     def _abandon(self) -> None:

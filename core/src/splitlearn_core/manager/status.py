@@ -41,7 +41,7 @@ class ModelStatus(StrEnum):
 
     @property
     def is_loading(self) -> bool:
-        """Say whether an attempt is on its way to READY."""
+        """Whether an attempt is on its way to READY."""
         return self in _ON_THE_WAY
 
 
@@ -57,7 +57,7 @@ class FailureInfo:
     #: Name of the exception's class.
     type: str
     message: str
-    #: The way out; empty where the message suffices.
+    #: What to do; empty if the message suffices.
     hint: str
     #: The stage in which it happened.
     stage: str
@@ -112,11 +112,11 @@ class ModelInfo:
     predicted: Mapping[str, int] = field(default_factory=dict)
     #: Anonymous bytes that loading took, as measured; None where other loads ran at the same time.
     measured: int | None = None
-    #: Where it runs: ``inline`` in this process, ``process`` in one of its own.
+    #: Where it runs: ``inline`` in this process, ``process`` in its own.
     host: str = "inline"
-    #: The number of that process, while it serves.
+    #: The id of that process, while it serves.
     pid: int | None = None
-    #: How often in a row it was started again because its process died; when it will be again, None for never.
+    #: How often in a row it was restarted because its process died; and when it will be restarted, None for never.
     restarts: int = 0
     restarts_at: float | None = None
     #: Seconds since the epoch; None where it has not happened.
@@ -274,7 +274,7 @@ def record(error: BaseException, stage: str) -> FailureInfo:
 
 
 def fresh(failure: FailureInfo) -> SplitLearnError:
-    """Make an exception from a record: of the same class where it is a SplitLearnError, else LoadFailedError."""
+    """Make an exception from a record: of the same class if that is a SplitLearnError, else LoadFailedError."""
     kind = getattr(errors, failure.type, None)
     if isinstance(kind, type) and issubclass(kind, SplitLearnError):
         return kind(failure.message, hint=failure.hint)

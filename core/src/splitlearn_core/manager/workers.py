@@ -273,7 +273,7 @@ def present_mode() -> str:
 
 
 class ModeWatch:
-    """Reports, once, that the loop's thread is in a mode in which it was not when the manager was first used.
+    """Reports, once, that the loop's thread is in a torch mode that was not set when the manager was first used.
 
     A mode belongs to a thread, and all tasks of a loop share one thread. A task that keeps a mode over an ``await``
     keeps it for every other task too, and two that leave a mode in another order than they entered it leave the
@@ -325,7 +325,7 @@ class Slot:
     loaded: LoadedModel | None = None
     model: AsyncManagedModel | None = None
     gate: CallGate | None = None
-    #: Why its host has died, and what it leaves to the next generation; that of the one before this.
+    #: Why its host has died; and the earlier generation's dead host, whose sessions this one continues.
     died: FailureInfo | None = None
     heritage: ModelHost | None = None
     broken_leases: int = 0

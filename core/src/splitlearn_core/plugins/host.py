@@ -244,20 +244,20 @@ def _strategies(entry: PluginEntry, items: list[Any]) -> tuple[LoadingStrategy, 
 def _check_host(entry: PluginEntry, value: object) -> None:
     """Check, without calling it, that an object can be a host."""
     if entry.name in CORE_HOSTS:
-        raise broken(entry, f"the name {entry.name!r} is core's own", "name the entry point otherwise")
+        raise broken(entry, f"the name {entry.name!r} is core's own", "choose another name for the entry point")
     load = getattr(value, "load", None)
-    wanted = inspect.signature(ComponentHost.load)
+    specified = inspect.signature(ComponentHost.load)
     if inspect.isclass(value) or not isinstance(value, ComponentHost) or not callable(load):
-        what = f"{type(value).__name__} {entry.module!r} is no host"
+        what = f"{type(value).__name__} {entry.module!r} is not a host"
         hint = "name an instance" if inspect.isclass(value) else "name a module or an object that has a function load"
-        raise broken(entry, f"{what}: it needs a method {written('load', wanted)}", hint)
+        raise broken(entry, f"{what}: it needs a method {written('load', specified)}", hint)
     if inspect.iscoroutinefunction(load):
         raise broken(entry, "its load is asynchronous: it runs in a thread, write a plain def")
     try:
-        inspect.signature(load).bind(*list(wanted.parameters)[1:])
+        inspect.signature(load).bind(*list(specified.parameters)[1:])
     except (TypeError, ValueError) as error:
-        found = f"def load{inspect.signature(load)}" if isinstance(error, TypeError) else "load"
-        raise broken(entry, f"{found} cannot be called as {written('load', wanted)}") from error
+        signature = f"def load{inspect.signature(load)}" if isinstance(error, TypeError) else "load"
+        raise broken(entry, f"{signature} cannot be called as {written('load', specified)}") from error
 
 
 def _check_stage(entry: PluginEntry, value: object) -> None:

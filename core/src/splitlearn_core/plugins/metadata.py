@@ -161,10 +161,10 @@ def installed(names: Iterable[str] = ()) -> tuple[Installed, ...]:
     Their name begins with ``splitlearn`` or is in ``names``, or they have an entry point in a group that is
     ours or resembles one.
     """
-    wanted = {str(canonicalize_name(name)) for name in names}
+    requested = {str(canonicalize_name(name)) for name in names}
     by_folder: dict[Path, Installed] = {}
     for distribution in importlib_metadata.distributions():
-        described = _describe(cast("importlib_metadata.Distribution", distribution), wanted)
+        described = _describe(cast("importlib_metadata.Distribution", distribution), requested)
         if described is not None:
             # A folder may be on the path twice, under two names.
             by_folder.setdefault(described.info.resolve(), described)
@@ -235,15 +235,15 @@ def _entries(distribution: importlib_metadata.Distribution, kinds: Mapping[str, 
     ]
 
 
-def _describe(distribution: importlib_metadata.Distribution, wanted: set[str]) -> Installed | None:
-    """Read a distribution that concerns plugins or is wanted; None for any other."""
+def _describe(distribution: importlib_metadata.Distribution, requested: set[str]) -> Installed | None:
+    """Read a distribution that concerns plugins or was requested; None for any other."""
     home = Path(str(distribution.locate_file("")))
     # The only source of the name if METADATA is gone.
     info = Path(str(getattr(distribution, "_path", home)))
     name = str(canonicalize_name(info.name.partition("-")[0].removesuffix(".egg")))
     try:
         text = distribution.read_text("entry_points.txt") or ""
-        is_named = name in wanted or name.startswith("splitlearn")
+        is_named = name in requested or name.startswith("splitlearn")
         if not is_named and not any(map(nearest_group, _GROUP_LINE.findall(text))):
             return None
         points = tuple((point.group, point.name, point.value) for point in distribution.entry_points)

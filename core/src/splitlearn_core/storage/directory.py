@@ -65,7 +65,7 @@ class SplitDirectory:
                 component = saved.manifest.component
                 if folder != directory and folder.name != component:
                     raise InvalidCheckpointError(
-                        f"{folder / MANIFEST} is that of a {component}, and lies in a folder called {folder.name!r}",
+                        f"{folder / MANIFEST} is the manifest of a {component}, in a folder called {folder.name!r}",
                         hint=f"rename the folder to {str(component)!r}, or save the split again",
                     )
                 if component in by_name:

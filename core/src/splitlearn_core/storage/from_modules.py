@@ -133,17 +133,17 @@ def _refuse_changed(component: ComponentModel) -> None:
 
 
 def _components(source: Any) -> list[ComponentModel]:
-    given = source
+    parts = source
     if isinstance(source, ComponentModel):
-        given = [source]
+        parts = [source]
     # Looked up on the class: a PeftModel forwards attributes to the wrapped model, and would lose its adapter.
     elif hasattr(type(source), "components"):
-        given = source.components
+        parts = source.components
     elif isinstance(source, Mapping):
-        given = source.values()
+        parts = source.values()
     elif not isinstance(source, Iterable):
-        given = [source]
-    components = [component for component in given if component is not None]
+        parts = [source]
+    components = [component for component in parts if component is not None]
     wrong = [type(component).__name__ for component in components if not isinstance(component, ComponentModel)]
     names = [component.component for component in components if isinstance(component, ComponentModel)]
     if wrong or not components or len(set(names)) < len(names):

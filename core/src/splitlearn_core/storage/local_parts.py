@@ -1,4 +1,4 @@
-"""The components of a split model that are here, where another one runs elsewhere, saved for a trainer to go on."""
+"""Saving the local components of a split model, whose other components run elsewhere, for resuming a training."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ COMPONENTS = "components"
 def save_local_parts(parts: Sequence[Any], directory: str | os.PathLike[str]) -> Path:
     """Save components as ``directory/components/NAME``, and then an index over their files.
 
-    The index is what a ``Trainer`` resumes from. There is no ``config.json`` beside it: transformers would take the
+    The index is what a ``Trainer`` resumes from. There is no ``config.json`` next to it: transformers would take the
     folder for a whole model, and make up the layers that are missing.
 
     Args:
-        parts: The components that are here.
+        parts: The local components.
         directory: A folder, which may hold other files of a trainer's.
 
     Returns:
         The directory.
 
     Raises:
-        ConfigurationError: The directory is none, or holds a whole model.
+        ConfigurationError: It is not a directory, or holds a whole model.
     """
     target = as_path(directory, "save_directory")
     if target.exists() and not target.is_dir():
         raise ConfigurationError(f"{target} is not a folder to save components to", hint="give another one")
     if (target / "config.json").exists():
         raise ConfigurationError(
-            f"{target} holds a whole model, and the components of this one that are here are none",
+            f"{target} holds a whole model, which the local components of this one would overwrite in part",
             hint="give a new folder",
         )
     target.mkdir(parents=True, exist_ok=True)
-    # Until it is written again, there is nothing to resume from.
+    # Without the index, an interrupted save cannot be resumed from.
     (target / INDEX).unlink(missing_ok=True)
     folder = target / COMPONENTS
     save_split(list(parts), folder, overwrite=True, progress=False)

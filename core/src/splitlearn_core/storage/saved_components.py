@@ -43,7 +43,7 @@ def load_component(
 
     Args:
         directory: The output of :func:`save_split`, or the folder of one component in it.
-        component: Its name, ``bottom``, ``trunk`` or ``top`` say; optional if there is only one.
+        component: Its name, such as ``bottom``, ``trunk`` or ``top``; optional if there is only one.
         device, strategy, attn_implementation, progress: As in :func:`load_split_model`.
         dtype: ``auto`` for what the source loads as.
         verify: Read all files first and compare their hashes with the manifest.

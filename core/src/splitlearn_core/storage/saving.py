@@ -188,7 +188,7 @@ def check_source(model: OpenModel, dtype: str | torch.dtype) -> None:
     """Refuse adapters, and quantised weights that are not converted; raises ConfigurationError."""
     if model.checkpoint.has_adapter:
         raise ConfigurationError(
-            f"an adapter lies with the weights of {model.name} ({ADAPTER_CONFIG}), and a saved component has none",
+            f"an adapter is next to the weights of {model.name} ({ADAPTER_CONFIG}), and a saved component has none",
             hint="move its files into a folder of their own, and use load_adapter on the components; "
             "or merge it first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(DIR)",
         )

@@ -26,7 +26,7 @@ class Gate:
         """Create a closed gate.
 
         Args:
-            deaf: The load does not report while it waits, so that it does not notice a cancellation.
+            deaf: Whether the load sends no reports while it waits, so that it does not notice a cancellation.
             progress: The progress that it reports.
         """
         self.reached = threading.Event()
@@ -47,7 +47,7 @@ class Gate:
     async def arrival(self) -> None:
         """Wait until the load has reached the gate, without blocking the event loop."""
         if not await asyncio.to_thread(self.reached.wait, LIMIT):
-            raise AssertionError("the load did not come to the gate")
+            raise AssertionError("the load did not reach the gate")
 
     def enter(self, report: ReportProgress) -> None:
         """Wait until the gate is opened; called by the load."""
@@ -62,7 +62,7 @@ class Gate:
 
 
 def run(main: Coroutine[Any, Any, _T], *, limit: float = LIMIT) -> _T:
-    """Run a test's coroutine in an event loop of its own; fails on errors that only the loop has seen."""
+    """Run a test's coroutine in a new event loop; fails on errors that only the loop's exception handler has seen."""
     unhandled: list[dict[str, Any]] = []
 
     async def watched() -> _T:
@@ -94,7 +94,7 @@ def check_sound(manager: AsyncModelManager) -> None:
 
 
 def check_closed(manager: AsyncModelManager) -> None:
-    """Fail on a closed manager that has left memory, models, tasks or threads."""
+    """Fail if a closed manager has left memory, models, tasks or threads behind."""
     check_sound(manager)
     left: list[object] = [*charges(manager).items(), *manager.list_models()]
     left += [task for task in asyncio.all_tasks() if task.get_name().startswith("splitlearn")]

@@ -1,4 +1,4 @@
-"""Print a plan as JSON from a process of its own: ``python -m splitlearn_core.testing.planning MODEL A B``."""
+"""Print a plan as JSON, in a new process: ``python -m splitlearn_core.testing.planning MODEL A B``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def plan_as_json(plan: SplitPlan) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Output of the plugin's import would break the JSON; another check reports it.
+    # Output of the plugin's import would corrupt the JSON; another check reports it.
     with stdout_for_data():
         json.dump(plan_as_json(plan_split(sys.argv[1], (int(sys.argv[2]), int(sys.argv[3])))), sys.stdout)

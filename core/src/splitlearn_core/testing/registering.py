@@ -1,6 +1,6 @@
 """Side effects of registering a plugin: ``python -m splitlearn_core.testing.registering MODEL_TYPE``.
 
-Run in a process of its own, because nothing heavy may be imported before.
+Run in a new process, because nothing heavy may be imported before.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class Case:
 
     model_type: str
     check: str
-    #: The parameters, as in a test's name; empty where there are none.
+    #: The parameters, as in a test's name; empty if there are none.
     parameters: str
     #: ``passed``, ``failed``, ``skipped`` or ``expected failure``.
     outcome: str

@@ -1,4 +1,4 @@
-"""Run the conformance kit on installed plugins, without a test file of theirs."""
+"""Run the conformance kit on installed plugins, which need no test file for it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
     Args:
         model_type: The ``model_type`` of ``config.json``.
         dtype: The dtype of its weights.
-        seed: Other seeds give other weights.
+        seed: The seed of the weights.
         overrides: Values of the configuration.
     """
     config = tiny_config(type(AutoConfig.for_model(model_type)), **overrides)
@@ -66,7 +66,7 @@ def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = t
         make: The class of the model, or a function that makes a model from a configuration.
         config: Its configuration.
         dtype: The dtype of its weights.
-        seed: Other seeds give other weights.
+        seed: The seed of the weights.
     """
     config.dtype = dtype
     model = make(config)

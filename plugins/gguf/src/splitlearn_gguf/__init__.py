@@ -1,4 +1,4 @@
-"""GGUF files for splitlearn: a loading strategy as a package of its own, for the checkpoints of every family."""
+"""GGUF files for splitlearn: a loading strategy in its own package, for the checkpoints of every family."""
 
 from __future__ import annotations
 

@@ -33,21 +33,21 @@ class Architecture:
 
     #: ``general.architecture`` in the file.
     name: str
-    #: The model types of Hugging Face that are stored so; the first is taken where the file alone tells.
+    #: The Hugging Face model types that are stored this way; the first is used if only the file decides.
     model_types: tuple[str, ...]
     #: GGUF's name -> Hugging Face's, without ``.weight`` and ``.bias``.
     outer: Mapping[str, str]
     #: The same within a layer.
     inner: Mapping[str, str]
-    #: What Hugging Face's layers are called, up to their number.
+    #: The Hugging Face name of a layer, up to its number.
     layers: str = "model.layers"
-    #: Ends of GGUF's names -> what is to be undone.
+    #: Suffixes of GGUF's names -> the change to undo.
     changes: Mapping[str, Change] = field(default_factory=dict)
-    #: Tensors that no module of Hugging Face has, by the end of their names; they are computed there.
+    #: Suffixes of tensors that no Hugging Face module has, because they are computed there.
     ignored: tuple[str, ...] = ()
 
     def key(self, name: str) -> str | None:
-        """Return the checkpoint key of a GGUF tensor, or None for one that is left out.
+        """Return the checkpoint key of a GGUF tensor, or None if it is ignored.
 
         An unknown name is its own key: the plan then reports that it has no place.
         """
@@ -60,7 +60,7 @@ class Architecture:
         return f"{self.outer[stem]}{dot}{suffix}" if layer is None and stem in self.outer else name
 
     def change(self, name: str) -> Change:
-        """Say what has to be undone in a GGUF tensor."""
+        """Return the change to undo in a GGUF tensor."""
         # The layer's number does not matter, but `output.weight` must not be taken for `attn_output.weight`.
         leaf = re.sub(r"^blk\.\d+\.", "", name)
         return self.changes.get(leaf, Change.NONE)

@@ -49,7 +49,7 @@ _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
 
 
 def read_config(header: Header) -> dict[str, Any]:
-    """Return the configuration of the model as a ``config.json`` has it.
+    """Return the configuration of the model, as in a ``config.json``.
 
     Raises:
         InvalidCheckpointError: Metadata is missing or not a number; all of it is listed.
@@ -180,7 +180,7 @@ def _layer_types(header: Header, pattern: Any) -> list[str]:
 
 
 def _softcaps(header: Header) -> dict[str, Any]:
-    """Return the soft caps of logits that the file states; 0 is no cap.
+    """Return the soft caps of logits that the file states; 0 means none.
 
     Raises:
         InvalidCheckpointError: It is not a number from 0.

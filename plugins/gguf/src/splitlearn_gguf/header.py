@@ -106,7 +106,7 @@ class _Reader:
 
     def header(self) -> Header:
         if self._take(len(MAGIC), "the magic") != MAGIC:
-            self._refuse("it does not begin as a GGUF file", "is it one, and is the download complete?")
+            self._refuse("it does not begin like a GGUF file", "is it one, and is the download complete?")
         (version,) = self._numbers("I", "the version")
         if version & 0xFFFF == 0:
             self._refuse("it is written for big-endian machines", "convert it: gguf-convert-endian FILE little")

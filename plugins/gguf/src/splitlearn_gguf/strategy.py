@@ -37,7 +37,7 @@ class GgufStrategy:
         """Describe the tensors by their checkpoint keys. Bytes are those that they take in the file.
 
         Raises:
-            CheckpointError: The file cannot be read, is of an unknown architecture or another than
+            CheckpointError: The file cannot be read, is of an unknown architecture, or of another one than
                 ``config``, or stores tensors in a way that cannot be dequantised.
         """
         header = read_header(path)

@@ -53,7 +53,7 @@ def read_tensor(
         stored: Its place in the file.
         change: The change to undo.
         heads: The number of heads whose rows are reordered; 0 for none.
-        dtype, device: Of the result.
+        dtype, device: The dtype and device of the result.
         on_bytes: Called with the number of bytes just read; it may raise to stop.
 
     Raises:

@@ -89,7 +89,7 @@ def error_json(error: SplitLearnError) -> dict[str, Any]:
 
 
 def model_json(info: ModelInfo) -> dict[str, Any]:
-    """Return a model as plain values, without the parts of a failure that belong into the server's log only."""
+    """Return a model as plain values, without the parts of a failure that belong only in the server's log."""
     return {**info.to_dict(), "error": _failure_json(info.error)}
 
 

@@ -53,7 +53,7 @@ def build_app(
         lag: Measures the lag of the event loop, for ``/metrics``.
         is_full: Whether there are so many requests that only health checks are answered.
         sessions: The sessions on its models; by default, with the default limits.
-        tokens: Those that may use and change models; without any, no token is needed.
+        tokens: The tokens that may use and change models; without any, none is needed.
     """
     routes = _Routes(control, lag)
     model = "/api/models/{model_id}"
@@ -83,7 +83,7 @@ def build_app(
             Exception: _on_internal_error,
         },
     )
-    # No route, which would answer in the place of "not possible" for other methods of the paths above.
+    # Not a route, which would hide the answer "not possible" to other methods of the paths above.
     app.router.default = ConnectHint(control)
     return Guard(app, hosts or HostRule(), is_full, tokens)
 

@@ -9,8 +9,8 @@ without descriptors retries and logs all the time. Here
   the client has to send a request or to read;
 - only a part of the connections may have a request at the same time, so that there is always an idle one
   to close, and health checks are always answered;
-- a connection that has become a WebSocket is one of them still. It may be idle for as long as its application lets
-  it, but a message that has begun must arrive, and a reply be read, at a low rate at least. What is larger than
+- a connection that has become a WebSocket still counts. It may be idle for as long as its application lets
+  it, but a message that has begun must arrive, and a reply be read, at a minimum rate. A message larger than
   allowed is answered with an error before it has arrived.
 """
 
@@ -68,7 +68,7 @@ _RESERVE = 64
 _BUSY_PART = 0.75
 #: Seconds until the next attempt to accept a connection, and between two log lines about it.
 _RETRY, _LOG_EVERY = 0.1, 60.0
-#: Bytes that are read at once from a WebSocket: they stay in the processor's cache.
+#: The size of one read from a WebSocket, which fits into the processor's cache.
 _READ_BYTES = 128 * 1024
 #: Attempts to make room before a new connection is closed.
 _TRIES = 10
@@ -87,7 +87,7 @@ def connection_limit() -> int:
 
 
 class Member(Protocol):
-    """A connection as its pool sees it."""
+    """The interface of a connection for its pool."""
 
     def abort(self) -> None:
         """Close it immediately, without sending pending data."""
@@ -97,10 +97,10 @@ class Member(Protocol):
 
 
 class Pool:
-    """The open connections of a server, and which are closed at the limit.
+    """The open connections of a server; it decides which are closed at the limit.
 
     Args:
-        limit: The most connections; by default :func:`connection_limit`.
+        limit: The maximum number of connections; by default :func:`connection_limit`.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -112,7 +112,7 @@ class Pool:
         #: Connections before the end of their TLS handshake.
         self.joining = 0
         self._logged_at = float("-inf")
-        #: What has just arrived on a WebSocket; each has read it before the next one is served.
+        #: A shared buffer for received data; each WebSocket consumes it before the next one is served.
         self.arrived = memoryview(bytearray(_READ_BYTES))
 
     def __len__(self) -> int:
@@ -229,7 +229,7 @@ class Connection(H11Protocol):
             self.abort()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Leave the connection to a WebSocket, after giving it the request; as uvicorn's, with the pool."""
+        """Hand the connection and its request over to a WebSocket; as in uvicorn, but with the pool."""
         self._is_upgraded = True
         self._stop_waiting()
         self._pool.forget(self)
@@ -250,7 +250,7 @@ class Connection(H11Protocol):
         if not awaits_request:
             self._stop_waiting()
         elif self._request_due is None:
-            # Not restarted with each byte.
+            # The timer is not restarted with each byte.
             self._request_due = self.loop.call_later(REQUEST_TIMEOUT, self.abort)
 
     def _stop_waiting(self) -> None:
@@ -305,7 +305,7 @@ class SocketConnection(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._is_refused:
-            # The rest of what was too large. The connection is kept for a while, since a client that is still
+            # The rest of a message that was too large. The connection stays open for now, since a client that is still
             # sending when it is closed may lose the answer.
             return
         self._is_whole = False
@@ -316,12 +316,12 @@ class SocketConnection(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self._began_at, self._arrived = self.loop.time(), nbytes
             self._message_due = self.loop.call_at(self._due(), self._review_message)
         else:
-            # The timer is not moved for each piece: it looks how much has arrived once it is due.
+            # The timer is not moved for each piece: when it is due, it checks how much has arrived.
             self._arrived += nbytes
 
     def _take_message(self, message: bytearray) -> None:
         if self._is_awaited and not self.close_sent:
-            # Nothing is behind it, so that reading need not stop until it is taken.
+            # No other message is queued behind it, so reading need not pause until it is taken.
             self._is_awaited, self._is_whole = False, True
             self._pool.note(self, idle=False)
             self.queue.put_nowait({"type": "websocket.receive", "bytes": cast("bytes", message)})
@@ -424,9 +424,9 @@ class Server(uvicorn.Server):
     """uvicorn without its signal handlers, and with its own way to accept and to end connections.
 
     Args:
-        config: That of :func:`uvicorn_config`.
+        config: The result of :func:`uvicorn_config`.
         pool: Its connections.
-        tls: Where it is given, every connection must begin with a TLS handshake.
+        tls: If given, every connection must begin with a TLS handshake.
     """
 
     def __init__(self, config: uvicorn.Config, pool: Pool, tls: ssl.SSLContext | None = None) -> None:
@@ -476,7 +476,7 @@ class Server(uvicorn.Server):
             if not await self._pool.make_room():
                 accepted.close()
                 continue
-            # A client that has vanished without a word is found out by the system.
+            # The system detects a client that has vanished without closing its connection.
             with contextlib.suppress(OSError):
                 accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if self._tls is None:

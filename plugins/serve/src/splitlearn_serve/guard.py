@@ -10,7 +10,7 @@ for any page. So:
 - Requests that change anything need a JSON content type, which a page of another origin can only send after
   a CORS preflight; and the server answers none.
 
-The rules for Host and Origin hold for WebSockets, too, for which browsers have no other ones.
+The rules for Host and Origin also apply to WebSockets, for which browsers enforce no rules of their own.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Guard:
         app: The application that answers all other requests.
         hosts: Which Host headers name this server.
         is_full: Whether there are so many requests that only health checks are answered.
-        tokens: Those that may use and change models; without any, no token is needed.
+        tokens: The tokens that may use and change models; without any, none is needed.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class Guard:
 
     async def _serve_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        # A handshake changes nothing, so that it needs no content type.
+        # A handshake changes nothing, so it needs no content type.
         problem = _problem(self._hosts, "GET", headers) or (_too_many() if self._is_full() else None)
         problem = problem or self._admit(scope, headers)
         answer = self._app if problem is None else error_answer(problem)
         await answer(scope, receive, send)
 
     def _admit(self, scope: Scope, headers: Headers) -> RequestError | None:
-        """Note whose token a request has; return why it is refused."""
+        """Record the owner of a request's token; return the error if it is refused."""
         try:
             scope[OWNER] = self._tokens.owner_of(headers.get("authorization"))
         except RequestError as refusal:

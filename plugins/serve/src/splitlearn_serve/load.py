@@ -14,7 +14,7 @@ from splitlearn_core.cli import json_option, print_json
 from splitlearn_core.extension import human_bytes
 from splitlearn_serve.server_client import ServerClient, plain, server_options
 
-#: Seconds between two looks at the progress.
+#: Seconds between two requests for the progress.
 _INTERVAL = 0.3
 
 
@@ -23,7 +23,7 @@ _INTERVAL = 0.3
 @server_options
 @json_option
 def command(model_id: str, url: str, token_file: Path | None, ca_file: Path | None, as_json: bool) -> None:
-    """Have a running `splitlearn serve` load the model ID, which it has a configuration of, and wait for it.
+    """Have a running `splitlearn serve` load the model ID, for which it has a configuration, and wait for it.
 
     Its progress is printed on stderr. A model that is loaded already stays as it is.
     """

@@ -66,9 +66,9 @@ class RequestRules:
             attention=frozenset(model.attn_implementation for model in models),
         )
 
-    def refusals(self, given: Mapping[str, Any]) -> list[str]:
+    def refusals(self, fields: Mapping[str, Any]) -> list[str]:
         """Return the reasons to refuse a request, without access to files."""
-        return list(self._refusals(given))
+        return list(self._refusals(fields))
 
     def permitted(self, config: ModelConfig) -> ModelConfig:
         """Return the configuration to load for a request: with the real path, and with the token.
@@ -81,23 +81,23 @@ class RequestRules:
         token = False if config.token is False else self.token
         return dataclasses.replace(config, model_path=self._source(config), token=token)
 
-    def _refusals(self, given: Mapping[str, Any]) -> Iterator[str]:
-        if given.get("allow_pickle"):
+    def _refusals(self, fields: Mapping[str, Any]) -> Iterator[str]:
+        if fields.get("allow_pickle"):
             yield "allow_pickle: a pickle runs whatever its author wrote"
-        if given.get("token"):
+        if fields.get("token"):
             yield "token: it would let others read with your rights"
-        if given.get("cache_dir"):
+        if fields.get("cache_dir"):
             yield "cache_dir: downloads go to the cache folder of the server"
-        if not _is_any_of(given.get("architecture"), (None, *self.architectures)):
+        if not _is_any_of(fields.get("architecture"), (None, *self.architectures)):
             yield "architecture: importing a module runs it; only those of the configuration file are known"
-        if not _is_any_of(given.get("attn_implementation"), (None, *_ATTENTION, *self.attention)):
+        if not _is_any_of(fields.get("attn_implementation"), (None, *_ATTENTION, *self.attention)):
             yield (
                 "attn_implementation: others may be code that is fetched from the Hub; "
                 f"{', '.join(_ATTENTION)} and those of the configuration file are known"
             )
-        revision = given.get("revision")
+        revision = fields.get("revision")
         if isinstance(revision, str) and not (_REVISION.fullmatch(revision) and ".." not in revision):
-            yield "revision: this is no name of a branch, tag or commit"
+            yield "revision: this is not the name of a branch, tag or commit"
 
     def _source(self, config: ModelConfig) -> str | None:
         path = config.model_path
@@ -149,7 +149,7 @@ def request_problems(settings: Mapping[str, Any]) -> list[str]:
     problems = [unknown_name(name, _SETTINGS, "setting") for name in settings if name not in _SETTINGS]
     roots = settings.get("model_roots") or []
     if not isinstance(roots, list | tuple) or not all(isinstance(root, str) and root for root in roots):
-        problems.append(f"model_roots: {show(roots)} is no list of folders")
+        problems.append(f"model_roots: {show(roots)} is not a list of folders")
     else:
         problems += [
             f"model_roots: there is no folder {show(root)}" for root in roots if not Path(_absolute(root)).is_dir()

@@ -66,7 +66,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may use the server, and how they reach it."""
+    """Access to the server: tokens and TLS."""
 
     #: A file of tokens; by default, the one in ``SPLITLEARN_TOKEN``.
     token_file: Path | None = None
@@ -91,7 +91,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class _Serving:
-    """What a server runs with."""
+    """Everything that a server needs to run."""
 
     manager: AsyncModelManager
     models: Sequence[ModelConfig]

@@ -42,7 +42,7 @@ _model_options = _options(
     click.option("--attn-implementation", help="eager, sdpa, ...; by default what transformers chooses."),
     click.option("--revision", help="Branch, tag or commit on the Hub."),
     click.option("--cache-dir", help="Where the Hub's files are kept."),
-    click.option("--local-files-only", is_flag=True, help="Do not look on the Hub."),
+    click.option("--local-files-only", is_flag=True, help="Do not contact the Hub."),
 )
 _address_options = _options(
     click.option("--host", default="127.0.0.1", show_default=True, help="The address to serve at."),
@@ -62,20 +62,21 @@ _address_options = _options(
     click.option(
         "--allow-host", "names", multiple=True, metavar="NAME", help="A name under which others reach it. Repeatable."
     ),
-    click.option("--token-file", type=_FILE, help="The tokens of those who may; else the one in SPLITLEARN_TOKEN."),
+    click.option("--token-file", type=_FILE, help="A file of accepted tokens; else SPLITLEARN_TOKEN."),
     click.option("--tls-cert", type=_FILE, help="The server's certificate, a PEM file: serve with TLS."),
     click.option("--tls-key", type=_FILE, help="The key of the certificate, a PEM file."),
 )
 _session_options = _options(
-    click.option("--max-sessions", type=click.IntRange(1), help="Sessions on one model at once (256)."),
-    click.option("--max-tokens", type=click.IntRange(1), help="Tokens of one sequence (32768)."),
+    click.option("--max-sessions", type=click.IntRange(1), help="Maximum number of sessions on one model (256)."),
+    click.option("--max-tokens", type=click.IntRange(1), help="Maximum number of tokens of a sequence (32768)."),
     click.option("--session-timeout", metavar="TIME", help="Idle time after which a session ends: 600, 10m (10m)."),
     click.option(
-        "--cache-memory", type=click.FloatRange(0, min_open=True), metavar="MB", help="Caches of one model's sessions."
+        "--cache-memory",
+        type=click.FloatRange(0, min_open=True),
+        metavar="MB",
+        help="Memory for caches of one model's sessions.",
     ),
-    click.option(
-        "--no-training", is_flag=True, help="Take no adapters and give no gradients, whatever a token allows."
-    ),
+    click.option("--no-training", is_flag=True, help="Refuse adapters and gradients, whatever a token allows."),
 )
 
 
@@ -97,7 +98,7 @@ def command(
 ) -> None:
     """Serve the trunk of MODEL, or the models of a file, with a page, JSON, metrics and health.
 
-    Whoever has bottom and top uses the trunk at the URL that is printed:
+    The owner of bottom and top uses the trunk at the URL that is printed:
     `splitlearn generate MODEL --split A B --at trunk=URL --prompt TEXT`.
 
     Ends with SIGINT or SIGTERM. On loopback no token is needed unless one is given; any other address
@@ -108,9 +109,11 @@ def command(
     if (model is None) == (config_file is None):
         raise click.UsageError("give either MODEL --split A B, or --config FILE")
     if config_file is not None:
-        given = [name for name in _WITH_MODEL if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-        if given:
-            names = ", ".join("--split" if name == "split_points" else f"--{name.replace('_', '-')}" for name in given)
+        conflicting = [name for name in _WITH_MODEL if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if conflicting:
+            names = ", ".join(
+                "--split" if name == "split_points" else f"--{name.replace('_', '-')}" for name in conflicting
+            )
             raise click.UsageError(f"{names}: with --config, the file says this for each model")
     elif split_points is None:
         raise click.UsageError("MODEL needs --split A B, the same as where bottom and top are")

@@ -27,7 +27,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class RefusedError(SplitLearnError):
-    """The server refuses what a command asks for."""
+    """The server refuses a request of a command."""
 
     def __init__(self, message: str, *, hint: str = "", status: int = 0) -> None:
         super().__init__(message, hint=hint)
@@ -40,7 +40,9 @@ def server_options(command: _Command) -> _Command:
         click.option(
             "--ca-file", type=click.Path(path_type=Path), help="Certificates to trust, in place of the system's."
         ),
-        click.option("--token-file", type=click.Path(path_type=Path), help="Its token; else that in SPLITLEARN_TOKEN."),
+        click.option(
+            "--token-file", type=click.Path(path_type=Path), help="A file with its token; else SPLITLEARN_TOKEN."
+        ),
         click.option(
             "--url", default="http://127.0.0.1:8710", show_default=True, callback=_check_url, help="Where it serves."
         ),
@@ -81,7 +83,7 @@ class ServerClient:
         """Send a request, and return the JSON object that is the answer.
 
         Raises:
-            AccessRefusedError: The server wants another token.
+            AccessRefusedError: The token is missing or wrong.
             RefusedError: It refuses for another reason, which is its own message.
             SplitLearnError: Nothing answers there, or not a ``splitlearn serve``.
         """
@@ -110,7 +112,7 @@ class ServerClient:
                 hint="is `splitlearn serve` running, and at this --url?",
             ) from error
         except (ValueError, TypeError, RecursionError) as error:
-            raise self.foreign("its answer is no JSON object") from error
+            raise self.foreign("its answer is not a JSON object") from error
         return content
 
     def overview(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class ServerClient:
         return f"/api/models/{quote(model_id, safe='')}"
 
     def foreign(self, evidence: str) -> SplitLearnError:
-        """Return the error of a server that is another one."""
+        """Return the error for a server that is not ``splitlearn serve``."""
         return SplitLearnError(
             f"the server at {self.address} is not a `splitlearn serve`: {evidence}",
             hint="give its address with --url",
@@ -153,10 +155,10 @@ def _tls(ca_file: Path | None) -> ssl.SSLContext:
 
 
 def server_address(url: str) -> str:
-    """Return a URL without what follows its path.
+    """Return a URL without query and fragment.
 
     Raises:
-        ConfigurationError: It is no http or https URL.
+        ConfigurationError: It is not an http or https URL.
     """
     try:
         parts = urlsplit(url)

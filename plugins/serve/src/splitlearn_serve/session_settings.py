@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MEGABYTE = 2**20
 _COUNTS = ("max_sessions", "max_sessions_per_owner", "max_tokens", "training_steps", "training_tokens")
 _TIMEOUT, _TRAINING = "session_timeout", "training"
-#: Megabytes of what -> the limit in bytes.
+#: Settings in megabytes -> the limits in bytes.
 _MEMORY = {"cache_memory": "cache_bytes", "adapter_memory": "adapter_bytes"}
 _SETTINGS = (*_COUNTS, _TIMEOUT, *_MEMORY, _TRAINING)
 _MOST = 10**9
@@ -27,21 +27,21 @@ def session_problems(settings: Mapping[str, Any]) -> list[str]:
     for name in _COUNTS:
         value = settings.get(name, 1)
         if type(value) is not int or not 1 <= value <= _MOST:
-            problems.append(f"{name}: {show(value)} is no whole number from 1")
+            problems.append(f"{name}: {show(value)} is not a whole number from 1")
     timeout = _seconds(settings.get(_TIMEOUT, 1))
     if not 0 < timeout < math.inf:
-        problems.append(f"{_TIMEOUT}: {show(settings[_TIMEOUT])} is neither a number of seconds nor such as 10m")
+        problems.append(f"{_TIMEOUT}: {show(settings[_TIMEOUT])} is not a number of seconds or a duration such as 10m")
     for name in _MEMORY:
         memory = settings.get(name, 1)
         if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < _MOST:
-            problems.append(f"{name}: {show(memory)} is no number of megabytes")
+            problems.append(f"{name}: {show(memory)} is not a number of megabytes")
     if not isinstance(settings.get(_TRAINING, True), bool):
         problems.append(f"{_TRAINING}: {show(settings[_TRAINING])} is neither true nor false")
     return problems
 
 
 def session_limits(settings: Mapping[str, Any]) -> SessionLimits:
-    """Return the limits that valid settings give.
+    """Return the limits that the settings define.
 
     Raises:
         ConfigurationError: They are not valid; all problems are listed.
@@ -55,7 +55,7 @@ def session_limits(settings: Mapping[str, Any]) -> SessionLimits:
         )
     limits: dict[str, Any] = {name: settings[name] for name in _COUNTS if name in settings}
     if "max_sessions" in limits:
-        # Without a limit of its own, an owner may have all of them.
+        # Without a limit for each owner, one owner may have all sessions.
         limits.setdefault("max_sessions_per_owner", limits["max_sessions"])
     if _TIMEOUT in settings:
         limits["idle_timeout"] = _seconds(settings[_TIMEOUT])
@@ -66,7 +66,7 @@ def session_limits(settings: Mapping[str, Any]) -> SessionLimits:
 
 
 def _seconds(value: Any) -> float:
-    """Read a time as ``keep_alive`` is read; NaN for what is none."""
+    """Parse a duration as in ``keep_alive``; NaN if it is invalid."""
     values, problems = examine({"keep_alive": value})
     faulty = value is None or any(problem.startswith("keep_alive:") for problem in problems)
     return math.nan if faulty else float(values["keep_alive"])

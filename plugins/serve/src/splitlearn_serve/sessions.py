@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Meta of a frame from which on it is parsed in a thread.
+#: The size of a frame's meta from which on it is parsed in a thread.
 _LARGE_META = 16 * 1024
-#: Seconds between two looks for sessions that have been idle for too long: a part of the limit, and at most so many.
+#: The pause between two searches for idle sessions: a fraction of the idle time limit, and at most so many seconds.
 _EXPIRY_PART, _EXPIRY_MOST = 0.25, 5.0
 #: Seconds after which a client may try again, while a model is unloaded or there is no room.
 _SOON, _LATER = 1.0, 5.0
@@ -64,10 +64,10 @@ _SOON, _LATER = 1.0, 5.0
 _LONGEST_PAUSE = 60.0
 _REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE, Kind.PUT})
 _STEPS = frozenset({Kind.STEP, Kind.BACKWARD})
-#: Codes after which a connection ends, since where the next frame begins or what it means is unknown.
+#: Codes after which a connection ends, since it is unknown where the next frame begins or what it means.
 _FATAL = frozenset({"malformed", "version"})
 _GOING = (ModelStatus.DRAINING, ModelStatus.UNLOADING)
-#: Errors of a generation that is gone or going; another one may follow.
+#: Errors of a generation that has ended or is about to; another one may follow.
 _LEAVING = (
     HostDiedError,
     ConnectionLostError,
@@ -110,22 +110,22 @@ class Sessions:
 
     Args:
         control: The manager with its configurations, which are loaded on their first use.
-        limits: What sessions may take.
+        limits: The limits of sessions.
     """
 
     def __init__(self, control: Control, limits: SessionLimits | None = None) -> None:
         from splitlearn_core.extension import SessionLimits, TrainingUsage
 
         self.limits = limits or SessionLimits()
-        #: Model -> what owners have trained on it, over its generations.
+        #: Model -> the training of each owner on it, across its generations.
         self._usage: defaultdict[str, TrainingUsage] = defaultdict(TrainingUsage)
         self.control = control
         self._manager = control.manager
-        #: Model -> generation -> what is held of it.
+        #: Model -> generation -> its lease and sessions.
         self._held: dict[str, dict[int, _Held]] = {}
-        #: Model -> the generation that was last used, and what it is.
+        #: Model -> the generation that was last used, and its facts.
         self._facts: dict[str, tuple[int, Facts]] = {}
-        #: One lease is taken at a time for each model.
+        #: For each model, a lock: one lease is taken at a time.
         self._preparing: dict[str, _Turn] = {}
         #: One frame of each session waits or computes, so that no session fills the queue of its model.
         self._turns: dict[object, _Turn] = {}
@@ -148,24 +148,24 @@ class Sessions:
         except SplitLearnError as error:
             reply = _refusal(error, frame, traffic)
         except Exception:
-            # Its text goes only to the log: it may name files.
+            # The error's text goes only to the log: it may contain file names.
             log.exception("A request to %s failed", model_id)
-            failure = RemoteError("the server failed at this request", code="failed", hint="its log says how")
+            failure = RemoteError("the server failed at this request", code="failed", hint="its log has the details")
             reply = _refusal(failure, frame, traffic)
         traffic.bytes_sent += len(reply.data)
         return reply
 
     async def expire(self) -> None:
-        """End the sessions that have been idle for too long, and give back the leases of models without any."""
+        """End the sessions that have been idle for too long, and release the leases of models without sessions."""
         for model_id, generations in list(self._held.items()):
             for held in list(generations.values()):
-                # Frees the memory of their caches. A process that does not answer keeps only its own sessions open.
+                # This frees the memory of their caches. A process that does not answer delays only its own sessions.
                 with contextlib.suppress(TimeoutError):
                     count = await asyncio.wait_for(asyncio.to_thread(held.table.expire), _EXPIRY_MOST)
                     self.control.traffic.of(model_id).expired += count
                 info = self._listed(model_id)
                 is_going = info is not None and info.status in _GOING
-                # Adapters alone keep no model from being unloaded: they are sent again.
+                # Adapters alone do not keep a model from being unloaded: clients send them again.
                 if held.model.is_gone or (is_going and not len(held.table)):
                     held.table.close()
                 await self._settle(held)
@@ -179,7 +179,7 @@ class Sessions:
             await self._settle(held)
 
     async def close(self) -> None:
-        """End all sessions, and take no more."""
+        """End all sessions, and accept no more."""
         self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -192,7 +192,7 @@ class Sessions:
     async def _decoded(self, data: bytes | bytearray) -> Frame:
         header = decode_header(data, self.limits.max_payload)
         if header.kind not in _REQUESTS:
-            raise ProtocolError(f"{header.kind.name} is no request", code="malformed")
+            raise ProtocolError(f"{header.kind.name} is not a request", code="malformed")
         if header.meta_length > _LARGE_META and len(data) == HEADER_BYTES + header.rest:
             return await asyncio.to_thread(decode, data, self.limits.max_payload)
         return decode(data, self.limits.max_payload)
@@ -202,11 +202,11 @@ class Sessions:
             return _encoded(Frame(Kind.PONG, step=frame.step))
         if frame.kind is Kind.HELLO:
             facts = await self._facts_of(model_id)
-            # What is declared for a session is at most what its owner may have.
+            # A session declares at most the limit of its owner.
             meta = {**facts.to_json(), "max_tokens": owner.limits(self.limits).max_tokens}
             return _encoded(Frame(Kind.WELCOME, step=frame.step, meta=meta))
         if frame.kind is Kind.CLOSE and not any(frame.session in held.table for held in self._all(model_id)):
-            # It is closed already; nothing is loaded for that.
+            # The session is closed already; the model is not loaded for that.
             return _encoded(Frame(Kind.CLOSED, frame.session, frame.step))
         arrived = time.monotonic()
         # Without a session, the owner's frames take turns.
@@ -238,9 +238,9 @@ class Sessions:
             await self._settle(held)
 
     async def _holder(self, model_id: str, frame: Frame) -> _Held:
-        """Return it with one user more."""
+        """Return the generation that has the frame's session, with one user more."""
         if self.is_closing:
-            raise _closing("this server is ending")
+            raise _closing("this server is shutting down")
         await self._follow_reload(model_id)
         for held in self._all(model_id):
             if frame.session in held.table and not held.model.is_gone:
@@ -252,7 +252,7 @@ class Sessions:
 
     async def _facts_of(self, model_id: str) -> Facts:
         if self.is_closing:
-            raise _closing("this server is ending")
+            raise _closing("this server is shutting down")
         info, known = self._listed(model_id), self._facts.get(model_id)
         if info is not None and info.status is ModelStatus.READY and known and known[0] == info.generation:
             return known[1]
@@ -279,7 +279,7 @@ class Sessions:
                     usage = self._usage[model_id]
                     table = await model.run(lambda module: sessions_on(module, limits, facts, usage))
                     if self.is_closing:
-                        raise _closing("this server is ending")
+                        raise _closing("this server is shutting down")
                     self._facts[model_id] = model.generation, table.facts
                     held = generations[model.generation] = _Held(model_id, model, table, stack.pop_all())
                 held.users += 1
@@ -294,7 +294,7 @@ class Sessions:
         if info is not None and info.status is not ModelStatus.FAILED:
             return
         if info is not None and info.error is not None:
-            # Clients that come again and again do not load a broken model again and again.
+            # Clients that keep retrying must not keep loading a broken model.
             left = info.error.at + min(2.0**info.error.consecutive, _LONGEST_PAUSE) - time.time()
             if not info.error.retryable or left > 0:
                 raise RemoteError(
@@ -303,7 +303,7 @@ class Sessions:
                     hint=info.error.hint,
                     retry_after=max(left, _SOON) if info.error.retryable else None,
                 )
-        # Another request may have begun to load it.
+        # Another request may already be loading it.
         with contextlib.suppress(DuplicateModelError):
             await self.control.load_known(model_id, wait=True)
 
@@ -327,7 +327,7 @@ class Sessions:
                 await self._settle(held)
 
     async def _settle(self, held: _Held) -> None:
-        """Count the sessions, and give a lease back that is of no more use."""
+        """Count the sessions, and release a lease that is no longer needed."""
         generations = self._held.get(held.model_id, {})
         if not held.users and held.table.is_idle and generations.get(held.model.generation) is held:
             del generations[held.model.generation]
@@ -361,7 +361,7 @@ class Sessions:
 
 @contextlib.asynccontextmanager
 async def _turn(turns: dict[Any, _Turn], key: object) -> AsyncIterator[None]:
-    """Wait for those who came before with the same key."""
+    """Wait for earlier holders of the same key."""
     turn = turns.setdefault(key, _Turn(asyncio.Lock()))
     turn.users += 1
     try:
@@ -395,7 +395,7 @@ def _closing(message: str) -> RemoteError:
 
 
 def as_remote(error: SplitLearnError) -> RemoteError:
-    """Return an error of the manager as one that a client understands."""
+    """Translate an error of the manager into one that a client understands."""
     if isinstance(error, RemoteError) and not isinstance(error, HostDiedError | ConnectionLostError):
         return error
     code, retry_after = "not_loaded", None

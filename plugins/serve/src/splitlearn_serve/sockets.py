@@ -16,9 +16,9 @@ from splitlearn_serve.guard import OWNER
 from splitlearn_serve.sessions import Sessions, refusal_frame
 from splitlearn_serve.tokens import ANYONE, Owner
 
-#: WebSocket connections of one owner.
+#: The maximum number of WebSocket connections of one owner.
 CONNECTIONS_PER_OWNER = 128
-#: Codes of WebSocket for the end of a connection.
+#: WebSocket close codes, and HTTP status codes.
 _UNSUPPORTED, _PROTOCOL_ERROR, _GOING_AWAY = 1003, 1002, 1001
 _UPGRADE_REQUIRED, _NOT_FOUND, _METHOD_NOT_ALLOWED = 426, 404, 405
 
@@ -61,7 +61,7 @@ class SessionRoute:
                 return
             data = message.get("bytes")
             if data is None:
-                error = ProtocolError("a frame is a binary message, and this was text", code="malformed")
+                error = ProtocolError("a frame is a binary message, but this was text", code="malformed")
                 await send({"type": "websocket.send", "bytes": refusal_frame(error)})
                 await send({"type": "websocket.close", "code": _UNSUPPORTED, "reason": "text"})
                 return
@@ -84,7 +84,7 @@ class SessionRoute:
             part = config.component or f"whole {config.model_type} model"
             return RequestError(
                 422,
-                f"model {model_id!r} is a {part}, and only trunks are used from elsewhere",
+                f"model {model_id!r} is a {part}, and only trunks can be used remotely",
                 hint="load bottom and top where the data is",
                 kind="ConfigurationError",
             )
@@ -99,8 +99,8 @@ class SessionRoute:
         if self._connections[owner.name] >= CONNECTIONS_PER_OWNER:
             return RequestError(
                 429,
-                f"{CONNECTIONS_PER_OWNER} connections of this owner are open, the most there may be",
-                hint="use the connections that are open: one serves any number of sessions in turn",
+                f"{CONNECTIONS_PER_OWNER} connections of this owner are open, which is the maximum",
+                hint="use the open connections: one serves any number of sessions in turn",
                 headers={"Retry-After": "5"},
                 kind="BusyError",
             )
@@ -108,13 +108,13 @@ class SessionRoute:
 
 
 class ConnectHint:
-    """The ASGI application behind plain HTTP requests to ``/MODEL_ID``, and to all that has no route."""
+    """The ASGI application behind plain HTTP requests to ``/MODEL_ID``, and to all paths without a route."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Say how to connect."""
+        """Answer with how to connect."""
         model_id = scope["path"].removeprefix("/")
         if self._control.known(model_id) is None:
             raise HTTPException(_NOT_FOUND)
@@ -132,5 +132,5 @@ class ConnectHint:
 
 
 def is_trunk(config: ModelConfig) -> bool:
-    """Whether a model is a part that can be used from elsewhere."""
+    """Whether a model is a component that can be used remotely."""
     return config.is_family and (config.component or "").startswith("trunk")

@@ -14,7 +14,7 @@ def server_context(certificate: str | os.PathLike[str], key: str | os.PathLike[s
     """Return the TLS context of a server.
 
     Args:
-        certificate: A PEM file: the server's certificate, then those of the authorities in between.
+        certificate: A PEM file: the server's certificate, then the intermediate certificates.
         key: A PEM file with its private key, without a password.
 
     Raises:
@@ -45,5 +45,5 @@ def _no_password() -> str:
 def _words(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         known = {"KEY_VALUES_MISMATCH": "the key is another certificate's"}
-        return known.get(error.reason or "", "one of them is no PEM file of its kind")
+        return known.get(error.reason or "", "one of them is not a PEM file of its kind")
     return reason(error)

@@ -1,4 +1,4 @@
-"""Tokens: who may use models and change which are loaded, and how much each may take.
+"""Tokens: who may use models and change which are loaded, and the limits of each owner.
 
 A file holds one token per line. A name before it is shown where sessions are counted, and limits may follow it::
 
@@ -27,7 +27,7 @@ from splitlearn_core import ConfigurationError, MissingFileError
 from splitlearn_core.extension import TOKEN_VARIABLE, reason, unknown_name
 
 if TYPE_CHECKING:
-    # It needs torch, which the commands do without.
+    # It needs torch, which the commands do not import.
     from splitlearn_core.extension import SessionLimits
 
 log = logging.getLogger(__name__)
@@ -38,24 +38,24 @@ _LIMIT = re.compile(r"(?P<name>\w+)=(?P<value>\d{1,9})")
 _LIMITS = ("max_sessions", "max_tokens", "training_steps", "training_tokens", "adapter_memory")
 _TRAINING = "training"
 _MEGABYTE = 2**20
-#: A token goes into a header.
+#: A token is sent in a header.
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
-#: Characters below which a token can be tried out.
+#: A token with fewer characters can be guessed.
 _SHORT = 16
 _FILE_LIMIT = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whoever has one token; or anyone, where no token is needed."""
+    """The owner of a token; or anyone, if no token is needed."""
 
     name: str = ""
-    #: Sessions at once of one model, and tokens of one sequence; None for the server's limits.
+    #: Maximum number of sessions of one model, and of tokens of a sequence; None for the server's limits.
     max_sessions: int | None = None
     max_tokens: int | None = None
     #: Whether adapters, training mode and gradients are allowed.
     training: bool = True
-    #: Backward passes, tokens in them, and megabytes of adapters that are kept; None for the server's limits.
+    #: Backward passes, tokens in them, and megabytes of stored adapters; None for the server's limits.
     training_steps: int | None = None
     training_tokens: int | None = None
     adapter_memory: int | None = None
@@ -83,7 +83,7 @@ ANYONE = Owner()
 
 
 class Tokens:
-    """The tokens that a server accepts; none of them is kept, only their hashes.
+    """The tokens that a server accepts; only their hashes are kept.
 
     Args:
         owners: Token -> its owner. Without any, no token is needed.
@@ -99,24 +99,24 @@ class Tokens:
         """Return the owner of the token in a header ``Authorization``.
 
         Raises:
-            RequestError: A token is needed, and there is none or another one.
+            RequestError: A token is needed, and it is missing or wrong.
         """
-        # It brings the server's libraries, which the commands that read a token do without.
+        # It imports the server's libraries, which commands that only read a token do not need.
         from splitlearn_serve.answers import RequestError
 
         if not self._owners:
             return ANYONE
         scheme, _, token = (authorization or "").partition(" ")
-        given, found = _digest(token.strip()), None
-        # Every one is compared, so that the time says nothing of them.
+        sent_digest, matching_owner = _digest(token.strip()), None
+        # All hashes are compared, so that the time reveals nothing about them.
         for digest, owner in self._owners:
-            if hmac.compare_digest(digest, given):
-                found = owner
-        if found is not None and scheme.lower() == "bearer":
-            return found
+            if hmac.compare_digest(digest, sent_digest):
+                matching_owner = owner
+        if matching_owner is not None and scheme.lower() == "bearer":
+            return matching_owner
         raise RequestError(
             401,
-            "the token is not one of this server's" if authorization else "this server asks for a token",
+            "the token is not one of this server's" if authorization else "this server requires a token",
             hint=f"give it with token=..., --token-file FILE or in {TOKEN_VARIABLE}",
             headers={"WWW-Authenticate": 'Bearer realm="splitlearn"'},
             kind="AccessRefusedError",
@@ -137,7 +137,7 @@ def read_tokens(path: str | os.PathLike[str] | None) -> Tokens:
         return Tokens()
     if not _TOKEN.fullmatch(token):
         raise ConfigurationError(
-            f"the token in {TOKEN_VARIABLE} has spaces or other characters that no header can hold",
+            f"the token in {TOKEN_VARIABLE} has spaces or other characters that a header cannot hold",
             hint="make one: openssl rand -hex 32",
         )
     return Tokens({token: Owner("token")})
@@ -163,7 +163,7 @@ def _read(path: Path) -> str:
             return file.read(_FILE_LIMIT)
     except FileNotFoundError as error:
         raise MissingFileError(
-            f"there is no file of tokens {path}", hint="make one: (umask 077; openssl rand -hex 32 > tokens)"
+            f"there is no token file {path}", hint="make one: (umask 077; openssl rand -hex 32 > tokens)"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
@@ -180,7 +180,7 @@ def _parse(path: Path, text: str) -> dict[str, Owner]:
             continue
         match = _LINE.fullmatch(line)
         if match is None or not _TOKEN.fullmatch(match["token"]) or match["token"].endswith(":"):
-            problems.append(f"line {number} is no token, with or without a name before it and limits after it")
+            problems.append(f"line {number} is not a token, with or without a name before it and limits after it")
             continue
         token, name = match["token"], match["name"] or f"line {number}"
         limits, faults = _parse_limits(match["limits"].split())

@@ -1,4 +1,4 @@
-"""What the sessions on each model have done: counts for the page, JSON and metrics."""
+"""Statistics of the sessions on each model, for the page, JSON and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 #: Upper bounds of the seconds of a step.
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, math.inf)
-#: Seconds over which steps per second are counted, and the most of them that are remembered.
+#: Seconds over which steps per second are counted, and the maximum number of remembered steps.
 _WINDOW, _REMEMBERED = 10.0, 8192
 
 

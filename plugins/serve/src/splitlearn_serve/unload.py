@@ -10,7 +10,7 @@ from splitlearn_core.cli import json_option, print_json
 from splitlearn_core.extension import human_bytes
 from splitlearn_serve.server_client import ServerClient, plain, server_options
 
-#: Seconds for the answer, beyond those for the unload itself.
+#: Seconds for the answer, in addition to those for the unload itself.
 _PATIENCE = 60.0
 
 
@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Have a running `splitlearn serve` unload the model ID once no session is open on it and it has no leases.
 
-    Its next user loads it again. With --force, users of open sessions do, and rebuild them.
+    The next request for it loads it again. With --force, that includes open sessions, which are then rebuilt.
     """
     server = ServerClient(url, token_file, ca_file)
     if not force:

@@ -7,7 +7,7 @@ from splitlearn_core.manager.config_checks import HUGGINGFACE, PYTORCH
 from splitlearn_core.manager.loaders import huggingface, pytorch
 from splitlearn_core.manager.loaders.loadable import LoadedModel, LoadPlan, ReportProgress
 
-#: Model type -> the functions that plan and load it; any other type is that of a family.
+#: Model type -> the functions that plan and load it; any other type belongs to a family.
 _KINDS = {
     HUGGINGFACE: (huggingface.plan_model, huggingface.load_model),
     PYTORCH: (pytorch.plan, pytorch.load),

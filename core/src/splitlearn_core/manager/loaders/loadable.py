@@ -39,32 +39,32 @@ MAPPED = "mapped"
 
 
 class ModelHost(Protocol):
-    """Where one model runs that does not run in this process, as its ``ComponentHost`` returns it."""
+    """The host of one model outside this process, as its ``ComponentHost`` returns it."""
 
     @property
     def pid(self) -> int | None:
-        """The process, where it is one of this machine."""
+        """The process id, if the process is on this machine."""
 
     @property
     def ended(self) -> Future[Any]:
-        """Done once it has ended, in whatever way; a future whose ``cancel`` has no effect."""
+        """A future that is done once the host has ended, in whatever way; its ``cancel`` has no effect."""
         ...
 
     @property
     def has_sessions(self) -> bool:
-        """Whether caches of it are in use here: it is then started again when it dies."""
+        """Whether caches of it are in use here: it is then restarted when it dies."""
         ...
 
     def death(self) -> SplitLearnError:
-        """Return how it ended."""
+        """Return the error that describes how it ended."""
         ...
 
     def private_memory(self) -> int:
-        """Return the bytes that would come back if it ended now."""
+        """Return the bytes that would be freed if it ended now."""
         ...
 
     def end(self) -> None:
-        """End it, now, and wait for that; also where it has ended already."""
+        """End it now, and wait until it has ended; also allowed when it has already ended."""
         ...
 
 
@@ -83,7 +83,7 @@ class LoadPlan:
     device: str
     #: Private to the loader.
     details: Any = None
-    #: What has died before; its sessions go on in what is loaded.
+    #: The host of an earlier generation that has died; its sessions continue in the loaded model.
     after: ModelHost | None = None
 
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PROMPT_TOKENS = 8
-#: Forward passes of a warm-up: a prompt and one more token, so many times.
+#: Rounds of a warm-up: in each, a prompt and one more token.
 _WARM_UP_ROUNDS = 2
 
 #: Modules that loading any component imports midway.
@@ -80,7 +80,7 @@ class ModelLoader:
     except downloads. Any number of threads may use one loader.
 
     Args:
-        call_threads: Threads of torch with which a model is called, in processes of their own too; None for the
+        call_threads: The number of torch's threads for calls of a model, in its own process too; None for the
             default of torch.
     """
 

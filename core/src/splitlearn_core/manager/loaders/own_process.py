@@ -1,4 +1,4 @@
-"""The host ``process``: a component in a process of its own."""
+"""The host ``process``: a component in its own process."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SAME = (
     "attn_implementation",
     "strict",
 )
-#: Seconds between two looks at whether a load is to stop.
+#: Seconds between two checks whether a load should stop.
 _LOOK_EVERY = 0.05
-#: Seconds in which a child may end by itself: it ends at once, unless it hangs with the interpreter's lock.
+#: Seconds in which a child may end by itself: it ends immediately, unless it hangs while holding the GIL.
 _GRACE = 0.5
 
 
 class ModelProcess:
-    """The process of a model, as the manager sees it."""
+    """The process of a model, with the manager's interface of a host."""
 
     def __init__(self, model_id: str, handle: ProcessHandle) -> None:
         self._model_id = model_id
@@ -62,18 +62,18 @@ class ModelProcess:
         return HostDiedError(
             f"the process {self.pid} of model {self._model_id!r} {self.handle.exit}",
             code="host_died",
-            hint="free memory, or load fewer layers; the kernel's log says whom it killed (dmesg)"
+            hint="free memory, or load fewer layers; the kernel's log shows which process it killed (dmesg)"
             if self.handle.exit is not None and self.handle.exit.may_be_out_of_memory
             else "what the process wrote to stderr may say more",
         )
 
     def private_memory(self) -> int:
-        """Return the bytes that would come back if it ended now."""
+        """Return the bytes that would be freed if it ended now."""
         memory = self.handle.memory()
         return 0 if memory is None else memory.private
 
     def end(self) -> None:
-        """End it: it has nothing to put in order, and its files are open for reading alone."""
+        """Kill it: there is nothing to clean up, since it only reads files."""
         self.handle.kill(_GRACE)
 
 
@@ -87,7 +87,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress, threads: i
     except RemoteError as error:
         if error.code != "other_model" or after is None:
             raise
-        # Its files have been replaced meanwhile.
+        # The weights have been replaced meanwhile.
         log.warning("The sessions of model %r end: %s", config.model_id, error.message)
         handle = _loaded(config, report, count, None)
     host = ModelProcess(config.model_id, handle)
@@ -98,7 +98,7 @@ def load(config: ModelConfig, plan: LoadPlan, report: ReportProgress, threads: i
     except BaseException:
         host.end()
         raise
-    # Its inputs are sent from memory of this machine's.
+    # Its inputs are sent from CPU memory.
     return LoadedModel(handle.component, plan.location, plan.dtype, "cpu", host)
 
 
@@ -109,18 +109,18 @@ def _loaded(config: ModelConfig, report: ReportProgress, threads: int, after: Pr
 
     def note(progress: Progress) -> None:
         nonlocal latest
-        # It is ready once it is checked here.
+        # It is not ready before it is checked here.
         if progress.stage != "ready":
             latest = progress
 
     report(latest)
     handle = start_process(_load_of(config), threads=threads, progress=note, after=after)
     try:
-        # A process that hangs reports nothing, so that only a look from here sees that it is to stop.
+        # A process that hangs reports nothing, so this thread has to check whether the load should stop.
         while not wait((handle.ready,), timeout=_LOOK_EVERY).done:
             report(latest)
         report(latest)
-        # Raises why there is none.
+        # Raises the error of a failed load.
         _ = handle.component
     except BaseException:
         handle.kill(_GRACE)
@@ -137,13 +137,13 @@ def _load_of(config: ModelConfig) -> ProcessLoad:
 
 
 def load_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments with which ``load_split_model`` loads a model's component in another process.
+    """Return the arguments of ``load_split_model`` that load a model's component in another process.
 
     Raises:
-        InternalError: It is a whole model, which the checks of configurations refuse with another host than inline.
+        InternalError: It is a whole model, for which the configuration checks refuse any host but inline.
     """
     if config.component is None or config.split_points is None:
-        raise InternalError("another process loads components of families", hint="please report this")
+        raise InternalError("only components of families can be loaded in another process", hint="please report this")
     return {
         "model_name_or_path": config.model_path or registry().family(config.model_type).default_model or "",
         "split_points": config.split_points,

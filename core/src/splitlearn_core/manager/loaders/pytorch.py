@@ -115,7 +115,7 @@ def _find(config: ModelConfig) -> Path:
     if not path.exists():
         raise MissingFileError(f"there is no file {path}", hint="check model_path")
     if not path.is_file():
-        raise InvalidCheckpointError(f"{path} is no ordinary file", hint="give the path of the .pt or .pth file")
+        raise InvalidCheckpointError(f"{path} is not a regular file", hint="give the path of the .pt or .pth file")
     return path
 
 
@@ -192,7 +192,7 @@ def _architecture(name: str) -> Any:
         ) from error
     if not callable(attribute):
         raise ConfigurationError(
-            f"the architecture {name} is {type(attribute).__name__}, no class", hint="name a class"
+            f"the architecture {name} is {type(attribute).__name__}, not a class", hint="name a class"
         )
     return attribute
 
@@ -206,7 +206,7 @@ def _state_dict(config: ModelConfig, saved: Any) -> dict[str, Any]:
         state = next((saved[name] for name in _STATE_DICT_KEYS if isinstance(saved.get(name), Mapping)), saved)
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise InvalidCheckpointError(
-            f"{config.model_path} holds a {type(state).__name__}, no state dict", hint="save module.state_dict()"
+            f"{config.model_path} holds a {type(state).__name__}, not a state dict", hint="save module.state_dict()"
         )
     return dict(state)
 
@@ -214,7 +214,8 @@ def _state_dict(config: ModelConfig, saved: Any) -> dict[str, Any]:
 def _check_tensors(config: ModelConfig, module: Any, state: Mapping[str, Any]) -> None:
     if not hasattr(module, "state_dict"):
         raise ConfigurationError(
-            f"{config.architecture} returns a {type(module).__name__}, no torch.nn.Module", hint="name a module's class"
+            f"{config.architecture} returns a {type(module).__name__}, not a torch.nn.Module",
+            hint="name a module's class",
         )
     expected = module.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in state]

@@ -21,11 +21,11 @@ class Anatomy:
     base: str
     embedding: str
     head: str
-    #: Lists of as many modules as the model has layers.
+    #: ModuleLists with as many modules as the model has layers.
     layers: tuple[str, ...]
     #: Modules whose output the base returns, the last one first: the final norm.
     norms: tuple[str, ...]
-    #: Modules before the first layer with another input than the hidden states, and an output of their width.
+    #: Modules before the first layer whose input is not the hidden states, but whose output has their width.
     added: tuple[str, ...]
     #: Modules before the first layer that take the hidden states.
     passed: tuple[str, ...]

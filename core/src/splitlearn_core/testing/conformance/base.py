@@ -76,7 +76,7 @@ class Axes:
 
 
 class Checks:
-    """The attributes that an author sets; the checks are in subclasses."""
+    """The attributes that a plugin's author sets; the checks are in subclasses."""
 
     #: The model type under test.
     model_type: ClassVar[str]
@@ -91,7 +91,7 @@ class Checks:
     attention: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
     #: dtypes to compare in.
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
-    #: Tensors of old checkpoints that must be left out: name relative to the base -> shape.
+    #: Tensors of old checkpoints that must be omitted: name relative to the base -> shape.
     legacy_tensors: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     #: Checks that fail, each with the reason: ``{"test_generate": "..."}``, or only with all the
     #: parameters in brackets: ``{"test_generate[bfloat16, sdpa]": "..."}``.

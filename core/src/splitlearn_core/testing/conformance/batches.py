@@ -9,7 +9,7 @@ import torch
 #: A batch of one, and a batch of two whose first row is padded on the left.
 PADDINGS = (None, 3)
 PROMPT_TOKENS = 7
-#: Token ids are below; special tokens are below 3.
+#: Token ids are below this; ids below 3 are special tokens.
 _VOCABULARY = 100
 
 

@@ -23,7 +23,7 @@ from splitlearn_core.testing.conformance.subject import Subject
 
 @explained
 class Description(Checks):
-    """Names of modules and of values, and where the configuration may be silent."""
+    """Names of modules and of values, and defaults of values that the configuration omits."""
 
     def test_architecture(self, subject: Subject) -> None:
         """The class is the one that transformers makes of such a config.json, if it knows the type."""
@@ -38,29 +38,29 @@ class Description(Checks):
         expect(
             hf_class is usual,
             f"transformers makes a {usual.__name__} of such a config.json, not a {hf_class.__name__}",
-            Suspect("architecture", f"say {usual.__name__!r}"),
+            Suspect("architecture", f"set {usual.__name__!r}"),
         )
 
     def test_module_names(self, subject: Subject) -> None:
         """Base, layers, embedding, norm, head and inlets are where the family says; layers are built as it says."""
         suspects = tuple(misnamed(subject.family, subject.whole()))
         if suspects:
-            raise ConformanceError("the family names modules otherwise than the model does", suspects)
+            raise ConformanceError("the module names of the family are not those of the model", suspects)
 
     def test_config_names(self, subject: Subject) -> None:
         """Layers, sizes, heads and ties are read from config.json as transformers reads them."""
         for common, own in subject.family.config_names.items():
             field = f"config_names[{common!r}]"
-            expect(own in subject.config, f"config.json has no {own!r}", Suspect(field, "it names nothing"))
+            expect(own in subject.config, f"config.json has no {own!r}", Suspect(field, "its name is wrong"))
         suspects = tuple(misconfigured(subject.family, subject.whole()))
         if suspects:
-            raise ConformanceError("config.json is read otherwise than transformers reads it", suspects)
+            raise ConformanceError("the family reads config.json differently from transformers", suspects)
 
     def test_config_defaults(self, subject: Subject) -> None:
-        """What counts when config.json is silent is what transformers fills in."""
+        """Values that config.json omits have the defaults of transformers."""
         suspects = tuple(wrong_defaults(subject.family))
         if suspects:
-            raise ConformanceError("a silent config.json is read otherwise than transformers reads it", suspects)
+            raise ConformanceError("the family fills in omitted values differently from transformers", suspects)
 
     def test_tied_and_untied(self, tie: str, subjects: Mapping[str, Subject]) -> None:
         """A tied and an untied model are both among the variants, if the model class has both."""
@@ -73,7 +73,7 @@ class Description(Checks):
         expect(
             named and not wrong,
             f"variants that are to be {tie}: {', '.join(named) or 'none'}; that are not: {', '.join(wrong) or 'none'}",
-            Suspect("variants", f"declare {TIE} if the model class obeys it"),
+            Suspect("variants", f"declare {TIE} if the model class supports it"),
         )
 
     def test_attention_is_there(self, implementation: str, subjects: Mapping[str, Subject]) -> None:
@@ -83,7 +83,7 @@ class Description(Checks):
             pytest.skip(available.refused[implementation])
         subject = subjects[available.variants[0]]
         split = subject.split(subject.middle, attention=implementation)
-        used = {part.config._attn_implementation for part in split.components}  # noqa: SLF001  # the name of its choice
+        used = {part.config._attn_implementation for part in split.components}  # noqa: SLF001  # the name of the chosen implementation
         expect(used == {implementation}, f"{implementation} was requested, and {', '.join(sorted(used))} is used")
 
     def test_ties(self, subject: Subject) -> None:

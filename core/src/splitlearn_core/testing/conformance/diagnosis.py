@@ -26,10 +26,10 @@ COMMON = (
 #: Of these, the one that decides which tensors there are; the others decide the layers and the size of the cache.
 READ_FOR_TIES = ("tie_word_embeddings",)
 _MAP_HOOK = "hook splitlearn_map_weight_keys"
-MAPPER = Suspect(_MAP_HOOK, "it must answer for every key, and name no module key twice")
+MAPPER = Suspect(_MAP_HOOK, "it must return an entry for every key, and no module key twice")
 #: Words of a tensor mismatch, and its possible cause if nothing else is wrong.
 _MISFITS = {
-    "unexpected: ": Suspect("ignored_suffixes", "tensors that no module uses are left out by the ends of their keys"),
+    "unexpected: ": Suspect("ignored_suffixes", "tensors that no module uses are omitted by key suffix"),
     "missing: ": Suspect("renamed", "keys of old checkpoints, (old, new)"),
 }
 
@@ -57,7 +57,7 @@ def _explained(error: Exception, family: ModelFamily, model: Any) -> list[Suspec
     if isinstance(error, InvalidSplitError):
         impossible = family.impossible_cuts(model.config.to_dict())
         declared = any(reason in str(error) for reason in impossible.values())
-        return [Suspect("impossible_cuts", "a cut that is declared so")] if declared else []
+        return [Suspect("impossible_cuts", "this cut is declared impossible")] if declared else []
     if isinstance(error, ConfigurationError):
         spelled = {name: (name, family.config_names.get(name, name)) for name in COMMON}
         named = [name for name in COMMON if any(word in str(error) for word in spelled[name])]
@@ -131,7 +131,7 @@ def mixed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
     layers = model.get_submodule(family.base).get_submodule(family.layers)
     classes = sorted({type(layer).__name__ for layer in layers})
     if len(classes) > 1:
-        yield Suspect("uniform_layers", f"say False: the layers are of several classes, {', '.join(classes)}")
+        yield Suspect("uniform_layers", f"set False: the layers are of several classes, {', '.join(classes)}")
         return
     for number, layer in enumerate(layers):
         try:
@@ -139,12 +139,10 @@ def mixed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
                 made = type(layers[0])(model.config, number)
         # A constructor with other arguments may raise any exception.
         except Exception as error:  # noqa: BLE001
-            yield Suspect("uniform_layers", f"say False: {classes[0]}(config, {number}) fails: {error}")
+            yield Suspect("uniform_layers", f"set False: {classes[0]}(config, {number}) fails: {error}")
             return
         if _shapes(made) != _shapes(layer):
-            yield Suspect(
-                "uniform_layers", f"say False: {classes[0]}(config, {number}) is not what the model has there"
-            )
+            yield Suspect("uniform_layers", f"set False: {classes[0]}(config, {number}) differs from the model's layer")
             return
 
 
@@ -205,7 +203,7 @@ def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:
     for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
         right = getattr(defaults, name, None)
         if name not in family.config_defaults and right is not None and effective(family, known, name) != right:
-            yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r} where config.json is silent")
+            yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r} if config.json omits it")
 
 
 def effective(family: ModelFamily, config: Mapping[str, Any], name: str) -> Any:
@@ -230,29 +228,29 @@ def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None
         model: The unsplit model.
         keys: The keys of the checkpoint; by default those that the model itself would write.
     """
-    wanted = set(model.state_dict())
+    expected = set(model.state_dict())
     written = json.loads(model.config.to_json_string(use_diff=False))
-    names = sorted(wanted if keys is None else keys)
+    names = sorted(expected if keys is None else keys)
     mapping = registry().map_weight_keys(family, written, names) or map_keys(family, names)
     targets = {target for target in mapping.values() if target is not None}
     dropped = {key for key, target in mapping.items() if target is None}
     mapper = _MAP_HOOK if "splitlearn_map_weight_keys" in registry().plugin(family.model_type).hooks else "renamed"
     problems = []
     for key, target in mapping.items():
-        if target is None and key in wanted:
+        if target is None and key in expected:
             by_suffix = mapper == "renamed" and key.endswith(family.ignored_suffixes)
             suspect = Suspect("ignored_suffixes" if by_suffix else mapper, "it drops a tensor")
             problems.append((f"{key} is left out, but the model needs it", suspect))
     for key, target in mapping.items():
-        if target is not None and target not in wanted:
+        if target is not None and target not in expected:
             text = f"{key} becomes {target}, which the model does not have"
             problems.append((text, Suspect(mapper, "its new name is a name of the module tree")))
     optional = _tied_names(model)
     problems += [
         (f"no tensor of the checkpoint becomes {name}", Suspect(mapper, "every parameter needs a tensor"))
-        for name in sorted(wanted - targets - optional - dropped)
+        for name in sorted(expected - targets - optional - dropped)
     ]
-    return [*problems, *_unplaced(family, model, sorted(wanted & targets))]
+    return [*problems, *_unplaced(family, model, sorted(expected & targets))]
 
 
 def _tied_names(model: Any) -> set[str]:

@@ -30,10 +30,10 @@ class Discovery(Checks):
         labels = ", ".join(f"{entry.label} ({entry.module})" for entry in claimants) or "none"
         expect(
             len(claimants) == 1,
-            f"one distribution is to claim model type {self.model_type!r}, not {len(claimants)}: {labels}",
+            f"one distribution must claim model type {self.model_type!r}, not {len(claimants)}: {labels}",
             Suspect("the entry point", f'group "splitlearn.families": {self.model_type} = "module"; then install again')
             if not claimants
-            else Suspect("distribution", "say in the test class which of them is tested"),
+            else Suspect("distribution", "name the tested one in the test class"),
         )
         family = registry().family(self.model_type)
         expect(
@@ -57,16 +57,16 @@ class Discovery(Checks):
         expect(
             not changed,
             "registering the plugin changes " + "; ".join(f"{what}: {how}" for what, how in changed.items()),
-            Suspect("the plugin's module", "what runs when it is imported may define things, and nothing else"),
+            Suspect("the plugin's module", "at import, it may only define things"),
         )
 
     def test_hooks_answer_alike(self, registered: dict[str, Any]) -> None:
-        """A second registration says the same of the family."""
+        """A second registration returns the same values of the family."""
         differs = self._registering(registered)["differs"]
         expect(
             not differs,
             f"called twice, the plugin gives different values of {', '.join(differs)}",
-            Suspect("hook splitlearn_model_families", "answer with a constant"),
+            Suspect("hook splitlearn_model_families", "return a constant"),
         )
 
     def _registering(self, registered: dict[str, Any]) -> dict[str, Any]:

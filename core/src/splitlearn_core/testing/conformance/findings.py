@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """Where the cause of a failure may lie."""
+    """A possible cause of a failure."""
 
     #: A field of ``ModelFamily``, a hook, or another place of the plugin, in its author's words.
     field: str
-    #: What points there, and what to write instead where that is known.
+    #: The evidence, and what to write instead if that is known.
     why: str
 
 
@@ -22,14 +22,14 @@ class ConformanceError(AssertionError):
     def __init__(self, message: str, suspects: Iterable[Suspect] = ()) -> None:
         self.message = message
         self.suspects = tuple(dict.fromkeys(suspects))
-        super().__init__("\n".join([message, *(f"look at {one.field}: {one.why}" for one in self.suspects)]))
+        super().__init__("\n".join([message, *(f"look at {place.field}: {place.why}" for place in self.suspects)]))
 
 
 def expect(met: object, message: str, *suspects: Suspect) -> None:
-    """Fail a check unless something is so; an assertion that no switch of the interpreter turns off.
+    """Fail a check unless a condition holds; unlike ``assert``, ``python -O`` does not disable it.
 
     Raises:
-        ConformanceError: It is not so.
+        ConformanceError: The condition does not hold.
     """
     __tracebackhide__ = True
     if not met:

@@ -70,7 +70,7 @@ def _of_plugin(error: PluginError, model_type: str) -> Suspect:
         fix = f'group "splitlearn.families": {model_type} = "module"; then install again'
         return Suspect("the entry point", fix)
     if isinstance(error, PluginConflictError):
-        return Suspect("distribution", "say in the test class which of them is tested")
+        return Suspect("distribution", "name the tested one in the test class")
     if isinstance(error, IncompatiblePluginError):
         return Suspect("the plugin's metadata", error.hint)
     entry = next(entry for entry in claims(model_type) if not blocked_by(entry))
@@ -81,7 +81,7 @@ def _of_plugin(error: PluginError, model_type: str) -> Suspect:
     if not homes:
         return Suspect("the entry point", f"there is no module {module!r}")
     where = _where(error.__cause__, homes) or str(homes[0])
-    # Its author needs neither the advice to leave the plugin out nor the address to report to.
+    # Its author needs neither the advice to leave the plugin out nor the address for reports.
     fixes = [] if error.hint == fix_hint(entry) else [error.hint.partition("; or leave")[0]]
     return Suspect("the plugin's module", "; ".join([where, *fixes]))
 
@@ -115,7 +115,7 @@ def _of_class(family: ModelFamily) -> Flaw | None:
 def _of_model(family: ModelFamily, values: Mapping[str, Any]) -> Flaw | None:
     """Compare the other fields that every load needs with a model in memory."""
     hf_class: Any = architecture_class(family)
-    tiny = Suspect("config of the test" if values else "tiny_config", "values that a small model of it allows")
+    tiny = Suspect("config of the test" if values else "tiny_config", "values that are valid for a small model")
     try:
         model = random_model(hf_class, configure(family, values, {}))
     # Classes of transformers raise any exception for values that they cannot use.
@@ -132,7 +132,7 @@ def _of_model(family: ModelFamily, values: Mapping[str, Any]) -> Flaw | None:
         words = f"a tiny {hf_class.__name__} cannot be run: {type(error).__name__}: {error}"
         return Flaw("test_module_names", words, (tiny,))
     if any(suspect.field in _CERTAIN for suspect in wrong):
-        return Flaw("test_module_names", "the family names modules otherwise than the model does", wrong)
+        return Flaw("test_module_names", "the module names of the family are not those of the model", wrong)
     return _of_depth(family, model) or _of_answers(family, model)
 
 
@@ -155,7 +155,7 @@ def _of_depth(family: ModelFamily, model: Any) -> Flaw | None:
     if not suspects:
         return None
     others = misread(family, model.config)
-    return Flaw("test_config_names", "config.json is read otherwise than transformers reads it", (*suspects, *others))
+    return Flaw("test_config_names", "the family reads config.json differently from transformers", (*suspects, *others))
 
 
 def _of_answers(family: ModelFamily, model: Any) -> Flaw | None:
@@ -164,7 +164,7 @@ def _of_answers(family: ModelFamily, model: Any) -> Flaw | None:
     try:
         impossible_cuts(family, written)
     except BrokenPluginError as error:
-        why = Suspect("impossible_cuts", "given config.json, it answers with cuts, each with the reason")
+        why = Suspect("impossible_cuts", "it must return the impossible cuts of a config.json, each with the reason")
         return Flaw("test_impossible_cuts", error.message, (why,))
     # Each tensor once, as in a file.
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -1,4 +1,4 @@
-"""Generation is that of transformers, token for token and score for score."""
+"""Checks of generation: equal to that of transformers, token for token and score for score."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Generation(Checks):
         expect(_streamed(split) == streamed, "streamed generation differs")
 
     def test_generate_with_any_number_of_cuts(self, subjects: dict[str, Subject]) -> None:
-        """In one piece less and in more pieces, greedy, sampled and beam generation are equal, scores included."""
+        """With fewer and with more components, greedy, sampled and beam generation are equal, scores included."""
         subject = subjects[axes(type(self)).variants[0]]
         whole = subject.whole()
         for cut in subject.other_cuts[: 1 if self.quick else None]:
@@ -83,10 +83,10 @@ def _generate(model: Any, padding: int | None, method: dict[str, Any]) -> list[t
 
 
 class _Spelling:
-    """A tokenizer that writes a token as its number: what a streamer needs and no more."""
+    """A minimal tokenizer for streamers, which writes a token as its number."""
 
     def decode(self, ids: list[int] | int, **_: Any) -> str:
-        # One token alone, too: streamers of transformers 5.24 ask for the length of the last one.
+        # A single token, too: streamers of transformers 5.24 need the length of the last one.
         tokens = [ids] if isinstance(ids, int) else ids
         return " ".join(str(int(token)) for token in tokens) + "\n"
 

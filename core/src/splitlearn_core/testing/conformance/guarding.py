@@ -11,13 +11,13 @@ class Guarding(Checks):
     """Overridden, deleted and misspelt checks."""
 
     def test_no_check_is_overridden(self) -> None:
-        """A subclass changes no check and takes none away; a check that fails is named in expected_failures."""
+        """A subclass neither changes nor removes checks; expected_failures names checks that fail."""
         checks = self.checks()
         changed = [name for name, check in checks.items() if getattr(type(self), name, None) is not check]
         expect(
             not changed,
             f"{type(self).__name__} overrides {', '.join(sorted(changed))}",
-            Suspect("expected_failures", 'take the override out, and say why it fails: {"test_name": "reason"}'),
+            Suspect("expected_failures", 'remove the override, and state why the check fails: {"test_name": "reason"}'),
         )
 
     def test_expected_failures_are_explained(self) -> None:

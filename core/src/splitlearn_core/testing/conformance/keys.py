@@ -17,7 +17,7 @@ from splitlearn_core.testing.conformance.diagnosis import misplaced
 from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect, expect
 from splitlearn_core.testing.conformance.subject import Subject
 
-_LEGACY = Suspect("ignored_suffixes", "the ends of the keys of tensors that no module uses")
+_LEGACY = Suspect("ignored_suffixes", "the suffixes of the keys of tensors that no module uses")
 
 
 @explained
@@ -35,22 +35,22 @@ class Keys(Checks):
             for name in part.state_dict():
                 holders.setdefault(name, []).append(str(part.component))
         twice = [f"{name} is in {' and '.join(parts)}" for name, parts in holders.items() if len(parts) > 1]
-        expect(not twice, "; ".join(twice), Suspect("layers", "a component holds its own layers alone"))
+        expect(not twice, "; ".join(twice), Suspect("layers", "a component holds only its own layers"))
         missing = sorted(set(subject.whole().state_dict()) - set(holders))
         expect(
             not missing, f"no component holds {', '.join(missing)}", Suspect("layers, norm, head", "name its module")
         )
 
     def test_the_mapping_is_repeatable(self, subject: Subject) -> None:
-        """Called twice, and with another order of keys, the plugin maps alike."""
+        """Called twice, and with another order of keys, the plugin returns the same mapping."""
         keys = sorted(load_file(subject.checkpoint / SINGLE))
-        answers = [
+        mappings = [
             registry().map_weight_keys(subject.family, subject.config, order) for order in (keys, keys, keys[::-1])
         ]
         expect(
-            answers[0] == answers[1] == answers[2],
+            mappings[0] == mappings[1] == mappings[2],
             "the same keys are mapped in different ways",
-            Suspect("hook splitlearn_map_weight_keys", "its answer depends on its arguments alone"),
+            Suspect("hook splitlearn_map_weight_keys", "its result must depend only on its arguments"),
         )
 
     @pytest.mark.parametrize("spelling", ["with prefix", "without prefix", "head present", "embedding absent"])
@@ -58,7 +58,7 @@ class Keys(Checks):
         """Checkpoints with and without the base prefix, and with a tied head under either name, load alike."""
         family = subject.family
         if spelling in ("head present", "embedding absent") and not subject.tied:
-            pytest.skip("only a tied model may leave one of the two out")
+            pytest.skip("only a tied model may omit one of the two")
         head, embedding = f"{family.head}.weight", f"{family.base}.{family.embedding}.weight"
         tensors = load_file(subject.checkpoint / SINGLE)
         if spelling == "without prefix":
@@ -97,7 +97,7 @@ class Keys(Checks):
         old = {_old_name(key, renamed): tensor for key, tensor in tensors.items()}
         expect(
             len(old) == len(tensors),
-            "two keys have one old name",
+            "two keys have the same old name",
             Suspect("renamed", "old names must differ for different tensors"),
         )
         if old.keys() == tensors.keys():

@@ -52,7 +52,7 @@ class Likeness(Checks):
             expect(names[0] == names[1], f"other {listed}: {', '.join(sorted(names[0] ^ names[1])[:5])}", suspect)
 
     def test_generation_overrides(self, subject: Subject) -> None:
-        """What the family's class overrides of generation is what the split model runs."""
+        """The split model runs the family's own overrides of generation methods."""
         made, hf_class = type(subject.split(subject.middle)), architecture_class(subject.family)
         for name in vars(GenerationMixin):
             if name in vars(SplitCausalLM) or name.startswith("__"):
@@ -72,7 +72,7 @@ class Likeness(Checks):
             pytest.skip(f"the unsplit model refuses it: {type(error).__name__}")
         got = _tensors(no_grad(split, **inputs))
         same = len(got) == len(expected) and all(map(compare, got, expected))
-        suspects = [Suspect("bottom_arguments", "the embeddings may use it up, or all layers need it")]
+        suspects = [Suspect("bottom_arguments", "only the embeddings may use it, or all layers need it")]
         suspects *= argument == "token_type_ids"
         expect(same, f"with {argument}, the split model returns something else", *suspects)
 

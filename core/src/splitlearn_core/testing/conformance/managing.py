@@ -26,14 +26,14 @@ class Managing(Checks):
     """Under ``AsyncModelManager``."""
 
     def test_managed_components(self, subjects: dict[str, Subject]) -> None:
-        """Loaded and lent by the manager, the components give the logits of the unsplit model."""
+        """Loaded and leased by the manager, the components compute the logits of the unsplit model."""
         subject = subjects[axes(type(self)).variants[0]]
         logits = run(_logits_of_leases(subject), limit=_LIMIT)
         expected = no_grad(subject.whole(), **batch(None), use_cache=False).logits
-        expect(compare(logits, expected), "logits of the lent components differ")
+        expect(compare(logits, expected), "logits of the leased components differ")
 
     def test_cancelled_load(self, subjects: dict[str, Subject]) -> None:
-        """A load that is cancelled while it reads gives everything back, and the next one succeeds."""
+        """A load that is cancelled while it reads frees all memory, and the next one succeeds."""
         subject = subjects[axes(type(self)).variants[0]]
         # A family that cannot be loaded fails here, without waiting for a timeout.
         subject.split(subject.middle)

@@ -56,7 +56,7 @@ def locate(subject: Subject, whole: Any, split: SplitCausalLM) -> tuple[str, tup
             wrong.append(str(part.component))
             suspects += _inside(subject, whole, part, state, states)
     if not wrong:
-        field = Suspect("nothing of one forward pass", "each component alone is equal without padding and cache")
+        field = Suspect("nothing in one forward pass", "each component alone is equal without padding and cache")
         return "not in one plain forward pass", tuple(suspects) or (field,)
     return f"given its own input, the {' and the '.join(wrong)} differ", tuple(suspects)
 
@@ -93,7 +93,7 @@ def _watched(model: Any, subject: Subject) -> Iterator[list[torch.Tensor]]:
 def _inside(
     subject: Subject, whole: Any, part: Any, state: torch.Tensor, states: list[torch.Tensor]
 ) -> Iterator[Suspect]:
-    """Return where inside a component, with the right input, the values begin to differ."""
+    """Return where inside a component the values begin to differ, given the right input."""
     with _watched(part, subject) as own:
         no_grad(part, **{"input_ids" if part.start_layer == 0 else "hidden_states": state})
     first = part.start_layer
@@ -111,7 +111,7 @@ def _inside(
     elif part.component == "top" and not differing:
         yield from _at_the_outlet(subject, whole, part, state)
     else:
-        yield Suspect("impossible_cuts", f"layer {last} needs what another component holds, if not its input differs")
+        yield Suspect("impossible_cuts", f"layer {last} needs state of another component, or its input differs")
         if subject.family.uniform_layers:
             yield Suspect("uniform_layers", f"layer {last} may be made with other arguments than (config, layer_idx)")
 
@@ -128,10 +128,10 @@ def _at_the_outlet(subject: Subject, whole: Any, part: Any, state: torch.Tensor)
         for handle in handles:
             handle.remove()
     if compare(*ends):
-        yield Suspect("head", "all layers of the top are right and so is its base, what comes after it is not")
+        yield Suspect("head", "all layers of the top and its base are right, but what follows is not")
         yield from misread(subject.family, whole.config, READ_FOR_TIES)
     else:
-        yield Suspect("norm", "all layers of the top are right, what ends its base is not")
+        yield Suspect("norm", "all layers of the top are right, but the end of its base is not")
 
 
 def _plain_ids() -> torch.Tensor:
@@ -140,9 +140,9 @@ def _plain_ids() -> torch.Tensor:
 
 def _at_the_inlet(subject: Subject, whole: Any, part: Any) -> Iterator[Suspect]:
     if part.component == "bottom":
-        yield Suspect("embedding", "what enters the first layer of the bottom is not what enters it in the whole model")
+        yield Suspect("embedding", "the input of the bottom's first layer differs from that in the whole model")
         return
     suspects = [*misnamed(subject.family, whole), *undeclared_inlets(subject.family, whole)]
     yield from suspects
     if not suspects and not subject.family.enter_at_layers:
-        yield Suspect("enter_at_layers", f"what enters the {part.component} is changed, and by no module: say True")
+        yield Suspect("enter_at_layers", f"the input of the {part.component} is changed outside any module: set True")

@@ -40,7 +40,7 @@ class Parity(Checks):
 
     @pytest.mark.parametrize("component", ["bottom", "trunk", "top"])
     def test_from_state_dict(self, subject: Subject, component: str) -> None:
-        """The classes of the registry make the same components from the state dict of the whole model."""
+        """The registry's classes build the same components from the state dict of the whole model."""
         whole, (first, second) = subject.whole(), subject.middle
         ends = {
             "bottom": {"end_layer": first},
@@ -73,12 +73,12 @@ class Parity(Checks):
         """Logits are equal under every cut that is not declared impossible."""
         whole, inputs = subject.whole(), batch(3)
         expected = subject.once("logits of every cut", _logits, whole, {**inputs, "use_cache": False})
-        expect(subject.cuts, "no two cuts are possible", Suspect("impossible_cuts", "it leaves no two"))
+        expect(subject.cuts, "no two cuts are possible", Suspect("impossible_cuts", "it leaves fewer than two"))
         wrong = [cut for cut in subject.cuts if not compare(_logits_or_none(subject.split(cut), inputs), expected)]
         points = [point for point in range(1, subject.layers) if all(point in cut for cut in wrong)]
         if wrong and points:
-            why = f"every cut that fails has layer {points[0]} at its beginning"
-            expect(False, f"cuts {wrong} give other logits", Suspect("impossible_cuts", why))
+            why = f"every failing cut is at layer {points[0]}"
+            expect(False, f"cuts {wrong} give different logits", Suspect("impossible_cuts", why))
         if wrong:
             split = subject.split(wrong[0])
             expect_equal(_logits_or_none(split, inputs), expected, f"logits under cuts {wrong}", subject, whole, split)
@@ -140,7 +140,7 @@ def _logits_or_none(split: SplitCausalLM, inputs: dict[str, torch.Tensor]) -> to
     """Run a split model; None if its layers need the state of other components."""
     try:
         return _logits(split, {**inputs, "use_cache": False})
-    # The exceptions of a layer that does not find another component's state.
+    # A layer raises these if the state of another component is missing.
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return None
 

@@ -20,7 +20,7 @@ from splitlearn_core.testing.conformance.subject import Cut, Subject
 from splitlearn_core.testing.planning import plan_as_json
 from splitlearn_core.testing.worlds import write_checkpoint
 
-_NAMES = Suspect("base, layers, embedding, norm, head", "they say which component holds which tensor")
+_NAMES = Suspect("base, layers, embedding, norm, head", "they decide which component holds which tensor")
 
 
 @explained
@@ -32,12 +32,12 @@ class Planning(Checks):
         _expect_plan(subject, cut)
 
     def test_plan_of_any_number(self, subject: Subject) -> None:
-        """So it does where the model is cut in one place, or in more than two."""
+        """The plan of a model that is cut in one place, or in more than two, holds what is loaded."""
         for cut in subject.other_cuts:
             _expect_plan(subject, cut)
 
     def test_plan_is_deterministic(self, subject: Subject) -> None:
-        """Made again, and made in another process with another hash seed, the plan is the same."""
+        """A second plan, and a plan of another process with another hash seed, is the same."""
         first, second = (plan_as_json(plan_split(subject.checkpoint, subject.middle)) for _ in range(2))
         expect(first == second, "two plans differ", Suspect("hook splitlearn_map_weight_keys", "answer alike"))
         where = (str(subject.checkpoint), *map(str, subject.middle))
@@ -45,14 +45,14 @@ class Planning(Checks):
         expect(
             json.loads(other) == first,
             "the plan of another process differs",
-            Suspect("hook splitlearn_map_weight_keys", "its answer may not depend on the order of a set"),
+            Suspect("hook splitlearn_map_weight_keys", "its result must not depend on the order of a set"),
         )
 
     def test_plan_without_weights(self, subject: Subject, cut: Cut, tmp_path: Path) -> None:
         """config.json alone gives the same plan as the headers."""
         (tmp_path / CONFIG).write_bytes((subject.checkpoint / CONFIG).read_bytes())
         guessed, known = (_costs(plan_split(folder, cut)) for folder in (tmp_path, subject.checkpoint))
-        expect(guessed["source"] == "config", "it is planned from more than config.json")
+        expect(guessed["source"] == "config", "it must be planned from config.json alone")
         expect(
             guessed["costs"] == known["costs"],
             f"without weights {guessed['costs']} are planned, with them {known['costs']}",
@@ -76,7 +76,7 @@ class Planning(Checks):
             )
 
     def test_only_needed_shards(self, subject: Subject, tmp_path: Path) -> None:
-        """A component loads although every shard that it does not need is gone."""
+        """A component loads although all shards that it does not need are missing."""
         write_checkpoint(tmp_path, subject.whole(), max_shard_size=12_000)
         for part in subject.split(subject.middle).components:
             component = str(part.component)
@@ -102,7 +102,7 @@ class Planning(Checks):
             pytest.skip("the family declares no cut impossible in this variant")
         layers = subject.layers
         for point in impossible:
-            field = Suspect("impossible_cuts", f"it answers {point!r}; points lie from 1 to {layers - 1}")
+            field = Suspect("impossible_cuts", f"it returns {point!r}; points lie from 1 to {layers - 1}")
             expect(type(point) is int and 0 < point < layers, f"{point!r} is not a valid cut of {layers} layers", field)
             # With a trunk of one layer, after the point or before it.
             cut = (point, point + 1) if point + 1 < layers else (point - 1, point)

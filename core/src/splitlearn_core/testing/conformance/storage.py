@@ -14,7 +14,7 @@ from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.findings import Suspect, expect
 from splitlearn_core.testing.conformance.subject import Subject
 
-_FIELD = Suspect("renamed", "or the hook splitlearn_map_weight_keys: a tensor may have gone elsewhere")
+_FIELD = Suspect("renamed", "or the hook splitlearn_map_weight_keys: a tensor may be in the wrong place")
 
 
 @explained
@@ -22,7 +22,7 @@ class Storage(Checks):
     """Round trips of files."""
 
     def test_save_load_merge(self, subject: Subject, tmp_path: Path) -> None:
-        """Saved components load as they were; merged, the checkpoint has the tensors of the source again."""
+        """Saved components load unchanged, and the merged checkpoint has the tensors of the source."""
         # In one place, in two, and before every layer.
         for cut in dict.fromkeys((subject.middle, *subject.other_cuts[:: max(1, len(subject.other_cuts) - 1)])):
             folder = tmp_path / "-".join(map(str, cut))
@@ -35,11 +35,11 @@ class Storage(Checks):
                     f"the saved {part.component}", dict(saved.state_dict() if saved else {}), dict(part.state_dict())
                 )
             merged = merge_split(folder / "split", out=folder / "merged", progress=False)
-            tensors, source = (load_file(each / SINGLE) for each in (merged, subject.checkpoint))
+            tensors, source = (load_file(path / SINGLE) for path in (merged, subject.checkpoint))
             _expect_same("the merged checkpoint", tensors, source)
 
     def test_save_from_memory(self, subject: Subject, tmp_path: Path) -> None:
-        """Components in memory are saved with their present values, and merged they are the model again."""
+        """Components in memory are saved with their present values, and merge into the model."""
         split = subject.split(subject.middle)
         save_split(split, tmp_path / "split", progress=False)
         merged = merge_split(tmp_path / "split", out=tmp_path / "merged", progress=False)

@@ -30,7 +30,7 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
 
     Args:
         family: Its family.
-        values: Those of the author. With a ``model_type`` they are a whole ``config.json``; without one
+        values: The author's values. With a ``model_type`` they are a whole ``config.json``; without one
             they are added to the ordinary tiny sizes and the family's ``tiny_config``.
         overrides: The values that the variant changes.
     """

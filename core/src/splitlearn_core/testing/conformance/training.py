@@ -51,7 +51,7 @@ class Training(Checks):
             changes = f"with no layers, the {component} changes hidden states beyond its end"
             suspects = tuple(undeclared_inlets(family, subject.whole()))
             if not suspects and not family.enter_at_layers:
-                by_none = "states are changed on their way in, and by no module that could be named: say True"
+                by_none = "incoming states are changed, but by no module that could be named: set True"
                 suspects = (Suspect("enter_at_layers", by_none),)
             raise ConformanceError(changes, suspects)
 
