@@ -11,6 +11,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
 
+# What builds the packages, once for all of them: pip would install it anew for each.
+BACKEND := "hatchling>=1.26" "editables>=0.5"
 PACKAGES := "./core[testing]" ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
 # What `make test` runs: folders, and options of pytest.
 TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf plugins/serve plugins/auto tests
@@ -37,7 +39,7 @@ test: $(VENV)/tools
 
 # All cases: 100,000 broken headers, a kill at each access to a file, the kit under every combination.
 test-long: export LONG_TESTS = 1
-test-long: test
+test-long: $(VENV)/pyright test
 
 # Each test in a process of its own, so that none needs what another one did.
 test-alone: $(VENV)/tools
@@ -68,17 +70,22 @@ clean:
 
 $(VENV)/installed: $(wildcard core/pyproject.toml plugins/*/pyproject.toml) Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet "$(TRANSFORMERS)" $(addprefix -e ,$(PACKAGES))
+	$(PIP) install --quiet "$(TORCH)" $(BACKEND)
+	$(PIP) install --quiet --no-build-isolation "$(TRANSFORMERS)" $(addprefix -e ,$(PACKAGES))
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed tests/requirements.txt tests/newest-requirements.txt
-	$(PIP) install --quiet -e "./plugins/gguf[verify]" -e ./plugins/serve -e ./plugins/auto -r tests/requirements.txt -r tests/newest-requirements.txt
+	$(PIP) install --quiet --no-build-isolation -e "./plugins/gguf[verify]" -e ./plugins/serve -e ./plugins/auto -r tests/requirements.txt -r tests/newest-requirements.txt
 	touch $@
 
 $(VENV)/light: core/pyproject.toml tests/requirements.txt tests/light_requirements.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tests/light_requirements.py > $(VENV)/light.txt
 	$(PIP) install --quiet -r $(VENV)/light.txt
-	$(PIP) install --quiet --no-deps $(addprefix -e ,$(PACKAGES))
+	$(PIP) install --quiet --no-deps --no-build-isolation $(addprefix -e ,$(PACKAGES))
+	touch $@
+
+# The second checker of the documents' Python, and Node.js, which it is written for.
+$(VENV)/pyright: $(VENV)/tools
+	$(PIP) install --quiet "pyright[nodejs]>=1.1.405"
 	touch $@

@@ -163,8 +163,9 @@ class Reader:
             **{name: value for name, value in os.environ.items() if name not in CHANGES_OUTPUT},
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
             # Who reads a document has no plugin for random order; of the conformance kit a sample is run here.
-            "PYTEST_ADDOPTS": "-p no:randomly -p support.long",
-            "SHORT_TESTS": "1",
+            "PYTEST_ADDOPTS": "-p no:randomly -p support.long -p support.process_state",
+            # As many as a document shows of one.
+            "SHORT_TESTS": "4",
             "LC_ALL": "C.UTF-8",
             "PIP_NO_INDEX": "1",
             "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it so: no isolation
@@ -203,7 +204,9 @@ class Reader:
                 self._serve(block, command.removesuffix(" &"), lines)
                 continue
             expected = expectation(shown.replace(PORT, self._port), units)
-            done = self._run(["bash", "-o", "pipefail", "-c", command.replace(PORT, self._port)])
+            # How fast this machine is is of no interest: what `bench` measures starts warm, too.
+            warm = {"WARM_EXECUTABLE": str(self._bin / "python")} if command.startswith("splitlearn bench") else {}
+            done = self._run(["bash", "-o", "pipefail", "-c", command.replace(PORT, self._port)], **warm)
             report = f"{block}\n$ {command}\n{done.stdout}{done.stderr}"
             fails = "fails" in block.notes and number == len(commands) - 1
             assert (done.returncode != 0) == fails, f"exit code {done.returncode} of {report}"
@@ -211,10 +214,10 @@ class Reader:
             printed = (done.stdout, done.stderr, done.stdout + done.stderr)
             assert any(expected.fullmatch(plain(text)) for text in printed), f"another output of {report}"
 
-    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+    def _run(self, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, cwd=self.folder, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=400, check=False,
+            command, cwd=self.folder, env={**self._environment, **more}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
 
     def _serve(self, block: Block, command: str, expected: list[re.Pattern[str]]) -> None:

@@ -65,6 +65,8 @@ def test_a_checkpoint_is_planned_without_torch(planned: Path, cli: Callable[...,
     assert [part["bytes"] for part in parts] == [layer + ends, 2 * layer, layer + ends + 4 * 8]
 
 
+# Where there is none, that they are run shows it.
+@pytest.mark.heavy
 def test_light_files_import_no_torch(tmp_path: Path) -> None:
     """They can be collected where there is none, so that no file loses its place by an import."""
     folder = Path(__file__).parent

@@ -7,8 +7,8 @@ Four kinds of sweep are sampled, each the same way in every run:
   combinations; of :data:`LONGEST`, or with ``SHORT_TESTS``, as the checks run them a second time with other libraries,
   one. Checks in :data:`IN_TURN` take one other parameter in turn.
 - Numbers of random cases in one test: :func:`cases`.
-- With ``SHORT_TESTS``, of every other parametrised test, and of a marked one, :data:`SHORT_CASES`: most of its cases
-  differ in paths of our own code, which run with the newest libraries.
+- With ``SHORT_TESTS=N``, of every other parametrised test, and of a marked one, ``N`` at most: most of its cases differ
+  in paths of our own code, which run with the newest libraries.
 
 What is chosen next is what has values that were chosen least: each value of each parameter is tried as far as the
 number of cases goes, of the kit's checks over all variants.
@@ -34,10 +34,10 @@ IN_TURN = {
 LONGEST = {"test_cache", "test_generate"}
 #: Whether everything is run.
 LONG = bool(os.environ.get("LONG_TESTS"))
-#: Whether the tests run with other libraries as well.
-SHORT = bool(os.environ.get("SHORT_TESTS"))
-#: How many cases of a parametrised test are run then.
-SHORT_CASES = 2
+#: How many cases of a parametrised test are run where the tests run with other libraries as well.
+SHORT_CASES = int(os.environ.get("SHORT_TESTS") or 0)
+#: Whether they do.
+SHORT = SHORT_CASES > 0
 
 
 def cases(long: int, sample: int) -> int:

@@ -158,7 +158,8 @@ def _execute(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.executable = request["interpreter"]
+    # What the command starts is a real interpreter, unless the test says otherwise.
+    sys.executable = os.environ.get("WARM_EXECUTABLE") or request["interpreter"]
     sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
     _, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
     if errors:
