@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -102,13 +104,14 @@ def in_fresh_process(module: str, job: Mapping[str, Any], *, watch: bool = False
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start this interpreter with arguments."""
+    """Start this interpreter with arguments, in a session of its own."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | _ENVIRONMENT,
+        start_new_session=True,
     )
 
 
@@ -119,7 +122,9 @@ def last_line(process: subprocess.Popen[str]) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise MeasurementError(f"no answer within {_TIMEOUT:.0f} s") from error
     finally:
-        process.kill()
+        # With what it has started: servers and proxies.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = [line for line in errors.splitlines() if line.strip()]
         raise MeasurementError(f"exit code {process.returncode}: {lines[-1].strip() if lines else ''}")
