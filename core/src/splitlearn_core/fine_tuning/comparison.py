@@ -1,4 +1,4 @@
-"""One adapter, learned with the trunk elsewhere and on the unsplit model, compared to the last bit."""
+"""One adapter, trained with the trunk elsewhere and on the unsplit model, compared to the last bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions
 from splitlearn_core.verification import load_unsplit
 
-#: Of all components: a step of an optimizer is smaller than a half can show.
+#: The dtype of all components: the steps of an optimizer are too small for half precision.
 TUNING_DTYPE = "float32"
 _HELD_OUT_WINDOWS = 16
 #: Warnings of PEFT about its own use of transformers, and about a base model without a folder.
@@ -31,15 +31,15 @@ _OF_PEFT = ("`is_gradient_checkpointing` is deprecated", "Could not find a confi
 
 @dataclass(frozen=True, slots=True)
 class TuningRecipe:
-    """How the adapter is learned, and what the model then writes."""
+    """How the adapter is trained, and the text that is then generated."""
 
     steps: int = 40
-    #: Windows of a step, and tokens of a window.
+    #: Windows per step, and tokens per window.
     batch: int = 8
     length: int = 64
     learning_rate: float = 5e-3
     rank: int = 16
-    #: Of the adapter's input: random numbers are drawn in the trunk, too.
+    #: Dropout of the adapter's input, so that random numbers are drawn in the trunk, too.
     dropout: float = 0.05
     #: Largest norm of all gradients together.
     clip: float = 1.0
@@ -55,18 +55,18 @@ class FineTuning:
     model: str
     split_points: tuple[int, ...]
     recipe: TuningRecipe
-    #: Trained parameters: of all components, and of those that run elsewhere.
+    #: Number of trained parameters: of all components, and of the remote ones.
     parameters: int
     parameters_elsewhere: int
     #: The loss of each step, per token.
     losses: tuple[float, ...]
     unsplit_losses: tuple[float, ...]
-    #: On poems that are held out, before the first step and after the last.
+    #: Loss on held-out poems, before the first step and after the last.
     held_out_loss_before: float
     held_out_loss_after: float
     text_before: str
     text_after: str
-    #: In one step, between here and the components that run elsewhere.
+    #: Traffic of one step, to and from the components that run elsewhere.
     bytes_sent_per_step: float
     bytes_received_per_step: float
     seconds: float
@@ -79,13 +79,13 @@ class FineTuning:
         return all(self.checks.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as values of JSON."""
+        """Return the result as JSON values."""
         return {"equal": self.equal, **asdict(self)}
 
 
 @dataclass(slots=True)
 class _Run:
-    """What one model has learned."""
+    """The results of training one model."""
 
     losses: list[torch.Tensor]
     held_out: list[torch.Tensor]
@@ -102,13 +102,13 @@ def compare_fine_tuning(
     recipe: TuningRecipe = TuningRecipe(),
     on_step: Callable[[int, float, float | None], None] = lambda number, unsplit, split: None,
 ) -> FineTuning:
-    """Learn an adapter on all layers of the unsplit model, and the same again with components elsewhere.
+    """Train an adapter on all layers of the unsplit model, and again with remote components.
 
     Args:
         model: The checkpoint.
         split_points: Where it is cut.
         remote: The components that run elsewhere, by name, in :data:`TUNING_DTYPE`.
-        recipe: How the adapter is learned.
+        recipe: How the adapter is trained.
         on_step: Called after each step with its number and its losses: first of the unsplit training, with None for
             the split one, and then of the split training.
 
@@ -134,7 +134,7 @@ def compare_fine_tuning(
         apart = _learn(split, tokenizer, recipe, count)
         checks = _compare(model, whole, apart)
     steps = max(1, len(traffic) - 1)
-    # From the end of the first step to the end of the last one: no evaluation, and no first contact.
+    # From the end of the first step to the end of the last one: without evaluation and the first connection.
     sent, received = ((traffic[-1][way] - traffic[0][way]) / steps for way in (0, 1))
     elsewhere = {f".{n}." for part in remote.values() for n in range(part.start_layer, part.end_layer)}
     sizes = {name: tensor.numel() for name, tensor in apart.adapter.items()}
@@ -182,13 +182,13 @@ def loss_plot(result: FineTuning) -> str:
 
 def _unsplit(model: OpenModel) -> Any:
     whole = load_unsplit(model, TUNING_DTYPE, LoadOptions())
-    # What transformers takes, with a warning, where the name of a class does not say it.
+    # The default of transformers, which warns if the name of the class does not imply a loss.
     whole.loss_type = whole.loss_type or "ForCausalLM"
     return whole
 
 
 def _learn(model: Any, tokenizer: Any, recipe: TuningRecipe, on_step: Callable[[int, float], None]) -> _Run:
-    """Put an adapter on a model, and train that: nothing in here knows whether the model is split."""
+    """Add an adapter to a model, and train it: nothing in here knows whether the model is split."""
     peft = import_peft()
     windows, held_out = (_windows(tokenizer, poems, recipe.length) for poems in sonnets())
     held_out = held_out[:_HELD_OUT_WINDOWS]
@@ -227,7 +227,7 @@ def _learn(model: Any, tokenizer: Any, recipe: TuningRecipe, on_step: Callable[[
 
 
 def _evaluated(model: Any, tokenizer: Any, windows: torch.Tensor, recipe: TuningRecipe) -> tuple[torch.Tensor, str]:
-    """Return the loss on windows, and what the model writes."""
+    """Return the loss on windows, and the generated text."""
     sampling = Sampling(temperature=0.8, top_k=40, seed=recipe.seed)
     text = generate_text(model, tokenizer, recipe.prompt, recipe.max_new_tokens, sampling).text
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-#: Every so many poems one is held out.
+#: One of so many poems is held out.
 _HELD_OUT = 8
 
 

@@ -150,7 +150,7 @@ def open_model(
         provided = registry().model_types()
         advice = f"pass model_type={stated!r}, or None to take what config.json says"
         raise ConfigurationError(
-            f"model_type {quote(model_type)} was asked for, but config.json of {model_name_or_path} "
+            f"model_type {quote(model_type)} was requested, but config.json of {model_name_or_path} "
             f"says {quote(stated)}",
             hint=advice if stated in provided else way_out(stated, provided),
         )

@@ -43,7 +43,7 @@ _NO_KEY: m.Key = ("", 0)
 
 
 class AsyncModelManager:
-    """Loads, monitors, lends and unloads the models that the installed plugins support.
+    """Loads, monitors, leases and unloads the models that the installed plugins support.
 
     ::
 

@@ -249,7 +249,7 @@ def in_mode(function: Callable[[], _T], *, gradients: bool) -> Callable[[], _T]:
     """Return a function that runs with or without gradients, whatever the mode of the thread that runs it.
 
     Without them the mode is ``no_grad``: tensors from ``inference_mode`` could never enter autograd again, as the
-    hidden states of a lent trunk do when a client trains its own top.
+    hidden states of a leased trunk do when a client trains its own top.
     """
 
     def run() -> _T:
@@ -291,7 +291,7 @@ class ModeWatch:
         self._known |= {"torch.inference_mode", "torch.no_grad"}
         return (
             f"{mode} is in force in the event loop's thread between tasks, so for every task: one keeps it over an "
-            "await, or two left it in another order than they entered it. Lent models are called without gradients "
+            "await, or two left it in another order than they entered it. Leased models are called without gradients "
             f"anyway: leave {mode} out around awaits, and use it in functions without any; "
             "lease(id, gradients=True) records gradients"
         )
