@@ -12,8 +12,9 @@ from typing import Any
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.manifest import MANIFEST, read_manifest
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, TensorMismatchError
+from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading.opening import OpenModel
-from splitlearn_core.plan.keys import KeyTable, map_keys, place_keys, uneven_layers
+from splitlearn_core.plan.keys import KeyTable, KeyTarget, map_keys, place_keys, uneven_layers
 from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded, likely_cause, unexpected_words
 from splitlearn_core.plan.placement import AUTO, parse_dtypes
 from splitlearn_core.plan.split_points import cut_words, split_layers
@@ -168,7 +169,7 @@ def _naming(model: OpenModel) -> Iterator[None]:
     """Name the model in errors of functions that know only its configuration."""
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, TensorMismatchError) as error:
         raise type(error)(f"{model.name}: {error.message}", hint=error.hint) from error
 
 
@@ -265,5 +266,14 @@ def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
 
 
 def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[str, LayerRange]) -> KeyTable:
-    mapping = registry().map_weight_keys(model.family, model.config, keys) or map_keys(model.family, keys)
-    return place_keys(model.family, model.config, mapping, ranges)
+    return place_keys(model.family, model.config, key_targets(model.family, model.config, keys), ranges)
+
+
+def key_targets(family: ModelFamily, config: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, KeyTarget]:
+    """Return where each key of a checkpoint goes: as the plugin says, or transformers' table, or core's rules."""
+    mapping: Mapping[str, KeyTarget] | None = registry().map_weight_keys(family, config, keys)
+    if mapping is None and family.transformers_conversions:
+        from splitlearn_core.build.conversion_tables import targets_by_table
+
+        mapping = targets_by_table(family, config, keys)
+    return mapping or map_keys(family, keys)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.conversions import Place, places_of
 from splitlearn_core.plan.keys import KeyTable
-from splitlearn_core.quoting import listed, quote
+from splitlearn_core.quoting import SENTENCE, listed, quote
 from splitlearn_core.types import (
     ALL_PARTS,
     DTYPE_BYTES,
@@ -31,8 +32,11 @@ MIXED = "mixed"
 class PlannedTensor:
     """A tensor to be read, and its name in the module."""
 
+    #: Of a tensor that only goes into others: a name that no tensor of the module has.
     module_key: str
     info: TensorInfo
+    #: Where its parts lie in the tensors that are made of it; empty if it is a tensor of the module itself.
+    places: tuple[Place, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -50,6 +54,13 @@ class ComponentPlan:
     kv_bytes_per_token: int
     #: The dtype its weights will have once loaded, by torch's name.
     dtype: str
+    #: Module key -> a tensor that is made of others, as a file would hold it.
+    made: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, TensorInfo]:
+        """The tensors of the module by their names: read as they are, or made."""
+        return {**{tensor.module_key: tensor.info for tensor in self.tensors if not tensor.places}, **self.made}
 
     @property
     def parameters(self) -> int:
@@ -184,15 +195,51 @@ def plan_components(
     tensors: Mapping[str, TensorInfo],
     dtypes: Mapping[str, str],
 ) -> tuple[ComponentPlan, ...]:
-    """Plan the components that have a dtype, each with its tensors in the order of the files."""
+    """Plan the components that have a dtype, each with its tensors in the order of the files.
+
+    Raises:
+        TensorMismatchError: Tensors cannot be made of those that there are.
+    """
     plans = []
     for component, dtype in dtypes.items():
         per_layer = kv_bytes_per_layer(family, config, dtype)
-        planned = [PlannedTensor(name, tensors[key]) for name, key in table.sources[component].items()]
+        places, made = _made(table, component, tensors)
+        planned = [
+            PlannedTensor(name, tensors[key], tuple(places.get(key, ())))
+            for name, key in table.sources[component].items()
+        ]
         planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
         owned = ranges[component]
-        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned), dtype))
+        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned), dtype, made))
     return tuple(plans)
+
+
+def _made(
+    table: KeyTable, component: str, tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, list[Place]], dict[str, TensorInfo]]:
+    """Return where each source of a conversion goes, and the tensors that are made."""
+    places: dict[str, list[Place]] = {}
+    made: dict[str, TensorInfo] = {}
+    problems = []
+    for conversion in table.conversions.get(component, ()):
+        try:
+            shapes, parts = places_of(conversion, {key: tensors[key].shape for key in conversion.keys})
+        except ValueError as error:
+            problems.append(f"{conversion.targets[0]} cannot be made: {error}")
+            continue
+        places |= parts
+        first = tensors[conversion.keys[0]]
+        for name, shape in shapes.items():
+            made[name] = TensorInfo(
+                name, first.dtype, shape, first.shard, 0, math.prod(shape) * DTYPE_BYTES[first.dtype], first.format
+            )
+    if problems:
+        raise TensorMismatchError(
+            f"{len(problems)} tensors are made of others, which do not fit together:\n  "
+            + listed(problems, "\n  ", most=20, limit=SENTENCE),
+            hint="is the checkpoint complete, and is one expert like the others?",
+        )
+    return places, made
 
 
 def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) -> tuple[int, ...]:

@@ -1,0 +1,124 @@
+"""transformers' own tables: which tensors of a module are renamed, or made of others in the file."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from transformers import conversion_mapping, core_model_loading
+
+from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config, layer_count_set
+from splitlearn_core.build.torch_state import BUILD_LOCK
+from splitlearn_core.errors import CheckpointError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
+from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
+from splitlearn_core.types import FLOAT_DTYPES
+
+log = logging.getLogger(__name__)
+
+#: transformers' operation -> ours, and the attributes that hold its dimensions.
+_OPERATIONS = {
+    "MergeModulelist": ("stack", ("dim",)),
+    "Concatenate": ("concatenate", ("dim",)),
+    "Chunk": ("chunk", ("dim",)),
+    "Transpose": ("transpose", ("dim0", "dim1")),
+}
+#: Attributes of an operation that make it depend on more than its sources.
+_CONDITIONS = ("check_dims", "num_shards_attribute")
+
+
+def targets_by_table(
+    family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
+) -> Mapping[str, KeyTarget]:
+    """Return where each key of a checkpoint goes by transformers' table for the type.
+
+    Args:
+        family: The family.
+        config: The values of ``config.json``.
+        checkpoint_keys: The keys.
+
+    Raises:
+        CheckpointError: The table has an operation that is not supported.
+    """
+    if family not in _TABLES:
+        _TABLES[family] = _table(family, config)
+    return _targets(family, tuple(checkpoint_keys))
+
+
+#: Family -> transformers' renamings and converters for it.
+_TABLES: dict[ModelFamily, Sequence[Any]] = {}
+
+
+def _table(family: ModelFamily, config: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the renamings and converters that transformers has for the model and its submodels."""
+    name = f"a {family.model_type} model"
+    own = hf_config(family, config, name, next(iter(FLOAT_DTYPES)))
+    with BUILD_LOCK, config_errors(family, name), torch.device("meta"), layer_count_set(own, 1):
+        model = architecture_class(family)(own)
+    return conversion_mapping.get_model_conversion_mapping(model)
+
+
+# A plan maps the same keys several times, and there may be tens of thousands.
+@lru_cache(maxsize=8)
+def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[str, KeyTarget]:
+    # Some entries remember which keys they have seen.
+    table = copy.deepcopy(_TABLES[family])
+    converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
+    renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
+    mapped = map_keys(family, checkpoint_keys)
+    targets: dict[str, KeyTarget] = {}
+    #: First target -> its converter, and the sources by the pattern that they match.
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    # In transformers' order: tensors are merged in it.
+    for key in sorted(checkpoint_keys, key=core_model_loading.dot_natural_key):
+        if mapped[key] is None:
+            targets[key] = None
+            continue
+        name = key
+        for old, new in family.renamed:
+            name = name.replace(old, new)
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        pattern = converter = None
+        for converter in converters:
+            name, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                break
+        target = targets[key] = with_base(family, name)
+        if pattern is not None:
+            collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
+    for target, (converter, sources) in collected.items():
+        conversion = _conversion(family, converter, sources, target)
+        targets |= dict.fromkeys(conversion.keys, conversion)
+    return targets
+
+
+def _conversion(
+    family: ModelFamily, converter: Any, sources: Mapping[str, Sequence[str]], target: str
+) -> WeightConversion:
+    """Translate a converter that has collected its sources."""
+    first, *others = converter.target_patterns
+    before, _, after = target.partition(first)
+    groups = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+    operations = []
+    for operation in converter.operations:
+        name = type(operation).__name__
+        known = _OPERATIONS.get(name)
+        if known is None or any(getattr(operation, condition, None) for condition in _CONDITIONS):
+            raise CheckpointError(
+                f"transformers {transformers.__version__} makes {target} by an operation that splitlearn does not "
+                f"have ({operation!r})",
+                hint=f"save the model with transformers in its own layout, or report it: {family.model_type}",
+            )
+        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1])))
+    return WeightConversion(
+        sources=tuple(map(tuple, groups)),
+        targets=(target, *(f"{before}{other}{after}" for other in others)),
+        operations=tuple(operations),
+    )
