@@ -68,9 +68,9 @@ class ModelFamily:
     #: Substrings of checkpoint keys that changed their name, ``(old, new)``, applied in order.
     renamed: tuple[tuple[str, str], ...] = ()
     #: True where transformers makes tensors of the module out of others in the file (all experts of a layer in one
-    #: tensor), or renames them, by its own table for the type. That table then decides, after ``renamed``, and
-    #: planning imports transformers; a plugin that maps the keys itself does without it.
-    transformers_conversions: bool = False
+    #: tensor), or keeps some in float32, by its own tables for the type. Those then decide, after ``renamed``, and
+    #: planning imports transformers. Where a plugin maps the keys itself, they decide about float32 alone.
+    transformers_tables: bool = False
     #: Where this family's ``config.json`` departs from the common names, ``{common: own}``.
     config_names: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     #: Values that count when ``config.json`` leaves them out, by common name: what the family's
@@ -142,7 +142,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
-    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_conversions"):
+    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables"):
         if not isinstance(getattr(family, name), bool):
             yield name, "True or False"
     if not callable(family.impossible_cuts):

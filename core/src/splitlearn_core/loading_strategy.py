@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
-from splitlearn_core.types import FLOAT_DTYPES, OPAQUE, TensorInfo
+from splitlearn_core.types import FLOAT_DTYPES, OPAQUE, TensorInfo, stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,14 @@ class ReadPlan:
         return tensor.info.dtype in FLOAT_DTYPES.values()
 
     def needs_conversion(self, tensor: PlannedTensor) -> bool:
-        """Return whether a tensor is stored in another floating dtype than the plan's."""
-        return self.is_floating(tensor) and tensor.info.dtype != FLOAT_DTYPES[self.dtype]
+        """Return whether a tensor is stored in another floating dtype than it is loaded in."""
+        return self.is_floating(tensor) and tensor.info.dtype != FLOAT_DTYPES[tensor.kept_dtype or self.dtype]
+
+    def loaded_dtype(self, tensor: PlannedTensor) -> torch.dtype:
+        """Return the dtype of a tensor once it is loaded: the plan's, unless it keeps one of its own."""
+        if self.is_floating(tensor):
+            return torch_dtype(tensor.kept_dtype or self.dtype)
+        return stored_dtype(tensor.info.dtype)
 
     def formats(self) -> set[str]:
         """Return the formats of the files that hold the tensors."""

@@ -124,6 +124,12 @@ class ComponentModel(PreTrainedModel):
         return PartCache.view(whole, self.layer_range)
 
     @property
+    def base_model(self) -> Any:
+        """The base module; the family's where the class names one that it does not have, as ``base_of`` has it."""
+        base = super().base_model
+        return self.get_submodule(self.family.base) if base is self else base
+
+    @property
     def layer_modules(self) -> Any:
         """The module whose children are the layers, by their number in the whole model."""
         return self.get_submodule(f"{self.family.base}.{self.family.layers}")

@@ -15,7 +15,7 @@ import torch
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
 from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config
-from splitlearn_core.build.conversion_tables import targets_by_table
+from splitlearn_core.build.conversion_tables import names_in_float32, targets_by_tables
 from splitlearn_core.build.kv_cache import cache_argument
 from splitlearn_core.build.pruning import layer_at, prune
 from splitlearn_core.build.torch_state import own_modes, skeleton
@@ -164,11 +164,12 @@ def component_from_state_dict(
     config = _config(family, config)
     ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
     values = config.to_dict()
-    by_table = family.transformers_conversions
-    targets = targets_by_table(family, values, list(state_dict)) if by_table else map_keys(family, state_dict)
+    by_table = family.transformers_tables
+    targets = targets_by_tables(family, values, list(state_dict)) if by_table else map_keys(family, state_dict)
     table = place_keys(family, values, targets, ranges)
     sources, state_dict = _made(table, component, state_dict)
-    tensors = {key: state_dict[key] for key in sources.values()}
+    wide = _in_float32(family, values, {name: state_dict[key].dtype for name, key in sources.items()})
+    tensors = {key: state_dict[key] for name, key in sources.items() if name not in wide}
     _refuse_unusable(tensors)
     first = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
     own_config = copy.deepcopy(config)
@@ -201,6 +202,16 @@ def component_from_state_dict(
         assign_tensor(modules, name, tensor.clone() if tensor.is_inference() else tensor)
     finish(built, str(first.device))
     return built
+
+
+def _in_float32(family: ModelFamily, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> set[str]:
+    """Return the names of float32 tensors that transformers keeps so in a model of the dtype of the others."""
+    others = {dtype for dtype in dtypes.values() if dtype.is_floating_point} - {torch.float32}
+    if not family.transformers_tables or len(others) != 1:
+        return set()
+    (dtype,) = others
+    names = names_in_float32(family, config, str(dtype).removeprefix("torch."), dtypes)
+    return {name for name in names if dtypes[name] == torch.float32}
 
 
 def _made(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,11 +14,10 @@ from splitlearn_core.build.configuration import architecture_class, config_error
 from splitlearn_core.build.torch_state import BUILD_LOCK
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.loading_strategy import torch_dtype
 from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
 from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
 from splitlearn_core.types import FLOAT_DTYPES
-
-log = logging.getLogger(__name__)
 
 #: transformers' operation -> ours, and the attributes that hold its dimensions.
 _OPERATIONS = {
@@ -33,7 +30,7 @@ _OPERATIONS = {
 _CONDITIONS = ("check_dims", "num_shards_attribute")
 
 
-def targets_by_table(
+def targets_by_tables(
     family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
 ) -> Mapping[str, KeyTarget]:
     """Return where each key of a checkpoint goes by transformers' table for the type.
@@ -46,29 +43,42 @@ def targets_by_table(
     Raises:
         CheckpointError: The table has an operation that is not supported.
     """
-    if family not in _TABLES:
-        _TABLES[family] = _table(family, config)
+    _example(family, config)
     return _targets(family, tuple(checkpoint_keys))
 
 
-#: Family -> transformers' renamings and converters for it.
-_TABLES: dict[ModelFamily, Sequence[Any]] = {}
+def names_in_float32(
+    family: ModelFamily, config: Mapping[str, Any], dtype: str, module_keys: Collection[str]
+) -> set[str]:
+    """Return the tensors that transformers loads in float32 although the model is loaded in another dtype."""
+    patterns = list(_example(family, config)._get_dtype_plan(torch_dtype(dtype)))  # noqa: SLF001  # as from_pretrained
+    if not patterns:
+        return set()
+    kept, *_ = core_model_loading.build_glob_alternation(patterns)
+    return {name for name in module_keys if kept.search(name)}
 
 
-def _table(family: ModelFamily, config: Mapping[str, Any]) -> Sequence[Any]:
-    """Return the renamings and converters that transformers has for the model and its submodels."""
+#: Class and model type -> a model of one layer without values.
+_EXAMPLES: dict[tuple[str, str], Any] = {}
+
+
+def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
+    """Return a model of one layer without values: transformers' tables are those of its class and its submodels."""
+    key = family.architecture, family.model_type
+    if key in _EXAMPLES:
+        return _EXAMPLES[key]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, next(iter(FLOAT_DTYPES)))
     with BUILD_LOCK, config_errors(family, name), torch.device("meta"), layer_count_set(own, 1):
-        model = architecture_class(family)(own)
-    return conversion_mapping.get_model_conversion_mapping(model)
+        _EXAMPLES[key] = architecture_class(family)(own)
+    return _EXAMPLES[key]
 
 
 # A plan maps the same keys several times, and there may be tens of thousands.
 @lru_cache(maxsize=8)
 def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[str, KeyTarget]:
-    # Some entries remember which keys they have seen.
-    table = copy.deepcopy(_TABLES[family])
+    # Made anew, because some entries remember which keys they have seen.
+    table = conversion_mapping.get_model_conversion_mapping(_EXAMPLES[family.architecture, family.model_type])
     converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
     renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
     mapped = map_keys(family, checkpoint_keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +152,7 @@ def _plan(
             num_layers=next(iter(ranges.values())).total,
             dtype=common_dtype(dtypes.values()),
             source="headers" if from_headers else "config",
-            components=plan_components(family, config, table, ranges, tensors, dtypes),
+            components=plan_components(family, config, table, ranges, tensors, dtypes, _in_float32(family, config)),
             tied=table.tied,
             cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
             # Of all layers, also those of components that are not planned: one alone has no neighbours.
@@ -162,6 +162,19 @@ def _plan(
             unexpected=tuple(table.unexpected),
         )
     return PlannedLoad(split, table)
+
+
+def _in_float32(family: ModelFamily, config: Mapping[str, Any]) -> Callable[[str, Collection[str]], Container[str]]:
+    """Return a function to the module keys that transformers keeps in float32 in a model of a narrower dtype."""
+    if not family.transformers_tables:
+        return lambda dtype, names: ()
+
+    def kept(dtype: str, names: Collection[str]) -> Container[str]:
+        from splitlearn_core.build.conversion_tables import names_in_float32
+
+        return names_in_float32(family, config, dtype, names)
+
+    return kept
 
 
 @contextmanager
@@ -272,8 +285,8 @@ def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[str, LayerRang
 def key_targets(family: ModelFamily, config: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, KeyTarget]:
     """Return where each key of a checkpoint goes: as the plugin says, or transformers' table, or core's rules."""
     mapping: Mapping[str, KeyTarget] | None = registry().map_weight_keys(family, config, keys)
-    if mapping is None and family.transformers_conversions:
-        from splitlearn_core.build.conversion_tables import targets_by_table
+    if mapping is None and family.transformers_tables:
+        from splitlearn_core.build.conversion_tables import targets_by_tables
 
-        mapping = targets_by_table(family, config, keys)
+        mapping = targets_by_tables(family, config, keys)
     return mapping or map_keys(family, keys)

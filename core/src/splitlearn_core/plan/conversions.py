@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.quoting import listed
 
 #: Operation -> how many dimensions it takes.
 _OPERATIONS = {"stack": 1, "concatenate": 1, "chunk": 1, "transpose": 2}
@@ -44,7 +45,7 @@ class WeightConversion:
     All experts of a layer in one tensor, for example, the first half of whose rows are those of the gates::
 
         WeightConversion(
-            sources=(("experts.0.gate.weight", "experts.1.gate.weight"), ("experts.0.up.weight", "experts.1.up.weight")),
+            sources=(("experts.0.gate", "experts.1.gate"), ("experts.0.up", "experts.1.up")),
             targets=("experts.gate_up",),
             operations=(WeightOperation("stack", (0,)), WeightOperation("concatenate", (1,))),
         )
@@ -72,7 +73,7 @@ class WeightConversion:
         if not (sound and groups and self.targets and self.operations):
             raise ConfigurationError(
                 f"a conversion is described wrongly: {self.sources!r} to {self.targets!r} by {self.operations!r}"[:300],
-                hint="sources is a tuple of tuples of names, targets a tuple of names, operations one of WeightOperation",
+                hint="give tuples: sources of tuples of names, targets of names, operations of WeightOperation",
             )
 
     @property
@@ -145,6 +146,8 @@ def places_of(
     Raises:
         ValueError: The operations do not fit the number or the shapes of the tensors, and why.
     """
+    if absent := [name for group in conversion.sources for name in _left_out(group)]:
+        raise ValueError(f"there is no {listed(absent, most=3)}")
     groups = [[_whole(key, shapes[key]) for key in group] for group in conversion.sources]
     for operation in conversion.operations:
         groups = _applied(operation, groups, len(conversion.targets))
@@ -158,6 +161,24 @@ def places_of(
             begin = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
             places[box.key].append(Place(target, box.sizes, box.offset, box.strides, begin, strides))
     return {target: array.shape for target, array in zip(conversion.targets, results, strict=True)}, places
+
+
+def _left_out(group: Sequence[str]) -> list[str]:
+    """Return the names that a group of numbered tensors leaves out between its first and its last."""
+    split = [key.split(".") for key in group]
+    varying = [part for part, texts in enumerate(zip(*split, strict=False)) if len(set(texts)) > 1]
+    if len(varying) != 1 or len({len(parts) for parts in split}) > 1:
+        return []
+    (part,) = varying
+    texts = [parts[part] for parts in split]
+    if not all(text.isdecimal() for text in texts):
+        return []
+    numbers = {int(text) for text in texts}
+    return [
+        ".".join((*split[0][:part], str(number), *split[0][part + 1 :]))
+        for number in range(max(numbers))
+        if number not in numbers
+    ]
 
 
 def _whole(key: str, shape: tuple[int, ...]) -> _Array:

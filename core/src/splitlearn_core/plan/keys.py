@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,29 @@ class KeyTable:
 
 #: Where a tensor of a checkpoint goes: to a module key, into what a conversion makes, or nowhere.
 KeyTarget = str | WeightConversion | None
+
+
+def _tie(family: ModelFamily, config: Mapping[str, Any], origins: dict[str, str]) -> tuple[str, str] | None:
+    """Give the tied tensor both of its module keys; return these if the file stores it separately."""
+    if not family.config_value(config, "tie_word_embeddings"):
+        return None
+    embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
+    if embedding in origins and head in origins:
+        return embedding, head
+    # One tensor, two names: the file may have either.
+    for present, absent in ((embedding, head), (head, embedding)):
+        if present in origins and absent not in origins:
+            origins[absent] = origins[present]
+    return None
+
+
+def _own_names(family: ModelFamily, conversion: WeightConversion, taken: Container[str]) -> dict[str, str]:
+    """Name the sources of a conversion as tensors of the same layer that no module has: name -> checkpoint key."""
+    names = map_keys(family, conversion.keys)
+    return {
+        name if name is not None and name not in taken else f"{conversion.targets[0]}#{key}": key
+        for key, name in names.items()
+    }
 
 
 def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, str | None]:
@@ -79,14 +102,7 @@ def place_keys(
             conversions[id(target)] = target
         elif target is not None and origins.setdefault(target, key) != key:
             twice.append(f"{origins[target]} and {key} (both are {target})")
-    tied = bool(family.config_value(config, "tie_word_embeddings"))
-    embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
-    separate = (embedding, head) if tied and embedding in origins and head in origins else None
-    if tied and separate is None:
-        # One tensor, two names: the file may have either.
-        for present, absent in ((embedding, head), (head, embedding)):
-            if present in origins and absent not in origins:
-                origins[absent] = origins[present]
+    separate = _tie(family, config, origins)
     sources: dict[str, dict[str, str]] = {component: {} for component in ranges}
     unexpected: dict[str, str] = {}
     component_of = placement(family, ranges)
@@ -96,22 +112,21 @@ def place_keys(
             unexpected[key] = name
         else:
             sources[component][name] = key
-    makers = {name: key for component in sources for name, key in sources[component].items()}
     made: dict[str, list[WeightConversion]] = {}
     for conversion in conversions.values():
+        first = conversion.keys[0]
+        twice += [
+            f"{origins[target]} and {first} (both make {target})"
+            for target in conversion.targets
+            if origins.setdefault(target, first) != first
+        ]
         holders = {component_of(target) for target in conversion.targets}
         component = holders.pop() if len(holders) == 1 else None
-        for target in conversion.targets:
-            if makers.setdefault(target, conversion.keys[0]) != conversion.keys[0]:
-                twice.append(f"{makers[target]} and {conversion.keys[0]} (both make {target})")
         if component is None:
             unexpected |= dict.fromkeys(conversion.keys, conversion.targets[0])
-            continue
-        made.setdefault(component, []).append(conversion)
-        for key, name in map_keys(family, conversion.keys).items():
-            # A name of its own, which belongs to the same layer; no tensor of the module has it.
-            own = name if name is not None and name not in makers else f"{conversion.targets[0]}#{key}"
-            sources[component][own] = key
+        else:
+            made.setdefault(component, []).append(conversion)
+            sources[component] |= _own_names(family, conversion, origins)
     problems = [f"twice: {pair}" for pair in sorted(twice)]
     users: dict[str, int] = {}
     for table in sources.values():

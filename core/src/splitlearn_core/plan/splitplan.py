@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ from splitlearn_core.types import (
 
 #: The dtype of a plan whose components have different ones.
 MIXED = "mixed"
+#: The dtype in which transformers keeps some tensors of models in narrower ones.
+_WIDE = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class PlannedTensor:
     info: TensorInfo
     #: Where its parts lie in the tensors that are made of it; empty if it is a tensor of the module itself.
     places: tuple[Place, ...] = ()
+    #: The dtype that it is loaded in whatever that of the component is, by torch's name; empty for none.
+    kept_dtype: str = ""
 
     @property
     def elements(self) -> int:
@@ -194,8 +198,17 @@ def plan_components(
     ranges: Mapping[str, LayerRange],
     tensors: Mapping[str, TensorInfo],
     dtypes: Mapping[str, str],
+    in_float32: Callable[[str, Collection[str]], Container[str]] = lambda dtype, names: (),
 ) -> tuple[ComponentPlan, ...]:
     """Plan the components that have a dtype, each with its tensors in the order of the files.
+
+    Args:
+        family, config: The model.
+        table: Where its tensors go.
+        ranges: Component -> its layers.
+        tensors: Checkpoint key -> the tensor.
+        dtypes: Component -> the dtype that it is loaded in.
+        in_float32: Of a dtype, and of module keys, returns those that are loaded in float32 instead.
 
     Raises:
         TensorMismatchError: Tensors cannot be made of those that there are.
@@ -204,9 +217,11 @@ def plan_components(
     for component, dtype in dtypes.items():
         per_layer = kv_bytes_per_layer(family, config, dtype)
         places, made = _made(table, component, tensors)
+        kept = in_float32(dtype, {*table.sources[component], *made})
         planned = [
-            PlannedTensor(name, tensors[key], tuple(places.get(key, ())))
+            PlannedTensor(name, tensors[key], into, _WIDE if (into[0].target if into else name) in kept else "")
             for name, key in table.sources[component].items()
+            for into in (tuple(places.get(key, ())),)
         ]
         planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
         owned = ranges[component]
@@ -286,7 +301,7 @@ def _stated_dtype(config: Mapping[str, Any]) -> str | None:
 def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
     """Bytes of one tensor once loaded: floating tensors are converted to the dtype, others keep theirs."""
     stored = tensor.info.dtype
-    target = FLOAT_DTYPES[dtype] if stored in FLOAT_DTYPES.values() else stored
+    target = FLOAT_DTYPES[tensor.kept_dtype or dtype] if stored in FLOAT_DTYPES.values() else stored
     return tensor.elements * DTYPE_BYTES[target]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
-from splitlearn_core.loading_strategy import ReadPlan, refused_formats, torch_dtype
+from splitlearn_core.loading_strategy import ReadPlan, refused_formats
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.readers.mapped import ALIGNMENT, aligned, fresh_memory, refuse_other_files, views
 from splitlearn_core.types import CHUNK_BYTES, DTYPE_BYTES, SAFETENSORS, TensorInfo, stored_dtype
@@ -298,7 +298,7 @@ def _allocate(plan: ReadPlan, present: Container[str]) -> dict[str, torch.Tensor
     import torch
 
     absent = [each for each in plan.tensors if each.module_key not in present]
-    dtypes = [torch_dtype(plan.dtype) if plan.is_floating(each) else stored_dtype(each.info.dtype) for each in absent]
+    dtypes = [plan.loaded_dtype(each) for each in absent]
     if plan.device != "cpu":
         return {
             planned.module_key: torch.empty(planned.info.shape, dtype=dtype, device=plan.device)

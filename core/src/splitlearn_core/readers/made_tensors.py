@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from splitlearn_core.loading_strategy import ReadPlan, torch_dtype
+from splitlearn_core.loading_strategy import ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.readers.mapped import fresh_memory
 from splitlearn_core.readers.tensor_parts import part_of_source, part_of_target
-from splitlearn_core.types import stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +22,9 @@ class MadeTensors:
     def __init__(self, plan: ReadPlan) -> None:
         self._plan = plan
         self._targets: dict[str, torch.Tensor] = {}
+        self._dtypes = {
+            place.target: plan.loaded_dtype(planned) for planned in plan.tensors for place in planned.places
+        }
         self._missing = Counter(place.target for planned in plan.tensors for place in planned.places)
 
     def region(self, planned: PlannedTensor) -> torch.Tensor | None:
@@ -55,9 +57,7 @@ class MadeTensors:
         import torch
 
         if name not in self._targets:
-            info, device = self._plan.made[name], self._plan.device
-            floating = self._plan.is_floating(PlannedTensor(name, info))
-            dtype = torch_dtype(self._plan.dtype) if floating else stored_dtype(info.dtype)
+            info, device, dtype = self._plan.made[name], self._plan.device, self._dtypes[name]
             if device == "cpu":
                 (block,) = fresh_memory([math.prod(info.shape) * dtype.itemsize])
                 self._targets[name] = block.view(dtype).view(info.shape)

@@ -16,7 +16,7 @@ from splitlearn_core.checkpoint.files import open_regular, path_of
 from splitlearn_core.checkpoint.safetensors_header import header_of, read_header
 from splitlearn_core.checkpoint.torch_file import is_mappable, read_state_dict
 from splitlearn_core.errors import InvalidCheckpointError, MissingFileError, TensorMismatchError
-from splitlearn_core.loading_strategy import ReadPlan, refused_formats, torch_dtype
+from splitlearn_core.loading_strategy import ReadPlan, refused_formats
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.readers.tensor_parts import source_from
@@ -56,7 +56,7 @@ class MappedStrategy:
         for planned, view in views(plan):
             # A tensor with places is converted as it is copied there.
             converted = plan.needs_conversion(planned) and not planned.places
-            yield planned, copy_to_plan(plan, view, torch_dtype(plan.dtype)) if converted else view
+            yield planned, copy_to_plan(plan, view, plan.loaded_dtype(planned)) if converted else view
 
 
 class IncrementalStrategy:
@@ -85,13 +85,11 @@ class IncrementalStrategy:
         return max(whole, default=0)
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
-        target = torch_dtype(plan.dtype)
         for tensors in plan.by_shard().values():
             shard = replace(plan, tensors=tuple(tensors))
             source = _state_dict_views(shard) if tensors[0].info.format == PYTORCH else views(shard)
             for planned, view in source:
-                dtype = target if plan.is_floating(planned) else view.dtype
-                yield planned, view if planned.places else copy_to_plan(plan, view, dtype)
+                yield planned, view if planned.places else copy_to_plan(plan, view, plan.loaded_dtype(planned))
 
 
 class WholeStrategy:
@@ -137,10 +135,8 @@ class WholeStrategy:
                 yield planned, source_from(planned, state)
                 continue
             tensor = state[planned.module_key]
-            yield (
-                planned,
-                copy_to_plan(plan, tensor, torch_dtype(plan.dtype) if plan.is_floating(planned) else tensor.dtype),
-            )
+            dtype = plan.loaded_dtype(planned) if plan.is_floating(planned) else tensor.dtype
+            yield planned, copy_to_plan(plan, tensor, dtype)
 
 
 def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:

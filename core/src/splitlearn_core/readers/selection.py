@@ -100,7 +100,7 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
 
     wanted = {planned.module_key: planned for planned in plan.tensors}
     made = MadeTensors(plan)
-    target, device = torch_dtype(plan.dtype), torch.device(plan.device).type
+    device = torch.device(plan.device).type
     with _strategy_errors(strategy):
         for given, tensor in strategy.read(replace(plan, region=made.region)):
             planned = wanted.pop(given.module_key, None)
@@ -108,7 +108,11 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
                 raise _broken(strategy, f"it yielded {given.module_key}, which is not or no longer wanted")
             if not isinstance(tensor, torch.Tensor):
                 raise _broken(strategy, f"it yielded {type(tensor).__name__} for {planned.module_key}, no tensor")
-            expected = (planned.info.shape, target if plan.is_floating(planned) else tensor.dtype)
+            dtype = plan.loaded_dtype(planned) if plan.is_floating(planned) else tensor.dtype
+            if planned.kept_dtype and tensor.dtype == torch_dtype(plan.dtype):
+                # A strategy that knows no exceptions.
+                tensor = tensor.to(dtype)  # noqa: PLW2901  # the one that is passed on
+            expected = (planned.info.shape, dtype)
             as_in_file = planned.places and tensor.dtype == stored_dtype(planned.info.dtype)
             if (tuple(tensor.shape), tensor.dtype) != expected and not (as_in_file and tensor.shape == expected[0]):
                 actual = f"{tensor.dtype} of shape {list(tensor.shape)}"

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, renamed_keys
+from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
@@ -60,7 +60,7 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
     config, needed = tiny_config(model_type, known, stated)
     model = tiny_model(config)
     parts = derive_parts(model)
-    renamed = renamed_keys(model)
+    renamed = renamed_keys(model, saved_tensors(model))
     variants = _Variants(config, parts)
     variants.sweep()
     derived = Derived(
@@ -69,7 +69,8 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
             "architecture": architecture,
             **variants.fields(),
             "ignored_suffixes": ignored_suffixes(model),
-            "renamed": renamed,
+            "renamed": renamed or (),
+            "transformers_tables": renamed is None or keeps_float32(model),
             "config_names": config_names(known),
             "config_defaults": config_defaults(known),
             "tiny_config": needed,
