@@ -29,6 +29,7 @@ from splitlearn_core.build.pruning import (
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.types import Component, LayerRange
 
 #: Token ids are [batch, sequence], hidden states [batch, sequence, hidden].
@@ -57,6 +58,8 @@ class ComponentModel(PreTrainedModel):
     layer_range: LayerRange
     #: Where the component comes from; None if it was made from a state dict.
     origin: Origin | None = None
+    #: Tensors of the file that tensors of the component were made of; it is saved as those.
+    parted: tuple[PlannedTensor, ...] = ()
     #: The names of the attributes that the Hugging Face class gives a model.
     family_attributes: frozenset[str]
     #: Which components need the arguments of the family's forward.
