@@ -211,9 +211,10 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: manager in processes of their own one file and 330 lines; their sessions over a server, and hosts of plugins, three
 #: files and 300 lines. Training across the cut has taken five files and 1,000 lines: layers without values, adapters
 #: described and checked, their host, calls and their way back, saving. The forward of components in order has a file.
+#: Tensors made of others take four files and 480 lines: where values lie, transformers' tables, memory, parts.
 LIMITS = {
-    "files": (0, 168),
-    "code lines": (0, 23_000),
+    "files": (0, 172),
+    "code lines": (0, 23_500),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),
