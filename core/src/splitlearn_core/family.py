@@ -79,6 +79,9 @@ class ModelFamily:
     #: True where all layers are made by ``type(layers[0])(config, layer_idx)``. Then the layers of
     #: other components are never built; say False for a family that mixes classes of layers.
     uniform_layers: bool = True
+    #: Where a layer caches something smaller than the keys and values of its heads (latent attention): the values of
+    #: ``config.json`` whose sum is the number of values that it caches for each token.
+    cached_values: tuple[str, ...] = ()
     #: Given ``config.json``: cuts that this model does not bear, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
@@ -133,6 +136,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         "skip_outside_top",
         "bottom_arguments",
         "ignored_suffixes",
+        "cached_values",
     ):
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of texts"

@@ -340,6 +340,9 @@ def parse_parts(parts: Sequence[str] | str, there: Sequence[str] = THREE) -> tup
 
 def kv_bytes_per_layer(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
     """Bytes that the key-value cache of one layer grows by for each token of each sequence."""
+    if family.cached_values:
+        values = sum(_number(family, config, name) for name in family.cached_values)
+        return values * DTYPE_BYTES[FLOAT_DTYPES[dtype]]
     heads = _number(family, config, "num_attention_heads")
     kv_heads = _number(family, config, "num_key_value_heads", heads)
     head_dim = _number(family, config, "head_dim", _number(family, config, "hidden_size") // heads)

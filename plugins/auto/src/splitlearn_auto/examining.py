@@ -35,6 +35,8 @@ _DROPOUT = 0.5
 _DROPOUTS = "dropout"
 _NO_DROPOUT = ("layer", "classifier", "summary")
 _WINDOW = 4
+#: What layers with latent attention cache, by the names in their configurations.
+_LATENT = ("kv_lora_rank", "qk_rope_head_dim")
 
 
 def examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
@@ -216,8 +218,19 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
         )
         derived.variants, derived.attention, derived.dtypes = {"plain": {}}, _ATTENTION, _DTYPES
         return
-    if note := cache_note(tiny_model(with_values(config, {})), ModelFamily(**derived.fields)):
-        derived.notes.append(note)
+    model = tiny_model(with_values(config, {}))
+    if note := cache_note(model, ModelFamily(**derived.fields)):
+        defaults = {name: getattr(type(config)(), name, None) for name in _LATENT}
+        stated = {name: value for name, value in defaults.items() if type(value) is int}
+        latent = {
+            **derived.fields,
+            "cached_values": _LATENT,
+            "config_defaults": {**derived.fields["config_defaults"], **stated},
+        }
+        if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
+            derived.fields = latent
+        else:
+            derived.notes.append(note)
     tied = bool(config.tie_word_embeddings)
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
