@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,13 +12,12 @@ import transformers
 from transformers import conversion_mapping, core_model_loading
 
 from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config, layer_count_set
-from splitlearn_core.build.torch_state import BUILD_LOCK
+from splitlearn_core.build.torch_state import skeleton
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import torch_dtype
 from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
 from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
-from splitlearn_core.types import FLOAT_DTYPES
 
 #: transformers' operation -> ours, and the attributes that hold its dimensions.
 _OPERATIONS = {
@@ -51,25 +51,33 @@ def names_in_float32(
     family: ModelFamily, config: Mapping[str, Any], dtype: str, module_keys: Collection[str]
 ) -> set[str]:
     """Return the tensors that transformers loads in float32 although the model is loaded in another dtype."""
-    patterns = list(_example(family, config)._get_dtype_plan(torch_dtype(dtype)))  # noqa: SLF001  # as from_pretrained
-    if not patterns:
-        return set()
-    kept, *_ = core_model_loading.build_glob_alternation(patterns)
-    return {name for name in module_keys if kept.search(name)}
+    example = _example(family, config)
+    wide = {_NUMBER.sub(".", name) for name, tensor in example.state_dict().items() if tensor.dtype == torch.float32}
+    patterns = list(example._get_dtype_plan(torch_dtype(dtype)))  # noqa: SLF001  # as from_pretrained
+    kept = core_model_loading.build_glob_alternation(patterns)[0] if patterns else None
+    return {name for name in module_keys if _NUMBER.sub(".", name) in wide or (kept is not None and kept.search(name))}
 
 
-#: Class and model type -> a model of one layer without values.
+#: Class and model type -> a model of few layers without values, in a narrow dtype.
 _EXAMPLES: dict[tuple[str, str], Any] = {}
+#: Layers of one: the first may differ from the others.
+_LAYERS = 4
+#: The number of a layer in a name, which does not matter.
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
-    """Return a model of one layer without values: transformers' tables are those of its class and its submodels."""
+    """Return a small model without values.
+
+    transformers' tables are those of its class and its submodels; tensors that are float32 in it are so in every model.
+    """
     key = family.architecture, family.model_type
     if key in _EXAMPLES:
         return _EXAMPLES[key]
     name = f"a {family.model_type} model"
-    own = hf_config(family, config, name, next(iter(FLOAT_DTYPES)))
-    with BUILD_LOCK, config_errors(family, name), torch.device("meta"), layer_count_set(own, 1):
+    own = hf_config(family, config, name, "bfloat16")
+    layers = min(own.num_hidden_layers, _LAYERS)
+    with skeleton(own.dtype), config_errors(family, name), layer_count_set(own, layers):
         _EXAMPLES[key] = architecture_class(family)(own)
     return _EXAMPLES[key]
 

@@ -212,25 +212,18 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
             break
     if differing:
         _check_cache(config)
+        if derived.fields["transformers_tables"]:
+            raise CannotSplitError(
+                f"transformers makes tensors of its model of others in the file, or keeps some in float32, and a split "
+                f"that does so is not equal: {differing[0]}"
+            )
         derived.fields["uniform_layers"] = True
         derived.questions.append(
             Question("base", "what is missing for a split to equal the whole model?", differing[0])
         )
         derived.variants, derived.attention, derived.dtypes = {"plain": {}}, _ATTENTION, _DTYPES
         return
-    model = tiny_model(with_values(config, {}))
-    if note := cache_note(model, ModelFamily(**derived.fields)):
-        defaults = {name: getattr(type(config)(), name, None) for name in _LATENT}
-        stated = {name: value for name, value in defaults.items() if type(value) is int}
-        latent = {
-            **derived.fields,
-            "cached_values": _LATENT,
-            "config_defaults": {**derived.fields["config_defaults"], **stated},
-        }
-        if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
-            derived.fields = latent
-        else:
-            derived.notes.append(note)
+    _describe_cache(derived, config)
     tied = bool(config.tie_word_embeddings)
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
@@ -253,6 +246,25 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
             derived.notes.append(f"in {dtype}: {differing[0]}")
         else:
             derived.dtypes = (*derived.dtypes, dtype)
+
+
+def _describe_cache(derived: Derived, config: Any) -> None:
+    """Say what layers cache if that is not the keys and values of their heads, or note that a plan is wrong about it."""
+    model = tiny_model(with_values(config, {}))
+    note = cache_note(model, ModelFamily(**derived.fields))
+    if not note:
+        return
+    defaults = {name: getattr(type(config)(), name, None) for name in _LATENT}
+    stated = {name: value for name, value in defaults.items() if type(value) is int}
+    latent = {
+        **derived.fields,
+        "cached_values": _LATENT,
+        "config_defaults": {**derived.fields["config_defaults"], **stated},
+    }
+    if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
+        derived.fields = latent
+    else:
+        derived.notes.append(note)
 
 
 def _check_cache(config: Any) -> None:
