@@ -214,8 +214,8 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
         _check_cache(config)
         if derived.fields["transformers_tables"]:
             raise CannotSplitError(
-                f"transformers makes tensors of its model of others in the file, or keeps some in float32, and a split "
-                f"that does so is not equal: {differing[0]}"
+                f"a small model of type {config.model_type}, split with the tensors that transformers makes of those in "
+                f"the file, is not equal: {differing[0]}"
             )
         derived.fields["uniform_layers"] = True
         derived.questions.append(
@@ -249,7 +249,7 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
 
 
 def _describe_cache(derived: Derived, config: Any) -> None:
-    """Say what layers cache if that is not the keys and values of their heads, or note that a plan is wrong about it."""
+    """Say what layers cache instead of keys and values of all heads, or note that a plan is wrong about it."""
     model = tiny_model(with_values(config, {}))
     note = cache_note(model, ModelFamily(**derived.fields))
     if not note:
