@@ -214,7 +214,7 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
         _check_cache(config)
         if derived.fields["transformers_tables"]:
             raise CannotSplitError(
-                f"a small model of type {config.model_type}, split with the tensors that transformers makes of those in "
+                f"a split model of type {config.model_type}, with the tensors that transformers makes of those in "
                 f"the file, is not equal: {differing[0]}"
             )
         derived.fields["uniform_layers"] = True
