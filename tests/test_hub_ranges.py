@@ -37,7 +37,8 @@ from splitlearn_core.checkpoint.hub.fetch_plan import Span, count, merged, witho
 from splitlearn_core.checkpoint.hub.partial_file import FOLDER, partial_files
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loader import ModelLoader
-from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint
+from splitlearn_core.plugins.registry import reset_registry
+from splitlearn_core.testing.worlds import parts_equal, tiny_model, write_checkpoint, write_plugin
 from support.hub import LoopbackHub, RequestRecord
 
 pytestmark = pytest.mark.libs
@@ -50,6 +51,14 @@ HEAD = 100_000
 #: Bytes of the head, which lie at the beginning of the file.
 LM_HEAD = 101 * 128 * 4
 IDS = torch.tensor([[5, 17, 3, 88, 41]])
+MIXTRAL = """
+from splitlearn_core import ModelFamily, hookimpl
+
+
+@hookimpl
+def splitlearn_model_families():
+    return [ModelFamily(model_type="mixtral", architecture="MixtralForCausalLM", transformers_tables=True)]
+"""
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +143,21 @@ class TestTransfer:
         assert without(others, requests) == others
         assert sent(hub) <= HEAD + count(spans_of(large, part))
         assert parts_equal(loaded, load(part, model=large))
+
+    def test_a_part_costs_its_own_experts(
+        self, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A tensor for each expert in the file, one of all in the module: those of other layers are not transferred."""
+        write_plugin(tmp_path / "site", "mixtral", MIXTRAL)
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        reset_registry()
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_local_experts": 4}
+        folder = write_checkpoint(tmp_path / "mixtral", tiny_model("mixtral", **sizes))
+        hub.add_repo(REPO, folder)
+        loaded = load("trunk")
+        assert not is_whole(hub)
+        assert sent(hub) <= HEAD + count(spans_of(folder, "trunk"))
+        assert parts_equal(loaded, load("trunk", model=folder))
 
     @pytest.mark.parametrize(
         ("points", "part"), [((1,), "bottom"), ((1, 2, 5), "trunk1")], ids=["one cut", "three cuts"]

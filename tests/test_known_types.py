@@ -22,8 +22,8 @@ pytestmark = pytest.mark.libs
 
 IDS = torch.tensor([[5, 17, 42, 99, 3]])
 #: Not of a family of its own, and quick to look at.
-SAMPLE_REFUSED = ("mixtral", "bert", "bart", "mamba", "gemma3n", "rwkv", "qwen2_moe", "deepseek_v3")
-SAMPLE_WRITTEN = ("llama", "phi", "olmo2")
+SAMPLE_REFUSED = ("bert", "bart", "mamba", "gemma3n", "rwkv", "jamba", "zamba")
+SAMPLE_WRITTEN = ("llama", "phi", "olmo2", "mixtral", "qwen2_moe", "deepseek_v3")
 
 
 @pytest.mark.parametrize("model_type", SAMPLE_REFUSED)

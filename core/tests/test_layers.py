@@ -214,9 +214,10 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: described and checked, their host, calls and their way back, saving. The forward of components in order has a file.
 #: ``fine_tuning`` takes three files and 230 lines (a text, a training compared with the unsplit one), and pictures of
 #: lines, which ``leak`` draws too, one.
+#: Tensors made of others take four files and 480 lines: where values lie, transformers' tables, memory, parts.
 LIMITS = {
-    "files": (0, 172),
-    "code lines": (0, 23_300),
+    "files": (0, 176),
+    "code lines": (0, 24_000),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

@@ -136,8 +136,9 @@ def test_the_proposal_for_a_type_matches_the_tables() -> None:
     assert not WRITTEN & REFUSED
     assert not (WRITTEN | REFUSED) & PACKAGES.keys()
     assert "splitlearn plugins new llama --out DIR" in way_out("llama")
-    assert "plugins new" not in way_out("mixtral")
-    assert "cannot be split" in way_out("mixtral")
+    assert "splitlearn plugins new mixtral --out DIR" in way_out("mixtral")
+    assert "plugins new" not in way_out("mamba")
+    assert "cannot be split" in way_out("mamba")
     assert "plugins new" not in way_out("gemma3")
     assert "pip install splitlearn-gemma" in way_out("gemma3")
     assert "pip install" not in way_out("gemma3", ("gemma3_text",))

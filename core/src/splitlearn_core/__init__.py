@@ -92,6 +92,8 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.status import ModelInfo as ModelInfo
     from splitlearn_core.manager.status import ModelStatus as ModelStatus
     from splitlearn_core.pipeline import SplitCausalLM as SplitCausalLM
+    from splitlearn_core.plan.conversions import WeightConversion as WeightConversion
+    from splitlearn_core.plan.conversions import WeightOperation as WeightOperation
     from splitlearn_core.plan.splitplan import ComponentPlan as ComponentPlan
     from splitlearn_core.plan.splitplan import PlannedTensor as PlannedTensor
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
@@ -148,6 +150,8 @@ _LAZY = {
     "StrategyPlugin": "plugins.contract",
     "TopModel": "build.component",
     "TrunkModel": "build.component",
+    "WeightConversion": "plan.conversions",
+    "WeightOperation": "plan.conversions",
     "WeightReader": "loading_strategy",
     "connect": "hosts.remote",
     "load_adapter": "adapters.peft_models",

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from splitlearn_core.arguments import user_path as user_path
     from splitlearn_core.build.configuration import hf_config as hf_config
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
+    from splitlearn_core.build.conversion_tables import targets_by_tables as targets_by_tables
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
     from splitlearn_core.build.kv_cache import cache_argument as cache_argument
+    from splitlearn_core.build.pruning import base_of as base_of
     from splitlearn_core.build.pruning import through_no_layers as through_no_layers
     from splitlearn_core.build.torch_state import own_state as own_state
     from splitlearn_core.checkpoint.config_json import read_config as read_config
@@ -102,6 +104,7 @@ _HOMES = {
     "Sessions": "hosts.relay",
     "TOKEN_VARIABLE": "hosts.protocol",
     "WRITTEN": "plugins.known",
+    "base_of": "build.pruning",
     "cache_argument": "build.kv_cache",
     "component_from_state_dict": "build.construction",
     "core_version": "plugins.metadata",
@@ -131,6 +134,7 @@ _HOMES = {
     "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
     "split_layers": "plan.split_points",
+    "targets_by_tables": "build.conversion_tables",
     "text_model": "plugins.known",
     "through_no_layers": "build.pruning",
     "translate": "errors",

@@ -67,6 +67,10 @@ class ModelFamily:
     ignored_suffixes: tuple[str, ...] = ()
     #: Substrings of checkpoint keys that changed their name, ``(old, new)``, applied in order.
     renamed: tuple[tuple[str, str], ...] = ()
+    #: True where transformers makes tensors of the module out of others in the file (all experts of a layer in one
+    #: tensor), or keeps some in float32, by its own tables for the type. Those then decide, after ``renamed``, and
+    #: planning imports transformers. Where a plugin maps the keys itself, they decide about float32 alone.
+    transformers_tables: bool = False
     #: This family's own names of values in ``config.json``, where they differ: ``{common: own}``.
     config_names: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     #: Defaults of values that ``config.json`` omits, by common name: what the family's
@@ -75,6 +79,9 @@ class ModelFamily:
     #: True if all layers are made by ``type(layers[0])(config, layer_idx)``. Then the layers of
     #: other components are never built; set False for a family that mixes classes of layers.
     uniform_layers: bool = True
+    #: Where a layer caches something smaller than the keys and values of its heads (latent attention): the values of
+    #: ``config.json`` whose sum is the number of values that it caches for each token.
+    cached_values: tuple[str, ...] = ()
     #: Returns, for a ``config.json``, the cuts that are impossible in this model, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
@@ -129,6 +136,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         "skip_outside_top",
         "bottom_arguments",
         "ignored_suffixes",
+        "cached_values",
     ):
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of strings"
@@ -138,7 +146,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
-    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers"):
+    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables"):
         if not isinstance(getattr(family, name), bool):
             yield name, "True or False"
     if not callable(family.impossible_cuts):

@@ -38,6 +38,7 @@ import pluggy
 if TYPE_CHECKING:
     from splitlearn_core.family import ModelFamily
     from splitlearn_core.loading_strategy import LoadingStrategy
+    from splitlearn_core.plan.conversions import WeightConversion
 
 #: pluggy's project name.
 PROJECT = "splitlearn"
@@ -75,7 +76,7 @@ def splitlearn_model_families() -> Iterable[ModelFamily]:  # type: ignore[empty-
 @hookspec
 def splitlearn_map_weight_keys(
     family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
-) -> Mapping[str, str | None] | None:
+) -> Mapping[str, str | WeightConversion | None] | None:
     """Return the name in the Hugging Face module of each tensor of a checkpoint.
 
     Only the plugin that owns the family is called, once per load, with all keys together. Most plugins
@@ -88,7 +89,9 @@ def splitlearn_map_weight_keys(
         checkpoint_keys: The tensor names in the checkpoint, sorted.
 
     Returns:
-        For every key the module key, or None to omit that tensor; no module key twice.
+        For every key the module key, or None to omit that tensor; no module key twice. A tensor that is made of
+        others (all experts of a layer), or cut into several, is a :class:`splitlearn_core.WeightConversion`: each
+        key that it is made of gets this one object.
         Or None instead of a mapping: then core maps the keys as if the hook were not implemented.
 
     Example::
@@ -96,6 +99,14 @@ def splitlearn_map_weight_keys(
         @hookimpl
         def splitlearn_map_weight_keys(family, config, checkpoint_keys):
             return {key: key.replace("gpt_neox.", "model.") for key in checkpoint_keys}
+
+    One tensor of the file that is three of the module::
+
+        targets = tuple(f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
+        three = WeightConversion(
+            sources=(("layers.0.qkv.weight",),), targets=targets, operations=(WeightOperation("chunk", (0,)),)
+        )
+        mapping["layers.0.qkv.weight"] = three
     """
 
 

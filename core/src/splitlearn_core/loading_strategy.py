@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
-from splitlearn_core.types import FLOAT_DTYPES, OPAQUE, TensorInfo
+from splitlearn_core.types import FLOAT_DTYPES, OPAQUE, TensorInfo, stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,10 @@ def _ignore(_: int) -> None:
     """Ignore the number of bytes."""
 
 
+def _no_region(_: PlannedTensor) -> None:
+    """Return no memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
     """The tensors to read, their files, and their target device and dtype."""
@@ -65,6 +69,12 @@ class ReadPlan:
     #: Called with the number of bytes just read of a large tensor; whole tensors are counted
     #: when they are yielded. It raises to stop the load: do not catch the exception.
     on_bytes: Callable[[int], None] = field(default=_ignore, compare=False, repr=False)
+    #: Module key -> a tensor that is made of those with :attr:`PlannedTensor.places`. Core makes it: a strategy
+    #: yields each of those as it is in the file, or in the plan's dtype.
+    made: Mapping[str, TensorInfo] = field(default_factory=dict)
+    #: Returns the memory in a tensor to be made into which all of a tensor with places may be read, in the plan's
+    #: dtype and instead of memory of its own; None if its values lie there in another order.
+    region: Callable[[PlannedTensor], torch.Tensor | None] = field(default=_no_region, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +90,14 @@ class ReadPlan:
         return tensor.info.dtype in FLOAT_DTYPES.values()
 
     def needs_conversion(self, tensor: PlannedTensor) -> bool:
-        """Return whether a tensor is stored in another floating dtype than the plan's."""
-        return self.is_floating(tensor) and tensor.info.dtype != FLOAT_DTYPES[self.dtype]
+        """Return whether a tensor is stored in another floating dtype than it is loaded in."""
+        return self.is_floating(tensor) and tensor.info.dtype != FLOAT_DTYPES[tensor.kept_dtype or self.dtype]
+
+    def loaded_dtype(self, tensor: PlannedTensor) -> torch.dtype:
+        """Return the dtype of a tensor once it is loaded: the plan's, unless it keeps one of its own."""
+        if self.is_floating(tensor):
+            return torch_dtype(tensor.kept_dtype or self.dtype)
+        return stored_dtype(tensor.info.dtype)
 
     def formats(self) -> set[str]:
         """Return the formats of the files that hold the tensors."""

@@ -29,6 +29,7 @@ from splitlearn_core.build.pruning import (
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.types import Component, LayerRange
 
 #: Token ids are [batch, sequence], hidden states [batch, sequence, hidden].
@@ -57,6 +58,8 @@ class ComponentModel(PreTrainedModel):
     layer_range: LayerRange
     #: Where the component comes from; None if it was made from a state dict.
     origin: Origin | None = None
+    #: Tensors of the file that tensors of the component were made of; it is saved as those.
+    parted: tuple[PlannedTensor, ...] = ()
     #: The names of the attributes that the Hugging Face class gives a model.
     family_attributes: frozenset[str]
     #: Which components need the arguments of the family's forward.
@@ -122,6 +125,12 @@ class ComponentModel(PreTrainedModel):
     def cache_view(self, whole: Any) -> PartCache:
         """See this component's layers in a cache of the whole model; both share the layers' state."""
         return PartCache.view(whole, self.layer_range)
+
+    @property
+    def base_model(self) -> Any:
+        """The base module; the family's where the class names one that it does not have, as ``base_of`` has it."""
+        base = super().base_model
+        return self.get_submodule(self.family.base) if base is self else base
 
     @property
     def layer_modules(self) -> Any:

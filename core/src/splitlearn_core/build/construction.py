@@ -15,15 +15,17 @@ import torch
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
 from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config
+from splitlearn_core.build.conversion_tables import names_in_float32, targets_by_tables
 from splitlearn_core.build.kv_cache import cache_argument
 from splitlearn_core.build.pruning import layer_at, prune
 from splitlearn_core.build.torch_state import own_modes, skeleton
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plan.keys import map_keys, place_keys
+from splitlearn_core.plan.keys import KeyTable, map_keys, place_keys
 from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import SENTENCE, listed
+from splitlearn_core.readers.tensor_parts import make
 from splitlearn_core.types import Component, LayerRange, TensorInfo, dtype_names, kind_of
 
 log = logging.getLogger(__name__)
@@ -161,9 +163,13 @@ def component_from_state_dict(
         )
     config = _config(family, config)
     ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
-    table = place_keys(family, config.to_dict(), map_keys(family, state_dict), ranges)
-    sources = table.sources[component]
-    tensors = {key: state_dict[key] for key in sources.values()}
+    values = config.to_dict()
+    by_table = family.transformers_tables
+    targets = targets_by_tables(family, values, list(state_dict)) if by_table else map_keys(family, state_dict)
+    table = place_keys(family, values, targets, ranges)
+    sources, state_dict = _made(table, component, state_dict)
+    wide = _in_float32(family, values, {name: state_dict[key].dtype for name, key in sources.items()})
+    tensors = {key: state_dict[key] for name, key in sources.items() if name not in wide}
     _refuse_unusable(tensors)
     first = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
     own_config = copy.deepcopy(config)
@@ -176,9 +182,9 @@ def component_from_state_dict(
         for tensor in (state_dict[key],)
     }
     names = unexpected_names(built, infos)
-    sources = {name: key for name, key in sources.items() if name not in names}
+    unread, sources = sources, {name: key for name, key in sources.items() if name not in names}
     problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
-    surplus = {**table.unexpected, **{table.sources[component][name]: name for name in sorted(names)}}
+    surplus = {**table.unexpected, **{unread[name]: name for name in sorted(names)}}
     if surplus and not problems and not any(map(alters_weights, surplus)):
         log.warning("%s", unread_words("the state dict", family.model_type, sorted(surplus)))
     elif surplus:
@@ -196,6 +202,38 @@ def component_from_state_dict(
         assign_tensor(modules, name, tensor.clone() if tensor.is_inference() else tensor)
     finish(built, str(first.device))
     return built
+
+
+def _in_float32(family: ModelFamily, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> set[str]:
+    """Return the names of float32 tensors that transformers keeps so in a model of the dtype of the others."""
+    others = {dtype for dtype in dtypes.values() if dtype.is_floating_point} - {torch.float32}
+    if not family.transformers_tables or len(others) != 1:
+        return set()
+    (dtype,) = others
+    names = names_in_float32(family, config, str(dtype).removeprefix("torch."), dtypes)
+    return {name for name in names if dtypes[name] == torch.float32}
+
+
+def _made(
+    table: KeyTable, component: Component, state_dict: Mapping[str, torch.Tensor]
+) -> tuple[Mapping[str, str], Mapping[str, torch.Tensor]]:
+    """Make what a component has of several tensors, and return module key -> key, and the tensors by key."""
+    conversions = table.conversions.get(component, ())
+    if not conversions:
+        return table.sources[component], state_dict
+    parts = {key for conversion in conversions for key in conversion.keys}
+    made: dict[str, torch.Tensor] = {}
+    for conversion in conversions:
+        _refuse_unusable({key: state_dict[key] for key in conversion.keys})
+        try:
+            made |= make(conversion, state_dict)
+        except ValueError as error:
+            raise TensorMismatchError(
+                f"{conversion.targets[0]} cannot be made of the tensors of the state dict: {error}",
+                hint="give the state dict of the whole model, and its own config",
+            ) from error
+    sources = {name: key for name, key in table.sources[component].items() if key not in parts}
+    return {**sources, **{name: name for name in made}}, {**state_dict, **made}
 
 
 def _config(family: ModelFamily, config: Any) -> Any:

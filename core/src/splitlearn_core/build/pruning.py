@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from splitlearn_core.errors import BrokenPluginError
 from splitlearn_core.family import ModelFamily
@@ -113,6 +114,16 @@ def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         # A model without an optional module has None in its place.
         if owner._modules.get(name) is not None:  # noqa: SLF001  # a register that nn.Module documents
             setattr(owner, name, module)
+
+
+def base_of(model: Any) -> Any:
+    """Return the base module of a causal language model, or the model itself if it has none.
+
+    Some classes (Llama 4's) name a base module that they do not have.
+    """
+    base = model.base_model
+    submodels = [module for module in model.children() if isinstance(module, PreTrainedModel)]
+    return submodels[0] if base is model and len(submodels) == 1 else base
 
 
 def check_names(model: nn.Module, family: ModelFamily) -> None:

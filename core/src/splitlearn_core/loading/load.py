@@ -35,7 +35,7 @@ from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.plan.keys import KeyTable
 from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
-from splitlearn_core.plan.splitplan import SplitPlan
+from splitlearn_core.plan.splitplan import ComponentPlan, SplitPlan
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
 from splitlearn_core.quoting import reason
@@ -241,6 +241,7 @@ def load_components(
         _attach_generation_config(model, built.get(Component.TOP))
         for component, origin in origins.items():
             built[component].origin = origin
+            built[component].parted = tuple(t for t in plan.component(component).tensors if t.places)
         with passing_through(progress) as report:
             read_all(plan, reads, built, strategies, report)
         _tie_if_equal(built, fetched.table)
@@ -276,12 +277,12 @@ def _check_all(
     unread: dict[str, set[str]] = {}
     keys = set(table.unexpected)
     for part in plan.components:
-        planned = {tensor.module_key: tensor.info for tensor in part.tensors}
+        planned = part.results
         names = unexpected_names(built[part.component], planned)
         placed = {name: info for name, info in planned.items() if name not in names}
         problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], placed)]
         surplus += [f"unexpected: {name} {list(planned[name].shape)} ({part.component})" for name in sorted(names)]
-        keys.update(planned[name].key for name in names)
+        keys.update(key for name in names for key in _keys_of(part, name))
         unread |= {part.component: names} if names else {}
     if problems or (surplus and (strict or any(map(alters_weights, keys)))):
         raise mismatch(model, problems + surplus, plan)
@@ -290,12 +291,28 @@ def _check_all(
     return unread
 
 
+def _keys_of(part: ComponentPlan, name: str) -> list[str]:
+    """Return the checkpoint keys of the tensors that a tensor of the module is, or is made of."""
+    return [
+        tensor.info.key
+        for tensor in part.tensors
+        if name in ([place.target for place in tensor.places] or [tensor.module_key])
+    ]
+
+
 def _without(fetched: FetchedLoad, unread: Mapping[str, set[str]]) -> FetchedLoad:
     """Remove tensors from the plan, by their module keys."""
     parts = tuple(
         replace(
             part,
-            tensors=tuple(t for t in part.tensors if t.module_key not in unread.get(part.component, ())),
+            tensors=tuple(
+                tensor
+                for tensor in part.tensors
+                if not unread.get(part.component, set()).issuperset(
+                    [place.target for place in tensor.places] or [tensor.module_key]
+                )
+            ),
+            made={name: info for name, info in part.made.items() if name not in unread.get(part.component, ())},
         )
         for part in fetched.split.components
     )

@@ -144,7 +144,7 @@ def read_plans(
         device = devices[part.component]
         fresh = tuple(tensor for tensor in part.tensors if (tensor.info.key, device, part.dtype) not in planned)
         planned.update((tensor.info.key, device, part.dtype) for tensor in fresh)
-        reads[part.component] = ReadPlan(fresh, paths, device, part.dtype, whole)
+        reads[part.component] = ReadPlan(fresh, paths, device, part.dtype, whole, made=part.made)
     return reads
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.manifest import MANIFEST, read_manifest
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, TensorMismatchError
+from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading.opening import OpenModel
-from splitlearn_core.plan.keys import KeyTable, map_keys, place_keys, uneven_layers
+from splitlearn_core.plan.keys import KeyTable, KeyTarget, map_keys, place_keys, uneven_layers
 from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded, likely_cause, unexpected_words
 from splitlearn_core.plan.placement import AUTO, parse_dtypes
 from splitlearn_core.plan.split_points import cut_words, split_layers
@@ -151,7 +152,7 @@ def _plan(
             num_layers=next(iter(ranges.values())).total,
             dtype=common_dtype(dtypes.values()),
             source="headers" if from_headers else "config",
-            components=plan_components(family, config, table, ranges, tensors, dtypes),
+            components=plan_components(family, config, table, ranges, tensors, dtypes, _in_float32(family, config)),
             tied=table.tied,
             cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
             # Of all layers, also those of components that are not planned: one alone has no neighbours.
@@ -163,12 +164,25 @@ def _plan(
     return PlannedLoad(split, table)
 
 
+def _in_float32(family: ModelFamily, config: Mapping[str, Any]) -> Callable[[str, Collection[str]], Container[str]]:
+    """Return a function to the module keys that transformers keeps in float32 in a model of a narrower dtype."""
+    if not family.transformers_tables:
+        return lambda dtype, names: ()
+
+    def kept(dtype: str, names: Collection[str]) -> Container[str]:
+        from splitlearn_core.build.conversion_tables import names_in_float32
+
+        return names_in_float32(family, config, dtype, names)
+
+    return kept
+
+
 @contextmanager
 def _naming(model: OpenModel) -> Iterator[None]:
     """Name the model in errors of functions that know only its configuration."""
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, TensorMismatchError) as error:
         raise type(error)(f"{model.name}: {error.message}", hint=error.hint) from error
 
 
@@ -265,5 +279,14 @@ def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
 
 
 def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[str, LayerRange]) -> KeyTable:
-    mapping = registry().map_weight_keys(model.family, model.config, keys) or map_keys(model.family, keys)
-    return place_keys(model.family, model.config, mapping, ranges)
+    return place_keys(model.family, model.config, key_targets(model.family, model.config, keys), ranges)
+
+
+def key_targets(family: ModelFamily, config: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, KeyTarget]:
+    """Return where each key of a checkpoint goes: as the plugin says, or transformers' table, or core's rules."""
+    mapping: Mapping[str, KeyTarget] | None = registry().map_weight_keys(family, config, keys)
+    if mapping is None and family.transformers_tables:
+        from splitlearn_core.build.conversion_tables import targets_by_tables
+
+        mapping = targets_by_tables(family, config, keys)
+    return mapping or map_keys(family, keys)

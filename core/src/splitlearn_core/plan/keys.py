@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.conversions import WeightConversion
 from splitlearn_core.types import Component, LayerRange
 
 
@@ -19,7 +20,7 @@ class KeyTable:
     module key to checkpoint key.
     """
 
-    #: Component -> module key -> checkpoint key.
+    #: Component -> module key -> checkpoint key; also of tensors that others are made of, under names of their own.
     sources: Mapping[str, Mapping[str, str]]
     #: Checkpoint keys that are used in more than one component.
     tied: tuple[str, ...]
@@ -29,6 +30,35 @@ class KeyTable:
     problems: tuple[str, ...]
     #: Module keys that the configuration ties and the file stores separately: their values may differ.
     separate_ends: tuple[str, str] | None
+    #: Component -> what is made there of several tensors, or of parts of them.
+    conversions: Mapping[str, Sequence[WeightConversion]] = field(default_factory=dict)
+
+
+#: Where a tensor of a checkpoint goes: to a module key, into what a conversion makes, or nowhere.
+KeyTarget = str | WeightConversion | None
+
+
+def _tie(family: ModelFamily, config: Mapping[str, Any], origins: dict[str, str]) -> tuple[str, str] | None:
+    """Give the tied tensor both of its module keys; return these if the file stores it separately."""
+    if not family.config_value(config, "tie_word_embeddings"):
+        return None
+    embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
+    if embedding in origins and head in origins:
+        return embedding, head
+    # One tensor, two names: the file may have either.
+    for present, absent in ((embedding, head), (head, embedding)):
+        if present in origins and absent not in origins:
+            origins[absent] = origins[present]
+    return None
+
+
+def _own_names(family: ModelFamily, conversion: WeightConversion, taken: Container[str]) -> dict[str, str]:
+    """Name the sources of a conversion as tensors of the same layer that no module has: name -> checkpoint key."""
+    names = map_keys(family, conversion.keys)
+    return {
+        name if name is not None and name not in taken else f"{conversion.targets[0]}#{key}": key
+        for key, name in names.items()
+    }
 
 
 def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, str | None]:
@@ -37,7 +67,6 @@ def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, s
     Some checkpoints name their tensors relative to the base module (GPT-2's on the Hub), some
     relative to the whole model; both are supported.
     """
-    roots = (f"{family.base}.", f"{family.head}.")
     mapped: dict[str, str | None] = {}
     for key in checkpoint_keys:
         name = key
@@ -46,14 +75,19 @@ def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, s
         if name.endswith(family.ignored_suffixes):
             mapped[key] = None
         else:
-            mapped[key] = name if name.startswith(roots) else f"{family.base}.{name}"
+            mapped[key] = with_base(family, name)
     return mapped
+
+
+def with_base(family: ModelFamily, name: str) -> str:
+    """Return a name relative to the whole model, also of a tensor that a file names relative to the base module."""
+    return name if name.startswith((f"{family.base}.", f"{family.head}.")) else f"{family.base}.{name}"
 
 
 def place_keys(
     family: ModelFamily,
     config: Mapping[str, Any],
-    mapping: Mapping[str, str | None],
+    mapping: Mapping[str, KeyTarget],
     ranges: Mapping[str, LayerRange],
 ) -> KeyTable:
     """Assign every tensor of a checkpoint to the component that holds its module.
@@ -62,17 +96,13 @@ def place_keys(
     """
     origins: dict[str, str] = {}
     twice: list[str] = []
-    for key, name in sorted(mapping.items()):
-        if name is not None and origins.setdefault(name, key) != key:
-            twice.append(f"{origins[name]} and {key} (both are {name})")
-    tied = bool(family.config_value(config, "tie_word_embeddings"))
-    embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
-    separate = (embedding, head) if tied and embedding in origins and head in origins else None
-    if tied and separate is None:
-        # One tensor, two names: the file may have either.
-        for present, absent in ((embedding, head), (head, embedding)):
-            if present in origins and absent not in origins:
-                origins[absent] = origins[present]
+    conversions: dict[int, WeightConversion] = {}
+    for key, target in sorted(mapping.items(), key=lambda item: item[0]):
+        if isinstance(target, WeightConversion):
+            conversions[id(target)] = target
+        elif target is not None and origins.setdefault(target, key) != key:
+            twice.append(f"{origins[target]} and {key} (both are {target})")
+    separate = _tie(family, config, origins)
     sources: dict[str, dict[str, str]] = {component: {} for component in ranges}
     unexpected: dict[str, str] = {}
     component_of = placement(family, ranges)
@@ -82,13 +112,28 @@ def place_keys(
             unexpected[key] = name
         else:
             sources[component][name] = key
+    made: dict[str, list[WeightConversion]] = {}
+    for conversion in conversions.values():
+        first = conversion.keys[0]
+        twice += [
+            f"{origins[target]} and {first} (both make {target})"
+            for target in conversion.targets
+            if origins.setdefault(target, first) != first
+        ]
+        holders = {component_of(target) for target in conversion.targets}
+        component = holders.pop() if len(holders) == 1 else None
+        if component is None:
+            unexpected |= dict.fromkeys(conversion.keys, conversion.targets[0])
+        else:
+            made.setdefault(component, []).append(conversion)
+            sources[component] |= _own_names(family, conversion, origins)
     problems = [f"twice: {pair}" for pair in sorted(twice)]
     users: dict[str, int] = {}
     for table in sources.values():
         for key in table.values():
             users[key] = users.get(key, 0) + 1
     shared = tuple(sorted(key for key, count in users.items() if count > 1))
-    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), separate)
+    return KeyTable(sources, shared, dict(sorted(unexpected.items())), tuple(problems), separate, made)
 
 
 def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable[[str], str | None]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.conversions import Place, places_of
 from splitlearn_core.plan.keys import KeyTable
-from splitlearn_core.quoting import listed, quote
+from splitlearn_core.quoting import SENTENCE, listed, quote
 from splitlearn_core.types import (
     ALL_PARTS,
     DTYPE_BYTES,
@@ -25,14 +26,21 @@ from splitlearn_core.types import (
 
 #: The dtype of a plan whose components have different ones.
 MIXED = "mixed"
+#: The dtype in which transformers keeps some tensors of models in narrower ones.
+_WIDE = "float32"
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor to be read, and its name in the module."""
 
+    #: Of a tensor that only goes into others: a name that no tensor of the module has.
     module_key: str
     info: TensorInfo
+    #: Where its parts lie in the tensors that are made of it; empty if it is a tensor of the module itself.
+    places: tuple[Place, ...] = ()
+    #: The dtype that it is loaded in whatever that of the component is, by torch's name; empty for none.
+    kept_dtype: str = ""
 
     @property
     def elements(self) -> int:
@@ -50,6 +58,13 @@ class ComponentPlan:
     kv_bytes_per_token: int
     #: The dtype its weights will have once loaded, by torch's name.
     dtype: str
+    #: Module key -> a tensor that is made of others, as a file would hold it.
+    made: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, TensorInfo]:
+        """The tensors of the module by their names: read as they are, or made."""
+        return {**{tensor.module_key: tensor.info for tensor in self.tensors if not tensor.places}, **self.made}
 
     @property
     def parameters(self) -> int:
@@ -183,16 +198,63 @@ def plan_components(
     ranges: Mapping[str, LayerRange],
     tensors: Mapping[str, TensorInfo],
     dtypes: Mapping[str, str],
+    in_float32: Callable[[str, Collection[str]], Container[str]] = lambda dtype, names: (),
 ) -> tuple[ComponentPlan, ...]:
-    """Plan the components that have a dtype, each with its tensors in the order of the files."""
+    """Plan the components that have a dtype, each with its tensors in the order of the files.
+
+    Args:
+        family, config: The model.
+        table: Where its tensors go.
+        ranges: Component -> its layers.
+        tensors: Checkpoint key -> the tensor.
+        dtypes: Component -> the dtype that it is loaded in.
+        in_float32: Of a dtype, and of module keys, returns those that are loaded in float32 instead.
+
+    Raises:
+        TensorMismatchError: Tensors cannot be made of those that there are.
+    """
     plans = []
     for component, dtype in dtypes.items():
         per_layer = kv_bytes_per_layer(family, config, dtype)
-        planned = [PlannedTensor(name, tensors[key]) for name, key in table.sources[component].items()]
+        places, made = _made(table, component, tensors)
+        kept = in_float32(dtype, {*table.sources[component], *made})
+        planned = [
+            PlannedTensor(name, tensors[key], into, _WIDE if (into[0].target if into else name) in kept else "")
+            for name, key in table.sources[component].items()
+            for into in (tuple(places.get(key, ())),)
+        ]
         planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
         owned = ranges[component]
-        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned), dtype))
+        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned), dtype, made))
     return tuple(plans)
+
+
+def _made(
+    table: KeyTable, component: str, tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, list[Place]], dict[str, TensorInfo]]:
+    """Return where each source of a conversion goes, and the tensors that are made."""
+    places: dict[str, list[Place]] = {}
+    made: dict[str, TensorInfo] = {}
+    problems = []
+    for conversion in table.conversions.get(component, ()):
+        try:
+            shapes, parts = places_of(conversion, {key: tensors[key].shape for key in conversion.keys})
+        except ValueError as error:
+            problems.append(f"{conversion.targets[0]} cannot be made: {error}")
+            continue
+        places |= parts
+        first = tensors[conversion.keys[0]]
+        for name, shape in shapes.items():
+            made[name] = TensorInfo(
+                name, first.dtype, shape, first.shard, 0, math.prod(shape) * DTYPE_BYTES[first.dtype], first.format
+            )
+    if problems:
+        raise TensorMismatchError(
+            f"{len(problems)} tensors are made of others, which do not fit together:\n  "
+            + listed(problems, "\n  ", most=20, limit=SENTENCE),
+            hint="is the checkpoint complete, and is one expert like the others?",
+        )
+    return places, made
 
 
 def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) -> tuple[int, ...]:
@@ -239,7 +301,7 @@ def _stated_dtype(config: Mapping[str, Any]) -> str | None:
 def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
     """Bytes of one tensor once loaded: floating tensors are converted to the dtype, others keep theirs."""
     stored = tensor.info.dtype
-    target = FLOAT_DTYPES[dtype] if stored in FLOAT_DTYPES.values() else stored
+    target = FLOAT_DTYPES[tensor.kept_dtype or dtype] if stored in FLOAT_DTYPES.values() else stored
     return tensor.elements * DTYPE_BYTES[target]
 
 
@@ -278,6 +340,9 @@ def parse_parts(parts: Sequence[str] | str, there: Sequence[str] = THREE) -> tup
 
 def kv_bytes_per_layer(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> int:
     """Bytes that the key-value cache of one layer grows by for each token of each sequence."""
+    if family.cached_values:
+        values = sum(_number(family, config, name) for name in family.cached_values)
+        return values * DTYPE_BYTES[FLOAT_DTYPES[dtype]]
     heads = _number(family, config, "num_attention_heads")
     kv_heads = _number(family, config, "num_key_value_heads", heads)
     head_dim = _number(family, config, "head_dim", _number(family, config, "hidden_size") // heads)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from splitlearn_core.family import ModelFamily
     from splitlearn_core.loading_strategy import LoadingStrategy
+    from splitlearn_core.plan.conversions import WeightConversion
 
 
 PREFIX = "splitlearn_"
@@ -124,7 +125,7 @@ class KeyMappingPlugin(Protocol):
 
     def splitlearn_map_weight_keys(
         self, *, family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
-    ) -> Mapping[str, str | None] | None:
+    ) -> Mapping[str, str | WeightConversion | None] | None:
         """See :func:`splitlearn_core.hookspecs.splitlearn_map_weight_keys`."""
 
 

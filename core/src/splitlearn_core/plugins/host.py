@@ -30,6 +30,7 @@ from splitlearn_core.component_host import CORE_HOSTS, ComponentHost
 from splitlearn_core.cut_stage import CutStage
 from splitlearn_core.errors import BrokenPluginError, translate
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.conversions import WeightConversion
 from splitlearn_core.plugins.contract import PREFIX, signature_problem, written
 from splitlearn_core.plugins.metadata import FAMILY, HOST, STRATEGY, PluginEntry
 from splitlearn_core.quoting import said
@@ -291,10 +292,23 @@ def mapping_problem(mapping: object, checkpoint_keys: Sequence[str]) -> str:
     sources: dict[str, str] = {}
     for key in checkpoint_keys:
         target = mapping[key]
-        if not isinstance(target, str | None):
-            return f"{key!r} is mapped to {target!r}, not to a name or None"
-        if target is not None and sources.setdefault(target, key) != key:
+        if isinstance(target, WeightConversion):
+            if problem := _conversion_problem(target, key, mapping):
+                return problem
+        elif not isinstance(target, str | None):
+            return f"{key!r} is mapped to {target!r}, not to a name, a conversion or None"
+        elif target is not None and sources.setdefault(target, key) != key:
             return f"{sources[target]!r} and {key!r} are both mapped to {target!r}"
+    return ""
+
+
+def _conversion_problem(conversion: WeightConversion, key: str, mapping: Mapping[str, object]) -> str:
+    if key not in conversion.keys:
+        return f"{key!r} is mapped to a conversion to {', '.join(conversion.targets)} that it is no source of"
+    # Of the first alone, so that the cost does not grow with the square of their number.
+    others = [other for other in conversion.keys if mapping.get(other) is not conversion]
+    if key == conversion.keys[0] and others:
+        return f"{others[0]!r} is a source of the conversion of {key!r}, and is mapped to something else"
     return ""
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from splitlearn_core.component_host import ComponentHost
     from splitlearn_core.cut_stage import CutStage
     from splitlearn_core.loading_strategy import LoadingStrategy
+    from splitlearn_core.plan.conversions import WeightConversion
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ class PluginRegistry:
 
     def map_weight_keys(
         self, family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
-    ) -> Mapping[str, str | None] | None:
+    ) -> Mapping[str, str | WeightConversion | None] | None:
         """Return the key mapping of the owning plugin; None if it leaves the mapping to core.
 
         Raises:

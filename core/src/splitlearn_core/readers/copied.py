@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
-from splitlearn_core.loading_strategy import ReadPlan, refused_formats, torch_dtype
+from splitlearn_core.loading_strategy import ReadPlan, refused_formats
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
-from splitlearn_core.readers.mapped import ALIGNMENT, aligned, fresh_memory, refuse_other_files
+from splitlearn_core.readers.mapped import ALIGNMENT, aligned, fresh_memory, refuse_other_files, views
 from splitlearn_core.types import CHUNK_BYTES, DTYPE_BYTES, SAFETENSORS, TensorInfo, stored_dtype
 
 if TYPE_CHECKING:
@@ -57,7 +57,13 @@ class CopiedStrategy:
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         refuse_other_files(plan)
-        tensors = _allocate(plan)
+        # Those that lie in another order in what is made of them are copied there from the mapped file.
+        regions = {each.module_key: region for each in plan.tensors if (region := plan.region(each)) is not None}
+        reordered = tuple(each for each in plan.tensors if each.places and each.module_key not in regions)
+        if reordered:
+            yield from views(replace(plan, tensors=reordered))
+            plan = replace(plan, tensors=tuple(each for each in plan.tensors if each not in reordered))
+        tensors = {**_allocate(plan, regions), **regions}
         missing = {planned.module_key: planned.info.nbytes for planned in plan.tensors}
         for planned in plan.tensors:
             if not planned.info.nbytes:
@@ -287,26 +293,25 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def _allocate(plan: ReadPlan) -> dict[str, torch.Tensor]:
-    """Allocate the tensors of a plan on its device, by module key."""
+def _allocate(plan: ReadPlan, present: Container[str]) -> dict[str, torch.Tensor]:
+    """Allocate the tensors of a plan that are not present yet on its device, by module key."""
     import torch
 
-    dtypes = [
-        torch_dtype(plan.dtype) if plan.is_floating(each) else stored_dtype(each.info.dtype) for each in plan.tensors
-    ]
+    absent = [each for each in plan.tensors if each.module_key not in present]
+    dtypes = [plan.loaded_dtype(each) for each in absent]
     if plan.device != "cpu":
         return {
             planned.module_key: torch.empty(planned.info.shape, dtype=dtype, device=plan.device)
-            for planned, dtype in zip(plan.tensors, dtypes, strict=True)
+            for planned, dtype in zip(absent, dtypes, strict=True)
         }
     blocks = fresh_memory(
-        (loaded_nbytes(planned, plan.dtype) for planned in plan.tensors),
+        (loaded_nbytes(planned, plan.dtype) for planned in absent),
         # A converted tensor is aligned as torch does it.
-        (0 if _is_staged(plan, planned) else _phase(planned.info) for planned in plan.tensors),
+        (0 if _is_staged(plan, planned) else _phase(planned.info) for planned in absent),
     )
     return {
         planned.module_key: block.view(dtype).view(planned.info.shape)
-        for planned, dtype, block in zip(plan.tensors, dtypes, blocks, strict=True)
+        for planned, dtype, block in zip(absent, dtypes, blocks, strict=True)
     }
 
 

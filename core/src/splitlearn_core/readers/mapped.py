@@ -16,9 +16,10 @@ from splitlearn_core.checkpoint.files import open_regular, path_of
 from splitlearn_core.checkpoint.safetensors_header import header_of, read_header
 from splitlearn_core.checkpoint.torch_file import is_mappable, read_state_dict
 from splitlearn_core.errors import InvalidCheckpointError, MissingFileError, TensorMismatchError
-from splitlearn_core.loading_strategy import ReadPlan, refused_formats, torch_dtype
+from splitlearn_core.loading_strategy import ReadPlan, refused_formats
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
 from splitlearn_core.quoting import SENTENCE, listed
+from splitlearn_core.readers.tensor_parts import source_from
 from splitlearn_core.types import CHUNK_BYTES, OPAQUE, PYTORCH, SAFETENSORS, TensorInfo, stored_dtype
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class MappedStrategy:
     A file that is truncated or replaced before it is mapped is refused. If it is truncated later, access to
     a missing page kills the process (SIGBUS); deletion does no harm.
 
-    Tensors that are stored in another dtype are converted, and only those take memory.
+    Tensors that are stored in another dtype are converted; they, and those that are made of several, take memory.
     """
 
     name = "mapped"
@@ -49,11 +50,13 @@ class MappedStrategy:
         return "" if plan.device == "cpu" else f"file pages cannot be tensors on {plan.device}"
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
-        return sum(loaded_nbytes(t, plan.dtype) for t in plan.tensors if plan.needs_conversion(t))
+        return sum(loaded_nbytes(t, plan.dtype) for t in plan.tensors if t.places or plan.needs_conversion(t))
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         for planned, view in views(plan):
-            yield planned, copy_to_plan(plan, view, torch_dtype(plan.dtype)) if plan.needs_conversion(planned) else view
+            # A tensor with places is converted as it is copied there.
+            converted = plan.needs_conversion(planned) and not planned.places
+            yield planned, copy_to_plan(plan, view, plan.loaded_dtype(planned)) if converted else view
 
 
 class IncrementalStrategy:
@@ -82,12 +85,11 @@ class IncrementalStrategy:
         return max(whole, default=0)
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
-        target = torch_dtype(plan.dtype)
         for tensors in plan.by_shard().values():
             shard = replace(plan, tensors=tuple(tensors))
             source = _state_dict_views(shard) if tensors[0].info.format == PYTORCH else views(shard)
             for planned, view in source:
-                yield planned, copy_to_plan(plan, view, target if plan.is_floating(planned) else view.dtype)
+                yield planned, view if planned.places else copy_to_plan(plan, view, plan.loaded_dtype(planned))
 
 
 class WholeStrategy:
@@ -116,10 +118,11 @@ class WholeStrategy:
         if plan.whole is None or not plan.tensors:
             return
         state = plan.whole.tensors
+        results = {planned.module_key: planned.info for planned in plan.tensors if not planned.places} | {**plan.made}
         problems = [
-            f"missing: {planned.module_key} {list(planned.info.shape)}"
-            for planned in plan.tensors
-            if planned.module_key not in state or tuple(state[planned.module_key].shape) != planned.info.shape
+            f"missing: {name} {list(info.shape)}"
+            for name, info in results.items()
+            if name not in state or tuple(state[name].shape) != info.shape
         ]
         if problems:
             raise TensorMismatchError(
@@ -128,11 +131,12 @@ class WholeStrategy:
                 hint="weights of this kind cannot be brought into plain modules; use the unquantised checkpoint",
             )
         for planned in plan.tensors:
+            if planned.places:
+                yield planned, source_from(planned, state)
+                continue
             tensor = state[planned.module_key]
-            yield (
-                planned,
-                copy_to_plan(plan, tensor, torch_dtype(plan.dtype) if plan.is_floating(planned) else tensor.dtype),
-            )
+            dtype = plan.loaded_dtype(planned) if plan.is_floating(planned) else tensor.dtype
+            yield planned, copy_to_plan(plan, tensor, dtype)
 
 
 def views(plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:

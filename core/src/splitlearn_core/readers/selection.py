@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, translate
@@ -11,7 +12,9 @@ from splitlearn_core.loading_strategy import AUTO, BUILT_IN_NAMES, LoadingStrate
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.quoting import said
 from splitlearn_core.readers.copied import CopiedStrategy
+from splitlearn_core.readers.made_tensors import MadeTensors
 from splitlearn_core.readers.mapped import IncrementalStrategy, MappedStrategy, WholeStrategy
+from splitlearn_core.types import stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +88,9 @@ def passing_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
 
 
 def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
-    """Read with a strategy, and compare each tensor that it yields with the plan.
+    """Read with a strategy, compare each tensor that it yields with the plan, and make others of those with places.
+
+    Yields the tensors of the module.
 
     Raises:
         BrokenPluginError: It raised, or yielded other tensors than were planned.
@@ -94,20 +99,30 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
     import torch
 
     wanted = {planned.module_key: planned for planned in plan.tensors}
-    target, device = torch_dtype(plan.dtype), torch.device(plan.device).type
+    made = MadeTensors(plan)
+    device = torch.device(plan.device).type
     with _strategy_errors(strategy):
-        for planned, tensor in strategy.read(plan):
-            if wanted.pop(planned.module_key, None) is None:
-                raise _broken(strategy, f"it yielded {planned.module_key}, which is not or no longer wanted")
+        for given, tensor in strategy.read(replace(plan, region=made.region)):
+            planned = wanted.pop(given.module_key, None)
+            if planned is None:
+                raise _broken(strategy, f"it yielded {given.module_key}, which is not or no longer wanted")
             if not isinstance(tensor, torch.Tensor):
                 raise _broken(strategy, f"it yielded {type(tensor).__name__} for {planned.module_key}, no tensor")
-            expected = (planned.info.shape, target if plan.is_floating(planned) else tensor.dtype)
-            if (tuple(tensor.shape), tensor.dtype) != expected:
+            dtype = plan.loaded_dtype(planned) if plan.is_floating(planned) else tensor.dtype
+            if planned.kept_dtype and tensor.dtype == torch_dtype(plan.dtype):
+                # A strategy that knows no exceptions.
+                tensor = tensor.to(dtype)  # noqa: PLW2901  # the one that is passed on
+            expected = (planned.info.shape, dtype)
+            as_in_file = planned.places and tensor.dtype == stored_dtype(planned.info.dtype)
+            if (tuple(tensor.shape), tensor.dtype) != expected and not (as_in_file and tensor.shape == expected[0]):
                 actual = f"{tensor.dtype} of shape {list(tensor.shape)}"
                 raise _broken(strategy, f"it yielded {actual} for {planned.module_key}, not {plan.dtype} as planned")
-            if tensor.device.type != device:
+            if tensor.device.type != device and not as_in_file:
                 raise _broken(strategy, f"it yielded {planned.module_key} on {tensor.device}, not on {plan.device}")
-            yield planned, tensor
+            if planned.places:
+                yield from made.put(planned, tensor)
+            else:
+                yield planned, tensor
     if wanted:
         raise _broken(strategy, f"it left out {len(wanted)} tensors: {', '.join(sorted(wanted)[:5])}")
 

@@ -20,9 +20,20 @@ from splitlearn_core.loading.load import load_components
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.loading.options import LoadOptions
 from splitlearn_core.loading.planning import plan_and_fetch
+from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.quoting import SENTENCE, listed
+from splitlearn_core.readers.tensor_parts import source_from
 from splitlearn_core.storage.contents import Part, Tensor, companion_files, config_text
-from splitlearn_core.types import CHUNK_BYTES, PYTORCH, Component, ProgressCallback, TensorInfo, dtype_names, place_of
+from splitlearn_core.types import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    PYTORCH,
+    Component,
+    ProgressCallback,
+    TensorInfo,
+    dtype_names,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from splitlearn_core.pipeline import SplitCausalLM
@@ -160,8 +171,14 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
     if origin is None:
         raise ConfigurationError("a component of unknown origin cannot be saved", hint="load it from a checkpoint")
     tensors: dict[str, Tensor] = {}
+    state = component.state_dict()
+    for planned in component.parted:
+        tensors[planned.info.key] = _parted_tensor(planned, state)
+    made = {place.target for planned in component.parted for place in planned.places}
     # A tensor that the checkpoint holds once for two modules is saved once.
-    for name, tensor in component.state_dict().items():
+    for name, tensor in state.items():
+        if name in made:
+            continue
         stored = _tensor(origin.keys.get(name, name), tensor)
         tensors.setdefault(stored.key, stored)
     dtype = str(next(component.parameters()).dtype).removeprefix("torch.")
@@ -180,6 +197,14 @@ def _part(component: ComponentModel, copied: Mapping[str, Path]) -> Part:
         copied={name: path for name, path in copied.items() if name != CONFIG},
         written=written,
     )
+
+
+def _parted_tensor(planned: PlannedTensor, state: Mapping[str, torch.Tensor]) -> Tensor:
+    """Return a tensor as the file has it, of the present values of those that were made of it."""
+    # Checked as one that is saved whole.
+    like = _tensor(planned.info.key, state[planned.places[0].target])
+    nbytes = planned.elements * DTYPE_BYTES[like.dtype]
+    return Tensor(like.key, like.dtype, planned.info.shape, nbytes, lambda: tensor_pieces(source_from(planned, state)))
 
 
 def _tensor(key: str, tensor: torch.Tensor) -> Tensor:

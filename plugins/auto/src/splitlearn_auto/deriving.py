@@ -26,7 +26,7 @@ from splitlearn_auto.observing import (
     watch,
     zeroed,
 )
-from splitlearn_core.extension import reason
+from splitlearn_core.extension import base_of, reason
 
 _MAX_SHOWN = 6
 #: Relative difference that another order of summation may cause.
@@ -70,7 +70,7 @@ def derive_parts(model: Any) -> Parts:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     base = _base(model)
-    parts = Parts(model.base_model_prefix)
+    parts = Parts(_end(model, base, "base_model"))
     parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
     parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
     _check_causal(model)
@@ -99,7 +99,7 @@ class _Frame:
 
 
 def _base(model: Any) -> Any:
-    base = model.base_model
+    base = base_of(model)
     if base is model:
         raise CannotSplitError(
             f"{type(model).__name__} has no base model: its base_model_prefix is {model.base_model_prefix!r}, "
@@ -275,30 +275,31 @@ def ignored_suffixes(model: Any) -> tuple[str, ...]:
     return tuple(f".{suffix}" for suffix in literal if not any(key.endswith(f".{suffix}") for key in keys))
 
 
-def renamed_keys(model: Any) -> tuple[tuple[str, str], ...]:
-    """Return the parts of names that differ between disk and module, as pairs ``(on disk, in the module)``.
+def keeps_float32(model: Any) -> bool:
+    """Return whether transformers keeps tensors in float32 in a model of a narrower dtype."""
+    return bool(model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict)  # noqa: SLF001
 
-    Raises:
-        CannotSplitError: transformers converts the tensors when it loads a checkpoint.
-    """
-    inside = model.state_dict()
+
+def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model as transformers writes them, by their names in the file."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        saved = {key: tensor for file in Path(folder).glob("*.safetensors") for key, tensor in load_file(file).items()}
+        return {key: tensor for file in Path(folder).glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def renamed_keys(model: Any, saved: Mapping[str, torch.Tensor]) -> tuple[tuple[str, str], ...] | None:
+    """Return the parts of names that differ between disk and module, as pairs ``(on disk, in the module)``.
+
+    None if tensors of the module are made of others in the file.
+    """
+    inside = model.state_dict()
     pairs: dict[tuple[str, str], None] = {}
     for key in sorted(saved.keys() - inside.keys()):
         origin = next((name for name, tensor in inside.items() if _same(tensor, saved[key])), None)
         if origin is not None:
             pairs[_different_parts(key, origin)] = None
-    foreign = sorted({_renamed(key, pairs) for key in saved} - inside.keys())
-    if foreign:
-        missing = sorted(inside.keys() - saved.keys())
-        raise CannotSplitError(
-            f"its checkpoints hold {len(foreign)} tensors that the module does not have ({foreign[0]}, ...): "
-            f"transformers converts them when it loads ({missing[0]}, ...), "
-            "and components take tensors as they are in the file",
-        )
-    return tuple(pairs)
+    foreign = {_renamed(key, pairs) for key in saved} - inside.keys()
+    return None if foreign else tuple(pairs)
 
 
 def _different_parts(key: str, name: str) -> tuple[str, str]:

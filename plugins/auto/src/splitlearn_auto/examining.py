@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, renamed_keys
+from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
@@ -35,6 +35,8 @@ _DROPOUT = 0.5
 _DROPOUTS = "dropout"
 _NO_DROPOUT = ("layer", "classifier", "summary")
 _WINDOW = 4
+#: What layers with latent attention cache, by the names in their configurations.
+_LATENT = ("kv_lora_rank", "qk_rope_head_dim")
 
 
 def examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
@@ -60,7 +62,7 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
     config, needed = tiny_config(model_type, known, stated)
     model = tiny_model(config)
     parts = derive_parts(model)
-    renamed = renamed_keys(model)
+    renamed = renamed_keys(model, saved_tensors(model))
     variants = _Variants(config, parts)
     variants.sweep()
     derived = Derived(
@@ -69,7 +71,8 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
             "architecture": architecture,
             **variants.fields(),
             "ignored_suffixes": ignored_suffixes(model),
-            "renamed": renamed,
+            "renamed": renamed or (),
+            "transformers_tables": renamed is None or keeps_float32(model),
             "config_names": config_names(known),
             "config_defaults": config_defaults(known),
             "tiny_config": needed,
@@ -209,14 +212,18 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
             break
     if differing:
         _check_cache(config)
+        if derived.fields["transformers_tables"]:
+            raise CannotSplitError(
+                f"a split model of type {config.model_type}, with the tensors that transformers makes of those in "
+                f"the file, is not equal: {differing[0]}"
+            )
         derived.fields["uniform_layers"] = True
         derived.questions.append(
             Question("base", "what is missing for a split to equal the whole model?", differing[0])
         )
         derived.variants, derived.attention, derived.dtypes = {"plain": {}}, _ATTENTION, _DTYPES
         return
-    if note := cache_note(tiny_model(with_values(config, {})), ModelFamily(**derived.fields)):
-        derived.notes.append(note)
+    _describe_cache(derived, config)
     tied = bool(config.tie_word_embeddings)
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
@@ -239,6 +246,25 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
             derived.notes.append(f"in {dtype}: {differing[0]}")
         else:
             derived.dtypes = (*derived.dtypes, dtype)
+
+
+def _describe_cache(derived: Derived, config: Any) -> None:
+    """Say what layers cache instead of keys and values of all heads, or note that a plan is wrong about it."""
+    model = tiny_model(with_values(config, {}))
+    note = cache_note(model, ModelFamily(**derived.fields))
+    if not note:
+        return
+    defaults = {name: getattr(type(config)(), name, None) for name in _LATENT}
+    stated = {name: value for name, value in defaults.items() if type(value) is int}
+    latent = {
+        **derived.fields,
+        "cached_values": _LATENT,
+        "config_defaults": {**derived.fields["config_defaults"], **stated},
+    }
+    if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
+        derived.fields = latent
+    else:
+        derived.notes.append(note)
 
 
 def _check_cache(config: Any) -> None:

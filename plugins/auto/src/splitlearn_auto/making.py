@@ -62,6 +62,8 @@ _RARE: Mapping[str, int] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
 
+#: Values that models need and some classes (DeepSeek V2's) leave at None.
+_NEVER_COMPUTED = ("num_experts_per_tok",)
 _DEPTH = TINY["num_hidden_layers"]
 #: Upper limit, because tests create the model many times.
 _MAX_PARAMETERS = 20_000_000
@@ -89,8 +91,9 @@ def tiny_sizes(known: Any) -> dict[str, Any]:
     own = {known.attribute_map.get(name, name) for name in sizes}
     for name, value in _RARE.items():
         current = getattr(known, name, None)
-        # Values that are None by default are computed from others.
-        if type(current) is int and current > value and known.attribute_map.get(name, name) not in own:
+        # Values that are None by default are computed from others, with exceptions.
+        small = current is None and name in _NEVER_COMPUTED and hasattr(known, name)
+        if (small or (type(current) is int and current > value)) and known.attribute_map.get(name, name) not in own:
             sizes[name] = value
     return sizes
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from splitlearn_auto.deriving import saved_tensors
 from splitlearn_core import Component, ModelFamily, SplitCausalLM, SplitLearnError, TensorInfo
 from splitlearn_core.extension import (
     CACHE_FIELD,
@@ -21,6 +22,7 @@ from splitlearn_core.extension import (
     plan_components,
     said,
     split_layers,
+    targets_by_tables,
     through_no_layers,
 )
 
@@ -58,7 +60,8 @@ def cuts(depth: int) -> tuple[tuple[int, int], ...]:
 
 
 def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> SplitCausalLM:
-    whole = model.state_dict()
+    # As in a file where tensors are made of others, so that this is proven, too.
+    whole = saved_tensors(model) if family.transformers_tables else model.state_dict()
     ends: dict[Component, tuple[int | None, int | None]] = {
         Component.BOTTOM: (None, cut[0]),
         Component.TRUNK: cut,
@@ -131,11 +134,13 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
     """Compare a plan from ``config.json`` alone with the model."""
     infos = {
         key: TensorInfo(key, "F32", tuple(tensor.shape), "", 0, tensor.nbytes)
-        for key, tensor in model.state_dict().items()
+        for key, tensor in (saved_tensors(model) if family.transformers_tables else model.state_dict()).items()
     }
     try:
         ranges = split_layers(family, values, cuts(int(model.config.num_hidden_layers))[0])
-        table = place_keys(family, values, map_keys(family, infos), ranges)
+        by_table = family.transformers_tables
+        targets = targets_by_tables(family, values, sorted(infos)) if by_table else map_keys(family, infos)
+        table = place_keys(family, values, targets, ranges)
         plan_components(family, values, table, ranges, infos, dict.fromkeys(Component, "float32"))
     except SplitLearnError as error:
         yield f"it cannot be planned: {error.message}"

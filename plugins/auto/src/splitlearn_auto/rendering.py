@@ -20,6 +20,8 @@ _REASONS = {
     "layers_return_tuple": "Its layers return a tuple whose first item is the hidden state.",
     "ignored_suffixes": "Tensors of old checkpoints that no module has; transformers ignores them, too.",
     "renamed": "Names on disk that transformers changes when it loads.",
+    "transformers_tables": "Tensors of the module are made of others in the file, as transformers does it.",
+    "cached_values": "Its layers cache what keys and values are computed from.",
     "config_names": "The names in its config.json of the values that a plan needs.",
     "config_defaults": "The defaults of transformers for values that config.json lacks.",
     "uniform_layers": "Its layers are not all made by one class from a configuration and a number.",

@@ -63,9 +63,8 @@ class GgufStrategy:
 
     def anonymous_bytes(self, plan: ReadPlan) -> int:
         """Predict the memory of the tensors, and of dequantising a piece of the largest."""
-        elements = sum(tensor.elements for tensor in plan.tensors)
-        kept = elements * _ELEMENT_BYTES[plan.dtype] if plan.device == "cpu" else 0
-        return kept + self.passing_bytes(plan)
+        kept = sum(tensor.elements * _ELEMENT_BYTES[tensor.kept_dtype or plan.dtype] for tensor in plan.tensors)
+        return (kept if plan.device == "cpu" else 0) + self.passing_bytes(plan)
 
     def passing_bytes(self, plan: ReadPlan) -> int:
         """Predict how much of that is freed after the read."""
@@ -84,7 +83,6 @@ class GgufStrategy:
 
         from splitlearn_gguf.values import read_tensor
 
-        dtype = getattr(torch, plan.dtype)
         for shard, planned in plan.by_shard().items():
             header = read_header(plan.paths[shard])
             known = architecture(header.architecture, str(header.path))
@@ -93,6 +91,7 @@ class GgufStrategy:
                 for tensor, stored in wanted:
                     change = known.change(stored.name)
                     heads = _heads(header, change)
+                    dtype = getattr(torch, tensor.kept_dtype or plan.dtype)
                     yield (
                         tensor,
                         read_tensor(

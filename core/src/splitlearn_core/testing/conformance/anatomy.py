@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitlearn_core.build.pruning import base_of
 from splitlearn_core.testing.conformance.batches import no_grad, token_ids
 
 _TOKENS = 5
@@ -40,7 +41,7 @@ class _Call:
 
 def anatomy(model: Any) -> Anatomy:
     """Look at a Hugging Face causal language model, and run it once."""
-    base = model.base_model
+    base = base_of(model)
     names = {id(module): name for name, module in base.named_modules()}
     depth = model.config.num_hidden_layers
     lists = [name for name, part in base.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]

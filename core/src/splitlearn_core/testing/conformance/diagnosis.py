@@ -11,7 +11,9 @@ import torch
 from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plan.keys import map_keys, placement
+from splitlearn_core.loading.planning import key_targets
+from splitlearn_core.plan.conversions import WeightConversion
+from splitlearn_core.plan.keys import KeyTarget, placement
 from splitlearn_core.plan.split_points import layers_between
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.anatomy import Anatomy, anatomy
@@ -231,18 +233,19 @@ def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None
     expected = set(model.state_dict())
     written = json.loads(model.config.to_json_string(use_diff=False))
     names = sorted(expected if keys is None else keys)
-    mapping = registry().map_weight_keys(family, written, names) or map_keys(family, names)
-    targets = {target for target in mapping.values() if target is not None}
-    dropped = {key for key, target in mapping.items() if target is None}
-    mapper = _MAP_HOOK if "splitlearn_map_weight_keys" in registry().plugin(family.model_type).hooks else "renamed"
+    mapping = {key: _names_of(target) for key, target in key_targets(family, written, names).items()}
+    targets = {name for names in mapping.values() for name in names}
+    dropped = {key for key, names in mapping.items() if not names}
+    table = "transformers_tables" if family.transformers_tables else "renamed"
+    mapper = _MAP_HOOK if "splitlearn_map_weight_keys" in registry().plugin(family.model_type).hooks else table
     problems = []
-    for key, target in mapping.items():
-        if target is None and key in expected:
+    for key, made in mapping.items():
+        if not made and key in expected:
             by_suffix = mapper == "renamed" and key.endswith(family.ignored_suffixes)
             suspect = Suspect("ignored_suffixes" if by_suffix else mapper, "it drops a tensor")
             problems.append((f"{key} is left out, but the model needs it", suspect))
-    for key, target in mapping.items():
-        if target is not None and target not in expected:
+    for key, made in mapping.items():
+        for target in sorted(set(made) - expected):
             text = f"{key} becomes {target}, which the model does not have"
             problems.append((text, Suspect(mapper, "its new name is a name of the module tree")))
     optional = _tied_names(model)
@@ -251,6 +254,13 @@ def misplaced(family: ModelFamily, model: Any, keys: Iterable[str] | None = None
         for name in sorted(expected - targets - optional - dropped)
     ]
     return [*problems, *_unplaced(family, model, sorted(expected & targets))]
+
+
+def _names_of(target: KeyTarget) -> tuple[str, ...]:
+    """Return the module keys of what a key of a checkpoint becomes, or becomes a part of."""
+    if isinstance(target, WeightConversion):
+        return target.targets
+    return () if target is None else (target,)
 
 
 def _tied_names(model: Any) -> set[str]:

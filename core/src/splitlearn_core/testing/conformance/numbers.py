@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from splitlearn_core import SplitCausalLM
+from splitlearn_core.build.pruning import base_of
 from splitlearn_core.testing.conformance.batches import no_grad
 from splitlearn_core.testing.conformance.diagnosis import READ_FOR_TIES, misnamed, misread, undeclared_inlets
 from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect
@@ -119,8 +120,8 @@ def _inside(
 def _at_the_outlet(subject: Subject, whole: Any, part: Any, state: torch.Tensor) -> Iterator[Suspect]:
     """Distinguish the end of the base from the head, in a top whose layers are right."""
     ends: list[torch.Tensor] = []
-    base_of = (model.base_model for model in (whole, part))
-    handles = [base.register_forward_hook(lambda *args: ends.append(args[-1].last_hidden_state)) for base in base_of]
+    bases = (base_of(whole), part.base_model)
+    handles = [base.register_forward_hook(lambda *args: ends.append(args[-1].last_hidden_state)) for base in bases]
     try:
         no_grad(whole, input_ids=_plain_ids(), use_cache=False)
         no_grad(part, hidden_states=state)

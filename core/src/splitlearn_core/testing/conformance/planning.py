@@ -11,6 +11,7 @@ import torch
 
 from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
 from splitlearn_core.checkpoint.files import CONFIG
+from splitlearn_core.readers.tensor_parts import source_from
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import no_grad
 from splitlearn_core.testing.conformance.diagnosis import misread
@@ -129,14 +130,15 @@ def _expect_plan(subject: Subject, cut: Cut) -> None:
 
 def _expect_planned(subject: Subject, planned: ComponentPlan, loaded: dict[str, torch.Tensor]) -> None:
     """Compare a planned component with the loaded one, and the planned bytes of the files with its tensors."""
-    names = {tensor.module_key for tensor in planned.tensors}
+    names = planned.results.keys()
     expect(
         names == loaded.keys(),
         f"planned and loaded tensors of the {planned.component} differ in {sorted(names ^ loaded.keys())}",
         _NAMES,
     )
     for tensor in planned.tensors:
-        info, value = tensor.info, loaded[tensor.module_key]
+        info = tensor.info
+        value = source_from(tensor, loaded) if tensor.places else loaded[tensor.module_key]
         with (subject.checkpoint / info.shard).open("rb") as file:
             file.seek(info.begin)
             stored = torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=value.dtype).reshape(info.shape)

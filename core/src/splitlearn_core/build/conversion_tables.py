@@ -1,0 +1,142 @@
+"""transformers' own tables: which tensors of a module are renamed, or made of others in the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from transformers import conversion_mapping, core_model_loading
+
+from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config, layer_count_set
+from splitlearn_core.build.torch_state import skeleton
+from splitlearn_core.errors import CheckpointError
+from splitlearn_core.family import ModelFamily
+from splitlearn_core.loading_strategy import torch_dtype
+from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
+from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
+
+#: transformers' operation -> ours, and the attributes that hold its dimensions.
+_OPERATIONS = {
+    "MergeModulelist": ("stack", ("dim",)),
+    "Concatenate": ("concatenate", ("dim",)),
+    "Chunk": ("chunk", ("dim",)),
+    "Transpose": ("transpose", ("dim0", "dim1")),
+}
+#: Attributes of an operation that make it depend on more than its sources.
+_CONDITIONS = ("check_dims", "num_shards_attribute")
+
+
+def targets_by_tables(
+    family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str]
+) -> Mapping[str, KeyTarget]:
+    """Return where each key of a checkpoint goes by transformers' table for the type.
+
+    Args:
+        family: The family.
+        config: The values of ``config.json``.
+        checkpoint_keys: The keys.
+
+    Raises:
+        CheckpointError: The table has an operation that is not supported.
+    """
+    _example(family, config)
+    return _targets(family, tuple(checkpoint_keys))
+
+
+def names_in_float32(
+    family: ModelFamily, config: Mapping[str, Any], dtype: str, module_keys: Collection[str]
+) -> set[str]:
+    """Return the tensors that transformers loads in float32 although the model is loaded in another dtype."""
+    example = _example(family, config)
+    wide = {_NUMBER.sub(".", name) for name, tensor in example.state_dict().items() if tensor.dtype == torch.float32}
+    patterns = list(example._get_dtype_plan(torch_dtype(dtype)))  # noqa: SLF001  # as from_pretrained
+    kept = core_model_loading.build_glob_alternation(patterns)[0] if patterns else None
+    return {name for name in module_keys if _NUMBER.sub(".", name) in wide or (kept is not None and kept.search(name))}
+
+
+#: Class and model type -> a model of few layers without values, in a narrow dtype.
+_EXAMPLES: dict[tuple[str, str], Any] = {}
+#: Layers of one: the first may differ from the others.
+_LAYERS = 4
+#: The number of a layer in a name, which does not matter.
+_NUMBER = re.compile(r"\.\d+\.")
+
+
+def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
+    """Return a small model without values.
+
+    transformers' tables are those of its class and its submodels; tensors that are float32 in it are so in every model.
+    """
+    key = family.architecture, family.model_type
+    if key in _EXAMPLES:
+        return _EXAMPLES[key]
+    name = f"a {family.model_type} model"
+    own = hf_config(family, config, name, "bfloat16")
+    layers = min(own.num_hidden_layers, _LAYERS)
+    with skeleton(own.dtype), config_errors(family, name), layer_count_set(own, layers):
+        _EXAMPLES[key] = architecture_class(family)(own)
+    return _EXAMPLES[key]
+
+
+# A plan maps the same keys several times, and there may be tens of thousands.
+@lru_cache(maxsize=8)
+def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[str, KeyTarget]:
+    # Made anew, because some entries remember which keys they have seen.
+    table = conversion_mapping.get_model_conversion_mapping(_EXAMPLES[family.architecture, family.model_type])
+    converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
+    renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
+    mapped = map_keys(family, checkpoint_keys)
+    targets: dict[str, KeyTarget] = {}
+    #: First target -> its converter, and the sources by the pattern that they match.
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    # In transformers' order: tensors are merged in it.
+    for key in sorted(checkpoint_keys, key=core_model_loading.dot_natural_key):
+        if mapped[key] is None:
+            targets[key] = None
+            continue
+        name = key
+        for old, new in family.renamed:
+            name = name.replace(old, new)
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        pattern = converter = None
+        for converter in converters:
+            name, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                break
+        target = targets[key] = with_base(family, name)
+        if pattern is not None:
+            collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
+    for target, (converter, sources) in collected.items():
+        conversion = _conversion(family, converter, sources, target)
+        targets |= dict.fromkeys(conversion.keys, conversion)
+    return targets
+
+
+def _conversion(
+    family: ModelFamily, converter: Any, sources: Mapping[str, Sequence[str]], target: str
+) -> WeightConversion:
+    """Translate a converter that has collected its sources."""
+    first, *others = converter.target_patterns
+    before, _, after = target.partition(first)
+    groups = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+    operations = []
+    for operation in converter.operations:
+        name = type(operation).__name__
+        known = _OPERATIONS.get(name)
+        if known is None or any(getattr(operation, condition, None) for condition in _CONDITIONS):
+            raise CheckpointError(
+                f"transformers {transformers.__version__} makes {target} by an operation that splitlearn does not "
+                f"have ({operation!r})",
+                hint=f"save the model with transformers in its own layout, or report it: {family.model_type}",
+            )
+        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1])))
+    return WeightConversion(
+        sources=tuple(map(tuple, groups)),
+        targets=(target, *(f"{before}{other}{after}" for other in others)),
+        operations=tuple(operations),
+    )

@@ -1,0 +1,268 @@
+"""Tensors of the module that are made of others in the file: of which, by what, and where each value lies.
+
+The operations only rearrange values. So each part of a tensor in the file has a place in the tensor that is made,
+which is known before anything is read. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.quoting import listed
+
+#: Operation -> how many dimensions it takes.
+_OPERATIONS = {"stack": 1, "concatenate": 1, "chunk": 1, "transpose": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightOperation:
+    """A rearrangement of the values of tensors."""
+
+    #: ``stack`` each group of sources along a new dimension, ``concatenate`` all along a dimension, ``chunk`` one
+    #: into as many equal pieces as there are targets, or ``transpose`` each: exchange two dimensions.
+    name: str
+    #: The dimension; two for ``transpose``.
+    dims: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown operation, and dimensions that it does not take."""
+        wanted = _OPERATIONS.get(self.name) if isinstance(self.name, str) else None
+        sound = isinstance(self.dims, tuple) and all(type(dim) is int and dim >= 0 for dim in self.dims)
+        if wanted is None or not sound or len(self.dims) != wanted:
+            raise ConfigurationError(
+                f"there is no operation {self.name!r} with the dimensions {self.dims!r}",
+                hint="stack, concatenate and chunk take one dimension, and transpose two; each counts from 0",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightConversion:
+    """Tensors of the module that are made of others in the file.
+
+    All experts of a layer in one tensor, for example, the first half of whose rows are those of the gates::
+
+        WeightConversion(
+            sources=(("experts.0.gate", "experts.1.gate"), ("experts.0.up", "experts.1.up")),
+            targets=("experts.gate_up",),
+            operations=(WeightOperation("stack", (0,)), WeightOperation("concatenate", (1,))),
+        )
+    """
+
+    #: Checkpoint keys, in order; in groups where they are stacked, and otherwise each in a group of its own.
+    sources: tuple[tuple[str, ...], ...]
+    #: The module keys of the tensors that are made; several only after ``chunk``.
+    targets: tuple[str, ...]
+    #: Applied one after the other.
+    operations: tuple[WeightOperation, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what is not made of plain values, or of nothing."""
+        groups = self.sources
+        sound = (
+            isinstance(groups, tuple)
+            and all(isinstance(group, tuple) and group for group in groups)
+            and all(isinstance(key, str) for group in groups for key in group)
+            and isinstance(self.targets, tuple)
+            and all(isinstance(target, str) for target in self.targets)
+            and isinstance(self.operations, tuple)
+            and all(isinstance(operation, WeightOperation) for operation in self.operations)
+        )
+        if not (sound and groups and self.targets and self.operations):
+            raise ConfigurationError(
+                f"a conversion is described wrongly: {self.sources!r} to {self.targets!r} by {self.operations!r}"[:300],
+                hint="give tuples: sources of tuples of names, targets of names, operations of WeightOperation",
+            )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The checkpoint keys of all sources."""
+        return tuple(key for group in self.sources for key in group)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of a tensor of the file, and where its values lie in a tensor that is made.
+
+    Both as strides over the elements of contiguous tensors.
+    """
+
+    target: str
+    sizes: tuple[int, ...]
+    source_offset: int
+    source_strides: tuple[int, ...]
+    target_offset: int
+    target_strides: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements follow one another in the file and in the tensor that is made."""
+        packed = contiguous_strides(self.sizes)
+        return all(
+            size == 1 or source == target == step
+            for size, source, target, step in zip(
+                self.sizes, self.source_strides, self.target_strides, packed, strict=True
+            )
+        )
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of elements between neighbours in each dimension of a contiguous tensor."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """A part of a source at its position in an array."""
+
+    key: str
+    start: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    shape: tuple[int, ...]
+    boxes: tuple[_Box, ...]
+
+
+def places_of(
+    conversion: WeightConversion, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Place]]]:
+    """Return the shape of each target, and the places of each source.
+
+    Args:
+        conversion: What is made of what.
+        shapes: Of the sources, by checkpoint key.
+
+    Raises:
+        ValueError: The operations do not fit the number or the shapes of the tensors, and why.
+    """
+    if absent := [name for group in conversion.sources for name in _left_out(group)]:
+        raise ValueError(f"there is no {listed(absent, most=3)}")
+    groups = [[_whole(key, shapes[key]) for key in group] for group in conversion.sources]
+    for operation in conversion.operations:
+        groups = _applied(operation, groups, len(conversion.targets))
+    results = [array for group in groups for array in group]
+    if len(results) != len(conversion.targets):
+        raise ValueError(f"{len(results)} tensors come of {_count(conversion.keys)}, not {len(conversion.targets)}")
+    places: dict[str, list[Place]] = {key: [] for key in conversion.keys}
+    for target, array in zip(conversion.targets, results, strict=True):
+        strides = contiguous_strides(array.shape)
+        for box in array.boxes:
+            begin = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
+            places[box.key].append(Place(target, box.sizes, box.offset, box.strides, begin, strides))
+    return {target: array.shape for target, array in zip(conversion.targets, results, strict=True)}, places
+
+
+def _left_out(group: Sequence[str]) -> list[str]:
+    """Return the names that a group of numbered tensors leaves out between its first and its last."""
+    split = [key.split(".") for key in group]
+    varying = [part for part, texts in enumerate(zip(*split, strict=False)) if len(set(texts)) > 1]
+    if len(varying) != 1 or len({len(parts) for parts in split}) > 1:
+        return []
+    (part,) = varying
+    texts = [parts[part] for parts in split]
+    if not all(text.isdecimal() for text in texts):
+        return []
+    numbers = {int(text) for text in texts}
+    return [
+        ".".join((*split[0][:part], str(number), *split[0][part + 1 :]))
+        for number in range(max(numbers))
+        if number not in numbers
+    ]
+
+
+def _whole(key: str, shape: tuple[int, ...]) -> _Array:
+    return _Array(shape, (_Box(key, (0,) * len(shape), shape, 0, contiguous_strides(shape)),))
+
+
+def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int) -> list[list[_Array]]:
+    dim = operation.dims[0]
+    arrays = [array for group in groups for array in group]
+    if not arrays or any(max(operation.dims) >= len(array.shape) + (operation.name == "stack") for array in arrays):
+        raise ValueError(f"{operation.name} along {operation.dims} does not fit {_shapes(arrays)}")
+    if operation.name == "stack":
+        return [[_joined([_inserted(array, dim) for array in group], dim)] for group in groups]
+    if operation.name == "concatenate":
+        return [[_joined(arrays, dim)]]
+    if operation.name == "transpose":
+        return [[_exchanged(array, *operation.dims) for array in group] for group in groups]
+    if len(arrays) != 1 or arrays[0].shape[dim] % pieces:
+        raise ValueError(f"{_shapes(arrays)} cannot be cut into {pieces} along dimension {dim}")
+    length = arrays[0].shape[dim] // pieces
+    return [[_narrowed(arrays[0], dim, number * length, length)] for number in range(pieces)]
+
+
+def _inserted(array: _Array, dim: int) -> _Array:
+    """Add a dimension of one element."""
+
+    def with_item(values: tuple[int, ...], item: int) -> tuple[int, ...]:
+        return (*values[:dim], item, *values[dim:])
+
+    boxes = tuple(
+        replace(box, start=with_item(box.start, 0), sizes=with_item(box.sizes, 1), strides=with_item(box.strides, 0))
+        for box in array.boxes
+    )
+    return _Array(with_item(array.shape, 1), boxes)
+
+
+def _joined(arrays: list[_Array], dim: int) -> _Array:
+    others = {(*array.shape[:dim], *array.shape[dim + 1 :]) for array in arrays}
+    if len(others) > 1:
+        raise ValueError(f"{_shapes(arrays)} differ in more than dimension {dim}, along which they are joined")
+    boxes, position = [], 0
+    for array in arrays:
+        boxes += [replace(box, start=_set(box.start, dim, box.start[dim] + position)) for box in array.boxes]
+        position += array.shape[dim]
+    return _Array(_set(arrays[0].shape, dim, position), tuple(boxes))
+
+
+def _exchanged(array: _Array, first: int, second: int) -> _Array:
+    def exchange(values: tuple[int, ...]) -> tuple[int, ...]:
+        return _set(_set(values, first, values[second]), second, values[first])
+
+    boxes = tuple(
+        replace(box, start=exchange(box.start), sizes=exchange(box.sizes), strides=exchange(box.strides))
+        for box in array.boxes
+    )
+    return _Array(exchange(array.shape), boxes)
+
+
+def _narrowed(array: _Array, dim: int, begin: int, length: int) -> _Array:
+    boxes = []
+    for box in array.boxes:
+        first, last = max(box.start[dim], begin), min(box.start[dim] + box.sizes[dim], begin + length)
+        if first < last:
+            boxes.append(
+                replace(
+                    box,
+                    start=_set(box.start, dim, first - begin),
+                    sizes=_set(box.sizes, dim, last - first),
+                    offset=box.offset + (first - box.start[dim]) * box.strides[dim],
+                )
+            )
+    return _Array(_set(array.shape, dim, length), tuple(boxes))
+
+
+def _set(values: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
+    return (*values[:position], value, *values[position + 1 :])
+
+
+def _shapes(arrays: list[_Array]) -> str:
+    counts: dict[tuple[int, ...], int] = {}
+    for array in arrays:
+        counts[array.shape] = counts.get(array.shape, 0) + 1
+    return ", ".join(f"{count} of {list(shape)}" for shape, count in counts.items()) or "no tensors"
+
+
+def _count(keys: Sequence[str]) -> str:
+    return f"{len(keys)} tensors ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"  # noqa: PLR2004  # those that are named
