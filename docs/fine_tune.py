@@ -20,19 +20,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
-
-from splitlearn_core import SplitCausalLM, connect, load_split_model
-from splitlearn_core.fine_tuning.sonnets import sonnets
-from splitlearn_core.line_plot import Axis, Line, line_plot
-
 try:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     import splitlearn_serve  # noqa: F401  # started below, as a process
 except ImportError as error:
     sys.exit(f'{error}\nthis needs more packages: pip install "splitlearn[serve,peft]"')
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+
+from splitlearn_core import SplitCausalLM, connect, load_split_model
+from splitlearn_core.fine_tuning.sonnets import sonnets
+from splitlearn_core.line_plot import Axis, Line, line_plot
 
 MODEL, CUTS = "bundled:gpt2", (1, 5)
 FOLDER = str(files("splitlearn_gpt2") / "bundled")
