@@ -153,6 +153,11 @@ def test_places_are_those_of_torch(operations: Any, groups: Any, shape: Any, exp
         (conversion([("transpose", 0, 2)], [1]), {"0.0": (3, 3)}, "does not fit"),
         (conversion([("stack", 0)], [1, 1]), {"0.0": (3,), "1.0": (3,)}, "2 tensors come of 2 tensors"),
         (WeightConversion((("a.0", "a.2"),), ("t",), (WeightOperation("stack", (0,)),)), {}, "there is no a.1"),
+        (
+            WeightConversion((("a.0", f"a.{10**18}"),), ("t",), (WeightOperation("stack", (0,)),)),
+            {},
+            "there is no a.1$",
+        ),
     ],
 )
 def test_what_does_not_fit_together(said: WeightConversion, shapes: dict[str, Any], reason: str) -> None:

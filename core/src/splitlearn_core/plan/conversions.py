@@ -176,7 +176,8 @@ def _left_out(group: Sequence[str]) -> list[str]:
     numbers = {int(text) for text in texts}
     return [
         ".".join((*split[0][:part], str(number), *split[0][part + 1 :]))
-        for number in range(max(numbers))
+        # Not further than there are tensors: a number in a file may be of any size.
+        for number in range(min(max(numbers), len(numbers)))
         if number not in numbers
     ]
 

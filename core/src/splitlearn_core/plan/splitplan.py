@@ -59,7 +59,7 @@ class ComponentPlan:
     #: The dtype its weights will have once loaded, by torch's name.
     dtype: str
     #: Module key -> a tensor that is made of others, as a file would hold it.
-    made: Mapping[str, TensorInfo] = field(default_factory=dict)
+    made: Mapping[str, TensorInfo] = field(default_factory=dict, hash=False)
 
     @property
     def results(self) -> dict[str, TensorInfo]:
