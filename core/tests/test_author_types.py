@@ -237,7 +237,7 @@ def test_the_manual_shows_the_idiom() -> None:
 MAP, FAMILIES = "splitlearn_map_weight_keys", "splitlearn_model_families"
 SPECIFIED = (
     f"\n  specified: def {MAP}(family: ModelFamily, config: Mapping[str, Any], checkpoint_keys: Sequence[str])"
-    " -> Mapping[str, str | None] | None\n"
+    " -> Mapping[str, str | WeightConversion | None] | None\n"
 )
 
 #: Implementations that cannot be called as the hook is: the function below its mark, and what is said of it.

@@ -125,7 +125,11 @@ def _expect_plan(subject: Subject, cut: Cut) -> None:
     for planned, part in zip(plan.components, split.components, strict=True):
         _expect_planned(subject, planned, dict(part.state_dict()))
     expect(plan.num_layers == subject.layers, f"{plan.num_layers} layers are planned")
-    expect(plan.parameters == subject.whole().num_parameters(), f"{plan.parameters} parameters are planned", _NAMES)
+    whole = subject.whole()
+    state = whole.state_dict()
+    # With the buffers that a file holds.
+    stored = whole.num_parameters() + sum(tensor.numel() for name, tensor in whole.named_buffers() if name in state)
+    expect(plan.parameters == stored, f"{plan.parameters} parameters are planned", _NAMES)
 
 
 def _expect_planned(subject: Subject, planned: ComponentPlan, loaded: dict[str, torch.Tensor]) -> None:
