@@ -70,6 +70,8 @@ class SessionRoute:
             if reply.is_last:
                 await send({"type": "websocket.close", "code": _PROTOCOL_ERROR, "reason": "not a frame"})
                 return
+            # They may be megabytes, and the next request may come in an hour.
+            del message, data, reply
 
     def _refusal(self, model_id: str, owner: Owner, subprotocols: list[str]) -> RequestError | None:
         config = self._sessions.control.known(model_id)
