@@ -51,6 +51,7 @@ from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
 from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_random
 from splitlearn_core.hosts.wires import compressed, expanded, wire_of
+from splitlearn_core.system_memory import return_free_memory
 from splitlearn_core.types import Component, human_bytes
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ log = logging.getLogger(__name__)
 #: Seconds after which a refused client may try again.
 _RETRY_AFTER = 5.0
 _HIDDEN_DIMENSIONS = 3
+#: Seconds between returns of free memory to the system, which take milliseconds each.
+_RETURN_INTERVAL = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,8 @@ class SessionTable:
         self._lock = threading.Lock()
         #: Held during a forward, so that one runs at a time.
         self._compute = threading.Lock()
+        #: When free memory was last returned to the system.
+        self._returned_at = 0.0
         self._closing = False
 
     def __len__(self) -> int:
@@ -321,6 +326,10 @@ class SessionTable:
                 self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
                 specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
         meta = {"waited": began_at - requested_at, "computed": self._clock() - began_at}
+        # Until its owner's next step it needs nothing but the adapter, which holds the top of the heap in place.
+        if began_at - self._returned_at >= _RETURN_INTERVAL:
+            self._returned_at = began_at
+            return_free_memory()
         return Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers)
 
     _handlers: Mapping[Kind, Callable[..., Frame]] = {

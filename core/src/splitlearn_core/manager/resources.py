@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.manager.loaders.loadable import HOST, MAPPED
-from splitlearn_core.system_memory import read_memory
+from splitlearn_core.system_memory import read_memory, return_free_memory
 from splitlearn_core.types import MEGABYTE, human_bytes
 
 #: Bytes of this machine's memory that are left to other programs.
@@ -109,10 +108,7 @@ class ResourceManager:
 
     def release_unused(self) -> None:
         """Return memory that allocators cache to the system; this is slow, so do it off the event loop."""
-        # Only glibc has it; other allocators return memory by themselves, or not at all.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        if trim is not None:
-            trim(0)
+        return_free_memory()
         cuda = _used_cuda()
         if cuda is not None:
             cuda.empty_cache()
