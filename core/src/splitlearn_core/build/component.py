@@ -123,7 +123,7 @@ class ComponentModel(PreTrainedModel):
         return PartCache.empty(self.config, self.layer_range)
 
     def cache_view(self, whole: Any) -> PartCache:
-        """See this component's layers in a cache of the whole model; both share the layers' state."""
+        """Return a view of this component's layers in a cache of the whole model; both share the layers' state."""
         return PartCache.view(whole, self.layer_range)
 
     @property
@@ -149,13 +149,13 @@ class ComponentModel(PreTrainedModel):
         return False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: a component alone generates no text."""
+        """Raise: a component alone generates no text."""
         raise ConfigurationError(
             f"a {self.component} alone cannot generate", hint="use SplitCausalLM(bottom, trunk, top).generate(...)"
         )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: transformers would load such a checkpoint with random values for the other layers."""
+        """Raise: transformers would load such a checkpoint with random values for the other layers."""
         raise ConfigurationError(
             f"a {self.component} is not saved as a checkpoint of the whole model",
             hint="save it as a component: save_split(component, DIR)",
@@ -172,7 +172,7 @@ class ComponentModel(PreTrainedModel):
         return super().load_state_dict(state_dict, strict, assign)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the embedding and the head, which may be in another component, have the same size."""
+        """Raise: the embedding and the head, which may be in another component, have the same size."""
         raise ConfigurationError(
             f"the vocabulary of a {self.component} alone cannot be resized",
             hint="resize the whole model with transformers, save it, and split the result",

@@ -32,7 +32,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: Name of the quantisation method of MLX, whose configuration names none.
 MLX = "MLX"
 
-#: Files that are no readable weights: pattern of their names, what they are, and what to do; the first match counts.
+#: Files that are not weights: pattern of their names, what they are, and what to do; the first match counts.
 _OTHER_FILES = (
     (
         r"adapter_model\.(safetensors|bin)",

@@ -1,4 +1,4 @@
-"""The earlier place of the loading strategies: the protocols are in ``splitlearn_core``, core's own in ``readers``."""
+"""The former module of the loading strategies: the protocols are in ``splitlearn_core``, core's own in ``readers``."""
 
 from splitlearn_core.loading_strategy import LoadingStrategy, PretrainedReader, ReadPlan, WeightReader
 from splitlearn_core.readers.copied import CopiedStrategy

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: The first bytes of what torch.save writes since 1.6; only that can be mapped.
 _ZIP = b"PK\x03\x04"
 #: torch's messages for a pickle that names anything but tensors and plain values. (It reports an
-#: unsupported operand in a file that is no pickle at all.)
+#: unsupported operand in a file that is not a pickle.)
 _MORE_THAN_TENSORS = re.compile(r"Unsupported (?!operand)|unsupported GLOBAL")
 #: The reason follows this in torch's message; before it stands how to run the code of the file after all.
 _REASON_PREFIX = "WeightsUnpickler error: "

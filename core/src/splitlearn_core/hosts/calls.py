@@ -63,7 +63,7 @@ def _pieces(tensors: Mapping[str, torch.Tensor], most: int) -> list[dict[str, to
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call, with all that it says to its host.
+    """One call of a remote component, with everything that is sent to its host.
 
     Attributes:
         host: Where it goes.
@@ -147,7 +147,7 @@ class Call:
         return BaseModelOutputWithPast(last_hidden_state=cast("Any", hidden), **cast("Any", recorded))
 
     def _refuse_infinite(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-        # A scaler of half precision looks for what is not finite itself, and leaves the step out.
+        # A gradient scaler looks for infinities and NaNs itself, and skips the step.
         if self.autocast == "float16":
             return
         for name, tensor in tensors.items():
@@ -170,7 +170,7 @@ class _RemoteForward(torch.autograd.Function):
     ) -> Any:
         ctx.call, ctx.names = call, names
         ctx.has_cache, ctx.cached_tokens = cache is not None, cache.get_seq_length() if cache is not None else 0
-        # The parameters too, so that autograd notices if they change before the way back.
+        # The parameters too, so that autograd notices if they change before backward.
         ctx.save_for_backward(hidden, *parameters)
         output, ctx.random = call.forward(hidden.detach(), cache)
         box.append(output)
@@ -232,7 +232,7 @@ def _states_of_generators(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _set_generators(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Go on with the random numbers where the host stopped."""
+    """Set the generators to the states that they had at the host after the call."""
     try:
         torch.set_rng_state(tensors[RANDOM_CPU])
         if RANDOM_CUDA in tensors and device.type == "cuda":

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 #: Tensors of a frame with the state of a generator.
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"
-#: Copies of the component with the modules of adapters, for as many descriptions.
+#: Adapted copies of the component that are kept, one for each description of adapters.
 _MAX_COPIES = 16
 #: Pieces that one adapter is sent in.
 _MAX_PIECES = 256
@@ -41,7 +41,7 @@ _DRAWING = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class TrainingLimits:
-    """What a host lets be trained."""
+    """Limits of what users may train at a host."""
 
     #: Whether adapters, training mode and gradients are allowed at all.
     training: bool = True
@@ -54,7 +54,7 @@ class TrainingLimits:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """In which mode a call is to be carried out, as it says itself."""
+    """The mode of one call: training or evaluation, autocast, and adapters."""
 
     training: bool | None
     autocast: str | None
@@ -62,7 +62,7 @@ class Mode:
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Mode:
-        """Check what a call says.
+        """Read the mode from the meta of a frame.
 
         Raises:
             RemoteStepError: It is no mode.
@@ -155,7 +155,7 @@ class Training:
         return sum(owner.bytes_of.total() for owner in list(self._owners.values()))
 
     def forget(self, used_before: float | None = None) -> None:
-        """Drop the adapters of those who have used none since a time; of all without one."""
+        """Drop the adapters of owners who have not used any since a time; without a time, those of all owners."""
         with self._lock:
             for owner in self._owners.values():
                 if used_before is None or owner.used_at < used_before:
@@ -207,19 +207,19 @@ class Training:
 
     @contextlib.contextmanager
     def running(self, mode: Mode, owner: str, random: Mapping[str, torch.Tensor]) -> Iterator[Running]:
-        """Carry out one call in its mode; the caller lets one run at a time.
+        """Prepare one call in its mode; the caller ensures that only one runs at a time.
 
         Args:
             mode: The mode.
-            owner: Whose adapters it means.
+            owner: The owner of the adapters.
             random: The states of its generators, by :data:`RANDOM_CPU` and :data:`RANDOM_CUDA`; or none.
 
         Raises:
-            RemoteError: An adapter is not here, or does not fit; a state is none.
+            RemoteError: An adapter is missing or does not fit, or a generator state is invalid.
         """
         component, parameters = self._adapted(mode, owner)
         device = next(self._component.parameters()).device
-        # Of the forward alone: the way back runs outside it, as in one process.
+        # For the forward only: backward runs outside autocast, as in one process.
         autocast = torch.autocast(
             device.type, _AUTOCAST.get(mode.autocast or "", torch.bfloat16), enabled=mode.autocast is not None
         )
@@ -365,7 +365,7 @@ def _named_outputs(output: Any) -> dict[str, torch.Tensor]:
 def _random_numbers(
     given: Mapping[str, torch.Tensor], device: torch.device
 ) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
-    """Draw random numbers as the caller would have; yields what returns the states then."""
+    """Draw random numbers from the caller's generator states; yields a function that returns the states afterwards."""
     on_cuda = device.type == "cuda"
 
     def states() -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from splitlearn_core.errors import ConfigurationError, RemoteStepError
 from splitlearn_core.hosts.holes import CONFIGURED_RATE, holes_in, ineffective_changes
 from splitlearn_core.quoting import listed, quote, said
 
-#: Kind -> the settings that change a forward, with their values where nothing is said.
+#: Kind -> the settings that change a forward, with their default values.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "LORA": {"lora_dropout": 0.0, "fan_in_fan_out": False, "lora_bias": False},
     "IA3": {"fan_in_fan_out": False},
@@ -39,7 +39,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "rank_dropout_scale": False,
     },
 }  # fmt: skip
-#: Settings that say which modules are adapted, how the adapter begins, and what it is called: the modules are there.
+#: Settings that say which modules are adapted, how adapters are initialised, and their names: the modules exist.
 _SETTLED = frozenset({
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "rank_pattern",
@@ -140,7 +140,7 @@ def _adapted_modules(layers: nn.Module) -> Iterator[tuple[str, Any]]:
 def tuning_of(
     layers: nn.ModuleDict, prefix: str, configs: Mapping[str, Any], where: str, *, training: bool
 ) -> Tuning | None:
-    """Describe what is to be different at a host: adapters that are active, rates of dropout; None where nothing is.
+    """Describe the changes to make at a host: active adapters and dropout rates; None if there are none.
 
     Args:
         layers: The layers.
