@@ -165,9 +165,7 @@ def train(
     data = batches(recipe)
     for step in range(steps):
         for _ in range(recipe.accumulation):
-            batch = next(data)
-            # With a cache, which there is by default, transformers does not look for packed sequences.
-            loss = model(**batch, **({"use_cache": False} if "position_ids" in batch else {})).loss
+            loss = model(**next(data), use_cache=False).loss
             (loss / recipe.accumulation).backward()
             learned.losses.append(loss.detach())
         if recipe.clip:

@@ -129,8 +129,9 @@ class ComponentModel(PreTrainedModel):
     @property
     def base_model(self) -> Any:
         """The base module; the family's where the class names one that it does not have, as ``base_of`` has it."""
-        base = super().base_model
-        return self.get_submodule(self.family.base) if base is self else base
+        # Not by super(), which torch.compile does not follow into a property.
+        base = getattr(self, self.base_model_prefix, None)
+        return self.get_submodule(self.family.base) if base is None else base
 
     @property
     def layer_modules(self) -> Any:
