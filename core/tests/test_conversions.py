@@ -89,6 +89,8 @@ def split(folder: Path, **options: Any) -> torch.Tensor:
 
 
 def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    # A new file: the tensors may be views of the present one.
+    (folder / SINGLE).unlink()
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
 
 
