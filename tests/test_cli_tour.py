@@ -528,10 +528,10 @@ class TestDemo:
         text = b"".join(pieces).decode()
         assert [line[0] for line in text.splitlines() if re.match(r"\d\. ", line)] == ["1", "2", "3", "4"]
         assert "bundled:gpt2" in text
-        told = text.split("3. Generating", 1)[1].split("\n4. ", 1)[0]
-        assert "The people of the United States" in told
-        assert re.search(r"60 tokens, [\d.]+ tokens/s", told)
-        words = re.findall(r"[A-Za-z]{3,}", told.split("The people of the United States", 1)[1])
+        output = text.split("3. Generating", 1)[1].split("\n4. ", 1)[0]
+        assert "The people of the United States" in output
+        assert re.search(r"60 tokens, [\d.]+ tokens/s", output)
+        words = re.findall(r"[A-Za-z]{3,}", output.split("The people of the United States", 1)[1])
         assert len(words) > 20
         assert "equal to the last bit; maximum difference 0" in text
         assert "DIFFERS" not in text
@@ -548,7 +548,7 @@ class TestDemo:
         assert answer["verification"]["equal"] is True
         assert answer["generation"]["new_tokens"] == 20
         assert answer["generation"]["text"].startswith("The people of the United States")
-        assert answer["generation"]["text"] in told
+        assert answer["generation"]["text"] in output
 
     def test_bundled_model_is_a_model_like_any_other(self, command: Cli) -> None:
         """``bundled:gpt2`` can be planned, generated with and verified, at any cut."""

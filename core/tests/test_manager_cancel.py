@@ -251,7 +251,7 @@ def descriptors() -> int:
 
 @pytest.mark.parametrize("late", [False, True], ids=["as it waits", "as it has come"])
 def test_a_cancelled_entry_leaves_nothing(late: bool) -> None:
-    """A manager that could not be entered leaves no task, thread or descriptor, although nobody closes it."""
+    """A manager that could not be entered leaves no task, thread or descriptor, although it is never closed."""
 
     async def main() -> None:
         models = AsyncModelManager()

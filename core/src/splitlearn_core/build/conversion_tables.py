@@ -85,7 +85,7 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
 # A plan maps the same keys several times, and there may be tens of thousands.
 @lru_cache(maxsize=8)
 def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[str, KeyTarget]:
-    # Made anew, because some entries remember which keys they have seen.
+    # Built again each time, because some entries remember which keys they have seen.
     table = conversion_mapping.get_model_conversion_mapping(_EXAMPLES[family.architecture, family.model_type])
     converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
     renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]

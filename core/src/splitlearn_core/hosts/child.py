@@ -174,7 +174,7 @@ def _read_control(control: socket.socket, tables: list[ComponentServer]) -> None
     except OSError as error:
         log.debug("The control connection broke: %s", error)
     finally:
-        # A load or a step may be running, but nobody will read its result.
+        # A load or a step may be running, but its result will not be read.
         os._exit(0)
 
 

@@ -348,7 +348,7 @@ class SessionTable:
     def _session(self, frame: Frame, owner: str) -> _Session:
         session = self._sessions.get(frame.session)
         secret = frame.meta.get("secret")
-        # A wrong secret gets the same answer as an unknown number, so that nobody can probe for numbers.
+        # A wrong secret gets the same answer as an unknown number, so that numbers cannot be probed.
         if (
             session is None
             or session.owner != owner
