@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -64,6 +64,8 @@ _EXAMPLES: dict[tuple[str, str], Any] = {}
 _LAYERS = 4
 #: The number of a layer in a name, which does not matter.
 _NUMBER = re.compile(r"\.\d+\.")
+#: A number of its own in a pattern; not the one of a group, nor a digit of a word.
+_NAMES_NUMBER = re.compile(r"(?<![\w\\])\d")
 
 
 def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
@@ -93,21 +95,12 @@ def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[s
     targets: dict[str, KeyTarget] = {}
     #: First target -> its converter, and the sources by the pattern that they match.
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-    # In transformers' order: tensors are merged in it.
-    for key in sorted(checkpoint_keys, key=core_model_loading.dot_natural_key):
+    rename = _by_layer(family, renamings, converters)
+    for key in checkpoint_keys:
         if mapped[key] is None:
             targets[key] = None
             continue
-        name = key
-        for old, new in family.renamed:
-            name = name.replace(old, new)
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        pattern = converter = None
-        for converter in converters:
-            name, pattern = converter.rename_source_key(name)
-            if pattern is not None:
-                break
+        name, converter, pattern = rename(key)
         target = targets[key] = with_base(family, name)
         if pattern is not None:
             collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
@@ -117,13 +110,75 @@ def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[s
     return targets
 
 
+def _natural_order(key: str) -> list[Any]:
+    return [_part_order(part) for part in key.split(".")]
+
+
+@lru_cache(maxsize=2**14)
+def _part_order(part: str) -> Any:
+    """Return transformers' order of a part of a name between dots: few of those differ in a model."""
+    return core_model_loading.dot_natural_key(part)
+
+
+def _by_layer(
+    family: ModelFamily, renamings: Sequence[Any], converters: Sequence[Any]
+) -> Callable[[str], tuple[str, Any, str | None]]:
+    """Return a function from a checkpoint key to its name, and to its converter and the pattern of that, if any.
+
+    Names that differ in the number of the layer alone are renamed alike, so that one of each is enough.
+    """
+    patterns = [old for old, _ in family.renamed]
+    patterns += [
+        text for entry in (*renamings, *converters) for text in (*entry.source_patterns, *entry.target_patterns)
+    ]
+    if any(_NAMES_NUMBER.search(pattern) for pattern in patterns):
+        return lambda key: _renamed(family, renamings, converters, key)
+    known: dict[tuple[str, int, str], tuple[str, str, Any, str | None]] = {}
+
+    def rename(key: str) -> tuple[str, Any, str | None]:
+        before, number, after = _around_number(key)
+        # Patterns may count digits.
+        kind = before, len(number), after
+        if kind in known:
+            start, end, converter, pattern = known[kind]
+            return f"{start}{number}{end}", converter, pattern
+        name, converter, pattern = _renamed(family, renamings, converters, key)
+        start, same, end = _around_number(name)
+        if number and same == number and f".{number}." not in after:
+            known[kind] = start, end, converter, pattern
+        return name, converter, pattern
+
+    return rename
+
+
+def _around_number(name: str) -> tuple[str, str, str]:
+    """Split a name around the first number between dots; all but the first are empty if there is none."""
+    match = _NUMBER.search(name)
+    return (name[: match.start() + 1], match[0][1:-1], name[match.end() - 1 :]) if match else (name, "", "")
+
+
+def _renamed(
+    family: ModelFamily, renamings: Sequence[Any], converters: Sequence[Any], name: str
+) -> tuple[str, Any, str | None]:
+    for old, new in family.renamed:
+        name = name.replace(old, new)
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    for converter in converters:
+        name, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return name, converter, pattern
+    return name, None, None
+
+
 def _conversion(
     family: ModelFamily, converter: Any, sources: Mapping[str, Sequence[str]], target: str
 ) -> WeightConversion:
     """Translate a converter that has collected its sources."""
     first, *others = converter.target_patterns
     before, _, after = target.partition(first)
-    groups = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+    # In transformers' order: tensors are merged in it.
+    groups = [sorted(sources[each], key=_natural_order) for each in converter.source_patterns if each in sources]
     operations = []
     for operation in converter.operations:
         name = type(operation).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,19 @@ def _ranges_and_dtypes(
     return ranges, parse_dtypes(dtype, names if parts is None else tuple(parts), names)
 
 
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Collect no garbage meanwhile: a plan of tens of thousands of tensors makes many objects, and none in cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_garbage_collection()
 def _plan(
     model: OpenModel, ranges: Mapping[str, LayerRange], requested: Mapping[str, str], *, from_headers: bool
 ) -> PlannedLoad:
