@@ -11,13 +11,19 @@ import torch
 import transformers
 from transformers import conversion_mapping, core_model_loading
 
-from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config, layer_count_set
+from splitlearn_core.build.configuration import (
+    architecture_class,
+    config_errors,
+    decoder_config,
+    hf_config,
+    layer_count_set,
+)
 from splitlearn_core.build.torch_state import skeleton
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import torch_dtype
 from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
-from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
+from splitlearn_core.plan.keys import KeyTarget, in_model, renamed
 
 #: transformers' operation -> ours, and the attributes that hold its dimensions.
 _OPERATIONS = {
@@ -76,8 +82,9 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
         return _EXAMPLES[key]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, "bfloat16")
-    layers = min(own.num_hidden_layers, _LAYERS)
-    with skeleton(own.dtype), config_errors(family, name), layer_count_set(own, layers):
+    decoder = decoder_config(family, own)
+    layers = min(decoder.num_hidden_layers, _LAYERS)
+    with skeleton(own.dtype), config_errors(family, name), layer_count_set(decoder, layers):
         _EXAMPLES[key] = architecture_class(family)(own)
     return _EXAMPLES[key]
 
@@ -89,18 +96,15 @@ def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[s
     table = conversion_mapping.get_model_conversion_mapping(_EXAMPLES[family.architecture, family.model_type])
     converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
     renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
-    mapped = map_keys(family, checkpoint_keys)
     targets: dict[str, KeyTarget] = {}
     #: First target -> its converter, and the sources by the pattern that they match.
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     # In transformers' order: tensors are merged in it.
     for key in sorted(checkpoint_keys, key=core_model_loading.dot_natural_key):
-        if mapped[key] is None:
+        name = renamed(family, key)
+        if name.endswith(family.ignored_suffixes):
             targets[key] = None
             continue
-        name = key
-        for old, new in family.renamed:
-            name = name.replace(old, new)
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
         pattern = converter = None
@@ -108,8 +112,8 @@ def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[s
             name, pattern = converter.rename_source_key(name)
             if pattern is not None:
                 break
-        target = targets[key] = with_base(family, name)
-        if pattern is not None:
+        target = targets[key] = in_model(family, name)
+        if pattern is not None and target is not None:
             collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
     for target, (converter, sources) in collected.items():
         conversion = _conversion(family, converter, sources, target)
