@@ -170,8 +170,8 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
         result = BaseModelOutputWithPast(last_hidden_state=last.last_hidden_state, **recorded)
     for name, value in last.items():
         if name not in result and name not in {CACHE_FIELD, *RECORDINGS.values()}:
-            whole = tuple(item for output in outputs for item in output.get(name) or ())
-            result[name] = whole if isinstance(value, tuple) else value
+            of_all = isinstance(value, tuple)
+            result[name] = tuple(item for output in outputs for item in output.get(name) or ()) if of_all else value
     return result
 
 

@@ -75,6 +75,10 @@ def hf_config(
     """
     config_class = architecture_class(family).config_class
     with BUILD_LOCK, config_errors(family, name_or_path):
+        if family.text_config and config_class.model_type != family.model_type:
+            # A class of the decoder alone, which the whole model ties.
+            tied = family.config_value(values, "tie_word_embeddings")
+            values = {**family.decoder_values(values), "tie_word_embeddings": bool(tied)}
         own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
         # Components access results by name, so return_dict is always set. Not with from_dict, which also
         # serializes the whole configuration for a debug log.
@@ -95,7 +99,7 @@ def set_dtype(config: Any, dtype: Any) -> None:
 
 def decoder_config(family: ModelFamily, config: Any) -> Any:
     """Return the configuration of the decoder in that of the whole model."""
-    return getattr(config, family.text_config) if family.text_config else config
+    return getattr(config, family.text_config, config) if family.text_config else config
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ _OPERATIONS = {
     "Transpose": ("transpose", ("dim0", "dim1")),
 }
 #: Attributes of an operation that make it depend on more than its sources.
-_CONDITIONS = ("check_dims", "num_shards_attribute")
+_CONDITIONS = ("num_shards_attribute",)
 
 
 def targets_by_tables(
@@ -138,9 +138,18 @@ def _conversion(
                 f"have ({operation!r})",
                 hint=f"save the model with transformers in its own layout, or report it: {family.model_type}",
             )
-        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1])))
+        # Some files have tensors as the module has them already.
+        unless = _shape(family, target) if getattr(operation, "check_dims", False) else None
+        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1]), unless))
     return WeightConversion(
         sources=tuple(map(tuple, groups)),
         targets=(target, *(f"{before}{other}{after}" for other in others)),
         operations=tuple(operations),
     )
+
+
+def _shape(family: ModelFamily, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor of the module; that of the same tensor of another layer if the example lacks it."""
+    alike = _NUMBER.sub(".", name)
+    state = _EXAMPLES[family.architecture, family.model_type].state_dict()
+    return next((tuple(tensor.shape) for key, tensor in state.items() if _NUMBER.sub(".", key) == alike), None)

@@ -79,6 +79,12 @@ class Zero(nn.Module):
         return torch.zeros((), device=indices.device)
 
 
+class LeftOut(nn.Module):
+    """Stands for a model that components do not have; some forwards read its device although it does not run."""
+
+    device = torch.device("meta")
+
+
 def neutral_layer(family: ModelFamily) -> PassLayer:
     """Return a neutral layer that returns what the family's decoder layers do."""
     return TupleLayer() if family.layers_return_tuple else PassLayer()
@@ -126,7 +132,7 @@ def leave_out_others(model: nn.Module, family: ModelFamily) -> None:
             for other in register:
                 full = f"{path}.{other}".lstrip(".")
                 if other != name and not f"{family.head}.".startswith(f"{full}."):
-                    register[other] = None
+                    register[other] = LeftOut() if isinstance(register[other], nn.Module) else None
         path = f"{path}.{name}".lstrip(".")
 
 
