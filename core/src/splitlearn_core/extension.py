@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.splitplan import kv_bytes_per_layer as kv_bytes_per_layer
     from splitlearn_core.plan.splitplan import plan_components as plan_components
     from splitlearn_core.plugins.known import WRITTEN as WRITTEN
-    from splitlearn_core.plugins.known import text_model as text_model
     from splitlearn_core.plugins.known import way_out as way_out
     from splitlearn_core.plugins.metadata import core_version as core_version
     from splitlearn_core.plugins.registry import registry as registry
@@ -135,7 +134,6 @@ _HOMES = {
     "show": "manager.config_checks",
     "split_layers": "plan.split_points",
     "targets_by_tables": "build.conversion_tables",
-    "text_model": "plugins.known",
     "through_no_layers": "build.pruning",
     "translate": "errors",
     "unbundled": "loading.opening",

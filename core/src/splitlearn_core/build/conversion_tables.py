@@ -11,13 +11,19 @@ import torch
 import transformers
 from transformers import conversion_mapping, core_model_loading
 
-from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config, layer_count_set
+from splitlearn_core.build.configuration import (
+    architecture_class,
+    config_errors,
+    decoder_config,
+    hf_config,
+    layer_count_set,
+)
 from splitlearn_core.build.torch_state import skeleton
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import torch_dtype
 from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
-from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
+from splitlearn_core.plan.keys import KeyTarget, in_model, renamed
 
 #: transformers' operation -> ours, and the attributes that hold its dimensions.
 _OPERATIONS = {
@@ -27,7 +33,7 @@ _OPERATIONS = {
     "Transpose": ("transpose", ("dim0", "dim1")),
 }
 #: Attributes of an operation that make it depend on more than its sources.
-_CONDITIONS = ("check_dims", "num_shards_attribute")
+_CONDITIONS = ("num_shards_attribute",)
 
 
 def targets_by_tables(
@@ -78,8 +84,9 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
         return _EXAMPLES[key]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, "bfloat16")
-    layers = min(own.num_hidden_layers, _LAYERS)
-    with skeleton(own.dtype), config_errors(family, name), layer_count_set(own, layers):
+    decoder = decoder_config(family, own)
+    layers = min(decoder.num_hidden_layers, _LAYERS)
+    with skeleton(own.dtype), config_errors(family, name), layer_count_set(decoder, layers):
         _EXAMPLES[key] = architecture_class(family)(own)
     return _EXAMPLES[key]
 
@@ -91,18 +98,17 @@ def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[s
     table = conversion_mapping.get_model_conversion_mapping(_EXAMPLES[family.architecture, family.model_type])
     converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
     renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
-    mapped = map_keys(family, checkpoint_keys)
     targets: dict[str, KeyTarget] = {}
     #: First target -> its converter, and the sources by the pattern that they match.
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     rename = _by_layer(family, renamings, converters)
     for key in checkpoint_keys:
-        if mapped[key] is None:
+        if renamed(family, key).endswith(family.ignored_suffixes):
             targets[key] = None
             continue
         name, converter, pattern = rename(key)
-        target = targets[key] = with_base(family, name)
-        if pattern is not None:
+        target = targets[key] = in_model(family, name)
+        if pattern is not None and target is not None:
             collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
     for target, (converter, sources) in collected.items():
         conversion = _conversion(family, converter, sources, target)
@@ -160,8 +166,7 @@ def _around_number(name: str) -> tuple[str, str, str]:
 def _renamed(
     family: ModelFamily, renamings: Sequence[Any], converters: Sequence[Any], name: str
 ) -> tuple[str, Any, str | None]:
-    for old, new in family.renamed:
-        name = name.replace(old, new)
+    name = renamed(family, name)
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     for converter in converters:
@@ -189,9 +194,18 @@ def _conversion(
                 f"have ({operation!r})",
                 hint=f"save the model with transformers in its own layout, or report it: {family.model_type}",
             )
-        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1])))
+        # Some files have tensors as the module has them already.
+        unless = _shape(family, target) if getattr(operation, "check_dims", False) else None
+        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1]), unless))
     return WeightConversion(
         sources=tuple(map(tuple, groups)),
         targets=(target, *(f"{before}{other}{after}" for other in others)),
         operations=tuple(operations),
     )
+
+
+def _shape(family: ModelFamily, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor of the module; that of the same tensor of another layer if the example lacks it."""
+    alike = _NUMBER.sub(".", name)
+    state = _EXAMPLES[family.architecture, family.model_type].state_dict()
+    return next((tuple(tensor.shape) for key, tensor in state.items() if _NUMBER.sub(".", key) == alike), None)

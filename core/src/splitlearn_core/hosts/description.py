@@ -34,14 +34,15 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
         )
     parameter = next(component.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
-    kinds = getattr(config, "layer_types", None)
+    decoder = component.decoder_config
+    kinds = getattr(decoder, "layer_types", None)
     owned = component.layer_range
     return Facts(
         component=str(component.component),
         layers=(owned.start, owned.end, owned.total),
         model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        hidden_size=decoder.hidden_size,
+        vocab_size=decoder.vocab_size,
         dtype=dtype,
         digest=weights_digest(component),
         attention=str(getattr(config, "_attn_implementation", None) or "eager"),
@@ -77,5 +78,5 @@ def weights_digest(module: nn.Module) -> str:
 
 def _has_dropout(component: ComponentModel) -> bool:
     rates = [module.p for module in component.modules() if isinstance(module, nn.Dropout)]
-    values = [getattr(component.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")]
+    values = [getattr(component.decoder_config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")]
     return any(rates) or any(values)

@@ -29,6 +29,8 @@ class WeightOperation:
     name: str
     #: The dimension; two for ``transpose``.
     dims: tuple[int, ...]
+    #: The shape of tensors that are not transposed, because they already are; None for none.
+    unless: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown operation, and dimensions that it does not take."""
@@ -224,7 +226,10 @@ def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int
     if operation.name == "concatenate":
         return [[_joined(arrays, dim)]]
     if operation.name == "transpose":
-        return [[_exchanged(array, *operation.dims) for array in group] for group in groups]
+        return [
+            [array if array.shape == operation.unless else _exchanged(array, *operation.dims) for array in group]
+            for group in groups
+        ]
     if len(arrays) != 1 or arrays[0].shape[dim] % pieces:
         raise ValueError(f"{_shapes(arrays)} cannot be cut into {pieces} along dimension {dim}")
     length = arrays[0].shape[dim] // pieces

@@ -160,7 +160,8 @@ def cause_in_names(family: ModelFamily, keys: Iterable[str], tensors: Iterable[T
     prefix = _common_prefix(family, keys)
     wrapper = _WRAPPERS.get(prefix.partition(".")[0])
     if wrapper is None:
-        for trace in _TRACES:
+        # The last is of a model of several models.
+        for trace in _TRACES[: -1 if family.text_config else None]:
             key = next(filter(trace.pattern.search, keys), None)
             if key is not None:
                 return f"{trace.cause} ({key[:200]}): {trace.remedy}"

@@ -110,7 +110,7 @@ def ranges_around(component: str, owned: LayerRange) -> dict[str, LayerRange]:
 def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
     """Return the cuts that a family's models do not allow, each with the reason; raises BrokenPluginError."""
     try:
-        return dict(family.impossible_cuts(config))
+        return dict(family.impossible_cuts(family.decoder_values(config)))
     # The plugin's own code, which may raise anything.
     except Exception as error:
         raise BrokenPluginError(
