@@ -383,6 +383,7 @@ def load_split_model(
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            progress=report,
         )
         check_options(model, options)
         fetched = plan_and_fetch(model, split_points, requested, dtypes, report)
