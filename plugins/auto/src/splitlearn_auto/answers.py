@@ -62,7 +62,7 @@ class Answer:
 class _ProvenAlone:
     """Allows no cut of a model that has an unproven setting."""
 
-    family: ModelFamily
+    family: ModelFamily = field(compare=False)
     unproven: tuple[UnprovenSetting, ...]
 
     def __call__(self, config: Mapping[str, Any]) -> Mapping[int, str]:

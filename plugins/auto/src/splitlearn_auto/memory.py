@@ -84,7 +84,7 @@ def _checked(content: Mapping[str, Any], key: Mapping[str, str]) -> Answer:
         raise ValueError("it is about other versions, or another type")
     if content.get("sha256") != _digest({name: content[name] for name in content if name != "sha256"}):
         raise ValueError("it is damaged: its checksum is wrong")
-    return answer_from(content["answer"], key["model_type"])
+    return answer_from(content.get("answer", {}), key["model_type"])
 
 
 def _digest(content: Mapping[str, Any]) -> str:
