@@ -76,14 +76,16 @@ class ComponentChain:
         rows = tokens if tokens is not None else first.get("inputs_embeds")
         over_cuts = crossing(self.crossings, parts, rows, cache, is_training=owner.training)
         with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross:
-            output: Any = parts[0](tokens, **first, **passed, past_key_values=_share(cache, parts[0]))
+            # All before the first runs: a component of running states alone takes the number of tokens from the others.
+            caches = [_share(cache, part) for part in parts]
+            output: Any = parts[0](tokens, **first, **passed, past_key_values=caches[0])
             outputs = [output]
             for number, part in enumerate(parts[1:], start=1):
                 is_last = part is parts[-1]
                 passed = _move({**passed, **last} if is_last and head else passed, self.device(number))
                 run = cast("Any", part).without_head if is_last and not head else part
                 hidden = cross(number - 1, self._enter(number, output))
-                output = run(hidden, **passed, past_key_values=_share(cache, part))
+                output = run(hidden, **passed, past_key_values=caches[number])
                 outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)
         return result if return_dict else result.to_tuple()

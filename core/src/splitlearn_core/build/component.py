@@ -222,9 +222,17 @@ class ComponentModel(PreTrainedModel):
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         output = self.base_model(**inputs, **{**arguments, **recordings})
+        self._count_step(arguments, inputs)
         if any(arguments.get(name) for name in RECORDINGS):
             return cast("BaseModelOutputWithPast", self._own_recordings(output))
         return cast("torch.Tensor", output.last_hidden_state)
+
+    def _count_step(self, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        """Count the tokens of a step in its cache: running states do not know how many they have seen."""
+        cache = arguments[self.cache_argument]
+        if isinstance(cache, PartCache):
+            entered = next(tensor for tensor in inputs.values() if tensor is not None)
+            cache.advance(entered.shape[1])
 
     def _own_recordings(self, output: Any) -> Any:
         """Leave out recordings of neutral layers, made by models that record in their own forward."""
@@ -432,11 +440,13 @@ class TopModel(ComponentModel):
             output = self._own_recordings(
                 super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
             )
+        self._count_step(arguments, {"hidden_states": hidden_states})
+        # The output of a class without attention has no such field.
         result = CausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
             **{CACHE_FIELD: arguments[self.cache_argument]},
         )
         # Further fields of the family's own output: cross-attentions, for example.

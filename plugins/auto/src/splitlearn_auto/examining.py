@@ -261,28 +261,25 @@ def _describe_cache(derived: Derived, config: Any) -> None:
         "cached_values": _LATENT,
         "config_defaults": {**derived.fields["config_defaults"], **stated},
     }
+    measured = {**derived.fields, "measured_cache": True}
     if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
         derived.fields = latent
+    elif not cache_note(model, ModelFamily(**measured)):
+        derived.fields = measured
     else:
         derived.notes.append(note)
 
 
 def _check_cache(config: Any) -> None:
-    """Refuse a type whose layers cache something other than keys and values; called if a split is not equal.
+    """Refuse a type that has no cache of transformers' own kind; called if a split is not equal.
 
     Raises:
-        CannotSplitError: They do.
+        CannotSplitError: It has none.
     """
     model = tiny_model(with_values(config, {}))
     cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
     if not isinstance(cache, Cache):
-        raise CannotSplitError(f"{type(model).__name__} has no key-value cache")
-    kinds = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, CacheLayerMixin)}
-    if kinds:
-        raise CannotSplitError(
-            f"some of its layers cache a running state instead of keys and values ({', '.join(sorted(kinds))}), "
-            "and a component of only such layers cannot know how many tokens came before"
-        )
+        raise CannotSplitError(f"{type(model).__name__} keeps no cache of transformers' own kind: {type(cache).__name__}")
 
 
 def _dropouts(config: Any) -> dict[str, Any]:

@@ -16,14 +16,16 @@ from splitlearn_core.extension import (
     cache_argument,
     component_from_state_dict,
     hf_config,
-    kv_bytes_per_layer,
+    layer_cache_sizes,
     map_keys,
     place_keys,
     plan_components,
     said,
+    size_after_one_token,
     split_layers,
     targets_by_tables,
     through_no_layers,
+    total_cache_size,
 )
 
 #: Tokens of a prompt, and of the steps after it.
@@ -154,13 +156,15 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
 def cache_note(model: Any, family: ModelFamily) -> str:
     """Return how the planned cache size of a model is wrong; empty if it is right.
 
-    A model type may cache fewer key-value heads than any value of ``config.json`` says (Falcon: one).
+    A model type may cache fewer key-value heads than any value of ``config.json`` says (Falcon: one), or states.
     """
-    depth = int(model.config.num_hidden_layers)
-    planned = depth * kv_bytes_per_layer(family, json.loads(model.config.to_json_string()), "float32")
-    ids = _ids(_EMPTY_TOKENS, 0)
-    cache = model(input_ids=ids, use_cache=True)[CACHE_FIELD]
-    actual = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()
+    planned = layer_cache_sizes(family, json.loads(model.config.to_json_string()), "float32")
+    cache = model(input_ids=_ids(1, 0)[:1], use_cache=True)[CACHE_FIELD]
+    actual = tuple(map(size_after_one_token, cache.layers))
     if actual == planned:
         return ""
-    return f"what a plan says of the cache: {planned} bytes a token for the small model, which takes {actual}"
+    (tokens, states), (own_tokens, own_states) = map(total_cache_size, (planned, actual))
+    return (
+        f"what a plan says of the cache: {tokens} bytes a token and {states} for states for the small model, "
+        f"which takes {own_tokens} and {own_states}"
+    )
