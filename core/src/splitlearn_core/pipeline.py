@@ -40,7 +40,6 @@ from splitlearn_core.types import (
     place_of,
 )
 
-
 #: Arguments of generate by which tokens are drafted, and removed from the cache if they are not accepted.
 _DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
 

@@ -19,6 +19,10 @@ from splitlearn_core.types import LayerRange
 CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
+#: Attribute of layers with a running state, which do not count tokens themselves.
+_SEEN = "seen_tokens"
+
+
 def cache_argument(forward: Callable[..., Any]) -> str:
     """Return the name of the cache in a model's forward; the old name causes a warning where the new one exists."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
@@ -53,9 +57,12 @@ def cached_rows(cache: Cache) -> int:
 
 
 def cached_tokens(cache: Cache) -> int:
-    """Return the number of tokens of each sequence in a cache; 0 if none of its layers knows it."""
+    """Return the number of tokens of each sequence in a cache."""
     counting = next(filter(counts_tokens, cache.layers), None)
-    return 0 if counting is None else int(counting.get_seq_length())
+    if counting is not None:
+        return int(counting.get_seq_length())
+    filled = (layer for layer in cache.layers if holds_state(layer) and any(layer.has_previous_state.values()))
+    return max((getattr(layer, _SEEN, 0) for layer in filled), default=0)
 
 
 def preserved(layer: Any) -> dict[str, Any]:
@@ -136,6 +143,9 @@ class PartCache(Cache):
     def advance(self, tokens: int) -> None:
         """Count the tokens of a step that the component has run."""
         self.past += tokens
+        for layer in filter(holds_state, self.layers):
+            # For the next view of the same layers.
+            setattr(layer, _SEEN, self.past)
 
     # What transformers derives positions and masks from. It addresses the slots, by their own numbers.
 

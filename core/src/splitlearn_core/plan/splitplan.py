@@ -230,8 +230,11 @@ def plan_components(
     plans = []
     for component, dtype in dtypes.items():
         owned = ranges[component]
-        sizes = cache_sizes or (lambda dtype: [CacheSize(kv_bytes_per_layer(family, config, dtype))] * owned.total)
-        per_token, fixed = total_cache_size(sizes(dtype)[owned.start : owned.end])
+        if cache_sizes is None:
+            sizes: Sequence[CacheSize] = [CacheSize(kv_bytes_per_layer(family, config, dtype))] * len(owned)
+        else:
+            sizes = cache_sizes(dtype)[owned.start : owned.end]
+        per_token, fixed = total_cache_size(sizes)
         places, made = _made(table, component, tensors)
         kept = in_float32(dtype, {*table.sources[component], *made})
         planned = [

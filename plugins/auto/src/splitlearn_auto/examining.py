@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
@@ -279,7 +278,9 @@ def _check_cache(config: Any) -> None:
     model = tiny_model(with_values(config, {}))
     cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
     if not isinstance(cache, Cache):
-        raise CannotSplitError(f"{type(model).__name__} keeps no cache of transformers' own kind: {type(cache).__name__}")
+        raise CannotSplitError(
+            f"{type(model).__name__} keeps no cache of transformers' own kind: {type(cache).__name__}"
+        )
 
 
 def _dropouts(config: Any) -> dict[str, Any]:
