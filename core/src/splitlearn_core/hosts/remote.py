@@ -455,10 +455,8 @@ def restored(whole: Any) -> Iterator[None]:
             hint="start again with an empty cache",
         )
     length = max(lengths, default=0)
-    # A session whose running states cannot go back forgets the step, and is rebuilt.
-    states = {
-        layer.session: layer.session.steps for layer in layers if isinstance(layer, _Mirrored) and holds_state(layer)
-    }
+    # Where tokens cannot be removed from the cache at a host, its session forgets the step, and is rebuilt.
+    states = {layer.session: layer.session.steps for layer in layers if _is_uncountable(layer)}
     before = [
         (layer, preserved(layer)) for layer in layers if not isinstance(layer, _Mirrored) or layer.session in states
     ]
@@ -471,14 +469,26 @@ def restored(whole: Any) -> Iterator[None]:
         for session, steps in states.items():
             if session.steps > steps:
                 session.undo()
-        for layer in [] if whole is None else whole.layers:
-            if isinstance(layer, _Mirrored) and not isinstance(layer, _Following):
+        opened = [] if whole is None else whole.layers
+        uncountable = {layer.session for layer in opened if _is_uncountable(layer)}
+        for layer in opened:
+            if isinstance(layer, _Mirrored):
+                if isinstance(layer, _Following) or layer.session in states:
+                    continue
+                if layer.session in uncountable:
+                    layer.reset()
+                    continue
                 # A sliding window that has moved on cannot be restored: the next call is refused.
                 with contextlib.suppress(RuntimeError, ValueError):
-                    layer.crop(length - cast("Any", layer).get_seq_length())
+                    cast("Any", layer).crop(length - cast("Any", layer).get_seq_length())
             elif not isinstance(layer, _Mirrored) and layer not in layers:
                 cast("Any", layer).reset()
         raise
+
+
+def _is_uncountable(layer: Any) -> bool:
+    """Return whether a layer is one at a host that has more than keys and values, or nothing."""
+    return isinstance(layer, _Mirrored) and (holds_state(layer) or not counts_tokens(layer))
 
 
 class _Mirrored:
@@ -603,6 +613,11 @@ class _Empty(_Mirrored):
 
     def advance(self, rows: int, tokens: int) -> None:
         """Do nothing: it stays empty."""
+
+    def crop(self, tokens: int) -> None:
+        """Do nothing but let the host count, where there are no other layers."""
+        if self._records:
+            self.session.changes.append(("remove", -tokens))
 
 
 class _Following:

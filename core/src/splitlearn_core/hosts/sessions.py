@@ -42,7 +42,7 @@ import torch
 
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.forward_arguments import RECORDINGS
-from splitlearn_core.build.kv_cache import PartCache, cached_rows
+from splitlearn_core.build.kv_cache import PartCache, cached_rows, counts_tokens
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
 from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import Facts
@@ -138,6 +138,7 @@ class SessionTable:
         self._component = component
         self._clock = clock
         self.facts = facts or component_facts(component, self.limits.max_tokens, self.limits.max_payload)
+        self._counts_tokens = any(map(counts_tokens, component.new_cache().layers))
         self._sessions: dict[int, _Session] = {}
         self._training = Training(component, clock, usage)
         self._lock = threading.Lock()
@@ -453,9 +454,11 @@ class SessionTable:
             )
         inputs = _arguments(frame.meta, tensors, {*self.facts.arguments, *RECORDINGS})
         inputs = {name: _to(value, device) for name, value in inputs.items()}
+        past = 0 if session is None else session.cache.get_seq_length()
+        # Layers of running states alone take the part of the new tokens, too.
+        lengths = {past + hidden.shape[1], *(() if self._counts_tokens else (hidden.shape[1],))}
         for tensor in _tensors_in(inputs.get("attention_mask")):
-            past = 0 if session is None else session.cache.get_seq_length()
-            if tensor.shape[-1:] != (past + hidden.shape[1],) or tensor.shape[:1] not in ((1,), hidden.shape[:1]):
+            if not tensor.dim() or tensor.shape[-1] not in lengths or tensor.shape[:1] not in ((1,), hidden.shape[:1]):
                 raise RemoteError(
                     f"the attention mask is {_shape(tensor)}; {past} tokens are cached, and hidden_states are "
                     f"{_shape(hidden)}",
