@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -93,10 +94,17 @@ def layer_at(model: Any, family: ModelFamily, number: int) -> nn.Module:
 def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
     """Keep the modules that the component owns, and replace the others with neutral ones."""
     base = model.get_submodule(family.base)
+    built = base.get_submodule(family.layers)
     elsewhere = neutral_layer(family)
     slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
     if family.enter_at_layers and not owned.is_first:
         slots[0] = EnteringLayer(elsewhere)
+    # Models read the kind of a layer there. Of layers of one class, only the first is built.
+    for number, layer in enumerate(built):
+        texts = {name: value for name, value in vars(layer).items() if isinstance(value, str)}
+        if number not in owned and texts:
+            slots[number] = copy.copy(slots[number])
+            vars(slots[number]).update(texts)
     _replace(base, {family.layers: nn.ModuleList(slots)})
     if not owned.is_first:
         _replace(base, {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets})
