@@ -1,4 +1,4 @@
-"""Layers that keep running states, split, are equal to the unsplit model, here and at a host; and say what they cannot."""
+"""Layers with running states, split, equal the unsplit model, here and at a host; and say what they cannot."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitlearn_core.build.conversion_tables import targets_by_tables as targets_by_tables
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
     from splitlearn_core.build.kv_cache import cache_argument as cache_argument
+    from splitlearn_core.build.kv_cache import has_states_alone as has_states_alone
     from splitlearn_core.build.pruning import base_of as base_of
     from splitlearn_core.build.pruning import through_no_layers as through_no_layers
     from splitlearn_core.build.torch_state import own_state as own_state
@@ -116,6 +117,7 @@ _HOMES = {
     "TrainingUsage": "hosts.training",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",
+    "has_states_alone": "build.kv_cache",
     "hf_config": "build.configuration",
     "human_bytes": "types",
     "layer_cache_sizes": "build.cache_sizes",

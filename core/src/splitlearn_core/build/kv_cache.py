@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitlearn_core.errors import ConfigurationError
@@ -36,6 +36,11 @@ def counts_tokens(layer: Any) -> bool:
 def holds_state(layer: Any) -> bool:
     """Return whether a cache layer has a running state; keys and values may be there as well."""
     return hasattr(layer, "recurrent_states")
+
+
+def has_states_alone(config: Any) -> bool:
+    """Return whether no layer of a model counts tokens. It then takes the attention mask of the new tokens alone."""
+    return not any(map(counts_tokens, DynamicCache(config=config).layers or [DynamicLayer()]))
 
 
 def key_value_tensors(layer: Any) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keep
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
-from splitlearn_auto.proving import cache_note, differences
+from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state
 
@@ -72,6 +72,7 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
             "ignored_suffixes": ignored_suffixes(model),
             "renamed": renamed or (),
             "transformers_tables": renamed is None or keeps_float32(model),
+            "measured_cache": keeps_states(model),
             "config_names": config_names(known),
             "config_defaults": config_defaults(known),
             "tiny_config": needed,

@@ -15,6 +15,7 @@ from splitlearn_core.extension import (
     CACHE_FIELD,
     cache_argument,
     component_from_state_dict,
+    has_states_alone,
     hf_config,
     layer_cache_sizes,
     map_keys,
@@ -98,6 +99,13 @@ def _training(split: SplitCausalLM, family: ModelFamily) -> Iterator[str]:
             yield f"in training, the {component.value} changes hidden states outside its layers"
 
 
+@torch.no_grad()
+def keeps_states(model: Any) -> bool:
+    """Return whether layers of a model keep running states."""
+    cache = model(input_ids=_ids(1, 0), use_cache=True).get(CACHE_FIELD)
+    return any(size_after_one_token(layer).fixed for layer in getattr(cache, "layers", ()))
+
+
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).abs().max()) if first.shape == second.shape else float("inf")
 
@@ -115,7 +123,8 @@ def _decode(model: Any) -> list[torch.Tensor]:
         if number:
             ids = _ids(tokens, number)
             mask = torch.cat([mask, torch.ones(len(mask), tokens, dtype=mask.dtype)], dim=1)
-        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: past})
+        given = mask[:, -tokens:] if has_states_alone(model.config) else mask
+        output = model(input_ids=ids, attention_mask=given, use_cache=True, **{name: past})
         past = output[CACHE_FIELD]
         logits.append(output.logits)
     return logits
@@ -143,7 +152,9 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
         by_table = family.transformers_tables
         targets = targets_by_tables(family, values, sorted(infos)) if by_table else map_keys(family, infos)
         table = place_keys(family, values, targets, ranges)
-        plan_components(family, values, table, ranges, infos, dict.fromkeys(Component, "float32"))
+        sizes = (lambda dtype: layer_cache_sizes(family, values, dtype)) if family.measured_cache else None
+        dtypes = dict.fromkeys(Component, "float32")
+        plan_components(family, values, table, ranges, infos, dtypes, cache_sizes=sizes)
     except SplitLearnError as error:
         yield f"it cannot be planned: {error.message}"
         return
