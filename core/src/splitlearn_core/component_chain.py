@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from splitlearn_core.build.component import ComponentModel
-from splitlearn_core.build.forward_arguments import RECORDINGS, is_paged, named_cache
+from splitlearn_core.build.forward_arguments import RECORDINGS, crosses_in_float32, is_paged, named_cache
 from splitlearn_core.build.kv_cache import CACHE_FIELD
 from splitlearn_core.cuts.crossings import Crossings, crossing
 from splitlearn_core.errors import ConfigurationError
@@ -98,7 +98,7 @@ class ComponentChain:
     def _enter(self, number: int, output: Any) -> torch.Tensor:
         """Take hidden states across a cut: to the next component's device, and to its dtype if dtypes may differ."""
         hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        if not self.mixed_dtypes:
+        if not self.mixed_dtypes or crosses_in_float32(self.config):
             return hidden.to(self.device(number))
         probe = self._probes[number]
         # Read from the parameters: .to(dtype) may have changed the dtype since.

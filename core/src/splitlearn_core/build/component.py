@@ -16,6 +16,7 @@ from splitlearn_core.build.configuration import architecture_class, layer_count_
 from splitlearn_core.build.forward_arguments import (
     RECORDINGS,
     Routing,
+    crosses_in_float32,
     is_paged,
     mask_for_layers,
     named_cache,
@@ -279,6 +280,8 @@ class ComponentModel(PreTrainedModel):
             hidden_states.device.type
         ):
             own = {parameter.dtype for parameter in self.parameters()}
+            if crosses_in_float32(self.config):
+                own.add(torch.float32)
             if hidden_states.dtype not in own:
                 names = " and ".join(sorted(map(str, own)))
                 raise ConfigurationError(

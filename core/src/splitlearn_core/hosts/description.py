@@ -11,6 +11,7 @@ from torch import nn
 
 from splitlearn_core.build.cache_sizes import layer_cache_sizes
 from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.build.forward_arguments import crosses_in_float32
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.facts import Facts, layer_caches, layer_windows, origin_json
 from splitlearn_core.hosts.payload import library_versions
@@ -47,6 +48,7 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         dtype=dtype,
+        crosses_in_float32=crosses_in_float32(config),
         digest=weights_digest(component),
         attention=str(getattr(config, "_attn_implementation", None) or "eager"),
         versions=library_versions(),

@@ -41,6 +41,8 @@ class Facts:
     vocab_size: int
     #: torch's name of the dtype of its parameters.
     dtype: str
+    #: Whether hidden states cross its cuts in float32, whatever that dtype is.
+    crosses_in_float32: bool
     #: A hash of its weights as they are in memory; see ``description.weights_digest``.
     digest: str
     #: ``eager``, ``sdpa``, ...
@@ -212,6 +214,7 @@ _CHECKS = {
     "hidden_size": lambda value: _is_number(value) and value > 0,
     "vocab_size": _is_number,
     "dtype": lambda value: value in FLOAT_DTYPES,
+    "crosses_in_float32": lambda value: isinstance(value, bool),
     "digest": _is_text,
     "attention": _is_text,
     "versions": _is_table,

@@ -370,17 +370,18 @@ class RemoteComponent(nn.Module):
 
     def _checked_states(self, hidden: Any) -> torch.Tensor:
         width = self.facts.hidden_size
+        dtype = torch.float32 if self.facts.crosses_in_float32 else self.dtype
         if (
             not isinstance(hidden, torch.Tensor)
             or hidden.dim() != _STATE_DIMENSIONS
             or hidden.shape[-1] != width
-            or (hidden.dtype != self.dtype and _autocast_name(hidden.device) is None)
+            or (hidden.dtype != dtype and _autocast_name(hidden.device) is None)
         ):
             described = (
                 f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else type(hidden).__name__
             )
             raise ConfigurationError(
-                f"hidden_states are {described}; this {self.component} takes {self.dtype} [batch, sequence, {width}]",
+                f"hidden_states are {described}; this {self.component} takes {dtype} [batch, sequence, {width}]",
                 hint="pass the output of the previous component unchanged",
             )
         return hidden

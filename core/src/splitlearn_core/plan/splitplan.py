@@ -331,7 +331,8 @@ def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
 
 def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtypes: Iterable[str]) -> int:
     """Bytes of one token's hidden state, which is what crosses a cut, in the widest of the dtypes."""
-    return _number(family, config, "hidden_size") * max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in dtypes)
+    crossing = (_WIDE,) if family.config_value(config, "residual_in_fp32") else dtypes
+    return _number(family, config, "hidden_size") * max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in crossing)
 
 
 def common_dtype(dtypes: Iterable[str]) -> str:
