@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, cache_utils
 
 from splitlearn_core import ConfigurationError, ModelFamily, RemoteError, SplitCausalLM
-from splitlearn_core.build.cache_sizes import layer_cache_sizes, size_after_one_token
+from splitlearn_core.build.cache_sizes import layer_cache_sizes, sizes_after_one_token
 from splitlearn_core.build.construction import component_from_state_dict
 from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
@@ -275,7 +275,7 @@ def test_what_a_cache_takes_is_planned(name: str, endpoint: MemoryEndpoint) -> N
     with torch.no_grad():
         cache = whole(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=True)[CACHE_FIELD]
     sizes = layer_cache_sizes(family, whole.config.to_dict(), "float32")
-    assert sizes == tuple(map(size_after_one_token, cache.layers))
+    assert sizes == sizes_after_one_token(cache)
     owned = sizes[slice(*CUTS[name])]
     split = apart(name, endpoint)
     split.generate(input_ids=batch(4), max_new_tokens=4, do_sample=False)

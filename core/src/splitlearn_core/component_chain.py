@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.forward_arguments import RECORDINGS, crosses_in_float32, is_paged, named_cache
-from splitlearn_core.build.kv_cache import CACHE_FIELD
+from splitlearn_core.build.kv_cache import CACHE_FIELD, own_cache_class
 from splitlearn_core.cuts.crossings import Crossings, crossing
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent, restored
@@ -36,7 +36,9 @@ class ComponentChain:
         self.mixed_dtypes = mixed_dtypes
         self.crossings = crossings
         self.config = parts[Component.TOP].config
-        self.routing = cast("ComponentModel", parts[Component.BOTTOM]).routing
+        bottom = cast("ComponentModel", parts[Component.BOTTOM])
+        self.routing = bottom.routing
+        self._own_cache = own_cache_class(bottom.base_model.forward)
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
         # A parameter of each, for its device and dtype without walking the module at every token. A component that runs
         # elsewhere has none: it takes hidden states on any device.
@@ -113,7 +115,9 @@ class ComponentChain:
     def _whole_cache(self, cache: Any, use_cache: bool) -> Any:
         """Return the cache of the whole model, of which each component uses its own layers."""
         if cache is None:
-            return DynamicCache(config=self.config) if use_cache else None
+            if not use_cache:
+                return None
+            return DynamicCache(config=self.config) if self._own_cache is None else self._own_cache()
         refusal = "" if is_paged(cache) else _cache_refusal(cache)
         if refusal:
             raise ConfigurationError(

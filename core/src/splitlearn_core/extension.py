@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from splitlearn_core.arguments import user_path as user_path
     from splitlearn_core.build.cache_sizes import layer_cache_sizes as layer_cache_sizes
-    from splitlearn_core.build.cache_sizes import size_after_one_token as size_after_one_token
+    from splitlearn_core.build.cache_sizes import sizes_after_one_token as sizes_after_one_token
     from splitlearn_core.build.configuration import hf_config as hf_config
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
     from splitlearn_core.build.conversion_tables import targets_by_tables as targets_by_tables
@@ -137,7 +137,7 @@ _HOMES = {
     "said": "quoting",
     "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
-    "size_after_one_token": "build.cache_sizes",
+    "sizes_after_one_token": "build.cache_sizes",
     "split_layers": "plan.split_points",
     "targets_by_tables": "build.conversion_tables",
     "text_model": "plugins.known",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -48,18 +49,25 @@ def _measured(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> tup
         if getattr(model, "_can_set_experts_implementation", lambda: False)():
             model.set_experts_implementation(_EXPERTS)
         cache = model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).get(CACHE_FIELD)
-    layers = getattr(cache, "layers", ())
-    if len(layers) != own.num_hidden_layers:
+    sizes = () if cache is None else sizes_after_one_token(cache)
+    if not sizes or len(sizes) > own.num_hidden_layers:
         raise ConfigurationError(
-            f"{name} has {own.num_hidden_layers} layers, and its cache {len(layers)}",
+            f"{name} has {own.num_hidden_layers} layers, and its cache {len(sizes)}",
             hint=f"is the family {family.model_type!r} made for this version of transformers?",
         )
-    return tuple(map(size_after_one_token, layers))
+    # A cache may end with the last layer that has been used.
+    return sizes + (CacheSize(0),) * (own.num_hidden_layers - len(sizes))
 
 
-def size_after_one_token(layer: Any) -> CacheSize:
-    """Return the size of a cache layer that holds one token of one sequence."""
-    return CacheSize(
-        per_token=sum(tensor.nbytes for tensor in key_value_tensors(layer)),
-        fixed=sum(tensor.nbytes for tensor in state_tensors(layer)),
+def sizes_after_one_token(cache: Any) -> tuple[CacheSize, ...]:
+    """Return the size of each layer of a cache that holds one token of one sequence."""
+    # Some classes of cache keep running states in a list of their own.
+    listed = getattr(cache, "linear_cache", None) or []
+    return tuple(
+        CacheSize(
+            per_token=sum(tensor.nbytes for tensor in key_value_tensors(layer)),
+            fixed=sum(tensor.nbytes for tensor in (*state_tensors(layer), *listed_state)),
+        )
+        for layer, state in zip_longest(getattr(cache, "layers", ()), listed)
+        for listed_state in ([state] if isinstance(state, torch.Tensor) else [],)
     )

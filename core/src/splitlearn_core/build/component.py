@@ -22,7 +22,7 @@ from splitlearn_core.build.forward_arguments import (
     named_cache,
     routing,
 )
-from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache
+from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache, own_cache_class, part_cache_class
 from splitlearn_core.build.pruning import (
     check_names,
     entering,
@@ -78,6 +78,7 @@ class ComponentModel(PreTrainedModel):
         check_names(self, self.family)
         forward = architecture_class(self.family).forward
         self.routing = routes = routing(forward, self, self.family.bottom_arguments)
+        self._cache_class = part_cache_class(own_cache_class(self.base_model.forward))
         self._known = (
             routes.everywhere
             | {Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top}[self.kind]
@@ -121,11 +122,11 @@ class ComponentModel(PreTrainedModel):
 
     def new_cache(self) -> PartCache:
         """Return an empty key-value cache for this component's layers."""
-        return PartCache.empty(self.config, self.layer_range)
+        return self._cache_class.empty(self.config, self.layer_range)
 
     def cache_view(self, whole: Any) -> PartCache:
         """Return a view of this component's layers in a cache of the whole model; both share the layers' state."""
-        return PartCache.view(whole, self.layer_range)
+        return self._cache_class.view(whole, self.layer_range)
 
     @property
     def base_model(self) -> Any:

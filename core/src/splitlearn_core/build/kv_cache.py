@@ -6,7 +6,8 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any
+from functools import cache as kept
+from typing import Any, get_args
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
@@ -21,6 +22,8 @@ CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutp
 
 #: Attribute of layers with a running state, which do not count tokens themselves.
 _SEEN = "seen_tokens"
+#: A method of classes of cache that keep running states in a list beside their layers.
+_GET_LINEAR = "get_linear_cache"
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
@@ -36,6 +39,13 @@ def counts_tokens(layer: Any) -> bool:
 def holds_state(layer: Any) -> bool:
     """Return whether a cache layer has a running state; keys and values may be there as well."""
     return hasattr(layer, "recurrent_states")
+
+
+def own_cache_class(forward: Callable[..., Any]) -> type[Any] | None:
+    """Return the class of cache that a model insists on (MiniMax), by the forward of its base model; None for none."""
+    annotation = inspect.signature(forward).parameters.get(cache_argument(forward))
+    classes = () if annotation is None else get_args(annotation.annotation)
+    return next((item for item in classes if isinstance(item, type) and hasattr(item, _GET_LINEAR)), None)
 
 
 def has_states_alone(config: Any) -> bool:
@@ -117,7 +127,7 @@ class PartCache(Cache):
     """
 
     def __init__(self, layers: list[Any], layer_range: LayerRange, past: int = 0) -> None:
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)
         self.layer_range = layer_range
         self.past = past
 
@@ -140,10 +150,11 @@ class PartCache(Cache):
 
     def copy(self) -> PartCache:
         """Return a cache with the same content, which later steps of this one do not change."""
-        layers = [copy.copy(layer) for layer in self.layers]
-        for layer, own in zip(layers, self.layers, strict=True):
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        for layer, own in zip(other.layers, self.layers, strict=True):
             vars(layer).update(preserved(own))
-        return PartCache(layers, self.layer_range, self.past)
+        return other
 
     def advance(self, tokens: int) -> None:
         """Count the tokens of a step that the component has run."""
@@ -228,3 +239,47 @@ class PartCache(Cache):
     def _own(self, layer_idx: int) -> int:
         """Return the slot of one of the model's layers."""
         return layer_idx - self.layer_range.start
+
+
+class LinearPartCache(PartCache):
+    """The same for models that insist on a cache of their own, which keeps running states in a list.
+
+    The component's own cache keeps them in its layers; a view of the model's shares the list.
+    """
+
+    #: The states of all layers of the model, in a view.
+    linear_cache: list[Any] | None = None
+
+    @classmethod
+    def view(cls, whole: Cache, layer_range: LayerRange) -> PartCache:
+        view = super().view(whole, layer_range)
+        vars(view)["linear_cache"] = getattr(whole, "linear_cache", None)
+        return view
+
+    def get_linear_cache(self, layer_idx: int) -> Any:
+        if self.linear_cache is None:
+            return self.get_recurrent_state(layer_idx)
+        state = self.linear_cache[layer_idx] if layer_idx < len(self.linear_cache) else None
+        return state if isinstance(state, torch.Tensor) else None
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        if self.linear_cache is None:
+            self.update_recurrent_state(linear_cache, layer_idx)
+            self.layers[self._own(layer_idx)].has_previous_state[0] = True
+            return
+        missing = layer_idx + 1 - len(self.linear_cache)
+        self.linear_cache.extend([] for _ in range(missing))
+        self.linear_cache[layer_idx] = linear_cache
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def _counting(self, slot: int) -> Any:
+        # All layers of the model's own cache look as if they counted.
+        return super()._counting(slot) if self.linear_cache is None else None
+
+
+@kept
+def part_cache_class(own: type[Any] | None) -> type[PartCache]:
+    """Return the class of a component's caches, for a model that insists on a class of its own, or on none."""
+    return PartCache if own is None else type(own.__name__, (LinearPartCache, own), {"is_croppable": False})

@@ -375,7 +375,7 @@ class RemoteComponent(nn.Module):
             not isinstance(hidden, torch.Tensor)
             or hidden.dim() != _STATE_DIMENSIONS
             or hidden.shape[-1] != width
-            or (hidden.dtype != dtype and _autocast_name(hidden.device) is None)
+            or (hidden.dtype not in (dtype, self.dtype) and _autocast_name(hidden.device) is None)
         ):
             described = (
                 f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else type(hidden).__name__

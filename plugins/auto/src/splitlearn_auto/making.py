@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from splitlearn_auto.findings import CannotSplitError
-from splitlearn_core.extension import CACHE_FIELD, size_after_one_token
+from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token
 
 #: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
@@ -195,7 +195,7 @@ def _has_both_kinds(config: Any) -> bool:
     # transformers has no mask for attention where there is no such layer.
     except ValueError:
         return False
-    sizes = [size_after_one_token(layer) for layer in getattr(output.get(CACHE_FIELD), "layers", ())]
+    sizes = sizes_after_one_token(output.get(CACHE_FIELD))
     return any(size.per_token for size in sizes) and any(size.fixed for size in sizes)
 
 

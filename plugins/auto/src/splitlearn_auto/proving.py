@@ -22,7 +22,7 @@ from splitlearn_core.extension import (
     place_keys,
     plan_components,
     said,
-    size_after_one_token,
+    sizes_after_one_token,
     split_layers,
     targets_by_tables,
     through_no_layers,
@@ -103,7 +103,7 @@ def _training(split: SplitCausalLM, family: ModelFamily) -> Iterator[str]:
 def keeps_states(model: Any) -> bool:
     """Return whether layers of a model keep running states."""
     cache = model(input_ids=_ids(1, 0), use_cache=True).get(CACHE_FIELD)
-    return any(size_after_one_token(layer).fixed for layer in getattr(cache, "layers", ()))
+    return any(size.fixed for size in sizes_after_one_token(cache))
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -171,7 +171,7 @@ def cache_note(model: Any, family: ModelFamily) -> str:
     """
     planned = layer_cache_sizes(family, json.loads(model.config.to_json_string()), "float32")
     cache = model(input_ids=_ids(1, 0)[:1], use_cache=True)[CACHE_FIELD]
-    actual = tuple(map(size_after_one_token, cache.layers))
+    actual = sizes_after_one_token(cache)
     if actual == planned:
         return ""
     (tokens, states), (own_tokens, own_states) = map(total_cache_size, (planned, actual))

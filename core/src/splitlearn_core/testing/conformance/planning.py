@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
-from splitlearn_core.build.cache_sizes import size_after_one_token
+from splitlearn_core.build.cache_sizes import sizes_after_one_token
 from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.plan.splitplan import total_cache_size
 from splitlearn_core.readers.tensor_parts import source_from
@@ -72,7 +72,7 @@ class Planning(Checks):
             state = no_grad(part, **{name: state}, past_key_values=cache)
             for what, actual, expected in zip(
                 ("a token takes", "running states take"),
-                total_cache_size(map(size_after_one_token, cache.layers)),
+                total_cache_size(sizes_after_one_token(cache)),
                 (planned.kv_bytes_per_token, planned.state_bytes_per_sequence),
                 strict=True,
             ):
