@@ -171,7 +171,10 @@ BROKEN: dict[str, tuple[str, str]] = {
     ),
     "no family": ("def splitlearn_family_for():\n    return 'llama'", "returned 'llama', which is no family"),
     "another argument": ("def splitlearn_family_for(config):\n    return None", "has no argument config"),
-    "another hook": ("def splitlearn_model_families():\n    return []", "does not implement hook splitlearn_family_for"),
+    "another hook": (
+        "def splitlearn_model_families():\n    return []",
+        "does not implement hook splitlearn_family_for",
+    ),
 }
 
 

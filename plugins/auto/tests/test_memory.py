@@ -73,7 +73,9 @@ def test_a_refusal_is_kept_too() -> None:
 
 def test_unproven_settings_allow_no_cut() -> None:
     """With other values than the proven ones; a value that config.json omits, or has as null, is a proven one."""
-    setting = UnprovenSetting({"bias": True, "window": 4}, {"bias": False, "window": None}, "with bias=True: it differs")
+    setting = UnprovenSetting(
+        {"bias": True, "window": 4}, {"bias": False, "window": None}, "with bias=True: it differs"
+    )
     remember("llama", Answer(LLAMA.fields, (setting,)))
     answer = recall("llama")
     assert answer is not None

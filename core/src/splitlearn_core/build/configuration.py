@@ -127,9 +127,12 @@ def config_errors(family: ModelFamily, name_or_path: str) -> Iterator[None]:
 
 @contextmanager
 def layer_count_set(config: Any, layers: int) -> Iterator[None]:
-    """Set a configuration's number of layers while modules are made."""
+    """Set a configuration's number of layers while modules are made; one that follows from other values stays."""
     # Not through the configuration's own setter, which validates all of it each time.
     values, name = vars(config), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if name not in values:
+        yield
+        return
     total = values[name]
     values[name] = layers
     try:

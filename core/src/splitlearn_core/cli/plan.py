@@ -79,6 +79,10 @@ def render_plan(plan: SplitPlan) -> str:
         "",
         f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
     ]
+    states = {part.component: part.state_bytes_per_sequence for part in plan.components}
+    if any(states.values()):
+        amounts = ", ".join(f"{human_bytes(count)} ({component})" for component, count in states.items())
+        lines.append(f"running states: {amounts} for each sequence, whatever its length")
     lines += [f"tied: {key} is in more than one component, and counted in each" for key in plan.tied]
     lines += [f"warning: {text}: the file may be incomplete" for text in plan.warnings]
     if plan.unexpected:

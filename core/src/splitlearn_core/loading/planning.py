@@ -20,6 +20,7 @@ from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded
 from splitlearn_core.plan.placement import AUTO, parse_dtypes
 from splitlearn_core.plan.split_points import describe_cuts, split_layers
 from splitlearn_core.plan.splitplan import (
+    CacheSize,
     SplitPlan,
     common_dtype,
     cut_bytes,
@@ -166,7 +167,16 @@ def _plan(
             num_layers=next(iter(ranges.values())).total,
             dtype=common_dtype(dtypes.values()),
             source="headers" if from_headers else "config",
-            components=plan_components(family, config, table, ranges, tensors, dtypes, _in_float32(family, config)),
+            components=plan_components(
+                family,
+                config,
+                table,
+                ranges,
+                tensors,
+                dtypes,
+                _in_float32(family, config),
+                _cache_sizes(family, config),
+            ),
             tied=table.tied,
             cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
             # Of all layers, also those of components that are not planned: one alone has no neighbours.
@@ -189,6 +199,19 @@ def _in_float32(family: ModelFamily, config: Mapping[str, Any]) -> Callable[[str
         return names_in_float32(family, config, dtype, names)
 
     return kept
+
+
+def _cache_sizes(family: ModelFamily, config: Mapping[str, Any]) -> Callable[[str], Sequence[CacheSize]] | None:
+    """Return a function to the sizes of each layer's cache in a dtype, where ``config.json`` does not give them."""
+    if not family.measured_cache:
+        return None
+
+    def sizes(dtype: str) -> Sequence[CacheSize]:
+        from splitlearn_core.build.cache_sizes import layer_cache_sizes
+
+        return layer_cache_sizes(family, config, dtype)
+
+    return sizes
 
 
 @contextmanager
