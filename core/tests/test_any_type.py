@@ -134,13 +134,13 @@ def test_progress_is_passed_and_may_stop_it(any_type: Any) -> None:
     registry().family("any_thing", seen.append)
     assert seen == [Progress("examining", file="any_thing")]
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(progress: Progress) -> None:
-        raise Stopped
+        raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         registry().family("any_other", stop)
     assert registry().family("any_other").model_type == "any_other"
 
@@ -171,7 +171,10 @@ BROKEN: dict[str, tuple[str, str]] = {
     ),
     "no family": ("def splitlearn_family_for():\n    return 'llama'", "returned 'llama', which is no family"),
     "another argument": ("def splitlearn_family_for(config):\n    return None", "has no argument config"),
-    "another hook": ("def splitlearn_model_families():\n    return []", "does not implement hook splitlearn_family_for"),
+    "another hook": (
+        "def splitlearn_model_families():\n    return []",
+        "does not implement hook splitlearn_family_for",
+    ),
 }
 
 

@@ -107,7 +107,12 @@ def plan_split(
         SplitLearnError: With a hint; invalid split points are a ValueError, a missing file is a
             FileNotFoundError, an unknown model type a KeyError.
     """
-    hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
     names = names_of_parts(split_points)
     requested = parse_parts(parts, names)
     return plan_opened(open_model(model_name_or_path, model_type, **hub), split_points, requested, dtype)
@@ -150,7 +155,12 @@ def plan_fetch(
     Raises:
         SplitLearnError: As :func:`plan_split`; and a FileNotFoundError if there are no weights.
     """
-    hub: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
     names = names_of_parts(split_points)
     requested = parse_parts(parts, names)
     model = open_model(model_name_or_path, model_type, **hub)
