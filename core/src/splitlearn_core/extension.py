@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitlearn_core.arguments import user_path as user_path
+    from splitlearn_core.build.cache_sizes import layer_cache_sizes as layer_cache_sizes
+    from splitlearn_core.build.cache_sizes import sizes_after_one_token as sizes_after_one_token
     from splitlearn_core.build.configuration import hf_config as hf_config
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
     from splitlearn_core.build.conversion_tables import targets_by_tables as targets_by_tables
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
     from splitlearn_core.build.kv_cache import cache_argument as cache_argument
+    from splitlearn_core.build.kv_cache import has_states_alone as has_states_alone
     from splitlearn_core.build.pruning import base_of as base_of
     from splitlearn_core.build.pruning import through_no_layers as through_no_layers
     from splitlearn_core.build.torch_state import own_state as own_state
@@ -69,10 +72,9 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.keys import map_keys as map_keys
     from splitlearn_core.plan.keys import place_keys as place_keys
     from splitlearn_core.plan.split_points import split_layers as split_layers
-    from splitlearn_core.plan.splitplan import kv_bytes_per_layer as kv_bytes_per_layer
     from splitlearn_core.plan.splitplan import plan_components as plan_components
+    from splitlearn_core.plan.splitplan import total_cache_size as total_cache_size
     from splitlearn_core.plugins.known import WRITTEN as WRITTEN
-    from splitlearn_core.plugins.known import text_model as text_model
     from splitlearn_core.plugins.known import way_out as way_out
     from splitlearn_core.plugins.metadata import core_version as core_version
     from splitlearn_core.plugins.metadata import version_of as version_of
@@ -121,9 +123,10 @@ _HOMES = {
     "TrainingUsage": "hosts.training",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",
+    "has_states_alone": "build.kv_cache",
     "hf_config": "build.configuration",
     "human_bytes": "types",
-    "kv_bytes_per_layer": "plan.splitplan",
+    "layer_cache_sizes": "build.cache_sizes",
     "limit_problems": "manager.config_checks",
     "load_arguments": "manager.loaders.own_process",
     "map_keys": "plan.keys",
@@ -142,10 +145,11 @@ _HOMES = {
     "said": "quoting",
     "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
+    "sizes_after_one_token": "build.cache_sizes",
     "split_layers": "plan.split_points",
     "targets_by_tables": "build.conversion_tables",
-    "text_model": "plugins.known",
     "through_no_layers": "build.pruning",
+    "total_cache_size": "plan.splitplan",
     "translate": "errors",
     "unbundled": "loading.opening",
     "unknown_name": "manager.config_checks",

@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 #: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
 BUNDLED = "bundled:"
 
-#: Characters of a value from a file that a message repeats.
-_MAX_WORD = 80
-
 _Path = str | os.PathLike[str]
 
 
@@ -147,13 +144,6 @@ def open_model(
     checkpoint = Checkpoint(source, _readers)
     config = checkpoint.config
     stated = config["model_type"]
-    inner = config.get("text_config")
-    if model_type is not None and isinstance(inner, dict) and model_type == inner.get("model_type") != stated:
-        raise ConfigurationError(
-            f"{model_name_or_path} is a multimodal {stated[:_MAX_WORD]!r} model; its language model, {model_type!r}, "
-            "is not loaded out of it",
-            hint=_language_model_alone(config, os.fspath(model_name_or_path)),
-        )
     if model_type is not None and model_type != stated:
         advice = f"pass model_type={stated!r}, or None to take what config.json says"
         raise ConfigurationError(
@@ -178,20 +168,6 @@ def _family(config: Mapping[str, Any], progress: ProgressCallback) -> ModelFamil
         if config.get("is_encoder_decoder") is True and not is_known(stated):
             raise UnknownModelTypeError(error.message, hint=way_out(stated, encodes=True)) from error
         raise
-
-
-def _language_model_alone(config: Mapping[str, Any], name: str) -> str:
-    """Return the lines of Python that save the language model of a multimodal model on its own."""
-    stated = config.get("architectures")
-    whole = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
-    if not whole.isidentifier():
-        whole = "AutoModelForImageTextToText"
-    return (
-        "save it alone once, in Python: from transformers import AutoModelForCausalLM, "
-        f"{whole}; m = {whole}.from_pretrained({name!r}); "
-        "t = AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
-        "t.model = m.model.language_model; t.lm_head = m.lm_head; t.save_pretrained('OUT')"
-    )
 
 
 def bundled_checkpoint(family: ModelFamily) -> Path:

@@ -12,6 +12,7 @@ import re
 PACKAGES = {
     "gemma": "splitlearn-gemma",
     "gemma2": "splitlearn-gemma",
+    "gemma3": "splitlearn-gemma",
     "gemma3_text": "splitlearn-gemma",
     "gpt2": "splitlearn-gpt2",
     "qwen2": "splitlearn-qwen2",
@@ -60,18 +61,6 @@ _ENCODER_DECODERS = """
     switch_transformers t5 t5gemma t5gemma2 umt5
 """
 ENCODER_DECODERS = frozenset(_ENCODER_DECODERS.split())
-#: A checkpoint of several models -> the type of its language model, and the code that saves that model.
-_TEXT_OF = {
-    "gemma3": (
-        "gemma3_text",
-        """
-from transformers import AutoModelForImageTextToText, Gemma3ForCausalLM
-whole = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="auto")
-text = Gemma3ForCausalLM(whole.config.text_config)
-text.model, text.lm_head = whole.model.language_model, whole.lm_head
-text.save_pretrained(DIR)""",
-    )
-}
 _CANNOT = (
     "cannot be split: their layers are not a plain sequence as in a decoder, or the tensors in the file are not those "
     "of the model; the manager loads one as a whole, with model_type 'huggingface'"
@@ -92,7 +81,7 @@ def is_type_name(model_type: object) -> bool:
 
 def is_known(model_type: str) -> bool:
     """Return whether a table lists the model type; it is then not a misspelling of another."""
-    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS, *_TEXT_OF}
+    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS}
 
 
 def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False, for_any: str = "") -> str:
@@ -108,11 +97,6 @@ def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool
     """
     if not isinstance(model_type, str) or not is_type_name(model_type):
         return _CHECK
-    if model_type in _TEXT_OF:
-        text, lines = _TEXT_OF[model_type]
-        first = f"a {model_type} checkpoint also contains an image model; its language model is of type {text}"
-        package = "" if text in provided else f" (pip install {PACKAGES[text]})"
-        return f"{first}{package}. Save only that, with transformers, and load DIR:{lines}"
     if model_type in PACKAGES:
         return f"try: pip install {PACKAGES[model_type]}, or {_CHECK}"
     cannot = _CANNOT if model_type in REFUSED else _ENCODES if encodes or model_type in ENCODER_DECODERS else ""
@@ -120,8 +104,3 @@ def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool
         return f"models of type {model_type} {cannot}"
     doubt = "" if for_any or model_type in WRITTEN else ", which finds out whether models of the type can be split"
     return f"{for_any or _AUTO}{doubt}, or {_CHECK}"
-
-
-def text_model(model_type: str, provided: tuple[str, ...] = ()) -> str:
-    """Return how to save the language model of a checkpoint of several models; empty if that is unknown."""
-    return way_out(model_type, provided) if model_type in _TEXT_OF else ""

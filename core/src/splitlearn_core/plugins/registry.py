@@ -272,7 +272,7 @@ class PluginRegistry:
         names = (*own, *sorted({entry.name for entry in self._of(kind) if not blocked_by(entry)}))
         close = difflib.get_close_matches(name.strip().lower()[:_MAX_COMPARED], names, n=1)
         way = f"; pip install {known[name]}" if name in known else f"; did you mean {close[0]!r}?" if close else ""
-        return f"is no {kind} that is installed: {listed(names, most=50) or 'none'}{way}"
+        return f"is not installed (installed: {listed(names, most=50) or 'none'}){way}"
 
     def _package_strategy(self, name: str, requested: str | None) -> LoadingStrategy | None:
         entries = [entry for entry in self._of(STRATEGY) if entry.name == name]

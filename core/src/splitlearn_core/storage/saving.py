@@ -227,7 +227,9 @@ def _parts_of_checkpoint(
     planned = plan_and_fetch(model, split_points, requested, "auto", report)
     refuse_misfit(model, planned)
     checkpoint = model.checkpoint
-    together = companions(planned.table, checkpoint.weight_map)
+    # In a model of several models, tensors that no component uses are those of the others.
+    unused = () if model.family.text_config else checkpoint.weight_map
+    together = companions(planned.table, unused)
     keys = {
         part: {t.info.key for t in planned.split.component(part).tensors} | set(together[part]) for part in requested
     }

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from splitlearn_auto.answers import UnprovenSetting
 from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
-from splitlearn_auto.proving import cache_note, differences
+from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state
 
@@ -74,6 +73,7 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
             "ignored_suffixes": ignored_suffixes(model),
             "renamed": renamed or (),
             "transformers_tables": renamed is None or keeps_float32(model),
+            "measured_cache": keeps_states(model),
             "config_names": config_names(known),
             "config_defaults": config_defaults(known),
             "tiny_config": needed,
@@ -282,27 +282,26 @@ def _describe_cache(derived: Derived, config: Any) -> None:
         "cached_values": _LATENT,
         "config_defaults": {**derived.fields["config_defaults"], **stated},
     }
+    measured = {**derived.fields, "measured_cache": True}
     if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
         derived.fields = latent
+    elif not cache_note(model, ModelFamily(**measured)):
+        derived.fields = measured
     else:
         derived.notes.append(note)
 
 
 def _check_cache(config: Any) -> None:
-    """Refuse a type whose layers cache something other than keys and values; called if a split is not equal.
+    """Refuse a type that has no cache of transformers' own kind; called if a split is not equal.
 
     Raises:
-        CannotSplitError: They do.
+        CannotSplitError: It has none.
     """
     model = tiny_model(with_values(config, {}))
     cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
     if not isinstance(cache, Cache):
-        raise CannotSplitError(f"{type(model).__name__} has no key-value cache")
-    kinds = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, CacheLayerMixin)}
-    if kinds:
         raise CannotSplitError(
-            f"some of its layers cache a running state instead of keys and values ({', '.join(sorted(kinds))}), "
-            "and a component of only such layers cannot know how many tokens came before"
+            f"{type(model).__name__} keeps no cache of transformers' own kind: {type(cache).__name__}"
         )
 
 
