@@ -204,7 +204,7 @@ def test_a_load_shows_the_examination_and_blocks_nothing(held: Held, trunk: Mode
             await asyncio.to_thread(held.started.wait)
             async with asyncio.timeout(60):
                 # The manager takes over the progress of its workers several times a second.
-                while models.get_model_info("m").stage != "examining":
+                while models.get_model_info("m").stage != "examining":  # noqa: ASYNC110  # no event shows a stage
                     await asyncio.sleep(0)
             assert models.get_model_info("m").file == "llama"
             held.released.set()
