@@ -26,6 +26,12 @@ SAMPLE_REFUSED = ("bert", "bart", "mamba", "gemma3n", "rwkv", "jamba", "zamba")
 SAMPLE_WRITTEN = ("llama", "phi", "olmo2", "mixtral", "qwen2_moe", "deepseek_v3")
 
 
+@pytest.fixture(autouse=True)
+def without_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the plugin that would examine these types."""
+    monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "splitlearn-auto")
+
+
 @pytest.mark.parametrize("model_type", SAMPLE_REFUSED)
 def test_what_is_said_to_be_refused_is(model_type: str) -> None:
     assert model_type in REFUSED

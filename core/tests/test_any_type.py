@@ -134,13 +134,13 @@ def test_progress_is_passed_and_may_stop_it(any_type: Any) -> None:
     registry().family("any_thing", seen.append)
     assert seen == [Progress("examining", file="any_thing")]
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(progress: Progress) -> None:
-        raise Stopped
+        raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         registry().family("any_other", stop)
     assert registry().family("any_other").model_type == "any_other"
 

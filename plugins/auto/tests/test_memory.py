@@ -73,9 +73,7 @@ def test_a_refusal_is_kept_too() -> None:
 
 def test_unproven_settings_allow_no_cut() -> None:
     """With other values than the proven ones; a value that config.json omits, or has as null, is a proven one."""
-    setting = UnprovenSetting(
-        {"bias": True, "window": 4}, {"bias": False, "window": None}, "with bias=True: it differs"
-    )
+    setting = UnprovenSetting({"bias": True, "window": 4}, {"bias": False, "window": None}, "with a bias it differs")
     remember("llama", Answer(LLAMA.fields, (setting,)))
     answer = recall("llama")
     assert answer is not None
@@ -86,7 +84,7 @@ def test_unproven_settings_allow_no_cut() -> None:
         assert len(split_layers(family, {"num_hidden_layers": 6, **config}, (2, 4))) == 3
     unproven: tuple[dict[str, Any], ...] = ({"bias": True}, {"window": 4096})
     for config in unproven:
-        with pytest.raises(InvalidSplitError, match="no cut before layer 2: with bias=True: it differs"):
+        with pytest.raises(InvalidSplitError, match="no cut before layer 2: with a bias it differs"):
             split_layers(family, {"num_hidden_layers": 6, **config}, (2, 4))
 
 
@@ -180,12 +178,12 @@ def test_writers_at_the_same_time_leave_one_whole_file(kept: Path) -> None:
 
     def write(answer: Answer) -> None:
         together.wait()
-        for _ in range(20):
+        for _ in range(4):
             remember("llama", answer)
 
     def read() -> None:
         together.wait()
-        seen.extend(recall("llama") for _ in range(100))
+        seen.extend(recall("llama") for _ in range(20))
 
     threads = [threading.Thread(target=write, args=(answer,)) for answer in answers]
     threads.append(threading.Thread(target=read))

@@ -471,13 +471,3 @@ def test_the_command(world: Any, tmp_path: Path) -> None:
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "did you mean 'stablelm'" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def test_the_error_for_an_unknown_type_names_the_command(tmp_path: Path) -> None:
-    """Who has a model without a plugin is told how to write one."""
-    from splitlearn_core import UnknownModelTypeError, plan_split
-
-    (tmp_path / "config.json").write_text('{"model_type": "brandnew"}')
-    with pytest.raises(UnknownModelTypeError) as caught:
-        plan_split(tmp_path, (1, 2))
-    assert "splitlearn plugins new TYPE" in caught.value.hint

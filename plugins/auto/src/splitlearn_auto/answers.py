@@ -66,8 +66,8 @@ class _ProvenAlone:
     unproven: tuple[UnprovenSetting, ...]
 
     def __call__(self, config: Mapping[str, Any]) -> Mapping[int, str]:
-        layers = self.family.config_value(config, "num_hidden_layers")
-        reason = next((setting.reason for setting in self.unproven if setting.applies_to(config)), "")
+        values, layers = self.family.decoder_values(config), self.family.config_value(config, "num_hidden_layers")
+        reason = next((setting.reason for setting in self.unproven if setting.applies_to(values)), "")
         return dict.fromkeys(range(1, layers), reason) if reason and isinstance(layers, int) else {}
 
 
