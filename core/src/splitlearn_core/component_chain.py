@@ -62,7 +62,7 @@ class ComponentChain:
         passed = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
         return_dict = passed.pop("return_dict", self.config.return_dict)
         recordings = {name: passed.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
-        use_cache = passed.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
+        use_cache = passed.pop("use_cache", getattr(self.config, "use_cache", False)) and not self._is_recomputed(owner)
         cache = self._whole_cache(named_cache(passed, passed.pop("past_key_values", None)), use_cache)
         # generate passes on what it needs for stop_strings; the family's forward ignores it.
         passed.pop("tokenizer", None)
