@@ -23,6 +23,7 @@ BENCHMARKS = (
     "dtype",
     "memory",
     "sparse",
+    "experts",
     "threads",
     "generation",
     "spawn",

@@ -36,6 +36,9 @@ class ComponentChain:
         self.mixed_dtypes = mixed_dtypes
         self.crossings = crossings
         self.config = parts[Component.TOP].config
+        decoder = cast("ComponentModel", parts[Component.TOP]).decoder_config
+        self._caches = bool(getattr(decoder, "use_cache", False))
+        self._crosses_in_float32 = crosses_in_float32(decoder)
         bottom = cast("ComponentModel", parts[Component.BOTTOM])
         self.routing = bottom.routing
         self._own_cache = own_cache_class(bottom.base_model.forward)
@@ -62,10 +65,11 @@ class ComponentChain:
         passed = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
         return_dict = passed.pop("return_dict", self.config.return_dict)
         recordings = {name: passed.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
-        use_cache = passed.pop("use_cache", getattr(self.config, "use_cache", False)) and not self._is_recomputed(owner)
+        use_cache = passed.pop("use_cache", self._caches) and not self._is_recomputed(owner)
         cache = self._whole_cache(named_cache(passed, passed.pop("past_key_values", None)), use_cache)
         # generate passes on what it needs for stop_strings; the family's forward ignores it.
         passed.pop("tokenizer", None)
+        self.routing.refuse_others(passed)
         tokens = passed.pop("input_ids", None)
         first = {name: passed.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in passed}
         # The family's base model ignores what is meant for the head.
@@ -100,7 +104,7 @@ class ComponentChain:
     def _enter(self, number: int, output: Any) -> torch.Tensor:
         """Take hidden states across a cut: to the next component's device, and to its dtype if dtypes may differ."""
         hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        if not self.mixed_dtypes or crosses_in_float32(self.config):
+        if not self.mixed_dtypes or self._crosses_in_float32:
             return hidden.to(self.device(number))
         probe = self._probes[number]
         # Read from the parameters: .to(dtype) may have changed the dtype since.
@@ -174,8 +178,8 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
         result = BaseModelOutputWithPast(last_hidden_state=last.last_hidden_state, **recorded)
     for name, value in last.items():
         if name not in result and name not in {CACHE_FIELD, *RECORDINGS.values()}:
-            whole = tuple(item for output in outputs for item in output.get(name) or ())
-            result[name] = whole if isinstance(value, tuple) else value
+            of_all = isinstance(value, tuple)
+            result[name] = tuple(item for output in outputs for item in output.get(name) or ()) if of_all else value
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config
+from splitlearn_core.build.configuration import architecture_class, config_errors, decoder_config, hf_config
 from splitlearn_core.build.kv_cache import CACHE_FIELD, key_value_tensors, state_tensors
 from splitlearn_core.build.torch_state import BUILD_LOCK, own_modes
 from splitlearn_core.errors import ConfigurationError
@@ -50,13 +50,14 @@ def _measured(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> tup
             model.set_experts_implementation(_EXPERTS)
         cache = model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).get(CACHE_FIELD)
     sizes = () if cache is None else sizes_after_one_token(cache)
-    if not sizes or len(sizes) > own.num_hidden_layers:
+    layers = decoder_config(family, own).num_hidden_layers
+    if not sizes or len(sizes) > layers:
         raise ConfigurationError(
-            f"{name} has {own.num_hidden_layers} layers, and its cache {len(sizes)}",
+            f"{name} has {layers} layers, and its cache {len(sizes)}",
             hint=f"is the family {family.model_type!r} made for this version of transformers?",
         )
     # A cache may end with the last layer that has been used.
-    return sizes + (CacheSize(0),) * (own.num_hidden_layers - len(sizes))
+    return sizes + (CacheSize(0),) * (layers - len(sizes))
 
 
 def sizes_after_one_token(cache: Any) -> tuple[CacheSize, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,13 +11,19 @@ import torch
 import transformers
 from transformers import conversion_mapping, core_model_loading
 
-from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config, layer_count_set
+from splitlearn_core.build.configuration import (
+    architecture_class,
+    config_errors,
+    decoder_config,
+    hf_config,
+    layer_count_set,
+)
 from splitlearn_core.build.torch_state import skeleton
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import torch_dtype
 from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
-from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
+from splitlearn_core.plan.keys import KeyTarget, in_model, renamed
 
 #: transformers' operation -> ours, and the attributes that hold its dimensions.
 _OPERATIONS = {
@@ -27,7 +33,7 @@ _OPERATIONS = {
     "Transpose": ("transpose", ("dim0", "dim1")),
 }
 #: Attributes of an operation that make it depend on more than its sources.
-_CONDITIONS = ("check_dims", "num_shards_attribute")
+_CONDITIONS = ("num_shards_attribute",)
 
 
 def targets_by_tables(
@@ -64,6 +70,8 @@ _EXAMPLES: dict[tuple[str, str], Any] = {}
 _LAYERS = 4
 #: The number of a layer in a name, which does not matter.
 _NUMBER = re.compile(r"\.\d+\.")
+#: A number of its own in a pattern; not the one of a group, nor a digit of a word.
+_NAMES_NUMBER = re.compile(r"(?<![\w\\])\d")
 
 
 def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
@@ -76,8 +84,9 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
         return _EXAMPLES[key]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, "bfloat16")
-    layers = min(own.num_hidden_layers, _LAYERS)
-    with skeleton(own.dtype), config_errors(family, name), layer_count_set(own, layers):
+    decoder = decoder_config(family, own)
+    layers = min(decoder.num_hidden_layers, _LAYERS)
+    with skeleton(own.dtype), config_errors(family, name), layer_count_set(decoder, layers):
         _EXAMPLES[key] = architecture_class(family)(own)
     return _EXAMPLES[key]
 
@@ -89,32 +98,82 @@ def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[s
     table = conversion_mapping.get_model_conversion_mapping(_EXAMPLES[family.architecture, family.model_type])
     converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
     renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
-    mapped = map_keys(family, checkpoint_keys)
     targets: dict[str, KeyTarget] = {}
     #: First target -> its converter, and the sources by the pattern that they match.
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-    # In transformers' order: tensors are merged in it.
-    for key in sorted(checkpoint_keys, key=core_model_loading.dot_natural_key):
-        if mapped[key] is None:
+    rename = _by_layer(family, renamings, converters)
+    for key in checkpoint_keys:
+        if renamed(family, key).endswith(family.ignored_suffixes):
             targets[key] = None
             continue
-        name = key
-        for old, new in family.renamed:
-            name = name.replace(old, new)
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        pattern = converter = None
-        for converter in converters:
-            name, pattern = converter.rename_source_key(name)
-            if pattern is not None:
-                break
-        target = targets[key] = with_base(family, name)
-        if pattern is not None:
+        name, converter, pattern = rename(key)
+        target = targets[key] = in_model(family, name)
+        if pattern is not None and target is not None:
             collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
     for target, (converter, sources) in collected.items():
         conversion = _conversion(family, converter, sources, target)
         targets |= dict.fromkeys(conversion.keys, conversion)
     return targets
+
+
+def _natural_order(key: str) -> list[Any]:
+    return [_part_order(part) for part in key.split(".")]
+
+
+@lru_cache(maxsize=2**14)
+def _part_order(part: str) -> Any:
+    """Return transformers' order of a part of a name between dots: few of those differ in a model."""
+    return core_model_loading.dot_natural_key(part)
+
+
+def _by_layer(
+    family: ModelFamily, renamings: Sequence[Any], converters: Sequence[Any]
+) -> Callable[[str], tuple[str, Any, str | None]]:
+    """Return a function from a checkpoint key to its name, and to its converter and the pattern of that, if any.
+
+    Names that differ in the number of the layer alone are renamed alike, so that one of each is enough.
+    """
+    patterns = [old for old, _ in family.renamed]
+    patterns += [
+        text for entry in (*renamings, *converters) for text in (*entry.source_patterns, *entry.target_patterns)
+    ]
+    if any(_NAMES_NUMBER.search(pattern) for pattern in patterns):
+        return lambda key: _renamed(family, renamings, converters, key)
+    known: dict[tuple[str, int, str], tuple[str, str, Any, str | None]] = {}
+
+    def rename(key: str) -> tuple[str, Any, str | None]:
+        before, number, after = _around_number(key)
+        # Patterns may count digits.
+        kind = before, len(number), after
+        if kind in known:
+            start, end, converter, pattern = known[kind]
+            return f"{start}{number}{end}", converter, pattern
+        name, converter, pattern = _renamed(family, renamings, converters, key)
+        start, same, end = _around_number(name)
+        if number and same == number and f".{number}." not in after:
+            known[kind] = start, end, converter, pattern
+        return name, converter, pattern
+
+    return rename
+
+
+def _around_number(name: str) -> tuple[str, str, str]:
+    """Split a name around the first number between dots; all but the first are empty if there is none."""
+    match = _NUMBER.search(name)
+    return (name[: match.start() + 1], match[0][1:-1], name[match.end() - 1 :]) if match else (name, "", "")
+
+
+def _renamed(
+    family: ModelFamily, renamings: Sequence[Any], converters: Sequence[Any], name: str
+) -> tuple[str, Any, str | None]:
+    name = renamed(family, name)
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    for converter in converters:
+        name, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return name, converter, pattern
+    return name, None, None
 
 
 def _conversion(
@@ -123,7 +182,8 @@ def _conversion(
     """Translate a converter that has collected its sources."""
     first, *others = converter.target_patterns
     before, _, after = target.partition(first)
-    groups = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+    # In transformers' order: tensors are merged in it.
+    groups = [sorted(sources[each], key=_natural_order) for each in converter.source_patterns if each in sources]
     operations = []
     for operation in converter.operations:
         name = type(operation).__name__
@@ -134,9 +194,18 @@ def _conversion(
                 f"have ({operation!r})",
                 hint=f"save the model with transformers in its own layout, or report it: {family.model_type}",
             )
-        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1])))
+        # Some files have tensors as the module has them already.
+        unless = _shape(family, target) if getattr(operation, "check_dims", False) else None
+        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1]), unless))
     return WeightConversion(
         sources=tuple(map(tuple, groups)),
         targets=(target, *(f"{before}{other}{after}" for other in others)),
         operations=tuple(operations),
     )
+
+
+def _shape(family: ModelFamily, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor of the module; that of the same tensor of another layer if the example lacks it."""
+    alike = _NUMBER.sub(".", name)
+    state = _EXAMPLES[family.architecture, family.model_type].state_dict()
+    return next((tuple(tensor.shape) for key, tensor in state.items() if _NUMBER.sub(".", key) == alike), None)

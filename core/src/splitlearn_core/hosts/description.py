@@ -29,7 +29,8 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
     """
     config: Any = component.config
     layers = component.new_cache().layers
-    kinds, owned = getattr(config, "layer_types", None), component.layer_range
+    decoder, owned = component.decoder_config, component.layer_range
+    kinds = getattr(decoder, "layer_types", None)
     caches = layer_caches(layers, None if kinds is None else kinds[owned.start : owned.end])
     if caches is None:
         unknown = ", ".join(sorted({type(layer).__name__ for layer in layers}))
@@ -45,10 +46,10 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
         component=str(component.component),
         layers=(owned.start, owned.end, owned.total),
         model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        hidden_size=decoder.hidden_size,
+        vocab_size=decoder.vocab_size,
         dtype=dtype,
-        crosses_in_float32=crosses_in_float32(config),
+        crosses_in_float32=crosses_in_float32(decoder),
         digest=weights_digest(component),
         attention=str(getattr(config, "_attn_implementation", None) or "eager"),
         versions=library_versions(),
@@ -85,5 +86,7 @@ def weights_digest(module: nn.Module) -> str:
 
 def _has_dropout(component: ComponentModel) -> bool:
     rates = [module.p for module in component.modules() if isinstance(module, nn.Dropout)]
-    values = [getattr(component.config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")]
+    values = [
+        getattr(component.decoder_config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")
+    ]
     return any(rates) or any(values)

@@ -129,7 +129,7 @@ class RemoteComponent(nn.Module):
         if kind_of(facts.component) is not Component.TRUNK:
             raise ConfigurationError(f"{host.url} runs a {facts.component}; only trunks are used remotely")
         #: ``SplitCausalLM`` compares these with the other components.
-        self.config = SimpleNamespace(
+        self.config = self.decoder_config = SimpleNamespace(
             model_type=facts.model_type, hidden_size=facts.hidden_size, vocab_size=facts.vocab_size
         )
         #: Stand-ins for the layers, by their number in the whole model.

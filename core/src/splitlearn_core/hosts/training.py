@@ -65,7 +65,7 @@ class Mode:
         """Read the mode from the meta of a frame.
 
         Raises:
-            RemoteStepError: It is no mode.
+            RemoteStepError: It is not a mode.
         """
         training, autocast = meta.get("training"), meta.get("autocast")
         if training not in (None, True, False) or not (
@@ -112,7 +112,7 @@ class TrainingUsage:
 def _names(value: Any) -> tuple[str, ...]:
     """Check names of pieces."""
     if not isinstance(value, list) or len(value) > _MAX_PIECES or not all(isinstance(name, str) for name in value):
-        raise RemoteStepError("the pieces of an adapter are no list of names, or too many", code="bad_input")
+        raise RemoteStepError("the pieces of an adapter are not a list of names, or too many", code="bad_input")
     return tuple(value)
 
 
@@ -297,7 +297,7 @@ class Running:
         """
         wanted = meta.get("wanted", [])
         if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
-            raise RemoteStepError("what gradients are wanted of is no list of names", code="bad_input")
+            raise RemoteStepError("the names of the wanted gradients are not a list of names", code="bad_input")
         unknown = [name for name in wanted if name not in self.parameters]
         if unknown:
             raise RemoteStepError(f"a gradient is wanted of {unknown[0][:200]}, which was not sent", code="bad_input")

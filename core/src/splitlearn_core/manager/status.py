@@ -81,7 +81,7 @@ class ModelInfo:
     generation: int
     model_type: str
     component: str | None
-    #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``, ``verifying``,
+    #: ``resolving``, ``examining``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``, ``verifying``,
     #: ``warming up``, or empty where no worker is at work.
     stage: str = ""
     bytes_done: int = 0

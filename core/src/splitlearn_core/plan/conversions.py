@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count
+from operator import mul
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.quoting import listed
@@ -26,6 +29,8 @@ class WeightOperation:
     name: str
     #: The dimension; two for ``transpose``.
     dims: tuple[int, ...]
+    #: The shape of tensors that are not transposed, because they already are; None for none.
+    unless: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse an unknown operation, and dimensions that it does not take."""
@@ -121,7 +126,8 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 class _Box:
     """A part of a source at its position in an array."""
 
-    key: str
+    #: The number of the source, counted over all groups.
+    source: int
     start: tuple[int, ...]
     sizes: tuple[int, ...]
     offset: int
@@ -148,19 +154,43 @@ def places_of(
     """
     if absent := [name for group in conversion.sources for name in _left_out(group)]:
         raise ValueError(f"there is no {listed(absent, most=3)}")
-    groups = [[_whole(key, shapes[key]) for key in group] for group in conversion.sources]
-    for operation in conversion.operations:
-        groups = _applied(operation, groups, len(conversion.targets))
-    results = [array for group in groups for array in group]
+    keys = conversion.keys
+    results = _layout(
+        tuple(tuple(shapes[key] for key in group) for group in conversion.sources),
+        conversion.operations,
+        len(conversion.targets),
+    )
     if len(results) != len(conversion.targets):
-        raise ValueError(f"{len(results)} tensors come of {_count(conversion.keys)}, not {len(conversion.targets)}")
-    places: dict[str, list[Place]] = {key: [] for key in conversion.keys}
-    for target, array in zip(conversion.targets, results, strict=True):
-        strides = contiguous_strides(array.shape)
-        for box in array.boxes:
-            begin = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
-            places[box.key].append(Place(target, box.sizes, box.offset, box.strides, begin, strides))
-    return {target: array.shape for target, array in zip(conversion.targets, results, strict=True)}, places
+        raise ValueError(f"{len(results)} tensors come of {_count(keys)}, not {len(conversion.targets)}")
+    places: dict[str, list[Place]] = {key: [] for key in keys}
+    for target, (shape, parts) in zip(conversion.targets, results, strict=True):
+        strides = contiguous_strides(shape)
+        for box, begin in parts:
+            places[keys[box.source]].append(Place(target, box.sizes, box.offset, box.strides, begin, strides))
+    return {target: shape for target, (shape, _) in zip(conversion.targets, results, strict=True)}, places
+
+
+# The layers of a model are alike, and each may have hundreds of experts.
+@lru_cache(maxsize=16)
+def _layout(
+    shapes: tuple[tuple[tuple[int, ...], ...], ...], operations: tuple[WeightOperation, ...], pieces: int
+) -> list[tuple[tuple[int, ...], list[tuple[_Box, int]]]]:
+    """Return the shape of each tensor that is made, its parts, and the first element of each in it.
+
+    Args:
+        shapes: Of the sources, in groups.
+        operations: Applied one after the other.
+        pieces: The number of targets.
+    """
+    numbers = count()
+    groups = [[_whole(next(numbers), shape) for shape in group] for group in shapes]
+    for operation in operations:
+        groups = _applied(operation, groups, pieces)
+    return [
+        (array.shape, [(box, sum(map(mul, box.start, contiguous_strides(array.shape)))) for box in array.boxes])
+        for group in groups
+        for array in group
+    ]
 
 
 def _left_out(group: Sequence[str]) -> list[str]:
@@ -182,8 +212,8 @@ def _left_out(group: Sequence[str]) -> list[str]:
     ]
 
 
-def _whole(key: str, shape: tuple[int, ...]) -> _Array:
-    return _Array(shape, (_Box(key, (0,) * len(shape), shape, 0, contiguous_strides(shape)),))
+def _whole(source: int, shape: tuple[int, ...]) -> _Array:
+    return _Array(shape, (_Box(source, (0,) * len(shape), shape, 0, contiguous_strides(shape)),))
 
 
 def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int) -> list[list[_Array]]:
@@ -196,7 +226,10 @@ def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int
     if operation.name == "concatenate":
         return [[_joined(arrays, dim)]]
     if operation.name == "transpose":
-        return [[_exchanged(array, *operation.dims) for array in group] for group in groups]
+        return [
+            [array if array.shape == operation.unless else _exchanged(array, *operation.dims) for array in group]
+            for group in groups
+        ]
     if len(arrays) != 1 or arrays[0].shape[dim] % pieces:
         raise ValueError(f"{_shapes(arrays)} cannot be cut into {pieces} along dimension {dim}")
     length = arrays[0].shape[dim] // pieces

@@ -28,6 +28,7 @@ from splitlearn_core.types import (
 MIXED = "mixed"
 #: The dtype in which transformers keeps some tensors of models in narrower ones.
 _WIDE = "float32"
+_FLOATS = frozenset(FLOAT_DTYPES.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +325,9 @@ def _stated_dtype(config: Mapping[str, Any]) -> str | None:
 
 def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
     """Bytes of one tensor once loaded: floating tensors are converted to the dtype, others keep theirs."""
-    stored = tensor.info.dtype
-    target = FLOAT_DTYPES[tensor.kept_dtype or dtype] if stored in FLOAT_DTYPES.values() else stored
-    return tensor.elements * DTYPE_BYTES[target]
+    info = tensor.info
+    target = FLOAT_DTYPES[tensor.kept_dtype or dtype] if info.dtype in _FLOATS else info.dtype
+    return math.prod(info.shape) * DTYPE_BYTES[target]
 
 
 def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtypes: Iterable[str]) -> int:

@@ -12,6 +12,7 @@ import re
 PACKAGES = {
     "gemma": "splitlearn-gemma",
     "gemma2": "splitlearn-gemma",
+    "gemma3": "splitlearn-gemma",
     "gemma3_text": "splitlearn-gemma",
     "gpt2": "splitlearn-gpt2",
     "qwen2": "splitlearn-qwen2",
@@ -27,7 +28,7 @@ COMMANDS = {
     "serve": ("splitlearn-serve", "Keep models loaded, with a status page."),
     "unload": ("splitlearn-serve", "Have a running `serve` unload a model."),
 }
-#: Types that ``splitlearn plugins new`` writes a package for.
+#: Types that splitlearn-auto provides, and ``splitlearn plugins new`` writes a package for.
 _WRITTEN = """
     afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 beam biogpt bitnet bloom codegen cohere cohere2
     cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge ernie4_5 ernie4_5_moe exaone4
@@ -60,18 +61,6 @@ _ENCODER_DECODERS = """
     switch_transformers t5 t5gemma t5gemma2 umt5
 """
 ENCODER_DECODERS = frozenset(_ENCODER_DECODERS.split())
-#: A checkpoint of several models -> the type of its language model, and the code that saves that model.
-_TEXT_OF = {
-    "gemma3": (
-        "gemma3_text",
-        """
-from transformers import AutoModelForImageTextToText, Gemma3ForCausalLM
-whole = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="auto")
-text = Gemma3ForCausalLM(whole.config.text_config)
-text.model, text.lm_head = whole.model.language_model, whole.lm_head
-text.save_pretrained(DIR)""",
-    )
-}
 _CANNOT = (
     "cannot be split: their layers are not a plain sequence as in a decoder, or the tensors in the file are not those "
     "of the model; the manager loads one as a whole, with model_type 'huggingface'"
@@ -81,15 +70,21 @@ _ENCODES = (
     "transformers itself loads one: AutoModelForSeq2SeqLM, or the class that config.json names"
 )
 _TYPE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}", re.IGNORECASE)
+_AUTO = "pip install splitlearn-auto"
 _CHECK = 'check "model_type" in config.json; if its plugin is installed, splitlearn doctor says why it is not found'
+
+
+def is_type_name(model_type: object) -> bool:
+    """Return whether a value, which may come from an untrusted file, looks like a model type."""
+    return isinstance(model_type, str) and _TYPE.fullmatch(model_type) is not None
 
 
 def is_known(model_type: str) -> bool:
     """Return whether a table lists the model type; it is then not a misspelling of another."""
-    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS, *_TEXT_OF}
+    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS}
 
 
-def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False) -> str:
+def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False, for_any: str = "") -> str:
     """Return what to do with a model of a type that no installed plugin provides.
 
     The type comes from an untrusted config.json: a command contains it only if a table lists it.
@@ -98,24 +93,14 @@ def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool
         model_type: The type.
         provided: The types that installed plugins provide.
         encodes: Whether the model has an encoder according to its configuration (``is_encoder_decoder``).
+        for_any: How to use the plugin for any type, if it is installed.
     """
-    if not isinstance(model_type, str) or not _TYPE.fullmatch(model_type):
+    if not isinstance(model_type, str) or not is_type_name(model_type):
         return _CHECK
-    if model_type in _TEXT_OF:
-        text, lines = _TEXT_OF[model_type]
-        first = f"a {model_type} checkpoint also contains an image model; its language model is of type {text}"
-        package = "" if text in provided else f" (pip install {PACKAGES[text]})"
-        return f"{first}{package}. Save only that, with transformers, and load DIR:{lines}"
     if model_type in PACKAGES:
         return f"try: pip install {PACKAGES[model_type]}, or {_CHECK}"
-    if model_type in WRITTEN:
-        return f"write a plugin: splitlearn plugins new {model_type} --out DIR, or {_CHECK}"
     cannot = _CANNOT if model_type in REFUSED else _ENCODES if encodes or model_type in ENCODER_DECODERS else ""
     if cannot:
         return f"models of type {model_type} {cannot}"
-    return f"{_CHECK}; splitlearn plugins new TYPE says whether models of a type can be split"
-
-
-def text_model(model_type: str, provided: tuple[str, ...] = ()) -> str:
-    """Return how to save the language model of a checkpoint of several models; empty if that is unknown."""
-    return way_out(model_type, provided) if model_type in _TEXT_OF else ""
+    doubt = "" if for_any or model_type in WRITTEN else ", which finds out whether models of the type can be split"
+    return f"{for_any or _AUTO}{doubt}, or {_CHECK}"

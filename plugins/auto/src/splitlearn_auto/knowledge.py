@@ -17,7 +17,6 @@ from splitlearn_core.extension import (
     quote,
     read_config,
     registry,
-    text_model,
     unbundled,
     user_path,
     way_out,
@@ -94,8 +93,7 @@ def check_config(model_type: str, known: Any) -> None:
     if text is not known:
         raise CannotSplitError(
             f"{model_type} is made of several models ({', '.join(known.sub_configs)})",
-            hint=text_model(model_type, registry().model_types())
-            or f"its language model is of type {text.model_type}: save only that, as a checkpoint of its own",
+            hint=f"its language model is of type {text.model_type}: save only that, as a checkpoint of its own",
         )
     if type(getattr(known, "num_hidden_layers", None)) is not int:
         raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
