@@ -60,8 +60,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "minimax": (
         {},
         {
-            **{"layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"]},
-            **{"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "head_dim": 8,
         },
     ),
     # Layers that cache nothing.

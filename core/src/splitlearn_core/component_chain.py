@@ -41,7 +41,8 @@ class ComponentChain:
         self._crosses_in_float32 = crosses_in_float32(decoder)
         bottom = cast("ComponentModel", parts[Component.BOTTOM])
         self.routing = bottom.routing
-        self._own_cache = own_cache_class(bottom.base_model.forward)
+        #: The class of cache that the model insists on, which keeps running states; None for none.
+        self.own_cache = own_cache_class(bottom.base_model.forward)
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
         # A parameter of each, for its device and dtype without walking the module at every token. A component that runs
         # elsewhere has none: it takes hidden states on any device.
@@ -121,7 +122,7 @@ class ComponentChain:
         if cache is None:
             if not use_cache:
                 return None
-            return DynamicCache(config=self.config) if self._own_cache is None else self._own_cache()
+            return DynamicCache(config=self.config) if self.own_cache is None else self.own_cache()
         refusal = "" if is_paged(cache) else _cache_refusal(cache)
         if refusal:
             raise ConfigurationError(
