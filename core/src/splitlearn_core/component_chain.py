@@ -60,7 +60,7 @@ class ComponentChain:
         passed = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
         return_dict = passed.pop("return_dict", self.config.return_dict)
         recordings = {name: passed.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
-        use_cache = passed.pop("use_cache", self.config.use_cache) and not self._is_recomputed(owner)
+        use_cache = passed.pop("use_cache", getattr(self.config, "use_cache", None)) and not self._is_recomputed(owner)
         cache = self._whole_cache(named_cache(passed, passed.pop("past_key_values", None)), use_cache)
         # generate passes on what it needs for stop_strings; the family's forward ignores it.
         passed.pop("tokenizer", None)
@@ -168,8 +168,8 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
         result = BaseModelOutputWithPast(last_hidden_state=last.last_hidden_state, **recorded)
     for name, value in last.items():
         if name not in result and name not in {CACHE_FIELD, *RECORDINGS.values()}:
-            whole = tuple(item for output in outputs for item in output.get(name) or ())
-            result[name] = whole if isinstance(value, tuple) else value
+            is_recorded = isinstance(value, tuple)
+            result[name] = tuple(item for each in outputs for item in each.get(name) or ()) if is_recorded else value
     return result
 
 

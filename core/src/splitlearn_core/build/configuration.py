@@ -72,7 +72,7 @@ def hf_config(
     Raises:
         ConfigurationError: The configuration class refuses a value.
     """
-    config_class = architecture_class(family).config_class
+    config_class = config_class_of(family)
     with BUILD_LOCK, config_errors(family, name_or_path):
         own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
         # Components access results by name, so return_dict is always set. Not with from_dict, which also
@@ -81,6 +81,21 @@ def hf_config(
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
     return config
+
+
+def config_class_of(family: ModelFamily) -> Any:
+    """Return the configuration class of a family's model type.
+
+    Some types (EXAONE) use another type's model with a configuration, and names of tensors, of their own.
+    """
+    own = architecture_class(family).config_class
+    if getattr(own, "model_type", "") != family.model_type and ":" not in family.architecture:
+        from transformers import CONFIG_MAPPING
+
+        stated = CONFIG_MAPPING.get(family.model_type, own)
+        # That of a model of several is not the one of its text model.
+        return own if stated.sub_configs else stated
+    return own
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
-from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config
+from splitlearn_core.build.configuration import architecture_class, config_class_of, config_errors, hf_config
 from splitlearn_core.build.conversion_tables import names_in_float32, targets_by_tables
 from splitlearn_core.build.kv_cache import cache_argument
 from splitlearn_core.build.pruning import layer_at, prune
@@ -240,7 +240,7 @@ def _config(family: ModelFamily, config: Any) -> Any:
     """Return the configuration as an instance of the family's class; a mapping holds the values of ``config.json``."""
     if isinstance(config, Mapping):
         return hf_config(family, config, "the given config", "float32")
-    expected = architecture_class(family).config_class
+    expected = config_class_of(family)
     if not isinstance(expected, type) or not isinstance(config, expected):
         raise ConfigurationError(
             f"config is a {type(config).__name__}, not the configuration of a {family.model_type} model",
