@@ -19,7 +19,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("model-types.md")
-PRELOADED = ["torch", "transformers", "transformers.models.auto.modeling_auto", "splitlearn_auto.examining", "model_types"]
+PRELOADED = [
+    "torch",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "splitlearn_auto.examining",
+    "model_types",
+]
 NOT_THERE = "-"
 _HEADING = re.compile(r"^\| type \|.*$", re.MULTILINE)
 #: Figures of a reason that depend on the machine.

@@ -92,7 +92,8 @@ def config_class_of(family: ModelFamily) -> Any:
     if getattr(own, "model_type", "") != family.model_type and ":" not in family.architecture:
         from transformers import CONFIG_MAPPING
 
-        stated = CONFIG_MAPPING.get(family.model_type, own)
+        # Not get(), which sees only what was imported already.
+        stated = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else own  # noqa: SIM401
         # That of a model of several is not the one of its text model.
         return own if stated.sub_configs else stated
     return own

@@ -135,8 +135,9 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     while attempts:
         needed = attempts.popleft()
         try:
-            config = _config(model_type, {**sizes, **needed})
-            parameters = _parameters(config)
+            parameters = _parameters(_config(model_type, {**sizes, **needed}))
+            if parameters <= _MAX_PARAMETERS:
+                _check_forward(_config(model_type, {**sizes, **needed}))
         # Classes of transformers raise any exception for values that do not fit.
         except Exception as error:  # noqa: BLE001
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
@@ -268,9 +269,11 @@ def with_values(config: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _config(model_type: str, values: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    config = AutoConfig.for_model(model_type, **values)
+    config_class = CONFIG_MAPPING[model_type]
+    # By its own names: what it computes of them is computed before it knows others.
+    config = config_class(**{config_class.attribute_map.get(name, name): value for name, value in values.items()})
     config.dtype = torch.float32
     return config
 
@@ -282,6 +285,14 @@ def _parameters(config: Any) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def _check_forward(config: Any) -> None:
+    """Run a model: some values are missed by its code only then."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(config).eval()(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
 def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
