@@ -19,13 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("model-types.md")
-PRELOADED = [
-    "torch",
-    "transformers",
-    "transformers.models.auto.modeling_auto",
-    "splitlearn_auto.examining",
-    "model_types",
-]
+PRELOADED = ["torch", "transformers.models.auto.modeling_auto", "splitlearn_auto.examining", "model_types"]
 NOT_THERE = "-"
 _HEADING = re.compile(r"^\| type \|.*$", re.MULTILINE)
 #: Figures of a reason that depend on the machine.
@@ -41,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="only these, and whether they were examined or not")
     parser.add_argument("--rows", type=Path, default=Path(f"build/model-types-{version}.jsonl"))
+    parser.add_argument("--again", action="store_true", help="also those that could not be split in an earlier run")
     parser.add_argument("--seconds", type=float, default=600, help="the limit of each type")
     options = parser.parse_args()
     options.rows.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +43,8 @@ def main() -> None:
     every = causal_types()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    for model_type in options.types or [name for name in every if name not in answers]:
+    done = {name for name, answer in answers.items() if splits(answer) or not options.again}
+    for model_type in options.types or [name for name in every if name not in done]:
         answer = examined_apart(context, model_type, options.seconds)
         print(f"{model_type}: {answer}", flush=True)
         with options.rows.open("a", encoding="utf-8") as file:
