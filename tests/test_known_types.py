@@ -22,7 +22,7 @@ pytestmark = pytest.mark.libs
 
 IDS = torch.tensor([[5, 17, 42, 99, 3]])
 #: Not of a family of its own, and quick to look at.
-SAMPLE_REFUSED = ("bert", "bart", "mamba", "gemma3n", "rwkv", "jamba", "zamba")
+SAMPLE_REFUSED = ("bert", "bart", "gemma3n", "rwkv", "recurrent_gemma", "zamba")
 SAMPLE_WRITTEN = ("llama", "phi", "olmo2", "mixtral", "qwen2_moe", "deepseek_v3")
 
 

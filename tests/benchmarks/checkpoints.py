@@ -145,7 +145,7 @@ def sparse(layers: int, *, quick: bool) -> Recipe:
 
 def experts(*, quick: bool) -> Recipe:
     """A small Qwen3-MoE of 3 GB in bfloat16, shards of 1 GB: a tensor for each expert."""
-    sizes = (64, 6, 4, 2, 16, 4, 32, 512) if quick else (2048, 12, 16, 4, 128, 32, 384, 32000)
+    sizes = (64, 6, 4, 2, 16, 4, 32, 512) if quick else (2048, 12, 16, 4, 128, 32, 576, 32000)
     return Recipe("experts", _qwen3_moe_config(*sizes), "BF16", 200_000 if quick else GB)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from checkpoints import Checkpoint, experts, qwen2, sparse_experts
-from measuring import Session, interleave, read_through, sample
+from measuring import Session, interleave, is_installed, read_through, sample
 from report import Row, Sample, at_most, faster
 from trunk import measurement
 
@@ -15,6 +15,9 @@ _SIZE_SHARE, _BANDWIDTH_SHARE, _WHOLE_TIMES, _PEAK_SHARE = 1.5, 0.7, 3.0, 1.1
 
 
 def run(session: Session) -> None:
+    if not is_installed("splitlearn_auto"):
+        session.add(Row(NAME, "qwen3_moe", note="splitlearn-auto is not installed"))
+        return
     _size(session)
     (checkpoint,) = session.models((experts,))
     read_through(checkpoint.files)

@@ -36,10 +36,13 @@ class ComponentChain:
         self.mixed_dtypes = mixed_dtypes
         self.crossings = crossings
         self.config = parts[Component.TOP].config
-        self._caches = bool(cast("ComponentModel", parts[Component.TOP]).decoder_config.use_cache)
+        decoder = cast("ComponentModel", parts[Component.TOP]).decoder_config
+        self._caches = bool(getattr(decoder, "use_cache", False))
+        self._crosses_in_float32 = crosses_in_float32(decoder)
         bottom = cast("ComponentModel", parts[Component.BOTTOM])
         self.routing = bottom.routing
-        self._own_cache = own_cache_class(bottom.base_model.forward)
+        #: The class of cache that the model insists on, which keeps running states; None for none.
+        self.own_cache = own_cache_class(bottom.base_model.forward)
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
         # A parameter of each, for its device and dtype without walking the module at every token. A component that runs
         # elsewhere has none: it takes hidden states on any device.
@@ -102,7 +105,7 @@ class ComponentChain:
     def _enter(self, number: int, output: Any) -> torch.Tensor:
         """Take hidden states across a cut: to the next component's device, and to its dtype if dtypes may differ."""
         hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        if not self.mixed_dtypes or crosses_in_float32(self.config):
+        if not self.mixed_dtypes or self._crosses_in_float32:
             return hidden.to(self.device(number))
         probe = self._probes[number]
         # Read from the parameters: .to(dtype) may have changed the dtype since.
@@ -119,7 +122,7 @@ class ComponentChain:
         if cache is None:
             if not use_cache:
                 return None
-            return DynamicCache(config=self.config) if self._own_cache is None else self._own_cache()
+            return DynamicCache(config=self.config) if self.own_cache is None else self.own_cache()
         refusal = "" if is_paged(cache) else _cache_refusal(cache)
         if refusal:
             raise ConfigurationError(

@@ -266,7 +266,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         """Refuse to draft tokens that a running state could not give back; transformers does so in other words."""
         drafts = {name: kwargs.get(name, getattr(settings, name, None)) for name in _DRAFTS}
         named = next((name for name, value in drafts.items() if value is not None), None)
-        if named is not None and getattr(self, "_is_stateful", False):
+        if named is not None and (getattr(self, "_is_stateful", False) or self._chain.own_cache is not None):
             raise ConfigurationError(
                 f"a {self.config.model_type} keeps running states, which cannot give back drafted tokens ({named})",
                 hint="generate without it",

@@ -291,7 +291,7 @@ class ComponentModel(PreTrainedModel):
             hidden_states.device.type
         ):
             own = {parameter.dtype for parameter in self.parameters()}
-            if crosses_in_float32(self.config):
+            if crosses_in_float32(self.decoder_config):
                 own.add(torch.float32)
             if hidden_states.dtype not in own:
                 names = " and ".join(sorted(map(str, own)))

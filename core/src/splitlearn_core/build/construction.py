@@ -16,6 +16,7 @@ from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problem
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
 from splitlearn_core.build.configuration import (
     architecture_class,
+    config_class_of,
     config_errors,
     decoder_config,
     hf_config,
@@ -246,7 +247,7 @@ def _config(family: ModelFamily, config: Any) -> Any:
     """Return the configuration as an instance of the family's class; a mapping holds the values of ``config.json``."""
     if isinstance(config, Mapping):
         return hf_config(family, config, "the given config", "float32")
-    expected = architecture_class(family).config_class
+    expected = config_class_of(family)
     if not isinstance(expected, type) or not isinstance(config, expected):
         raise ConfigurationError(
             f"config is a {type(config).__name__}, not the configuration of a {family.model_type} model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
@@ -30,6 +31,7 @@ _OPERATIONS = {
     "MergeModulelist": ("stack", ("dim",)),
     "Concatenate": ("concatenate", ("dim",)),
     "Chunk": ("chunk", ("dim",)),
+    "Split": ("split", ("dim",)),
     "Transpose": ("transpose", ("dim0", "dim1")),
 }
 #: Attributes of an operation that make it depend on more than its sources.
@@ -49,8 +51,7 @@ def targets_by_tables(
     Raises:
         CheckpointError: The table has an operation that is not supported.
     """
-    _example(family, config)
-    return _targets(family, tuple(checkpoint_keys))
+    return _targets(family, _example(family, config), tuple(checkpoint_keys))
 
 
 def names_in_float32(
@@ -64,8 +65,9 @@ def names_in_float32(
     return {name for name in module_keys if _NUMBER.sub(".", name) in wide or (kept is not None and kept.search(name))}
 
 
-#: Class and model type -> a model of few layers without values, in a narrow dtype.
-_EXAMPLES: dict[tuple[str, str], Any] = {}
+#: Class, model type and configuration -> a model of few layers without values, in a narrow dtype.
+_EXAMPLES: dict[tuple[str, str, str], Any] = {}
+_MOST_EXAMPLES = 8
 #: Layers of one: the first may differ from the others.
 _LAYERS = 4
 #: The number of a layer in a name, which does not matter.
@@ -77,11 +79,14 @@ _NAMES_NUMBER = re.compile(r"(?<![\w\\])\d")
 def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
     """Return a small model without values.
 
-    transformers' tables are those of its class and its submodels; tensors that are float32 in it are so in every model.
+    transformers' tables are those of its class and its submodels; tensors that are float32 in it are so in every model,
+    and each layer of the model is like one of them.
     """
-    key = family.architecture, family.model_type
+    key = family.architecture, family.model_type, json.dumps({**config}, sort_keys=True, default=str)
     if key in _EXAMPLES:
         return _EXAMPLES[key]
+    while len(_EXAMPLES) >= _MOST_EXAMPLES:
+        del _EXAMPLES[next(iter(_EXAMPLES))]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, "bfloat16")
     decoder = decoder_config(family, own)
@@ -93,12 +98,13 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
 
 # A plan maps the same keys several times, and there may be tens of thousands.
 @lru_cache(maxsize=8)
-def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[str, KeyTarget]:
+def _targets(family: ModelFamily, example: Any, checkpoint_keys: tuple[str, ...]) -> Mapping[str, KeyTarget]:
     # Built again each time, because some entries remember which keys they have seen.
-    table = conversion_mapping.get_model_conversion_mapping(_EXAMPLES[family.architecture, family.model_type])
+    table = conversion_mapping.get_model_conversion_mapping(example)
     converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
     renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
     targets: dict[str, KeyTarget] = {}
+    shapes = {_NUMBER.sub(".", name): tuple(tensor.shape) for name, tensor in example.state_dict().items()}
     #: First target -> its converter, and the sources by the pattern that they match.
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     rename = _by_layer(family, renamings, converters)
@@ -111,7 +117,7 @@ def _targets(family: ModelFamily, checkpoint_keys: tuple[str, ...]) -> Mapping[s
         if pattern is not None and target is not None:
             collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
     for target, (converter, sources) in collected.items():
-        conversion = _conversion(family, converter, sources, target)
+        conversion = _conversion(family, converter, sources, target, shapes)
         targets |= dict.fromkeys(conversion.keys, conversion)
     return targets
 
@@ -177,11 +183,16 @@ def _renamed(
 
 
 def _conversion(
-    family: ModelFamily, converter: Any, sources: Mapping[str, Sequence[str]], target: str
+    family: ModelFamily,
+    converter: Any,
+    sources: Mapping[str, Sequence[str]],
+    target: str,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> WeightConversion:
-    """Translate a converter that has collected its sources."""
+    """Translate a converter that has collected its sources; the shapes are those of the example's tensors."""
     first, *others = converter.target_patterns
     before, _, after = target.partition(first)
+    targets = (target, *(f"{before}{other}{after}" for other in others))
     # In transformers' order: tensors are merged in it.
     groups = [sorted(sources[each], key=_natural_order) for each in converter.source_patterns if each in sources]
     operations = []
@@ -194,18 +205,14 @@ def _conversion(
                 f"have ({operation!r})",
                 hint=f"save the model with transformers in its own layout, or report it: {family.model_type}",
             )
+        dims = tuple(getattr(operation, dim) for dim in known[1])
         # Some files have tensors as the module has them already.
-        unless = _shape(family, target) if getattr(operation, "check_dims", False) else None
-        operations.append(WeightOperation(known[0], tuple(getattr(operation, dim) for dim in known[1]), unless))
+        unless = shapes.get(_NUMBER.sub(".", target)) if getattr(operation, "check_dims", False) else None
+        pieces = [shapes.get(_NUMBER.sub(".", each), ()) for each in targets] if known[0] == "split" else []
+        sizes = tuple(shape[dims[0]] for shape in pieces if len(shape) > dims[0])
+        operations.append(WeightOperation(known[0], dims, unless=unless, sizes=sizes))
     return WeightConversion(
         sources=tuple(map(tuple, groups)),
-        targets=(target, *(f"{before}{other}{after}" for other in others)),
+        targets=targets,
         operations=tuple(operations),
     )
-
-
-def _shape(family: ModelFamily, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a tensor of the module; that of the same tensor of another layer if the example lacks it."""
-    alike = _NUMBER.sub(".", name)
-    state = _EXAMPLES[family.architecture, family.model_type].state_dict()
-    return next((tuple(tensor.shape) for key, tensor in state.items() if _NUMBER.sub(".", key) == alike), None)

@@ -62,8 +62,8 @@ class Routing:
         if names:
             raise UnexpectedArgumentError(
                 f"{', '.join(names)}: a split model is the decoder alone, and has no model for images or sound",
-                hint="run that model where the data are (get_image_features of the whole model, say), put what it makes "
-                "into the embeddings of the tokens, and give those to the bottom as inputs_embeds",
+                hint="run that model where the data are (get_image_features of the whole model, say), put what it "
+                "makes into the embeddings of the tokens, and give those to the bottom as inputs_embeds",
             )
 
 

@@ -93,6 +93,14 @@ def preserved(layer: Any) -> dict[str, Any]:
     }
 
 
+def empty_states(layer: Any) -> None:
+    """Take the running states out of a cache layer: the next sequences may be more, or fewer."""
+    for states in (layer.conv_states, layer.recurrent_states):
+        states.update(dict.fromkeys(states))
+    for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state):
+        flags.update(dict.fromkeys(flags, False))
+
+
 def select_rows(layer: Any, rows: torch.Tensor) -> None:
     """Keep these sequences of a cache layer, in this order; transformers' own method leaves out running states."""
     if holds_state(layer):
@@ -190,6 +198,8 @@ class PartCache(Cache):
         self.past += min(tokens, 0)
 
     def reset(self) -> None:
+        for layer in filter(holds_state, self.layers):
+            empty_states(layer)
         super().reset()
         self.past = 0
 

@@ -49,7 +49,7 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
         hidden_size=decoder.hidden_size,
         vocab_size=decoder.vocab_size,
         dtype=dtype,
-        crosses_in_float32=crosses_in_float32(config),
+        crosses_in_float32=crosses_in_float32(decoder),
         digest=weights_digest(component),
         attention=str(getattr(config, "_attn_implementation", None) or "eager"),
         versions=library_versions(),

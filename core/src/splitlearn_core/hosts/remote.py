@@ -22,6 +22,7 @@ from splitlearn_core.build.kv_cache import (
     PartCache,
     cached_rows,
     counts_tokens,
+    empty_states,
     holds_state,
     preserved,
     refuse_crop,
@@ -461,9 +462,13 @@ def restored(whole: Any) -> Iterator[None]:
     before = [
         (layer, preserved(layer)) for layer in layers if not isinstance(layer, _Mirrored) or layer.session in states
     ]
+    # Some classes of cache keep running states in a list of their own.
+    listed = list(getattr(whole, "linear_cache", ()))
     try:
         yield
     except BaseException:
+        if hasattr(whole, "linear_cache"):
+            whole.linear_cache[:] = listed
         for layer, state in before:
             vars(layer).clear()
             vars(layer).update(state)
@@ -598,10 +603,9 @@ class _Stateful(_Mirrored):
         self._record("remove", lambda: -tokens)
 
     def reset(self) -> None:
-        layer: Any = self
-        layer.conv_states, layer.recurrent_states = {0: None}, {0: None}
-        layer.is_conv_states_initialized, layer.is_recurrent_states_initialized = {0: False}, {0: False}
-        layer.has_previous_state = dict.fromkeys(layer.has_previous_state, False)
+        # Not written to: copies share them.
+        vars(self).update(preserved(self))
+        empty_states(self)
         super().reset()
 
     def _record(self, name: str, value: Callable[[], Any]) -> None:

@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count
+from itertools import accumulate, count
 from operator import mul
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.quoting import listed
 
 #: Operation -> how many dimensions it takes.
-_OPERATIONS = {"stack": 1, "concatenate": 1, "chunk": 1, "transpose": 2}
+_OPERATIONS = {"stack": 1, "concatenate": 1, "chunk": 1, "split": 1, "transpose": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +25,28 @@ class WeightOperation:
     """A rearrangement of the values of tensors."""
 
     #: ``stack`` each group of sources along a new dimension, ``concatenate`` all along a dimension, ``chunk`` one
-    #: into as many equal pieces as there are targets, or ``transpose`` each: exchange two dimensions.
+    #: into as many equal pieces as there are targets, ``split`` one into pieces of given sizes, or ``transpose`` each:
+    #: exchange two dimensions.
     name: str
     #: The dimension; two for ``transpose``.
     dims: tuple[int, ...]
     #: The shape of tensors that are not transposed, because they already are; None for none.
     unless: tuple[int, ...] | None = None
+    #: Of the pieces of ``split``, in order, along the dimension.
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an unknown operation, and dimensions that it does not take."""
         wanted = _OPERATIONS.get(self.name) if isinstance(self.name, str) else None
-        sound = isinstance(self.dims, tuple) and all(type(dim) is int and dim >= 0 for dim in self.dims)
-        if wanted is None or not sound or len(self.dims) != wanted:
+        sound = all(
+            isinstance(numbers, tuple) and all(type(number) is int and number >= 0 for number in numbers)
+            for numbers in (self.dims, self.sizes)
+        )
+        if wanted is None or not sound or len(self.dims) != wanted or (self.name == "split") != bool(self.sizes):
             raise ConfigurationError(
                 f"there is no operation {self.name!r} with the dimensions {self.dims!r}",
-                hint="stack, concatenate and chunk take one dimension, and transpose two; each counts from 0",
+                hint="stack, concatenate, chunk and split take one dimension, and transpose two; each counts from 0. "
+                "Only split takes sizes",
             )
 
 
@@ -230,10 +237,15 @@ def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int
             [array if array.shape == operation.unless else _exchanged(array, *operation.dims) for array in group]
             for group in groups
         ]
-    if len(arrays) != 1 or arrays[0].shape[dim] % pieces:
+    if len(arrays) != 1 or (not operation.sizes and arrays[0].shape[dim] % pieces):
         raise ValueError(f"{_shapes(arrays)} cannot be cut into {pieces} along dimension {dim}")
-    length = arrays[0].shape[dim] // pieces
-    return [[_narrowed(arrays[0], dim, number * length, length)] for number in range(pieces)]
+    sizes = operation.sizes or (arrays[0].shape[dim] // pieces,) * pieces
+    if sum(sizes) != arrays[0].shape[dim]:
+        raise ValueError(f"{_shapes(arrays)} cannot be cut into {list(sizes)} along dimension {dim}")
+    return [
+        [_narrowed(arrays[0], dim, begin, size)]
+        for begin, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
+    ]
 
 
 def _inserted(array: _Array, dim: int) -> _Array:

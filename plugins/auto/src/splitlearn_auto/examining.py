@@ -301,7 +301,9 @@ def _check_cache(config: Any) -> None:
     cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
     if not isinstance(cache, Cache):
         raise CannotSplitError(
-            f"{type(model).__name__} keeps no cache of transformers' own kind: {type(cache).__name__}"
+            f"{type(model).__name__} keeps no cache of transformers' own kind"
+            + ("" if cache is None else f": it is a {type(cache).__name__}"),
+            hint="a newer transformers may keep one for it: pip install --upgrade transformers",
         )
 
 
