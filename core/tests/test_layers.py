@@ -215,9 +215,10 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: ``fine_tuning`` takes three files and 230 lines (a text, a training compared with the unsplit one), and pictures of
 #: lines, which ``leak`` draws too, one.
 #: Tensors made of others take four files and 480 lines: where values lie, transformers' tables, memory, parts.
+#: Layers with running states take two files and 330 lines: sizes of caches, and stand-ins for those of a host.
 LIMITS = {
-    "files": (0, 176),
-    "code lines": (0, 24_000),
+    "files": (0, 177),
+    "code lines": (0, 24_600),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),
