@@ -94,7 +94,11 @@ def layer_at(model: Any, family: ModelFamily, number: int) -> nn.Module:
     """Return a layer of the model: a new one if all layers are of one class, else the model's own."""
     layers = model.get_submodule(family.base).get_submodule(family.layers)
     layer_class: type[nn.Module] = type(layers[0])
-    return layer_class(decoder_config(family, model.config), number) if family.uniform_layers else cast("nn.Module", layers[number])
+    return (
+        layer_class(decoder_config(family, model.config), number)
+        if family.uniform_layers
+        else cast("nn.Module", layers[number])
+    )
 
 
 def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:

@@ -78,5 +78,7 @@ def weights_digest(module: nn.Module) -> str:
 
 def _has_dropout(component: ComponentModel) -> bool:
     rates = [module.p for module in component.modules() if isinstance(module, nn.Dropout)]
-    values = [getattr(component.decoder_config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")]
+    values = [
+        getattr(component.decoder_config, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop")
+    ]
     return any(rates) or any(values)
