@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, core_model_loading
 
 from splitlearn_core import (
     BrokenPluginError,
     CheckpointError,
     ConfigurationError,
+    ModelFamily,
     SplitCausalLM,
     TensorMismatchError,
     WeightConversion,
@@ -395,6 +396,37 @@ def test_an_operation_that_is_not_known(checkpoint: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match=r"makes model\.layers\.0\.mlp\.experts\.gate_up_proj by .*Concatenate"):
         load_split_model(None, CUTS, checkpoint)
     conversion_tables._targets.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "often"),
+    [
+        ("block_sparse_moe.", "mlp.", False),
+        (r"experts\.(\d+)\.w1", r"experts.\1.gate", False),
+        (r"^model\.layers", "model.decoder.layers", False),
+        # It holds for a layer of its own, so that each name is looked at.
+        (r"layers\.3\.", "layers.3.first.", True),
+    ],
+)
+def test_layers_that_are_renamed_alike_are_renamed_once(
+    old: str, new: str, often: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"experts.{expert}.w{number}.weight" for expert in (0, 3, 11) for number in (1, 2)]
+    keys = [f"model.layers.{layer}.block_sparse_moe.{name}" for layer in range(30) for name in (*names, "gate.weight")]
+    keys += ["model.norm.weight", "lm_head.weight"]
+    renaming = core_model_loading.WeightRenaming(old, new)
+    merging = core_model_loading.WeightConverter("experts.*.w2.weight", "experts.down", operations=[None])
+    family, entries = ModelFamily(model_type="x", architecture="X"), ([renaming], [merging])
+    single, seen = conversion_tables._renamed, list[str]()
+
+    def counted(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        return single(*arguments)
+
+    monkeypatch.setattr(conversion_tables, "_renamed", counted)
+    rename = conversion_tables._by_layer(family, *entries)
+    assert [rename(key) for key in keys] == [single(family, *entries, key) for key in keys]
+    assert len(seen) == len(keys) if often else len(seen) < len(keys) / 10
 
 
 def test_numbers_of_the_configuration_that_do_not_fit(checkpoint: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_checkpoint_without_weights_is_planned(checkpoint: Path) -> None:
 
 
 def test_components_are_saved_and_merged(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Without the tensors of the others, which is said; the merged checkpoint is one for splitlearn and transformers."""
+    """Without the tensors of the others, which is said; what is merged is a checkpoint for both libraries."""
     expected = logits(loaded(TYPE, checkpoint))
     save_split(checkpoint, tmp_path / "split", CUTS)
     assert torch.equal(logits(SplitCausalLM(*load_split_directory(tmp_path / "split"))), expected)

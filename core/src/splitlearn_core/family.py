@@ -87,7 +87,10 @@ class ModelFamily:
     #: Where a layer caches something smaller than the keys and values of its heads (latent attention): the values of
     #: ``config.json`` whose sum is the number of values that it caches for each token.
     cached_values: tuple[str, ...] = ()
-    #: Returns, for a ``config.json`` (or the ``text_config`` in it), the cuts that are impossible in this model, each with the reason
+    #: True where no values of ``config.json`` say what a layer caches: running states (state spaces, linear attention),
+    #: or layers that cache differently. A plan then measures it on a model without weights, and imports transformers.
+    measured_cache: bool = False
+    #: Returns, for a ``config.json`` (or the ``text_config`` in it), the cuts that are impossible, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
     #: Name of the loading strategy to prefer over the automatic choice; empty for none.
@@ -161,7 +164,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
-    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables"):
+    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables", "measured_cache"):
         if not isinstance(getattr(family, name), bool):
             yield name, "True or False"
     if not callable(family.impossible_cuts):

@@ -44,6 +44,9 @@ from splitlearn_core.types import (
 
 log = logging.getLogger(__name__)
 
+#: Arguments of generate by which tokens are drafted, and removed from the cache if they are not accepted.
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
+
 
 class Backbone(PreTrainedModel):
     """The family's base model, whose layers are the components': ``model.model`` of a split Qwen2, say.
@@ -259,8 +262,19 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                 hint="give a small model as assistant_model, or prompt_lookup_num_tokens",
             )
         self._chain.routing.refuse_others(kwargs)
+        self._refuse_drafts(settings, kwargs)
         with generating():
             return super().generate(inputs, *args, **kwargs)
+
+    def _refuse_drafts(self, settings: Any, kwargs: Mapping[str, Any]) -> None:
+        """Refuse to draft tokens that a running state could not give back; transformers does so in other words."""
+        drafts = {name: kwargs.get(name, getattr(settings, name, None)) for name in _DRAFTS}
+        named = next((name for name, value in drafts.items() if value is not None), None)
+        if named is not None and (getattr(self, "_is_stateful", False) or self._chain.own_cache is not None):
+            raise ConfigurationError(
+                f"a {self.config.model_type} keeps running states, which cannot give back drafted tokens ({named})",
+                hint="generate without it",
+            )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         # The number of cached tokens (all but the last one's) is known here, before the first step.

@@ -16,12 +16,13 @@ from splitlearn_core.build.configuration import architecture_class, decoder_conf
 from splitlearn_core.build.forward_arguments import (
     RECORDINGS,
     Routing,
+    crosses_in_float32,
     is_paged,
     mask_for_layers,
     named_cache,
     routing,
 )
-from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache
+from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache, own_cache_class, part_cache_class
 from splitlearn_core.build.pruning import (
     check_names,
     entering,
@@ -81,6 +82,7 @@ class ComponentModel(PreTrainedModel):
             leave_out_others(self, self.family)
         forward = architecture_class(self.family).forward
         self.routing = routes = routing(forward, self, self.family)
+        self._cache_class = part_cache_class(own_cache_class(self.base_model.forward))
         self._known = (
             routes.everywhere
             | {Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top}[self.kind]
@@ -124,11 +126,11 @@ class ComponentModel(PreTrainedModel):
 
     def new_cache(self) -> PartCache:
         """Return an empty key-value cache for this component's layers."""
-        return PartCache.empty(self.config, self.layer_range)
+        return self._cache_class.empty(self.config, self.layer_range)
 
     def cache_view(self, whole: Any) -> PartCache:
         """Return a view of this component's layers in a cache of the whole model; both share the layers' state."""
-        return PartCache.view(whole, self.layer_range)
+        return self._cache_class.view(whole, self.layer_range)
 
     @property
     def base_model(self) -> Any:
@@ -232,9 +234,17 @@ class ComponentModel(PreTrainedModel):
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         output = self.base_model(**inputs, **{**arguments, **recordings})
+        self._count_step(arguments, inputs)
         if any(arguments.get(name) for name in RECORDINGS):
             return cast("BaseModelOutputWithPast", self._own_recordings(output))
         return cast("torch.Tensor", output.last_hidden_state)
+
+    def _count_step(self, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        """Count the tokens of a step in its cache: running states do not know how many they have seen."""
+        cache = arguments[self.cache_argument]
+        if isinstance(cache, PartCache):
+            entered = next(tensor for tensor in inputs.values() if tensor is not None)
+            cache.advance(entered.shape[1])
 
     def _own_recordings(self, output: Any) -> Any:
         """Leave out recordings of neutral layers, made by models that record in their own forward."""
@@ -281,6 +291,8 @@ class ComponentModel(PreTrainedModel):
             hidden_states.device.type
         ):
             own = {parameter.dtype for parameter in self.parameters()}
+            if crosses_in_float32(self.decoder_config):
+                own.add(torch.float32)
             if hidden_states.dtype not in own:
                 names = " and ".join(sorted(map(str, own)))
                 raise ConfigurationError(
@@ -442,11 +454,13 @@ class TopModel(ComponentModel):
             output = self._own_recordings(
                 super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
             )
+        self._count_step(arguments, {"hidden_states": hidden_states})
+        # The output of a class without attention has no such field.
         result = CausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
             **{CACHE_FIELD: arguments[self.cache_argument]},
         )
         # Further fields of the family's own output: cross-attentions, for example.

@@ -73,7 +73,7 @@ def hf_config(
     Raises:
         ConfigurationError: The configuration class refuses a value.
     """
-    config_class = architecture_class(family).config_class
+    config_class = config_class_of(family)
     with BUILD_LOCK, config_errors(family, name_or_path):
         if family.text_config and config_class.model_type != family.model_type:
             # A class of the decoder alone, which the whole model ties.
@@ -102,6 +102,22 @@ def decoder_config(family: ModelFamily, config: Any) -> Any:
     return getattr(config, family.text_config, config) if family.text_config else config
 
 
+def config_class_of(family: ModelFamily) -> Any:
+    """Return the configuration class of a family's model type.
+
+    Some types (EXAONE) use another type's model with a configuration, and names of tensors, of their own.
+    """
+    own = architecture_class(family).config_class
+    if getattr(own, "model_type", "") != family.model_type and ":" not in family.architecture:
+        from transformers import CONFIG_MAPPING
+
+        # Not get(), which sees only what was imported already.
+        stated = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else own  # noqa: SIM401
+        # That of a model of several is not the one of its text model.
+        return own if stated.sub_configs else stated
+    return own
+
+
 def _plain(value: Any) -> Any:
     """Replace ``{"__float__": "Infinity"}`` and the like with the floats that they stand for."""
     if isinstance(value, Mapping):
@@ -127,9 +143,12 @@ def config_errors(family: ModelFamily, name_or_path: str) -> Iterator[None]:
 
 @contextmanager
 def layer_count_set(config: Any, layers: int) -> Iterator[None]:
-    """Set a configuration's number of layers while modules are made."""
+    """Set a configuration's number of layers while modules are made; one that follows from other values stays."""
     # Not through the configuration's own setter, which validates all of it each time.
     values, name = vars(config), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if name not in values:
+        yield
+        return
     total = values[name]
     values[name] = layers
     try:

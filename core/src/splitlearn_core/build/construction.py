@@ -16,6 +16,7 @@ from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problem
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
 from splitlearn_core.build.configuration import (
     architecture_class,
+    config_class_of,
     config_errors,
     decoder_config,
     hf_config,
@@ -28,7 +29,7 @@ from splitlearn_core.build.torch_state import own_modes, skeleton
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.keys import KeyTable, map_keys, place_keys
-from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
+from splitlearn_core.plan.mismatch import alters_weights, unexpected_keys_message, unread_keys_message
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.readers.tensor_parts import make
@@ -192,9 +193,9 @@ def component_from_state_dict(
     problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
     surplus = {**table.unexpected, **{unread[name]: name for name in sorted(names)}}
     if surplus and not problems and not any(map(alters_weights, surplus)):
-        log.warning("%s", unread_words("the state dict", family.model_type, sorted(surplus)))
+        log.warning("%s", unread_keys_message("the state dict", family.model_type, sorted(surplus)))
     elif surplus:
-        problems += unexpected_words(surplus)
+        problems += unexpected_keys_message(surplus)
     if problems:
         raise TensorMismatchError(
             f"the state dict is not that of a {family.model_type} model; {len(problems)} tensors are wrong:\n  "
@@ -246,7 +247,7 @@ def _config(family: ModelFamily, config: Any) -> Any:
     """Return the configuration as an instance of the family's class; a mapping holds the values of ``config.json``."""
     if isinstance(config, Mapping):
         return hf_config(family, config, "the given config", "float32")
-    expected = architecture_class(family).config_class
+    expected = config_class_of(family)
     if not isinstance(expected, type) or not isinstance(config, expected):
         raise ConfigurationError(
             f"config is a {type(config).__name__}, not the configuration of a {family.model_type} model",

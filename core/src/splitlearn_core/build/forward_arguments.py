@@ -62,8 +62,8 @@ class Routing:
         if names:
             raise UnexpectedArgumentError(
                 f"{', '.join(names)}: a split model is the decoder alone, and has no model for images or sound",
-                hint="run that model where the data are (get_image_features of the whole model, say), put what it makes "
-                "into the embeddings of the tokens, and give those to the bottom as inputs_embeds",
+                hint="run that model where the data are (get_image_features of the whole model, say), put what it "
+                "makes into the embeddings of the tokens, and give those to the bottom as inputs_embeds",
             )
 
 
@@ -89,6 +89,11 @@ def argument_names(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of a function's parameters, without ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
+
+
+def crosses_in_float32(config: Any) -> bool:
+    """Return whether layers pass hidden states on in float32, whatever the dtype of their parameters."""
+    return bool(getattr(config, "residual_in_fp32", False))
 
 
 def named_cache(arguments: dict[str, Any], past_key_values: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -104,10 +105,15 @@ def layer_at(model: Any, family: ModelFamily, number: int) -> nn.Module:
 def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
     """Keep the modules that the component owns, and replace the others with neutral ones."""
     base = model.get_submodule(family.base)
+    built = base.get_submodule(family.layers)
     elsewhere = neutral_layer(family)
     slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
     if family.enter_at_layers and not owned.is_first:
         slots[0] = EnteringLayer(elsewhere)
+    # Of layers of one class, only the first is built.
+    for number, layer in enumerate(built):
+        if number not in owned:
+            slots[number] = _of_kind(slots[number], layer)
     _replace(base, {family.layers: nn.ModuleList(slots)})
     if not owned.is_first:
         _replace(base, {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets})
@@ -116,6 +122,15 @@ def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[n
         _replace(model, {family.head: PassLayer()})
     # A tied head is assigned by the plan: within one component no two parameters are tied.
     model.all_tied_weights_keys = {}
+
+
+def _of_kind(neutral: nn.Module, layer: nn.Module) -> nn.Module:
+    """Return a neutral layer with the texts of the layer that it stands in for: models read its kind there."""
+    texts = {name: value for name, value in vars(layer).items() if isinstance(value, str)}
+    if texts:
+        neutral = copy.copy(neutral)
+        vars(neutral).update(texts)
+    return neutral
 
 
 def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -192,7 +207,7 @@ def through_no_layers(part: Any, family: ModelFamily) -> tuple[torch.Tensor, tor
     for number, layer in enumerate(layers):
         # The first of a component that hidden states enter at its layers is neutral already.
         if not isinstance(layer, EnteringLayer):
-            layers[number] = neutral_layer(family)
+            layers[number] = _of_kind(neutral_layer(family), layer)
     for module in part.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = _DROPOUT

@@ -99,7 +99,7 @@ def _parsed(where: str, content: bytes, size: int | None) -> dict[str, TensorInf
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _invalid(where, ["its __metadata__ is not a mapping of strings to strings"])
     start = LENGTH_BYTES + length
-    problems = [problem for key, entry in header.items() if (problem := _entry_problem(key, entry))]
+    problems = [f"{plain(key)}: {problem}" for key, entry in header.items() if (problem := _entry_problem(entry))]
     if problems:
         raise _invalid(where, problems)
     shard = where.replace("\\", "/").rpartition("/")[2]
@@ -111,33 +111,32 @@ _parsed_cached = lru_cache(maxsize=64)(_parsed)
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _entry_problem(key: str, entry: Any) -> str:
+def _entry_problem(entry: Any) -> str:
     """Return what is wrong with one tensor's entry in the header; empty if it is valid."""
-    name = plain(key)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        return f"{name}: its entry lacks dtype, shape or data_offsets"
+        return "its entry lacks dtype, shape or data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        return f"{name}: dtype {plain(repr(dtype))} is unknown"
+        return f"dtype {plain(repr(dtype))} is unknown"
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:  # noqa: PLR2004  # a pair
-        return f"{name}: shape and data_offsets must be a list of sizes and a pair"
-    return _size_problem(name, dtype, shape, offsets)
+        return "shape and data_offsets must be a list of sizes and a pair"
+    return _size_problem(dtype, shape, offsets)
 
 
-def _size_problem(name: str, dtype: str, shape: list[Any], offsets: list[Any]) -> str:
+def _size_problem(dtype: str, shape: list[Any], offsets: list[Any]) -> str:
     """Return what is wrong with the sizes and offsets of one tensor; empty if they are valid."""
     # Checked before they are multiplied: the product of a million large numbers would take days.
     if len(shape) > _MAX_DIMENSIONS:
-        return f"{name}: a shape of {len(shape)} dimensions; {_MAX_DIMENSIONS} is the limit"
+        return f"a shape of {len(shape)} dimensions; {_MAX_DIMENSIONS} is the limit"
     if any(type(number) is not int or not 0 <= number <= _MAX_NUMBER for number in (*shape, *offsets)):
-        return f"{name}: shape {plain(str(shape))} and offsets {plain(str(offsets))} must be integers from 0"
+        return f"shape {plain(str(shape))} and offsets {plain(str(offsets))} must be integers from 0"
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         sizes = f"takes {plain(str(expected))} bytes, its offsets span {offsets[1] - offsets[0]}"
-        return f"{name}: {dtype} of shape {plain(str(shape))} {sizes}"
+        return f"{dtype} of shape {plain(str(shape))} {sizes}"
     return ""
 
 

@@ -14,7 +14,7 @@ from splitlearn_core.checkpoint.checkpoint import MLX
 from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG
 from splitlearn_core.errors import CheckpointError, ConfigurationError, InsufficientMemoryError
 from splitlearn_core.loading.opening import OpenModel
-from splitlearn_core.loading.planning import parts_without_layers, tensors_of_config
+from splitlearn_core.loading.planning import parts_without_layers, tensors_of_config, without_garbage_collection
 from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan, WholeModel
 from splitlearn_core.plan.placement import AUTO, check_fit, place
 from splitlearn_core.plan.splitplan import MemoryNeeds, PlannedTensor, SplitPlan, loaded_nbytes
@@ -234,6 +234,7 @@ def memory_needed(model: OpenModel, plan: SplitPlan, options: LoadOptions, paths
     return _needs(strategies, reads)
 
 
+@without_garbage_collection()
 def memory_by_strategy(model: OpenModel, plan: SplitPlan, device: str = "cpu") -> dict[str, MemoryNeeds]:
     """Predict what each of core's own strategies would take to load all of a plan; those that cannot are omitted.
 
@@ -277,7 +278,7 @@ def check_memory(name: str, strategies: Mapping[str, LoadingStrategy], reads: Ma
 def _needs(strategies: Mapping[str, LoadingStrategy], reads: Mapping[str, ReadPlan]) -> MemoryNeeds:
     kept, passing = _own_memory(strategies, reads)
     here = [(component, read) for component, read in reads.items() if read.device == "cpu"]
-    loaded = sum(loaded_nbytes(tensor, read.dtype) for _, read in here for tensor in read.tensors)
+    loaded = sum(read.host_bytes for _, read in here)
     mapped = loaded - sum(kept[component] for component, _ in here)
     return MemoryNeeds(sum(kept.values()) + passing, sum(kept.values()), max(0, mapped))
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, count
+from operator import mul
 
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.quoting import listed
 
 #: Operation -> how many dimensions it takes.
-_OPERATIONS = {"stack": 1, "concatenate": 1, "chunk": 1, "transpose": 2}
+_OPERATIONS = {"stack": 1, "concatenate": 1, "chunk": 1, "split": 1, "transpose": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +25,28 @@ class WeightOperation:
     """A rearrangement of the values of tensors."""
 
     #: ``stack`` each group of sources along a new dimension, ``concatenate`` all along a dimension, ``chunk`` one
-    #: into as many equal pieces as there are targets, or ``transpose`` each: exchange two dimensions.
+    #: into as many equal pieces as there are targets, ``split`` one into pieces of given sizes, or ``transpose`` each:
+    #: exchange two dimensions.
     name: str
     #: The dimension; two for ``transpose``.
     dims: tuple[int, ...]
     #: The shape of tensors that are not transposed, because they already are; None for none.
     unless: tuple[int, ...] | None = None
+    #: Of the pieces of ``split``, in order, along the dimension.
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an unknown operation, and dimensions that it does not take."""
         wanted = _OPERATIONS.get(self.name) if isinstance(self.name, str) else None
-        sound = isinstance(self.dims, tuple) and all(type(dim) is int and dim >= 0 for dim in self.dims)
-        if wanted is None or not sound or len(self.dims) != wanted:
+        sound = all(
+            isinstance(numbers, tuple) and all(type(number) is int and number >= 0 for number in numbers)
+            for numbers in (self.dims, self.sizes)
+        )
+        if wanted is None or not sound or len(self.dims) != wanted or (self.name == "split") != bool(self.sizes):
             raise ConfigurationError(
                 f"there is no operation {self.name!r} with the dimensions {self.dims!r}",
-                hint="stack, concatenate and chunk take one dimension, and transpose two; each counts from 0",
+                hint="stack, concatenate, chunk and split take one dimension, and transpose two; each counts from 0. "
+                "Only split takes sizes",
             )
 
 
@@ -123,7 +133,8 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 class _Box:
     """A part of a source at its position in an array."""
 
-    key: str
+    #: The number of the source, counted over all groups.
+    source: int
     start: tuple[int, ...]
     sizes: tuple[int, ...]
     offset: int
@@ -150,19 +161,43 @@ def places_of(
     """
     if absent := [name for group in conversion.sources for name in _left_out(group)]:
         raise ValueError(f"there is no {listed(absent, most=3)}")
-    groups = [[_whole(key, shapes[key]) for key in group] for group in conversion.sources]
-    for operation in conversion.operations:
-        groups = _applied(operation, groups, len(conversion.targets))
-    results = [array for group in groups for array in group]
+    keys = conversion.keys
+    results = _layout(
+        tuple(tuple(shapes[key] for key in group) for group in conversion.sources),
+        conversion.operations,
+        len(conversion.targets),
+    )
     if len(results) != len(conversion.targets):
-        raise ValueError(f"{len(results)} tensors come of {_count(conversion.keys)}, not {len(conversion.targets)}")
-    places: dict[str, list[Place]] = {key: [] for key in conversion.keys}
-    for target, array in zip(conversion.targets, results, strict=True):
-        strides = contiguous_strides(array.shape)
-        for box in array.boxes:
-            begin = sum(start * stride for start, stride in zip(box.start, strides, strict=True))
-            places[box.key].append(Place(target, box.sizes, box.offset, box.strides, begin, strides))
-    return {target: array.shape for target, array in zip(conversion.targets, results, strict=True)}, places
+        raise ValueError(f"{len(results)} tensors come of {_count(keys)}, not {len(conversion.targets)}")
+    places: dict[str, list[Place]] = {key: [] for key in keys}
+    for target, (shape, parts) in zip(conversion.targets, results, strict=True):
+        strides = contiguous_strides(shape)
+        for box, begin in parts:
+            places[keys[box.source]].append(Place(target, box.sizes, box.offset, box.strides, begin, strides))
+    return {target: shape for target, (shape, _) in zip(conversion.targets, results, strict=True)}, places
+
+
+# The layers of a model are alike, and each may have hundreds of experts.
+@lru_cache(maxsize=16)
+def _layout(
+    shapes: tuple[tuple[tuple[int, ...], ...], ...], operations: tuple[WeightOperation, ...], pieces: int
+) -> list[tuple[tuple[int, ...], list[tuple[_Box, int]]]]:
+    """Return the shape of each tensor that is made, its parts, and the first element of each in it.
+
+    Args:
+        shapes: Of the sources, in groups.
+        operations: Applied one after the other.
+        pieces: The number of targets.
+    """
+    numbers = count()
+    groups = [[_whole(next(numbers), shape) for shape in group] for group in shapes]
+    for operation in operations:
+        groups = _applied(operation, groups, pieces)
+    return [
+        (array.shape, [(box, sum(map(mul, box.start, contiguous_strides(array.shape)))) for box in array.boxes])
+        for group in groups
+        for array in group
+    ]
 
 
 def _left_out(group: Sequence[str]) -> list[str]:
@@ -184,8 +219,8 @@ def _left_out(group: Sequence[str]) -> list[str]:
     ]
 
 
-def _whole(key: str, shape: tuple[int, ...]) -> _Array:
-    return _Array(shape, (_Box(key, (0,) * len(shape), shape, 0, contiguous_strides(shape)),))
+def _whole(source: int, shape: tuple[int, ...]) -> _Array:
+    return _Array(shape, (_Box(source, (0,) * len(shape), shape, 0, contiguous_strides(shape)),))
 
 
 def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int) -> list[list[_Array]]:
@@ -202,10 +237,15 @@ def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int
             [array if array.shape == operation.unless else _exchanged(array, *operation.dims) for array in group]
             for group in groups
         ]
-    if len(arrays) != 1 or arrays[0].shape[dim] % pieces:
+    if len(arrays) != 1 or (not operation.sizes and arrays[0].shape[dim] % pieces):
         raise ValueError(f"{_shapes(arrays)} cannot be cut into {pieces} along dimension {dim}")
-    length = arrays[0].shape[dim] // pieces
-    return [[_narrowed(arrays[0], dim, number * length, length)] for number in range(pieces)]
+    sizes = operation.sizes or (arrays[0].shape[dim] // pieces,) * pieces
+    if sum(sizes) != arrays[0].shape[dim]:
+        raise ValueError(f"{_shapes(arrays)} cannot be cut into {list(sizes)} along dimension {dim}")
+    return [
+        [_narrowed(arrays[0], dim, begin, size)]
+        for begin, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
+    ]
 
 
 def _inserted(array: _Array, dim: int) -> _Array:

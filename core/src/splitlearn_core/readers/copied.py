@@ -52,6 +52,8 @@ class CopiedStrategy:
         return plan.host_bytes + self.passing_bytes(plan)
 
     def passing_bytes(self, plan: ReadPlan) -> int:
+        if not any(_is_staged(plan, planned) for planned in plan.tensors):
+            return 0
         pieces = _pieces(plan)
         return min(reader_count(), len(pieces)) * _buffer_bytes(plan, pieces)
 

@@ -125,7 +125,7 @@ def save_split(
                 "cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only,
             }  # fmt: skip
             report(Progress("resolving"))
-            model = open_model(source, model_type, **hub)
+            model = open_model(source, model_type, progress=report, **hub)
             requested = parse_parts(parts, names_of_parts(split_points))
             check_source(model, dtype)
             if dtype == "auto":

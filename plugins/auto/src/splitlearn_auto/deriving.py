@@ -76,7 +76,8 @@ def derive_parts(model: Any) -> Parts:
     _check_causal(model)
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, model.config, embeddings)
-    frame = _Frame(base, embeddings, _ancestors(parts.layers))
+    # The modules around layers and embedding take tokens, and are no steps of their own.
+    frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
     layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(_depth(model))]
     _check_chain(layers)

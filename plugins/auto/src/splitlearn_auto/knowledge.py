@@ -25,6 +25,8 @@ from splitlearn_core.extension import (
 #: The values of ``config.json`` that a plan needs, by their common names.
 COMMON = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _TIED = "tie_word_embeddings"
+#: Hidden states cross cuts in float32.
+_WIDE = "residual_in_fp32"
 
 
 def causal_class(model_type: str) -> str:
@@ -156,7 +158,8 @@ def config_defaults(known: Any) -> dict[str, Any]:
         value = _read(known, name)
         if type(value) is int and not _follows(known, name, value):
             defaults[name] = value
-    return {**defaults, _TIED: bool(_read(known, _TIED))}
+    wide = {_WIDE: True} if _read(known, _WIDE) is True else {}
+    return {**defaults, _TIED: bool(_read(known, _TIED)), **wide}
 
 
 def _read(config: Any, name: str) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from splitlearn_auto.findings import CannotSplitError
+from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token
 
 #: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
@@ -38,19 +42,28 @@ _RARE: Mapping[str, int] = {
     "dim_head": 8,
     "kv_channels": 8,
     "rotary_dim": 4,
+    "clip_qkv": 8,
     # Latent attention and its indexer.
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
     "index_head_dim": 16,
     "index_n_heads": 2,
     "index_topk": 64,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
     # Experts: few, so that each of them is used.
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts"), 1),
     "router_hidden_size": 16,
+    # Embeddings of tokens for each layer.
+    "vocab_size_per_layer_input": 101,
+    "hidden_size_per_layer_input": 8,
     # Linear attention and state spaces.
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
     "linear_num_key_heads": 2,
@@ -59,11 +72,16 @@ _RARE: Mapping[str, int] = {
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 8),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     "mamba_d_ssm": 64,
+    "num_heads": 8,
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
 
 #: Values that models need and some classes (DeepSeek V2's) leave at None.
 _NEVER_COMPUTED = ("num_experts_per_tok",)
+#: What the modules of transformers import that have layers with a running state.
+_RECURRENT = "create_recurrent_attention_mask"
+#: Values that no class has, and the code of some models reads nevertheless.
+_UNSTATED: Mapping[str, Any] = {"rope_theta": 10_000.0}
 _DEPTH = TINY["num_hidden_layers"]
 #: Upper limit, because tests create the model many times.
 _MAX_PARAMETERS = 20_000_000
@@ -84,6 +102,8 @@ def tiny_sizes(known: Any) -> dict[str, Any]:
     Returns:
         Values for its configuration class, by its own names.
     """
+    # Some types have other values in some layers; these are those of the others.
+    known.allow_global_per_layer_attribute_access = True
     sizes = {name: value for name, value in TINY.items() if hasattr(known, name) and not _is_computed(known, name)}
     if "num_key_value_heads" in sizes and hasattr(known, "kv_lora_rank"):
         # Latent attention has keys for each head.
@@ -116,17 +136,23 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     sizes = tiny_sizes(known)
     own = {name: value for name, value in sizes.items() if TINY.get(name) != value}
     problems = []
-    for needed in _attempts(known, sizes, {**own, **_own_values(known, sizes, stated)}):
+    attempts = deque(_attempts(known, sizes, {**own, **_own_values(known, sizes, stated)}))
+    while attempts:
+        needed = attempts.popleft()
         try:
-            config = _config(model_type, {**sizes, **needed})
-            parameters = _parameters(config)
+            parameters = _parameters(_config(model_type, {**sizes, **needed}))
+            if parameters <= _MAX_PARAMETERS:
+                _check_forward(_config(model_type, {**sizes, **needed}))
         # Classes of transformers raise any exception for values that do not fit.
         except Exception as error:  # noqa: BLE001
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+            attempts.extendleft(_with_unstated(needed, error))
             continue
         if parameters <= _MAX_PARAMETERS:
+            config = _config(model_type, {**sizes, **needed})
+            values = {**needed, **_both_kinds(model_type, config, {**sizes, **needed})}
             # Created again: a model may have changed its configuration.
-            return _config(model_type, {**sizes, **needed}), needed
+            return _config(model_type, {**sizes, **values}), values
         problems.append(f"it still has {parameters:,} parameters")
     raise CannotSplitError(
         f"no small model of type {model_type} can be created: {problems[0] if problems else 'no sizes fit'}",
@@ -137,12 +163,98 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
 def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield values to add to the small sizes: first none, then those that some model types require."""
     yield needed
+    # Values that some classes leave at None, and the class does not compute.
+    yield {**needed, **_absent_sizes(known)}
     yield {**needed, **_shortened_lists(known, sizes)}
+    if kinds := _kinds_of_layers(known):
+        yield {**needed, "layer_types": [kinds[number % len(kinds)] for number in range(_DEPTH)]}
+    if getattr(known, "layer_types", []) is None:
+        # Not derived from other values.
+        yield {**needed, "layer_types": ["full_attention"] * _DEPTH}
+    if getattr(known, "num_kv_shared_layers", 0):
+        yield {**needed, "num_kv_shared_layers": 0}
+    if getattr(known, "is_decoder", True) is False:
+        yield {**needed, "is_decoder": True}
+    if known.sub_configs:
+        yield {**needed, **{name: _all_sizes(getattr(known, name)) for name in known.sub_configs}}
     # As many heads for keys as for queries; then the default number of layers.
     if "num_key_value_heads" in sizes and "num_attention_heads" in sizes:
         yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
     if known.num_hidden_layers != _DEPTH:
         yield {**needed, "num_hidden_layers": known.num_hidden_layers}
+
+
+def _both_kinds(model_type: str, config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with which a model has layers with keys and values and layers with running states.
+
+    By the defaults of some classes, all layers are of one kind, and those of published models are not.
+
+    Args:
+        model_type: The model type.
+        config: A small configuration of it.
+        values: Its values.
+    """
+    if _RECURRENT not in vars(sys.modules[_model_class(config).__module__]) or _has_both_kinds(config):
+        return {}
+    depth = config.num_hidden_layers
+    for name, mixed in (
+        ("layer_types", ["conv", "full_attention"] * depth),
+        ("layer_types", ["linear_attention", "full_attention"] * depth),
+        ("attn_layer_indices", [*range(1, depth, 2)]),
+    ):
+        if not hasattr(config, name) or _is_computed(config, config.attribute_map.get(name, name)):
+            continue
+        # Classes of transformers raise any exception for values that do not fit.
+        with suppress(Exception):
+            if _has_both_kinds(_config(model_type, {**values, name: mixed[:depth]})):
+                return {name: mixed[:depth]}
+    return {}
+
+
+def _has_both_kinds(config: Any) -> bool:
+    """Return whether a model has layers that cache keys and values, and layers that keep a running state."""
+    try:
+        output = tiny_model(config)(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=True)
+    # transformers has no mask for attention where there is no such layer.
+    except ValueError:
+        return False
+    sizes = sizes_after_one_token(output.get(CACHE_FIELD))
+    return any(size.per_token for size in sizes) and any(size.fixed for size in sizes)
+
+
+def _absent_sizes(known: Any) -> dict[str, Any]:
+    return {name: value for name, value in _RARE.items() if getattr(known, name, value) is None}
+
+
+def _all_sizes(known: Any) -> dict[str, Any]:
+    return {**tiny_sizes(known), **_absent_sizes(known)}
+
+
+def _kinds_of_layers(known: Any) -> list[str]:
+    """Return the kinds of layers that the code of a model tells apart, if its configuration says none."""
+    from transformers import configuration_utils
+
+    if getattr(known, "layer_types", ()) is not None:
+        return []
+    code = inspect.getsource(inspect.getmodule(_model_class(known)))
+    kinds = getattr(configuration_utils, "ALLOWED_LAYER_TYPES", ())
+    return [kind for kind in kinds if f'"{kind}"' in code]
+
+
+def _model_class(known: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    classes = AutoModelForCausalLM._model_mapping[type(known)]  # noqa: SLF001  # as from_config
+    return classes[0] if isinstance(classes, tuple) else classes
+
+
+def _with_unstated(needed: Mapping[str, Any], error: Exception) -> Iterator[dict[str, Any]]:
+    """Yield the values with one that the code of a model reads and its configuration does not have."""
+    name, owner = getattr(error, "name", None), getattr(error, "obj", None)
+    key = getattr(owner, "base_config_key", "")
+    given = needed.get(key, {})
+    if key and name in _UNSTATED and name not in given:
+        yield {**needed, key: {**given, name: _UNSTATED[name]}}
 
 
 def _own_values(known: Any, sizes: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,9 +317,11 @@ def with_values(config: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _config(model_type: str, values: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    config = AutoConfig.for_model(model_type, **values)
+    config_class = CONFIG_MAPPING[model_type]
+    # By its own names: what it computes of them is computed before it knows others.
+    config = config_class(**{config_class.attribute_map.get(name, name): value for name, value in values.items()})
     config.dtype = torch.float32
     return config
 
@@ -219,6 +333,14 @@ def _parameters(config: Any) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def _check_forward(config: Any) -> None:
+    """Run a model: some values are missed by its code only then."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(config).eval()(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
 def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
