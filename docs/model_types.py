@@ -95,16 +95,18 @@ def _send_answer(sender: Connection, model_type: str) -> None:
 
 def examined(model_type: str) -> str:
     """Return whether models of a type can be split, and otherwise why not."""
-    from splitlearn_auto import new_plugin
+    from splitlearn_auto.examining import examine
     from splitlearn_core import SplitLearnError
 
     try:
-        plugin = new_plugin(model_type, None, dry_run=True, force=True)
+        derived = examine(model_type, {}, settings=False)
     except SplitLearnError as error:
         return f"no: {_one_line(error.message, model_type)}"
-    if not plugin.verified:
-        return f"no: {_one_line(plugin.derived.questions[0].seen, model_type)}"
-    return "yes" if len(plugin.derived.dtypes) > 1 else f"yes, in {plugin.derived.dtypes[0]}"
+    if derived.questions:
+        return f"no: {_one_line(derived.questions[0].seen, model_type)}"
+    limits = [f"{name}={value!r}" for name, value in derived.fields.get("required_values", {}).items()]
+    limits += [f"in {derived.dtypes[0]}"] if len(derived.dtypes) == 1 else []
+    return ", ".join(["yes", *limits])
 
 
 def _one_line(message: str, model_type: str) -> str:
