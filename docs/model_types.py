@@ -111,7 +111,7 @@ def examined(model_type: str) -> str:
 
 def _one_line(message: str, model_type: str) -> str:
     text = " ".join(message.removeprefix(f"{model_type} cannot be split: ").split())
-    text = _FIGURE.sub("by some", text).replace("|", "/").replace("<", "&lt;")
+    text = _FIGURE.sub("by some", text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -141,11 +141,15 @@ def with_column(page: str, version: str, answers: Mapping[str, str]) -> str:
     newest_first = sorted(known, key=lambda name: tuple(map(int, name.split("."))), reverse=True)
     heads = [f"{name} ({sum(map(splits, known[name].values()))} of {len(known[name])})" for name in newest_first]
     types = sorted({model_type for answers in known.values() for model_type in answers})
-    rows = [[f"`{each}`", *(known[name].get(each, NOT_THERE) for name in newest_first)] for each in types]
+    rows = [[f"`{each}`", *(_cell(known[name].get(each, NOT_THERE)) for name in newest_first)] for each in types]
     lines = [" | ".join(cells) for cells in (["type", *heads], ["---"] * (1 + len(heads)), *rows)]
     heading = _HEADING.search(page)
     before = page[: heading.start()] if heading else page
     return before + "".join(f"| {line} |\n" for line in lines)
+
+
+def _cell(answer: str) -> str:
+    return answer.replace("|", "/").replace("<", "&lt;")
 
 
 def splits(answer: str) -> bool:

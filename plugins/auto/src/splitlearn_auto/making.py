@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -199,7 +200,7 @@ def _kinds_of_layers(known: Any) -> list[str]:
 
     if getattr(known, "layer_types", ()) is not None:
         return []
-    code = inspect.getsource(inspect.getmodule(_model_class(known)))
+    code = inspect.getsource(sys.modules[_model_class(known).__module__])
     kinds = getattr(configuration_utils, "ALLOWED_LAYER_TYPES", ())
     return [kind for kind in kinds if f'"{kind}"' in code]
 
@@ -213,7 +214,7 @@ def _model_class(known: Any) -> Any:
 
 def _with_unstated(known: Any, needed: Mapping[str, Any], error: Exception) -> Iterator[dict[str, Any]]:
     """Yield the values with one that the code of a model reads and its configuration does not have."""
-    name, owner = getattr(error, "name", None), getattr(error, "obj", None)
+    name, owner = str(getattr(error, "name", "")), getattr(error, "obj", None)
     if isinstance(error, KeyError) and error.args[0] in (getattr(known, "layer_types", None) or ()):
         # Rotary positions of each kind of layers, and how many of them are of each of three kinds of positions.
         rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
