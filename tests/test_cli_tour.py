@@ -28,7 +28,10 @@ PLAN_FIELDS = {
     "model", "commit", "model_type", "split_points", "num_layers", "dtype", "source",
     "parameters", "bytes", "shards", "tied", "cut_bytes_per_token", "components", "memory", "warnings", "unexpected",
 }  # fmt: skip
-COMPONENT_FIELDS = {"component", "layers", "tensors", "parameters", "bytes", "kv_bytes_per_token", "dtype", "shards"}
+COMPONENT_FIELDS = {
+    *("component", "layers", "tensors", "parameters", "bytes", "dtype", "shards"),
+    *("kv_bytes_per_token", "state_bytes_per_sequence"),
+}
 GENERATION_FIELDS = {"prompt", "text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second"}
 VERIFICATION_FIELDS = {
     "links",

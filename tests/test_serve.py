@@ -552,7 +552,7 @@ def test_preload_survives_a_broken_plugin(warm_process: Cli, tmp_path: Path) -> 
         "print({name: type(error).__name__ for name, error in sorted(failures.items())})"
     )
 
-    result = warm_process("-c", code, PYTHONPATH=str(folder))
+    result = warm_process("-c", code, PYTHONPATH=str(folder), SPLITLEARN_DISABLE_PLUGINS="splitlearn-auto")
 
     assert result.stdout == "{'broken': 'BrokenPluginError', 'nonsense': 'UnknownModelTypeError'}\n", result.stderr
 

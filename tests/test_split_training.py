@@ -408,6 +408,32 @@ def test_a_host_keeps_one_version_of_an_adapter() -> None:
     assert endpoint.table._training.kept_bytes == 0
 
 
+def test_owners_share_the_memory_of_adapters() -> None:
+    """Where there is room for one owner's, the other one sends its own again."""
+    recipe = Recipe()
+    expected = unsplit(recipe, 3)
+    trunk = loaded(recipe, "trunk").trunk
+    alone = MemoryEndpoint(lambda: SessionTable(trunk))
+    trained(recipe, remote(alone), 3)
+    limit = int(1.5 * alone.table._training.kept_bytes)
+    table = SessionTable(trunk, SessionLimits(all_adapter_bytes=limit))
+    results: list[Learned] = []
+    kept: list[int] = []
+
+    def other(step: int) -> None:
+        endpoint = MemoryEndpoint(lambda: table)
+        endpoint.owner, state = "other", torch.get_rng_state()
+        results.append(trained(recipe, remote(endpoint), 3))
+        torch.set_rng_state(state)
+        kept.append(table._training.kept_bytes)
+
+    endpoint = MemoryEndpoint(lambda: table)
+    results.append(trained(recipe, remote(endpoint), 3, after=other))
+    assert [differences(expected, result) for result in results] == [[]] * 4
+    assert 0 < max(kept) <= limit
+    assert [frame.kind for frame in endpoint.frames].count(Kind.PUT) > [f.kind for f in alone.frames].count(Kind.PUT)
+
+
 def test_owners_train_as_if_alone() -> None:
     """A whole training of another owner in the midst of one, and evaluation besides."""
     recipes = [Recipe(clip=0.05), Recipe(kind="LoHaConfig", ends=True, accumulation=2)]

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from splitlearn_core.plugins import metadata
+from splitlearn_core.plugins.metadata import PluginEntry
 from splitlearn_core.plugins.registry import reset_registry
 from support.warm import WarmInterpreter
 
@@ -88,12 +90,18 @@ class World:
         )
 
 
+def _without_auto(discover: Callable[[], tuple[PluginEntry, ...]]) -> Callable[[], tuple[PluginEntry, ...]]:
+    return lambda: tuple(entry for entry in discover() if entry.distribution != "splitlearn-auto")
+
+
 @pytest.fixture(autouse=True)
 def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Forget what a test imported from its own folders, and every variable that chooses plugins."""
     monkeypatch.delenv("SPLITLEARN_PLUGINS", raising=False)
     monkeypatch.delenv("SPLITLEARN_DISABLE_PLUGINS", raising=False)
     monkeypatch.delenv("SPLITLEARN_TRACE", raising=False)
+    # If splitlearn-auto is installed, it has an answer about the types that these tests take for unknown.
+    monkeypatch.setattr(metadata, "discover", _without_auto(metadata.discover))
     reset_registry()
     before = set(sys.modules)
     yield

@@ -383,7 +383,7 @@ def test_other_weights_in_the_same_place_are_loaded_without_the_sessions(single:
     ("fields", "text"),
     [
         ({"host": "proces"}, "did you mean 'process'"),
-        ({"host": "ray"}, "is no host that is installed: inline, process"),
+        ({"host": "ray"}, "is not installed (installed: inline, process"),
         ({"component": "bottom"}, "is for trunks, and a bottom"),
         ({"component": "top"}, "is for trunks, and a top"),
         ({"model_type": "huggingface", "component": None, "split_points": None}, "is loaded whole"),

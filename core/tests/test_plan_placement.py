@@ -113,7 +113,7 @@ def test_all_invalid_limits_are_reported() -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_max_memory(wrong)
 
-    for word in ("'3 apples' for 'cpu'", "-1 for 0", "1.5 is no device", "True is no device", "'disk' holds"):
+    for word in ("'3 apples' for 'cpu'", "-1 for 0", "1.5 is not a device", "True is not a device", "'disk' holds"):
         assert word in caught.value.message
 
 

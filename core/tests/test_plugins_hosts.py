@@ -43,7 +43,7 @@ def test_a_configuration_may_name_it(world: Any, install: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("clout", "is no host that is installed: inline, process, cloud; did you mean 'cloud'?"),
+        ("clout", "is not installed (installed: inline, process, cloud); did you mean 'cloud'?"),
         ("Process", "did you mean 'process'?"),
         ("ray", "pip install splitlearn-ray"),
     ],

@@ -143,6 +143,19 @@ def sparse(layers: int, *, quick: bool) -> Recipe:
     return Recipe(f"sparse-{layers}", config, "BF16", 200_000 if quick else 5 * GB, sparse=True)
 
 
+def experts(*, quick: bool) -> Recipe:
+    """A small Qwen3-MoE of 3 GB in bfloat16, shards of 1 GB: a tensor for each expert."""
+    sizes = (64, 6, 4, 2, 16, 4, 32, 512) if quick else (2048, 12, 16, 4, 128, 32, 576, 32000)
+    return Recipe("experts", _qwen3_moe_config(*sizes), "BF16", 200_000 if quick else GB)
+
+
+def sparse_experts(layers: int, *, quick: bool) -> Recipe:
+    """Layers of a Qwen3-MoE of 435 GB, as many as asked, in sparse shards of 5 GB."""
+    sizes = (64, layers, 4, 2, 16, 4, 32, 512) if quick else (4096, layers, 64, 4, 128, 128, 2304, 151936)
+    name, shard_bytes = f"sparse-experts-{layers}", 200_000 if quick else 5 * GB
+    return Recipe(name, _qwen3_moe_config(*sizes), "BF16", shard_bytes, sparse=True)
+
+
 def make(recipe: Recipe, cache_dir: Path) -> Checkpoint:
     """Write a checkpoint, unless an earlier run has left it there whole."""
     directory = cache_dir / f"{recipe.name}-{zlib.crc32(repr(recipe).encode()):08x}"
@@ -191,6 +204,24 @@ def _qwen2_config(
     }
 
 
+def _qwen3_moe_config(
+    width: int, depth: int, heads: int, kv_heads: int, head_dim: int, count: int, inner: int, words: int
+) -> dict[str, Any]:
+    return {
+        **_qwen2_config(width, depth, heads, kv_heads, 3 * width, words, tied=False),
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": head_dim,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": inner,
+        "norm_topk_prob": True,
+        "num_experts": count,
+        "num_experts_per_tok": 2,
+    }
+
+
 def _gpt2_tensors(config: dict[str, Any]) -> Iterator[Tensor]:
     width = config["n_embd"]
     yield Tensor("transformer.wte.weight", (config["vocab_size"], width))
@@ -226,9 +257,16 @@ def _llama_like_tensors(config: dict[str, Any]) -> Iterator[Tensor]:
             if has_bias:
                 yield Tensor(f"{block}.self_attn.{name}_proj.bias", (rows,))
         yield Tensor(f"{block}.self_attn.o_proj.weight", (width, queries))
-        yield Tensor(f"{block}.mlp.gate_proj.weight", (inner, width))
-        yield Tensor(f"{block}.mlp.up_proj.weight", (inner, width))
-        yield Tensor(f"{block}.mlp.down_proj.weight", (width, inner))
+        parts = [""]
+        if "num_experts" in config:
+            inner, parts = config["moe_intermediate_size"], [f"experts.{n}." for n in range(config["num_experts"])]
+            yield Tensor(f"{block}.mlp.gate.weight", (config["num_experts"], width))
+            yield Tensor(f"{block}.self_attn.q_norm.weight", (head_dim,), is_norm=True)
+            yield Tensor(f"{block}.self_attn.k_norm.weight", (head_dim,), is_norm=True)
+        for part in parts:
+            yield Tensor(f"{block}.mlp.{part}gate_proj.weight", (inner, width))
+            yield Tensor(f"{block}.mlp.{part}up_proj.weight", (inner, width))
+            yield Tensor(f"{block}.mlp.{part}down_proj.weight", (width, inner))
         yield Tensor(f"{block}.input_layernorm.weight", (width,), is_one)
         yield Tensor(f"{block}.post_attention_layernorm.weight", (width,), is_one)
     yield Tensor("model.norm.weight", (width,), is_one)

@@ -23,6 +23,7 @@ BENCHMARKS = (
     "dtype",
     "memory",
     "sparse",
+    "experts",
     "threads",
     "generation",
     "spawn",
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny models: shows that everything runs, says nothing")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--runs", type=int, help="measurements of each thing (default: 5; 2 with --quick)")
-    parser.add_argument("--cache-dir", type=Path, help="keep checkpoints here, 7 GB (default: a temporary folder)")
+    parser.add_argument("--cache-dir", type=Path, help="keep checkpoints here, 10 GB (default: a temporary folder)")
     parser.add_argument(
         "--minutes",
         type=float,

@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.splitplan import ComponentPlan as ComponentPlan
     from splitlearn_core.plan.splitplan import PlannedTensor as PlannedTensor
     from splitlearn_core.plan.splitplan import SplitPlan as SplitPlan
+    from splitlearn_core.plugins.contract import AnyTypePlugin as AnyTypePlugin
     from splitlearn_core.plugins.contract import FamilyPlugin as FamilyPlugin
     from splitlearn_core.plugins.contract import KeyMappingPlugin as KeyMappingPlugin
     from splitlearn_core.plugins.contract import StrategyPlugin as StrategyPlugin
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
 
 #: Names that are imported when they are first used, and where they live.
 _LAZY = {
+    "AnyTypePlugin": "plugins.contract",
     "AsyncManagedModel": "manager.handles",
     "AsyncModelManager": "manager.manager",
     "BottomModel": "build.component",

@@ -107,7 +107,12 @@ def plan_split(
         SplitLearnError: With a hint; invalid split points are a ValueError, a missing file is a
             FileNotFoundError, an unknown model type a KeyError.
     """
-    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
     names = names_of_parts(split_points)
     requested = parse_parts(parts, names)
     return plan_opened(open_model(model_name_or_path, model_type, **hub), split_points, requested, dtype)
@@ -150,7 +155,12 @@ def plan_fetch(
     Raises:
         SplitLearnError: As :func:`plan_split`; and a FileNotFoundError if there are no weights.
     """
-    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    hub: dict[str, Any] = {
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
     names = names_of_parts(split_points)
     requested = parse_parts(parts, names)
     model = open_model(model_name_or_path, model_type, **hub)
@@ -383,6 +393,7 @@ def load_split_model(
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            progress=report,
         )
         check_options(model, options)
         fetched = plan_and_fetch(model, split_points, requested, dtypes, report)

@@ -358,6 +358,7 @@ def _measure_here(target: Target, name: str) -> dict[str, Any]:
         importlib.import_module(module)
     import torch
 
+    from splitlearn_core.build.configuration import decoder_config
     from splitlearn_core.build.torch_state import own_state
 
     is_cuda = torch.device(target.device).type == "cuda"
@@ -371,7 +372,7 @@ def _measure_here(target: Target, name: str) -> dict[str, Any]:
         loaded = _load(target, model, name)
         finish()
         loaded_at = time.monotonic()
-        config = next(iter(loaded.values())).config
+        config = decoder_config(model.family, next(iter(loaded.values())).config)
         length = min(_PROMPT_TOKENS, (getattr(config, "max_position_embeddings", None) or 2 * _PROMPT_TOKENS) // 2)
         ids = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
         ids = ids.to(target.device)
@@ -417,7 +418,7 @@ def _forward(part: str, module: Any, ids: torch.Tensor) -> None:
     elif part == Component.BOTTOM:
         module(input_ids=ids)
     else:
-        hidden = torch.randn(*ids.shape, module.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden = torch.randn(*ids.shape, module.decoder_config.hidden_size, generator=torch.Generator().manual_seed(0))
         module(hidden_states=hidden.to(ids.device, next(module.parameters()).dtype))
 
 

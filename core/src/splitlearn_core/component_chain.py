@@ -11,8 +11,8 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from splitlearn_core.build.component import ComponentModel
-from splitlearn_core.build.forward_arguments import RECORDINGS, is_paged, named_cache
-from splitlearn_core.build.kv_cache import CACHE_FIELD
+from splitlearn_core.build.forward_arguments import RECORDINGS, crosses_in_float32, is_paged, named_cache
+from splitlearn_core.build.kv_cache import CACHE_FIELD, own_cache_class
 from splitlearn_core.cuts.crossings import Crossings, crossing
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent, restored
@@ -36,7 +36,13 @@ class ComponentChain:
         self.mixed_dtypes = mixed_dtypes
         self.crossings = crossings
         self.config = parts[Component.TOP].config
-        self.routing = cast("ComponentModel", parts[Component.BOTTOM]).routing
+        decoder = cast("ComponentModel", parts[Component.TOP]).decoder_config
+        self._caches = bool(getattr(decoder, "use_cache", False))
+        self._crosses_in_float32 = crosses_in_float32(decoder)
+        bottom = cast("ComponentModel", parts[Component.BOTTOM])
+        self.routing = bottom.routing
+        #: The class of cache that the model insists on, which keeps running states; None for none.
+        self.own_cache = own_cache_class(bottom.base_model.forward)
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
         # A parameter of each, for its device and dtype without walking the module at every token. A component that runs
         # elsewhere has none: it takes hidden states on any device.
@@ -60,10 +66,11 @@ class ComponentChain:
         passed = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
         return_dict = passed.pop("return_dict", self.config.return_dict)
         recordings = {name: passed.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
-        use_cache = passed.pop("use_cache", getattr(self.config, "use_cache", None)) and not self._is_recomputed(owner)
+        use_cache = passed.pop("use_cache", self._caches) and not self._is_recomputed(owner)
         cache = self._whole_cache(named_cache(passed, passed.pop("past_key_values", None)), use_cache)
         # generate passes on what it needs for stop_strings; the family's forward ignores it.
         passed.pop("tokenizer", None)
+        self.routing.refuse_others(passed)
         tokens = passed.pop("input_ids", None)
         first = {name: passed.pop(name) for name in ("inputs_embeds", *self.routing.bottom) if name in passed}
         # The family's base model ignores what is meant for the head.
@@ -76,14 +83,16 @@ class ComponentChain:
         rows = tokens if tokens is not None else first.get("inputs_embeds")
         over_cuts = crossing(self.crossings, parts, rows, cache, is_training=owner.training)
         with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross:
-            output: Any = parts[0](tokens, **first, **passed, past_key_values=_share(cache, parts[0]))
+            # All before the first runs: a component of running states alone takes the number of tokens from the others.
+            caches = [_share(cache, part) for part in parts]
+            output: Any = parts[0](tokens, **first, **passed, past_key_values=caches[0])
             outputs = [output]
             for number, part in enumerate(parts[1:], start=1):
                 is_last = part is parts[-1]
                 passed = _move({**passed, **last} if is_last and head else passed, self.device(number))
                 run = cast("Any", part).without_head if is_last and not head else part
                 hidden = cross(number - 1, self._enter(number, output))
-                output = run(hidden, **passed, past_key_values=_share(cache, part))
+                output = run(hidden, **passed, past_key_values=caches[number])
                 outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)
         return result if return_dict else result.to_tuple()
@@ -96,7 +105,7 @@ class ComponentChain:
     def _enter(self, number: int, output: Any) -> torch.Tensor:
         """Take hidden states across a cut: to the next component's device, and to its dtype if dtypes may differ."""
         hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        if not self.mixed_dtypes:
+        if not self.mixed_dtypes or self._crosses_in_float32:
             return hidden.to(self.device(number))
         probe = self._probes[number]
         # Read from the parameters: .to(dtype) may have changed the dtype since.
@@ -111,7 +120,9 @@ class ComponentChain:
     def _whole_cache(self, cache: Any, use_cache: bool) -> Any:
         """Return the cache of the whole model, of which each component uses its own layers."""
         if cache is None:
-            return DynamicCache(config=self.config) if use_cache else None
+            if not use_cache:
+                return None
+            return DynamicCache(config=self.config) if self.own_cache is None else self.own_cache()
         refusal = "" if is_paged(cache) else _cache_refusal(cache)
         if refusal:
             raise ConfigurationError(
@@ -168,8 +179,8 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
         result = BaseModelOutputWithPast(last_hidden_state=last.last_hidden_state, **recorded)
     for name, value in last.items():
         if name not in result and name not in {CACHE_FIELD, *RECORDINGS.values()}:
-            is_recorded = isinstance(value, tuple)
-            result[name] = tuple(item for each in outputs for item in each.get(name) or ()) if is_recorded else value
+            of_all = isinstance(value, tuple)
+            result[name] = tuple(item for output in outputs for item in output.get(name) or ()) if of_all else value
     return result
 
 

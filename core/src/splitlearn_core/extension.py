@@ -14,18 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitlearn_core.arguments import user_path as user_path
+    from splitlearn_core.build.cache_sizes import layer_cache_sizes as layer_cache_sizes
+    from splitlearn_core.build.cache_sizes import sizes_after_one_token as sizes_after_one_token
     from splitlearn_core.build.configuration import hf_config as hf_config
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
     from splitlearn_core.build.conversion_tables import targets_by_tables as targets_by_tables
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
     from splitlearn_core.build.kv_cache import cache_argument as cache_argument
+    from splitlearn_core.build.kv_cache import has_states_alone as has_states_alone
     from splitlearn_core.build.pruning import base_of as base_of
     from splitlearn_core.build.pruning import through_no_layers as through_no_layers
     from splitlearn_core.build.torch_state import own_state as own_state
     from splitlearn_core.checkpoint.config_json import read_config as read_config
+    from splitlearn_core.checkpoint.config_json import read_object as read_object
     from splitlearn_core.checkpoint.files import CONFIG as CONFIG
     from splitlearn_core.checkpoint.source import HUB as HUB
     from splitlearn_core.checkpoint.source import open_source as open_source
+    from splitlearn_core.child_process import command_for as command_for
+    from splitlearn_core.child_process import ending as ending
+    from splitlearn_core.child_process import reserve_stdout as reserve_stdout
     from splitlearn_core.errors import translate as translate
     from splitlearn_core.hosts.client import Host as Host
     from splitlearn_core.hosts.client import Patience as Patience
@@ -65,12 +72,12 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.keys import map_keys as map_keys
     from splitlearn_core.plan.keys import place_keys as place_keys
     from splitlearn_core.plan.split_points import split_layers as split_layers
-    from splitlearn_core.plan.splitplan import kv_bytes_per_layer as kv_bytes_per_layer
     from splitlearn_core.plan.splitplan import plan_components as plan_components
+    from splitlearn_core.plan.splitplan import total_cache_size as total_cache_size
     from splitlearn_core.plugins.known import WRITTEN as WRITTEN
-    from splitlearn_core.plugins.known import text_model as text_model
     from splitlearn_core.plugins.known import way_out as way_out
     from splitlearn_core.plugins.metadata import core_version as core_version
+    from splitlearn_core.plugins.metadata import version_of as version_of
     from splitlearn_core.plugins.registry import registry as registry
     from splitlearn_core.quoting import quote as quote
     from splitlearn_core.quoting import reason as reason
@@ -106,17 +113,20 @@ _HOMES = {
     "WRITTEN": "plugins.known",
     "base_of": "build.pruning",
     "cache_argument": "build.kv_cache",
+    "command_for": "child_process",
     "component_from_state_dict": "build.construction",
     "core_version": "plugins.metadata",
     "decode": "hosts.protocol",
     "decode_header": "hosts.protocol",
     "encode": "hosts.protocol",
+    "ending": "child_process",
     "TrainingUsage": "hosts.training",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",
+    "has_states_alone": "build.kv_cache",
     "hf_config": "build.configuration",
     "human_bytes": "types",
-    "kv_bytes_per_layer": "plan.splitplan",
+    "layer_cache_sizes": "build.cache_sizes",
     "limit_problems": "manager.config_checks",
     "load_arguments": "manager.loaders.own_process",
     "map_keys": "plan.keys",
@@ -128,19 +138,23 @@ _HOMES = {
     "quote": "quoting",
     "read_config": "checkpoint.config_json",
     "read_config_file": "manager.config",
+    "read_object": "checkpoint.config_json",
     "reason": "quoting",
     "registry": "plugins.registry",
+    "reserve_stdout": "child_process",
     "said": "quoting",
     "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
+    "sizes_after_one_token": "build.cache_sizes",
     "split_layers": "plan.split_points",
     "targets_by_tables": "build.conversion_tables",
-    "text_model": "plugins.known",
     "through_no_layers": "build.pruning",
+    "total_cache_size": "plan.splitplan",
     "translate": "errors",
     "unbundled": "loading.opening",
     "unknown_name": "manager.config_checks",
     "user_path": "arguments",
+    "version_of": "plugins.metadata",
     "way_out": "plugins.known",
 }
 

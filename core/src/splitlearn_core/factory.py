@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from splitlearn_core.api import CommonArguments, load_split_model
 from splitlearn_core.arguments import accept_foreign_names, user_path
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, UnknownModelTypeError
 from splitlearn_core.loading.opening import type_and_model
 from splitlearn_core.loading_strategy import AUTO
 from splitlearn_core.plugins.registry import registry
@@ -154,12 +154,20 @@ class ModelRegistry:
 
     @staticmethod
     def is_model_registered(model_type: str) -> bool:
-        """Return whether an installed plugin provides the model type; imports none."""
-        return model_type in registry().model_types()
+        """Return whether an installed plugin provides the model type; imports none for types that a plugin names.
+
+        Asking the plugin for any type (``splitlearn-auto``) about one takes seconds, the first time.
+        """
+        if model_type in registry().model_types():
+            return True
+        try:
+            return registry().may_provide(model_type) and bool(registry().family(model_type))
+        except UnknownModelTypeError:
+            return False
 
     @staticmethod
     def list_models() -> tuple[str, ...]:
-        """Return the model types that installed plugins provide; imports none."""
+        """Return the model types that installed plugins name; imports none."""
         return tuple(registry().model_types())
 
     @staticmethod

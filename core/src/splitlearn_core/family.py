@@ -10,6 +10,7 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError
 
 _PAIR_LENGTH = 2
+_TIED = "tie_word_embeddings"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -45,6 +46,10 @@ class ModelFamily:
     norm: str = "norm"
     #: The language model head.
     head: str = "lm_head"
+    #: In a model of several models (a decoder, and one for images, say), the name of the decoder's values in
+    #: ``config.json``: ``text_config``. Components then have what is in ``base`` and ``head``, and nothing of the
+    #: others is built, fetched or read. Empty if the whole model is the decoder.
+    text_config: str = ""
     #: Modules relative to ``base`` whose output is *added* to the embeddings even when hidden
     #: states come in from outside; they yield zero in every component but the bottom.
     zero_outside_bottom: tuple[str, ...] = ()
@@ -82,7 +87,10 @@ class ModelFamily:
     #: Where a layer caches something smaller than the keys and values of its heads (latent attention): the values of
     #: ``config.json`` whose sum is the number of values that it caches for each token.
     cached_values: tuple[str, ...] = ()
-    #: Returns, for a ``config.json``, the cuts that are impossible in this model, each with the reason
+    #: True where no values of ``config.json`` say what a layer caches: running states (state spaces, linear attention),
+    #: or layers that cache differently. A plan then measures it on a model without weights, and imports transformers.
+    measured_cache: bool = False
+    #: Returns, for a ``config.json`` (or the ``text_config`` in it), the cuts that are impossible, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
     #: Values of ``config.json`` without which no model of the type can be cut, because more than hidden states would
@@ -118,11 +126,21 @@ class ModelFamily:
         """The modules of the top alone, other than the head, relative to ``base``."""
         return (*filter(None, (self.norm,)), *self.skip_outside_top)
 
+    def decoder_values(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the decoder's values of a ``config.json``."""
+        inner = config.get(self.text_config) if self.text_config else None
+        # Files of older versions of transformers have them among the others.
+        return inner if isinstance(inner, Mapping) else config
+
     def config_value(self, config: Mapping[str, Any], name: str) -> Any:
         """Return a value of ``config.json`` by its common name, or None if it is not set."""
+        values = self.decoder_values(config)
+        if name == _TIED and not values.get(name):
+            # Of the whole model; some classes also read it from the decoder's.
+            values = config
         for candidate in (self.config_names.get(name, name), name):
-            if config.get(candidate) is not None:
-                return config[candidate]
+            if values.get(candidate) is not None:
+                return values[candidate]
         return self.config_defaults.get(name)
 
 
@@ -130,7 +148,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("model_type", "architecture", "base", "layers", "embedding", "head"):
         if not (isinstance(getattr(family, name), str) and getattr(family, name)):
             yield name, "a name"
-    for name in ("norm", "preferred_strategy", "default_model", "bundled_checkpoint"):
+    for name in ("norm", "text_config", "preferred_strategy", "default_model", "bundled_checkpoint"):
         if not isinstance(getattr(family, name), str):
             yield name, "a text"
     for name in (
@@ -149,7 +167,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "required_values", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
-    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables"):
+    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables", "measured_cache"):
         if not isinstance(getattr(family, name), bool):
             yield name, "True or False"
     if not callable(family.impossible_cuts):

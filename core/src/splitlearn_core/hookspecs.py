@@ -1,10 +1,16 @@
-"""The three hooks a plugin may implement, each a small manual.
+"""The four hooks a plugin may implement, each a small manual.
 
 A plugin is a module with functions marked :data:`hookimpl`, named as below, and an entry point in
 the group ``splitlearn.families`` whose name is the model type and whose value is that module::
 
     [project.entry-points."splitlearn.families"]
     llama = "splitlearn_llama"
+
+An entry point named ``*`` is for all model types that no other entry point of the group names, and is asked last, one
+type at a time: :func:`splitlearn_family_for`. There can be one such package::
+
+    [project.entry-points."splitlearn.families"]
+    "*" = "splitlearn_auto.any_type"
 
 A package may also add nothing but a loading strategy, for the checkpoints of every family. Its entry
 point is in the group ``splitlearn.strategies``, and is named after the strategy::
@@ -16,14 +22,16 @@ Such a package is imported when its strategy is requested by name, or when core 
 never for a checkpoint that core reads.
 
 A type checker checks a plugin against the protocols :class:`splitlearn_core.FamilyPlugin`,
-:class:`~splitlearn_core.KeyMappingPlugin` and :class:`~splitlearn_core.StrategyPlugin`, one for each hook::
+:class:`~splitlearn_core.AnyTypePlugin`, :class:`~splitlearn_core.KeyMappingPlugin` and
+:class:`~splitlearn_core.StrategyPlugin`, one for each hook::
 
     import splitlearn_llama
 
     plugin: FamilyPlugin = splitlearn_llama
 
 Hooks are plain functions: they return at once, read no weights and import neither torch nor
-transformers. They name the arguments that they need, in any order. A hook that does not match its
+transformers; :func:`splitlearn_family_for` alone may take seconds, and reports progress meanwhile. They
+name the arguments that they need, in any order. A hook that does not match its
 specification is refused before it is called, and the error shows both. A hook that raises, or returns
 something else than specified, marks its own plugin as broken and does not affect others.
 """
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
     from splitlearn_core.family import ModelFamily
     from splitlearn_core.loading_strategy import LoadingStrategy
     from splitlearn_core.plan.conversions import WeightConversion
+    from splitlearn_core.types import ProgressCallback
 
 #: pluggy's project name.
 PROJECT = "splitlearn"
@@ -70,6 +79,37 @@ def splitlearn_model_families() -> Iterable[ModelFamily]:  # type: ignore[empty-
         @hookimpl
         def splitlearn_model_families():
             return [ModelFamily(model_type="llama", architecture="LlamaForCausalLM")]
+    """
+
+
+@hookspec
+def splitlearn_family_for(model_type: str, progress: ProgressCallback) -> ModelFamily | None:
+    """Return the family of a model type that no entry point names.
+
+    Only the plugin whose entry point is named ``*`` is called: in the thread that loads or plans, when a checkpoint of
+    the type is used, and never for a list of plugins. An answer is kept for the rest of the process. It is for the
+    type and not for one ``config.json``: saved components, other processes and remote components find the family by
+    its type alone. Settings that the family does not cover can be refused by its ``impossible_cuts``.
+
+    Args:
+        model_type: The model type, which comes from an untrusted ``config.json``: letters, digits, ``_``, ``-`` and
+            ``.``, 64 at most.
+        progress: Call it at least twice a second during work that takes longer, with
+            ``Progress("examining", file=model_type)``. What it raises cancels the load: let it pass.
+
+    Returns:
+        A family with this model type; or None if the plugin has none, and no reason to give.
+
+    Raises:
+        UnknownModelTypeError: The type is refused. Core adds the names of type and plugin to the reason, and shows
+            the hint as it is. Other errors mark the plugin as broken.
+
+    Example::
+
+        @hookimpl
+        def splitlearn_family_for(model_type):
+            known = json.loads(resources.files(__package__).joinpath("families.json").read_text())
+            return ModelFamily(model_type=model_type, **known[model_type]) if model_type in known else None
     """
 
 

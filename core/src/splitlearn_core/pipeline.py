@@ -17,7 +17,7 @@ from splitlearn_core.adapters.peft_models import adapter_mismatches, refuse_adap
 from splitlearn_core.api import load_split_model
 from splitlearn_core.build.assemble import keeping_ties
 from splitlearn_core.build.component import ComponentModel
-from splitlearn_core.build.configuration import architecture_class
+from splitlearn_core.build.configuration import architecture_class, decoder_config
 from splitlearn_core.build.forward_arguments import named_cache
 from splitlearn_core.build.module_tree import LinkedModules, class_over, module_tree, places_of
 from splitlearn_core.checkpoint.manifest import holds_components
@@ -39,6 +39,9 @@ from splitlearn_core.types import (
     kind_of,
     place_of,
 )
+
+#: Arguments of generate by which tokens are drafted, and removed from the cache if they are not accepted.
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 class Backbone(PreTrainedModel):
@@ -254,8 +257,20 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
                 "a split model cannot draft with its own first layers (assistant_early_exit)",
                 hint="give a small model as assistant_model, or prompt_lookup_num_tokens",
             )
+        self._chain.routing.refuse_others(kwargs)
+        self._refuse_drafts(settings, kwargs)
         with generating():
             return super().generate(inputs, *args, **kwargs)
+
+    def _refuse_drafts(self, settings: Any, kwargs: Mapping[str, Any]) -> None:
+        """Refuse to draft tokens that a running state could not give back; transformers does so in other words."""
+        drafts = {name: kwargs.get(name, getattr(settings, name, None)) for name in _DRAFTS}
+        named = next((name for name, value in drafts.items() if value is not None), None)
+        if named is not None and (getattr(self, "_is_stateful", False) or self._chain.own_cache is not None):
+            raise ConfigurationError(
+                f"a {self.config.model_type} keeps running states, which cannot give back drafted tokens ({named})",
+                hint="generate without it",
+            )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         # The number of cached tokens (all but the last one's) is known here, before the first step.
@@ -380,8 +395,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         """Resize the vocabulary, in bottom and top; arguments and result as of Hugging Face models."""
         resized = super().resize_token_embeddings(*args, **kwargs)
         for component in self.components:
-            component.config.vocab_size = self.config.vocab_size
-            component.vocab_size = self.config.vocab_size
+            component.decoder_config.vocab_size = decoder_config(self.top.family, self.config).vocab_size
+            component.vocab_size = component.decoder_config.vocab_size
         self._assemble(self._chain.parts, self._chain.mixed_dtypes, self._chain.crossings)
         return resized
 
@@ -421,8 +436,11 @@ def _check_fit(parts: Mapping[str, Any], mixed_dtypes: bool) -> None:
         if not edges[-1].is_last or len({edge.total for edge in edges}) > 1:
             problems.append(f"they belong to models of different depth: {', '.join(map(str, edges))}")
         facts = {
-            what: [getattr(part.config, what) for part in parts.values()]
-            for what in ("model_type", "hidden_size", "vocab_size")
+            "model_type": [part.config.model_type for part in parts.values()],
+            **{
+                what: [getattr(part.decoder_config, what) for part in parts.values()]
+                for what in ("hidden_size", "vocab_size")
+            },
         }
         # The dtype of the parameters: .to(dtype) does not change the one in the configuration.
         if not mixed_dtypes:

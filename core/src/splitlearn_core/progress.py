@@ -23,13 +23,6 @@ def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[Pr
     elif progress is False or not (sys.stderr.isatty() or "ipykernel.zmqshell" in sys.modules):
         yield lambda _: None
     else:
-        if "tqdm.auto" not in sys.modules:
-            from tqdm import TqdmWarning
-
-            with warnings.catch_warnings():
-                # In a notebook without ipywidgets tqdm warns that bars are text.
-                warnings.simplefilter("ignore", TqdmWarning)
-                import tqdm.auto  # noqa: F401
         bar = _Bar()
         try:
             yield bar.show
@@ -79,6 +72,11 @@ def passing_through(progress: ProgressCallback) -> Iterator[ProgressCallback]:
 
 #: Label of the bar in each stage that counts bytes.
 _LABELS = {"reading": "Loading", "saving": "Saving", "merging": "Merging", "hashing": "Hashing"}
+#: Stages that are one line, with the file of the stage.
+_LINES = {
+    "converting": "Converting the tokenizer of {}; the result is cached",
+    "examining": "Examining model type {} on a small model; the result is kept",
+}
 
 
 class _Bar:
@@ -86,21 +84,36 @@ class _Bar:
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._lines: set[str] = set()
 
     def show(self, progress: Progress) -> None:
-        if progress.stage == "converting":
-            sys.stderr.write(f"Converting the tokenizer of {progress.file}; the result is cached\n")
-            sys.stderr.flush()
+        if progress.stage in _LINES:
+            self._show_line(_LINES[progress.stage].format(progress.file))
         # During a download huggingface_hub draws its own bars.
         if progress.stage not in _LABELS:
             return
         if self._bar is None:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=progress.bytes_total, unit="B", unit_scale=True, unit_divisor=1024)
+            self._bar = _tqdm()(total=progress.bytes_total, unit="B", unit_scale=True, unit_divisor=1024)
         self._bar.set_description(" ".join(filter(None, (_LABELS[progress.stage], progress.component))), refresh=False)
         self._bar.update(progress.bytes_done - self._bar.n)
+
+    def _show_line(self, text: str) -> None:
+        if text not in self._lines:
+            self._lines.add(text)
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _tqdm() -> Any:
+    with warnings.catch_warnings():
+        if "tqdm.auto" not in sys.modules:
+            from tqdm import TqdmWarning
+
+            # In a notebook without ipywidgets tqdm warns that bars are text.
+            warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm
+    return tqdm

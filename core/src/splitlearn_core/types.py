@@ -172,8 +172,9 @@ class TensorInfo:
 class Progress:
     """The progress of a load. Bytes are those of the stage; 0 of 0 if it counts none."""
 
-    #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``,
-    #: ``converting``, ``verifying``, ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
+    #: ``resolving``, ``examining`` (a model type, in ``file``), ``downloading``, ``planning``, ``importing``,
+    #: ``building``, ``reading``, ``converting``, ``verifying``,
+    #: ``warming up`` or ``ready``; ``saving``, ``merging`` or ``hashing`` of files.
     stage: str
     #: The name of the current component, or None if the stage concerns all of them.
     component: str | None = None

@@ -133,6 +133,7 @@ def _verify(
     progress: ProgressCallback,
     remote: Mapping[str, RemoteComponent],
 ) -> Verification:
+    from splitlearn_core.build.configuration import decoder_config
     from splitlearn_core.pipeline import SplitCausalLM
 
     plan = plan_and_fetch(model, split_points, None, dtype, progress).split
@@ -151,7 +152,7 @@ def _verify(
     with _transformers_errors(model):
         unsplit = load_unsplit(model, plan.dtype, options)
     unsplit_load = time.perf_counter() - started
-    ids, mask = _inputs(model, unsplit.config.vocab_size)
+    ids, mask = _inputs(model, decoder_config(model.family, unsplit.config).vocab_size)
     ids, mask = ids.to(options.device), mask.to(options.device)
     with _transformers_errors(model):
         expected = _run(unsplit, ids, mask)

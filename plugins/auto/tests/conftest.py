@@ -65,6 +65,8 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     """Forget what a test imported from its own folders, and every variable that chooses plugins."""
     for name in ("SPLITLEARN_PLUGINS", "SPLITLEARN_DISABLE_PLUGINS", "SPLITLEARN_TRACE"):
         monkeypatch.delenv(name, raising=False)
+    # What is found out about a type is kept there.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     reset_registry()
     before = set(sys.modules)
     yield

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import cache_utils
 
 from splitlearn_auto import NewPlugin, new_plugin
 from splitlearn_auto.examining import examine
@@ -34,6 +35,7 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
+from splitlearn_core.extension import CACHE_FIELD, layer_cache_sizes
 
 pytestmark = pytest.mark.libs
 
@@ -266,8 +268,9 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         ("t5", "not a causal language model: transformers has T5ForConditionalGeneration"),
         ("bart", "encoder-decoder"),
         ("gemma3", "made of several models"),
-        ("rwkv", "has no key-value cache"),
-        ("mamba", "cache a running state|has no key-value cache"),
+        ("rwkv", "keeps no cache of transformers' own kind"),
+        # Its modules keep the states themselves.
+        ("recurrent_gemma", "keeps no cache of transformers' own kind"),
         # Older transformers cannot run a small one without kernels for a GPU.
         ("zamba", "original_hidden_states|Fast Mamba kernels"),
         ("nanochat", "norm is called before the first layer and after the last"),
@@ -402,24 +405,47 @@ def test_a_dry_run_asks_for_no_folder(tmp_path: Path, cli: Any) -> None:
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-@pytest.mark.usefixtures("examined_once")
-def test_what_a_plan_gets_wrong_is_said_by_a_dry_run_as_well(tmp_path: Path, cli: Any) -> None:
-    """Falcon keeps one head of keys and values, which no value of its configuration says."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def test_what_does_not_hold_is_said_by_a_dry_run_as_well(
+    examined: Callable[..., Derived], tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is where a package is written, and in its README."""
+    note = "with tie_word_embeddings=True: it differs"
+    derived = replace(examined("llama", {}), notes=[note])
+    monkeypatch.setattr("splitlearn_auto.examining.examine", lambda *_: derived)
 
-    dry, wet = cli("plugins", "new", "falcon", "--dry-run"), cli("plugins", "new", "falcon", "--out", tmp_path / "out")
+    dry, wet = cli("plugins", "new", "llama", "--dry-run"), cli("plugins", "new", "llama", "--out", tmp_path / "out")
 
     (said,) = (line for line in dry[2].splitlines() if line.startswith("not covered: "))
     assert said in wet[2].splitlines()
-    assert said.removeprefix("not covered: ") in (tmp_path / "out" / "README.md").read_text()
-    planned, held = (int(word) for word in re.findall(r"\d+", said))
+    assert said.removeprefix("not covered: ") == note
+    assert note in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_cache_that_no_value_describes_is_measured(examined: Callable[..., Derived]) -> None:
+    """Falcon keeps one head of keys and values, which no value of its configuration says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    derived = examined("falcon", {})
+    assert derived.notes == []
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 100}
+    config = AutoConfig.for_model("falcon", **sizes, multi_query=True)
+    planned = layer_cache_sizes(ModelFamily(**derived.fields), config.to_dict(), "float32")
     # The truth: a model of as many layers and heads, and what its cache holds of one token.
-    config = AutoConfig.for_model(
-        "falcon", hidden_size=32, num_hidden_layers=6, num_attention_heads=4, vocab_size=100, multi_query=True
-    )
-    cache = AutoModelForCausalLM.from_config(config)(torch.tensor([[1]]), use_cache=True).past_key_values
-    assert held == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert planned == 4 * held
+    output = AutoModelForCausalLM.from_config(config)(torch.tensor([[1]]), use_cache=True)
+    assert [size.per_token for size in planned] == [
+        layer.keys.nbytes + layer.values.nbytes for layer in output[CACHE_FIELD].layers
+    ]
+
+
+@pytest.mark.sample(1)
+@pytest.mark.skipif(not hasattr(cache_utils, "LinearAttentionLayer"), reason="each type has a cache of its own")
+@pytest.mark.parametrize("model_type", ["lfm2", "bamba", "minimax", "mamba"])
+def test_layers_with_running_states(examined: Callable[..., Derived], model_type: str) -> None:
+    """They are proven beside layers with keys and values, where a type has both; and measured."""
+    derived = examined(model_type, {})
+    assert (derived.questions, derived.notes) == ([], [])
+    assert derived.fields["measured_cache"] is True
+    assert derived.dtypes == ("float32", "bfloat16")
 
 
 # -- what it writes ---------------------------------------------------------------------------------
@@ -519,13 +545,3 @@ def test_the_command(world: Any, tmp_path: Path) -> None:
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "did you mean 'stablelm'" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def test_the_error_for_an_unknown_type_names_the_command(tmp_path: Path) -> None:
-    """Who has a model without a plugin is told how to write one."""
-    from splitlearn_core import UnknownModelTypeError, plan_split
-
-    (tmp_path / "config.json").write_text('{"model_type": "brandnew"}')
-    with pytest.raises(UnknownModelTypeError) as caught:
-        plan_split(tmp_path, (1, 2))
-    assert "splitlearn plugins new TYPE" in caught.value.hint

@@ -606,6 +606,36 @@ class TestFair:
         # None of them found the queue of the model full.
         assert server.control.manager.get_statistics().calls_rejected == 0
 
+    def test_prompts_do_not_stall_others(self, serve: Serve, use: Any) -> None:
+        """Between two prompts, each session that waits with a token has a turn."""
+        server = serve()
+        slow = Slow()
+        remote = use(server)
+        caches = [remote.new_cache() for _ in range(6)]
+        for cache in caches:
+            remote(hidden(remote), past_key_values=cache)
+        order: list[int] = []
+        layer = hook(server, slow)
+        record = hook(server, lambda _, __, arguments: order.append(arguments["hidden_states"].shape[1]))
+
+        def step(tokens: int, cache: Any) -> None:
+            remote(hidden(remote, tokens), past_key_values=cache)
+
+        # All prompts arrive before all tokens.
+        threads = [
+            threading.Thread(target=step, args=(tokens, cache))
+            for tokens, cache in zip((20, 20, 20, 1, 1, 1), caches, strict=True)
+        ]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            settled(server, lambda number=number: len(answered(server)) == number)
+        slow.released.set()
+        for thread in threads:
+            thread.join(LIMIT)
+        layer.remove()
+        record.remove()
+        assert order == [20, 1, 1, 1, 20, 20]
+
     def test_messages_that_do_not_arrive(self, serve: Serve, use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """A message that is begun and not ended ends its connection; silence between messages does not."""
         from websockets.sync.client import connect as open_socket
@@ -648,11 +678,16 @@ class TestFair:
                     client.sendall(b"".join(protocol.data_to_send()))
 
 
+def answered(server: StatusServer) -> list[int]:
+    """Return the sessions whose requests wait or compute."""
+    return [key for key in server.sessions._turns if isinstance(key, int)]
+
+
 def hook(server: StatusServer, action: Callable[..., None]) -> Any:
     """Call a function before each forward of the trunk."""
 
     async def add(manager: Any) -> Any:
-        return manager.get_model("trunk").model.register_forward_pre_hook(action)
+        return manager.get_model("trunk").model.register_forward_pre_hook(action, with_kwargs=True)
 
     server.wait_until(lambda manager: manager.get_model_info("trunk").ready)
     return server.run(add)

@@ -12,19 +12,21 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from splitlearn_core.build.assemble import refuse_parting
-from splitlearn_core.build.configuration import architecture_class, layer_count_set
+from splitlearn_core.build.configuration import architecture_class, decoder_config, layer_count_set
 from splitlearn_core.build.forward_arguments import (
     RECORDINGS,
     Routing,
+    crosses_in_float32,
     is_paged,
     mask_for_layers,
     named_cache,
     routing,
 )
-from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache
+from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache, own_cache_class, part_cache_class
 from splitlearn_core.build.pruning import (
     check_names,
     entering,
+    leave_out_others,
 )
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
@@ -66,7 +68,8 @@ class ComponentModel(PreTrainedModel):
     routing: Routing
 
     def __init__(self, config: Any, layer_range: LayerRange) -> None:
-        with layer_count_set(config, 1 if self.family.uniform_layers else layer_range.total):
+        built = 1 if self.family.uniform_layers else layer_range.total
+        with layer_count_set(decoder_config(self.family, config), built):
             super().__init__(config)
         self.family_attributes = frozenset(vars(self))
         self.layer_range = layer_range
@@ -75,8 +78,11 @@ class ComponentModel(PreTrainedModel):
         if getattr(self, "loss_type", None) is None:
             self.loss_type = _LOSS
         check_names(self, self.family)
+        if self.family.text_config:
+            leave_out_others(self, self.family)
         forward = architecture_class(self.family).forward
-        self.routing = routes = routing(forward, self, self.family.bottom_arguments)
+        self.routing = routes = routing(forward, self, self.family)
+        self._cache_class = part_cache_class(own_cache_class(self.base_model.forward))
         self._known = (
             routes.everywhere
             | {Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top}[self.kind]
@@ -120,11 +126,11 @@ class ComponentModel(PreTrainedModel):
 
     def new_cache(self) -> PartCache:
         """Return an empty key-value cache for this component's layers."""
-        return PartCache.empty(self.config, self.layer_range)
+        return self._cache_class.empty(self.config, self.layer_range)
 
     def cache_view(self, whole: Any) -> PartCache:
         """Return a view of this component's layers in a cache of the whole model; both share the layers' state."""
-        return PartCache.view(whole, self.layer_range)
+        return self._cache_class.view(whole, self.layer_range)
 
     @property
     def base_model(self) -> Any:
@@ -132,6 +138,11 @@ class ComponentModel(PreTrainedModel):
         # Not by super(), which torch.compile does not follow into a property.
         base = getattr(self, self.base_model_prefix, None)
         return self.get_submodule(self.family.base) if base is None else base
+
+    @property
+    def decoder_config(self) -> Any:
+        """The configuration of the decoder: that of the model, unless it is a model of several."""
+        return decoder_config(self.family, self.config)
 
     @property
     def layer_modules(self) -> Any:
@@ -195,6 +206,7 @@ class ComponentModel(PreTrainedModel):
         for name in self.routing.bottom.intersection(kwargs) if self.kind is not Component.BOTTOM else ():
             # Used by the embeddings only; the family's own code would treat hidden states as embeddings.
             del kwargs[name]
+        self.routing.refuse_others(kwargs)
         for name in kwargs:
             # Continuous batching passes read and write positions to the kernels, under names of its own.
             if name not in self._known and not paged:
@@ -208,7 +220,7 @@ class ComponentModel(PreTrainedModel):
                 f"past_key_values is a cache of {cached}; this {self.component} runs layers {self.layer_range}",
                 hint=f"use {self.component}.new_cache(); a cache of other layers would give wrong text silently",
             )
-        kinds = getattr(self.config, "layer_types", None)
+        kinds = getattr(self.decoder_config, "layer_types", None)
         return {
             **kwargs,
             "attention_mask": mask_for_layers(attention_mask, kinds, self.layer_range),
@@ -222,9 +234,17 @@ class ComponentModel(PreTrainedModel):
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         output = self.base_model(**inputs, **{**arguments, **recordings})
+        self._count_step(arguments, inputs)
         if any(arguments.get(name) for name in RECORDINGS):
             return cast("BaseModelOutputWithPast", self._own_recordings(output))
         return cast("torch.Tensor", output.last_hidden_state)
+
+    def _count_step(self, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        """Count the tokens of a step in its cache: running states do not know how many they have seen."""
+        cache = arguments[self.cache_argument]
+        if isinstance(cache, PartCache):
+            entered = next(tensor for tensor in inputs.values() if tensor is not None)
+            cache.advance(entered.shape[1])
 
     def _own_recordings(self, output: Any) -> Any:
         """Leave out recordings of neutral layers, made by models that record in their own forward."""
@@ -251,7 +271,7 @@ class ComponentModel(PreTrainedModel):
         if hidden_states is None:
             raise ConfigurationError(
                 f"this {self.component} was given {', '.join(others) or 'nothing'} but no hidden_states; it takes "
-                f"those of the component before it, [batch, sequence, {self.config.hidden_size}]",
+                f"those of the component before it, [batch, sequence, {self.decoder_config.hidden_size}]",
                 hint="give the result of the component before it; token ids (input_ids) go to the bottom",
             )
         if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
@@ -260,7 +280,7 @@ class ComponentModel(PreTrainedModel):
                 f"hidden_states are {given}; a {self.component} takes no token ids",
                 hint="give the result of the component before it; token ids go to the bottom",
             )
-        width = self.config.hidden_size
+        width = self.decoder_config.hidden_size
         if hidden_states.dim() != _STATE_DIMENSIONS or hidden_states.shape[-1] != width:
             raise ConfigurationError(
                 f"hidden_states are {list(hidden_states.shape)}; this {self.component} takes "
@@ -271,6 +291,8 @@ class ComponentModel(PreTrainedModel):
             hidden_states.device.type
         ):
             own = {parameter.dtype for parameter in self.parameters()}
+            if crosses_in_float32(self.decoder_config):
+                own.add(torch.float32)
             if hidden_states.dtype not in own:
                 names = " and ".join(sorted(map(str, own)))
                 raise ConfigurationError(
@@ -343,7 +365,7 @@ class BottomModel(ComponentModel):
                 hint="does the tokenizer belong to this model? Tokens that were added need resize_token_embeddings; "
                 "-100 is for labels only",
             ) from error
-        limit = getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(self.decoder_config, "max_position_embeddings", None)
         if limit is not None:
             raise ConfigurationError(
                 f"a sequence of {input_ids.shape[1]} tokens exceeds the {limit} positions of this model",
@@ -432,11 +454,13 @@ class TopModel(ComponentModel):
             output = self._own_recordings(
                 super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
             )
+        self._count_step(arguments, {"hidden_states": hidden_states})
+        # The output of a class without attention has no such field.
         result = CausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
             **{CACHE_FIELD: arguments[self.cache_argument]},
         )
         # Further fields of the family's own output: cross-attentions, for example.

@@ -25,6 +25,7 @@ from splitlearn_core.errors import (
     translate,
 )
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.keys import in_model
 from splitlearn_core.quoting import SENTENCE, listed, reason, said
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, TensorInfo
 
@@ -74,13 +75,31 @@ def hf_config(
     """
     config_class = config_class_of(family)
     with BUILD_LOCK, config_errors(family, name_or_path):
+        if family.text_config and config_class.model_type != family.model_type:
+            # A class of the decoder alone, which the whole model ties.
+            tied = family.config_value(values, "tie_word_embeddings")
+            values = {**family.decoder_values(values), "tie_word_embeddings": bool(tied)}
         own = {name: _plain(value) for name, value in values.items() if name != "torch_dtype"}
         # Components access results by name, so return_dict is always set. Not with from_dict, which also
         # serializes the whole configuration for a debug log.
         config = config_class(**{**own, "dtype": dtype, "return_dict": True, "name_or_path": name_or_path})
+        set_dtype(config, config.dtype)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
     return config
+
+
+def set_dtype(config: Any, dtype: Any) -> None:
+    """Set the dtype of a configuration and, as ``from_pretrained`` does, of those in it."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            inner.dtype = dtype
+
+
+def decoder_config(family: ModelFamily, config: Any) -> Any:
+    """Return the configuration of the decoder in that of the whole model."""
+    return getattr(config, family.text_config, config) if family.text_config else config
 
 
 def config_class_of(family: ModelFamily) -> Any:
@@ -124,9 +143,12 @@ def config_errors(family: ModelFamily, name_or_path: str) -> Iterator[None]:
 
 @contextmanager
 def layer_count_set(config: Any, layers: int) -> Iterator[None]:
-    """Set a configuration's number of layers while modules are made."""
+    """Set a configuration's number of layers while modules are made; one that follows from other values stays."""
     # Not through the configuration's own setter, which validates all of it each time.
     values, name = vars(config), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if name not in values:
+        yield
+        return
     total = values[name]
     values[name] = layers
     try:
@@ -180,7 +202,8 @@ def load_whole(
         )
         if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True):
             model = model.dequantize()
-    refuse_incomplete(name, model, info)
+    missing = [key for key in info.get("missing_keys") or () if in_model(family, key)]
+    refuse_incomplete(name, model, {**info, "missing_keys": missing})
     return {key: tensor.detach() for key, tensor in model.state_dict().items()}
 
 
@@ -237,7 +260,7 @@ def describe_tensors(
     stored = FLOAT_DTYPES[dtype]
     with BUILD_LOCK, config_errors(family, name_or_path), torch.device("meta"):
         model = architecture_class(family)(config)
-    state = model.state_dict()
+    state = {key: tensor for key, tensor in model.state_dict().items() if in_model(family, key)}
     if family.config_value(values, "tie_word_embeddings"):
         state.pop(f"{family.head}.weight", None)
     infos, position = {}, 0

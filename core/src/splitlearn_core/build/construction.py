@@ -14,7 +14,14 @@ import torch
 
 from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
-from splitlearn_core.build.configuration import architecture_class, config_class_of, config_errors, hf_config
+from splitlearn_core.build.configuration import (
+    architecture_class,
+    config_class_of,
+    config_errors,
+    decoder_config,
+    hf_config,
+    set_dtype,
+)
 from splitlearn_core.build.conversion_tables import names_in_float32, targets_by_tables
 from splitlearn_core.build.kv_cache import cache_argument
 from splitlearn_core.build.pruning import layer_at, prune
@@ -22,7 +29,7 @@ from splitlearn_core.build.torch_state import own_modes, skeleton
 from splitlearn_core.errors import ConfigurationError, InvalidSplitError, SplitLearnError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.keys import KeyTable, map_keys, place_keys
-from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
+from splitlearn_core.plan.mismatch import alters_weights, unexpected_keys_message, unread_keys_message
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.readers.tensor_parts import make
@@ -162,7 +169,7 @@ def component_from_state_dict(
             "full_state_dict is not a mapping from names to tensors", hint="give model.state_dict() of the whole model"
         )
     config = _config(family, config)
-    ranges = _ranges(component, start_layer, end_layer, config.num_hidden_layers)
+    ranges = _ranges(component, start_layer, end_layer, decoder_config(family, config).num_hidden_layers)
     values = config.to_dict()
     by_table = family.transformers_tables
     targets = targets_by_tables(family, values, list(state_dict)) if by_table else map_keys(family, state_dict)
@@ -173,7 +180,7 @@ def component_from_state_dict(
     _refuse_unusable(tensors)
     first = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
     own_config = copy.deepcopy(config)
-    own_config.dtype = first.dtype
+    set_dtype(own_config, first.dtype)
     built = build_component(family, own_config, component, ranges[component])
     dtypes = dtype_names()
     infos = {
@@ -186,9 +193,9 @@ def component_from_state_dict(
     problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
     surplus = {**table.unexpected, **{unread[name]: name for name in sorted(names)}}
     if surplus and not problems and not any(map(alters_weights, surplus)):
-        log.warning("%s", unread_words("the state dict", family.model_type, sorted(surplus)))
+        log.warning("%s", unread_keys_message("the state dict", family.model_type, sorted(surplus)))
     elif surplus:
-        problems += unexpected_words(surplus)
+        problems += unexpected_keys_message(surplus)
     if problems:
         raise TensorMismatchError(
             f"the state dict is not that of a {family.model_type} model; {len(problems)} tensors are wrong:\n  "

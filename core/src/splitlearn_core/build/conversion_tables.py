@@ -12,13 +12,19 @@ import torch
 import transformers
 from transformers import conversion_mapping, core_model_loading
 
-from splitlearn_core.build.configuration import architecture_class, config_errors, hf_config, layer_count_set
+from splitlearn_core.build.configuration import (
+    architecture_class,
+    config_errors,
+    decoder_config,
+    hf_config,
+    layer_count_set,
+)
 from splitlearn_core.build.torch_state import skeleton
 from splitlearn_core.errors import CheckpointError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import torch_dtype
 from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
-from splitlearn_core.plan.keys import KeyTarget, map_keys, with_base
+from splitlearn_core.plan.keys import KeyTarget, in_model, renamed
 
 #: transformers' operation -> ours, and the attributes that hold its dimensions.
 _OPERATIONS = {
@@ -29,7 +35,7 @@ _OPERATIONS = {
     "Transpose": ("transpose", ("dim0", "dim1")),
 }
 #: Attributes of an operation that make it depend on more than its sources.
-_CONDITIONS = ("check_dims", "num_shards_attribute")
+_CONDITIONS = ("num_shards_attribute",)
 
 
 def targets_by_tables(
@@ -83,8 +89,9 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
         del _EXAMPLES[next(iter(_EXAMPLES))]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, "bfloat16")
-    layers = min(own.num_hidden_layers, _LAYERS)
-    with skeleton(own.dtype), config_errors(family, name), layer_count_set(own, layers):
+    decoder = decoder_config(family, own)
+    layers = min(decoder.num_hidden_layers, _LAYERS)
+    with skeleton(own.dtype), config_errors(family, name), layer_count_set(decoder, layers):
         _EXAMPLES[key] = architecture_class(family)(own)
     return _EXAMPLES[key]
 
@@ -96,19 +103,18 @@ def _targets(family: ModelFamily, example: Any, checkpoint_keys: tuple[str, ...]
     table = conversion_mapping.get_model_conversion_mapping(example)
     converters = [entry for entry in table if isinstance(entry, core_model_loading.WeightConverter)]
     renamings = [entry for entry in table if not isinstance(entry, core_model_loading.WeightConverter)]
-    mapped = map_keys(family, checkpoint_keys)
     targets: dict[str, KeyTarget] = {}
     shapes = {_NUMBER.sub(".", name): tuple(tensor.shape) for name, tensor in example.state_dict().items()}
     #: First target -> its converter, and the sources by the pattern that they match.
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     rename = _by_layer(family, renamings, converters)
     for key in checkpoint_keys:
-        if mapped[key] is None:
+        if renamed(family, key).endswith(family.ignored_suffixes):
             targets[key] = None
             continue
         name, converter, pattern = rename(key)
-        target = targets[key] = with_base(family, name)
-        if pattern is not None:
+        target = targets[key] = in_model(family, name)
+        if pattern is not None and target is not None:
             collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(key)
     for target, (converter, sources) in collected.items():
         conversion = _conversion(family, converter, sources, target, shapes)
@@ -166,8 +172,7 @@ def _around_number(name: str) -> tuple[str, str, str]:
 def _renamed(
     family: ModelFamily, renamings: Sequence[Any], converters: Sequence[Any], name: str
 ) -> tuple[str, Any, str | None]:
-    for old, new in family.renamed:
-        name = name.replace(old, new)
+    name = renamed(family, name)
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     for converter in converters:
@@ -201,9 +206,11 @@ def _conversion(
                 hint=f"save the model with transformers in its own layout, or report it: {family.model_type}",
             )
         dims = tuple(getattr(operation, dim) for dim in known[1])
+        # Some files have tensors as the module has them already.
+        unless = shapes.get(_NUMBER.sub(".", target)) if getattr(operation, "check_dims", False) else None
         pieces = [shapes.get(_NUMBER.sub(".", each), ()) for each in targets] if known[0] == "split" else []
         sizes = tuple(shape[dims[0]] for shape in pieces if len(shape) > dims[0])
-        operations.append(WeightOperation(known[0], dims, sizes))
+        operations.append(WeightOperation(known[0], dims, unless=unless, sizes=sizes))
     return WeightConversion(
         sources=tuple(map(tuple, groups)),
         targets=targets,

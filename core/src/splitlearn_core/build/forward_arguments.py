@@ -12,7 +12,8 @@ import torch
 from transformers import utils
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
-from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
+from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import LayerRange
 
 #: Argument that makes a model return more than its result -> the name under which it is returned.
@@ -28,6 +29,10 @@ _KERNELS = frozenset(getattr(getattr(utils, "TransformersKwargs", None), "__anno
 )
 #: Arguments that tokenizers and generate supply, whether the family uses them or not.
 _COMMON = frozenset({"attention_mask", "position_ids", "cache_position", "token_type_ids"})
+#: The argument, since transformers 5.24, of embeddings that a model for images has made of them.
+_MADE_BY_OTHERS = "mm_encoder_outputs"
+#: How arguments end that are not for such a model: masks may depend on which tokens stand for an image.
+_KEPT = ("token_type_ids", _MADE_BY_OTHERS)
 #: A padding mask ``[batch, past + sequence]``, or a full one ``[batch, heads, sequence, past + sequence]``.
 _MASK_DIMENSIONS = (2, 4)
 #: The types of layers whose masks transformers names by the type.
@@ -48,27 +53,47 @@ class Routing:
     everywhere: frozenset[str]
     #: Used by head and loss: only the top takes it.
     top: frozenset[str]
+    #: For a model that components do not have, beside their decoder: images. None takes it.
+    others: frozenset[str] = frozenset()
+
+    def refuse_others(self, passed: Mapping[str, Any]) -> None:
+        """Refuse what is for a model that components do not have; raises UnexpectedArgumentError."""
+        names = sorted(name for name in self.others & passed.keys() if passed[name] is not None)
+        if names:
+            raise UnexpectedArgumentError(
+                f"{', '.join(names)}: a split model is the decoder alone, and has no model for images or sound",
+                hint="run that model where the data are (get_image_features of the whole model, say), put what it "
+                "makes into the embeddings of the tokens, and give those to the bottom as inputs_embeds",
+            )
 
 
-def routing(forward: Callable[..., Any], model: Any, bottom_arguments: Sequence[str]) -> Routing:
+def routing(forward: Callable[..., Any], model: Any, family: ModelFamily) -> Routing:
     """Derive the routing from a family's signatures.
 
     Args:
         forward: The forward of the causal language model's class.
         model: A model of that class, whole or pruned.
-        bottom_arguments: The arguments that only the family's embeddings use.
+        family: The family.
     """
-    layers = argument_names(model.base_model.forward) | _KERNELS | _COMMON
+    known = argument_names(model.base_model.forward)
+    others = known - argument_names(model.get_submodule(family.base).forward) if family.text_config else frozenset()
+    others = frozenset(name for name in others if not name.endswith(_KEPT) and name not in _OF_THE_MODEL)
+    layers = (known - others - _OF_THE_MODEL) | _KERNELS | _COMMON
     loss = argument_names(model.loss_function) - _OF_THE_MODEL
-    bottom = layers.intersection(bottom_arguments)
-    top = (argument_names(forward) - layers | loss) - _SETTLED
-    return Routing(bottom=bottom, everywhere=layers - bottom - top - _SETTLED, top=top)
+    bottom = layers.intersection((*family.bottom_arguments, _MADE_BY_OTHERS))
+    top = (argument_names(forward) - layers - others | loss) - _SETTLED
+    return Routing(bottom=bottom, everywhere=layers - bottom - top - _SETTLED, top=top, others=others - _SETTLED)
 
 
 def argument_names(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of a function's parameters, without ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
+
+
+def crosses_in_float32(config: Any) -> bool:
+    """Return whether layers pass hidden states on in float32, whatever the dtype of their parameters."""
+    return bool(getattr(config, "residual_in_fp32", False))
 
 
 def named_cache(arguments: dict[str, Any], past_key_values: Any = None) -> Any:

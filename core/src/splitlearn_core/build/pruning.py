@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from splitlearn_core.build.configuration import decoder_config
 from splitlearn_core.errors import BrokenPluginError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.types import LayerRange
@@ -78,6 +80,12 @@ class Zero(nn.Module):
         return torch.zeros((), device=indices.device)
 
 
+class LeftOut(nn.Module):
+    """Stands for a model that components do not have; some forwards read its device although it does not run."""
+
+    device = torch.device("meta")
+
+
 def neutral_layer(family: ModelFamily) -> PassLayer:
     """Return a neutral layer that returns what the family's decoder layers do."""
     return TupleLayer() if family.layers_return_tuple else PassLayer()
@@ -87,16 +95,25 @@ def layer_at(model: Any, family: ModelFamily, number: int) -> nn.Module:
     """Return a layer of the model: a new one if all layers are of one class, else the model's own."""
     layers = model.get_submodule(family.base).get_submodule(family.layers)
     layer_class: type[nn.Module] = type(layers[0])
-    return layer_class(model.config, number) if family.uniform_layers else cast("nn.Module", layers[number])
+    return (
+        layer_class(decoder_config(family, model.config), number)
+        if family.uniform_layers
+        else cast("nn.Module", layers[number])
+    )
 
 
 def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[nn.Module]) -> None:
     """Keep the modules that the component owns, and replace the others with neutral ones."""
     base = model.get_submodule(family.base)
+    built = base.get_submodule(family.layers)
     elsewhere = neutral_layer(family)
     slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
     if family.enter_at_layers and not owned.is_first:
         slots[0] = EnteringLayer(elsewhere)
+    # Of layers of one class, only the first is built.
+    for number, layer in enumerate(built):
+        if number not in owned:
+            slots[number] = _of_kind(slots[number], layer)
     _replace(base, {family.layers: nn.ModuleList(slots)})
     if not owned.is_first:
         _replace(base, {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets})
@@ -107,6 +124,15 @@ def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[n
     model.all_tied_weights_keys = {}
 
 
+def _of_kind(neutral: nn.Module, layer: nn.Module) -> nn.Module:
+    """Return a neutral layer with the texts of the layer that it stands in for: models read its kind there."""
+    texts = {name: value for name, value in vars(layer).items() if isinstance(value, str)}
+    if texts:
+        neutral = copy.copy(neutral)
+        vars(neutral).update(texts)
+    return neutral
+
+
 def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         holder, _, name = path.rpartition(".")
@@ -114,6 +140,19 @@ def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         # A model without an optional module has None in its place.
         if owner._modules.get(name) is not None:  # noqa: SLF001  # a register that nn.Module documents
             setattr(owner, name, module)
+
+
+def leave_out_others(model: nn.Module, family: ModelFamily) -> None:
+    """Remove the modules and parameters of a model of several models that are not its decoder's."""
+    path = ""
+    for name in family.base.split("."):
+        holder = model.get_submodule(path)
+        for register in (holder._modules, holder._parameters):  # noqa: SLF001  # registers that nn.Module documents
+            for other in register:
+                full = f"{path}.{other}".lstrip(".")
+                if other != name and not f"{family.head}.".startswith(f"{full}."):
+                    register[other] = LeftOut() if isinstance(register[other], nn.Module) else None
+        path = f"{path}.{name}".lstrip(".")
 
 
 def base_of(model: Any) -> Any:
@@ -168,11 +207,11 @@ def through_no_layers(part: Any, family: ModelFamily) -> tuple[torch.Tensor, tor
     for number, layer in enumerate(layers):
         # The first of a component that hidden states enter at its layers is neutral already.
         if not isinstance(layer, EnteringLayer):
-            layers[number] = neutral_layer(family)
+            layers[number] = _of_kind(neutral_layer(family), layer)
     for module in part.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = _DROPOUT
-    drawn = torch.randn(2, 5, part.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(2, 5, part.decoder_config.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = drawn.to(part.config.dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         # The same random numbers for both: an outlet may be a dropout.

@@ -111,7 +111,7 @@ _parsed_cached = lru_cache(maxsize=64)(_parsed)
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _entry_problem(entry: Any) -> str:

@@ -23,7 +23,7 @@ from splitlearn_core.cli.shared_options import (
 )
 from splitlearn_core.leak.measure import NO_DEFENCE, NO_MESSAGES, SHUFFLED, Leak, LeakSettings, Recovery, measure_leak
 from splitlearn_core.leak.plot import recovery_plot
-from splitlearn_core.plan.split_points import cut_words, split_layers
+from splitlearn_core.plan.split_points import describe_cuts, split_layers
 
 #: Factors of the noise in a plot.
 _FACTORS = (0.25, 1.0, 4.0)
@@ -177,7 +177,7 @@ def render_leak(result: Leak) -> str:
             f"with frozen ends: {statement.releases} messages, sensitivity 2C; unit: {statement.unit}"
         )
     sizes = ", ".join(f"{what} {size:,}" for what, size in result.bytes_per_token.items())
-    where = f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}"
+    where = f"{result.model} cut at {describe_cuts(result.split_points)}, {result.dtype}"
     return "\n".join(
         (
             f"{where}; {result.text}: {result.windows} windows of {result.length} tokens",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from splitlearn_core.cli.shared_options import json_option, model_options, print_json, split_points_of, styled, table
-from splitlearn_core.plan.mismatch import unread_words
+from splitlearn_core.plan.mismatch import unread_keys_message
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
 from splitlearn_core.types import Component, human_bytes, kind_of
 
@@ -79,10 +79,14 @@ def render_plan(plan: SplitPlan) -> str:
         "",
         f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
     ]
+    states = {part.component: part.state_bytes_per_sequence for part in plan.components}
+    if any(states.values()):
+        amounts = ", ".join(f"{human_bytes(count)} ({component})" for component, count in states.items())
+        lines.append(f"running states: {amounts} for each sequence, whatever its length")
     lines += [f"tied: {key} is in more than one component, and counted in each" for key in plan.tied]
     lines += [f"warning: {text}: the file may be incomplete" for text in plan.warnings]
     if plan.unexpected:
-        lines.append(f"warning: {unread_words(plan.model, plan.model_type, plan.unexpected)}")
+        lines.append(f"warning: {unread_keys_message(plan.model, plan.model_type, plan.unexpected)}")
     return "\n".join(lines)
 
 

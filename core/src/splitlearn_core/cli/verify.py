@@ -21,7 +21,7 @@ from splitlearn_core.cli.shared_options import (
     split_points_of,
     table,
 )
-from splitlearn_core.plan.split_points import cut_words
+from splitlearn_core.plan.split_points import describe_cuts
 from splitlearn_core.storage.directory import SavedVerification
 from splitlearn_core.types import human_bytes
 from splitlearn_core.verification import Verification
@@ -142,7 +142,7 @@ def render_verification(result: Verification) -> str:
     verdict = "equal to the last bit" if result.equal else "NOT equal"
     return "\n".join(
         [
-            f"{result.model} cut at {cut_words(result.split_points)}, {result.dtype}, {result.input}",
+            f"{result.model} cut at {describe_cuts(result.split_points)}, {result.dtype}, {result.input}",
             "",
             table(("component", "layers", "bytes", "memory taken", "load", "forward"), rows),
             _MEMORY_NOTE,

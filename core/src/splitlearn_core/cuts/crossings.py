@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
+from splitlearn_core.build.kv_cache import cached_tokens
 from splitlearn_core.cut_stage import GRADIENTS, STATES, Crossing, CutStage
 from splitlearn_core.cuts.cut import Cut, Stages
 from splitlearn_core.cuts.ledger import EVALUATION, GENERATION, TRAINING, PrivacyLedger, Release
@@ -75,7 +76,7 @@ class Crossings:
     ) -> Iterator[_Cross]:
         """Surround a forward of the whole model; see :func:`crossing`."""
         purpose = TRAINING if is_training else EVALUATION
-        if _GENERATING.get() or (cache is not None and cache.get_seq_length() > 0):
+        if _GENERATING.get() or _is_continued(cache):
             purpose = GENERATION
         # The owner's only parameters in a trunk are adapters, which are computed from the server's replies.
         ends = [part for part in parts if part.kind is not Component.TRUNK]
@@ -113,6 +114,13 @@ class Crossings:
             return way.treated(gradient, made[digest])
 
         return treat
+
+
+def _is_continued(cache: Any) -> bool:
+    """Return whether a cache holds tokens; that of continuous batching has no layers."""
+    if cache is None:
+        return False
+    return bool(cached_tokens(cache) if hasattr(cache, "layers") else cache.get_seq_length())
 
 
 def crossing(

@@ -24,7 +24,7 @@ from splitlearn_core.loading_strategy import reserved_names
 from splitlearn_core.plan.split_points import count_layers, impossible_cuts
 from splitlearn_core.plan.splitplan import MemoryNeeds, SplitPlan
 from splitlearn_core.plugins.host import LoadedPlugin
-from splitlearn_core.plugins.metadata import FAMILY, HOST, STAGE, STRATEGY, PluginEntry
+from splitlearn_core.plugins.metadata import FAMILY, STRATEGY, PluginEntry
 from splitlearn_core.plugins.registry import PluginStatus, registry
 from splitlearn_core.readers.mapped import MappedStrategy
 from splitlearn_core.readers.selection import BUILT_IN
@@ -57,7 +57,7 @@ def check_plugin(kind: str, name: str, distribution: str) -> Iterator[Finding]:
         what = f"{entry.label} imports {' and '.join(heavy)} when its hooks are called, which takes seconds"
         yield note(what, entry.module, "import them in the functions that use them")
     if kind == FAMILY:
-        yield from broken_promises(registry().plugin(name), registry().entries)
+        yield from broken_promises(registry().use(entry), registry().entries)
 
 
 class _Tee(io.StringIO):
@@ -88,14 +88,7 @@ def _status_finding(status: PluginStatus) -> Finding:
     if status.status != "broken":
         return finding
     try:
-        if entry.kind == FAMILY:
-            registry().plugin(entry.name)
-        elif entry.kind == HOST:
-            registry().host(entry.name)
-        elif entry.kind == STAGE:
-            registry().cut_stage(entry.name)
-        else:
-            registry().strategies(None, entry.name)
+        registry().use(entry)
     except PluginError as error:
         cause = cause_of(error)
         if cause is not None and is_blocked(cause.library):

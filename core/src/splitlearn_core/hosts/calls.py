@@ -96,6 +96,7 @@ class Call:
             reply = cast("Any", cache.layers[0]).session.step(step, states.shape[0])
             for layer in cache.layers:
                 layer.advance(states.shape[0], states.shape[1])
+            cache.advance(states.shape[1])
         tensors = unpack(reply)
         output = self._output(tensors, states)
         if self.training:

@@ -449,6 +449,31 @@ class RemoteSession:
             self._note(step)
         return result
 
+    @property
+    def steps(self) -> int:
+        """The number of executed steps."""
+        return self._done
+
+    def undo(self) -> None:
+        """Forget the last step: the next one rebuilds the session without it.
+
+        Raises:
+            SessionLostError: The journal is not complete.
+        """
+        with self._lock:
+            if not self._journal:
+                raise SessionLostError(
+                    f"the last step of the session at {self.host.url} cannot be undone: its journal was larger than "
+                    "allowed",
+                    code="journal",
+                    hint="start again with an empty cache; connect(..., journal_bytes=N) keeps more",
+                )
+            step = self._journal.pop()
+            self._journal_bytes -= step.nbytes
+            self.changes = [*step.changes, *self.changes]
+            self._leave()
+            self._done = len(self._journal)
+
     def expect(self, tokens: int) -> None:
         """Declare more tokens at the next opening; an open session grows when they arrive."""
         self._max_tokens = max(self._max_tokens, tokens)

@@ -14,6 +14,17 @@ from splitlearn_core.wire_formats import WIRES
 
 _MAX_TEXT, _MAX_ITEMS, _MAX_NUMBER = 4_096, 10_000, 2**53
 #: Fields of an origin that are not sent: they are long, and only needed for saving components.
+#: Class of a cache layer in transformers -> what it caches.
+CACHE_KINDS = {
+    "DynamicLayer": "keys",
+    "DynamicSlidingWindowLayer": "window",
+    "LinearAttentionLayer": "state",
+    "LinearAttentionAndFullAttentionLayer": "state and keys",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "state and window",
+    "DummyLayer": "nothing",
+}
+#: A running state of nothing but the last inputs of a convolution; tokens can be removed from it.
+INPUTS = "inputs"
 _LOCAL = ("ties", "keys", "config")
 
 
@@ -30,6 +41,8 @@ class Facts:
     vocab_size: int
     #: torch's name of the dtype of its parameters.
     dtype: str
+    #: Whether hidden states cross its cuts in float32, whatever that dtype is.
+    crosses_in_float32: bool
     #: A hash of its weights as they are in memory; see ``description.weights_digest``.
     digest: str
     #: ``eager``, ``sdpa``, ...
@@ -44,10 +57,14 @@ class Facts:
     arguments: tuple[str, ...]
     #: For each of its layers, the sliding window of its cache; 0 if it keeps everything.
     windows: tuple[int, ...]
+    #: For each of its layers, what it caches: one of :data:`CACHE_KINDS`, or :data:`INPUTS`.
+    caches: tuple[str, ...]
     #: Whether training mode would change its results.
     has_dropout: bool
     #: Bytes by which the cache of its layers grows for each token of each sequence.
     cache_bytes_per_token: int
+    #: Bytes of running states of its layers for each sequence, whatever the number of tokens.
+    cache_bytes_per_sequence: int
     #: The maximum number of tokens in a session, and of bytes in a message.
     max_tokens: int
     max_payload: int
@@ -81,10 +98,10 @@ class Facts:
         if not problems:
             facts = cls(**{item.name: _frozen(values[item.name]) for item in fields(cls)})
             start, end, total = facts.layers
-            consistent = start < end <= total and len(facts.windows) == end - start
+            consistent = start < end <= total and len(facts.windows) == len(facts.caches) == end - start
             if consistent and len(facts.layer_types or range(total)) == total:
                 return facts
-            problems = ["layers, windows and layer_types contradict each other"]
+            problems = ["layers, windows, caches and layer_types contradict each other"]
         raise ProtocolError(
             f"the host's description of its component is invalid: {'; '.join(problems)}",
             code="malformed",
@@ -106,7 +123,7 @@ class Facts:
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]
-        if not problems and (self.digest, self.windows) != (other.digest, other.windows):
+        if not problems and (self.digest, self.windows, self.caches) != (other.digest, other.windows, other.caches):
             problems.append(f"other weights: digest {self.digest[:12]} before, {other.digest[:12]} now")
         return problems
 
@@ -197,6 +214,7 @@ _CHECKS = {
     "hidden_size": lambda value: _is_number(value) and value > 0,
     "vocab_size": _is_number,
     "dtype": lambda value: value in FLOAT_DTYPES,
+    "crosses_in_float32": lambda value: isinstance(value, bool),
     "digest": _is_text,
     "attention": _is_text,
     "versions": _is_table,
@@ -204,8 +222,10 @@ _CHECKS = {
     "device": _is_text,
     "arguments": _are_texts,
     "windows": _are_numbers,
+    "caches": lambda value: _are_texts(value) and set(value) <= {*CACHE_KINDS.values(), INPUTS},
     "has_dropout": lambda value: isinstance(value, bool),
     "cache_bytes_per_token": _is_number,
+    "cache_bytes_per_sequence": _is_number,
     "max_tokens": _is_number,
     "max_payload": _is_number,
     "epoch": _is_text,
@@ -215,12 +235,19 @@ _CHECKS = {
 }
 
 
-def layer_windows(layers: Sequence[Any]) -> tuple[int, ...] | None:
-    """Return the sliding window of each cache layer, 0 if it has none; None if a layer is of another kind."""
-    windows = []
-    for layer in layers:
-        kind = type(layer).__name__
-        if kind not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
-            return None
-        windows.append(int(layer.sliding_window) if kind == "DynamicSlidingWindowLayer" else 0)
-    return tuple(windows)
+def layer_caches(layers: Sequence[Any], types: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return what each cache layer caches; None if a layer is of a kind that sessions do not support.
+
+    Args:
+        layers: The cache layers.
+        types: The types of these layers in the configuration; None if all are of one type.
+    """
+    kinds = [CACHE_KINDS.get(type(layer).__name__) for layer in layers]
+    if types is not None:
+        kinds = [INPUTS if type_ == "conv" else kind for kind, type_ in zip(kinds, types, strict=True)]
+    return None if None in kinds else tuple(map(str, kinds))
+
+
+def layer_windows(layers: Sequence[Any]) -> tuple[int, ...]:
+    """Return the sliding window of each cache layer, 0 if it has none."""
+    return tuple(int(getattr(layer, "sliding_window", None) or 0) for layer in layers)

@@ -8,24 +8,32 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, cache_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from splitlearn_core.build.forward_arguments import RECORDINGS, mask_for_layers, named_cache
-from splitlearn_core.build.kv_cache import PartCache
+from splitlearn_core.build.kv_cache import (
+    PartCache,
+    cached_rows,
+    counts_tokens,
+    empty_states,
+    holds_state,
+    preserved,
+    refuse_crop,
+)
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.hosts.calls import Call, Upload, through
 from splitlearn_core.hosts.carriers import Endpoint
 from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
-from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.facts import CACHE_KINDS, INPUTS, Facts
 from splitlearn_core.hosts.holes import RemoteLayer, apply_around_holes, layers_without_values
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
@@ -122,7 +130,7 @@ class RemoteComponent(nn.Module):
         if kind_of(facts.component) is not Component.TRUNK:
             raise ConfigurationError(f"{host.url} runs a {facts.component}; only trunks are used remotely")
         #: ``SplitCausalLM`` compares these with the other components.
-        self.config = SimpleNamespace(
+        self.config = self.decoder_config = SimpleNamespace(
             model_type=facts.model_type, hidden_size=facts.hidden_size, vocab_size=facts.vocab_size
         )
         #: Stand-ins for the layers, by their number in the whole model.
@@ -229,9 +237,10 @@ class RemoteComponent(nn.Module):
                     hint="use an empty cache, or the split model that filled this one",
                 )
             return view
+        is_filled = bool(cached_rows(view))
         for layer in view.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.is_initialized:
-                state = "filled" if layer.is_initialized else f"of the kind {type(layer).__name__}"
+            if type(layer).__name__ not in CACHE_KINDS or is_filled:
+                state = "filled" if is_filled else f"of the kind {type(layer).__name__}"
                 raise ConfigurationError(
                     f"layers {owned} run at {self.url}, and this cache has layers for them that are {state}",
                     hint="use an empty DynamicCache(config=model.config), or leave past_key_values out; PEFT's prefix "
@@ -246,14 +255,17 @@ class RemoteComponent(nn.Module):
 
     def _new_layers(self) -> list[Any]:
         session = RemoteSession(self.host, self._max_tokens)
-        leaders: dict[int, Any] = {}
+        leaders: dict[tuple[str, int], Any] = {}
         layers: list[Any] = []
-        for window in self.facts.windows:
-            if window not in leaders:
-                leaders[window] = _leader(window, session, records=not leaders)
-                layers.append(leaders[window])
+        for kind in zip(self.facts.caches, self.facts.windows, strict=True):
+            if kind in leaders:
+                layers.append(_follower(leaders[kind]))
             else:
-                layers.append(_follower(leaders[window]))
+                leaders[kind] = _leader(*kind, session)
+                layers.append(leaders[kind])
+        # Of the leaders that hold something, the first.
+        recording = next((leader for (kind, _), leader in leaders.items() if kind != _NOTHING), layers[0])
+        recording._records = True  # noqa: SLF001  # its own class
         return layers
 
     def forward(
@@ -359,17 +371,18 @@ class RemoteComponent(nn.Module):
 
     def _checked_states(self, hidden: Any) -> torch.Tensor:
         width = self.facts.hidden_size
+        dtype = torch.float32 if self.facts.crosses_in_float32 else self.dtype
         if (
             not isinstance(hidden, torch.Tensor)
             or hidden.dim() != _STATE_DIMENSIONS
             or hidden.shape[-1] != width
-            or (hidden.dtype != self.dtype and _autocast_name(hidden.device) is None)
+            or (hidden.dtype not in (dtype, self.dtype) and _autocast_name(hidden.device) is None)
         ):
             described = (
                 f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, torch.Tensor) else type(hidden).__name__
             )
             raise ConfigurationError(
-                f"hidden_states are {described}; this {self.component} takes {self.dtype} [batch, sequence, {width}]",
+                f"hidden_states are {described}; this {self.component} takes {dtype} [batch, sequence, {width}]",
                 hint="pass the output of the previous component unchanged",
             )
         return hidden
@@ -444,21 +457,44 @@ def restored(whole: Any) -> Iterator[None]:
             hint="start again with an empty cache",
         )
     length = max(lengths, default=0)
-    before = [(layer, dict(vars(layer))) for layer in layers if not isinstance(layer, _Mirrored)]
+    # Where tokens cannot be removed from the cache at a host, its session forgets the step, and is rebuilt.
+    states = {layer.session: layer.session.steps for layer in layers if _is_uncountable(layer)}
+    before = [
+        (layer, preserved(layer)) for layer in layers if not isinstance(layer, _Mirrored) or layer.session in states
+    ]
+    # Some classes of cache keep running states in a list of their own.
+    listed = list(getattr(whole, "linear_cache", ()))
     try:
         yield
     except BaseException:
+        if hasattr(whole, "linear_cache"):
+            whole.linear_cache[:] = listed
         for layer, state in before:
             vars(layer).clear()
             vars(layer).update(state)
-        for layer in [] if whole is None else whole.layers:
-            if isinstance(layer, _Mirrored) and not isinstance(layer, _Following):
+        for session, steps in states.items():
+            if session.steps > steps:
+                session.undo()
+        opened = [] if whole is None else whole.layers
+        uncountable = {layer.session for layer in opened if _is_uncountable(layer)}
+        for layer in opened:
+            if isinstance(layer, _Mirrored):
+                if isinstance(layer, _Following) or layer.session in states:
+                    continue
+                if layer.session in uncountable:
+                    layer.reset()
+                    continue
                 # A sliding window that has moved on cannot be restored: the next call is refused.
                 with contextlib.suppress(RuntimeError, ValueError):
-                    layer.crop(length - cast("Any", layer).get_seq_length())
+                    cast("Any", layer).crop(length - cast("Any", layer).get_seq_length())
             elif not isinstance(layer, _Mirrored) and layer not in layers:
                 cast("Any", layer).reset()
         raise
+
+
+def _is_uncountable(layer: Any) -> bool:
+    """Return whether a layer is one at a host that has more than keys and values, or nothing."""
+    return isinstance(layer, _Mirrored) and (holds_state(layer) or not counts_tokens(layer))
 
 
 class _Mirrored:
@@ -470,7 +506,7 @@ class _Mirrored:
 
     session: RemoteSession
     #: Whether this layer records changes for the session.
-    _records: bool
+    _records = False
     keys: torch.Tensor | None
     values: torch.Tensor | None
 
@@ -537,12 +573,56 @@ class _Mirrored:
         return other
 
 
-class _Full(_Mirrored, DynamicLayer):
-    """A layer that keeps everything."""
+class _Stateful(_Mirrored):
+    """The same with a running state, beside keys and values or alone."""
+
+    #: Whether the state is one from which tokens can be removed.
+    removable: bool
+
+    def advance(self, rows: int, tokens: int) -> None:
+        if counts_tokens(self):
+            super().advance(rows, tokens)
+        layer: Any = self
+        layer.device = torch.device("cpu")
+        # Not written to: copies share them.
+        layer.conv_states = {0: torch.empty(rows, 1, 1, dtype=torch.uint8)}
+        layer.is_conv_states_initialized = {0: True}
+        layer.recurrent_states = {0: None if self.removable else layer.conv_states[0]}
+        layer.is_recurrent_states_initialized = {0: not self.removable}
+        layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
+        layer.number_of_states = 1
+
+    def crop(self, tokens: int) -> None:
+        """Remove the last tokens, given as a negative number.
+
+        Raises:
+            ConfigurationError: The state cannot go back.
+        """
+        if tokens:
+            refuse_crop([self], "start again with an empty cache")
+        self._record("remove", lambda: -tokens)
+
+    def reset(self) -> None:
+        # Not written to: copies share them.
+        vars(self).update(preserved(self))
+        empty_states(self)
+        super().reset()
+
+    def _record(self, name: str, value: Callable[[], Any]) -> None:
+        if self._records and any(cast("Any", self).has_previous_state.values()):
+            self.session.changes.append((name, value()))
 
 
-class _Sliding(_Mirrored, DynamicSlidingWindowLayer):
-    """A layer with a window."""
+class _Empty(_Mirrored):
+    """The same for a layer that caches nothing."""
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Do nothing: it stays empty."""
+
+    def crop(self, tokens: int) -> None:
+        """Do nothing but let the host count, where there are no other layers."""
+        if self._records:
+            self.session.changes.append(("remove", -tokens))
 
 
 class _Following:
@@ -566,22 +646,41 @@ class _Following:
         return other
 
 
-class _FollowingFull(_Following, _Full):
-    """A further layer that keeps everything."""
+_NOTHING = CACHE_KINDS["DummyLayer"]
+_STATE = CACHE_KINDS["LinearAttentionLayer"]
 
 
-class _FollowingSliding(_Following, _Sliding):
-    """A further layer with a window."""
+def _class_of(kind: str, *first: type[Any]) -> type[Any]:
+    """Return the class of stand-ins for layers of a kind: transformers' own, with ours before it."""
+    name = next((name for name, own in CACHE_KINDS.items() if own == kind), "LinearAttentionLayer")
+    mirrored = _Empty if kind == _NOTHING else _Stateful if kind.startswith(_STATE) or kind == INPUTS else _Mirrored
+    own = getattr(cache_utils, name, None)
+    if own is None:
+        raise ConfigurationError(
+            f"the layers at this host cache what this version of transformers has no class for: {kind}",
+            hint="install the version of transformers that the host has",
+        )
+    return type(f"Mirrored{name}", (*first, mirrored, own), {})
 
 
-def _leader(window: int, session: RemoteSession, *, records: bool) -> Any:
-    layer: Any = _Sliding(sliding_window=window) if window else _Full()
-    layer.session, layer._records = session, records  # noqa: SLF001  # its own class
+@cache
+def _leading(kind: str) -> type[Any]:
+    return _class_of(kind)
+
+
+@cache
+def _following(kind: str) -> type[Any]:
+    return _class_of(kind, _Following)
+
+
+def _leader(kind: str, window: int, session: RemoteSession) -> Any:
+    layer: Any = _leading(kind)(**({"sliding_window": window} if window else {}))
+    layer.session, layer.kind, layer.removable = session, kind, kind == INPUTS
     return layer
 
 
 def _follower(leader: Any) -> Any:
-    layer: Any = object.__new__(_FollowingSliding if isinstance(leader, _Sliding) else _FollowingFull)
+    layer: Any = object.__new__(_following(leader.kind))
     # One shared state: otherwise each step would change a stand-in for every layer.
     layer.__dict__ = leader.__dict__
     layer.leader = leader

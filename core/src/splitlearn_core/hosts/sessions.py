@@ -28,7 +28,6 @@ not_loaded        later      the model of a server could not be loaded
 
 from __future__ import annotations
 
-import copy
 import hmac
 import logging
 import secrets
@@ -43,7 +42,7 @@ import torch
 
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.forward_arguments import RECORDINGS
-from splitlearn_core.build.kv_cache import PartCache
+from splitlearn_core.build.kv_cache import PartCache, cached_rows, counts_tokens
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
 from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import Facts
@@ -139,6 +138,7 @@ class SessionTable:
         self._component = component
         self._clock = clock
         self.facts = facts or component_facts(component, self.limits.max_tokens, self.limits.max_payload)
+        self._counts_tokens = any(map(counts_tokens, component.new_cache().layers))
         self._sessions: dict[int, _Session] = {}
         self._training = Training(component, clock, usage)
         self._lock = threading.Lock()
@@ -236,7 +236,7 @@ class SessionTable:
                     code="out_of_order",
                 )
             size = source.rows, source.tokens
-            return self._opened(_copied(source.cache), size, owner, limits, done=source.done)
+            return self._opened(source.cache.copy(), size, owner, limits, done=source.done)
 
     def _opened(
         self, cache: PartCache, size: tuple[int, int], owner: str, limits: SessionLimits, *, done: int
@@ -293,13 +293,13 @@ class SessionTable:
                     code="out_of_order",
                     hint="a session has one caller at a time; copy its cache for another caller",
                 )
-            old_state = [copy.copy(layer) for layer in session.cache.layers], session.rows, session.tokens
+            # Where keys and values are alone, it shares them: a step replaces them.
+            old_state = session.cache.copy(), session.rows, session.tokens
             try:
                 self._change(session, frame.meta.get("changes", []))
                 result = self._forward(frame, session, owner, limits)
             except BaseException:
-                # Cache layers replace their tensors instead of writing to them, so shallow copies hold the old state.
-                session.cache.layers[:], session.rows, session.tokens = old_state
+                session.cache, session.rows, session.tokens = old_state
                 raise
             finally:
                 session.used_at = self._clock()
@@ -375,7 +375,8 @@ class SessionTable:
             )
 
     def _bytes_of(self, session: _Session) -> int:
-        return session.rows * session.tokens * self.facts.cache_bytes_per_token
+        facts = self.facts
+        return session.rows * (session.tokens * facts.cache_bytes_per_token + facts.cache_bytes_per_sequence)
 
     def _grow(self, session: _Session, rows: int, tokens: int) -> None:
         """Reserve memory for a step that exceeds what was declared."""
@@ -400,7 +401,7 @@ class SessionTable:
             apply = _CHANGES.get(name) if isinstance(name, str) else None
             if apply is None:
                 raise RemoteError(f"{str(name)[:50]!r} is not a change of a cache", code="bad_input")
-            rows, length = _rows(session.cache), session.cache.get_seq_length()
+            rows, length = cached_rows(session.cache), session.cache.get_seq_length()
             checked = _checked_change(name, value, rows, self.limits.max_rows, length)
             if rows and name in _ROWS_AFTER:
                 self._grow(session, _ROWS_AFTER[name](rows, value), length)
@@ -453,9 +454,11 @@ class SessionTable:
             )
         inputs = _arguments(frame.meta, tensors, {*self.facts.arguments, *RECORDINGS})
         inputs = {name: _to(value, device) for name, value in inputs.items()}
+        past = 0 if session is None else session.cache.get_seq_length()
+        # Layers of running states alone take the part of the new tokens, too.
+        lengths = {past + hidden.shape[1], *(() if self._counts_tokens else (hidden.shape[1],))}
         for tensor in _tensors_in(inputs.get("attention_mask")):
-            past = 0 if session is None else session.cache.get_seq_length()
-            if tensor.shape[-1:] != (past + hidden.shape[1],) or tensor.shape[:1] not in ((1,), hidden.shape[:1]):
+            if not tensor.dim() or tensor.shape[-1] not in lengths or tensor.shape[:1] not in ((1,), hidden.shape[:1]):
                 raise RemoteError(
                     f"the attention mask is {_shape(tensor)}; {past} tokens are cached, and hidden_states are "
                     f"{_shape(hidden)}",
@@ -517,15 +520,6 @@ def _to(value: Any, device: torch.device) -> Any:
     return {name: _to(item, device) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _copied(cache: PartCache) -> PartCache:
-    return PartCache([copy.copy(layer) for layer in cache.layers], cache.layer_range)
-
-
-def _rows(cache: PartCache) -> int:
-    keys = cache.layers[0].keys
-    return 0 if keys is None else int(keys.shape[0])
-
-
 def _shape(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
@@ -568,29 +562,33 @@ _ROWS_AFTER: Mapping[str, Callable[[int, Any], int]] = {
 }
 
 
-def _each(method: str) -> Callable[[PartCache, Any], None]:
-    def change(cache: PartCache, value: Any) -> None:
-        for layer in cache.layers:
-            call = getattr(layer, method, None)
-            if call is not None:
-                call() if value is None else call(value)
-
-    return change
-
-
 def _remove(cache: PartCache, count: int) -> None:
+    # Older versions take 0 for the remaining length; a layer that does not record takes none to remove.
+    if count:
+        try:
+            cache.crop(-count)
+        except ConfigurationError as error:
+            raise RemoteError(error.message, code="bad_input", hint=error.hint) from error
+        return
     for layer in cache.layers:
-        # Older versions take 0 for the remaining length.
-        if count or getattr(layer, "record_past", False):
-            cast("Any", layer).crop(-count)
+        if getattr(layer, "record_past", False):
+            cast("Any", layer).crop(0)
 
 
-#: Name of a change -> the function that applies it: methods of transformers' cache layers.
+def _record(cache: PartCache) -> None:
+    for layer in cache.layers:
+        # Older versions do not have it.
+        activate = getattr(layer, "activate_past_recording", None)
+        if activate is not None:
+            activate()
+
+
+#: Name of a change -> the function that applies it.
 _CHANGES: Mapping[str, Callable[[PartCache, Any], None]] = {
-    "reorder": _each("reorder_cache"),
-    "select": _each("batch_select_indices"),
-    "repeat": _each("batch_repeat_interleave"),
+    "reorder": lambda cache, rows: cache.reorder_cache(rows),
+    "select": lambda cache, rows: cache.batch_select_indices(rows),
+    "repeat": lambda cache, times: cache.batch_repeat_interleave(times),
     "remove": _remove,
-    "reset": _each("reset"),
-    "record": _each("activate_past_recording"),
+    "reset": lambda cache, _: cache.reset(),
+    "record": lambda cache, _: _record(cache),
 }

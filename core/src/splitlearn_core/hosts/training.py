@@ -50,6 +50,8 @@ class TrainingLimits:
     training_tokens: int | None = None
     #: Bytes of adapters that are kept for one owner.
     adapter_bytes: int = 2**30
+    #: Bytes of adapters of all owners together.
+    all_adapter_bytes: int = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Mode:
         """Read the mode from the meta of a frame.
 
         Raises:
-            RemoteStepError: It is no mode.
+            RemoteStepError: It is not a mode.
         """
         training, autocast = meta.get("training"), meta.get("autocast")
         if training not in (None, True, False) or not (
@@ -112,7 +114,7 @@ class TrainingUsage:
 def _names(value: Any) -> tuple[str, ...]:
     """Check names of pieces."""
     if not isinstance(value, list) or len(value) > _MAX_PIECES or not all(isinstance(name, str) for name in value):
-        raise RemoteStepError("the pieces of an adapter are no list of names, or too many", code="bad_input")
+        raise RemoteStepError("the pieces of an adapter are not a list of names, or too many", code="bad_input")
     return tuple(value)
 
 
@@ -173,9 +175,10 @@ class Training:
         _refuse_training(limits)
         tensors, description = unpack(frame), frame.meta.get("description")
         size = sum(tensor.nbytes for tensor in tensors.values()) + (len(json.dumps(description)) if description else 0)
-        if size > limits.adapter_bytes:
+        most = min(limits.adapter_bytes, limits.all_adapter_bytes)
+        if size > most:
             raise RemoteStepError(
-                f"an adapter of {human_bytes(size)}; this host keeps {human_bytes(limits.adapter_bytes)}",
+                f"an adapter of {human_bytes(size)}; this host keeps {human_bytes(most)}",
                 code="too_large",
                 hint="train fewer modules, or with a smaller rank",
             )
@@ -189,9 +192,14 @@ class Training:
             own.pieces[name] = tensors if description is None else description
             own.bytes_of[name] = size
             own.pieces.move_to_end(name)
-            while own.bytes_of.total() > limits.adapter_bytes:
+            while own.bytes_of.total() > most:
                 oldest, _ = own.pieces.popitem(last=False)
                 del own.bytes_of[oldest]
+            # They are sent again when they are needed.
+            for other in sorted(self._owners.values(), key=lambda each: each.used_at):
+                if other is not own and self.kept_bytes > limits.all_adapter_bytes:
+                    other.pieces.clear()
+                    other.bytes_of.clear()
         return name
 
     def admit(self, mode: Mode, owner: str, limits: TrainingLimits, tokens: int = 0) -> None:
@@ -297,7 +305,7 @@ class Running:
         """
         wanted = meta.get("wanted", [])
         if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
-            raise RemoteStepError("what gradients are wanted of is no list of names", code="bad_input")
+            raise RemoteStepError("the names of the wanted gradients are not a list of names", code="bad_input")
         unknown = [name for name in wanted if name not in self.parameters]
         if unknown:
             raise RemoteStepError(f"a gradient is wanted of {unknown[0][:200]}, which was not sent", code="bad_input")

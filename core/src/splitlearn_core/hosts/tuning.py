@@ -266,7 +266,7 @@ def build_adapted(component: nn.Module, description: Any) -> tuple[Any, dict[str
         The copy, and its parameters that need values: name -> a tensor without memory.
 
     Raises:
-        RemoteStepError: It is no description, or does not fit the component.
+        RemoteStepError: It is not a description, or does not fit the component.
     """
     adapters, active, rates = _checked(description)
     try:
@@ -374,7 +374,7 @@ def _checked(description: Any) -> tuple[dict[str, Any], list[str], dict[str, flo
         ]
     if problems:
         raise RemoteStepError(
-            f"this is no valid description of adapters: {listed(problems, most=5)}",
+            f"this is not a valid description of adapters: {listed(problems, most=5)}",
             code="bad_input",
             hint="install the same version of splitlearn-core on both sides",
         )

@@ -226,7 +226,7 @@ def _corpus(model: OpenModel, settings: LeakSettings) -> _Corpus:
     if not has_tokenizer(model):
         if settings.text is not None:
             raise ConfigurationError(f"{model.name} has no tokenizer for the text", hint="leave --text out")
-        vocabulary = int(model.config["vocab_size"])
+        vocabulary = int(model.family.decoder_values(model.config)["vocab_size"])
         source = torch.Generator().manual_seed(settings.seed)
         ids = torch.randint(0, vocabulary, (count + settings.known, length), generator=source)
         return _Corpus("random tokens", ids[:count], ids[count:], ())
@@ -347,7 +347,7 @@ def _match(
     from splitlearn_core.leak.attacks import VocabularyMatching
 
     is_scaled = cut.of(STATES).clip is not None
-    attack = VocabularyMatching(parts[0], parts[0].config.vocab_size, settings.candidates, is_scaled=is_scaled)
+    attack = VocabularyMatching(parts[0], parts[0].decoder_config.vocab_size, settings.candidates, is_scaled=is_scaled)
     return torch.stack([attack.recover(message) for message in sent.states])
 
 
@@ -417,7 +417,7 @@ class _Judge:
 def _bytes_per_token(parts: list[Any], cut: Cut) -> dict[str, int]:
     from splitlearn_core.cut_stage import GRADIENTS, STATES
 
-    width, item = int(parts[0].config.hidden_size), parts[0].dtype.itemsize
+    width, item = int(parts[0].decoder_config.hidden_size), parts[0].dtype.itemsize
     trunks = [part for part in parts if part.kind is Component.TRUNK]
 
     def sized(what: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from splitlearn_core.leak.measure import NO_DEFENCE, Leak
 from splitlearn_core.line_plot import Axis, Line, line_plot
-from splitlearn_core.plan.split_points import cut_words
+from splitlearn_core.plan.split_points import describe_cuts
 
 _COLOURS = ("#1b6ca8", "#c0392b", "#27835a", "#7d4fa3")
 #: Dash patterns of the lines, by split.
@@ -25,7 +25,7 @@ def recovery_plot(results: Sequence[Sequence[Leak]]) -> str:
         for number, attack in enumerate(split[0].attacks):
             shares = [attack.controls[NO_DEFENCE].share, *(result.attacks[number].recovery.share for result in split)]
             points = sorted(zip(losses, shares, strict=True))
-            label = f"{attack.attack}, {cut_words(split[0].split_points)}"
+            label = f"{attack.attack}, {describe_cuts(split[0].split_points)}"
             colour, dashes = _COLOURS[number % len(_COLOURS)], _DASHES[row % len(_DASHES)]
             lines.append(Line(label, points, colour, dashes=dashes, has_dots=True))
     all_losses = [loss for line in lines for loss, _ in line.points]

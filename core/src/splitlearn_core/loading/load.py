@@ -34,7 +34,7 @@ from splitlearn_core.loading.planning import FetchedLoad, PlannedLoad, mismatch
 from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan
 from splitlearn_core.plan.bounds import check_numbers
 from splitlearn_core.plan.keys import KeyTable
-from splitlearn_core.plan.mismatch import alters_weights, unexpected_words, unread_words
+from splitlearn_core.plan.mismatch import alters_weights, unexpected_keys_message, unread_keys_message
 from splitlearn_core.plan.splitplan import ComponentPlan, SplitPlan
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads, passing_through
@@ -273,7 +273,7 @@ def _check_all(
     from splitlearn_core.build.assemble import tensor_problems, unexpected_names
 
     plan, table = load.split, load.table
-    problems, surplus = list(table.problems), unexpected_words(table.unexpected)
+    problems, surplus = list(table.problems), unexpected_keys_message(table.unexpected)
     unread: dict[str, set[str]] = {}
     keys = set(table.unexpected)
     for part in plan.components:
@@ -287,7 +287,7 @@ def _check_all(
     if problems or (surplus and (strict or any(map(alters_weights, keys)))):
         raise mismatch(model, problems + surplus, plan)
     if keys:
-        log.warning("%s", unread_words(model.name, model.family.model_type, sorted(keys)))
+        log.warning("%s", unread_keys_message(model.name, model.family.model_type, sorted(keys)))
     return unread
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from splitlearn_core.checkpoint.checkpoint import Checkpoint
 from splitlearn_core.checkpoint.files import CONFIG
@@ -19,15 +19,14 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import WeightReader
 from splitlearn_core.plugins.known import is_known, way_out
 from splitlearn_core.plugins.registry import registry
+from splitlearn_core.progress import reporting
 from splitlearn_core.quoting import plain, quote
+from splitlearn_core.types import ProgressCallback
 
 log = logging.getLogger(__name__)
 
 #: Prefix of a model name that means the checkpoint which the plugin of a model type carries.
 BUNDLED = "bundled:"
-
-#: Characters of a value from a file that a message repeats.
-_MAX_WORD = 80
 
 _Path = str | os.PathLike[str]
 
@@ -64,11 +63,11 @@ def type_and_model(model_type: _Path | None, model_name_or_path: _Path | None) -
         raise ConfigurationError(
             f"{name!r} is a model type, and there is a directory {name} that holds a model",
             hint=f"say which is meant: model_name_or_path='./{name}' for the directory, or model_type={name!r} with "
-            f"model_name_or_path={registry().family(name).default_model or 'the model'!r}",
+            f"model_name_or_path={registry().packaged_family(name).default_model or 'the model'!r}",
         )
     if model_name_or_path is None:
         try:
-            registry().family(name)
+            registry().packaged_family(name)
         except UnknownModelTypeError as error:
             raise UnknownModelTypeError(
                 error.message,
@@ -104,7 +103,11 @@ class OpenModel:
 
 
 def open_model(
-    model_name_or_path: str | os.PathLike[str] | None, model_type: str | None = None, **hub: Any
+    model_name_or_path: str | os.PathLike[str] | None,
+    model_type: str | None = None,
+    *,
+    progress: ProgressCallback | Literal[False] | None = None,
+    **hub: Any,
 ) -> OpenModel:
     """Find a checkpoint and the family that it belongs to.
 
@@ -112,6 +115,8 @@ def open_model(
         model_name_or_path: A directory, a Hub repository, or ``bundled:MODEL_TYPE`` for the small
             model that a plugin carries; None for the family's default.
         model_type: The expected model type; None for that of ``config.json``.
+        progress: Called while a plugin for any type finds out about this one; None for a line if stderr is a
+            terminal.
         hub: ``cache_dir``, ``revision``, ``token`` and ``local_files_only``.
 
     Raises:
@@ -124,7 +129,7 @@ def open_model(
             raise ConfigurationError(
                 "neither a model nor a model type was named", hint="give model_name_or_path: a directory or a Hub id"
             )
-        model_name_or_path = registry().family(model_type).default_model
+        model_name_or_path = registry().packaged_family(model_type).default_model
         if not model_name_or_path:
             raise ConfigurationError(
                 f"the family {model_type!r} names no default model", hint="give model_name_or_path as well"
@@ -139,50 +144,30 @@ def open_model(
     checkpoint = Checkpoint(source, _readers)
     config = checkpoint.config
     stated = config["model_type"]
-    inner = config.get("text_config")
-    if model_type is not None and isinstance(inner, dict) and model_type == inner.get("model_type") != stated:
-        raise ConfigurationError(
-            f"{model_name_or_path} is a multimodal {stated[:_MAX_WORD]!r} model; its language model, {model_type!r}, "
-            "is not loaded out of it",
-            hint=_language_model_alone(config, os.fspath(model_name_or_path)),
-        )
     if model_type is not None and model_type != stated:
-        provided = registry().model_types()
         advice = f"pass model_type={stated!r}, or None to take what config.json says"
         raise ConfigurationError(
             f"model_type {quote(model_type)} was requested, but config.json of {model_name_or_path} "
             f"says {quote(stated)}",
-            hint=advice if stated in provided else way_out(stated, provided),
+            hint=advice if registry().may_provide(stated) else way_out(stated, registry().model_types()),
         )
     commit = checkpoint.source.commit
     log.info("Found a %s model in %s%s", plain(stated), checkpoint.source.model, f" at {commit}" if commit else "")
     unquantised = {name: value for name, value in config.items() if name != "quantization_config"}
-    return OpenModel(os.fspath(model_name_or_path), checkpoint, _family(config), unquantised)
+    with reporting(progress) as report:
+        family = _family(config, report)
+    return OpenModel(os.fspath(model_name_or_path), checkpoint, family, unquantised)
 
 
-def _family(config: Mapping[str, Any]) -> ModelFamily:
+def _family(config: Mapping[str, Any], progress: ProgressCallback) -> ModelFamily:
     """Return the family that a configuration names; raises UnknownModelTypeError."""
     stated = config["model_type"]
     try:
-        return registry().family(stated)
+        return registry().family(stated, progress)
     except UnknownModelTypeError as error:
         if config.get("is_encoder_decoder") is True and not is_known(stated):
             raise UnknownModelTypeError(error.message, hint=way_out(stated, encodes=True)) from error
         raise
-
-
-def _language_model_alone(config: Mapping[str, Any], name: str) -> str:
-    """Return the lines of Python that save the language model of a multimodal model on its own."""
-    stated = config.get("architectures")
-    whole = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
-    if not whole.isidentifier():
-        whole = "AutoModelForImageTextToText"
-    return (
-        "save it alone once, in Python: from transformers import AutoModelForCausalLM, "
-        f"{whole}; m = {whole}.from_pretrained({name!r}); "
-        "t = AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
-        "t.model = m.model.language_model; t.lm_head = m.lm_head; t.save_pretrained('OUT')"
-    )
 
 
 def bundled_checkpoint(family: ModelFamily) -> Path:
@@ -217,5 +202,5 @@ def unbundled(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
         MissingFileError: Its plugin carries no checkpoint.
     """
     if isinstance(model, str) and model.startswith(BUNDLED):
-        return bundled_checkpoint(registry().family(model.removeprefix(BUNDLED)))
+        return bundled_checkpoint(registry().packaged_family(model.removeprefix(BUNDLED)))
     return model

@@ -165,7 +165,10 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
 
     def measure() -> int:
         infos = {info.key: info for info in plan.infos}
-        if not plan.is_whole:
+        if model.family.text_config and plan.source == "headers":
+            # The other models in it are loaded as well.
+            infos = checkpoint.tensors(checkpoint.weight_map)
+        elif not plan.is_whole:
             infos = tensors_of_config(model)
         plain = sum(loaded_nbytes(PlannedTensor(key, info), dtype) for key, info in infos.items())
         if not checkpoint.quantization:

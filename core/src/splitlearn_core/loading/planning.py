@@ -16,10 +16,11 @@ from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, T
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading.opening import OpenModel
 from splitlearn_core.plan.keys import KeyTable, KeyTarget, map_keys, place_keys, uneven_layers
-from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded, likely_cause, unexpected_words
+from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded, likely_cause, unexpected_keys_message
 from splitlearn_core.plan.placement import AUTO, parse_dtypes
-from splitlearn_core.plan.split_points import cut_words, split_layers
+from splitlearn_core.plan.split_points import describe_cuts, split_layers
 from splitlearn_core.plan.splitplan import (
+    CacheSize,
     SplitPlan,
     common_dtype,
     cut_bytes,
@@ -93,7 +94,7 @@ def plan_and_fetch(
     if not quantised:
         progress(Progress("planning"))
         fetch_headerless(model, ranges, dtypes, progress)
-        log.info("Planning %s of %s, cut at %s", ", ".join(dtypes), model.name, cut_words(split_points))
+        log.info("Planning %s of %s, cut at %s", ", ".join(dtypes), model.name, describe_cuts(split_points))
     # Without any weights, the weight map says what is missing.
     return fetch(model, _plan(model, ranges, dtypes, from_headers=not quantised), progress)
 
@@ -166,7 +167,16 @@ def _plan(
             num_layers=next(iter(ranges.values())).total,
             dtype=common_dtype(dtypes.values()),
             source="headers" if from_headers else "config",
-            components=plan_components(family, config, table, ranges, tensors, dtypes, _in_float32(family, config)),
+            components=plan_components(
+                family,
+                config,
+                table,
+                ranges,
+                tensors,
+                dtypes,
+                _in_float32(family, config),
+                _cache_sizes(family, config),
+            ),
             tied=table.tied,
             cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
             # Of all layers, also those of components that are not planned: one alone has no neighbours.
@@ -189,6 +199,19 @@ def _in_float32(family: ModelFamily, config: Mapping[str, Any]) -> Callable[[str
         return names_in_float32(family, config, dtype, names)
 
     return kept
+
+
+def _cache_sizes(family: ModelFamily, config: Mapping[str, Any]) -> Callable[[str], Sequence[CacheSize]] | None:
+    """Return a function to the sizes of each layer's cache in a dtype, where ``config.json`` does not give them."""
+    if not family.measured_cache:
+        return None
+
+    def sizes(dtype: str) -> Sequence[CacheSize]:
+        from splitlearn_core.build.cache_sizes import layer_cache_sizes
+
+        return layer_cache_sizes(family, config, dtype)
+
+    return sizes
 
 
 @contextmanager
@@ -253,7 +276,7 @@ def refuse_misfit(model: OpenModel, planned: PlannedLoad, *, strict: bool = Fals
     ):
         problems.append(f"missing: {head}weight ({top})")
     if problems or strict or any(map(alters_weights, table.unexpected)):
-        problems += unexpected_words(table.unexpected)
+        problems += unexpected_keys_message(table.unexpected)
     if problems:
         _refuse_saved(model, plan)
         raise mismatch(model, problems, plan)

@@ -129,13 +129,15 @@ class ModelConfig:
         return tuple(getattr(self, name) for name in FIELDS if name not in _NOT_IN_FINGERPRINT)
 
     def check_installed(self) -> None:
-        """Refuse a model type that no usable plugin provides. Imports no plugin.
+        """Refuse a model type that no usable plugin can provide. Imports no plugin.
+
+        Whether a plugin for any type provides this one is found out by the load, because it may take seconds.
 
         Raises:
             UnknownModelTypeError: No plugin offers the type, or an environment variable blocks it.
         """
         plugins = registry()
-        if not self.is_family or self.model_type in plugins.model_types():
+        if not self.is_family or plugins.may_provide(self.model_type):
             return
         try:
             # No plugin owns the type, so this raises without importing one.

@@ -81,8 +81,8 @@ class ModelInfo:
     generation: int
     model_type: str
     component: str | None
-    #: ``resolving``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``, ``verifying``,
-    #: ``warming up``, or empty where no worker is at work.
+    #: ``resolving``, ``examining``, ``downloading``, ``planning``, ``importing``, ``building``, ``reading``,
+    #: ``verifying``, ``warming up``, or empty where no worker is at work.
     stage: str = ""
     bytes_done: int = 0
     bytes_total: int = 0

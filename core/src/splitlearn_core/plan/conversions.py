@@ -30,6 +30,8 @@ class WeightOperation:
     name: str
     #: The dimension; two for ``transpose``.
     dims: tuple[int, ...]
+    #: The shape of tensors that are not transposed, because they already are; None for none.
+    unless: tuple[int, ...] | None = None
     #: Of the pieces of ``split``, in order, along the dimension.
     sizes: tuple[int, ...] = ()
 
@@ -231,7 +233,10 @@ def _applied(operation: WeightOperation, groups: list[list[_Array]], pieces: int
     if operation.name == "concatenate":
         return [[_joined(arrays, dim)]]
     if operation.name == "transpose":
-        return [[_exchanged(array, *operation.dims) for array in group] for group in groups]
+        return [
+            [array if array.shape == operation.unless else _exchanged(array, *operation.dims) for array in group]
+            for group in groups
+        ]
     if len(arrays) != 1 or (not operation.sizes and arrays[0].shape[dim] % pieces):
         raise ValueError(f"{_shapes(arrays)} cannot be cut into {pieces} along dimension {dim}")
     sizes = operation.sizes or (arrays[0].shape[dim] // pieces,) * pieces

@@ -69,19 +69,29 @@ def map_keys(family: ModelFamily, checkpoint_keys: Iterable[str]) -> dict[str, s
     """
     mapped: dict[str, str | None] = {}
     for key in checkpoint_keys:
-        name = key
-        for old, new in family.renamed:
-            name = name.replace(old, new)
-        if name.endswith(family.ignored_suffixes):
-            mapped[key] = None
-        else:
-            mapped[key] = with_base(family, name)
+        name = renamed(family, key)
+        mapped[key] = None if name.endswith(family.ignored_suffixes) else in_model(family, name)
     return mapped
 
 
-def with_base(family: ModelFamily, name: str) -> str:
-    """Return a name relative to the whole model, also of a tensor that a file names relative to the base module."""
-    return name if name.startswith((f"{family.base}.", f"{family.head}.")) else f"{family.base}.{name}"
+def renamed(family: ModelFamily, key: str) -> str:
+    """Return a checkpoint key with the family's renamings."""
+    for old, new in family.renamed:
+        key = key.replace(old, new)
+    return key
+
+
+def in_model(family: ModelFamily, name: str) -> str | None:
+    """Return a name relative to the whole model, also of a tensor that a file names relative to a module in it.
+
+    None for a tensor of another model than the decoder.
+    """
+    if name.startswith((f"{family.base}.", f"{family.head}.")):
+        return name
+    if not family.text_config:
+        return f"{family.base}.{name}"
+    inside = f"{family.base.partition('.')[0]}.{name}"
+    return inside if inside.startswith(f"{family.base}.") else None
 
 
 def place_keys(

@@ -110,12 +110,12 @@ def alters_weights(key: str) -> bool:
     return _CHANGES_WEIGHTS.search(key) is not None
 
 
-def unexpected_words(unexpected: Mapping[str, str]) -> list[str]:
+def unexpected_keys_message(unexpected: Mapping[str, str]) -> list[str]:
     """Describe tensors without a place, and the name that each would have in the model."""
     return [f"unexpected: {key}" + (f" (as {name})" if name != key else "") for key, name in unexpected.items()]
 
 
-def unread_words(name: str, model_type: str, keys: Sequence[str]) -> str:
+def unread_keys_message(name: str, model_type: str, keys: Sequence[str]) -> str:
     """Describe in one line which tensors of a checkpoint are not read, because the model has no place for them."""
     alike = folded(keys)
     more = f" and {len(alike) - _MAX_NAMED} more" if len(alike) > _MAX_NAMED else ""
@@ -160,7 +160,8 @@ def cause_in_names(family: ModelFamily, keys: Iterable[str], tensors: Iterable[T
     prefix = _common_prefix(family, keys)
     wrapper = _WRAPPERS.get(prefix.partition(".")[0])
     if wrapper is None:
-        for trace in _TRACES:
+        # The last is of a model of several models.
+        for trace in _TRACES[: -1 if family.text_config else None]:
             key = next(filter(trace.pattern.search, keys), None)
             if key is not None:
                 return f"{trace.cause} ({key[:200]}): {trace.remedy}"

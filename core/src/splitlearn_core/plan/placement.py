@@ -104,10 +104,10 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[s
         if device == "disk":
             problems.append("'disk' holds no component: on the CPU, mapped weights are pages of their file already")
         elif isinstance(device, bool) or not isinstance(device, int | str):
-            problems.append(f"{device!r} is no device")
+            problems.append(f"{device!r} is not a device")
         else:
             budgets[_device_name(device)] = count = _bytes(size)
-            problems += [f"{size!r} for {device!r} is no size"] if count < 0 else []
+            problems += [f"{size!r} for {device!r} is not a size"] if count < 0 else []
     if problems:
         raise ConfigurationError(
             f"max_memory: {'; '.join(problems)}", hint='give {0: "10GiB", "cpu": "30GiB"}: numbers of bytes, or texts'

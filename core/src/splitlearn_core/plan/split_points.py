@@ -26,7 +26,7 @@ def count_layers(family: ModelFamily, config: Mapping[str, Any]) -> int:
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= MAX_LAYERS:
         name = family.config_names.get("num_hidden_layers", "num_hidden_layers")
         raise ConfigurationError(
-            f"config.json says {name} = {layers!r}, which is no number of layers (1 to {MAX_LAYERS})",
+            f"config.json says {name} = {layers!r}, which is not a number of layers (1 to {MAX_LAYERS})",
             hint=f'set "{name}" to the number of layers of the checkpoint',
         )
     return layers
@@ -110,7 +110,7 @@ def ranges_around(component: str, owned: LayerRange) -> dict[str, LayerRange]:
 def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
     """Return the cuts that a family's models do not allow, each with the reason; raises BrokenPluginError."""
     try:
-        impossible = dict(family.impossible_cuts(config))
+        impossible = dict(family.impossible_cuts(family.decoder_values(config)))
     # The plugin's own code, which may raise anything.
     except Exception as error:
         raise BrokenPluginError(
@@ -176,7 +176,7 @@ def _integers(split_points: object) -> list[int]:
         )
     try:
         if any(isinstance(point, bool) for point in split_points):
-            raise TypeError("a truth value is no layer number")
+            raise TypeError("a truth value is not a layer number")
         return [operator.index(point) for point in split_points]
     except TypeError as error:
         raise InvalidSplitError(
@@ -185,7 +185,7 @@ def _integers(split_points: object) -> list[int]:
         ) from error
 
 
-def cut_words(split_points: Sequence[int]) -> str:
+def describe_cuts(split_points: Sequence[int]) -> str:
     """Return split points as text: ``1, 3 and 5``."""
     *others, last = map(str, split_points)
     return f"{', '.join(others)} and {last}" if others else last

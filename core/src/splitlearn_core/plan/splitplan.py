@@ -49,6 +49,15 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Bytes that the cache of one layer takes for one sequence."""
+
+    per_token: int
+    #: Of a running state, whatever the number of tokens.
+    fixed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ComponentPlan:
     """The tensors of one component, and what they cost."""
 
@@ -61,6 +70,8 @@ class ComponentPlan:
     dtype: str
     #: Module key -> a tensor that is made of others, as a file would hold it.
     made: Mapping[str, TensorInfo] = field(default_factory=dict, hash=False)
+    #: Bytes of the running states of its layers for each sequence, whatever the number of tokens.
+    state_bytes_per_sequence: int = 0
 
     @property
     def results(self) -> dict[str, TensorInfo]:
@@ -92,6 +103,7 @@ class ComponentPlan:
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "state_bytes_per_sequence": self.state_bytes_per_sequence,
             "dtype": self.dtype,
             "shards": list(self.shards),
         }
@@ -200,6 +212,7 @@ def plan_components(
     tensors: Mapping[str, TensorInfo],
     dtypes: Mapping[str, str],
     in_float32: Callable[[str, Collection[str]], Container[str]] = lambda dtype, names: (),
+    cache_sizes: Callable[[str], Sequence[CacheSize]] | None = None,
 ) -> tuple[ComponentPlan, ...]:
     """Plan the components that have a dtype, each with its tensors in the order of the files.
 
@@ -210,13 +223,19 @@ def plan_components(
         tensors: Checkpoint key -> the tensor.
         dtypes: Component -> the dtype that it is loaded in.
         in_float32: Of a dtype, and of module keys, returns those that are loaded in float32 instead.
+        cache_sizes: Of a dtype, returns the size of each layer's cache; by default, keys and values of every layer.
 
     Raises:
         TensorMismatchError: Tensors cannot be made of those that there are.
     """
     plans = []
     for component, dtype in dtypes.items():
-        per_layer = kv_bytes_per_layer(family, config, dtype)
+        owned = ranges[component]
+        if cache_sizes is None:
+            sizes: Sequence[CacheSize] = [CacheSize(kv_bytes_per_layer(family, config, dtype))] * len(owned)
+        else:
+            sizes = cache_sizes(dtype)[owned.start : owned.end]
+        per_token, fixed = total_cache_size(sizes)
         places, made = _made(table, component, tensors)
         kept = in_float32(dtype, {*table.sources[component], *made})
         planned = [
@@ -225,9 +244,14 @@ def plan_components(
             for into in (tuple(places.get(key, ())),)
         ]
         planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
-        owned = ranges[component]
-        plans.append(ComponentPlan(component, owned, tuple(planned), per_layer * len(owned), dtype, made))
+        plans.append(ComponentPlan(component, owned, tuple(planned), per_token, dtype, made, fixed))
     return tuple(plans)
+
+
+def total_cache_size(layers: Iterable[CacheSize]) -> tuple[int, int]:
+    """Return the bytes that the caches of layers take together: for each token of a sequence, and for each sequence."""
+    sizes = list(layers)
+    return sum(size.per_token for size in sizes), sum(size.fixed for size in sizes)
 
 
 def _made(
@@ -308,7 +332,8 @@ def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
 
 def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtypes: Iterable[str]) -> int:
     """Bytes of one token's hidden state, which is what crosses a cut, in the widest of the dtypes."""
-    return _number(family, config, "hidden_size") * max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in dtypes)
+    crossing = (_WIDE,) if family.config_value(config, "residual_in_fp32") else dtypes
+    return _number(family, config, "hidden_size") * max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in crossing)
 
 
 def common_dtype(dtypes: Iterable[str]) -> str:

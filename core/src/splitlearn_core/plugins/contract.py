@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from splitlearn_core.family import ModelFamily
     from splitlearn_core.loading_strategy import LoadingStrategy
     from splitlearn_core.plan.conversions import WeightConversion
+    from splitlearn_core.types import ProgressCallback
 
 
 PREFIX = "splitlearn_"
@@ -118,6 +119,13 @@ class FamilyPlugin(Protocol):
 
     def splitlearn_model_families(self) -> Iterable[ModelFamily]:
         """See :func:`splitlearn_core.hookspecs.splitlearn_model_families`."""
+
+
+class AnyTypePlugin(Protocol):
+    """A plugin for the model types that no package provides: what the entry point ``*`` of families names."""
+
+    def splitlearn_family_for(self, *, model_type: str, progress: ProgressCallback) -> ModelFamily | None:
+        """See :func:`splitlearn_core.hookspecs.splitlearn_family_for`."""
 
 
 class KeyMappingPlugin(Protocol):

@@ -28,19 +28,23 @@ import pluggy
 from splitlearn_core import hookspecs
 from splitlearn_core.component_host import CORE_HOSTS, ComponentHost
 from splitlearn_core.cut_stage import CutStage
-from splitlearn_core.errors import BrokenPluginError, translate
+from splitlearn_core.errors import BrokenPluginError, UnknownModelTypeError, translate
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.conversions import WeightConversion
 from splitlearn_core.plugins.contract import PREFIX, signature_problem, written
 from splitlearn_core.plugins.metadata import FAMILY, HOST, STRATEGY, PluginEntry
+from splitlearn_core.progress import passing_through
 from splitlearn_core.quoting import said
 
 if TYPE_CHECKING:
     from splitlearn_core.loading_strategy import LoadingStrategy
+    from splitlearn_core.types import ProgressCallback
 
 
 #: Kind of entry point -> the hook that returns what it names; those of hosts and cut stages name the object itself.
 PROVIDING_HOOKS = {FAMILY: "splitlearn_model_families", STRATEGY: "splitlearn_loading_strategies"}
+#: The hook of a family plugin for any type.
+_ANY_TYPE_HOOK = "splitlearn_family_for"
 #: A block-list of plugins: entry-point or distribution names.
 BLOCK_VARIABLE = "SPLITLEARN_DISABLE_PLUGINS"
 #: What foreign code may raise without ending this process.
@@ -66,11 +70,29 @@ class LoadedPlugin:
         """Return the strategy of a name, or None where the plugin has none."""
         return next((strategy for strategy in self.strategies if strategy.name == name), None)
 
+    def family_for(self, model_type: str, progress: ProgressCallback) -> ModelFamily | None:
+        """Return the family that a plugin for any type has for one; None if it has none.
+
+        Raises:
+            UnknownModelTypeError: The plugin refuses the type.
+            BrokenPluginError: The hook raises, or returns another family.
+        """
+        # What the callback raises stops the hook, and is no fault of the plugin.
+        with passing_through(progress) as report:
+            results = self.call(_ANY_TYPE_HOOK, model_type=model_type, progress=report)
+        for family in results:
+            if not isinstance(family, ModelFamily) or family.model_type != model_type:
+                problem = f"hook {_ANY_TYPE_HOOK} returned {family!r}, which is no family of model type {model_type!r}"
+                raise broken(self.entry, problem)
+            return family
+        return None
+
     def call(self, hook: str, **arguments: object) -> list[Any]:
         """Call a hook, and return its results other than None; iterables become lists, mappings become dicts.
 
         Raises:
             BrokenPluginError: The hook raises, or returns a coroutine.
+            UnknownModelTypeError: The hook for any type refuses one.
         """
         if hook not in self.hooks:
             return []
@@ -78,7 +100,7 @@ class LoadedPlugin:
             translate(
                 lambda error: broken(self.entry, f"hook {hook} raised {said(error)}", _field_hint(error)),
                 ANY_ERROR,
-                unchanged=(),
+                unchanged=(UnknownModelTypeError,) if hook == _ANY_TYPE_HOOK else (),
             ),
             traced(HOOK, self.entry, hook, **arguments) as step,
             plugin_output(),
@@ -96,7 +118,7 @@ class LoadedPlugin:
         """Call a hook that returns an iterable, and return its items."""
         results = self.call(hook)
         # pluggy drops None. From the hook that the entry point is for, None means a forgotten return.
-        if not results and hook in self.hooks and hook == PROVIDING_HOOKS[self.entry.kind]:
+        if not results and hook in self.hooks and hook == providing_hook(self.entry):
             raise broken(self.entry, f"hook {hook} returned None, not a list", "let the hook return the list")
         for result in results:
             if not isinstance(result, list):
@@ -116,9 +138,16 @@ def load_plugin(entry: PluginEntry) -> LoadedPlugin:
         (_check_host if entry.kind == HOST else _check_stage)(entry, value)
         return LoadedPlugin(entry, pluggy.PluginManager(hookspecs.PROJECT), (), value=value)
     loaded = _verified(entry, _imported(entry))
+    if entry.is_for_any_type and _ANY_TYPE_HOOK not in loaded.hooks:
+        raise broken(entry, f"it does not implement hook {_ANY_TYPE_HOOK}")
     families = _families(entry, loaded.call_list("splitlearn_model_families"))
     strategies = _strategies(entry, loaded.call_list("splitlearn_loading_strategies"))
     return replace(loaded, families=families, strategies=strategies)
+
+
+def providing_hook(entry: PluginEntry) -> str:
+    """Return the hook that an entry point is for; empty if it names an object."""
+    return _ANY_TYPE_HOOK if entry.is_for_any_type else PROVIDING_HOOKS.get(entry.kind, "")
 
 
 def broken(entry: PluginEntry, problem: str, hint: str = "") -> BrokenPluginError:
@@ -221,7 +250,7 @@ def _families(entry: PluginEntry, items: list[Any]) -> dict[str, ModelFamily]:
         if item.model_type in families:
             raise broken(entry, f"hook splitlearn_model_families returned {item.model_type!r} twice")
         families[item.model_type] = item
-    if entry.kind == FAMILY:
+    if entry.kind == FAMILY and not entry.is_for_any_type:
         _check_name(entry, "model type", families)
     return families
 

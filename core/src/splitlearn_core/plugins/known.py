@@ -12,6 +12,7 @@ import re
 PACKAGES = {
     "gemma": "splitlearn-gemma",
     "gemma2": "splitlearn-gemma",
+    "gemma3": "splitlearn-gemma",
     "gemma3_text": "splitlearn-gemma",
     "gpt2": "splitlearn-gpt2",
     "qwen2": "splitlearn-qwen2",
@@ -27,31 +28,31 @@ COMMANDS = {
     "serve": ("splitlearn-serve", "Keep models loaded, with a status page."),
     "unload": ("splitlearn-serve", "Have a running `serve` unload a model."),
 }
-#: Types that ``splitlearn plugins new`` writes a package for.
+#: Types that splitlearn-auto provides, and ``splitlearn plugins new`` writes a package for.
 _WRITTEN = """
-    afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 beam biogpt bitnet bloom codegen cohere cohere2
-    cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge ernie4_5 ernie4_5_moe exaone4
-    exaone_moe falcon falcon_h1 flex_olmo flint glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt-sw3 gpt_bigcode
-    gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 iquestcoder
-    jais2 jetmoe kolibri1 laguna lfm2 llama llama4_text mellum mimo_v2_flash minicpm3 minimax_m2
-    minimax_m3_vl_text ministral ministral3 mistral mixtral moshi mpt nemotron olmo olmo2 olmo3 olmoe opt
-    persimmon phi phi3 phimoe qwen2_moe qwen3 qwen3_moe sarvam_mla seed_oss smollm3 solar_open stablelm
-    starcoder2 trocr vaultgemma xglm youtu
+    afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet bloom
+    codegen cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint glm glm4 glm4_moe
+    glm4_moe_lite glm_moe_dsa gpt-sw3 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite
+    granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear
+    kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text mamba mamba2 mellum mimo_v2_flash minicpm3 minimax
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi mpt nemotron nemotron_h olmo
+    olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2_moe qwen3 qwen3_5_text qwen3_moe
+    qwen3_next sarvam_mla seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma xglm youtu
 """
 WRITTEN = frozenset(_WRITTEN.split())
 #: Types that it refuses, of those that are causal language models in transformers.
 _REFUSED = """
-    bailing_hybrid bamba bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt
-    camembert cohere_compass_text cpmant data2vec-text dbrx deepseek_v4 dory dots1 dots3_note dots3_note_text
-    electra emu3 ernie exaone falcon_mamba fuyu gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text
-    gemma4_unified gemma4_unified_assistant gemma4_unified_text git got_ocr2 granitemoehybrid hrm_text hy_v4
-    inkling2_loop_text inkling2_text jamba kimi_linear lara_mini lfm2_moe lfm3 llama4 longcat_flash mamba mamba2
-    marian mbart megatron-bert minimax mllama modernbert-decoder moss_transcribe_diarize musicgen
-    musicgen_melody mvp nanochat nemotron_h olmo_hybrid openai-gpt pegasus phi4_multimodal plbart prophetnet
-    qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma
-    reformer rembert roberta roberta-prelayernorm roc_bert roformer rwkv sarvam_moe whisper xlm xlm-roberta
-    xlm-roberta-xl xlnet xlstm xmod zamba zamba2 zaya
+    bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert
+    cohere_compass_text cpmant data2vec-text dbrx deepseek_v4 dory dots1 dots3_note dots3_note_text electra
+    emu3 ernie exaone fuyu gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text gemma4_unified
+    gemma4_unified_assistant gemma4_unified_text git got_ocr2 hrm_text hy_v4 inkling2_loop_text inkling2_text
+    lara_mini llama4 longcat_flash marian mbart megatron-bert mllama modernbert-decoder
+    moss_transcribe_diarize musicgen musicgen_melody mvp nanochat openai-gpt pegasus phi4_multimodal plbart
+    prophetnet qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text recurrent_gemma reformer rembert
+    roberta roberta-prelayernorm roc_bert roformer rwkv sarvam_moe whisper xlm xlm-roberta xlm-roberta-xl
+    xlnet xlstm xmod zamba zamba2 zaya
 """
 REFUSED = frozenset(_REFUSED.split())
 #: Types of text in, text out, that have an encoder and a decoder, and no class of the decoder alone.
@@ -60,18 +61,6 @@ _ENCODER_DECODERS = """
     switch_transformers t5 t5gemma t5gemma2 umt5
 """
 ENCODER_DECODERS = frozenset(_ENCODER_DECODERS.split())
-#: A checkpoint of several models -> the type of its language model, and the code that saves that model.
-_TEXT_OF = {
-    "gemma3": (
-        "gemma3_text",
-        """
-from transformers import AutoModelForImageTextToText, Gemma3ForCausalLM
-whole = AutoModelForImageTextToText.from_pretrained(MODEL, dtype="auto")
-text = Gemma3ForCausalLM(whole.config.text_config)
-text.model, text.lm_head = whole.model.language_model, whole.lm_head
-text.save_pretrained(DIR)""",
-    )
-}
 _CANNOT = (
     "cannot be split: their layers are not a plain sequence as in a decoder, or the tensors in the file are not those "
     "of the model; the manager loads one as a whole, with model_type 'huggingface'"
@@ -81,15 +70,21 @@ _ENCODES = (
     "transformers itself loads one: AutoModelForSeq2SeqLM, or the class that config.json names"
 )
 _TYPE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}", re.IGNORECASE)
+_AUTO = "pip install splitlearn-auto"
 _CHECK = 'check "model_type" in config.json; if its plugin is installed, splitlearn doctor says why it is not found'
+
+
+def is_type_name(model_type: object) -> bool:
+    """Return whether a value, which may come from an untrusted file, looks like a model type."""
+    return isinstance(model_type, str) and _TYPE.fullmatch(model_type) is not None
 
 
 def is_known(model_type: str) -> bool:
     """Return whether a table lists the model type; it is then not a misspelling of another."""
-    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS, *_TEXT_OF}
+    return model_type in {*PACKAGES, *WRITTEN, *REFUSED, *ENCODER_DECODERS}
 
 
-def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False) -> str:
+def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool = False, for_any: str = "") -> str:
     """Return what to do with a model of a type that no installed plugin provides.
 
     The type comes from an untrusted config.json: a command contains it only if a table lists it.
@@ -98,24 +93,14 @@ def way_out(model_type: object, provided: tuple[str, ...] = (), *, encodes: bool
         model_type: The type.
         provided: The types that installed plugins provide.
         encodes: Whether the model has an encoder according to its configuration (``is_encoder_decoder``).
+        for_any: How to use the plugin for any type, if it is installed.
     """
-    if not isinstance(model_type, str) or not _TYPE.fullmatch(model_type):
+    if not isinstance(model_type, str) or not is_type_name(model_type):
         return _CHECK
-    if model_type in _TEXT_OF:
-        text, lines = _TEXT_OF[model_type]
-        first = f"a {model_type} checkpoint also contains an image model; its language model is of type {text}"
-        package = "" if text in provided else f" (pip install {PACKAGES[text]})"
-        return f"{first}{package}. Save only that, with transformers, and load DIR:{lines}"
     if model_type in PACKAGES:
         return f"try: pip install {PACKAGES[model_type]}, or {_CHECK}"
-    if model_type in WRITTEN:
-        return f"write a plugin: splitlearn plugins new {model_type} --out DIR, or {_CHECK}"
     cannot = _CANNOT if model_type in REFUSED else _ENCODES if encodes or model_type in ENCODER_DECODERS else ""
     if cannot:
         return f"models of type {model_type} {cannot}"
-    return f"{_CHECK}; splitlearn plugins new TYPE says whether models of a type can be split"
-
-
-def text_model(model_type: str, provided: tuple[str, ...] = ()) -> str:
-    """Return how to save the language model of a checkpoint of several models; empty if that is unknown."""
-    return way_out(model_type, provided) if model_type in _TEXT_OF else ""
+    doubt = "" if for_any or model_type in WRITTEN else ", which finds out whether models of the type can be split"
+    return f"{for_any or _AUTO}{doubt}, or {_CHECK}"

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: Entry points of plugins: the name is the model type, the value the module with the hooks.
 FAMILY_GROUP = "splitlearn.families"
+#: The name of the entry point of a family plugin for the types that no other entry point names.
+ANY_TYPE = "*"
 #: Entry points of packages that add a loading strategy to every family: the name is the strategy's.
 STRATEGY_GROUP = "splitlearn.strategies"
 #: Entry points of hosts: the name is the host's, the value the module, or the object in one, that loads models there.
@@ -56,8 +58,8 @@ _MIN_SIMILARITY = 0.8
 class PluginEntry:
     """One entry point, as the metadata of an installed distribution states it."""
 
-    #: The model type of a family, the name of a loading strategy, host or cut stage, or the words of a command joined
-    #: by dots.
+    #: The model type of a family, or :data:`ANY_TYPE`; the name of a loading strategy, host or cut stage; or the words
+    #: of a command joined by dots.
     name: str
     #: The module with the hook implementations, ``package.module``; of a command, host or cut stage
     #: ``package.module:attribute``.
@@ -74,15 +76,22 @@ class PluginEntry:
     kind: str = FAMILY
 
     @property
+    def is_for_any_type(self) -> bool:
+        """Whether it is a family plugin for the types that no other entry point names."""
+        return self.kind == FAMILY and self.name == ANY_TYPE
+
+    @property
     def model_type(self) -> str:
-        """The model type of a family; empty for anything else."""
-        return self.name if self.kind == FAMILY else ""
+        """The model type of a family; empty for anything else, and where it is any type."""
+        return self.name if self.kind == FAMILY and not self.is_for_any_type else ""
 
     @property
     def what(self) -> str:
         """What the entry point names, in words."""
         if self.kind == COMMAND:
             return f"command '{self.name.replace('.', ' ')}'"
+        if self.is_for_any_type:
+            return "any other model type"
         words = {FAMILY: "model type", STRATEGY: "loading strategy"}
         return f"{words.get(self.kind, self.kind)} {self.name!r}"
 
@@ -130,7 +139,11 @@ def _discover(kinds: Mapping[str, str]) -> tuple[PluginEntry, ...]:
         for entry in _entries(cast("importlib_metadata.Distribution", distribution), kinds):
             # A copy of a distribution later on the path is shadowed by the first.
             entries.setdefault(f"{canonicalize_name(entry.distribution)} {entry.kind} {entry.name}", entry)
-    return tuple(sorted(entries.values(), key=lambda entry: (entry.kind, entry.name, entry.distribution)))
+    # Any type last, as it is asked.
+    order = sorted(
+        entries.values(), key=lambda entry: (entry.kind, entry.is_for_any_type, entry.name, entry.distribution)
+    )
+    return tuple(order)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,10 +33,11 @@ from splitlearn_core.plugins.host import (
     broken,
     load_plugin,
     mapping_problem,
+    providing_hook,
     trace_if_requested,
     trace_skipped,
 )
-from splitlearn_core.plugins.known import HOSTS, is_known, way_out
+from splitlearn_core.plugins.known import HOSTS, is_known, is_type_name, way_out
 from splitlearn_core.plugins.metadata import FAMILY, HOST, STAGE, STRATEGY, PluginEntry
 from splitlearn_core.quoting import listed, quote
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from splitlearn_core.cut_stage import CutStage
     from splitlearn_core.loading_strategy import LoadingStrategy
     from splitlearn_core.plan.conversions import WeightConversion
+    from splitlearn_core.types import ProgressCallback
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,8 @@ class PluginRegistry:
         #: One lock for each plugin, held while it is imported and called: one that hangs blocks
         #: neither the others nor the list.
         self._loading: dict[tuple[str, str, bool], threading.RLock] = {}
+        #: Model type -> the plugin for any type, with the family that it has for this one.
+        self._of_any_type: dict[str, LoadedPlugin] = {}
         #: Plugins that were skipped, and what blocked them; each is logged once.
         self._skipped: set[tuple[PluginEntry, str]] = set()
         trace_if_requested()
@@ -114,8 +118,12 @@ class PluginRegistry:
         return entries
 
     def model_types(self) -> tuple[str, ...]:
-        """Return the model types that a plugin provides and no variable blocks."""
-        return tuple(sorted({entry.name for entry in self._of(FAMILY) if not blocked_by(entry)}))
+        """Return the model types that an entry point names and no variable blocks."""
+        return tuple(sorted({entry.model_type for entry in self._of(FAMILY) if not blocked_by(entry)} - {""}))
+
+    def may_provide(self, model_type: str) -> bool:
+        """Return whether :meth:`family` may find a family. Imports no plugin, and asks none that is for any type."""
+        return model_type in self.model_types() or bool(not self._named(model_type) and self._for_any_type(model_type))
 
     def unknown_names(self) -> dict[str, tuple[str, ...]]:
         """Return, for each variable, the names in it that no installed plugin has: they are probably misspelt."""
@@ -123,8 +131,12 @@ class PluginRegistry:
         unknown = {variable: (_names(variable) or frozenset()) - known for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE)}
         return {variable: tuple(sorted(names)) for variable, names in unknown.items() if names}
 
-    def family(self, model_type: str) -> ModelFamily:
+    def family(self, model_type: str, progress: ProgressCallback = lambda _: None) -> ModelFamily:
         """Return the family of a model type, importing the plugin that owns it.
+
+        Args:
+            model_type: The type.
+            progress: Called while the plugin for any type works, which may take seconds; may raise to stop it.
 
         Raises:
             UnknownModelTypeError: No plugin provides the type, or a variable blocks it.
@@ -132,21 +144,58 @@ class PluginRegistry:
             IncompatiblePluginError: The plugin was made for another plugin API or core.
             BrokenPluginError: The plugin cannot be imported, or does not follow the hook specifications.
         """
-        return self.plugin(model_type).families[model_type]
+        return self.plugin(model_type, progress).families[model_type]
 
-    def plugin(self, model_type: str) -> LoadedPlugin:
-        """Return the loaded plugin that owns a model type; raises like :meth:`family`."""
-        for entry in self._of(FAMILY):
-            if blocked_by(entry) or entry.name != model_type:
-                self._trace_skipped(entry, f"model type {model_type!r} was requested")
-        claimed = [entry for entry in self._of(FAMILY) if entry.name == model_type]
+    def plugin(self, model_type: str, progress: ProgressCallback = lambda _: None) -> LoadedPlugin:
+        """Return the loaded plugin that owns a model type; arguments and errors are those of :meth:`family`."""
+        if self._named(model_type) or not self._for_any_type(model_type):
+            return self._packaged(model_type)
+        if model_type not in self._of_any_type:
+            loaded = self.use(_only(self._for_any_type(model_type)))
+            self._trace_others(loaded.entry, model_type)
+            family = self._family_for(loaded, model_type, progress)
+            # Of two threads at once, both get the family of the first.
+            self._of_any_type.setdefault(model_type, replace(loaded, families={model_type: family}))
+        return self._of_any_type[model_type]
+
+    def packaged_family(self, model_type: str) -> ModelFamily:
+        """Return the family of a type that an entry point names, as :meth:`family` does; no other plugin is asked."""
+        return self._packaged(model_type).families[model_type]
+
+    def _packaged(self, model_type: str) -> LoadedPlugin:
+        claimed = self._named(model_type)
         usable = [entry for entry in claimed if not blocked_by(entry)]
+        self._trace_others(usable[0] if usable else None, model_type)
         if not usable:
             raise self._unknown(model_type, claimed)
-        loaded = self._use(_only(usable))
+        loaded = self.use(_only(usable))
         if model_type not in loaded.families:
             raise broken(loaded.entry, f"hook splitlearn_model_families: no family with model type {model_type!r}")
         return loaded
+
+    def _family_for(self, loaded: LoadedPlugin, model_type: str, progress: ProgressCallback) -> ModelFamily:
+        try:
+            family = loaded.family_for(model_type, progress)
+        except UnknownModelTypeError as error:
+            raise UnknownModelTypeError(
+                f"no installed plugin provides model type {quote(model_type)}, and {loaded.entry.label} refuses it: "
+                f"{error.message}",
+                hint=self._nearest(model_type) + error.hint,
+            ) from error
+        if family is None:
+            raise UnknownModelTypeError(
+                f"no installed plugin provides model type {quote(model_type)}, nor does {loaded.entry.label}",
+                hint=f'{self._nearest(model_type)}check "model_type" in config.json',
+            )
+        return family
+
+    def _named(self, model_type: str) -> list[PluginEntry]:
+        return [entry for entry in self._of(FAMILY) if entry.model_type and entry.model_type == model_type]
+
+    def _for_any_type(self, model_type: str) -> list[PluginEntry]:
+        # A hostile text of an untrusted file is not passed on.
+        entries = [entry for entry in self._of(FAMILY) if entry.is_for_any_type and not blocked_by(entry)]
+        return entries if is_type_name(model_type) else []
 
     def strategies(
         self, family: ModelFamily | None = None, requested: str | None = None
@@ -208,7 +257,7 @@ class PluginRegistry:
 
     def _object(self, kind: str, name: str) -> object:
         entries = [entry for entry in self._of(kind) if entry.name == name and not blocked_by(entry)]
-        return self._use(_only(entries)).value
+        return self.use(_only(entries)).value
 
     def _object_problem(
         self, kind: str, name: str, own: Iterable[str] = (), known: Mapping[str, str] = MappingProxyType({})
@@ -223,7 +272,7 @@ class PluginRegistry:
         names = (*own, *sorted({entry.name for entry in self._of(kind) if not blocked_by(entry)}))
         close = difflib.get_close_matches(name.strip().lower()[:_MAX_COMPARED], names, n=1)
         way = f"; pip install {known[name]}" if name in known else f"; did you mean {close[0]!r}?" if close else ""
-        return f"is no {kind} that is installed: {listed(names, most=50) or 'none'}{way}"
+        return f"is not installed (installed: {listed(names, most=50) or 'none'}){way}"
 
     def _package_strategy(self, name: str, requested: str | None) -> LoadingStrategy | None:
         entries = [entry for entry in self._of(STRATEGY) if entry.name == name]
@@ -241,7 +290,7 @@ class PluginRegistry:
             self._trace_skipped(allowed[0], f"loading strategy {requested!r} was requested")
             return None
         try:
-            loaded = self._use(_only(allowed))
+            loaded = self.use(_only(allowed))
             strategy = loaded.strategy(name)
             if strategy is None:
                 raise broken(loaded.entry, f"hook splitlearn_loading_strategies: no strategy named {name!r}")
@@ -251,6 +300,11 @@ class PluginRegistry:
             log.warning("loading strategy %r is left out: %s", name, error)
             return None
         return strategy
+
+    def _trace_others(self, used: PluginEntry | None, model_type: str) -> None:
+        for entry in self._of(FAMILY):
+            if blocked_by(entry) or used is None or entry.name != used.name:
+                self._trace_skipped(entry, f"model type {model_type!r} was requested")
 
     def _trace_skipped(self, entry: PluginEntry, why: str) -> None:
         """Log, once, why a plugin was not used."""
@@ -265,7 +319,7 @@ class PluginRegistry:
     def _is_loaded(self, entry: PluginEntry) -> bool:
         return isinstance(self._loaded.get(_key(entry)), LoadedPlugin)
 
-    def _use(self, entry: PluginEntry) -> LoadedPlugin:
+    def use(self, entry: PluginEntry) -> LoadedPlugin:
         """Return a plugin, imported at most once; the error of a failed import is raised each time."""
         _check_compatible(entry)
         key = _key(entry)
@@ -306,19 +360,21 @@ class PluginRegistry:
 
     def status(self, entry: PluginEntry, *, check: bool = False) -> PluginStatus:
         """Return the row of one plugin; with ``check`` it is imported and its hooks are called."""
-        hooks: tuple[str, ...] = (PROVIDING_HOOKS[entry.kind],) if entry.kind in PROVIDING_HOOKS else ()
+        hooks = tuple(filter(None, (providing_hook(entry),)))
         if variable := blocked_by(entry):
             return PluginStatus(entry, "blocked", hooks, f"blocked by {variable}", f"change or unset {variable}")
         try:
             _only([other for other in self._of(entry.kind) if other.name == entry.name and not blocked_by(other)])
             _check_compatible(entry)
-            if check and entry.kind == FAMILY:
-                hooks = self.plugin(entry.name).hooks
+            if check and entry.model_type:
+                hooks = self.plugin(entry.model_type).hooks
+            elif check and entry.is_for_any_type:
+                hooks = self.use(entry).hooks
             elif check and entry.kind not in PROVIDING_HOOKS:
                 self._object(entry.kind, entry.name)
             elif check:
                 self.strategies(None, entry.name)
-                hooks = self._use(entry).hooks
+                hooks = self.use(entry).hooks
             else:
                 _check_installed(entry)
         except PluginError as error:
@@ -334,13 +390,21 @@ class PluginRegistry:
                 hint=f"change or unset {variable}",
             )
         installed = self.model_types()
-        close = difflib.get_close_matches(str(model_type)[:_MAX_COMPARED], installed, n=1)
+        for_any = next((entry for entry in self._of(FAMILY) if entry.is_for_any_type), None)
+        way = ""
+        if for_any is not None and blocked_by(for_any):
+            way = f"change or unset {blocked_by(for_any)}, which blocks {for_any.label}"
+        elif for_any is not None:
+            way = f"name a model of the type, for which {for_any.label} is asked"
         return UnknownModelTypeError(
             f"no installed plugin provides model type {quote(model_type)} "
             f"(installed: {listed(installed, most=50) or 'none'})",
-            hint=(f"did you mean {close[0]!r}? Otherwise " if close and not is_known(model_type) else "")
-            + way_out(model_type, installed),
+            hint=self._nearest(model_type) + way_out(model_type, installed, for_any=way),
         )
+
+    def _nearest(self, model_type: str) -> str:
+        close = difflib.get_close_matches(str(model_type)[:_MAX_COMPARED], self.model_types(), n=1)
+        return f"did you mean {close[0]!r}? Otherwise " if close and not is_known(model_type) else ""
 
 
 _registry: PluginRegistry | None = None

@@ -213,7 +213,7 @@ def create_cached(
     requested, progress = parse_parts(parts), remaining.pop("progress")
     dtypes = parse_dtypes(remaining.pop("dtype"), requested)
     options = load_options(requested, **remaining)
-    name = model if model is not None or model_type is None else registry().family(model_type).default_model
+    name = model if model is not None or model_type is None else registry().packaged_family(model_type).default_model
     cached, reason = find_cached(directory, model_type, name or "", hub["revision"], split_points, requested)
     if cached is not None:
         log.info("Loading from %s, where this split of %s is kept", directory, name)

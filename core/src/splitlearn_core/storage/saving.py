@@ -125,7 +125,7 @@ def save_split(
                 "cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only,
             }  # fmt: skip
             report(Progress("resolving"))
-            model = open_model(source, model_type, **hub)
+            model = open_model(source, model_type, progress=report, **hub)
             requested = parse_parts(parts, names_of_parts(split_points))
             check_source(model, dtype)
             if dtype == "auto":
@@ -227,7 +227,9 @@ def _parts_of_checkpoint(
     planned = plan_and_fetch(model, split_points, requested, "auto", report)
     refuse_misfit(model, planned)
     checkpoint = model.checkpoint
-    together = companions(planned.table, checkpoint.weight_map)
+    # In a model of several models, tensors that no component uses are those of the others.
+    unused = () if model.family.text_config else checkpoint.weight_map
+    together = companions(planned.table, unused)
     keys = {
         part: {t.info.key for t in planned.split.component(part).tensors} | set(together[part]) for part in requested
     }

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, Cache
-from transformers.cache_utils import CacheLayerMixin
 
+from splitlearn_auto.answers import UnprovenSetting
 from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
-from splitlearn_auto.proving import cache_note, differences
+from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state
 
@@ -34,10 +34,10 @@ _DTYPES = ("float32", "bfloat16")
 _DROPOUT = 0.5
 _DROPOUTS = "dropout"
 _NO_DROPOUT = ("layer", "classifier", "summary")
-_WINDOW = 4
 #: Values with which layers of some types exchange more than hidden states, unless they are 0: embeddings of the
 #: tokens for each layer, and layers that use the keys and values of others.
 _MORE_CROSSES = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
+_SLIDING, _WINDOW = "sliding_window", 4
 #: What layers with latent attention cache, by the names in their configurations.
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim")
 
@@ -80,6 +80,7 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             "ignored_suffixes": ignored_suffixes(model),
             "renamed": renamed or (),
             "transformers_tables": renamed is None or keeps_float32(model),
+            "measured_cache": keeps_states(model),
             "config_names": config_names(known),
             "config_defaults": {**config_defaults(known), **{name: getattr(known, name) for name in required}},
             "required_values": required,
@@ -88,6 +89,7 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         reasons=dict(parts.reasons),
         questions=list(parts.questions),
         notes=variants.notes,
+        unproven=variants.unproven,
         transformers=transformers.__version__,
     )
     _prove(derived, config, variants, settings)
@@ -107,6 +109,17 @@ def _required_values(config: Any) -> dict[str, Any]:
         except Exception:  # noqa: BLE001
             required[name] = 0
     return required
+
+
+def _unproven(config: Any, values: Mapping[str, Any], why: str) -> tuple[str, UnprovenSetting]:
+    """Return a note on values for which the family does not hold, in words and as data."""
+    note = f"with {_setting(values)}: {why}"
+    proven = {name: None if name == _SLIDING else getattr(config, name, None) for name in values}
+    return note, UnprovenSetting(values, proven, note)
+
+
+def _setting(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def _default(field: Any) -> Any:
@@ -155,21 +168,21 @@ class _Variants:
         self.variants: dict[str, dict[str, Any]] = {}
         #: Values that the family does not cover, with the reason.
         self.notes: list[str] = []
+        self.unproven: list[UnprovenSetting] = []
 
     def sweep(self) -> None:
         """Change each switch, one at a time, and add the changes to the parts."""
         for name, values in self._switches():
-            setting = ", ".join(f"{key}={value!r}" for key, value in values.items())
             try:
                 model = tiny_model(with_values(self._config, values))
                 other = derive_parts(model)
             except CannotSplitError as refusal:
-                self.notes.append(f"with {setting}: {refusal.message}")
+                self._leave_out(values, refusal.message)
                 continue
             # Values that do not fit together: the class may raise any exception.
             except Exception:  # noqa: BLE001, S112
                 continue
-            if self._merge(other, setting):
+            if self._merge(other, values):
                 self.variants[name] = values
 
     def _switches(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,8 +200,13 @@ class _Variants:
         if self.dropouts:
             yield _DROPOUTS, self.dropouts
 
-    def _merge(self, other: Parts, setting: str) -> bool:
-        """Add the parts found with another setting; return whether there are new ones."""
+    def _leave_out(self, values: Mapping[str, Any], why: str) -> None:
+        note, setting = _unproven(self._config, values, why)
+        self.notes.append(note)
+        self.unproven.append(setting)
+
+    def _merge(self, other: Parts, values: Mapping[str, Any]) -> bool:
+        """Add the parts found with other values; return whether there are new ones."""
         mine = self.parts
         changed = False
         for name in ("zero_outside_bottom", "skip_outside_bottom", "skip_outside_top"):
@@ -197,16 +215,17 @@ class _Variants:
             changed = changed or bool(more)
         if other.enter_at_layers and not mine.enter_at_layers:
             mine.enter_at_layers, changed = True, True
-            mine.reasons["enter_at_layers"] = f"{other.reasons['enter_at_layers'].rstrip('.')}, with {setting}."
+            why = other.reasons["enter_at_layers"].rstrip(".")
+            mine.reasons["enter_at_layers"] = f"{why}, with {_setting(values)}."
         if other.norm != mine.norm:
             changed = True
             # A model without a norm may have another module after its layers.
             if mine.norm and other.norm and other.norm not in mine.skip_outside_top:
-                self.notes.append(f"with {setting}: the final norm is {other.norm}, not {mine.norm}")
+                self._leave_out(values, f"the final norm is {other.norm}, not {mine.norm}")
             mine.norm = mine.norm or other.norm
         for name in ("base", "layers", "embedding", "head", "layers_return_tuple"):
             if getattr(other, name) != getattr(mine, name):
-                self.notes.append(f"with {setting}: {name} is {getattr(other, name)!r}, not {getattr(mine, name)!r}")
+                self._leave_out(values, f"{name} is {getattr(other, name)!r}, not {getattr(mine, name)!r}")
         return changed
 
     def fields(self) -> dict[str, Any]:
@@ -261,7 +280,7 @@ def _prove_settings(derived: Derived, config: Any, swept: _Variants) -> None:
     tied = bool(config.tie_word_embeddings)
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
-        **({"short window": {"sliding_window": _WINDOW}} if _has_window(config) else {}),
+        **({"short window": {_SLIDING: _WINDOW}} if _has_window(config) else {}),
         **swept.variants,
     }
     derived.variants = {"plain": {}}
@@ -270,7 +289,9 @@ def _prove_settings(derived: Derived, config: Any, swept: _Variants) -> None:
     for name, values in {**dropouts, **candidates}.items():
         differing = _differences(derived, config, values)
         if differing:
-            derived.notes.append(f"with {', '.join(f'{k}={v!r}' for k, v in values.items())}: {differing[0]}")
+            note, setting = _unproven(config, values, differing[0])
+            derived.notes.append(note)
+            derived.unproven.append(setting)
         elif name in candidates:
             derived.variants = {**derived.variants, name: values}
     derived.attention = tuple(name for name in _ATTENTION if not _differences(derived, config, attention=name))
@@ -289,27 +310,28 @@ def _describe_cache(derived: Derived, config: Any) -> None:
         "cached_values": _LATENT,
         "config_defaults": {**derived.fields["config_defaults"], **stated},
     }
+    measured = {**derived.fields, "measured_cache": True}
     if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
         derived.fields = latent
+    elif not cache_note(model, ModelFamily(**measured)):
+        derived.fields = measured
     else:
         derived.notes.append(note)
 
 
 def _check_cache(config: Any) -> None:
-    """Refuse a type whose layers cache something other than keys and values; called if a split is not equal.
+    """Refuse a type that has no cache of transformers' own kind; called if a split is not equal.
 
     Raises:
-        CannotSplitError: They do.
+        CannotSplitError: It has none.
     """
     model = tiny_model(with_values(config, {}))
     cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
     if not isinstance(cache, Cache):
-        raise CannotSplitError(f"{type(model).__name__} has no key-value cache")
-    kinds = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, CacheLayerMixin)}
-    if kinds:
         raise CannotSplitError(
-            f"some of its layers cache a running state instead of keys and values ({', '.join(sorted(kinds))}), "
-            "and a component of only such layers cannot know how many tokens came before"
+            f"{type(model).__name__} keeps no cache of transformers' own kind"
+            + ("" if cache is None else f": it is a {type(cache).__name__}"),
+            hint="a newer transformers may keep one for it: pip install --upgrade transformers",
         )
 
 
@@ -323,7 +345,7 @@ def _dropouts(config: Any) -> dict[str, Any]:
 
 
 def _has_window(config: Any) -> bool:
-    value = getattr(config, "sliding_window", None)
+    value = getattr(config, _SLIDING, None)
     return type(value) is int and value > _WINDOW
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from splitlearn_auto.answers import UnprovenSetting
 from splitlearn_core import ConfigurationError
 
 
@@ -38,6 +39,8 @@ class Derived:
     questions: list[Question] = field(default_factory=list)
     #: Values of the configuration for which it does not hold, in words.
     notes: list[str] = field(default_factory=list)
+    #: Those of them that are about values of ``config.json``.
+    unproven: list[UnprovenSetting] = field(default_factory=list)
     #: Name of a variant -> values of the configuration, for the test file.
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: The version of transformers that was used: names of modules differ between versions.

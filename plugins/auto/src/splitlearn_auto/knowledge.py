@@ -17,7 +17,6 @@ from splitlearn_core.extension import (
     quote,
     read_config,
     registry,
-    text_model,
     unbundled,
     user_path,
     way_out,
@@ -26,6 +25,8 @@ from splitlearn_core.extension import (
 #: The values of ``config.json`` that a plan needs, by their common names.
 COMMON = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _TIED = "tie_word_embeddings"
+#: Hidden states cross cuts in float32.
+_WIDE = "residual_in_fp32"
 
 
 def causal_class(model_type: str) -> str:
@@ -92,8 +93,7 @@ def check_config(model_type: str, known: Any) -> None:
     if text is not known:
         raise CannotSplitError(
             f"{model_type} is made of several models ({', '.join(known.sub_configs)})",
-            hint=text_model(model_type, registry().model_types())
-            or f"its language model is of type {text.model_type}: save only that, as a checkpoint of its own",
+            hint=f"its language model is of type {text.model_type}: save only that, as a checkpoint of its own",
         )
     if type(getattr(known, "num_hidden_layers", None)) is not int:
         raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
@@ -158,7 +158,8 @@ def config_defaults(known: Any) -> dict[str, Any]:
         value = _read(known, name)
         if type(value) is int and not _follows(known, name, value):
             defaults[name] = value
-    return {**defaults, _TIED: bool(_read(known, _TIED))}
+    wide = {_WIDE: True} if _read(known, _WIDE) is True else {}
+    return {**defaults, _TIED: bool(_read(known, _TIED)), **wide}
 
 
 def _read(config: Any, name: str) -> Any:

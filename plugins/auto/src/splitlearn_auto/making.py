@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from splitlearn_auto.findings import CannotSplitError
+from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token
 
 #: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
@@ -71,11 +72,14 @@ _RARE: Mapping[str, int] = {
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 8),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
     "mamba_d_ssm": 64,
+    "num_heads": 8,
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
 
 #: Values that models need and some classes (DeepSeek V2's) leave at None.
 _NEVER_COMPUTED = ("num_experts_per_tok",)
+#: What the modules of transformers import that have layers with a running state.
+_RECURRENT = "create_recurrent_attention_mask"
 #: Values that no class has, and the code of some models reads nevertheless.
 _UNSTATED: Mapping[str, Any] = {"rope_theta": 10_000.0}
 _DEPTH = TINY["num_hidden_layers"]
@@ -145,8 +149,10 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
             attempts.extendleft(_with_unstated(known, needed, error))
             continue
         if parameters <= _MAX_PARAMETERS:
+            config = _config(model_type, {**sizes, **needed})
+            values = {**needed, **_both_kinds(model_type, config, {**sizes, **needed})}
             # Created again: a model may have changed its configuration.
-            return _config(model_type, {**sizes, **needed}), needed
+            return _config(model_type, {**sizes, **values}), values
         problems.append(f"it still has {parameters:,} parameters")
     raise CannotSplitError(
         f"no small model of type {model_type} can be created: {problems[0] if problems else 'no sizes fit'}",
@@ -162,6 +168,9 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
     yield {**needed, **_shortened_lists(known, sizes)}
     if kinds := _kinds_of_layers(known):
         yield {**needed, "layer_types": [kinds[number % len(kinds)] for number in range(_DEPTH)]}
+    if getattr(known, "layer_types", []) is None:
+        # Not derived from other values.
+        yield {**needed, "layer_types": ["full_attention"] * _DEPTH}
     if getattr(known, "num_kv_shared_layers", 0):
         yield {**needed, "num_kv_shared_layers": 0}
     if getattr(known, "is_decoder", True) is False:
@@ -184,6 +193,44 @@ def _small_layers(known: Any, values: Mapping[str, Any]) -> dict[str, dict[str, 
         str(number): {name: 2 * values[name] for name in own if type(values.get(name)) is int}
         for number, own in layers.items()
     }
+
+
+def _both_kinds(model_type: str, config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with which a model has layers with keys and values and layers with running states.
+
+    By the defaults of some classes, all layers are of one kind, and those of published models are not.
+
+    Args:
+        model_type: The model type.
+        config: A small configuration of it.
+        values: Its values.
+    """
+    if _RECURRENT not in vars(sys.modules[_model_class(config).__module__]) or _has_both_kinds(config):
+        return {}
+    depth = config.num_hidden_layers
+    for name, mixed in (
+        ("layer_types", ["conv", "full_attention"] * depth),
+        ("layer_types", ["linear_attention", "full_attention"] * depth),
+        ("attn_layer_indices", [*range(1, depth, 2)]),
+    ):
+        if not hasattr(config, name) or _is_computed(config, config.attribute_map.get(name, name)):
+            continue
+        # Classes of transformers raise any exception for values that do not fit.
+        with suppress(Exception):
+            if _has_both_kinds(_config(model_type, {**values, name: mixed[:depth]})):
+                return {name: mixed[:depth]}
+    return {}
+
+
+def _has_both_kinds(config: Any) -> bool:
+    """Return whether a model has layers that cache keys and values, and layers that keep a running state."""
+    try:
+        output = tiny_model(config)(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=True)
+    # transformers has no mask for attention where there is no such layer.
+    except ValueError:
+        return False
+    sizes = sizes_after_one_token(output.get(CACHE_FIELD))
+    return any(size.per_token for size in sizes) and any(size.fixed for size in sizes)
 
 
 def _absent_sizes(known: Any) -> dict[str, Any]:

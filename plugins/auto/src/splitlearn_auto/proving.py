@@ -15,15 +15,18 @@ from splitlearn_core.extension import (
     CACHE_FIELD,
     cache_argument,
     component_from_state_dict,
+    has_states_alone,
     hf_config,
-    kv_bytes_per_layer,
+    layer_cache_sizes,
     map_keys,
     place_keys,
     plan_components,
     said,
+    sizes_after_one_token,
     split_layers,
     targets_by_tables,
     through_no_layers,
+    total_cache_size,
 )
 
 #: Tokens of a prompt, and of the steps after it.
@@ -96,6 +99,13 @@ def _training(split: SplitCausalLM, family: ModelFamily) -> Iterator[str]:
             yield f"in training, the {component.value} changes hidden states outside its layers"
 
 
+@torch.no_grad()
+def keeps_states(model: Any) -> bool:
+    """Return whether layers of a model keep running states."""
+    cache = model(input_ids=_ids(1, 0), use_cache=True).get(CACHE_FIELD)
+    return any(size.fixed for size in sizes_after_one_token(cache))
+
+
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).abs().max()) if first.shape == second.shape else float("inf")
 
@@ -113,7 +123,8 @@ def _decode(model: Any) -> list[torch.Tensor]:
         if number:
             ids = _ids(tokens, number)
             mask = torch.cat([mask, torch.ones(len(mask), tokens, dtype=mask.dtype)], dim=1)
-        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: past})
+        given = mask[:, -tokens:] if has_states_alone(model.config) else mask
+        output = model(input_ids=ids, attention_mask=given, use_cache=True, **{name: past})
         past = output[CACHE_FIELD]
         logits.append(output.logits)
     return logits
@@ -141,7 +152,9 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
         by_table = family.transformers_tables
         targets = targets_by_tables(family, values, sorted(infos)) if by_table else map_keys(family, infos)
         table = place_keys(family, values, targets, ranges)
-        plan_components(family, values, table, ranges, infos, dict.fromkeys(Component, "float32"))
+        sizes = (lambda dtype: layer_cache_sizes(family, values, dtype)) if family.measured_cache else None
+        dtypes = dict.fromkeys(Component, "float32")
+        plan_components(family, values, table, ranges, infos, dtypes, cache_sizes=sizes)
     except SplitLearnError as error:
         yield f"it cannot be planned: {error.message}"
         return
@@ -154,13 +167,15 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
 def cache_note(model: Any, family: ModelFamily) -> str:
     """Return how the planned cache size of a model is wrong; empty if it is right.
 
-    A model type may cache fewer key-value heads than any value of ``config.json`` says (Falcon: one).
+    A model type may cache fewer key-value heads than any value of ``config.json`` says (Falcon: one), or states.
     """
-    depth = int(model.config.num_hidden_layers)
-    planned = depth * kv_bytes_per_layer(family, json.loads(model.config.to_json_string()), "float32")
-    ids = _ids(_EMPTY_TOKENS, 0)
-    cache = model(input_ids=ids, use_cache=True)[CACHE_FIELD]
-    actual = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()
+    planned = layer_cache_sizes(family, json.loads(model.config.to_json_string()), "float32")
+    cache = model(input_ids=_ids(1, 0)[:1], use_cache=True)[CACHE_FIELD]
+    actual = sizes_after_one_token(cache)
     if actual == planned:
         return ""
-    return f"what a plan says of the cache: {planned} bytes a token for the small model, which takes {actual}"
+    (tokens, states), (own_tokens, own_states) = map(total_cache_size, (planned, actual))
+    return (
+        f"what a plan says of the cache: {tokens} bytes a token and {states} for states for the small model, "
+        f"which takes {own_tokens} and {own_states}"
+    )

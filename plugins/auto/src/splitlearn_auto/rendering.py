@@ -22,6 +22,7 @@ _REASONS = {
     "renamed": "Names on disk that transformers changes when it loads.",
     "transformers_tables": "Tensors of the module are made of others in the file, as transformers does it.",
     "cached_values": "Its layers cache what keys and values are computed from.",
+    "measured_cache": "What its layers cache is not to be read in its config.json.",
     "config_names": "The names in its config.json of the values that a plan needs.",
     "config_defaults": "The defaults of transformers for values that config.json lacks.",
     "uniform_layers": "Its layers are not all made by one class from a configuration and a number.",

@@ -102,7 +102,7 @@ class RequestRules:
     def _source(self, config: ModelConfig) -> str | None:
         path = config.model_path
         if path is None and config.is_family:
-            path = registry().family(config.model_type).default_model or None
+            path = registry().packaged_family(config.model_type).default_model or None
         if path is None or path.startswith(BUNDLED) or path in self.paths:
             return path
         local = None if path.startswith(HUB) else self._inside(path)

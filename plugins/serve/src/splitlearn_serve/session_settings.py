@@ -16,7 +16,11 @@ _MEGABYTE = 2**20
 _COUNTS = ("max_sessions", "max_sessions_per_owner", "max_tokens", "training_steps", "training_tokens")
 _TIMEOUT, _TRAINING = "session_timeout", "training"
 #: Settings in megabytes -> the limits in bytes.
-_MEMORY = {"cache_memory": "cache_bytes", "adapter_memory": "adapter_bytes"}
+_MEMORY = {
+    "cache_memory": "cache_bytes",
+    "adapter_memory": "adapter_bytes",
+    "all_adapter_memory": "all_adapter_bytes",
+}
 _SETTINGS = (*_COUNTS, _TIMEOUT, *_MEMORY, _TRAINING)
 _MOST = 10**9
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -63,7 +64,10 @@ _SOON, _LATER = 1.0, 5.0
 #: The longest pause between two attempts to load a model whose loads fail.
 _LONGEST_PAUSE = 60.0
 _REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE, Kind.PUT})
-_STEPS = frozenset({Kind.STEP, Kind.BACKWARD})
+#: Tokens, of all sequences, from which on a step is long: a prompt, rather than a token or a few proposed ones.
+_LONG_TOKENS = 16
+#: Tokens, of all sequences, from which on a step is long: a prompt, rather than a token or a few proposed ones.
+_LONG_TOKENS = 16
 #: Codes after which a connection ends, since it is unknown where the next frame begins or what it means.
 _FATAL = frozenset({"malformed", "version"})
 _GOING = (ModelStatus.DRAINING, ModelStatus.UNLOADING)
@@ -127,7 +131,8 @@ class Sessions:
         self._facts: dict[str, tuple[int, Facts]] = {}
         #: For each model, a lock: one lease is taken at a time.
         self._preparing: dict[str, _Turn] = {}
-        #: One frame of each session waits or computes, so that no session fills the queue of its model.
+        #: One frame of each session waits or computes, so that no session fills the queue of its model, and one long
+        #: step of each generation.
         self._turns: dict[object, _Turn] = {}
         self._timer: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -218,7 +223,8 @@ class Sessions:
                 reply = table.handle(frame, owner.name, limits)
                 return reply, b"".join(encode(reply)), began, time.monotonic()
 
-            reply, data, began, ended = await held.model.run(work)
+            async with self._long_turn(held, frame):
+                reply, data, began, ended = await held.model.run(work)
             if reply.kind is Kind.RESULT:
                 traffic.stepped(began - arrived, ended - began)
             elif reply.kind is Kind.OPENED:
@@ -249,6 +255,19 @@ class Sessions:
         else:
             held = await self._newest(model_id)
         return held
+
+    @contextlib.asynccontextmanager
+    async def _long_turn(self, held: _Held, frame: Frame) -> AsyncIterator[None]:
+        """Keep several long steps from running one after the other while short ones wait."""
+        if not _is_long(frame):
+            yield
+            return
+        follows = held in self._turns
+        async with _turn(self._turns, held):
+            if follows:
+                # Calls run in the order in which they arrive: those that waited during the last long one come first.
+                await held.model.run(lambda _: None)
+            yield
 
     async def _facts_of(self, model_id: str) -> Facts:
         if self.is_closing:
@@ -371,6 +390,11 @@ async def _turn(turns: dict[Any, _Turn], key: object) -> AsyncIterator[None]:
         turn.users -= 1
         if not turn.users:
             del turns[key]
+
+
+def _is_long(frame: Frame) -> bool:
+    tokens = max((math.prod(spec.shape[:-1]) for spec in frame.tensors), default=0)
+    return frame.kind is Kind.BACKWARD or (frame.kind is Kind.STEP and tokens >= _LONG_TOKENS)
 
 
 def _encoded(frame: Frame) -> Reply:

@@ -65,7 +65,7 @@ def plan_component(config: ModelConfig, report: ReportProgress) -> LoadPlan:
             f"{config.model_id} has no component or no split points", hint="a family's model is loaded in components"
         )
     (component,) = parse_parts(config.component, names_of_parts(config.split_points))
-    model = open_model(config.model_path, config.model_type, **_hub_options(config))
+    model = open_model(config.model_path, config.model_type, progress=report, **_hub_options(config))
     options = LoadOptions(config.device, config.strategy, config.attn_implementation, strict=config.strict)
     check_options(model, options)
     fetched = plan_and_fetch(model, config.split_points, (component,), config.dtype, report)

@@ -190,12 +190,13 @@ def _one_round(loaded: LoadedModel, component: str | None, between: Any) -> None
     import torch
 
     module: Any = loaded.module
-    room = getattr(module.config, "max_position_embeddings", None) or _PROMPT_TOKENS + 1
+    config = getattr(module, "decoder_config", module.config)
+    room = getattr(config, "max_position_embeddings", None) or _PROMPT_TOKENS + 1
     length = max(1, min(_PROMPT_TOKENS, room - 1))
     if component in (None, Component.BOTTOM):
         prompt = torch.zeros(1, length, dtype=torch.long, device=loaded.device)
     else:
-        shape = (1, length, module.config.hidden_size)
+        shape = (1, length, config.hidden_size)
         prompt = torch.zeros(shape, dtype=getattr(torch, loaded.dtype), device=loaded.device)
     if component is None:
         output = module(input_ids=prompt, use_cache=True)

@@ -145,7 +145,7 @@ def load_arguments(config: ModelConfig) -> dict[str, Any]:
     if config.component is None or config.split_points is None:
         raise InternalError("only components of families can be loaded in another process", hint="please report this")
     return {
-        "model_name_or_path": config.model_path or registry().family(config.model_type).default_model or "",
+        "model_name_or_path": config.model_path or registry().packaged_family(config.model_type).default_model or "",
         "split_points": config.split_points,
         "parts": (config.component,),
         **{name: getattr(config, name) for name in _SAME},

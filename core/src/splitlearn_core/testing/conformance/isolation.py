@@ -21,8 +21,10 @@ _LINES = 15
 
 
 def claims(model_type: str, distribution: str = "") -> list[PluginEntry]:
-    """Return the entry points that claim a model type; only those of a distribution if one is given."""
-    claimants = [entry for entry in discover() if entry.kind == FAMILY and entry.name == model_type]
+    """Return the entry points that claim a model type, or else any; only those of a distribution if one is given."""
+    families = [entry for entry in discover() if entry.kind == FAMILY]
+    claimants = [entry for entry in families if entry.model_type == model_type]
+    claimants = claimants or [entry for entry in families if entry.is_for_any_type]
     return [entry for entry in claimants if not distribution or entry.distribution == distribution]
 
 

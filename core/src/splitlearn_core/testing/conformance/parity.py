@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from splitlearn_core import ModelRegistry, SplitCausalLM
-from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
+from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument, has_states_alone
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import PADDINGS, PROMPT_TOKENS, batch, no_grad, positions, token_ids
 from splitlearn_core.testing.conformance.findings import Suspect, expect
@@ -91,7 +91,7 @@ class Parity(Checks):
         whole, split = subject.whole(dtype, attention), subject.split(cut, dtype, attention)
         for padding in PADDINGS:
             for with_positions in (False, True):
-                fed = list(_fed(padding, steps, with_positions=with_positions))
+                fed = _fed(whole, padding, steps, with_positions=with_positions)
                 expected = subject.once(
                     ("cache", dtype, attention, padding, with_positions, steps), _step_whole, whole, fed
                 )
@@ -109,7 +109,7 @@ class Parity(Checks):
                 expected = subject.once(("logits of any number", padding), _logits, whole, inputs)
                 what = f"logits under cut {cut}{' with left padding' if padding else ''}"
                 expect_equal(no_grad(split, **inputs).logits, expected, what, subject, whole, split)
-                fed = _fed(padding, _STEPS["prompt first"], with_positions=False)
+                fed = _fed(whole, padding, _STEPS["prompt first"], with_positions=False)
                 steps = subject.once(("cache of any number", padding), _step_whole, whole, fed)
                 for number, (got, right) in enumerate(zip(_step_split(split, fed), steps, strict=True)):
                     expect_equal(got, right, f"{what} at step {number} with a cache", subject, whole, split)
@@ -153,15 +153,19 @@ def _logits_or_none(split: SplitCausalLM, inputs: dict[str, torch.Tensor]) -> to
         return None
 
 
-def _fed(padding: int | None, steps: tuple[int, ...], *, with_positions: bool) -> list[dict[str, Any]]:
+def _fed(whole: Any, padding: int | None, steps: tuple[int, ...], *, with_positions: bool) -> list[dict[str, Any]]:
     """Return the arguments of each step: the first tokens are the prompt's, with its padding."""
     prompt, begin, calls = batch(padding), 0, []
     rows = len(prompt["input_ids"])
     ids = torch.cat([prompt["input_ids"], token_ids(rows, sum(steps), seed=1)], dim=1)
     mask = torch.cat([prompt["attention_mask"], torch.ones(rows, sum(steps), dtype=torch.long)], dim=1)
+    of_new = has_states_alone(whole.config)
     for tokens in steps:
         end = begin + tokens
-        arguments: dict[str, Any] = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
+        arguments: dict[str, Any] = {
+            "input_ids": ids[:, begin:end],
+            "attention_mask": mask[:, begin if of_new else 0 : end],
+        }
         if with_positions:
             arguments["position_ids"] = positions(mask[:, :end])[:, begin:]
         calls.append(arguments)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from splitlearn_core import ComponentPlan, InvalidSplitError, SplitPlan, load_split_model, plan_split
+from splitlearn_core.build.cache_sizes import sizes_after_one_token
 from splitlearn_core.checkpoint.files import CONFIG
+from splitlearn_core.plan.splitplan import total_cache_size
 from splitlearn_core.readers.tensor_parts import source_from
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import no_grad
@@ -61,20 +63,25 @@ class Planning(Checks):
         )
 
     def test_cache_bytes(self, subject: Subject) -> None:
-        """The plan's bytes of key-value cache for each token are those that a token takes."""
+        """The plan's bytes of cache, for each token and for running states, are those that a token takes."""
         plan, split = plan_split(subject.checkpoint, subject.middle), subject.split(subject.middle)
         state: Any = torch.tensor([[3]])
         for planned, part in zip(plan.components, split.components, strict=True):
             cache = part.new_cache()
             name = "input_ids" if part is split.bottom else "hidden_states"
             state = no_grad(part, **{name: state}, past_key_values=cache)
-            cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            expect(
-                cache_bytes == planned.kv_bytes_per_token,
-                f"a token takes {cache_bytes} bytes in the cache of the {planned.component}, "
-                f"and {planned.kv_bytes_per_token} are planned",
-                *misread(subject.family, subject.whole().config, _CACHE_SIZES),
-            )
+            for what, actual, expected in zip(
+                ("a token takes", "running states take"),
+                total_cache_size(sizes_after_one_token(cache)),
+                (planned.kv_bytes_per_token, planned.state_bytes_per_sequence),
+                strict=True,
+            ):
+                expect(
+                    actual == expected,
+                    f"{what} {actual} bytes in the cache of the {planned.component}, and {expected} are planned",
+                    *misread(subject.family, subject.whole().config, _CACHE_SIZES),
+                    Suspect("measured_cache", "True measures what config.json does not say"),
+                )
 
     def test_only_needed_shards(self, subject: Subject, tmp_path: Path) -> None:
         """A component loads although all shards that it does not need are missing."""
@@ -154,5 +161,8 @@ def _expect_planned(subject: Subject, planned: ComponentPlan, loaded: dict[str, 
 
 
 def _costs(plan: SplitPlan) -> dict[str, Any]:
-    costs = [(str(part.component), part.parameters, part.nbytes, part.kv_bytes_per_token) for part in plan.components]
+    costs = [
+        (str(part.component), part.parameters, part.nbytes, part.kv_bytes_per_token, part.state_bytes_per_sequence)
+        for part in plan.components
+    ]
     return {"source": plan.source, "costs": costs}

@@ -1,0 +1,117 @@
+"""What is known about a model type: its family, or why there is none; as JSON, which holds no code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
+
+from splitlearn_core import ModelFamily, SplitLearnError
+
+#: Fields of a family that no examination gives: two are names of other packages, and two are the plugin's own choice.
+_NOT_EXAMINED = {"impossible_cuts", "bundled_checkpoint", "default_model", "preferred_strategy"}
+_FIELDS = {item.name: item for item in fields(ModelFamily) if item.name not in _NOT_EXAMINED}
+
+
+@dataclass(frozen=True, slots=True)
+class UnprovenSetting:
+    """Values of a configuration with which a split model is not proven to be equal."""
+
+    #: Name in ``config.json`` -> the value that was tried.
+    values: Mapping[str, Any]
+    #: The values of the same names with which it is proven.
+    proven: Mapping[str, Any]
+    reason: str
+
+    def applies_to(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a ``config.json`` has other values than the proven ones."""
+        stated = {name: config[name] for name in self.values if config.get(name) is not None}
+        return any(value != self.proven.get(name) for name, value in stated.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"values": dict(self.values), "proven": dict(self.proven), "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A family, or a refusal."""
+
+    #: Arguments of :class:`ModelFamily`; empty if the type is refused.
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    unproven: tuple[UnprovenSetting, ...] = ()
+    #: Why the type is refused, and what to do; empty if it is not.
+    refusal: str = ""
+    hint: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "family": dict(self.fields),
+            "unproven": [setting.to_dict() for setting in self.unproven],
+            "refusal": self.refusal,
+            "hint": self.hint,
+        }
+
+    @property
+    def family(self) -> ModelFamily:
+        """The family; of an answer that is no refusal."""
+        family = ModelFamily(**self.fields)
+        return replace(family, impossible_cuts=_ProvenAlone(family, self.unproven)) if self.unproven else family
+
+
+@dataclass(frozen=True, slots=True)
+class _ProvenAlone:
+    """Allows no cut of a model that has an unproven setting."""
+
+    family: ModelFamily = field(compare=False)
+    unproven: tuple[UnprovenSetting, ...]
+
+    def __call__(self, config: Mapping[str, Any]) -> Mapping[int, str]:
+        values, layers = self.family.decoder_values(config), self.family.config_value(config, "num_hidden_layers")
+        reason = next((setting.reason for setting in self.unproven if setting.applies_to(values)), "")
+        return dict.fromkeys(range(1, layers), reason) if reason and isinstance(layers, int) else {}
+
+
+def answer_from(values: Mapping[str, Any], model_type: str) -> Answer:
+    """Make an answer from :meth:`Answer.to_dict`.
+
+    Raises:
+        ValueError: The values are not those of an answer about the model type.
+    """
+    try:
+        refusal, hint = values["refusal"], values["hint"]
+        unproven = tuple(_setting(setting) for setting in values["unproven"])
+        answer = Answer(_arguments(values["family"]), unproven, refusal, hint)
+        if not isinstance(refusal, str) or not isinstance(hint, str) or bool(refusal) == bool(answer.fields):
+            raise ValueError("it is neither a family nor a refusal")
+        if answer.fields and answer.family.model_type != model_type:
+            raise ValueError(f"it is about {answer.family.model_type!r}")
+    except (KeyError, TypeError, AttributeError, SplitLearnError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return answer
+
+
+def _setting(values: Mapping[str, Any]) -> UnprovenSetting:
+    setting = UnprovenSetting(values["values"], values["proven"], values["reason"])
+    if not (isinstance(setting.values, dict) and isinstance(setting.proven, dict) and isinstance(setting.reason, str)):
+        raise ValueError("an unproven setting is described wrongly")
+    return setting
+
+
+def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = values.keys() - _FIELDS.keys()
+    if unknown:
+        raise ValueError(f"a family has no {', '.join(sorted(map(repr, unknown)))}")
+    # A class of transformers, by its name alone: "module:Class" would import any module.
+    if values and not str(values["architecture"]).isidentifier():
+        raise ValueError(f"{values['architecture']!r} is no class of transformers")
+    return {name: _restored(name, value) for name, value in values.items()}
+
+
+def _restored(name: str, value: Any) -> Any:
+    """Make tuples of the lists of a field that holds tuples."""
+    default = _FIELDS[name].default
+    return _as_tuple(value) if default is not MISSING and isinstance(default, tuple) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
