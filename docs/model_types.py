@@ -95,21 +95,23 @@ def _send_answer(sender: Connection, model_type: str) -> None:
 
 def examined(model_type: str) -> str:
     """Return whether models of a type can be split, and otherwise why not."""
-    from splitlearn_auto import new_plugin
+    from splitlearn_auto.examining import examine
     from splitlearn_core import SplitLearnError
 
     try:
-        plugin = new_plugin(model_type, None, dry_run=True, force=True)
+        derived = examine(model_type, {}, settings=False)
     except SplitLearnError as error:
         return f"no: {_one_line(error.message, model_type)}"
-    if not plugin.verified:
-        return f"no: {_one_line(plugin.derived.questions[0].seen, model_type)}"
-    return "yes" if len(plugin.derived.dtypes) > 1 else f"yes, in {plugin.derived.dtypes[0]}"
+    if derived.questions:
+        return f"no: {_one_line(derived.questions[0].seen, model_type)}"
+    limits = [f"{name}={value!r}" for name, value in derived.fields.get("required_values", {}).items()]
+    limits += [f"in {derived.dtypes[0]}"] if len(derived.dtypes) == 1 else []
+    return ", ".join(["yes", *limits])
 
 
 def _one_line(message: str, model_type: str) -> str:
     text = " ".join(message.removeprefix(f"{model_type} cannot be split: ").split())
-    text = _FIGURE.sub("by some", text).replace("|", "/").replace("<", "&lt;")
+    text = _FIGURE.sub("by some", text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -139,11 +141,15 @@ def with_column(page: str, version: str, answers: Mapping[str, str]) -> str:
     newest_first = sorted(known, key=lambda name: tuple(map(int, name.split("."))), reverse=True)
     heads = [f"{name} ({sum(map(splits, known[name].values()))} of {len(known[name])})" for name in newest_first]
     types = sorted({model_type for answers in known.values() for model_type in answers})
-    rows = [[f"`{each}`", *(known[name].get(each, NOT_THERE) for name in newest_first)] for each in types]
+    rows = [[f"`{each}`", *(_cell(known[name].get(each, NOT_THERE)) for name in newest_first)] for each in types]
     lines = [" | ".join(cells) for cells in (["type", *heads], ["---"] * (1 + len(heads)), *rows)]
     heading = _HEADING.search(page)
     before = page[: heading.start()] if heading else page
     return before + "".join(f"| {line} |\n" for line in lines)
+
+
+def _cell(answer: str) -> str:
+    return answer.replace("|", "/").replace("<", "&lt;")
 
 
 def splits(answer: str) -> bool:

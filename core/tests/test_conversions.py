@@ -429,6 +429,21 @@ def test_layers_that_are_renamed_alike_are_renamed_once(
     assert len(seen) == len(keys) if often else len(seen) < len(keys) / 10
 
 
+def test_a_fused_tensor_is_split_by_sizes() -> None:
+    """Queries of more heads than keys and values, in one tensor."""
+    sizes = (4, 2, 2)
+    operation = WeightOperation("split", (0,), sizes)
+    conversion = WeightConversion((("qkv",),), ("q", "k", "v"), (operation,))
+    fused = torch.arange(24.0).view(8, 3)
+    assert [made.tolist() for made in make(conversion, {"qkv": fused}).values()] == [
+        piece.tolist() for piece in fused.split(sizes)
+    ]
+    with pytest.raises(ValueError, match=r"cannot be cut into \[4, 2, 2\] along dimension 0"):
+        make(conversion, {"qkv": fused[:7]})
+    with pytest.raises(ConfigurationError, match="there is no operation 'split'"):
+        WeightOperation("split", (0,))
+
+
 def test_numbers_of_the_configuration_that_do_not_fit(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "num_local_experts": EXPERTS + 1}))

@@ -93,6 +93,9 @@ class ModelFamily:
     #: Returns, for a ``config.json`` (or the ``text_config`` in it), the cuts that are impossible, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
+    #: Values of ``config.json`` without which no model of the type can be cut, because more than hidden states would
+    #: cross (embeddings of tokens for each layer, say); a model with others is refused.
+    required_values: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     #: Name of the loading strategy to prefer over the automatic choice; empty for none.
     preferred_strategy: str = ""
     #: Hub repository to load when the caller names only the model type; empty for none.
@@ -161,7 +164,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     pairs = family.renamed
     if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR_LENGTH for pair in pairs)):
         yield "renamed", "a tuple of pairs of strings"
-    for name in ("config_names", "config_defaults", "tiny_config"):
+    for name in ("config_names", "config_defaults", "required_values", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
     for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables", "measured_cache"):

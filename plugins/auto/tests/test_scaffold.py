@@ -20,17 +20,20 @@ from splitlearn_auto import NewPlugin, new_plugin
 from splitlearn_auto.examining import examine
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.making import tiny_model
+from splitlearn_auto.observing import with_noise
 from splitlearn_auto.package import package_files
 from splitlearn_auto.proving import differences
 from splitlearn_auto.rendering import family_module, literal
 from splitlearn_core import (
     ConfigurationError,
+    InvalidSplitError,
     MissingFileError,
     ModelFamily,
     PluginError,
     SplitCausalLM,
     UnknownModelTypeError,
     load_split_model,
+    plan_split,
 )
 from splitlearn_core.extension import CACHE_FIELD, layer_cache_sizes
 
@@ -208,6 +211,51 @@ def test_a_wrong_family_is_not_proven(wrong: str, value: Any) -> None:
     right: dict[str, Any] = {"enter_at_layers": True, "model_type": "granite", "architecture": "GraniteForCausalLM"}
     assert differences(model, ModelFamily(**right)) == []
     assert differences(model, ModelFamily(**{**right, wrong: value})) != []
+
+
+def _known(*model_types: str) -> list[str]:
+    from transformers import CONFIG_MAPPING
+
+    # Older transformers do not have all of them.
+    return [name for name in model_types if name in CONFIG_MAPPING]
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("model_type", _known("exaone", "sarvam_moe", "dbrx", "dots1", "moshi", "cohere_compass_text"))
+def test_small_models_of_peculiar_configurations(model_type: str) -> None:
+    """Sizes that no class states, parts with sizes of their own, and models of other types with names of their own."""
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert derived.dtypes == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("model_type", _known("gemma4_text"))
+def test_values_with_which_more_would_cross_are_required(model_type: str, world: Any, tmp_path: Path) -> None:
+    """Embeddings of tokens for each layer, and keys and values of other layers: a model with them is refused."""
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert derived.fields["required_values"] == {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    world.install(model_type, family_module(derived, model_type))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 6}))
+    with pytest.raises(InvalidSplitError, match="hidden_size_per_layer_input is 256, not 0"):
+        plan_split(tmp_path, (2, 4))
+
+
+def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
+    """Noise in its place changes nothing."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, uses: float) -> None:
+            super().__init__()
+            self.uses = uses
+
+        def forward(self, hidden_states: torch.Tensor, extra: list[torch.Tensor]) -> torch.Tensor:
+            return hidden_states + self.uses * extra[0]
+
+    state = torch.ones(1, 2, 3, requires_grad=True)
+    for uses in (0.0, 1.0):
+        result = with_noise(Layer(uses).forward, (), {"hidden_states": state, "extra": [state * 2]})
+        assert torch.equal(result, state) == (not uses)
 
 
 # -- what it refuses --------------------------------------------------------------------------------

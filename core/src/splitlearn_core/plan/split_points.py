@@ -110,13 +110,25 @@ def ranges_around(component: str, owned: LayerRange) -> dict[str, LayerRange]:
 def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[int, str]:
     """Return the cuts that a family's models do not allow, each with the reason; raises BrokenPluginError."""
     try:
-        return dict(family.impossible_cuts(family.decoder_values(config)))
+        impossible = dict(family.impossible_cuts(family.decoder_values(config)))
     # The plugin's own code, which may raise anything.
     except Exception as error:
         raise BrokenPluginError(
             f"impossible_cuts of the family {family.model_type!r} gave no mapping of cuts: {error!r}",
             hint="report it to the plugin's authors",
         ) from error
+    different = {
+        name: value
+        for name, required in family.required_values.items()
+        if (value := family.config_value(config, name)) not in (None, required)
+    }
+    if different:
+        values = ", ".join(
+            f"{name} is {value!r}, not {family.required_values[name]!r}" for name, value in different.items()
+        )
+        why = f"more than the hidden states would cross it ({values})"
+        impossible |= dict.fromkeys(range(1, count_layers(family, config)), why)
+    return impossible
 
 
 def check_split_points(split_points: Sequence[int], total: int) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from splitlearn_auto.observing import (
     passed,
     random_embeddings,
     watch,
+    with_noise,
     zeroed,
 )
 from splitlearn_core.extension import base_of, reason
@@ -80,7 +81,7 @@ def derive_parts(model: Any) -> Parts:
     frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
     layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(_depth(model))]
-    _check_chain(layers)
+    _check_chain(frame, seen, layers)
     parts.layers_return_tuple = not isinstance(layers[0].output, torch.Tensor)
     _before(frame, seen, layers[0], parts)
     _after(frame, seen, layers[-1], parts)
@@ -171,7 +172,7 @@ def _only_call(seen: Forward, path: str) -> Call:
     return calls[0]
 
 
-def _check_chain(layers: Sequence[Call]) -> None:
+def _check_chain(frame: _Frame, seen: Forward, layers: Sequence[Call]) -> None:
     """Refuse layers that exchange more than one tensor, or have operations between them."""
     for before, after in pairwise(layers):
         if not before.tensors or not _same(after.state, before.tensors[0]):
@@ -184,15 +185,24 @@ def _check_chain(layers: Sequence[Call]) -> None:
             f"its hidden states are not [batch, sequence, hidden]: they are {list(layers[0].state.shape)} for "
             f" {ROWS} rows of {COLUMNS} tokens"
         )
-    # No other input of a layer may be computed from the hidden states.
+    # No other input of a layer may be computed from the hidden states, unless no layer uses it.
     for layer in layers:
         name, *others = layer.inputs
         computed = [other for other in others if layer.inputs[other].requires_grad]
-        if computed:
+        if computed and not _ignore_others(frame, seen, [layer.path for layer in layers]):
             raise CannotSplitError(
                 f"{layer.path} takes {', '.join(computed)} besides {name}, computed from the embeddings or from "
                 "layers before it; only one tensor crosses a cut"
             )
+
+
+def _ignore_others(frame: _Frame, seen: Forward, paths: Sequence[str]) -> bool:
+    """Return whether the result is the same with noise in place of what layers take besides the first input."""
+    try:
+        return _same(frame.watch(dict.fromkeys(paths, with_noise)).hidden, seen.hidden)
+    # The code of the layers may raise any exception for what it does not find.
+    except Exception:  # noqa: BLE001
+        return False
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -202,6 +212,7 @@ def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
 def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
     """Classify the modules that are called before the first layer."""
     state = first.state
+    parts.skip_outside_bottom += _uncalled(frame, seen, parts)
     for call in _outermost(seen.calls[: seen.calls.index(first)], parts):
         if not call.tensors or not call.tensors[0].is_floating_point():
             continue
@@ -225,6 +236,23 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
                 f"Outside any module, before the first layer{when}: {_difference(entered, inside.embeddings)}."
             )
             return
+
+
+def _uncalled(frame: _Frame, seen: Forward, parts: Parts) -> list[str]:
+    """Return the modules with parameters that text does not pass through (encoders of images): the bottom has them."""
+    called = {call.path for call in seen.calls}
+    ends = (parts.embedding, parts.layers)
+    uncalled = []
+    for around in ("", *frame.spine):
+        prefix = f"{around}." if around else ""
+        for name, module in frame.base.get_submodule(around).named_children():
+            path = f"{prefix}{name}"
+            inside = (path, *ends, *called)
+            if not any(f"{each}.".startswith(f"{path}.") for each in inside[1:]) and any(
+                True for _ in module.parameters()
+            ):
+                uncalled.append(path)
+    return uncalled
 
 
 def _outermost(calls: Sequence[Call], parts: Parts) -> list[Call]:

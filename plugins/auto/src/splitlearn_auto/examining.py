@@ -34,23 +34,27 @@ _DTYPES = ("float32", "bfloat16")
 _DROPOUT = 0.5
 _DROPOUTS = "dropout"
 _NO_DROPOUT = ("layer", "classifier", "summary")
+#: Values with which layers of some types exchange more than hidden states, unless they are 0: embeddings of the
+#: tokens for each layer, and layers that use the keys and values of others.
+_MORE_CROSSES = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
 _SLIDING, _WINDOW = "sliding_window", 4
 #: What layers with latent attention cache, by the names in their configurations.
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim")
 
 
-def examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
+def examine(model_type: str, stated: Mapping[str, Any], *, settings: bool = True) -> Derived:
     """Run :func:`_examine` without the warnings of transformers, and with errors that name the model type."""
     with quiet(), own_state(gradients=True), _naming_model_type(model_type):
-        return _examine(model_type, stated)
+        return _examine(model_type, stated, settings)
 
 
-def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
+def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Derived:
     """Derive how the models of a type are split, and verify it on a tiny one.
 
     Args:
         model_type: The model type.
         stated: The values of a given ``config.json``; empty for the defaults of the class.
+        settings: Whether to examine and prove it with other settings, too; not needed to know whether it is split.
 
     Raises:
         ConfigurationError: There is no such type.
@@ -60,11 +64,14 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
     known = AutoConfig.for_model(model_type)
     check_config(model_type, known)
     config, needed = tiny_config(model_type, known, stated)
+    required = _required_values(config)
+    config = with_values(config, required)
     model = tiny_model(config)
     parts = derive_parts(model)
     renamed = renamed_keys(model, saved_tensors(model))
     variants = _Variants(config, parts)
-    variants.sweep()
+    if settings:
+        variants.sweep()
     derived = Derived(
         {
             "model_type": model_type,
@@ -75,8 +82,9 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
             "transformers_tables": renamed is None or keeps_float32(model),
             "measured_cache": keeps_states(model),
             "config_names": config_names(known),
-            "config_defaults": config_defaults(known),
-            "tiny_config": needed,
+            "config_defaults": {**config_defaults(known), **{name: getattr(known, name) for name in required}},
+            "required_values": required,
+            "tiny_config": {**needed, **required},
         },
         reasons=dict(parts.reasons),
         questions=list(parts.questions),
@@ -84,9 +92,23 @@ def _examine(model_type: str, stated: Mapping[str, Any]) -> Derived:
         unproven=variants.unproven,
         transformers=transformers.__version__,
     )
-    _prove(derived, config, variants)
+    _prove(derived, config, variants, settings)
     derived.fields = {name: value for name, value in derived.fields.items() if value != _DEFAULTS.get(name)}
     return derived
+
+
+def _required_values(config: Any) -> dict[str, Any]:
+    """Return the values that a configuration must have so that only hidden states cross a cut."""
+    required = {}
+    for name, other in _MORE_CROSSES.items():
+        if getattr(config, name, None) is None:
+            continue
+        try:
+            derive_parts(tiny_model(with_values(config, {name: other})))
+        # More crosses; or the code of the model raises an exception, because it is given embeddings alone.
+        except Exception:  # noqa: BLE001
+            required[name] = 0
+    return required
 
 
 def _unproven(config: Any, values: Mapping[str, Any], why: str) -> tuple[str, UnprovenSetting]:
@@ -222,7 +244,7 @@ class _Variants:
         }
 
 
-def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
+def _prove(derived: Derived, config: Any, swept: _Variants, settings: bool) -> None:
     """Split tiny models of all variants, and note where they differ from the unsplit models."""
     for uniform in (True, False):
         derived.fields["uniform_layers"] = uniform
@@ -243,6 +265,18 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
         derived.variants, derived.attention, derived.dtypes = {"plain": {}}, _ATTENTION, _DTYPES
         return
     _describe_cache(derived, config)
+    if settings:
+        _prove_settings(derived, config, swept)
+    derived.dtypes = _DTYPES[:1]
+    for dtype in _DTYPES[1:]:
+        if differing := _differences(derived, config, dtype=dtype):
+            derived.notes.append(f"in {dtype}: {differing[0]}")
+        else:
+            derived.dtypes = (*derived.dtypes, dtype)
+
+
+def _prove_settings(derived: Derived, config: Any, swept: _Variants) -> None:
+    """Split models with other settings, and note those that differ from the unsplit models."""
     tied = bool(config.tie_word_embeddings)
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
@@ -261,12 +295,6 @@ def _prove(derived: Derived, config: Any, swept: _Variants) -> None:
         elif name in candidates:
             derived.variants = {**derived.variants, name: values}
     derived.attention = tuple(name for name in _ATTENTION if not _differences(derived, config, attention=name))
-    derived.dtypes = _DTYPES[:1]
-    for dtype in _DTYPES[1:]:
-        if differing := _differences(derived, config, dtype=dtype):
-            derived.notes.append(f"in {dtype}: {differing[0]}")
-        else:
-            derived.dtypes = (*derived.dtypes, dtype)
 
 
 def _describe_cache(derived: Derived, config: Any) -> None:

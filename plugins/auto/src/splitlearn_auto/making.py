@@ -146,7 +146,7 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
         # Classes of transformers raise any exception for values that do not fit.
         except Exception as error:  # noqa: BLE001
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
-            attempts.extendleft(_with_unstated(needed, error))
+            attempts.extendleft(_with_unstated(known, needed, error))
             continue
         if parameters <= _MAX_PARAMETERS:
             config = _config(model_type, {**sizes, **needed})
@@ -175,6 +175,8 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
         yield {**needed, "num_kv_shared_layers": 0}
     if getattr(known, "is_decoder", True) is False:
         yield {**needed, "is_decoder": True}
+    if getattr(known, "is_heterogeneous", False):
+        yield {**needed, "per_layer_config": _small_layers(known, {**sizes, **needed})}
     if known.sub_configs:
         yield {**needed, **{name: _all_sizes(getattr(known, name)) for name in known.sub_configs}}
     # As many heads for keys as for queries; then the default number of layers.
@@ -182,6 +184,15 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
         yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
     if known.num_hidden_layers != _DEPTH:
         yield {**needed, "num_hidden_layers": known.num_hidden_layers}
+
+
+def _small_layers(known: Any, values: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return sizes for the layers that have others than the rest: twice as large."""
+    layers = _config(known.model_type, values).to_dict()["per_layer_config"]
+    return {
+        str(number): {name: 2 * values[name] for name in own if type(values.get(name)) is int}
+        for number, own in layers.items()
+    }
 
 
 def _both_kinds(model_type: str, config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +247,7 @@ def _kinds_of_layers(known: Any) -> list[str]:
 
     if getattr(known, "layer_types", ()) is not None:
         return []
-    code = inspect.getsource(inspect.getmodule(_model_class(known)))
+    code = inspect.getsource(sys.modules[_model_class(known).__module__])
     kinds = getattr(configuration_utils, "ALLOWED_LAYER_TYPES", ())
     return [kind for kind in kinds if f'"{kind}"' in code]
 
@@ -248,9 +259,14 @@ def _model_class(known: Any) -> Any:
     return classes[0] if isinstance(classes, tuple) else classes
 
 
-def _with_unstated(needed: Mapping[str, Any], error: Exception) -> Iterator[dict[str, Any]]:
+def _with_unstated(known: Any, needed: Mapping[str, Any], error: Exception) -> Iterator[dict[str, Any]]:
     """Yield the values with one that the code of a model reads and its configuration does not have."""
-    name, owner = getattr(error, "name", None), getattr(error, "obj", None)
+    name, owner = str(getattr(error, "name", "")), getattr(error, "obj", None)
+    if isinstance(error, KeyError) and error.args[0] in (getattr(known, "layer_types", None) or ()):
+        # Rotary positions of each kind of layers, and how many of them are of each of three kinds of positions.
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+        if "rope_parameters" not in needed:
+            yield {**needed, "rope_parameters": dict.fromkeys(sorted(set(known.layer_types)), rope)}
     key = getattr(owner, "base_config_key", "")
     given = needed.get(key, {})
     if key and name in _UNSTATED and name not in given:

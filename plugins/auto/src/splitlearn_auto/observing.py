@@ -140,6 +140,22 @@ def zeroed(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     return _zeros(own(*args, **kwargs))
 
 
+def with_noise(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replacement that calls the module with noise in place of every computed input but the first."""
+    named = {
+        name: value if not args and name == next(iter(kwargs)) else _noise(value) for name, value in kwargs.items()
+    }
+    return own(*args[:1], *map(_noise, args[1:]), **named)
+
+
+def _noise(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.randn_like(value) if value.requires_grad else value
+    if isinstance(value, dict):
+        return {key: _noise(item) for key, item in value.items()}
+    return type(value)(map(_noise, value)) if type(value) in (list, tuple) else value
+
+
 def _zeros(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.zeros_like(value)

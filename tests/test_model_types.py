@@ -1,0 +1,65 @@
+"""The table of all model types: it is that of the installed transformers, and what it says is found again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import transformers
+
+from support.long import cases
+
+pytestmark = pytest.mark.libs
+
+DOCS = Path(__file__).parent.parent / "docs"
+sys.path.append(str(DOCS))
+
+import model_types  # noqa: E402  # a script, and no module of a package
+
+PAGE = model_types.PAGE.read_text(encoding="utf-8")
+ANSWERS = model_types.columns(PAGE).get(transformers.__version__, {})
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def test_the_table_has_every_type_of_the_installed_transformers() -> None:
+    """Or the installed one lies between those of the table."""
+    versions = sorted(map(version, model_types.columns(PAGE)))
+    assert sorted(ANSWERS) == model_types.causal_types() or (
+        versions[0] < version(transformers.__version__) < versions[-1]
+    )
+
+
+@pytest.mark.parametrize(
+    "model_type", sorted(Random(5).sample(sorted(ANSWERS), min(len(ANSWERS), cases(len(ANSWERS), 4))))
+)
+def test_rows_are_found_again(model_type: str) -> None:
+    """A few of them, and all in the long tests."""
+    assert model_types.examined(model_type) == ANSWERS[model_type]
+
+
+def test_a_column_is_written_beside_the_others() -> None:
+    page = model_types.with_column("Text.\n\n| type |\n|---|\n", "5.4.0", {"b": "yes", "a": "no: it is | no <decoder>"})
+    page = model_types.with_column(page, "5.24.0", {"b": "yes, in float32", "c": "yes"})
+    assert page == (
+        "Text.\n\n"
+        "| type | 5.24.0 (2 of 2) | 5.4.0 (1 of 2) |\n"
+        "| --- | --- | --- |\n"
+        "| `a` | - | no: it is / no &lt;decoder> |\n"
+        "| `b` | yes, in float32 | yes |\n"
+        "| `c` | yes | - |\n"
+    )
+    assert model_types.columns(page)["5.24.0"] == {"b": "yes, in float32", "c": "yes"}
+
+
+def test_a_run_continues_with_the_rows_of_the_last(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    assert model_types.kept_answers(rows) == {}
+    rows.write_text(
+        '{"type": "a", "answer": "no: slow"}\n{"type": "b", "answer": "yes"}\n{"type": "a", "answer": "yes"}\n'
+    )
+    assert model_types.kept_answers(rows) == {"a": "yes", "b": "yes"}
