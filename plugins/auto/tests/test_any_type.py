@@ -80,6 +80,8 @@ def forbid(*_: object) -> tuple[Answer, bool]:
 # -- from the first use to the later ones -----------------------------------------------------------
 
 
+# A process of its own imports torch and transformers, and examines the type.
+@pytest.mark.timeout(600)
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_a_model_is_split_by_its_name_alone(

@@ -18,8 +18,6 @@ from splitlearn_auto.memory import cache_folder, recall, remember
 from splitlearn_core import InvalidSplitError, ModelFamily
 from splitlearn_core.extension import split_layers
 
-pytestmark = pytest.mark.light
-
 LLAMA = Answer({"model_type": "llama", "architecture": "LlamaForCausalLM"})
 REFUSED = Answer(refusal="llama cannot be split", hint="use another")
 #: Every kind of value that a family has.
