@@ -56,6 +56,13 @@ def test_a_column_is_written_beside_the_others() -> None:
     assert model_types.columns(page)["5.24.0"] == {"b": "yes, in float32", "c": "yes"}
 
 
+def test_the_types_that_are_used_most_are_counted() -> None:
+    used = model_types.most_used(PAGE)
+    assert len(used) == len(set(used)) == 60
+    assert set(used) <= next(iter(model_types.columns(PAGE).values())).keys()
+    assert model_types.with_count(PAGE) == PAGE
+
+
 def test_a_run_continues_with_the_rows_of_the_last(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     assert model_types.kept_answers(rows) == {}
