@@ -60,6 +60,9 @@ class ModelFamily:
     #: the last layer (OPT's ``project_out``); they hand it on unchanged in every component but the top.
     #: A module of the three tuples, or ``norm``, may be None in some models of the type.
     skip_outside_top: tuple[str, ...] = ()
+    #: Modules relative to the model, besides the head, that hidden states pass *through* after the base module
+    #: (ModernBERT's prediction head); the top alone has them.
+    before_head: tuple[str, ...] = ()
     #: Arguments of the model's forward that its embeddings use up, and that mean nothing to layers; the bottom
     #: alone takes them. If they matter to all layers (masks by type of token), set ``()``.
     bottom_arguments: tuple[str, ...] = ("token_type_ids",)
@@ -161,6 +164,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         "zero_outside_bottom",
         "skip_outside_bottom",
         "skip_outside_top",
+        "before_head",
         "bottom_arguments",
         "ignored_suffixes",
         "cached_values",

@@ -154,7 +154,7 @@ def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[n
         # What has no parameters may be called before the layers, too.
         kept = {name for name in family.outlets if family.leave_at_layers and _is_plain(base, name)}
         _replace(base, {name: PassLayer() for name in family.outlets if name not in kept})
-        _replace(model, {family.head: PassLayer()})
+        _replace(model, {name: PassLayer() for name in (*family.before_head, family.head)})
     # A tied head is assigned by the plan: within one component no two parameters are tied.
     model.all_tied_weights_keys = {}
 
@@ -211,7 +211,7 @@ def check_names(model: nn.Module, family: ModelFamily) -> None:
         BrokenPluginError: Modules are missing; the message lists them, and those that exist.
     """
     inside = (family.layers, *family.inlets, *family.outlets)
-    paths = [family.base, family.head, *(f"{family.base}.{name}" for name in inside)]
+    paths = [family.base, *family.before_head, family.head, *(f"{family.base}.{name}" for name in inside)]
     modules = dict(model.named_modules())
     optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
     missing = [path for path in paths if path not in modules and not (path in optional and _is_none(modules, path))]

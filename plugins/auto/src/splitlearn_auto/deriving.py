@@ -54,6 +54,7 @@ class Parts:
     skip_outside_top: list[str] = field(default_factory=list)
     enter_at_layers: bool = False
     leave_at_layers: bool = False
+    before_head: list[str] = field(default_factory=list)
     layers_return_tuple: bool = False
     #: Field -> the evidence for it.
     reasons: dict[str, str] = field(default_factory=dict)
@@ -75,6 +76,12 @@ def derive_parts(model: Any) -> Parts:
     parts = Parts(_end(model, base, "base_model"))
     parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
     parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
+    ends = {parts.base.partition(".")[0], parts.head.partition(".")[0]}
+    parts.before_head = [
+        str(name)
+        for name, module in model.named_children()
+        if name not in ends and any(True for _ in module.parameters())
+    ]
     _check_causal(model)
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, model.config, embeddings)

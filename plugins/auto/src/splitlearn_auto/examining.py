@@ -244,6 +244,7 @@ class _Variants:
             "zero_outside_bottom": tuple(parts.zero_outside_bottom),
             "skip_outside_bottom": tuple(parts.skip_outside_bottom),
             "skip_outside_top": tuple(parts.skip_outside_top),
+            "before_head": tuple(parts.before_head),
             "enter_at_layers": parts.enter_at_layers,
             "leave_at_layers": parts.leave_at_layers,
             "layers_return_tuple": parts.layers_return_tuple,
