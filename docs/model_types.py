@@ -21,6 +21,8 @@ from pathlib import Path
 PAGE = Path(__file__).with_name("model-types.md")
 PRELOADED = ["torch", "transformers.models.auto.modeling_auto", "splitlearn_auto.examining", "model_types"]
 NOT_THERE = "-"
+#: The list of the types that are used most, and the line after it, which is written.
+_MOST_USED = re.compile(r"(?<=<!-- most used -->\n)(?P<list>[^<]*)<!-- of these -->\n.*$", re.MULTILINE)
 _HEADING = re.compile(r"^\| type \|.*$", re.MULTILINE)
 #: Figures of a reason that depend on the machine.
 _FIGURE = re.compile(r"\bup to [-+.\de]+")
@@ -51,7 +53,7 @@ def main() -> None:
             file.write(json.dumps({"type": model_type, "answer": answer}) + "\n")
         answers[model_type] = answer
     if set(every) <= answers.keys():
-        PAGE.write_text(with_column(PAGE.read_text(encoding="utf-8"), version, answers), encoding="utf-8")
+        PAGE.write_text(with_count(with_column(PAGE.read_text(encoding="utf-8"), version, answers)), encoding="utf-8")
 
 
 def kept_answers(rows: Path) -> dict[str, str]:
@@ -146,6 +148,21 @@ def with_column(page: str, version: str, answers: Mapping[str, str]) -> str:
     heading = _HEADING.search(page)
     before = page[: heading.start()] if heading else page
     return before + "".join(f"| {line} |\n" for line in lines)
+
+
+def most_used(page: str) -> list[str]:
+    """Return the types that a page names as used most."""
+    found = _MOST_USED.search(page)
+    return re.findall(r"`([^`]+)`", found["list"]) if found else []
+
+
+def with_count(page: str) -> str:
+    """Return a page that says how many of the types that are used most can be split, by its newest column."""
+    answers = next(iter(columns(page).values()), {})
+    used = most_used(page)
+    refused = [f"`{name}`" for name in used if not splits(answers.get(name, NOT_THERE))]
+    line = f"Of these {len(used)}, {len(used) - len(refused)} can be split; not: {', '.join(refused) or 'none'}."
+    return _MOST_USED.sub(lambda found: f"{found['list']}<!-- of these -->\n{line}", page)
 
 
 def _cell(answer: str) -> str:

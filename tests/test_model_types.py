@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import transformers
 
+from splitlearn_core.plugins.known import PACKAGES, REFUSED, WRITTEN
 from support.long import cases
 
 pytestmark = pytest.mark.libs
@@ -54,6 +55,21 @@ def test_a_column_is_written_beside_the_others() -> None:
         "| `c` | yes | - |\n"
     )
     assert model_types.columns(page)["5.24.0"] == {"b": "yes, in float32", "c": "yes"}
+
+
+def test_the_types_that_are_used_most_are_counted() -> None:
+    used = model_types.most_used(PAGE)
+    assert len(used) == len(set(used)) == 60
+    assert set(used) <= next(iter(model_types.columns(PAGE).values())).keys()
+    assert model_types.with_count(PAGE) == PAGE
+
+
+def test_what_errors_say_of_types_is_what_the_table_says() -> None:
+    """In the newest column: older versions do not have every type."""
+    answers = next(iter(model_types.columns(PAGE).values()))
+    split = {name for name, answer in answers.items() if model_types.splits(answer)}
+    assert split == {*WRITTEN, *PACKAGES} & answers.keys()
+    assert answers.keys() - split == REFUSED & answers.keys()
 
 
 def test_a_run_continues_with_the_rows_of_the_last(tmp_path: Path) -> None:

@@ -60,12 +60,18 @@ class ModelFamily:
     #: the last layer (OPT's ``project_out``); they hand it on unchanged in every component but the top.
     #: A module of the three tuples, or ``norm``, may be None in some models of the type.
     skip_outside_top: tuple[str, ...] = ()
+    #: Modules relative to the model, besides the head, that hidden states pass *through* after the base module
+    #: (ModernBERT's prediction head); the top alone has them.
+    before_head: tuple[str, ...] = ()
     #: Arguments of the model's forward that its embeddings use up, and that mean nothing to layers; the bottom
     #: alone takes them. If they matter to all layers (masks by type of token), set ``()``.
     bottom_arguments: tuple[str, ...] = ("token_type_ids",)
     #: True if the model does something to the embeddings outside any module (Granite multiplies them).
     #: Hidden states from outside then enter at the first layer, and skip that step.
     enter_at_layers: bool = False
+    #: True if a module without parameters is called before the first layer and after the last (nanochat's norm).
+    #: Hidden states then leave a bottom or trunk at its last layer, and what follows is not for them.
+    leave_at_layers: bool = False
     #: True if a layer returns a tuple whose first item is the running state.
     layers_return_tuple: bool = False
     #: Tensors that old checkpoints contain and no module uses, as suffixes of the checkpoint key.
@@ -93,6 +99,9 @@ class ModelFamily:
     #: Returns, for a ``config.json`` (or the ``text_config`` in it), the cuts that are impossible, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
+    #: Lists of ``config.json`` with a kind for each layer -> the kinds that use what the layer before has computed
+    #: besides hidden states (a selection of tokens); there is no cut before such a layer.
+    joined_layers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     #: Values of ``config.json`` without which no model of the type can be cut, because more than hidden states would
     #: cross (embeddings of tokens for each layer, say); a model with others is refused.
     required_values: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
@@ -155,6 +164,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         "zero_outside_bottom",
         "skip_outside_bottom",
         "skip_outside_top",
+        "before_head",
         "bottom_arguments",
         "ignored_suffixes",
         "cached_values",
@@ -164,10 +174,17 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     pairs = family.renamed
     if not (isinstance(pairs, tuple) and all(_is_tuple_of_texts(pair) and len(pair) == _PAIR_LENGTH for pair in pairs)):
         yield "renamed", "a tuple of pairs of strings"
-    for name in ("config_names", "config_defaults", "required_values", "tiny_config"):
+    for name in ("config_names", "config_defaults", "required_values", "joined_layers", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
-    for name in ("enter_at_layers", "layers_return_tuple", "uniform_layers", "transformers_tables", "measured_cache"):
+    for name in (
+        "enter_at_layers",
+        "leave_at_layers",
+        "layers_return_tuple",
+        "uniform_layers",
+        "transformers_tables",
+        "measured_cache",
+    ):
         if not isinstance(getattr(family, name), bool):
             yield name, "True or False"
     if not callable(family.impossible_cuts):

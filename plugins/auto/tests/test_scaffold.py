@@ -221,7 +221,9 @@ def _known(*model_types: str) -> list[str]:
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("model_type", _known("exaone", "sarvam_moe", "dbrx", "dots1", "moshi", "cohere_compass_text"))
+@pytest.mark.parametrize(
+    "model_type", _known("exaone", "sarvam_moe", "dbrx", "dots1", "moshi", "cohere_compass_text", "nanochat")
+)
 def test_small_models_of_peculiar_configurations(model_type: str) -> None:
     """Sizes that no class states, parts with sizes of their own, and models of other types with names of their own."""
     derived = examine(model_type, {}, settings=False)
@@ -273,7 +275,6 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         ("recurrent_gemma", "keeps no cache of transformers' own kind"),
         # Older transformers cannot run a small one without kernels for a GPU.
         ("zamba", "original_hidden_states|Fast Mamba kernels"),
-        ("nanochat", "norm is called before the first layer and after the last"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:

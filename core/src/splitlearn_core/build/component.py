@@ -27,6 +27,7 @@ from splitlearn_core.build.pruning import (
     check_names,
     entering,
     leave_out_others,
+    leaving,
 )
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
@@ -234,7 +235,10 @@ class ComponentModel(PreTrainedModel):
         """Run the layers; the result is hidden states alone unless more was requested."""
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
-        output = self.base_model(**inputs, **{**arguments, **recordings})
+        with leaving() as left:
+            output = self.base_model(**inputs, **{**arguments, **recordings})
+        if left:
+            output["last_hidden_state"] = left[-1]
         self._count_step(arguments, inputs)
         if any(arguments.get(name) for name in RECORDINGS):
             return cast("BaseModelOutputWithPast", self._own_recordings(output))

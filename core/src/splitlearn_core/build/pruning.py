@@ -19,6 +19,8 @@ from splitlearn_core.types import LayerRange
 
 #: The hidden states of the forward that runs in this thread or task, where they enter at the layers.
 _ENTERING: ContextVar[torch.Tensor] = ContextVar("splitlearn_entering")
+#: Those that left it at its layers.
+_LEFT: ContextVar[list[torch.Tensor]] = ContextVar("splitlearn_left")
 #: Default of a look-up: the module has no attribute of this name.
 _MISSING = object()
 #: Probability of every dropout module in a check; a configuration may have 0.
@@ -60,6 +62,35 @@ class EnteringLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._neutral(_ENTERING.get(hidden_states))
+
+
+class LeavingLayer(nn.Module):
+    """Replaces the last layer, and keeps the hidden states that leave the component.
+
+    What the model does to them afterwards, as it does before its head, is discarded.
+
+    Args:
+        neutral: The neutral layer that wraps a result as the family's layers do.
+    """
+
+    def __init__(self, neutral: PassLayer) -> None:
+        super().__init__()
+        self._neutral = neutral
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        _LEFT.get([]).append(hidden_states)
+        return self._neutral(hidden_states)
+
+
+@contextmanager
+def leaving() -> Iterator[list[torch.Tensor]]:
+    """Yield a list of the hidden states that leave at the layers, of a component whose family says so."""
+    left: list[torch.Tensor] = []
+    token = _LEFT.set(left)
+    try:
+        yield left
+    finally:
+        _LEFT.reset(token)
 
 
 @contextmanager
@@ -114,12 +145,16 @@ def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[n
     for number, layer in enumerate(built):
         if number not in owned:
             slots[number] = _of_kind(slots[number], layer)
+    if family.leave_at_layers and not owned.is_last:
+        slots[-1] = LeavingLayer(elsewhere)
     _replace(base, {family.layers: nn.ModuleList(slots)})
     if not owned.is_first:
         _replace(base, {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets})
     if not owned.is_last:
-        _replace(base, {name: PassLayer() for name in family.outlets})
-        _replace(model, {family.head: PassLayer()})
+        # What has no parameters may be called before the layers, too.
+        kept = {name for name in family.outlets if family.leave_at_layers and _is_plain(base, name)}
+        _replace(base, {name: PassLayer() for name in family.outlets if name not in kept})
+        _replace(model, {name: PassLayer() for name in (*family.before_head, family.head)})
     # A tied head is assigned by the plan: within one component no two parameters are tied.
     model.all_tied_weights_keys = {}
 
@@ -131,6 +166,10 @@ def _of_kind(neutral: nn.Module, layer: nn.Module) -> nn.Module:
         neutral = copy.copy(neutral)
         vars(neutral).update(texts)
     return neutral
+
+
+def _is_plain(base: nn.Module, name: str) -> bool:
+    return not any(True for _ in base.get_submodule(name).parameters())
 
 
 def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -173,7 +212,7 @@ def check_names(model: nn.Module, family: ModelFamily) -> None:
         BrokenPluginError: Modules are missing; the message lists them, and those that exist.
     """
     inside = (family.layers, *family.inlets, *family.outlets)
-    paths = [family.base, family.head, *(f"{family.base}.{name}" for name in inside)]
+    paths = [family.base, *family.before_head, family.head, *(f"{family.base}.{name}" for name in inside)]
     modules = dict(model.named_modules())
     optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
     missing = [path for path in paths if path not in modules and not (path in optional and _is_none(modules, path))]
@@ -207,7 +246,7 @@ def through_no_layers(part: Any, family: ModelFamily) -> tuple[torch.Tensor, tor
     layers = base.get_submodule(family.layers)
     for number, layer in enumerate(layers):
         # The first of a component that hidden states enter at its layers is neutral already.
-        if not isinstance(layer, EnteringLayer):
+        if not isinstance(layer, EnteringLayer | LeavingLayer):
             layers[number] = _of_kind(neutral_layer(family), layer)
     for module in part.train().modules():
         if isinstance(module, nn.Dropout):
@@ -222,7 +261,7 @@ def through_no_layers(part: Any, family: ModelFamily) -> tuple[torch.Tensor, tor
             # A model without an optional module has None in its place.
             expected = base.get_submodule(outlet)(expected) if outlet in dict(base.named_modules()) else expected
         torch.manual_seed(0)
-        with entering(hidden):
+        with entering(hidden), leaving() as left:
             # A copy, because a model may change its embeddings in place.
             actual: torch.Tensor = part.base_model(inputs_embeds=hidden.clone()).last_hidden_state
-    return actual, expected
+    return (left[-1], hidden) if left else (actual, expected)

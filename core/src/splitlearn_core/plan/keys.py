@@ -86,7 +86,7 @@ def in_model(family: ModelFamily, name: str) -> str | None:
 
     None for a tensor of another model than the decoder.
     """
-    if name.startswith((f"{family.base}.", f"{family.head}.")):
+    if name.startswith(tuple(f"{module}." for module in (family.base, *family.before_head, family.head))):
         return name
     if not family.text_config:
         return f"{family.base}.{name}"
@@ -151,7 +151,10 @@ def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable
     owners = [component for component, owned in ranges.items() for _ in range(len(owned))]
     layers = f"{family.base}.{family.layers}."
     bottom = tuple(f"{family.base}.{inlet}." for inlet in family.inlets)
-    top = (*(f"{family.base}.{outlet}." for outlet in family.outlets), f"{family.head}.")
+    top = (
+        *(f"{family.base}.{outlet}." for outlet in family.outlets),
+        *(f"{module}." for module in (*family.before_head, family.head)),
+    )
 
     def component_of(name: str) -> str | None:
         if name.startswith(layers):

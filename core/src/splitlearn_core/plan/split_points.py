@@ -117,6 +117,11 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
             f"impossible_cuts of the family {family.model_type!r} gave no mapping of cuts: {error!r}",
             hint="report it to the plugin's authors",
         ) from error
+    for name, kinds in family.joined_layers.items():
+        # A file that lacks the list has the defaults of the class, which are not known here.
+        for number, kind in enumerate(family.decoder_values(config).get(name) or ()):
+            if number and kind in kinds:
+                impossible.setdefault(number, f"it uses what the layer before it computed ({name}: {kind!r})")
     different = {
         name: value
         for name, required in family.required_values.items()

@@ -53,6 +53,8 @@ class Parts:
     skip_outside_bottom: list[str] = field(default_factory=list)
     skip_outside_top: list[str] = field(default_factory=list)
     enter_at_layers: bool = False
+    leave_at_layers: bool = False
+    before_head: list[str] = field(default_factory=list)
     layers_return_tuple: bool = False
     #: Field -> the evidence for it.
     reasons: dict[str, str] = field(default_factory=dict)
@@ -74,6 +76,12 @@ def derive_parts(model: Any) -> Parts:
     parts = Parts(_end(model, base, "base_model"))
     parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
     parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
+    ends = {parts.base.partition(".")[0], parts.head.partition(".")[0]}
+    parts.before_head = [
+        str(name)
+        for name, module in model.named_children()
+        if name not in ends and any(True for _ in module.parameters())
+    ]
     _check_causal(model)
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, model.config, embeddings)
@@ -270,7 +278,11 @@ def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
     called = _outermost(seen.calls[seen.calls.index(last) + 1 :], parts)
     through = [call.path for call in called if call.tensors and call.tensors[0].requires_grad]
     twice = sorted({*through} & {*parts.skip_outside_bottom, *parts.zero_outside_bottom})
-    if twice:
+    if twice and not any(True for path in twice for _ in frame.base.get_submodule(path).parameters()):
+        parts.skip_outside_bottom = [path for path in parts.skip_outside_bottom if path not in twice]
+        parts.enter_at_layers = parts.leave_at_layers = True
+        parts.reasons["leave_at_layers"] = f"Called before the first layer and after the last: {', '.join(twice)}."
+    elif twice:
         raise CannotSplitError(
             f"{', '.join(twice)} is called before the first layer and after the last, so that both ends would need it"
         )

@@ -37,6 +37,8 @@ _NO_DROPOUT = ("layer", "classifier", "summary")
 #: Values with which layers of some types exchange more than hidden states, unless they are 0: embeddings of the
 #: tokens for each layer, and layers that use the keys and values of others.
 _MORE_CROSSES = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
+#: Lists of kinds of layers -> the kinds that use what the layer before has computed; and a list for a small model.
+_JOINED = {"indexer_types": (("shared",), ["full", "full", "full", "full", "shared", "full"])}
 _SLIDING, _WINDOW = "sliding_window", 4
 #: What layers with latent attention cache, by the names in their configurations.
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim")
@@ -65,7 +67,9 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     check_config(model_type, known)
     config, needed = tiny_config(model_type, known, stated)
     required = _required_values(config)
-    config = with_values(config, required)
+    joined = {name: kinds for name, (kinds, _) in _JOINED.items() if getattr(config, name, None)}
+    needed |= {**required, **{name: _JOINED[name][1] for name in joined}}
+    config = with_values(config, {name: needed[name] for name in (*required, *joined)})
     model = tiny_model(config)
     parts = derive_parts(model)
     renamed = renamed_keys(model, saved_tensors(model))
@@ -84,7 +88,8 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             "config_names": config_names(known),
             "config_defaults": {**config_defaults(known), **{name: getattr(known, name) for name in required}},
             "required_values": required,
-            "tiny_config": {**needed, **required},
+            "joined_layers": joined,
+            "tiny_config": needed,
         },
         reasons=dict(parts.reasons),
         questions=list(parts.questions),
@@ -239,7 +244,9 @@ class _Variants:
             "zero_outside_bottom": tuple(parts.zero_outside_bottom),
             "skip_outside_bottom": tuple(parts.skip_outside_bottom),
             "skip_outside_top": tuple(parts.skip_outside_top),
+            "before_head": tuple(parts.before_head),
             "enter_at_layers": parts.enter_at_layers,
+            "leave_at_layers": parts.leave_at_layers,
             "layers_return_tuple": parts.layers_return_tuple,
         }
 

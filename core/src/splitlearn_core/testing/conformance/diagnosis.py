@@ -14,7 +14,7 @@ from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading.planning import key_targets
 from splitlearn_core.plan.conversions import WeightConversion
 from splitlearn_core.plan.keys import KeyTarget, placement
-from splitlearn_core.plan.split_points import layers_between
+from splitlearn_core.plan.split_points import impossible_cuts, layers_between
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.anatomy import Anatomy, anatomy
 from splitlearn_core.testing.conformance.findings import Suspect
@@ -57,7 +57,7 @@ def explain(error: Exception, family: ModelFamily, values: Mapping[str, Any]) ->
 
 def _explained(error: Exception, family: ModelFamily, model: Any) -> list[Suspect]:
     if isinstance(error, InvalidSplitError):
-        impossible = family.impossible_cuts(model.config.to_dict())
+        impossible = impossible_cuts(family, model.config.to_dict())
         declared = any(reason in str(error) for reason in impossible.values())
         return [Suspect("impossible_cuts", "this cut is declared impossible")] if declared else []
     if isinstance(error, ConfigurationError):

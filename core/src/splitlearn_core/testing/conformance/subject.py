@@ -15,6 +15,7 @@ from splitlearn_core import SplitCausalLM, load_split_model
 from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.checkpoint.files import CONFIG
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.split_points import impossible_cuts
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import random_model, tiny_config, write_checkpoint
 
@@ -42,7 +43,7 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
 
 def possible_points(family: ModelFamily, config: Any) -> list[int]:
     """Return the split points of a model that its family does not declare impossible."""
-    refused = family.impossible_cuts(config.to_dict())
+    refused = impossible_cuts(family, config.to_dict())
     return [point for point in range(1, config.num_hidden_layers) if point not in refused]
 
 
@@ -129,7 +130,7 @@ class Subject:
     @property
     def impossible(self) -> Mapping[int, str]:
         """The split points that the family declares impossible, each with the reason."""
-        return self.family.impossible_cuts(self.config)
+        return impossible_cuts(self.family, self.config)
 
     @property
     def layers(self) -> int:
