@@ -68,7 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     # Layers that cache nothing.
     "nemotron_h": (
-        {"norm": "norm_f", "embedding": "embeddings"},
+        {"norm": "norm_f", "embedding": "embeddings", "config_names": {"num_hidden_layers": "layers_block_type"}},
         {
             "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention"],
             "mamba_num_heads": 8,

@@ -11,6 +11,7 @@ from splitlearn_core.errors import ConfigurationError
 
 _PAIR_LENGTH = 2
 _TIED = "tie_word_embeddings"
+_LAYERS = "num_hidden_layers"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -82,7 +83,8 @@ class ModelFamily:
     #: tensor), or keeps some in float32, by its own tables for the type. Those then decide, after ``renamed``, and
     #: planning imports transformers. Where a plugin maps the keys itself, they decide about float32 alone.
     transformers_tables: bool = False
-    #: This family's own names of values in ``config.json``, where they differ: ``{common: own}``.
+    #: This family's own names of values in ``config.json``, where they differ: ``{common: own}``. Of a list with one
+    #: item for each layer, the number of layers is its length.
     config_names: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     #: Defaults of values that ``config.json`` omits, by common name: what the family's
     #: Hugging Face configuration class would fill in.
@@ -148,8 +150,9 @@ class ModelFamily:
             # Of the whole model, and in files of older versions of transformers of the decoder.
             values = config
         for candidate in (self.config_names.get(name, name), name):
-            if values.get(candidate) is not None:
-                return values[candidate]
+            value = values.get(candidate)
+            if value is not None:
+                return len(value) if name == _LAYERS and isinstance(value, list) else value
         return self.config_defaults.get(name)
 
 

@@ -29,9 +29,9 @@ def layer_cache_sizes(family: ModelFamily, config: Mapping[str, Any], dtype: str
     Raises:
         ConfigurationError: The configuration is invalid, or the model cannot run without weights.
     """
-    layers = int(family.config_value(config, "num_hidden_layers"))
     if not family.measured_cache:
-        return (CacheSize(kv_bytes_per_layer(family, config, dtype)),) * layers
+        size = CacheSize(kv_bytes_per_layer(family, config, dtype))
+        return (size,) * int(family.config_value(config, "num_hidden_layers"))
     key = family.architecture, json.dumps(config, sort_keys=True, default=str), dtype
     if key not in _MEASURED:
         while len(_MEASURED) >= _MOST:

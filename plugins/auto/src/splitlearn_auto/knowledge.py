@@ -25,6 +25,7 @@ from splitlearn_core.extension import (
 
 #: The values of ``config.json`` that a plan needs, by their common names.
 COMMON = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_LAYERS = COMMON[0]
 _TIED = "tie_word_embeddings"
 #: Hidden states cross cuts in float32.
 _WIDE = "residual_in_fp32"
@@ -171,7 +172,16 @@ def config_names(known: Any) -> dict[str, str]:
     """Return the names of a type's ``config.json`` that differ from the common ones, by common name."""
     written = known.to_dict()
     names = {common: known.attribute_map.get(common, common) for common in COMMON}
+    if _LAYERS not in written and names[_LAYERS] not in written:
+        # Computed: a list with one item for each layer is written instead.
+        names[_LAYERS] = next(iter(_lists(known)), _LAYERS)
     return {common: own for common, own in names.items() if own != common and own in written}
+
+
+def _lists(known: Any) -> list[str]:
+    """Return the names of lists in a type's ``config.json`` with one item for each layer."""
+    depth = _read(known, _LAYERS)
+    return [name for name, value in known.to_dict().items() if isinstance(value, list) and len(value) == depth]
 
 
 def config_defaults(known: Any) -> dict[str, Any]:
@@ -182,6 +192,8 @@ def config_defaults(known: Any) -> dict[str, Any]:
     defaults = {}
     for name in COMMON:
         value = _read(known, name)
+        if name == _LAYERS and config_names(known).get(name) in _lists(known):
+            continue
         if type(value) is int and not _follows(known, name, value):
             defaults[name] = value
     wide = {_WIDE: True} if _read(known, _WIDE) is True else {}
