@@ -174,14 +174,10 @@ def config_names(known: Any) -> dict[str, str]:
     names = {common: known.attribute_map.get(common, common) for common in COMMON}
     if _LAYERS not in written and names[_LAYERS] not in written:
         # Computed: a list with one item for each layer is written instead.
-        names[_LAYERS] = next(iter(_lists(known)), _LAYERS)
+        depth = _read(known, _LAYERS)
+        lists = [name for name, value in written.items() if isinstance(value, list) and len(value) == depth]
+        names[_LAYERS] = next(iter(lists), _LAYERS)
     return {common: own for common, own in names.items() if own != common and own in written}
-
-
-def _lists(known: Any) -> list[str]:
-    """Return the names of lists in a type's ``config.json`` with one item for each layer."""
-    depth = _read(known, _LAYERS)
-    return [name for name, value in known.to_dict().items() if isinstance(value, list) and len(value) == depth]
 
 
 def config_defaults(known: Any) -> dict[str, Any]:
@@ -192,8 +188,6 @@ def config_defaults(known: Any) -> dict[str, Any]:
     defaults = {}
     for name in COMMON:
         value = _read(known, name)
-        if name == _LAYERS and config_names(known).get(name) in _lists(known):
-            continue
         if type(value) is int and not _follows(known, name, value):
             defaults[name] = value
     wide = {_WIDE: True} if _read(known, _WIDE) is True else {}
