@@ -30,6 +30,8 @@ FULL: dict[str, Any] = {
     "enter_at_layers": True,
     "renamed": (("embed_out.", "lm_head."), (".a", ".b")),
     "config_names": {"hidden_size": "n_embd"},
+    "required_values": {"num_kv_shared_layers": 0},
+    "joined_layers": {"indexer_types": ("shared",)},
     "config_defaults": {"num_hidden_layers": 12, "head_dim": None, "tie_word_embeddings": True},
     "tiny_config": {"layer_types": ["full", "sliding"], "rope": {"factor": 2.0}},
 }
