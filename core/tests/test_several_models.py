@@ -307,6 +307,8 @@ def test_a_narrower_dtype_is_that_of_from_pretrained(checkpoint: Path) -> None:
     narrow = logits(loaded(TYPE, checkpoint, dtype=torch.bfloat16))
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(logits(split(checkpoint, dtype="bfloat16")), narrow)
+    # Such a model sets the default dtype of the process while its parts are built.
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_checkpoint_without_weights_is_planned(checkpoint: Path) -> None:

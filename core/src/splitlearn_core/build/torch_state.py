@@ -123,8 +123,11 @@ def skeleton(dtype: torch.dtype) -> Iterator[None]:
     with BUILD_LOCK, _Skeleton(dtype):
         # Some models call it (XGLM, for its positions), and a torch function mode does not see that.
         own, builder = torch.get_default_dtype, threading.get_ident()
+        own_set = torch.set_default_dtype
         torch.get_default_dtype = lambda: dtype if threading.get_ident() == builder else own()
+        # A model that is made of others sets it for each, and then back to what it took for the default before.
+        torch.set_default_dtype = lambda value: None if threading.get_ident() == builder else own_set(value)
         try:
             yield
         finally:
-            torch.get_default_dtype = own
+            torch.get_default_dtype, torch.set_default_dtype = own, own_set
