@@ -199,7 +199,10 @@ def checkpoint(originals: Mapping[str, Path], world: Any, tmp_path: Path) -> Pat
 def test_the_decoder_is_equal_in_the_whole_model(model_type: str, originals: Mapping[str, Path], world: Any) -> None:
     """Without and with a cache, with padding, and with embeddings in place of tokens."""
     install(world, model_type)
-    whole, parts = loaded(model_type, originals[model_type]), split(originals[model_type])
+    whole = loaded(model_type, originals[model_type])
+    if family(model_type)["base"] not in dict(whole.named_modules()):
+        pytest.skip("this transformers has the decoder elsewhere in the model")
+    parts = split(originals[model_type])
     assert torch.equal(logits(parts), logits(whole))
     assert torch.equal(logits(parts, attention_mask=MASK), logits(whole, attention_mask=MASK))
     assert same(generated(parts), generated(whole))
