@@ -70,5 +70,5 @@ def test_a_model_of_several_models_is_not_written() -> None:
     """What provides it is said, or how to describe it."""
     for model_type, way in (("gemma3", "pip install splitlearn-gemma"), ("mistral3", "text_config")):
         with pytest.raises(CannotSplitError) as caught:
-            new_plugin(model_type, None, dry_run=True)
+            new_plugin(model_type, None, dry_run=True, force=True)
         assert way in caught.value.message + caught.value.hint

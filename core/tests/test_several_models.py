@@ -199,7 +199,10 @@ def checkpoint(originals: Mapping[str, Path], world: Any, tmp_path: Path) -> Pat
 def test_the_decoder_is_equal_in_the_whole_model(model_type: str, originals: Mapping[str, Path], world: Any) -> None:
     """Without and with a cache, with padding, and with embeddings in place of tokens."""
     install(world, model_type)
-    whole, parts = loaded(model_type, originals[model_type]), split(originals[model_type])
+    whole = loaded(model_type, originals[model_type])
+    if family(model_type)["base"] not in dict(whole.named_modules()):
+        pytest.skip("this transformers has the decoder elsewhere in the model")
+    parts = split(originals[model_type])
     assert torch.equal(logits(parts), logits(whole))
     assert torch.equal(logits(parts, attention_mask=MASK), logits(whole, attention_mask=MASK))
     assert same(generated(parts), generated(whole))
@@ -307,6 +310,8 @@ def test_a_narrower_dtype_is_that_of_from_pretrained(checkpoint: Path) -> None:
     narrow = logits(loaded(TYPE, checkpoint, dtype=torch.bfloat16))
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(logits(split(checkpoint, dtype="bfloat16")), narrow)
+    # Such a model sets the default dtype of the process while its parts are built.
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_checkpoint_without_weights_is_planned(checkpoint: Path) -> None:

@@ -269,7 +269,7 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         ("bert", "not a causal decoder"),
         ("t5", "not a causal language model: transformers has T5ForConditionalGeneration"),
         ("bart", "encoder-decoder"),
-        ("gemma3", "made of several models"),
+        ("mistral3", "made of several models"),
         ("rwkv", "keeps no cache of transformers' own kind"),
         # Its modules keep the states themselves.
         ("recurrent_gemma", "keeps no cache of transformers' own kind"),

@@ -123,8 +123,16 @@ def skeleton(dtype: torch.dtype) -> Iterator[None]:
     with BUILD_LOCK, _Skeleton(dtype):
         # Some models call it (XGLM, for its positions), and a torch function mode does not see that.
         own, builder = torch.get_default_dtype, threading.get_ident()
+        own_set = torch.set_default_dtype
+
+        def set_for_others(value: Any) -> None:
+            # A model that is made of others sets it for each, and then back to what it took for the default before.
+            if threading.get_ident() != builder:
+                own_set(value)
+
         torch.get_default_dtype = lambda: dtype if threading.get_ident() == builder else own()
+        torch.set_default_dtype = set_for_others
         try:
             yield
         finally:
-            torch.get_default_dtype = own
+            torch.get_default_dtype, torch.set_default_dtype = own, own_set
