@@ -113,7 +113,7 @@ def examined(model_type: str) -> str:
 
 def _one_line(message: str, model_type: str) -> str:
     text = " ".join(message.removeprefix(f"{model_type} cannot be split: ").split())
-    text = _FIGURE.sub("by some", text)
+    text = _FIGURE.sub("some", text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
