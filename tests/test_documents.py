@@ -45,7 +45,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"
 )
-#: What the reader of a document has not installed, of what is installed here.
+#: What the reader of a document leaves out, of what is installed here.
 LACKS = {"docs/tutorial.md": "splitlearn-auto"}
 #: Why a block may stay unrun, and how many there are at most.
 REASONS = {

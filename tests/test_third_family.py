@@ -49,7 +49,7 @@ llama = "splitlearn_llama"
 PLUGINS = {
     "splitlearn-gpt2": ["gpt2"],
     "splitlearn-qwen2": ["qwen2"],
-    "splitlearn-gemma": ["gemma", "gemma2", "gemma3_text"],
+    "splitlearn-gemma": ["gemma", "gemma2", "gemma3", "gemma3_text"],
 }
 
 

@@ -32,7 +32,7 @@ from splitlearn_core.factory import ModelRegistry
 from splitlearn_core.loading_strategy import ReadPlan
 from splitlearn_core.plan.conversions import places_of
 from splitlearn_core.plan.splitplan import PlannedTensor
-from splitlearn_core.readers import copied, made_tensors, mapped
+from splitlearn_core.readers import copied, made_tensors, views
 from splitlearn_core.readers.selection import BUILT_IN, predicted_bytes, read_checked
 from splitlearn_core.readers.tensor_parts import make, part_of_source, part_of_target
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
@@ -227,7 +227,7 @@ def test_memory_is_what_was_planned(checkpoint: Path, strategy: str, monkeypatch
     paths = {SINGLE: checkpoint / SINGLE}
     read = ReadPlan(part.tensors, paths, "cpu", "float32", made=part.made)
     taken = []
-    for module in (mapped, copied, made_tensors):
+    for module in (views, copied, made_tensors):
         own = module.fresh_memory
 
         def counted(sizes: Any, *rest: Any, own: Any = own) -> Any:

@@ -215,9 +215,11 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: ``fine_tuning`` takes three files and 230 lines (a text, a training compared with the unsplit one), and pictures of
 #: lines, which ``leak`` draws too, one.
 #: Tensors made of others take four files and 480 lines: where values lie, transformers' tables, memory, parts.
+#: Layers with running states take two files and 330 lines: sizes of caches, and stand-ins for those of a host.
+#: Views and memory, which ways of reading share, have a file: ``mapped`` reads what others are made of as ``copied``.
 LIMITS = {
-    "files": (0, 176),
-    "code lines": (0, 24_000),
+    "files": (0, 178),
+    "code lines": (0, 24_700),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

@@ -67,7 +67,7 @@ def test_loads_side_by_side_leave_no_trace(
 ) -> None:
     """Each model is bit-equal to the reference; afterwards, and in threads that begin later, torch is as before."""
     folders = [checkpoint("single"), checkpoint("sharded")]
-    monkeypatch.setattr("splitlearn_core.readers.mapped.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("splitlearn_core.readers.views.CHUNK_BYTES", 1024)
     reference = {name: {k: v.to(dtype) for k, v in whole.state_dict().items()} for name, dtype in DTYPES.items()}
     before = process_state()
     numbers = itertools.count()

@@ -25,8 +25,9 @@ from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.loading_strategy import ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.readers.copied import CopiedStrategy
-from splitlearn_core.readers.mapped import MappedStrategy, views
+from splitlearn_core.readers.mapped import MappedStrategy
 from splitlearn_core.readers.selection import BUILT_IN, choose_strategy
+from splitlearn_core.readers.views import views
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from splitlearn_core.types import TensorInfo, dtype_names
 

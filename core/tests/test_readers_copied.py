@@ -17,7 +17,8 @@ from splitlearn_core.loading_strategy import LoadingStrategy, ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.readers import copied
 from splitlearn_core.readers.copied import MAX_SPANS, CopiedStrategy, cut
-from splitlearn_core.readers.mapped import ALIGNMENT, HUGE, IncrementalStrategy, MappedStrategy, fresh_memory
+from splitlearn_core.readers.mapped import IncrementalStrategy, MappedStrategy
+from splitlearn_core.readers.views import ALIGNMENT, HUGE, fresh_memory
 from splitlearn_core.types import FLOAT_DTYPES
 
 pytestmark = pytest.mark.libs

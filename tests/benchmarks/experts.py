@@ -47,7 +47,8 @@ def _size(session: Session) -> None:
 
 def _whole(session: Session, checkpoint: Checkpoint) -> None:
     """A trunk, against ``from_pretrained`` of the whole model, which converts as well."""
-    measures = {name: measurement(checkpoint, name, watch=True) for name in ("ours", "whole")}
+    room = checkpoint.recipe.nbytes
+    measures = {name: measurement(checkpoint, name, watch=True, room=room) for name in ("ours", "whole")}
     answers, failures = interleave(session.runs, measures, discarded=1)
     megabytes = _trunk_mb(checkpoint)
     what = f"trunk of {megabytes / 1000:.1f} GB"
@@ -68,8 +69,8 @@ def _bandwidth(session: Session, checkpoint: Checkpoint) -> None:
     (plain,) = session.models((qwen2,))
     read_through(plain.files)
     measures = {
-        "experts": measurement(checkpoint, "ours", strategy="copied", forward=False),
-        "plain": measurement(plain, "ours", strategy="copied", forward=False),
+        "experts": measurement(checkpoint, "ours", strategy="copied", forward=False, room=checkpoint.recipe.nbytes),
+        "plain": measurement(plain, "ours", strategy="copied", forward=False, room=checkpoint.recipe.nbytes),
     }
     answers, failures = interleave(session.runs, measures, discarded=1)
     what = "bytes a second of converting reads"

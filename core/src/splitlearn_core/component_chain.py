@@ -15,7 +15,8 @@ from splitlearn_core.build.forward_arguments import RECORDINGS, crosses_in_float
 from splitlearn_core.build.kv_cache import CACHE_FIELD, own_cache_class
 from splitlearn_core.cuts.crossings import Crossings, crossing
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.hosts.remote import RemoteComponent, restored
+from splitlearn_core.hosts.mirrored_layers import restored
+from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.types import Component
 
 #: A component that runs here, or elsewhere.

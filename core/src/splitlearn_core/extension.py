@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.split_points import split_layers as split_layers
     from splitlearn_core.plan.splitplan import plan_components as plan_components
     from splitlearn_core.plan.splitplan import total_cache_size as total_cache_size
+    from splitlearn_core.plugins.known import PACKAGES as PACKAGES
     from splitlearn_core.plugins.known import WRITTEN as WRITTEN
     from splitlearn_core.plugins.known import way_out as way_out
     from splitlearn_core.plugins.metadata import core_version as core_version
@@ -110,6 +111,7 @@ _HOMES = {
     "SessionLimits": "hosts.sessions",
     "Sessions": "hosts.relay",
     "TOKEN_VARIABLE": "hosts.protocol",
+    "PACKAGES": "plugins.known",
     "WRITTEN": "plugins.known",
     "base_of": "build.pruning",
     "cache_argument": "build.kv_cache",

@@ -144,8 +144,8 @@ class ModelFamily:
     def config_value(self, config: Mapping[str, Any], name: str) -> Any:
         """Return a value of ``config.json`` by its common name, or None if it is not set."""
         values = self.decoder_values(config)
-        if name == _TIED and not values.get(name):
-            # Of the whole model; some classes also read it from the decoder's.
+        if name == _TIED and (config.get(name) is not None or not values.get(name)):
+            # Of the whole model, and in files of older versions of transformers of the decoder.
             values = config
         for candidate in (self.config_names.get(name, name), name):
             if values.get(candidate) is not None:

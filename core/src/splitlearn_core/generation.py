@@ -316,7 +316,7 @@ def _model_errors() -> AbstractContextManager[None]:
 def _check_length(model: SplitCausalLM, length: int, new_tokens: int) -> None:
     if length == 0:
         raise ConfigurationError("the prompt has no tokens", hint="give at least one word")
-    limit = getattr(model.top.decoder_config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length + new_tokens > limit:
         raise ConfigurationError(
             f"{length} prompt tokens and {new_tokens} new ones are more than the {limit} positions of the model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -29,6 +30,7 @@ from splitlearn_core.cuts.ledger import PrivacyLedger
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.hosts.remote_limits import declare_length, refuse_cast
+from splitlearn_core.plan.mismatch import without_others_words
 from splitlearn_core.storage.local_parts import save_local_parts
 from splitlearn_core.storage.saved_components import load_split_directory
 from splitlearn_core.types import (
@@ -39,6 +41,8 @@ from splitlearn_core.types import (
     kind_of,
     place_of,
 )
+
+log = logging.getLogger(__name__)
 
 #: Arguments of generate by which tokens are drafted, and removed from the cache if they are not accepted.
 _DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
@@ -340,6 +344,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
             refuse_adapters(here)
         if len(here) == len(self.components) or adapts:
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            if self.top.family.text_config and not adapts and is_main_process:
+                log.warning("%s", without_others_words(save_directory))
             return
         if self.config.tie_word_embeddings and not self.all_tied_weights_keys:
             raise ConfigurationError(

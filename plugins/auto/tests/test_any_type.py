@@ -80,6 +80,8 @@ def forbid(*_: object) -> tuple[Answer, bool]:
 # -- from the first use to the later ones -----------------------------------------------------------
 
 
+# A process of its own imports torch and transformers, and examines the type.
+@pytest.mark.timeout(600)
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_a_model_is_split_by_its_name_alone(
@@ -347,7 +349,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, result: Derived | Exception) -> tu
 
 
 def test_what_is_not_proven_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question that is left, or a dtype in which it differs; the hint names the command that helps."""
+    """A type of which a question is left, and models with a setting or a dtype in which they differ."""
     fields = dict(LLAMA.fields)
     left = Derived(fields, questions=[Question("norm", "what comes after?", "a factor 2")], dtypes=("float32",))
     answer, lasts = answered(monkeypatch, left)
@@ -355,9 +357,12 @@ def test_what_is_not_proven_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.hint.startswith("splitlearn plugins new llama --out DIR")
 
     narrow = Derived(fields, notes=["in bfloat16: a forward differs by up to 1"], dtypes=("float32",))
-    answer, lasts = answered(monkeypatch, narrow)
-    assert answer.refusal.endswith("equal in bfloat16: a forward differs by up to 1")
-    assert lasts
+    family = answered(monkeypatch, narrow)[0].family
+    config = {"num_hidden_layers": 3}
+    assert family.impossible_cuts({**config, "dtype": "float32"}) == {}
+    for name in ("dtype", "torch_dtype"):
+        cuts = family.impossible_cuts({**config, name: "bfloat16"})
+        assert cuts == dict.fromkeys((1, 2), "in bfloat16: a forward differs by up to 1")
 
     setting = UnprovenSetting({"bias": True}, {"bias": False}, "with bias=True: it differs")
     proven = Derived(fields, unproven=[setting], dtypes=("float32", "bfloat16"))

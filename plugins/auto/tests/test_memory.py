@@ -18,8 +18,6 @@ from splitlearn_auto.memory import cache_folder, recall, remember
 from splitlearn_core import InvalidSplitError, ModelFamily
 from splitlearn_core.extension import split_layers
 
-pytestmark = pytest.mark.light
-
 LLAMA = Answer({"model_type": "llama", "architecture": "LlamaForCausalLM"})
 REFUSED = Answer(refusal="llama cannot be split", hint="use another")
 #: Every kind of value that a family has.
@@ -32,6 +30,8 @@ FULL: dict[str, Any] = {
     "enter_at_layers": True,
     "renamed": (("embed_out.", "lm_head."), (".a", ".b")),
     "config_names": {"hidden_size": "n_embd"},
+    "required_values": {"num_kv_shared_layers": 0},
+    "joined_layers": {"indexer_types": ("shared",)},
     "config_defaults": {"num_hidden_layers": 12, "head_dim": None, "tie_word_embeddings": True},
     "tiny_config": {"layer_types": ["full", "sliding"], "rope": {"factor": 2.0}},
 }

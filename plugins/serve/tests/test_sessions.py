@@ -342,6 +342,14 @@ class TestRefused:
         assert answer.status == 400
         assert f"splitlearn.v99, and this server {SUBPROTOCOL}" in answer.json["error"]["message"]
 
+    def test_a_server_that_is_starting(self) -> None:
+        """It listens, and answers nothing yet."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/trunk", connect_timeout=0.05)
+            with pytest.raises(ConnectionLostError, match="accepted the connection, and did not answer") as caught:
+                endpoint.open()
+        assert "a server that is starting" in caught.value.hint
+
     def test_plain_requests(self, serve: Serve) -> None:
         """A browser at the address of a trunk is given the way."""
         server = serve()

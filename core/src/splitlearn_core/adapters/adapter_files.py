@@ -18,7 +18,7 @@ from splitlearn_core.checkpoint.source import Source, open_source
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.bounds import check_numbers
-from splitlearn_core.plan.keys import placement
+from splitlearn_core.plan.keys import in_model, placement
 from splitlearn_core.plan.split_points import ranges_around
 from splitlearn_core.quoting import plain, quote
 from splitlearn_core.types import CHUNK_BYTES, Component, LayerRange, TensorInfo, kind_of
@@ -197,10 +197,13 @@ def key_problems(keys: Iterable[str], config: Mapping[str, Any], family: ModelFa
     component_of = placement(family, ranges_around(Component.TRUNK, owned))
     names = list(keys)
     replaced = {_saved(key, config) for key in names}
+    # Those of other models than the decoder have no effect on it; an adapter of nothing else is of another model.
+    others = {key for key in names if key.startswith(PREFIX) and in_model(family, key.removeprefix(PREFIX)) is None}
+    others = others if len(others) < len(names) else set()
     problems = [
         f"unexpected: {key}"
         for key in names
-        if not key.startswith(PREFIX) or component_of(key.removeprefix(PREFIX)) is None
+        if not key.startswith(PREFIX) or (component_of(key.removeprefix(PREFIX)) is None and key not in others)
     ]
     absent = [name for name in config.get("modules_to_save") or () if not any(path.endswith(name) for path in replaced)]
     return problems + [f"missing: every tensor of {module}, of modules_to_save" for module in absent]

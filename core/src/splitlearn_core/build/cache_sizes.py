@@ -29,7 +29,7 @@ def layer_cache_sizes(family: ModelFamily, config: Mapping[str, Any], dtype: str
     Raises:
         ConfigurationError: The configuration is invalid, or the model cannot run without weights.
     """
-    layers = family.config_value(config, "num_hidden_layers")
+    layers = int(family.config_value(config, "num_hidden_layers"))
     if not family.measured_cache:
         return (CacheSize(kv_bytes_per_layer(family, config, dtype)),) * layers
     key = family.architecture, json.dumps(config, sort_keys=True, default=str), dtype
@@ -50,7 +50,7 @@ def _measured(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> tup
             model.set_experts_implementation(_EXPERTS)
         cache = model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).get(CACHE_FIELD)
     sizes = () if cache is None else sizes_after_one_token(cache)
-    layers = decoder_config(family, own).num_hidden_layers
+    layers = int(decoder_config(family, own).num_hidden_layers)
     if not sizes or len(sizes) > layers:
         raise ConfigurationError(
             f"{name} has {layers} layers, and its cache {len(sizes)}",

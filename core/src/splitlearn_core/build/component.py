@@ -83,7 +83,8 @@ class ComponentModel(PreTrainedModel):
             leave_out_others(self, self.family)
         forward = architecture_class(self.family).forward
         self.routing = routes = routing(forward, self, self.family)
-        self._cache_class = part_cache_class(own_cache_class(self.base_model.forward))
+        own: Any = own_cache_class(self.base_model.forward)
+        self._cache_class = part_cache_class(own)
         self._known = (
             routes.everywhere
             | {Component.BOTTOM: routes.bottom, Component.TRUNK: frozenset(), Component.TOP: routes.top}[self.kind]

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache as kept
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
@@ -262,8 +262,8 @@ class LinearPartCache(PartCache):
 
     @classmethod
     def view(cls, whole: Cache, layer_range: LayerRange) -> PartCache:
-        view = super().view(whole, layer_range)
-        vars(view)["linear_cache"] = getattr(whole, "linear_cache", None)
+        view = cast("LinearPartCache", super().view(whole, layer_range))
+        view.linear_cache = getattr(whole, "linear_cache", None)
         return view
 
     def get_linear_cache(self, layer_idx: int) -> Any:
@@ -290,6 +290,6 @@ class LinearPartCache(PartCache):
 
 
 @kept
-def part_cache_class(own: type[Any] | None) -> type[PartCache]:
-    """Return the class of a component's caches, for a model that insists on a class of its own, or on none."""
+def part_cache_class(own: Any) -> type[PartCache]:
+    """Return the class of a component's caches; ``own`` is the class that the model insists on, or None."""
     return PartCache if own is None else type(own.__name__, (LinearPartCache, own), {"is_croppable": False})

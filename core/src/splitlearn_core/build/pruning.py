@@ -186,7 +186,8 @@ def leave_out_others(model: nn.Module, family: ModelFamily) -> None:
     path = ""
     for name in family.base.split("."):
         holder = model.get_submodule(path)
-        for register in (holder._modules, holder._parameters):  # noqa: SLF001  # registers that nn.Module documents
+        registers: tuple[Any, ...] = holder._modules, holder._parameters  # noqa: SLF001  # that nn.Module documents
+        for register in registers:
             for other in register:
                 full = f"{path}.{other}".lstrip(".")
                 if other != name and not f"{family.head}.".startswith(f"{full}."):

@@ -16,7 +16,7 @@ from splitlearn_core.cli.generate import write_text
 from splitlearn_core.cli.plan import render_plan
 from splitlearn_core.cli.shared_options import json_option, print_json
 from splitlearn_core.cli.verify import render_checks, render_verification
-from splitlearn_core.errors import MissingFileError, PluginError
+from splitlearn_core.errors import ConfigurationError, MissingFileError, PluginError
 from splitlearn_core.generation import Generation, Sampling, generate_text, load_tokenizer
 from splitlearn_core.loading.opening import BUNDLED, OpenModel, open_model
 from splitlearn_core.loading.options import LoadOptions
@@ -149,6 +149,8 @@ def command(
     """
     if not train and (steps is not None or plot is not None):
         raise click.UsageError("--steps and --plot go with --train")
+    if not prompt:
+        raise click.BadParameter("it is empty: give at least one word", param_hint="--prompt")
     if plot is not None and not plot.parent.is_dir():
         raise click.BadParameter(f"there is no folder {plot.parent}", param_hint="--plot")
     if train:
@@ -214,12 +216,17 @@ def _train(prompt: str, max_new_tokens: int, seed: int, steps: int | None, plot:
         echo("\n3. Fine-tuning on Shakespeare's sonnets, with LoRA on all layers: unsplit, and then split\n")
         echo("   step  loss unsplit    loss split")
         result = demo.fine_tune(recipe, show_step)
-    if plot is not None:
-        plot.write_text(loss_plot(result), encoding="utf-8")
     if as_json:
         print_json({"plan": demo.plan.to_dict(), "fine_tuning": result.to_dict()})
     else:
         echo(f"\n4. Against the unsplit training\n\n{render_fine_tuning(result)}")
+    # Last, so that a place where it cannot be written costs no result.
+    if plot is not None:
+        try:
+            plot.write_text(loss_plot(result), encoding="utf-8")
+        except OSError as error:
+            hint = "choose another file; the results are above"
+            raise ConfigurationError(f"cannot write {plot}: {error.strerror}", hint=hint) from error
     return 0 if result.equal else 1
 
 

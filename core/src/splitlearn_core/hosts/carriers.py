@@ -300,7 +300,7 @@ class _WebSocketConnection:
         if self._endpoint.token is not None:
             request.headers["Authorization"] = f"Bearer {self._endpoint.token}"
         self._protocol.send_request(request)
-        with _connection_errors(self._endpoint.url):
+        with _connection_errors(self._endpoint.url), self._silence_explained():
             self._flush()
             response = None
             while response is None:
@@ -328,6 +328,19 @@ class _WebSocketConnection:
             code="connection",
             hint="is that the address of `splitlearn serve`? A server with TLS needs https in its URL",
         )
+
+    @contextlib.contextmanager
+    def _silence_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError as error:
+            raise ConnectionLostError(
+                f"{self._endpoint.url} accepted the connection, and did not answer within "
+                f"{self._endpoint.connect_timeout:g} s",
+                code="connection",
+                hint="a server that is starting answers when it has imported its libraries: try again; "
+                "or does another program listen at this address?",
+            ) from error
 
     def _response(self) -> Response | None:
         from websockets.http11 import Response

@@ -125,6 +125,14 @@ def unread_keys_message(name: str, model_type: str, keys: Sequence[str]) -> str:
     )
 
 
+def without_others_words(where: object) -> str:
+    """Describe a checkpoint that was made of components, which are the decoder of a model of several models."""
+    return (
+        f"{where} holds the decoder alone: components have nothing of the other models of the original (for images or "
+        "sound), to which transformers gives random values; for those, load the original"
+    )
+
+
 def folded(problems: Sequence[str]) -> list[str]:
     """Join descriptions that differ only in the number of a layer, at the place of the first."""
     alike: dict[str, list[str]] = {}

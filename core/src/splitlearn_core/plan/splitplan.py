@@ -236,12 +236,13 @@ def plan_components(
         else:
             sizes = cache_sizes(dtype)[owned.start : owned.end]
         per_token, fixed = total_cache_size(sizes)
-        places, made = _made(table, component, tensors)
+        places, made, unchanged = _made(table, component, tensors)
         kept = in_float32(dtype, {*table.sources[component], *made})
         planned = [
             PlannedTensor(name, tensors[key], into, _WIDE if (into[0].target if into else name) in kept else "")
-            for name, key in table.sources[component].items()
+            for own_name, key in table.sources[component].items()
             for into in (tuple(places.get(key, ())),)
+            for name in (unchanged.get(key, own_name),)
         ]
         planned.sort(key=lambda tensor: (tensor.info.shard, tensor.info.begin, tensor.module_key))
         plans.append(ComponentPlan(component, owned, tuple(planned), per_token, dtype, made, fixed))
@@ -256,16 +257,21 @@ def total_cache_size(layers: Iterable[CacheSize]) -> tuple[int, int]:
 
 def _made(
     table: KeyTable, component: str, tensors: Mapping[str, TensorInfo]
-) -> tuple[dict[str, list[Place]], dict[str, TensorInfo]]:
-    """Return where each source of a conversion goes, and the tensors that are made."""
+) -> tuple[dict[str, list[Place]], dict[str, TensorInfo], dict[str, str]]:
+    """Return where each source of a conversion goes, the tensors that are made, and the names of those that are not."""
     places: dict[str, list[Place]] = {}
     made: dict[str, TensorInfo] = {}
+    unchanged: dict[str, str] = {}
     problems = []
     for conversion in table.conversions.get(component, ()):
         try:
             shapes, parts = places_of(conversion, {key: tensors[key].shape for key in conversion.keys})
         except ValueError as error:
             problems.append(f"{conversion.targets[0]} cannot be made: {error}")
+            continue
+        if any(operation.unless == tensors[conversion.keys[0]].shape for operation in conversion.operations):
+            # Read like any other, as transformers does: some kernels depend on where it lies in memory.
+            unchanged[conversion.keys[0]] = conversion.targets[0]
             continue
         places |= parts
         first = tensors[conversion.keys[0]]
@@ -279,7 +285,7 @@ def _made(
             + listed(problems, "\n  ", most=20, limit=SENTENCE),
             hint="is the checkpoint complete, and is one expert like the others?",
         )
-    return places, made
+    return places, made, unchanged
 
 
 def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) -> tuple[int, ...]:

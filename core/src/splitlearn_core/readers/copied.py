@@ -15,7 +15,7 @@ from splitlearn_core.checkpoint.files import open_regular
 from splitlearn_core.errors import InvalidCheckpointError
 from splitlearn_core.loading_strategy import ReadPlan, refused_formats
 from splitlearn_core.plan.splitplan import PlannedTensor, loaded_nbytes
-from splitlearn_core.readers.mapped import ALIGNMENT, aligned, fresh_memory, refuse_other_files, views
+from splitlearn_core.readers.views import ALIGNMENT, aligned, fresh_memory, refuse_other_files, views
 from splitlearn_core.types import CHUNK_BYTES, DTYPE_BYTES, SAFETENSORS, TensorInfo, stored_dtype
 
 if TYPE_CHECKING:

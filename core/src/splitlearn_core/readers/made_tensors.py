@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from splitlearn_core.loading_strategy import ReadPlan
 from splitlearn_core.plan.splitplan import PlannedTensor
-from splitlearn_core.readers.mapped import fresh_memory
 from splitlearn_core.readers.tensor_parts import part_of_source, part_of_target
+from splitlearn_core.readers.views import fresh_memory
 
 if TYPE_CHECKING:
     import torch

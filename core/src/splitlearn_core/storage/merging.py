@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from splitlearn_core.checkpoint.files import INDEX
+from splitlearn_core.checkpoint.config_json import read_config
+from splitlearn_core.checkpoint.files import CONFIG, INDEX
 from splitlearn_core.checkpoint.manifest import MANIFEST
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError
+from splitlearn_core.plan.mismatch import without_others_words
 from splitlearn_core.progress import passing_through, reporting
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.atomic import replacing, snapshot
@@ -33,6 +36,11 @@ from splitlearn_core.storage.durable_files import (
 )
 from splitlearn_core.storage.saving import check_place
 from splitlearn_core.types import THREE, Component, Progress, ProgressCallback
+
+log = logging.getLogger(__name__)
+
+#: Values that only the configuration of a model of several models has.
+_OF_OTHERS = {"text_config", "vision_config", "audio_config"}
 
 
 def merge_split(
@@ -89,6 +97,8 @@ def merge_split(
             write_text(folder / INDEX, index)
         for name, path in small.items():
             copy_durably(path, folder / name)
+    if _OF_OTHERS & read_config(target / CONFIG).keys():
+        log.warning("%s", without_others_words(target))
     return target
 
 

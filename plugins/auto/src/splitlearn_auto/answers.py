@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from splitlearn_core import ModelFamily, SplitLearnError
@@ -108,10 +108,11 @@ def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restored(name: str, value: Any) -> Any:
-    """Make tuples of the lists of a field that holds tuples."""
-    default = _FIELDS[name].default
-    return _as_tuple(value) if default is not MISSING and isinstance(default, tuple) else value
+    """Make tuples of the lists of a field that holds tuples, according to its annotation."""
+    return _with_tuples(value) if "tuple" in str(_FIELDS[name].type) else value
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

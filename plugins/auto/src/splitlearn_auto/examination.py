@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from splitlearn_auto.answers import Answer, answer_from
+from splitlearn_auto.answers import Answer, UnprovenSetting, answer_from
 from splitlearn_auto.findings import CannotSplitError
 from splitlearn_core import ConfigurationError
 from splitlearn_core.extension import command_for, ending, reserve_stdout
@@ -23,8 +23,8 @@ _CALL_EVERY, _LIMIT = 0.1, 900.0
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 #: Lines of stderr in a message.
 _LINES = 3
-#: The dtypes in which a family has to be equal.
-_DTYPES = {"float32", "bfloat16"}
+#: The dtype in which a model may differ although it is equal in float32, and its names in config.json, new and old.
+_BFLOAT16, _DTYPE_FIELDS = "bfloat16", ("dtype", "torch_dtype")
 
 
 class ExaminationError(Exception):
@@ -106,22 +106,22 @@ def answer_about(model_type: str) -> tuple[Answer, bool]:
 
 
 def _proven(derived: Derived, model_type: str) -> Answer:
-    """Return the answer for what was derived: a refusal if a part of it is not proven."""
-    command = f"splitlearn plugins new {model_type} --out DIR"
+    """Return the answer for what was derived: a refusal if a question is left, in which case it is not proven."""
     if derived.questions:
         question = derived.questions[0]
         return Answer(
             refusal=f"{question.text} {question.seen}",
-            hint=f"{command} writes a package in which that question is left for you to answer",
+            hint=f"splitlearn plugins new {model_type} --out DIR writes a package with that question",
         )
-    missing = sorted(_DTYPES.difference(derived.dtypes))
-    if missing:
-        note = next((note for note in derived.notes if note.startswith(f"in {missing[0]}")), f"in {missing[0]}")
-        return Answer(
-            refusal=f"a split model is not proven to be equal {note}",
-            hint=f"{command} writes a package for the other dtypes",
-        )
-    return Answer(derived.fields, tuple(derived.unproven))
+    return Answer(derived.fields, (*derived.unproven, *_unproven_dtypes(derived)))
+
+
+def _unproven_dtypes(derived: Derived) -> Iterator[UnprovenSetting]:
+    """Yield a setting if a split model differs in bfloat16: other dtypes in config.json than the proven ones."""
+    for note in derived.notes if _BFLOAT16 not in derived.dtypes else ():
+        if note.startswith(f"in {_BFLOAT16}"):
+            names = dict.fromkeys(_DTYPE_FIELDS, _BFLOAT16), dict.fromkeys(_DTYPE_FIELDS, derived.dtypes[0])
+            yield UnprovenSetting(*names, note)
 
 
 def _hint(hint: str, model_type: str) -> str:

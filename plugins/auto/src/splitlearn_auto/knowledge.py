@@ -12,6 +12,7 @@ from splitlearn_auto.findings import CannotSplitError
 from splitlearn_core import ConfigurationError, MissingFileError
 from splitlearn_core.extension import (
     CONFIG,
+    PACKAGES,
     WRITTEN,
     open_source,
     quote,
@@ -43,11 +44,28 @@ def causal_class(model_type: str) -> str:
         raise _unknown(model_type, sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if class_names is None:
+        _check_decoder_among_others(model_type)
         raise CannotSplitError(
             f"{model_type} is not a causal language model: transformers has {_kinds(model_type) or 'no model'} for it",
             hint="only decoders that predict the next token can be split",
         )
     return class_names if isinstance(class_names, str) else str(class_names[0])
+
+
+def _check_decoder_among_others(model_type: str) -> None:
+    """Refuse a type of several models, one of which is a decoder; raises CannotSplitError."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
+
+    # Classes of transformers raise any exception for their own defaults.
+    try:
+        known = AutoConfig.for_model(model_type)
+        inner = known.get_text_config(decoder=True).model_type
+    except Exception:  # noqa: BLE001
+        return
+    if inner != model_type and not known.is_encoder_decoder and (inner in CAUSAL or model_type in SEEING):
+        _check_alone(model_type, known)
 
 
 def _unknown(model_type: str, known: list[str]) -> ConfigurationError:
@@ -89,14 +107,22 @@ def check_config(model_type: str, known: Any) -> None:
             f"{model_type} is an encoder-decoder: its layers are two stacks, and the second attends to the first",
             hint="only decoders that predict the next token can be split",
         )
+    _check_alone(model_type, known)
+    if type(getattr(known, "num_hidden_layers", None)) is not int:
+        raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
+
+
+def _check_alone(model_type: str, known: Any) -> None:
+    """Refuse a type whose models are made of several; raises CannotSplitError."""
     text = known.get_text_config(decoder=True)
     if text is not known:
         raise CannotSplitError(
             f"{model_type} is made of several models ({', '.join(known.sub_configs)})",
-            hint=f"its language model is of type {text.model_type}: save only that, as a checkpoint of its own",
+            hint=f"pip install {PACKAGES[model_type]}"
+            if model_type in PACKAGES
+            else f"its language model is of type {text.model_type}: describe it in a family of your own, with "
+            "ModelFamily(..., text_config=...), as in docs/families.md",
         )
-    if type(getattr(known, "num_hidden_layers", None)) is not int:
-        raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
 
 
 def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:

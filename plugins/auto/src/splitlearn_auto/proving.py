@@ -153,7 +153,7 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
         targets = targets_by_tables(family, values, sorted(infos)) if by_table else map_keys(family, infos)
         table = place_keys(family, values, targets, ranges)
         sizes = (lambda dtype: layer_cache_sizes(family, values, dtype)) if family.measured_cache else None
-        dtypes = dict.fromkeys(Component, "float32")
+        dtypes: Mapping[str, str] = dict.fromkeys(Component, "float32")
         plan_components(family, values, table, ranges, infos, dtypes, cache_sizes=sizes)
     except SplitLearnError as error:
         yield f"it cannot be planned: {error.message}"
