@@ -99,7 +99,10 @@ def examined(model_type: str) -> str:
     """Return whether models of a type can be split, and otherwise why not."""
     from splitlearn_auto.examining import examine
     from splitlearn_core import SplitLearnError
+    from splitlearn_core.plugins.known import PACKAGES
 
+    if model_type in PACKAGES:
+        return f"yes, by {PACKAGES[model_type]}"
     try:
         derived = examine(model_type, {}, settings=False)
     except SplitLearnError as error:
@@ -113,7 +116,7 @@ def examined(model_type: str) -> str:
 
 def _one_line(message: str, model_type: str) -> str:
     text = " ".join(message.removeprefix(f"{model_type} cannot be split: ").split())
-    text = _FIGURE.sub("by some", text)
+    text = _FIGURE.sub("some", text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

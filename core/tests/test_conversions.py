@@ -432,7 +432,7 @@ def test_layers_that_are_renamed_alike_are_renamed_once(
 def test_a_fused_tensor_is_split_by_sizes() -> None:
     """Queries of more heads than keys and values, in one tensor."""
     sizes = (4, 2, 2)
-    operation = WeightOperation("split", (0,), sizes)
+    operation = WeightOperation("split", (0,), sizes=sizes)
     conversion = WeightConversion((("qkv",),), ("q", "k", "v"), (operation,))
     fused = torch.arange(24.0).view(8, 3)
     assert [made.tolist() for made in make(conversion, {"qkv": fused}).values()] == [
