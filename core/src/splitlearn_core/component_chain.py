@@ -37,9 +37,9 @@ class ComponentChain:
         self.mixed_dtypes = mixed_dtypes
         self.crossings = crossings
         self.config = parts[Component.TOP].config
-        decoder = cast("ComponentModel", parts[Component.TOP]).decoder_config
-        self._caches = bool(getattr(decoder, "use_cache", False))
-        self._crosses_in_float32 = crosses_in_float32(decoder)
+        # The object itself: a Trainer turns the cache off in it.
+        self._decoder_config = cast("ComponentModel", parts[Component.TOP]).decoder_config
+        self._crosses_in_float32 = crosses_in_float32(self._decoder_config)
         bottom = cast("ComponentModel", parts[Component.BOTTOM])
         self.routing = bottom.routing
         #: The class of cache that the model insists on, which keeps running states; None for none.
@@ -67,7 +67,8 @@ class ComponentChain:
         passed = {name: value for name, value in _by_name(owner, args, kwargs).items() if value is not None}
         return_dict = passed.pop("return_dict", self.config.return_dict)
         recordings = {name: passed.pop(name, getattr(self.config, name, False)) for name in RECORDINGS}
-        use_cache = passed.pop("use_cache", self._caches) and not self._is_recomputed(owner)
+        caches = getattr(self._decoder_config, "use_cache", False)
+        use_cache = passed.pop("use_cache", caches) and not self._is_recomputed(owner)
         cache = self._whole_cache(named_cache(passed, passed.pop("past_key_values", None)), use_cache)
         # generate passes on what it needs for stop_strings; the family's forward ignores it.
         passed.pop("tokenizer", None)
