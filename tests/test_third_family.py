@@ -181,7 +181,7 @@ def test_llama_comes_and_goes(
     assert "Traceback" not in refused.stderr
     assert "'llama'" in refused.stderr
     assert ", ".join(known) in refused.stderr
-    assert "splitlearn plugins new llama --out DIR" in refused.stderr
+    assert "pip install splitlearn-auto" in refused.stderr
     assert digest(core) == before
 
 

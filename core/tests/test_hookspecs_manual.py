@@ -35,9 +35,10 @@ def example(name: str) -> ast.FunctionDef:
     return functions[0]
 
 
-def test_there_are_the_three_hooks() -> None:
+def test_there_are_the_four_hooks() -> None:
     """No more and no fewer than the contract names."""
     assert sorted(SPECS) == [
+        "splitlearn_family_for",
         "splitlearn_loading_strategies",
         "splitlearn_map_weight_keys",
         "splitlearn_model_families",

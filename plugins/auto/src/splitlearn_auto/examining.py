@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
-from splitlearn_core import ModelFamily, SplitLearnError
+from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state
 
 _TIED = "tie_word_embeddings"
@@ -320,9 +320,12 @@ def _describe_cache(derived: Derived, config: Any) -> None:
     measured = {**derived.fields, "measured_cache": True}
     if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
         derived.fields = latent
-    elif not cache_note(model, ModelFamily(**measured)):
-        derived.fields = measured
-    else:
+        return
+    # The code of some models (DBRX's experts) does not run without values.
+    with suppress(ConfigurationError):
+        note = cache_note(model, ModelFamily(**measured))
+        derived.fields = derived.fields if note else measured
+    if note:
         derived.notes.append(note)
 
 

@@ -140,8 +140,10 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     while attempts:
         needed = attempts.popleft()
         try:
-            parameters = _parameters(_config(model_type, {**sizes, **needed}))
+            config = _config(model_type, {**sizes, **needed})
+            parameters = _parameters(config)
             if parameters <= _MAX_PARAMETERS:
+                needed = {**needed, **_both_kinds(model_type, config, {**sizes, **needed})}
                 _check_forward(_config(model_type, {**sizes, **needed}))
         # Classes of transformers raise any exception for values that do not fit.
         except Exception as error:  # noqa: BLE001
@@ -149,10 +151,8 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
             attempts.extendleft(_with_unstated(known, needed, error))
             continue
         if parameters <= _MAX_PARAMETERS:
-            config = _config(model_type, {**sizes, **needed})
-            values = {**needed, **_both_kinds(model_type, config, {**sizes, **needed})}
             # Created again: a model may have changed its configuration.
-            return _config(model_type, {**sizes, **values}), values
+            return _config(model_type, {**sizes, **needed}), needed
         problems.append(f"it still has {parameters:,} parameters")
     raise CannotSplitError(
         f"no small model of type {model_type} can be created: {problems[0] if problems else 'no sizes fit'}",
