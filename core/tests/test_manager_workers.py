@@ -119,8 +119,17 @@ def test_a_pool_keeps_its_threads() -> None:
     pool = CallPool(3)
     threads = {outcome_of(lambda done: pool.submit(threading.get_ident, done)) for _ in range(20)}
 
-    assert len(pool.workers) <= 2
-    assert len(threads) <= 2
+    assert len(pool.workers) == len(threads) == 1
+    # Nor do those that were needed once take turns.
+    stops, outcomes = [Stop(), Stop()], SimpleQueue[Any]()
+    for stop in stops:
+        pool.submit(stop, outcomes.put)
+        assert stop.begun.wait(LONG)
+    for stop in stops:
+        stop.go.set()
+        outcomes.get(timeout=LONG)
+    assert len({outcome_of(lambda done: pool.submit(threading.get_ident, done)) for _ in range(20)}) == 1
+    assert len(pool.workers) == 2
     assert pool.close(LONG)
 
 

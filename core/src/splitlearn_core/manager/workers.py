@@ -6,7 +6,6 @@ keep the process alive. The caller of these daemon threads decides how long to w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import queue
@@ -14,8 +13,10 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from splitlearn_core.errors import ConfigurationError, InternalError, LoadCancelledError, ManagerClosedError
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 #: Called in the worker's thread with the result of the function, or with the exception it raised.
 OnDone = Callable[[Any], object]
+_CallJob = tuple[Callable[[], Any], OnDone]
 
 #: Seconds of work after which a worker releases the GIL, alone and with other workers, and for how long. Two
 #: workers delay an event loop more than twice as much as one, for they pass the GIL to each other.
@@ -93,7 +95,8 @@ def run_in_thread(
 class CallPool:
     """A few permanent threads for calls.
 
-    They are reused because each new thread that computes creates a new team of OpenMP threads.
+    Each thread that computes creates a team of OpenMP threads, which spin for some milliseconds after each call. So
+    threads are reused, and the one that was used last comes first: calls one after the other run in one thread.
     """
 
     def __init__(self, workers: int, torch_threads: int | None = None, name: str = "splitlearn-call") -> None:
@@ -102,17 +105,17 @@ class CallPool:
         self._name = name
         self._lock = threading.Lock()
         self._closed = False
-        #: Counts the threads that wait for a job.
-        self._idle = threading.Semaphore(0)
         self._workers: list[Worker] = []
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], OnDone] | None] = queue.SimpleQueue()
+        self._jobs: deque[_CallJob] = deque()
+        #: Where threads without a call get their next one; that of the thread that was used last is the last.
+        self._idle: list[queue.SimpleQueue[_CallJob | None]] = []
 
     @property
     def workers(self) -> tuple[Worker, ...]:
         return tuple(self._workers)
 
     def submit(self, function: Callable[[], Any], on_done: OnDone) -> None:
-        """Queue a function; ``on_done`` is called with its outcome, in the thread that ran it.
+        """Queue a function; ``on_done`` is called with its outcome, in the thread that ran it, and returns at once.
 
         Raises:
             ManagerClosedError: The pool is closed.
@@ -120,9 +123,14 @@ class CallPool:
         with self._lock:
             if self._closed:
                 raise _closed_error()
-            self._jobs.put((function, on_done))
-            if not self._idle.acquire(blocking=False) and len(self._workers) < self._limit:
-                self._workers.append(Worker(f"{self._name}-{len(self._workers)}", self._serve))
+            if self._idle:
+                self._idle.pop().put((function, on_done))
+            elif len(self._workers) < self._limit:
+                inbox: queue.SimpleQueue[_CallJob | None] = queue.SimpleQueue()
+                inbox.put((function, on_done))
+                self._workers.append(Worker(f"{self._name}-{len(self._workers)}", partial(self._serve, inbox)))
+            else:
+                self._jobs.append((function, on_done))
 
     def close(self, timeout: float | None = None) -> bool:
         """Accept no more calls, fail those that have not started, and wait for the others.
@@ -130,39 +138,41 @@ class CallPool:
         Returns:
             Whether all threads have ended in time. The others end with their call.
         """
-        waiting: list[OnDone] = []
         with self._lock:
             self._closed = True
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    if (job := self._jobs.get_nowait()) is not None:
-                        waiting.append(job[1])
-            for _ in self._workers:
-                self._jobs.put(None)
+            waiting = [on_done for _, on_done in self._jobs]
+            self._jobs.clear()
+            while self._idle:
+                self._idle.pop().put(None)
         for on_done in waiting:
             _notify(on_done, _closed_error())
         deadline = None if timeout is None else time.monotonic() + timeout
         ended = [w.join(None if deadline is None else max(0.0, deadline - time.monotonic())) for w in self._workers]
         return all(ended)
 
-    def _serve(self) -> None:
+    def _serve(self, inbox: queue.SimpleQueue[_CallJob | None]) -> None:
         # Set for this thread with its first call.
         torch_threads = self._torch_threads
-        while (job := self._take()) is not None:
+        while (job := inbox.get()) is not None:
             outcome = _outcome_of(job[0], torch_threads)
             on_done, torch_threads = job[1], None
             # Before the notification: the model may be freed at once, and must not be referenced here.
             del job
+            # Before it, too: the next call of whoever waits for this one is to find this thread idle.
+            self._take(inbox)
             _notify(on_done, outcome)
             # A thread that waits for its next call must not keep the tensors of the last one.
             del outcome, on_done
 
-    def _take(self) -> tuple[Callable[[], Any], OnDone] | None:
-        try:
-            return self._jobs.get_nowait()
-        except queue.Empty:
-            self._idle.release()
-            return self._jobs.get()
+    def _take(self, inbox: queue.SimpleQueue[_CallJob | None]) -> None:
+        """Get the next call, or the end, or wait for one of them."""
+        with self._lock:
+            if self._jobs:
+                inbox.put(self._jobs.popleft())
+            elif self._closed:
+                inbox.put(None)
+            else:
+                self._idle.append(inbox)
 
 
 def answering(loop: asyncio.AbstractEventLoop, callback: OnDone) -> OnDone:
