@@ -22,7 +22,7 @@ CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(CausalLMOutp
 
 #: Attribute of layers with a running state, which do not count tokens themselves.
 _SEEN = "seen_tokens"
-#: A method of classes of cache that keep running states in a list beside their layers.
+#: A method of classes of cache that keep running states in a list next to their layers.
 _GET_LINEAR = "get_linear_cache"
 
 

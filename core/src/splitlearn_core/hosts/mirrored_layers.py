@@ -159,7 +159,7 @@ class MirroredLayer:
 
 
 class _Stateful(MirroredLayer):
-    """The same with a running state, beside keys and values or alone."""
+    """The same for layers with a running state, with or without keys and values."""
 
     #: Whether the state is one from which tokens can be removed.
     removable: bool

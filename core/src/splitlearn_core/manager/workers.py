@@ -158,7 +158,7 @@ class CallPool:
             on_done, torch_threads = job[1], None
             # Before the notification: the model may be freed at once, and must not be referenced here.
             del job
-            # Before it, too: the next call of whoever waits for this one is to find this thread idle.
+            # Before it, too: the call that follows this one is to find this thread idle.
             self._take(inbox)
             _notify(on_done, outcome)
             # A thread that waits for its next call must not keep the tensors of the last one.
