@@ -38,7 +38,7 @@ from splitlearn_core.errors import LoadCancelledError, translate
 from splitlearn_core.manager.config import ModelConfig
 from splitlearn_core.manager.loaders.loadable import LoadedModel, system_error
 from splitlearn_core.manager.loaders.loader import ModelLoader
-from splitlearn_core.readers import copied, mapped
+from splitlearn_core.readers import copied, views
 
 pytestmark = pytest.mark.libs
 
@@ -678,7 +678,7 @@ class TestEveryKind:
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Let tiny tensors be read in several chunks."""
-    monkeypatch.setattr(mapped, "CHUNK_BYTES", size)
+    monkeypatch.setattr(views, "CHUNK_BYTES", size)
     monkeypatch.setattr(copied, "CHUNK_BYTES", size)
     monkeypatch.setattr(copied, "STAGED_BYTES", size)
 

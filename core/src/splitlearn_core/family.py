@@ -152,7 +152,9 @@ class ModelFamily:
         for candidate in (self.config_names.get(name, name), name):
             value = values.get(candidate)
             if value is not None:
-                return len(value) if name == _LAYERS and isinstance(value, list) else value
+                # A list with an item for each layer, in a family that names one.
+                counts = name == _LAYERS != candidate and isinstance(value, list)
+                return len(value) if counts else value
         return self.config_defaults.get(name)
 
 
