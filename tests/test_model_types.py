@@ -28,10 +28,10 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def test_the_table_has_every_type_of_the_installed_transformers() -> None:
-    """Or the installed one lies between those of the table."""
+    """Or the installed one is older than the newest of the table, and has no column."""
     versions = sorted(map(version, model_types.columns(PAGE)))
     assert sorted(ANSWERS) == model_types.causal_types() or (
-        versions[0] < version(transformers.__version__) < versions[-1]
+        not ANSWERS and version(transformers.__version__) < versions[-1]
     )
 
 
