@@ -202,7 +202,7 @@ def test_two_of_them_are_a_conflict(any_type: Any) -> None:
 
 
 def test_a_blocked_package_is_not_replaced_by_it(any_type: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever blocks a package does not get its type from another one unasked."""
+    """A type whose package is blocked does not come from another package instead."""
     monkeypatch.setenv("SPLITLEARN_DISABLE_PLUGINS", "splitlearn-alpha")
 
     with pytest.raises(UnknownModelTypeError, match="is blocked by SPLITLEARN_DISABLE_PLUGINS"):

@@ -141,7 +141,7 @@ def loaded(model_type: str, folder: Path, **options: Any) -> Any:
 
 
 def split(folder: Path, **options: Any) -> Any:
-    model = SplitCausalLM(*load_split_model(None, CUTS, folder, **options))  # type: ignore[arg-type]
+    model = SplitCausalLM(*load_split_model(None, CUTS, folder, **options))  # type: ignore[arg-type]  # all parts
     model.generation_config.eos_token_id = None
     return model
 
@@ -373,7 +373,7 @@ def test_an_adapter_of_the_whole_model(checkpoint: Path, tmp_path: Path) -> None
         parts = load_split_model(None, CUTS, checkpoint)
         if folder == "both":
             load_adapter(parts, tmp_path / folder)
-            assert torch.equal(logits(SplitCausalLM(*parts)), logits(adapted))  # type: ignore[arg-type]
+            assert torch.equal(logits(SplitCausalLM(*parts)), logits(adapted))  # type: ignore[arg-type]  # all parts
         else:
             with pytest.raises(TensorMismatchError, match="does not fit"):
                 load_adapter(parts, tmp_path / folder)
@@ -422,4 +422,4 @@ def test_an_inner_configuration_that_is_none(checkpoint: Path, inner: Any, edit_
 
 def test_a_family_that_names_no_text_in_text_config() -> None:
     with suppress(TypeError), pytest.raises(ConfigurationError, match="text_config must be a text"):
-        ModelFamily(model_type="x", architecture="X", text_config=None)  # type: ignore[arg-type]
+        ModelFamily(model_type="x", architecture="X", text_config=None)  # type: ignore[arg-type]  # the subject

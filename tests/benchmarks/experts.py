@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-
+import sparse
 from checkpoints import Checkpoint, experts, qwen2, sparse_experts
 from measuring import Session, interleave, is_installed, read_through, sample
 from report import Row, Sample, at_most, faster
@@ -18,31 +17,11 @@ def run(session: Session) -> None:
     if not is_installed("splitlearn_auto"):
         session.add(Row(NAME, "qwen3_moe", note="splitlearn-auto is not installed"))
         return
-    _size(session)
+    sparse.compare(session, NAME, sparse_experts, (_DEEP, _SHALLOW), 1, _SIZE_SHARE)
     (checkpoint,) = session.models((experts,))
     read_through(checkpoint.files)
     _whole(session, checkpoint)
     _bandwidth(session, checkpoint)
-
-
-def _size(session: Session) -> None:
-    """One layer out of over 400 GB, against the same layer out of a checkpoint of three."""
-    large, small = (session.make(sparse_experts(layers, quick=session.quick)) for layers in (_DEEP, _SHALLOW))
-    measures = {
-        "large": measurement(large, "ours", cut=(_DEEP // 2, _DEEP // 2 + 1), forward=False),
-        "small": measurement(small, "ours", cut=(1, 2), forward=False),
-    }
-    answers, failures = interleave(session.runs, measures, discarded=1)
-    what = f"1 of {_DEEP} layers, {large.recipe.nbytes / 1e9:.1f} GB"
-    if failures:
-        session.add(Row(NAME, what, note="; ".join(failures.values())))
-    else:
-        ours, other = (sample(answers[name], "load", "ms", 1000) for name in ("large", "small"))
-        peer = f"1 of {_SHALLOW} layers, {small.recipe.nbytes / 1e9:.1f} GB"
-        session.add(at_most(NAME, what, ours, peer, other, share=_SIZE_SHARE))
-    # The pages of holes take memory too, once they were read.
-    for checkpoint in (large, small):
-        shutil.rmtree(checkpoint.directory)
 
 
 def _whole(session: Session, checkpoint: Checkpoint) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
-from checkpoints import sparse
+from checkpoints import Recipe, sparse
 from measuring import Session, interleave, sample
 from report import Row, at_most
 from trunk import measurement
@@ -15,19 +16,27 @@ _DEEP, _SHALLOW = 80, 4
 
 
 def run(session: Session) -> None:
-    large, small = (session.make(sparse(layers, quick=session.quick)) for layers in (_DEEP, _SHALLOW))
+    compare(session, NAME, sparse, (_DEEP, _SHALLOW), 2, _SHARE)
+
+
+def compare(
+    session: Session, name: str, recipe: Callable[..., Recipe], depths: tuple[int, int], count: int, share: float
+) -> None:
+    """Load layers out of a deep checkpoint, and as many out of a shallow one, whose first layer stays."""
+    deep, shallow = depths
+    large, small = (session.make(recipe(layers, quick=session.quick)) for layers in depths)
     measures = {
-        "large": measurement(large, "ours", cut=(_DEEP // 2, _DEEP // 2 + 2), forward=False),
-        "small": measurement(small, "ours", cut=(1, 3), forward=False),
+        "large": measurement(large, "ours", cut=(deep // 2, deep // 2 + count), forward=False),
+        "small": measurement(small, "ours", cut=(1, 1 + count), forward=False),
     }
     answers, failures = interleave(session.runs, measures, discarded=1)
-    what = f"2 of {_DEEP} layers, {large.recipe.nbytes / 1e9:.1f} GB"
+    what = f"{count} of {deep} layers, {large.recipe.nbytes / 1e9:.1f} GB"
     if failures:
-        session.add(Row(NAME, what, note="; ".join(failures.values())))
+        session.add(Row(name, what, note="; ".join(failures.values())))
     else:
-        ours, other = (sample(answers[name], "load", "ms", 1000) for name in ("large", "small"))
-        peer = f"2 of {_SHALLOW} layers, {small.recipe.nbytes / 1e9:.1f} GB"
-        session.add(at_most(NAME, what, ours, peer, other, share=_SHARE))
+        ours, other = (sample(answers[size], "load", "ms", 1000) for size in ("large", "small"))
+        peer = f"{count} of {shallow} layers, {small.recipe.nbytes / 1e9:.1f} GB"
+        session.add(at_most(name, what, ours, peer, other, share=share))
     # The pages of holes take memory too, once they were read.
     for checkpoint in (large, small):
         shutil.rmtree(checkpoint.directory)

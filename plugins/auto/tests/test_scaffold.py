@@ -442,7 +442,7 @@ def test_a_cache_that_no_value_describes_is_measured(examined: Callable[..., Der
 @pytest.mark.skipif(not hasattr(cache_utils, "LinearAttentionLayer"), reason="each type has a cache of its own")
 @pytest.mark.parametrize("model_type", ["lfm2", "bamba", "minimax", "mamba"])
 def test_layers_with_running_states(examined: Callable[..., Derived], model_type: str) -> None:
-    """They are proven beside layers with keys and values, where a type has both; and measured."""
+    """They are proven together with layers of keys and values, where a type has both; and their caches measured."""
     derived = examined(model_type, {})
     assert (derived.questions, derived.notes) == ([], [])
     assert derived.fields["measured_cache"] is True
