@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -236,7 +236,8 @@ class ComponentModel(PreTrainedModel):
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         # torch.compile cannot trace a context variable, which only families that need it set.
-        with leaving() if self.family.leave_at_layers else nullcontext([]) as left:
+        stop: AbstractContextManager[list[torch.Tensor]] = leaving() if self.family.leave_at_layers else nullcontext([])
+        with stop as left:
             output = self.base_model(**inputs, **{**arguments, **recordings})
         if left:
             output["last_hidden_state"] = left[-1]
