@@ -17,7 +17,7 @@ from measuring import HERE, MeasurementError, Session, in_fresh_process, last_li
 from report import Row, Sample, at_most, within
 from trunk import TORCH_NAMES, hidden_states
 
-from serving import ACTIVE, DELAY_MS, DRAFT, NEW, PROMPT, SESSIONS, served
+from serving import ACTIVE, DELAY_MS, DRAFT, NEW, PROMPT, SESSIONS, TOGETHER, served
 
 NAME = "hosts"
 _SMALL, _LARGE = 16 * 1024, 4 * 2**20
@@ -25,6 +25,7 @@ _PREFILL = 512
 _DECODE_SHARE, _PREFILL_SHARE = 0.97, 0.95
 _SERVED_SHARE = 0.95
 _DISTANCE_SHARE = 0.95
+_PACKED_TIMES = 2.5
 _WAIT_TIMES, _LAG_MS, _GROWTH = 3.0, 5.0, 1.05
 _WEBSOCKET_TIMES, _BANDWIDTH_TIMES = 6.0, 2.0
 _PIPE_TIMES, _COPIES_TIMES = 4.0, 1.5
@@ -41,6 +42,8 @@ def run(session: Session) -> None:
             _running(session, checkpoint, where)
         _distance(session, checkpoint)
         _crowd(session, checkpoint)
+        for dtype in ("bfloat16", "float32"):
+            _packed(session, checkpoint, dtype)
         _starting(session, checkpoint)
 
 
@@ -456,6 +459,31 @@ def _crowd(session: Session, checkpoint: Checkpoint) -> None:
         at_most(NAME, f"{what}: longest step", longest, "median step", median, share=_WAIT_TIMES, note=note),
         at_most(NAME, f"{what}: memory in the last quarter", after, "in the second one", before, share=_GROWTH),
         within(NAME, f"{what}: lag of the event loop, p99", lag, _LAG_MS, note=bare),
+    )
+
+
+def _packed(session: Session, checkpoint: Checkpoint, dtype: str) -> None:
+    recipe = checkpoint.recipe
+    what = f"{recipe.name} in {dtype}, {TOGETHER} sessions decode at once"
+    job = {
+        "what": "packed",
+        "directory": str(checkpoint.directory),
+        "cut": recipe.cut,
+        "width": recipe.hidden_size,
+        "dtype": dtype,
+        "rounds": session.runs,
+    }
+    answer = _answer(session, what, job, "serving")
+    if answer is None:
+        return
+    tokens = answer["tokens"]
+    packed, solo = (Sample.of((tokens / pair[side] for pair in answer["seconds"]), "tok/s") for side in (0, 1))
+    ratio = Sample.of((solo / packed for packed, solo in answer["seconds"]), "").median
+    longest, median = (Sample.of([1000 * answer[name]], "ms") for name in ("longest", "median"))
+    target = f">= {_PACKED_TIMES:g} times it"
+    session.add(
+        Row(NAME, f"{what}: packed", packed, "each alone", solo, ratio, target, ratio >= _PACKED_TIMES, ""),
+        at_most(NAME, f"{what}: longest packed step", longest, "median step", median, share=_WAIT_TIMES),
     )
 
 

@@ -23,6 +23,8 @@ DELAY_MS = 50.0
 #: Tokens that prompt lookup proposes.
 DRAFT = 8
 SESSIONS, ACTIVE = 64, 16
+#: Sessions that decode at once, packed or not.
+TOGETHER = 8
 #: Steps after which an active session is replaced by a new one, so that no cache grows for ever.
 _STEPS = 32
 _TAKEN_MB_EVERY = 0.5
@@ -63,7 +65,7 @@ def delayed(url: str, milliseconds: float, megabits: float | None = None) -> Ite
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    return {"distance": _measure_distance, "crowd": _measure_crowd}[job["what"]](job)
+    return {"distance": _measure_distance, "crowd": _measure_crowd, "packed": _measure_packed}[job["what"]](job)
 
 
 # --- at a distance ------------------------------------------------------------------------------------
@@ -177,6 +179,57 @@ def _measure_crowd(job: dict[str, Any]) -> dict[str, Any]:
         "lag": _percentile_of(_lags_in(text), 0.99),
         "bare_lag": _percentile_of(bare_lags, 0.99),
     }
+
+
+def _measure_packed(job: dict[str, Any]) -> dict[str, Any]:
+    """Let some sessions decode at once, each alone and then packed, in turns: seconds of each round, and steps."""
+    import torch
+
+    from splitlearn_core import connect
+
+    with served(job, "--dtype", job["dtype"]) as (url, _):
+        trunks = {mode: connect(url, mode=mode) for mode in ("solo", "packed")}
+        dtype = trunks["solo"].dtype
+        prompt, token = (torch.randn(1, count, job["width"]).to(dtype) for count in (PROMPT, 1))
+        seconds: dict[str, list[float]] = {mode: [] for mode in trunks}
+        steps: list[float] = []
+        for _ in range(job["rounds"] + 1):
+            for mode, trunk in trunks.items():
+                ready = threading.Barrier(TOGETHER + 1)
+                times: list[list[float]] = [[] for _ in range(TOGETHER)]
+                threads = [threading.Thread(target=_decode, args=(trunk, prompt, token, ready, own)) for own in times]
+                for thread in threads:
+                    thread.start()
+                ready.wait()
+                begin = time.perf_counter()
+                for thread in threads:
+                    thread.join()
+                seconds[mode].append(time.perf_counter() - begin)
+                if any(len(own) < _STEPS for own in times):
+                    raise RuntimeError(f"a session in mode {mode} failed")
+                steps += [value for own in times for value in own] if mode == "packed" else []
+        for trunk in trunks.values():
+            trunk.close()
+    # The first round brings caches, threads and connections.
+    return {
+        "seconds": list(zip(seconds["packed"][1:], seconds["solo"][1:], strict=True)),
+        "tokens": TOGETHER * _STEPS,
+        "median": statistics.median(steps),
+        "longest": max(steps),
+    }
+
+
+def _decode(trunk: Any, prompt: Any, token: Any, ready: threading.Barrier, times: list[float]) -> None:
+    import torch
+
+    with torch.no_grad():
+        cache = trunk.new_cache()
+        trunk(hidden_states=prompt, past_key_values=cache)
+        ready.wait()
+        for _ in range(_STEPS):
+            begin = time.perf_counter()
+            trunk(hidden_states=token, past_key_values=cache)
+            times.append(time.perf_counter() - begin)
 
 
 def _lags_in(metrics: str) -> list[list[Any]]:

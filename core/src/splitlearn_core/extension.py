@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.client import Host as Host
     from splitlearn_core.hosts.client import Patience as Patience
     from splitlearn_core.hosts.facts import Facts as Facts
+    from splitlearn_core.hosts.packs import PendingStep as PendingStep
     from splitlearn_core.hosts.protocol import HEADER_BYTES as HEADER_BYTES
     from splitlearn_core.hosts.protocol import MAX_META_BYTES as MAX_META_BYTES
     from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES as MAX_PAYLOAD_BYTES

@@ -98,6 +98,9 @@ class ModelFamily:
     #: True where no values of ``config.json`` say what a layer caches: running states (state spaces, linear attention),
     #: or layers that cache differently. A plan then measures it on a model without weights, and imports transformers.
     measured_cache: bool = False
+    #: True if layers treat each token by itself, except in attention, by transformers' attention interface. Steps of
+    #: several sessions can then share a forward (packed mode).
+    packable: bool = False
     #: Returns, for a ``config.json`` (or the ``text_config`` in it), the cuts that are impossible, each with the reason
     #: (layers that share keys and values, say).
     impossible_cuts: Callable[[Mapping[str, Any]], Mapping[int, str]] = _no_impossible_cuts
@@ -189,6 +192,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         "uniform_layers",
         "transformers_tables",
         "measured_cache",
+        "packable",
     ):
         if not isinstance(getattr(family, name), bool):
             yield name, "True or False"

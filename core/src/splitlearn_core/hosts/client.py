@@ -30,7 +30,7 @@ from splitlearn_core.errors import (
     SessionLostError,
 )
 from splitlearn_core.hosts.carriers import Address, Connection
-from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.facts import SOLO, Facts
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.hosts.wires import compressed, expanded
 from splitlearn_core.types import MEGABYTE, human_bytes
@@ -98,17 +98,19 @@ class Host:
         endpoint: Its address.
         patience: How long to wait for it.
         wire: How hidden states and gradients are sent, both ways.
+        mode: How its sessions run: alone, or packed.
 
     Raises:
-        ConfigurationError: The address is invalid, or the host does not support this encoding.
+        ConfigurationError: The address is invalid, or the host does not support this encoding or mode.
         RemoteError: It cannot be reached, or refuses.
     """
 
-    def __init__(self, endpoint: Address, patience: Patience, wire: str = RAW) -> None:
+    def __init__(self, endpoint: Address, patience: Patience, wire: str = RAW, mode: str = SOLO) -> None:
         endpoint.check()
         self.endpoint = endpoint
         self.patience = patience
         self.wire = wire
+        self.mode = mode
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._numbers = itertools.count(1)
@@ -128,6 +130,13 @@ class Host:
         self.bytes_received = 0
         # No retries: an unreachable host is more often a wrong address than a restart.
         self._put_back(self._connect())
+        if mode not in self.facts.modes:
+            self.close()
+            raise ConfigurationError(
+                f"mode={mode!r}: {self.url} runs sessions {', '.join(self.facts.modes)}",
+                hint='leave mode out; packed sessions need a trunk in the server\'s own process (host="inline"), of a '
+                "family that is packable",
+            )
         if wire not in self.facts.wires:
             self.close()
             raise ConfigurationError(
@@ -532,7 +541,7 @@ class RemoteSession:
                 code="journal",
                 hint="start again with an empty cache; connect(..., journal_bytes=N) keeps more",
             )
-        meta = {"rows": rows, "tokens": min(self._max_tokens, self.host.facts.max_tokens)}
+        meta = {"rows": rows, "tokens": min(self._max_tokens, self.host.facts.max_tokens), "mode": self.host.mode}
         self._opened(self.host.request(Frame(Kind.OPEN, meta=meta)), 0)
         if self._journal:
             log.warning("Rebuilding a session at %s from %d steps", self.host.url, len(self._journal))

@@ -13,7 +13,8 @@ from splitlearn_core.build.cache_sizes import layer_cache_sizes
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.forward_arguments import crosses_in_float32
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.hosts.facts import Facts, layer_caches, layer_windows, origin_json
+from splitlearn_core.hosts.facts import PACKED, SOLO, Facts, layer_caches, layer_windows, origin_json
+from splitlearn_core.hosts.packs import allows_packs
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.plan.splitplan import total_cache_size
 
@@ -64,6 +65,7 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
         max_tokens=max_tokens,
         max_payload=max_payload,
         epoch=secrets.token_hex(8),
+        modes=(SOLO, PACKED) if allows_packs(component) else (SOLO,),
         layer_types=None if kinds is None else tuple(kinds),
         origin=origin_json(component.origin),
     )

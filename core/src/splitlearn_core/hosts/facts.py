@@ -25,6 +25,8 @@ CACHE_KINDS = {
 }
 #: A running state of nothing but the last inputs of a convolution; tokens can be removed from it.
 INPUTS = "inputs"
+#: How a session runs: alone, bit-equal to the unsplit model; or in one forward with others, close to it.
+SOLO, PACKED = MODES = ("solo", "packed")
 _LOCAL = ("ties", "keys", "config")
 
 
@@ -72,6 +74,8 @@ class Facts:
     epoch: str
     #: How hidden states and gradients may be sent.
     wires: tuple[str, ...] = WIRES
+    #: How sessions may run: ``solo``, each alone; ``packed``, several in one forward.
+    modes: tuple[str, ...] = (SOLO,)
     #: The type of each layer of the model, if there are several types.
     layer_types: tuple[str, ...] | None = None
     #: The origin of its weights; None if it was built from a state dict.
@@ -221,6 +225,7 @@ _CHECKS = {
     "threads": _is_number,
     "device": _is_text,
     "arguments": _are_texts,
+    "modes": lambda value: _are_texts(value) and SOLO in value,
     "windows": _are_numbers,
     "caches": lambda value: _are_texts(value) and set(value) <= {*CACHE_KINDS.values(), INPUTS},
     "has_dropout": lambda value: isinstance(value, bool),

@@ -13,12 +13,13 @@ import math
 import secrets
 import threading
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.errors import ConnectionLostError, HostDiedError, RemoteError, SplitLearnError
-from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.facts import SOLO, Facts
+from splitlearn_core.hosts.packs import PendingStep
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable, error_frame
@@ -153,6 +154,12 @@ class SessionRelay:
         self.reserved_bytes = state["reserved"]
         return reply._replace(meta={name: value for name, value in reply.meta.items() if name != _RELAY})
 
+    def pending_step(self, frame: Frame, owner: str = "", limits: SessionLimits | None = None) -> None:
+        """Return None: each step is relayed alone."""
+
+    def run_pack(self, steps: Sequence[PendingStep]) -> None:
+        """Do nothing: there are no such steps."""
+
     def expire(self) -> int:
         """End the sessions that have been idle for too long, and return their number.
 
@@ -224,7 +231,8 @@ def sessions_on(
 
 
 def _facts_for(facts: Facts, limits: SessionLimits) -> Facts:
-    return dataclasses.replace(facts, max_tokens=limits.max_tokens, max_payload=limits.max_payload)
+    # Each frame is relayed alone.
+    return dataclasses.replace(facts, max_tokens=limits.max_tokens, max_payload=limits.max_payload, modes=(SOLO,))
 
 
 def _tokens(frame: Frame) -> int:

@@ -33,9 +33,10 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,8 @@ from splitlearn_core.build.forward_arguments import RECORDINGS
 from splitlearn_core.build.kv_cache import PartCache, cached_rows, counts_tokens
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
 from splitlearn_core.hosts.description import component_facts
-from splitlearn_core.hosts.facts import Facts
+from splitlearn_core.hosts.facts import PACKED, SOLO, Facts
+from splitlearn_core.hosts.packs import BegunStep, PendingStep, advance, fits_a_pack
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
 from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_random
@@ -93,11 +95,50 @@ class _Session:
     used_at: float
     #: The limits of its owner.
     limits: SessionLimits
+    #: Whether its steps may share forwards with those of other sessions.
+    is_packed: bool = False
     #: The number of the last executed step, and its result until the next one.
     done: int = 0
     result: Frame | None = None
     #: What the caller chose for that step: another step of the same number is not the same step.
     nonce: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a session was before a step."""
+
+    # Where keys and values are alone, it shares them: a step replaces them.
+    cache: PartCache
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, session: _Session) -> _State:
+        return cls(session.cache.copy(), session.rows, session.tokens)
+
+    def restore(self, session: _Session) -> None:
+        session.cache, session.rows, session.tokens = self.cache, self.rows, self.tokens
+
+
+def _repeated(session: _Session, frame: Frame) -> Frame | None:
+    """Return the result of a step that is sent again; None for the next step."""
+    is_same = session.nonce == frame.meta.get("nonce")
+    if frame.step == session.done and session.result is not None and is_same:
+        return session.result
+    if frame.step != session.done + 1:
+        raise RemoteError(
+            f"step {frame.step} was sent, and step {session.done + 1} is next",
+            code="out_of_order",
+            hint="a session has one caller at a time; copy its cache for another caller",
+        )
+    return None
+
+
+def _finished(session: _Session, frame: Frame, result: Frame) -> Frame:
+    session.done, session.nonce = frame.step, frame.meta.get("nonce")
+    session.result = result._replace(session=session.number, step=frame.step)
+    return session.result
 
 
 class SessionTable:
@@ -181,9 +222,50 @@ class SessionTable:
         handler = self._handlers.get(frame.kind)
         if handler is None:
             return error_frame(ProtocolError(f"{frame.kind.name} is not a request", code="malformed"), frame)
+        pending = self.pending_step(frame, owner, limits)
+        if pending is not None:
+            while pending.reply is None:
+                self.run_pack([pending])
+            return pending.reply
+        reply: Frame = self._answer(frame, lambda request: handler(self, request, owner, limits or self.limits))
+        return reply
+
+    def pending_step(self, frame: Frame, owner: str = "", limits: SessionLimits | None = None) -> PendingStep | None:
+        """Return a step for :meth:`run_pack`, or None if its session is not packed; arguments as for :meth:`handle`."""
+        session = self._sessions.get(frame.session)
+        if frame.kind is not Kind.STEP or session is None or not session.is_packed:
+            return None
+        return PendingStep(frame, owner, limits or self.limits)
+
+    def run_pack(self, steps: Sequence[PendingStep]) -> None:
+        """Run one forward for the next tokens of each step. A step that is done, or refused, then has its reply.
+
+        One step of each session at a time; a step that has begun is continued until it has its reply, or is abandoned.
+        """
+        for step in steps:
+            if step.begun is None:
+                step.reply = self._answer(step.frame, partial(self._begin, step))
+            elif step.is_abandoned:
+                step.reply = step.begun.fail(None)
+        ready = [step for step in steps if step.reply is None and step.begun is not None]
+        running = [cast("BegunStep", step.begun) for step in ready]
+        if not running:
+            return
+        with self._compute, torch.inference_mode(mode=False), torch.no_grad():
+            failed = advance(self._component, running, self._clock)
+        for place, (step, begun) in enumerate(zip(ready, running, strict=True)):
+            if place in failed:
+                step.reply = begun.fail(failed[place])
+            elif not begun.remaining:
+                step.reply = self._answer(step.frame, begun.succeed)
+
+    def _answer(self, frame: Frame, handler: Callable[[Frame], Any]) -> Any:
+        """Return a handler's reply to a request, or the error that it raises as a reply."""
         try:
-            request = expanded(frame, self.limits.max_payload)
-            reply = compressed(handler(self, request, owner, limits or self.limits), wire_of(frame))
+            reply = handler(expanded(frame, self.limits.max_payload))
+            if reply is None:
+                return None
+            reply = compressed(reply, wire_of(frame))
             # Its number shows the other side which request it answers.
             return reply if reply.step == frame.step else reply._replace(step=frame.step)
         except SplitLearnError as error:
@@ -225,7 +307,16 @@ class SessionTable:
     def _open(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         rows = _number(frame.meta, "rows", 1, limits.max_rows)
         tokens = _number(frame.meta, "tokens", 1, limits.max_tokens)
-        return self._opened(self._component.new_cache(), (rows, tokens), owner, limits, done=0)
+        mode = frame.meta.get("mode", SOLO)
+        if mode not in self.facts.modes:
+            raise RemoteError(
+                f"this host runs sessions {' or '.join(self.facts.modes)}, not {str(mode)[:50]!r}",
+                code="bad_input",
+                hint='connect with mode="solo", or to a server with the trunk of a family that is packable',
+            )
+        return self._opened(
+            self._component.new_cache(), (rows, tokens), owner, limits, done=0, is_packed=mode == PACKED
+        )
 
     def _copy(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         source = self._session(frame, owner)
@@ -236,10 +327,18 @@ class SessionTable:
                     code="out_of_order",
                 )
             size = source.rows, source.tokens
-            return self._opened(source.cache.copy(), size, owner, limits, done=source.done)
+            cache = source.cache.copy()
+            return self._opened(cache, size, owner, limits, done=source.done, is_packed=source.is_packed)
 
     def _opened(
-        self, cache: PartCache, size: tuple[int, int], owner: str, limits: SessionLimits, *, done: int
+        self,
+        cache: PartCache,
+        size: tuple[int, int],
+        owner: str,
+        limits: SessionLimits,
+        *,
+        done: int,
+        is_packed: bool,
     ) -> Frame:
         self.expire()
         session = _Session(
@@ -253,6 +352,7 @@ class SessionTable:
             used_at=self._clock(),
             limits=limits,
             done=done,
+            is_packed=is_packed,
         )
         with self._lock:
             if self._closing:
@@ -284,28 +384,78 @@ class SessionTable:
             return self._forward(frame, None, owner, limits)
         session = self._session(frame, owner)
         with session.lock:
-            nonce = frame.meta.get("nonce")
-            if frame.step == session.done and session.result is not None and session.nonce == nonce:
-                return session.result
-            if frame.step != session.done + 1:
-                raise RemoteError(
-                    f"step {frame.step} was sent, and step {session.done + 1} is next",
-                    code="out_of_order",
-                    hint="a session has one caller at a time; copy its cache for another caller",
-                )
-            # Where keys and values are alone, it shares them: a step replaces them.
-            old_state = session.cache.copy(), session.rows, session.tokens
+            repeated = _repeated(session, frame)
+            if repeated is not None:
+                return repeated
+            before = _State.of(session)
             try:
                 self._change(session, frame.meta.get("changes", []))
                 result = self._forward(frame, session, owner, limits)
             except BaseException:
-                session.cache, session.rows, session.tokens = old_state
+                before.restore(session)
                 raise
             finally:
                 session.used_at = self._clock()
-            session.done, session.nonce = frame.step, nonce
-            session.result = result._replace(session=session.number, step=frame.step)
-            return session.result
+            return _finished(session, frame, result)
+
+    def _begin(self, step: PendingStep, frame: Frame) -> Frame | None:
+        """Check a step of a packed session, and prepare it; return its reply if there is nothing more to run."""
+        session = self._session(frame, step.owner)
+        session.lock.acquire()
+        before = _State.of(session)
+        is_prepared = False
+        try:
+            repeated = _repeated(session, frame)
+            if repeated is not None:
+                return repeated
+            self._change(session, frame.meta.get("changes", []))
+            tensors, mode = unpack(frame), Mode.of(frame.meta)
+            self._training.admit(mode, step.owner, step.limits)
+            self._grow_for(session, tensors)
+            plain = mode == Mode.of({})
+            hidden, inputs = self._inputs(frame, tensors, session, mode) if plain else (None, {})
+            if hidden is None or not fits_a_pack(inputs):
+                result = self._forward(frame, session, step.owner, step.limits)
+                is_prepared = True
+                return _finished(session, frame, result)
+
+            def succeed(request: Frame) -> Frame:
+                begun = cast("BegunStep", step.begun)
+                specs, buffers = pack({"output": torch.cat(begun.outputs, dim=1)})
+                meta = {
+                    "length": session.cache.get_seq_length(),
+                    "mode": PACKED,
+                    "pack": begun.sessions,
+                    "waited": cast("float", begun.began_at) - begun.requested_at,
+                    "computed": begun.computed,
+                }
+                session.used_at = self._clock()
+                result = _finished(session, request, Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers))
+                session.lock.release()
+                return result
+
+            def fail(error: RemoteError | None) -> Frame:
+                before.restore(session)
+                session.used_at = self._clock()
+                session.lock.release()
+                return error_frame(error or RemoteError("the step was abandoned", code="failed"), step.frame)
+
+            step.begun = BegunStep(
+                hidden=hidden,
+                cache=session.cache,
+                attention_mask=inputs.get("attention_mask"),
+                position_ids=inputs.get("position_ids"),
+                requested_at=self._clock(),
+                succeed=succeed,
+                fail=fail,
+            )
+            is_prepared = True
+            return None
+        finally:
+            if not is_prepared:
+                before.restore(session)
+            if step.begun is None:
+                session.lock.release()
 
     def _put(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         with self._lock:
@@ -378,6 +528,11 @@ class SessionTable:
         facts = self.facts
         return session.rows * (session.tokens * facts.cache_bytes_per_token + facts.cache_bytes_per_sequence)
 
+    def _grow_for(self, session: _Session, tensors: Mapping[str, torch.Tensor]) -> None:
+        hidden = tensors.get("hidden_states")
+        if hidden is not None and hidden.dim() == _HIDDEN_DIMENSIONS:
+            self._grow(session, hidden.shape[0], session.cache.get_seq_length() + hidden.shape[1])
+
     def _grow(self, session: _Session, rows: int, tokens: int) -> None:
         """Reserve memory for a step that exceeds what was declared."""
         limits = session.limits
@@ -412,9 +567,7 @@ class SessionTable:
         random = taken_random(tensors)
         self._training.admit(mode, owner, limits)
         if session is not None:
-            hidden = tensors.get("hidden_states")
-            if hidden is not None and hidden.dim() == _HIDDEN_DIMENSIONS:
-                self._grow(session, hidden.shape[0], session.cache.get_seq_length() + hidden.shape[1])
+            self._grow_for(session, tensors)
         requested_at = self._clock()
         with self._compute, torch.inference_mode(mode=False), torch.no_grad():
             began_at = self._clock()
@@ -423,7 +576,7 @@ class SessionTable:
                 packed = pack({**running(hidden, inputs), **running.random()})
         meta = {
             "length": 0 if session is None else session.cache.get_seq_length(),
-            "mode": "solo",
+            "mode": SOLO,
             "waited": began_at - requested_at,
             "computed": self._clock() - began_at,
         }

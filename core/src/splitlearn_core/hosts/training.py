@@ -290,7 +290,7 @@ class Running:
             RemoteError: It failed.
         """
         arguments = {"hidden_states": hidden, **inputs}
-        with _failures_named(), self.autocast:
+        with failures_named(), self.autocast:
             if not self.parameters:
                 return _named_outputs(self.component(**arguments))
             return _named_outputs(functional_call(self.component, self.parameters, (), arguments))
@@ -322,7 +322,7 @@ class Running:
                     f"the output was {output.dtype} {list(output.shape)}",
                     code="bad_input",
                 )
-            with _failures_named():
+            with failures_named():
                 gradients = torch.autograd.grad(
                     output, list(learning.values()), gradient.to(output.device), materialize_grads=True
                 )
@@ -333,7 +333,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def _failures_named() -> Iterator[None]:
+def failures_named() -> Iterator[None]:
     """Raise what goes wrong in a component as an error with a code."""
     try:
         yield

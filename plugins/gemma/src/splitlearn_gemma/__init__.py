@@ -32,9 +32,10 @@ GEMMA = _gemma(
     "GemmaForCausalLM",
     "google/gemma-2b",
     {"num_hidden_layers": 28, "hidden_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 16},
+    packable=True,
 )
-GEMMA2 = _gemma("gemma2", "Gemma2ForCausalLM", "google/gemma-2-2b", _SECOND)
-GEMMA3_TEXT = _gemma("gemma3_text", "Gemma3ForCausalLM", "google/gemma-3-1b-pt", _SECOND)
+GEMMA2 = _gemma("gemma2", "Gemma2ForCausalLM", "google/gemma-2-2b", _SECOND, packable=True)
+GEMMA3_TEXT = _gemma("gemma3_text", "Gemma3ForCausalLM", "google/gemma-3-1b-pt", _SECOND, packable=True)
 GEMMA3 = _gemma(
     "gemma3",
     "Gemma3ForConditionalGeneration",

@@ -28,6 +28,7 @@ GPT2 = ModelFamily(
         "num_attention_heads": 12,
         "tie_word_embeddings": True,
     },
+    packable=True,
     default_model="openai-community/gpt2",
     bundled_checkpoint="splitlearn_gpt2:bundled",
 )

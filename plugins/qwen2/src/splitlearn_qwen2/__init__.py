@@ -9,6 +9,7 @@ QWEN2 = ModelFamily(
     architecture="Qwen2ForCausalLM",
     # Rotary frequencies that old checkpoints carry as tensors; they are computed.
     ignored_suffixes=(".rotary_emb.inv_freq",),
+    packable=True,
     # Small Qwen2 models tie head and embedding and say so; the large ones do not.
     config_defaults={
         "num_hidden_layers": 32,

@@ -45,6 +45,7 @@ from splitlearn_core.extension import (
     encode,
 )
 from splitlearn_serve.control import Control
+from splitlearn_serve.packs import Packs
 from splitlearn_serve.tokens import Owner
 from splitlearn_serve.traffic import Traffic
 
@@ -64,8 +65,6 @@ _SOON, _LATER = 1.0, 5.0
 #: The longest pause between two attempts to load a model whose loads fail.
 _LONGEST_PAUSE = 60.0
 _REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE, Kind.PUT})
-#: Tokens, of all sequences, from which on a step is long: a prompt, rather than a token or a few proposed ones.
-_LONG_TOKENS = 16
 #: Tokens, of all sequences, from which on a step is long: a prompt, rather than a token or a few proposed ones.
 _LONG_TOKENS = 16
 #: Codes after which a connection ends, since it is unknown where the next frame begins or what it means.
@@ -99,6 +98,8 @@ class _Held:
     model: AsyncManagedModel
     table: Table
     lease: contextlib.AsyncExitStack
+    #: Steps of packed sessions, which share its forwards.
+    packs: Packs
     #: Frames that are being answered.
     users: int = 0
 
@@ -221,12 +222,17 @@ class Sessions:
             def work(_: Any) -> tuple[Frame, bytes, float, float]:
                 began = time.monotonic()
                 reply = table.handle(frame, owner.name, limits)
-                return reply, b"".join(encode(reply)), began, time.monotonic()
+                return reply, b"".join(encode(reply)), began - arrived, time.monotonic() - began
 
-            async with self._long_turn(held, frame):
-                reply, data, began, ended = await held.model.run(work)
+            step = held.packs.step_of(frame, owner.name, limits)
+            if step is not None:
+                reply, data = await held.packs.run(step)
+                waited, computed = reply.meta.get("waited", 0.0), reply.meta.get("computed", 0.0)
+            else:
+                async with self._long_turn(held, frame):
+                    reply, data, waited, computed = await held.model.run(work)
             if reply.kind is Kind.RESULT:
-                traffic.stepped(began - arrived, ended - began)
+                traffic.stepped(waited, computed)
             elif reply.kind is Kind.OPENED:
                 traffic.opened += 1
             elif reply.kind is Kind.ERROR:
@@ -300,7 +306,9 @@ class Sessions:
                     if self.is_closing:
                         raise _closing("this server is shutting down")
                     self._facts[model_id] = model.generation, table.facts
-                    held = generations[model.generation] = _Held(model_id, model, table, stack.pop_all())
+                    held = generations[model.generation] = _Held(
+                        model_id, model, table, stack.pop_all(), Packs(model, table)
+                    )
                 held.users += 1
         if self._timer is None or self._timer.done():
             self._timer = asyncio.create_task(self._expire_forever(), name="end idle sessions")

@@ -1,0 +1,98 @@
+"""Steps of packed sessions on one generation of a model: all that wait share the next forward."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from splitlearn_core import AsyncManagedModel
+from splitlearn_core.extension import Frame, encode
+
+if TYPE_CHECKING:
+    from splitlearn_core.extension import PendingStep, SessionLimits, Sessions
+
+#: Seconds to wait for sessions of the last forward whose next step is not here yet.
+_WINDOW = 0.002
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    step: PendingStep
+    #: The reply, and the same as bytes.
+    reply: asyncio.Future[tuple[Frame, bytes]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class Packs:
+    """Runs steps of packed sessions together. It is used in the manager's event loop.
+
+    Args:
+        model: The generation of the model.
+        table: Its sessions.
+    """
+
+    def __init__(self, model: AsyncManagedModel, table: Sessions) -> None:
+        self._model = model
+        self._table = table
+        self._waiting: list[_Waiting] = []
+        self._task: asyncio.Task[None] | None = None
+        #: The number of steps in the last forward.
+        self._latest = 0
+
+    def step_of(self, frame: Frame, owner: str, limits: SessionLimits) -> PendingStep | None:
+        """Return the step that a frame brings, if its session is packed."""
+        return self._table.pending_step(frame, owner, limits)
+
+    async def run(self, step: PendingStep) -> tuple[Frame, bytes]:
+        """Run a step to its end, together with others; return the reply, and the same as bytes."""
+        waiting = _Waiting(step)
+        self._waiting.append(waiting)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="run packs")
+        try:
+            return await asyncio.shield(waiting.reply)
+        except asyncio.CancelledError:
+            step.is_abandoned = True
+            # Nothing else may use its session before that is as it was.
+            await asyncio.wait([waiting.reply])
+            raise
+
+    async def _run(self) -> None:
+        while self._waiting:
+            if len(self._waiting) < self._latest:
+                await asyncio.sleep(_WINDOW)
+            pack = list(self._waiting)
+            self._latest = len(pack)
+            try:
+                replies = await self._model.run(partial(self._forward, pack))
+            except Exception as error:  # noqa: BLE001  # each of those that wait raises it
+                for waiting in pack:
+                    if waiting.step.begun is not None:
+                        waiting.step.begun.fail(None)
+                    _settle(waiting, error)
+                self._waiting = [waiting for waiting in self._waiting if waiting not in pack]
+                continue
+            for waiting, reply in replies.items():
+                self._waiting.remove(waiting)
+                _settle(waiting, reply)
+
+    def _forward(self, pack: list[_Waiting], _: Any) -> dict[_Waiting, tuple[Frame, bytes]]:
+        self._table.run_pack([waiting.step for waiting in pack])
+        return {
+            waiting: (waiting.step.reply, b"".join(encode(waiting.step.reply)))
+            for waiting in pack
+            if waiting.step.reply is not None
+        }
+
+
+def _settle(waiting: _Waiting, outcome: Any) -> None:
+    if isinstance(outcome, Exception):
+        waiting.reply.set_exception(outcome)
+        if waiting.step.is_abandoned:
+            # Otherwise it is reported as never retrieved.
+            waiting.reply.exception()
+    else:
+        waiting.reply.set_result(outcome)
