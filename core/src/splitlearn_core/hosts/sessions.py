@@ -45,6 +45,7 @@ from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.forward_arguments import RECORDINGS
 from splitlearn_core.build.kv_cache import PartCache, cached_rows, counts_tokens
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
+from splitlearn_core.hosts.cache_changes import CHANGES, ROWS_AFTER, checked_change
 from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import PACKED, SOLO, Facts
 from splitlearn_core.hosts.packs import BegunStep, PendingStep, advance, fits_a_pack
@@ -553,13 +554,13 @@ class SessionTable:
             raise RemoteError("the changes of a cache are not a list", code="bad_input")
         for change in changes:
             name, value = change if isinstance(change, list) and len(change) == 2 else ("", None)  # noqa: PLR2004  # name and value
-            apply = _CHANGES.get(name) if isinstance(name, str) else None
+            apply = CHANGES.get(name) if isinstance(name, str) else None
             if apply is None:
                 raise RemoteError(f"{str(name)[:50]!r} is not a change of a cache", code="bad_input")
             rows, length = cached_rows(session.cache), session.cache.get_seq_length()
-            checked = _checked_change(name, value, rows, self.limits.max_rows, length)
-            if rows and name in _ROWS_AFTER:
-                self._grow(session, _ROWS_AFTER[name](rows, value), length)
+            checked = checked_change(name, value, rows, self.limits.max_rows, length)
+            if rows and name in ROWS_AFTER:
+                self._grow(session, ROWS_AFTER[name](rows, value), length)
             apply(session.cache, checked)
 
     def _forward(self, frame: Frame, session: _Session | None, owner: str, limits: SessionLimits) -> Frame:
@@ -686,62 +687,3 @@ def _number(meta: Mapping[str, Any], name: str, least: int, most: int) -> int:
             hint=f"this host allows {most} {name} in one session",
         )
     return value
-
-
-def _checked_change(name: str, value: Any, rows: int, max_rows: int, length: int) -> Any:
-    """Return the value of a change, checked against its cache."""
-    if name in ("reorder", "select"):
-        if isinstance(value, list) and len(value) <= max_rows and all(type(r) is int and 0 <= r < rows for r in value):
-            return torch.tensor(value, dtype=torch.long)
-    elif name == "repeat":
-        if type(value) is int and 1 <= value <= max_rows and rows * value <= max_rows:
-            return value
-    elif name == "remove":
-        if type(value) is int and 0 <= value <= length:
-            return value
-    elif value is None:
-        return None
-    raise RemoteError(
-        f"the cache has {rows} sequences of {length} tokens and cannot {name} {str(value)[:50]}",
-        code="bad_input",
-    )
-
-
-#: Name of a change -> the number of sequences after it.
-_ROWS_AFTER: Mapping[str, Callable[[int, Any], int]] = {
-    "reorder": lambda rows, value: len(value),
-    "select": lambda rows, value: len(value),
-    "repeat": lambda rows, value: rows * int(value),
-}
-
-
-def _remove(cache: PartCache, count: int) -> None:
-    # Older versions take 0 for the remaining length; a layer that does not record takes none to remove.
-    if count:
-        try:
-            cache.crop(-count)
-        except ConfigurationError as error:
-            raise RemoteError(error.message, code="bad_input", hint=error.hint) from error
-        return
-    for layer in cache.layers:
-        if getattr(layer, "record_past", False):
-            cast("Any", layer).crop(0)
-
-
-def _record(cache: PartCache) -> None:
-    for layer in cache.layers:
-        # Older versions do not have it.
-        activate = getattr(layer, "activate_past_recording", None)
-        if activate is not None:
-            activate()
-
-
-#: Name of a change -> the function that applies it.
-_CHANGES: Mapping[str, Callable[[PartCache, Any], None]] = {
-    "reorder": lambda cache, rows: cache.reorder_cache(rows),
-    "select": lambda cache, rows: cache.batch_select_indices(rows),
-    "repeat": lambda cache, times: cache.batch_repeat_interleave(times),
-    "remove": _remove,
-    "reset": lambda cache, _: cache.reset(),
-    "record": lambda cache, _: _record(cache),
-}

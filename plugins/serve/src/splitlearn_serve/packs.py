@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from splitlearn_core.extension import Frame, encode
 if TYPE_CHECKING:
     from splitlearn_core.extension import PendingStep, SessionLimits, Sessions
 
-#: Seconds to wait for sessions of the last forward whose next step is not here yet.
-_WINDOW = 0.002
+#: How long to wait for the next steps of sessions of the last forwards: a part of what those took, and at
+#: least so many seconds. After a wait in vain there are so many forwards without one.
+_WINDOW_PART, _WINDOW_LEAST, _FORWARDS_WITHOUT = 0.1, 0.002, 8
 
 
 @dataclass(slots=True, eq=False)
@@ -39,8 +41,11 @@ class Packs:
         self._table = table
         self._waiting: list[_Waiting] = []
         self._task: asyncio.Task[None] | None = None
-        #: The number of steps in the last forward.
-        self._latest = 0
+        #: The sessions in the last forward, and those in the one before; the seconds that the last one took.
+        self._latest: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+        self._seconds = 0.0
+        self._without_wait = 0
+        self._arrived = asyncio.Event()
 
     def step_of(self, frame: Frame, owner: str, limits: SessionLimits) -> PendingStep | None:
         """Return the step that a frame brings, if its session is packed."""
@@ -50,6 +55,7 @@ class Packs:
         """Run a step to its end, together with others; return the reply, and the same as bytes."""
         waiting = _Waiting(step)
         self._waiting.append(waiting)
+        self._arrived.set()
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="run packs")
         try:
@@ -62,10 +68,10 @@ class Packs:
 
     async def _run(self) -> None:
         while self._waiting:
-            if len(self._waiting) < self._latest:
-                await asyncio.sleep(_WINDOW)
+            await self._gather()
             pack = list(self._waiting)
-            self._latest = len(pack)
+            self._latest = frozenset(waiting.step.frame.session for waiting in pack), self._latest[0]
+            begin = time.monotonic()
             try:
                 replies = await self._model.run(partial(self._forward, pack))
             except Exception as error:  # noqa: BLE001  # each of those that wait raises it
@@ -75,9 +81,24 @@ class Packs:
                     _settle(waiting, error)
                 self._waiting = [waiting for waiting in self._waiting if waiting not in pack]
                 continue
+            self._seconds = time.monotonic() - begin
             for waiting, reply in replies.items():
                 self._waiting.remove(waiting)
                 _settle(waiting, reply)
+
+    async def _gather(self) -> None:
+        """Wait a little for sessions that took part in the last forwards: their owners are about to go on."""
+        if self._without_wait:
+            self._without_wait -= 1
+            return
+        expected = self._latest[0] | self._latest[1]
+        try:
+            async with asyncio.timeout(max(_WINDOW_LEAST, _WINDOW_PART * self._seconds)):
+                while expected - {waiting.step.frame.session for waiting in self._waiting}:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            self._without_wait = _FORWARDS_WITHOUT
 
     def _forward(self, pack: list[_Waiting], _: Any) -> dict[_Waiting, tuple[Frame, bytes]]:
         self._table.run_pack([waiting.step for waiting in pack])

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from splitlearn_core import ModelRegistry, SplitCausalLM
-from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument, has_states_alone
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache, cache_argument, has_states_alone
+from splitlearn_core.build.packing import PackItem, can_pack, packed
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import PADDINGS, PROMPT_TOKENS, batch, no_grad, positions, token_ids
 from splitlearn_core.testing.conformance.findings import Suspect, expect
@@ -19,6 +22,8 @@ from splitlearn_core.testing.conformance.subject import Cut, Subject
 _STEPS = {"prompt first": (PROMPT_TOKENS, 1, 1, 1, 4), "chunked prompt": (3, 2, 2, 1)}
 #: Relative difference that another order of summation may cause.
 _ROUNDING = 1e-4
+#: Tokens of each session in a pack.
+_PACK = [5, 1, 3]
 
 
 @explained
@@ -114,6 +119,27 @@ class Parity(Checks):
                 for number, (got, right) in enumerate(zip(_step_split(split, fed), steps, strict=True)):
                     expect_equal(got, right, f"{what} at step {number} with a cache", subject, whole, split)
 
+    def test_packed_steps(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
+        """Steps of several sessions in one forward are equal to the same pack in the unsplit model."""
+        if not subject.family.packable:
+            pytest.skip("the family is not packable")
+        whole, split = subject.whole(dtype, attention), subject.split(cut, dtype, attention)
+        models = (whole, *split.components)
+        caches = [
+            [model.new_cache() if model is not whole else DynamicCache(config=whole.config) for _ in _PACK]
+            for model in models
+        ]
+        for sizes in (_PACK, _PACK[::-1], [1] * len(_PACK)):
+            flat = token_ids(1, sum(sizes))
+            expected = _packed(whole, caches[0], sizes, {"input_ids": flat}).logits
+            states: Any = flat
+            name = "input_ids"
+            for component, own in zip(split.components, caches[1:], strict=True):
+                if not can_pack(subject.family, component.decoder_config, own[0].layers):
+                    pytest.skip("packs of this configuration are refused")
+                states, name = _packed(component, own, sizes, {name: states}), "hidden_states"
+            expect_equal(states.logits, expected, f"logits of a pack of {sizes} tokens", subject, whole, split)
+
     def test_causality(self, subject: Subject, dtype: str, attention: str, cut: Cut) -> None:
         """Changing the last token changes no earlier position's logits, but for rounding, as in the unsplit model."""
         split, ids = subject.split(cut, dtype, attention), batch(None)["input_ids"]
@@ -137,6 +163,22 @@ class Parity(Checks):
         expected = subject.once(("kept", dtype, attention), _logits, whole, arguments)
         expect(got.shape[1] == 2, f"logits of {got.shape[1]} positions, not of 2")
         expect_equal(got, expected, "the last logits", subject, whole, split)
+
+
+def _new_cache(model: Any) -> Any:
+    return model.new_cache() if isinstance(model, ComponentModel) else DynamicCache(config=model.config)
+
+
+def _packed(model: Any, caches: list[Any], sizes: list[int], inputs: dict[str, Any]) -> Any:
+    """Run steps of several sessions as one."""
+    items = [PackItem(1, tokens, cache) for tokens, cache in zip(sizes, caches, strict=True)]
+    config = model.config.get_text_config()
+    with torch.no_grad(), packed(config, items, next(model.parameters())) as (places, cache):
+        result = model(**inputs, position_ids=places, **{cache_argument(type(model).forward): cache})
+    for tokens, own in zip(sizes, caches, strict=True):
+        if isinstance(own, PartCache):
+            own.advance(tokens)
+    return result
 
 
 def _logits(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
