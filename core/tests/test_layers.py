@@ -218,8 +218,8 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: Layers with running states take two files and 330 lines: sizes of caches, and stand-ins for those of a host.
 #: Views and memory, which ways of reading share, have a file: ``mapped`` reads what others are made of as ``copied``.
 LIMITS = {
-    "files": (0, 178),
-    "code lines": (0, 24_700),
+    "files": (0, 190),
+    "code lines": (0, 26_500),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),
@@ -228,7 +228,7 @@ LIMITS = {
 #: Files over 600 lines, and why each is one.
 LONG = {
     "manager.machine": "the life cycle of a model is one state machine, read from its table to its invariants",
-    "hosts.sessions": "one table answers every kind of request, alone or in a pack, with what restores a session after each",
+    "hosts.sessions": "one table answers every kind of request, alone or in a pack, and undoes what fails",
 }
 
 
