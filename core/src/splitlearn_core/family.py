@@ -64,6 +64,9 @@ class ModelFamily:
     #: Modules relative to the model, besides the head, that hidden states pass *through* after the base module
     #: (ModernBERT's prediction head); the top alone has them.
     before_head: tuple[str, ...] = ()
+    #: The head's bias by its name in a module around the head (BERT's ``cls.predictions.bias``); empty if it has none.
+    #: Both are one tensor in models that tie embedding and head.
+    head_bias: str = ""
     #: Arguments of the model's forward that its embeddings use up, and that mean nothing to layers; the bottom
     #: alone takes them. If they matter to all layers (masks by type of token), set ``()``.
     bottom_arguments: tuple[str, ...] = ("token_type_ids",)
@@ -107,8 +110,9 @@ class ModelFamily:
     #: Lists of ``config.json`` with a kind for each layer -> the kinds that use what the layer before has computed
     #: besides hidden states (a selection of tokens); there is no cut before such a layer.
     joined_layers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
-    #: Values of ``config.json`` without which no model of the type can be cut, because more than hidden states would
-    #: cross (embeddings of tokens for each layer, say); a model with others is refused.
+    #: Values of ``config.json`` without which no model of the type can be cut: because more than hidden states would
+    #: cross (embeddings of tokens for each layer, say), or because the model is an encoder (``is_decoder``). A model
+    #: with others is refused.
     required_values: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     #: Name of the loading strategy to prefer over the automatic choice; empty for none.
     preferred_strategy: str = ""
@@ -165,7 +169,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("model_type", "architecture", "base", "layers", "embedding", "head"):
         if not (isinstance(getattr(family, name), str) and getattr(family, name)):
             yield name, "a name"
-    for name in ("norm", "text_config", "preferred_strategy", "default_model", "bundled_checkpoint"):
+    for name in ("norm", "head_bias", "text_config", "preferred_strategy", "default_model", "bundled_checkpoint"):
         if not isinstance(getattr(family, name), str):
             yield name, "a text"
     for name in (

@@ -70,7 +70,7 @@ class ComponentModel(PreTrainedModel):
 
     def __init__(self, config: Any, layer_range: LayerRange) -> None:
         built = 1 if self.family.uniform_layers else layer_range.total
-        with layer_count_set(decoder_config(self.family, config), built):
+        with layer_count_set(self.family, config, built):
             super().__init__(config)
         self.family_attributes = frozenset(vars(self))
         self.layer_range = layer_range

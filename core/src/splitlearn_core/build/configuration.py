@@ -31,6 +31,7 @@ from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, TensorInfo
 
 log = logging.getLogger(__name__)
 
+_LAYERS = "num_hidden_layers"
 #: How transformers writes the floats that JSON has no literal for.
 _FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 
@@ -84,6 +85,7 @@ def hf_config(
         # serializes the whole configuration for a debug log.
         config = config_class(**{**own, "dtype": dtype, "return_dict": True, "name_or_path": name_or_path})
         set_dtype(config, config.dtype)
+        set_depth(family, config)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # noqa: SLF001  # the name from_pretrained uses
     return config
@@ -95,6 +97,14 @@ def set_dtype(config: Any, dtype: Any) -> None:
     for name in config.sub_configs:
         if (inner := getattr(config, name, None)) is not None:
             inner.dtype = dtype
+
+
+def set_depth(family: ModelFamily, config: Any) -> None:
+    """Set the number of layers by its common name, which in a configuration of encoder and decoder is the encoder's."""
+    inner = decoder_config(family, config)
+    depth = getattr(inner, family.config_names.get(_LAYERS, _LAYERS), None)
+    if type(depth) is int and inner.num_hidden_layers != depth:
+        inner.num_hidden_layers = depth
 
 
 def decoder_config(family: ModelFamily, config: Any) -> Any:
@@ -142,19 +152,17 @@ def config_errors(family: ModelFamily, name_or_path: str) -> Iterator[None]:
 
 
 @contextmanager
-def layer_count_set(config: Any, layers: int) -> Iterator[None]:
-    """Set a configuration's number of layers while modules are made; one that follows from other values stays."""
+def layer_count_set(family: ModelFamily, config: Any, layers: int) -> Iterator[None]:
+    """Set the decoder's number of layers while modules are made; one that follows from other values stays."""
     # Not through the configuration's own setter, which validates all of it each time.
-    values, name = vars(config), config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    if name not in values:
-        yield
-        return
-    total = values[name]
-    values[name] = layers
+    inner = decoder_config(family, config)
+    values, names = vars(inner), {inner.attribute_map.get(_LAYERS, _LAYERS), family.config_names.get(_LAYERS, _LAYERS)}
+    totals = {name: values[name] for name in names if type(values.get(name)) is int}
+    values.update(dict.fromkeys(totals, layers))
     try:
         yield
     finally:
-        values[name] = total
+        values.update(totals)
 
 
 def load_whole(

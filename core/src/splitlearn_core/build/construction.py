@@ -20,6 +20,7 @@ from splitlearn_core.build.configuration import (
     config_errors,
     decoder_config,
     hf_config,
+    set_depth,
     set_dtype,
 )
 from splitlearn_core.build.conversion_tables import names_in_float32, targets_by_tables
@@ -179,9 +180,8 @@ def component_from_state_dict(
     tensors = {key: state_dict[key] for name, key in sources.items() if name not in wide}
     _refuse_unusable(tensors)
     first = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
-    own_config = copy.deepcopy(config)
-    set_dtype(own_config, first.dtype)
-    built = build_component(family, own_config, component, ranges[component])
+    set_dtype(config, first.dtype)
+    built = build_component(family, config, component, ranges[component])
     dtypes = dtype_names()
     infos = {
         name: TensorInfo(key, dtypes.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), "", 0, tensor.nbytes)
@@ -203,10 +203,11 @@ def component_from_state_dict(
             hint="give model.state_dict() of the whole causal language model, and its own config",
         )
     modules = dict(built.named_modules())
+    assigned: dict[str, torch.Tensor] = {}
     for name, key in sources.items():
-        tensor = state_dict[key].detach()
+        tensor = assigned.get(key, state_dict[key].detach())
         # A tensor made in inference mode could never be trained.
-        assign_tensor(modules, name, tensor.clone() if tensor.is_inference() else tensor)
+        assigned[key] = assign_tensor(modules, name, tensor.clone() if tensor.is_inference() else tensor)
     finish(built, str(first.device))
     return built
 
@@ -244,7 +245,7 @@ def _made(
 
 
 def _config(family: ModelFamily, config: Any) -> Any:
-    """Return the configuration as an instance of the family's class; a mapping holds the values of ``config.json``."""
+    """Return a copy of a configuration, of the family's class; a mapping holds the values of ``config.json``."""
     if isinstance(config, Mapping):
         return hf_config(family, config, "the given config", "float32")
     expected = config_class_of(family)
@@ -253,6 +254,8 @@ def _config(family: ModelFamily, config: Any) -> Any:
             f"config is a {type(config).__name__}, not the configuration of a {family.model_type} model",
             hint="give model.config of the whole model, or the values of its config.json as a mapping",
         )
+    config = copy.deepcopy(config)
+    set_depth(family, config)
     return config
 
 

@@ -89,9 +89,8 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
         del _EXAMPLES[next(iter(_EXAMPLES))]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, "bfloat16")
-    decoder = decoder_config(family, own)
-    layers = min(decoder.num_hidden_layers, _LAYERS)
-    with skeleton(own.dtype), config_errors(family, name), layer_count_set(decoder, layers):
+    layers = min(decoder_config(family, own).num_hidden_layers, _LAYERS)
+    with skeleton(own.dtype), config_errors(family, name), layer_count_set(family, own, layers):
         _EXAMPLES[key] = architecture_class(family)(own)
     return _EXAMPLES[key]
 

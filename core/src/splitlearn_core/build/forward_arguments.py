@@ -75,7 +75,7 @@ def routing(forward: Callable[..., Any], model: Any, family: ModelFamily) -> Rou
         model: A model of that class, whole or pruned.
         family: The family.
     """
-    known = argument_names(model.base_model.forward)
+    known = _arguments_within(model.base_model)
     others = known - argument_names(model.get_submodule(family.base).forward) if family.text_config else frozenset()
     others = frozenset(name for name in others if not name.endswith(_KEPT) and name not in _OF_THE_MODEL)
     layers = (known - others - _OF_THE_MODEL) | _KERNELS | _COMMON
@@ -89,6 +89,15 @@ def argument_names(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of a function's parameters, without ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
+
+
+def _arguments_within(module: Any) -> frozenset[str]:
+    """Return the names of the arguments of a module; of one that takes any (BART's), those of the only module in it."""
+    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+    inner = list(module.children())
+    if inspect.Parameter.VAR_POSITIONAL in kinds and len(inner) == 1:
+        return _arguments_within(inner[0])
+    return argument_names(module.forward)
 
 
 def crosses_in_float32(config: Any) -> bool:

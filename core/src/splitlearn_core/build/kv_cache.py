@@ -171,7 +171,21 @@ class PartCache(Cache):
             # For the next view of the same layers.
             setattr(layer, _SEEN, self.past)
 
-    # What transformers derives positions and masks from. It addresses the slots, by their own numbers.
+    # What transformers derives positions and masks from: the first layer of a kind, by its number among all layers.
+    # Where there is none of that kind it takes layer 0, which may be another component's.
+
+    @property
+    def is_sliding(self) -> list[Any]:
+        # Neither True nor False, both of which are looked for.
+        return [None] * self.layer_range.start + super().is_sliding
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [True] * self.layer_range.start + super().is_linear
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [True] * self.layer_range.start + super().is_dummy
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         counting = self._counting(layer_idx)
@@ -241,10 +255,14 @@ class PartCache(Cache):
     def is_recording_past(self, layer_idx: int) -> Any:
         return super().is_recording_past(self._own(layer_idx))
 
-    def _counting(self, slot: int) -> Any:
-        """Return the layer in a slot, or instead of one that does not count tokens the first that does, or None."""
-        layers = self.layers[slot : slot + 1] + self.layers
-        return next(filter(counts_tokens, layers), None)
+    def _counting(self, layer_idx: int) -> Any:
+        """Return a layer, or instead of another component's, or of one that does not count tokens, the first that does.
+
+        None if no layer counts tokens.
+        """
+        slot = self._own(layer_idx)
+        own = self.layers[slot : slot + 1] if slot >= 0 else []
+        return next(filter(counts_tokens, own + self.layers), None)
 
     def _own(self, layer_idx: int) -> int:
         """Return the slot of one of the model's layers."""
@@ -284,9 +302,9 @@ class LinearPartCache(PartCache):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def _counting(self, slot: int) -> Any:
+    def _counting(self, layer_idx: int) -> Any:
         # All layers of the model's own cache look as if they counted.
-        return super()._counting(slot) if self.linear_cache is None else None
+        return super()._counting(layer_idx) if self.linear_cache is None else None
 
 
 @kept

@@ -106,9 +106,10 @@ def entering(hidden_states: torch.Tensor) -> Iterator[None]:
 class Zero(nn.Module):
     """Returns a zero, which changes nothing when it is added."""
 
-    def forward(self, indices: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         # Without dimensions: it broadcasts, and it does not promote a half-precision sum.
-        return torch.zeros((), device=indices.device)
+        return torch.zeros((), device=next((tensor.device for tensor in given), None))
 
 
 class LeftOut(nn.Module):
@@ -144,7 +145,7 @@ def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[n
     # Of layers of one class, only the first is built.
     for number, layer in enumerate(built):
         if number not in owned:
-            slots[number] = _of_kind(slots[number], layer)
+            slots[number] = _of_kind(slots[number], layer, with_modules=number == 0)
     if family.leave_at_layers and not owned.is_last:
         slots[-1] = LeavingLayer(elsewhere)
     _replace(base, {family.layers: nn.ModuleList(slots)})
@@ -155,16 +156,24 @@ def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[n
         kept = {name for name in family.outlets if family.leave_at_layers and _is_plain(base, name)}
         _replace(base, {name: PassLayer() for name in family.outlets if name not in kept})
         _replace(model, {name: PassLayer() for name in (*family.before_head, family.head)})
+        around, _, bias = family.head_bias.rpartition(".")
+        if bias:
+            model.get_submodule(around).register_parameter(bias, None)
     # A tied head is assigned by the plan: within one component no two parameters are tied.
     model.all_tied_weights_keys = {}
 
 
-def _of_kind(neutral: nn.Module, layer: nn.Module) -> nn.Module:
-    """Return a neutral layer with the texts of the layer that it stands in for: models read its kind there."""
-    texts = {name: value for name, value in vars(layer).items() if isinstance(value, str)}
-    if texts:
+def _of_kind(neutral: nn.Module, layer: nn.Module, *, with_modules: bool) -> nn.Module:
+    """Return a neutral layer with the texts of the layer that it stands in for: models read its kind there.
+
+    Some models (X-MOD) also look into the modules of the first layer. They are on the meta device, and attributes only,
+    no modules of the neutral layer.
+    """
+    kept = (str, nn.Module) if with_modules else str
+    values = {name: value for name, value in {**vars(layer), **layer._modules}.items() if isinstance(value, kept)}  # noqa: SLF001  # a register that nn.Module documents
+    if values:
         neutral = copy.copy(neutral)
-        vars(neutral).update(texts)
+        vars(neutral).update(values)
     return neutral
 
 
@@ -247,7 +256,7 @@ def through_no_layers(part: Any, family: ModelFamily) -> tuple[torch.Tensor, tor
     for number, layer in enumerate(layers):
         # The first of a component that hidden states enter at its layers is neutral already.
         if not isinstance(layer, EnteringLayer | LeavingLayer):
-            layers[number] = _of_kind(neutral_layer(family), layer)
+            layers[number] = _of_kind(neutral_layer(family), layer, with_modules=number == 0)
     for module in part.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = _DROPOUT

@@ -43,13 +43,13 @@ def _tie(family: ModelFamily, config: Mapping[str, Any], origins: dict[str, str]
     if not family.config_value(config, "tie_word_embeddings"):
         return None
     embedding, head = f"{family.base}.{family.embedding}.weight", f"{family.head}.weight"
-    if embedding in origins and head in origins:
-        return embedding, head
+    pairs = [(embedding, head)] + ([(family.head_bias, f"{family.head}.bias")] if family.head_bias else [])
+    separate = (embedding, head) if embedding in origins and head in origins else None
     # One tensor, two names: the file may have either.
-    for present, absent in ((embedding, head), (head, embedding)):
+    for present, absent in (ordered for pair in pairs for ordered in (pair, pair[::-1])):
         if present in origins and absent not in origins:
             origins[absent] = origins[present]
-    return None
+    return separate
 
 
 def _own_names(family: ModelFamily, conversion: WeightConversion, taken: Container[str]) -> dict[str, str]:
@@ -86,7 +86,8 @@ def in_model(family: ModelFamily, name: str) -> str | None:
 
     None for a tensor of another model than the decoder.
     """
-    if name.startswith(tuple(f"{module}." for module in (family.base, *family.before_head, family.head))):
+    modules = (family.base, *family.before_head, family.head)
+    if name == family.head_bias or name.startswith(tuple(f"{module}." for module in modules)):
         return name
     if not family.text_config:
         return f"{family.base}.{name}"
@@ -161,7 +162,7 @@ def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable
             # Parsed, not compared as text: layers.1 is a prefix of layers.10.
             number = name[len(layers) :].partition(".")[0]
             return owners[int(number)] if number.isdecimal() and int(number) < len(owners) else None
-        if name.startswith(top):
+        if name.startswith(top) or name == family.head_bias:
             return Component.TOP
         return Component.BOTTOM if name.startswith(bottom) else None
 

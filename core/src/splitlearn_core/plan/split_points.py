@@ -14,6 +14,8 @@ from splitlearn_core.types import THREE, Component, LayerRange, component_names,
 
 #: Far above that of any model; a larger number is a mistake or an attack, and would exhaust the memory.
 MAX_LAYERS = 10_000
+#: What configurations of transformers say of models that are decoders or not.
+_OF_DECODERS = frozenset({"is_decoder", "is_encoder_decoder"})
 
 
 def count_layers(family: ModelFamily, config: Mapping[str, Any]) -> int:
@@ -131,8 +133,9 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         values = ", ".join(
             f"{name} is {value!r}, not {family.required_values[name]!r}" for name, value in different.items()
         )
-        why = f"more than the hidden states would cross it ({values})"
-        impossible |= dict.fromkeys(range(1, count_layers(family, config)), why)
+        encodes = _OF_DECODERS.intersection(different)
+        why = "the model is no causal decoder" if encodes else "more than the hidden states would cross it"
+        impossible |= dict.fromkeys(range(1, count_layers(family, config)), f"{why} ({values})")
     return impossible
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from splitlearn_auto.observing import (
     Call,
     Forward,
     Replacement,
+    nothing,
     passed,
     random_embeddings,
     watch,
@@ -55,6 +56,7 @@ class Parts:
     enter_at_layers: bool = False
     leave_at_layers: bool = False
     before_head: list[str] = field(default_factory=list)
+    head_bias: str = ""
     layers_return_tuple: bool = False
     #: Field -> the evidence for it.
     reasons: dict[str, str] = field(default_factory=dict)
@@ -76,13 +78,9 @@ def derive_parts(model: Any) -> Parts:
     parts = Parts(_end(model, base, "base_model"))
     parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
     parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
-    ends = {parts.base.partition(".")[0], parts.head.partition(".")[0]}
-    parts.before_head = [
-        str(name)
-        for name, module in model.named_children()
-        if name not in ends and any(True for _ in module.parameters())
-    ]
-    _check_causal(model)
+    parts.before_head = list(_around_head(model, parts))
+    parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
+    check_causal(model)
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, model.config, embeddings)
     # The modules around layers and embedding take tokens, and are no steps of their own.
@@ -94,6 +92,24 @@ def derive_parts(model: Any) -> Parts:
     _before(frame, seen, layers[0], parts)
     _after(frame, seen, layers[-1], parts)
     return parts
+
+
+def _around_head(model: Any, parts: Parts) -> Iterator[str]:
+    """Yield the paths of the modules with parameters next to the head, or to a module around it."""
+    for around in ("", *_ancestors(parts.head)):
+        for name, module in model.get_submodule(around).named_children():
+            path = f"{around}.{name}".lstrip(".")
+            inside = any(f"{end}.".startswith(f"{path}.") for end in (parts.base, parts.head))
+            if not inside and any(True for _ in module.parameters()):
+                yield path
+
+
+def _biases_around(head: str) -> Iterator[str]:
+    return (f"{path}.bias" for path in _ancestors(head))
+
+
+def _is_parameter(model: Any, name: str) -> bool:
+    return any(name == other for other, _ in model.named_parameters(remove_duplicate=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +146,8 @@ def _depth(model: Any) -> int:
 
 
 @torch.no_grad()
-def _check_causal(model: Any) -> None:
+def check_causal(model: Any) -> None:
+    """Refuse a model in which tokens change what comes before them; raises CannotSplitError."""
     ids = torch.randint(3, 100, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[:, -1] = (ids[:, -1] + 1) % 100
@@ -232,12 +249,16 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
             parts.skip_outside_bottom.append(call.path)
     neutral = {
         **dict.fromkeys(parts.skip_outside_bottom, passed),
-        **dict.fromkeys(parts.zero_outside_bottom, zeroed),
+        **dict.fromkeys(parts.zero_outside_bottom, nothing),
     }
     # As wide as the hidden states, whose width may differ from that of the embeddings.
     inside = _Frame(frame.base, random_embeddings(state.shape[-1]), frame.spine)
     for training, when in _MODES:
-        entered = inside.watch(neutral, training).of(first.path)[0].state
+        try:
+            entered = inside.watch(neutral, training).of(first.path)[0].state
+        except RuntimeError as error:
+            added = ", ".join(parts.zero_outside_bottom)
+            raise CannotSplitError(f"{added} are not just added to the embeddings: {reason(error)}") from error
         if not _same(entered, inside.embeddings):
             parts.enter_at_layers = True
             parts.reasons["enter_at_layers"] = (

@@ -12,9 +12,17 @@ import transformers
 from transformers import AutoConfig, Cache
 
 from splitlearn_auto.answers import UnprovenSetting
-from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
+from splitlearn_auto.deriving import (
+    Parts,
+    check_causal,
+    derive_parts,
+    ignored_suffixes,
+    keeps_float32,
+    renamed_keys,
+    saved_tensors,
+)
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
-from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
+from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names, decoder_switches
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
@@ -65,8 +73,8 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     architecture = causal_class(model_type)
     known = AutoConfig.for_model(model_type)
     check_config(model_type, known)
-    config, needed = tiny_config(model_type, known, stated)
-    required = _required_values(config)
+    config, needed, switches = _decoder(model_type, known, stated)
+    required = {**switches, **_required_values(config)}
     joined = {name: kinds for name, (kinds, _) in _JOINED.items() if getattr(config, name, None)}
     needed |= {**required, **{name: _JOINED[name][1] for name in joined}}
     config = with_values(config, {name: needed[name] for name in (*required, *joined)})
@@ -100,6 +108,19 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     _prove(derived, config, variants, settings)
     derived.fields = {name: value for name, value in derived.fields.items() if value != _DEFAULTS.get(name)}
     return derived
+
+
+def _decoder(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
+    """Return a small configuration, what it needs, and the switches without which its model is no causal decoder."""
+    for switches in decoder_switches(known):
+        try:
+            config, needed = tiny_config(model_type, known, {**stated, **switches})
+            check_causal(tiny_model(config))
+        except CannotSplitError as error:
+            refusal = error
+        else:
+            return config, needed, switches
+    raise refusal
 
 
 def _required_values(config: Any) -> dict[str, Any]:
@@ -245,6 +266,7 @@ class _Variants:
             "skip_outside_bottom": tuple(parts.skip_outside_bottom),
             "skip_outside_top": tuple(parts.skip_outside_top),
             "before_head": tuple(parts.before_head),
+            "head_bias": parts.head_bias,
             "enter_at_layers": parts.enter_at_layers,
             "leave_at_layers": parts.leave_at_layers,
             "layers_return_tuple": parts.layers_return_tuple,
@@ -369,6 +391,9 @@ def _differences(
     # A model that cannot be created with these values counts as a difference.
     try:
         model = tiny_model(with_values(config, values or {}), attention)
-        return differences(model if dtype == _DTYPES[0] else in_dtype(model, dtype), ModelFamily(**derived.fields))
+        # Where a file is read, by transformers too: operations may round by where a tensor lies in memory.
+        if dtype != _DTYPES[0] or derived.fields["transformers_tables"]:
+            model = in_dtype(model, dtype)
+        return differences(model, ModelFamily(**derived.fields))
     except Exception as error:  # noqa: BLE001
         return [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,13 @@ from splitlearn_core.extension import (
 #: The values of ``config.json`` that a plan needs, by their common names.
 COMMON = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _LAYERS = COMMON[0]
+#: Their names in configurations of an encoder and a decoder, where the common ones are the encoder's.
+_OF_A_DECODER = {
+    _LAYERS: ("decoder_layers", "num_decoder_layers"),
+    "num_attention_heads": ("decoder_attention_heads", "num_decoder_attention_heads"),
+}
+#: What makes a decoder of an encoder, where its configuration has such values; sparse attention is an encoder's.
+_AS_A_DECODER = {"is_decoder": True, "add_cross_attention": False, "attention_type": "original_full"}
 _TIED = "tie_word_embeddings"
 #: Hidden states cross cuts in float32.
 _WIDE = "residual_in_fp32"
@@ -103,14 +110,29 @@ def check_config(model_type: str, known: Any) -> None:
     Raises:
         CannotSplitError: It is an encoder-decoder, or a model of several models.
     """
-    if getattr(known, "is_encoder_decoder", False):
+    if not known.is_encoder_decoder:
+        _check_alone(model_type, known)
+    elif known.sub_configs:
         raise CannotSplitError(
             f"{model_type} is an encoder-decoder: its layers are two stacks, and the second attends to the first",
             hint="only decoders that predict the next token can be split",
         )
-    _check_alone(model_type, known)
     if type(getattr(known, "num_hidden_layers", None)) is not int:
         raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
+
+
+def decoder_switches(known: Any) -> Iterator[dict[str, Any]]:
+    """Yield switches of a configuration with which a model may be a causal decoder: first as few as possible."""
+    alone = {"is_encoder_decoder": False} if known.is_encoder_decoder else {}
+    yield alone
+    if getattr(known, "is_decoder", None) is False:
+        yield {**alone, **{name: value for name, value in _AS_A_DECODER.items() if hasattr(known, name)}}
+
+
+def decoder_names(known: Any) -> dict[str, str]:
+    """Return the decoder's own names of values in a configuration of an encoder and a decoder, by common name."""
+    candidates = _OF_A_DECODER.items() if known.is_encoder_decoder else ()
+    return {common: own for common, names in candidates for own in names if hasattr(known, own)}
 
 
 def _check_alone(model_type: str, known: Any) -> None:
@@ -171,7 +193,7 @@ def _is_file(path: Path) -> bool:
 def config_names(known: Any) -> dict[str, str]:
     """Return the names of a type's ``config.json`` that differ from the common ones, by common name."""
     written = known.to_dict()
-    names = {common: known.attribute_map.get(common, common) for common in COMMON}
+    names = {common: known.attribute_map.get(common, common) for common in COMMON} | decoder_names(known)
     if _LAYERS not in written and names[_LAYERS] not in written:
         # Computed: a list with one item for each layer is written instead.
         depth = _read(known, _LAYERS)

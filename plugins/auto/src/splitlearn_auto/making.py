@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from splitlearn_auto.findings import CannotSplitError
+from splitlearn_auto.knowledge import decoder_names
 from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token
 
 #: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
@@ -32,9 +33,21 @@ TINY: Mapping[str, Any] = {
 }
 
 #: Sizes that only some model types have, by their names in transformers.
-_RARE: Mapping[str, int] = {
+_RARE: Mapping[str, int | str] = {
     # Feed-forward layers under other names.
-    **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "dff", "dim_ff", "intermediate_size_mlp", "n_inner"), 48),
+    **dict.fromkeys(
+        (
+            "ffn_dim",
+            "decoder_ffn_dim",
+            "encoder_ffn_dim",
+            "ffn_hidden_size",
+            "dff",
+            "dim_ff",
+            "intermediate_size_mlp",
+            "n_inner",
+        ),
+        48,
+    ),
     **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size", "block_ff_dim"), 48),
     "word_embed_proj_dim": 16,
     # Attention under other names; rotary dimensions are an even part of a head's.
@@ -59,8 +72,11 @@ _RARE: Mapping[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
+    "shared_experts_intermediate_size": 16,
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts"), 1),
     "router_hidden_size": 16,
+    # Adapters for each language.
+    "default_language": "en_XX",
     # Embeddings of tokens for each layer.
     "vocab_size_per_layer_input": 101,
     "hidden_size_per_layer_input": 8,
@@ -108,12 +124,15 @@ def tiny_sizes(known: Any) -> dict[str, Any]:
     if "num_key_value_heads" in sizes and hasattr(known, "kv_lora_rank"):
         # Latent attention has keys for each head.
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    sizes |= {own: TINY[name] for name, own in decoder_names(known).items()}
     own = {known.attribute_map.get(name, name) for name in sizes}
     for name, value in _RARE.items():
         current = getattr(known, name, None)
         # Values that are None by default are computed from others, with exceptions.
         small = current is None and name in _NEVER_COMPUTED and hasattr(known, name)
-        if (small or (type(current) is int and current > value)) and known.attribute_map.get(name, name) not in own:
+        larger = type(current) is type(value) is int and current > value
+        mapped = known.attribute_map.get(name, name)
+        if (small or larger) and mapped not in own and not _is_computed(known, mapped):
             sizes[name] = value
     return sizes
 
@@ -173,8 +192,6 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
         yield {**needed, "layer_types": ["full_attention"] * _DEPTH}
     if getattr(known, "num_kv_shared_layers", 0):
         yield {**needed, "num_kv_shared_layers": 0}
-    if getattr(known, "is_decoder", True) is False:
-        yield {**needed, "is_decoder": True}
     if getattr(known, "is_heterogeneous", False):
         yield {**needed, "per_layer_config": _small_layers(known, {**sizes, **needed})}
     if known.sub_configs:
@@ -372,7 +389,8 @@ def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
 
 
 def in_dtype(model: Any, dtype: str) -> Any:
-    """Save and load a model in another dtype: computed buffers differ from converted ones."""
+    """Save and load a model, in another dtype maybe: computed buffers differ from converted ones."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return type(model).from_pretrained(folder, dtype=dtype).eval()
+        attention = model.config._attn_implementation  # noqa: SLF001  # the name in transformers
+        return type(model).from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()

@@ -140,6 +140,11 @@ def zeroed(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     return _zeros(own(*args, **kwargs))
 
 
+def nothing(_: Callable[..., Any], __: tuple[Any, ...], ___: dict[str, Any]) -> torch.Tensor:
+    """Replacement that returns a zero without dimensions, as wide as anything that it is added to."""
+    return torch.zeros(())
+
+
 def with_noise(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Replacement that calls the module with noise in place of every computed input but the first."""
     named = {

@@ -26,6 +26,7 @@ _REASONS = {
     "config_names": "The names in its config.json of the values that a plan needs.",
     "config_defaults": "The defaults of transformers for values that config.json lacks.",
     "uniform_layers": "Its layers are not all made by one class from a configuration and a number.",
+    "head_bias": "One tensor with the head's bias, where embedding and head are one.",
     "before_head": "The state passes through it before the head.",
     "joined_layers": "Layers of these kinds use what the layer before has computed.",
     "required_values": "With others, more than the hidden states crosses from layer to layer.",
