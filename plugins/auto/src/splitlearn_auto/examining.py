@@ -14,11 +14,11 @@ from transformers import AutoConfig, Cache
 from splitlearn_auto.answers import UnprovenSetting
 from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
-from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names
+from splitlearn_auto.knowledge import check_config, config_defaults, config_names, decoder_name, has_any_decoder, model_class_name
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
-from splitlearn_core.extension import CACHE_FIELD, own_state
+from splitlearn_core.extension import CACHE_FIELD, own_state, with_decoder_values
 
 _TIED = "tie_word_embeddings"
 #: Switches that do not affect the structure of a decoder.
@@ -62,14 +62,15 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         ConfigurationError: There is no such type.
         CannotSplitError: Models of the type cannot be split, with the reason.
     """
-    architecture = causal_class(model_type)
+    architecture = model_class_name(model_type)
     known = AutoConfig.for_model(model_type)
     check_config(model_type, known)
+    text_config = decoder_name(known)
     config, needed = tiny_config(model_type, known, stated)
     required = _required_values(config)
-    joined = {name: kinds for name, (kinds, _) in _JOINED.items() if getattr(config, name, None)}
-    needed |= {**required, **{name: _JOINED[name][1] for name in joined}}
-    config = with_values(config, {name: needed[name] for name in (*required, *joined)})
+    joined = {name: kinds for name, (kinds, _) in _JOINED.items() if getattr(_decoder(config), name, None)}
+    added = {**required, **{name: _JOINED[name][1] for name in joined}}
+    needed, config = with_decoder_values(needed, text_config, added), with_values(config, added)
     model = tiny_model(config)
     parts = derive_parts(model)
     renamed = renamed_keys(model, saved_tensors(model))
@@ -81,12 +82,15 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             "model_type": model_type,
             "architecture": architecture,
             **variants.fields(),
+            # Masks of all layers may depend on which tokens belong to one image.
+            **({"text_config": text_config, "bottom_arguments": ()} if text_config else {}),
             "ignored_suffixes": ignored_suffixes(model),
-            "renamed": renamed or (),
-            "transformers_tables": renamed is None or keeps_float32(model),
-            "measured_cache": keeps_states(model),
+            # transformers' tables know the names in older files of models of several, too.
+            "renamed": () if text_config else renamed or (),
+            "transformers_tables": bool(text_config) or renamed is None or keeps_float32(model),
+            "measured_cache": keeps_states(model) or has_any_decoder(known),
             "config_names": config_names(known),
-            "config_defaults": {**config_defaults(known), **{name: getattr(known, name) for name in required}},
+            "config_defaults": {**config_defaults(known), **{name: getattr(_decoder(known), name) for name in required}},
             "required_values": required,
             "joined_layers": joined,
             "tiny_config": needed,
@@ -102,11 +106,16 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     return derived
 
 
+def _decoder(config: Any) -> Any:
+    """Return the configuration of the decoder in that of a model of several, or the whole."""
+    return config.get_text_config(decoder=True)
+
+
 def _required_values(config: Any) -> dict[str, Any]:
     """Return the values that a configuration must have so that only hidden states cross a cut."""
     required = {}
     for name, other in _MORE_CROSSES.items():
-        if getattr(config, name, None) is None:
+        if getattr(_decoder(config), name, None) is None:
             continue
         try:
             derive_parts(tiny_model(with_values(config, {name: other})))
@@ -119,7 +128,7 @@ def _required_values(config: Any) -> dict[str, Any]:
 def _unproven(config: Any, values: Mapping[str, Any], why: str) -> tuple[str, UnprovenSetting]:
     """Return a note on values for which the family does not hold, in words and as data."""
     note = f"with {_setting(values)}: {why}"
-    proven = {name: None if name == _SLIDING else getattr(config, name, None) for name in values}
+    proven = {name: None if name == _SLIDING else getattr(_decoder(config), name, None) for name in values}
     return note, UnprovenSetting(values, proven, note)
 
 
@@ -191,7 +200,7 @@ class _Variants:
                 self.variants[name] = values
 
     def _switches(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        own = self._config.to_dict()
+        own = _decoder(self._config).to_dict()
         for name, value in own.items():
             if isinstance(value, bool) and name not in _NO_SWITCHES:
                 yield name.replace("_", " ").strip(), {name: not value}
@@ -310,7 +319,7 @@ def _describe_cache(derived: Derived, config: Any) -> None:
     note = cache_note(model, ModelFamily(**derived.fields))
     if not note:
         return
-    defaults = {name: getattr(type(config)(), name, None) for name in _LATENT}
+    defaults = {name: getattr(type(_decoder(config))(), name, None) for name in _LATENT}
     stated = {name: value for name, value in defaults.items() if type(value) is int}
     latent = {
         **derived.fields,
@@ -318,7 +327,7 @@ def _describe_cache(derived: Derived, config: Any) -> None:
         "config_defaults": {**derived.fields["config_defaults"], **stated},
     }
     measured = {**derived.fields, "measured_cache": True}
-    if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
+    if all(getattr(_decoder(config), name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
         derived.fields = latent
         return
     # The code of some models (DBRX's experts) does not run without values.
@@ -348,14 +357,14 @@ def _check_cache(config: Any) -> None:
 def _dropouts(config: Any) -> dict[str, Any]:
     return {
         name: _DROPOUT
-        for name, value in config.to_dict().items()
+        for name, value in _decoder(config).to_dict().items()
         if "drop" in name and not any(part in name for part in _NO_DROPOUT)
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
 def _has_window(config: Any) -> bool:
-    value = getattr(config, _SLIDING, None)
+    value = getattr(_decoder(config), _SLIDING, None)
     return type(value) is int and value > _WINDOW
 
 
