@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from splitlearn_core.build.cache_sizes import layer_cache_sizes as layer_cache_sizes
     from splitlearn_core.build.cache_sizes import sizes_after_one_token as sizes_after_one_token
     from splitlearn_core.build.configuration import hf_config as hf_config
+    from splitlearn_core.build.configuration import with_decoder_values as with_decoder_values
     from splitlearn_core.build.construction import component_from_state_dict as component_from_state_dict
     from splitlearn_core.build.conversion_tables import targets_by_tables as targets_by_tables
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
@@ -159,6 +160,7 @@ _HOMES = {
     "user_path": "arguments",
     "version_of": "plugins.metadata",
     "way_out": "plugins.known",
+    "with_decoder_values": "build.configuration",
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604  # resolved by __getattr__

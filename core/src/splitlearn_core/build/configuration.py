@@ -76,7 +76,7 @@ def hf_config(
     """
     config_class = config_class_of(family)
     with BUILD_LOCK, config_errors(family, name_or_path):
-        if family.text_config and config_class.model_type != family.model_type:
+        if family.text_config and family.text_config not in config_class.sub_configs:
             # A class of the decoder alone, which the whole model ties.
             tied = family.config_value(values, "tie_word_embeddings")
             values = {**family.decoder_values(values), "tie_word_embeddings": bool(tied)}
@@ -112,6 +112,28 @@ def decoder_config(family: ModelFamily, config: Any) -> Any:
     return getattr(config, family.text_config, config) if family.text_config else config
 
 
+def with_decoder_values(config: Mapping[str, Any], text_config: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of a whole model's configuration with others of its decoder.
+
+    Args:
+        config: The values.
+        text_config: The name of the decoder's in them; empty if it is the whole model.
+        values: Values of the decoder. Whether head and embedding are tied is one of the whole model, and a mapping that
+            has the name of another model's configuration is of that.
+    """
+    if not text_config:
+        return {**config, **values}
+    changed = {**config, text_config: {**(config.get(text_config) or {})}}
+    for name, value in values.items():
+        if name == "tie_word_embeddings":
+            changed[name] = value
+        elif isinstance(value, Mapping) and (name == text_config or isinstance(config.get(name), Mapping)):
+            changed[name] = {**(changed.get(name) or {}), **value}
+        else:
+            changed[text_config][name] = value
+    return changed
+
+
 def config_class_of(family: ModelFamily) -> Any:
     """Return the configuration class of a family's model type.
 
@@ -124,7 +146,7 @@ def config_class_of(family: ModelFamily) -> Any:
         # Not get(), which sees only what was imported already.
         stated = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else own  # noqa: SIM401
         # That of a model of several is not the one of its text model.
-        return own if stated.sub_configs else stated
+        return own if stated.sub_configs and not own.sub_configs else stated
     return own
 
 

@@ -10,6 +10,9 @@ from splitlearn_core import ModelFamily, SplitLearnError
 
 #: Fields of a family that no examination gives: two are names of other packages, and two are the plugin's own choice.
 _NOT_EXAMINED = {"impossible_cuts", "bundled_checkpoint", "default_model", "preferred_strategy"}
+#: Values that a model of several has for all of them.
+_OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype")
+_LAYERS = "num_hidden_layers"
 _FIELDS = {item.name: item for item in fields(ModelFamily) if item.name not in _NOT_EXAMINED}
 
 
@@ -66,7 +69,8 @@ class _ProvenAlone:
     unproven: tuple[UnprovenSetting, ...]
 
     def __call__(self, config: Mapping[str, Any]) -> Mapping[int, str]:
-        values, layers = self.family.decoder_values(config), self.family.config_value(config, "num_hidden_layers")
+        whole = {name: config[name] for name in _OF_THE_WHOLE if name in config}
+        values, layers = {**self.family.decoder_values(config), **whole}, self.family.config_value(config, _LAYERS)
         reason = next((setting.reason for setting in self.unproven if setting.applies_to(values)), "")
         return dict.fromkeys(range(1, layers), reason) if reason and isinstance(layers, int) else {}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from splitlearn_auto.findings import CannotSplitError, Question
 from splitlearn_auto.observing import (
@@ -78,15 +79,21 @@ def derive_parts(model: Any) -> Parts:
     parts = Parts(_end(model, base, "base_model"))
     parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
     parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
-    parts.before_head = list(_around_head(model, parts))
+    called = check_causal(model)
+    parts.before_head = [
+        path
+        for path in _around_head(model, parts)
+        # In a model of several, others are those for images or sound.
+        if base.config is model.config or any(f"{name}.".startswith(f"{path}.") for name in called)
+    ]
     parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
-    check_causal(model)
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
-    parts.layers = _layers(base, model.config, embeddings)
+    parts.layers = _layers(base, embeddings)
     # The modules around layers and embedding take tokens, and are no steps of their own.
     frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
-    layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(_depth(model))]
+    depth = int(base.config.num_hidden_layers)
+    layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(depth)]
     _check_chain(frame, seen, layers)
     parts.layers_return_tuple = not isinstance(layers[0].output, torch.Tensor)
     _before(frame, seen, layers[0], parts)
@@ -125,13 +132,20 @@ class _Frame:
 
 
 def _base(model: Any) -> Any:
-    base = base_of(model)
+    base = base_of(_decoder(model))
     if base is model:
         raise CannotSplitError(
             f"{type(model).__name__} has no base model: its base_model_prefix is {model.base_model_prefix!r}, "
             "and there is no module of that name"
         )
     return base
+
+
+def _decoder(model: Any) -> Any:
+    """Return the outermost model in a model of several that has the decoder's configuration, or the whole model."""
+    config = model.config.get_text_config(decoder=True)
+    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next((module for module in inside if module.config is config), model)
 
 
 def _end(root: nn.Module, module: Any, how: str) -> str:
@@ -141,13 +155,18 @@ def _end(root: nn.Module, module: Any, how: str) -> str:
     raise CannotSplitError(f"{type(root).__name__} does not contain what {how} returns ({type(module).__name__})")
 
 
-def _depth(model: Any) -> int:
-    return int(model.config.num_hidden_layers)
-
-
 @torch.no_grad()
-def check_causal(model: Any) -> None:
-    """Refuse a model in which tokens change what comes before them; raises CannotSplitError."""
+def check_causal(model: Any) -> set[str]:
+    """Refuse a model in which tokens change what comes before them; returns the names of the modules that ran.
+
+    Raises:
+        CannotSplitError: It is such a model.
+    """
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
     ids = torch.randint(3, 100, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[:, -1] = (ids[:, -1] + 1) % 100
@@ -160,11 +179,14 @@ def check_causal(model: Any) -> None:
         raise CannotSplitError(
             "it is not a causal decoder: the last token changes the logits of the tokens before it (as in an encoder)"
         )
+    for hook in hooks:
+        hook.remove()
+    return called
 
 
-def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
+def _layers(base: Any, embeddings: torch.Tensor) -> str:
     """Return the path of the list of layers that a forward pass runs one after another."""
-    depth = config.num_hidden_layers
+    depth = base.config.num_hidden_layers
     lists = {path: module for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     lengths = ", ".join(f"{path} ({len(module)})" for path, module in list(lists.items())[:_MAX_SHOWN]) or "none"
     candidates = [path for path, module in lists.items() if len(module) == depth]

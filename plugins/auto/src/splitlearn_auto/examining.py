@@ -22,11 +22,20 @@ from splitlearn_auto.deriving import (
     saved_tensors,
 )
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
-from splitlearn_auto.knowledge import causal_class, check_config, config_defaults, config_names, decoder_switches
+from splitlearn_auto.knowledge import (
+    check_config,
+    config_defaults,
+    config_names,
+    decoder_name,
+    decoder_of,
+    decoder_switches,
+    has_any_decoder,
+    model_class_name,
+)
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
-from splitlearn_core.extension import CACHE_FIELD, own_state
+from splitlearn_core.extension import CACHE_FIELD, own_state, with_decoder_values
 
 _TIED = "tie_word_embeddings"
 #: Switches that do not affect the structure of a decoder.
@@ -70,14 +79,15 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         ConfigurationError: There is no such type.
         CannotSplitError: Models of the type cannot be split, with the reason.
     """
-    architecture = causal_class(model_type)
+    architecture = model_class_name(model_type)
     known = AutoConfig.for_model(model_type)
     check_config(model_type, known)
-    config, needed, switches = _decoder(model_type, known, stated)
+    text_config = decoder_name(known)
+    config, needed, switches = _small_decoder(model_type, known, stated)
     required = {**switches, **_required_values(config)}
-    joined = {name: kinds for name, (kinds, _) in _JOINED.items() if getattr(config, name, None)}
-    needed |= {**required, **{name: _JOINED[name][1] for name in joined}}
-    config = with_values(config, {name: needed[name] for name in (*required, *joined)})
+    joined = {name: kinds for name, (kinds, _) in _JOINED.items() if getattr(decoder_of(config), name, None)}
+    added = {**required, **{name: _JOINED[name][1] for name in joined}}
+    needed, config = with_decoder_values(needed, text_config, added), with_values(config, added)
     model = tiny_model(config)
     parts = derive_parts(model)
     renamed = renamed_keys(model, saved_tensors(model))
@@ -89,12 +99,18 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             "model_type": model_type,
             "architecture": architecture,
             **variants.fields(),
+            # Masks of all layers may depend on which tokens belong to one image.
+            **({"text_config": text_config, "bottom_arguments": ()} if text_config else {}),
             "ignored_suffixes": ignored_suffixes(model),
-            "renamed": renamed or (),
-            "transformers_tables": renamed is None or keeps_float32(model),
-            "measured_cache": keeps_states(model),
+            # transformers' tables know the names in older files of models of several, too.
+            "renamed": () if text_config else renamed or (),
+            "transformers_tables": bool(text_config) or renamed is None or keeps_float32(model),
+            "measured_cache": keeps_states(model) or has_any_decoder(known),
             "config_names": config_names(known),
-            "config_defaults": {**config_defaults(known), **{name: getattr(known, name) for name in required}},
+            "config_defaults": {
+                **config_defaults(known),
+                **{name: getattr(decoder_of(known), name) for name in required},
+            },
             "required_values": required,
             "joined_layers": joined,
             "tiny_config": needed,
@@ -110,7 +126,9 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     return derived
 
 
-def _decoder(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
+def _small_decoder(
+    model_type: str, known: Any, stated: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
     """Return a small configuration, what it needs, and the switches without which its model is no causal decoder."""
     for switches in decoder_switches(known):
         try:
@@ -127,7 +145,7 @@ def _required_values(config: Any) -> dict[str, Any]:
     """Return the values that a configuration must have so that only hidden states cross a cut."""
     required = {}
     for name, other in _MORE_CROSSES.items():
-        if getattr(config, name, None) is None:
+        if getattr(decoder_of(config), name, None) is None:
             continue
         try:
             derive_parts(tiny_model(with_values(config, {name: other})))
@@ -140,7 +158,7 @@ def _required_values(config: Any) -> dict[str, Any]:
 def _unproven(config: Any, values: Mapping[str, Any], why: str) -> tuple[str, UnprovenSetting]:
     """Return a note on values for which the family does not hold, in words and as data."""
     note = f"with {_setting(values)}: {why}"
-    proven = {name: None if name == _SLIDING else getattr(config, name, None) for name in values}
+    proven = {name: None if name == _SLIDING else getattr(decoder_of(config), name, None) for name in values}
     return note, UnprovenSetting(values, proven, note)
 
 
@@ -212,7 +230,7 @@ class _Variants:
                 self.variants[name] = values
 
     def _switches(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        own = self._config.to_dict()
+        own = decoder_of(self._config).to_dict()
         for name, value in own.items():
             if isinstance(value, bool) and name not in _NO_SWITCHES:
                 yield name.replace("_", " ").strip(), {name: not value}
@@ -332,7 +350,7 @@ def _describe_cache(derived: Derived, config: Any) -> None:
     note = cache_note(model, ModelFamily(**derived.fields))
     if not note:
         return
-    defaults = {name: getattr(type(config)(), name, None) for name in _LATENT}
+    defaults = {name: getattr(type(decoder_of(config))(), name, None) for name in _LATENT}
     stated = {name: value for name, value in defaults.items() if type(value) is int}
     latent = {
         **derived.fields,
@@ -340,7 +358,9 @@ def _describe_cache(derived: Derived, config: Any) -> None:
         "config_defaults": {**derived.fields["config_defaults"], **stated},
     }
     measured = {**derived.fields, "measured_cache": True}
-    if all(getattr(config, name, None) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
+    if all(getattr(decoder_of(config), name, None) for name in _LATENT) and not cache_note(
+        model, ModelFamily(**latent)
+    ):
         derived.fields = latent
         return
     # The code of some models (DBRX's experts) does not run without values.
@@ -370,14 +390,14 @@ def _check_cache(config: Any) -> None:
 def _dropouts(config: Any) -> dict[str, Any]:
     return {
         name: _DROPOUT
-        for name, value in config.to_dict().items()
+        for name, value in decoder_of(config).to_dict().items()
         if "drop" in name and not any(part in name for part in _NO_DROPOUT)
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
 def _has_window(config: Any) -> bool:
-    value = getattr(config, _SLIDING, None)
+    value = getattr(decoder_of(config), _SLIDING, None)
     return type(value) is int and value > _WINDOW
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from splitlearn_auto.findings import CannotSplitError
 from splitlearn_core import ConfigurationError, MissingFileError
 from splitlearn_core.extension import (
     CONFIG,
-    PACKAGES,
     WRITTEN,
     open_source,
     quote,
@@ -36,44 +35,93 @@ _AS_A_DECODER = {"is_decoder": True, "add_cross_attention": False, "attention_ty
 _TIED = "tie_word_embeddings"
 #: Hidden states cross cuts in float32.
 _WIDE = "residual_in_fp32"
+#: transformers' tables of classes that predict tokens of text, of models of several.
+_OF_SEVERAL = ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM")
+#: Those that are named as evidence of the kind of another type.
+_KINDS = ("SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "IMAGE_CLASSIFICATION", "SPEECH_SEQ_2_SEQ")
 
 
-def causal_class(model_type: str) -> str:
-    """Return the name of the causal language model class of transformers for a model type.
+def model_class_name(model_type: str) -> str:
+    """Return the name of the class of transformers that predicts the next token, for a model type.
+
+    Of a type whose models are made of several, that of the whole model: it alone has all that text passes through.
 
     Raises:
         ConfigurationError: transformers knows no such type; the nearest is named.
-        CannotSplitError: It knows the type, but no causal language model of it.
+        CannotSplitError: It knows the type, but no class of it that predicts the next token.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model_type not in CONFIG_MAPPING_NAMES:
         raise _unknown(model_type, sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if class_names is None:
-        _check_decoder_among_others(model_type)
+    tables = [*(_OF_SEVERAL if _is_of_several(model_type) else ()), "CAUSAL_LM"]
+    class_name = _class_in(tables, model_type)
+    if not class_name:
+        kind = _class_in(_KINDS, model_type) or _class_in(["MAPPING"], model_type) or "no model"
         raise CannotSplitError(
-            f"{model_type} is not a causal language model: transformers has {_kinds(model_type) or 'no model'} for it",
+            f"{model_type} is not a causal language model: transformers has {kind} for it",
             hint="only decoders that predict the next token can be split",
         )
-    return class_names if isinstance(class_names, str) else str(class_names[0])
+    return class_name
 
 
-def _check_decoder_among_others(model_type: str) -> None:
-    """Refuse a type of several models, one of which is a decoder; raises CannotSplitError."""
+def _class_in(tables: Sequence[str], model_type: str) -> str:
+    """Return the class of a type in the first of transformers' tables that has one; empty if none has."""
+    from transformers.models.auto import modeling_auto
+
+    for table in tables:
+        name = "MODEL_MAPPING_NAMES" if table == "MAPPING" else f"MODEL_FOR_{table}_MAPPING_NAMES"
+        # Old versions do not have all tables.
+        classes = getattr(modeling_auto, name, {}).get(model_type)
+        if classes is not None:
+            return str(classes) if isinstance(classes, str) else ", ".join(classes)
+    return ""
+
+
+def _is_of_several(model_type: str) -> bool:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
     # Classes of transformers raise any exception for their own defaults.
     try:
         known = AutoConfig.for_model(model_type)
-        inner = known.get_text_config(decoder=True).model_type
+        return not known.is_encoder_decoder and bool(decoder_name(known))
     except Exception:  # noqa: BLE001
-        return
-    if inner != model_type and not known.is_encoder_decoder and (inner in CAUSAL or model_type in SEEING):
-        _check_alone(model_type, known)
+        return False
+
+
+def decoder_name(known: Any) -> str:
+    """Return the name of the decoder's configuration in that of a model of several; empty if it is the whole.
+
+    Raises:
+        CannotSplitError: It is deeper inside.
+    """
+    # Of an encoder and a decoder, that is a copy of the whole by other names.
+    text = known if known.is_encoder_decoder else known.get_text_config(decoder=True)
+    if text is known:
+        return ""
+    for name in known.sub_configs:
+        if getattr(known, name, None) is text:
+            return str(name)
+    raise CannotSplitError(
+        f"{known.model_type} is made of several models ({', '.join(known.sub_configs)}), "
+        "and its decoder is a part of one of them",
+        hint="save that model alone with transformers: its own type may be split",
+    )
+
+
+def decoder_of(known: Any) -> Any:
+    """Return the decoder's configuration in that of a model of several, or the whole."""
+    name = decoder_name(known)
+    return getattr(known, name) if name else known
+
+
+def has_any_decoder(known: Any) -> bool:
+    """Return whether models of a type of several may have decoders of different types, which say so themselves."""
+    from transformers import AutoConfig
+
+    name = decoder_name(known)
+    return bool(name) and known.sub_configs[name] is AutoConfig
 
 
 def _unknown(model_type: str, known: list[str]) -> ConfigurationError:
@@ -87,37 +135,22 @@ def _unknown(model_type: str, known: list[str]) -> ConfigurationError:
     )
 
 
-def _kinds(model_type: str) -> str:
-    """Return the classes that transformers has for a type, as evidence of its kind."""
-    from transformers.models.auto import modeling_auto
-
-    tables = ("SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "IMAGE_CLASSIFICATION", "SPEECH_SEQ_2_SEQ")
-    names = [f"MODEL_FOR_{table}_MAPPING_NAMES" for table in tables] + ["MODEL_MAPPING_NAMES"]
-    for name in names:
-        classes = getattr(modeling_auto, name, {}).get(model_type)
-        if classes is not None:
-            return str(classes) if isinstance(classes, str) else ", ".join(classes)
-    return ""
-
-
 def check_config(model_type: str, known: Any) -> None:
-    """Refuse a type whose configuration shows that it is not a plain decoder.
+    """Refuse a type whose configuration shows that it is no decoder.
 
     Args:
         model_type: The type.
         known: A configuration of it.
 
     Raises:
-        CannotSplitError: It is an encoder-decoder, or a model of several models.
+        CannotSplitError: It is an encoder-decoder, or has no number of layers.
     """
-    if not known.is_encoder_decoder:
-        _check_alone(model_type, known)
-    elif known.sub_configs:
+    if known.is_encoder_decoder and known.sub_configs:
         raise CannotSplitError(
             f"{model_type} is an encoder-decoder: its layers are two stacks, and the second attends to the first",
             hint="only decoders that predict the next token can be split",
         )
-    if type(getattr(known, "num_hidden_layers", None)) is not int:
+    if type(getattr(decoder_of(known), "num_hidden_layers", None)) is not int:
         raise CannotSplitError(f"the configuration of {model_type} has no number of layers (num_hidden_layers)")
 
 
@@ -133,19 +166,6 @@ def decoder_names(known: Any) -> dict[str, str]:
     """Return the decoder's own names of values in a configuration of an encoder and a decoder, by common name."""
     candidates = _OF_A_DECODER.items() if known.is_encoder_decoder else ()
     return {common: own for common, names in candidates for own in names if hasattr(known, own)}
-
-
-def _check_alone(model_type: str, known: Any) -> None:
-    """Refuse a type whose models are made of several; raises CannotSplitError."""
-    text = known.get_text_config(decoder=True)
-    if text is not known:
-        raise CannotSplitError(
-            f"{model_type} is made of several models ({', '.join(known.sub_configs)})",
-            hint=f"pip install {PACKAGES[model_type]}"
-            if model_type in PACKAGES
-            else f"its language model is of type {text.model_type}: describe it in a family of your own, with "
-            "ModelFamily(..., text_config=...), as in docs/families.md",
-        )
 
 
 def given_config(model_type: str, origin: str, **hub: Any) -> Mapping[str, Any]:
@@ -192,6 +212,7 @@ def _is_file(path: Path) -> bool:
 
 def config_names(known: Any) -> dict[str, str]:
     """Return the names of a type's ``config.json`` that differ from the common ones, by common name."""
+    known = decoder_of(known)
     written = known.to_dict()
     names = {common: known.attribute_map.get(common, common) for common in COMMON} | decoder_names(known)
     if _LAYERS not in written and names[_LAYERS] not in written:
@@ -207,12 +228,13 @@ def config_defaults(known: Any) -> dict[str, Any]:
 
     A default that depends on another value (as many key heads as heads) is left out.
     """
-    defaults = {}
+    # Of its own class, and not those of the whole model for a decoder that a file says nothing about.
+    defaults, decoder = {}, type(decoder_of(known))()
     for name in COMMON:
-        value = _read(known, name)
-        if type(value) is int and not _follows(known, name, value):
+        value = _read(decoder, name)
+        if type(value) is int and not _follows(decoder, name, value):
             defaults[name] = value
-    wide = {_WIDE: True} if _read(known, _WIDE) is True else {}
+    wide = {_WIDE: True} if _read(decoder, _WIDE) is True else {}
     return {**defaults, _TIED: bool(_read(known, _TIED)), **wide}
 
 

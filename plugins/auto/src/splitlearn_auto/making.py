@@ -6,16 +6,18 @@ import inspect
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 
 from splitlearn_auto.findings import CannotSplitError
-from splitlearn_auto.knowledge import decoder_names
-from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token
+from splitlearn_auto.knowledge import decoder_name, decoder_names, model_class_name
+from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token, with_decoder_values
 
 #: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
@@ -92,12 +94,25 @@ _RARE: Mapping[str, int | str] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
 
+#: Sizes of the models for images or sound in a model of several.
+_DEPTHS = ("num_hidden_layers", "depth", "encoder_layers", "num_layers")
+_OF_OTHERS: Mapping[str, int] = {
+    **dict.fromkeys(_DEPTHS, 1),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "embed_dim", "encoder_ffn_dim", "hidden_dim"), 32),
+    **dict.fromkeys(("out_hidden_size", "projection_dim", "output_dim", "vision_output_dim"), 32),
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 32),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "encoder_attention_heads"), 2),
+    "head_dim": 16,
+}
 #: Values that models need and some classes (DeepSeek V2's) leave at None.
 _NEVER_COMPUTED = ("num_experts_per_tok",)
 #: What the modules of transformers import that have layers with a running state.
 _RECURRENT = "create_recurrent_attention_mask"
 #: Values that no class has, and the code of some models reads nevertheless.
 _UNSTATED: Mapping[str, Any] = {"rope_theta": 10_000.0}
+#: Rotary positions; and how many of them are of time, height and width.
+_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
+_SECTIONS = "mrope_section"
 _DEPTH = TINY["num_hidden_layers"]
 #: Upper limit, because tests create the model many times.
 _MAX_PARAMETERS = 20_000_000
@@ -152,6 +167,57 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     Raises:
         CannotSplitError: No small model of the type can be created, with the message of transformers.
     """
+    name = decoder_name(known)
+    if not name:
+        return _tiny_config(model_type, known, stated, partial(_config, model_type))
+    refusals = []
+    # Text passes through none of the other models, so that their sizes need not fit together.
+    for small in (_OF_OTHERS, dict.fromkeys(_DEPTHS, 1)):
+        others = _other_sizes(known, small, leave_out=name)
+        whole = {**others, name: {"model_type": getattr(known, name).model_type}}
+        try:
+            config, needed = _tiny_config(
+                model_type,
+                getattr(known, name),
+                stated.get(name, stated),
+                lambda values, whole=whole: _config(model_type, with_decoder_values(whole, name, values)),
+            )
+        except CannotSplitError as error:
+            refusals.append(error)
+            continue
+        return config, with_decoder_values(whole, name, needed)
+    raise refusals[0]
+
+
+def _other_sizes(known: Any, small: Mapping[str, int], leave_out: str = "") -> dict[str, Any]:
+    """Return values that make the other models of a configuration of several small."""
+    values: dict[str, Any] = {}
+    for name in known.sub_configs:
+        other = getattr(known, name, None)
+        if name == leave_out or other is None:
+            continue
+        sizes = {
+            other.attribute_map.get(size, size): value
+            for size, value in small.items()
+            if type(getattr(other, size, None)) is int
+            and getattr(other, size) > value
+            and not _is_computed(other, size)
+        }
+        values[name] = {"model_type": other.model_type, **sizes, **_other_sizes(other, small)}
+    return values
+
+
+def _tiny_config(
+    model_type: str, known: Any, stated: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Create a small configuration as :func:`tiny_config` does, of a decoder with what it is in.
+
+    Args:
+        model_type: The model type.
+        known: A configuration of the decoder.
+        stated: Its values in a given ``config.json``.
+        make: Makes the configuration of the whole model from values of the decoder.
+    """
     sizes = tiny_sizes(known)
     own = {name: value for name, value in sizes.items() if TINY.get(name) != value}
     problems = []
@@ -159,11 +225,11 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     while attempts:
         needed = attempts.popleft()
         try:
-            config = _config(model_type, {**sizes, **needed})
+            config = make({**sizes, **needed})
             parameters = _parameters(config)
             if parameters <= _MAX_PARAMETERS:
-                needed = {**needed, **_both_kinds(model_type, config, {**sizes, **needed})}
-                _check_forward(_config(model_type, {**sizes, **needed}))
+                needed = {**needed, **_both_kinds(config, {**sizes, **needed}, make)}
+                _check_forward(make({**sizes, **needed}))
         # Classes of transformers raise any exception for values that do not fit.
         except Exception as error:  # noqa: BLE001
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
@@ -171,7 +237,7 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
             continue
         if parameters <= _MAX_PARAMETERS:
             # Created again: a model may have changed its configuration.
-            return _config(model_type, {**sizes, **needed}), needed
+            return make({**sizes, **needed}), needed
         problems.append(f"it still has {parameters:,} parameters")
     raise CannotSplitError(
         f"no small model of type {model_type} can be created: {problems[0] if problems else 'no sizes fit'}",
@@ -196,6 +262,11 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
         yield {**needed, "per_layer_config": _small_layers(known, {**sizes, **needed})}
     if known.sub_configs:
         yield {**needed, **{name: _all_sizes(getattr(known, name)) for name in known.sub_configs}}
+    if _SECTIONS in inspect.getsource(_code_of(known)):
+        rope = {**_ROPE, **(getattr(known, "rope_parameters", None) or {}), _SECTIONS: [2, 1, 1]}
+        # The rotary dimensions are those of a head, or half of them.
+        yield {**needed, "rope_parameters": rope}
+        yield {**needed, "rope_parameters": rope, "head_dim": 2 * TINY["head_dim"]}
     # As many heads for keys as for queries; then the default number of layers.
     if "num_key_value_heads" in sizes and "num_attention_heads" in sizes:
         yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
@@ -212,29 +283,30 @@ def _small_layers(known: Any, values: Mapping[str, Any]) -> dict[str, dict[str, 
     }
 
 
-def _both_kinds(model_type: str, config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _both_kinds(config: Any, values: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
     """Return values with which a model has layers with keys and values and layers with running states.
 
     By the defaults of some classes, all layers are of one kind, and those of published models are not.
 
     Args:
-        model_type: The model type.
-        config: A small configuration of it.
-        values: Its values.
+        config: A small configuration.
+        values: The values of the decoder.
+        make: Makes a configuration from others.
     """
-    if _RECURRENT not in vars(sys.modules[_model_class(config).__module__]) or _has_both_kinds(config):
+    decoder = config.get_text_config(decoder=True)
+    if _RECURRENT not in vars(_code_of(decoder)) or _has_both_kinds(config):
         return {}
-    depth = config.num_hidden_layers
+    depth = decoder.num_hidden_layers
     for name, mixed in (
         ("layer_types", ["conv", "full_attention"] * depth),
         ("layer_types", ["linear_attention", "full_attention"] * depth),
         ("attn_layer_indices", [*range(1, depth, 2)]),
     ):
-        if not hasattr(config, name) or _is_computed(config, config.attribute_map.get(name, name)):
+        if not hasattr(decoder, name) or _is_computed(decoder, decoder.attribute_map.get(name, name)):
             continue
         # Classes of transformers raise any exception for values that do not fit.
         with suppress(Exception):
-            if _has_both_kinds(_config(model_type, {**values, name: mixed[:depth]})):
+            if _has_both_kinds(make({**values, name: mixed[:depth]})):
                 return {name: mixed[:depth]}
     return {}
 
@@ -264,16 +336,26 @@ def _kinds_of_layers(known: Any) -> list[str]:
 
     if getattr(known, "layer_types", ()) is not None:
         return []
-    code = inspect.getsource(sys.modules[_model_class(known).__module__])
+    code = inspect.getsource(_code_of(known))
     kinds = getattr(configuration_utils, "ALLOWED_LAYER_TYPES", ())
     return [kind for kind in kinds if f'"{kind}"' in code]
 
 
-def _model_class(known: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+def _code_of(known: Any) -> Any:
+    """Return the module of the model of a decoder's configuration."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    classes = AutoModelForCausalLM._model_mapping[type(known)]  # noqa: SLF001  # as from_config
-    return classes[0] if isinstance(classes, tuple) else classes
+    for table in (AutoModelForCausalLM._model_mapping, AutoModel._model_mapping):  # noqa: SLF001  # as from_config
+        if type(known) in table:
+            classes = table[type(known)]
+            return sys.modules[(classes[0] if isinstance(classes, tuple) else classes).__module__]
+    raise CannotSplitError(f"transformers has no model for the decoder alone, of type {known.model_type}")
+
+
+def _created(config: Any, **options: Any) -> Any:
+    """Create a model as ``from_config`` of transformers' automatic classes does."""
+    name = model_class_name(config.model_type)
+    return getattr(transformers, name)._from_config(config, **options)  # noqa: SLF001
 
 
 def _with_unstated(known: Any, needed: Mapping[str, Any], error: Exception) -> Iterator[dict[str, Any]]:
@@ -281,7 +363,7 @@ def _with_unstated(known: Any, needed: Mapping[str, Any], error: Exception) -> I
     name, owner = str(getattr(error, "name", "")), getattr(error, "obj", None)
     if isinstance(error, KeyError) and error.args[0] in (getattr(known, "layer_types", None) or ()):
         # Rotary positions of each kind of layers, and how many of them are of each of three kinds of positions.
-        rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
+        rope = {**_ROPE, _SECTIONS: [2, 1, 1]}
         if "rope_parameters" not in needed:
             yield {**needed, "rope_parameters": dict.fromkeys(sorted(set(known.layer_types)), rope)}
     key = getattr(owner, "base_config_key", "")
@@ -344,7 +426,7 @@ def quiet() -> Iterator[None]:
 
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:
     """Return a copy of a configuration with other values; raises the errors of its class."""
-    changed = type(config)(**{**config.to_dict(), **values})
+    changed = type(config)(**with_decoder_values(config.to_dict(), decoder_name(config), values))
     changed.dtype = torch.float32
     return changed
 
@@ -361,27 +443,21 @@ def _config(model_type: str, values: Mapping[str, Any]) -> Any:
 
 def _parameters(config: Any) -> int:
     """Count the parameters of a model without allocating them."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = _created(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
 def _check_forward(config: Any) -> None:
     """Run a model: some values are missed by its code only then."""
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_config(config).eval()(input_ids=torch.ones(1, 3, dtype=torch.long))
+    _created(config).eval()(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
 def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
     """Create a model with random parameters: at the usual 1 and 0, a misplaced norm or bias would change nothing."""
-    from transformers import AutoModelForCausalLM
-
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModelForCausalLM.from_config(config, **options)
+    model = _created(config, **options)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15

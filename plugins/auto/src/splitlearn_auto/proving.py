@@ -47,7 +47,7 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
     attention = model.config._attn_implementation  # noqa: SLF001  # the name in transformers
     dtype = str(model.dtype).removeprefix("torch.")
     differing: list[str] = []
-    for cut in cuts(int(model.config.num_hidden_layers)):
+    for cut in cuts(_depth(model)):
         try:
             split = _cut(model, family, hf_config(family, values, "the tiny model", dtype, attention), cut)
         except SplitLearnError as error:
@@ -55,6 +55,10 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
         problems = (*_compare(model, split), *_training(split, family))
         differing += [f"cut at {cut[0]} and {cut[1]}, {problem}" for problem in problems]
     return differing or list(_plan_problems(model, family, values))
+
+
+def _depth(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def cuts(depth: int) -> tuple[tuple[int, int], ...]:
@@ -148,7 +152,7 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
         for key, tensor in (saved_tensors(model) if family.transformers_tables else model.state_dict()).items()
     }
     try:
-        ranges = split_layers(family, values, cuts(int(model.config.num_hidden_layers))[0])
+        ranges = split_layers(family, values, cuts(_depth(model))[0])
         by_table = family.transformers_tables
         targets = targets_by_tables(family, values, sorted(infos)) if by_table else map_keys(family, infos)
         table = place_keys(family, values, targets, ranges)
