@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from splitlearn_core import (
@@ -157,6 +158,28 @@ class TestTransfer:
         loaded = load("trunk")
         assert not is_whole(hub)
         assert sent(hub) <= HEAD + count(spans_of(folder, "trunk"))
+        assert parts_equal(loaded, load("trunk", model=folder))
+
+    @pytest.mark.newest
+    def test_a_quantised_part_costs_its_numbers_and_scales(self, hub: LoopbackHub, large: Path, tmp_path: Path) -> None:
+        """Those of the whole model are not transferred to dequantise a part."""
+        folder = tmp_path / "fp8"
+        shutil.copytree(large, folder)
+        tensors = load_file(folder / SINGLE)
+        for key in [key for key, tensor in tensors.items() if ".layers." in key and tensor.dim() == 2]:
+            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+            tensors[f"{key}_scale_inv"] = torch.full([size // 64 for size in tensors[key].shape], 0.5)
+        (folder / SINGLE).unlink()
+        save_file(tensors, folder / SINGLE, {"format": "pt"})
+        stated = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"quantization_config": stated}))
+        hub.add_repo(REPO, folder)
+        planned = plan_fetch(REPO, SPLIT, parts=("trunk",))
+        loaded = load("trunk")
+        assert not is_whole(hub)
+        assert planned.fetched <= count(spans_of(folder, "trunk"))
+        assert sent(hub) <= 2 * HEAD + count(spans_of(folder, "trunk"))  # the plan read the header, too
         assert parts_equal(loaded, load("trunk", model=folder))
 
     @pytest.mark.parametrize(

@@ -178,14 +178,14 @@ def fp8(single: Path, edit_json: Callable[..., None]) -> Path:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU transformers leaves fp8 weights as they are")
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_checkpoint_is_dequantised_by_transformers(fp8: Path) -> None:
-    """The strategy need not be named: no other can read the files."""
+    """By that of the whole model, as a reference; see test_quantised for components alone."""
     try:
         importlib.import_module("transformers.integrations.finegrained_fp8")
     except ModuleNotFoundError as error:
         pytest.skip(f"this version of transformers needs {error.name} to read fp8 weights: they were NOT tested")
     expected = AutoModelForCausalLM.from_pretrained(fp8).state_dict()
 
-    parts = load_split_model("llama", CUTS, fp8)
+    parts = load_split_model("llama", CUTS, fp8, strategy="whole")
 
     found = state_of(parts)
     assert found.keys() == expected.keys()

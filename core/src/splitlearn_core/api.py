@@ -455,7 +455,7 @@ def plan_model_fetch(
     small: Wanted = dict.fromkeys(name for name in settings if name in files)
     # If there are no weights at all, weight_files() raises an error that says what is missing.
     weights: Wanted
-    if whole or checkpoint.quantization or not checkpoint.has_weights:
+    if whole or checkpoint.is_opaque or not checkpoint.has_weights:
         weights = dict.fromkeys(checkpoint.weight_files())
     elif checkpoint.headerless_file is not None:
         weights = {checkpoint.headerless_file: None}

@@ -86,8 +86,8 @@ class ReadPlan:
         return sum(loaded_nbytes(tensor, self.dtype) for tensor in self.tensors) if self.device == "cpu" else 0
 
     def is_floating(self, tensor: PlannedTensor) -> bool:
-        """Return whether a tensor is converted to the plan's dtype; integers keep theirs."""
-        return tensor.info.dtype in FLOAT_DTYPES.values()
+        """Return whether a tensor is converted to the plan's dtype; integers, and numbers and scales, keep theirs."""
+        return tensor.info.dtype in FLOAT_DTYPES.values() and tensor.quantised is None
 
     def needs_conversion(self, tensor: PlannedTensor) -> bool:
         """Return whether a tensor is stored in another floating dtype than it is loaded in."""

@@ -23,6 +23,7 @@ from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.torch_file import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
 from splitlearn_core.loading_strategy import PretrainedReader, WeightReader
+from splitlearn_core.plan.quantised import QuantisedTensor, quantised_tensors
 from splitlearn_core.quoting import SENTENCE, listed, plain, quote
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
 
@@ -138,6 +139,28 @@ class Checkpoint:
             return "bitsandbytes"
         # MLX writes its own settings under this name too.
         return MLX if {"group_size", "bits"} <= stated.keys() else "by no method that it names"
+
+    @cached_property
+    def quantised_tensors(self) -> Mapping[str, QuantisedTensor]:
+        """The quantised tensors that are dequantised one by one, by their keys in plain weights.
+
+        Raises:
+            CheckpointError: Numbers or scales are missing.
+        """
+        if not self.quantization or self.format != SAFETENSORS:
+            return {}
+        try:
+            return quantised_tensors(self.config["quantization_config"], self.weight_map)
+        except ValueError as error:
+            raise InvalidCheckpointError(
+                f"{self.source.model} is quantised ({self.quantization}), and {error}",
+                hint="fetch it again, with all of its files",
+            ) from error
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the weights are quantised so that transformers alone can read them, as a whole."""
+        return bool(self.quantization) and not self.quantised_tensors
 
     def weight_files(self) -> tuple[str, ...]:
         """Return the names of all weight files of the model."""

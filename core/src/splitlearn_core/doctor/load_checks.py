@@ -195,7 +195,9 @@ def description(model: OpenModel) -> Iterator[Finding]:
     owner = registry().plugin(family.model_type).entry.label
     layers = count_layers(family, model.config)
     yield ok(f"{model.name}{commit} is of type {family.model_type}, which {owner} provides; {layers} layers")
-    if checkpoint.quantization:
+    if checkpoint.quantization and not checkpoint.is_opaque:
+        yield ok(f"the weights are quantised ({checkpoint.quantization}): those of a component are dequantised")
+    elif checkpoint.quantization:
         what = f"the weights are quantised ({checkpoint.quantization}): the whole model is loaded to extract components"
         yield note(what, fix="use a checkpoint with plain weights, which are mapped instead")
     if not has_tokenizer(model) and checkpoint.pretrained_arguments() is None:
@@ -253,7 +255,7 @@ def usable_strategies(model: OpenModel, plan: SplitPlan) -> Iterator[Finding]:
 def load_obstacle(model: OpenModel, plan: SplitPlan) -> str:
     """Return why a model is not loaded for a check; empty if it can be."""
     checkpoint = model.checkpoint
-    if checkpoint.quantization:
+    if checkpoint.is_opaque:
         return "its weights are quantised, and all of them would be dequantised"
     if checkpoint.format != SAFETENSORS:
         return f"weights in the format {checkpoint.format} are read as a whole"

@@ -241,7 +241,9 @@ def load_components(
         _attach_generation_config(model, built.get(Component.TOP))
         for component, origin in origins.items():
             built[component].origin = origin
-            built[component].parted = tuple(t for t in plan.component(component).tensors if t.places)
+            built[component].parted = tuple(
+                plain for t in plan.component(component).tensors if t.places and (plain := t.as_plain) is not None
+            )
         with passing_through(progress) as report:
             read_all(plan, reads, built, strategies, report)
         _tie_if_equal(built, fetched.table)

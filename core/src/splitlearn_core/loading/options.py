@@ -58,7 +58,7 @@ def check_options(model: OpenModel, options: LoadOptions) -> None:
             f"there is an adapter next to the weights of {model.name} ({ADAPTER_CONFIG}); applying it needs peft",
             hint=f'pip install "splitlearn-core[peft]"; or move {ADAPTER_CONFIG} away for the model without it',
         )
-    if model.checkpoint.quantization:
+    if model.checkpoint.is_opaque or (model.checkpoint.quantization and options.strategy == WholeStrategy.name):
         if model.checkpoint.quantization == MLX:
             raise CheckpointError(
                 f"{model.name} is quantised as {MLX} does it (group_size, bits in {CONFIG}), and packed for it alone",
@@ -168,7 +168,7 @@ def whole_model(model: OpenModel, plan: SplitPlan, progress: ProgressCallback) -
         if model.family.text_config and plan.source == "headers":
             # The other models in it are loaded as well.
             infos = checkpoint.tensors(checkpoint.weight_map)
-        elif not plan.is_whole:
+        elif checkpoint.quantization or not plan.is_whole:
             infos = tensors_of_config(model)
         plain = sum(loaded_nbytes(PlannedTensor(key, info), dtype) for key, info in infos.items())
         if not checkpoint.quantization:

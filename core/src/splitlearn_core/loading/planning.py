@@ -15,9 +15,11 @@ from splitlearn_core.checkpoint.manifest import MANIFEST, read_manifest
 from splitlearn_core.errors import ConfigurationError, InvalidCheckpointError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.plan.conversions import stored_targets
 from splitlearn_core.plan.keys import KeyTable, KeyTarget, map_keys, place_keys, uneven_layers
 from splitlearn_core.plan.mismatch import alters_weights, cause_in_names, folded, likely_cause, unexpected_keys_message
 from splitlearn_core.plan.placement import AUTO, parse_dtypes
+from splitlearn_core.plan.quantised import plain_keys
 from splitlearn_core.plan.split_points import describe_cuts, split_layers
 from splitlearn_core.plan.splitplan import (
     CacheSize,
@@ -73,7 +75,7 @@ def make_plan(
     """
     ranges, dtypes = _ranges_and_dtypes(model, split_points, parts, dtype)
     checkpoint = model.checkpoint
-    from_headers = checkpoint.has_weights and checkpoint.is_describable and not checkpoint.quantization
+    from_headers = checkpoint.has_weights and checkpoint.is_describable and not checkpoint.is_opaque
     return _plan(model, ranges, dtypes, from_headers=from_headers)
 
 
@@ -90,13 +92,13 @@ def plan_and_fetch(
         InvalidSplitError, CheckpointError: As :func:`make_plan`; and there are no weights.
     """
     ranges, dtypes = _ranges_and_dtypes(model, split_points, parts, dtype)
-    quantised = bool(model.checkpoint.quantization)
-    if not quantised:
+    opaque = model.checkpoint.is_opaque
+    if not opaque:
         progress(Progress("planning"))
         fetch_headerless(model, ranges, dtypes, progress)
         log.info("Planning %s of %s, cut at %s", ", ".join(dtypes), model.name, describe_cuts(split_points))
     # Without any weights, the weight map says what is missing.
-    return fetch(model, _plan(model, ranges, dtypes, from_headers=not quantised), progress)
+    return fetch(model, _plan(model, ranges, dtypes, from_headers=not opaque), progress)
 
 
 def fetch_headerless(
@@ -154,8 +156,9 @@ def _plan(
     described = None if from_headers else tensors_of_config(model)
     table = _place(model, sorted(checkpoint.weight_map if described is None else described), ranges)
     tensors = checkpoint.tensors(_keys(table, requested)) if described is None else described
+    known = from_headers and not checkpoint.quantization
     dtypes = {
-        component: dtype if dtype != AUTO else default_dtype(checkpoint, config, known=from_headers)
+        component: dtype if dtype != AUTO else default_dtype(checkpoint, config, known=known)
         for component, dtype in requested.items()
     }
     with _naming(model):
@@ -181,7 +184,9 @@ def _plan(
             cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
             # Of all layers, also those of components that are not planned: one alone has no neighbours.
             warnings=uneven_layers(
-                f"{family.base}.{family.layers}.", (key for sources in table.sources.values() for key in sources)
+                f"{family.base}.{family.layers}.",
+                # Without what names a source of the tensor before it.
+                (name.partition("#")[0] for sources in table.sources.values() for name in sources),
             ),
             unexpected=tuple(table.unexpected),
         )
@@ -310,13 +315,15 @@ def tensors_of_config(model: OpenModel) -> dict[str, TensorInfo]:
     from splitlearn_core.build.configuration import describe_tensors
 
     infos = describe_tensors(model.family, dict(model.config), model.name, resolve_dtype("auto", model.config, ()))
-    if not model.checkpoint.quantization:
+    if not model.checkpoint.is_opaque:
         return infos
     return {key: replace(info, format=OPAQUE) for key, info in infos.items()}
 
 
 def _place(model: OpenModel, keys: Sequence[str], ranges: Mapping[str, LayerRange]) -> KeyTable:
-    return place_keys(model.family, model.config, key_targets(model.family, model.config, keys), ranges)
+    quantised = model.checkpoint.quantised_tensors
+    mapping = key_targets(model.family, model.config, plain_keys(keys, quantised))
+    return place_keys(model.family, model.config, stored_targets(mapping, quantised) if quantised else mapping, ranges)
 
 
 def key_targets(family: ModelFamily, config: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, KeyTarget]:

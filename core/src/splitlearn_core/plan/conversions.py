@@ -14,6 +14,7 @@ from itertools import accumulate, count
 from operator import mul
 
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.plan.quantised import MXFP4, QuantisedTensor
 from splitlearn_core.quoting import listed
 
 #: Operation -> how many dimensions it takes.
@@ -69,6 +70,8 @@ class WeightConversion:
     targets: tuple[str, ...]
     #: Applied one after the other.
     operations: tuple[WeightOperation, ...]
+    #: The sources that the file holds as numbers and scales; they are dequantised first.
+    quantised: tuple[QuantisedTensor, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what is not made of plain values, or of nothing."""
@@ -82,16 +85,22 @@ class WeightConversion:
             and isinstance(self.operations, tuple)
             and all(isinstance(operation, WeightOperation) for operation in self.operations)
         )
-        if not (sound and groups and self.targets and self.operations):
+        if not (sound and groups and self.targets and (self.operations or self.quantised)):
             raise ConfigurationError(
                 f"a conversion is described wrongly: {self.sources!r} to {self.targets!r} by {self.operations!r}"[:300],
                 hint="give tuples: sources of tuples of names, targets of names, operations of WeightOperation",
             )
 
     @property
+    def source_keys(self) -> tuple[str, ...]:
+        """The keys of all sources in plain weights."""
+        return tuple(key for group in self.sources for key in group)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The checkpoint keys of all sources."""
-        return tuple(key for group in self.sources for key in group)
+        stored = {tensor.key: tensor.keys for tensor in self.quantised}
+        return tuple(key for source in self.source_keys for key in stored.get(source, (source,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +133,29 @@ class Place:
         )
 
 
+def part_of_slab(place: Place, first: int, count: int, step: int) -> Place | None:
+    """Return the part of a place whose source lies in a slab; its source offset is counted from there.
+
+    Args:
+        place: A place.
+        first: The first index of the slab along the first dimension of the source.
+        count: How many there are.
+        step: The elements of the source between two of them.
+    """
+    begin, inside = divmod(place.source_offset, step)
+    sizes = enumerate(zip(place.sizes, place.source_strides, strict=True))
+    dim = next((dim for dim, (size, stride) in sizes if size > 1 and stride == step), None)
+    low, high = max(begin, first), min(begin + (1 if dim is None else place.sizes[dim]), first + count)
+    if low >= high:
+        return None
+    return replace(
+        place,
+        sizes=place.sizes if dim is None else _set(place.sizes, dim, high - low),
+        source_offset=(low - first) * step + inside,
+        target_offset=place.target_offset + (0 if dim is None else (low - begin) * place.target_strides[dim]),
+    )
+
+
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the number of elements between neighbours in each dimension of a contiguous tensor."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
@@ -154,14 +186,14 @@ def places_of(
 
     Args:
         conversion: What is made of what.
-        shapes: Of the sources, by checkpoint key.
+        shapes: Of the sources, by their keys in plain weights.
 
     Raises:
         ValueError: The operations do not fit the number or the shapes of the tensors, and why.
     """
     if absent := [name for group in conversion.sources for name in _left_out(group)]:
         raise ValueError(f"there is no {listed(absent, most=3)}")
-    keys = conversion.keys
+    keys = conversion.source_keys
     results = _layout(
         tuple(tuple(shapes[key] for key in group) for group in conversion.sources),
         conversion.operations,
@@ -312,3 +344,31 @@ def _shapes(arrays: list[_Array]) -> str:
 
 def _count(keys: Sequence[str]) -> str:
     return f"{len(keys)} tensors ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"  # noqa: PLR2004  # those that are named
+
+
+def stored_targets(
+    mapping: Mapping[str, str | WeightConversion | None], quantised: Mapping[str, QuantisedTensor]
+) -> dict[str, str | WeightConversion | None]:
+    """Return where the keys of a quantised checkpoint go, by where those of plain weights go."""
+    targets: dict[str, str | WeightConversion | None] = {}
+    extended: dict[int, WeightConversion] = {}
+    for key, target in mapping.items():
+        tensor = quantised.get(key)
+        if tensor is None and not isinstance(target, WeightConversion):
+            targets[key] = target
+            continue
+        result = target
+        if isinstance(target, WeightConversion):
+            result = extended.setdefault(id(target), _of_quantised(target, quantised))
+        elif target is not None and tensor is not None:
+            result = _of_quantised(WeightConversion(((key,),), (target,), (), (tensor,)), quantised)
+        targets |= dict.fromkeys((key,) if tensor is None else tensor.keys, result)
+    return targets
+
+
+def _of_quantised(conversion: WeightConversion, quantised: Mapping[str, QuantisedTensor]) -> WeightConversion:
+    tensors = tuple(quantised[key] for key in conversion.source_keys if key in quantised)
+    # The rows of packed experts are the columns of the module.
+    packed = any(tensor.method == MXFP4 for tensor in tensors)
+    first = (WeightOperation("transpose", (1, 2)),) if packed else ()
+    return replace(conversion, operations=(*first, *conversion.operations), quantised=tensors)

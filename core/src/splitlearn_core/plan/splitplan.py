@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plan.conversions import Place, places_of
+from splitlearn_core.plan.conversions import Place, WeightConversion, places_of
 from splitlearn_core.plan.keys import KeyTable
+from splitlearn_core.plan.quantised import MXFP4, QuantisedTensor, resolved
 from splitlearn_core.quoting import SENTENCE, listed, quote
 from splitlearn_core.types import (
     ALL_PARTS,
@@ -42,10 +43,28 @@ class PlannedTensor:
     places: tuple[Place, ...] = ()
     #: The dtype that it is loaded in whatever that of the component is, by torch's name; empty for none.
     kept_dtype: str = ""
+    #: The tensor that is computed of this one, its numbers or its scales; None for a plain one. It has the places.
+    quantised: QuantisedTensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape once it is loaded: of numbers, that of the dequantised tensor, and scales are not kept."""
+        if self.quantised is None:
+            return self.info.shape
+        return self.quantised.shape if self.info.key == self.quantised.numbers else (0,)
 
     @property
     def elements(self) -> int:
-        return math.prod(self.info.shape)
+        return math.prod(self.shape)
+
+    @property
+    def as_plain(self) -> PlannedTensor | None:
+        """The tensor that plain weights have in its place; None if they have none, or made of others."""
+        if self.quantised is None:
+            return self
+        if self.info.key != self.quantised.numbers or self.quantised.method == MXFP4:
+            return None
+        return replace(self, info=replace(self.info, key=self.quantised.key), quantised=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +191,7 @@ class SplitPlan:
     @property
     def parameters(self) -> int:
         """Parameters of all planned tensors, a tied one counted once."""
-        return sum(math.prod(info.shape) for info in self.infos)
+        return sum({each.info.key: each.elements for part in self.components for each in part.tensors}.values())
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -236,10 +255,16 @@ def plan_components(
         else:
             sizes = cache_sizes(dtype)[owned.start : owned.end]
         per_token, fixed = total_cache_size(sizes)
-        places, made, unchanged = _made(table, component, tensors)
+        places, made, unchanged, quantised = _made(table, component, tensors, dtype)
         kept = in_float32(dtype, {*table.sources[component], *made})
         planned = [
-            PlannedTensor(name, tensors[key], into, _WIDE if (into[0].target if into else name) in kept else "")
+            PlannedTensor(
+                name,
+                tensors[key],
+                into,
+                _WIDE if (into[0].target if into else name) in kept else "",
+                quantised.get(key),
+            )
             for own_name, key in table.sources[component].items()
             for into in (tuple(places.get(key, ())),)
             for name in (unchanged.get(key, own_name),)
@@ -256,36 +281,66 @@ def total_cache_size(layers: Iterable[CacheSize]) -> tuple[int, int]:
 
 
 def _made(
-    table: KeyTable, component: str, tensors: Mapping[str, TensorInfo]
-) -> tuple[dict[str, list[Place]], dict[str, TensorInfo], dict[str, str]]:
-    """Return where each source of a conversion goes, the tensors that are made, and the names of those that are not."""
+    table: KeyTable, component: str, tensors: Mapping[str, TensorInfo], dtype: str
+) -> tuple[dict[str, list[Place]], dict[str, TensorInfo], dict[str, str], dict[str, QuantisedTensor]]:
+    """Return how tensors of a component are made of others.
+
+    Returns:
+        Where each source of a conversion goes, the tensors that are made, the names of sources that stay as they are,
+        and, of numbers and scales, the tensor that is dequantised.
+    """
     places: dict[str, list[Place]] = {}
     made: dict[str, TensorInfo] = {}
     unchanged: dict[str, str] = {}
-    problems = []
-    for conversion in table.conversions.get(component, ()):
+    quantised: dict[str, QuantisedTensor] = {}
+    conversions = table.conversions.get(component, ())
+    problems = _without_scales(table.sources[component].values(), conversions, tensors)
+    for conversion in conversions:
         try:
-            shapes, parts = places_of(conversion, {key: tensors[key].shape for key in conversion.keys})
+            dequantised = {tensor.key: resolved(tensor, tensors) for tensor in conversion.quantised}
+            plain = {key: tensors[key].shape for key in conversion.source_keys if key not in dequantised}
+            shapes, parts = places_of(conversion, plain | {key: tensor.shape for key, tensor in dequantised.items()})
         except ValueError as error:
             problems.append(f"{conversion.targets[0]} cannot be made: {error}")
             continue
-        if any(operation.unless == tensors[conversion.keys[0]].shape for operation in conversion.operations):
-            # Read like any other, as transformers does: some kernels depend on where it lies in memory.
-            unchanged[conversion.keys[0]] = conversion.targets[0]
-            continue
-        places |= parts
         first = tensors[conversion.keys[0]]
-        for name, shape in shapes.items():
-            made[name] = TensorInfo(
-                name, first.dtype, shape, first.shard, 0, math.prod(shape) * DTYPE_BYTES[first.dtype], first.format
-            )
+        if not dequantised and any(operation.unless == first.shape for operation in conversion.operations):
+            # Read like any other, as transformers does: some kernels depend on where it lies in memory.
+            unchanged[first.key] = conversion.targets[0]
+            continue
+        for source, into in parts.items():
+            stored = dequantised.get(source)
+            places |= dict.fromkeys((source,) if stored is None else stored.keys, into)
+            quantised |= {} if stored is None else dict.fromkeys(stored.keys, stored)
+        made |= _made_infos(conversion, shapes, tensors, FLOAT_DTYPES[dtype] if dequantised else first.dtype)
     if problems:
         raise TensorMismatchError(
             f"{len(problems)} tensors are made of others, which do not fit together:\n  "
             + listed(problems, "\n  ", most=20, limit=SENTENCE),
-            hint="is the checkpoint complete, and is one expert like the others?",
+            hint="is the checkpoint complete, does config.json belong to it, and is one expert like the others?",
         )
-    return places, made, unchanged
+    return places, made, unchanged, quantised
+
+
+def _made_infos(
+    conversion: WeightConversion, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], dtype: str
+) -> dict[str, TensorInfo]:
+    """Describe the tensors that a conversion makes; their bytes are those of the sources."""
+    first, nbytes = tensors[conversion.keys[0]], sum(tensors[key].nbytes for key in conversion.keys)
+    total = sum(map(math.prod, shapes.values())) or 1
+    return {
+        name: TensorInfo(name, dtype, shape, first.shard, 0, nbytes * math.prod(shape) // total, first.format)
+        for name, shape in shapes.items()
+    }
+
+
+def _without_scales(
+    keys: Iterable[str], conversions: Sequence[WeightConversion], tensors: Mapping[str, TensorInfo]
+) -> list[str]:
+    """Describe 8-bit floats without scales, in a component that has others with them."""
+    scaled = {key for conversion in conversions for key in conversion.keys if conversion.quantised}
+    alone = sorted(key for key in keys if tensors[key].dtype.startswith("F8") and key not in scaled)
+    return [f"{key} is {tensors[key].dtype}, and has no scales" for key in alone] if scaled else []
 
 
 def layers_without_tensors(family: ModelFamily, parts: Sequence[ComponentPlan]) -> tuple[int, ...]:
@@ -331,9 +386,9 @@ def _stated_dtype(config: Mapping[str, Any]) -> str | None:
 
 def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
     """Bytes of one tensor once loaded: floating tensors are converted to the dtype, others keep theirs."""
-    info = tensor.info
-    target = FLOAT_DTYPES[tensor.kept_dtype or dtype] if info.dtype in _FLOATS else info.dtype
-    return math.prod(info.shape) * DTYPE_BYTES[target]
+    stored = tensor.info.dtype
+    floating = stored in _FLOATS or tensor.quantised is not None
+    return tensor.elements * DTYPE_BYTES[FLOAT_DTYPES[tensor.kept_dtype or dtype] if floating else stored]
 
 
 def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtypes: Iterable[str]) -> int:

@@ -14,7 +14,7 @@ from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.readers.copied import CopiedStrategy
 from splitlearn_core.readers.tensor_parts import source_from
 from splitlearn_core.readers.views import copy_to_plan, state_dict_views, views
-from splitlearn_core.types import OPAQUE, PYTORCH, SAFETENSORS
+from splitlearn_core.types import OPAQUE, PYTORCH, SAFETENSORS, stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,8 @@ class WholeStrategy:
         return plan.whole.nbytes if plan.whole is not None and plan.tensors else 0
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
+        import torch
+
         if plan.whole is None or not plan.tensors:
             return
         state = plan.whole.tensors
@@ -130,7 +132,10 @@ class WholeStrategy:
             )
         for planned in plan.tensors:
             if planned.places:
-                yield planned, source_from(planned, state)
+                # Scales are no part of what transformers has dequantised.
+                is_scales = planned.quantised is not None and planned.info.key == planned.quantised.scales
+                empty = torch.empty(planned.info.shape, dtype=stored_dtype(planned.info.dtype)) if is_scales else None
+                yield planned, source_from(planned, state) if empty is None else empty
                 continue
             tensor = state[planned.module_key]
             dtype = plan.loaded_dtype(planned) if plan.is_floating(planned) else tensor.dtype

@@ -12,7 +12,8 @@ from splitlearn_core.loading_strategy import AUTO, BUILT_IN_NAMES, LoadingStrate
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.quoting import said
 from splitlearn_core.readers.copied import CopiedStrategy
-from splitlearn_core.readers.made_tensors import MadeTensors
+from splitlearn_core.readers.dequantising import dequantising_bytes
+from splitlearn_core.readers.made_tensors import MadeTensors, result_dtype
 from splitlearn_core.readers.mapped import IncrementalStrategy, MappedStrategy, WholeStrategy
 from splitlearn_core.types import stored_dtype
 
@@ -72,7 +73,7 @@ def choose_strategy(
 def predicted_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
     """Return the memory in bytes that a strategy predicts for a read; raises BrokenPluginError if that fails."""
     with _strategy_errors(strategy):
-        return int(strategy.anonymous_bytes(plan))
+        return int(strategy.anonymous_bytes(plan)) + dequantising_bytes(plan.tensors, plan.dtype)
 
 
 def passing_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
@@ -81,10 +82,11 @@ def passing_bytes(strategy: LoadingStrategy, plan: ReadPlan) -> int:
     It is the result of its method ``passing_bytes(plan)``, or 0 without one.
     """
     method = getattr(strategy, "passing_bytes", None)
+    own = dequantising_bytes(plan.tensors, plan.dtype)
     if method is None:
-        return 0
+        return own
     with _strategy_errors(strategy):
-        return int(method(plan))
+        return int(method(plan)) + own
 
 
 def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
@@ -114,7 +116,9 @@ def read_checked(strategy: LoadingStrategy, plan: ReadPlan) -> Iterator[tuple[Pl
                 tensor = tensor.to(dtype)  # noqa: PLW2901  # the one that is passed on
             expected = (planned.info.shape, dtype)
             as_in_file = planned.places and tensor.dtype == stored_dtype(planned.info.dtype)
-            if (tuple(tensor.shape), tensor.dtype) != expected and not (as_in_file and tensor.shape == expected[0]):
+            dequantised = (planned.shape, result_dtype(plan, planned)) if planned.quantised is not None else expected
+            matches = (tuple(tensor.shape), tensor.dtype) in (expected, dequantised)
+            if not matches and not (as_in_file and tensor.shape == expected[0]):
                 actual = f"{tensor.dtype} of shape {list(tensor.shape)}"
                 raise _broken(strategy, f"it yielded {actual} for {planned.module_key}, not {plan.dtype} as planned")
             if tensor.device.type != device and not as_in_file:

@@ -26,7 +26,7 @@ def source_from(planned: PlannedTensor, targets: Mapping[str, torch.Tensor]) -> 
     """Return a tensor of a file from the tensors that were made of it."""
     import torch
 
-    source = torch.empty(planned.info.shape, dtype=targets[planned.places[0].target].dtype)
+    source = torch.empty(planned.shape, dtype=targets[planned.places[0].target].dtype)
     for place in planned.places:
         part_of_source(source, place).copy_(part_of_target(targets[place.target].contiguous(), place))
     return source
