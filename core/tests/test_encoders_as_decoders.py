@@ -60,7 +60,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "zero_outside_bottom": ("decoder.embed_positions",),
         "skip_outside_bottom": ("decoder.layernorm_embedding",),
         "enter_at_layers": True,
-        "config_names": {"num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_attention_heads"},
+        "config_names": {
+            "num_hidden_layers": "decoder_layers",
+            "num_attention_heads": "decoder_attention_heads",
+            "hidden_size": "d_model",
+        },
         "config_defaults": {"tie_word_embeddings": True, "is_encoder_decoder": True},
         "required_values": {"is_encoder_decoder": False},
     },

@@ -142,7 +142,13 @@ def read_plans(
     reads = {}
     for part in plan.components:
         device = devices[part.component]
-        fresh = tuple(tensor for tensor in part.tensors if (tensor.info.key, device, part.dtype) not in planned)
+        # Also a tensor that one component has under two names.
+        once = {tensor.info.key: tensor for tensor in reversed(part.tensors)}
+        fresh = tuple(
+            tensor
+            for tensor in part.tensors
+            if once[tensor.info.key] is tensor and (tensor.info.key, device, part.dtype) not in planned
+        )
         planned.update((tensor.info.key, device, part.dtype) for tensor in fresh)
         reads[part.component] = ReadPlan(fresh, paths, device, part.dtype, whole, made=part.made)
     return reads

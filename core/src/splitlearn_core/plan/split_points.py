@@ -56,9 +56,16 @@ def split_layers(family: ModelFamily, config: Mapping[str, Any], split_points: S
         possible = [point for point in range(1, total) if point not in impossible]
         raise InvalidSplitError(
             f"split points {_show(points)} do not cut this {family.model_type} model: {'; '.join(refused)}",
-            hint=f"cuts are possible before layers {', '.join(map(str, possible)) or '(none)'}",
+            hint=_possible(possible),
         )
     return layers_between(points, total)
+
+
+def _possible(points: Sequence[int]) -> str:
+    """Say at which points a model can be cut."""
+    if points:
+        return f"cuts are possible before layers {', '.join(map(str, points))}"
+    return "no cut is possible with this config.json; the manager loads the model as a whole: model_type='huggingface'"
 
 
 def layers_between(points: Sequence[int], total: int) -> dict[str, LayerRange]:
@@ -91,10 +98,10 @@ def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, in
     impossible = impossible_cuts(family, config)
     possible = [point for point in range(1, total) if point not in impossible]
     if len(possible) < 2:  # noqa: PLR2004  # two cuts make three components
+        why = f": {next(iter(impossible.values()))}" if impossible and not possible else ""
         raise InvalidSplitError(
-            f"this {family.model_type} model of {total} layers cannot be cut into bottom, trunk and top",
-            hint=f"cuts are possible before layers {', '.join(map(str, possible)) or '(none)'}"
-            + ("; one cut makes bottom and top" if possible else ""),
+            f"this {family.model_type} model of {total} layers cannot be cut into bottom, trunk and top{why}",
+            hint=_possible(possible) + ("; one cut makes bottom and top" if possible else ""),
         )
     first, last = _thirds(total)
     a = min(possible[:-1], key=lambda point: abs(point - first))

@@ -180,13 +180,17 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
                 model_type,
                 getattr(known, name),
                 stated.get(name, stated),
-                lambda values, whole=whole: _config(model_type, with_decoder_values(whole, name, values)),
+                partial(_config_of_several, model_type, name, whole),
             )
         except CannotSplitError as error:
             refusals.append(error)
             continue
         return config, with_decoder_values(whole, name, needed)
     raise refusals[0]
+
+
+def _config_of_several(model_type: str, name: str, whole: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    return _config(model_type, with_decoder_values(whole, name, values))
 
 
 def _other_sizes(known: Any, small: Mapping[str, int], leave_out: str = "") -> dict[str, Any]:
