@@ -205,6 +205,30 @@ def test_a_plan_as_text_names_every_component(cli: Cli, llama: Any, tied: Path) 
 
 
 @pytest.mark.heavy
+def test_a_plan_over_machines_is_one_that_fits(cli: Cli, llama: Any, tied: Path) -> None:
+    """Its split points are those of a plan whose components fit; other answers are refused in words."""
+    over = ("--over", "owner=1GB:20GB/s", "--over", "a=70KB:30GB/s:10ms", "--over", "b=1GB:60GB/s")
+
+    code, out, err = cli("plan", tied, *over, "--tokens", "0", "--json")
+
+    assert (code, err) == (0, "")
+    proposal = json.loads(out)
+    points = proposal["split_points"]
+    plan = plan_split(tied, points, parts=("bottom", "trunk1", "trunk2", "top"))
+    stored = {part.component: part.loaded_bytes(part.dtype) for part in plan.components}
+    assert [machine["bytes"] for machine in proposal["machines"]] == [
+        stored["bottom"] + stored["top"],
+        stored["trunk1"],
+        stored["trunk2"],
+    ]
+    code, out, err = cli("plan", tied, *over, "--tokens", "0")
+    assert f"--split {' '.join(map(str, points))}" in out
+    assert "10 ms" in out
+    assert "leave --split out" in cli("plan", tied, *over, *CUTS)[2]
+    assert "do not fit" in cli("plan", tied, "--over", "owner=1KB:1GB/s", "--over", "a=1KB:1GB/s")[2]
+
+
+@pytest.mark.heavy
 def test_a_plan_without_weights_fails_as_a_load(cli: Cli, llama: Any, single: Path) -> None:
     """The error names what is missing; in Python the same folder can be planned from its configuration."""
     (single / "model.safetensors").unlink()

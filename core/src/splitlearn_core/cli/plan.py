@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from splitlearn_core.cli.shared_options import json_option, model_options, print_json, split_points_of, styled, table
+from splitlearn_core.plan.machines import Proposal, parse_machines, pieces_of, propose
 from splitlearn_core.plan.mismatch import unread_keys_message
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
 from splitlearn_core.types import Component, human_bytes, kind_of
@@ -22,9 +23,30 @@ _OTHER_TRUNK = "▞"
 
 @click.command("plan", short_help="Show the components of a split, from headers alone.")
 @model_options
+@click.option(
+    "--over",
+    "machines",
+    multiple=True,
+    metavar="NAME=MEMORY:SPEED/s[:DELAYms]",
+    help="Propose split points over machines: first the owner of bottom and top, then one for each trunk, with the "
+    "bytes of weights that each reads in a second. Repeatable.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(0),
+    default=4096,
+    show_default=True,
+    help="With --over: tokens in the caches of all texts at a time.",
+)
 @json_option
 def command(
-    model: str, split_points: tuple[int, ...] | None, dtype: str | dict[str, str], as_json: bool, **hub: Any
+    model: str,
+    split_points: tuple[int, ...] | None,
+    dtype: str | dict[str, str],
+    machines: tuple[str, ...],
+    tokens: int,
+    as_json: bool,
+    **hub: Any,
 ) -> None:
     """Show the components of MODEL once it is cut: their layers, bytes and shards.
 
@@ -32,10 +54,22 @@ def command(
     """
     from splitlearn_core.api import plan_opened
     from splitlearn_core.loading.opening import open_model
-    from splitlearn_core.plan.split_points import names_of_parts
+    from splitlearn_core.plan.split_points import names_of_parts, possible_points
 
+    if machines and split_points is not None:
+        raise click.UsageError("--over chooses the split points; leave --split out")
+    over = parse_machines(machines) if machines else ()
     opened = open_model(model, **hub)
     opened.checkpoint.require_weights()
+    if over:
+        points = possible_points(opened.family, opened.config)
+        finest = plan_opened(opened, points, names_of_parts(points), dtype)
+        proposal = propose(pieces_of(finest, opened.family, tokens), over)
+        if as_json:
+            print_json(proposal.to_dict())
+        else:
+            click.echo(render_proposal(proposal, finest))
+        return
     split_points = split_points_of(opened, split_points)
     plan = plan_opened(opened, split_points, names_of_parts(split_points), dtype)
     if as_json:
@@ -88,6 +122,33 @@ def render_plan(plan: SplitPlan) -> str:
     if plan.unexpected:
         lines.append(f"warning: {unread_keys_message(plan.model, plan.model_type, plan.unexpected)}")
     return "\n".join(lines)
+
+
+def render_proposal(proposal: Proposal, plan: SplitPlan) -> str:
+    """Format split points for machines as text."""
+    rows = [
+        (
+            stage.machine.name,
+            " and ".join(stage.components),
+            str(stage.layers),
+            f"{human_bytes(stage.memory)} of {human_bytes(stage.machine.memory)}",
+            f"{1000 * stage.seconds:.1f} ms",
+            f"{1000 * stage.machine.delay:g} ms",
+        )
+        for stage in proposal.stages
+    ]
+    seconds = proposal.seconds_per_token
+    return "\n".join(
+        [
+            f"{plan.model}: --split {' '.join(map(str, proposal.split_points))}",
+            "",
+            table(("machine", "components", "layers", "memory", "per token", "delay"), rows),
+            "",
+            f"one text: {1000 * seconds:.1f} ms for each token, {1 / seconds:.1f} tokens per second",
+            f"many texts: at most {proposal.tokens_per_second:.1f} tokens per second, those of the slowest trunk",
+            f"across each cut: {human_bytes(plan.cut_bytes_per_token)} per token",
+        ]
+    )
 
 
 def _bar(plan: SplitPlan) -> str:

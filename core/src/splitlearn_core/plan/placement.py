@@ -106,7 +106,7 @@ def parse_max_memory(max_memory: Mapping[int | str, int | str] | None) -> dict[s
         elif isinstance(device, bool) or not isinstance(device, int | str):
             problems.append(f"{device!r} is not a device")
         else:
-            budgets[_device_name(device)] = count = _bytes(size)
+            budgets[_device_name(device)] = count = parse_size(size)
             problems += [f"{size!r} for {device!r} is not a size"] if count < 0 else []
     if problems:
         raise ConfigurationError(
@@ -219,7 +219,7 @@ def _device_name(device: Any) -> str:
     return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
-def _bytes(size: Any) -> int:
+def parse_size(size: Any) -> int:
     """Return a number of bytes, or -1 if it is not a size."""
     if isinstance(size, int) and not isinstance(size, bool):
         return size

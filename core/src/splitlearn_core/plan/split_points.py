@@ -94,9 +94,8 @@ def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, in
     Raises:
         InvalidSplitError: The model cannot be cut into three.
     """
-    total = count_layers(family, config)
+    total, possible = count_layers(family, config), possible_points(family, config)
     impossible = impossible_cuts(family, config)
-    possible = [point for point in range(1, total) if point not in impossible]
     if len(possible) < 2:  # noqa: PLR2004  # two cuts make three components
         why = f": {next(iter(impossible.values()))}" if impossible and not possible else ""
         raise InvalidSplitError(
@@ -107,6 +106,12 @@ def even_thirds(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, in
     a = min(possible[:-1], key=lambda point: abs(point - first))
     b = min((point for point in possible if point > a), key=lambda point: abs(point - last))
     return a, b
+
+
+def possible_points(family: ModelFamily, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the layers before which a model can be cut."""
+    impossible = impossible_cuts(family, config)
+    return tuple(point for point in range(1, count_layers(family, config)) if point not in impossible)
 
 
 def ranges_around(component: str, owned: LayerRange) -> dict[str, LayerRange]:
