@@ -173,7 +173,7 @@ def test_the_bias_of_the_head_is_one_tensor(world: Any, tmp_path: Path) -> None:
     made = component_from_state_dict(family, Component.TOP, whole.state_dict(), whole.config, CUTS[1], None)
     assert torch.equal(made.get_parameter(BIAS), whole.cls.predictions.bias)
     broken = ModelFamily(model_type="bert", **{**fields, "head_bias": "cls.bias"})
-    with pytest.raises(BrokenPluginError, match="names cls.bias"):
+    with pytest.raises(BrokenPluginError, match=r"names cls\.bias"):
         component_from_state_dict(broken, Component.TOP, whole.state_dict(), whole.config, CUTS[1], None)
 
 
