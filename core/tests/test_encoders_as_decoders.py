@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from splitlearn_core import (
+    BrokenPluginError,
     InvalidSplitError,
     ModelFamily,
     SplitCausalLM,
@@ -131,6 +132,7 @@ def test_a_decoder_is_equal_to_the_unsplit_one(model_type: str, tied: bool, tmp_
     parts = load_split_model(None, CUTS, folder)
 
     assert same(results(split(folder)), results(whole))
+    assert split(folder).state_dict().keys() == whole.state_dict().keys()
     save_split(parts, tmp_path / "split")
     assert same(results(SplitCausalLM(*load_split_directory(tmp_path / "split"))), results(whole))
     merge_split(tmp_path / "split", out=tmp_path / "merged")
@@ -167,10 +169,12 @@ def test_the_bias_of_the_head_is_one_tensor(world: Any, tmp_path: Path) -> None:
         assert torch.equal(top.get_parameter(f"{HEAD}.bias"), tensors[BIAS])
     fields: dict[str, Any] = FAMILIES["bert"]
     whole = make("bert")
-    made = component_from_state_dict(
-        ModelFamily(model_type="bert", **fields), Component.TOP, whole.state_dict(), whole.config, CUTS[1], None
-    )
+    family = ModelFamily(model_type="bert", **fields)
+    made = component_from_state_dict(family, Component.TOP, whole.state_dict(), whole.config, CUTS[1], None)
     assert torch.equal(made.get_parameter(BIAS), whole.cls.predictions.bias)
+    broken = ModelFamily(model_type="bert", **{**fields, "head_bias": "cls.bias"})
+    with pytest.raises(BrokenPluginError, match=r"names cls\.bias"):
+        component_from_state_dict(broken, Component.TOP, whole.state_dict(), whole.config, CUTS[1], None)
 
 
 @torch.no_grad()

@@ -177,18 +177,15 @@ class PartCache(Cache):
     @property
     def is_sliding(self) -> list[Any]:
         # Neither True nor False, both of which are looked for.
-        own: list[Any] = super().is_sliding
-        return [None] * self.layer_range.start + own
+        return [*[None] * self.layer_range.start, *super().is_sliding]
 
     @property
     def is_linear(self) -> list[bool]:
-        own: list[bool] = super().is_linear
-        return [True] * self.layer_range.start + own
+        return [*[True] * self.layer_range.start, *super().is_linear]
 
     @property
     def is_dummy(self) -> list[bool]:
-        own: list[bool] = super().is_dummy
-        return [True] * self.layer_range.start + own
+        return [*[True] * self.layer_range.start, *super().is_dummy]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         counting = self._counting(layer_idx)

@@ -225,6 +225,9 @@ def check_names(model: nn.Module, family: ModelFamily) -> None:
     modules = dict(model.named_modules())
     optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
     missing = [path for path in paths if path not in modules and not (path in optional and _is_none(modules, path))]
+    around, _, bias = family.head_bias.rpartition(".")
+    if bias and not (around in modules and isinstance(getattr(modules[around], bias, None), nn.Parameter)):
+        missing.append(family.head_bias)
     if missing:
         shallow = sorted(name for name in modules if name and name.count(".") <= family.base.count(".") + 1)
         raise BrokenPluginError(
