@@ -14,7 +14,14 @@ from transformers import AutoConfig, Cache
 from splitlearn_auto.answers import UnprovenSetting
 from splitlearn_auto.deriving import Parts, derive_parts, ignored_suffixes, keeps_float32, renamed_keys, saved_tensors
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
-from splitlearn_auto.knowledge import check_config, config_defaults, config_names, decoder_name, has_any_decoder, model_class_name
+from splitlearn_auto.knowledge import (
+    check_config,
+    config_defaults,
+    config_names,
+    decoder_name,
+    has_any_decoder,
+    model_class_name,
+)
 from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
@@ -40,6 +47,8 @@ _MORE_CROSSES = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
 #: Lists of kinds of layers -> the kinds that use what the layer before has computed; and a list for a small model.
 _JOINED = {"indexer_types": (("shared",), ["full", "full", "full", "full", "shared", "full"])}
 _SLIDING, _WINDOW = "sliding_window", 4
+#: Decoders that published models of several have, where a type leaves the choice.
+_DECODERS = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gpt_oss", "phi3")
 #: What layers with latent attention cache, by the names in their configurations.
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim")
 
@@ -90,7 +99,10 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             "transformers_tables": bool(text_config) or renamed is None or keeps_float32(model),
             "measured_cache": keeps_states(model) or has_any_decoder(known),
             "config_names": config_names(known),
-            "config_defaults": {**config_defaults(known), **{name: getattr(_decoder(known), name) for name in required}},
+            "config_defaults": {
+                **config_defaults(known),
+                **{name: getattr(_decoder(known), name) for name in required},
+            },
             "required_values": required,
             "joined_layers": joined,
             "tiny_config": needed,
@@ -102,8 +114,26 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         transformers=transformers.__version__,
     )
     _prove(derived, config, variants, settings)
+    if settings and has_any_decoder(known) and not derived.questions:
+        derived.decoders = tuple(_proven_decoders(derived, known))
+        derived.notes.append(
+            f"with a decoder of another type than {', '.join(derived.decoders)}: not tried, or different"
+        )
     derived.fields = {name: value for name, value in derived.fields.items() if value != _DEFAULTS.get(name)}
     return derived
+
+
+def _proven_decoders(derived: Derived, known: Any) -> Iterator[str]:
+    """Yield the types of decoder with which a type of several models is split as with the usual one."""
+    name, usual = derived.fields["text_config"], _decoder(known).model_type
+    yield usual
+    for other in _DECODERS:
+        # Not every class takes every decoder, and some are not in all versions of transformers.
+        with suppress(Exception):
+            whole = type(known)(**{name: {"model_type": other}})
+            model = tiny_model(tiny_config(known.model_type, whole, {})[0])
+            if other != usual and not differences(model, ModelFamily(**derived.fields)):
+                yield other
 
 
 def _decoder(config: Any) -> Any:
