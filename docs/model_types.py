@@ -5,6 +5,11 @@
 splits a small model of each type by the family that ``splitlearn plugins new`` derives, each in a process of its own
 with a time limit. Answers are kept in ``--rows`` as they come, and a run continues there. One column of the table is
 written, that of the installed version: run it with the newest and with the oldest that is supported.
+
+    python docs/model_types.py mistral3 llava
+
+examines these alone. Types of several models that are no causal types of transformers have a table of their own, with
+those that were examined; rows that were not examined again stay as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,6 +29,8 @@ NOT_THERE = "-"
 #: The list of the types that are used most, and the line after it, which is written.
 _MOST_USED = re.compile(r"(?<=<!-- most used -->\n)(?P<list>[^<]*)<!-- of these -->\n.*$", re.MULTILINE)
 _HEADING = re.compile(r"^\| type \|.*$", re.MULTILINE)
+#: The heading of the second table.
+SEVERAL = "## Models that also see or hear"
 #: Figures of a reason that depend on the machine.
 _FIGURE = re.compile(r"\bup to [-+.\de]+")
 _LONGEST = 300
@@ -52,8 +59,19 @@ def main() -> None:
         with options.rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"type": model_type, "answer": answer}) + "\n")
         answers[model_type] = answer
-    if set(every) <= answers.keys():
-        PAGE.write_text(with_count(with_column(PAGE.read_text(encoding="utf-8"), version, answers)), encoding="utf-8")
+    PAGE.write_text(with_answers(PAGE.read_text(encoding="utf-8"), version, answers, every), encoding="utf-8")
+
+
+def with_answers(page: str, version: str, answers: Mapping[str, str], causal: Sequence[str]) -> str:
+    """Return a page with answers in both of its tables; the first stays as it is while types are missing."""
+    parts = list(page.partition(SEVERAL))
+    for number, chosen in ((0, answers.keys() & causal), (2, answers.keys() - causal)):
+        known = columns(parts[number]).get(version, {}) | {name: answers[name] for name in chosen}
+        if known and (number or set(causal) <= known.keys()):
+            parts[number] = with_column(parts[number], version, known)
+    if parts[1]:
+        parts[0] = f"{parts[0].rstrip()}\n\n"
+    return with_count("".join(parts))
 
 
 def kept_answers(rows: Path) -> dict[str, str]:
@@ -121,13 +139,13 @@ def _one_line(message: str, model_type: str) -> str:
 
 
 def columns(page: str) -> dict[str, dict[str, str]]:
-    """Return the answers of a page: version -> type -> answer."""
+    """Return the answers of the first table of a text: version -> type -> answer."""
     heading = _HEADING.search(page)
     if heading is None:
         raise ValueError("the page has no table of types")
     names = [cell.split()[0] for cell in _cells(heading[0])[1:]]
     found: dict[str, dict[str, str]] = {name: {} for name in names}
-    for line in page[heading.end() :].splitlines():
+    for line in page[heading.end() :].partition("\n## ")[0].splitlines():
         if line.startswith("| `"):
             model_type, *answers = _cells(line)
             for name, answer in zip(names, answers, strict=True):

@@ -17,7 +17,7 @@ from splitlearn_core.plugins.known import ENCODER_DECODERS, REFUSED, WRITTEN
 pytestmark = pytest.mark.libs
 
 #: Not of a family of its own, and quick to look at.
-SAMPLE_REFUSED = ("cpmant", "dory", "gemma3n", "rwkv", "recurrent_gemma", "zamba")
+SAMPLE_REFUSED = ("cpmant", "dory", "rwkv", "recurrent_gemma", "zamba")
 SAMPLE_WRITTEN = ("llama", "phi", "olmo2", "mixtral", "qwen2_moe", "deepseek_v3")
 
 
@@ -64,11 +64,3 @@ def test_an_unknown_type_that_says_it_has_an_encoder(tmp_path: Path) -> None:
 def test_what_is_proposed_is_written(model_type: str) -> None:
     assert model_type in WRITTEN
     assert new_plugin(model_type, None, dry_run=True).verified
-
-
-def test_a_model_of_several_models_is_not_written() -> None:
-    """What provides it is said, or how to describe it."""
-    for model_type, way in (("gemma3", "pip install splitlearn-gemma"), ("mistral3", "text_config")):
-        with pytest.raises(CannotSplitError) as caught:
-            new_plugin(model_type, None, dry_run=True, force=True)
-        assert way in caught.value.message + caught.value.hint

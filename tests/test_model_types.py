@@ -21,6 +21,8 @@ import model_types  # noqa: E402  # a script, and no module of a package
 
 PAGE = model_types.PAGE.read_text(encoding="utf-8")
 ANSWERS = model_types.columns(PAGE).get(transformers.__version__, {})
+#: Of types of several models that are no causal types.
+SEVERAL = model_types.columns(PAGE.partition(model_types.SEVERAL)[2]).get(transformers.__version__, {})
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -36,11 +38,35 @@ def test_the_table_has_every_type_of_the_installed_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", sorted(Random(5).sample(sorted(ANSWERS), min(len(ANSWERS), cases(len(ANSWERS), 4))))
+    "model_type",
+    sorted(
+        name
+        for answers in (ANSWERS, SEVERAL)
+        for name in Random(5).sample(
+            sorted(answers), min(len(answers), cases(len(answers), 4 if answers is ANSWERS else 1))
+        )
+    ),
 )
 def test_rows_are_found_again(model_type: str) -> None:
     """A few of them, and all in the long tests."""
-    assert model_types.examined(model_type) == ANSWERS[model_type]
+    assert model_types.examined(model_type) == {**SEVERAL, **ANSWERS}[model_type]
+
+
+def test_answers_go_to_their_tables() -> None:
+    """The first is written once it has every causal type; rows that were not examined again stay."""
+    page = f"Text.\n\n| type |\n|---|\n\n{model_types.SEVERAL}\n\nMore.\n\n| type |\n|---|\n"
+    answers = {"a": "yes", "seeing": "yes"}
+    assert "| `a`" not in model_types.with_answers(page, "5.24.0", answers, ["a", "b"])
+    page = model_types.with_answers(page, "5.24.0", {**answers, "b": "no: it is none"}, ["a", "b"])
+    assert page == (
+        "Text.\n\n| type | 5.24.0 (1 of 2) |\n| --- | --- |\n| `a` | yes |\n| `b` | no: it is none |\n\n"
+        f"{model_types.SEVERAL}\n\nMore.\n\n| type | 5.24.0 (1 of 1) |\n| --- | --- |\n| `seeing` | yes |\n"
+    )
+    page = model_types.with_answers(page, "5.24.0", {"b": "yes", "hearing": "no: it is none"}, ["a", "b"])
+    assert model_types.columns(page) == {"5.24.0": {"a": "yes", "b": "yes"}}
+    assert model_types.columns(page.partition(model_types.SEVERAL)[2]) == {
+        "5.24.0": {"hearing": "no: it is none", "seeing": "yes"}
+    }
 
 
 def test_a_column_is_written_beside_the_others() -> None:
@@ -66,7 +92,8 @@ def test_the_types_that_are_used_most_are_counted() -> None:
 
 def test_what_errors_say_of_types_is_what_the_table_says() -> None:
     """In the newest column: older versions do not have every type."""
-    answers = next(iter(model_types.columns(PAGE).values()))
+    tables = (model_types.columns(text) for text in (PAGE, PAGE.partition(model_types.SEVERAL)[2]))
+    answers = {name: answer for table in tables for name, answer in next(iter(table.values())).items()}
     split = {name for name, answer in answers.items() if model_types.splits(answer)}
     assert split == {*WRITTEN, *PACKAGES} & answers.keys()
     assert answers.keys() - split == REFUSED & answers.keys()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from splitlearn_auto import any_type, examination
-from splitlearn_auto.answers import Answer, UnprovenSetting
+from splitlearn_auto.answers import Answer, UnprovenSetting, answer_from
 from splitlearn_auto.examination import ExaminationError, answer_about, examine_apart
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.memory import recall, remember
@@ -104,6 +104,62 @@ def test_a_model_is_split_by_its_name_alone(
     monkeypatch.setattr(any_type, "examine_apart", forbid)
     fresh = type(registry())()
     assert fresh.family(model_type).architecture == registry().family(model_type).architecture
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("model_type", ["mistral3", "qwen2_5_vl", "qwen3_5"])
+def test_the_decoder_in_a_model_of_several(saved: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    """It is found and proven, and text is that of the whole model; what is for images may be anything."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from splitlearn_auto.examining import examine
+
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert {name: derived.fields[name] for name in ("base", "text_config", "transformers_tables")} == {
+        "base": "model.language_model",
+        "text_config": "text_config",
+        "transformers_tables": True,
+    }
+    remember(model_type, Answer(derived.fields))
+    folder = saved(model_type)
+    whole = getattr(transformers, derived.fields["architecture"]).from_pretrained(folder).eval()
+    tensors = load_file(folder / "model.safetensors")
+    used = {tensor.info.key for part in plan_split(folder, CUT).components for tensor in part.tensors}
+    assert any("vis" in key for key in tensors.keys() - used)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    spoilt = {key: value if key in used else torch.full_like(value, torch.nan) for key, value in tensors.items()}
+    save_file(spoilt, other / "model.safetensors", {"format": "pt"})
+
+    split = SplitCausalLM(*load_split_model(None, CUT, other))
+
+    ids = torch.tensor([[5, 17, 42, 99, 3], [7, 1, 64, 23, 9]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        assert torch.equal(split(ids).logits, whole(input_ids=ids).logits)
+        assert torch.equal(split.generate(ids, **settings), whole.generate(input_ids=ids, **settings))
+
+
+def test_another_decoder_in_a_model_of_several() -> None:
+    """Where a type leaves the choice, the decoders that were proven are the ones that are split."""
+    fields = {"model_type": "llava", "architecture": "LlavaForConditionalGeneration", "text_config": "text_config"}
+    remember("llava", Answer(fields, decoders=("llama", "mistral")))
+    answer = recall("llava")
+    assert answer is not None
+    assert answer.decoders == ("llama", "mistral")
+    for decoder, possible in (("mistral", True), ("opt", False), (None, True)):
+        config = {"text_config": {"num_hidden_layers": 3, **({"model_type": decoder} if decoder else {})}}
+        refused = answer.family.impossible_cuts(config)
+        assert not refused if possible else "'opt'" in refused[1]
+    values = answer.to_dict()
+    for wrong in ({"decoders": [1]}, {"decoders": None}):
+        with pytest.raises(ValueError, match=r"types of decoder|TypeError"):
+            answer_from({**values, **wrong}, "llava")
 
 
 def test_commands_take_it_as_any_other(saved: Callable[[str], Path], cli: Callable[..., tuple[int, str, str]]) -> None:

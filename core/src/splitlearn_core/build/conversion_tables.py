@@ -20,7 +20,7 @@ from splitlearn_core.build.configuration import (
     layer_count_set,
 )
 from splitlearn_core.build.torch_state import skeleton
-from splitlearn_core.errors import CheckpointError
+from splitlearn_core.errors import CheckpointError, ConfigurationError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading_strategy import torch_dtype
 from splitlearn_core.plan.conversions import WeightConversion, WeightOperation
@@ -89,10 +89,22 @@ def _example(family: ModelFamily, config: Mapping[str, Any]) -> Any:
         del _EXAMPLES[next(iter(_EXAMPLES))]
     name = f"a {family.model_type} model"
     own = hf_config(family, config, name, "bfloat16")
-    layers = min(decoder_config(family, own).num_hidden_layers, _LAYERS)
-    with skeleton(own.dtype), config_errors(family, name), layer_count_set(family, own, layers):
-        _EXAMPLES[key] = architecture_class(family)(own)
+    decoder = decoder_config(family, own)
+    total = decoder.num_hidden_layers
+    try:
+        _EXAMPLES[key] = _without_values(family, own, min(total, _LAYERS))
+    except ConfigurationError:
+        if total <= _LAYERS:
+            raise
+        # Some configurations are valid with all of their layers alone.
+        _EXAMPLES[key] = _without_values(family, own, total)
     return _EXAMPLES[key]
+
+
+def _without_values(family: ModelFamily, config: Any, layers: int) -> Any:
+    errors = config_errors(family, f"a {family.model_type} model")
+    with skeleton(config.dtype), errors, layer_count_set(family, config, layers):
+        return architecture_class(family)(config)
 
 
 # A plan maps the same keys several times, and there may be tens of thousands.

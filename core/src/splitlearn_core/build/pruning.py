@@ -207,8 +207,11 @@ def leave_out_others(model: nn.Module, family: ModelFamily) -> None:
 def base_of(model: Any) -> Any:
     """Return the base module of a causal language model, or the model itself if it has none.
 
-    Some classes (Llama 4's) name a base module that they do not have.
+    In a model of several, it is the decoder's. Some classes (Llama 4's) name a base module that they do not have.
     """
+    config = model.config.get_text_config(decoder=True)
+    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    model = next((module for module in inside if module.config is config), model)
     base = model.base_model
     submodels = [module for module in model.children() if isinstance(module, PreTrainedModel)]
     return submodels[0] if base is model and len(submodels) == 1 else base

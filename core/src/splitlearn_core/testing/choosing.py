@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
 from packaging.utils import canonicalize_name
 
-from splitlearn_core.errors import ConfigurationError, PluginConflictError, PluginError, UnknownModelTypeError
+from splitlearn_core.errors import ConfigurationError, PluginConflictError, UnknownModelTypeError
 from splitlearn_core.plugins.metadata import STRATEGY, PluginEntry, discover
 from splitlearn_core.plugins.registry import blocked_by, registry
-
-log = logging.getLogger(__name__)
 
 
 def choose_families(names: Iterable[str]) -> tuple[PluginEntry, ...]:
@@ -22,7 +19,7 @@ def choose_families(names: Iterable[str]) -> tuple[PluginEntry, ...]:
     Raises:
         UnknownModelTypeError: No installed plugin has the name, or a variable blocks it.
         PluginConflictError: Several distributions claim the model type.
-        ConfigurationError: The name is that of a loading strategy, or of families that the kit cannot test.
+        ConfigurationError: The name is that of a loading strategy.
     """
     entries = discover()
     chosen = tuple(dict.fromkeys(entry for name in names for entry in _entries_named(name, entries)))
@@ -32,23 +29,7 @@ def choose_families(names: Iterable[str]) -> tuple[PluginEntry, ...]:
                 f"the plugin for model type {entry.name!r} ({entry.label}) is blocked by {variable}",
                 hint=f"change or unset {variable}",
             )
-    several = [entry for entry in chosen if _is_of_several(entry)]
-    if several:
-        types = ", ".join(entry.name for entry in several)
-        if len(several) == len(chosen):
-            raise ConfigurationError(
-                f"{types}: the kit does not test decoders that are parts of models of several models",
-                hint="splitlearn verify MODEL --split A B compares a checkpoint with the whole model",
-            )
-        log.warning("The kit does not test decoders that are parts of models of several models: %s", types)
-    return tuple(entry for entry in chosen if entry not in several)
-
-
-def _is_of_several(entry: PluginEntry) -> bool:
-    try:
-        return bool(registry().family(entry.name).text_config)
-    except PluginError:
-        return False  # the kit says why
+    return chosen
 
 
 def _entries_named(name: str, entries: tuple[PluginEntry, ...]) -> list[PluginEntry]:

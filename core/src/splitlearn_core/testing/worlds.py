@@ -28,6 +28,17 @@ TINY: Mapping[str, Any] = {
     "pad_token_id": 0,
 }
 
+#: Numbers of layers of models for images or sound; and all of their sizes.
+DEPTHS: Mapping[str, int] = dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers", "num_layers"), 1)
+OF_OTHERS: Mapping[str, int] = {
+    **DEPTHS,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "embed_dim", "encoder_ffn_dim", "hidden_dim"), 32),
+    **dict.fromkeys(("out_hidden_size", "projection_dim", "output_dim", "vision_output_dim"), 32),
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 32),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "encoder_attention_heads"), 2),
+    "head_dim": 16,
+}
+
 
 def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
     """Make a small model of any model type of transformers, with random parameters.
@@ -56,6 +67,29 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
     ]
     sizes = {name: TINY[name] for name in own}
     return config_class(**{**sizes, **overrides})
+
+
+def other_sizes(known: Any, decoder: str, small: Mapping[str, int] = OF_OTHERS) -> dict[str, Any]:
+    """Return values that make the models for images or sound small, in a configuration of several models.
+
+    Args:
+        known: The configuration, of any sizes.
+        decoder: The name of the decoder's configuration in it, which is left out.
+        small: The sizes; names that a configuration does not have are ignored.
+    """
+    values: dict[str, Any] = {}
+    for name in known.sub_configs:
+        other = getattr(known, name, None)
+        if name == decoder or other is None:
+            continue
+        sizes = {
+            other.attribute_map.get(size, size): value
+            for size, value in small.items()
+            if type(getattr(other, size, None)) is int and getattr(other, size) > value
+            if not isinstance(getattr(type(other), size, None), property)
+        }
+        values[name] = {"model_type": other.model_type, **sizes, **other_sizes(other, "", small)}
+    return values
 
 
 @own_state(gradients=True)

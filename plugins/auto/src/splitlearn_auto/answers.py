@@ -42,6 +42,8 @@ class Answer:
     #: Arguments of :class:`ModelFamily`; empty if the type is refused.
     fields: Mapping[str, Any] = field(default_factory=dict)
     unproven: tuple[UnprovenSetting, ...] = ()
+    #: The types of decoder with which a model of several is proven; empty if all models of the type have the same.
+    decoders: tuple[str, ...] = ()
     #: Why the type is refused, and what to do; empty if it is not.
     refusal: str = ""
     hint: str = ""
@@ -50,6 +52,7 @@ class Answer:
         return {
             "family": dict(self.fields),
             "unproven": [setting.to_dict() for setting in self.unproven],
+            "decoders": list(self.decoders),
             "refusal": self.refusal,
             "hint": self.hint,
         }
@@ -58,20 +61,26 @@ class Answer:
     def family(self) -> ModelFamily:
         """The family; of an answer that is no refusal."""
         family = ModelFamily(**self.fields)
-        return replace(family, impossible_cuts=_ProvenAlone(family, self.unproven)) if self.unproven else family
+        if not self.unproven and not self.decoders:
+            return family
+        return replace(family, impossible_cuts=_ProvenAlone(family, self.unproven, self.decoders))
 
 
 @dataclass(frozen=True, slots=True)
 class _ProvenAlone:
-    """Allows no cut of a model that has an unproven setting."""
+    """Allows no cut of a model that has an unproven setting, or another decoder than the proven ones."""
 
     family: ModelFamily = field(compare=False)
     unproven: tuple[UnprovenSetting, ...]
+    decoders: tuple[str, ...]
 
     def __call__(self, config: Mapping[str, Any]) -> Mapping[int, str]:
         whole = {name: config[name] for name in _OF_THE_WHOLE if name in config}
         values, layers = {**self.family.decoder_values(config), **whole}, self.family.config_value(config, _LAYERS)
         reason = next((setting.reason for setting in self.unproven if setting.applies_to(values)), "")
+        decoder = self.family.decoder_values(config).get("model_type")
+        if self.decoders and isinstance(decoder, str) and decoder not in self.decoders:
+            reason = f"with a decoder of type {decoder!r} it is not proven, only with {', '.join(self.decoders)}"
         return dict.fromkeys(range(1, layers), reason) if reason and isinstance(layers, int) else {}
 
 
@@ -84,7 +93,10 @@ def answer_from(values: Mapping[str, Any], model_type: str) -> Answer:
     try:
         refusal, hint = values["refusal"], values["hint"]
         unproven = tuple(_setting(setting) for setting in values["unproven"])
-        answer = Answer(_arguments(values["family"]), unproven, refusal, hint)
+        decoders = tuple(values["decoders"])
+        if not all(isinstance(decoder, str) for decoder in decoders):
+            raise ValueError("the types of decoder are described wrongly")
+        answer = Answer(_arguments(values["family"]), unproven, decoders, refusal, hint)
         if not isinstance(refusal, str) or not isinstance(hint, str) or bool(refusal) == bool(answer.fields):
             raise ValueError("it is neither a family nor a refusal")
         if answer.fields and answer.family.model_type != model_type:

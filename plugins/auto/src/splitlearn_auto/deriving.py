@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from splitlearn_auto.findings import CannotSplitError, Question
 from splitlearn_auto.observing import (
@@ -75,7 +74,7 @@ def derive_parts(model: Any) -> Parts:
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    base = _base(model)
+    base, config = _base(model), model.config.get_text_config(decoder=True)
     parts = Parts(_end(model, base, "base_model"))
     parts.embedding = _end(base, model.get_input_embeddings(), "get_input_embeddings()")
     parts.head = _end(model, model.get_output_embeddings(), "get_output_embeddings()")
@@ -84,15 +83,15 @@ def derive_parts(model: Any) -> Parts:
         path
         for path in _around_head(model, parts)
         # In a model of several, others are those for images or sound.
-        if base.config is model.config or any(f"{name}.".startswith(f"{path}.") for name in called)
+        if config is model.config or any(f"{name}.".startswith(f"{path}.") for name in called)
     ]
     parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
-    parts.layers = _layers(base, embeddings)
+    parts.layers = _layers(base, config, embeddings)
     # The modules around layers and embedding take tokens, and are no steps of their own.
     frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
-    depth = int(base.config.num_hidden_layers)
+    depth = int(config.num_hidden_layers)
     layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(depth)]
     _check_chain(frame, seen, layers)
     parts.layers_return_tuple = not isinstance(layers[0].output, torch.Tensor)
@@ -132,20 +131,13 @@ class _Frame:
 
 
 def _base(model: Any) -> Any:
-    base = base_of(_decoder(model))
+    base = base_of(model)
     if base is model:
         raise CannotSplitError(
             f"{type(model).__name__} has no base model: its base_model_prefix is {model.base_model_prefix!r}, "
             "and there is no module of that name"
         )
     return base
-
-
-def _decoder(model: Any) -> Any:
-    """Return the outermost model in a model of several that has the decoder's configuration, or the whole model."""
-    config = model.config.get_text_config(decoder=True)
-    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return next((module for module in inside if module.config is config), model)
 
 
 def _end(root: nn.Module, module: Any, how: str) -> str:
@@ -174,8 +166,9 @@ def check_causal(model: Any) -> set[str]:
     if first.shape[:2] != ids.shape:
         raise CannotSplitError(f"its logits are {list(first.shape)} for {list(ids.shape)} tokens")
     before, at_last = (float((first[:, span] - second[:, span]).abs().max()) for span in (slice(-1), slice(-1, None)))
-    # With a tolerance: the order of summation over experts depends on the tokens.
-    if before > _ROUNDING * at_last:
+    # With a tolerance: the order of summation over experts depends on the tokens. In a model of several (PaliGemma),
+    # the tokens of a prompt may see each other.
+    if before > _ROUNDING * at_last and model.config.get_text_config(decoder=True) is model.config:
         raise CannotSplitError(
             "it is not a causal decoder: the last token changes the logits of the tokens before it (as in an encoder)"
         )
@@ -184,9 +177,9 @@ def check_causal(model: Any) -> set[str]:
     return called
 
 
-def _layers(base: Any, embeddings: torch.Tensor) -> str:
+def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
     """Return the path of the list of layers that a forward pass runs one after another."""
-    depth = base.config.num_hidden_layers
+    depth = config.num_hidden_layers
     lists = {path: module for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     lengths = ", ".join(f"{path} ({len(module)})" for path, module in list(lists.items())[:_MAX_SHOWN]) or "none"
     candidates = [path for path, module in lists.items() if len(module) == depth]

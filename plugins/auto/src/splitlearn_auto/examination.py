@@ -113,7 +113,7 @@ def _proven(derived: Derived, model_type: str) -> Answer:
             refusal=f"{question.text} {question.seen}",
             hint=f"splitlearn plugins new {model_type} --out DIR writes a package with that question",
         )
-    return Answer(derived.fields, (*derived.unproven, *_unproven_dtypes(derived)))
+    return Answer(derived.fields, (*derived.unproven, *_unproven_dtypes(derived)), derived.decoders)
 
 
 def _unproven_dtypes(derived: Derived) -> Iterator[UnprovenSetting]:

@@ -57,6 +57,8 @@ _MORE_CROSSES = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
 #: Lists of kinds of layers -> the kinds that use what the layer before has computed; and a list for a small model.
 _JOINED = {"indexer_types": (("shared",), ["full", "full", "full", "full", "shared", "full"])}
 _SLIDING, _WINDOW = "sliding_window", 4
+#: Decoders that published models of several have, where a type leaves the choice.
+_DECODERS = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gpt_oss", "phi3")
 #: What layers with latent attention cache, by the names in their configurations.
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim")
 
@@ -122,6 +124,11 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         transformers=transformers.__version__,
     )
     _prove(derived, config, variants, settings)
+    if settings and has_any_decoder(known) and not derived.questions:
+        derived.decoders = tuple(_proven_decoders(derived, known))
+        derived.notes.append(
+            f"with a decoder of another type than {', '.join(derived.decoders)}: not tried, or different"
+        )
     derived.fields = {name: value for name, value in derived.fields.items() if value != _DEFAULTS.get(name)}
     return derived
 
@@ -139,6 +146,19 @@ def _small_decoder(
         else:
             return config, needed, switches
     raise refusal
+
+
+def _proven_decoders(derived: Derived, known: Any) -> Iterator[str]:
+    """Yield the types of decoder with which a type of several models is split as with the usual one."""
+    name, usual = derived.fields["text_config"], decoder_of(known).model_type
+    yield usual
+    for other in _DECODERS:
+        # Not every class takes every decoder, and some are not in all versions of transformers.
+        with suppress(Exception):
+            whole = type(known)(**{name: {"model_type": other}})
+            model = tiny_model(tiny_config(known.model_type, whole, {})[0])
+            if other != usual and not differences(model, ModelFamily(**derived.fields)):
+                yield other
 
 
 def _required_values(config: Any) -> dict[str, Any]:

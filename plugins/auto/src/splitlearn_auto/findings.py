@@ -41,6 +41,8 @@ class Derived:
     notes: list[str] = field(default_factory=list)
     #: Those of them that are about values of ``config.json``.
     unproven: list[UnprovenSetting] = field(default_factory=list)
+    #: The types of decoder with which it is proven, in a type of several models that has decoders of any type.
+    decoders: tuple[str, ...] = ()
     #: Name of a variant -> values of the configuration, for the test file.
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: The version of transformers that was used: names of modules differ between versions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 import warnings
@@ -18,6 +19,7 @@ import transformers
 from splitlearn_auto.findings import CannotSplitError
 from splitlearn_auto.knowledge import decoder_name, decoder_names, model_class_name
 from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token, with_decoder_values
+from splitlearn_core.testing.worlds import DEPTHS, OF_OTHERS, other_sizes
 
 #: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
@@ -94,16 +96,6 @@ _RARE: Mapping[str, int | str] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
 
-#: Sizes of the models for images or sound in a model of several.
-_DEPTHS = ("num_hidden_layers", "depth", "encoder_layers", "num_layers")
-_OF_OTHERS: Mapping[str, int] = {
-    **dict.fromkeys(_DEPTHS, 1),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "embed_dim", "encoder_ffn_dim", "hidden_dim"), 32),
-    **dict.fromkeys(("out_hidden_size", "projection_dim", "output_dim", "vision_output_dim"), 32),
-    **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 32),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "encoder_attention_heads"), 2),
-    "head_dim": 16,
-}
 #: Values that models need and some classes (DeepSeek V2's) leave at None.
 _NEVER_COMPUTED = ("num_experts_per_tok",)
 #: What the modules of transformers import that have layers with a running state.
@@ -172,8 +164,8 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
         return _tiny_config(model_type, known, stated, partial(_config, model_type))
     refusals = []
     # Text passes through none of the other models, so that their sizes need not fit together.
-    for small in (_OF_OTHERS, dict.fromkeys(_DEPTHS, 1)):
-        others = _other_sizes(known, small, leave_out=name)
+    for small in (OF_OTHERS, DEPTHS):
+        others = other_sizes(known, name, small)
         whole = {**others, name: {"model_type": getattr(known, name).model_type}}
         try:
             config, needed = _tiny_config(
@@ -191,24 +183,6 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
 
 def _config_of_several(model_type: str, name: str, whole: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     return _config(model_type, with_decoder_values(whole, name, values))
-
-
-def _other_sizes(known: Any, small: Mapping[str, int], leave_out: str = "") -> dict[str, Any]:
-    """Return values that make the other models of a configuration of several small."""
-    values: dict[str, Any] = {}
-    for name in known.sub_configs:
-        other = getattr(known, name, None)
-        if name == leave_out or other is None:
-            continue
-        sizes = {
-            other.attribute_map.get(size, size): value
-            for size, value in small.items()
-            if type(getattr(other, size, None)) is int
-            and getattr(other, size) > value
-            and not _is_computed(other, size)
-        }
-        values[name] = {"model_type": other.model_type, **sizes, **_other_sizes(other, small)}
-    return values
 
 
 def _tiny_config(
@@ -346,14 +320,15 @@ def _kinds_of_layers(known: Any) -> list[str]:
 
 
 def _code_of(known: Any) -> Any:
-    """Return the module of the model of a decoder's configuration."""
+    """Return the module of the code of a decoder, by its configuration."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     for table in (AutoModelForCausalLM._model_mapping, AutoModel._model_mapping):  # noqa: SLF001  # as from_config
         if type(known) in table:
             classes = table[type(known)]
             return sys.modules[(classes[0] if isinstance(classes, tuple) else classes).__module__]
-    raise CannotSplitError(f"transformers has no model for the decoder alone, of type {known.model_type}")
+    # A decoder that no automatic class makes alone.
+    return importlib.import_module(type(known).__module__.replace(".configuration_", ".modeling_"))
 
 
 def _created(config: Any, **options: Any) -> Any:

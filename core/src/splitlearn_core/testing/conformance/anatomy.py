@@ -43,11 +43,12 @@ def anatomy(model: Any) -> Anatomy:
     """Look at a Hugging Face causal language model, and run it once."""
     base = base_of(model)
     names = {id(module): name for name, module in base.named_modules()}
-    depth = model.config.num_hidden_layers
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [name for name, part in base.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
     early, late = _calls(model, base, lists)
     embedding = names.get(id(model.get_input_embeddings()), "")
-    inlets = [call for call in early if call.name != embedding and _has_width(call.output, model.config.hidden_size)]
+    width = model.config.get_text_config(decoder=True).hidden_size
+    inlets = [call for call in early if call.name != embedding and _has_width(call.output, width)]
     head = model.get_output_embeddings()
     return Anatomy(
         base=next((name for name, module in model.named_modules() if module is base and name), ""),
@@ -63,7 +64,8 @@ def anatomy(model: Any) -> Anatomy:
 def _calls(model: Any, base: Any, lists: list[str]) -> tuple[list[_Call], list[_Call]]:
     """Run the model; return the calls of modules before the first layer, and those that yield the base's output."""
     # Before a projection the embeddings may be narrower than the layers.
-    widths = (model.config.hidden_size, getattr(model.get_input_embeddings(), "embedding_dim", 0))
+    config = model.config.get_text_config(decoder=True)
+    widths = (config.hidden_size, getattr(model.get_input_embeddings(), "embedding_dim", 0))
     calls: list[_Call] = []
     started: list[int] = []
     handles = []

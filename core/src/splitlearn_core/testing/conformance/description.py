@@ -29,6 +29,9 @@ class Description(Checks):
         """The class is the one that transformers makes of such a config.json, if it knows the type."""
         hf_class: Any = architecture_class(subject.family)
         stated = hf_class.config_class.model_type
+        if subject.family.text_config:
+            # Of the decoder alone, or of the whole model, whose table for text has the decoder's.
+            return
         expect(
             stated == self.model_type,
             f"{hf_class.__name__} is made of configurations of model type {stated!r}",
@@ -51,7 +54,11 @@ class Description(Checks):
         """Layers, sizes, heads and ties are read from config.json as transformers reads them."""
         for common, own in subject.family.config_names.items():
             field = f"config_names[{common!r}]"
-            expect(own in subject.config, f"config.json has no {own!r}", Suspect(field, "its name is wrong"))
+            expect(
+                own in subject.family.decoder_values(subject.config),
+                f"config.json has no {own!r}",
+                Suspect(field, "its name is wrong"),
+            )
         suspects = tuple(misconfigured(subject.family, subject.whole()))
         if suspects:
             raise ConformanceError("the family reads config.json differently from transformers", suspects)

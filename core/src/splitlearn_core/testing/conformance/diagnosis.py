@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from splitlearn_core.build.configuration import architecture_class
+from splitlearn_core.build.configuration import architecture_class, decoder_config
+from splitlearn_core.build.pruning import leave_out_others
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError, TensorMismatchError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading.planning import key_targets
@@ -49,6 +50,8 @@ def explain(error: Exception, family: ModelFamily, values: Mapping[str, Any]) ->
     try:
         hf_class: Any = architecture_class(family)
         model = random_model(hf_class, configure(family, values, {}))
+        if family.text_config:
+            leave_out_others(model, family)
         return tuple(_explained(error, family, model))
     # Another check reports a model that cannot be created or run.
     except Exception:  # noqa: BLE001
@@ -138,7 +141,7 @@ def mixed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
     for number, layer in enumerate(layers):
         try:
             with torch.device("meta"):
-                made = type(layers[0])(model.config, number)
+                made = type(layers[0])(decoder_config(family, model.config), number)
         # A constructor with other arguments may raise any exception.
         except Exception as error:  # noqa: BLE001
             yield Suspect("uniform_layers", f"set False: {classes[0]}(config, {number}) fails: {error}")
@@ -156,9 +159,9 @@ def misconfigured(family: ModelFamily, model: Any) -> Iterator[Suspect]:
     """Compare the values that a family reads from ``config.json`` with those of transformers."""
     # As in a file: plain values, by the names of the configuration class.
     written = json.loads(model.config.to_json_string(use_diff=False))
-    own_names = type(model.config).attribute_map
+    own_names = type(decoder_config(family, model.config)).attribute_map
     for name in COMMON:
-        right = getattr(model.config, name, None)
+        right = _value_of(family, model.config, name)
         read = effective(family, written, name)
         if right is None or read == right:
             continue
@@ -180,22 +183,33 @@ def misread(family: ModelFamily, config: Any, names: Iterable[str] = COMMON) -> 
     """
     # As in a file: values that equal the defaults of transformers are left out.
     written = json.loads(config.to_json_string())
+    stated = family.decoder_values(written)
     for name in names:
-        right, read = getattr(config, name, None), effective(family, written, name)
+        right, read = _value_of(family, config, name), effective(family, written, name)
         if right is not None and read != right:
-            own = type(config).attribute_map.get(name, name)
-            if own in written and family.config_names.get(name, name) != own:
+            own = type(decoder_config(family, config)).attribute_map.get(name, name)
+            if own in stated and family.config_names.get(name, name) != own:
                 yield Suspect(f"config_names[{name!r}]", f"config.json calls it {own!r}")
-            elif own in written and name in family.config_names:
+            elif own in stated and name in family.config_names:
                 yield Suspect(f"config_names[{name!r}]", f"{read!r} is read where transformers has {right!r}")
             else:
                 yield Suspect(f"config_defaults[{name!r}]", f"{read!r} is read where transformers has {right!r}")
+
+
+def _value_of(family: ModelFamily, config: Any, name: str) -> Any:
+    """Return a value of a configuration; that heads are tied is said by the whole of a model of several."""
+    owner = config if name == "tie_word_embeddings" else decoder_config(family, config)
+    return getattr(owner, name, None)
 
 
 def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:
     """Compare the defaults of a family with those of transformers."""
     hf_class: Any = architecture_class(family)
     defaults = hf_class.config_class()
+    if family.text_config:
+        # A file that says little of the decoder has the defaults of the decoder's own class.
+        tied, defaults = defaults.tie_word_embeddings, type(decoder_config(family, defaults))()
+        defaults.tie_word_embeddings = tied
     for name, value in family.config_defaults.items():
         right = getattr(defaults, name, None)
         # None in a configuration means that core's own rule applies.
@@ -273,7 +287,7 @@ def _tied_names(model: Any) -> set[str]:
 
 def _unplaced(family: ModelFamily, model: Any, names: list[str]) -> Iterator[tuple[str, Suspect]]:
     """Yield the tensors that no component holds."""
-    layers = model.config.num_hidden_layers
+    layers = decoder_config(family, model.config).num_hidden_layers
     third = max(layers // 3, 1)
     component_of, parts = placement(family, layers_between((third, 2 * third), layers)), anatomy(model)
     for name in names:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from splitlearn_core.build.configuration import architecture_class
-from splitlearn_core.build.pruning import check_names
+from splitlearn_core.build.pruning import check_names, leave_out_others
 from splitlearn_core.errors import (
     BrokenPluginError,
     IncompatiblePluginError,
@@ -103,7 +103,8 @@ def _of_class(family: ModelFamily) -> Flaw | None:
         why = f"a class of transformers, or module:Class; {error.hint}"
         return Flaw("test_architecture", error.message, (Suspect("architecture", why),))
     stated = hf_class.config_class.model_type
-    if stated == family.model_type:
+    # Of several models, it may be a class of the decoder alone, or that of another type.
+    if stated == family.model_type or family.text_config:
         return None
     return Flaw(
         "test_architecture",
@@ -125,6 +126,8 @@ def _of_model(family: ModelFamily, values: Mapping[str, Any]) -> Flaw | None:
     missing = _of_missing(family, model)
     if missing:
         return missing
+    if family.text_config:
+        leave_out_others(model, family)
     try:
         wrong = tuple(misnamed(family, model))
     # As above: the model is run.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from splitlearn_core import load_split_model
 from splitlearn_core.checkpoint.files import SINGLE
@@ -26,7 +26,7 @@ class Keys(Checks):
 
     def test_every_key_has_its_place(self, subject: Subject) -> None:
         """Each key of the checkpoint becomes one tensor of the model, and each of these is in one component."""
-        keys = list(load_file(subject.checkpoint / SINGLE))
+        keys = list(subject.tensors)
         problems = misplaced(subject.family, subject.whole(), keys)
         if problems:
             raise ConformanceError("\n".join(text for text, _ in problems), (suspect for _, suspect in problems))
@@ -43,7 +43,7 @@ class Keys(Checks):
 
     def test_the_mapping_is_repeatable(self, subject: Subject) -> None:
         """Called twice, and with another order of keys, the plugin returns the same mapping."""
-        keys = sorted(load_file(subject.checkpoint / SINGLE))
+        keys = sorted(subject.tensors)
         mappings = [
             registry().map_weight_keys(subject.family, subject.config, order) for order in (keys, keys, keys[::-1])
         ]
@@ -60,9 +60,9 @@ class Keys(Checks):
         if spelling in ("head present", "embedding absent") and not subject.tied:
             pytest.skip("only a tied model may omit one of the two")
         head, embedding = f"{family.head}.weight", f"{family.base}.{family.embedding}.weight"
-        tensors = load_file(subject.checkpoint / SINGLE)
+        tensors = {**subject.tensors}
         if spelling == "without prefix":
-            tensors = {key.removeprefix(f"{family.base}."): tensor for key, tensor in tensors.items()}
+            tensors = {key.removeprefix(subject.prefix): tensor for key, tensor in tensors.items()}
         elif spelling == "head present":
             tensors[head] = tensors[embedding].clone()
         elif spelling == "embedding absent":
@@ -80,20 +80,19 @@ class Keys(Checks):
         legacy = {**derived, **self.legacy_tensors}
         if not legacy:
             pytest.skip("neither ignored_suffixes of the family nor legacy_tensors of the test name any")
-        tensors = load_file(subject.checkpoint / SINGLE)
-        for number, prefix in enumerate(("", f"{family.base}.")):
+        more = {f"{family.base}.{name}": torch.ones(shape) for name, shape in legacy.items()}
+        for number, left_out in enumerate((subject.prefix, "")):
             folder = tmp_path / str(number)
             folder.mkdir()
-            more = {prefix + name: torch.ones(shape) for name, shape in legacy.items()}
-            bare = {key.removeprefix(f"{family.base}.") if not prefix else key: t for key, t in tensors.items()}
-            _expect_alike(subject, folder, {**bare, **more}, _LEGACY)
+            tensors = {key.removeprefix(left_out): tensor for key, tensor in {**subject.tensors, **more}.items()}
+            _expect_alike(subject, folder, tensors, _LEGACY)
 
     def test_renamed_keys(self, subject: Subject, tmp_path: Path) -> None:
         """A checkpoint with the old names of ``renamed`` loads like one with the new ones."""
         renamed = subject.family.renamed
         if not renamed:
             pytest.skip("the family renames nothing")
-        tensors = load_file(subject.checkpoint / SINGLE)
+        tensors = subject.tensors
         old = {_old_name(key, renamed): tensor for key, tensor in tensors.items()}
         expect(
             len(old) == len(tensors),

@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
 from splitlearn_core import SplitCausalLM, load_split_model
-from splitlearn_core.build.configuration import architecture_class
-from splitlearn_core.checkpoint.files import CONFIG
+from splitlearn_core.build.configuration import (
+    architecture_class,
+    config_class_of,
+    decoder_config,
+    with_decoder_values,
+)
+from splitlearn_core.build.pruning import leave_out_others
+from splitlearn_core.checkpoint.files import CONFIG, SINGLE
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.loading.planning import key_targets
 from splitlearn_core.plan.split_points import impossible_cuts
 from splitlearn_core.plugins.registry import registry
-from splitlearn_core.testing.worlds import random_model, tiny_config, write_checkpoint
+from splitlearn_core.testing.worlds import other_sizes, random_model, tiny_config, write_checkpoint
 
 _T = TypeVar("_T")
 #: Split points, one or more.
@@ -32,19 +41,30 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
     Args:
         family: Its family.
         values: The author's values. With a ``model_type`` they are a whole ``config.json``; without one
-            they are added to the ordinary tiny sizes and the family's ``tiny_config``.
+            they are added to the ordinary tiny sizes and the family's ``tiny_config``. In a model of several, they are
+            the decoder's; values of another model are a mapping, by the name of its configuration.
         overrides: The values that the variant changes.
     """
-    config_class: Any = architecture_class(family).config_class
+    config_class: Any = config_class_of(family) if family.text_config else architecture_class(family).config_class
+    name = family.text_config if family.text_config in config_class.sub_configs else ""
     if "model_type" in values:
-        return config_class.from_dict({**values, **overrides})
-    return tiny_config(config_class, **{**family.tiny_config, **values, **overrides})
+        return config_class.from_dict(with_decoder_values(values, name, overrides))
+    if not name:
+        # Also of a class of the decoder alone.
+        own = family.tiny_config.get(family.text_config, family.tiny_config)
+        return tiny_config(config_class, **{**own, **values, **overrides})
+    known = config_class()
+    usual = {**other_sizes(known, name), name: {}}
+    given = with_decoder_values(with_decoder_values(usual, name, family.tiny_config), name, {**values, **overrides})
+    stated = given[name].get("model_type")
+    decoder_class = CONFIG_MAPPING[stated] if stated in CONFIG_MAPPING else type(getattr(known, name))
+    return config_class(**{**given, name: tiny_config(decoder_class, **given[name]).to_dict()})
 
 
 def possible_points(family: ModelFamily, config: Any) -> list[int]:
     """Return the split points of a model that its family does not declare impossible."""
     refused = impossible_cuts(family, config.to_dict())
-    return [point for point in range(1, config.num_hidden_layers) if point not in refused]
+    return [point for point in range(1, decoder_config(family, config).num_hidden_layers) if point not in refused]
 
 
 def possible_cuts(family: ModelFamily, config: Any) -> list[Cut]:
@@ -63,7 +83,7 @@ def cuts_by_number(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
 
 def chosen_cuts(family: ModelFamily, config: Any) -> tuple[Cut, ...]:
     """Return the cuts for all comparisons: the widest trunk, and narrow ones early and late."""
-    layers = config.num_hidden_layers
+    layers = decoder_config(family, config).num_hidden_layers
     preferred = [(1, layers - 1), (layers // 3, layers // 3 + 1), (layers // 2, layers - 1)]
     possible = possible_cuts(family, config)
     return tuple(cut for cut in dict.fromkeys(preferred) if cut in possible) or tuple(possible[:3])
@@ -110,7 +130,28 @@ class Subject:
     @cached_property
     def checkpoint(self) -> Path:
         """The folder of the checkpoint, stored in float32."""
-        return write_checkpoint(self._folder, random_model(architecture_class(self.family), self._config))
+        folder = write_checkpoint(self._folder, random_model(architecture_class(self.family), self._config))
+        path, name = folder / CONFIG, self.family.text_config
+        config = json.loads(path.read_text())
+        if name and name not in config:
+            # Of a class of the decoder alone; files are those of the whole model.
+            path.write_text(json.dumps({"model_type": self._model_type, "dtype": config["dtype"], name: config}))
+        return folder
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the checkpoint, by key; of a model of several, those of the decoder."""
+        stored = load_file(self.checkpoint / SINGLE)
+        if not self.family.text_config:
+            return stored
+        targets = key_targets(self.family, self.config, sorted(stored))
+        return {key: tensor for key, tensor in stored.items() if targets[key] is not None}
+
+    @property
+    def prefix(self) -> str:
+        """What the keys of some checkpoints lack: the name of the base module, or of the one around several models."""
+        base = self.family.base
+        return f"{base.partition('.')[0] if self.family.text_config else base}."
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -135,7 +176,7 @@ class Subject:
     @property
     def layers(self) -> int:
         """The number of layers, according to transformers."""
-        return cast("int", self.whole().config.num_hidden_layers)
+        return cast("int", decoder_config(self.family, self.whole().config).num_hidden_layers)
 
     @property
     def tied(self) -> bool:
@@ -146,14 +187,21 @@ class Subject:
     @cached_property
     def middle(self) -> Cut:
         """The cut for checks that need only one."""
-        layers = self._config.num_hidden_layers
+        layers = decoder_config(self.family, self._config).num_hidden_layers
         possible, thirds = possible_cuts(self.family, self._config), (layers // 3, 2 * layers // 3)
         return thirds if thirds in possible or not possible else possible[len(possible) // 2]
 
     def fresh_whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
         """Load the unsplit model; the caller may change it."""
+        return self.whole_of(self.checkpoint, dtype, attention)
+
+    def whole_of(self, folder: Path, dtype: str = "auto", attention: str | None = None) -> Any:
+        """Load the unsplit model of a checkpoint; of a model of several, what text passes through."""
         hf_class: Any = architecture_class(self.family)
-        return hf_class.from_pretrained(self.checkpoint, dtype=dtype, attn_implementation=attention).eval()
+        model = hf_class.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+        if self.family.text_config:
+            leave_out_others(model, self.family)
+        return model
 
     def whole(self, dtype: str = "auto", attention: str | None = None) -> Any:
         """Return the cached unsplit model, which must not be changed."""
