@@ -48,7 +48,9 @@ def _measured(family: ModelFamily, config: Mapping[str, Any], dtype: str) -> tup
         model: Any = architecture_class(family)._from_config(own, dtype=getattr(torch, dtype))  # noqa: SLF001  # as AutoModel
         if getattr(model, "_can_set_experts_implementation", lambda: False)():
             model.set_experts_implementation(_EXPERTS)
-        cache = model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).get(CACHE_FIELD)
+        # Of several models, the decoder alone: what the whole does with images may need values.
+        decoder = model.eval().get_submodule(family.base) if family.text_config else model.eval()
+        cache = decoder(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).get(CACHE_FIELD)
     sizes = () if cache is None else sizes_after_one_token(cache)
     layers = int(decoder_config(family, own).num_hidden_layers)
     if not sizes or len(sizes) > layers:

@@ -91,7 +91,11 @@ def in_model(family: ModelFamily, name: str) -> str | None:
         return name
     if not family.text_config:
         return f"{family.base}.{name}"
-    inside = f"{family.base.partition('.')[0]}.{name}"
+    outer, _, deeper = family.base.partition(".")
+    inside = f"{outer}.{name}"
+    if not deeper:
+        own = (family.layers, *family.inlets, *family.outlets)
+        return inside if name.startswith(tuple(f"{module}." for module in own)) else None
     return inside if inside.startswith(f"{family.base}.") else None
 
 

@@ -197,6 +197,8 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
                 f"its {depth} layers ({path}) do not run one after another, each once: "
                 f"{', '.join(called[: depth + _MAX_SHOWN])}"
             )
+        if called:
+            raise CannotSplitError(f"text alone passes through {len(set(called))} of its {depth} layers ({path})")
     raise CannotSplitError(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
 
 

@@ -32,7 +32,7 @@ from splitlearn_auto.knowledge import (
     has_any_decoder,
     model_class_name,
 )
-from splitlearn_auto.making import in_dtype, quiet, tiny_config, tiny_model, with_values
+from splitlearn_auto.making import in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state, with_decoder_values
@@ -81,7 +81,7 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         ConfigurationError: There is no such type.
         CannotSplitError: Models of the type cannot be split, with the reason.
     """
-    architecture = model_class_name(model_type)
+    model_class_name(model_type)
     known = AutoConfig.for_model(model_type)
     check_config(model_type, known)
     text_config = decoder_name(known)
@@ -93,19 +93,20 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     model = tiny_model(config)
     parts = derive_parts(model)
     renamed = renamed_keys(model, saved_tensors(model))
+    alone = path_of_decoder(config) if text_config else ""
     variants = _Variants(config, parts)
     if settings:
         variants.sweep()
     derived = Derived(
         {
             "model_type": model_type,
-            "architecture": architecture,
+            "architecture": type(model).__name__,
             **variants.fields(),
             # Masks of all layers may depend on which tokens belong to one image.
             **({"text_config": text_config, "bottom_arguments": ()} if text_config else {}),
             "ignored_suffixes": ignored_suffixes(model),
             # transformers' tables know the names in older files of models of several, too.
-            "renamed": () if text_config else renamed or (),
+            "renamed": (((f"{alone}.", ""),) if alone else ()) if text_config else renamed or (),
             "transformers_tables": bool(text_config) or renamed is None or keeps_float32(model),
             "measured_cache": keeps_states(model) or has_any_decoder(known),
             "config_names": config_names(known),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from splitlearn_auto.findings import CannotSplitError
 from splitlearn_auto.knowledge import decoder_name, decoder_names, model_class_name
@@ -332,9 +333,29 @@ def _code_of(known: Any) -> Any:
 
 
 def _created(config: Any, **options: Any) -> Any:
-    """Create a model as ``from_config`` of transformers' automatic classes does."""
+    """Create a model as ``from_config`` of transformers' automatic classes does; see :func:`decoder_alone`."""
     name = model_class_name(config.model_type)
-    return getattr(transformers, name)._from_config(config, **options)  # noqa: SLF001
+    model = getattr(transformers, name)._from_config(config, **options)  # noqa: SLF001
+    return model.get_submodule(decoder_alone(model))
+
+
+def decoder_alone(model: Any) -> str:
+    """Return the path of the decoder in a model of several whose decoder has its own head; empty if it has none.
+
+    Such a decoder is a model of its own class, of which components are made: the class of the whole may need images
+    (Llama 4's).
+    """
+    config = model.config.get_text_config(decoder=True)
+    for path, module in model.named_modules():
+        if path and isinstance(module, PreTrainedModel) and module.config is config:
+            return str(path) if module.get_output_embeddings() is not None else ""
+    return ""
+
+
+def path_of_decoder(config: Any) -> str:
+    """Return :func:`decoder_alone` for a configuration."""
+    with torch.device("meta"):
+        return decoder_alone(getattr(transformers, model_class_name(config.model_type))(config))
 
 
 def _with_unstated(known: Any, needed: Mapping[str, Any], error: Exception) -> Iterator[dict[str, Any]]:

@@ -44,7 +44,7 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
     """
     # As in a file, which the family has to understand, too.
     values = json.loads(model.config.to_json_string())
-    attention = model.config._attn_implementation  # noqa: SLF001  # the name in transformers
+    attention = _attention(model.config)
     dtype = str(model.dtype).removeprefix("torch.")
     differing: list[str] = []
     for cut in cuts(_depth(model)):
@@ -55,6 +55,12 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
         problems = (*_compare(model, split), *_training(split, family))
         differing += [f"cut at {cut[0]} and {cut[1]}, {problem}" for problem in problems]
     return differing or list(_plan_problems(model, family, values))
+
+
+def _attention(config: Any) -> str | None:
+    """Return the attention implementation to request; None if the decoder has another than the whole by default."""
+    used, own = (each._attn_implementation for each in (config, config.get_text_config(decoder=True)))  # noqa: SLF001
+    return used if used == own else None
 
 
 def _depth(model: Any) -> int:

@@ -59,7 +59,9 @@ class Keys(Checks):
         family = subject.family
         if spelling in ("head present", "embedding absent") and not subject.tied:
             pytest.skip("only a tied model may omit one of the two")
-        head, embedding = f"{family.head}.weight", f"{family.base}.{family.embedding}.weight"
+        head, module_key = f"{family.head}.weight", f"{family.base}.{family.embedding}.weight"
+        # transformers may write it under another name.
+        embedding = next((key for key, target in subject.targets.items() if target == module_key), module_key)
         tensors = {**subject.tensors}
         if spelling == "without prefix":
             tensors = {key.removeprefix(subject.prefix): tensor for key, tensor in tensors.items()}

@@ -24,6 +24,7 @@ from splitlearn_core.build.pruning import leave_out_others
 from splitlearn_core.checkpoint.files import CONFIG, SINGLE
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.loading.planning import key_targets
+from splitlearn_core.plan.keys import KeyTarget
 from splitlearn_core.plan.split_points import impossible_cuts
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.worlds import other_sizes, random_model, tiny_config, write_checkpoint
@@ -51,8 +52,8 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
         return config_class.from_dict(with_decoder_values(values, name, overrides))
     if not name:
         # Also of a class of the decoder alone.
-        own = family.tiny_config.get(family.text_config, family.tiny_config)
-        return tiny_config(config_class, **{**own, **values, **overrides})
+        own = {**family.tiny_config.get(family.text_config, family.tiny_config), **values, **overrides}
+        return tiny_config(config_class, **{key: value for key, value in own.items() if key != "model_type"})
     known = config_class()
     usual = {**other_sizes(known, name), name: {}}
     given = with_decoder_values(with_decoder_values(usual, name, family.tiny_config), name, {**values, **overrides})
@@ -141,11 +142,15 @@ class Subject:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the checkpoint, by key; of a model of several, those of the decoder."""
-        stored = load_file(self.checkpoint / SINGLE)
+        stored: dict[str, torch.Tensor] = load_file(self.checkpoint / SINGLE)
         if not self.family.text_config:
             return stored
-        targets = key_targets(self.family, self.config, sorted(stored))
-        return {key: tensor for key, tensor in stored.items() if targets[key] is not None}
+        return {key: tensor for key, tensor in stored.items() if self.targets[key] is not None}
+
+    @cached_property
+    def targets(self) -> Mapping[str, KeyTarget]:
+        """Where each key of the checkpoint goes."""
+        return key_targets(self.family, self.config, sorted(load_file(self.checkpoint / SINGLE)))
 
     @property
     def prefix(self) -> str:
