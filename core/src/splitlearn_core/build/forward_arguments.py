@@ -91,9 +91,10 @@ def argument_names(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
 
 
-def crosses_in_float32(config: Any) -> bool:
+def crosses_in_float32(family: ModelFamily, config: Any) -> bool:
     """Return whether layers pass hidden states on in float32, whatever the dtype of their parameters."""
-    return bool(getattr(config, "residual_in_fp32", False))
+    name = "residual_in_fp32"
+    return bool(getattr(config, name, family.config_defaults.get(name, False)))
 
 
 def named_cache(arguments: dict[str, Any], past_key_values: Any = None) -> Any:
