@@ -15,6 +15,7 @@ from splitlearn_core.build.forward_arguments import RECORDINGS, crosses_in_float
 from splitlearn_core.build.kv_cache import CACHE_FIELD, own_cache_class
 from splitlearn_core.cuts.crossings import Crossings, crossing
 from splitlearn_core.errors import ConfigurationError
+from splitlearn_core.family import STATES
 from splitlearn_core.hosts.mirrored_layers import restored
 from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.types import Component
@@ -39,9 +40,11 @@ class ComponentChain:
         self.config = parts[Component.TOP].config
         # The object itself: a Trainer turns the cache off in it.
         self._decoder_config = cast("ComponentModel", parts[Component.TOP]).decoder_config
-        self._crosses_in_float32 = crosses_in_float32(self._decoder_config)
         bottom = cast("ComponentModel", parts[Component.BOTTOM])
         self.routing = bottom.routing
+        #: The names of what crosses besides hidden states.
+        self._crossing = tuple(name for name in bottom.crossing if name != STATES)
+        self._crosses_in_float32 = crosses_in_float32(bottom.family, self._decoder_config)
         #: The class of cache that the model insists on, which keeps running states; None for none.
         self.own_cache = own_cache_class(bottom.base_model.forward)
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
@@ -93,8 +96,10 @@ class ComponentChain:
                 is_last = part is parts[-1]
                 passed = _move({**passed, **last} if is_last and head else passed, self.device(number))
                 run = cast("Any", part).without_head if is_last and not head else part
-                hidden = cross(number - 1, self._enter(number, output))
-                output = run(hidden, **passed, past_key_values=caches[number])
+                states = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+                hidden = cross(number - 1, self._enter(number, states))
+                others = {name: self._enter(number, output[name]) for name in self._crossing}
+                output = run(hidden, **others, **passed, past_key_values=caches[number])
                 outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)
         return result if return_dict else result.to_tuple()
@@ -104,9 +109,8 @@ class ComponentChain:
         probe = self._probes[number]
         return self.device(number - 1) if probe is None else cast("torch.device", getattr(*probe).device)
 
-    def _enter(self, number: int, output: Any) -> torch.Tensor:
+    def _enter(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """Take hidden states across a cut: to the next component's device, and to its dtype if dtypes may differ."""
-        hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output.last_hidden_state
         if not self.mixed_dtypes or self._crosses_in_float32:
             return hidden.to(self.device(number))
         probe = self._probes[number]

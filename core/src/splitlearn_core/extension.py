@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.metrics import ManagerCollector as ManagerCollector
     from splitlearn_core.plan.keys import map_keys as map_keys
     from splitlearn_core.plan.keys import place_keys as place_keys
+    from splitlearn_core.plan.split_points import impossible_cuts as impossible_cuts
     from splitlearn_core.plan.split_points import split_layers as split_layers
     from splitlearn_core.plan.splitplan import plan_components as plan_components
     from splitlearn_core.plan.splitplan import total_cache_size as total_cache_size
@@ -150,6 +151,7 @@ _HOMES = {
     "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
     "sizes_after_one_token": "build.cache_sizes",
+    "impossible_cuts": "plan.split_points",
     "split_layers": "plan.split_points",
     "targets_by_tables": "build.conversion_tables",
     "through_no_layers": "build.pruning",

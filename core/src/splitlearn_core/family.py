@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from splitlearn_core.errors import ConfigurationError
 
@@ -13,6 +13,11 @@ _PAIR_LENGTH = 2
 _TIED = "tie_word_embeddings"
 _LAYERS = "num_hidden_layers"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+#: In the dimensions of what crosses a cut: sequences, tokens, and a slice for each layer after the cut.
+BATCH, SEQUENCE, LAYERS = "batch", "sequence", "layers"
+#: The name of hidden states in what crosses a cut.
+STATES = "hidden_states"
 
 
 def _no_impossible_cuts(config: Mapping[str, Any]) -> Mapping[int, str]:
@@ -78,6 +83,15 @@ class ModelFamily:
     leave_at_layers: bool = False
     #: True if a layer returns a tuple whose first item is the running state.
     layers_return_tuple: bool = False
+    #: What crosses a cut, where that is more than hidden states ``[batch, sequence, hidden_size]``: the name of an
+    #: argument of the layers -> its dimensions, each ``batch``, ``sequence`` or the name of a value of ``config.json``.
+    #: ``hidden_states`` is the first argument, if it has other dimensions; ``layers`` stands in an argument of which
+    #: each layer takes a slice, and those of the layers after a cut cross it. All are floating-point numbers.
+    #: Hidden states then enter at the first layer, and leave at the last, whatever the model does around them.
+    crossing: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    #: The names in ``crossing`` of what a layer computes for the next, in the order in which it returns them after
+    #: hidden states. The others are computed before the first layer.
+    layer_results: tuple[str, ...] = ()
     #: Tensors that old checkpoints contain and no module uses, as suffixes of the checkpoint key.
     ignored_suffixes: tuple[str, ...] = ()
     #: Substrings of checkpoint keys that changed their name, ``(old, new)``, applied in order.
@@ -110,6 +124,9 @@ class ModelFamily:
     #: Lists of ``config.json`` with a kind for each layer -> the kinds that use what the layer before has computed
     #: besides hidden states (a selection of tokens); there is no cut before such a layer.
     joined_layers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
+    #: The value of ``config.json`` that says how many last layers use the keys and values of earlier ones: each those
+    #: of the last layer of its kind in ``layer_types`` that has its own. There is no cut between the two.
+    sharing_layers: str = ""
     #: Values of ``config.json`` without which no model of the type can be cut: because more than hidden states would
     #: cross (embeddings of tokens for each layer, say), or because the model is an encoder (``is_decoder``). A model
     #: with others is refused.
@@ -169,7 +186,15 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("model_type", "architecture", "base", "layers", "embedding", "head"):
         if not (isinstance(getattr(family, name), str) and getattr(family, name)):
             yield name, "a name"
-    for name in ("norm", "head_bias", "text_config", "preferred_strategy", "default_model", "bundled_checkpoint"):
+    for name in (
+        "norm",
+        "head_bias",
+        "text_config",
+        "sharing_layers",
+        "preferred_strategy",
+        "default_model",
+        "bundled_checkpoint",
+    ):
         if not isinstance(getattr(family, name), str):
             yield name, "a text"
     for name in (
@@ -180,6 +205,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         "bottom_arguments",
         "ignored_suffixes",
         "cached_values",
+        "layer_results",
     ):
         if not _is_tuple_of_texts(getattr(family, name)):
             yield name, "a tuple of strings"
@@ -189,6 +215,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "required_values", "joined_layers", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
+    yield from _wrong_crossing(family)
     for name in (
         "enter_at_layers",
         "leave_at_layers",
@@ -202,6 +229,19 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
             yield name, "True or False"
     if not callable(family.impossible_cuts):
         yield "impossible_cuts", "a function"
+
+
+def _wrong_crossing(family: ModelFamily) -> Iterator[tuple[str, str]]:
+    if not (isinstance(family.crossing, Mapping) and all(map(_are_dimensions, family.crossing.values()))):
+        yield "crossing", f"a mapping of names to dimensions, {BATCH!r} and {SEQUENCE!r} among them"
+    elif not {*family.layer_results} <= family.crossing.keys() - {STATES}:
+        yield "layer_results", "names in crossing other than that of hidden states"
+    elif family.layer_results and not family.layers_return_tuple:
+        yield "layers_return_tuple", "True, because layers return layer_results"
+
+
+def _are_dimensions(value: object) -> bool:
+    return _is_tuple_of_texts(value) and all(cast("Any", value).count(name) == 1 for name in (BATCH, SEQUENCE))
 
 
 def _is_tuple_of_texts(value: object) -> bool:

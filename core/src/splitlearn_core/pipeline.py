@@ -119,6 +119,12 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         _check_fit(parts, mixed_dtypes)
         crossings = None if cuts is None and ledger is None else Crossings(cuts or (), len(parts) - 1, ledger)
         top = parts[Component.TOP]
+        if crossings is not None and top.family.crossing:
+            raise ConfigurationError(
+                f"cuts treat and count hidden states [batch, sequence, hidden] alone, and of a {top.family.model_type} "
+                f"{', '.join(top.family.crossing)} cross",
+                hint="leave cuts and ledger out; what crosses is then sent as it is",
+            )
         config, training = top.config, top.training
         family_class = architecture_class(top.family)
         if not isinstance(self, family_class):
@@ -451,8 +457,7 @@ def _check_fit(parts: Mapping[str, Any], mixed_dtypes: bool) -> None:
         # The dtype of the parameters: .to(dtype) does not change the one in the configuration.
         if not mixed_dtypes:
             facts["dtype"] = [
-                part.dtype if isinstance(part, RemoteComponent) else next(part.parameters()).dtype
-                for part in parts.values()
+                part.dtype if isinstance(part, RemoteComponent) else part.weights_dtype for part in parts.values()
             ]
         for what, values in facts.items():
             if len(set(values)) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -12,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from splitlearn_core.build.assemble import refuse_parting
+from splitlearn_core.build.bundles import Crossing, bundled, entering_layers, leaving_layers, taken_apart
 from splitlearn_core.build.configuration import architecture_class, decoder_config, layer_count_set
 from splitlearn_core.build.forward_arguments import (
     RECORDINGS,
@@ -24,20 +26,25 @@ from splitlearn_core.build.forward_arguments import (
 )
 from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache, own_cache_class, part_cache_class
 from splitlearn_core.build.pruning import (
+    Left,
     check_names,
     entering,
+    enters_at_layers,
     leave_out_others,
+    leaves_at_layers,
     leaving,
 )
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.crossing import crossing_tensors
 from splitlearn_core.plan.splitplan import PlannedTensor
 from splitlearn_core.types import Component, LayerRange
 
-#: Token ids are [batch, sequence], hidden states [batch, sequence, hidden].
+#: Token ids are [batch, sequence], hidden states [batch, sequence, hidden], unless the family says otherwise.
 _TOKEN_DIMENSIONS, _STATE_DIMENSIONS = 2, 3
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 #: What transformers calls the loss of a causal language model.
 _LOSS = "ForCausalLM"
 
@@ -78,6 +85,8 @@ class ComponentModel(PreTrainedModel):
         # uses this one, with a warning about the configuration.
         if getattr(self, "loss_type", None) is None:
             self.loss_type = _LOSS
+        #: What crosses its cuts; empty if that is hidden states ``[batch, sequence, hidden_size]`` alone.
+        self.crossing: Crossing = crossing_tensors(self.family, config.to_dict()) if self.family.crossing else {}
         check_names(self, self.family)
         if self.family.text_config:
             leave_out_others(self, self.family)
@@ -133,6 +142,12 @@ class ComponentModel(PreTrainedModel):
     def cache_view(self, whole: Any) -> PartCache:
         """Return a view of this component's layers in a cache of the whole model; both share the layers' state."""
         return self._cache_class.view(whole, self.layer_range)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of the parameters; some of them may be in float32 whatever the others are in."""
+        dtypes = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        return next((dtype for dtype in dtypes if dtype != torch.float32), torch.float32)
 
     @property
     def base_model(self) -> Any:
@@ -231,20 +246,26 @@ class ComponentModel(PreTrainedModel):
             "use_cache": past_key_values is not None,
         }
 
-    def _run_layers(self, inputs: dict[str, Any], arguments: dict[str, Any]) -> torch.Tensor | BaseModelOutputWithPast:
-        """Run the layers; the result is hidden states alone unless more was requested."""
+    def _run_layers(
+        self, inputs: dict[str, Any], arguments: dict[str, Any], entered: Mapping[str, torch.Tensor] = _NOTHING
+    ) -> torch.Tensor | BaseModelOutputWithPast:
+        """Run the layers; the result is hidden states alone unless more crosses, or was requested."""
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         # torch.compile cannot trace a context variable, which only families that need it set.
-        stop: AbstractContextManager[list[torch.Tensor]] = leaving() if self.family.leave_at_layers else nullcontext([])
+        stop: AbstractContextManager[list[Left]] = leaving() if leaves_at_layers(self.family) else nullcontext([])
         with stop as left:
             output = self.base_model(**inputs, **{**arguments, **recordings})
+        others: Mapping[str, torch.Tensor] = {}
         if left:
-            output["last_hidden_state"] = left[-1]
+            output["last_hidden_state"] = left[0][0]
+            if self.crossing:
+                own = len(self.layer_range)
+                output["last_hidden_state"], others = leaving_layers(self.crossing, left, entered, own)
         self._count_step(arguments, inputs)
-        if any(arguments.get(name) for name in RECORDINGS):
-            return cast("BaseModelOutputWithPast", self._own_recordings(output))
-        return cast("torch.Tensor", output.last_hidden_state)
+        is_recorded = any(arguments.get(name) for name in RECORDINGS)
+        result = self._own_recordings(output) if is_recorded else output.last_hidden_state
+        return cast("torch.Tensor | BaseModelOutputWithPast", bundled(result, others))
 
     def _count_step(self, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         """Count the tokens of a step in its cache: running states do not know how many they have seen."""
@@ -263,15 +284,29 @@ class ComponentModel(PreTrainedModel):
             output["attentions"] = attentions[owned.start : owned.end]
         return output
 
+    def _entered(self, states: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Check hidden states, and take what crosses with them out of the arguments."""
+        others: Mapping[str, torch.Tensor] = _NOTHING
+        if self.crossing:
+            left = self.layer_range.total - self.layer_range.start
+            states, others = taken_apart(self.crossing, states, arguments, left)
+        return self._checked_states(states, arguments), others
+
     @contextmanager
-    def _past_the_embeddings(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _past_the_embeddings(
+        self, hidden_states: torch.Tensor, others: Mapping[str, torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
         """Pass hidden states to the layers; yields the tensor that the model takes instead of embeddings."""
-        if not self.family.enter_at_layers:
+        if not enters_at_layers(self.family):
             yield hidden_states
             return
-        with entering(hidden_states):
+        with entering(entering_layers(self.crossing, hidden_states, others)):
             # A copy, because a model may change its embeddings in place.
-            yield hidden_states.detach().clone()
+            yield (self._like_embeddings(hidden_states) if self.crossing else hidden_states).detach().clone()
+
+    def _like_embeddings(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the shape and dtype of embeddings, from which masks and rotary angles are made."""
+        return hidden_states.flatten(2)[..., : self.decoder_config.hidden_size].to(self.weights_dtype)
 
     def _checked_states(self, hidden_states: Any, others: Mapping[str, Any]) -> torch.Tensor:
         """Refuse anything but hidden states of this model, which the model's own code might accept."""
@@ -288,7 +323,7 @@ class ComponentModel(PreTrainedModel):
                 hint="give the result of the component before it; token ids go to the bottom",
             )
         width = self.decoder_config.hidden_size
-        if hidden_states.dim() != _STATE_DIMENSIONS or hidden_states.shape[-1] != width:
+        if not self.crossing and (hidden_states.dim() != _STATE_DIMENSIONS or hidden_states.shape[-1] != width):
             raise ConfigurationError(
                 f"hidden_states are {list(hidden_states.shape)}; this {self.component} takes "
                 f"[batch, sequence, {width}]",
@@ -298,7 +333,7 @@ class ComponentModel(PreTrainedModel):
             hidden_states.device.type
         ):
             own = {parameter.dtype for parameter in self.parameters()}
-            if crosses_in_float32(self.decoder_config):
+            if crosses_in_float32(self.family, self.decoder_config):
                 own.add(torch.float32)
             if hidden_states.dtype not in own:
                 names = " and ".join(sorted(map(str, own)))
@@ -408,10 +443,10 @@ class TrunkModel(ComponentModel):
             Hidden states ``[batch, sequence, hidden]``. With ``output_hidden_states`` or ``output_attentions``,
             transformers' own output, in which they are ``last_hidden_state``.
         """
-        hidden_states = self._checked_states(hidden_states, kwargs)
+        hidden_states, others = self._entered(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
-        with self._past_the_embeddings(hidden_states) as states:
-            return self._run_layers({"inputs_embeds": states}, arguments)
+        with self._past_the_embeddings(hidden_states, others) as states:
+            return self._run_layers({"inputs_embeds": states}, arguments, others)
 
     if TYPE_CHECKING:
 
@@ -455,9 +490,9 @@ class TopModel(ComponentModel):
             ``logits`` ``[batch, sequence, vocabulary]``, the ``loss`` if labels were given, and
             the cache; hidden states and attentions of these layers if they were requested.
         """
-        hidden_states = self._checked_states(hidden_states, kwargs)
+        hidden_states, others = self._entered(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
-        with self._past_the_embeddings(hidden_states) as states:
+        with self._past_the_embeddings(hidden_states, others) as states:
             output = self._own_recordings(
                 super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
             )
@@ -490,7 +525,7 @@ class TopModel(ComponentModel):
         **kwargs: Any,
     ) -> torch.Tensor | BaseModelOutputWithPast:
         """Run the last layers and the final norm; arguments as of :meth:`forward`, results as of a trunk's."""
-        hidden_states = self._checked_states(hidden_states, kwargs)
+        hidden_states, others = self._entered(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
-        with self._past_the_embeddings(hidden_states) as states:
-            return self._run_layers({"inputs_embeds": states}, arguments)
+        with self._past_the_embeddings(hidden_states, others) as states:
+            return self._run_layers({"inputs_embeds": states}, arguments, others)

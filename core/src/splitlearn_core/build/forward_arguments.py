@@ -100,9 +100,10 @@ def _arguments_within(module: Any) -> frozenset[str]:
     return argument_names(module.forward)
 
 
-def crosses_in_float32(config: Any) -> bool:
+def crosses_in_float32(family: ModelFamily, config: Any) -> bool:
     """Return whether layers pass hidden states on in float32, whatever the dtype of their parameters."""
-    return bool(getattr(config, "residual_in_fp32", False))
+    name = "residual_in_fp32"
+    return bool(getattr(config, name, family.config_defaults.get(name, False)))
 
 
 def named_cache(arguments: dict[str, Any], past_key_values: Any = None) -> Any:

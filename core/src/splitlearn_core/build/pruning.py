@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -14,13 +17,15 @@ from transformers import PreTrainedModel
 
 from splitlearn_core.build.configuration import decoder_config
 from splitlearn_core.errors import BrokenPluginError
-from splitlearn_core.family import ModelFamily
+from splitlearn_core.family import LAYERS, STATES, ModelFamily
 from splitlearn_core.types import LayerRange
 
-#: The hidden states of the forward that runs in this thread or task, where they enter at the layers.
-_ENTERING: ContextVar[torch.Tensor] = ContextVar("splitlearn_entering")
-#: Those that left it at its layers.
-_LEFT: ContextVar[list[torch.Tensor]] = ContextVar("splitlearn_left")
+#: Hidden states, and what else a layer was called with.
+Left = tuple[torch.Tensor, dict[str, Any]]
+#: What enters the forward that runs in this thread or task, where that is at the layers.
+_ENTERING: ContextVar[Entering | None] = ContextVar("splitlearn_entering")
+#: What left it at its layers.
+_LEFT: ContextVar[list[Left]] = ContextVar("splitlearn_left")
 #: Default of a look-up: the module has no attribute of this name.
 _MISSING = object()
 #: Probability of every dropout module in a check; a configuration may have 0.
@@ -47,8 +52,21 @@ class TupleLayer(PassLayer):
     forward = __call__
 
 
+@dataclass(frozen=True, slots=True)
+class Entering:
+    """What enters a component at its layers, as those take it."""
+
+    hidden: torch.Tensor
+    #: What the layer before has computed for the next one, in order.
+    results: tuple[torch.Tensor, ...] = ()
+    #: What each layer takes besides, by the names of its arguments.
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    #: What each layer takes a slice of: one for each layer, from the component's first on.
+    slices: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+
+
 class EnteringLayer(nn.Module):
-    """Replaces the first layer, and returns the hidden states that the component was given.
+    """Replaces the last layer before the component's, and returns the hidden states that the component was given.
 
     What the model did to them before, as it does to embeddings, is discarded.
 
@@ -61,31 +79,64 @@ class EnteringLayer(nn.Module):
         self._neutral = neutral
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._neutral(_ENTERING.get(hidden_states))
+        entered = _ENTERING.get(None)
+        if entered is None:
+            return self._neutral(hidden_states)
+        return (entered.hidden, *entered.results) if entered.results else self._neutral(entered.hidden)
+
+
+class TakingLayer:
+    """Mixed into the class of a component's own layers, which take what entered it instead of what the model made.
+
+    Before the call, not by a hook: a layer that is computed again for its gradient gets its arguments again.
+    """
+
+    #: The place of the layer among those of its component.
+    place: int
+    #: The arguments of its forward.
+    argument_names: tuple[str, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        entered = _ENTERING.get(None)
+        if entered is not None:
+            taken = {**entered.shared, **{name: slices[self.place] for name, slices in entered.slices.items()}}
+            given = dict(zip(self.argument_names, args, strict=False))
+            args = tuple(taken.get(name, value) for name, value in given.items())
+            kwargs = {**kwargs, **{name: value for name, value in taken.items() if name not in given}}
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the layer that it is mixed into
 
 
 class LeavingLayer(nn.Module):
-    """Replaces the last layer, and keeps the hidden states that leave the component.
+    """Replaces a layer after the component's, and keeps what it is called with, which leaves the component.
 
-    What the model does to them afterwards, as it does before its head, is discarded.
+    What the model does to hidden states afterwards, as it does before its head, is discarded.
 
     Args:
         neutral: The neutral layer that wraps a result as the family's layers do.
+        names: The arguments to keep besides hidden states.
+        layer: The layer that it replaces.
     """
 
-    def __init__(self, neutral: PassLayer) -> None:
+    def __init__(self, neutral: PassLayer, names: Collection[str] = (), layer: nn.Module | None = None) -> None:
         super().__init__()
         self._neutral = neutral
+        # Of all arguments after the first, which is hidden states.
+        self._kept = [(number, name) for number, name in enumerate(_argument_names(layer)[1:]) if name in names]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        _LEFT.get([]).append(hidden_states)
+        kept = {name: args[number] if number < len(args) else kwargs.get(name) for number, name in self._kept}
+        _LEFT.get([]).append((hidden_states, kept))
         return self._neutral(hidden_states)
 
 
+def _argument_names(layer: nn.Module | None) -> tuple[str, ...]:
+    return () if layer is None else tuple(inspect.signature(type(layer).forward).parameters)[1:]
+
+
 @contextmanager
-def leaving() -> Iterator[list[torch.Tensor]]:
-    """Yield a list of the hidden states that leave at the layers, of a component whose family says so."""
-    left: list[torch.Tensor] = []
+def leaving() -> Iterator[list[Left]]:
+    """Yield a list of what leaves at the layers, of a component whose family says so: hidden states and arguments."""
+    left: list[Left] = []
     token = _LEFT.set(left)
     try:
         yield left
@@ -94,13 +145,28 @@ def leaving() -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def entering(hidden_states: torch.Tensor) -> Iterator[None]:
-    """Let hidden states reach the layers unchanged."""
-    token = _ENTERING.set(hidden_states)
+def entering(entered: Entering) -> Iterator[None]:
+    """Let hidden states, and what crossed with them, reach the layers unchanged."""
+    token = _ENTERING.set(entered)
     try:
         yield
     finally:
         _ENTERING.reset(token)
+
+
+class Wide(nn.Module):
+    """Stands in for a projection to another width, whose result is not used: models reshape it.
+
+    Args:
+        width: The width of that result.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self._width)
 
 
 class Zero(nn.Module):
@@ -140,27 +206,75 @@ def prune(model: Any, family: ModelFamily, owned: LayerRange, layers: Sequence[n
     built = base.get_submodule(family.layers)
     elsewhere = neutral_layer(family)
     slots = [layers[number - owned.start] if number in owned else elsewhere for number in range(owned.total)]
-    if family.enter_at_layers and not owned.is_first:
-        slots[0] = EnteringLayer(elsewhere)
+    if enters_at_layers(family) and not owned.is_first:
+        slots[owned.start - 1] = EnteringLayer(elsewhere)
+        _let_take(layers, family)
+    if leaves_at_layers(family) and not owned.is_last:
+        # The first after the component's; all of them where each is called with a slice of its own.
+        has_slices = any(LAYERS in dimensions for dimensions in family.crossing.values())
+        for number in range(owned.end, owned.total if has_slices else owned.end + 1):
+            stands_for = built[number if number < len(built) else 0]
+            slots[number] = LeavingLayer(elsewhere, family.crossing, stands_for)
     # Of layers of one class, only the first is built.
     for number, layer in enumerate(built):
         if number not in owned:
             slots[number] = _of_kind(slots[number], layer, with_modules=number == 0)
-    if family.leave_at_layers and not owned.is_last:
-        slots[-1] = LeavingLayer(elsewhere)
     _replace(base, {family.layers: nn.ModuleList(slots)})
     if not owned.is_first:
-        _replace(base, {name: Zero() if name in family.zero_outside_bottom else PassLayer() for name in family.inlets})
+        _replace(base, {name: _neutral_inlet(base, family, name) for name in family.inlets})
     if not owned.is_last:
         # What has no parameters may be called before the layers, too.
         kept = {name for name in family.outlets if family.leave_at_layers and _is_plain(base, name)}
-        _replace(base, {name: PassLayer() for name in family.outlets if name not in kept})
+        _replace(base, {name: _neutral_outlet(base, name) for name in family.outlets if name not in kept})
         _replace(model, {name: PassLayer() for name in (*family.before_head, family.head)})
         around, _, bias = family.head_bias.rpartition(".")
         if bias:
             model.get_submodule(around).register_parameter(bias, None)
     # A tied head is assigned by the plan: within one component no two parameters are tied.
     model.all_tied_weights_keys = {}
+
+
+def enters_at_layers(family: ModelFamily) -> bool:
+    """Return whether hidden states from outside skip what the model does before its layers."""
+    return family.enter_at_layers or bool(family.crossing)
+
+
+def leaves_at_layers(family: ModelFamily) -> bool:
+    """Return whether hidden states skip what the model does after its layers."""
+    return family.leave_at_layers or bool(family.crossing)
+
+
+def _let_take(layers: Sequence[nn.Module], family: ModelFamily) -> None:
+    """Let a component's layers take what crosses a cut, and was not computed by the layer before."""
+    if not family.crossing.keys() - {STATES, *family.layer_results}:
+        return
+    for place, layer in enumerate(layers):
+        taking: Any = layer
+        taking.place, taking.argument_names = place, _argument_names(layer)
+        taking.__class__ = _taking_class(type(layer))
+
+
+@cache
+def _taking_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    # By its own name, by which transformers recognises layers.
+    return type(layer_class.__name__, (TakingLayer, layer_class), {"__module__": layer_class.__module__})
+
+
+def _neutral_inlet(base: nn.Module, family: ModelFamily, name: str) -> nn.Module:
+    if name in family.zero_outside_bottom:
+        return Zero()
+    module = dict(base.named_modules()).get(name) if family.crossing else None
+    if isinstance(module, nn.Linear) and module.in_features != module.out_features:
+        return Wide(module.out_features)
+    return PassLayer()
+
+
+def _neutral_outlet(base: nn.Module, name: str) -> nn.Module:
+    neutral, weight = PassLayer(), dict(base.named_parameters()).get(f"{name}.weight")
+    if weight is not None:
+        # Some models read the dtype of their norm.
+        neutral.weight = torch.zeros((), dtype=weight.dtype, device="cpu")
+    return neutral
 
 
 def _of_kind(neutral: nn.Module, layer: nn.Module, *, with_modules: bool) -> nn.Module:
@@ -188,6 +302,10 @@ def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         # A model without an optional module has None in its place.
         if owner._modules.get(name) is not None:  # noqa: SLF001  # a register that nn.Module documents
             setattr(owner, name, module)
+        elif name in owner._parameters:  # noqa: SLF001  # the same
+            # The model computes something with it, which is discarded: hidden states enter at the layers.
+            delattr(owner, name)
+            setattr(owner, name, torch.zeros((), device="cpu"))
 
 
 def leave_out_others(model: nn.Module, family: ModelFamily) -> None:
@@ -225,14 +343,17 @@ def check_names(model: nn.Module, family: ModelFamily) -> None:
     """
     inside = (family.layers, *family.inlets, *family.outlets)
     paths = [family.base, *family.before_head, family.head, *(f"{family.base}.{name}" for name in inside)]
-    modules = dict(model.named_modules())
+    # An end may be a parameter of the base module itself.
+    modules: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_modules())}
     optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
     missing = [path for path in paths if path not in modules and not (path in optional and _is_none(modules, path))]
     around, _, bias = family.head_bias.rpartition(".")
     if bias and not (around in modules and isinstance(getattr(modules[around], bias, None), nn.Parameter)):
         missing.append(family.head_bias)
     if missing:
-        shallow = sorted(name for name in modules if name and name.count(".") <= family.base.count(".") + 1)
+        shallow = sorted(
+            name for name, _ in model.named_modules() if name and name.count(".") <= family.base.count(".") + 1
+        )
         raise BrokenPluginError(
             f"the family {family.model_type!r} names {', '.join(missing)}, "
             f"and {type(model).__name__} has no such modules",
@@ -240,7 +361,7 @@ def check_names(model: nn.Module, family: ModelFamily) -> None:
         )
 
 
-def _is_none(modules: Mapping[str, nn.Module], path: str) -> bool:
+def _is_none(modules: Mapping[str, Any], path: str) -> bool:
     """Return whether a module has None where others of its class have a module of this name."""
     holder, _, name = path.rpartition(".")
     return holder in modules and getattr(modules[holder], name, _MISSING) is None
@@ -276,7 +397,7 @@ def through_no_layers(part: Any, family: ModelFamily) -> tuple[torch.Tensor, tor
             # A model without an optional module has None in its place.
             expected = base.get_submodule(outlet)(expected) if outlet in dict(base.named_modules()) else expected
         torch.manual_seed(0)
-        with entering(hidden), leaving() as left:
+        with entering(Entering(hidden)), leaving() as left:
             # A copy, because a model may change its embeddings in place.
             actual: torch.Tensor = part.base_model(inputs_embeds=hidden.clone()).last_hidden_state
-    return (left[-1], hidden) if left else (actual, expected)
+    return (left[0][0], hidden) if left else (actual, expected)

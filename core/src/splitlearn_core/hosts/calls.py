@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,10 +12,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from splitlearn_core.build.forward_arguments import RECORDINGS
 from splitlearn_core.errors import ConfigurationError, RemoteError, RemoteStepError
+from splitlearn_core.family import STATES
 from splitlearn_core.hosts.client import Host, Step
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_TENSORS, Frame, Kind
-from splitlearn_core.hosts.training import RANDOM_CPU, RANDOM_CUDA
+from splitlearn_core.hosts.training import GRADIENT, OUTPUT, RANDOM_CPU, RANDOM_CUDA
 from splitlearn_core.hosts.tuning import Tuning, content_hash
 
 
@@ -73,6 +74,7 @@ class Call:
         autocast: torch's name of the dtype of autocast; None without.
         upload: The adapters; None without.
         number: How many calls there have been in training mode, for messages.
+        computed: The names of what it computes for the next component besides hidden states.
     """
 
     host: Host
@@ -83,11 +85,23 @@ class Call:
     autocast: str | None
     upload: Upload | None
     number: int
+    computed: Sequence[str] = ()
 
-    def forward(self, states: torch.Tensor, cache: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Run the component; return its output, and the states of the generators before it."""
+    def forward(
+        self, crossing: Mapping[str, torch.Tensor], cache: Any = None
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Run the component.
+
+        Args:
+            crossing: Hidden states, and what crosses with them.
+            cache: The session's cache.
+
+        Returns:
+            Its output, and what it computed besides, by name; and the states of the generators before it.
+        """
+        states = crossing[STATES]
         random = _states_of_generators(states.device) if self.training else {}
-        specs, buffers = pack({"hidden_states": states, **self.tensors, **random})
+        specs, buffers = pack({**crossing, **self.tensors, **random})
         if cache is None:
             frame = Frame(Kind.STEP, 0, 0, {"arguments": self.arguments, **self._meta()}, specs, buffers)
             reply = self.host.request(frame, self.upload)
@@ -98,31 +112,33 @@ class Call:
                 layer.advance(states.shape[0], states.shape[1])
             cache.advance(states.shape[1])
         tensors = unpack(reply)
-        output = self._output(tensors, states)
+        outputs = self._outputs(tensors, crossing)
         if self.training:
             _set_generators(tensors, states.device)
-        return output, random
+        return outputs, random
 
     def gradients(
         self,
-        states: torch.Tensor,
-        gradient: torch.Tensor,
+        crossing: Mapping[str, torch.Tensor],
+        gradients: Mapping[str, torch.Tensor],
         random: Mapping[str, torch.Tensor],
         wanted: Mapping[str, torch.Tensor],
         *,
         of_input: bool,
         has_cache: bool,
     ) -> dict[str, torch.Tensor]:
-        """Return the gradients of the input, as ``hidden_states``, and of parameters of adapters."""
+        """Return the gradients of the input, by the names of what crosses, and of parameters of adapters."""
+        named = {GRADIENT if name == OUTPUT else f"{GRADIENT}.{name}": tensor for name, tensor in gradients.items()}
         self._refuse_infinite(
-            {"": gradient}, f"came back from the components after the {self.component}, which are here"
+            {"": gradients[OUTPUT], **{name: gradients[name] for name in gradients if name != OUTPUT}},
+            f"came back from the components after the {self.component}, which are here",
         )
-        specs, buffers = pack({"hidden_states": states, "gradient": gradient, **self.tensors, **random})
+        specs, buffers = pack({**crossing, **named, **self.tensors, **random})
         meta = {"arguments": self.arguments, "wanted": list(wanted), "of_input": of_input, **self._meta()}
         meta |= {"has_cache": True} if has_cache else {}
         tensors = unpack(self.host.request(Frame(Kind.BACKWARD, 0, 0, meta, specs, buffers), self.upload))
-        expected = {**wanted, **({"hidden_states": states} if of_input else {})}
-        result = {name: received(tensors, f"gradient.{name}", like, like.dtype) for name, like in expected.items()}
+        expected = {**wanted, **(crossing if of_input else {})}
+        result = {name: received(tensors, f"{GRADIENT}.{name}", like, like.dtype) for name, like in expected.items()}
         self._refuse_infinite(result, f"came from the {self.component} at {self.host.url}")
         return result
 
@@ -135,17 +151,27 @@ class Call:
             meta |= {"training": self.training, "adapter": list(self.upload.names)}
         return meta
 
-    def _output(self, tensors: Mapping[str, torch.Tensor], states: torch.Tensor) -> Any:
-        hidden = received(tensors, "output", states, states.dtype if self.autocast is None else None)
+    def _outputs(self, tensors: Mapping[str, torch.Tensor], crossing: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        states = crossing[STATES]
+        results = {
+            OUTPUT if name == STATES else name: received(
+                tensors,
+                OUTPUT if name == STATES else name,
+                crossing[name],
+                crossing[name].dtype if self.autocast is None else None,
+            )
+            for name in (STATES, *self.computed)
+        }
         if self.training:
-            self._refuse_infinite({"output": hidden}, f"came from the {self.component} at {self.host.url}")
+            self._refuse_infinite(results, f"came from the {self.component} at {self.host.url}")
         recorded = {
             kind: tuple(tensors[name].to(states.device) for name in tensors if name.startswith(f"{kind}."))
             for kind in RECORDINGS.values()
         }
-        if not any(self.arguments.get(name) for name in RECORDINGS):
-            return hidden
-        return BaseModelOutputWithPast(last_hidden_state=cast("Any", hidden), **cast("Any", recorded))
+        if any(self.arguments.get(name) for name in RECORDINGS):
+            hidden = cast("Any", results[OUTPUT])
+            return {**results, OUTPUT: BaseModelOutputWithPast(last_hidden_state=hidden, **cast("Any", recorded))}
+        return results
 
     def _refuse_infinite(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         # A gradient scaler looks for infinities and NaNs itself, and skips the step.
@@ -153,7 +179,7 @@ class Call:
             return
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                what = "hidden states" if name == "output" else f"a gradient{f' of {name}' if name else ''}"
+                what = "hidden states" if name == OUTPUT else f"a gradient{f' of {name}' if name else ''}"
                 raise RemoteStepError(
                     f"{what} with values that are not finite {source}, in call {self.number} of this training",
                     code="not_finite",
@@ -163,52 +189,64 @@ class Call:
 
 
 class _RemoteForward(torch.autograd.Function):
-    """Hidden states through a host, and the gradients back."""
+    """Hidden states, and what crosses with them, through a host, and the gradients back."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, cache: Any, box: list[Any], names: list[str], hidden: torch.Tensor, *parameters: Any
+        ctx: Any, call: Call, cache: Any, box: list[Any], names: list[str], crossing: int, *tensors: Any
     ) -> Any:
-        ctx.call, ctx.names = call, names
+        # The first tensors cross the cut, the others are parameters.
+        ctx.call, ctx.names, ctx.crossing = call, names, crossing
         ctx.has_cache, ctx.cached_tokens = cache is not None, cache.get_seq_length() if cache is not None else 0
         # The parameters too, so that autograd notices if they change before backward.
-        ctx.save_for_backward(hidden, *parameters)
-        output, ctx.random = call.forward(hidden.detach(), cache)
-        box.append(output)
-        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+        ctx.save_for_backward(*tensors)
+        entered = {name: tensor.detach() for name, tensor in zip(names[:crossing], tensors, strict=False)}
+        outputs, ctx.random = call.forward(entered, cache)
+        box.append(outputs)
+        return tuple(_state_of(output) for output in outputs.values())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         if ctx.cached_tokens:
             raise ConfigurationError(
                 f"a gradient cannot go back through a step after {ctx.cached_tokens} cached tokens, which are at "
                 f"{ctx.call.host.url}",
                 hint="give the whole sequence in one call, without past_key_values",
             )
-        hidden, *parameters = ctx.saved_tensors
-        of_input, *needed = ctx.needs_input_grad[4:]
-        wanted = {
-            name: parameter
-            for name, parameter, is_needed in zip(ctx.names, parameters, needed, strict=True)
-            if is_needed
-        }
+        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        crossing = {name: tensors.pop(name).detach() for name in ctx.names[: ctx.crossing]}
+        needed = dict(zip(ctx.names, ctx.needs_input_grad[5:], strict=True))
+        wanted = {name: parameter for name, parameter in tensors.items() if needed[name]}
         # The first step of a session is done again with an empty cache: with none, attention may take another kernel.
-        gradients = ctx.call.gradients(
-            hidden.detach(), gradient, ctx.random, wanted, of_input=of_input, has_cache=ctx.has_cache
+        found = ctx.call.gradients(
+            crossing,
+            dict(zip((OUTPUT, *ctx.call.computed), gradients, strict=True)),
+            ctx.random,
+            wanted,
+            of_input=any(needed[name] for name in crossing),
+            has_cache=ctx.has_cache,
         )
-        return (None, None, None, None, gradients.get("hidden_states"), *(gradients.get(name) for name in ctx.names))
+        return (None, None, None, None, None, *(found.get(name) if needed[name] else None for name in ctx.names))
 
 
-def through(call: Call, cache: Any, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> Any:
-    """Make a call whose output depends on hidden states and parameters for autograd; return the output."""
-    box: list[Any] = []
-    state = cast("Any", _RemoteForward).apply(call, cache, box, list(parameters), hidden, *parameters.values())
-    output = box.pop()
-    if isinstance(output, torch.Tensor):
-        return state
-    output.last_hidden_state = state
-    return output
+def through(
+    call: Call, cache: Any, crossing: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Make a call whose outputs depend on what crosses and on parameters for autograd; return the outputs by name."""
+    box: list[dict[str, Any]] = []
+    tensors = {**crossing, **parameters}
+    states = cast("Any", _RemoteForward).apply(call, cache, box, list(tensors), len(crossing), *tensors.values())
+    outputs = box.pop()
+    results = dict(zip(outputs, states, strict=True))
+    if not isinstance(outputs[OUTPUT], torch.Tensor):
+        outputs[OUTPUT].last_hidden_state = results[OUTPUT]
+        results[OUTPUT] = outputs[OUTPUT]
+    return results
+
+
+def _state_of(output: Any) -> torch.Tensor:
+    return cast("torch.Tensor", output if isinstance(output, torch.Tensor) else output.last_hidden_state)
 
 
 def received(

@@ -40,7 +40,7 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
             hint="use this component in one process",
         )
     parameter = next(component.parameters())
-    dtype = str(parameter.dtype).removeprefix("torch.")
+    dtype = str(component.weights_dtype).removeprefix("torch.")
     sizes = layer_cache_sizes(component.family, config.to_dict(), dtype)
     per_token, per_sequence = total_cache_size(sizes[owned.start : owned.end])
     return Facts(
@@ -50,7 +50,7 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
         hidden_size=decoder.hidden_size,
         vocab_size=decoder.vocab_size,
         dtype=dtype,
-        crosses_in_float32=crosses_in_float32(decoder),
+        crosses_in_float32=crosses_in_float32(component.family, decoder),
         digest=weights_digest(component),
         attention=str(getattr(config, "_attn_implementation", None) or "eager"),
         versions=library_versions(),
@@ -67,6 +67,7 @@ def component_facts(component: ComponentModel, max_tokens: int, max_payload: int
         epoch=secrets.token_hex(8),
         modes=(SOLO, PACKED) if allows_packs(component) else (SOLO,),
         layer_types=None if kinds is None else tuple(kinds),
+        crossing={name: [str(tensor.source), *tensor.sizes] for name, tensor in component.crossing.items()},
         origin=origin_json(component.origin),
     )
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ProtocolError
+from splitlearn_core.family import STATES
+from splitlearn_core.plan.crossing import CrossingTensor, Source
 from splitlearn_core.types import FLOAT_DTYPES, LayerRange, is_component_name, kind_of
 from splitlearn_core.wire_formats import WIRES
 
@@ -78,6 +80,9 @@ class Facts:
     modes: tuple[str, ...] = (SOLO,)
     #: The type of each layer of the model, if there are several types.
     layer_types: tuple[str, ...] | None = None
+    #: What crosses its cuts, where that is more than hidden states ``[batch, sequence, hidden_size]``: name -> where it
+    #: comes from, and its sizes; see ``plan.crossing``.
+    crossing: Mapping[str, Any] = field(default_factory=dict)
     #: The origin of its weights; None if it was built from a state dict.
     origin: Mapping[str, Any] | None = field(default=None, repr=False)
 
@@ -112,6 +117,10 @@ class Facts:
             hint="install the same version of splitlearn-core on both sides",
         )
 
+    def crossing_tensors(self) -> dict[str, CrossingTensor]:
+        """Return what crosses its cuts; nothing if that is hidden states ``[batch, sequence, hidden_size]`` alone."""
+        return {name: CrossingTensor(Source(source), tuple(sizes)) for name, (source, *sizes) in self.crossing.items()}
+
     def origin_value(self) -> Origin | None:
         """Return the origin of the component."""
         if self.origin is None:
@@ -121,7 +130,7 @@ class Facts:
 
     def differences(self, other: Facts) -> list[str]:
         """Return the reasons why another host cannot take over a session of this one; empty if it can."""
-        names = ("component", "layers", "model_type", "hidden_size", "dtype")
+        names = ("component", "layers", "model_type", "hidden_size", "dtype", "crossing")
         problems = [
             f"{name}: {getattr(self, name)} before, {getattr(other, name)} now"
             for name in names
@@ -211,6 +220,19 @@ def _is_origin(value: Any) -> bool:
     )
 
 
+def _is_crossing(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= _MAX_ITEMS
+        and all(map(_is_text, value))
+        and (not value or STATES in value)
+        and all(
+            isinstance(item, list) and item and item[0] in {*Source} and _are_numbers(item[1:])
+            for item in value.values()
+        )
+    )
+
+
 _CHECKS = {
     "component": lambda value: is_component_name(value) and kind_of(value),
     "layers": lambda value: _are_numbers(value) and len(value) == 3,  # noqa: PLR2004  # start, end, total
@@ -236,6 +258,7 @@ _CHECKS = {
     "epoch": _is_text,
     "wires": _are_texts,
     "layer_types": lambda value: value is None or _are_texts(value),
+    "crossing": _is_crossing,
     "origin": _is_origin,
 }
 

@@ -237,7 +237,7 @@ def _facts_for(facts: Facts, limits: SessionLimits) -> Facts:
 
 def _tokens(frame: Frame) -> int:
     shape = shape_of(frame, "hidden_states")
-    return math.prod(shape[:-1]) if shape else 0
+    return math.prod(shape[:2])
 
 
 def _state(table: SessionTable) -> Frame:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from splitlearn_core.build.bundles import bundled, passed_on, taken_apart
 from splitlearn_core.build.forward_arguments import RECORDINGS, mask_for_layers, named_cache
 from splitlearn_core.build.kv_cache import (
     PartCache,
@@ -21,7 +22,7 @@ from splitlearn_core.build.kv_cache import (
 )
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
-from splitlearn_core.family import ModelFamily
+from splitlearn_core.family import STATES, ModelFamily
 from splitlearn_core.hosts.calls import Call, Upload, through
 from splitlearn_core.hosts.carriers import Endpoint
 from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
@@ -30,7 +31,9 @@ from splitlearn_core.hosts.holes import RemoteLayer, apply_around_holes, layers_
 from splitlearn_core.hosts.mirrored_layers import MirroredLayer, mirrored_layers
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
+from splitlearn_core.hosts.training import OUTPUT
 from splitlearn_core.hosts.tuning import Tuning, content_hash, has_adapter, refuse_ineffective, refuse_unfit, tuning_of
+from splitlearn_core.plan.crossing import computed
 from splitlearn_core.types import FLOAT_DTYPES, Component, LayerRange, kind_of
 from splitlearn_core.wire_formats import WIRES
 
@@ -127,6 +130,7 @@ class RemoteComponent(nn.Module):
         self.config = self.decoder_config = SimpleNamespace(
             model_type=facts.model_type, hidden_size=facts.hidden_size, vocab_size=facts.vocab_size
         )
+        self._crossing = facts.crossing_tensors()
         #: Stand-ins for the layers, by their number in the whole model.
         self.layer_modules = nn.ModuleDict({str(number): RemoteLayer(host.url) for number in range(*facts.layers[:2])})
         self.eval()
@@ -265,14 +269,22 @@ class RemoteComponent(nn.Module):
             ConfigurationError: Arguments that a trunk does not take.
             RemoteError: The host refused the step, or was unreachable for too long.
         """
-        hidden = self._checked_states(hidden_states)
+        others: dict[str, torch.Tensor] = {}
+        states: Any = hidden_states
+        if self._crossing:
+            left = self.layer_range.total - self.layer_range.start
+            states, others = taken_apart(self._crossing, states, kwargs, left)
+        hidden = self._checked_states(states)
         cache = self._checked_cache(named_cache(kwargs, past_key_values))
         mask = mask_for_layers(attention_mask, self.facts.layer_types, self.layer_range)
         arguments, tensors = self._named({"attention_mask": mask, "position_ids": position_ids, **kwargs})
 
         tuning = self._tuning()
         parameters = {} if tuning is None else tuning.parameters
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *parameters.values()))
+        crossing = {STATES: hidden, **others}
+        learns = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (*crossing.values(), *parameters.values())
+        )
         self._calls += self.training
         call = Call(
             host=self.host,
@@ -283,10 +295,12 @@ class RemoteComponent(nn.Module):
             autocast=_autocast_name(hidden.device),
             upload=self._upload_of(tuning),
             number=self._calls,
+            computed=computed(self._crossing),
         )
-        if learns:
-            return cast("torch.Tensor | BaseModelOutputWithPast", through(call, cache, hidden, parameters))
-        return cast("torch.Tensor | BaseModelOutputWithPast", call.forward(hidden, cache)[0])
+        outputs = through(call, cache, crossing, parameters) if learns else call.forward(crossing, cache)[0]
+        output = outputs.pop(OUTPUT)
+        left_as_it_came = passed_on(self._crossing, others, len(self.layer_range))
+        return cast("torch.Tensor | BaseModelOutputWithPast", bundled(output, {**left_as_it_came, **outputs}))
 
     def open_layers(self, family: ModelFamily, config: Any, device: torch.device) -> None:
         """Replace the layers by the family's modules without values, for PEFT to adapt.
@@ -356,8 +370,7 @@ class RemoteComponent(nn.Module):
         dtype = torch.float32 if self.facts.crosses_in_float32 else self.dtype
         if (
             not isinstance(hidden, torch.Tensor)
-            or hidden.dim() != _STATE_DIMENSIONS
-            or hidden.shape[-1] != width
+            or (not self._crossing and (hidden.dim() != _STATE_DIMENSIONS or hidden.shape[-1] != width))
             or (hidden.dtype not in (dtype, self.dtype) and _autocast_name(hidden.device) is None)
         ):
             described = (

@@ -45,13 +45,14 @@ from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.forward_arguments import RECORDINGS
 from splitlearn_core.build.kv_cache import PartCache, cached_rows, counts_tokens
 from splitlearn_core.errors import ConfigurationError, ProtocolError, RemoteError, SplitLearnError
+from splitlearn_core.family import STATES
 from splitlearn_core.hosts.cache_changes import CHANGES, ROWS_AFTER, checked_change
 from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import PACKED, SOLO, Facts
 from splitlearn_core.hosts.packs import BegunStep, PendingStep, advance, fits_a_pack
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
-from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_random
+from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_gradients, taken_random
 from splitlearn_core.hosts.wires import compressed, expanded, wire_of
 from splitlearn_core.system_memory import return_free_memory
 from splitlearn_core.types import Component, human_bytes
@@ -60,6 +61,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds after which a refused client may try again.
 _RETRY_AFTER = 5.0
+#: Dimensions of hidden states, unless the family says otherwise.
 _HIDDEN_DIMENSIONS = 3
 #: Seconds between returns of free memory to the system, which take milliseconds each.
 _RETURN_INTERVAL = 1.0
@@ -180,6 +182,11 @@ class SessionTable:
         self._component = component
         self._clock = clock
         self.facts = facts or component_facts(component, self.limits.max_tokens, self.limits.max_payload)
+        self._dimensions = _HIDDEN_DIMENSIONS
+        if component.crossing:
+            self._dimensions = 2 + len(component.crossing[STATES].sizes)
+        #: What crosses besides hidden states.
+        self._others = component.crossing.keys() - {STATES}
         self._counts_tokens = any(map(counts_tokens, component.new_cache().layers))
         self._sessions: dict[int, _Session] = {}
         self._training = Training(component, clock, usage)
@@ -466,8 +473,8 @@ class SessionTable:
 
     def _backward(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         tensors, mode = unpack(frame), Mode.of(frame.meta)
-        random, gradient = taken_random(tensors), tensors.pop("gradient", None)
-        if gradient is None or frame.session:
+        random, gradients = taken_random(tensors), taken_gradients(tensors)
+        if not gradients or frame.session:
             raise RemoteError("a backward pass needs a forward without cache", code="bad_input")
         requested_at = self._clock()
         with self._compute, torch.inference_mode(mode=False), torch.enable_grad():
@@ -475,7 +482,7 @@ class SessionTable:
             with self._training.running(mode, owner, random) as running:
                 hidden, inputs = self._inputs(frame, tensors, None, mode)
                 self._training.admit(mode, owner, limits, hidden.shape[0] * hidden.shape[1])
-                specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradient))
+                specs, buffers = pack(running.gradients(hidden, inputs, frame.meta, gradients))
         meta = {"waited": began_at - requested_at, "computed": self._clock() - began_at}
         # Until its owner's next step it needs nothing but the adapter, which holds the top of the heap in place.
         if began_at - self._returned_at >= _RETURN_INTERVAL:
@@ -531,7 +538,7 @@ class SessionTable:
 
     def _grow_for(self, session: _Session, tensors: Mapping[str, torch.Tensor]) -> None:
         hidden = tensors.get("hidden_states")
-        if hidden is not None and hidden.dim() == _HIDDEN_DIMENSIONS:
+        if hidden is not None and hidden.dim() == self._dimensions:
             self._grow(session, hidden.shape[0], session.cache.get_seq_length() + hidden.shape[1])
 
     def _grow(self, session: _Session, rows: int, tokens: int) -> None:
@@ -589,8 +596,11 @@ class SessionTable:
         """Check the inputs of a step, and return them by the component's argument names."""
         device = next(self._component.parameters()).device
         hidden = tensors.pop("hidden_states", None)
-        if hidden is None or hidden.dim() != _HIDDEN_DIMENSIONS:
-            raise RemoteError("a step has no hidden_states [batch, sequence, hidden]", code="bad_input")
+        if hidden is None or hidden.dim() != self._dimensions:
+            raise RemoteError(
+                f"a step has no hidden_states of {self._dimensions} dimensions [batch, sequence, ..., hidden]",
+                code="bad_input",
+            )
         if hidden.shape[0] * hidden.shape[1] == 0 or hidden.shape[0] > self.limits.max_rows:
             raise RemoteError(f"hidden_states are {_shape(hidden)}: empty, or too many sequences", code="bad_input")
         if hidden.shape[1] > self.limits.max_tokens:
@@ -600,13 +610,15 @@ class SessionTable:
         if not hidden.is_floating_point():
             raise RemoteError(f"hidden_states are {_shape(hidden)}, not floating-point numbers", code="bad_input")
         # A gradient scaler looks for infinities and NaNs itself, and skips the step.
-        if mode.autocast != "float16" and not torch.isfinite(hidden).all():
+        crossing = {STATES: hidden, **{name: tensors[name] for name in tensors.keys() & self._others}}
+        infinite = sorted(name for name, tensor in crossing.items() if not torch.isfinite(tensor).all())
+        if mode.autocast != "float16" and infinite:
             raise RemoteError(
-                "hidden_states have values that are not finite",
+                f"{' and '.join(infinite)} have values that are not finite",
                 code="bad_input",
                 hint="check the bottom and its input: is a value NaN, or out of the range of the dtype?",
             )
-        inputs = _arguments(frame.meta, tensors, {*self.facts.arguments, *RECORDINGS})
+        inputs = _arguments(frame.meta, tensors, {*self.facts.arguments, *self._others, *RECORDINGS})
         inputs = {name: _to(value, device) for name, value in inputs.items()}
         past = 0 if session is None else session.cache.get_seq_length()
         # Layers of running states alone take the part of the new tokens, too.

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,19 @@ from torch.func import functional_call
 
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.errors import ConfigurationError, RemoteError, RemoteStepError
+from splitlearn_core.family import STATES
 from splitlearn_core.hosts.payload import unpack
 from splitlearn_core.hosts.protocol import Frame
 from splitlearn_core.hosts.tuning import build_adapted, content_hash, fit_tensors, frozen_copy
+from splitlearn_core.plan.crossing import computed
 from splitlearn_core.types import human_bytes
 
 log = logging.getLogger(__name__)
 
 #: Tensors of a frame with the state of a generator.
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"
+#: The output of a component in a frame; what else leaves it has its own name. And the gradient of each.
+OUTPUT, GRADIENT = "output", "gradient"
 #: Adapted copies of the component that are kept, one for each description of adapters.
 _MAX_COPIES = 16
 #: Pieces that one adapter is sent in.
@@ -289,16 +293,22 @@ class Running:
         Raises:
             RemoteError: It failed.
         """
-        arguments = {"hidden_states": hidden, **inputs}
+        arguments = {STATES: hidden, **inputs}
         with failures_named(), self.autocast:
             if not self.parameters:
-                return _named_outputs(self.component(**arguments))
-            return _named_outputs(functional_call(self.component, self.parameters, (), arguments))
+                output = self.component(**arguments)
+            else:
+                output = functional_call(self.component, self.parameters, (), arguments)
+        return _named_outputs(output, computed(self.component.crossing))
 
     def gradients(
-        self, hidden: torch.Tensor, inputs: Mapping[str, Any], meta: Mapping[str, Any], gradient: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        inputs: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        gradients: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Run it, and return the gradients of what a frame wants them of, for that of the output.
+        """Run it, and return the gradients of what a frame wants them of, for those of the outputs.
 
         Raises:
             RemoteError: It failed; or the frame wants what there is not.
@@ -311,25 +321,32 @@ class Running:
             raise RemoteStepError(f"a gradient is wanted of {unknown[0][:200]}, which was not sent", code="bad_input")
         learning = {name: self.parameters[name] for name in wanted}
         if meta.get("of_input", True):
-            learning["hidden_states"] = hidden
+            learning[STATES] = hidden
+            learning |= {name: inputs[name] for name in inputs.keys() & self.component.crossing.keys()}
         try:
             for tensor in learning.values():
                 tensor.requires_grad_()
-            output = self(hidden, inputs)["output"]
-            if gradient.shape != output.shape or gradient.dtype != output.dtype:
-                raise RemoteStepError(
-                    f"the gradient is {gradient.dtype} {list(gradient.shape)}; "
-                    f"the output was {output.dtype} {list(output.shape)}",
-                    code="bad_input",
-                )
+            outputs = {name: tensor for name, tensor in self(hidden, inputs).items() if name in gradients}
+            for name, gradient in gradients.items():
+                output = outputs.get(name)
+                if output is None or gradient.shape != output.shape or gradient.dtype != output.dtype:
+                    was = "nothing" if output is None else f"{output.dtype} {list(output.shape)}"
+                    raise RemoteStepError(
+                        f"the gradient is {gradient.dtype} {list(gradient.shape)}; the {name} was {was}",
+                        code="bad_input",
+                    )
+            outputs = {name: output for name, output in outputs.items() if output.requires_grad}
             with failures_named():
-                gradients = torch.autograd.grad(
-                    output, list(learning.values()), gradient.to(output.device), materialize_grads=True
+                found = torch.autograd.grad(
+                    list(outputs.values()),
+                    list(learning.values()),
+                    [gradients[name].to(output.device) for name, output in outputs.items()],
+                    materialize_grads=True,
                 )
         finally:
             for tensor in learning.values():
                 tensor.requires_grad_(False)
-        return {f"gradient.{name}": tensor for name, tensor in zip(learning, gradients, strict=True)}
+        return {f"{GRADIENT}.{name}": tensor for name, tensor in zip(learning, found, strict=True)}
 
 
 @contextlib.contextmanager
@@ -360,10 +377,17 @@ def taken_random(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensors.pop(name) for name in (RANDOM_CPU, RANDOM_CUDA) if name in tensors}
 
 
-def _named_outputs(output: Any) -> dict[str, torch.Tensor]:
+def taken_gradients(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take the gradients of outputs out of the tensors of a frame, by the names of the outputs."""
+    names = [name for name in tensors if name == GRADIENT or name.startswith(f"{GRADIENT}.")]
+    return {name.removeprefix(GRADIENT).removeprefix(".") or OUTPUT: tensors.pop(name) for name in names}
+
+
+def _named_outputs(output: Any, others: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return an output by name; ``others`` are the names of what the component computes besides hidden states."""
     if isinstance(output, torch.Tensor):
-        return {"output": output}
-    named = {"output": output.last_hidden_state}
+        return {OUTPUT: output}
+    named = {OUTPUT: output.last_hidden_state, **{name: output[name] for name in others}}
     for kind in ("hidden_states", "attentions"):
         named.update({f"{kind}.{number}": tensor for number, tensor in enumerate(output.get(kind) or ())})
     return named

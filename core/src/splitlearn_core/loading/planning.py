@@ -181,7 +181,7 @@ def _plan(
                 _cache_sizes(family, config),
             ),
             tied=table.tied,
-            cut_bytes_per_token=cut_bytes(family, config, dtypes.values()),
+            cut_bytes_per_token=cut_bytes(family, config, dtypes.values(), ranges.values()),
             # Of all layers, also those of components that are not planned: one alone has no neighbours.
             warnings=uneven_layers(
                 f"{family.base}.{family.layers}.",

@@ -166,9 +166,11 @@ def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable
             # Parsed, not compared as text: layers.1 is a prefix of layers.10.
             number = name[len(layers) :].partition(".")[0]
             return owners[int(number)] if number.isdecimal() and int(number) < len(owners) else None
-        if name.startswith(top) or name == family.head_bias:
+        # An end may be a parameter of the base module itself.
+        within = f"{name}."
+        if within.startswith(top) or name == family.head_bias:
             return Component.TOP
-        return Component.BOTTOM if name.startswith(bottom) else None
+        return Component.BOTTOM if within.startswith(bottom) else None
 
     return component_of
 

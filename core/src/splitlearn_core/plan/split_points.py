@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError
@@ -56,7 +56,7 @@ def split_layers(family: ModelFamily, config: Mapping[str, Any], split_points: S
         possible = [point for point in range(1, total) if point not in impossible]
         raise InvalidSplitError(
             f"split points {_show(points)} do not cut this {family.model_type} model: {'; '.join(refused)}",
-            hint=_possible(possible),
+            hint=_nearest([point for point in points if point in impossible], possible) + _possible(possible),
         )
     return layers_between(points, total)
 
@@ -66,6 +66,13 @@ def _possible(points: Sequence[int]) -> str:
     if points:
         return f"cuts are possible before layers {', '.join(map(str, points))}"
     return "no cut is possible with this config.json; the manager loads the model as a whole: model_type='huggingface'"
+
+
+def _nearest(refused: Sequence[int], possible: Sequence[int]) -> str:
+    if not possible:
+        return ""
+    near = dict.fromkeys(min(possible, key=lambda point: abs(point - wrong)) for wrong in refused)
+    return f"the nearest possible is before layer {' and '.join(map(str, near))}; "
 
 
 def layers_between(points: Sequence[int], total: int) -> dict[str, LayerRange]:
@@ -136,6 +143,9 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         for number, kind in enumerate(family.decoder_values(config).get(name) or ()):
             if number and kind in kinds:
                 impossible.setdefault(number, f"it uses what the layer before it computed ({name}: {kind!r})")
+    for number, source in _shared_caches(family, config):
+        for point in range(source + 1, number + 1):
+            impossible.setdefault(point, f"layer {number} uses the keys and values of layer {source}")
     different = {
         name: value
         for name, required in family.required_values.items()
@@ -149,6 +159,24 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         why = "the model is no causal decoder" if encodes else "more than the hidden states would cross it"
         impossible |= dict.fromkeys(range(1, count_layers(family, config)), f"{why} ({values})")
     return impossible
+
+
+def _shared_caches(family: ModelFamily, config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Yield each layer that uses the keys and values of an earlier one, and that layer, the last layer first."""
+    count = family.config_value(config, family.sharing_layers) if family.sharing_layers else 0
+    if type(count) is not int or count < 1:
+        return
+    total = count_layers(family, config)
+    kinds = family.decoder_values(config).get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != total:
+        raise ConfigurationError(
+            f"config.json has no layer_types of {total} layers, which say whose keys and values the last {count} use",
+            hint="use the config.json that the checkpoint was saved with",
+        )
+    own = kinds[: max(total - count, 0)]
+    for number in range(total - 1, len(own) - 1, -1):
+        if kinds[number] in own:
+            yield number, len(own) - 1 - own[::-1].index(kinds[number])
 
 
 def check_split_points(split_points: Sequence[int], total: int) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from splitlearn_core.errors import ConfigurationError, TensorMismatchError
-from splitlearn_core.family import ModelFamily
+from splitlearn_core.family import STATES, ModelFamily
 from splitlearn_core.plan.conversions import Place, WeightConversion, places_of
+from splitlearn_core.plan.crossing import crossing_tensors
 from splitlearn_core.plan.keys import KeyTable
 from splitlearn_core.plan.quantised import MXFP4, QuantisedTensor, resolved
 from splitlearn_core.quoting import SENTENCE, listed, quote
@@ -157,7 +158,7 @@ class SplitPlan:
     components: tuple[ComponentPlan, ...]
     #: Checkpoint keys of tensors that two components hold.
     tied: tuple[str, ...]
-    #: Bytes that cross each cut for each token, in the planned dtype (the widest of several).
+    #: Bytes that cross each cut for each token, in the planned dtype (the widest of several); of the first cut.
     cut_bytes_per_token: int
     #: The memory that loading all of it on the CPU takes, for each of core's strategies that can read it.
     memory: Mapping[str, MemoryNeeds] = field(default_factory=dict, compare=False)
@@ -391,10 +392,22 @@ def loaded_nbytes(tensor: PlannedTensor, dtype: str) -> int:
     return tensor.elements * DTYPE_BYTES[FLOAT_DTYPES[tensor.kept_dtype or dtype] if floating else stored]
 
 
-def cut_bytes(family: ModelFamily, config: Mapping[str, Any], dtypes: Iterable[str]) -> int:
-    """Bytes of one token's hidden state, which is what crosses a cut, in the widest of the dtypes."""
-    crossing = (_WIDE,) if family.config_value(config, "residual_in_fp32") else dtypes
-    return _number(family, config, "hidden_size") * max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in crossing)
+def cut_bytes(
+    family: ModelFamily, config: Mapping[str, Any], dtypes: Iterable[str], ranges: Iterable[LayerRange]
+) -> int:
+    """Bytes of what crosses a cut for each token, its hidden state above all, in the widest of the dtypes.
+
+    Where that depends on the number of layers after the cut, those of the first.
+    """
+    width = max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in dtypes)
+    wide = DTYPE_BYTES[FLOAT_DTYPES[_WIDE]] if family.config_value(config, "residual_in_fp32") else width
+    if not family.crossing:
+        return _number(family, config, "hidden_size") * wide
+    left = max(owned.total - owned.start for owned in ranges if not owned.is_first)
+    return sum(
+        tensor.elements(left) * (wide if name == STATES else width)
+        for name, tensor in crossing_tensors(family, config).items()
+    )
 
 
 def common_dtype(dtypes: Iterable[str]) -> str:

@@ -46,6 +46,8 @@ class Training(Checks):
     def test_only_layers_outside_bottom(self, subject: Subject, component: str) -> None:
         """In training, incoming hidden states pass only through layers and the final norm."""
         family = subject.family
+        if family.crossing:
+            pytest.skip("hidden states enter at the layers, and leave there")
         got, expected = through_no_layers(getattr(subject.fresh_split(subject.middle), component), family)
         if not compare(got, expected):
             changes = f"with no layers, the {component} changes hidden states beyond its end"

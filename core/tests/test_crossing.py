@@ -1,0 +1,261 @@
+"""Types of which more than hidden states crosses a cut: split they equal the unsplit model, here and at a host."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from splitlearn_core import ConfigurationError, Cut, ModelFamily, RemoteError, SplitCausalLM
+from splitlearn_core.build.construction import component_from_state_dict
+from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
+from splitlearn_core.hosts.protocol import Kind
+from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
+from splitlearn_core.plan.crossing import crossing_tensors
+from splitlearn_core.plan.splitplan import cut_bytes
+from splitlearn_core.types import LayerRange, component_names, kind_of
+from support.hosts import CARRIERS, MemoryEndpoint, hosting, remote
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PROJECTIONS = range(3)
+#: What a family names, and a small configuration.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # What a layer computes for the next one.
+    "zaya": (
+        {
+            "layers_return_tuple": True,
+            "skip_outside_bottom": ("input_hidden_states_scale", "input_hidden_states_bias"),
+            "config_defaults": {"residual_in_fp32": True},
+            "crossing": {"prev_router_hidden_states": ("batch", "sequence", "router_hidden_size")},
+            "layer_results": ("prev_router_hidden_states",),
+        },
+        {"num_experts": 4, "moe_intermediate_size": 16, "router_hidden_size": 16},
+    ),
+    # Hidden states of other dimensions, and a slice for each layer of what is computed before the first.
+    "gemma3n_text": (
+        {
+            "skip_outside_bottom": (
+                *("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"),
+                *(f"altup_projections.{number}" for number in PROJECTIONS),
+            ),
+            "skip_outside_top": tuple(f"altup_unembed_projections.{number}" for number in PROJECTIONS),
+            "crossing": {
+                "hidden_states": ("altup_num_inputs", "batch", "sequence", "hidden_size"),
+                "per_layer_input": ("batch", "sequence", "layers", "hidden_size_per_layer_input"),
+            },
+        },
+        {
+            "vocab_size_per_layer_input": 101,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "sliding_window": 6,
+        },
+    ),
+}
+
+
+@functools.cache
+def model(name: str) -> tuple[Any, ModelFamily]:
+    """Return a small model with random values, and its family."""
+    fields, values = CASES[name]
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = AutoConfig.for_model(name, **{**SIZES, **values})
+    whole: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in whole.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    family = ModelFamily(
+        model_type=name, architecture=type(whole).__name__, uniform_layers=False, measured_cache=True, **fields
+    )
+    return whole, family
+
+
+def parts_of(name: str, points: tuple[int, ...] = (2, 4)) -> list[Any]:
+    whole, family = model(name)
+    edges = (0, *points, SIZES["num_hidden_layers"])
+    return [
+        component_from_state_dict(
+            family,
+            kind_of(part),
+            whole.state_dict(),
+            whole.config,
+            start or None,
+            None if end == SIZES["num_hidden_layers"] else end,
+        )
+        for part, start, end in zip(component_names(len(points) + 1), edges, edges[1:], strict=False)
+    ]
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def batch(tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 90, (2, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def steps(whole: Any, *sizes: int) -> list[torch.Tensor]:
+    """Return the logits of a forward, and of steps with a cache, the first row padded on the left."""
+    past: dict[str, Any] = {}
+    mask, logits = torch.ones(2, 0, dtype=torch.long), [whole(input_ids=batch(5), use_cache=False).logits]
+    for number, tokens in enumerate(sizes):
+        mask = torch.cat([mask, torch.ones(2, tokens, dtype=torch.long)], dim=1)
+        mask[0, :2] = 0
+        output = whole(input_ids=batch(tokens, number), attention_mask=mask, use_cache=True, **past)
+        past = {cache_argument(whole.forward): output[CACHE_FIELD]}
+        logits.append(output.logits)
+    return logits
+
+
+def generated(whole: Any, **arguments: Any) -> list[torch.Tensor]:
+    settings = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    output = whole.generate(input_ids=batch(7), attention_mask=torch.ones(2, 7), **{**settings, **arguments})
+    return [output.sequences, *output.scores]
+
+
+def equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return len(got) == len(expected) and all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("points", [(3,), (2, 4), (1, 2, 5)])
+def test_steps_are_equal(name: str, points: tuple[int, ...]) -> None:
+    """With one trunk, none, and two: what enters the second has passed through the first."""
+    split = SplitCausalLM(*parts_of(name, points))
+    assert equal(steps(split, 7, 1, 3), steps(model(name)[0], 7, 1, 3))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_steps_at_a_host_are_equal(name: str, carrier: str, tmp_path: Path) -> None:
+    bottom, trunk, top = parts_of(name)
+    with hosting(carrier, trunk, tmp_path) as far:
+        split = SplitCausalLM(bottom, far, top)
+        assert equal(steps(split, 7, 1, 3), steps(model(name)[0], 7, 1, 3))
+        assert equal(generated(split, num_beams=2), generated(model(name)[0], num_beams=2))
+
+
+def test_a_session_is_rebuilt(name: str) -> None:
+    """The journal keeps all that crossed: a restart of the host in the middle of a generation does not change it."""
+    bottom, trunk, top = parts_of(name)
+    endpoint = MemoryEndpoint(lambda: SessionTable(trunk, SessionLimits(max_tokens=64)))
+    endpoint.before = lambda number, _: endpoint.restart() if number == 5 else None
+    assert equal(generated(SplitCausalLM(bottom, remote(endpoint), top)), generated(model(name)[0]))
+
+
+@pytest.mark.parametrize("place", ["here", "at a host"])
+def test_gradients_are_equal(name: str, place: str) -> None:
+    """Those of the ends, of embeddings to which gradients come by every way that crosses, too."""
+    whole = model(name)[0]
+    bottom, trunk, top = parts_of(name)
+    far = remote(MemoryEndpoint(lambda: SessionTable(trunk))) if place == "at a host" else trunk
+    split = SplitCausalLM(bottom, far, top)
+    labels = batch(7)
+    losses = []
+    for trained in (whole, split):
+        trained.zero_grad()
+        output = trained(input_ids=batch(7), labels=labels, use_cache=False)
+        output.loss.backward()
+        losses.append(output.loss.detach())
+    assert torch.equal(*losses)
+    expected = {key: parameter.grad for key, parameter in whole.named_parameters()}
+    # Of a tied tensor, either end has a part of the gradient.
+    tied = {"model.embed_tokens.weight", "lm_head.weight"}
+    for part in (bottom, top):
+        for key, parameter in part.named_parameters():
+            got, wanted = parameter.grad, None if key in tied else expected[key]
+            assert key in tied or (got is None) == (wanted is None), key
+            assert wanted is None or torch.equal(got, wanted), key
+    whole.zero_grad()
+
+
+def test_other_tensors_are_sent_as_they_are(name: str) -> None:
+    """An encoding with fewer bits is for hidden states; and what a host could only send back is not sent back."""
+    bottom, trunk, top = parts_of(name)
+    endpoint = MemoryEndpoint(lambda: SessionTable(trunk))
+    with torch.no_grad():
+        SplitCausalLM(bottom, remote(endpoint, wire="int8"), top)(input_ids=batch(7), use_cache=False)
+    (frame,) = (frame for frame in endpoint.frames if frame.kind is Kind.STEP)
+    others = model(name)[1].crossing.keys() - {"hidden_states"}
+    assert frame.meta["encoded"].keys() == {"hidden_states"}
+    assert {spec.name: spec.dtype for spec in frame.tensors} == {"hidden_states": "U8", **dict.fromkeys(others, "F32")}
+    reply = {spec.name for spec in endpoint.answered(frame).tensors}
+    assert reply == {"output", *model(name)[1].layer_results}
+
+
+@torch.no_grad()
+def test_components_alone(name: str) -> None:
+    """A component takes what the one before returned, or each tensor by its name; and refuses less, or others."""
+    bottom, trunk, top = parts_of(name)
+    family = model(name)[1]
+    others = family.crossing.keys() - {"hidden_states"}
+    left: Any = bottom(input_ids=batch(5))
+    named = {"hidden_states": left.last_hidden_state, **{key: left[key] for key in others}}
+    sizes = {key: tensor.shape(4) for key, tensor in trunk.crossing.items()}
+    assert {key: tuple(value.shape) for key, value in named.items()} == {key: (2, 5, *sizes[key]) for key in named}
+    once, again = trunk(hidden_states=left), trunk(**named)
+    assert torch.equal(once.last_hidden_state, again.last_hidden_state)
+    assert torch.equal(top(hidden_states=once).logits, model(name)[0](input_ids=batch(5), use_cache=False).logits)
+    with pytest.raises(ConfigurationError, match=f"{next(iter(others))} is NoneType; what crosses this cut is"):
+        trunk(hidden_states=left.last_hidden_state)
+    with pytest.raises(ConfigurationError, match=r"hidden_states is .* what crosses this cut is") as caught:
+        trunk(**{**named, "hidden_states": named["hidden_states"][..., :5]})
+    assert caught.value.hint
+    far = remote(MemoryEndpoint(lambda: SessionTable(trunk)))
+    with pytest.raises(ConfigurationError, match="what crosses this cut is"):
+        far(hidden_states=left.last_hidden_state)
+    nothing = {key: torch.full_like(value, torch.nan) for key, value in named.items()}
+    with pytest.raises(RemoteError, match="values that are not finite"):
+        far(**nothing)
+
+
+def test_cuts_that_treat_hidden_states_alone_are_refused(name: str) -> None:
+    """Noise on hidden states would hide nothing of what crosses with them."""
+    with pytest.raises(ConfigurationError, match="cross") as caught:
+        SplitCausalLM(*parts_of(name), cuts=[Cut(clip=1.0, noise=1.0), Cut()])
+    assert caught.value.hint
+
+
+def test_what_crosses_is_counted() -> None:
+    """Of the slices for layers, as many as there are layers after the first cut."""
+    whole, family = model("gemma3n_text")
+    config = whole.config.to_dict()
+    ranges = {"bottom": LayerRange(0, 2, 6), "trunk": LayerRange(2, 4, 6), "top": LayerRange(4, 6, 6)}
+    assert cut_bytes(family, config, ["bfloat16"], ranges.values()) == 2 * (4 * 32 + 4 * 8)
+    with pytest.raises(ConfigurationError, match="altup_num_inputs = None"):
+        crossing_tensors(family, {**config, "altup_num_inputs": None})
+    without = crossing_tensors(family, {**config, "hidden_size_per_layer_input": 0})
+    assert list(without) == ["hidden_states"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"crossing": {"x": ("sequence", "hidden_size")}}, "crossing must be a mapping"),
+        ({"crossing": {"x": ("batch", "sequence")}, "layer_results": ("y",)}, "layer_results must be names in"),
+        ({"crossing": {"x": ("batch", "sequence")}, "layer_results": ("x",)}, "layers_return_tuple must be True"),
+    ],
+)
+def test_wrong_descriptions_are_refused(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        ModelFamily(model_type="x", architecture="X", **fields)
