@@ -146,3 +146,8 @@ def architecture(name: str, where: str) -> Architecture:
             hint="use the checkpoint that the file was converted from",
         )
     return ARCHITECTURES[name]
+
+
+def architecture_of(model_type: str) -> Architecture | None:
+    """Return the architecture that a model type of transformers is stored as; None if none is known."""
+    return next((known for known in _ALL if model_type in known.model_types), None)
