@@ -50,7 +50,8 @@ def write(model: PreTrainedModel, path: Path, vocabulary: int = 101, tensors_per
 
 
 def sent(hub: LoopbackHub) -> int:
-    return sum(record.sent for record in hub.requests if record.method == "GET" and record.status in (200, 206))
+    """Return the bytes of weight files that were transferred."""
+    return sum(record.sent for record in hub.requests if str(record.filename).endswith(".gguf"))
 
 
 def load(model: str | Path, *parts: str, **options: Any) -> Any:

@@ -215,10 +215,11 @@ def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
     paths = checkpoint.fetch(set(checkpoint.weight_map.values()), lambda _: None)
     directory = next(iter(paths.values())).parent
     arguments = checkpoint.pretrained_arguments()
-    if arguments is not None and len(checkpoint.weight_files()) > 1:
+    files = checkpoint.weight_files()
+    if arguments is not None and len(files) > 1:
         raise CheckpointError(
-            f"transformers itself reads no model in {len(checkpoint.weight_files())} {checkpoint.format} files, so that "
-            f"there is nothing to compare {model.name} with",
+            f"transformers itself reads no model in {len(files)} {checkpoint.format} files, so that there is nothing "
+            f"to compare {model.name} with",
             hint="join them with the tools of the format; the split model may be right nevertheless",
         )
     if arguments is not None:

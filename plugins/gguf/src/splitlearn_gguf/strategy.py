@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,7 @@ class GgufStrategy:
 
         for shard, planned in plan.by_shard().items():
             header = read_header(plan.paths[shard])
-            first = header if header.architecture else _first_part(plan, header)
+            first = header if header.architecture else _first_part(plan, shard)
             known = architecture(first.architecture, str(first.path))
             wanted = _wanted(header, known, planned)
             with open_regular(header.path, buffering=0) as file:
@@ -124,21 +125,31 @@ class GgufStrategy:
                     )
 
 
-def _first_part(plan: ReadPlan, header: Header) -> Header:
+def _first_part(plan: ReadPlan, shard: str) -> Header:
     """Return the header of the first of several parts, which holds the metadata of the model."""
-    stem = header.path.name.rpartition("-of-")[0][: -len("00001")]
-    for path in plan.paths.values():
-        if path.name.startswith(f"{stem}00001-of-"):
-            return read_header(path)
-    raise InvalidCheckpointError(
-        f"{header.path} is a part of a model, whose first part is not here", hint="fetch all parts of the model"
-    )
+    first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", shard)
+    if first not in plan.paths:
+        raise InvalidCheckpointError(
+            f"{shard} is a part of a model, whose first part is not here", hint="fetch all parts of the model"
+        )
+    return read_header(plan.paths[first])
 
 
 def _keyed(header: Header, known: Architecture) -> dict[str, StoredTensor]:
     """Return the tensors that a model has by checkpoint key."""
-    keyed = {known.key(name): stored for name, stored in header.tensors.items()}
-    return {key: stored for key, stored in keyed.items() if key is not None}
+    keyed: dict[str, StoredTensor] = {}
+    for name, stored in header.tensors.items():
+        experts = known.expert_keys(name, stored.shape[0] if len(stored.shape) > _MATRIX else 0)
+        key = known.key(name)
+        if experts:
+            # One after the other, each of whole blocks: a component reads those that it is planned with.
+            step, shape = stored.nbytes // len(experts), stored.shape[1:]
+            begins = range(stored.begin, stored.end, step)
+            parts = (replace(stored, shape=shape, begin=begin, end=begin + step) for begin in begins)
+            keyed |= zip(experts, parts, strict=True)
+        elif key is not None:
+            keyed[key] = stored
+    return keyed
 
 
 def _info(key: str, stored: StoredTensor, known: Architecture, path: Path) -> TensorInfo:
