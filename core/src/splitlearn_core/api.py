@@ -457,8 +457,8 @@ def plan_model_fetch(
     weights: Wanted
     if whole or checkpoint.is_opaque or not checkpoint.has_weights:
         weights = dict.fromkeys(checkpoint.weight_files())
-    elif checkpoint.headerless_file is not None:
-        weights = {checkpoint.headerless_file: None}
+    elif checkpoint.headerless_files:
+        weights = dict.fromkeys(checkpoint.headerless_files)
     elif not checkpoint.is_describable:
         # The headers of these shards cannot be fetched alone: their tensors are known from the index.
         weights = dict.fromkeys(checkpoint.shards(wanted_keys(model, split_points, parts)))

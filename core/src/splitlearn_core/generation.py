@@ -84,7 +84,9 @@ def load_tokenizer(model: OpenModel, progress: ProgressCallback = lambda _: None
         )
     ):
         if inside is not None:
-            return load_converted(source.path(model.checkpoint.weight_files()[0]), dict(inside), progress)
+            return load_converted(
+                model.checkpoint.path_with_header(model.checkpoint.weight_files()[0]), dict(inside), progress
+            )
         # Passed, because transformers would otherwise report an invalid value in config.json as one of the tokenizer.
         config = hf_config(model.family, model.config, source.model, "float32")
         return AutoTokenizer.from_pretrained(model.checkpoint.folder, config=config, local_files_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -161,8 +161,39 @@ class WeightReader(Protocol):
     def tensors(self, path: Path, config: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
         """Describe the tensors by their Hugging Face checkpoint keys, reading no weights.
 
-        ``shard`` is the file's name, ``format`` this reader's, ``begin`` is 0 and ``end`` the bytes
-        that the tensor takes in the file; ``dtype`` is that of its values once they are read.
+        ``shard`` is the file's name, ``format`` this reader's, ``begin`` is 0 (but see :class:`RangedReader`) and
+        ``end`` the bytes that the tensor takes in the file; ``dtype`` is that of its values once they are read.
+        """
+
+
+@runtime_checkable
+class PartsReader(Protocol):
+    """An optional part of a weight reader, for models in files ``STEM-00001-of-00003.SUFFIX`` and so on.
+
+    Of each, the tensors are described; the first is always among the paths of a :class:`ReadPlan`.
+    """
+
+    def config_of_parts(self, paths: Sequence[Path]) -> Mapping[str, Any]:
+        """Read a Hugging Face ``config.json`` from all files of a model, in order."""
+
+
+#: See :meth:`RangedReader.header_length`.
+HeaderLength = Callable[[Path, int], int | None]
+
+
+@runtime_checkable
+class RangedReader(Protocol):
+    """An optional part of a weight reader, so that of files on the Hub only the planned ranges are fetched.
+
+    ``begin`` and ``end`` of the tensors that it describes are their places in the file.
+    """
+
+    def header_length(self, path: Path, present: int) -> int | None:
+        """Return the number of bytes that describing the tensors needs, or None if it is unknown yet.
+
+        Args:
+            path: The file in its full size, of which only a beginning is present.
+            present: The number of bytes that are.
         """
 
 

@@ -156,9 +156,9 @@ class TensorInfo:
     shape: tuple[int, ...]
     #: Name of the shard that holds it; empty if there are no weights yet.
     shard: str
-    #: First byte, from the start of the shard; 0 if the format is not safetensors.
+    #: First byte, from the start of the shard; 0 if it is unknown, which it is only in other formats than safetensors.
     begin: int
-    #: One past the last byte; the number of bytes if the format is not safetensors.
+    #: One past the last byte; the number of bytes if the first is unknown.
     end: int
     #: Format of the shard: ``safetensors``, ``pytorch``, or that of a plugin's weight reader.
     format: str = SAFETENSORS

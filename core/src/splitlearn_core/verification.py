@@ -215,6 +215,13 @@ def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
     paths = checkpoint.fetch(set(checkpoint.weight_map.values()), lambda _: None)
     directory = next(iter(paths.values())).parent
     arguments = checkpoint.pretrained_arguments()
+    files = checkpoint.weight_files()
+    if arguments is not None and len(files) > 1:
+        raise CheckpointError(
+            f"transformers itself reads no model in {len(files)} {checkpoint.format} files, so that there is nothing "
+            f"to compare {model.name} with",
+            hint="join them with the tools of the format; the split model may be right nevertheless",
+        )
     if arguments is not None:
         # Without it, transformers takes the configuration from the weight file and ignores config.json.
         config = hf_config(model.family, model.config, model.name, dtype, options.attn_implementation)

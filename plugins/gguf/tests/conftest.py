@@ -21,6 +21,8 @@ FAMILIES = {
     "mistral": "architecture='MistralForCausalLM'",
     "qwen2": "architecture='Qwen2ForCausalLM'",
     "qwen3": "architecture='Qwen3ForCausalLM'",
+    "qwen3_moe": "architecture='Qwen3MoeForCausalLM', transformers_tables=True, uniform_layers=False",
+    "mixtral": "architecture='MixtralForCausalLM', transformers_tables=True, uniform_layers=False",
     "gemma": "architecture='GemmaForCausalLM'",
     "gemma2": "architecture='Gemma2ForCausalLM'",
     "gemma3_text": "architecture='Gemma3ForCausalLM'",

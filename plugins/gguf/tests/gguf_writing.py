@@ -9,7 +9,9 @@ import gguf
 import numpy as np
 from tokenizers import pre_tokenizers
 
-ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+#: Hugging Face's tensors of all experts of a layer -> GGUF's, into which their rows are cut.
+EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 _HEADER = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -59,6 +61,12 @@ def converted(model: Any, architecture: str) -> dict[str, Any]:
     for key, tensor in model.state_dict().items():
         if tied and key == "lm_head.weight":
             continue
+        if ".experts." in key:
+            *_, layer, _, _, kind = key.split(".")
+            pieces = np.split(tensor.float().numpy(), len(EXPERTS[kind]), axis=1)
+            for piece, values in zip(EXPERTS[kind], pieces, strict=True):
+                tensors[f"blk.{layer}.{piece}.weight"] = np.ascontiguousarray(values)
+            continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert name is not None, key
         tensors[name] = _changed(architecture, config, key, tensor.float().numpy())
@@ -94,7 +102,12 @@ def _metadata(config: Any, architecture: str) -> dict[str, Any]:
     values["rope.freq_base"] = rope["rope_theta"]
     if architecture == "llama":
         values["rope.dimension_count"] = config.head_dim
-    if architecture.startswith("gemma") or architecture == "qwen3":
+    if config.model_type in ("mixtral", "qwen3_moe"):
+        values["expert_count"] = config.num_local_experts
+        values["expert_used_count"] = config.num_experts_per_tok
+    if architecture == "qwen3moe":
+        values["expert_feed_forward_length"] = config.moe_intermediate_size
+    if architecture.startswith(("gemma", "qwen3")):
         values["attention.key_length"] = config.head_dim
     if architecture in ("gemma2", "gemma3"):
         values["attention.sliding_window"] = config.sliding_window

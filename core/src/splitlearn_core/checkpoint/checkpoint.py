@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,21 @@ from splitlearn_core.checkpoint.config_json import (
     read_index_dtype,
     read_weight_map,
 )
-from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
+from splitlearn_core.checkpoint.files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TORCH_INDEX,
+    TORCH_SINGLE,
+    parts_of,
+)
 from splitlearn_core.checkpoint.hub.fetch_plan import Span, Wanted
 from splitlearn_core.checkpoint.source import Source
 from splitlearn_core.checkpoint.torch_file import describe_torch_file
 from splitlearn_core.errors import CheckpointError, InvalidCheckpointError, MissingFileError
-from splitlearn_core.loading_strategy import PretrainedReader, WeightReader
-from splitlearn_core.plan.quantised import QuantisedTensor, quantised_tensors
+from splitlearn_core.loading_strategy import PartsReader, PretrainedReader, RangedReader, WeightReader
+from splitlearn_core.plan.quantised import METHODS, QuantisedTensor, quantised_tensors
 from splitlearn_core.quoting import SENTENCE, listed, plain, quote
 from splitlearn_core.types import PYTORCH, SAFETENSORS, ProgressCallback, TensorInfo
 
@@ -78,9 +86,9 @@ FindReaders = Callable[[str | None], Iterable[WeightReader]]
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How the weights are stored: in one file, or in shards that an index names."""
+    """How the weights are stored: in one file, in numbered parts, or in shards that an index names."""
 
-    #: The one file, or the index.
+    #: The one file, the first part, or the index.
     entrance: str
     format: str
     #: How the names of weight files end.
@@ -91,6 +99,16 @@ class _Layout:
     @property
     def is_index(self) -> bool:
         return self.entrance.endswith(".index.json")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The weight files, unless an index names them."""
+        return parts_of(self.entrance) if isinstance(self.reader, PartsReader) else (self.entrance,)
+
+    @property
+    def serves_headers(self) -> bool:
+        """Whether the header of a file can be fetched alone."""
+        return self.format == SAFETENSORS or isinstance(self.reader, RangedReader)
 
 
 #: One file takes precedence over an index, and safetensors over pickles, as in transformers.
@@ -119,11 +137,17 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """``config.json``, or the configuration in a weight file. Raises InvalidCheckpointError."""
         if not self.source.has_config and self._layout is not None and self._layout.reader is not None:
-            file = self.source.path(self._layout.entrance)
-            config = check_config(dict(self._layout.reader.config(file)), str(file))
+            config = self._config_in_weights(self._layout.files, self._layout.reader)
         else:
             config = read_config(self.source.path(CONFIG))
         return config
+
+    def _config_in_weights(self, files: Sequence[str], reader: WeightReader) -> dict[str, Any]:
+        self.source.require(files)
+        paths = [self.path_with_header(name) for name in files]
+        parts = len(paths) > 1 and isinstance(reader, PartsReader)
+        read = reader.config_of_parts(paths) if parts else reader.config(paths[0])  # type: ignore[attr-defined]  # it is
+        return check_config(dict(read), str(paths[0]))
 
     @property
     def quantization(self) -> str:
@@ -147,7 +171,7 @@ class Checkpoint:
         Raises:
             CheckpointError: Numbers or scales are missing.
         """
-        if not self.quantization or self.format != SAFETENSORS:
+        if self.quantization not in METHODS or self.format != SAFETENSORS:
             return {}
         try:
             return quantised_tensors(self.config["quantization_config"], self.weight_map)
@@ -166,7 +190,7 @@ class Checkpoint:
         """Return the names of all weight files of the model."""
         if self._layout is None:
             raise self._no_weights()
-        return tuple(sorted(set(self.weight_map.values()))) if self._layout.is_index else (self._layout.entrance,)
+        return tuple(sorted(set(self.weight_map.values()))) if self._layout.is_index else self._layout.files
 
     def require_weights(self) -> None:
         """Check that there are weights.
@@ -191,10 +215,9 @@ class Checkpoint:
     @cached_property
     def is_describable(self) -> bool:
         """Return whether the tensors can be listed without a download of whole files: always for safetensors."""
-        if self._layout is None or self.format == SAFETENSORS:
+        if self._layout is None or self._layout.serves_headers:
             return True
-        shards = set(self.weight_map.values()) if self._layout.is_index else {self._layout.entrance}
-        return all(map(self.source.is_here, shards))
+        return all(map(self.source.is_here, self.weight_files()))
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -204,7 +227,16 @@ class Checkpoint:
             raise self._no_weights()
         if layout.is_index:
             return read_weight_map(self.source.path(layout.entrance), layout.suffix)
-        return dict.fromkeys(self._header(layout.entrance), layout.entrance)
+        shards: dict[str, str] = {}
+        self.source.require(layout.files)
+        for shard in layout.files:
+            for key in self._header(shard):
+                if shards.setdefault(key, shard) != shard:
+                    raise InvalidCheckpointError(
+                        f"{self.source.model}: {plain(key)} is in {shards[key]} and in {shard}",
+                        hint="one of the files is a part of another model: fetch them again",
+                    )
+        return shards
 
     @cached_property
     def deciding_shard(self) -> str:
@@ -236,16 +268,21 @@ class Checkpoint:
         yield from ((infos[key] for key in sorted(infos)) if self.format == SAFETENSORS else infos.values())
 
     @property
-    def headerless_file(self) -> str | None:
-        """The weight file if its header cannot be fetched on its own (any format but safetensors), else None."""
-        if self._layout is None or self.format == SAFETENSORS or self._layout.is_index:
-            return None
-        return self._layout.entrance
+    def headers_are_served(self) -> bool:
+        """Whether headers can be fetched without the tensors."""
+        return self._layout is not None and self._layout.serves_headers
 
-    def fetch_headerless_file(self, progress: ProgressCallback) -> None:
-        """Fetch the weight file if its tensors can only be listed from the complete file."""
-        if self.headerless_file is not None:
-            self.fetch([self.headerless_file], progress)
+    @property
+    def headerless_files(self) -> tuple[str, ...]:
+        """The weight files if there is no index and their headers cannot be fetched on their own, else none."""
+        if self._layout is None or self._layout.serves_headers or self._layout.is_index:
+            return ()
+        return self._layout.files
+
+    def fetch_headerless_files(self, progress: ProgressCallback) -> None:
+        """Fetch the weight files if their tensors can only be listed from complete files."""
+        if self.headerless_files:
+            self.fetch(self.headerless_files, progress)
 
     def shards(self, keys: Iterable[str]) -> tuple[str, ...]:
         """Return the shards that hold these tensors."""
@@ -290,7 +327,7 @@ class Checkpoint:
         wanted: dict[str, list[Span] | None] = {}
         # Tensors without a shard are known from the configuration alone.
         for info in sorted((info for info in tensors if info.shard), key=lambda info: (info.shard, info.begin)):
-            if info.format != SAFETENSORS:
+            if not self.headers_are_served:
                 wanted[info.shard] = None
                 continue
             spans = wanted.setdefault(info.shard, [])
@@ -298,6 +335,9 @@ class Checkpoint:
                 # The data begins where the header ends.
                 spans += [] if spans else [(0, min(other.begin for other in self._header(info.shard).values()))]
                 spans.append((info.begin, info.end))
+        if wanted and self._layout is not None and len(self._layout.files) > 1:
+            # What its reader needs to read any other.
+            wanted.setdefault(self._layout.entrance, [] if self._layout.serves_headers else None)
         return wanted
 
     def pretrained_arguments(self) -> Mapping[str, Any] | None:
@@ -305,7 +345,7 @@ class Checkpoint:
         layout = self._layout
         if layout is None or not isinstance(layout.reader, PretrainedReader):
             return None
-        return layout.reader.pretrained_arguments(self.source.path(layout.entrance))
+        return layout.reader.pretrained_arguments(self.path_with_header(layout.entrance))
 
     @property
     def has_adapter(self) -> bool:
@@ -316,7 +356,7 @@ class Checkpoint:
     def folder(self) -> Path:
         """The folder of ``config.json``, or of the weight file that holds the configuration. Raises CheckpointError."""
         if not self.source.has_config and self._layout is not None:
-            return self.source.path(self._layout.entrance).parent
+            return self.path_with_header(self._layout.entrance).parent
         return self.source.path(CONFIG).parent
 
     def optional_file(self, name: str) -> Path | None:
@@ -355,11 +395,12 @@ class Checkpoint:
         for reader in self._find_readers(stated):
             for name in sorted(self._files):
                 if name.endswith(tuple(reader.suffixes)):
-                    claimed.setdefault(name, _Layout(name, reader.format, Path(name).suffix, reader))
+                    first = parts_of(name)[0] if isinstance(reader, PartsReader) else name
+                    claimed.setdefault(first, _Layout(first, reader.format, Path(first).suffix, reader))
         if len(claimed) > 1:
             raise CheckpointError(
                 f"{self.source.model} holds {len(claimed)} weight files, each a model of its own: {listed(claimed)}",
-                hint="give the path of the one that is meant",
+                hint="give the path of the one that is meant, or REPO:FILE on the Hub",
             )
         return next(iter(claimed.values()), None)
 
@@ -368,12 +409,22 @@ class Checkpoint:
             self._headers[shard] = self._describe(shard)
         return self._headers[shard]
 
+    def path_with_header(self, file: str) -> Path:
+        """Return the path of a weight file of a reader's format, of which at least the header is on this machine."""
+        reader = self._layout.reader if self._layout is not None else None
+        if isinstance(reader, RangedReader):
+            return self.source.path_with_header(file, reader.header_length)
+        return self.fetch([file], lambda _: None)[file]
+
     def _describe(self, shard: str) -> dict[str, TensorInfo]:
         if self.format == SAFETENSORS:
             return self.source.header(shard)
-        path = self.fetch([shard], lambda _: None)[shard]
+        path = self.path_with_header(shard)
         reader = self._layout.reader if self._layout is not None else None
-        return describe_torch_file(path) if reader is None else dict(reader.tensors(path, self.config))
+        if reader is None:
+            return describe_torch_file(path)
+        # In a folder of the repository, the name has the folder in it.
+        return {key: replace(info, shard=shard) for key, info in reader.tensors(path, self.config).items()}
 
     def _no_weights(self) -> CheckpointError:
         needed = needed_reader(self._files)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import sys
+from collections.abc import Mapping
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO, Literal, overload
@@ -35,6 +37,33 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 #: How the names of the files of a tokenizer begin.
 TOKENIZER_PREFIXES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "chat_template")
+
+#: One of the files of a model, by its name: ``STEM-00001-of-00003.gguf``.
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.[^.]+)")
+#: Suffixes of the files that belong to a model whose weight file is named.
+_SMALL = (".json", ".txt", ".model", ".jinja")
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """Return the names of all files of a model that has one of this name: of all numbered parts, or itself alone."""
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
+        return (name,)
+    numbers = range(1, int(match["count"]) + 1)
+    return tuple(f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}" for number in numbers)
+
+
+def of_one_model(sizes: Mapping[str, int], name: str) -> dict[str, int]:
+    """Return those of the files of a folder that belong to the model in a weight file, with their sizes.
+
+    The configuration and the tokenizer's files do; weights other than the named file do not.
+    """
+    parts = parts_of(name)
+    return {
+        each: size
+        for each, size in sizes.items()
+        if each in parts or (each.endswith(_SMALL) and not each.endswith(".index.json"))
+    }
 
 
 #: Errors of opening a socket, or a device without a driver.

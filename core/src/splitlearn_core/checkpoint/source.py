@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from splitlearn_core.arguments import user_path
 from splitlearn_core.checkpoint.config_json import base_of, needed_reader
-from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG
+from splitlearn_core.checkpoint.files import ADAPTER_CONFIG, CONFIG, of_one_model
 from splitlearn_core.checkpoint.hub.fetch_plan import FileFetch, Wanted, here
 from splitlearn_core.checkpoint.hub.repository import HubSource
 from splitlearn_core.checkpoint.safetensors_header import read_header
 from splitlearn_core.errors import ConfigurationError, MissingFileError
+from splitlearn_core.loading_strategy import HeaderLength
 from splitlearn_core.quoting import listed, reason
 from splitlearn_core.types import ProgressCallback, TensorInfo
 
@@ -37,15 +38,7 @@ class DirectorySource:
 
     def files(self) -> dict[str, int]:
         sizes = {entry.name: entry.stat().st_size for entry in self._directory.iterdir() if entry.is_file()}
-        if self._only is None:
-            return sizes
-        # The configuration and the tokenizer's files stay; weights other than the named file do not.
-        small = (".json", ".txt", ".model", ".jinja")
-        return {
-            name: size
-            for name, size in sizes.items()
-            if name == self._only or (name.endswith(small) and not name.endswith(".index.json"))
-        }
+        return sizes if self._only is None else of_one_model(sizes, self._only)
 
     def path(self, name: str) -> Path:
         if name == CONFIG and not self.has_config:
@@ -75,7 +68,7 @@ class DirectorySource:
         missing = [name for name in names if not (self._directory / name).is_file()]
         if missing:
             raise MissingFileError(
-                f"{self._directory} lacks {listed(missing)}, which its index names and the requested parts need",
+                f"{self._directory} lacks {listed(missing)}, which the requested parts need",
                 hint=self.hint_for_missing,
             )
 
@@ -90,6 +83,10 @@ class DirectorySource:
 
     def header(self, name: str) -> dict[str, TensorInfo]:
         return read_header(self._directory / name)
+
+    def path_with_header(self, name: str, header_length: HeaderLength) -> Path:
+        self.require([name])
+        return self._directory / name
 
 
 #: Prefix of a name that means a repository on the Hub, whatever folders there are here.
@@ -140,6 +137,14 @@ class Source(Protocol):
     def header(self, name: str) -> dict[str, TensorInfo]:
         """Read the header of a safetensors file without fetching its data."""
 
+    def path_with_header(self, name: str, header_length: HeaderLength) -> Path:
+        """Return the path of a file of another format, of which at least the header is on this machine.
+
+        Args:
+            name: The file.
+            header_length: As :meth:`RangedReader.header_length`.
+        """
+
 
 def open_source(
     model_name_or_path: str | os.PathLike[str],
@@ -155,7 +160,8 @@ def open_source(
 
     Args:
         model_name_or_path: A directory, a repository, or a weight file that an added reader knows;
-            ``hub:`` before a name means the repository, even if there is such a directory.
+            ``hub:`` before a name means the repository, even if there is such a directory. Of a repository,
+            ``REPO:FILE`` names a weight file.
         cache_dir, revision, token, local_files_only: As in Hugging Face's own functions.
         readable_suffixes: Returns the suffixes of readable weight files; called if a file is named.
         entrance: The small file that every repository of this kind has.
@@ -169,8 +175,9 @@ def open_source(
         )
     name = os.fspath(model_name_or_path)
     hub: dict[str, Any] = {"cache_dir": cache_dir and user_path(cache_dir), "revision": revision, "token": token}
+    hub["local_files_only"] = local_files_only
     if name.startswith(HUB):
-        return HubSource(name.removeprefix(HUB), entrance=entrance, local_files_only=local_files_only, **hub)
+        return _on_hub(name.removeprefix(HUB), entrance, readable_suffixes, hub)
     try:
         path = user_path(model_name_or_path)
         is_directory, is_there = path.is_dir(), path.exists()
@@ -188,4 +195,19 @@ def open_source(
         raise MissingFileError(f"{name} is a file", hint=f"give its folder: {path.parent}")
     if isinstance(model_name_or_path, os.PathLike) or path.is_absolute() or name.startswith((".", "~")):
         raise MissingFileError(f"there is no directory {name}", hint="check the path")
-    return HubSource(name, entrance=entrance, local_files_only=local_files_only, **hub)
+    return _on_hub(name, entrance, readable_suffixes, hub)
+
+
+def _on_hub(
+    name: str, entrance: str, readable_suffixes: Callable[[], tuple[str, ...]], options: Mapping[str, Any]
+) -> HubSource:
+    """Open a repository, or a weight file of it that is named after a colon."""
+    repo, _, file = name.partition(":")
+    if not file:
+        return HubSource(name, entrance=entrance, **options)
+    if not file.endswith(readable_suffixes()):
+        needed = needed_reader([file])
+        if needed is not None:
+            raise MissingFileError(f"{file} is a {needed[1]} file, and nothing here reads those", hint=needed[2])
+        raise MissingFileError(f"{file} of {repo} cannot be named alone", hint=f"give the repository: {repo}")
+    return HubSource(repo, only=file, **options)

@@ -34,7 +34,7 @@ from splitlearn_core.plan.splitplan import (
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.progress import logging_downloads
 from splitlearn_core.quoting import SENTENCE, listed
-from splitlearn_core.types import OPAQUE, SAFETENSORS, Component, LayerRange, Progress, ProgressCallback, TensorInfo
+from splitlearn_core.types import OPAQUE, Component, LayerRange, Progress, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +106,10 @@ def fetch_headerless(
 ) -> None:
     """Fetch the weight files that planning must read completely: those whose headers cannot be fetched alone."""
     checkpoint = model.checkpoint
-    if not checkpoint.has_weights or checkpoint.format == SAFETENSORS:
+    if not checkpoint.has_weights or checkpoint.headers_are_served:
         return
     report = logging_downloads(model.name, progress)
-    checkpoint.fetch_headerless_file(report)
+    checkpoint.fetch_headerless_files(report)
     table = _place(model, sorted(checkpoint.weight_map), ranges)
     decides_dtype = AUTO in dtypes.values() and not states_dtype(model.config)
     shards = checkpoint.shards(_keys(table, dtypes))

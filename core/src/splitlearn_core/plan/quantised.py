@@ -10,8 +10,9 @@ from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.quoting import quote
 from splitlearn_core.types import TensorInfo
 
-#: The quantisation methods whose tensors are dequantised one by one.
 FP8, MXFP4 = "fp8", "mxfp4"
+#: The quantisation methods whose tensors are dequantised one by one.
+METHODS = (FP8, MXFP4)
 #: Method -> what is appended to the key of the plain tensor, for the numbers and for their scales.
 _SUFFIXES = {FP8: ("", "_scale_inv"), MXFP4: ("_blocks", "_scales")}
 #: Scales of inputs, which dequantised weights do not need.

@@ -136,7 +136,7 @@ def companion_files(model: OpenModel, kind: Component, progress: ProgressCallbac
     arguments = model.checkpoint.pretrained_arguments()
     if arguments is None or kind is Component.TRUNK or any(name.startswith(TOKENIZER_PREFIXES) for name in files):
         return files
-    file = model.checkpoint.source.path(model.checkpoint.weight_files()[0])
+    file = model.checkpoint.path_with_header(model.checkpoint.weight_files()[0])
     return files | converted_files(file, dict(arguments), progress)
 
 

@@ -1,8 +1,8 @@
 """How llama.cpp's converter changes a Hugging Face checkpoint, for each architecture, and how to undo it.
 
-Names are of the form ``blk.3.attn_q.weight``. Three things were done to values: the rows of the
-queries and keys of llama were reordered for llama.cpp's rotation, GPT-2's ``Conv1D`` weights were
-transposed, and one was added to the norms of Gemma.
+Names are of the form ``blk.3.attn_q.weight``; the experts of a layer are one tensor, of which each is a part. Three
+things were done to values: the rows of the queries and keys of llama were reordered for llama.cpp's rotation, GPT-2's
+``Conv1D`` weights were transposed, and one was added to the norms of Gemma.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Architecture:
     outer: Mapping[str, str]
     #: The same within a layer.
     inner: Mapping[str, str]
+    #: GGUF's name within a layer of a tensor of all experts -> Hugging Face's of one, with ``{}`` for its number.
+    experts: Mapping[str, str] = field(default_factory=dict)
     #: The Hugging Face name of a layer, up to its number.
     layers: str = "model.layers"
     #: Suffixes of GGUF's names -> the change to undo.
@@ -58,6 +60,14 @@ class Architecture:
         if layer is not None and layer[2] in self.inner:
             return f"{self.layers}.{layer[1]}.{self.inner[layer[2]]}{dot}{suffix}"
         return f"{self.outer[stem]}{dot}{suffix}" if layer is None and stem in self.outer else name
+
+    def expert_keys(self, name: str, count: int) -> list[str]:
+        """Return the checkpoint keys of the experts that a GGUF tensor holds; empty if it holds none."""
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        if layer is None or layer[2] not in self.experts:
+            return []
+        one = f"{self.layers}.{layer[1]}.{self.experts[layer[2]]}.weight"
+        return [one.format(number) for number in range(count)]
 
     def change(self, name: str) -> Change:
         """Return the change to undo in a GGUF tensor."""
@@ -118,9 +128,25 @@ _ALL = (
     ),
     Architecture("qwen2", ("qwen2",), _OUTER, _DENSE),
     Architecture("qwen3", ("qwen3",), _OUTER, {**_DENSE, **_HEAD_NORMS}),
-    # llama.cpp stores Mistral's models as llama's, too.
     Architecture(
-        "llama", ("llama", "mistral"), _OUTER, _DENSE, changes=_ROTATED, ignored=("rope_freqs.weight", "attn_rot_embd")
+        "qwen3moe",
+        ("qwen3_moe",),
+        _OUTER,
+        {**_DENSE, **_HEAD_NORMS, "ffn_gate_inp": "mlp.gate"},
+        experts={f"ffn_{each}_exps": f"mlp.experts.{{}}.{each}_proj" for each in ("gate", "up", "down")},
+    ),
+    # llama.cpp stores Mistral's models as llama's, too, and Mixtral's as llama's with experts.
+    Architecture(
+        "llama",
+        ("llama", "mistral", "mixtral"),
+        _OUTER,
+        {**_DENSE, "ffn_gate_inp": "block_sparse_moe.gate"},
+        experts={
+            f"ffn_{each}_exps": f"block_sparse_moe.experts.{{}}.{name}"
+            for each, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+        },
+        changes=_ROTATED,
+        ignored=("rope_freqs.weight", "attn_rot_embd"),
     ),
     Architecture("gemma", ("gemma",), _OUTER, _DENSE, changes=_OFFSET_NORMS),
     Architecture("gemma2", ("gemma2",), _OUTER, {**_DENSE, **_FOUR_NORMS}, changes=_OFFSET_NORMS),
@@ -146,3 +172,8 @@ def architecture(name: str, where: str) -> Architecture:
             hint="use the checkpoint that the file was converted from",
         )
     return ARCHITECTURES[name]
+
+
+def architecture_of(model_type: str) -> Architecture | None:
+    """Return the architecture that a model type of transformers is stored as; None if none is known."""
+    return next((known for known in _ALL if model_type in known.model_types), None)

@@ -65,7 +65,10 @@ def read_config(header: Header) -> dict[str, Any]:
             f"{header.path}: metadata changes what the model computes, in unsupported ways: {'; '.join(shown)}",
             hint=f"{_ADVICE}: it states all of it",
         )
-    config: dict[str, Any] = {"model_type": known.model_types[0]}
+    experts = _experts(header)
+    # Mixtral's models are llama's with experts.
+    model_type = "mixtral" if experts and known.name == "llama" else known.model_types[0]
+    config: dict[str, Any] = {"model_type": model_type, **experts}
     config |= {name: _get(header, key) for key, name in needed.items()}
     config |= {
         name: header.metadata[f"tokenizer.ggml.{key}"]
@@ -89,6 +92,30 @@ def read_config(header: Header) -> dict[str, Any]:
     if head_dim is not None:
         config["head_dim"] = head_dim
     return config | _windows(header) | _softcaps(header) | _attention_scale(header, config)
+
+
+def _experts(header: Header) -> dict[str, Any]:
+    """Return what the configuration says of experts; nothing if there are none.
+
+    Raises:
+        InvalidCheckpointError: Numbers of experts are missing or invalid.
+    """
+    names = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+    if header.architecture == "qwen3moe":
+        names |= {"expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
+    elif header.architecture != "llama" or not _get(header, "expert_count"):
+        return {}
+    values = {key: _get(header, key) for key in names}
+    wrong = [f"{header.architecture}.{key} is {str(value)[:80]}" for key, value in values.items() if not _counts(value)]
+    if wrong:
+        raise InvalidCheckpointError(f"{header.path}: {'; '.join(wrong)}, not an integer from 1", hint=_ADVICE)
+    # llama.cpp always divides the weights of the experts by their sum.
+    norms = {"norm_topk_prob": True} if header.architecture == "qwen3moe" else {}
+    return {**norms, **{names[key]: value for key, value in values.items()}}
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _refuse_invalid(header: Header, needed: tuple[str, ...]) -> None:

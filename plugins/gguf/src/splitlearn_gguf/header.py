@@ -71,10 +71,13 @@ class Header:
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    #: The first byte of the data.
+    data: int
 
     @property
     def architecture(self) -> str:
-        return str(self.metadata["general.architecture"])
+        """The architecture of the model; empty in a file that is a part of one, but not the first."""
+        return str(self.metadata.get("general.architecture", ""))
 
 
 def read_header(path: Path) -> Header:
@@ -88,6 +91,23 @@ def read_header(path: Path) -> Header:
         return _Reader(path, file).header()
 
 
+def header_length(path: Path, present: int) -> int | None:
+    """Return the first byte of the data; None if the bytes that are present at the beginning do not say it.
+
+    Raises:
+        InvalidCheckpointError: As :func:`read_header`.
+    """
+    with open_regular(path) as file:
+        try:
+            return _Reader(path, file, present).header().data
+        except _AbsentError:
+            return None
+
+
+class _AbsentError(Exception):
+    """A byte of the header is not present yet."""
+
+
 def type_name(number: int) -> str:
     """Return ggml's name of a tensor type, ``Q4_0``."""
     from gguf.constants import GGMLQuantizationType
@@ -98,10 +118,11 @@ def type_name(number: int) -> str:
 class _Reader:
     """Reads a header from its first byte to its last."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, present: int | None = None) -> None:
         self._path = path
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
+        self._present = self._size if present is None else present
         self._position = 0
 
     def header(self) -> Header:
@@ -125,20 +146,26 @@ class _Reader:
         described = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
         start = -(-self._position // alignment) * alignment
-        return Header(self._path, metadata, self._placed(described, start, alignment))
+        return Header(self._path, metadata, self._placed(described, start, alignment), start)
 
     def _check_metadata(self, metadata: Mapping[str, Any]) -> None:
-        if not isinstance(metadata.get("general.architecture"), str):
+        number, parts = metadata.get("split.no", 0), metadata.get("split.count", 0)
+        if parts not in (0, 1):
+            whole = type(number) is type(parts) is int
+            if not whole or not self._path.name.endswith(f"-{number + 1:05}-of-{parts:05}.gguf"):
+                self._refuse(
+                    f"by its metadata it is part {number + 1 if whole else number!r} of {parts!r} of a model, and "
+                    "another by its name",
+                    "name each as it was, STEM-00001-of-00002.gguf; or join them: "
+                    "llama-gguf-split --merge FIRST_PART FILE",
+                )
+        # All other metadata is in the first part.
+        is_first = parts in (0, 1) or number == 0
+        if is_first and not isinstance(metadata.get("general.architecture"), str):
             self._refuse("its metadata has no general.architecture", "convert the model again with a current converter")
         alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             self._refuse(f"{_ALIGNMENT} is {alignment!r}, not a power of two")
-        parts = metadata.get("split.count", 0)
-        if parts not in (0, 1):
-            self._refuse(
-                f"it is one of {parts!r} parts of a model, and only whole files are read",
-                "join the parts: llama-gguf-split --merge FIRST_PART FILE",
-            )
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Read one tensor's entry: name, shape, type, offset."""
@@ -221,6 +248,7 @@ class _Reader:
 
     def _take(self, length: int, what: str) -> bytes:
         self._expect(length, 1, what)
+        self._require(length)
         taken = self._file.read(length)
         if len(taken) < length:
             self._refuse(f"it ended at byte {self._position + len(taken)} while it was read")
@@ -229,8 +257,13 @@ class _Reader:
 
     def _skip(self, length: int, what: str) -> None:
         self._expect(length, 1, what)
+        self._require(length)
         self._file.seek(length, os.SEEK_CUR)
         self._position += length
+
+    def _require(self, length: int) -> None:
+        if self._position + length > self._present:
+            raise _AbsentError
 
     def _expect(self, count: int, least: int, what: str) -> None:
         """Refuse a count of items, each of at least so many bytes, for which the rest of the file is too short."""

@@ -17,7 +17,8 @@ from typing import Any
 from splitlearn_gguf.header import Array, Header
 
 _ARCH = "{arch}."
-_ALL = frozenset({"gpt2", "qwen2", "qwen3", "llama", "gemma", "gemma2", "gemma3"})
+_ALL = frozenset({"gpt2", "qwen2", "qwen3", "qwen3moe", "llama", "gemma", "gemma2", "gemma3"})
+_WITH_EXPERTS = frozenset({"qwen3moe", "llama"})
 _ROTARY = _ALL - {"gpt2"}
 _MAX_WORD = 80
 _TOLERANCE = 1e-4
@@ -150,12 +151,20 @@ _SIZES = {
     "interleave_moe_layer_step": _ONE,
     "full_attention_interval": _ONE,
 }
+_EXPERTS = {
+    "expert_count": _used(_WITH_EXPERTS, _zeros),
+    "expert_used_count": _used(_WITH_EXPERTS, _zeros),
+    "expert_feed_forward_length": _used(frozenset({"qwen3moe"}), _zeros),
+    # The architectures here divide by the sum, and take the softmax, whatever a file says of them.
+    "expert_weights_norm": _ONE,
+    "expert_gating_func": _ONE,
+}
 #: Of experts, of state spaces, of Gemma 3n and others: features that no architecture here has.
 _OTHER_FEATURES = (
-    "features_length", "leading_dense_block_count", "expert_feed_forward_length", "expert_shared_feed_forward_length",
-    "expert_chunk_feed_forward_length", "expert_count", "expert_used_count", "expert_shared_count",
-    "expert_group_count", "expert_group_used_count", "expert_weights_scale", "expert_weights_norm",
-    "expert_gating_func", "expert_group_scale", "experts_per_group", "moe_every_n_layers", "moe_latent_size",
+    "features_length", "leading_dense_block_count", "expert_shared_feed_forward_length",
+    "expert_chunk_feed_forward_length", "expert_shared_count",
+    "expert_group_count", "expert_group_used_count", "expert_weights_scale", "expert_group_scale",
+    "experts_per_group", "moe_every_n_layers", "moe_latent_size",
     "nextn_predict_layers", "n_deepstack_layers", "router_logit_softcapping", "swin_norm", "rescale_every_n_layers",
     "time_mix_extra_dim", "time_decay_extra_dim", "token_shift_count", "activation_sparsity_scale",
     "altup.active_idx", "altup.num_inputs", "embedding_length_per_layer_input", "swiglu_clamp_exp",
@@ -212,6 +221,7 @@ _ROPE = {
 _FREE_GROUPS = ("general.", "tokenizer.", "imatrix.", "clip.", "split.")
 _OF_ARCHITECTURE = {
     **_SIZES,
+    **_EXPERTS,
     **dict.fromkeys(_OTHER_FEATURES, _ZERO),
     **{f"attention.{key}": rule for key, rule in _ATTENTION.items()},
     **{f"rope.{key}": rule for key, rule in _ROPE.items()},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core import CheckpointError, InvalidCheckpointError, PlannedTensor, ReadPlan, TensorInfo, open_regular
-from splitlearn_gguf.architectures import Architecture, Change, architecture
+from splitlearn_gguf.architectures import Architecture, Change, architecture, architecture_of
 from splitlearn_gguf.configuration import read_config
-from splitlearn_gguf.header import Header, StoredTensor, read_header, type_name
+from splitlearn_gguf.header import Header, StoredTensor, header_length, read_header, type_name
 
 if TYPE_CHECKING:
     import torch
@@ -33,24 +35,46 @@ class GgufStrategy:
         """Return the configuration that follows from the file's metadata; raises CheckpointError."""
         return read_config(read_header(path))
 
+    def config_of_parts(self, paths: Sequence[Path]) -> Mapping[str, Any]:
+        """Return the configuration of a model in several files.
+
+        Raises:
+            CheckpointError: As :meth:`config`; or not all tensors of the model are in them.
+        """
+        headers = [read_header(path) for path in paths]
+        tensors = {name: stored for header in headers for name, stored in header.tensors.items()}
+        stated = headers[0].metadata.get("split.tensors.count", len(tensors))
+        if stated != len(tensors):
+            raise InvalidCheckpointError(
+                f"{paths[0]} and the other {len(paths) - 1} parts hold {len(tensors)} tensors of a model of {stated}",
+                hint="one of them is a part of another model: fetch all parts again",
+            )
+        return read_config(replace(headers[0], tensors=tensors))
+
     def tensors(self, path: Path, config: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
-        """Describe the tensors by their checkpoint keys. Bytes are those that they take in the file.
+        """Describe the tensors by their checkpoint keys, and their places in the file.
 
         Raises:
             CheckpointError: The file cannot be read, is of an unknown architecture, or of another one than
                 ``config``, or stores tensors in a way that cannot be dequantised.
         """
         header = read_header(path)
-        known = architecture(header.architecture, str(path))
-        if config.get("model_type") not in known.model_types:
+        model_type = str(config.get("model_type"))
+        # Only the first of several parts says it.
+        known = architecture(header.architecture, str(path)) if header.architecture else architecture_of(model_type)
+        if known is None or model_type not in known.model_types:
             raise InvalidCheckpointError(
-                f"{path} holds a model of the architecture {known.name!r}, "
-                f"but its configuration says model_type {str(config.get('model_type'))[:80]!r}",
+                f"{path} holds a model of the architecture {header.architecture[:80] or 'of its first part'!r}, "
+                f"but its configuration says model_type {model_type[:80]!r}",
                 hint="do config.json and the file belong together?",
             )
         keyed = _keyed(header, known)
         _refuse_types(header.path, keyed.values())
         return {key: _info(key, stored, known, path) for key, stored in keyed.items()}
+
+    def header_length(self, path: Path, present: int) -> int | None:
+        """Return the number of bytes before the data; None if more than those present are needed to know it."""
+        return header_length(path, present)
 
     def pretrained_arguments(self, path: Path) -> Mapping[str, Any]:
         """Return the arguments with which ``from_pretrained`` of transformers reads the same file."""
@@ -85,12 +109,13 @@ class GgufStrategy:
 
         for shard, planned in plan.by_shard().items():
             header = read_header(plan.paths[shard])
-            known = architecture(header.architecture, str(header.path))
+            first = header if header.architecture else _first_part(plan, shard)
+            known = architecture(first.architecture, str(first.path))
             wanted = _wanted(header, known, planned)
             with open_regular(header.path, buffering=0) as file:
                 for tensor, stored in wanted:
                     change = known.change(stored.name)
-                    heads = _heads(header, change)
+                    heads = _heads(first, change)
                     dtype = getattr(torch, tensor.kept_dtype or plan.dtype)
                     yield (
                         tensor,
@@ -100,10 +125,31 @@ class GgufStrategy:
                     )
 
 
+def _first_part(plan: ReadPlan, shard: str) -> Header:
+    """Return the header of the first of several parts, which holds the metadata of the model."""
+    first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", shard)
+    if first not in plan.paths:
+        raise InvalidCheckpointError(
+            f"{shard} is a part of a model, whose first part is not here", hint="fetch all parts of the model"
+        )
+    return read_header(plan.paths[first])
+
+
 def _keyed(header: Header, known: Architecture) -> dict[str, StoredTensor]:
     """Return the tensors that a model has by checkpoint key."""
-    keyed = {known.key(name): stored for name, stored in header.tensors.items()}
-    return {key: stored for key, stored in keyed.items() if key is not None}
+    keyed: dict[str, StoredTensor] = {}
+    for name, stored in header.tensors.items():
+        experts = known.expert_keys(name, stored.shape[0] if len(stored.shape) > _MATRIX else 0)
+        key = known.key(name)
+        if experts:
+            # One after the other, each of whole blocks: a component reads those that it is planned with.
+            step, shape = stored.nbytes // len(experts), stored.shape[1:]
+            begins = range(stored.begin, stored.end, step)
+            parts = (replace(stored, shape=shape, begin=begin, end=begin + step) for begin in begins)
+            keyed |= zip(experts, parts, strict=True)
+        elif key is not None:
+            keyed[key] = stored
+    return keyed
 
 
 def _info(key: str, stored: StoredTensor, known: Architecture, path: Path) -> TensorInfo:
@@ -111,7 +157,7 @@ def _info(key: str, stored: StoredTensor, known: Architecture, path: Path) -> Te
     # Only matrices are transposed; another shape is left for the comparison with the model.
     if known.change(stored.name) is Change.TRANSPOSE and len(shape) == _MATRIX:
         shape = shape[::-1]
-    return TensorInfo(key, _DEQUANTISED, shape, path.name, 0, stored.nbytes, GgufStrategy.format)
+    return TensorInfo(key, _DEQUANTISED, shape, path.name, stored.begin, stored.end, GgufStrategy.format)
 
 
 def _refuse_types(path: Path, tensors: Iterable[StoredTensor]) -> None:
@@ -134,7 +180,9 @@ def _wanted(
     """Find the planned tensors in the file as it is now, in its order."""
     keyed = _keyed(header, known)
     infos = {key: _info(key, stored, known, header.path) for key, stored in keyed.items()}
-    changed = sorted(tensor.info.key for tensor in planned if infos.get(tensor.info.key) != tensor.info)
+    # In a folder of a repository, a shard has the folder in its name.
+    present = {tensor.info.key: replace(tensor.info, shard=header.path.name) for tensor in planned}
+    changed = sorted(key for key, info in present.items() if infos.get(key) != info)
     if changed:
         raise InvalidCheckpointError(
             f"{header.path} is no longer the file that was planned; changed: {', '.join(changed[:_MAX_SHOWN])}",

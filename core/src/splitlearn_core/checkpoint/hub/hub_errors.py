@@ -72,7 +72,10 @@ def guarded(action: Callable[[], _T], request: HubRequest) -> _T:
             ) from error
         raise unreachable(request) from error
     except errors.EntryNotFoundError as error:
-        raise MissingFileError(f"{where} has no {request.name}", hint="is it a transformers checkpoint?") from error
+        raise MissingFileError(
+            f"{where} has no {request.name}",
+            hint="is it a transformers checkpoint? A weight file of another format is named REPO:FILE",
+        ) from error
     except errors.HFValidationError as error:
         raise MissingFileError(
             f"{where} is neither a directory here nor a name that a repository can have",

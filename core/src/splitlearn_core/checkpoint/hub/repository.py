@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from splitlearn_core.checkpoint.files import CONFIG, open_regular
+from splitlearn_core.checkpoint.files import CONFIG, of_one_model, open_regular, parts_of
 from splitlearn_core.checkpoint.hub.fetch_plan import (
     FileFetch,
     Span,
@@ -41,6 +41,7 @@ from splitlearn_core.errors import (
     InvalidCheckpointError,
     MissingFileError,
 )
+from splitlearn_core.loading_strategy import HeaderLength
 from splitlearn_core.progress import passing_through
 from splitlearn_core.quoting import reason
 from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
@@ -50,6 +51,8 @@ _T = TypeVar("_T")
 
 #: Most headers are shorter, so that one request is enough.
 _HEADER_GUESS = 100_000
+#: Of other formats, whose headers have the vocabulary in them.
+_LARGE_HEADER = 2**20
 
 
 class _Head(NamedTuple):
@@ -78,6 +81,7 @@ class HubSource:
     Args:
         repo_id: The repository.
         entrance: The small file that every such repository has; it is fetched first.
+        only: A weight file, if that alone is the model: the repository may have no ``config.json``.
         cache_dir, revision, token, local_files_only: As in ``huggingface_hub``.
 
     Raises:
@@ -89,27 +93,36 @@ class HubSource:
         repo_id: str,
         *,
         entrance: str = CONFIG,
+        only: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> None:
         self.model = repo_id
-        self.has_config = entrance == CONFIG
+        self._only = only
         self._options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         self._revision = revision
+        self._files: dict[str, int] | None = None
+        self._heads: dict[str, _Head] = {}
         # Everything after the first file is requested by commit: a push in between changes nothing.
-        first = self._guarded(lambda: self._first(entrance), entrance)
-        self._snapshot = first.parent
+        if only is None:
+            self._snapshot = self._guarded(lambda: self._first(entrance), entrance).parent
+        else:
+            self._snapshot = self._guarded(self._resolve, only)
         self._repo_folder = self._snapshot.parent.parent
         self._commit = self._snapshot.name
         self.commit: str | None = self._commit
-        self._files: dict[str, int] | None = None
-        self._heads: dict[str, _Head] = {}
+        self.has_config = entrance == CONFIG and (only is None or CONFIG in self.files())
+        if only is not None and only not in self.files():
+            raise MissingFileError(
+                f"{self._request(only).where} has no {only}", hint="check the spelling; the name has its folder in it"
+            )
 
     def files(self) -> dict[str, int]:
         if self._files is None:
-            self._files = self._guarded(self._list_files)
+            listed = self._guarded(self._list_files)
+            self._files = listed if self._only is None else of_one_model(listed, self._only)
         return self._files
 
     def path(self, name: str) -> Path:
@@ -166,6 +179,22 @@ class HubSource:
         if self._offline():
             return read_header(self.path(name))
         return self._guarded(lambda: self._remote_header(name), name)
+
+    def path_with_header(self, name: str, header_length: HeaderLength) -> Path:
+        self.require([name])
+        if self.is_here(name):
+            return self._snapshot / name
+        if self._partial_file(name) is None and not self._offline():
+            # For the version: what follows goes straight into the partial file.
+            self._heads[name] = self._guarded(lambda: self._first_bytes(name, LENGTH_BYTES), name)
+        partial_file, size = self._partial_file(name), self.files()[name]
+        spans = partial_file.coverage().spans if partial_file is not None else ()
+        present = next((end for begin, end in spans if begin == 0), 0)
+        path = partial_file.path if partial_file is not None else self._snapshot / name
+        while not present or (present < size and header_length(path, present) is None):
+            present = min(max(4 * present, _LARGE_HEADER), size)
+            path = self.fetch({name: [(0, present)]}, lambda _: None)[name]
+        return path
 
     def _plan_file(self, name: str, spans: Iterable[Span] | None) -> FileFetch:
         size = self.files()[name]
@@ -232,9 +261,9 @@ class HubSource:
     def _partial_file(self, name: str) -> PartialFile | None:
         """Return the partial file of this version, which may be empty yet; None if the version is unknown."""
         head = self._heads.get(name)
-        if head is not None and head.etag and PurePosixPath(name).name == name:
-            return PartialFile(self._repo_folder, name, head.etag, head.size)
-        return partial_files(self._repo_folder, self._commit).get(name)
+        if head is not None and head.etag:
+            return PartialFile(self._repo_folder, _flat(name), head.etag, head.size)
+        return partial_files(self._repo_folder, self._commit).get(_flat(name))
 
     def _remote_header(self, name: str) -> dict[str, TensorInfo]:
         where = f"{self.model}/{name}"
@@ -284,6 +313,32 @@ class HubSource:
                 raise unreachable(self._request(name), reason(failure)) from failure
         return self._download(name, self._revision)
 
+    def _resolve(self) -> Path:
+        """Return the folder of the snapshot in the cache, without a file of it."""
+        from huggingface_hub import HfApi, errors
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.file_download import repo_folder_name
+
+        cache = Path(self._options["cache_dir"] or HF_HUB_CACHE).expanduser()
+        folder = cache / str(repo_folder_name(repo_id=self.model, repo_type="model"))
+        revision = self._revision or "main"
+        reference = folder / "refs" / revision
+        if self._offline():
+            commit = reference.read_text() if reference.is_file() else revision
+            if not (folder / "snapshots" / commit).is_dir():
+                raise errors.LocalEntryNotFoundError(f"{self.model} is not in the cache")
+            return folder / "snapshots" / commit
+        failure = connection_failure()
+        if failure is not None:
+            raise unreachable(self._request(""), reason(failure)) from failure
+        commit = str(HfApi().model_info(self.model, revision=self._revision, token=self._options["token"]).sha)
+        (folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        if commit != revision:
+            # As the client does, so that it is found offline.
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(commit)
+        return folder / "snapshots" / commit
+
     def _download(self, name: str, revision: str | None, **options: Any) -> Path:
         from huggingface_hub import hf_hub_download
 
@@ -293,7 +348,10 @@ class HubSource:
         if self._offline():
             partials = partial_files(self._repo_folder, self._commit)
             cached = {entry.name: entry.stat().st_size for entry in self._snapshot.iterdir() if entry.is_file()}
-            return {**{name: file.size for name, file in partials.items()}, **cached}
+            named = () if self._only is None else parts_of(self._only)
+            inside = {name: (self._snapshot / name).stat().st_size for name in named if self.is_here(name)}
+            sizes = {name: partials[_flat(name)].size for name in named if _flat(name) in partials}
+            return {**{name: file.size for name, file in partials.items()}, **sizes, **cached, **inside}
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(self.model, revision=self._commit, files_metadata=True, token=self._options["token"])
@@ -325,6 +383,11 @@ class HubSource:
             self.hint_for_missing,
             self._options["cache_dir"],
         )
+
+
+def _flat(name: str) -> str:
+    """Return the name of a file without folders: those of partial files are not in folders of their own."""
+    return name.replace("/", "--")
 
 
 def _holds_header(partial_file: PartialFile) -> bool:

@@ -133,7 +133,7 @@ def plan_model(config: ModelConfig, report: ReportProgress) -> LoadPlan:
         )
     report(Progress("importing"))
     _check_is_known(config.model_path, stated)
-    checkpoint.fetch_headerless_file(report)
+    checkpoint.fetch_headerless_files(report)
     keys = sorted(checkpoint.weight_map)
     paths = checkpoint.fetch(checkpoint.shards(keys), report)
     report(Progress("planning"))
