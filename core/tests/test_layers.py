@@ -218,8 +218,8 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: Layers with running states take two files and 330 lines: sizes of caches, and stand-ins for those of a host.
 #: Views and memory, which ways of reading share, have a file: ``mapped`` reads what others are made of as ``copied``.
 LIMITS = {
-    "files": (0, 178),
-    "code lines": (0, 24_700),
+    "files": (0, 180),
+    "code lines": (0, 25_100),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

@@ -251,7 +251,7 @@ def _let_take(layers: Sequence[nn.Module], family: ModelFamily) -> None:
 
 
 @cache
-def _taking_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def _taking_class(layer_class: Any) -> type[nn.Module]:
     # By its own name, by which transformers recognises layers.
     return type(layer_class.__name__, (TakingLayer, layer_class), {"__module__": layer_class.__module__})
 

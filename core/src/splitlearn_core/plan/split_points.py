@@ -130,9 +130,6 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         for number, kind in enumerate(family.decoder_values(config).get(name) or ()):
             if number and kind in kinds:
                 impossible.setdefault(number, f"it uses what the layer before it computed ({name}: {kind!r})")
-    for number, source in _shared_caches(family, config):
-        for point in range(source + 1, number + 1):
-            impossible.setdefault(point, f"layer {number} uses the keys and values of layer {source}")
     different = {
         name: value
         for name, required in family.required_values.items()
@@ -143,7 +140,10 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
             f"{name} is {value!r}, not {family.required_values[name]!r}" for name, value in different.items()
         )
         why = f"more than the hidden states would cross it ({values})"
-        impossible |= dict.fromkeys(range(1, count_layers(family, config)), why)
+        return impossible | dict.fromkeys(range(1, count_layers(family, config)), why)
+    for number, source in _shared_caches(family, config):
+        for point in range(source + 1, number + 1):
+            impossible.setdefault(point, f"layer {number} uses the keys and values of layer {source}")
     return impossible
 
 

@@ -28,7 +28,7 @@ COMMON = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_va
 _LAYERS = COMMON[0]
 _TIED = "tie_word_embeddings"
 #: Hidden states cross cuts in float32.
-_WIDE = "residual_in_fp32"
+WIDE = "residual_in_fp32"
 
 
 def causal_class(model_type: str) -> str:
@@ -190,7 +190,7 @@ def config_defaults(known: Any) -> dict[str, Any]:
         value = _read(known, name)
         if type(value) is int and not _follows(known, name, value):
             defaults[name] = value
-    wide = {_WIDE: True} if _read(known, _WIDE) is True else {}
+    wide = {WIDE: True} if _read(known, WIDE) is True else {}
     return {**defaults, _TIED: bool(_read(known, _TIED)), **wide}
 
 
