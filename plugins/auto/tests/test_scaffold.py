@@ -302,7 +302,7 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         # Its modules keep the states themselves.
         ("recurrent_gemma", "keeps no cache of transformers' own kind"),
         # Older transformers cannot run a small one without kernels for a GPU.
-        ("zamba", "original_hidden_states|Fast Mamba kernels|tie_weights_keys"),
+        ("zamba", "share tensors|Fast Mamba kernels|tie_weights_keys"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:

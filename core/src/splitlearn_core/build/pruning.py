@@ -247,7 +247,7 @@ def _let_take(layers: Sequence[nn.Module], family: ModelFamily) -> None:
     for place, layer in enumerate(layers):
         taking: Any = layer
         taking.place, taking.argument_names = place, _argument_names(layer)
-        taking.__class__ = _taking_class(type(layer))
+        taking.__class__ = _taking_class(cast("Any", type(layer)))
 
 
 @cache

@@ -92,6 +92,7 @@ def derive_parts(model: Any) -> Parts:
     _check_causal(model)
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, model.config, embeddings)
+    _check_own_tensors(base.get_submodule(parts.layers), parts.layers)
     # The modules around layers and embedding take tokens, and are no steps of their own.
     frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
@@ -173,6 +174,19 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
                 f"{', '.join(called[: depth + _MAX_SHOWN])}"
             )
     raise CannotSplitError(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
+
+
+def _check_own_tensors(layers: nn.Module, path: str) -> None:
+    """Refuse layers that share tensors: a file has each once, and the layers may be in different components."""
+    owners: dict[int, str] = {}
+    for name, parameter in layers.named_parameters(remove_duplicate=False):
+        number = name.partition(".")[0]
+        first = owners.setdefault(id(parameter), number)
+        if first != number:
+            raise CannotSplitError(
+                f"{path}.{first} and {path}.{number} share tensors ({name}), which a file has once, and would be in "
+                "different components"
+            )
 
 
 def _ancestors(path: str) -> list[str]:
