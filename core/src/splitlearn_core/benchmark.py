@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitlearn_core.child_process import command_for, ending, reserve_stdout
 from splitlearn_core.errors import ConfigurationError, SplitLearnError
+from splitlearn_core.family import STATES
 from splitlearn_core.loading.load import import_builders, load_components
 from splitlearn_core.loading.opening import OpenModel, open_model
 from splitlearn_core.loading.options import LoadOptions, check_options
@@ -418,8 +419,14 @@ def _forward(part: str, module: Any, ids: torch.Tensor) -> None:
     elif part == Component.BOTTOM:
         module(input_ids=ids)
     else:
-        hidden = torch.randn(*ids.shape, module.decoder_config.hidden_size, generator=torch.Generator().manual_seed(0))
-        module(hidden_states=hidden.to(ids.device, next(module.parameters()).dtype))
+        left = module.layer_range.total - module.layer_range.start
+        shapes = {name: tensor.shape(left) for name, tensor in module.crossing.items()}
+        generator = torch.Generator().manual_seed(0)
+        crossing = {
+            name: torch.randn(*ids.shape, *shape, generator=generator).to(ids.device, module.weights_dtype)
+            for name, shape in (shapes or {STATES: (module.decoder_config.hidden_size,)}).items()
+        }
+        module(**crossing)
 
 
 def _generate(module: Any, ids: torch.Tensor) -> tuple[tuple[int, ...], float]:

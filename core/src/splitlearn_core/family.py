@@ -84,9 +84,10 @@ class ModelFamily:
     #: True if a layer returns a tuple whose first item is the running state.
     layers_return_tuple: bool = False
     #: What crosses a cut, where that is more than hidden states ``[batch, sequence, hidden_size]``: the name of an
-    #: argument of the layers -> its dimensions, each ``batch``, ``sequence`` or the name of a value of ``config.json``.
-    #: ``hidden_states`` is the first argument, if it has other dimensions; ``layers`` stands in an argument of which
-    #: each layer takes a slice, and those of the layers after a cut cross it. All are floating-point numbers.
+    #: argument of the layers -> its dimensions, ``batch``, ``sequence``, the name of a value of ``config.json``, or
+    #: such names with ``*`` between, whose product it is. Where one is 0, it does not cross. ``hidden_states`` is the
+    #: first argument, if it has other dimensions; ``layers`` stands in an argument of which each layer takes a slice,
+    #: and those of the layers after a cut cross it. All are floating-point numbers.
     #: Hidden states then enter at the first layer, and leave at the last, whatever the model does around them.
     crossing: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
     #: The names in ``crossing`` of what a layer computes for the next, in the order in which it returns them after

@@ -233,7 +233,7 @@ def test_small_models_of_peculiar_configurations(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", _known("gemma4_text"))
 def test_values_with_which_more_would_cross_are_required(model_type: str, world: Any, tmp_path: Path) -> None:
-    """Embeddings of tokens for each layer, and keys and values of other layers: a model with them is refused."""
+    """Embeddings for each layer of guessed tokens, and shared caches of no small model: one with them is refused."""
     derived = examine(model_type, {}, settings=False)
     assert derived.questions == []
     assert derived.fields["required_values"] == {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
@@ -241,6 +241,34 @@ def test_values_with_which_more_would_cross_are_required(model_type: str, world:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 6}))
     with pytest.raises(InvalidSplitError, match="hidden_size_per_layer_input is 256, not 0"):
         plan_split(tmp_path, (2, 4))
+
+
+@pytest.mark.parametrize("model_type", _known("zaya"))
+def test_what_a_layer_computes_for_the_next(model_type: str) -> None:
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert derived.fields["crossing"] == {"prev_router_hidden_states": ("batch", "sequence", "router_hidden_size")}
+    assert derived.fields["layer_results"] == ("prev_router_hidden_states",)
+    assert derived.dtypes == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("model_type", _known("gemma3n_text"))
+def test_slices_and_shared_caches(model_type: str, world: Any, tmp_path: Path) -> None:
+    """Hidden states of other dimensions and a slice for each layer cross; keys and values of other layers do not."""
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert derived.fields["crossing"] == {
+        "hidden_states": ("altup_num_inputs", "batch", "sequence", "hidden_size"),
+        "per_layer_input": ("batch", "sequence", "layers", "hidden_size_per_layer_input"),
+    }
+    assert derived.dtypes == ("float32", "bfloat16")
+    world.install(model_type, family_module(derived, model_type))
+    kinds = ["sliding_attention", "full_attention"] * 4
+    config = {"model_type": model_type, "num_hidden_layers": 8, "num_kv_shared_layers": 3, "layer_types": kinds}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidSplitError, match="no cut before layer 5: layer 7 uses the keys") as caught:
+        plan_split(tmp_path, (2, 5))
+    assert "nearest possible is before layer 3; cuts are possible before layers 1, 2, 3" in caught.value.hint
 
 
 def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
@@ -274,7 +302,7 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         # Its modules keep the states themselves.
         ("recurrent_gemma", "keeps no cache of transformers' own kind"),
         # Older transformers cannot run a small one without kernels for a GPU.
-        ("zamba", "original_hidden_states|Fast Mamba kernels|tie_weights_keys"),
+        ("zamba", "share tensors|Fast Mamba kernels|tie_weights_keys"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:

@@ -39,9 +39,9 @@ def taken_apart(
     Raises:
         ConfigurationError: Something is missing, or has another shape.
     """
-    bundle = states if isinstance(states, ModelOutput) else {}
+    bundle: Mapping[str, Any] = states if isinstance(states, ModelOutput) else {}
     hidden = bundle.get("last_hidden_state", states)
-    others = {}
+    others: dict[str, Any] = {}
     for name in crossing.keys() - {STATES}:
         value = arguments.pop(name, None)
         others[name] = bundle.get(name) if value is None else value

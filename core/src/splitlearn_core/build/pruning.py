@@ -251,11 +251,11 @@ def _let_take(layers: Sequence[nn.Module], family: ModelFamily) -> None:
     for place, layer in enumerate(layers):
         taking: Any = layer
         taking.place, taking.argument_names = place, _argument_names(layer)
-        taking.__class__ = _taking_class(type(layer))
+        taking.__class__ = _taking_class(cast("Any", type(layer)))
 
 
 @cache
-def _taking_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def _taking_class(layer_class: Any) -> type[nn.Module]:
     # By its own name, by which transformers recognises layers.
     return type(layer_class.__name__, (TakingLayer, layer_class), {"__module__": layer_class.__module__})
 

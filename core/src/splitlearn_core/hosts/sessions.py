@@ -61,7 +61,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds after which a refused client may try again.
 _RETRY_AFTER = 5.0
-#: Dimensions of hidden states, unless the family says otherwise.
 _HIDDEN_DIMENSIONS = 3
 #: Seconds between returns of free memory to the system, which take milliseconds each.
 _RETURN_INTERVAL = 1.0
@@ -182,9 +181,7 @@ class SessionTable:
         self._component = component
         self._clock = clock
         self.facts = facts or component_facts(component, self.limits.max_tokens, self.limits.max_payload)
-        self._dimensions = _HIDDEN_DIMENSIONS
-        if component.crossing:
-            self._dimensions = 2 + len(component.crossing[STATES].sizes)
+        self._dimensions = 2 + len(component.crossing[STATES].sizes) if component.crossing else _HIDDEN_DIMENSIONS
         #: What crosses besides hidden states.
         self._others = component.crossing.keys() - {STATES}
         self._counts_tokens = any(map(counts_tokens, component.new_cache().layers))
@@ -597,10 +594,7 @@ class SessionTable:
         device = next(self._component.parameters()).device
         hidden = tensors.pop("hidden_states", None)
         if hidden is None or hidden.dim() != self._dimensions:
-            raise RemoteError(
-                f"a step has no hidden_states of {self._dimensions} dimensions [batch, sequence, ..., hidden]",
-                code="bad_input",
-            )
+            raise RemoteError("a step has no hidden_states [batch, sequence, hidden] of this type", code="bad_input")
         if hidden.shape[0] * hidden.shape[1] == 0 or hidden.shape[0] > self.limits.max_rows:
             raise RemoteError(f"hidden_states are {_shape(hidden)}: empty, or too many sequences", code="bad_input")
         if hidden.shape[1] > self.limits.max_tokens:

@@ -77,12 +77,16 @@ def _tensor(family: ModelFamily, config: Mapping[str, Any], name: str, dimension
     return CrossingTensor(source, sizes, (taken.index(BATCH), taken.index(SEQUENCE)))
 
 
-def _size(family: ModelFamily, config: Mapping[str, Any], name: str) -> int:
-    value = family.config_value(config, name)
-    if type(value) is not int or value < 0:
-        raise ConfigurationError(
-            f"config.json says {family.config_names.get(name, name)} = {value!r}; a whole number is needed, which is a "
-            "dimension of what crosses a cut",
-            hint="use the config.json that the checkpoint was saved with",
-        )
-    return value
+def _size(family: ModelFamily, config: Mapping[str, Any], dimension: str) -> int:
+    """Return a dimension: a value of ``config.json``, or the product of several."""
+    size = 1
+    for name in dimension.split("*"):
+        value = family.config_value(config, name)
+        if type(value) is not int or value < 0:
+            raise ConfigurationError(
+                f"config.json says {family.config_names.get(name, name)} = {value!r}; a whole number is needed, which "
+                "is a dimension of what crosses a cut",
+                hint="use the config.json that the checkpoint was saved with",
+            )
+        size *= value
+    return size

@@ -143,9 +143,6 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         for number, kind in enumerate(family.decoder_values(config).get(name) or ()):
             if number and kind in kinds:
                 impossible.setdefault(number, f"it uses what the layer before it computed ({name}: {kind!r})")
-    for number, source in _shared_caches(family, config):
-        for point in range(source + 1, number + 1):
-            impossible.setdefault(point, f"layer {number} uses the keys and values of layer {source}")
     different = {
         name: value
         for name, required in family.required_values.items()
@@ -157,7 +154,10 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         )
         encodes = _OF_DECODERS.intersection(different)
         why = "the model is no causal decoder" if encodes else "more than the hidden states would cross it"
-        impossible |= dict.fromkeys(range(1, count_layers(family, config)), f"{why} ({values})")
+        return impossible | dict.fromkeys(range(1, count_layers(family, config)), f"{why} ({values})")
+    for number, source in _shared_caches(family, config):
+        for point in range(source + 1, number + 1):
+            impossible.setdefault(point, f"layer {number} uses the keys and values of layer {source}")
     return impossible
 
 

@@ -33,10 +33,13 @@ from splitlearn_core.extension import base_of, reason
 _MAX_SHOWN = 6
 #: Relative difference that another order of summation may cause.
 _ROUNDING = 1e-4
-#: Dimensions of the hidden states.
-_STATE = 3
+#: Dimensions of the hidden states, and their name in what crosses.
+_STATE, _HIDDEN = 3, "hidden_states"
+#: Words for dimensions of what crosses.
+BATCH, SEQUENCE, LAYERS = "batch", "sequence", "layers"
 _ROTARY = "rotary_emb.inv_freq"
-_LITERAL = re.compile(r"[A-Za-z0-9_]+(?:\\?\.[A-Za-z0-9_]+)+")
+#: Without numbers: those of a small model's layers are not those of others.
+_LITERAL = re.compile(r"(?:[A-Za-z_]\w*)(?:\\?\.[A-Za-z_]\w*)+")
 #: Training mode, and words for messages: some functions (dropout) act only in training.
 _MODES = ((False, ""), (True, " in training"))
 
@@ -58,6 +61,10 @@ class Parts:
     before_head: list[str] = field(default_factory=list)
     head_bias: str = ""
     layers_return_tuple: bool = False
+    #: What crosses a cut, where that is more than hidden states ``[batch, sequence, hidden_size]``: the name of an
+    #: argument of the layers -> its dimensions, sizes for those that are neither batch nor sequence.
+    crossing: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    layer_results: tuple[str, ...] = ()
     #: Field -> the evidence for it.
     reasons: dict[str, str] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
@@ -88,13 +95,14 @@ def derive_parts(model: Any) -> Parts:
     parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, config, embeddings)
+    _check_own_tensors(base.get_submodule(parts.layers), parts.layers)
     # The modules around layers and embedding take tokens, and are no steps of their own.
     frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
     depth = int(config.num_hidden_layers)
     layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(depth)]
-    _check_chain(frame, seen, layers)
     parts.layers_return_tuple = not isinstance(layers[0].output, torch.Tensor)
+    _chain(frame, seen, layers, parts)
     _before(frame, seen, layers[0], parts)
     _after(frame, seen, layers[-1], parts)
     return parts
@@ -202,6 +210,19 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
     raise CannotSplitError(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
 
 
+def _check_own_tensors(layers: nn.Module, path: str) -> None:
+    """Refuse layers that share tensors: a file has each once, and the layers may be in different components."""
+    owners: dict[int, str] = {}
+    for name, parameter in layers.named_parameters(remove_duplicate=False):
+        number = name.partition(".")[0]
+        first = owners.setdefault(id(parameter), number)
+        if first != number:
+            raise CannotSplitError(
+                f"{path}.{first} and {path}.{number} share tensors ({name}), which a file has once, and would be in "
+                "different components"
+            )
+
+
 def _ancestors(path: str) -> list[str]:
     names = path.split(".")
     return [".".join(names[:length]) for length in range(1, len(names))]
@@ -214,28 +235,71 @@ def _only_call(seen: Forward, path: str) -> Call:
     return calls[0]
 
 
-def _check_chain(frame: _Frame, seen: Forward, layers: Sequence[Call]) -> None:
-    """Refuse layers that exchange more than one tensor, or have operations between them."""
+def _chain(frame: _Frame, seen: Forward, layers: Sequence[Call], parts: Parts) -> None:
+    """Find what crosses from layer to layer; refuse layers that have operations between them."""
     for before, after in pairwise(layers):
         if not before.tensors or not _same(after.state, before.tensors[0]):
             raise CannotSplitError(
                 f"the input of {after.path} is not the output of {before.path}: something is computed between"
             )
     shape = layers[0].state.shape
-    if any(layer.state.shape != shape or layer.tensors[0].shape != shape for layer in layers) or len(shape) != _STATE:
+    dimensions = _dimensions(shape)
+    if not dimensions or any(layer.state.shape != shape or layer.tensors[0].shape != shape for layer in layers):
         raise CannotSplitError(
-            f"its hidden states are not [batch, sequence, hidden]: they are {list(layers[0].state.shape)} for "
-            f" {ROWS} rows of {COLUMNS} tokens"
+            f"its hidden states are not [batch, sequence, hidden]: they are {list(shape)} for {ROWS} rows of "
+            f"{COLUMNS} tokens"
         )
-    # No other input of a layer may be computed from the hidden states, unless no layer uses it.
-    for layer in layers:
-        name, *others = layer.inputs
-        computed = [other for other in others if layer.inputs[other].requires_grad]
-        if computed and not _ignore_others(frame, seen, [layer.path for layer in layers]):
-            raise CannotSplitError(
-                f"{layer.path} takes {', '.join(computed)} besides {name}, computed from the embeddings or from "
-                "layers before it; only one tensor crosses a cut"
-            )
+    if len(shape) != _STATE:
+        parts.crossing[_HIDDEN] = dimensions
+    # What is computed from the hidden states besides crosses, too, unless no layer uses it.
+    others = dict.fromkeys(
+        name for layer in layers for name in list(layer.inputs)[1:] if layer.inputs[name].requires_grad
+    )
+    if others and not _ignore_others(frame, seen, [layer.path for layer in layers]):
+        for name in others:
+            _describe_other(frame, layers, name, parts)
+
+
+def _dimensions(shape: Sequence[int]) -> tuple[str | int, ...]:
+    """Name batch and sequence, which follow one another, among the dimensions; empty if they are not there."""
+    for place in range(len(shape) - 1):
+        if tuple(shape[place : place + 2]) == (ROWS, COLUMNS):
+            return (*shape[:place], BATCH, SEQUENCE, *shape[place + 2 :])
+    return ()
+
+
+def _describe_other(frame: _Frame, layers: Sequence[Call], name: str, parts: Parts) -> None:
+    """Describe what layers take besides hidden states: of the layer before, or from before the first layer.
+
+    Raises:
+        CannotSplitError: It is computed between the layers, or is no tensor for each token.
+    """
+    taken = [layer.inputs[name] for layer in layers if name in layer.inputs]
+    dimensions = _dimensions(taken[0].shape)
+    refusal = CannotSplitError(
+        f"{next(layer.path for layer in layers if name in layer.inputs)} takes {name} besides hidden states, which is "
+        "neither what the layer before returned, nor computed before the first layer"
+    )
+    if not name.isidentifier() or not dimensions or any(tensor.shape != taken[0].shape for tensor in taken):
+        raise refusal
+    place = len(parts.layer_results) + 1
+    results = [layer.tensors[place] for layer in layers[:-1] if len(layer.tensors) > place]
+    if len(taken) == len(results) == len(layers) - 1 and all(map(_same, taken, results)):
+        parts.layer_results = (*parts.layer_results, name)
+        parts.crossing[name] = dimensions
+        return
+    without = frame.watch({layers[0].path: zeroed})
+    unchanged = [call.inputs.get(name) for layer in layers for call in without.of(layer.path) if name in layer.inputs]
+    if len(unchanged) != len(taken) or not all(
+        other is not None and _same(tensor, other) for tensor, other in zip(taken, unchanged, strict=True)
+    ):
+        raise refusal
+    if all(_same(taken[0], tensor) for tensor in taken):
+        parts.crossing[name] = dimensions
+    elif dimensions[:2] == (BATCH, SEQUENCE):
+        parts.crossing[name] = (*dimensions[:2], LAYERS, *dimensions[2:])
+    else:
+        raise refusal
 
 
 def _ignore_others(frame: _Frame, seen: Forward, paths: Sequence[str]) -> bool:
@@ -264,6 +328,15 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
                 parts.zero_outside_bottom.append(call.path)
         elif any(tensor.requires_grad for tensor in call.inputs.values()):
             parts.skip_outside_bottom.append(call.path)
+    _parameters(frame, seen, first, parts)
+    own_width = frame.embeddings.shape[-1]
+    widths = {seen.of(path)[0].tensors[0].shape[-1] for path in parts.skip_outside_bottom if seen.of(path)}
+    if not parts.crossing and state.shape[-1] not in {own_width, *widths}:
+        # Several streams of hidden states, next to one another.
+        parts.crossing[_HIDDEN] = (BATCH, SEQUENCE, state.shape[-1])
+    if parts.crossing:
+        # Hidden states enter at the layers.
+        return
     neutral = {
         **dict.fromkeys(parts.skip_outside_bottom, passed),
         **dict.fromkeys(parts.zero_outside_bottom, nothing),
@@ -282,6 +355,23 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
                 f"Outside any module, before the first layer{when}: {_difference(entered, inside.embeddings)}."
             )
             return
+
+
+def _parameters(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
+    """Find the ends among the parameters of the base module itself: those that hidden states meet before a layer."""
+    for name, parameter in frame.base.named_parameters(recurse=False):
+        own = parameter.data
+        parameter.data = torch.full_like(own, 0.5)
+        try:
+            changed = frame.watch()
+        finally:
+            parameter.data = own
+        if not torch.equal(changed.of(first.path)[0].state, first.state):
+            parts.skip_outside_bottom.append(name)
+            parts.enter_at_layers = True
+        else:
+            parts.skip_outside_top.append(name)
+            parts.leave_at_layers = True
 
 
 def _uncalled(frame: _Frame, seen: Forward, parts: Parts) -> list[str]:
@@ -324,7 +414,11 @@ def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
         raise CannotSplitError(
             f"{', '.join(twice)} is called before the first layer and after the last, so that both ends would need it"
         )
-    parts.norm, parts.skip_outside_top = (through[0], through[1:]) if through else ("", [])
+    parts.norm, after = (through[0], through[1:]) if through else ("", [])
+    parts.skip_outside_top = [*after, *parts.skip_outside_top]
+    if parts.crossing:
+        # Hidden states leave at the layers.
+        return
     for training, when in _MODES:
         left = frame.watch(dict.fromkeys(through, passed), training)
         answer = left.of(last.path)[0].tensors[0]
@@ -344,6 +438,19 @@ def _difference(got: torch.Tensor, expected: torch.Tensor) -> str:
     return f"the hidden states differ by up to {(got - expected).abs().max().item():.3g}"
 
 
+@torch.no_grad()
+def layers_take(model: Any, parts: Parts) -> torch.dtype:
+    """Return the dtype of the hidden states between the layers of a model."""
+    dtypes: list[torch.dtype] = []
+    layer = model.get_submodule(f"{parts.base}.{parts.layers}.1")
+    handle = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: dtypes.append(next(iter((*args, *kwargs.values()))).dtype), with_kwargs=True
+    )
+    with handle:
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False)
+    return dtypes[0]
+
+
 def ignored_suffixes(model: Any) -> tuple[str, ...]:
     """Return the suffixes of tensors of old checkpoints that transformers ignores."""
     patterns = [str(pattern) for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ())]  # noqa: SLF001
@@ -359,11 +466,18 @@ def keeps_float32(model: Any) -> bool:
     return bool(model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict)  # noqa: SLF001
 
 
+def has_float32(model: Any) -> bool:
+    """Return whether tensors of a narrower model are in float32."""
+    return any(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+
+
 def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a model as transformers writes them, by their names in the file."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return {key: tensor for file in Path(folder).glob("*.safetensors") for key, tensor in load_file(file).items()}
+        files = list(Path(folder).glob("*.safetensors"))
+        # In memory of their own, like the model's: the last bit of a small product may depend on the alignment.
+        return {key: tensor.clone() for file in files for key, tensor in load_file(file).items()}
 
 
 def renamed_keys(model: Any, saved: Mapping[str, torch.Tensor]) -> tuple[tuple[str, str], ...] | None:

@@ -16,13 +16,17 @@ from splitlearn_auto.deriving import (
     Parts,
     check_causal,
     derive_parts,
+    has_float32,
     ignored_suffixes,
     keeps_float32,
+    layers_take,
     renamed_keys,
     saved_tensors,
 )
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.knowledge import (
+    COMMON,
+    WIDE,
     check_config,
     config_defaults,
     config_names,
@@ -32,7 +36,7 @@ from splitlearn_auto.knowledge import (
     has_any_decoder,
     model_class_name,
 )
-from splitlearn_auto.making import in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
+from splitlearn_auto.making import TINY, in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, own_state, with_decoder_values
@@ -53,7 +57,13 @@ _DROPOUTS = "dropout"
 _NO_DROPOUT = ("layer", "classifier", "summary")
 #: Values with which layers of some types exchange more than hidden states, unless they are 0: embeddings of the
 #: tokens for each layer, and layers that use the keys and values of others.
-_MORE_CROSSES = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}
+_MORE_CROSSES = {"hidden_size_per_layer_input": 8}
+#: The number of last layers that use keys and values of earlier ones; and a small model, to be cut at 1 and 2.
+_SHARING = "num_kv_shared_layers"
+_WITH_SHARING = {
+    _SHARING: 2,
+    "layer_types": ["full_attention", *["sliding_attention"] * 2, *["full_attention", "sliding_attention"] * 2][:6],
+}
 #: Lists of kinds of layers -> the kinds that use what the layer before has computed; and a list for a small model.
 _JOINED = {"indexer_types": (("shared",), ["full", "full", "full", "full", "shared", "full"])}
 _SLIDING, _WINDOW = "sliding_window", 4
@@ -92,6 +102,17 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     needed, config = with_decoder_values(needed, text_config, added), with_values(config, added)
     model = tiny_model(config)
     parts = derive_parts(model)
+    crossing = _named_dimensions(config, parts.crossing)
+    factors = {factor for dimensions in crossing.values() for name in dimensions for factor in name.split("*")}
+    sizes = {name for name in factors - {*COMMON} if hasattr(decoder_of(known), name)}
+    narrow = in_dtype(tiny_model(config), _DTYPES[1]) if crossing else model
+    wide = bool(crossing) and layers_take(narrow, parts) == torch.float32
+    keeps_wide = keeps_float32(model) or (bool(crossing) and has_float32(narrow))
+    sharing = _SHARING if _can_share(decoder_of(config)) else ""
+    if sharing:
+        needed = with_decoder_values(needed, text_config, _WITH_SHARING)
+        config = with_values(config, _WITH_SHARING)
+        model = tiny_model(config)
     renamed = renamed_keys(model, saved_tensors(model))
     alone = path_of_decoder(config) if text_config else ""
     variants = _Variants(config, parts)
@@ -104,16 +125,23 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             **variants.fields(),
             # Masks of all layers may depend on which tokens belong to one image.
             **({"text_config": text_config, "bottom_arguments": ()} if text_config else {}),
+            "crossing": crossing,
+            "layer_results": parts.layer_results,
             "ignored_suffixes": ignored_suffixes(model),
             # transformers' tables know the names in older files of models of several, too.
             "renamed": (((f"{alone}.", ""),) if alone else ()) if text_config else renamed or (),
-            "transformers_tables": bool(text_config) or renamed is None or keeps_float32(model),
+            "transformers_tables": bool(text_config) or renamed is None or keeps_wide,
             "measured_cache": keeps_states(model) or has_any_decoder(known),
             "config_names": config_names(known),
             "config_defaults": {
                 **config_defaults(known),
-                **{name: getattr(decoder_of(known), name) for name in required},
+                **{
+                    name: getattr(decoder_of(known), name)
+                    for name in (*required, *sorted(sizes), *filter(None, (sharing,)))
+                },
+                **({WIDE: True} if wide else {}),
             },
+            "sharing_layers": sharing,
             "required_values": required,
             "joined_layers": joined,
             "tiny_config": needed,
@@ -173,7 +201,56 @@ def _required_values(config: Any) -> dict[str, Any]:
         # More crosses; or the code of the model raises an exception, because it is given embeddings alone.
         except Exception:  # noqa: BLE001
             required[name] = 0
+    if getattr(config, _SHARING, None) is not None and not _can_share(config):
+        required[_SHARING] = 0
     return required
+
+
+def _can_share(config: Any) -> bool:
+    """Return whether the last layers of a model may use keys and values of earlier ones, by their kinds."""
+    if getattr(config, _SHARING, None) is None:
+        return False
+    # The class may refuse such values.
+    try:
+        model = tiny_model(with_values(config, _WITH_SHARING))
+    except Exception:  # noqa: BLE001
+        return False
+    return isinstance(getattr(model.config, "layer_types", None), list)
+
+
+def _named_dimensions(config: Any, crossing: Mapping[str, tuple[str | int, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return what crosses with the names of values of the configuration in place of sizes.
+
+    Raises:
+        CannotSplitError: No value is the size of a dimension.
+    """
+    return {
+        name: tuple(
+            size if isinstance(size, str) else _named_size(config, name, place, size)
+            for place, size in enumerate(dimensions)
+        )
+        for name, dimensions in crossing.items()
+    }
+
+
+def _named_size(config: Any, name: str, place: int, size: int) -> str:
+    """Return the value of the configuration that a dimension follows, or two whose product it is."""
+    numbers: dict[str, int] = {key: value for key, value in decoder_of(config).to_dict().items() if type(value) is int}
+    width = numbers[COMMON[1]]
+    for factor, times in ((1, ""), *(((width, f"{COMMON[1]}*"),) if size % width == 0 and size > width else ())):
+        keys: list[str] = [key for key, value in numbers.items() if value * factor == size]
+        if len(keys) == 1:
+            return f"{times}{keys[0]}"
+        words = {*name.split("_")}
+        for key in sorted(keys, key=lambda key: (-len(words & {*key.split("_")}), key in TINY, key)):
+            # Sizes that do not fit together: the class may raise any exception.
+            try:
+                other = derive_parts(tiny_model(with_values(config, {key: 2 * numbers[key]}))).crossing
+            except Exception:  # noqa: BLE001, S112
+                continue
+            if other[name][place] == 2 * size:
+                return f"{times}{key}"
+    raise CannotSplitError(f"{name} crosses from layer to layer, and no value of the configuration is its size {size}")
 
 
 def _unproven(config: Any, values: Mapping[str, Any], why: str) -> tuple[str, UnprovenSetting]:
@@ -288,6 +365,8 @@ class _Variants:
             if mine.norm and other.norm and other.norm not in mine.skip_outside_top:
                 self._leave_out(values, f"the final norm is {other.norm}, not {mine.norm}")
             mine.norm = mine.norm or other.norm
+        if [*other.crossing] != [*mine.crossing]:
+            self._leave_out(values, f"{', '.join(other.crossing) or 'nothing else'} crosses from layer to layer")
         for name in ("base", "layers", "embedding", "head", "layers_return_tuple"):
             if getattr(other, name) != getattr(mine, name):
                 self._leave_out(values, f"{name} is {getattr(other, name)!r}, not {getattr(mine, name)!r}")

@@ -34,7 +34,7 @@ _OF_A_DECODER = {
 _AS_A_DECODER = {"is_decoder": True, "add_cross_attention": False, "attention_type": "original_full"}
 _TIED = "tie_word_embeddings"
 #: Hidden states cross cuts in float32.
-_WIDE = "residual_in_fp32"
+WIDE = "residual_in_fp32"
 #: transformers' tables of classes that predict tokens of text, of models of several.
 _OF_SEVERAL = ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM")
 #: Those that are named as evidence of the kind of another type.
@@ -234,7 +234,7 @@ def config_defaults(known: Any) -> dict[str, Any]:
         value = _read(decoder, name)
         if type(value) is int and not _follows(decoder, name, value):
             defaults[name] = value
-    wide = {_WIDE: True} if _read(decoder, _WIDE) is True else {}
+    wide = {WIDE: True} if _read(decoder, WIDE) is True else {}
     return {**defaults, _TIED: bool(_read(known, _TIED)), **wide}
 
 

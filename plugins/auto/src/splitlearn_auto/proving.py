@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from splitlearn_core.extension import (
     component_from_state_dict,
     has_states_alone,
     hf_config,
+    impossible_cuts,
     layer_cache_sizes,
     map_keys,
     place_keys,
@@ -47,7 +48,7 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
     attention = _attention(model.config)
     dtype = str(model.dtype).removeprefix("torch.")
     differing: list[str] = []
-    for cut in cuts(_depth(model)):
+    for cut in cuts(_depth(model), impossible_cuts(family, values)):
         try:
             split = _cut(model, family, hf_config(family, values, "the tiny model", dtype, attention), cut)
         except SplitLearnError as error:
@@ -67,9 +68,13 @@ def _depth(model: Any) -> int:
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def cuts(depth: int) -> tuple[tuple[int, int], ...]:
-    """Return cuts with a small and a large trunk, at even and odd layers."""
-    return tuple(dict.fromkeys(((1, depth - 1), (depth // 2 - 1, depth // 2), (depth // 2, depth - 1))))
+def cuts(depth: int, impossible: Collection[int] = ()) -> tuple[tuple[int, int], ...]:
+    """Return cuts with a small and a large trunk, at even and odd layers; where one is impossible, the first two."""
+    pairs = dict.fromkeys(((1, depth - 1), (depth // 2 - 1, depth // 2), (depth // 2, depth - 1)))
+    possible = [point for point in range(1, depth) if point not in impossible]
+    return tuple(pair for pair in pairs if not {*pair} & {*impossible}) or (
+        cast("tuple[int, int]", tuple(possible[:2])),
+    )
 
 
 def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> SplitCausalLM:
@@ -103,7 +108,8 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
 
 def _training(split: SplitCausalLM, family: ModelFamily) -> Iterator[str]:
     """Report components that change hidden states outside their layers in training; the split is changed."""
-    for component in (Component.TRUNK, Component.TOP):
+    # Where more crosses, hidden states enter at the layers, and leave there.
+    for component in () if family.crossing else (Component.TRUNK, Component.TOP):
         got, expected = through_no_layers(getattr(split, component.value), family)
         if not torch.equal(got, expected):
             yield f"in training, the {component.value} changes hidden states outside its layers"
@@ -158,7 +164,8 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
         for key, tensor in (saved_tensors(model) if family.transformers_tables else model.state_dict()).items()
     }
     try:
-        ranges = split_layers(family, values, cuts(_depth(model))[0])
+        points = cuts(_depth(model), impossible_cuts(family, values))[0]
+        ranges = split_layers(family, values, points)
         by_table = family.transformers_tables
         targets = targets_by_tables(family, values, sorted(infos)) if by_table else map_keys(family, infos)
         table = place_keys(family, values, targets, ranges)
