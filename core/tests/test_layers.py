@@ -219,7 +219,7 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: Views and memory, which ways of reading share, have a file: ``mapped`` reads what others are made of as ``copied``.
 LIMITS = {
     "files": (0, 178),
-    "code lines": (0, 24_700),
+    "code lines": (0, 24_800),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

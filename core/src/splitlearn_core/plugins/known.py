@@ -34,27 +34,28 @@ _WRITTEN = """
     bloom codegen cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm dbrx deepseek_v2
     deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe
     falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma4 gemma4_text gemma4_unified
-    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt-sw3 gpt_bigcode gpt_neo
-    gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
+    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt-sw3 gpt_bigcode
+    gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
     granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
     internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe
-    lfm3 llama llama4_text llava mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2
-    minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral modernbert-decoder moshi
-    moss_transcribe_diarize mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt
-    persimmon phi phi3 phi4_multimodal phimoe qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5
-    qwen3_5_moe qwen3_5_text qwen3_moe qwen3_next qwen3_vl sarvam_mla sarvam_moe seed_oss smollm3
-    solar_open stablelm starcoder2 trocr vaultgemma xglm youtu
+    lfm3 llama llama4 llama4_text llava llava_onevision mamba mamba2 mellum mimo_v2_flash minicpm3
+    minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral
+    modernbert-decoder moshi moss_transcribe_diarize mpt nanochat nemotron nemotron_h olmo olmo2
+    olmo3 olmo_hybrid olmoe opt paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2_5_vl
+    qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_text qwen3_moe qwen3_next qwen3_vl
+    qwen3_vl_moe sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr
+    vaultgemma xglm youtu
 """
 WRITTEN = frozenset(_WRITTEN.split())
 #: Types that it refuses, of those that are causal language models in transformers.
 _REFUSED = """
     bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert
     cpmant data2vec-text deepseek_v4 dory dots3_note dots3_note_text electra emu3 ernie gemma3n
-    gemma3n_text gemma4_assistant gemma4_unified_assistant git got_ocr2 hrm_text hy_v4
-    inkling2_loop_text inkling2_text inkling_text llama4 longcat_flash marian mbart megatron-bert
-    mllama musicgen musicgen_melody mvp openai-gpt pegasus plbart prophetnet qwen3_5_moe_text
-    qwen4_exp qwen4_exp_text recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert
-    roformer rwkv whisper xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod zamba zamba2 zaya
+    gemma3n_text gemma4_assistant gemma4_unified_assistant git hrm_text hy_v4 inkling2_loop_text
+    inkling2_text inkling_text longcat_flash marian mbart megatron-bert mllama musicgen
+    musicgen_melody mvp openai-gpt pegasus plbart prophetnet qwen3_5_moe_text qwen4_exp
+    qwen4_exp_text recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert roformer
+    rwkv whisper xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod zamba zamba2 zaya
 """
 REFUSED = frozenset(_REFUSED.split())
 #: Types of text in, text out, that have an encoder and a decoder, and no class of the decoder alone.

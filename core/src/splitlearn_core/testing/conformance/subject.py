@@ -142,7 +142,7 @@ class Subject:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the checkpoint, by key; of a model of several, those of the decoder."""
-        stored = load_file(self.checkpoint / SINGLE)
+        stored: dict[str, torch.Tensor] = load_file(self.checkpoint / SINGLE)
         if not self.family.text_config:
             return stored
         return {key: tensor for key, tensor in stored.items() if self.targets[key] is not None}
