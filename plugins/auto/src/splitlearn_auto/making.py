@@ -187,7 +187,8 @@ def _tiny_config(
                 _check_forward(make({**sizes, **needed}))
         except ImportError as error:
             raise CannotSplitError(
-                f"a small model of type {model_type} needs a package that is not installed: {error}",
+                f"a small model of type {model_type} needs a package that is not installed: "
+                f"{str(error).strip().partition('. ')[0]}",
                 hint="install it, and try again",
             ) from error
         # Classes of transformers raise any exception for values that do not fit.
