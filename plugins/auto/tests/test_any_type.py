@@ -145,6 +145,31 @@ def test_the_decoder_in_a_model_of_several(saved: Callable[[str], Path], model_t
         assert torch.equal(split.generate(ids, **settings), whole.generate(input_ids=ids, **settings))
 
 
+@pytest.mark.timeout(600)
+def test_a_decoder_with_a_head_of_its_own(tmp_path: Path) -> None:
+    """It is taken out of the whole, whose class needs images; in the file its names have a prefix."""
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    from splitlearn_auto.examining import examine
+    from splitlearn_auto.making import quiet, tiny_config
+
+    derived = examine("llama4", {}, settings=False)
+    assert (derived.questions, derived.fields["architecture"]) == ([], "Llama4ForCausalLM")
+    remember("llama4", Answer(derived.fields))
+    config, _ = tiny_config("llama4", AutoConfig.for_model("llama4"), {})
+    with quiet():
+        whole = transformers.Llama4ForConditionalGeneration(config)
+        whole.save_pretrained(tmp_path)
+    plan = plan_split(tmp_path, CUT)
+    assert (plan.model_type, plan.num_layers, plan.unexpected) == ("llama4", 6, ())
+    split = SplitCausalLM(*load_split_model(None, CUT, tmp_path))
+    ids = torch.tensor([[5, 17, 42, 99, 3]])
+    with torch.no_grad():
+        assert torch.equal(split(ids).logits, whole.language_model.eval()(input_ids=ids).logits)
+
+
 def test_another_decoder_in_a_model_of_several() -> None:
     """Where a type leaves the choice, the decoders that were proven are the ones that are split."""
     fields = {"model_type": "llava", "architecture": "LlavaForConditionalGeneration", "text_config": "text_config"}

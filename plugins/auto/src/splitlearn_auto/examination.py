@@ -96,8 +96,8 @@ def answer_about(model_type: str) -> tuple[Answer, bool]:
     try:
         derived = examine(model_type, {})
     except CannotSplitError as error:
-        # Too little memory, or a full disk, is no property of the type.
-        lasts = not isinstance(error.__cause__, MemoryError | OSError)
+        # Too little memory, a full disk, or a package that is missing, is no property of the type.
+        lasts = not isinstance(error.__cause__, MemoryError | OSError | ImportError)
         return Answer(refusal=error.message, hint=_hint(error.hint, model_type)), lasts
     except ConfigurationError as error:
         # transformers has no such type. Not kept: the name is whatever a file says.

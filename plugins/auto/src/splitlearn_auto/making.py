@@ -163,27 +163,21 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     name = decoder_name(known)
     if not name:
         return _tiny_config(model_type, known, stated, partial(_config, model_type))
-    refusals = []
+    inner, refusals = stated.get(name), []
+    own = inner if isinstance(inner, Mapping) else stated
     # Text passes through none of the other models, so that their sizes need not fit together.
     for small in (OF_OTHERS, DEPTHS):
         others = other_sizes(known, name, small)
         whole = {**others, name: {"model_type": getattr(known, name).model_type}}
         try:
             config, needed = _tiny_config(
-                model_type,
-                getattr(known, name),
-                stated.get(name, stated),
-                partial(_config_of_several, model_type, name, whole),
+                model_type, getattr(known, name), own, partial(_config_of_several, model_type, name, whole)
             )
         except CannotSplitError as error:
             refusals.append(error)
             continue
         return config, with_decoder_values(whole, name, needed)
     raise refusals[0]
-
-
-def _config_of_several(model_type: str, name: str, whole: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    return _config(model_type, with_decoder_values(whole, name, values))
 
 
 def _tiny_config(
@@ -209,6 +203,12 @@ def _tiny_config(
             if parameters <= _MAX_PARAMETERS:
                 needed = {**needed, **_both_kinds(config, {**sizes, **needed}, make)}
                 _check_forward(make({**sizes, **needed}))
+        except ImportError as error:
+            raise CannotSplitError(
+                f"a small model of type {model_type} needs a package that is not installed: "
+                f"{str(error).strip().partition('. ')[0]}",
+                hint="install it, and try again",
+            ) from error
         # Classes of transformers raise any exception for values that do not fit.
         except Exception as error:  # noqa: BLE001
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
@@ -439,6 +439,10 @@ def _config(model_type: str, values: Mapping[str, Any]) -> Any:
     config = config_class(**{config_class.attribute_map.get(name, name): value for name, value in values.items()})
     config.dtype = torch.float32
     return config
+
+
+def _config_of_several(model_type: str, name: str, whole: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    return _config(model_type, with_decoder_values(whole, name, values))
 
 
 def _parameters(config: Any) -> int:
