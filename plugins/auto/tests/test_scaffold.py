@@ -243,6 +243,20 @@ def test_values_with_which_more_would_cross_are_required(model_type: str, world:
         plan_split(tmp_path, (2, 4))
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("model_type", "required"),
+    [("bert", {"is_decoder": True, "add_cross_attention": False}), ("bart", {"is_encoder_decoder": False})],
+)
+def test_an_encoder_is_examined_as_a_decoder(model_type: str, required: dict[str, Any]) -> None:
+    """Where the plain model is not causal, with values of its configuration that a model must then have."""
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert derived.fields["required_values"] == required
+    assert required.items() <= derived.fields["tiny_config"].items()
+    assert all(derived.fields["config_defaults"][name] != required[name] for name in required if name.startswith("is_"))
+
+
 def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
     """Noise in its place changes nothing."""
 
@@ -266,9 +280,9 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("bert", "not a causal decoder"),
+        ("cpmant", "not a causal decoder"),
         ("t5", "not a causal language model: transformers has T5ForConditionalGeneration"),
-        ("bart", "encoder-decoder"),
+        ("musicgen", "encoder-decoder"),
         ("mistral3", "made of several models"),
         ("rwkv", "keeps no cache of transformers' own kind"),
         # Its modules keep the states themselves.

@@ -87,7 +87,7 @@ def in_model(family: ModelFamily, name: str) -> str | None:
     None for a tensor of another model than the decoder.
     """
     modules = (family.base, *family.before_head, family.head)
-    if name == family.head_bias or name.startswith(tuple(f"{module}." for module in modules)):
+    if (name and name == family.head_bias) or name.startswith(tuple(f"{module}." for module in modules)):
         return name
     if not family.text_config:
         return f"{family.base}.{name}"
@@ -162,7 +162,7 @@ def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable
             # Parsed, not compared as text: layers.1 is a prefix of layers.10.
             number = name[len(layers) :].partition(".")[0]
             return owners[int(number)] if number.isdecimal() and int(number) < len(owners) else None
-        if name.startswith(top) or name == family.head_bias:
+        if name.startswith(top) or (name and name == family.head_bias):
             return Component.TOP
         return Component.BOTTOM if name.startswith(bottom) else None
 
