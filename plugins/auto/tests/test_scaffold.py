@@ -271,6 +271,20 @@ def test_slices_and_shared_caches(model_type: str, world: Any, tmp_path: Path) -
     assert "nearest possible is before layer 3; cuts are possible before layers 1, 2, 3" in caught.value.hint
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("model_type", "required"),
+    [("bert", {"is_decoder": True, "add_cross_attention": False}), ("bart", {"is_encoder_decoder": False})],
+)
+def test_an_encoder_is_examined_as_a_decoder(model_type: str, required: dict[str, Any]) -> None:
+    """Where the plain model is not causal, with values of its configuration that a model must then have."""
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert derived.fields["required_values"] == required
+    assert required.items() <= derived.fields["tiny_config"].items()
+    assert all(derived.fields["config_defaults"][name] != required[name] for name in required if name.startswith("is_"))
+
+
 def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
     """Noise in its place changes nothing."""
 
@@ -294,10 +308,10 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("bert", "not a causal decoder"),
+        ("cpmant", "not a causal decoder"),
         ("t5", "not a causal language model: transformers has T5ForConditionalGeneration"),
-        ("bart", "encoder-decoder"),
         ("clip", "not a causal language model: transformers has"),
+        ("musicgen", "encoder-decoder"),
         ("rwkv", "keeps no cache of transformers' own kind"),
         # Its modules keep the states themselves.
         ("recurrent_gemma", "keeps no cache of transformers' own kind"),

@@ -87,7 +87,7 @@ def in_model(family: ModelFamily, name: str) -> str | None:
     None for a tensor of another model than the decoder.
     """
     modules = (family.base, *family.before_head, family.head)
-    if name == family.head_bias or name.startswith(tuple(f"{module}." for module in modules)):
+    if (name and name == family.head_bias) or name.startswith(tuple(f"{module}." for module in modules)):
         return name
     if not family.text_config:
         return f"{family.base}.{name}"
@@ -168,7 +168,7 @@ def placement(family: ModelFamily, ranges: Mapping[str, LayerRange]) -> Callable
             return owners[int(number)] if number.isdecimal() and int(number) < len(owners) else None
         # An end may be a parameter of the base module itself.
         within = f"{name}."
-        if within.startswith(top) or name == family.head_bias:
+        if within.startswith(top) or (name and name == family.head_bias):
             return Component.TOP
         return Component.BOTTOM if within.startswith(bottom) else None
 
