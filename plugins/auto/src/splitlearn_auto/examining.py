@@ -237,8 +237,11 @@ def _named_size(config: Any, name: str, place: int, size: int) -> str:
     """Return the value of the configuration that a dimension follows, or two whose product it is."""
     numbers: dict[str, int] = {key: value for key, value in decoder_of(config).to_dict().items() if type(value) is int}
     width = numbers[COMMON[1]]
-    for factor, times in ((1, ""), *(((width, f"{COMMON[1]}*"),) if size % width == 0 and size > width else ())):
-        keys: list[str] = [key for key, value in numbers.items() if value * factor == size]
+    factors: list[tuple[int, str]] = [(1, "")]
+    if size > width and size % width == 0:
+        factors.append((width, f"{COMMON[1]}*"))
+    for factor, times in factors:
+        keys = [key for key, value in numbers.items() if value * factor == size]
         if len(keys) == 1:
             return f"{times}{keys[0]}"
         words = {*name.split("_")}
