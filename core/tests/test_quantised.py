@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 from transformers.utils import is_accelerate_available
+from transformers.utils.import_utils import is_compressed_tensors_available
 
 from splitlearn_core import (
     ConfigurationError,
@@ -114,6 +115,60 @@ def quantised(tmp_path: Path, world: Any) -> Callable[..., Path]:
 def whole(folder: Path, method: str, dtype: str = "auto") -> Any:
     config = FineGrainedFP8Config(dequantize=True) if method == "fp8" else Mxfp4Config(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config).eval()
+
+
+@pytest.fixture
+def compressed(quantised: Any) -> Callable[..., Path]:
+    """Return a function that writes 8-bit floats as compressed-tensors does, with a scale for each row."""
+
+    def write(model_type: str, scales: torch.dtype = torch.bfloat16, **scheme: Any) -> Path:
+        folder: Path = quantised(model_type)
+
+        def change(state: dict[str, torch.Tensor]) -> None:
+            for key in [key for key in state if key.endswith("_scale_inv")]:
+                name = key.removesuffix("_inv")
+                state[name] = torch.linspace(0.001, 0.003, len(state[name.removesuffix("_scale")]))[:, None].to(scales)
+                del state[key]
+
+        edit(folder, change)
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+        group = {"targets": ["Linear"], "weights": {**weights, **scheme}}
+        stated = {
+            "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+            "quantization_status": "compressed", "config_groups": {"group_0": group},
+        }  # fmt: skip
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"quantization_config": stated}))
+        return folder
+
+    return write
+
+
+@pytest.mark.skipif(
+    not is_compressed_tensors_available(), reason="compressed-tensors is not installed: it was NOT compared with"
+)
+@needs_accelerate
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("dtype", "scales"), [("auto", torch.bfloat16), ("float32", torch.bfloat16), ("auto", torch.float32)]
+)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_eight_bit_floats_of_compressed_tensors(
+    compressed: Any, model_type: str, dtype: str, scales: torch.dtype
+) -> None:
+    """As those that transformers decompresses."""
+    folder = compressed(model_type, scales)
+    config = CompressedTensorsConfig(
+        **json.loads((folder / "config.json").read_text())["quantization_config"], dequantize=True
+    )
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    assert plan_split(folder, CUTS).source == "headers"
+    assert equal(state_of(load_split_model(None, CUTS, folder, dtype=dtype)), expected.state_dict())
+
+
+def test_other_schemes_of_compressed_tensors_are_left_to_transformers(compressed: Any) -> None:
+    folder = compressed("llama", num_bits=4, type="int")
+    assert plan_split(folder, CUTS).source == "config"
 
 
 def state_of(parts: Any) -> dict[str, torch.Tensor]:

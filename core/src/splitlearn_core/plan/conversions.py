@@ -14,7 +14,7 @@ from itertools import accumulate, count
 from operator import mul
 
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.plan.quantised import MXFP4, QuantisedTensor
+from splitlearn_core.plan.quantised import COMPRESSED, MXFP4, QuantisedTensor
 from splitlearn_core.quoting import listed
 
 #: Operation -> how many dimensions it takes.
@@ -361,7 +361,9 @@ def stored_targets(
         if isinstance(target, WeightConversion):
             result = extended.setdefault(id(target), _of_quantised(target, quantised))
         elif target is not None and tensor is not None:
-            result = _of_quantised(WeightConversion(((key,),), (target,), (), (tensor,)), quantised)
+            # As transformers does, but for experts, which conversions of their own make.
+            own = replace(tensor, rounds=tensor.method == COMPRESSED)
+            result = _of_quantised(WeightConversion(((key,),), (target,), (), (own,)), {key: own})
         targets |= dict.fromkeys((key,) if tensor is None else tensor.keys, result)
     return targets
 

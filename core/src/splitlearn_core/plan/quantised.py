@@ -10,11 +10,17 @@ from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.quoting import quote
 from splitlearn_core.types import TensorInfo
 
-FP8, MXFP4 = "fp8", "mxfp4"
-#: The quantisation methods whose tensors are dequantised one by one.
-METHODS = (FP8, MXFP4)
-#: Method -> what is appended to the key of the plain tensor, for the numbers and for their scales.
-_SUFFIXES = {FP8: ("", "_scale_inv"), MXFP4: ("_blocks", "_scales")}
+FP8, MXFP4, COMPRESSED = "fp8", "mxfp4", "compressed-tensors"
+#: The quantisation methods whose tensors are dequantised one by one; of the last, only 8-bit floats.
+METHODS = (FP8, MXFP4, COMPRESSED)
+#: Method -> how keys end: those of plain tensors, of numbers, and of their scales.
+_SUFFIXES = {
+    FP8: ("", "", "_scale_inv"),
+    MXFP4: ("", "_blocks", "_scales"),
+    COMPRESSED: (".weight", ".weight", ".weight_scale"),
+}
+#: The formats of compressed-tensors that store 8-bit floats as such.
+_PLAIN_FORMATS = ("float-quantized", "naive-quantized", None)
 #: Scales of inputs, which dequantised weights do not need.
 _OF_INPUTS = (".activation_scale", ".input_scale")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -30,13 +36,16 @@ class QuantisedTensor:
 
     #: The key that it has in plain weights.
     key: str
-    #: ``fp8``: 8-bit floats; ``mxfp4``: two 4-bit floats in a byte, the experts of a layer in one tensor.
+    #: ``fp8``, ``compressed-tensors``: 8-bit floats; ``mxfp4``: two 4-bit floats in a byte, the experts of a layer
+    #: in one tensor.
     method: str
     #: The checkpoint keys of the numbers and of the scales.
     numbers: str
     scales: str
     #: The rows and columns that have a scale in common, as the configuration states them; empty if it does not.
     block: tuple[int, ...] = ()
+    #: Whether values are rounded to the dtype of the scales before they are converted.
+    rounds: bool = False
     #: Its shape, once the headers are read.
     shape: tuple[int, ...] = ()
 
@@ -59,12 +68,14 @@ def quantised_tensors(stated: object, keys: Iterable[str]) -> dict[str, Quantise
     method = stated.get("quant_method") if isinstance(stated, Mapping) else None
     if not isinstance(stated, Mapping) or method not in _SUFFIXES:
         return {}
-    numbers, scales = _SUFFIXES[str(method)]
+    if method == COMPRESSED and not _are_eight_bit_floats(stated):
+        return {}
+    plain, numbers, scales = _SUFFIXES[str(method)]
     present = set(keys)
     names = [key.removesuffix(scales) for key in present if key.endswith(scales)]
     if not names:
         return {}
-    if numbers:
+    if numbers != plain:
         names += [key.removesuffix(numbers) for key in present if key.endswith(numbers)]
     absent = {name + suffix for name in names for suffix in (numbers, scales)} - present
     if absent:
@@ -72,7 +83,26 @@ def quantised_tensors(stated: object, keys: Iterable[str]) -> dict[str, Quantise
             f"{len(absent)} of its quantised tensors lack numbers or scales: {', '.join(sorted(absent)[:3])}"
         )
     block = _stated_block(stated.get("weight_block_size"))
-    return {name: QuantisedTensor(name, str(method), name + numbers, name + scales, block) for name in set(names)}
+    tensors = (QuantisedTensor(name + plain, str(method), name + numbers, name + scales, block) for name in set(names))
+    return {tensor.key: tensor for tensor in tensors}
+
+
+def _are_eight_bit_floats(stated: Mapping[str, object]) -> bool:
+    """Return whether compressed-tensors stores all weights as 8-bit floats with scales, and no zero points."""
+    groups = stated.get("config_groups")
+    schemes = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping)]
+    formats = [stated.get("format"), *(scheme.get("format") for scheme in schemes if isinstance(scheme, Mapping))]
+    return (
+        bool(schemes)
+        and len(weights) == len(schemes)
+        and all(each in _PLAIN_FORMATS for each in formats)
+        and all(
+            isinstance(each, Mapping)
+            and (each.get("type"), each.get("num_bits"), each.get("symmetric", True)) == ("float", 8, True)
+            for each in weights
+        )
+    )
 
 
 def _stated_block(value: object) -> tuple[int, ...]:

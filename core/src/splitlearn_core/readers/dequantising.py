@@ -103,4 +103,5 @@ def _eight_bits(
     # Bytes are exponents.
     grid = (grid.float() - _BIAS).exp2() if grid.dtype == torch.uint8 else grid.float()
     expanded = grid.repeat_interleave(width, dim=1)[:, :columns]
-    out.copy_(numbers.view(-1, columns)[first : first + len(out)].float() * expanded)
+    values = numbers.view(-1, columns)[first : first + len(out)].float() * expanded
+    out.copy_(values.to(scales.dtype) if tensor.rounds else values)
