@@ -145,14 +145,20 @@ def test_replies_are_those_of_one_forward(trunk: Any) -> None:
     ]
 
 
-def test_a_refused_step_does_not_change_the_others(trunk: Any) -> None:
-    """NaN in one session; the others are those of a pack without it, and its session goes on."""
+@pytest.mark.parametrize("fault", ["NaN", "width", "dtype"])
+def test_a_refused_step_does_not_change_the_others(trunk: Any, fault: str) -> None:
+    """One session sends what no component takes: the others get their results, and its session goes on."""
     sessions = Sessions(trunk, 3)
     prompts = states_of(trunk, 4, 4, 4)
     bad = prompts[1].clone()
-    bad[0, 2, 0] = torch.nan
+    if fault == "NaN":
+        bad[0, 2, 0] = torch.nan
+    bad = {"NaN": bad, "width": bad[..., 1:].contiguous(), "dtype": bad.double()}[fault]
     replies = sessions.run(*map(sessions.step, range(3), [prompts[0], bad, prompts[2]]))
-    assert equal(outputs([replies[0], replies[2]]), in_one_forward(trunk, [[prompts[0], prompts[2]]]))
+    good = [prompts[0], prompts[2]]
+    # What is seen before the forward leaves a pack of the others; after it, each runs alone.
+    expected = in_one_forward(trunk, [good]) if fault == "NaN" else [in_one_forward(trunk, [[one]])[0] for one in good]
+    assert equal(outputs([replies[0], replies[2]]), expected)
     assert (replies[1].kind, replies[1].meta["code"]) == (Kind.ERROR, "bad_input")
     sessions.done[1] = 0
     assert equal(outputs(sessions.run(sessions.step(1, prompts[1]))), in_one_forward(trunk, [[prompts[1]]]))

@@ -92,7 +92,8 @@ def advance(
     before = [step.cache.copy() for step in steps]
     began_at = clock()
     try:
-        outputs = _forward(component, steps)
+        with failures_named():
+            outputs = _forward(component, steps)
     except RemoteError as error:
         for step, saved in zip(steps, before, strict=True):
             for layer, own in zip(step.cache.layers, saved.layers, strict=True):
@@ -127,7 +128,7 @@ def _forward(component: ComponentModel, steps: Sequence[BegunStep]) -> list[torc
         items.append(PackItem(step.rows, tokens, step.cache, mask, None if positions is None else positions[:, part]))
         states.append(step.hidden[:, part].reshape(1, -1, step.hidden.shape[-1]))
     flat = torch.cat(states, dim=1)
-    with failures_named(), packed(component.decoder_config, items, flat) as (positions, cache):
+    with packed(component.decoder_config, items, flat) as (positions, cache):
         output = component(hidden_states=flat, position_ids=positions, past_key_values=cache)
     for step, item in zip(steps, items, strict=True):
         step.cache.advance(item.tokens)

@@ -426,18 +426,23 @@ class SessionTable:
 
             def succeed(request: Frame) -> Frame:
                 begun = cast("BegunStep", step.begun)
-                specs, buffers = pack({"output": torch.cat(begun.outputs, dim=1)})
-                meta = {
-                    "length": session.cache.get_seq_length(),
-                    "mode": PACKED,
-                    "pack": begun.sessions,
-                    "waited": cast("float", begun.began_at) - begun.requested_at,
-                    "computed": begun.computed,
-                }
-                session.used_at = self._clock()
-                result = _finished(session, request, Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers))
-                session.lock.release()
-                return result
+                try:
+                    specs, buffers = pack({"output": torch.cat(begun.outputs, dim=1)})
+                    meta = {
+                        "length": session.cache.get_seq_length(),
+                        "mode": PACKED,
+                        "pack": begun.sessions,
+                        "waited": cast("float", begun.began_at) - begun.requested_at,
+                        "computed": begun.computed,
+                    }
+                    result = Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers)
+                    return _finished(session, request, result)
+                except BaseException:
+                    before.restore(session)
+                    raise
+                finally:
+                    session.used_at = self._clock()
+                    session.lock.release()
 
             def fail(error: RemoteError | None) -> Frame:
                 before.restore(session)
