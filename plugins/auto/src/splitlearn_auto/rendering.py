@@ -14,6 +14,8 @@ from splitlearn_auto.findings import Derived
 _WIDTH = 88
 
 _REASONS = {
+    "text_config": "Where config.json has the decoder's values; components have nothing of the other models.",
+    "bottom_arguments": "Which tokens belong to one image may matter to the masks of all layers.",
     "zero_outside_bottom": "Added to the embeddings, and also to hidden states from outside.",
     "skip_outside_bottom": "The embeddings pass through it; hidden states from outside already did.",
     "skip_outside_top": "The state passes through it after the last layer.",
