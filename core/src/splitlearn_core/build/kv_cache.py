@@ -142,8 +142,7 @@ class PartCache(Cache):
     @classmethod
     def empty(cls, config: Any, layer_range: LayerRange) -> PartCache:
         """Make an empty cache for the component that runs these layers of the model."""
-        whole = DynamicCache(config=config)
-        return cls(whole.layers[layer_range.start : layer_range.end], layer_range)
+        return cls.view(DynamicCache(config=config), layer_range)
 
     @classmethod
     def view(cls, whole: Cache, layer_range: LayerRange) -> PartCache:
