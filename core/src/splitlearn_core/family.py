@@ -69,8 +69,8 @@ class ModelFamily:
     #: Modules relative to the model, besides the head, that hidden states pass *through* after the base module
     #: (ModernBERT's prediction head); the top alone has them.
     before_head: tuple[str, ...] = ()
-    #: The head's bias by its name in a module around the head (BERT's ``cls.predictions.bias``); empty if it has none.
-    #: Both are one tensor in models that tie embedding and head.
+    #: The second name of the head's bias, in a module around the head (BERT's ``cls.predictions.bias``); empty if there
+    #: is none. Both names are one tensor in models that tie embedding and head.
     head_bias: str = ""
     #: Arguments of the model's forward that its embeddings use up, and that mean nothing to layers; the bottom
     #: alone takes them. If they matter to all layers (masks by type of token), set ``()``.
@@ -84,14 +84,15 @@ class ModelFamily:
     #: True if a layer returns a tuple whose first item is the running state.
     layers_return_tuple: bool = False
     #: What crosses a cut, where that is more than hidden states ``[batch, sequence, hidden_size]``: the name of an
-    #: argument of the layers -> its dimensions, ``batch``, ``sequence``, the name of a value of ``config.json``, or
-    #: such names with ``*`` between, whose product it is. Where one is 0, it does not cross. ``hidden_states`` is the
-    #: first argument, if it has other dimensions; ``layers`` stands in an argument of which each layer takes a slice,
-    #: and those of the layers after a cut cross it. All are floating-point numbers.
-    #: Hidden states then enter at the first layer, and leave at the last, whatever the model does around them.
+    #: argument of the layers -> its dimensions. A dimension is ``batch``, ``sequence``, ``layers``, the name of a value
+    #: of ``config.json``, or a product of such values with ``*`` between their names; a tensor with one that is 0 does
+    #: not cross. ``layers`` marks an argument of which each layer takes a slice of its own: the slices of the layers
+    #: after a cut cross it. ``hidden_states``, the first argument, is listed if its dimensions are others. All tensors
+    #: are floating. Hidden states then enter at the first layer and leave at the last, whatever the model does around
+    #: them.
     crossing: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
-    #: The names in ``crossing`` of what a layer computes for the next, in the order in which it returns them after
-    #: hidden states. The others are computed before the first layer.
+    #: The names in ``crossing`` of what a layer computes for the next one, in the order in which it returns them after
+    #: its hidden states. The others are computed before the first layer.
     layer_results: tuple[str, ...] = ()
     #: Tensors that old checkpoints contain and no module uses, as suffixes of the checkpoint key.
     ignored_suffixes: tuple[str, ...] = ()
@@ -125,12 +126,11 @@ class ModelFamily:
     #: Lists of ``config.json`` with a kind for each layer -> the kinds that use what the layer before has computed
     #: besides hidden states (a selection of tokens); there is no cut before such a layer.
     joined_layers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
-    #: The value of ``config.json`` that says how many last layers use the keys and values of earlier ones: each those
-    #: of the last layer of its kind in ``layer_types`` that has its own. There is no cut between the two.
+    #: The name of the value of ``config.json`` that says how many of the last layers use keys and values of earlier
+    #: ones: each uses those of the last layer of its kind (``layer_types``) that has its own. No cut parts the two.
     sharing_layers: str = ""
-    #: Values of ``config.json`` without which no model of the type can be cut: because more than hidden states would
-    #: cross (embeddings of tokens for each layer, say), or because the model is an encoder (``is_decoder``). A model
-    #: with others is refused.
+    #: Values that ``config.json`` must have, or else the model is refused: with others, layers would exchange what
+    #: cannot cross a cut (embeddings of tokens for each layer, say), or the model is an encoder (``is_decoder``).
     required_values: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     #: Name of the loading strategy to prefer over the automatic choice; empty for none.
     preferred_strategy: str = ""

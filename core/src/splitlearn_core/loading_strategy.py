@@ -86,7 +86,7 @@ class ReadPlan:
         return sum(loaded_nbytes(tensor, self.dtype) for tensor in self.tensors) if self.device == "cpu" else 0
 
     def is_floating(self, tensor: PlannedTensor) -> bool:
-        """Return whether a tensor is converted to the plan's dtype; integers, and numbers and scales, keep theirs."""
+        """Return whether a tensor is converted to the plan's dtype; integers, numbers and scales are not."""
         return tensor.info.dtype in FLOAT_DTYPES.values() and tensor.quantised is None
 
     def needs_conversion(self, tensor: PlannedTensor) -> bool:
@@ -168,9 +168,9 @@ class WeightReader(Protocol):
 
 @runtime_checkable
 class PartsReader(Protocol):
-    """An optional part of a weight reader, for models in files ``STEM-00001-of-00003.SUFFIX`` and so on.
+    """An optional extension of a weight reader, for models in files ``STEM-00001-of-00003.SUFFIX`` and so on.
 
-    Of each, the tensors are described; the first is always among the paths of a :class:`ReadPlan`.
+    Tensors are described file by file; the first file is always among the paths of a :class:`ReadPlan`.
     """
 
     def config_of_parts(self, paths: Sequence[Path]) -> Mapping[str, Any]:
@@ -183,16 +183,16 @@ HeaderLength = Callable[[Path, int], int | None]
 
 @runtime_checkable
 class RangedReader(Protocol):
-    """An optional part of a weight reader, so that of files on the Hub only the planned ranges are fetched.
+    """An optional extension of a weight reader: of files on the Hub, only the planned ranges are fetched then.
 
     ``begin`` and ``end`` of the tensors that it describes are their places in the file.
     """
 
     def header_length(self, path: Path, present: int) -> int | None:
-        """Return the number of bytes that describing the tensors needs, or None if it is unknown yet.
+        """Return how many bytes from the beginning describe the tensors, or None if that is not known yet.
 
         Args:
-            path: The file in its full size, of which only a beginning is present.
+            path: A file of the full size, of which only a beginning is present.
             present: The number of bytes that are.
         """
 

@@ -121,8 +121,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         top = parts[Component.TOP]
         if crossings is not None and top.family.crossing:
             raise ConfigurationError(
-                f"cuts treat and count hidden states [batch, sequence, hidden] alone, and of a {top.family.model_type} "
-                f"{', '.join(top.family.crossing)} cross",
+                f"cuts and ledger treat hidden states [batch, sequence, hidden] alone; of a {top.family.model_type} "
+                f"model {', '.join(top.family.crossing)} cross",
                 hint="leave cuts and ledger out; what crosses is then sent as it is",
             )
         config, training = top.config, top.training

@@ -218,9 +218,9 @@ def load_unsplit(model: OpenModel, dtype: str, options: LoadOptions) -> Any:
     files = checkpoint.weight_files()
     if arguments is not None and len(files) > 1:
         raise CheckpointError(
-            f"transformers itself reads no model in {len(files)} {checkpoint.format} files, so that there is nothing "
+            f"transformers itself reads no model in {len(files)} {checkpoint.format} files, so there is nothing "
             f"to compare {model.name} with",
-            hint="join them with the tools of the format; the split model may be right nevertheless",
+            hint="to compare, join the files with the tools of their format; the split model works without that",
         )
     if arguments is not None:
         # Without it, transformers takes the configuration from the weight file and ignores config.json.

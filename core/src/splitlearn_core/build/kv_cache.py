@@ -255,7 +255,7 @@ class PartCache(Cache):
         return super().is_recording_past(self._own(layer_idx))
 
     def _counting(self, layer_idx: int) -> Any:
-        """Return a layer, or instead of another component's, or of one that does not count tokens, the first that does.
+        """Return a layer if it is this component's and counts tokens, or else the first that counts tokens.
 
         None if no layer counts tokens.
         """

@@ -155,7 +155,7 @@ def entering(entered: Entering) -> Iterator[None]:
 
 
 class Wide(nn.Module):
-    """Stands in for a projection to another width, whose result is not used: models reshape it.
+    """Stands in for a projection to another width, whose result models reshape but do not use.
 
     Args:
         width: The width of that result.
@@ -278,10 +278,10 @@ def _neutral_outlet(base: nn.Module, name: str) -> nn.Module:
 
 
 def _of_kind(neutral: nn.Module, layer: nn.Module, *, with_modules: bool) -> nn.Module:
-    """Return a neutral layer with the texts of the layer that it stands in for: models read its kind there.
+    """Return a neutral layer with the string attributes of the layer that it replaces: models read its kind there.
 
-    Some models (X-MOD) also look into the modules of the first layer. They are on the meta device, and attributes only,
-    no modules of the neutral layer.
+    Some models (X-MOD) also look into the modules of their first layer. The neutral layer has them, on the meta device,
+    as plain attributes and not as modules of its own.
     """
     kept = (str, nn.Module) if with_modules else str
     values = {name: value for name, value in {**vars(layer), **layer._modules}.items() if isinstance(value, kept)}  # noqa: SLF001  # a register that nn.Module documents

@@ -209,5 +209,5 @@ def _on_hub(
         needed = needed_reader([file])
         if needed is not None:
             raise MissingFileError(f"{file} is a {needed[1]} file, and nothing here reads those", hint=needed[2])
-        raise MissingFileError(f"{file} of {repo} cannot be named alone", hint=f"give the repository: {repo}")
+        raise MissingFileError(f"{file} of {repo} cannot be loaded alone", hint=f"give the repository: {repo}")
     return HubSource(repo, only=file, **options)

@@ -28,15 +28,15 @@ _OTHER_TRUNK = "▞"
     "machines",
     multiple=True,
     metavar="NAME=MEMORY:SPEED/s[:DELAYms]",
-    help="Propose split points over machines: first the owner of bottom and top, then one for each trunk, with the "
-    "bytes of weights that each reads in a second. Repeatable.",
+    help="Propose split points for machines: first the data owner's, then one for each trunk. SPEED is the bytes of "
+    "weights that a machine reads per second, DELAY the time of a message there and back. Repeatable.",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(0),
     default=4096,
     show_default=True,
-    help="With --over: tokens in the caches of all texts at a time.",
+    help="With --over: tokens in the caches, of all texts together.",
 )
 @json_option
 def command(

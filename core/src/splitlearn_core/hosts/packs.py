@@ -27,7 +27,7 @@ _ARGUMENTS = frozenset({"attention_mask", "position_ids", "past_key_values"})
 
 @dataclass(slots=True, eq=False)
 class PendingStep:
-    """A step of a packed session. It is run token by token until it has its reply."""
+    """A step of a packed session. It runs in one or more forwards until it has its reply."""
 
     frame: Frame
     owner: str

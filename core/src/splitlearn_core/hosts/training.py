@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 #: Tensors of a frame with the state of a generator.
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"
-#: The output of a component in a frame; what else leaves it has its own name. And the gradient of each.
+#: Names in a frame: of a component's output (what else leaves it has its own name), and the prefix of gradients.
 OUTPUT, GRADIENT = "output", "gradient"
 #: Adapted copies of the component that are kept, one for each description of adapters.
 _MAX_COPIES = 16
@@ -308,7 +308,7 @@ class Running:
         meta: Mapping[str, Any],
         gradients: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Run it, and return the gradients of what a frame wants them of, for those of the outputs.
+        """Run it, and return the gradients that a frame asks for, given those of the outputs.
 
         Raises:
             RemoteError: It failed; or the frame wants what there is not.

@@ -185,7 +185,7 @@ def _plan(
             # Of all layers, also those of components that are not planned: one alone has no neighbours.
             warnings=uneven_layers(
                 f"{family.base}.{family.layers}.",
-                # Without what names a source of the tensor before it.
+                # Without the part after "#", which names a source of the tensor.
                 (name.partition("#")[0] for sources in table.sources.values() for name in sources),
             ),
             unexpected=tuple(table.unexpected),

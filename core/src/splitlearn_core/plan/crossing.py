@@ -36,11 +36,11 @@ class CrossingTensor:
     places: tuple[int, int] = (0, 1)
 
     def shape(self, layers_left: int) -> tuple[int, ...]:
-        """Return its dimensions after batch and sequence, where so many layers are left."""
+        """Return its dimensions after batch and sequence, at a cut that so many layers follow."""
         return (layers_left, *self.sizes) if self.source is Source.SLICES else self.sizes
 
     def elements(self, layers_left: int) -> int:
-        """Return how many values of each token cross a cut before which so many layers are left."""
+        """Return how many of its values cross a cut that so many layers follow, for each token."""
         return math.prod(self.shape(layers_left))
 
 
@@ -52,7 +52,7 @@ def crossing_tensors(family: ModelFamily, config: Mapping[str, Any]) -> dict[str
         config: ``config.json``.
 
     Raises:
-        ConfigurationError: A size is missing in ``config.json``, or is none.
+        ConfigurationError: A size in ``config.json`` is missing, or is not a whole number.
     """
     described = {STATES: (BATCH, SEQUENCE, "hidden_size"), **family.crossing}
     tensors = {name: _tensor(family, config, name, dimensions) for name, dimensions in described.items()}
@@ -84,8 +84,8 @@ def _size(family: ModelFamily, config: Mapping[str, Any], dimension: str) -> int
         value = family.config_value(config, name)
         if type(value) is not int or value < 0:
             raise ConfigurationError(
-                f"config.json says {family.config_names.get(name, name)} = {value!r}; a whole number is needed, which "
-                "is a dimension of what crosses a cut",
+                f"config.json says {family.config_names.get(name, name)} = {value!r}, which has to be a whole number: "
+                "it is a dimension of a tensor that crosses a cut",
                 hint="use the config.json that the checkpoint was saved with",
             )
         size *= value

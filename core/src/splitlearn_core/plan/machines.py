@@ -84,12 +84,12 @@ class Proposal:
 
     @property
     def seconds_per_token(self) -> float:
-        """For one text: each machine after the other, and the ways between them."""
+        """For one text: the times of all machines, one after the other, and their delays."""
         return sum(stage.seconds + stage.machine.delay for stage in self.stages)
 
     @property
     def tokens_per_second(self) -> float:
-        """For many texts at once: as many as the slowest trunk computes, each alone."""
+        """For many texts at once, at most: as many as the slowest trunk computes, one at a time."""
         return 1 / max(stage.seconds for stage in self.stages[1:])
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def parse_machines(texts: Sequence[str]) -> tuple[Machine, ...]:
     """Read machines: ``NAME=MEMORY:SPEED/s``, or with the delay after it, ``:10ms``.
 
     Raises:
-        ConfigurationError: They are not machines, fewer than two, or two of one name; all problems are listed.
+        ConfigurationError: A text describes no machine, there are fewer than two, or two have one name; it lists all.
     """
     machines, problems = [], []
     for text in texts:
@@ -145,7 +145,7 @@ def pieces_of(plan: SplitPlan, family: ModelFamily, tokens: int) -> list[Piece]:
 
 
 def propose(pieces: Sequence[Piece], machines: Sequence[Machine]) -> Proposal:
-    """Choose split points so that everything fits, the slowest trunk is as fast as possible, and then a token's time.
+    """Choose split points that fit: those with the fastest slowest trunk, and of these, those with the fastest token.
 
     Args:
         pieces: All layers, in order.
@@ -166,7 +166,7 @@ def propose(pieces: Sequence[Piece], machines: Sequence[Machine]) -> Proposal:
         needed = sum(piece.memory for piece in pieces)
         there = ", ".join(f"{machine.name} {human_bytes(machine.memory)}" for machine in machines)
         raise InsufficientMemoryError(
-            f"{human_bytes(needed)} do not fit on these machines, cut between layers: {there}",
+            f"{human_bytes(needed)} do not fit on these machines when cut between layers: {there}",
             hint="give more machines or memory, a smaller dtype (--dtype), or fewer tokens (--tokens)",
         )
     chosen = _best(pieces, owner, servers, limit=slowest[0] * _ROUNDING) or slowest

@@ -1,4 +1,4 @@
-"""Tensors that a file holds as numbers of few bits, with a scale for each block of them. Pure."""
+"""Quantised tensors: a file holds them as numbers of few bits, and a scale for each block of numbers. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitlearn_core.types import TensorInfo
 FP8, MXFP4, COMPRESSED = "fp8", "mxfp4", "compressed-tensors"
 #: The quantisation methods whose tensors are dequantised one by one; of the last, only 8-bit floats.
 METHODS = (FP8, MXFP4, COMPRESSED)
-#: Method -> how keys end: those of plain tensors, of numbers, and of their scales.
+#: Method -> suffixes of keys: of plain tensors, of numbers, and of their scales.
 _SUFFIXES = {
     FP8: ("", "", "_scale_inv"),
     MXFP4: ("", "_blocks", "_scales"),
@@ -24,7 +24,7 @@ _PLAIN_FORMATS = ("float-quantized", "naive-quantized", None)
 #: Scales of inputs, which dequantised weights do not need.
 _OF_INPUTS = (".activation_scale", ".input_scale")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
-#: The last two are exponents of two.
+#: Dtypes of scales; the last two hold exponents of two.
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 #: Dimensions of packed experts: expert, row, block, byte.
 _PACKED_DIMENSIONS = 4
@@ -111,7 +111,7 @@ def _stated_block(value: object) -> tuple[int, ...]:
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(size) is int and size > 0 for size in value):  # noqa: PLR2004  # rows, columns
         return tuple(value)
     raise ConfigurationError(
-        f"weight_block_size of quantization_config is {quote(value)}", hint="it is two numbers: of rows, and of columns"
+        f"weight_block_size of quantization_config is {quote(value)}", hint="it is two integers: rows and columns"
     )
 
 
@@ -141,7 +141,7 @@ def resolved(quantised: QuantisedTensor, tensors: Mapping[str, TensorInfo]) -> Q
     if numbers.dtype not in _FLOAT8 or scales.dtype not in _SCALES:
         raise ValueError(f"{numbers.key} is {numbers.dtype}, and {scales.key} {scales.dtype}")
     if len(numbers.shape) < 2 or 0 in numbers.shape:  # noqa: PLR2004  # rows, columns
-        raise ValueError(f"{numbers.key} {list(numbers.shape)} is no matrix")
+        raise ValueError(f"{numbers.key} {list(numbers.shape)} is not a matrix")
     sizes = numbers.shape[-2:]
     if math.prod(scales.shape) == 1:
         return replace(quantised, shape=numbers.shape, block=sizes)

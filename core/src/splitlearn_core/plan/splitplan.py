@@ -44,12 +44,12 @@ class PlannedTensor:
     places: tuple[Place, ...] = ()
     #: The dtype that it is loaded in whatever that of the component is, by torch's name; empty for none.
     kept_dtype: str = ""
-    #: The tensor that is computed of this one, its numbers or its scales; None for a plain one. It has the places.
+    #: The quantised tensor whose numbers or scales this is, None for a plain one; ``places`` are where its values go.
     quantised: QuantisedTensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape once it is loaded: of numbers, that of the dequantised tensor, and scales are not kept."""
+        """Its shape once it is loaded: for numbers, that of the dequantised tensor; scales are not kept."""
         if self.quantised is None:
             return self.info.shape
         return self.quantised.shape if self.info.key == self.quantised.numbers else (0,)
@@ -60,7 +60,7 @@ class PlannedTensor:
 
     @property
     def as_plain(self) -> PlannedTensor | None:
-        """The tensor that plain weights have in its place; None if they have none, or made of others."""
+        """The tensor of plain weights in its place; None if there is none, or if it is made of several."""
         if self.quantised is None:
             return self
         if self.info.key != self.quantised.numbers or self.quantised.method == MXFP4:
@@ -158,7 +158,8 @@ class SplitPlan:
     components: tuple[ComponentPlan, ...]
     #: Checkpoint keys of tensors that two components hold.
     tied: tuple[str, ...]
-    #: Bytes that cross each cut for each token, in the planned dtype (the widest of several); of the first cut.
+    #: Bytes that cross a cut for each token, in the planned dtype (the widest of several). Where cuts differ, those of
+    #: the first.
     cut_bytes_per_token: int
     #: The memory that loading all of it on the CPU takes, for each of core's strategies that can read it.
     memory: Mapping[str, MemoryNeeds] = field(default_factory=dict, compare=False)
@@ -397,7 +398,7 @@ def cut_bytes(
 ) -> int:
     """Bytes of what crosses a cut for each token, its hidden state above all, in the widest of the dtypes.
 
-    Where that depends on the number of layers after the cut, those of the first.
+    Where it depends on the number of layers after the cut, those of the first cut.
     """
     width = max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in dtypes)
     wide = DTYPE_BYTES[FLOAT_DTYPES[_WIDE]] if family.config_value(config, "residual_in_fp32") else width

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _VALUES, _BYTES = 2**18, 32
 #: The values of 4-bit floats: sign, two bits of exponent, one of mantissa.
 _FOUR_BITS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-#: Of exponents that are stored as bytes.
+#: The bias of exponents that are stored as bytes.
 _BIAS = 127
 
 
@@ -97,10 +97,10 @@ def _eight_bits(
 
     (rows, columns), (height, width) = tensor.shape[-2:], tensor.block
     down, across = -(-rows // height), -(-columns // width)
-    # The number of each row among those of all matrices, and of its scales among those.
+    # The number of each row among the rows of all matrices, and below, that of its scales among all rows of scales.
     number = torch.arange(first, first + len(out))
     grid = scales.reshape(-1, across)[number // rows * down + number % rows // height]
-    # Bytes are exponents.
+    # Scales that are bytes are exponents.
     grid = (grid.float() - _BIAS).exp2() if grid.dtype == torch.uint8 else grid.float()
     expanded = grid.repeat_interleave(width, dim=1)[:, :columns]
     values = numbers.view(-1, columns)[first : first + len(out)].float() * expanded

@@ -10,7 +10,7 @@ from splitlearn_core import ModelFamily, SplitLearnError
 
 #: Fields of a family that no examination gives: two are names of other packages, and two are the plugin's own choice.
 _NOT_EXAMINED = {"impossible_cuts", "bundled_checkpoint", "default_model", "preferred_strategy"}
-#: Values that a model of several has for all of them.
+#: Values of the whole, in a configuration of several models.
 _OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype")
 _LAYERS = "num_hidden_layers"
 _FIELDS = {item.name: item for item in fields(ModelFamily) if item.name not in _NOT_EXAMINED}
@@ -42,7 +42,7 @@ class Answer:
     #: Arguments of :class:`ModelFamily`; empty if the type is refused.
     fields: Mapping[str, Any] = field(default_factory=dict)
     unproven: tuple[UnprovenSetting, ...] = ()
-    #: The types of decoder with which a model of several is proven; empty if all models of the type have the same.
+    #: In a type of several models, the types of decoder with which it is proven; empty if there is only one.
     decoders: tuple[str, ...] = ()
     #: Why the type is refused, and what to do; empty if it is not.
     refusal: str = ""
@@ -68,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _ProvenAlone:
-    """Allows no cut of a model that has an unproven setting, or another decoder than the proven ones."""
+    """Allows no cut of a model that has an unproven setting, or an unproven type of decoder."""
 
     family: ModelFamily = field(compare=False)
     unproven: tuple[UnprovenSetting, ...]
@@ -80,7 +80,7 @@ class _ProvenAlone:
         reason = next((setting.reason for setting in self.unproven if setting.applies_to(values)), "")
         decoder = self.family.decoder_values(config).get("model_type")
         if self.decoders and isinstance(decoder, str) and decoder not in self.decoders:
-            reason = f"with a decoder of type {decoder!r} it is not proven, only with {', '.join(self.decoders)}"
+            reason = f"it is not proven with a decoder of type {decoder!r}, only with {', '.join(self.decoders)}"
         return dict.fromkeys(range(1, layers), reason) if reason and isinstance(layers, int) else {}
 
 

@@ -37,7 +37,7 @@ _TIED = "tie_word_embeddings"
 WIDE = "residual_in_fp32"
 #: transformers' tables of classes that predict tokens of text, of models of several.
 _OF_SEVERAL = ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM")
-#: Those that are named as evidence of the kind of another type.
+#: Tables that an error names as evidence of what another type is.
 _KINDS = ("SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "IMAGE_CLASSIFICATION", "SPEECH_SEQ_2_SEQ")
 
 

@@ -183,7 +183,7 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
 def _tiny_config(
     model_type: str, known: Any, stated: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Create a small configuration as :func:`tiny_config` does, of a decoder with what it is in.
+    """Create a small configuration as :func:`tiny_config` does, of a decoder and the models around it.
 
     Args:
         model_type: The model type.

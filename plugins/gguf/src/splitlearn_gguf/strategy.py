@@ -130,7 +130,7 @@ def _first_part(plan: ReadPlan, shard: str) -> Header:
     first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", shard)
     if first not in plan.paths:
         raise InvalidCheckpointError(
-            f"{shard} is a part of a model, whose first part is not here", hint="fetch all parts of the model"
+            f"{shard} is a part of a model, and its first part is missing", hint="fetch all parts of the model"
         )
     return read_header(plan.paths[first])
 

@@ -14,8 +14,8 @@ from splitlearn_core.extension import Frame, encode
 if TYPE_CHECKING:
     from splitlearn_core.extension import PendingStep, SessionLimits, Sessions
 
-#: How long to wait for the next steps of sessions of the last forwards: a part of what those took, and at
-#: least so many seconds. After a wait in vain there are so many forwards without one.
+#: How long to wait for further steps of the sessions in the last forwards: a share of the time of the last one, and at
+#: least so many seconds. After a wait in vain, so many forwards begin without one.
 _WINDOW_PART, _WINDOW_LEAST, _FORWARDS_WITHOUT = 0.1, 0.002, 8
 
 
@@ -62,7 +62,7 @@ class Packs:
             return await asyncio.shield(waiting.reply)
         except asyncio.CancelledError:
             step.is_abandoned = True
-            # Nothing else may use its session before that is as it was.
+            # Nothing else may use its session until that is restored.
             await asyncio.wait([waiting.reply])
             raise
 
