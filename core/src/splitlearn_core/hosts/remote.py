@@ -65,7 +65,7 @@ def connect(
         wire: How hidden states and gradients are sent, both ways: lossless ``"raw"``, or ``"int8"`` or ``"int4"``
             with 8 or 4 bits for each value.
         mode: ``"solo"`` is bit-equal to the unsplit model. ``"packed"`` lets the server run steps of several sessions
-            in one forward, which is faster where many generate at once; results are close to those, not equal.
+            in one forward, which is faster if many generate at once; results are close to those of "solo", not equal.
         max_tokens: Tokens of one sequence for which the server reserves memory; a longer sequence asks for more.
         wait: Seconds to wait for a server that was reached before and has become unreachable.
         reply_timeout: Seconds for the reply to one step.
