@@ -182,7 +182,9 @@ def with_count(page: str) -> str:
     answers = next(iter(columns(page).values()), {})
     used = most_used(page)
     refused = [f"`{name}`" for name in used if not splits(answers.get(name, NOT_THERE))]
-    line = f"Of these {len(used)}, {len(used) - len(refused)} can be split; not: {', '.join(refused) or 'none'}."
+    line = f"All {len(used)} can be split."
+    if refused:
+        line = f"Of these {len(used)}, {len(used) - len(refused)} can be split; not: {', '.join(refused)}."
     return _MOST_USED.sub(lambda found: f"{found['list']}<!-- of these -->\n{line}", page)
 
 

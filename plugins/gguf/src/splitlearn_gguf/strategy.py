@@ -63,9 +63,9 @@ class GgufStrategy:
         # Only the first of several parts says it.
         known = architecture(header.architecture, str(path)) if header.architecture else architecture_of(model_type)
         if known is None or model_type not in known.model_types:
+            stored = f" of the architecture {header.architecture[:80]!r}" if header.architecture else ""
             raise InvalidCheckpointError(
-                f"{path} holds a model of the architecture {header.architecture[:80] or 'of its first part'!r}, "
-                f"but its configuration says model_type {model_type[:80]!r}",
+                f"{path} holds a model{stored}, but its configuration says model_type {model_type[:80]!r}",
                 hint="do config.json and the file belong together?",
             )
         keyed = _keyed(header, known)
