@@ -168,7 +168,8 @@ def test_a_forward_that_fails_is_repeated_by_each_alone(trunk: Any, monkeypatch:
     sessions = Sessions(trunk, 3)
     prompts, tokens = states_of(trunk, 4, 4, 4), states_of(trunk, 1, 1, 1)
     sessions.run(*map(sessions.step, range(3), prompts))
-    original = trunk.layer_modules[CUTS[1] - 1].forward
+    layer = sessions.table._packing.layer_modules[CUTS[1] - 1]
+    original = layer.forward
 
     def forward(hidden_states: torch.Tensor, **arguments: Any) -> Any:
         result = original(hidden_states, **arguments)
@@ -179,7 +180,7 @@ def test_a_forward_that_fails_is_repeated_by_each_alone(trunk: Any, monkeypatch:
         return result
 
     marked = [False]
-    monkeypatch.setattr(trunk.layer_modules[CUTS[1] - 1], "forward", forward)
+    monkeypatch.setattr(layer, "forward", forward)
     replies = sessions.run(*map(sessions.step, range(3), tokens))
     for place, output in enumerate(outputs(replies)):
         alone = Sessions(trunk, 3)
@@ -254,3 +255,59 @@ def test_modes_that_a_host_does_not_have_are_refused(trunk: Any) -> None:
     endpoint: Any = MemoryEndpoint(lambda: SessionTable(trunk))
     with pytest.raises(ConfigurationError, match="runs sessions solo, packed"):
         Host(endpoint, Patience(5.0, 2**30), mode="parallel")
+
+
+def test_other_callers_of_the_component_are_not_disturbed(trunk: Any) -> None:
+    """A pack runs on modules of its own: the attention of the component itself stays what it was meanwhile."""
+    sessions = Sessions(trunk, 1)
+    (states,) = states_of(trunk, 3)
+    seen = []
+    sessions.run(sessions.step(0, states))
+    packing = sessions.table._packing
+    hook = packing.register_forward_pre_hook(lambda *_: seen.append(trunk.config._attn_implementation))
+    sessions.run(sessions.step(0, states))
+    hook.remove()
+    assert seen == ["sdpa"]
+    shared = dict(trunk.named_parameters())
+    assert all(own.data_ptr() == shared[name].data_ptr() for name, own in packing.named_parameters())
+
+
+def test_a_step_that_is_given_up_before_it_begins_leaves_its_session(trunk: Any) -> None:
+    """It neither runs nor keeps the session locked; what fails at its end leaves the session as it was."""
+    sessions = Sessions(trunk, 1)
+    (states,) = states_of(trunk, 3)
+    step = sessions.step(0, states)
+    step.is_abandoned = True
+    assert sessions.run(step)[0].kind is Kind.ERROR
+    sessions.done[0] = 0
+    ended = sessions.step(0, states)
+    sessions.table.run_pack([ended])
+    sessions.done[0] = 1
+    failing = sessions.step(0, states)
+
+    def pack_no_more(*_: Any) -> Any:
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("splitlearn_core.hosts.sessions.pack", pack_no_more)
+        assert sessions.run(failing)[0].kind is Kind.ERROR
+    sessions.done[0] = 1
+    assert sessions.run(sessions.step(0, states))[0].meta["length"] == 6
+
+
+def test_layers_that_attend_in_another_way_are_noticed(trunk: Any) -> None:
+    """Of a model whose attention is replaced by code that asks nobody, no result of a pack is returned."""
+    sessions = Sessions(trunk, 2)
+    states = states_of(trunk, 3, 2)
+    first = sessions.run(sessions.step(0, states[0]))
+    assert first[0].kind is Kind.RESULT
+    for layer in trunk.layer_modules[slice(*CUTS)]:
+        # A function is copied as it is, and calls the layer of the component.
+        layer.forward = lambda *args, own=layer.forward, **kwargs: own(*args, **kwargs)
+    try:
+        other = Sessions(trunk, 2)
+        replies = other.run(*map(other.step, range(2), states))
+    finally:
+        for layer in trunk.layer_modules[slice(*CUTS)]:
+            del layer.forward
+    assert [reply.meta["code"] for reply in replies] == ["failed", "failed"]

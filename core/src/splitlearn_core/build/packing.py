@@ -94,6 +94,9 @@ def packed(config: Any, items: Sequence[PackItem], like: torch.Tensor) -> Iterat
     config._attn_implementation = _PACKED  # noqa: SLF001  # the public setter is the model's, and checks names
     try:
         yield torch.cat([place.reshape(1, -1) for place in positions], dim=1), _PackCache(pack)
+        if pack.open_layers:
+            # Tokens of one session would have attended to those of others.
+            raise RuntimeError(f"{pack.open_layers} layers do not attend by transformers' attention interface")
     finally:
         config._attn_implementation = implementation  # noqa: SLF001
         _RUNNING.reset(token)
@@ -118,6 +121,8 @@ class _Pack:
         self._implementation = implementation
         #: Of the layer that is running, the keys and values of each session.
         self.attended: tuple[int, list[tuple[torch.Tensor, torch.Tensor]]] = (-1, [])
+        #: How many layers have cached keys, and not attended to them.
+        self.open_layers = 0
 
     def parted(self, packed_states: torch.Tensor) -> list[torch.Tensor]:
         """Part ``[1, heads, tokens, size]`` into ``[rows, heads, tokens, size]`` of each session."""
@@ -132,6 +137,7 @@ class _Pack:
         number, cached = self.attended
         if number != module.layer_idx:
             raise RuntimeError(f"layer {module.layer_idx} attends to keys that it did not cache: it cannot be packed")
+        self.open_layers -= 1
         outputs = []
         for part, (keys, values), masks in zip(self.parted(query), cached, self._masks, strict=True):
             mask = masks[(self._layer_types or ())[number]] if isinstance(masks, dict) else masks
@@ -142,7 +148,9 @@ class _Pack:
     def _attention(self, module: Any) -> Any:
         if self._implementation != "eager":
             return ALL_ATTENTION_FUNCTIONS[self._implementation]
-        return sys.modules[type(module).__module__].eager_attention_forward
+        # Each model's own; a class that is derived elsewhere has that of the class that it is derived from.
+        modules = (sys.modules[base.__module__] for base in type(module).__mro__)
+        return next(forward for each in modules if (forward := getattr(each, "eager_attention_forward", None)))
 
 
 _RUNNING: ContextVar[_Pack] = ContextVar("pack")
@@ -165,6 +173,7 @@ class _PackCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pack = self._pack
         parts = zip(pack.items, pack.parted(key_states), pack.parted(value_states), strict=True)
+        pack.open_layers += 1
         pack.attended = layer_idx, [item.cache.update(keys, values, layer_idx) for item, keys, values in parts]
         return key_states, value_states
 

@@ -54,7 +54,7 @@ def command(
     """
     from splitlearn_core.api import plan_opened
     from splitlearn_core.loading.opening import open_model
-    from splitlearn_core.plan.split_points import names_of_parts, possible_points
+    from splitlearn_core.plan.split_points import even_thirds, names_of_parts, possible_points
 
     if machines and split_points is not None:
         raise click.UsageError("--over chooses the split points; leave --split out")
@@ -63,6 +63,9 @@ def command(
     opened.checkpoint.require_weights()
     if over:
         points = possible_points(opened.family, opened.config)
+        if not points:
+            # Raises, with the reason.
+            even_thirds(opened.family, opened.config)
         finest = plan_opened(opened, points, names_of_parts(points), dtype)
         proposal = propose(pieces_of(finest, opened.family, tokens), over)
         if as_json:

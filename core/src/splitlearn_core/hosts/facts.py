@@ -15,7 +15,6 @@ from splitlearn_core.types import FLOAT_DTYPES, LayerRange, is_component_name, k
 from splitlearn_core.wire_formats import WIRES
 
 _MAX_TEXT, _MAX_ITEMS, _MAX_NUMBER = 4_096, 10_000, 2**53
-#: Fields of an origin that are not sent: they are long, and only needed for saving components.
 #: Class of a cache layer in transformers -> what it caches.
 CACHE_KINDS = {
     "DynamicLayer": "keys",
@@ -29,6 +28,7 @@ CACHE_KINDS = {
 INPUTS = "inputs"
 #: How a session runs: alone, bit-equal to the unsplit model; or in one forward with others, close to it.
 SOLO, PACKED = MODES = ("solo", "packed")
+#: Fields of an origin that are not sent: they are long, and only needed for saving components.
 _LOCAL = ("ties", "keys", "config")
 
 

@@ -53,6 +53,7 @@ from splitlearn_core.hosts.packs import BegunStep, PendingStep, advance, fits_a_
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
 from splitlearn_core.hosts.training import Mode, Training, TrainingLimits, TrainingUsage, taken_gradients, taken_random
+from splitlearn_core.hosts.tuning import frozen_copy
 from splitlearn_core.hosts.wires import compressed, expanded, wire_of
 from splitlearn_core.system_memory import return_free_memory
 from splitlearn_core.types import Component, human_bytes
@@ -137,6 +138,10 @@ def _repeated(session: _Session, frame: Frame) -> Frame | None:
     return None
 
 
+def _abandoned() -> RemoteError:
+    return RemoteError("nobody waits for this step any more", code="failed")
+
+
 def _finished(session: _Session, frame: Frame, result: Frame) -> Frame:
     session.done, session.nonce = frame.step, frame.meta.get("nonce")
     session.result = result._replace(session=session.number, step=frame.step)
@@ -187,6 +192,8 @@ class SessionTable:
         self._counts_tokens = any(map(counts_tokens, component.new_cache().layers))
         self._sessions: dict[int, _Session] = {}
         self._training = Training(component, clock, usage)
+        #: Modules of its own with the same weights, which run packs.
+        self._packing: ComponentModel | None = None
         self._lock = threading.Lock()
         #: Held during a forward, so that one runs at a time.
         self._compute = threading.Lock()
@@ -248,26 +255,29 @@ class SessionTable:
         One step of each session at a time; a step that has begun is continued until it has its reply, or is abandoned.
         """
         for step in steps:
-            if step.begun is None:
+            if step.is_abandoned:
+                step.reply = error_frame(_abandoned(), step.frame) if step.begun is None else step.begun.fail(None)
+            elif step.begun is None:
                 step.reply = self._answer(step.frame, partial(self._begin, step))
-            elif step.is_abandoned:
-                step.reply = step.begun.fail(None)
         ready = [step for step in steps if step.reply is None and step.begun is not None]
         running = [cast("BegunStep", step.begun) for step in ready]
         if not running:
             return
         with self._compute, torch.inference_mode(mode=False), torch.no_grad():
-            failed = advance(self._component, running, self._clock)
+            if self._packing is None:
+                # A pack changes the configuration, which others may be using: the component may have other callers.
+                self._packing = frozen_copy(self._component)
+            failed = advance(self._packing, running, self._clock)
         for place, (step, begun) in enumerate(zip(ready, running, strict=True)):
             if place in failed:
                 step.reply = begun.fail(failed[place])
             elif not begun.remaining:
-                step.reply = self._answer(step.frame, begun.succeed)
+                step.reply = self._answer(step.frame, begun.succeed, is_expanded=True)
 
-    def _answer(self, frame: Frame, handler: Callable[[Frame], Any]) -> Any:
+    def _answer(self, frame: Frame, handler: Callable[[Frame], Any], *, is_expanded: bool = False) -> Any:
         """Return a handler's reply to a request, or the error that it raises as a reply."""
         try:
-            reply = handler(expanded(frame, self.limits.max_payload))
+            reply = handler(frame if is_expanded else expanded(frame, self.limits.max_payload))
             if reply is None:
                 return None
             reply = compressed(reply, wire_of(frame))
@@ -407,9 +417,10 @@ class SessionTable:
         """Check a step of a packed session, and prepare it; return its reply if there is nothing more to run."""
         session = self._session(frame, step.owner)
         session.lock.acquire()
-        before = _State.of(session)
+        before: _State | None = None
         is_prepared = False
         try:
+            before = _State.of(session)
             repeated = _repeated(session, frame)
             if repeated is not None:
                 return repeated
@@ -423,6 +434,8 @@ class SessionTable:
                 result = self._forward(frame, session, step.owner, step.limits)
                 is_prepared = True
                 return _finished(session, frame, result)
+
+            begun_from = before
 
             def succeed(request: Frame) -> Frame:
                 begun = cast("BegunStep", step.begun)
@@ -438,17 +451,17 @@ class SessionTable:
                     result = Frame(Kind.RESULT, meta=meta, tensors=specs, buffers=buffers)
                     return _finished(session, request, result)
                 except BaseException:
-                    before.restore(session)
+                    begun_from.restore(session)
                     raise
                 finally:
                     session.used_at = self._clock()
                     session.lock.release()
 
             def fail(error: RemoteError | None) -> Frame:
-                before.restore(session)
+                begun_from.restore(session)
                 session.used_at = self._clock()
                 session.lock.release()
-                return error_frame(error or RemoteError("the step was abandoned", code="failed"), step.frame)
+                return error_frame(error or _abandoned(), step.frame)
 
             step.begun = BegunStep(
                 hidden=hidden,
@@ -462,9 +475,10 @@ class SessionTable:
             is_prepared = True
             return None
         finally:
-            if not is_prepared:
+            if before is not None and not is_prepared:
                 before.restore(session)
             if step.begun is None:
+                session.used_at = self._clock()
                 session.lock.release()
 
     def _put(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:

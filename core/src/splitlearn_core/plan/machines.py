@@ -134,13 +134,17 @@ def pieces_of(plan: SplitPlan, family: ModelFamily, tokens: int) -> list[Piece]:
     """
     embedding = f"{family.base}.{family.embedding}."
     pieces = []
+    of_bottom = {item.info.key for item in plan.components[0].tensors}
     for part in plan.components:
         loaded = part.loaded_bytes(part.dtype)
         # Of the embedding, a token needs one row.
         rows = [item for item in part.tensors if part.layers.start == 0 and item.module_key.startswith(embedding)]
         unread = sum(loaded_nbytes(item, part.dtype) for item in rows)
         caches = part.kv_bytes_per_token * tokens + part.state_bytes_per_sequence
-        pieces.append(Piece(part.layers.start, part.layers.end, loaded + caches, loaded - unread))
+        # The owner has bottom and top, and what is in both, such as a tied head, once.
+        twice = [item for item in part.tensors if part.layers.start and item.info.key in of_bottom]
+        memory = loaded + caches - sum(loaded_nbytes(item, part.dtype) for item in twice)
+        pieces.append(Piece(part.layers.start, part.layers.end, memory, loaded - unread))
     return pieces
 
 

@@ -74,9 +74,15 @@ class Packs:
             begin = time.monotonic()
             try:
                 replies = await self._model.run(partial(self._forward, pack))
+            except asyncio.CancelledError:
+                # The thread may still compute: its sessions stay locked, and end with the table.
+                for waiting in self._waiting:
+                    waiting.reply.cancel()
+                raise
             except Exception as error:  # noqa: BLE001  # each of those that wait raises it
                 for waiting in pack:
-                    if waiting.step.begun is not None:
+                    # What has its reply has released its session.
+                    if waiting.step.begun is not None and waiting.step.reply is None:
                         waiting.step.begun.fail(None)
                     _settle(waiting, error)
                 self._waiting = [waiting for waiting in self._waiting if waiting not in pack]
