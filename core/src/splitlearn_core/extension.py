@@ -77,7 +77,6 @@ if TYPE_CHECKING:
     from splitlearn_core.plan.split_points import split_layers as split_layers
     from splitlearn_core.plan.splitplan import plan_components as plan_components
     from splitlearn_core.plan.splitplan import total_cache_size as total_cache_size
-    from splitlearn_core.plugins.known import PACKAGES as PACKAGES
     from splitlearn_core.plugins.known import WRITTEN as WRITTEN
     from splitlearn_core.plugins.known import way_out as way_out
     from splitlearn_core.plugins.metadata import core_version as core_version
@@ -86,6 +85,9 @@ if TYPE_CHECKING:
     from splitlearn_core.quoting import quote as quote
     from splitlearn_core.quoting import reason as reason
     from splitlearn_core.quoting import said as said
+    from splitlearn_core.testing.worlds import DEPTHS as DEPTHS
+    from splitlearn_core.testing.worlds import OF_OTHERS as OF_OTHERS
+    from splitlearn_core.testing.worlds import other_sizes as other_sizes
     from splitlearn_core.types import human_bytes as human_bytes
 
 #: Name -> the module of core that it is in.
@@ -95,6 +97,7 @@ _HOMES = {
     "CONFIG": "checkpoint.files",
     "ComponentServer": "hosts.relay",
     "ConfigFile": "manager.config",
+    "DEPTHS": "testing.worlds",
     "Facts": "hosts.facts",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",
@@ -108,13 +111,15 @@ _HOMES = {
     "ManagerCollector": "manager.metrics",
     "MessageStream": "hosts.websocket",
     "ModelHost": "manager.loaders.loadable",
+    "OF_OTHERS": "testing.worlds",
     "PYTORCH": "manager.config_checks",
     "Patience": "hosts.client",
+    "PendingStep": "hosts.packs",
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
     "Sessions": "hosts.relay",
     "TOKEN_VARIABLE": "hosts.protocol",
-    "PACKAGES": "plugins.known",
+    "TrainingUsage": "hosts.training",
     "WRITTEN": "plugins.known",
     "base_of": "build.pruning",
     "cache_argument": "build.kv_cache",
@@ -125,18 +130,19 @@ _HOMES = {
     "decode_header": "hosts.protocol",
     "encode": "hosts.protocol",
     "ending": "child_process",
-    "TrainingUsage": "hosts.training",
     "error_frame": "hosts.sessions",
     "examine": "manager.config",
     "has_states_alone": "build.kv_cache",
     "hf_config": "build.configuration",
     "human_bytes": "types",
+    "impossible_cuts": "plan.split_points",
     "layer_cache_sizes": "build.cache_sizes",
     "limit_problems": "manager.config_checks",
     "load_arguments": "manager.loaders.own_process",
     "map_keys": "plan.keys",
     "message_head": "hosts.websocket",
     "open_source": "checkpoint.source",
+    "other_sizes": "testing.worlds",
     "own_state": "build.torch_state",
     "place_keys": "plan.keys",
     "plan_components": "plan.splitplan",
@@ -151,7 +157,6 @@ _HOMES = {
     "sessions_on": "hosts.relay",
     "show": "manager.config_checks",
     "sizes_after_one_token": "build.cache_sizes",
-    "impossible_cuts": "plan.split_points",
     "split_layers": "plan.split_points",
     "targets_by_tables": "build.conversion_tables",
     "through_no_layers": "build.pruning",

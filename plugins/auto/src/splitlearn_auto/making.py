@@ -19,8 +19,14 @@ from transformers import PreTrainedModel
 
 from splitlearn_auto.findings import CannotSplitError
 from splitlearn_auto.knowledge import decoder_name, decoder_names, model_class_name
-from splitlearn_core.extension import CACHE_FIELD, sizes_after_one_token, with_decoder_values
-from splitlearn_core.testing.worlds import DEPTHS, OF_OTHERS, other_sizes
+from splitlearn_core.extension import (
+    CACHE_FIELD,
+    DEPTHS,
+    OF_OTHERS,
+    other_sizes,
+    sizes_after_one_token,
+    with_decoder_values,
+)
 
 #: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
 TINY: Mapping[str, Any] = {
