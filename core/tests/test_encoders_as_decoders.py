@@ -157,7 +157,8 @@ def test_the_bias_of_the_head_is_one_tensor(world: Any, tmp_path: Path) -> None:
     """In a tied model, under whichever of its two names the file has it; only the top has it."""
     install(world, "bert")
     folder = write_checkpoint(tmp_path / "whole", make("bert"))
-    tensors = load_file(folder / SINGLE)
+    # Copies: older safetensors maps the file, which is written again.
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / SINGLE).items()}
     assert f"{HEAD}.bias" not in tensors
     for names in ((BIAS,), (f"{HEAD}.bias",), (BIAS, f"{HEAD}.bias")):
         others = {key: value for key, value in tensors.items() if key != BIAS}
