@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|os|pathlib|pluggy|torch|transformers|types|typing)\..*"),
     ("py:.*", r"PluginManager.*"),  # pluggy's own docstrings of the markers
     ("py:class", r"AnyComponent|AnySplitModel|DType|Future|Host|LoadPlan|Module|Parts|Path|ProgressCallback"),
-    ("py:class", r"ReportProgress|SessionLimits|.*_co|.*\.Place"),
+    ("py:class", r"ReportProgress|SessionLimits|.*_co|.*\.Place|.*\.QuantisedTensor"),
 ]
 
 
