@@ -77,9 +77,9 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.remote import RemoteComponent as RemoteComponent
     from splitlearn_core.hosts.remote import connect as connect
     from splitlearn_core.loading_strategy import LoadingStrategy as LoadingStrategy
-    from splitlearn_core.loading_strategy import ReadPlan as ReadPlan
     from splitlearn_core.loading_strategy import PartsReader as PartsReader
     from splitlearn_core.loading_strategy import RangedReader as RangedReader
+    from splitlearn_core.loading_strategy import ReadPlan as ReadPlan
     from splitlearn_core.loading_strategy import WeightReader as WeightReader
     from splitlearn_core.manager.config import ModelConfig as ModelConfig
     from splitlearn_core.manager.handles import AsyncManagedModel as AsyncManagedModel
