@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from splitlearn_core import MissingFileError, load_split_model, plan_fetch, plan_split
+import support.hub
+from splitlearn_core import InvalidCheckpointError, MissingFileError, load_split_model, plan_fetch, plan_split
+from splitlearn_core.checkpoint.hub import repository
 from splitlearn_core.testing.worlds import parts_equal, tiny_model
 from support.hub import LoopbackHub
 
@@ -145,3 +148,47 @@ def test_what_is_not_there_is_named(hub: LoopbackHub, large: Any, tmp_path: Path
             load(name, "top")
         assert caught.value.hint, name
     assert torch.is_grad_enabled()
+
+
+def test_a_file_whose_size_is_not_listed_is_fetched_whole(
+    hub: LoopbackHub, large: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = write(large, tmp_path / "model.gguf")
+    listing = support.hub._sibling
+    monkeypatch.setattr(support.hub, "_sibling", lambda entry: {**listing(entry), "size": None})
+    hub.add_repo(REPO, tmp_path)
+    assert equal(load(f"{REPO}:{path.name}", "trunk"), load(path, "trunk"))
+
+
+def test_a_header_without_end_is_not_fetched(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header of any file could say that it is as long as the file."""
+    limit, size = 2 * HEAD, 16 * HEAD
+    monkeypatch.setattr(repository, "_MAX_HEADER", limit, raising=False)
+    stated = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, size)
+    with (tmp_path / "model.gguf").open("wb") as file:
+        file.write(b"GGUF" + stated)
+        file.truncate(file.tell() + size)
+    hub.add_repo(REPO, tmp_path)
+    with pytest.raises(InvalidCheckpointError, match="header"):
+        plan_split(f"{REPO}:model.gguf", SPLIT)
+    assert sent(hub) <= limit + HEAD
+
+
+def test_a_folder_in_a_name_is_not_taken_for_two_hyphens(hub: LoopbackHub, large: Any, tmp_path: Path) -> None:
+    """What is kept of a file in a folder is not used for another file."""
+    sizes = {"hidden_size": 128, "intermediate_size": 1024, "head_dim": 32}
+    other = tiny_model("qwen2", tie_word_embeddings=False, seed=1, **sizes)
+    (tmp_path / "a").mkdir()
+    files = [*write(large, tmp_path / "a/b.gguf"), *write(other, tmp_path / "a--b.gguf")]
+    hub.add_repo(REPO, tmp_path)
+    for options in ({}, {"local_files_only": True}):
+        for name, path in zip(("a/b.gguf", "a--b.gguf"), files, strict=True):
+            assert equal(load(f"{REPO}:{name}", "trunk", **options), load(path, "trunk")), name
+
+
+def test_of_many_missing_files_some_are_named(hub: LoopbackHub, tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-99999.gguf").write_bytes(b"GGUF")
+    hub.add_repo(REPO, tmp_path)
+    with pytest.raises(MissingFileError, match=r"lacks model-00002-of-99999\.gguf, .*more") as caught:
+        plan_split(f"{REPO}:model-00001-of-99999.gguf", SPLIT)
+    assert len(caught.value.message) < 1000

@@ -23,6 +23,7 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
+from splitlearn_core.checkpoint.files import of_one_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -196,6 +197,35 @@ def test_what_no_repository_can_be_called_is_missing(name: str) -> None:
         plan_split(name, CUTS, local_files_only=True)
 
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/owner/name", "hub:https://huggingface.co/owner/name.gguf"])
+def test_an_address_is_no_repository_with_a_file(name: str) -> None:
+    """Although it has a colon."""
+    with pytest.raises(MissingFileError, match="is an address") as caught:
+        plan_split(name, CUTS, local_files_only=True)
+
+    assert "owner/name:FILE" in caught.value.hint
+
+
+def test_the_files_of_a_model_in_many_parts_are_found_without_comparing_each_with_each() -> None:
+    class Name(str):
+        __slots__ = ()
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    parts = [f"model-{number:05}-of-00300.gguf" for number in range(1, 301)]
+    sizes = {Name(name): 1 for name in (*parts, "other.gguf")}
+    Name.compared = 0
+    found = of_one_model(sizes, parts[0])
+
+    assert [*found] == parts
+    assert Name.compared < 3 * len(parts)
 
 
 def test_a_repository_that_is_not_cached_is_missing(tmp_path: Path) -> None:

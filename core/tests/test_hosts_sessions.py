@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from splitlearn_core import ConfigurationError, load_split_model
+from splitlearn_core.errors import ProtocolError
 from splitlearn_core.hosts.facts import Facts
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
@@ -104,6 +105,13 @@ def test_what_a_host_says_of_itself_arrives(table: SessionTable, parts: Any) -> 
     broken = {**reply.meta, "hidden_size": -1, "dtype": "pickle"}
     with pytest.raises(Exception, match="hidden_size; dtype"):
         Facts.from_json(broken)
+
+
+@pytest.mark.parametrize("source", [[], {}, None, "nowhere"])
+def test_what_is_no_source_of_what_crosses_is_refused(table: SessionTable, source: Any) -> None:
+    meta = table.handle(Frame(Kind.HELLO)).meta
+    with pytest.raises(ProtocolError, match="crossing"):
+        Facts.from_json({**meta, "crossing": {"hidden_states": [source, 1]}})
 
 
 def test_a_step_that_is_sent_twice_is_done_once(table: SessionTable) -> None:

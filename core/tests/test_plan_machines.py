@@ -77,3 +77,10 @@ def test_more_machines_than_layers_are_refused() -> None:
     pieces = [Piece(number, number + 1, 1, 1) for number in range(3)]
     with pytest.raises(ConfigurationError, match="3 machines need 3 cuts, and this model has 2"):
         propose(pieces, [Machine(name, 9, 1.0) for name in "abc"])
+
+
+@pytest.mark.parametrize("text", ["{}:1GB/s", "{}GB:1GB/s", "1GB:{}GB/s", "1GB:1GB/s:{}ms"])
+def test_numbers_out_of_proportion_are_refused(text: str) -> None:
+    for digits in (400, 5000):
+        with pytest.raises(ConfigurationError, match="is not NAME=MEMORY"):
+            parse_machines(["owner=8GB:20GB/s", f"far={text.format('9' * digits)}"])

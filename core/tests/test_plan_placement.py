@@ -161,3 +161,9 @@ def test_one_device_as_a_map_names_the_argument_for_it(given: Any, device: str) 
     with pytest.raises(ConfigurationError, match="device_map is 'balanced'") as caught:
         parse_device_map("balanced", ALL)
     assert "device=" not in caught.value.hint
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "9" * 400 + "GB"], ids=["bytes", "unit"])
+def test_a_size_that_no_number_holds_is_refused(size: str) -> None:
+    with pytest.raises(ConfigurationError, match="cpu"):
+        parse_max_memory({"cpu": size})

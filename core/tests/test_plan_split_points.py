@@ -273,6 +273,14 @@ def test_an_impossible_cut_is_refused_with_its_reason() -> None:
     assert "1, 2, 3" in caught.value.hint
 
 
+@pytest.mark.parametrize("kinds", [5, "shared", {"0": "shared"}])
+def test_kinds_of_layers_that_are_no_list_are_refused(kinds: Any) -> None:
+    family = ModelFamily(model_type="x", architecture="X", joined_layers={"indexer_types": ("shared",)})
+    with pytest.raises(ConfigurationError, match="indexer_types") as caught:
+        split_layers(family, {"num_hidden_layers": 6, "indexer_types": kinds}, (1, 3))
+    assert caught.value.hint
+
+
 def test_an_invalid_split_is_three_things() -> None:
     """It can be caught as ours, as bad configuration and as a ValueError."""
     assert issubclass(InvalidSplitError, (ValueError,))

@@ -26,8 +26,10 @@ from splitlearn_core import (
     plan_split,
     save_split,
 )
+from splitlearn_core.plan.quantised import QuantisedTensor, resolved
 from splitlearn_core.readers import dequantising
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
+from splitlearn_core.types import TensorInfo
 
 needs_accelerate = pytest.mark.skipif(
     not is_accelerate_available(), reason="accelerate is not installed: nothing was compared with transformers"
@@ -373,3 +375,49 @@ def test_an_invalid_size_of_blocks_is_refused(quantised: Any, edit_json: Any, bl
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": block})
     with pytest.raises(SplitLearnError, match="weight_block_size"):
         plan_split(folder, CUTS)
+
+
+@pytest.mark.parametrize("scales", [torch.float8_e8m0fnu, torch.uint8])
+def test_exponents_are_no_scales_of_compressed_tensors(compressed: Any, scales: torch.dtype) -> None:
+    """Its values are rounded to the dtype of the scales, which cannot hold them."""
+    folder = compressed("llama", scales)
+    with pytest.raises(TensorMismatchError, match="exponents"):
+        plan_split(folder, CUTS)
+
+
+def test_blocks_that_are_wider_than_the_matrix_take_no_more_memory(quantised: Any, edit_json: Any) -> None:
+    folder = quantised("llama")
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in state if key.endswith("_scale_inv")]:
+            rows = len(state[key.removesuffix("_scale_inv")])
+            state[key] = torch.linspace(0.001, 0.1, rows // BLOCK)[:, None]
+
+    edit(folder, change)
+    states = []
+    for stated in ({}, {"weight_block_size": [BLOCK, 10**7]}):
+        edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", **stated})
+        states.append(state_of(load_split_model(None, CUTS, folder)))
+    assert equal(*states)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_one_scale_for_several_matrices(shape: tuple[int, ...]) -> None:
+    numbers = torch.arange(96).reshape(3, 4, 8).to(torch.float8_e4m3fn)
+    infos = {
+        "n": TensorInfo("n", "F8_E4M3", (3, 4, 8), "", 0, 96),
+        "s": TensorInfo("s", "F32", shape, "", 96, 100),
+    }
+    tensor = resolved(QuantisedTensor("k", "fp8", "n", "s"), infos)
+    values = dequantising.dequantise(tensor, numbers, torch.full(shape, 0.5), (0, 3), torch.float32)
+    assert torch.equal(values, numbers.float() * 0.5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 16), (4, 0, 2, 16), (4, 4, 0, 16), (4, 4, 2, 0)])
+def test_packed_experts_of_no_size_are_refused(shape: tuple[int, ...]) -> None:
+    infos = {
+        "n": TensorInfo("n", "U8", shape, "", 0, 0),
+        "s": TensorInfo("s", "U8", shape[:-1], "", 0, 0),
+    }
+    with pytest.raises(ValueError, match="do not fit"):
+        resolved(QuantisedTensor("k", "mxfp4", "n", "s"), infos)

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from splitlearn_core.child_process import ending as ending
     from splitlearn_core.child_process import reserve_stdout as reserve_stdout
     from splitlearn_core.errors import translate as translate
+    from splitlearn_core.family import BATCH as BATCH
+    from splitlearn_core.family import LAYERS as LAYERS
+    from splitlearn_core.family import SEQUENCE as SEQUENCE
+    from splitlearn_core.family import STATES as STATES
     from splitlearn_core.hosts.client import Host as Host
     from splitlearn_core.hosts.client import Patience as Patience
     from splitlearn_core.hosts.facts import Facts as Facts
@@ -92,6 +96,7 @@ if TYPE_CHECKING:
 
 #: Name -> the module of core that it is in.
 _HOMES = {
+    "BATCH": "family",
     "BUNDLED": "loading.opening",
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.files",
@@ -104,6 +109,7 @@ _HOMES = {
     "HUB": "checkpoint.source",
     "Host": "hosts.client",
     "Kind": "hosts.protocol",
+    "LAYERS": "family",
     "LoadedModel": "manager.loaders.loadable",
     "LoopLag": "manager.metrics",
     "MAX_META_BYTES": "hosts.protocol",
@@ -115,6 +121,8 @@ _HOMES = {
     "PYTORCH": "manager.config_checks",
     "Patience": "hosts.client",
     "PendingStep": "hosts.packs",
+    "SEQUENCE": "family",
+    "STATES": "family",
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
     "Sessions": "hosts.relay",

@@ -17,9 +17,10 @@ import torch
 from transformers import cache_utils
 
 from splitlearn_auto import NewPlugin, new_plugin
-from splitlearn_auto.examining import examine
+from splitlearn_auto.deriving import check_causal
+from splitlearn_auto.examining import _required_values, examine
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
-from splitlearn_auto.making import tiny_model
+from splitlearn_auto.making import tiny_config, tiny_model
 from splitlearn_auto.observing import with_noise
 from splitlearn_auto.package import package_files
 from splitlearn_auto.proving import differences
@@ -213,6 +214,29 @@ def test_a_wrong_family_is_not_proven(wrong: str, value: Any) -> None:
     assert differences(model, ModelFamily(**{**right, wrong: value})) != []
 
 
+def test_a_family_that_cannot_be_cut_is_not_proven() -> None:
+    from transformers import AutoConfig
+
+    config, _ = tiny_config("llama", AutoConfig.for_model("llama"), {})
+    model = tiny_model(config)
+    for possible in ([], [2]):
+        refused = {number: "they belong together" for number in range(1, 100) if number not in possible}
+        family = ModelFamily(
+            model_type="llama", architecture="LlamaForCausalLM", impossible_cuts=lambda _, refused=refused: refused
+        )
+        assert differences(model, family) == ["fewer than two cuts are possible: they belong together"]
+
+
+def test_a_refused_model_keeps_no_hooks() -> None:
+    from transformers import AutoConfig
+
+    config, _ = tiny_config("bert", AutoConfig.for_model("bert"), {})
+    model = tiny_model(config)
+    with pytest.raises(CannotSplitError, match="not a causal decoder"):
+        check_causal(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def _known(*model_types: str) -> list[str]:
     from transformers import CONFIG_MAPPING
 
@@ -241,6 +265,15 @@ def test_values_with_which_more_would_cross_are_required(model_type: str, world:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 6}))
     with pytest.raises(InvalidSplitError, match="hidden_size_per_layer_input is 256, not 0"):
         plan_split(tmp_path, (2, 4))
+
+
+@pytest.mark.parametrize("model_type", _known("gemma4"))
+def test_values_of_a_decoder_in_a_model_of_several_are_required(model_type: str) -> None:
+    """As of the decoder alone."""
+    from transformers import AutoConfig
+
+    config, _ = tiny_config(model_type, AutoConfig.for_model(model_type), {})
+    assert _required_values(config)["num_kv_shared_layers"] == 0
 
 
 @pytest.mark.parametrize("model_type", _known("zaya"))

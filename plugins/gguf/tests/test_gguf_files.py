@@ -22,7 +22,8 @@ from splitlearn_core import (
     load_split_model,
     plan_split,
 )
-from splitlearn_gguf.header import Array, read_header
+from splitlearn_gguf.header import Array, header_length, read_header
+from splitlearn_gguf.strategy import GgufStrategy
 
 pytestmark = pytest.mark.libs
 
@@ -149,6 +150,31 @@ def test_a_hostile_file_is_refused(tmp_path: Path, content: bytes, named: str) -
 
     assert str(path) in caught.value.message
     assert named in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_text_that_is_longer_than_any_is_refused(tmp_path: Path) -> None:
+    """Before it is read, or fetched."""
+    path, length = tmp_path / "model.gguf", 2**26 + 1
+    with path.open("wb") as file:
+        file.write(head(text("k") + struct.pack("<IQ", 8, length), counts=(1, 0)))
+        file.truncate(file.tell() + length)
+    for act in (read_header, lambda path: header_length(path, 100)):
+        with pytest.raises(InvalidCheckpointError, match=f"{length} bytes long; {2**26} is the limit"):
+            act(path)
+
+
+@pytest.mark.parametrize("count", [4096, 4097])
+def test_more_experts_than_any_model_has_are_refused(tmp_path: Path, count: int) -> None:
+    path, values = tmp_path / "model.gguf", {"model_type": "qwen3_moe"}
+    stated = entry("general.architecture", 8, text("qwen3moe"))
+    experts = tensor("blk.0.ffn_up_exps.weight", (1, 1, count))
+    path.write_bytes(head(stated, tensors=experts, counts=(1, 1)) + bytes(4 * count + 64))
+    if count <= 4096:
+        assert len(GgufStrategy().tensors(path, values)) == count
+        return
+    with pytest.raises(InvalidCheckpointError, match=r"ffn_up_exps.* 4097 experts") as caught:
+        GgufStrategy().tensors(path, values)
     assert caught.value.hint
 
 

@@ -58,7 +58,7 @@ def of_one_model(sizes: Mapping[str, int], name: str) -> dict[str, int]:
 
     The configuration and the tokenizer's files do; weights other than the named file do not.
     """
-    parts = parts_of(name)
+    parts = set(parts_of(name))
     return {
         each: size
         for each, size in sizes.items()

@@ -202,6 +202,11 @@ def _on_hub(
     name: str, entrance: str, readable_suffixes: Callable[[], tuple[str, ...]], options: Mapping[str, Any]
 ) -> HubSource:
     """Open a repository, or a weight file of it that is named after a colon."""
+    if "://" in name:
+        raise MissingFileError(
+            f"{name} is an address, and neither a directory nor a repository",
+            hint="give owner/name, or owner/name:FILE.gguf",
+        )
     repo, _, file = name.partition(":")
     if not file:
         return HubSource(name, entrance=entrance, **options)

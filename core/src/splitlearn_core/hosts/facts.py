@@ -227,7 +227,7 @@ def _is_crossing(value: Any) -> bool:
         and all(map(_is_text, value))
         and (not value or STATES in value)
         and all(
-            isinstance(item, list) and item and item[0] in {*Source} and _are_numbers(item[1:])
+            isinstance(item, list) and item and item[0] in [*Source] and _are_numbers(item[1:])
             for item in value.values()
         )
     )

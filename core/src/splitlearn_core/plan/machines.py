@@ -19,7 +19,7 @@ from splitlearn_core.plan.placement import parse_size
 from splitlearn_core.plan.splitplan import SplitPlan, loaded_nbytes
 from splitlearn_core.types import component_names, human_bytes
 
-_MACHINE = re.compile(r"(?P<name>[^=:\s]+)=(?P<memory>[^:]+):(?P<speed>[^:]+)/s(?::(?P<delay>\d+(?:\.\d+)?)\s*ms)?")
+_MACHINE = re.compile(r"(?P<name>[^=:\s]+)=(?P<memory>[^:]+):(?P<speed>[^:]+)/s(?::(?P<delay>\d{1,9}(?:\.\d+)?)\s*ms)?")
 _EXAMPLE = "--over owner=8GB:20GB/s --over server=24GB:300GB/s:10ms"
 #: The owner, and one machine with a trunk.
 _LEAST = 2

@@ -21,6 +21,8 @@ _ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", re.IGNORECASE)
 _BITS = 8
+#: Characters of a size: more digits may be too many for a number.
+_MAX_SIZE = 32
 #: Up to so many components, every choice of some of them is tried.
 _FEW = 6
 
@@ -224,6 +226,8 @@ def parse_size(size: Any) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         return size
     text = size.strip() if isinstance(size, str) else ""
+    if len(text) > _MAX_SIZE:
+        return -1
     if text.isdecimal():
         return int(text)
     match = _SIZE.fullmatch(text)

@@ -24,8 +24,9 @@ _PLAIN_FORMATS = ("float-quantized", "naive-quantized", None)
 #: Scales of inputs, which dequantised weights do not need.
 _OF_INPUTS = (".activation_scale", ".input_scale")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
-#: Dtypes of scales; the last two hold exponents of two.
-_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+#: Dtypes of scales; the first two hold exponents of two.
+_EXPONENTS = ("F8_E8M0", "U8")
+_SCALES = ("F32", "BF16", "F16", *_EXPONENTS)
 #: Dimensions of packed experts: expert, row, block, byte.
 _PACKED_DIMENSIONS = 4
 
@@ -134,12 +135,15 @@ def resolved(quantised: QuantisedTensor, tensors: Mapping[str, TensorInfo]) -> Q
     if quantised.method == MXFP4:
         if (numbers.dtype, scales.dtype) != ("U8", "U8"):
             raise ValueError(f"{numbers.key} is {numbers.dtype} and {scales.key} {scales.dtype}, not bytes")
-        if len(numbers.shape) != _PACKED_DIMENSIONS or scales.shape != numbers.shape[:-1]:
+        if len(numbers.shape) != _PACKED_DIMENSIONS or scales.shape != numbers.shape[:-1] or 0 in numbers.shape:
             raise ValueError(_misfit(numbers, scales))
         experts, rows, blocks, size = numbers.shape
         return replace(quantised, shape=(experts, rows, 2 * blocks * size), block=(1, 2 * size))
     if numbers.dtype not in _FLOAT8 or scales.dtype not in _SCALES:
         raise ValueError(f"{numbers.key} is {numbers.dtype}, and {scales.key} {scales.dtype}")
+    if quantised.method == COMPRESSED and scales.dtype in _EXPONENTS:
+        # Values are rounded to the dtype of the scales.
+        raise ValueError(f"{scales.key} is {scales.dtype}: exponents, and compressed-tensors has floats for scales")
     if len(numbers.shape) < 2 or 0 in numbers.shape:  # noqa: PLR2004  # rows, columns
         raise ValueError(f"{numbers.key} {list(numbers.shape)} is not a matrix")
     sizes = numbers.shape[-2:]
@@ -149,7 +153,8 @@ def resolved(quantised: QuantisedTensor, tensors: Mapping[str, TensorInfo]) -> Q
         raise ValueError(_misfit(numbers, scales))
     grid = scales.shape[-2:]
     if quantised.block and grid == tuple(-(-size // step) for size, step in zip(sizes, quantised.block, strict=True)):
-        return replace(quantised, shape=numbers.shape)
+        # No larger than the matrix: the scales of a row are repeated for the columns of whole blocks.
+        return replace(quantised, shape=numbers.shape, block=tuple(map(min, quantised.block, sizes)))
     if any(size % count for size, count in zip(sizes, grid, strict=True)):
         raise ValueError(f"{_misfit(numbers, scales)} in blocks of {list(quantised.block) or 'any size'}")
     # As transformers, which takes the size of blocks from the number of scales.

@@ -9,7 +9,7 @@ from typing import Any
 
 from splitlearn_core.errors import BrokenPluginError, ConfigurationError, InvalidSplitError
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.quoting import listed, reason
+from splitlearn_core.quoting import listed, quote, reason
 from splitlearn_core.types import THREE, Component, LayerRange, component_names, kind_of
 
 #: Far above that of any model; a larger number is a mistake or an attack, and would exhaust the memory.
@@ -140,7 +140,13 @@ def impossible_cuts(family: ModelFamily, config: Mapping[str, Any]) -> Mapping[i
         ) from error
     for name, kinds in family.joined_layers.items():
         # A file that lacks the list has the defaults of the class, which are not known here.
-        for number, kind in enumerate(family.decoder_values(config).get(name) or ()):
+        of_layers = family.decoder_values(config).get(name) or ()
+        if not isinstance(of_layers, list | tuple):
+            raise ConfigurationError(
+                f"config.json says {name} = {quote(of_layers)}, which is no list with a kind for each layer",
+                hint="use the config.json that the checkpoint was saved with",
+            )
+        for number, kind in enumerate(of_layers):
             if number and kind in kinds:
                 impossible.setdefault(number, f"it uses what the layer before it computed ({name}: {kind!r})")
     different = {

@@ -99,7 +99,9 @@ def _eight_bits(
     down, across = -(-rows // height), -(-columns // width)
     # The number of each row among the rows of all matrices, and below, that of its scales among all rows of scales.
     number = torch.arange(first, first + len(out))
-    grid = scales.reshape(-1, across)[number // rows * down + number % rows // height]
+    flat = scales.reshape(-1, across)
+    # One scale may be that of several matrices.
+    grid = flat.expand(len(out), -1) if len(flat) == 1 else flat[number // rows * down + number % rows // height]
     # Scales that are bytes are exponents.
     grid = (grid.float() - _BIAS).exp2() if grid.dtype == torch.uint8 else grid.float()
     expanded = grid.repeat_interleave(width, dim=1)[:, :columns]

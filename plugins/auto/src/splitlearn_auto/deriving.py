@@ -28,15 +28,13 @@ from splitlearn_auto.observing import (
     with_noise,
     zeroed,
 )
-from splitlearn_core.extension import base_of, reason
+from splitlearn_core.extension import BATCH, LAYERS, SEQUENCE, STATES, base_of, reason
 
 _MAX_SHOWN = 6
 #: Relative difference that another order of summation may cause.
 _ROUNDING = 1e-4
-#: Dimensions of the hidden states, and their name in what crosses.
-_STATE, _HIDDEN = 3, "hidden_states"
-#: Words for dimensions of what crosses.
-BATCH, SEQUENCE, LAYERS = "batch", "sequence", "layers"
+#: Dimensions of the hidden states.
+_STATE = 3
 _ROTARY = "rotary_emb.inv_freq"
 #: Without numbers: those of a small model's layers are not those of others.
 _LITERAL = re.compile(r"(?:[A-Za-z_]\w*)(?:\\?\.[A-Za-z_]\w*)+")
@@ -170,7 +168,11 @@ def check_causal(model: Any) -> set[str]:
     ids = torch.randint(3, 100, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[:, -1] = (ids[:, -1] + 1) % 100
-    first, second = (model(input_ids=tokens, use_cache=False).logits for tokens in (ids, other))
+    try:
+        first, second = (model(input_ids=tokens, use_cache=False).logits for tokens in (ids, other))
+    finally:
+        for hook in hooks:
+            hook.remove()
     if first.shape[:2] != ids.shape:
         raise CannotSplitError(f"its logits are {list(first.shape)} for {list(ids.shape)} tokens")
     before, at_last = (float((first[:, span] - second[:, span]).abs().max()) for span in (slice(-1), slice(-1, None)))
@@ -180,8 +182,6 @@ def check_causal(model: Any) -> set[str]:
         raise CannotSplitError(
             "it is not a causal decoder: the last token changes the logits of the tokens before it (as in an encoder)"
         )
-    for hook in hooks:
-        hook.remove()
     return called
 
 
@@ -250,7 +250,7 @@ def _chain(frame: _Frame, seen: Forward, layers: Sequence[Call], parts: Parts) -
             f"{COLUMNS} tokens"
         )
     if len(shape) != _STATE:
-        parts.crossing[_HIDDEN] = dimensions
+        parts.crossing[STATES] = dimensions
     # What is computed from the hidden states besides crosses, too, unless no layer uses it.
     others = dict.fromkeys(
         name for layer in layers for name in list(layer.inputs)[1:] if layer.inputs[name].requires_grad
@@ -333,7 +333,7 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
     widths = {seen.of(path)[0].tensors[0].shape[-1] for path in parts.skip_outside_bottom if seen.of(path)}
     if not parts.crossing and state.shape[-1] not in {own_width, *widths}:
         # Several streams of hidden states, next to one another.
-        parts.crossing[_HIDDEN] = (BATCH, SEQUENCE, state.shape[-1])
+        parts.crossing[STATES] = (BATCH, SEQUENCE, state.shape[-1])
     if parts.crossing:
         # Hidden states enter at the layers.
         return

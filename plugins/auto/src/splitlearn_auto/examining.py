@@ -192,16 +192,16 @@ def _proven_decoders(derived: Derived, known: Any) -> Iterator[str]:
 
 def _required_values(config: Any) -> dict[str, Any]:
     """Return the values that a configuration must have so that only hidden states cross a cut."""
-    required = {}
+    required, decoder = {}, decoder_of(config)
     for name, other in _MORE_CROSSES.items():
-        if getattr(decoder_of(config), name, None) is None:
+        if getattr(decoder, name, None) is None:
             continue
         try:
             derive_parts(tiny_model(with_values(config, {name: other})))
         # More crosses; or the code of the model raises an exception, because it is given embeddings alone.
         except Exception:  # noqa: BLE001
             required[name] = 0
-    if getattr(config, _SHARING, None) is not None and not _can_share(config):
+    if getattr(decoder, _SHARING, None) is not None and not _can_share(decoder):
         required[_SHARING] = 0
     return required
 

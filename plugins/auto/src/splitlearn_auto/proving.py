@@ -48,7 +48,11 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
     attention = _attention(model.config)
     dtype = str(model.dtype).removeprefix("torch.")
     differing: list[str] = []
-    for cut in cuts(_depth(model), impossible_cuts(family, values)):
+    depth, impossible = _depth(model), impossible_cuts(family, values)
+    if len({*range(1, depth)} - {*impossible}) < 2:  # noqa: PLR2004  # two cuts make three components
+        why = next(iter(impossible.values()), f"the model has {depth} layers")
+        return [f"fewer than two cuts are possible: {why}"]
+    for cut in cuts(depth, impossible):
         try:
             split = _cut(model, family, hf_config(family, values, "the tiny model", dtype, attention), cut)
         except SplitLearnError as error:

@@ -32,6 +32,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 4, 2**63 - 1
 #: Bytes of a key or name; the specification has 65535 for keys, and ggml 64 for names.
 _MAX_NAME = 65_535
+#: Bytes of any other text: the longest are templates of chats and descriptions of tokenizers.
+_MAX_TEXT = 2**26
 #: Bytes of the smallest metadata entry (key, type, value) and of the smallest tensor entry.
 _MIN_ENTRY, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 #: Elements of an array that are kept; longer ones are vocabularies, and only counted.
@@ -233,9 +235,9 @@ class _Reader:
             self._refuse(f"metadata {_short(key)} has a value of the unknown type {kind}")
         return _SCALARS[kind]
 
-    def _text(self, what: str, limit: int | None = None) -> str:
+    def _text(self, what: str, limit: int = _MAX_TEXT) -> str:
         (length,) = self._numbers("Q", what)
-        if limit is not None and length > limit:
+        if length > limit:
             self._refuse(f"{what} is {length} bytes long; {limit} is the limit")
         try:
             return self._take(length, what).decode("utf-8")

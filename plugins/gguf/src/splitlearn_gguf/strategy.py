@@ -21,6 +21,8 @@ _MAX_SHOWN = 8
 _DEQUANTISED = "F32"
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MATRIX = 2
+#: Of a layer; a file of any size could state a tensor of many more.
+_MAX_EXPERTS = 4096
 
 
 class GgufStrategy:
@@ -139,7 +141,13 @@ def _keyed(header: Header, known: Architecture) -> dict[str, StoredTensor]:
     """Return the tensors that a model has by checkpoint key."""
     keyed: dict[str, StoredTensor] = {}
     for name, stored in header.tensors.items():
-        experts = known.expert_keys(name, stored.shape[0] if len(stored.shape) > _MATRIX else 0)
+        count = stored.shape[0] if len(stored.shape) > _MATRIX else 0
+        experts = known.expert_keys(name, min(count, _MAX_EXPERTS + 1))
+        if len(experts) > _MAX_EXPERTS:
+            raise InvalidCheckpointError(
+                f"{header.path}: {name[:80]} holds {count} experts, and no layer has more than {_MAX_EXPERTS}",
+                hint="fetch or convert the file again",
+            )
         key = known.key(name)
         if experts:
             # One after the other, each of whole blocks: a component reads those that it is planned with.

@@ -43,7 +43,7 @@ from splitlearn_core.errors import (
 )
 from splitlearn_core.loading_strategy import HeaderLength
 from splitlearn_core.progress import passing_through
-from splitlearn_core.quoting import reason
+from splitlearn_core.quoting import listed, reason
 from splitlearn_core.types import Progress, ProgressCallback, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ _T = TypeVar("_T")
 _HEADER_GUESS = 100_000
 #: Of other formats, whose headers have the vocabulary in them.
 _LARGE_HEADER = 2**20
+#: Longer than any header: a file may say that its own is as long as the file.
+_MAX_HEADER = 2**28
 
 
 class _Head(NamedTuple):
@@ -139,7 +141,7 @@ class HubSource:
         if missing:
             where = "the cache of " if self._offline() else ""
             raise MissingFileError(
-                f"{where}{self.model}@{self.commit} lacks {', '.join(missing)}, which the requested parts need",
+                f"{where}{self.model}@{self.commit} lacks {listed(missing)}, which the requested parts need",
                 hint=self.hint_for_missing,
             )
 
@@ -184,15 +186,24 @@ class HubSource:
         self.require([name])
         if self.is_here(name):
             return self._snapshot / name
+        size = self.files()[name]
+        if not size:
+            # Not listed: the ranges of a file of unknown size cannot be planned.
+            return self.fetch({name: None}, lambda _: None)[name]
         if self._partial_file(name) is None and not self._offline():
             # For the version: what follows goes straight into the partial file.
             self._heads[name] = self._guarded(lambda: self._first_bytes(name, LENGTH_BYTES), name)
-        partial_file, size = self._partial_file(name), self.files()[name]
+        partial_file = self._partial_file(name)
         spans = partial_file.coverage().spans if partial_file is not None else ()
         present = next((end for begin, end in spans if begin == 0), 0)
         path = partial_file.path if partial_file is not None else self._snapshot / name
         while not present or (present < size and header_length(path, present) is None):
-            present = min(max(4 * present, _LARGE_HEADER), size)
+            if present >= _MAX_HEADER:
+                raise InvalidCheckpointError(
+                    f"the header of {self.model}/{name} is longer than {_MAX_HEADER} bytes",
+                    hint="no model has such a header: use another file; one that is on this machine has no such limit",
+                )
+            present = min(max(4 * present, _LARGE_HEADER), _MAX_HEADER, size)
             path = self.fetch({name: [(0, present)]}, lambda _: None)[name]
         return path
 
@@ -350,8 +361,7 @@ class HubSource:
             cached = {entry.name: entry.stat().st_size for entry in self._snapshot.iterdir() if entry.is_file()}
             named = () if self._only is None else parts_of(self._only)
             inside = {name: (self._snapshot / name).stat().st_size for name in named if self.is_here(name)}
-            sizes = {name: partials[_flat(name)].size for name in named if _flat(name) in partials}
-            return {**{name: file.size for name, file in partials.items()}, **sizes, **cached, **inside}
+            return {**{_with_folders(name): file.size for name, file in partials.items()}, **cached, **inside}
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(self.model, revision=self._commit, files_metadata=True, token=self._options["token"])
@@ -387,7 +397,12 @@ class HubSource:
 
 def _flat(name: str) -> str:
     """Return the name of a file without folders: those of partial files are not in folders of their own."""
-    return name.replace("/", "--")
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def _with_folders(flat: str) -> str:
+    """Undo :func:`_flat`."""
+    return flat.replace("%2F", "/").replace("%25", "%")
 
 
 def _holds_header(partial_file: PartialFile) -> bool:
