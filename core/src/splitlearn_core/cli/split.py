@@ -21,10 +21,10 @@ from splitlearn_core.types import ALL_PARTS, human_bytes
 
 
 def _check_shard_size(_: click.Context, __: click.Parameter, value: str) -> str:
-    from splitlearn_core.storage.contents import parse_size
+    from splitlearn_core.storage.contents import parse_shard_size
 
     with usage_errors():
-        parse_size(value)
+        parse_shard_size(value)
     return value
 
 

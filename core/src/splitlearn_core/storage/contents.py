@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from splitlearn_core.checkpoint.manifest import is_plain_name
 from splitlearn_core.checkpoint.origin import Origin
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.loading.opening import OpenModel
+from splitlearn_core.plan.placement import parse_size
+from splitlearn_core.quoting import quote
 from splitlearn_core.tokenization import converted_files
 from splitlearn_core.types import (
     DTYPE_BYTES,
@@ -21,8 +22,6 @@ from splitlearn_core.types import (
     ProgressCallback,
 )
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", re.IGNORECASE)
 _ALIGNMENT = 8
 
 
@@ -52,16 +51,15 @@ class WeightFile:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
-def parse_size(size: str | int) -> int:
+def parse_shard_size(size: str | int) -> int:
     """Parse a size in bytes: ``5GB``, ``500MiB`` or a number.
 
     Raises:
         ConfigurationError: It is not a size, or less than one byte.
     """
-    match = _SIZE.fullmatch(str(size))
-    nbytes = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
-    if isinstance(size, bool) or nbytes < 1:
-        raise ConfigurationError(f"max_shard_size {size!r} is not a size", hint='give "5GB", or a number of bytes')
+    nbytes = parse_size(size)
+    if nbytes < 1:
+        raise ConfigurationError(f"max_shard_size {quote(size)} is not a size", hint='give "5GB", or a number of bytes')
     return nbytes
 
 

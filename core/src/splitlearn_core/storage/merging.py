@@ -16,7 +16,7 @@ from splitlearn_core.plan.mismatch import without_others_words
 from splitlearn_core.progress import passing_through, reporting
 from splitlearn_core.quoting import SENTENCE, listed
 from splitlearn_core.storage.atomic import replacing, snapshot
-from splitlearn_core.storage.contents import Tensor, index_of, pack, parse_size
+from splitlearn_core.storage.contents import Tensor, index_of, pack, parse_shard_size
 from splitlearn_core.storage.directory import (
     SplitDirectory,
     as_path,
@@ -67,7 +67,7 @@ def merge_split(
         CheckpointError: There are none, or their files are not those that were saved.
         InsufficientDiskError: The checkpoint does not fit on the disk.
     """
-    target, limit = as_path(out, "out"), parse_size(max_shard_size)
+    target, limit = as_path(out, "out"), parse_shard_size(max_shard_size)
     check_place(target)
     earlier = snapshot(target)
     if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):

@@ -29,7 +29,7 @@ from splitlearn_core.storage.contents import (
     config_text,
     index_of,
     pack,
-    parse_size,
+    parse_shard_size,
 )
 from splitlearn_core.storage.directory import SavedComponent, SplitDirectory, as_path, is_split_directory
 from splitlearn_core.storage.durable_files import (
@@ -105,7 +105,7 @@ def save_split(
         InsufficientDiskError: The components do not fit on the disk.
         CheckpointError: The source is invalid.
     """
-    target, limit, dtype = as_path(out, "out"), parse_size(max_shard_size), dtype_name(dtype)
+    target, limit, dtype = as_path(out, "out"), parse_shard_size(max_shard_size), dtype_name(dtype)
     earlier = snapshot(target)
     check_target(target, overwrite=overwrite)
     with reporting(progress) as report:
