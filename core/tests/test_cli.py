@@ -227,6 +227,8 @@ def test_a_plan_over_machines_is_one_that_fits(cli: Cli, llama: Any, tied: Path)
     assert f"--split {' '.join(map(str, points))}" in out
     assert "10 ms" in out
     assert "leave --split out" in cli("plan", tied, *over, *CUTS)[2]
+    for wrong in (("--over", "owner=8GB"), ("--tokens", "5")):
+        assert cli("plan", tied, *wrong)[0] == 2
     assert "do not fit" in cli("plan", tied, "--over", "owner=1KB:1GB/s", "--over", "a=1KB:1GB/s")[2]
 
 

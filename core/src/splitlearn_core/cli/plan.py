@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from splitlearn_core.cli.shared_options import json_option, model_options, print_json, split_points_of, styled, table
+from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.plan.machines import Proposal, parse_machines, pieces_of, propose
 from splitlearn_core.plan.mismatch import unread_keys_message
 from splitlearn_core.plan.splitplan import MIXED, SplitPlan
@@ -19,6 +20,8 @@ _BAR_WIDTH, _MAX_WIDTH = 64, 78
 _LOOKS = {"bottom": ("▓", "cyan"), "trunk": ("█", "yellow"), "top": ("▒", "magenta")}
 #: Fill of every other trunk, so that neighbours differ.
 _OTHER_TRUNK = "▞"
+#: Tokens in the caches of a proposal, unless it is said.
+_TOKENS = 4096
 
 
 @click.command("plan", short_help="Show the components of a split, from headers alone.")
@@ -34,8 +37,7 @@ _OTHER_TRUNK = "▞"
 @click.option(
     "--tokens",
     type=click.IntRange(0),
-    default=4096,
-    show_default=True,
+    show_default=str(_TOKENS),
     help="With --over: tokens in the caches, of all texts together.",
 )
 @json_option
@@ -44,7 +46,7 @@ def command(
     split_points: tuple[int, ...] | None,
     dtype: str | dict[str, str],
     machines: tuple[str, ...],
-    tokens: int,
+    tokens: int | None,
     as_json: bool,
     **hub: Any,
 ) -> None:
@@ -58,7 +60,12 @@ def command(
 
     if machines and split_points is not None:
         raise click.UsageError("--over chooses the split points; leave --split out")
-    over = parse_machines(machines) if machines else ()
+    if tokens is not None and not machines:
+        raise click.UsageError("--tokens is for --over: it counts the caches on its machines")
+    try:
+        over = parse_machines(machines) if machines else ()
+    except ConfigurationError as error:
+        raise click.UsageError(f"{error.message}; {error.hint}") from error
     opened = open_model(model, **hub)
     opened.checkpoint.require_weights()
     if over:
@@ -67,7 +74,7 @@ def command(
             # Raises, with the reason.
             even_thirds(opened.family, opened.config)
         finest = plan_opened(opened, points, names_of_parts(points), dtype)
-        proposal = propose(pieces_of(finest, opened.family, tokens), over)
+        proposal = propose(pieces_of(finest, opened.family, _TOKENS if tokens is None else tokens), over)
         if as_json:
             print_json(proposal.to_dict())
         else:
