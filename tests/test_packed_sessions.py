@@ -296,7 +296,7 @@ def test_a_step_that_is_given_up_before_it_begins_leaves_its_session(trunk: Any)
 
 
 def test_layers_that_attend_in_another_way_are_noticed(trunk: Any) -> None:
-    """Of a model whose attention is replaced by code that asks nobody, no result of a pack is returned."""
+    """If layers do not use transformers' attention interface, a pack returns no result."""
     sessions = Sessions(trunk, 2)
     states = states_of(trunk, 3, 2)
     first = sessions.run(sessions.step(0, states[0]))

@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from splitlearn_core.quoting import said as said
     from splitlearn_core.testing.worlds import DEPTHS as DEPTHS
     from splitlearn_core.testing.worlds import OF_OTHERS as OF_OTHERS
+    from splitlearn_core.testing.worlds import TINY as TINY
     from splitlearn_core.testing.worlds import other_sizes as other_sizes
     from splitlearn_core.types import human_bytes as human_bytes
 
@@ -126,6 +127,7 @@ _HOMES = {
     "SUBPROTOCOL": "hosts.protocol",
     "SessionLimits": "hosts.sessions",
     "Sessions": "hosts.relay",
+    "TINY": "testing.worlds",
     "TOKEN_VARIABLE": "hosts.protocol",
     "TrainingUsage": "hosts.training",
     "WRITTEN": "plugins.known",

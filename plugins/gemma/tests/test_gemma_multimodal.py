@@ -30,7 +30,7 @@ def checkpoint(tmp_path: Path) -> tuple[Path, Any]:
     }  # fmt: skip
     config = Gemma3Config(
         text_config={**TINY, "sliding_window": 4},  # type: ignore[arg-type]  # a mapping is one, too
-        vision_config=vision,  # type: ignore[arg-type]  # likewise
+        vision_config=vision,  # type: ignore[arg-type]  # a mapping is one, too
         mm_tokens_per_image=4,
         image_token_index=99,
     )

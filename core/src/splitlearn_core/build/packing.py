@@ -98,7 +98,7 @@ def packed(config: Any, items: Sequence[PackItem], like: torch.Tensor) -> Iterat
             # Tokens of one session would have attended to those of others.
             raise RuntimeError(f"{pack.open_layers} layers do not attend by transformers' attention interface")
     finally:
-        config._attn_implementation = implementation  # noqa: SLF001
+        config._attn_implementation = implementation  # noqa: SLF001  # as above
         _RUNNING.reset(token)
 
 

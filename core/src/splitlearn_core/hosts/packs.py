@@ -34,7 +34,7 @@ class PendingStep:
     limits: Any
     #: The reply, in the end; a refusal is one.
     reply: Frame | None = None
-    #: Set where nobody waits for the reply any more: the session is left as it was before.
+    #: Set when the caller has given up: the session is left as it was before.
     is_abandoned: bool = False
     #: What has begun: the state of its session, and the inputs.
     begun: BegunStep | None = None

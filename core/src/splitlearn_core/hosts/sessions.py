@@ -139,7 +139,7 @@ def _repeated(session: _Session, frame: Frame) -> Frame | None:
 
 
 def _abandoned() -> RemoteError:
-    return RemoteError("nobody waits for this step any more", code="failed")
+    return RemoteError("the step was given up before it ended", code="failed")
 
 
 def _finished(session: _Session, frame: Frame, result: Frame) -> Frame:

@@ -36,10 +36,10 @@ from splitlearn_auto.knowledge import (
     has_any_decoder,
     model_class_name,
 )
-from splitlearn_auto.making import TINY, in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
+from splitlearn_auto.making import in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
-from splitlearn_core.extension import CACHE_FIELD, own_state, with_decoder_values
+from splitlearn_core.extension import CACHE_FIELD, TINY, own_state, with_decoder_values
 
 _TIED = "tie_word_embeddings"
 #: Switches that do not affect the structure of a decoder.

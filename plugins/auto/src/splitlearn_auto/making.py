@@ -23,25 +23,11 @@ from splitlearn_core.extension import (
     CACHE_FIELD,
     DEPTHS,
     OF_OTHERS,
+    TINY,
     other_sizes,
     sizes_after_one_token,
     with_decoder_values,
 )
-
-#: Sizes that suit every ordinary decoder; six layers allow all the cuts that tests make.
-TINY: Mapping[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 #: Sizes that only some model types have, by their names in transformers.
 _RARE: Mapping[str, int | str] = {
@@ -341,7 +327,7 @@ def _code_of(known: Any) -> Any:
 def _created(config: Any, **options: Any) -> Any:
     """Create a model as ``from_config`` of transformers' automatic classes does; see :func:`decoder_alone`."""
     name = model_class_name(config.model_type)
-    model = getattr(transformers, name)._from_config(config, **options)  # noqa: SLF001
+    model = getattr(transformers, name)._from_config(config, **options)  # noqa: SLF001  # as AutoModel calls it
     return model.get_submodule(decoder_alone(model))
 
 

@@ -64,7 +64,7 @@ def differences(model: Any, family: ModelFamily) -> list[str]:
 
 def _attention(config: Any) -> str | None:
     """Return the attention implementation to request; None if the decoder has another than the whole by default."""
-    used, own = (each._attn_implementation for each in (config, config.get_text_config(decoder=True)))  # noqa: SLF001
+    used, own = (each._attn_implementation for each in (config, config.get_text_config(decoder=True)))  # noqa: SLF001  # as transformers
     return used if used == own else None
 
 
