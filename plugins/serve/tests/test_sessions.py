@@ -32,9 +32,10 @@ from splitlearn_core import (
     connect,
     load_split_model,
 )
+from splitlearn_core.cli.main import cli
 from splitlearn_core.extension import SUBPROTOCOL, Frame, Kind, SessionLimits, decode, encode
 from splitlearn_core.hosts.carriers import Endpoint
-from splitlearn_serve import connections, load, ps, sockets, unload
+from splitlearn_serve import connections, sockets
 from splitlearn_serve.server_client import ServerClient
 from splitlearn_serve.tls import server_context
 from splitlearn_serve.tokens import Owner, Tokens
@@ -206,8 +207,9 @@ class TestTLS:
         cert, key = certificate()
         server = serve(tls=server_context(cert, key))
         server.wait_until(lambda manager: manager.get_model_info("trunk").ready)
-        for command, arguments in ((ps, []), (unload, ["trunk"]), (load, ["trunk"])):
-            done = CliRunner().invoke(command.command, [*arguments, "--url", server.url, "--ca-file", str(cert)])
+        for command in (["ps"], ["unload", "trunk"], ["load", "trunk"]):
+            # Through the console script: a command keeps the names of the first `--help` that it is asked for.
+            done = CliRunner().invoke(cli, [*command, "--url", server.url, "--ca-file", str(cert)])
             assert (done.exit_code, "trunk" in done.output) == (0, True), done.output
         with pytest.raises(AccessRefusedError, match="certificate") as refusal:
             ServerClient(server.url).overview()
