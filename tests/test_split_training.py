@@ -6,7 +6,7 @@ import copy
 import functools
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -129,11 +129,35 @@ def trained(recipe: Recipe, trunk: Any, steps: int = STEPS, **arguments: Any) ->
     return train(prepared(split, recipe, split), recipe, steps, **arguments)
 
 
+@pytest.fixture(scope="module")
+def hosts(warm: Any) -> Iterator[Callable[[Recipe], str]]:
+    """Give the URL of a process that serves the trunk of a recipe's model; it is started when first asked for."""
+    urls: dict[Recipe, str] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+
+        def url_of(recipe: Recipe) -> str:
+            model = Recipe(family=recipe.family, dropout=recipe.dropout, tied=recipe.tied, dtype=recipe.dtype)
+            if model not in urls:
+                path = Path(folder) / f"{len(urls)}.sock"
+                serving = host_process(warm.path, Path(folder_of(recipe)), path, recipe.dtype)
+                urls[model] = processes.enter_context(serving)
+            return urls[model]
+
+        yield url_of
+
+
 @pytest.mark.parametrize("recipe", CASES, ids=lambda recipe: recipe.name)
-def test_training_is_equal(recipe: Recipe) -> None:
-    """Over a balanced sample of what can be combined; with ``LONG_TESTS``, over everything."""
+def test_training_is_equal(recipe: Recipe, hosts: Callable[[Recipe], str]) -> None:
+    """The host is a process, with a generator of its own.
+
+    Over a balanced sample of what can be combined; with ``LONG_TESTS``, over everything.
+    """
     expected = unsplit(recipe)
-    assert differences(expected, trained(recipe, remote(endpoint_of(recipe)))) == []
+    trunk = connect(hosts(recipe))
+    try:
+        assert differences(expected, trained(recipe, trunk)) == []
+    finally:
+        trunk.close()
     if recipe.clip:
         norms = [torch.cat([g.flatten() for g in step.values()]).norm() for step in expected.gradients]
         assert all(norm < 1.01 * recipe.clip for norm in norms)
@@ -238,25 +262,11 @@ def test_generation_between_steps_is_equal(arguments: dict[str, Any]) -> None:
 # --- another process --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def elsewhere(warm: Any) -> Iterator[tuple[Recipe, str]]:
+@pytest.fixture
+def elsewhere(hosts: Callable[[Recipe], str]) -> tuple[Recipe, str]:
     """A recipe, and the URL of a process that serves the trunk of its model."""
     recipe = Recipe(family="gpt2", clip=0.05, accumulation=2)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        host_process(warm.path, Path(folder_of(recipe)), Path(folder) / "trunk.sock") as url,
-    ):
-        yield recipe, url
-
-
-def test_training_over_a_socket_is_equal(elsewhere: tuple[Recipe, str]) -> None:
-    """The host is a process, with a generator of its own."""
-    recipe, url = elsewhere
-    trunk = connect(url)
-    try:
-        assert differences(unsplit(recipe), trained(recipe, trunk)) == []
-    finally:
-        trunk.close()
+    return recipe, hosts(recipe)
 
 
 def test_training_goes_on_when_its_host_is_killed(warm: Any) -> None:
