@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -62,6 +62,8 @@ _REPLIES = {
     Kind.BACKWARD: Kind.RESULT,
     Kind.PUT: Kind.KEPT,
     Kind.CLOSE: Kind.CLOSED,
+    Kind.LINK: Kind.LINKED,
+    Kind.COLLECT: Kind.RESULT,
 }
 #: Codes of errors after which a connection is not reused.
 _ENDING = ("malformed", "version", "too_large", *_AWAY)
@@ -78,6 +80,28 @@ class Patience:
 
     wait: float = 60.0
     journal_bytes: int = JOURNAL_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request that was sent, on a connection of its own.
+
+    Attributes:
+        reply: Reads and returns any reply; raises like :meth:`Host.exchange`.
+        drop: Ends the connection: the reply is no longer wanted.
+    """
+
+    reply: Callable[[], Frame]
+    drop: Callable[[], None]
+
+
+class Awaited(Protocol):
+    """The result of a step that another host sends on: see ``chains.Awaited``."""
+
+    nonce: str
+
+    def result(self) -> Frame | None:
+        """Return it; None if it did not arrive."""
 
 
 class Upload(Protocol):
@@ -243,24 +267,49 @@ class Host:
     def request_once(self, frame: Frame) -> Frame:
         """Send a request and return its reply; raises ConnectionLostError if the host is unreachable."""
         frame = compressed(frame, self.wire)
+        self._refuse_too_large(frame)
+        reply = self.exchange(frame)
+        if reply.kind is Kind.ERROR:
+            raise _error_of(self.url, reply)
+        return expanded(reply, self.facts.max_payload)
+
+    def _refuse_too_large(self, frame: Frame) -> None:
         if frame.payload_bytes > self.facts.max_payload:
             raise RemoteStepError(
                 f"a step of {human_bytes(frame.payload_bytes)}; {self.url} takes {human_bytes(self.facts.max_payload)}",
                 hint="send fewer tokens or sequences at once: a long prompt in several steps",
                 code="too_large",
             )
-        reply = self.exchange(frame)
-        if reply.kind is Kind.ERROR:
-            raise _error_of(self.url, reply)
-        return expanded(reply, self.facts.max_payload)
 
     def exchange(self, frame: Frame) -> Frame:
         """Send a request once, and return any reply; raises ConnectionLostError if the host is unreachable."""
         connection = self._borrow()
         # Requests outside of sessions get a step number too, so that a reply to another request is noticed.
         sent = frame if frame.session else frame._replace(step=next(self._numbers))
+        return self._received(connection, frame, sent, lambda: connection.exchange(sent))
+
+    def begin(self, frame: Frame) -> Pending:
+        """Send a request of a session, whose reply is read later.
+
+        Raises:
+            ConnectionLostError: The host is unreachable.
+            RemoteStepError: The request is larger than it takes.
+        """
+        self._refuse_too_large(frame)
+        connection = self._borrow()
         try:
-            reply = connection.exchange(sent)
+            connection.send(frame)
+        except BaseException as error:
+            self._broken(connection, error)
+            raise
+        return Pending(
+            lambda: self._received(connection, frame, frame, connection.receive),
+            connection.close,
+        )
+
+    def _received(self, connection: Connection, frame: Frame, sent: Frame, receive: Callable[[], Frame]) -> Frame:
+        try:
+            reply = receive()
             if not _answers(reply, sent):
                 raise ConnectionLostError(
                     f"{self.url} answered the wrong request: a {sent.kind.name} with a "
@@ -269,11 +318,7 @@ class Host:
                     hint="is there a proxy in between that repeats or reorders messages?",
                 )
         except BaseException as error:
-            # A reply may still arrive, so the connection cannot be used for another request.
-            connection.close()
-            if isinstance(error, ConnectionLostError):
-                # The other idle connections are older, and dead too.
-                self.drop_connections()
+            self._broken(connection, error)
             raise
         self.round_trips += 1
         self.bytes_sent += frame.payload_bytes
@@ -283,6 +328,13 @@ class Host:
         else:
             self._put_back(connection)
         return reply if reply.step == frame.step else reply._replace(step=frame.step)
+
+    def _broken(self, connection: Connection, error: BaseException) -> None:
+        # A reply may still arrive, so the connection cannot be used for another request.
+        connection.close()
+        if isinstance(error, ConnectionLostError):
+            # The other idle connections are older, and dead too.
+            self.drop_connections()
 
     def _borrow(self) -> Connection:
         with self._lock:
@@ -423,9 +475,16 @@ class RemoteSession:
         self.host = host
         self._max_tokens = max_tokens
         self._lock = threading.Lock()
-        self._number, self._secret = 0, ""
+        self._number, self._secret, self._pass = 0, "", ""
         self._process = os.getpid()
         self._done = 0
+        #: For the next step: where its host sends its output, and the result that arrives there by itself.
+        self.route: Mapping[str, Any] | None = None
+        self.awaited: Awaited | None = None
+        #: What the host said of the route of the last step: True, or why it sent nothing on.
+        self.sent_on: Any = None
+        #: Whether the host may have executed a step that is not in the journal.
+        self.is_uncertain = False
         #: None once it is larger than allowed.
         self._journal: list[Step] | None = []
         self._journal_bytes = 0
@@ -457,6 +516,30 @@ class RemoteSession:
             self.changes = []
             self._note(step)
         return result
+
+    def announce(self, rows: int) -> dict[str, Any]:
+        """Return what another host needs in order to send the next step in place of this process.
+
+        Raises:
+            RemoteError: There is no such session, and it cannot be opened.
+        """
+        with self._lock:
+            if self._process != os.getpid():
+                self._leave()
+            if not self._number:
+                self._rebuild(rows)
+            announced = {"session": self._number, "step": self._done + 1, "pass": self._pass}
+            changes = {"changes": [list(change) for change in self.changes]} if self.changes else {}
+            return {**announced, **changes, "nonce": secrets.token_hex(8)}
+
+    def collect(self, announced: Mapping[str, Any], wait: float) -> Pending:
+        """Ask the host for the result of an announced step, which arrives within ``wait`` seconds or later.
+
+        Raises:
+            RemoteError: The host is unreachable.
+        """
+        meta = {"secret": self._secret, "nonce": announced["nonce"], "wait": wait}
+        return self.host.begin(Frame(Kind.COLLECT, announced["session"], announced["step"], meta))
 
     @property
     def steps(self) -> int:
@@ -512,15 +595,31 @@ class RemoteSession:
         self._leave()
 
     def _sent(self, step: Step, rows: int) -> Frame:
-        nonce = secrets.token_hex(8)
+        awaited, route = self.awaited, self.route
+        self.awaited = self.route = self.sent_on = None
+        if awaited is not None:
+            result = awaited.result()
+            if result is not None:
+                self.sent_on, self.is_uncertain = result.meta.get("sent_on"), False
+                return result
+        nonce = secrets.token_hex(8) if awaited is None else awaited.nonce
         deadline = time.monotonic() + self.host.patience.wait
         was_lost = False
         while True:
             try:
                 if not self._number:
                     self._rebuild(rows)
-                return self.host.request(step.frame(self._number, self._done + 1, self._secret, nonce), step.upload)
+                frame = step.frame(self._number, self._done + 1, self._secret, nonce)
+                if route is not None:
+                    frame = frame._replace(meta={**frame.meta, "next": route})
+                result = self.host.request(frame, step.upload)
+                self.sent_on, self.is_uncertain = result.meta.get("sent_on"), False
+                return result
             except RemoteError as error:
+                if error.code == "out_of_order" and self.is_uncertain:
+                    # The step that another host sent on, and that failed elsewhere, was executed here.
+                    self._leave()
+                    continue
                 if error.code != _GONE:
                     raise
                 self._forget()
@@ -554,6 +653,7 @@ class RemoteSession:
         if reply.kind is not Kind.OPENED or not reply.session or not isinstance(secret, str):
             raise ProtocolError(f"{self.host.url} opened no session: {reply.kind.name}", code="malformed")
         self._number, self._secret, self._done, self._process = reply.session, secret, done, os.getpid()
+        self._pass, self.is_uncertain = str(reply.meta.get("pass", "")), False
         self._finalizer = weakref.finalize(self, self.host.abandon, self._number, self._secret)
         self._finalizer.atexit = False
         self.host.sessions.add(self)
@@ -584,4 +684,4 @@ class RemoteSession:
         if self._finalizer is not None:
             self._finalizer.detach()
             self.host.sessions.discard(self)
-        self._finalizer, self._number, self._secret = None, 0, ""
+        self._finalizer, self._number, self._secret, self._pass = None, 0, "", ""
