@@ -58,8 +58,8 @@ class ComponentChain:
                 self._rows[numbers[0]] = list(components)
         refusal = "" if crossings is None else "what crosses the cuts is treated here"
         refusal = f"{', '.join(self._crossing)} cross besides hidden states" if self._crossing else refusal
-        for components in self._rows.values():
-            for before, after in pairwise(components):
+        for followed in self._rows.values():
+            for before, after in pairwise(followed):
                 before.link_to(after, refusal)
         if refusal:
             self._rows.clear()

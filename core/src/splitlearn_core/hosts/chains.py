@@ -55,12 +55,13 @@ def onward(request: Frame, reply: Frame) -> tuple[str, Frame]:
     """
     route = request.meta["next"]
     names = ("session", "step", "link", "pass", "nonce", "arguments")
-    session, step, *rest = [route.get(name) for name in names] if isinstance(route, dict) else [None] * len(names)
+    session, step, link, *rest = [route.get(name) for name in names] if isinstance(route, dict) else [None] * len(names)
     output = next((place for place, spec in enumerate(reply.tensors) if spec.name == OUTPUT), None)
     is_valid = all(type(number) is int and 0 < number <= _MAX_NUMBER for number in (session, step))
     if (
         not is_valid
         or output is None
+        or not isinstance(link, str)
         or not all(isinstance(text, str) for text in rest[:-1])
         or not isinstance(rest[-1], dict)
         or wire_of(request) != RAW
@@ -70,7 +71,7 @@ def onward(request: Frame, reply: Frame) -> tuple[str, Frame]:
     specs = (reply.tensors[output]._replace(name=STATES), *(request.tensors[place] for place in kept))
     buffers = [reply.buffers[output], *(request.buffers[place] for place in kept)]
     meta = {name: route[name] for name in _SENT_ON if name in route}
-    return rest[0], Frame(Kind.STEP, cast("int", session), cast("int", step), meta, specs, buffers)
+    return link, Frame(Kind.STEP, cast("int", session), cast("int", step), meta, specs, buffers)
 
 
 class Link:
@@ -83,12 +84,13 @@ class Link:
     Attributes:
         name: What the first host calls the second; None if it does not send on to it.
         refusal: Why not.
+        reason: Why an output did not arrive, the last time that one did not.
     """
 
     def __init__(self, before: Host, after: Host, refusal: str = "") -> None:
         self.before, self.after = before, after
         self.name: str | None = None
-        self.refusal = refusal
+        self.refusal, self.reason = refusal, ""
         self._was_asked = False
         self._pause, self._resumes_at = _FIRST_PAUSE, 0.0
         if refusal:
@@ -138,7 +140,7 @@ class Link:
 
     def failed(self, why: str) -> None:
         """Note that an output did not arrive: for a while, outputs go through this process."""
-        self._resumes_at = time.monotonic() + self._pause
+        self.reason, self._resumes_at = why, time.monotonic() + self._pause
         report = log.warning if self._pause == _FIRST_PAUSE else log.debug
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         report(

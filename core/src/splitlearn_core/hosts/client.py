@@ -506,7 +506,8 @@ class RemoteSession:
                 self._leave()
             try:
                 result = self._sent(step, rows)
-            except RemoteError:
+            except RemoteError as error:
+                self.is_uncertain |= isinstance(error, ConnectionLostError)
                 raise
             except BaseException:
                 # Interrupted: it is unknown whether the host has executed the step.
@@ -617,7 +618,7 @@ class RemoteSession:
                 return result
             except RemoteError as error:
                 if error.code == "out_of_order" and self.is_uncertain:
-                    # The step that another host sent on, and that failed elsewhere, was executed here.
+                    # A step whose result was never seen was executed.
                     self._leave()
                     continue
                 if error.code != _GONE:
