@@ -205,7 +205,9 @@ class RemoteComponent(nn.Module):
                     hint=f"`splitlearn serve ... --next {following.url}` at {self.url} allows it; without chain=True, "
                     "the output goes through this process",
                 )
-            self._links[following.host] = link
+            if not refusal:
+                # Another model of the same components may have no such reason.
+                self._links[following.host] = link
             link.report(self.component, following.component)
         return link
 

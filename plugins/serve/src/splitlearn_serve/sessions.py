@@ -222,6 +222,8 @@ class Sessions:
             await asyncio.gather(self._timer, return_exceptions=True)
         for model_id in list(self._held):
             await self.end(model_id)
+        for step in list(self._awaited):
+            self._settle_awaited(step, None)
         self._hops.close()
 
     # --- a request ------------------------------------------------------------------------------------
@@ -251,7 +253,10 @@ class Sessions:
             return await self._collected(model_id, frame, owner)
         if frame.kind is Kind.STEP and "pass" in frame.meta:
             return await self._taken_over(model_id, frame, owner, traffic)
-        return Reply((await self._executed(model_id, frame, owner, traffic))[1])
+        reply = Reply((await self._executed(model_id, frame, owner, traffic))[1])
+        # An owner who sends a step does not wait for it any more.
+        self._settle_awaited(_Step.of(frame), None)
+        return reply
 
     async def _taken_over(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> Reply:
         """Execute a step that another host has sent on; its owner gets the result, and that host none."""
