@@ -33,6 +33,7 @@ from splitlearn_core import (
 )
 from splitlearn_core.extension import Endpoint, Frame, Kind
 from splitlearn_core.hosts import carriers, chains
+from splitlearn_core.hosts.payload import pack
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from splitlearn_serve import hops
 from splitlearn_serve.hops import Hops
@@ -445,15 +446,18 @@ def test_many_outputs_on_the_way(
     assert "0 outputs are on their way" in str(pair[0].link_to(pair[1]).reason)
 
 
-def test_a_pass_is_for_plain_steps_alone(pair: tuple[RemoteComponent, RemoteComponent]) -> None:
-    """Whoever has it gets no result, and cannot collect, copy or train."""
+@torch.no_grad()
+def test_who_sends_on_gets_no_result(pair: tuple[RemoteComponent, RemoteComponent]) -> None:
+    """It has the pass, and the owner of the session the result; who asks for what has not arrived is told so."""
     host = pair[1].host
     opened = host.request(Frame(Kind.OPEN, meta={"rows": 1, "tokens": 4}))
-    passing = {"pass": opened.meta["pass"], "nonce": "n"}
-    reply = host.exchange(Frame(Kind.COLLECT, opened.session, 1, {**passing, "wait": 0}))
-    assert reply.meta["code"] == "unknown_session"
-    reply = host.exchange(Frame(Kind.COLLECT, opened.session, 1, {"secret": opened.meta["secret"], "wait": 0}))
-    assert reply.meta["code"] == "not_arrived"
+    specs, buffers = pack({"hidden_states": torch.zeros(1, 2, host.facts.hidden_size)})
+    collecting = Frame(Kind.COLLECT, opened.session, 1, {"secret": opened.meta["secret"], "nonce": "n", "wait": 0})
+    assert host.exchange(collecting).meta["code"] == "not_arrived"
+    passing = Frame(Kind.STEP, opened.session, 1, {"pass": opened.meta["pass"], "nonce": "n"}, specs, buffers)
+    reply = host.exchange(passing)
+    assert (reply.kind, reply.tensors, dict(reply.meta)) == (Kind.RESULT, (), {})
+    assert [spec.name for spec in host.exchange(collecting).tensors] == ["output"]
 
 
 # --- kills --------------------------------------------------------------------------------------------
