@@ -23,7 +23,8 @@ import torch
 from splitlearn_core.build.forward_arguments import RECORDINGS
 from splitlearn_core.errors import ConnectionLostError, ProtocolError, RemoteError
 from splitlearn_core.family import STATES
-from splitlearn_core.hosts.client import Host, Pending, RemoteSession
+from splitlearn_core.hosts.client import Host, Pending
+from splitlearn_core.hosts.journals import RemoteSession
 from splitlearn_core.hosts.protocol import Frame, Kind
 from splitlearn_core.hosts.training import OUTPUT
 from splitlearn_core.hosts.wires import wire_of

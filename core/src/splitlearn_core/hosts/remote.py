@@ -26,9 +26,10 @@ from splitlearn_core.family import STATES, ModelFamily
 from splitlearn_core.hosts.calls import Call, Upload, through
 from splitlearn_core.hosts.carriers import Endpoint
 from splitlearn_core.hosts.chains import Link
-from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
+from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience
 from splitlearn_core.hosts.facts import CACHE_KINDS, MODES, Facts
 from splitlearn_core.hosts.holes import RemoteLayer, apply_around_holes, layers_without_values
+from splitlearn_core.hosts.journals import RemoteSession
 from splitlearn_core.hosts.mirrored_layers import MirroredLayer, mirrored_layers
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
