@@ -356,3 +356,30 @@ def test_bytes_become_tensors_of_their_own() -> None:
         assert received[name].dtype == tensor.dtype
     received["truth"][0] = False
     assert tensors["truth"][0]
+
+
+def test_a_pass_is_for_the_plain_steps_of_its_session(table: SessionTable, parts: Any) -> None:
+    """Of any owner; it neither collects, copies, closes nor trains, and is not that of another session."""
+    client = Client(table, "alice")
+    opened = table.handle(Frame(Kind.OPEN, meta={"rows": 1, "tokens": 4}), "alice")
+    specs, buffers = pack({"hidden_states": states(1, 2)})
+
+    def sent(kind: Kind, session: int = opened.session, number: int = 1, **meta: Any) -> Frame:
+        meta = {"pass": opened.meta["pass"], "nonce": "n", **meta}
+        return table.handle(Frame(kind, session, number, meta, specs, buffers), "host")
+
+    refused(sent(Kind.STEP, training=True), "bad_input", "do not train")
+    refused(sent(Kind.STEP, **{"pass": "wrong"}), "unknown_session")
+    refused(sent(Kind.STEP, **{"pass": opened.meta["secret"]}), "unknown_session")
+    refused(sent(Kind.STEP, client.number), "unknown_session")
+    with torch.no_grad():
+        expected = parts.trunk(hidden_states=states(1, 2), past_key_values=parts.trunk.new_cache())
+    assert torch.equal(output(sent(Kind.STEP)), expected)
+    for kind in (Kind.COLLECT, Kind.COPY):
+        refused(sent(kind), "unknown_session")
+    sent(Kind.CLOSE)
+    collecting = Frame(Kind.COLLECT, opened.session, 1, {"secret": opened.meta["secret"], "nonce": "n"})
+    refused(table.handle(collecting, "host"), "unknown_session")
+    assert torch.equal(output(table.handle(collecting, "alice")), expected)
+    for other in (collecting._replace(step=2), collecting._replace(meta={**collecting.meta, "nonce": "other"})):
+        refused(table.handle(other, "alice"), "not_arrived")

@@ -217,9 +217,10 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: Tensors made of others take four files and 480 lines: where values lie, transformers' tables, memory, parts.
 #: Layers with running states take two files and 330 lines: sizes of caches, and stand-ins for those of a host.
 #: Views and memory, which ways of reading share, have a file: ``mapped`` reads what others are made of as ``copied``.
+#: Chains of hosts take a file and 200 lines, and sessions with their journals have a file of their own.
 LIMITS = {
     "files": (0, 190),
-    "code lines": (0, 26_500),
+    "code lines": (0, 26_900),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),

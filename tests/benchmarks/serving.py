@@ -40,7 +40,7 @@ def served(job: dict[str, Any], *options: str) -> Iterator[tuple[str, int]]:
         try:
             assert server.stderr is not None
             # It prints more, later: without a reader it would stand still.
-            url = next(word for line in server.stderr for word in line.split() if word.endswith("/trunk"))
+            url = next(word for line in server.stderr for word in line.split() if "/trunk" in word)
             threading.Thread(target=server.stderr.read, daemon=True).start()
             yield url, server.pid
         finally:

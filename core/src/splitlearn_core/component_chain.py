@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from itertools import groupby, pairwise
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from splitlearn_core.build.kv_cache import CACHE_FIELD, own_cache_class
 from splitlearn_core.cuts.crossings import Crossings, crossing
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import STATES
+from splitlearn_core.hosts.chains import announced
 from splitlearn_core.hosts.mirrored_layers import restored
 from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.types import Component
@@ -48,6 +50,19 @@ class ComponentChain:
         #: The class of cache that the model insists on, which keeps running states; None for none.
         self.own_cache = own_cache_class(bottom.base_model.forward)
         self._is_apart = any(isinstance(part, RemoteComponent) for part in parts.values())
+        #: The number of each remote component that is followed by others -> it and them.
+        self._rows: dict[int, list[Any]] = {}
+        for is_remote, row in groupby(enumerate(parts.values()), lambda item: isinstance(item[1], RemoteComponent)):
+            numbers, components = zip(*row, strict=True)
+            if is_remote and len(components) > 1:
+                self._rows[numbers[0]] = list(components)
+        refusal = "" if crossings is None else "what crosses the cuts is treated here"
+        refusal = f"{', '.join(self._crossing)} cross besides hidden states" if self._crossing else refusal
+        for followed in self._rows.values():
+            for before, after in pairwise(followed):
+                before.link_to(after, refusal)
+        if refusal:
+            self._rows.clear()
         # A parameter of each, for its device and dtype without walking the module at every token. A component that runs
         # elsewhere has none: it takes hidden states on any device.
         self._probes = [
@@ -87,7 +102,7 @@ class ComponentChain:
         parts = list(self.parts.values())
         rows = tokens if tokens is not None else first.get("inputs_embeds")
         over_cuts = crossing(self.crossings, parts, rows, cache, is_training=owner.training)
-        with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross:
+        with restored(cache) if self._is_apart else nullcontext(), over_cuts as cross, ExitStack() as announcements:
             # All before the first runs: a component of running states alone takes the number of tokens from the others.
             caches = [_share(cache, part) for part in parts]
             output: Any = parts[0](tokens, **first, **passed, past_key_values=caches[0])
@@ -99,6 +114,9 @@ class ComponentChain:
                 states = output if isinstance(output, torch.Tensor) else output.last_hidden_state
                 hidden = cross(number - 1, self._enter(number, states))
                 others = {name: self._enter(number, output[name]) for name in self._crossing}
+                row = self._rows.get(number)
+                if row is not None:
+                    announcements.enter_context(announced(row, hidden, passed, caches[number : number + len(row)]))
                 output = run(hidden, **others, **passed, past_key_values=caches[number])
                 outputs.append(output)
         result = _whole_output(outputs, recordings, cache if use_cache else None)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from splitlearn_core.family import LAYERS as LAYERS
     from splitlearn_core.family import SEQUENCE as SEQUENCE
     from splitlearn_core.family import STATES as STATES
+    from splitlearn_core.hosts.carriers import Endpoint as Endpoint
+    from splitlearn_core.hosts.chains import onward as onward
     from splitlearn_core.hosts.client import Host as Host
     from splitlearn_core.hosts.client import Patience as Patience
     from splitlearn_core.hosts.facts import Facts as Facts
@@ -104,6 +106,7 @@ _HOMES = {
     "ComponentServer": "hosts.relay",
     "ConfigFile": "manager.config",
     "DEPTHS": "testing.worlds",
+    "Endpoint": "hosts.carriers",
     "Facts": "hosts.facts",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",
@@ -151,6 +154,7 @@ _HOMES = {
     "load_arguments": "manager.loaders.own_process",
     "map_keys": "plan.keys",
     "message_head": "hosts.websocket",
+    "onward": "hosts.chains",
     "open_source": "checkpoint.source",
     "other_sizes": "testing.worlds",
     "own_state": "build.torch_state",

@@ -1,4 +1,4 @@
-"""A status server on loopback, in a thread of its own, and a loader whose loads go as far as a test says."""
+"""Status servers on loopback, in a thread or a process, and a loader whose loads go as far as a test says."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import queue
+import re
 import ssl
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from splitlearn_serve.app import build_app
 from splitlearn_serve.connections import Pool, Server, uvicorn_config
 from splitlearn_serve.control import Control
 from splitlearn_serve.guard import HostRule
+from splitlearn_serve.hops import Hops
 from splitlearn_serve.permissions import RequestRules
 from splitlearn_serve.run import Address, listening
 from splitlearn_serve.sessions import Sessions
@@ -61,6 +65,7 @@ class StatusServer:
         tokens: Tokens | None = None,
         tls: ssl.SSLContext | None = None,
         port: int = 0,
+        hops: Hops | None = None,
         **manager: Any,
     ) -> None:
         """Prepare one.
@@ -74,6 +79,7 @@ class StatusServer:
             tokens: Those that may use and change models.
             tls: What connections begin with.
             port: Where it listens; 0 for any free one.
+            hops: The servers that outputs may be sent on to.
             manager: What the manager is made with.
         """
         self._configs = tuple(configs)
@@ -81,6 +87,7 @@ class StatusServer:
         self._connections = connections
         self._hosts = hosts or HostRule()
         self._limits, self._tokens, self._tls = limits, tokens, tls
+        self._hops = hops
         self._options = manager
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status server")
@@ -171,7 +178,7 @@ class StatusServer:
                 self.control = Control(manager, self._configs, self._rules)
                 self.control.load_configured()
                 pool = Pool(self._connections)
-                self.sessions = Sessions(self.control, self._limits)
+                self.sessions = Sessions(self.control, self._limits, self._hops)
                 app = build_app(
                     self.control,
                     self._hosts,
@@ -190,6 +197,48 @@ class StatusServer:
                 await self.control.end()
                 server.should_exit = True
                 await serving
+
+
+class Process:
+    """A running ``splitlearn serve``, in an interpreter."""
+
+    def __init__(self, interpreter: str, *arguments: object, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [interpreter, "-m", "splitlearn_core", "serve", *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.log = ""
+        self.url = self.until(r"trunk\d* at (http\S+/trunk\d*)")[1]
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def until(self, pattern: str) -> re.Match[str]:
+        assert self.process.stderr is not None
+        while (found := re.search(pattern, self.log)) is None:
+            line = self.process.stderr.readline()
+            assert line, self.log
+            self.log += line
+        return found
+
+    @property
+    def address(self) -> str:
+        return self.url.rpartition("/")[0]
+
+    def kill(self) -> None:
+        """End it without any notice."""
+        self.process.kill()
+        self.process.wait(60)
+        self._reader.join(60)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log += line
 
 
 async def until_met(met: Callable[[], object]) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import which
@@ -18,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from serving import Process
 from splitlearn_core import ConfigurationError, MissingFileError, SplitCausalLM, connect, load_split_model
 from splitlearn_serve.session_settings import session_limits, session_problems
 from splitlearn_serve.tls import server_context
@@ -30,48 +30,6 @@ def splitlearn(*arguments: object, **environment: str) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "splitlearn_core", *map(str, arguments)]
     environ = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environ)
-
-
-class Process:
-    """A running ``splitlearn serve``, in an interpreter."""
-
-    def __init__(self, interpreter: str, *arguments: object, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [interpreter, "-m", "splitlearn_core", "serve", *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self.log = ""
-        self.url = self.until(r"trunk at (http\S+/trunk)")[1]
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def until(self, pattern: str) -> re.Match[str]:
-        assert self.process.stderr is not None
-        while (found := re.search(pattern, self.log)) is None:
-            line = self.process.stderr.readline()
-            assert line, self.log
-            self.log += line
-        return found
-
-    @property
-    def address(self) -> str:
-        return self.url.removesuffix("/trunk")
-
-    def kill(self) -> None:
-        """End it without any notice."""
-        self.process.kill()
-        self.process.wait(60)
-        self._reader.join(60)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log += line
 
 
 @pytest.fixture

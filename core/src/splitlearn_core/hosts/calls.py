@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from splitlearn_core.build.forward_arguments import RECORDINGS
 from splitlearn_core.errors import ConfigurationError, RemoteError, RemoteStepError
 from splitlearn_core.family import STATES
-from splitlearn_core.hosts.client import Host, Step
+from splitlearn_core.hosts.client import Host
+from splitlearn_core.hosts.journals import Step
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_TENSORS, Frame, Kind
 from splitlearn_core.hosts.training import GRADIENT, OUTPUT, RANDOM_CPU, RANDOM_CUDA

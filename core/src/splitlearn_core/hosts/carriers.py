@@ -60,13 +60,25 @@ _SILENCE = 10.0
 class Connection(Protocol):
     """A connection to a host."""
 
-    def exchange(self, request: Frame) -> Frame:
-        """Send a request and return its reply.
+    def send(self, request: Frame) -> None:
+        """Send a request.
+
+        Raises:
+            ConnectionLostError: The connection ended.
+        """
+
+    def receive(self) -> Frame:
+        """Return the reply to the request that was sent.
 
         Raises:
             ConnectionLostError: The connection ended, or there was no reply in time.
             ProtocolError: The reply is not a valid frame.
         """
+
+    def exchange(self, request: Frame) -> Frame:
+        """Send a request and return its reply; raises like both."""
+        self.send(request)
+        return self.receive()
 
     def close(self) -> None:
         """End the connection."""
@@ -145,16 +157,19 @@ class Endpoint:
         return _WebSocketConnection(self)
 
 
-class _StreamConnection:
+class _StreamConnection(Connection):
     """Frames one after the other on a stream socket."""
 
     def __init__(self, stream: socket.socket, endpoint: Endpoint) -> None:
         self._socket = stream
         self._endpoint = endpoint
 
-    def exchange(self, request: Frame) -> Frame:
+    def send(self, request: Frame) -> None:
         with _connection_errors(self._endpoint.url):
             send_frame(self._socket, request)
+
+    def receive(self) -> Frame:
+        with _connection_errors(self._endpoint.url):
             _report_silence(self._socket, self._endpoint)
             reply = receive_frame(self._socket, self._endpoint.max_payload)
         if reply is None:
@@ -225,7 +240,7 @@ def _unix_socket(path: str, endpoint: Endpoint) -> socket.socket:
     return stream
 
 
-class _WebSocketConnection:
+class _WebSocketConnection(Connection):
     """A frame in each binary message of a WebSocket.
 
     The protocol is that of ``websockets``, without its threads: the caller's thread reads its own reply.
@@ -268,10 +283,16 @@ class _WebSocketConnection:
             self._socket.close()
             raise
 
-    def exchange(self, request: Frame) -> Frame:
+    def send(self, request: Frame) -> None:
         try:
             for piece in self._stream.masked(encode(request)):
                 self._socket.sendall(piece)
+        except OSError:
+            with _connection_errors(self._endpoint.url):
+                raise
+
+    def receive(self) -> Frame:
+        try:
             _report_silence(self._socket, self._endpoint)
             while not self._messages:
                 self._read()

@@ -1,8 +1,4 @@
-"""The user's end: connections to one host, and sessions that survive its restarts.
-
-A session keeps a *journal*: its executed steps, as they were sent. A host that has lost the session, or another host
-with the same weights, gets the same steps again, one by one, so that its cache is the same to the last bit.
-"""
+"""The user's end: connections to one host, which are made again when it was away."""
 
 from __future__ import annotations
 
@@ -11,13 +7,12 @@ import logging
 import os
 import queue
 import random
-import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from splitlearn_core.errors import (
     AccessRefusedError,
@@ -27,14 +22,16 @@ from splitlearn_core.errors import (
     RemoteBusyError,
     RemoteError,
     RemoteStepError,
-    SessionLostError,
 )
 from splitlearn_core.hosts.carriers import Address, Connection
 from splitlearn_core.hosts.facts import SOLO, Facts
-from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
+from splitlearn_core.hosts.protocol import Frame, Kind
 from splitlearn_core.hosts.wires import compressed, expanded
 from splitlearn_core.types import MEGABYTE, human_bytes
 from splitlearn_core.wire_formats import RAW
+
+if TYPE_CHECKING:
+    from splitlearn_core.hosts.journals import RemoteSession
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +45,6 @@ _CLOSE_TIMEOUT = 2.0
 _MAX_IDLE = 8
 #: How often an adapter is sent again if its host does not keep it.
 _MAX_UPLOADS = 3
-#: Codes of errors after which a session of this host is gone, and can be rebuilt.
-_GONE = "unknown_session"
 #: Codes for which the host counts as unreachable: it is shutting down, or has no room for a connection.
 _AWAY = ("closing", "unavailable", "not_loaded")
 #: Request -> the kind of its reply, if that is not an ERROR.
@@ -62,6 +57,8 @@ _REPLIES = {
     Kind.BACKWARD: Kind.RESULT,
     Kind.PUT: Kind.KEPT,
     Kind.CLOSE: Kind.CLOSED,
+    Kind.LINK: Kind.LINKED,
+    Kind.COLLECT: Kind.RESULT,
 }
 #: Codes of errors after which a connection is not reused.
 _ENDING = ("malformed", "version", "too_large", *_AWAY)
@@ -78,6 +75,19 @@ class Patience:
 
     wait: float = 60.0
     journal_bytes: int = JOURNAL_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request that was sent, on a connection of its own.
+
+    Attributes:
+        reply: Reads and returns any reply; raises like :meth:`Host.exchange`.
+        drop: Ends the connection: the reply is no longer wanted.
+    """
+
+    reply: Callable[[], Frame]
+    drop: Callable[[], None]
 
 
 class Upload(Protocol):
@@ -243,24 +253,49 @@ class Host:
     def request_once(self, frame: Frame) -> Frame:
         """Send a request and return its reply; raises ConnectionLostError if the host is unreachable."""
         frame = compressed(frame, self.wire)
+        self._refuse_too_large(frame)
+        reply = self.exchange(frame)
+        if reply.kind is Kind.ERROR:
+            raise _error_of(self.url, reply)
+        return expanded(reply, self.facts.max_payload)
+
+    def _refuse_too_large(self, frame: Frame) -> None:
         if frame.payload_bytes > self.facts.max_payload:
             raise RemoteStepError(
                 f"a step of {human_bytes(frame.payload_bytes)}; {self.url} takes {human_bytes(self.facts.max_payload)}",
                 hint="send fewer tokens or sequences at once: a long prompt in several steps",
                 code="too_large",
             )
-        reply = self.exchange(frame)
-        if reply.kind is Kind.ERROR:
-            raise _error_of(self.url, reply)
-        return expanded(reply, self.facts.max_payload)
 
     def exchange(self, frame: Frame) -> Frame:
         """Send a request once, and return any reply; raises ConnectionLostError if the host is unreachable."""
         connection = self._borrow()
         # Requests outside of sessions get a step number too, so that a reply to another request is noticed.
         sent = frame if frame.session else frame._replace(step=next(self._numbers))
+        return self._received(connection, frame, sent, lambda: connection.exchange(sent))
+
+    def begin(self, frame: Frame) -> Pending:
+        """Send a request of a session, whose reply is read later.
+
+        Raises:
+            ConnectionLostError: The host is unreachable.
+            RemoteStepError: The request is larger than it takes.
+        """
+        self._refuse_too_large(frame)
+        connection = self._borrow()
         try:
-            reply = connection.exchange(sent)
+            connection.send(frame)
+        except BaseException as error:
+            self._broken(connection, error)
+            raise
+        return Pending(
+            lambda: self._received(connection, frame, frame, connection.receive),
+            connection.close,
+        )
+
+    def _received(self, connection: Connection, frame: Frame, sent: Frame, receive: Callable[[], Frame]) -> Frame:
+        try:
+            reply = receive()
             if not _answers(reply, sent):
                 raise ConnectionLostError(
                     f"{self.url} answered the wrong request: a {sent.kind.name} with a "
@@ -269,11 +304,7 @@ class Host:
                     hint="is there a proxy in between that repeats or reorders messages?",
                 )
         except BaseException as error:
-            # A reply may still arrive, so the connection cannot be used for another request.
-            connection.close()
-            if isinstance(error, ConnectionLostError):
-                # The other idle connections are older, and dead too.
-                self.drop_connections()
+            self._broken(connection, error)
             raise
         self.round_trips += 1
         self.bytes_sent += frame.payload_bytes
@@ -283,6 +314,13 @@ class Host:
         else:
             self._put_back(connection)
         return reply if reply.step == frame.step else reply._replace(step=frame.step)
+
+    def _broken(self, connection: Connection, error: BaseException) -> None:
+        # A reply may still arrive, so the connection cannot be used for another request.
+        connection.close()
+        if isinstance(error, ConnectionLostError):
+            # The other idle connections are older, and dead too.
+            self.drop_connections()
 
     def _borrow(self) -> Connection:
         with self._lock:
@@ -373,215 +411,3 @@ def _error_of(url: str, reply: Frame) -> RemoteError:
         code=code,
         retry_after=float(after) if isinstance(after, int | float) and 0 <= after < 1e6 else None,  # noqa: PLR2004  # ten days
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a step sends besides its number: changes of the cache, arguments, and tensors as bytes."""
-
-    arguments: Mapping[str, Any]
-    tensors: tuple[TensorSpec, ...]
-    buffers: tuple[memoryview, ...]
-    #: The mode it runs in, if that is not the default.
-    meta: Mapping[str, Any]
-    #: The adapters that it names.
-    upload: Upload | None = None
-    changes: tuple[tuple[str, Any], ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        arguments: Mapping[str, Any],
-        tensors: tuple[TensorSpec, ...],
-        buffers: Sequence[memoryview],
-        meta: Mapping[str, Any],
-        upload: Upload | None,
-    ) -> Step:
-        """Take copies of the buffers: their tensors may change before the step is sent again."""
-        return cls(arguments, tensors, tuple(memoryview(bytes(buffer)) for buffer in buffers), meta, upload)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
-
-    def frame(self, session: int, number: int, secret: str, nonce: str) -> Frame:
-        meta: dict[str, Any] = {**self.meta, "arguments": self.arguments, "secret": secret, "nonce": nonce}
-        if self.changes:
-            meta["changes"] = [list(change) for change in self.changes]
-        return Frame(Kind.STEP, session, number, meta, self.tensors, self.buffers)
-
-
-class RemoteSession:
-    """A cache at a host, and the steps on it, for one caller at a time. The first step opens it.
-
-    Args:
-        host: The host of the cache.
-        max_tokens: The declared length of a sequence; the host reserves memory for it.
-    """
-
-    def __init__(self, host: Host, max_tokens: int) -> None:
-        self.host = host
-        self._max_tokens = max_tokens
-        self._lock = threading.Lock()
-        self._number, self._secret = 0, ""
-        self._process = os.getpid()
-        self._done = 0
-        #: None once it is larger than allowed.
-        self._journal: list[Step] | None = []
-        self._journal_bytes = 0
-        #: Pending changes of the cache, applied before the next forward.
-        self.changes: list[tuple[str, Any]] = []
-        self._finalizer: weakref.finalize[Any, Any] | None = None
-
-    def step(self, step: Step, rows: int) -> Frame:
-        """Apply the pending changes, execute the next step on ``rows`` sequences, and return its result.
-
-        Raises:
-            RemoteError: The step was refused; the session is unchanged.
-            SessionLostError: The host has lost the session, and the journal is not complete.
-        """
-        step = replace(step, changes=tuple(self.changes))
-        with self._lock:
-            if self._process != os.getpid():
-                # After a fork, the parent may go on using it.
-                self._leave()
-            try:
-                result = self._sent(step, rows)
-            except RemoteError:
-                raise
-            except BaseException:
-                # Interrupted: it is unknown whether the host has executed the step.
-                self._leave()
-                raise
-            self._done += 1
-            self.changes = []
-            self._note(step)
-        return result
-
-    @property
-    def steps(self) -> int:
-        """The number of executed steps."""
-        return self._done
-
-    def undo(self) -> None:
-        """Forget the last step: the next one rebuilds the session without it.
-
-        Raises:
-            SessionLostError: The journal is not complete.
-        """
-        with self._lock:
-            if not self._journal:
-                raise SessionLostError(
-                    f"the last step of the session at {self.host.url} cannot be undone: its journal was larger than "
-                    "allowed",
-                    code="journal",
-                    hint="start again with an empty cache; connect(..., journal_bytes=N) keeps more",
-                )
-            step = self._journal.pop()
-            self._journal_bytes -= step.nbytes
-            self.changes = [*step.changes, *self.changes]
-            self._leave()
-            self._done = len(self._journal)
-
-    def expect(self, tokens: int) -> None:
-        """Declare more tokens at the next opening; an open session grows when they arrive."""
-        self._max_tokens = max(self._max_tokens, tokens)
-
-    def copy(self) -> RemoteSession:
-        """Return a session with the same content: a copy at the host, or a journal from which it will be rebuilt."""
-        other = RemoteSession(self.host, self._max_tokens)
-        with self._lock:
-            other.changes = list(self.changes)
-            other._journal = None if self._journal is None else list(self._journal)  # its own class
-            other._journal_bytes = self._journal_bytes  # its own class
-            if self._number and self._process == os.getpid():
-                request = Frame(Kind.COPY, self._number, self._done, {"secret": self._secret})
-                try:
-                    other._opened(self.host.request(request), self._done)  # its own class
-                except RemoteError as error:
-                    if self._journal is None:
-                        raise
-                    log.debug("A session is rebuilt instead of copied: %s", error.message)
-        return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSession:
-        return self.copy()
-
-    def close(self) -> None:
-        """End the session at the host, without waiting for it."""
-        self._leave()
-
-    def _sent(self, step: Step, rows: int) -> Frame:
-        nonce = secrets.token_hex(8)
-        deadline = time.monotonic() + self.host.patience.wait
-        was_lost = False
-        while True:
-            try:
-                if not self._number:
-                    self._rebuild(rows)
-                return self.host.request(step.frame(self._number, self._done + 1, self._secret, nonce), step.upload)
-            except RemoteError as error:
-                if error.code != _GONE:
-                    raise
-                self._forget()
-                # A host that keeps losing the session cannot be used.
-                if was_lost and time.monotonic() > deadline:
-                    raise SessionLostError(
-                        f"{self.host.url} loses the session whenever it is rebuilt: {error.message}",
-                        code=_GONE,
-                        hint="its idle time limit may be shorter than a step takes",
-                    ) from error
-                was_lost = True
-
-    def _rebuild(self, rows: int) -> None:
-        """Open a session, and replay the journal."""
-        if self._journal is None:
-            raise SessionLostError(
-                f"the session at {self.host.url} ended, and its journal was larger than allowed",
-                code="journal",
-                hint="start again with an empty cache; connect(..., journal_bytes=N) keeps more",
-            )
-        meta = {"rows": rows, "tokens": min(self._max_tokens, self.host.facts.max_tokens), "mode": self.host.mode}
-        self._opened(self.host.request(Frame(Kind.OPEN, meta=meta)), 0)
-        if self._journal:
-            log.warning("Rebuilding a session at %s from %d steps", self.host.url, len(self._journal))
-        for number, step in enumerate(self._journal, start=1):
-            self.host.request(step.frame(self._number, number, self._secret, secrets.token_hex(8)), step.upload)
-        self._done = len(self._journal)
-
-    def _opened(self, reply: Frame, done: int) -> None:
-        secret = reply.meta.get("secret")
-        if reply.kind is not Kind.OPENED or not reply.session or not isinstance(secret, str):
-            raise ProtocolError(f"{self.host.url} opened no session: {reply.kind.name}", code="malformed")
-        self._number, self._secret, self._done, self._process = reply.session, secret, done, os.getpid()
-        self._finalizer = weakref.finalize(self, self.host.abandon, self._number, self._secret)
-        self._finalizer.atexit = False
-        self.host.sessions.add(self)
-
-    def _note(self, step: Step) -> None:
-        if self._journal is None:
-            return
-        if step.changes and step.changes[0][0] == "reset":
-            self._journal, self._journal_bytes = [], 0
-        self._journal.append(step)
-        self._journal_bytes += step.nbytes
-        if self._journal_bytes > self.host.patience.journal_bytes:
-            log.warning(
-                "A session at %s has sent %s, more than journal_bytes: a restart of the host would end it",
-                self.host.url,
-                human_bytes(self._journal_bytes),
-            )
-            self._journal = None
-
-    def _leave(self) -> None:
-        """End the session at the host without waiting, unless it belongs to another process."""
-        finalizer = self._finalizer
-        if finalizer is not None and self._process == os.getpid():
-            finalizer()
-        self._forget()
-
-    def _forget(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer.detach()
-            self.host.sessions.discard(self)
-        self._finalizer, self._number, self._secret = None, 0, ""

@@ -78,6 +78,9 @@ class Facts:
     wires: tuple[str, ...] = WIRES
     #: How sessions may run: ``solo``, each alone; ``packed``, several in one forward.
     modes: tuple[str, ...] = (SOLO,)
+    #: Whether it may send its output on to another host, and whether it takes the output of another one.
+    sends_on: bool = False
+    takes_over: bool = False
     #: The type of each layer of the model, if there are several types.
     layer_types: tuple[str, ...] | None = None
     #: What crosses its cuts, where that is more than hidden states ``[batch, sequence, hidden_size]``: name -> where it
@@ -257,6 +260,7 @@ _CHECKS = {
     "max_payload": _is_number,
     "epoch": _is_text,
     "wires": _are_texts,
+    **dict.fromkeys(("sends_on", "takes_over"), lambda value: isinstance(value, bool)),
     "layer_types": lambda value: value is None or _are_texts(value),
     "crossing": _is_crossing,
     "origin": _is_origin,

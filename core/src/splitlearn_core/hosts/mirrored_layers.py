@@ -20,8 +20,8 @@ from splitlearn_core.build.kv_cache import (
     refuse_crop,
 )
 from splitlearn_core.errors import ConfigurationError
-from splitlearn_core.hosts.client import RemoteSession
 from splitlearn_core.hosts.facts import CACHE_KINDS, INPUTS, Facts
+from splitlearn_core.hosts.journals import RemoteSession
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from splitlearn_core.errors import (
     RemoteError,
     SplitLearnError,
 )
+from splitlearn_core.hosts.carriers import Connection
 from splitlearn_core.hosts.child import process_settings
 from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience
 from splitlearn_core.hosts.control import receive_message, send_message
@@ -457,16 +458,22 @@ class ProcessAddress:
         return 2**32
 
 
-class ProcessConnection:
+class ProcessConnection(Connection):
     """A connection to a child."""
 
     def __init__(self, channel: Channel, address: ProcessAddress, child: ProcessHandle) -> None:
         self._channel, self._address, self._child = channel, address, child
 
-    def exchange(self, request: Frame) -> Frame:
-        """Send a request and return its reply; raises as :meth:`ProcessAddress.open`."""
+    def send(self, request: Frame) -> None:
+        """Send a request; raises as :meth:`ProcessAddress.open`."""
         try:
             self._channel.send(request)
+        except OSError as error:
+            raise self._address.lost(self._child) from error
+
+    def receive(self) -> Frame:
+        """Return its reply; raises as :meth:`ProcessAddress.open`."""
+        try:
             reply = self._channel.receive()
         except OSError as error:
             raise self._address.lost(self._child) from error

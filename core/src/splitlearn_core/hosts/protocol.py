@@ -21,6 +21,8 @@ STEP       RESULT     changes of the cache, then a forward. Steps of a session a
 BACKWARD   RESULT     repeats a forward without cache; returns gradients of its input and adapters for that of its
                       output
 PUT        KEPT       a description of adapters, or their tensors; the reply has the hash by which calls name them
+LINK       LINKED     asks whether the host sends on to another one; the reply has the name by which steps say so
+COLLECT    RESULT     waits for a step that another host sends on, and returns its result
 CLOSE      CLOSED     the end of a session; an unknown session counts as closed
 PING       PONG       checks that the host answers
 any        ERROR      a code, whether the same request can succeed later, and what became of the session
@@ -78,6 +80,9 @@ class Kind(IntEnum):
     BACKWARD = 13
     PUT = 14
     KEPT = 15
+    LINK = 16
+    LINKED = 17
+    COLLECT = 18
 
 
 #: A look-up in a dict takes a tenth of the time of Kind(number).

@@ -25,9 +25,11 @@ from splitlearn_core.errors import ConfigurationError, UnexpectedArgumentError
 from splitlearn_core.family import STATES, ModelFamily
 from splitlearn_core.hosts.calls import Call, Upload, through
 from splitlearn_core.hosts.carriers import Endpoint
-from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience, RemoteSession
+from splitlearn_core.hosts.chains import Link
+from splitlearn_core.hosts.client import JOURNAL_BYTES, Host, Patience
 from splitlearn_core.hosts.facts import CACHE_KINDS, MODES, Facts
 from splitlearn_core.hosts.holes import RemoteLayer, apply_around_holes, layers_without_values
+from splitlearn_core.hosts.journals import RemoteSession
 from splitlearn_core.hosts.mirrored_layers import MirroredLayer, mirrored_layers
 from splitlearn_core.hosts.payload import library_versions
 from splitlearn_core.hosts.protocol import TOKEN_VARIABLE
@@ -56,6 +58,7 @@ def connect(
     reply_timeout: float = 300.0,
     journal_bytes: int = JOURNAL_BYTES,
     ca_file: str | os.PathLike[str] | None = None,
+    chain: bool | None = None,
 ) -> RemoteComponent:
     """Connect to a component that a server runs.
 
@@ -71,6 +74,8 @@ def connect(
         reply_timeout: Seconds for the reply to one step.
         journal_bytes: Bytes of inputs that each session keeps here, for being rebuilt after a restart of the server.
         ca_file: A file of certificates to trust, in place of the system's.
+        chain: Whether its output goes directly to the server of the next component, with a copy to this process: by
+            default, if both servers allow it. With True, an error if they do not; with False, never.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -101,7 +106,7 @@ def connect(
         ca_file=None if ca_file is None else os.fspath(ca_file),
         reply_timeout=reply_timeout,
     )
-    return RemoteComponent(Host(endpoint, Patience(wait, journal_bytes), wire, mode), max_tokens)
+    return RemoteComponent(Host(endpoint, Patience(wait, journal_bytes), wire, mode), max_tokens, chain)
 
 
 class RemoteComponent(nn.Module):
@@ -111,10 +116,13 @@ class RemoteComponent(nn.Module):
     call it; each cache is one session at the host, for one caller at a time.
     """
 
-    def __init__(self, host: Host, max_tokens: int) -> None:
+    def __init__(self, host: Host, max_tokens: int, chain: bool | None = None) -> None:
         super().__init__()
         self.host = host
         self._max_tokens = max_tokens
+        self._chain = chain
+        #: The ways from its host to those of components that have followed it.
+        self._links: dict[Host, Link] = {}
         self._has_reported = False
         #: The prefix of the layers' names in the whole model; empty until their modules are known.
         self._prefix = ""
@@ -173,7 +181,41 @@ class RemoteComponent(nn.Module):
         return cast("torch.dtype", _DTYPES[self.facts.dtype])
 
     def extra_repr(self) -> str:
-        return f"{self.component}, layers {self.layer_range}, at {self.url}"
+        ways = [
+            f"{'output goes on to' if link.name else 'output comes back, not on to'} {host.url}"
+            for host, link in self._links.items()
+        ]
+        return ", ".join([f"{self.component}, layers {self.layer_range}, at {self.url}", *ways])
+
+    def link_to(self, following: RemoteComponent, refusal: str = "") -> Link:
+        """Return the way from this component's host to that of the next component; asked for and reported once.
+
+        Args:
+            following: The next component.
+            refusal: Why its output must come back to this process; empty if it need not.
+
+        Raises:
+            ConfigurationError: The host does not send on, and ``chain=True`` demands it.
+        """
+        link = None if refusal else self._links.get(following.host)
+        if link is None:
+            link = Link(self.host, following.host, refusal or ("chain=False" if self._chain is False else ""))
+            if link.name is None and self._chain:
+                raise ConfigurationError(
+                    f"the output of {self.component} cannot go on to {following.component}: {link.refusal}",
+                    hint=f"`splitlearn serve ... --next {following.url}` at {self.url} allows it; without chain=True, "
+                    "the output goes through this process",
+                )
+            if not refusal:
+                # Another model of the same components may have no such reason.
+                self._links[following.host] = link
+            link.report(self.component, following.component)
+        return link
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether PEFT has adapted it."""
+        return bool(self._configs)
 
     def report_differences(self, config: Any, device: torch.device) -> None:
         """Log, once, why results with this host may differ in the last bit from those of the unsplit model here.
@@ -204,7 +246,8 @@ class RemoteComponent(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteComponent:
         # Connections are thread-safe, so copies share them.
-        other = memo[id(self)] = RemoteComponent(self.host, self._max_tokens)
+        other = memo[id(self)] = RemoteComponent(self.host, self._max_tokens, self._chain)
+        other._links = self._links  # its own class
         other.layer_modules = copy.deepcopy(self.layer_modules, memo)
         other._prefix, other._configs = self._prefix, copy.deepcopy(self._configs, memo)  # its own class
         return other.train(self.training)
@@ -276,8 +319,9 @@ class RemoteComponent(nn.Module):
             states, others = taken_apart(self._crossing, states, kwargs, left)
         hidden = self._checked_states(states)
         cache = self._checked_cache(named_cache(kwargs, past_key_values))
-        mask = mask_for_layers(attention_mask, self.facts.layer_types, self.layer_range)
-        arguments, tensors = self._named({"attention_mask": mask, "position_ids": position_ids, **kwargs})
+        arguments, tensors = self.arguments_of(
+            {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        )
 
         tuning = self._tuning()
         parameters = {} if tuning is None else tuning.parameters
@@ -301,6 +345,15 @@ class RemoteComponent(nn.Module):
         output = outputs.pop(OUTPUT)
         left_as_it_came = passed_on(self._crossing, others, len(self.layer_range))
         return cast("torch.Tensor | BaseModelOutputWithPast", bundled(output, {**left_as_it_came, **outputs}))
+
+    def arguments_of(self, passed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Separate the arguments of a forward, besides what crosses and the cache, into JSON values and tensors.
+
+        Raises:
+            ConfigurationError: Arguments that a trunk does not take.
+        """
+        mask = mask_for_layers(passed.get("attention_mask"), self.facts.layer_types, self.layer_range)
+        return self._named({**passed, "attention_mask": mask})
 
     def open_layers(self, family: ModelFamily, config: Any, device: torch.device) -> None:
         """Replace the layers by the family's modules without values, for PEFT to adapt.

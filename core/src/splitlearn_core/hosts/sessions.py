@@ -13,6 +13,8 @@ bad_input         no         a step that this component cannot do: wrong shapes,
 unknown_session   no         there is no such session: it expired, was closed, the host was restarted, or the
                              secret is wrong; the caller can open another and replay its journal
 out_of_order      no         a step that is neither the next nor the last one
+not_arrived       no         the step that another host was to send on is not here; its owner sends it
+no_next           no         this host does not send on to the one that was named
 full              later      no room for another session, or for more tokens
 failed            no         the component raised an error in the step
 out_of_memory     no         the host ran out of memory in the step
@@ -89,6 +91,8 @@ class SessionLimits(TrainingLimits):
 class _Session:
     number: int
     secret: str
+    #: Whoever has it may send the session's steps, and nothing else.
+    passkey: str
     owner: str
     cache: PartCache
     rows: int
@@ -359,6 +363,7 @@ class SessionTable:
         session = _Session(
             number=secrets.randbits(62) + 1,
             secret=secrets.token_hex(16),
+            passkey=secrets.token_hex(16),
             owner=owner,
             cache=cache,
             rows=size[0],
@@ -383,7 +388,7 @@ class SessionTable:
                 )
             self._admit(self._bytes_of(session))
             self._sessions[session.number] = session
-        return Frame(Kind.OPENED, session.number, meta={"secret": session.secret})
+        return Frame(Kind.OPENED, session.number, meta={"secret": session.secret, "pass": session.passkey})
 
     def _close(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         try:
@@ -393,6 +398,14 @@ class SessionTable:
         with self._lock:
             self._sessions.pop(number, None)
         return Frame(Kind.CLOSED, number)
+
+    def _collect(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
+        session = self._session(frame, owner)
+        result = session.result
+        # Not under the session's lock, which a step holds while it computes.
+        if result is None or result.step != frame.step or session.nonce != frame.meta.get("nonce"):
+            raise RemoteError(f"step {frame.step} has not arrived here", code="not_arrived")
+        return result
 
     def _step(self, frame: Frame, owner: str, limits: SessionLimits) -> Frame:
         if frame.session == 0:
@@ -513,6 +526,7 @@ class SessionTable:
         Kind.COPY: _copy,
         Kind.CLOSE: _close,
         Kind.STEP: _step,
+        Kind.COLLECT: _collect,
         Kind.BACKWARD: _backward,
         Kind.PUT: _put,
     }
@@ -521,19 +535,25 @@ class SessionTable:
 
     def _session(self, frame: Frame, owner: str) -> _Session:
         session = self._sessions.get(frame.session)
-        secret = frame.meta.get("secret")
+        # Another host sends plain steps with a pass, under a token of its own.
+        is_sent_on = frame.kind is Kind.STEP and "pass" in frame.meta
+        secret = frame.meta.get("pass" if is_sent_on else "secret")
         # A wrong secret gets the same answer as an unknown number, so that numbers cannot be probed.
         if (
             session is None
-            or session.owner != owner
+            or (session.owner != owner and not is_sent_on)
             or not isinstance(secret, str)
-            or not hmac.compare_digest(secret.encode(errors="replace"), session.secret.encode())
+            or not hmac.compare_digest(
+                secret.encode(errors="replace"), (session.passkey if is_sent_on else session.secret).encode()
+            )
         ):
             raise RemoteError(
                 "there is no such session here: it has ended, or belongs to another owner",
                 code="closing" if self._closing else "unknown_session",
                 hint="open another session",
             )
+        if is_sent_on and Mode.of(frame.meta) != Mode.of({}):
+            raise RemoteError("steps that another host sends on do not train", code="bad_input")
         return session
 
     def _admit(self, additional: int) -> None:

@@ -32,8 +32,9 @@ from splitlearn_serve.app import build_app
 from splitlearn_serve.connections import Pool, Server, uvicorn_config
 from splitlearn_serve.control import Control
 from splitlearn_serve.guard import HostRule
+from splitlearn_serve.hops import Hops
 from splitlearn_serve.permissions import RequestRules, request_problems
-from splitlearn_serve.session_settings import session_limits, session_problems
+from splitlearn_serve.session_settings import next_endpoints, session_limits, session_problems
 from splitlearn_serve.sessions import Sessions
 from splitlearn_serve.signals import ENDING
 from splitlearn_serve.tls import server_context
@@ -101,6 +102,7 @@ class _Serving:
     tokens: Tokens
     tls: ssl.SSLContext | None
     limits: SessionLimits
+    hops: Hops
     announce: Callable[[str], None] = field(repr=False)
 
 
@@ -144,7 +146,7 @@ def run_server(
         raise ConfigurationError("the limits of sessions are invalid:\n  " + "\n  ".join(problems))
     manager = make_manager(dataclasses.replace(configuration, sessions=settings))
     rules = RequestRules.of(configuration.http, configuration.models)
-    tokens, tls = read_tokens(access.token_file), access.tls()
+    tokens, tls, hops = read_tokens(access.token_file), access.tls(), Hops(next_endpoints(settings))
     with listening(address) as listener:
         if not len(tokens) and not address.is_loopback:
             raise ConfigurationError(
@@ -157,7 +159,7 @@ def run_server(
         preload({config.model_type for config in configuration.models}, serving=True)
         models = configuration.models
         limits = session_limits(settings)
-        asyncio.run(_serve(_Serving(manager, models, rules, address, listener, tokens, tls, limits, announce)))
+        asyncio.run(_serve(_Serving(manager, models, rules, address, listener, tokens, tls, limits, hops, announce)))
 
 
 @contextlib.contextmanager
@@ -192,7 +194,7 @@ async def _serve(serving: _Serving) -> None:
     address, manager = serving.address, serving.manager
     async with manager:
         control, lag, pool = Control(manager, serving.models, serving.rules), LoopLag(), Pool()
-        sessions = Sessions(control, serving.limits)
+        sessions = Sessions(control, serving.limits, serving.hops)
         app = build_app(control, _hosts(address), lag, lambda: pool.is_full, sessions, serving.tokens)
         server = Server(uvicorn_config(app, serving.limits.max_payload), pool, serving.tls)
         with _stopping(control.closing):

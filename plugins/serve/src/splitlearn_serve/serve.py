@@ -76,6 +76,15 @@ _session_options = _options(
         metavar="MB",
         help="Memory for caches of one model's sessions.",
     ),
+    click.option(
+        "--next",
+        "next_urls",
+        multiple=True,
+        metavar="URL",
+        help="A server with the next trunk, to which outputs may be sent on. Repeatable.",
+    ),
+    click.option("--next-token-file", type=_FILE, help="A file with this server's token for those of --next."),
+    click.option("--next-ca-file", type=_FILE, help="Certificates to trust for them."),
     click.option("--no-training", is_flag=True, help="Refuse adapters and gradients, whatever a token allows."),
 )
 
@@ -141,9 +150,11 @@ def _serve(
     _log_to_stderr()
     sessions = {
         name: others[name]
-        for name in ("max_sessions", "max_tokens", "session_timeout", "cache_memory")
+        for name in ("max_sessions", "max_tokens", "session_timeout", "cache_memory", "next_token_file", "next_ca_file")
         if others[name] is not None
     }
+    if others["next_urls"]:
+        sessions["next"] = list(others["next_urls"])
     if others["no_training"]:
         sessions["training"] = False
     if model is not None:

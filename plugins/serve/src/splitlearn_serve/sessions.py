@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from splitlearn_core import (
     AsyncManagedModel,
@@ -45,6 +45,7 @@ from splitlearn_core.extension import (
     encode,
 )
 from splitlearn_serve.control import Control
+from splitlearn_serve.hops import Hops
 from splitlearn_serve.packs import Packs
 from splitlearn_serve.tokens import Owner
 from splitlearn_serve.traffic import Traffic
@@ -64,7 +65,16 @@ _EXPIRY_PART, _EXPIRY_MOST = 0.25, 5.0
 _SOON, _LATER = 1.0, 5.0
 #: The longest pause between two attempts to load a model whose loads fail.
 _LONGEST_PAUSE = 60.0
-_REQUESTS = frozenset({Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE, Kind.PUT})
+_REQUESTS = frozenset(
+    {
+        *(Kind.HELLO, Kind.PING, Kind.OPEN, Kind.COPY, Kind.STEP, Kind.BACKWARD, Kind.CLOSE, Kind.PUT),
+        *(Kind.LINK, Kind.COLLECT),
+    }
+)
+#: The longest time that a step may take to arrive, in seconds, while its owner waits for the result.
+_LONGEST_ARRIVAL = 30.0
+#: The size of a result from which on it is put together in a thread.
+_LARGE_RESULT = 1024 * 1024
 #: Tokens, of all sequences, from which on a step is long: a prompt, rather than a token or a few proposed ones.
 _LONG_TOKENS = 16
 #: Codes after which a connection ends, since it is unknown where the next frame begins or what it means.
@@ -110,15 +120,28 @@ class _Turn:
     users: int = 0
 
 
+class _Step(NamedTuple):
+    """A step of a session, with what distinguishes it from another one of the same number."""
+
+    session: int
+    number: int
+    nonce: str
+
+    @classmethod
+    def of(cls, frame: Frame) -> _Step:
+        return cls(frame.session, frame.step, str(frame.meta.get("nonce")))
+
+
 class Sessions:
     """The sessions on all models of a manager. It is used in the manager's event loop.
 
     Args:
         control: The manager with its configurations, which are loaded on their first use.
         limits: The limits of sessions.
+        hops: The servers that outputs may be sent on to.
     """
 
-    def __init__(self, control: Control, limits: SessionLimits | None = None) -> None:
+    def __init__(self, control: Control, limits: SessionLimits | None = None, hops: Hops | None = None) -> None:
         from splitlearn_core.extension import SessionLimits, TrainingUsage
 
         self.limits = limits or SessionLimits()
@@ -135,6 +158,11 @@ class Sessions:
         #: One frame of each session waits or computes, so that no session fills the queue of its model, and one long
         #: step of each generation.
         self._turns: dict[object, _Turn] = {}
+        self._hops = hops or Hops()
+        #: A step that another host sends on -> its owner, who waits for the result; None if there is none.
+        self._awaited: dict[_Step, asyncio.Future[bytes | None]] = {}
+        #: Those that have arrived, and are not done.
+        self._arrived: set[_Step] = set()
         self._timer: asyncio.Task[None] | None = None
         self._is_closed = False
         control.before_unload = self.end
@@ -181,6 +209,8 @@ class Sessions:
     async def end(self, model_id: str) -> None:
         """End all sessions on a model; their users may rebuild them on another generation or server."""
         for held in self._all(model_id):
+            for step in [step for step in self._awaited if step.session in held.table]:
+                self._settle_awaited(step, None)
             held.table.close()
             await self._settle(held)
 
@@ -192,6 +222,9 @@ class Sessions:
             await asyncio.gather(self._timer, return_exceptions=True)
         for model_id in list(self._held):
             await self.end(model_id)
+        for step in list(self._awaited):
+            self._settle_awaited(step, None)
+        self._hops.close()
 
     # --- a request ------------------------------------------------------------------------------------
 
@@ -204,16 +237,72 @@ class Sessions:
         return decode(data, self.limits.max_payload)
 
     async def _reply(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> Reply:
-        if frame.kind is Kind.PING:
-            return _encoded(Frame(Kind.PONG, step=frame.step))
+        if frame.kind in (Kind.PING, Kind.LINK):
+            answer = Frame(Kind.PONG, step=frame.step) if frame.kind is Kind.PING else await self._hops.link(frame)
+            return _encoded(answer)
         if frame.kind is Kind.HELLO:
             facts = await self._facts_of(model_id)
             # A session declares at most the limit of its owner.
             meta = {**facts.to_json(), "max_tokens": owner.limits(self.limits).max_tokens}
+            meta |= {"sends_on": len(self._hops) > 0, "takes_over": True}
             return _encoded(Frame(Kind.WELCOME, step=frame.step, meta=meta))
         if frame.kind is Kind.CLOSE and not any(frame.session in held.table for held in self._all(model_id)):
             # The session is closed already; the model is not loaded for that.
             return _encoded(Frame(Kind.CLOSED, frame.session, frame.step))
+        if frame.kind is Kind.COLLECT:
+            return await self._collected(model_id, frame, owner)
+        if frame.kind is Kind.STEP and "pass" in frame.meta:
+            return await self._taken_over(model_id, frame, owner, traffic)
+        reply = Reply((await self._executed(model_id, frame, owner, traffic))[1])
+        # An owner who sends a step does not wait for it any more.
+        self._settle_awaited(_Step.of(frame), None)
+        return reply
+
+    async def _taken_over(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> Reply:
+        """Execute a step that another host has sent on; its owner gets the result, and that host none."""
+        step, result = _Step.of(frame), None
+        self._arrived.add(step)
+        try:
+            reply, data = await self._executed(model_id, frame, owner, traffic)
+            if reply.kind is not Kind.RESULT:
+                return Reply(data)
+            result = data
+            return _encoded(Frame(Kind.RESULT, frame.session, frame.step))
+        finally:
+            self._arrived.discard(step)
+            self._settle_awaited(step, result)
+
+    async def _collected(self, model_id: str, frame: Frame, owner: Owner) -> Reply:
+        """Wait for a step that another host sends on, and return its result."""
+        wait = frame.meta.get("wait")
+        wait = min(wait, _LONGEST_ARRIVAL) if isinstance(wait, int | float) and wait >= 0 else 0.0
+        awaited = asyncio.get_running_loop().create_future()
+        step = _Step.of(frame)
+        # Before the session is looked at: the step may arrive at any moment.
+        self._awaited[step] = awaited
+        try:
+            async with self._using(model_id, frame) as held:
+                table, limits = held.table, owner.limits(self.limits)
+                reply = await asyncio.to_thread(table.handle, frame, owner.name, limits)
+            if reply.meta.get("code") == "not_arrived":
+                await asyncio.wait({awaited}, timeout=wait)
+                if not awaited.done() and step in self._arrived:
+                    await asyncio.wait({awaited})
+                result = awaited.result() if awaited.done() else None
+                if result is not None:
+                    return Reply(result)
+            return _encoded(reply)
+        finally:
+            if self._awaited.get(step) is awaited:
+                del self._awaited[step]
+
+    def _settle_awaited(self, step: _Step, result: bytes | None) -> None:
+        awaited = self._awaited.pop(step, None)
+        if awaited is not None and not awaited.done():
+            awaited.set_result(result)
+
+    async def _executed(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> tuple[Frame, bytes]:
+        """Execute a request, and send its output on if it has a route; return the reply, and the same as bytes."""
         arrived = time.monotonic()
         # Without a session, the owner's frames take turns.
         async with _turn(self._turns, frame.session or owner.name), self._using(model_id, frame) as held:
@@ -222,7 +311,7 @@ class Sessions:
             def work(_: Any) -> tuple[Frame, bytes, float, float]:
                 began = time.monotonic()
                 reply = table.handle(frame, owner.name, limits)
-                return reply, b"".join(encode(reply)), began - arrived, time.monotonic() - began
+                return reply, _bytes_of(reply), began - arrived, time.monotonic() - began
 
             step = held.packs.step_of(frame, owner.name, limits)
             if step is not None:
@@ -237,7 +326,10 @@ class Sessions:
                 traffic.opened += 1
             elif reply.kind is Kind.ERROR:
                 traffic.refused[str(reply.meta.get("code"))] += 1
-        return Reply(data)
+        if frame.kind is Kind.STEP and reply.kind is Kind.RESULT and "next" in frame.meta:
+            reply = reply._replace(meta={**reply.meta, "sent_on": await self._hops.send_on(frame, reply)})
+            data = await asyncio.to_thread(_bytes_of, reply) if len(data) > _LARGE_RESULT else _bytes_of(reply)
+        return reply, data
 
     @contextlib.asynccontextmanager
     async def _using(self, model_id: str, frame: Frame) -> AsyncIterator[_Held]:
@@ -405,8 +497,12 @@ def _is_long(frame: Frame) -> bool:
     return frame.kind is Kind.BACKWARD or (frame.kind is Kind.STEP and tokens >= _LONG_TOKENS)
 
 
+def _bytes_of(frame: Frame) -> bytes:
+    return b"".join(encode(frame))
+
+
 def _encoded(frame: Frame) -> Reply:
-    return Reply(b"".join(encode(frame)))
+    return Reply(_bytes_of(frame))
 
 
 def _refusal(error: SplitLearnError, frame: Frame | None, traffic: Traffic) -> Reply:
@@ -419,7 +515,7 @@ def refusal_frame(error: RemoteError, request: Frame | None = None) -> bytes:
     """Return an error as the bytes of a frame."""
     from splitlearn_core.extension import error_frame
 
-    return b"".join(encode(error_frame(error, request)))
+    return _bytes_of(error_frame(error, request))
 
 
 def _closing(message: str) -> RemoteError:
