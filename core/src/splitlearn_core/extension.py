@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from splitlearn_core.family import LAYERS as LAYERS
     from splitlearn_core.family import SEQUENCE as SEQUENCE
     from splitlearn_core.family import STATES as STATES
+    from splitlearn_core.hosts.carriers import Endpoint as Endpoint
     from splitlearn_core.hosts.client import Host as Host
     from splitlearn_core.hosts.client import Patience as Patience
     from splitlearn_core.hosts.facts import Facts as Facts
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.relay import sessions_on as sessions_on
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import error_frame as error_frame
+    from splitlearn_core.hosts.shared_memory import Channel as Channel
     from splitlearn_core.hosts.training import TrainingUsage as TrainingUsage
     from splitlearn_core.hosts.websocket import MessageStream as MessageStream
     from splitlearn_core.hosts.websocket import message_head as message_head
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.loaders.own_process import load_arguments as load_arguments
     from splitlearn_core.manager.metrics import LoopLag as LoopLag
     from splitlearn_core.manager.metrics import ManagerCollector as ManagerCollector
+    from splitlearn_core.manager.workers import default_torch_threads as default_torch_threads
     from splitlearn_core.plan.keys import map_keys as map_keys
     from splitlearn_core.plan.keys import place_keys as place_keys
     from splitlearn_core.plan.split_points import impossible_cuts as impossible_cuts
@@ -101,9 +104,11 @@ _HOMES = {
     "BUNDLED": "loading.opening",
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.files",
+    "Channel": "hosts.shared_memory",
     "ComponentServer": "hosts.relay",
     "ConfigFile": "manager.config",
     "DEPTHS": "testing.worlds",
+    "Endpoint": "hosts.carriers",
     "Facts": "hosts.facts",
     "Frame": "hosts.protocol",
     "HEADER_BYTES": "hosts.protocol",
@@ -138,6 +143,7 @@ _HOMES = {
     "core_version": "plugins.metadata",
     "decode": "hosts.protocol",
     "decode_header": "hosts.protocol",
+    "default_torch_threads": "manager.workers",
     "encode": "hosts.protocol",
     "ending": "child_process",
     "error_frame": "hosts.sessions",

@@ -104,6 +104,8 @@ class ModelConfig:
     #: ``inline``: in this process. ``process``, for a trunk: in its own process, which can be killed at any time,
     #: and whose end affects no other model.
     host: str = "inline"
+    #: The options of a plugin's host, as its package documents them: names and plain values.
+    host_options: Mapping[str, Any] | None = field(default=None, hash=False)
     #: How often in a row a model whose process has died is started again, if it is pinned, required or in use.
     restart_limit: int = 3
 
@@ -335,13 +337,15 @@ def dump_yaml(table: Mapping[str, Any]) -> str:
 
 
 def dump_toml(table: Mapping[str, Any]) -> str:
-    """Write a flat table of booleans, numbers, strings and lists of them as TOML."""
+    """Write a table of booleans, numbers, strings, and lists and tables of them as TOML; the inner ones inline."""
     return "".join(f"{name} = {_toml_value(value)}\n" for name, value in table.items())
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_toml_value(name)} = {_toml_value(item)}' for name, item in value.items())}}}"
     # JSON escapes the same characters as TOML, except for one; with ensure_ascii, its escapes would be wrong in TOML.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
