@@ -42,10 +42,18 @@ class TrunkActor:
 
     def __init__(self) -> None:
         self._progress: list[Any] = ["importing", None, 0, 0, ""]
+        self._importing = threading.Lock()
 
     def about(self) -> dict[str, Any]:
         """Return what is installed here, and the process id."""
         return {"pid": os.getpid(), "versions": versions()}
+
+    def prepare(self, model_type: str) -> None:
+        """Import what a load needs; an error of it is the load's."""
+        with self._importing:
+            from splitlearn_core import preload
+
+            preload({model_type})
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Load the trunk and listen for connections.
@@ -54,7 +62,8 @@ class TrunkActor:
             ``{"ready": {...}}`` with where it listens, or ``{"error": {...}}``.
         """
         try:
-            server = self._loaded(request)
+            with self._importing:  # a spare may be busy with it
+                server = self._loaded(request)
             listens = _on_network(server, **request["network"]) if request["network"] else _on_machine(server)
         except Exception as error:  # noqa: BLE001  # raised where the load was asked for
             return {"error": described(error)}

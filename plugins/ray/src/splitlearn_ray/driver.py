@@ -117,6 +117,8 @@ class Cluster:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._groups: dict[str, Group] = {}
+        #: Node -> an actor that waits there for a trunk.
+        self._spares: dict[str, Any] = {}
 
     def take(self, model_id: str, place: Mapping[str, Any]) -> tuple[Group, int]:
         """Return a group with a free place, and the number of that place.
@@ -157,6 +159,30 @@ class Cluster:
             if not group.taken:
                 del self._groups[group.name]
                 remove_placement_group(group.handle)
+
+    def spare(self, node_id: str) -> Any:
+        """Return an actor on a machine that has imported what a load needs, and is free now; None if there is none."""
+        with self._lock:
+            return self._spares.pop(node_id, None)
+
+    def prepare(self, model_type: str) -> None:
+        """Start a spare actor on each machine that has none: the next load there then imports nothing."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        with self._lock:
+            for node_id in set(nodes) - self._spares.keys():
+                # It takes no resources: those of the model that it will run are in a placement group.
+                spare = ray.remote(TrunkActor).options(
+                    name=f"prepared {uuid.uuid4().hex[:8]}",
+                    num_cpus=0,
+                    max_restarts=0,
+                    max_concurrency=_CONCURRENCY,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                )
+                self._spares[node_id] = spare.remote()
+                self._spares[node_id].prepare.remote(model_type)
 
     def shortage(self, model_id: str, group: Group, wait: float) -> CapacityError:
         """Return the error for resources that did not become free: what there is, and who holds it."""
@@ -259,7 +285,7 @@ class Placement:
         node = next((node for node in ray.nodes() if node["NodeID"] == node_id), {})
         host = node.get("NodeManagerAddress", "a machine that is gone")
         is_here = node_id == ray.get_runtime_context().get_node_id()
-        self._start(group, index)
+        self._start(group, index, node_id)
         # It ends with the actor, with an error that tells how.
         watch = self._actor.watch.remote()
         try:
@@ -279,6 +305,8 @@ class Placement:
         if "path" in ready:
             self._folder = Path(ready["path"]).parent
         self._send({"ready": {**ready, "pid": about["pid"] if is_here else None, "machine": host}})
+        if self._place["prepared"]:
+            self._cluster.prepare(self._place["request"]["load"]["model_type"])
         return self._outlive(watch, host)
 
     def _wait_for_place(self, group: Group, index: int) -> str | None:
@@ -292,7 +320,23 @@ class Placement:
             self._ends.wait(_LOOK_EVERY)
         return None
 
-    def _start(self, group: Group, index: int) -> None:
+    def _start(self, group: Group, index: int, node_id: str) -> None:
+        import ray
+
+        # Ray chooses the devices that an actor sees when it starts it, so that one with a GPU cannot wait for its model.
+        spare = None if group.bundle.get("GPU") else self._cluster.spare(node_id)
+        if spare is not None:
+            # A spare that has died meanwhile is of no use, and no failure either.
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(spare.about.remote())
+                with self._lock:
+                    self._actor = spare
+        if self._actor is None:
+            self._start_fresh(group, index)
+        if self._ends.is_set():
+            self._kill()
+
+    def _start_fresh(self, group: Group, index: int) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -310,8 +354,6 @@ class Placement:
         )
         with self._lock:
             self._actor = actor.remote()
-        if self._ends.is_set():
-            self._kill()
 
     def _follow_load(self, load: Any) -> dict[str, Any]:
         import ray

@@ -55,6 +55,7 @@ def load(config: ModelConfig, plan: Any, report: ProgressCallback, threads: int 
         "group": options.group,
         "group_size": options.group_size,
         "group_strategy": options.group_strategy,
+        "prepared": options.prepared,
         "wait": options.wait,
         "token": secrets.token_urlsafe(32),
         "request": _request(config, threads or default_torch_threads()),
