@@ -53,6 +53,7 @@ REASONS = {
     "needs the Hub": 3,
     "needs a file of yours": 2,
     "is what the checks do": 2,
+    "needs a Ray cluster": 3,
     "takes half an hour": 1,
     "takes minutes": 2,
     "needs a git checkout of transformers": 1,

@@ -128,7 +128,10 @@ class ModelConfig:
 
         How long to keep it, whether to pin or require it, and the token are left out.
         """
-        return tuple(getattr(self, name) for name in FIELDS if name not in _NOT_IN_FINGERPRINT)
+        values = {name: getattr(self, name) for name in FIELDS if name not in _NOT_IN_FINGERPRINT}
+        # As text it can be hashed; the order of its names has no meaning.
+        values["host_options"] = json.dumps(self.host_options, sort_keys=True)
+        return tuple(values.values())
 
     def check_installed(self) -> None:
         """Refuse a model type that no usable plugin can provide. Imports no plugin.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import sys
 import threading
@@ -31,6 +32,8 @@ _LOOK_EVERY = 0.1
 #: Calls of one actor at a time: its load, the watch, and questions.
 _CONCURRENCY = 8
 _MEMORY_TIMEOUT = 5.0
+#: Seconds for a killed process to end.
+_EXIT_TIMEOUT = 10.0
 #: Of the state of a placement group.
 _PLACED = "CREATED"
 _START = "start Ray: ray start --head on one machine, ray start --address=HEAD:6379 on the others"
@@ -305,9 +308,15 @@ class Placement:
         if "path" in ready:
             self._folder = Path(ready["path"]).parent
         self._send({"ready": {**ready, "pid": about["pid"] if is_here else None, "machine": host}})
+        process = _watched(about["pid"]) if is_here else -1
         if self._place["prepared"]:
             self._cluster.prepare(self._place["request"]["load"]["model_type"])
-        return self._outlive(watch, host)
+        ending = self._outlive(watch, host)
+        if process >= 0:
+            # Ray tells of the end before the memory is free.
+            select.select([process], [], [], _EXIT_TIMEOUT)
+            os.close(process)
+        return ending
 
     def _wait_for_place(self, group: Group, index: int) -> str | None:
         deadline = time.monotonic() + self._place["wait"]
@@ -385,6 +394,16 @@ class Placement:
 
     def _send(self, message: Mapping[str, Any]) -> None:
         self._out.send({"number": self._number, **message})
+
+
+def _watched(pid: int) -> int:
+    """Return a descriptor of a process on this machine that is readable once it has ended; -1 where there is none."""
+    if not hasattr(os, "pidfd_open"):
+        return -1
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # it has ended already
+        return -1
 
 
 def amounts(bundle: Mapping[str, float]) -> str:
