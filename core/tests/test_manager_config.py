@@ -703,7 +703,9 @@ def test_each_format_may_say_infinity_its_own_way(suffix: str, text: str, tmp_pa
 # The fingerprint
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in ("architecture", "allow_pickle", "host_options")])
+@pytest.mark.parametrize(
+    "name", [name for name in FIELDS if name not in ("architecture", "allow_pickle", "host_options")]
+)
 def test_the_fingerprint_distinguishes_loads(name: str) -> None:
     """It is the same but for what does not change the load."""
     other: dict[str, Any] = {

@@ -32,6 +32,7 @@ BENCHMARKS = (
     "strategies",
     "saving",
     "hosts",
+    "actors",
     "training",
     "wires",
 )

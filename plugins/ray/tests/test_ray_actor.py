@@ -1,4 +1,4 @@
-"""What an actor does by itself: it loads a trunk, and serves it on a socket of its machine, or to those with the token."""
+"""What an actor does by itself: it loads a trunk, and serves it on a socket of its machine, or to who has the token."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_a_trunk_runs_in_an_actor_and_is_placed_again(trunk: Any, expected: Any)
 
         os.kill(info.pid, signal.SIGKILL)
         await until(models, lambda: models.get_statistics().hosts_died)
-        with pytest.raises(HostDiedError, match="the actor of model 'trunk' on the machine .* has ended"):
+        with pytest.raises(HostDiedError, match=r"the actor of model 'trunk' on the machine .* has ended"):
             await model(hidden_states=states(1))
         await until(models, lambda: models.get_model_info("trunk").status is ModelStatus.READY)
         second = models.get_model_info("trunk")
@@ -154,9 +154,13 @@ def test_resources_that_are_missing_or_held_are_named(trunk: Any) -> None:
         await models.load_model(trunk("first", **options))
         with pytest.raises(ConfigurationError, match="all 1 places of group 'chain' are taken, by first"):
             await models.load_model(trunk("second", **options))
-        with pytest.raises(ConfigurationError, match=r"was reserved with 1 places of 1 single, STRICT_PACK; 'third' asks"):
+        with pytest.raises(
+            ConfigurationError, match=r"was reserved with 1 places of 1 single, STRICT_PACK; 'third' asks"
+        ):
             await models.load_model(trunk("third", **{**options, "group_size": 2}))
-        with pytest.raises(CapacityError, match=r"asks for 1 single, .* has 1 single; free are 0 single.*'chain' \(1 sin"):
+        with pytest.raises(
+            CapacityError, match=r"asks for 1 single, .* has 1 single; free are 0 single.*'chain' \(1 sin"
+        ):
             await models.load_model(trunk("fourth", resources={"single": 1}, wait=0.2))
         with pytest.raises(CapacityError, match=r"it asks for 8 absent, \S+ has 0 absent\n"):
             await models.load_model(trunk("fifth", resources={"absent": 8}, wait=0))

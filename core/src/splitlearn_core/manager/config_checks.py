@@ -306,7 +306,9 @@ def _plain_option(value: object, depth: int) -> Any:
         return {_text(name): _plain_option(item, depth - 1) for name, item in value.items()}
     if depth and isinstance(value, list | tuple):
         return [_plain_option(item, depth - 1) for item in value]
-    raise _RefusedError(f"contains {show(value)}; strings, numbers, booleans, and lists and tables of them are possible")
+    raise _RefusedError(
+        f"contains {show(value)}; strings, numbers, booleans, and lists and tables of them are possible"
+    )
 
 
 def _flag(value: object) -> bool:

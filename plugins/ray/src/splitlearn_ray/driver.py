@@ -3,7 +3,7 @@
 Ray's library ends its process when the head of the cluster is gone for a minute, takes over signals and starts threads:
 all that happens here, and not in the manager's process.
 
-A line of JSON is a message. In: ``{"number": N, "place": {...}}``, ``"memory"`` and ``"end"`` of an actor. Out: ``progress``,
+A line of JSON is a message. In: ``{"number": N, "place": {...}}``, and ``memory`` and ``end`` of an actor. Out: ``progress``,
 ``ready``, ``error``, ``memory`` and ``ended`` of one, or ``refused``: the cluster cannot be used at all.
 """
 
@@ -215,8 +215,8 @@ class Cluster:
         return CapacityError(
             f"the cluster did not place {model_id!r} within {wait:g} s: it asks for "
             f"{amounts(group.bundle) if group.size == 1 else asked}, {there or 'and no machine is there'}{used}",
-            hint="ask for less with num_cpus, num_gpus, memory_mb or resources of host_options, unload what holds them, or "
-            "add a machine; ray status shows more",
+            hint="ask for less with num_cpus, num_gpus, memory_mb or resources of host_options, unload what holds "
+            "them, or add a machine; ray status shows more",
         )
 
 
@@ -285,7 +285,7 @@ class Placement:
         node_id = self._wait_for_place(group, index)
         if node_id is None:
             return "was ended before it was placed"
-        node = next((node for node in ray.nodes() if node["NodeID"] == node_id), {})
+        node: Mapping[str, Any] = next((node for node in ray.nodes() if node["NodeID"] == node_id), {})
         host = node.get("NodeManagerAddress", "a machine that is gone")
         is_here = node_id == ray.get_runtime_context().get_node_id()
         self._start(group, index, node_id)
@@ -301,8 +301,8 @@ class Placement:
                 return "was ended on request"
             raise _start_error(self._model_id, host, error) from error
         if "error" in answer:
-            error = answer["error"]
-            self._send({"error": {**error, "message": f"{error['message']} (on the machine {host} of the cluster)"}})
+            message = f"{answer['error']['message']} (on the machine {host} of the cluster)"
+            self._send({"error": {**answer["error"], "message": message}})
             return "has failed to load"
         ready = answer["ready"]
         if "path" in ready:
@@ -332,7 +332,7 @@ class Placement:
     def _start(self, group: Group, index: int, node_id: str) -> None:
         import ray
 
-        # Ray chooses the devices that an actor sees when it starts it, so that one with a GPU cannot wait for its model.
+        # Ray chooses the devices that an actor sees when it starts it: one with a GPU cannot wait for its model.
         spare = None if group.bundle.get("GPU") else self._cluster.spare(node_id)
         if spare is not None:
             # A spare that has died meanwhile is of no use, and no failure either.

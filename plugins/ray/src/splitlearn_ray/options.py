@@ -33,8 +33,8 @@ class RayOptions:
     group: str | None = None
     group_size: int = 1
     group_strategy: str = "SPREAD"
-    #: Keep an actor on each machine that has imported what a load needs, and takes no resources: the next trunk there is
-    #: ready seconds earlier. Trunks with GPUs cannot use one.
+    #: Keep an actor on each machine that has imported what a load needs, and takes no resources: the next trunk there
+    #: is ready seconds earlier. Trunks with GPUs cannot use one.
     prepared: bool = True
     #: Seconds to wait for free resources.
     wait: float = 60
