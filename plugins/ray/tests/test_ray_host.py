@@ -6,6 +6,7 @@ import asyncio
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -27,6 +28,7 @@ from splitlearn_core import (
     load_split_model,
 )
 from splitlearn_core.extension import Frame, Kind, sessions_on
+from splitlearn_ray.cluster import _clusters, end_clusters
 
 CUT = (2, 4)
 #: Seconds for what takes a few on an idle machine.
@@ -187,7 +189,6 @@ def test_a_machine_without_the_files_is_named(trunk: Any, single: Path, tmp_path
 @pytest.mark.usefixtures("ray")
 def test_the_end_of_the_connection_is_the_end_of_its_models_alone(trunk: Any, expected: Any) -> None:
     """As when the head of the cluster goes: the manager lives, and the model is placed over a new connection."""
-    from splitlearn_ray.cluster import _clusters
 
     async def main(models: AsyncModelManager) -> None:
         model = await models.load_model(trunk())
@@ -213,5 +214,21 @@ def test_a_cluster_that_does_not_run_is_refused(trunk: Any) -> None:
         with pytest.raises(ConfigurationError, match=r"at 127\.0\.0\.1:9") as error:
             await models.load_model(trunk(address="127.0.0.1:9"))
         assert "ray start --head" in error.value.hint
+
+    run(main)
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_load_that_waits_for_a_cluster_is_cancelled(trunk: Any) -> None:
+    """Something else may listen at its address, and Ray tries for minutes."""
+
+    async def main(models: AsyncModelManager) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            load = asyncio.ensure_future(models.load_model(trunk(address=f"127.0.0.1:{silent.getsockname()[1]}")))
+            await asyncio.to_thread(silent.accept)
+            await models.cancel_load("trunk")
+            with pytest.raises(LoadCancelledError):
+                await load
+        end_clusters()
 
     run(main)

@@ -30,7 +30,8 @@ def test_resources_are_those_of_the_plan_unless_they_are_given() -> None:
         ({"group": "a", "group_size": 0}, "group_size: 0 is not a whole number from 1"),
         ({"group": "a", "group_strategy": "spread"}, "one of PACK, SPREAD"),
         ({"group_size": 4}, "group_size: has no meaning without group"),
-        ({"address": ""}, "address: '' is not a text"),
+        ({"address": "ray://head:10001"}, "address: 'ray://head:10001' is not HOST:PORT of the cluster's head"),
+        ({"namespace": ""}, "namespace: '' is not a text"),
         ({"prepared": 1}, "prepared: 1 is not true or false"),
     ],
 )

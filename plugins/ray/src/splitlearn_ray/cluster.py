@@ -1,4 +1,4 @@
-"""This end of the processes that use Ray, one for each cluster; they start with the first model, and end with this one."""
+"""This end of the processes that use Ray, one for each cluster; they start with the first model and end with this."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Cluster:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._listeners: dict[int, Listener] = {}
-        self.is_over = False
+        #: Whether the cluster has answered, and whether the process has ended.
+        self.is_connected = self.is_over = False
         with translate(lambda error: CapacityError(f"no process can be started: {reason(error)}"), OSError):
             self._process = subprocess.Popen(  # noqa: S603  # this interpreter
                 command_for(run_driver, address, namespace),
@@ -70,7 +71,7 @@ class Cluster:
         with self._lock, contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
-        self._reader.join(_END_TIMEOUT)
+        self._reader.join(_END_TIMEOUT if self.is_connected else 0)
         if self._reader.is_alive():
             self._process.kill()
             self._reader.join()
@@ -82,6 +83,8 @@ class Cluster:
                 message = json.loads(line)
                 if "refused" in message:
                     refusal = {"error": message["refused"]}
+                elif "connected" in message:
+                    self.is_connected = True
                 elif "number" in message:
                     listener = self._listeners.get(message["number"])
                     if "ended" in message:

@@ -3,8 +3,9 @@
 Ray's library ends its process when the head of the cluster is gone for a minute, takes over signals and starts threads:
 all that happens here, and not in the manager's process.
 
-A line of JSON is a message. In: ``{"number": N, "place": {...}}``, and ``memory`` and ``end`` of an actor. Out: ``progress``,
-``ready``, ``error``, ``memory`` and ``ended`` of one, or ``refused``: the cluster cannot be used at all.
+A line of JSON is a message. In: ``{"number": N, "place": {...}}``, and ``memory`` and ``end`` of an actor. Out:
+``progress``, ``ready``, ``error``, ``memory`` and ``ended`` of one; before, ``connected``, or ``refused``: the cluster
+cannot be used at all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import select
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -34,6 +36,8 @@ _CONCURRENCY = 8
 _MEMORY_TIMEOUT = 5.0
 #: Seconds for a killed process to end.
 _EXIT_TIMEOUT = 10.0
+#: Seconds for the head of a cluster to accept a connection.
+_REACH_TIMEOUT = 10.0
 #: Of the state of a placement group.
 _PLACED = "CREATED"
 _START = "start Ray: ray start --head on one machine, ray start --address=HEAD:6379 on the others"
@@ -91,10 +95,12 @@ def _connect(address: str, namespace: str) -> None:
         ) from error
     import logging
 
-    where = f"at {address}" if address != "auto" else os.environ.get("RAY_ADDRESS", "on this machine")
+    head = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    where = "on this machine" if head == "auto" else f"at {head}"
     try:
+        _reach(head)
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigurationError(f"no Ray cluster answers {where}: {_first_line(error)}", hint=_START) from error
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
@@ -108,6 +114,13 @@ def _connect(address: str, namespace: str) -> None:
             f"the Ray cluster {where} cannot be used: {type(error).__name__}: {_first_line(error)}",
             hint=f"is it running, and is RAY_AUTH_TOKEN the same as there? {_START}",
         ) from error
+
+
+def _reach(head: str) -> None:
+    """Raise OSError where nothing listens: Ray would try again for minutes."""
+    host, _, port = head.rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT).close()
 
 
 def _first_line(error: BaseException) -> str:

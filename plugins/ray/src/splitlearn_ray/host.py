@@ -187,6 +187,9 @@ class Actor(ModelHost):
         if self._cluster is None or self._ended.done():
             return
         self._cluster.tell({"number": self._number, "end": True})
+        if not self._cluster.is_connected:
+            # Should the cluster answer later, it reads both messages, one after the other.
+            self.on_message({"ended": "was ended before the cluster answered"})
         try:
             self._ended.result(_KILL_TIMEOUT)
         except TimeoutError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -85,11 +86,16 @@ def _are_resources(value: Any) -> bool:
     )
 
 
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and (value == "auto" or _ADDRESS.fullmatch(value) is not None)
+
+
+_ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
 _AMOUNT = (_is_amount, "a number from 0")
 _TEXT = (_is_text, "a text")
 _OF_GROUPS = ("group_size", "group_strategy")
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "address": _TEXT,
+    "address": (_is_address, "HOST:PORT of the cluster's head, or auto"),
     "namespace": _TEXT,
     "num_cpus": _AMOUNT,
     "num_gpus": _AMOUNT,
