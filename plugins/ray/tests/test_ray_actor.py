@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitlearn_core import ConfigurationError, RemoteComponent, load_split_model
-from splitlearn_core.errors import AccessRefusedError
+from splitlearn_core import AccessRefusedError, ConfigurationError, RemoteComponent, load_split_model
 from splitlearn_core.extension import Endpoint, Frame, Host, Kind, Patience
 from splitlearn_ray.actor import TrunkActor
 from splitlearn_ray.driver import _connect, _refuse_other_versions, _start_error, versions

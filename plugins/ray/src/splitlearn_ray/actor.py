@@ -17,8 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from splitlearn_core import Progress, SplitLearnError
-from splitlearn_core.errors import ProtocolError
+from splitlearn_core import Progress, ProtocolError, SplitLearnError
 from splitlearn_core.extension import (
     HEADER_BYTES,
     MAX_META_BYTES,

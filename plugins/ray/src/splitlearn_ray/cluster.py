@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from splitlearn_core.errors import CapacityError
+from splitlearn_core import CapacityError
 from splitlearn_core.extension import command_for, reason, translate
 from splitlearn_ray.driver import run_driver
 

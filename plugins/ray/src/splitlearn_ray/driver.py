@@ -24,8 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from splitlearn_core import ConfigurationError, HostDiedError, SplitLearnError
-from splitlearn_core.errors import CapacityError, LoadFailedError
+from splitlearn_core import CapacityError, ConfigurationError, HostDiedError, LoadFailedError, SplitLearnError
 from splitlearn_core.extension import human_bytes, reserve_stdout
 from splitlearn_ray.actor import TrunkActor, described, versions
 

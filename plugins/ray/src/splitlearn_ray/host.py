@@ -7,12 +7,21 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from splitlearn_core import HostDiedError, ModelConfig, Progress, RemoteComponent, SplitLearnError, errors
-from splitlearn_core.errors import ConnectionLostError, LoadFailedError, RemoteError
+from splitlearn_core import (
+    ConnectionLostError,
+    HostDiedError,
+    LoadFailedError,
+    ModelConfig,
+    Progress,
+    RemoteComponent,
+    RemoteError,
+    SplitLearnError,
+    errors,
+)
 from splitlearn_core.extension import (
     Channel,
     Endpoint,
@@ -28,8 +37,8 @@ from splitlearn_core.extension import (
 from splitlearn_ray.cluster import Cluster, cluster_of
 from splitlearn_ray.options import RayOptions
 
-if TYPE_CHECKING:
-    from splitlearn_core import ProgressCallback
+#: It raises to stop the load.
+Report = Callable[[Progress], None]
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +53,7 @@ _MAX_PAYLOAD = 2**32
 _PASSED_ON = ("SPLITLEARN_PLUGINS", "SPLITLEARN_DISABLE_PLUGINS")
 
 
-def load(config: ModelConfig, plan: Any, report: ProgressCallback, threads: int | None) -> LoadedModel:
+def load(config: ModelConfig, plan: Any, report: Report, threads: int | None) -> LoadedModel:
     """Load a trunk in an actor; see ``ComponentHost.load``."""
     options = RayOptions.of(config.host_options)
     # Starting it takes seconds, as importing torch does here.
@@ -85,7 +94,7 @@ def _request(config: ModelConfig, threads: int) -> dict[str, Any]:
 
 
 def _loaded(
-    cluster: Cluster, config: ModelConfig, place: Mapping[str, Any], report: ProgressCallback, after: Actor | None
+    cluster: Cluster, config: ModelConfig, place: Mapping[str, Any], report: Report, after: Actor | None
 ) -> Actor:
     actor = Actor(config.model_id, after.address if after is not None else Address(config.model_id))
     report(actor.progress)
