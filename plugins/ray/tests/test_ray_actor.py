@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -87,10 +89,15 @@ def test_a_machine_without_the_package_is_named() -> None:
                                   "'splitlearn_ray'")  # fmt: skip
 
 
+def test_the_process_that_uses_ray_is_light() -> None:
+    """It needs neither torch nor transformers."""
+    code = "import sys, splitlearn_ray.driver; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_without_ray_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package may be there without what it needs."""
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigurationError, match="Ray cannot be imported") as error:
         _connect("auto", "splitlearn")

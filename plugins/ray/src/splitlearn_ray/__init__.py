@@ -3,8 +3,3 @@
 Ray places an actor for each trunk, watches it, and frees its resources. The actor runs the same sessions as any other
 host, and says where it listens: hidden states go straight there, and no tensor goes through Ray.
 """
-
-from splitlearn_ray.host import load as load
-
-#: The weights take memory where the actor is, and not of the manager's machine.
-is_elsewhere = True

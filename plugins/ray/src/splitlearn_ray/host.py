@@ -37,6 +37,8 @@ from splitlearn_core.extension import (
 from splitlearn_ray.cluster import Cluster, cluster_of
 from splitlearn_ray.options import RayOptions
 
+#: The weights take memory where the actor is, and not of the manager's machine.
+is_elsewhere = True
 #: It raises to stop the load.
 Report = Callable[[Progress], None]
 
