@@ -15,7 +15,7 @@ TRANSFORMERS ?= transformers
 BACKEND := "hatchling>=1.26" "editables>=0.5"
 PACKAGES := "./core[testing]" ./plugins/gpt2 ./plugins/qwen2 ./plugins/gemma
 # What `make test` runs: folders, and options of pytest.
-TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf plugins/serve plugins/auto tests
+TESTS ?= core plugins/gpt2 plugins/qwen2 plugins/gemma plugins/gguf plugins/serve plugins/auto plugins/ray tests
 # A process for each core, four at most: each of them imports torch and transformers.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 # The files with tests that need no torch.
@@ -54,7 +54,7 @@ lint: $(VENV)/tools
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/tools
-	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src plugins/gguf/src plugins/serve/src plugins/auto/src
+	$(BIN)/mypy core/src plugins/gpt2/src plugins/qwen2/src plugins/gemma/src plugins/gguf/src plugins/serve/src plugins/auto/src plugins/ray/src
 	$(BIN)/python -m pytest "tests/test_documents.py::test_python_in_documents_has_no_type_errors[mypy]"
 
 docs: $(VENV)/tools
@@ -75,7 +75,7 @@ $(VENV)/installed: $(wildcard core/pyproject.toml plugins/*/pyproject.toml) Make
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed tests/requirements.txt tests/newest-requirements.txt
-	$(PIP) install --quiet --no-build-isolation -e "./plugins/gguf[verify]" -e ./plugins/serve -e ./plugins/auto -r tests/requirements.txt -r tests/newest-requirements.txt
+	$(PIP) install --quiet --no-build-isolation -e "./plugins/gguf[verify]" -e ./plugins/serve -e ./plugins/auto -e ./plugins/ray -r tests/requirements.txt -r tests/newest-requirements.txt
 	touch $@
 
 $(VENV)/light: core/pyproject.toml tests/requirements.txt tests/light_requirements.py Makefile

@@ -49,10 +49,11 @@ DOCUMENTS = sorted(
 LACKS = {"docs/tutorial.md": "splitlearn-auto"}
 #: Why a block may stay unrun, and how many there are at most.
 REASONS = {
-    "needs a package index": 14,
+    "needs a package index": 16,
     "needs the Hub": 3,
     "needs a file of yours": 2,
     "is what the checks do": 2,
+    "needs a Ray cluster": 3,
     "takes half an hour": 1,
     "takes minutes": 2,
     "needs a git checkout of transformers": 1,

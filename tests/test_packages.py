@@ -28,7 +28,7 @@ SNAPSHOT = Path(__file__).with_name("package_commands.txt")
 #: Modules of core with public names of their own.
 PUBLIC_MODULES = (splitlearn_core, cli, testing)
 #: Packages that do more than provide a family or a strategy, and pin the version of core for it.
-EXTENSIONS = ("auto", "serve")
+EXTENSIONS = ("auto", "ray", "serve")
 
 
 @pytest.fixture(params=PACKAGES, ids=lambda folder: folder.name)

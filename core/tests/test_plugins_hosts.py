@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from splitlearn_core import BrokenPluginError, ConfigurationError, ModelConfig, PluginConflictError
+from splitlearn_core.plugins import metadata
 from splitlearn_core.plugins.registry import PluginRegistry, registry
 
 pytestmark = pytest.mark.light
@@ -17,6 +19,14 @@ GROUP = "splitlearn.hosts"
 MODEL = {"model_id": "a", "model_type": "llama", "model_path": "m", "component": "trunk", "split_points": (2, 4)}
 LOAD = "def load({arguments}):\n    raise RuntimeError('no luck today')\n"
 SOUND = LOAD.format(arguments="config, plan, report, threads")
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the host of this project that may be installed."""
+    found = metadata.discover
+    others = lambda: tuple(entry for entry in found() if entry.distribution != "splitlearn-ray")  # noqa: E731
+    monkeypatch.setattr(metadata, "discover", others)
 
 
 @pytest.fixture
@@ -38,6 +48,47 @@ def test_a_configuration_may_name_it(world: Any, install: Any) -> None:
     assert not world.marker("host-cloud").exists()
     assert callable(registry().host("cloud").load)
     assert world.marker("host-cloud").exists()
+
+
+def test_it_may_have_options(install: Any, tmp_path: Path) -> None:
+    """Plain values of its own, in files too; they decide what is loaded, and later changes of them elsewhere do not."""
+    install("cloud")
+    given = {"zone": "b", "cores": 2, "weights": {"fast": 0.5}, "names": ["x", True]}
+    config = ModelConfig(**MODEL, host="cloud", host_options=given)
+    given["cores"] = 3
+    assert config.host_options == {**given, "cores": 2}
+    for suffix, text in ((".yaml", config.to_yaml()), (".toml", config.to_toml())):
+        path = tmp_path / f"model{suffix}"
+        path.write_text(text)
+        assert ModelConfig.from_file(path) == config
+    other = ModelConfig(**MODEL, host="cloud", host_options=given)
+    assert hash(config.fingerprint) != hash(other.fingerprint)
+    assert hash(other) == hash(ModelConfig(**MODEL, host="cloud", host_options=dict(reversed(given.items()))))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["b"], "is not a table of names and values"),
+        ({"a zone": 1}, "has the name 'a zone'"),
+        ({"zone": None}, "contains None; strings, numbers"),
+        ({"zone": float("nan")}, "contains nan"),
+        ({"a": {"b": {"c": {"d": {"e": 1}}}}}, "contains {'e': 1}"),
+    ],
+)
+def test_options_are_plain_values(install: Any, options: Any, words: str) -> None:
+    """As a file could hold them."""
+    install("cloud")
+    with pytest.raises(ConfigurationError) as error:
+        ModelConfig(**MODEL, host="cloud", host_options=options)
+    assert words in error.value.message
+
+
+@pytest.mark.parametrize("host", ["inline", "process"])
+def test_core_s_own_hosts_have_no_options(host: str) -> None:
+    """They would have no effect."""
+    with pytest.raises(ConfigurationError, match=f"host_options: host '{host}' has none"):
+        ModelConfig(**MODEL, host=host, host_options={"zone": "b"})
 
 
 @pytest.mark.parametrize(

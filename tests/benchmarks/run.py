@@ -33,6 +33,7 @@ BENCHMARKS = (
     "saving",
     "hosts",
     "chains",
+    "actors",
     "training",
     "wires",
 )

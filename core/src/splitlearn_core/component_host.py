@@ -24,6 +24,10 @@ class ComponentHost(Protocol):
         ray = "splitlearn_ray:host"
 
     The module is imported when a model with that host is loaded. Other hosts than ``inline`` run trunks of families.
+    What ``ModelConfig(host_options=...)`` says is the host's to check.
+
+    A host whose models take memory of other machines says so by a second name, ``is_elsewhere = True``: the manager
+    then admits them whatever they need, and ``plan.elsewhere`` has the bytes for the host's own admission.
     """
 
     def load(self, config: ModelConfig, plan: LoadPlan, report: ProgressCallback, threads: int | None) -> LoadedModel:

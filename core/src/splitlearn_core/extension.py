@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from splitlearn_core.hosts.relay import sessions_on as sessions_on
     from splitlearn_core.hosts.sessions import SessionLimits as SessionLimits
     from splitlearn_core.hosts.sessions import error_frame as error_frame
+    from splitlearn_core.hosts.shared_memory import Channel as Channel
     from splitlearn_core.hosts.training import TrainingUsage as TrainingUsage
     from splitlearn_core.hosts.websocket import MessageStream as MessageStream
     from splitlearn_core.hosts.websocket import message_head as message_head
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from splitlearn_core.manager.loaders.own_process import load_arguments as load_arguments
     from splitlearn_core.manager.metrics import LoopLag as LoopLag
     from splitlearn_core.manager.metrics import ManagerCollector as ManagerCollector
+    from splitlearn_core.manager.workers import default_torch_threads as default_torch_threads
     from splitlearn_core.plan.keys import map_keys as map_keys
     from splitlearn_core.plan.keys import place_keys as place_keys
     from splitlearn_core.plan.split_points import impossible_cuts as impossible_cuts
@@ -103,6 +105,7 @@ _HOMES = {
     "BUNDLED": "loading.opening",
     "CACHE_FIELD": "build.kv_cache",
     "CONFIG": "checkpoint.files",
+    "Channel": "hosts.shared_memory",
     "ComponentServer": "hosts.relay",
     "ConfigFile": "manager.config",
     "DEPTHS": "testing.worlds",
@@ -141,6 +144,7 @@ _HOMES = {
     "core_version": "plugins.metadata",
     "decode": "hosts.protocol",
     "decode_header": "hosts.protocol",
+    "default_torch_threads": "manager.workers",
     "encode": "hosts.protocol",
     "ending": "child_process",
     "error_frame": "hosts.sessions",

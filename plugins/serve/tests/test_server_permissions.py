@@ -157,6 +157,7 @@ def test_tokens(places: Path, given: bool | None) -> None:
         ("attn_implementation", ["sdpa"]),
         ("architecture", "os:system"),
         ("cache_dir", "/tmp/x"),
+        ("host_options", {"address": "elsewhere:6379"}),
         ("allow_pickle", True),
         ("allow_pickle", "yes"),
         ("token", "hf_x"),

@@ -104,6 +104,8 @@ class ModelConfig:
     #: ``inline``: in this process. ``process``, for a trunk: in its own process, which can be killed at any time,
     #: and whose end affects no other model.
     host: str = "inline"
+    #: The options of a plugin's host, as its package documents them: names and plain values.
+    host_options: Mapping[str, Any] | None = field(default=None, hash=False)
     #: How often in a row a model whose process has died is started again, if it is pinned, required or in use.
     restart_limit: int = 3
 
@@ -126,7 +128,10 @@ class ModelConfig:
 
         How long to keep it, whether to pin or require it, and the token are left out.
         """
-        return tuple(getattr(self, name) for name in FIELDS if name not in _NOT_IN_FINGERPRINT)
+        values = {name: getattr(self, name) for name in FIELDS if name not in _NOT_IN_FINGERPRINT}
+        # As text it can be hashed; the order of its names has no meaning.
+        values["host_options"] = json.dumps(self.host_options, sort_keys=True)
+        return tuple(values.values())
 
     def check_installed(self) -> None:
         """Refuse a model type that no usable plugin can provide. Imports no plugin.
@@ -335,13 +340,15 @@ def dump_yaml(table: Mapping[str, Any]) -> str:
 
 
 def dump_toml(table: Mapping[str, Any]) -> str:
-    """Write a flat table of booleans, numbers, strings and lists of them as TOML."""
+    """Write a table of booleans, numbers, strings, and lists and tables of them as TOML; the inner ones inline."""
     return "".join(f"{name} = {_toml_value(value)}\n" for name, value in table.items())
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_toml_value(name)} = {_toml_value(item)}' for name, item in value.items())}}}"
     # JSON escapes the same characters as TOML, except for one; with ensure_ascii, its escapes would be wrong in TOML.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -98,6 +98,8 @@ MAX_MEMORY_MB = 2**63 // MEGABYTE
 MAX_SECONDS = 10**10
 MAX_THREADS = 4096
 MAX_NAME = 128
+#: Tables within tables in the options of a host.
+MAX_DEPTH = 3
 FIELDS_HINT = "each field is documented in splitlearn_core.ModelConfig"
 NOT_FAMILIES = (HUGGINGFACE, PYTORCH)
 SECRET_FIELDS = frozenset({"token"})
@@ -280,6 +282,35 @@ def _host(value: object) -> str:
     return name
 
 
+def _options(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _RefusedError("is not a table of names and values")
+    return {_option_name(name): _plain_option(item, MAX_DEPTH) for name, item in value.items()}
+
+
+def _option_name(name: object) -> str:
+    if not _is_plain(name):
+        raise _RefusedError(f"has the name {show(name)}; letters, digits, - and _ are possible")
+    return str(name)
+
+
+def _plain_option(value: object, depth: int) -> Any:
+    """Return a value as a file could hold it: the same object must not change later."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int | float) and -MAX_MEMORY_MB <= value <= MAX_MEMORY_MB:
+        return value
+    if depth and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {_text(name): _plain_option(item, depth - 1) for name, item in value.items()}
+    if depth and isinstance(value, list | tuple):
+        return [_plain_option(item, depth - 1) for item in value]
+    raise _RefusedError(
+        f"contains {show(value)}; strings, numbers, booleans, and lists and tables of them are possible"
+    )
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise _RefusedError("is neither true nor false")
@@ -395,6 +426,7 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = {
     "allow_pickle": _flag,
     "load_threads": _threads,
     "host": _host,
+    "host_options": _options,
     "restart_limit": _restarts,
 }
 
@@ -435,7 +467,8 @@ def _combination_problems(plain: Mapping[str, Any], invalid: set[str], defaults:
         names = names_of_parts(points)
         if component not in names:
             yield f"component: {show(component)} is none of {listed(names)}, the components that {points} make"
-    yield from _host_problems(plain, defaults)
+    if "host" not in invalid:
+        yield from _host_problems(plain, defaults)
     for name in _REFUSED.get(kind, _REFUSED_FOR_FAMILY):
         if plain.get(name, defaults[name]) != defaults[name]:
             yield f"{name}: {show(plain[name])} is not for model type {kind!r}, {_WHY[name]}; leave it out"
@@ -447,6 +480,8 @@ def _host_problems(plain: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
     """Yield the settings that a model on another host cannot have."""
     kind, component, host = plain["model_type"], plain.get("component"), plain.get("host", INLINE)
     limit = plain.get("restart_limit", defaults["restart_limit"])
+    if host in (INLINE, PROCESS) and plain.get("host_options") is not None:
+        yield f"host_options: host {host!r} has none; leave it out, or name a plugin's host"
     if host == INLINE:
         if limit != defaults["restart_limit"]:
             yield f"restart_limit: {limit} is for models with a process of their own; add host={PROCESS!r}"

@@ -88,6 +88,8 @@ class RequestRules:
             yield "token: it would let others read with your rights"
         if fields.get("cache_dir"):
             yield "cache_dir: downloads go to the cache folder of the server"
+        if fields.get("host_options"):
+            yield "host_options: they say which machines do the work; only those of the configuration file are used"
         if not _is_any_of(fields.get("architecture"), (None, *self.architectures)):
             yield "architecture: importing a module runs it; only those of the configuration file are known"
         if not _is_any_of(fields.get("attn_implementation"), (None, *_ATTENTION, *self.attention)):

@@ -85,6 +85,8 @@ class LoadPlan:
     details: Any = None
     #: The host of an earlier generation that has died; its sessions continue in the loaded model.
     after: ModelHost | None = None
+    #: Bytes at the peak of loading on the machine of a host that is elsewhere; ``needs`` and ``keeps`` are then empty.
+    elsewhere: int = 0
 
 
 @dataclass(slots=True)

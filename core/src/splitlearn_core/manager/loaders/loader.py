@@ -11,6 +11,7 @@ they stall an event loop just the same. A server imports them before it serves::
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import logging
@@ -106,6 +107,8 @@ class ModelLoader:
                 f"and its max_memory_mb allows {human_bytes(config.max_memory_mb * MEGABYTE)}",
                 hint=f"raise max_memory_mb to {-(-needed // MEGABYTE)}, or load fewer layers or a smaller dtype",
             )
+        if config.host not in _HOSTS and getattr(registry().host(config.host), "is_elsewhere", False):
+            return dataclasses.replace(plan, needs={}, keeps={}, elsewhere=needed)
         return plan
 
     def load(self, config: ModelConfig, plan: LoadPlan, report: ReportProgress) -> LoadedModel:
