@@ -63,6 +63,8 @@ class Parts:
     #: argument of the layers -> its dimensions, sizes for those that are neither batch nor sequence.
     crossing: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     layer_results: tuple[str, ...] = ()
+    #: The name of a module in layers that share it -> the numbers of the layers that share each.
+    shared: dict[str, list[list[int]]] = field(default_factory=dict)
     #: Field -> the evidence for it.
     reasons: dict[str, str] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
@@ -93,7 +95,7 @@ def derive_parts(model: Any) -> Parts:
     parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
     parts.layers = _layers(base, config, embeddings)
-    _check_own_tensors(base.get_submodule(parts.layers), parts.layers)
+    parts.shared = _shared_modules(base.get_submodule(parts.layers), parts.layers)
     # The modules around layers and embedding take tokens, and are no steps of their own.
     frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
@@ -210,17 +212,27 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
     raise CannotSplitError(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
 
 
-def _check_own_tensors(layers: nn.Module, path: str) -> None:
-    """Refuse layers that share tensors: a file has each once, and the layers may be in different components."""
-    owners: dict[int, str] = {}
+def _shared_modules(layers: nn.Module, path: str) -> dict[str, list[list[int]]]:
+    """Find the modules that layers share: a file has their tensors once, for layers in different components, too.
+
+    Raises:
+        CannotSplitError: Layers share tensors outside such modules.
+    """
+    holders: dict[int, list[str]] = {}
     for name, parameter in layers.named_parameters(remove_duplicate=False):
-        number = name.partition(".")[0]
-        first = owners.setdefault(id(parameter), number)
-        if first != number:
-            raise CannotSplitError(
-                f"{path}.{first} and {path}.{number} share tensors ({name}), which a file has once, and would be in "
-                "different components"
-            )
+        holders.setdefault(id(parameter), []).append(name)
+    shared: dict[str, list[list[int]]] = {}
+    for names in holders.values():
+        numbers, inside = zip(*(name.split(".", 1) for name in names), strict=True)
+        module, group = inside[0].partition(".")[0], [int(number) for number in numbers]
+        if len(group) > 1 and ({*inside} != {inside[0]} or not inside[0].startswith(f"{module}.")):
+            raise CannotSplitError(f"{path} share a tensor under different names: {', '.join(names)}")
+        if (len(group) > 1 or module in shared) and group not in shared.setdefault(module, []):
+            shared[module].append(group)
+    for module, groups in shared.items():
+        if sorted(sum(groups, [])) != sorted({*sum(groups, [])}):
+            raise CannotSplitError(f"{path} share a part of {module}, and another part is each layer's own")
+    return shared
 
 
 def _ancestors(path: str) -> list[str]:

@@ -83,7 +83,7 @@ def cuts(depth: int, impossible: Collection[int] = ()) -> tuple[tuple[int, int],
 
 def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> SplitCausalLM:
     # As in a file where tensors are made of others, so that this is proven, too.
-    whole = saved_tensors(model) if family.transformers_tables else model.state_dict()
+    whole = saved_tensors(model) if _differs_in_a_file(family) else model.state_dict()
     ends: dict[Component, tuple[int | None, int | None]] = {
         Component.BOTTOM: (None, cut[0]),
         Component.TRUNK: cut,
@@ -94,6 +94,10 @@ def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> 
         for component, (start, end) in ends.items()
     ]
     return cast("SplitCausalLM", SplitCausalLM(*parts).eval())
+
+
+def _differs_in_a_file(family: ModelFamily) -> bool:
+    return family.transformers_tables or bool(family.shared_modules)
 
 
 @torch.no_grad()
@@ -165,7 +169,7 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
     """Compare a plan from ``config.json`` alone with the model."""
     infos = {
         key: TensorInfo(key, "F32", tuple(tensor.shape), "", 0, tensor.nbytes)
-        for key, tensor in (saved_tensors(model) if family.transformers_tables else model.state_dict()).items()
+        for key, tensor in (saved_tensors(model) if _differs_in_a_file(family) else model.state_dict()).items()
     }
     try:
         points = cuts(_depth(model), impossible_cuts(family, values))[0]
