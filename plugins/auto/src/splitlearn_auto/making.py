@@ -238,9 +238,11 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
         # The rotary dimensions are those of a head, or half of them.
         yield {**needed, "rope_parameters": rope}
         yield {**needed, "rope_parameters": rope, "head_dim": 2 * TINY["head_dim"]}
-    # As many heads for keys as for queries; then the default number of layers.
+    # As many heads for keys as for queries.
     if "num_key_value_heads" in sizes and "num_attention_heads" in sizes:
         yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
+    # Where one layer of a kind is too few, because layers of a kind share modules.
+    yield {**needed, **_shortened_lists(known, sizes, _in_turn)}
     if known.num_hidden_layers != _DEPTH:
         yield {**needed, "num_hidden_layers": known.num_hidden_layers}
 
@@ -382,9 +384,11 @@ def _own_values(known: Any, sizes: Mapping[str, Any], stated: Mapping[str, Any])
     return kept
 
 
-def _shortened_lists(known: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _shortened_lists(
+    known: Any, sizes: Mapping[str, Any], shortened: Callable[[list[Any]], list[Any]] | None = None
+) -> dict[str, Any]:
     return {
-        name: _shortened(value)
+        name: (shortened or _shortened)(value)
         for name, value in known.to_dict().items()
         if isinstance(value, list) and len(value) == known.num_hidden_layers and name not in sizes
     }
@@ -392,10 +396,12 @@ def _shortened_lists(known: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shortened(kinds: list[Any]) -> list[Any]:
     """Shorten a list with one item per layer to a few layers, with every kind of item."""
-    distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
     first = kinds[:_DEPTH]
-    if all(kind in first for kind in distinct):
-        return first
+    return first if all(kind in first for kind in kinds) else _in_turn(kinds)
+
+
+def _in_turn(kinds: list[Any]) -> list[Any]:
+    distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
     return [distinct[number % len(distinct)] for number in range(_DEPTH)]
 
 
