@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from splitlearn_core import ConfigurationError, Cut, ModelFamily, RemoteError, SplitCausalLM
+from splitlearn_core import ConfigurationError, Cut, ModelFamily, RemoteError, SplitCausalLM, load_split_model
 from splitlearn_core.build.construction import component_from_state_dict
 from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
+from splitlearn_core.hosts.process import ProcessLoad, start_process
 from splitlearn_core.hosts.protocol import Kind
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
 from splitlearn_core.plan.crossing import crossing_tensors
@@ -167,6 +169,38 @@ def test_steps_at_a_host_are_equal(name: str, carrier: str, tmp_path: Path) -> N
         split = SplitCausalLM(bottom, far, top)
         assert equal(steps(split, 7, 1, 3), steps(model(name)[0], 7, 1, 3))
         assert equal(generated(split, num_beams=2), generated(model(name)[0], num_beams=2))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process is forked")
+def test_a_trunk_in_a_process(world: Any, tmp_path: Path) -> None:
+    """All that crosses passes through its shared memory, there and back."""
+    whole, family = model("gemma3n_text")
+    fields = {**CASES["gemma3n_text"][0], "model_type": family.model_type, "architecture": family.architecture}
+    arguments = ", ".join(f"{field}={value!r}" for field, value in fields.items())
+    world.install(
+        "gemma3n_text",
+        "from splitlearn_core import ModelFamily, hookimpl\n\n\n@hookimpl\ndef splitlearn_model_families():\n"
+        f"    return [ModelFamily({arguments}, uniform_layers=False, measured_cache=True)]\n",
+    )
+    whole.save_pretrained(tmp_path / "model")
+    handle = start_process(ProcessLoad(str(tmp_path / "model"), (2, 4)))
+    try:
+        ends = load_split_model(None, (2, 4), tmp_path / "model", parts=("bottom", "top"), progress=False)
+        split = SplitCausalLM(ends.bottom, handle.component, ends.top)
+        assert equal(steps(split, 7, 1, 3), steps(whole, 7, 1, 3))
+        assert equal(generated(split), generated(whole))
+        losses = []
+        for trained in (whole, split):
+            trained.zero_grad()
+            output = trained(input_ids=batch(7), labels=batch(7), use_cache=False)
+            output.loss.backward()
+            losses.append(output.loss.detach())
+        assert torch.equal(*losses)
+        expected = whole.get_parameter("model.embed_tokens_per_layer.weight").grad
+        assert torch.equal(ends.bottom.get_parameter("model.embed_tokens_per_layer.weight").grad, expected)
+    finally:
+        whole.zero_grad()
+        assert handle.kill().status == 0
 
 
 def test_a_session_is_rebuilt(name: str) -> None:

@@ -379,7 +379,6 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         ("rwkv", "keeps no cache of transformers' own kind"),
         # Its modules keep the states themselves.
         ("recurrent_gemma", "keeps no cache of transformers' own kind"),
-        # Older transformers cannot run a small one without kernels for a GPU.
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:
