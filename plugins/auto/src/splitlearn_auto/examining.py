@@ -20,6 +20,7 @@ from splitlearn_auto.deriving import (
     ignored_suffixes,
     keeps_float32,
     layers_take,
+    refuse_tokens_in_layers,
     renamed_keys,
     saved_tensors,
 )
@@ -441,6 +442,7 @@ def _prove(derived: Derived, config: Any, swept: _Variants, settings: bool) -> N
         if not differing:
             break
     if differing:
+        refuse_tokens_in_layers(tiny_model(with_values(config, {})))
         _check_cache(config)
         if derived.fields["transformers_tables"]:
             raise CannotSplitError(
@@ -520,13 +522,25 @@ def _check_cache(config: Any) -> None:
         CannotSplitError: It has none.
     """
     model = tiny_model(with_values(config, {}))
-    cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
-    if not isinstance(cache, Cache):
-        raise CannotSplitError(
-            f"{type(model).__name__} keeps no cache of transformers' own kind"
-            + ("" if cache is None else f": it is a {type(cache).__name__}"),
-            hint="a newer transformers may keep one for it: pip install --upgrade transformers",
-        )
+    output = model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True)
+    if isinstance(output.get(CACHE_FIELD), Cache):
+        return
+    others = [f"{name} ({type(value).__name__})" for name, value in output.items() if name != "logits"]
+    held = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    why = "it computes the whole text again for each token"
+    if others:
+        why = f"what it keeps for the next token is {', '.join(others)}, of all layers together"
+    elif held:
+        why = f"its layers keep their states themselves ({held[0]}), where those of several texts would mix"
+    raise CannotSplitError(
+        f"{type(model).__name__} keeps no cache of transformers' own kind: {why}",
+        hint="a newer transformers may keep one for it: pip install --upgrade transformers",
+    )
 
 
 def _dropouts(config: Any) -> dict[str, Any]:

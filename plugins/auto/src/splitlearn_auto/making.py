@@ -95,6 +95,7 @@ _NEVER_COMPUTED = ("num_experts_per_tok",)
 _RECURRENT = "create_recurrent_attention_mask"
 #: Values that no class has, and the code of some models reads nevertheless.
 _UNSTATED: Mapping[str, Any] = {"rope_theta": 10_000.0}
+_UNSTATED_OF_WHOLE: Mapping[str, Any] = {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}}
 #: Rotary positions; and how many of them are of time, height and width.
 _ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
 _SECTIONS = "mrope_section"
@@ -160,7 +161,7 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     # Text passes through none of the other models, so that their sizes need not fit together.
     for small in (OF_OTHERS, DEPTHS):
         others = other_sizes(known, name, small)
-        whole = {**others, name: {"model_type": getattr(known, name).model_type}}
+        whole = {**others, **_unstated_of(known), name: {"model_type": getattr(known, name).model_type}}
         try:
             config, needed = _tiny_config(
                 model_type, getattr(known, name), own, partial(_config_of_several, model_type, name, whole)
@@ -170,6 +171,11 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
             continue
         return config, with_decoder_values(whole, name, needed)
     raise refusals[0]
+
+
+def _unstated_of(known: Any) -> dict[str, Any]:
+    """Return values of a whole model that its class leaves at None, and its code reads nevertheless."""
+    return {name: value for name, value in _UNSTATED_OF_WHOLE.items() if getattr(known, name, value) is None}
 
 
 def _tiny_config(
@@ -245,6 +251,9 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
     yield {**needed, **_shortened_lists(known, sizes, _in_turn)}
     if known.num_hidden_layers != _DEPTH:
         yield {**needed, "num_hidden_layers": known.num_hidden_layers}
+    # Wide enough for sizes that are rounded up to a multiple of 64.
+    if "hidden_size" in sizes:
+        yield {**needed, "hidden_size": 4 * TINY["hidden_size"]}
 
 
 def _small_layers(known: Any, values: Mapping[str, Any]) -> dict[str, dict[str, int]]:
