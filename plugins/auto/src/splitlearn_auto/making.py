@@ -466,12 +466,16 @@ def _check_forward(config: Any) -> None:
 
 
 def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
-    """Create a model with random parameters: at the usual 1 and 0, a misplaced norm or bias would change nothing."""
+    """Create a model with random parameters: at the usual 1 and 0, a misplaced norm or bias would change nothing.
+
+    Scales of hidden states are near 1: a small one in each layer would leave nothing of the tokens.
+    """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = _created(config, **options)
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    for name, parameter in model.named_parameters():
+        usual = 1.0 if not name.endswith("weight") and bool((parameter == 1).all()) else 0.0
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15 + usual
     return model.eval()
 
 

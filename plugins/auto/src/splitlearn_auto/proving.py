@@ -108,7 +108,8 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
         try:
             got = check(split)
         except Exception as error:  # noqa: BLE001
-            yield f"{title} fails: {said(error)}"
+            lacks = isinstance(error, IndexError | KeyError | AttributeError)
+            yield f"{title} fails{', for a component lacks what another has' if lacks else ''}: {said(error)}"
             continue
         if not all(map(torch.equal, got, expected)):
             yield f"{title} differs by up to {max(_distance(*pair) for pair in zip(got, expected, strict=True)):.3g}"
