@@ -221,10 +221,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "required_values", "joined_layers", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
-    shared = family.shared_modules
-    if not (isinstance(shared, Mapping) and all(_is_tuple_of_texts(v) and len(v) == _TRIPLE for v in shared.values())):
-        yield "shared_modules", "a mapping of names to the names of a list, a kind and a value"
-    yield from _wrong_crossing(family)
+    yield from _wrong_between_layers(family)
     for name in (
         "enter_at_layers",
         "leave_at_layers",
@@ -240,7 +237,9 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         yield "impossible_cuts", "a function"
 
 
-def _wrong_crossing(family: ModelFamily) -> Iterator[tuple[str, str]]:
+def _wrong_between_layers(family: ModelFamily) -> Iterator[tuple[str, str]]:
+    if not (isinstance(family.shared_modules, Mapping) and all(map(_is_triple, family.shared_modules.values()))):
+        yield "shared_modules", "a mapping of names to the names of a list, a kind and a value"
     if not (isinstance(family.crossing, Mapping) and all(map(_are_dimensions, family.crossing.values()))):
         yield "crossing", f"a mapping of names to dimensions, {BATCH!r} and {SEQUENCE!r} among them"
     elif not {*family.layer_results} <= family.crossing.keys() - {STATES}:
@@ -251,6 +250,10 @@ def _wrong_crossing(family: ModelFamily) -> Iterator[tuple[str, str]]:
 
 def _are_dimensions(value: object) -> bool:
     return _is_tuple_of_texts(value) and all(cast("Any", value).count(name) == 1 for name in (BATCH, SEQUENCE))
+
+
+def _is_triple(value: object) -> bool:
+    return _is_tuple_of_texts(value) and len(cast("Any", value)) == _TRIPLE
 
 
 def _is_tuple_of_texts(value: object) -> bool:

@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +258,8 @@ def refuse_tokens_in_layers(model: Any) -> None:
     if taken:
         name, argument = next(iter(taken.items()))
         raise CannotSplitError(
-            f"its layers are given the ids of tokens ({argument} of {name}), which they look up, and which do not leave "
-            "the bottom"
+            f"its layers are given the ids of tokens ({argument} of {name}), which they look up, and which do not "
+            "leave the bottom"
         )
 
 
@@ -281,7 +281,8 @@ def _shared_modules(layers: nn.Module, path: str) -> dict[str, list[list[int]]]:
         if (len(group) > 1 or module in shared) and group not in shared.setdefault(module, []):
             shared[module].append(group)
     for module, groups in shared.items():
-        if sorted(sum(groups, [])) != sorted({*sum(groups, [])}):
+        having = [*chain.from_iterable(groups)]
+        if len(having) > len({*having}):
             raise CannotSplitError(f"{path} share a part of {module}, and another part is each layer's own")
     return shared
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -269,7 +270,7 @@ def _named_shares(config: Any, shared: Mapping[str, list[list[int]]]) -> dict[st
     named: dict[str, tuple[str, str, str]] = {}
     values = decoder_of(config).to_dict()
     for module, groups in shared.items():
-        numbers = sorted(sum(groups, []))
+        numbers = sorted(chain.from_iterable(groups))
         lists = [
             name
             for name, kinds in values.items()

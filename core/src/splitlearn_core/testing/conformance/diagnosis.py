@@ -66,7 +66,9 @@ def _explained(error: Exception, family: ModelFamily, model: Any) -> list[Suspec
     if isinstance(error, ConfigurationError):
         spelled = {name: (name, family.config_names.get(name, name)) for name in COMMON}
         named = [name for name in COMMON if any(word in str(error) for word in spelled[name])]
-        return list(misread(family, model.config, named))
+        crossing = [name for name in family.crossing if name in str(error)]
+        wrong = [Suspect("crossing", f"{name!r} has other dimensions in the layers") for name in crossing]
+        return [*wrong, *misread(family, model.config, named)]
     if not isinstance(error, TensorMismatchError):
         return list(misnamed(family, model))
     # Wrong names cause wrong placements, too.

@@ -109,14 +109,14 @@ def watched_layers(model: Any, subject: Subject) -> Iterator[list[Left]]:
             handle.remove()
 
 
-def _inside(
-    subject: Subject, whole: Any, part: Any, state: Any, states: list[torch.Tensor]
-) -> Iterator[Suspect]:
+def _inside(subject: Subject, whole: Any, part: Any, state: Any, states: list[torch.Tensor]) -> Iterator[Suspect]:
     """Return where inside a component the values begin to differ, given the right input."""
     with watched_layers(part, subject) as own:
         no_grad(part, **{"input_ids" if part.start_layer == 0 else "hidden_states": state})
     first = part.start_layer
-    differing = [first + number for number, (hidden, _) in enumerate(own) if not compare(hidden, states[first + number])]
+    differing = [
+        first + number for number, (hidden, _) in enumerate(own) if not compare(hidden, states[first + number])
+    ]
     if differing[:1] == [first]:
         yield from _at_the_inlet(subject, whole, part)
         return
