@@ -17,7 +17,7 @@ from splitlearn_core.plugins.known import ENCODER_DECODERS, REFUSED, WRITTEN
 pytestmark = pytest.mark.libs
 
 #: Not of a family of its own, and quick to look at.
-SAMPLE_REFUSED = ("cpmant", "dory", "rwkv", "recurrent_gemma", "zamba")
+SAMPLE_REFUSED = ("cpmant", "dory", "rwkv", "recurrent_gemma")
 SAMPLE_WRITTEN = ("llama", "phi", "olmo2", "mixtral", "qwen2_moe", "deepseek_v3")
 
 

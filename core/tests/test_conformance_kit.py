@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from splitlearn_core import ModelFamily
 from splitlearn_core.cli.plugins import _Progress, render_report
@@ -34,6 +35,21 @@ GPT2 = {
     "config_defaults": GPT2_DEFAULTS,
 }
 LLAMA = {"model_type": "llama", "architecture": "LlamaForCausalLM"}
+#: A router's result crosses, too.
+ZAYA: dict[str, Any] = {
+    "model_type": "zaya",
+    "architecture": "ZayaForCausalLM",
+    "skip_outside_bottom": ("input_hidden_states_scale", "input_hidden_states_bias"),
+    "enter_at_layers": True,
+    "layers_return_tuple": True,
+    "crossing": {"prev_router_hidden_states": ("batch", "sequence", "router_hidden_size")},
+    "layer_results": ("prev_router_hidden_states",),
+    "transformers_tables": True,
+    "measured_cache": True,
+    "uniform_layers": False,
+    "config_defaults": {"tie_word_embeddings": True, "residual_in_fp32": True},
+    "tiny_config": {"num_experts": 4, "moe_intermediate_size": 16, "router_hidden_size": 16},
+}
 
 #: What is wrong -> the family, and the field that has to be named.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -186,6 +202,23 @@ def test_an_exception_is_explained_by_what_has_to_do_with_it(world: Any) -> None
 
     assert explain(RuntimeError("shapes differ"), family, {}) == ()
     assert [suspect.field for suspect in explain(astray, family, {})] == ["ignored_suffixes"]
+
+
+@pytest.mark.parametrize("dimension", ["router_hidden_size", "hidden_size"])
+def test_a_family_of_which_more_crosses(world: Any, dimension: str) -> None:
+    """What crosses is compared with what the layers of the whole are given; a wrong description is named."""
+    if "zaya" not in CONFIG_MAPPING_NAMES:
+        pytest.skip("this transformers has no zaya")
+    crossing = {"prev_router_hidden_states": ("batch", "sequence", dimension)}
+    install(world, "zaya", described({**ZAYA, "crossing": crossing}), "zaya")
+    checks = ("test_what_crosses", "test_identity", "test_causality", "test_module_names")
+    code, (report,), _ = kit(world, "zaya", "--quick", *(word for check in checks for word in ("-k", check)))
+    outcomes = {check["check"]: check["outcome"] for check in report["checks"]}
+    if dimension == "router_hidden_size":
+        assert (code, outcomes) == (0, dict.fromkeys(checks, "passed")), failures(report)
+        return
+    assert (code, outcomes["test_what_crosses"]) == (1, "failed")
+    assert "crossing" in {look["field"] for case in failures(report) for look in case["look_at"]}
 
 
 def test_a_correct_family_passes_next_to_a_broken_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from splitlearn_core import ConfigurationError, Cut, ModelFamily, RemoteError, SplitCausalLM
+from splitlearn_core import ConfigurationError, Cut, ModelFamily, RemoteError, SplitCausalLM, load_split_model
 from splitlearn_core.build.construction import component_from_state_dict
 from splitlearn_core.build.kv_cache import CACHE_FIELD, cache_argument
+from splitlearn_core.hosts.process import ProcessLoad, start_process
 from splitlearn_core.hosts.protocol import Kind
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable
 from splitlearn_core.plan.crossing import crossing_tensors
@@ -70,6 +72,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "sliding_window": 6,
         },
     ),
+    # The embeddings, which every layer takes; and layers that share modules, in different components, too.
+    "zamba2": (
+        {
+            "norm": "final_layernorm",
+            "crossing": {"original_hidden_states": ("batch", "sequence", "hidden_size")},
+            "shared_modules": {"shared_transformer": ("layers_block_type", "hybrid", "num_mem_blocks")},
+        },
+        {
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid", "hybrid"],
+            "num_mem_blocks": 2,
+            "mamba_d_state": 8,
+            "chunk_size": 8,
+        },
+    ),
 }
 
 
@@ -82,8 +98,10 @@ def model(name: str) -> tuple[Any, ModelFamily]:
     config = AutoConfig.for_model(name, **{**SIZES, **values})
     whole: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
-    for parameter in whole.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    for key, parameter in whole.named_parameters():
+        # Scales near 1, as in the tests of a package.
+        usual = 1.0 if not key.endswith("weight") and bool((parameter == 1).all()) else 0.0
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15 + usual
     family = ModelFamily(
         model_type=name, architecture=type(whole).__name__, uniform_layers=False, measured_cache=True, **fields
     )
@@ -155,6 +173,38 @@ def test_steps_at_a_host_are_equal(name: str, carrier: str, tmp_path: Path) -> N
         assert equal(generated(split, num_beams=2), generated(model(name)[0], num_beams=2))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process is forked")
+def test_a_trunk_in_a_process(world: Any, tmp_path: Path) -> None:
+    """All that crosses passes through its shared memory, there and back."""
+    whole, family = model("gemma3n_text")
+    fields = {**CASES["gemma3n_text"][0], "model_type": family.model_type, "architecture": family.architecture}
+    arguments = ", ".join(f"{field}={value!r}" for field, value in fields.items())
+    world.install(
+        "gemma3n_text",
+        "from splitlearn_core import ModelFamily, hookimpl\n\n\n@hookimpl\ndef splitlearn_model_families():\n"
+        f"    return [ModelFamily({arguments}, uniform_layers=False, measured_cache=True)]\n",
+    )
+    whole.save_pretrained(tmp_path / "model")
+    handle = start_process(ProcessLoad(str(tmp_path / "model"), (2, 4)))
+    try:
+        ends = load_split_model(None, (2, 4), tmp_path / "model", parts=("bottom", "top"), progress=False)
+        split = SplitCausalLM(ends.bottom, handle.component, ends.top)
+        assert equal(steps(split, 7, 1, 3), steps(whole, 7, 1, 3))
+        assert equal(generated(split), generated(whole))
+        losses = []
+        for trained in (whole, split):
+            trained.zero_grad()
+            output = trained(input_ids=batch(7), labels=batch(7), use_cache=False)
+            output.loss.backward()
+            losses.append(output.loss.detach())
+        assert torch.equal(*losses)
+        expected = whole.get_parameter("model.embed_tokens_per_layer.weight").grad
+        assert torch.equal(ends.bottom.get_parameter("model.embed_tokens_per_layer.weight").grad, expected)
+    finally:
+        whole.zero_grad()
+        assert handle.kill().status == 0
+
+
 def test_a_session_is_rebuilt(name: str) -> None:
     """The journal keeps all that crossed: a restart of the host in the middle of a generation does not change it."""
     bottom, trunk, top = parts_of(name)
@@ -179,12 +229,14 @@ def test_gradients_are_equal(name: str, place: str) -> None:
         losses.append(output.loss.detach())
     assert torch.equal(*losses)
     expected = {key: parameter.grad for key, parameter in whole.named_parameters()}
-    # Of a tied tensor, either end has a part of the gradient.
-    tied = {"model.embed_tokens.weight", "lm_head.weight"}
+    # Of a tied tensor, each component has a part of the gradient.
+    tied = ("model.embed_tokens.", "lm_head.")
     for part in (bottom, top):
         for key, parameter in part.named_parameters():
-            got, wanted = parameter.grad, None if key in tied else expected[key]
-            assert key in tied or (got is None) == (wanted is None), key
+            if key.startswith(tied) or any(f".{shared}." in key for shared in model(name)[1].shared_modules):
+                continue
+            got, wanted = parameter.grad, expected[key]
+            assert (got is None) == (wanted is None), key
             assert wanted is None or torch.equal(got, wanted), key
     whole.zero_grad()
 
@@ -254,6 +306,7 @@ def test_what_crosses_is_counted() -> None:
         ({"crossing": {"x": ("sequence", "hidden_size")}}, "crossing must be a mapping"),
         ({"crossing": {"x": ("batch", "sequence")}, "layer_results": ("y",)}, "layer_results must be names in"),
         ({"crossing": {"x": ("batch", "sequence")}, "layer_results": ("x",)}, "layers_return_tuple must be True"),
+        ({"shared_modules": {"x": ("layer_types", "hybrid")}}, "shared_modules must be a mapping"),
     ],
 )
 def test_wrong_descriptions_are_refused(fields: dict[str, Any], problem: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,26 @@ def test_a_tied_model_with_both_tensors_keeps_both() -> None:
     assert table.tied == ()
     assert table.separate_ends == ("model.embed_tokens.weight", "lm_head.weight")
     assert table.sources[Component.TOP]["lm_head.weight"] == "lm_head.weight"
+
+
+def test_a_module_that_layers_share_is_in_each_component() -> None:
+    """A file has it under one name, any of them; which layers share one is said by config.json."""
+    family = replace(FAMILY, shared_modules={"block": ("kinds", "hybrid", "blocks")})
+    config = {**CONFIG, "num_hidden_layers": 6, "kinds": ["plain", "hybrid", "hybrid"] * 2, "blocks": 2}
+    keys = ["model.layers.1.block.w", "model.layers.5.block.w", "model.layers.1.own.w"]
+    table = place(family, keys, config, (2, 3))
+    assert table.sources == {
+        "bottom": {"model.layers.1.block.w": keys[0], "model.layers.1.own.w": keys[2]},
+        "trunk": {"model.layers.2.block.w": keys[1]},
+        "top": {"model.layers.4.block.w": keys[0], "model.layers.5.block.w": keys[1]},
+    }
+    assert table.tied == (keys[0], keys[1])
+    separate = place(family, [*keys, "model.layers.4.block.w"], config, (2, 3))
+    assert separate.sources["top"]["model.layers.4.block.w"] == "model.layers.4.block.w"
+    for wrong in ({"kinds": None}, {"kinds": ["hybrid"]}, {"blocks": 0}, {"blocks": None}):
+        with pytest.raises(ConfigurationError, match="do not say which of its 6 layers share block") as caught:
+            place(family, keys, {**config, **wrong}, (2, 3))
+        assert caught.value.hint
 
 
 def test_an_untied_model_without_a_head_gets_none() -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from splitlearn_core.errors import ConfigurationError
 
-_PAIR_LENGTH = 2
+_PAIR_LENGTH, _TRIPLE = 2, 3
 _TIED = "tie_word_embeddings"
 _LAYERS = "num_hidden_layers"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -129,6 +129,11 @@ class ModelFamily:
     #: The name of the value of ``config.json`` that says how many of the last layers use keys and values of earlier
     #: ones: each uses those of the last layer of its kind (``layer_types``) that has its own. No cut parts the two.
     sharing_layers: str = ""
+    #: Modules that several layers have, and a file once: the name of the module in a layer -> the list of
+    #: ``config.json`` with a kind for each layer, the kind of the layers that have it, and the name of the value that
+    #: says how many different ones there are, which those layers have in turn; empty for one. Each component that has
+    #: such a layer has the module.
+    shared_modules: Mapping[str, tuple[str, str, str]] = field(default_factory=lambda: _NOTHING)
     #: Values that ``config.json`` must have, or else the model is refused: with others, layers would exchange what
     #: cannot cross a cut (embeddings of tokens for each layer, say), or the model is an encoder (``is_decoder``).
     required_values: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
@@ -216,7 +221,7 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
     for name in ("config_names", "config_defaults", "required_values", "joined_layers", "tiny_config"):
         if not isinstance(getattr(family, name), Mapping):
             yield name, "a mapping"
-    yield from _wrong_crossing(family)
+    yield from _wrong_between_layers(family)
     for name in (
         "enter_at_layers",
         "leave_at_layers",
@@ -232,7 +237,9 @@ def _wrong_fields(family: ModelFamily) -> Iterator[tuple[str, str]]:
         yield "impossible_cuts", "a function"
 
 
-def _wrong_crossing(family: ModelFamily) -> Iterator[tuple[str, str]]:
+def _wrong_between_layers(family: ModelFamily) -> Iterator[tuple[str, str]]:
+    if not (isinstance(family.shared_modules, Mapping) and all(map(_is_triple, family.shared_modules.values()))):
+        yield "shared_modules", "a mapping of names to the names of a list, a kind and a value"
     if not (isinstance(family.crossing, Mapping) and all(map(_are_dimensions, family.crossing.values()))):
         yield "crossing", f"a mapping of names to dimensions, {BATCH!r} and {SEQUENCE!r} among them"
     elif not {*family.layer_results} <= family.crossing.keys() - {STATES}:
@@ -243,6 +250,10 @@ def _wrong_crossing(family: ModelFamily) -> Iterator[tuple[str, str]]:
 
 def _are_dimensions(value: object) -> bool:
     return _is_tuple_of_texts(value) and all(cast("Any", value).count(name) == 1 for name in (BATCH, SEQUENCE))
+
+
+def _is_triple(value: object) -> bool:
+    return _is_tuple_of_texts(value) and len(cast("Any", value)) == _TRIPLE
 
 
 def _is_tuple_of_texts(value: object) -> bool:

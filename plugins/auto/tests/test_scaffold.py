@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, cache_utils
 
 from splitlearn_auto import NewPlugin, new_plugin
@@ -34,8 +35,11 @@ from splitlearn_core import (
     PluginError,
     SplitCausalLM,
     UnknownModelTypeError,
+    load_split_directory,
     load_split_model,
+    merge_split,
     plan_split,
+    save_split,
 )
 from splitlearn_core.extension import CACHE_FIELD, layer_cache_sizes
 
@@ -283,6 +287,34 @@ def test_what_a_layer_computes_for_the_next(model_type: str) -> None:
     assert derived.dtypes == ("float32", "bfloat16")
 
 
+@pytest.mark.parametrize("model_type", _known("zamba2"))
+def test_modules_that_layers_share(model_type: str, world: Any, tmp_path: Path) -> None:
+    """They are found, and named by values of config.json; components of a file, and saved ones, equal the model."""
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    shared = {"shared_transformer": ("layers_block_type", "hybrid", "num_mem_blocks")}
+    assert derived.fields["shared_modules"] == shared
+    assert derived.fields["config_defaults"]["num_mem_blocks"] == 1
+    assert derived.fields["crossing"] == {"original_hidden_states": ("batch", "sequence", "hidden_size")}
+    assert derived.dtypes == ("float32", "bfloat16")
+    world.install(model_type, family_module(derived, model_type))
+    config, _ = tiny_config(model_type, AutoConfig.for_model(model_type), {})
+    whole = tiny_model(config)
+    whole.save_pretrained(tmp_path / "model")
+    split = SplitCausalLM(*load_split_model(None, (2, 4), tmp_path / "model"))
+    save_split(split, tmp_path / "split", progress=False)
+    ids = torch.tensor([[5, 17, 42, 99, 3]])
+    for model in (split, SplitCausalLM(*load_split_directory(tmp_path / "split", progress=False))):
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+    first, last = (f"model.layers.{number}.shared_transformer.self_attn.q_proj.weight" for number in (1, 5))
+    assert split.get_parameter(first) is split.get_parameter(last)
+    merged = merge_split(tmp_path / "split", out=tmp_path / "merged", progress=False)
+    kept, stored = (load_file(folder / "model.safetensors") for folder in (merged, tmp_path / "model"))
+    assert kept.keys() == stored.keys()
+    assert all(torch.equal(kept[key], tensor) for key, tensor in stored.items())
+
+
 @pytest.mark.parametrize("model_type", _known("gemma3n_text"))
 def test_slices_and_shared_caches(model_type: str, world: Any, tmp_path: Path) -> None:
     """Hidden states of other dimensions and a slice for each layer cross; keys and values of other layers do not."""
@@ -347,8 +379,6 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         ("rwkv", "keeps no cache of transformers' own kind"),
         # Its modules keep the states themselves.
         ("recurrent_gemma", "keeps no cache of transformers' own kind"),
-        # Older transformers cannot run a small one without kernels for a GPU.
-        ("zamba", "share tensors|Fast Mamba kernels|tie_weights_keys"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:

@@ -6,6 +6,7 @@ import gc
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +37,8 @@ from splitlearn_core import (
 from splitlearn_core.cli.main import cli
 from splitlearn_core.extension import SUBPROTOCOL, Frame, Kind, SessionLimits, decode, encode
 from splitlearn_core.hosts.carriers import Endpoint
+from splitlearn_core.testing.installing import write_plugin
+from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from splitlearn_serve import connections, sockets
 from splitlearn_serve.server_client import ServerClient
 from splitlearn_serve.tls import server_context
@@ -775,3 +779,58 @@ class TestTraining:
         traffic = sessions_of(server)
         assert traffic["steps"] == 6
         assert traffic["refused"] == {"unknown_adapter": 1}
+
+
+@pytest.fixture
+def zaya(tmp_path: Path) -> Iterator[Path]:
+    """Install a family of whose models a router's result crosses, too; yields a small checkpoint."""
+    if "zaya" not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no zaya")
+    source = """
+from splitlearn_core import ModelFamily, hookimpl
+
+
+@hookimpl
+def splitlearn_model_families():
+    return [
+        ModelFamily(
+            model_type="zaya",
+            architecture="ZayaForCausalLM",
+            skip_outside_bottom=("input_hidden_states_scale", "input_hidden_states_bias"),
+            layers_return_tuple=True,
+            crossing={"prev_router_hidden_states": ("batch", "sequence", "router_hidden_size")},
+            layer_results=("prev_router_hidden_states",),
+            transformers_tables=True,
+            measured_cache=True,
+            uniform_layers=False,
+            config_defaults={"residual_in_fp32": True, "tie_word_embeddings": True},
+        )
+    ]
+"""
+    write_plugin(tmp_path / "site", "zaya", source)
+    model = tiny_model("zaya", num_experts=4, moe_intermediate_size=16, router_hidden_size=16)
+    yield write_checkpoint(tmp_path / "zaya", model)
+    sys.modules.pop("splitlearn_zaya", None)
+
+
+@pytest.mark.parametrize("host", ["inline", "process"])
+def test_more_than_hidden_states_crosses(zaya: Path, host: str) -> None:
+    """The text is equal to the last bit, and so are gradients of the bottom, from a trunk here or in a process."""
+    if host == "process" and not sys.platform.startswith("linux"):
+        pytest.skip("a process is forked")
+    whole = AutoModelForCausalLM.from_pretrained(zaya).eval()
+    ends = load_split_model("zaya", (2, 4), str(zaya), parts=("bottom", "top"))
+    fields: dict[str, Any] = {"model_type": "zaya", "model_path": str(zaya), "split_points": (2, 4)}
+    ids = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with StatusServer([ModelConfig(model_id="trunk", component="trunk", host=host, **fields)]) as server:
+        remote = connect(f"{server.url}/trunk")
+        split = SplitCausalLM(ends.bottom, remote, ends.top)
+        assert torch.equal(split.generate(ids, **options), whole.generate(ids, **options))
+        for model in (whole, split):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        remote.close()
+    own, expected = (dict(model.named_parameters()) for model in (ends.bottom, whole))
+    compared = [name for name in own if ".layers." in name and own[name].grad is not None]
+    assert len(compared) > 5
+    assert all(torch.equal(own[name].grad, expected[name].grad) for name in compared)

@@ -395,10 +395,11 @@ class BottomModel(ComponentModel):
         except IndexError as error:
             # From the embedding; it names neither the token nor the vocabulary.
             if input_ids is not None:
-                self._check_tokens(input_ids, error)
+                past = past_key_values.get_seq_length() if isinstance(past_key_values, PartCache) else 0
+                self._check_tokens(input_ids, past, error)
             raise
 
-    def _check_tokens(self, input_ids: torch.Tensor, error: IndexError) -> None:
+    def _check_tokens(self, input_ids: torch.Tensor, past: int, error: IndexError) -> None:
         size = self.get_input_embeddings().weight.shape[0]
         outside = input_ids[(input_ids < 0) | (input_ids >= size)]
         if outside.numel():
@@ -408,9 +409,9 @@ class BottomModel(ComponentModel):
                 "-100 is for labels only",
             ) from error
         limit = getattr(self.decoder_config, "max_position_embeddings", None)
-        if limit is not None:
+        if limit is not None and past + input_ids.shape[1] > limit:
             raise ConfigurationError(
-                f"a sequence of {input_ids.shape[1]} tokens exceeds the {limit} positions of this model",
+                f"a sequence of {past + input_ids.shape[1]} tokens exceeds the {limit} positions of this model",
                 hint="shorten it, or generate fewer tokens",
             ) from error
 

@@ -25,7 +25,7 @@ from splitlearn_core.errors import (
     translate,
 )
 from splitlearn_core.family import ModelFamily
-from splitlearn_core.plan.keys import in_model
+from splitlearn_core.plan.keys import in_model, shared_prefixes
 from splitlearn_core.quoting import SENTENCE, listed, reason, said
 from splitlearn_core.types import DTYPE_BYTES, FLOAT_DTYPES, TensorInfo
 
@@ -284,7 +284,7 @@ def describe_tensors(
 ) -> dict[str, TensorInfo]:
     """Build the whole model on the meta device, and describe its tensors as a file would hold them.
 
-    A tied head is left out, as ``save_pretrained`` does.
+    A tied head is left out, as ``save_pretrained`` does, and so is what layers share with an earlier one.
     """
     config = hf_config(family, values, name_or_path, dtype)
     stored = FLOAT_DTYPES[dtype]
@@ -293,6 +293,9 @@ def describe_tensors(
     state = {key: tensor for key, tensor in model.state_dict().items() if in_model(family, key)}
     if family.config_value(values, "tie_word_embeddings"):
         state.pop(f"{family.head}.weight", None)
+        # Without that, transformers ties nothing else either.
+        copies = tuple(prefix for prefixes in shared_prefixes(family, values) for prefix in prefixes[1:])
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(copies)}
     infos, position = {}, 0
     for key, tensor in state.items():
         end = position + tensor.numel() * DTYPE_BYTES[stored]

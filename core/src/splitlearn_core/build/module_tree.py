@@ -153,10 +153,23 @@ def module_tree(parts: Mapping[str, Any], backbone: type[Any], attributes: Mappi
         module = top.get_submodule(path)
         is_backbone = f"{family.base}.".startswith(f"{path}.")
         made = _shell(module, class_over(backbone, type(module)) if is_backbone else type(module))
+        if path == family.base:
+            _take_inlets(made, bottom.get_submodule(path), family.inlets)
         vars(made).update({"_modules": children(path), **(attributes if is_backbone else {})})
         return made
 
     return children("")
+
+
+def _take_inlets(made: nn.Module, base: Any, inlets: Sequence[str]) -> None:
+    """Give the base model its own parameters that only a bottom has."""
+    own = {name: parameter for name, parameter in base.named_parameters(recurse=False) if name in inlets}
+    if own:
+        # What stands for them in the top is a plain attribute, which would hide them.
+        for name in own:
+            vars(made).pop(name, None)
+        outlets = vars(made)["_parameters"]
+        vars(made)["_parameters"] = {**own, **outlets} if outlets else vars(base)["_parameters"]
 
 
 def _layer_list(lists: Sequence[Any], parts: Mapping[str, Any]) -> nn.ModuleList:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import ModelFamily
 from splitlearn_core.plan.conversions import WeightConversion
+from splitlearn_core.plan.split_points import count_layers
+from splitlearn_core.quoting import quote
 from splitlearn_core.types import Component, LayerRange
 
 
@@ -50,6 +53,39 @@ def _tie(family: ModelFamily, config: Mapping[str, Any], origins: dict[str, str]
         if present in origins and absent not in origins:
             origins[absent] = origins[present]
     return separate
+
+
+def shared_prefixes(family: ModelFamily, config: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield, for each module that layers share, the beginnings of its tensors' names in these layers, in order.
+
+    Raises:
+        ConfigurationError: ``config.json`` does not say which layers share it.
+    """
+    for module, (kinds_name, kind, count_name) in family.shared_modules.items():
+        kinds, total = family.config_value(config, kinds_name), count_layers(family, config)
+        count = family.config_value(config, count_name) if count_name else 1
+        if not isinstance(kinds, list) or len(kinds) != total or type(count) is not int or count < 1:
+            stated = f"{kinds_name} = {quote(kinds)}{f' and {count_name} = {quote(count)}' if count_name else ''}"
+            raise ConfigurationError(
+                f"config.json says {stated}, which do not say which of its {total} layers share {module}",
+                hint="use the config.json that the checkpoint was saved with",
+            )
+        having = [number for number in range(total) if kinds[number] == kind]
+        for first in range(count):
+            yield [f"{family.base}.{family.layers}.{number}.{module}." for number in having[first::count]]
+
+
+def _share(family: ModelFamily, config: Mapping[str, Any], origins: dict[str, str]) -> None:
+    """Give the tensors of modules that layers share all of their module keys."""
+    for prefixes in shared_prefixes(family, config):
+        own: dict[str, str] = {}
+        for prefix in prefixes:
+            for name, key in origins.items():
+                if name.startswith(prefix):
+                    own.setdefault(name.removeprefix(prefix), key)
+        for prefix in prefixes:
+            for name, key in own.items():
+                origins.setdefault(prefix + name, key)
 
 
 def _own_names(family: ModelFamily, conversion: WeightConversion, taken: Container[str]) -> dict[str, str]:
@@ -118,6 +154,7 @@ def place_keys(
         elif target is not None and origins.setdefault(target, key) != key:
             twice.append(f"{origins[target]} and {key} (both are {target})")
     separate = _tie(family, config, origins)
+    _share(family, config, origins)
     sources: dict[str, dict[str, str]] = {component: {} for component in ranges}
     unexpected: dict[str, str] = {}
     component_of = placement(family, ranges)

@@ -44,7 +44,7 @@ _WRITTEN = """
     pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
     qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe rembert roberta roberta-prelayernorm
     sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta
-    xlm-roberta-xl xmod youtu zaya
+    xlm-roberta-xl xmod youtu zamba zamba2 zaya
 """
 WRITTEN = frozenset(_WRITTEN.split())
 #: Types that it refuses, of those that are causal language models in transformers.
@@ -52,7 +52,6 @@ _REFUSED = """
     big_bird bigbird_pegasus blt cpmant deepseek_v4 dory dots3_note dots3_note_text emu3 gemma3n gemma4_assistant
     gemma4_unified_assistant hrm_text inkling2_loop_text inkling2_text longcat_flash mllama musicgen musicgen_melody
     openai-gpt prophetnet qwen4_exp qwen4_exp_text recurrent_gemma reformer roc_bert roformer rwkv xlm xlnet xlstm
-    zamba zamba2
 """
 REFUSED = frozenset(_REFUSED.split())
 #: Types of text in, text out, that have an encoder and a decoder, and no class of the decoder alone.

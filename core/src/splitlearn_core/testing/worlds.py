@@ -34,7 +34,7 @@ OF_OTHERS: Mapping[str, int] = {
     **DEPTHS,
     **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "embed_dim", "encoder_ffn_dim", "hidden_dim"), 32),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "output_dim", "vision_output_dim"), 32),
-    **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 32),
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim", "base_channels"), 32),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "encoder_attention_heads"), 2),
     "head_dim": 16,
 }
@@ -105,9 +105,11 @@ def random_model(make: Callable[[Any], Any], config: Any, dtype: torch.dtype = t
     config.dtype = dtype
     model = make(config)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        # Norms and biases too: at their usual 1 and 0, a misplaced one would change nothing.
-        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.15).to(dtype)
+    for name, parameter in model.named_parameters():
+        # Norms and biases too: at their usual 1 and 0, a misplaced one would change nothing. Scales of hidden states
+        # are near 1: a small one in each layer would leave nothing of the tokens.
+        usual = 1.0 if not name.endswith("weight") and bool((parameter == 1).all()) else 0.0
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.15 + usual).to(dtype)
     # No end token, so that every generated sequence has its full length.
     model.generation_config.eos_token_id = None
     return model.eval()

@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Parts:
     #: argument of the layers -> its dimensions, sizes for those that are neither batch nor sequence.
     crossing: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     layer_results: tuple[str, ...] = ()
+    #: The name of a module in layers that share it -> the numbers of the layers that share each.
+    shared: dict[str, list[list[int]]] = field(default_factory=dict)
     #: Field -> the evidence for it.
     reasons: dict[str, str] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
@@ -92,8 +94,15 @@ def derive_parts(model: Any) -> Parts:
     ]
     parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
-    parts.layers = _layers(base, config, embeddings)
-    _check_own_tensors(base.get_submodule(parts.layers), parts.layers)
+    try:
+        parts.layers = _layers(base, config, embeddings)
+    except CannotSplitError:
+        raise
+    # The code of a model may raise any exception for embeddings without the tokens that they are of.
+    except Exception:
+        refuse_tokens_in_layers(model)
+        raise
+    parts.shared = _shared_modules(base.get_submodule(parts.layers), parts.layers)
     # The modules around layers and embedding take tokens, and are no steps of their own.
     frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
     seen = frame.watch()
@@ -207,20 +216,75 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
             )
         if called:
             raise CannotSplitError(f"text alone passes through {len(set(called))} of its {depth} layers ({path})")
+    for path, module in lists.items():
+        wanted = [f"{path}.{number}" for number in range(len(module))]
+        if len(wanted) > 1 and [call.path for call in seen.calls if call.path in wanted] == wanted:
+            raise CannotSplitError(
+                f"its forward runs {len(wanted)} layers ({path}), and its configuration counts {depth} "
+                "(num_hidden_layers): a layer is not one place in the cache"
+            )
     raise CannotSplitError(f"it has no list of its {depth} layers that a forward runs; lists of modules: {lengths}")
 
 
-def _check_own_tensors(layers: nn.Module, path: str) -> None:
-    """Refuse layers that share tensors: a file has each once, and the layers may be in different components."""
-    owners: dict[int, str] = {}
+@torch.no_grad()
+def refuse_tokens_in_layers(model: Any) -> None:
+    """Refuse a model whose layers are given the ids of tokens, by which they look up embeddings or experts.
+
+    Raises:
+        CannotSplitError: It is such a model.
+    """
+    ids = torch.arange(3, 10).reshape(1, -1)
+    taken: dict[str, str] = {}
+
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for argument, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, torch.Tensor) and not value.is_floating_point() and torch.equal(value, ids):
+                taken.setdefault(name, str(argument))
+
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=f"{path}.{number}": look(name, args, kwargs), with_kwargs=True
+        )
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+        for number, layer in enumerate(module)
+    ]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if taken:
+        name, argument = next(iter(taken.items()))
+        raise CannotSplitError(
+            f"its layers are given the ids of tokens ({argument} of {name}), which they look up, and which do not "
+            "leave the bottom"
+        )
+
+
+def _shared_modules(layers: nn.Module, path: str) -> dict[str, list[list[int]]]:
+    """Find the modules that layers share: a file has their tensors once, for layers in different components, too.
+
+    Raises:
+        CannotSplitError: Layers share tensors outside such modules.
+    """
+    holders: dict[int, list[str]] = {}
     for name, parameter in layers.named_parameters(remove_duplicate=False):
-        number = name.partition(".")[0]
-        first = owners.setdefault(id(parameter), number)
-        if first != number:
-            raise CannotSplitError(
-                f"{path}.{first} and {path}.{number} share tensors ({name}), which a file has once, and would be in "
-                "different components"
-            )
+        holders.setdefault(id(parameter), []).append(name)
+    shared: dict[str, list[list[int]]] = {}
+    for names in holders.values():
+        numbers, inside = zip(*(name.split(".", 1) for name in names), strict=True)
+        module, group = inside[0].partition(".")[0], [int(number) for number in numbers]
+        if len(group) > 1 and ({*inside} != {inside[0]} or not inside[0].startswith(f"{module}.")):
+            raise CannotSplitError(f"{path} share a tensor under different names: {', '.join(names)}")
+        if (len(group) > 1 or module in shared) and group not in shared.setdefault(module, []):
+            shared[module].append(group)
+    for module, groups in shared.items():
+        having = [*chain.from_iterable(groups)]
+        if len(having) > len({*having}):
+            raise CannotSplitError(f"{path} share a part of {module}, and another part is each layer's own")
+    return shared
 
 
 def _ancestors(path: str) -> list[str]:
@@ -280,7 +344,9 @@ def _describe_other(frame: _Frame, layers: Sequence[Call], name: str, parts: Par
         f"{next(layer.path for layer in layers if name in layer.inputs)} takes {name} besides hidden states, which is "
         "neither what the layer before returned, nor computed before the first layer"
     )
-    if not name.isidentifier() or not dimensions or any(tensor.shape != taken[0].shape for tensor in taken):
+    if name.isidentifier() and any(tensor.shape != taken[0].shape for tensor in taken):
+        raise CannotSplitError(f"its layers take {name} besides hidden states, whose shape changes between them")
+    if not name.isidentifier() or not dimensions:
         raise refusal
     place = len(parts.layer_results) + 1
     results = [layer.tensors[place] for layer in layers[:-1] if len(layer.tensors) > place]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from splitlearn_auto.deriving import (
     ignored_suffixes,
     keeps_float32,
     layers_take,
+    refuse_tokens_in_layers,
     renamed_keys,
     saved_tensors,
 )
@@ -106,6 +108,8 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     factors = {factor for dimensions in crossing.values() for name in dimensions for factor in name.split("*")}
     sizes = {name for name in factors - {*COMMON} if hasattr(decoder_of(known), name)}
     narrow = in_dtype(tiny_model(config), _DTYPES[1]) if crossing else model
+    shared = _named_shares(config, parts.shared)
+    sizes |= {count for _, _, count in shared.values() if count}
     wide = bool(crossing) and layers_take(narrow, parts) == torch.float32
     keeps_wide = keeps_float32(model) or (bool(crossing) and has_float32(narrow))
     sharing = _SHARING if _can_share(decoder_of(config)) else ""
@@ -142,6 +146,7 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
                 **({WIDE: True} if wide else {}),
             },
             "sharing_layers": sharing,
+            "shared_modules": shared,
             "required_values": required,
             "joined_layers": joined,
             "tiny_config": needed,
@@ -254,6 +259,42 @@ def _named_size(config: Any, name: str, place: int, size: int) -> str:
             if other[name][place] == 2 * size:
                 return f"{times}{key}"
     raise CannotSplitError(f"{name} crosses from layer to layer, and no value of the configuration is its size {size}")
+
+
+def _named_shares(config: Any, shared: Mapping[str, list[list[int]]]) -> dict[str, tuple[str, str, str]]:
+    """Return which layers share modules, by the names of values of the configuration.
+
+    Raises:
+        CannotSplitError: No values say so.
+    """
+    named: dict[str, tuple[str, str, str]] = {}
+    values = decoder_of(config).to_dict()
+    for module, groups in shared.items():
+        numbers = sorted(chain.from_iterable(groups))
+        lists = [
+            name
+            for name, kinds in values.items()
+            if isinstance(kinds, list)
+            and len(kinds) == decoder_of(config).num_hidden_layers
+            and [number for number, kind in enumerate(kinds) if kind == kinds[numbers[0]]] == numbers
+        ]
+        if not lists or groups != [numbers[first :: len(groups)] for first in range(len(groups))]:
+            text = "; ".join(", ".join(map(str, group)) for group in groups)
+            raise CannotSplitError(f"layers share {module} ({text}), and no values of the configuration say which")
+        counts = [name for name, value in values.items() if value == len(groups) and type(value) is int]
+        count = next((name for name in counts if _counts_shares(config, name, module, len(groups))), "")
+        named[module] = lists[0], values[lists[0]][numbers[0]], count
+    return named
+
+
+def _counts_shares(config: Any, name: str, module: str, count: int) -> bool:
+    """Return whether a value says how many different modules of a name layers have."""
+    # Values that do not fit together: the class may raise any exception.
+    try:
+        groups = derive_parts(tiny_model(with_values(config, {name: count + 1}))).shared[module]
+    except Exception:  # noqa: BLE001
+        return False
+    return len(groups) == count + 1
 
 
 def _unproven(config: Any, values: Mapping[str, Any], why: str) -> tuple[str, UnprovenSetting]:
@@ -402,6 +443,7 @@ def _prove(derived: Derived, config: Any, swept: _Variants, settings: bool) -> N
         if not differing:
             break
     if differing:
+        refuse_tokens_in_layers(tiny_model(with_values(config, {})))
         _check_cache(config)
         if derived.fields["transformers_tables"]:
             raise CannotSplitError(
@@ -481,13 +523,25 @@ def _check_cache(config: Any) -> None:
         CannotSplitError: It has none.
     """
     model = tiny_model(with_values(config, {}))
-    cache = getattr(model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True), CACHE_FIELD, None)
-    if not isinstance(cache, Cache):
-        raise CannotSplitError(
-            f"{type(model).__name__} keeps no cache of transformers' own kind"
-            + ("" if cache is None else f": it is a {type(cache).__name__}"),
-            hint="a newer transformers may keep one for it: pip install --upgrade transformers",
-        )
+    output = model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True)
+    if isinstance(output.get(CACHE_FIELD), Cache):
+        return
+    others = [f"{name} ({type(value).__name__})" for name, value in output.items() if name != "logits"]
+    held = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    why = "it computes the whole text again for each token"
+    if others:
+        why = f"what it keeps for the next token is {', '.join(others)}, of all layers together"
+    elif held:
+        why = f"its layers keep their states themselves ({held[0]}), where those of several texts would mix"
+    raise CannotSplitError(
+        f"{type(model).__name__} keeps no cache of transformers' own kind: {why}",
+        hint="a newer transformers may keep one for it: pip install --upgrade transformers",
+    )
 
 
 def _dropouts(config: Any) -> dict[str, Any]:

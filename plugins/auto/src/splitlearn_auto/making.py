@@ -95,6 +95,7 @@ _NEVER_COMPUTED = ("num_experts_per_tok",)
 _RECURRENT = "create_recurrent_attention_mask"
 #: Values that no class has, and the code of some models reads nevertheless.
 _UNSTATED: Mapping[str, Any] = {"rope_theta": 10_000.0}
+_UNSTATED_OF_WHOLE: Mapping[str, Any] = {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}}
 #: Rotary positions; and how many of them are of time, height and width.
 _ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
 _SECTIONS = "mrope_section"
@@ -160,7 +161,7 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
     # Text passes through none of the other models, so that their sizes need not fit together.
     for small in (OF_OTHERS, DEPTHS):
         others = other_sizes(known, name, small)
-        whole = {**others, name: {"model_type": getattr(known, name).model_type}}
+        whole = {**others, **_unstated_of(known), name: {"model_type": getattr(known, name).model_type}}
         try:
             config, needed = _tiny_config(
                 model_type, getattr(known, name), own, partial(_config_of_several, model_type, name, whole)
@@ -170,6 +171,11 @@ def tiny_config(model_type: str, known: Any, stated: Mapping[str, Any]) -> tuple
             continue
         return config, with_decoder_values(whole, name, needed)
     raise refusals[0]
+
+
+def _unstated_of(known: Any) -> dict[str, Any]:
+    """Return values of a whole model that its class leaves at None, and its code reads nevertheless."""
+    return {name: value for name, value in _UNSTATED_OF_WHOLE.items() if getattr(known, name, value) is None}
 
 
 def _tiny_config(
@@ -238,11 +244,16 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
         # The rotary dimensions are those of a head, or half of them.
         yield {**needed, "rope_parameters": rope}
         yield {**needed, "rope_parameters": rope, "head_dim": 2 * TINY["head_dim"]}
-    # As many heads for keys as for queries; then the default number of layers.
+    # As many heads for keys as for queries.
     if "num_key_value_heads" in sizes and "num_attention_heads" in sizes:
         yield {**needed, "num_key_value_heads": sizes["num_attention_heads"]}
+    # Where one layer of a kind is too few, because layers of a kind share modules.
+    yield {**needed, **_shortened_lists(known, sizes, _in_turn)}
     if known.num_hidden_layers != _DEPTH:
         yield {**needed, "num_hidden_layers": known.num_hidden_layers}
+    # Wide enough for sizes that are rounded up to a multiple of 64.
+    if "hidden_size" in sizes:
+        yield {**needed, "hidden_size": 4 * TINY["hidden_size"]}
 
 
 def _small_layers(known: Any, values: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -382,9 +393,11 @@ def _own_values(known: Any, sizes: Mapping[str, Any], stated: Mapping[str, Any])
     return kept
 
 
-def _shortened_lists(known: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _shortened_lists(
+    known: Any, sizes: Mapping[str, Any], shortened: Callable[[list[Any]], list[Any]] | None = None
+) -> dict[str, Any]:
     return {
-        name: _shortened(value)
+        name: (shortened or _shortened)(value)
         for name, value in known.to_dict().items()
         if isinstance(value, list) and len(value) == known.num_hidden_layers and name not in sizes
     }
@@ -392,10 +405,12 @@ def _shortened_lists(known: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shortened(kinds: list[Any]) -> list[Any]:
     """Shorten a list with one item per layer to a few layers, with every kind of item."""
-    distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
     first = kinds[:_DEPTH]
-    if all(kind in first for kind in distinct):
-        return first
+    return first if all(kind in first for kind in kinds) else _in_turn(kinds)
+
+
+def _in_turn(kinds: list[Any]) -> list[Any]:
+    distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
     return [distinct[number % len(distinct)] for number in range(_DEPTH)]
 
 
@@ -451,12 +466,16 @@ def _check_forward(config: Any) -> None:
 
 
 def tiny_model(config: Any, attn_implementation: str | None = None) -> Any:
-    """Create a model with random parameters: at the usual 1 and 0, a misplaced norm or bias would change nothing."""
+    """Create a model with random parameters: at the usual 1 and 0, a misplaced norm or bias would change nothing.
+
+    Scales of hidden states are near 1: a small one in each layer would leave nothing of the tokens.
+    """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = _created(config, **options)
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+    for name, parameter in model.named_parameters():
+        usual = 1.0 if not name.endswith("weight") and bool((parameter == 1).all()) else 0.0
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15 + usual
     return model.eval()
 
 

@@ -83,7 +83,7 @@ def cuts(depth: int, impossible: Collection[int] = ()) -> tuple[tuple[int, int],
 
 def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> SplitCausalLM:
     # As in a file where tensors are made of others, so that this is proven, too.
-    whole = saved_tensors(model) if family.transformers_tables else model.state_dict()
+    whole = saved_tensors(model) if _differs_in_a_file(family) else model.state_dict()
     ends: dict[Component, tuple[int | None, int | None]] = {
         Component.BOTTOM: (None, cut[0]),
         Component.TRUNK: cut,
@@ -96,6 +96,10 @@ def _cut(model: Any, family: ModelFamily, config: Any, cut: tuple[int, int]) -> 
     return cast("SplitCausalLM", SplitCausalLM(*parts).eval())
 
 
+def _differs_in_a_file(family: ModelFamily) -> bool:
+    return family.transformers_tables or bool(family.shared_modules)
+
+
 @torch.no_grad()
 def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
     for title, check in (("a forward", _forward), ("decoding with a cache", _decode)):
@@ -104,7 +108,8 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
         try:
             got = check(split)
         except Exception as error:  # noqa: BLE001
-            yield f"{title} fails: {said(error)}"
+            lacks = isinstance(error, IndexError | KeyError | AttributeError)
+            yield f"{title} fails{', for a component lacks what another has' if lacks else ''}: {said(error)}"
             continue
         if not all(map(torch.equal, got, expected)):
             yield f"{title} differs by up to {max(_distance(*pair) for pair in zip(got, expected, strict=True)):.3g}"
@@ -165,7 +170,7 @@ def _plan_problems(model: Any, family: ModelFamily, values: Mapping[str, Any]) -
     """Compare a plan from ``config.json`` alone with the model."""
     infos = {
         key: TensorInfo(key, "F32", tuple(tensor.shape), "", 0, tensor.nbytes)
-        for key, tensor in (saved_tensors(model) if family.transformers_tables else model.state_dict()).items()
+        for key, tensor in (saved_tensors(model) if _differs_in_a_file(family) else model.state_dict()).items()
     }
     try:
         points = cuts(_depth(model), impossible_cuts(family, values))[0]

@@ -23,6 +23,7 @@ _REASONS = {
     "crossing": "What crosses from layer to layer, where that is more than hidden states.",
     "layer_results": "What a layer computes for the next one besides.",
     "sharing_layers": "The last layers use keys and values of earlier ones.",
+    "shared_modules": "Modules that several of its layers have, and a file once.",
     "ignored_suffixes": "Tensors of old checkpoints that no module has; transformers ignores them, too.",
     "renamed": "Names on disk that transformers changes when it loads.",
     "transformers_tables": "Tensors of the module are made of others in the file, as transformers does it.",

@@ -66,7 +66,9 @@ def _explained(error: Exception, family: ModelFamily, model: Any) -> list[Suspec
     if isinstance(error, ConfigurationError):
         spelled = {name: (name, family.config_names.get(name, name)) for name in COMMON}
         named = [name for name in COMMON if any(word in str(error) for word in spelled[name])]
-        return list(misread(family, model.config, named))
+        crossing = [name for name in family.crossing if name in str(error)]
+        wrong = [Suspect("crossing", f"{name!r} has other dimensions in the layers") for name in crossing]
+        return [*wrong, *misread(family, model.config, named)]
     if not isinstance(error, TensorMismatchError):
         return list(misnamed(family, model))
     # Wrong names cause wrong placements, too.
@@ -101,7 +103,9 @@ def misnamed(family: ModelFamily, model: Any) -> Iterator[Suspect]:
         "zero_outside_bottom": (family.zero_outside_bottom, seen.added),
         "skip_outside_bottom": (family.skip_outside_bottom, seen.passed),
     }
-    existing = {name for name, _ in model.get_submodule(family.base).named_modules()}
+    inside = model.get_submodule(family.base)
+    # An end may be a parameter of the base module itself.
+    existing = {name for name, _ in (*inside.named_modules(), *inside.named_parameters(recurse=False))}
     for field, (declared, right) in inlets.items():
         for name in declared:
             if name not in existing:
@@ -278,11 +282,11 @@ def _names_of(target: KeyTarget) -> tuple[str, ...]:
 
 
 def _tied_names(model: Any) -> set[str]:
-    """Return the names that a tied checkpoint may leave out."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return set()
-    return {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is head.weight}
+    """Return the names of tensors that have several: a checkpoint may leave out all but one of each."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    return {name for same in names.values() if len(same) > 1 for name in same}
 
 
 def _unplaced(family: ModelFamily, model: Any, names: list[str]) -> Iterator[tuple[str, Suspect]]:

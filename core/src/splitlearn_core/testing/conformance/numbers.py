@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from splitlearn_core import SplitCausalLM
-from splitlearn_core.build.pruning import base_of
+from splitlearn_core.build.bundles import bundled, leaving_layers
+from splitlearn_core.build.pruning import Left, base_of
 from splitlearn_core.testing.conformance.batches import no_grad
 from splitlearn_core.testing.conformance.diagnosis import READ_FOR_TIES, misnamed, misread, undeclared_inlets
 from splitlearn_core.testing.conformance.findings import ConformanceError, Suspect
@@ -46,14 +49,16 @@ def locate(subject: Subject, whole: Any, split: SplitCausalLM) -> tuple[str, tup
     """Find the components that differ if each is given the inputs of the unsplit model."""
     suspects = [*misnamed(subject.family, whole)]
     ids = _plain_ids()
-    states, logits = _states(subject, whole, ids)
-    boundaries = [states[part.start_layer] for part in split.components[1:]]
+    with watched_layers(whole, subject) as calls:
+        logits = no_grad(whole, input_ids=ids, use_cache=False).logits
+    states = [hidden for hidden, _ in calls]
+    boundaries = [at_cut(calls, part) for part in split.components[1:]]
     inputs, outputs = (ids, *boundaries), (*boundaries, logits)
     wrong: list[str] = []
     for part, state, expected in zip(split.components, inputs, outputs, strict=True):
         result = no_grad(part, **{"input_ids" if part is split.bottom else "hidden_states": state})
         result = result.logits if part is split.top else result
-        if not compare(result, expected):
+        if different(result, expected):
             wrong.append(str(part.component))
             suspects += _inside(subject, whole, part, state, states)
     if not wrong:
@@ -62,20 +67,33 @@ def locate(subject: Subject, whole: Any, split: SplitCausalLM) -> tuple[str, tup
     return f"given its own input, the {' and the '.join(wrong)} differ", tuple(suspects)
 
 
-def _states(subject: Subject, whole: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return the input of each layer of the unsplit model, and its logits."""
-    with _watched(whole, subject) as states:
-        logits = no_grad(whole, input_ids=ids, use_cache=False).logits
-    return states, logits
+def at_cut(calls: Sequence[Left], part: Any) -> Any:
+    """Return what a component takes: hidden states, or a bundle of all that crosses the cut before it.
+
+    Args:
+        calls: What the layers of the unsplit model were given.
+        part: The component.
+    """
+    left = calls[part.start_layer :]
+    return bundled(*leaving_layers(part.crossing, left, {}, 0)) if part.crossing else left[0][0]
+
+
+def different(got: Any, expected: Any) -> list[str]:
+    """Return the names of the tensors in which two results of a component differ."""
+    if isinstance(expected, torch.Tensor):
+        return [] if compare(got, expected) else ["hidden_states"]
+    given = got if isinstance(got, ModelOutput) else {}
+    return [name for name, tensor in expected.items() if not compare(given.get(name), tensor)]
 
 
 @contextmanager
-def _watched(model: Any, subject: Subject) -> Iterator[list[torch.Tensor]]:
-    """Record the input of each layer of a model."""
-    states: list[torch.Tensor] = []
+def watched_layers(model: Any, subject: Subject) -> Iterator[list[Left]]:
+    """Record what each layer of a model is given: hidden states, and its arguments by name."""
+    calls: list[Left] = []
 
-    def record(_: Any, args: Any, kwargs: Any) -> None:
-        states.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+    def record(layer: Any, args: Any, kwargs: Any) -> None:
+        given = {**dict(zip(inspect.signature(layer.forward).parameters, args, strict=False)), **kwargs}
+        calls.append((next(iter(given.values())).detach().clone(), given))
 
     base = model.get_submodule(subject.family.base)
     layers = base.get_submodule(subject.family.layers)
@@ -85,20 +103,20 @@ def _watched(model: Any, subject: Subject) -> Iterator[list[torch.Tensor]]:
         if number in getattr(model, "layer_range", range(len(layers)))
     ]
     try:
-        yield states
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _inside(
-    subject: Subject, whole: Any, part: Any, state: torch.Tensor, states: list[torch.Tensor]
-) -> Iterator[Suspect]:
+def _inside(subject: Subject, whole: Any, part: Any, state: Any, states: list[torch.Tensor]) -> Iterator[Suspect]:
     """Return where inside a component the values begin to differ, given the right input."""
-    with _watched(part, subject) as own:
+    with watched_layers(part, subject) as own:
         no_grad(part, **{"input_ids" if part.start_layer == 0 else "hidden_states": state})
     first = part.start_layer
-    differing = [first + number for number, state in enumerate(own) if not compare(state, states[first + number])]
+    differing = [
+        first + number for number, (hidden, _) in enumerate(own) if not compare(hidden, states[first + number])
+    ]
     if differing[:1] == [first]:
         yield from _at_the_inlet(subject, whole, part)
         return
@@ -117,7 +135,7 @@ def _inside(
             yield Suspect("uniform_layers", f"layer {last} may be made with other arguments than (config, layer_idx)")
 
 
-def _at_the_outlet(subject: Subject, whole: Any, part: Any, state: torch.Tensor) -> Iterator[Suspect]:
+def _at_the_outlet(subject: Subject, whole: Any, part: Any, state: Any) -> Iterator[Suspect]:
     """Distinguish the end of the base from the head, in a top whose layers are right."""
     ends: list[torch.Tensor] = []
     bases = (base_of(whole), part.base_model)

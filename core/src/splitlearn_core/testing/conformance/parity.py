@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from splitlearn_core import ModelRegistry, SplitCausalLM
+from splitlearn_core import ModelRegistry, SplitCausalLM, plan_split
 from splitlearn_core.build.component import ComponentModel
 from splitlearn_core.build.kv_cache import CACHE_FIELD, PartCache, cache_argument, has_states_alone
 from splitlearn_core.build.packing import PackItem, can_pack, packed
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.batches import PADDINGS, PROMPT_TOKENS, batch, no_grad, positions, token_ids
 from splitlearn_core.testing.conformance.findings import Suspect, expect
-from splitlearn_core.testing.conformance.numbers import compare, expect_equal
+from splitlearn_core.testing.conformance.numbers import at_cut, compare, different, expect_equal, watched_layers
 from splitlearn_core.testing.conformance.subject import Cut, Subject
 
 #: Tokens of each call: a prompt, single tokens, and a chunk with a past; or the prompt in chunks.
@@ -103,6 +104,25 @@ class Parity(Checks):
                 for number, (got, right) in enumerate(zip(_step_split(split, fed), expected, strict=True)):
                     what = f"logits of step {number} (of {steps} tokens, padding {padding}) with a cache"
                     expect_equal(got, right, what, subject, whole, split)
+
+    def test_what_crosses(self, subject: Subject, cut: Cut) -> None:
+        """What leaves a component is what the next layer of the unsplit model is given, and as much as is planned."""
+        if not subject.family.crossing:
+            pytest.skip("hidden states [batch, sequence, hidden_size] alone cross a cut")
+        whole, split, ids = subject.whole(), subject.split(cut), batch(None)["input_ids"]
+        field = Suspect("crossing", "each argument of the layers that is computed from the tokens, with its dimensions")
+        with watched_layers(whole, subject) as calls:
+            no_grad(whole, input_ids=ids, use_cache=False)
+        state: Any = ids
+        for part, following in pairwise(split.components):
+            state = no_grad(part, **{"input_ids" if part is split.bottom else "hidden_states": state})
+            names = different(state, at_cut(calls, following))
+            expect(not names, f"{', '.join(names)} of the {part.component} differ from those in the model", field)
+            if part is split.bottom:
+                tensors = [state] if isinstance(state, torch.Tensor) else [value for _, value in state.items()]
+                left = sum(tensor.nbytes for tensor in tensors) // ids.shape[1]
+                planned = plan_split(subject.checkpoint, cut).cut_bytes_per_token
+                expect(left == planned, f"{left} bytes a token cross the first cut, and {planned} are planned", field)
 
     def test_any_number_of_cuts(self, subject: Subject) -> None:
         """With fewer and with more split points, logits are equal: with and without padding and cache."""
