@@ -30,14 +30,18 @@ ARCHITECTURES = {
 #: The weights of one expert in a checkpoint -> GGUF's name for those of all.
 EXPERTS = {
     **{f"{each}_proj": f"ffn_{each}_exps" for each in ("gate", "up", "down")},
-    **{"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"},
+    "w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps",
 }
 #: Architectures whose queries and keys are reordered.
 ROTATED = ("llama", "granitemoe", "mistral3")
 OF_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
 OF_ARCHITECTURES = {
-    "qwen2moe": {**_SIZE, "expert_count": "num_experts", "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    "qwen2moe": {
+        **_SIZE,
+        "expert_count": "num_experts",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
     "qwen3moe": _SIZE,
     "qwen3vlmoe": {**_SIZE, "expert_count": "num_experts"},
     "olmoe": {"expert_count": "num_experts"},
@@ -76,7 +80,7 @@ _HEADER = {
 }
 
 
-def write_gguf(path: Path, model: Any, quantization: str = "F32", **metadata: Any) -> Path:
+def write_gguf(path: Path, model: Any, quantization: str = "F32", *, uncut: bool = False, **metadata: Any) -> Path:
     """Write a model; matrices are stored as ``quantization`` says, everything else in float32.
 
     Args:
@@ -84,6 +88,7 @@ def write_gguf(path: Path, model: Any, quantization: str = "F32", **metadata: An
         model: A causal model of Hugging Face.
         quantization: ggml's name of a type that the gguf library can quantise to, or ``Q4_K`` or
             ``Q6_K``, whose blocks are made up.
+        uncut: Whether keys and values of latent attention stay one tensor, as in older files.
         metadata: More entries, without the architecture's prefix.
     """
     config = model.config.get_text_config()
@@ -94,7 +99,7 @@ def write_gguf(path: Path, model: Any, quantization: str = "F32", **metadata: An
     _add_vocabulary(writer, config.vocab_size)
     if config.bos_token_id is not None:
         writer.add_bos_token_id(config.bos_token_id)
-    for name, values in converted(model, architecture).items():
+    for name, values in converted(model, architecture, uncut=uncut).items():
         kind = gguf.GGMLQuantizationType[quantization if values.ndim > 1 else "F32"]
         if quantization in ("Q4_K", "Q6_K") and values.ndim > 1:
             writer.add_tensor(name, _made_up(values.shape, kind), raw_dtype=kind)
@@ -107,7 +112,7 @@ def write_gguf(path: Path, model: Any, quantization: str = "F32", **metadata: An
     return path
 
 
-def converted(model: Any, architecture: str) -> dict[str, Any]:
+def converted(model: Any, architecture: str, *, uncut: bool = False) -> dict[str, Any]:
     """Return the tensors by their GGUF names, with values as llama.cpp wants them."""
     config = model.config.get_text_config()
     names = gguf.get_tensor_name_map(_arch(architecture), config.num_hidden_layers)
@@ -117,7 +122,7 @@ def converted(model: Any, architecture: str) -> dict[str, Any]:
     # As a checkpoint has them: what the converter reads.
     for key, tensor in revert_weight_conversion(model, dict(model.state_dict())).items():
         text = key.replace("model.language_model.", "model.")
-        if (tied and key == "lm_head.weight") or ".visual." in key:
+        if (tied and key == "lm_head.weight") or "visual." in key:
             continue
         values = tensor.float().numpy()
         if expert := re.fullmatch(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight", text):
@@ -125,7 +130,7 @@ def converted(model: Any, architecture: str) -> dict[str, Any]:
             assert len(stored) == int(expert[2])
             stored.append(values)
             continue
-        if cut := _cut(architecture, config, text, values):
+        if cut := {} if uncut else _cut(architecture, config, text, values):
             tensors |= cut
             continue
         # Numbers that are added to scores end like weights in the file, and sinks like a weight's.

@@ -15,7 +15,6 @@ from types import MappingProxyType
 
 from splitlearn_core import CheckpointError
 
-
 #: Dimensions of a tensor of all experts, or heads.
 _EXPERTS = 3
 
@@ -236,9 +235,7 @@ _ALL = (
             "ffn_down_exps": "block_sparse_moe.output_linear",
         },
         joined=(
-            Joined(
-                "block_sparse_moe.input_linear.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), Join.ROWS
-            ),
+            Joined("block_sparse_moe.input_linear.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), Join.ROWS),
         ),
         changes=_ROTATED,
     ),

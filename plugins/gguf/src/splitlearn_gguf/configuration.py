@@ -49,14 +49,7 @@ _EXPERTS = {
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     },
-    **dict.fromkeys(
-        ("qwen3moe", "qwen3vlmoe"),
-        {
-            "expert_count": "num_experts",
-            "expert_used_count": "num_experts_per_tok",
-            "expert_feed_forward_length": "moe_intermediate_size",
-        },
-    ),
+    **{key: {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"} for key in ("qwen3moe", "qwen3vlmoe")},
     "olmoe": {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
     "granitemoe": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     "glm4moe": {
@@ -163,7 +156,9 @@ def _experts(header: Header) -> dict[str, Any]:
     if known == "llama" and not _get(header, "expert_count"):
         return {}
     counts = {key: _get(header, key) for key in names}
-    wrong = [f"{key} is {str(value)[:80]}, not an integer from 1" for key, value in counts.items() if not _counts(value)]
+    wrong = [
+        f"{key} is {str(value)[:80]}, not an integer from 1" for key, value in counts.items() if not _counts(value)
+    ]
     others = {key: _stated(header, key, default) for key, (_, default) in _COUNTS.get(known, {}).items()}
     wrong += [
         f"{key} is {str(value)[:80]}, not an integer from 0"

@@ -20,7 +20,9 @@ from splitlearn_gguf.header import Array, Header
 _ARCH = "{arch}."
 #: The architectures whose files say all of a configuration.
 _ALL = frozenset(known.name for known in ARCHITECTURES.values() if not known.unstated)
-_WITH_EXPERTS = frozenset({"qwen2moe", "qwen3moe", "qwen3vlmoe", "llama", "olmoe", "glm4moe", "ernie4_5-moe", "granitemoe"})
+_WITH_EXPERTS = frozenset(
+    {"qwen2moe", "qwen3moe", "qwen3vlmoe", "llama", "olmoe", "glm4moe", "ernie4_5-moe", "granitemoe"}
+)
 #: The size of each expert is another than that of a layer without experts.
 _OWN_SIZE = frozenset({"qwen2moe", "qwen3moe", "qwen3vlmoe", "glm4moe", "ernie4_5-moe"})
 _GLM, _ERNIE, _GRANITE = frozenset({"glm4moe"}), frozenset({"ernie4_5-moe"}), frozenset({"granitemoe"})

@@ -242,9 +242,7 @@ def _keyed(header: Header, known: Architecture, layers: object = None) -> dict[s
 
 
 def _info(key: str, placed: Placed, known: Architecture, path: Path) -> TensorInfo:
-    return TensorInfo(
-        key, _DEQUANTISED, placed.shape(known), path.name, placed.begin, placed.end, GgufStrategy.format
-    )
+    return TensorInfo(key, _DEQUANTISED, placed.shape(known), path.name, placed.begin, placed.end, GgufStrategy.format)
 
 
 def _refuse_types(path: Path, tensors: Iterable[StoredTensor]) -> None:
