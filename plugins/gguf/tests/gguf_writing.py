@@ -30,7 +30,9 @@ ARCHITECTURES = {
 #: The weights of one expert in a checkpoint -> GGUF's name for those of all.
 EXPERTS = {
     **{f"{each}_proj": f"ffn_{each}_exps" for each in ("gate", "up", "down")},
-    "w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps",
+    "w1": "ffn_gate_exps",
+    "w3": "ffn_up_exps",
+    "w2": "ffn_down_exps",
 }
 #: Architectures whose queries and keys are reordered.
 ROTATED = ("llama", "granitemoe", "mistral3")
@@ -100,7 +102,7 @@ def write_gguf(path: Path, model: Any, quantization: str = "F32", *, uncut: bool
     if config.bos_token_id is not None:
         writer.add_bos_token_id(config.bos_token_id)
     for name, values in converted(model, architecture, uncut=uncut).items():
-        kind = gguf.GGMLQuantizationType[quantization if values.ndim > 1 else "F32"]
+        kind = gguf.GGMLQuantizationType[quantization if values.ndim > 1 and not name.endswith(".bias") else "F32"]
         if quantization in ("Q4_K", "Q6_K") and values.ndim > 1:
             writer.add_tensor(name, _made_up(values.shape, kind), raw_dtype=kind)
         else:
@@ -116,11 +118,12 @@ def converted(model: Any, architecture: str, *, uncut: bool = False) -> dict[str
     """Return the tensors by their GGUF names, with values as llama.cpp wants them."""
     config = model.config.get_text_config()
     names = gguf.get_tensor_name_map(_arch(architecture), config.num_hidden_layers)
-    tied = config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings
     tensors: dict[str, Any] = {}
     experts: dict[str, list[Any]] = {}
-    # As a checkpoint has them: what the converter reads.
-    for key, tensor in revert_weight_conversion(model, dict(model.state_dict())).items():
+    state = dict(model.state_dict())
+    # As a checkpoint has them: what the converter reads. Of the experts that follow, a checkpoint has the transposed.
+    for key, tensor in (state if architecture == "qwen3vlmoe" else revert_weight_conversion(model, state)).items():
         text = key.replace("model.language_model.", "model.")
         if (tied and key == "lm_head.weight") or "visual." in key:
             continue
@@ -157,11 +160,11 @@ def _cut(architecture: str, config: Any, key: str, values: Any) -> dict[str, Any
             pieces = {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": up}
         case "gate_up_proj" | "gate_up_proj_bias" as name:
             ending = "bias" if name.endswith("bias") else "weight"
-            rows = values.swapaxes(-1, -2) if ending == "weight" else values
+            rows = values.swapaxes(-1, -2) if architecture == "gpt-oss" and ending == "weight" else values
             gate, up = (rows[:, ::2], rows[:, 1::2]) if architecture == "gpt-oss" else np.split(rows, 2, axis=1)
             pieces = {f"ffn_gate_exps.{ending}": gate, f"ffn_up_exps.{ending}": up}
         case "down_proj":
-            pieces = {"ffn_down_exps.weight": values.swapaxes(1, 2)}
+            pieces = {"ffn_down_exps.weight": values.swapaxes(1, 2) if architecture == "gpt-oss" else values}
         case "down_proj_bias":
             pieces = {"ffn_down_exps.bias": values}
     return {f"blk.{layer[1]}.{name}": np.ascontiguousarray(piece) for name, piece in pieces.items()}

@@ -184,7 +184,7 @@ def test_older_files_have_keys_and_values_in_one_tensor(gguf_file: Write, model:
 SEEING: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {},
     "qwen3_vl": {"head_dim": 16},
-    "qwen3_vl_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen3_vl_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 
 

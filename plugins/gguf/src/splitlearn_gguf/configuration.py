@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,11 @@ _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padd
 _DEFAULT_THETA = 10_000.0
 #: Architectures with sliding-window layers, and with soft caps on logits.
 _SLIDING = ("gemma2", "gemma3")
+_OF_QWEN3 = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 #: Architecture -> metadata key -> name in config.json, of counts that are required.
 _EXPERTS = {
     "llama": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
@@ -49,7 +55,7 @@ _EXPERTS = {
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     },
-    **{key: {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"} for key in ("qwen3moe", "qwen3vlmoe")},
+    **dict.fromkeys(("qwen3moe", "qwen3vlmoe"), _OF_QWEN3),
     "olmoe": {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
     "granitemoe": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     "glm4moe": {
@@ -180,7 +186,7 @@ def _experts(header: Header) -> dict[str, Any]:
         **(_of_glm(header) if known == "glm4moe" else {}),
         **{names[key]: value for key, value in counts.items() if names[key]},
         **{_COUNTS[known][key][0]: value for key, value in others.items()},
-        **{_FACTORS[known][key]: float(value) for key, value in factors.items()},
+        **{_FACTORS[known][key]: _shortest(value) for key, value in factors.items()},
     }
 
 
@@ -190,6 +196,15 @@ def _of_glm(header: Header) -> dict[str, Any]:
         "use_qk_norm": "blk.0.attn_q_norm.weight" in header.tensors,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
     }
+
+
+def _shortest(value: float) -> float:
+    """Return the shortest decimal number that a file, which has 32 bits for it, stores as this one.
+
+    It is what the original configuration says: 0.2 and the number of 32 bits next to it scale attention differently.
+    """
+    shown = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((one for one in shown if struct.pack("f", one) == struct.pack("f", value)), float(value))
 
 
 def _stated(header: Header, key: str, default: Any) -> Any:
