@@ -158,7 +158,7 @@ class ComponentModel(PreTrainedModel):
 
     @property
     def decoder_config(self) -> Any:
-        """The configuration of the decoder: that of the model, unless it is a model of several."""
+        """The configuration of the decoder: that of the model, unless it is a composite model."""
         return decoder_config(self.family, self.config)
 
     @property
@@ -250,6 +250,12 @@ class ComponentModel(PreTrainedModel):
         self, inputs: dict[str, Any], arguments: dict[str, Any], entered: Mapping[str, torch.Tensor] = _NOTHING
     ) -> torch.Tensor | BaseModelOutputWithPast:
         """Run the layers; the result is hidden states alone unless more crosses, or was requested."""
+        mask, entering = arguments["attention_mask"], next(tensor for tensor in inputs.values() if tensor is not None)
+        if isinstance(mask, torch.Tensor) and mask.shape[0] not in (1, entering.shape[0]):
+            raise ConfigurationError(
+                f"attention_mask is that of {mask.shape[0]} sequences, and the batch has {entering.shape[0]}",
+                hint="it has a row for each sequence: take the one that the tokenizer made together with input_ids",
+            )
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         # torch.compile cannot trace a context variable, which only families that need it set.
@@ -395,10 +401,12 @@ class BottomModel(ComponentModel):
         except IndexError as error:
             # From the embedding; it names neither the token nor the vocabulary.
             if input_ids is not None:
-                self._check_tokens(input_ids, error)
+                self._check_tokens(input_ids, position_ids, past_key_values, error)
             raise
 
-    def _check_tokens(self, input_ids: torch.Tensor, error: IndexError) -> None:
+    def _check_tokens(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None, error: IndexError
+    ) -> None:
         size = self.get_input_embeddings().weight.shape[0]
         outside = input_ids[(input_ids < 0) | (input_ids >= size)]
         if outside.numel():
@@ -408,9 +416,12 @@ class BottomModel(ComponentModel):
                 "-100 is for labels only",
             ) from error
         limit = getattr(self.decoder_config, "max_position_embeddings", None)
-        if limit is not None:
+        past = 0 if cache is None else cache.get_seq_length()
+        last = past + input_ids.shape[1] if position_ids is None else int(position_ids.max()) + 1
+        # Anything else may be out of range, too.
+        if limit is not None and last > limit:
             raise ConfigurationError(
-                f"a sequence of {input_ids.shape[1]} tokens exceeds the {limit} positions of this model",
+                f"a sequence of {last} tokens exceeds the {limit} positions of this model",
                 hint="shorten it, or generate fewer tokens",
             ) from error
 
