@@ -250,12 +250,7 @@ class ComponentModel(PreTrainedModel):
         self, inputs: dict[str, Any], arguments: dict[str, Any], entered: Mapping[str, torch.Tensor] = _NOTHING
     ) -> torch.Tensor | BaseModelOutputWithPast:
         """Run the layers; the result is hidden states alone unless more crosses, or was requested."""
-        mask, entering = arguments["attention_mask"], next(tensor for tensor in inputs.values() if tensor is not None)
-        if isinstance(mask, torch.Tensor) and mask.shape[0] not in (1, entering.shape[0]):
-            raise ConfigurationError(
-                f"attention_mask is that of {mask.shape[0]} sequences, and the batch has {entering.shape[0]}",
-                hint="it has a row for each sequence: take the one that the tokenizer made together with input_ids",
-            )
+        _check_rows(arguments["attention_mask"], next(tensor for tensor in inputs.values() if tensor is not None))
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         # torch.compile cannot trace a context variable, which only families that need it set.
@@ -503,6 +498,7 @@ class TopModel(ComponentModel):
         """
         hidden_states, others = self._entered(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
+        _check_rows(arguments["attention_mask"], hidden_states)
         with self._past_the_embeddings(hidden_states, others) as states:
             output = self._own_recordings(
                 super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
@@ -540,3 +536,12 @@ class TopModel(ComponentModel):
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states, others) as states:
             return self._run_layers({"inputs_embeds": states}, arguments, others)
+
+
+def _check_rows(mask: Any, entering: torch.Tensor) -> None:
+    """Refuse a mask of another batch size: torch would speak of sizes of its own tensors. One row is for all."""
+    if isinstance(mask, torch.Tensor) and mask.shape[0] not in (1, entering.shape[0]):
+        raise ConfigurationError(
+            f"attention_mask is that of {mask.shape[0]} sequences, and the batch has {entering.shape[0]}",
+            hint="it has a row for each sequence: take the one that the tokenizer made together with input_ids",
+        )
