@@ -71,6 +71,26 @@ def test_a_mask_of_other_dimensions_is_refused(parts: Any, name: str, shape: tup
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_mask_of_another_batch_is_refused(parts: Any, name: str) -> None:
+    """torch would speak of sizes of its own tensors; one row is that of each sequence."""
+    error = refusal(parts, name, attention_mask=torch.ones(3, 5))
+    assert "that of 3 sequences, and the batch has 1" in error.message
+    call(parts, name, attention_mask=torch.ones(1, 5))
+
+
+def test_an_index_error_of_something_else_comes_through(parts: Any) -> None:
+    """Only tokens and positions that there are not are explained."""
+
+    def fail(*_: Any) -> None:
+        raise IndexError("of a hook")
+
+    handle = parts.bottom.layer_modules[0].register_forward_pre_hook(fail)
+    with pytest.raises(IndexError, match="of a hook"):
+        call(parts, "bottom")
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_component_does_not_generate(parts: Any, name: str) -> None:
     """The hint names what does."""
     with pytest.raises(ConfigurationError, match=f"{name} alone cannot generate") as caught:

@@ -284,7 +284,7 @@ def test_what_runs_elsewhere_is_not_hosted_once_more(table: SessionTable) -> Non
 def test_a_component_that_fails_says_little_to_its_caller(
     table: SessionTable, parts: Any, kind: Kind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The kind of the error; its text, which may name files of the host, is in the log there."""
+    """The kind of the error; its text, which may name files of the host, is a line of the log there."""
 
     def fail(*_: Any) -> None:
         raise OSError("/srv/secret/weights cannot be read")
@@ -292,11 +292,15 @@ def test_a_component_that_fails_says_little_to_its_caller(
     parts.trunk.layer_modules[2].register_forward_pre_hook(fail)
     names = ["hidden_states", "gradient"] if kind is Kind.BACKWARD else ["hidden_states"]
     specs, buffers = pack({name: states(1, 2) for name in names})
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG", "splitlearn_core.hosts"):
         reply = table.handle(Frame(kind, tensors=specs, buffers=buffers))
     refused(reply, "failed", "the component failed: OSError")
     assert "secret" not in str(reply.meta)
-    assert "/srv/secret/weights cannot be read" in caplog.text
+    line, where = (record for record in caplog.records if record.name.endswith("hosts.training"))
+    assert (line.levelname, line.exc_info) == ("INFO", None)
+    assert line.getMessage() == "The component failed: OSError: /srv/secret/weights cannot be read"
+    assert where.levelname == "DEBUG"
+    assert where.exc_info
 
 
 def test_any_request_has_an_answer(table: SessionTable, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Progress bars are shown on a terminal and in a notebook, and nowhere else."""
+"""Progress bars are shown on a terminal and in a notebook; elsewhere one line while a type is examined."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def test_no_bar_without_a_terminal_or_if_turned_off() -> None:
     """A pipe has none; neither has a notebook with progress=False."""
     assert run(SHOWN.format(progress="None")) == ""
     assert run(NOTEBOOK + SHOWN.format(progress="False")) == ""
+
+
+def test_an_examination_is_one_line_without_a_terminal() -> None:
+    """It takes many seconds, and is told of again and again."""
+    examining = SHOWN.replace('"reading", None, 5, 10', '"examining", file="opt"').replace(
+        '"reading", None, 10, 10', '"examining", file="opt"'
+    )
+    assert run(examining.format(progress="None")) == "Examining model type opt on a small model; the result is kept\n"
+    assert run(examining.format(progress="False")) == ""
 
 
 def test_tqdm_chooses_the_kind_of_bar() -> None:

@@ -52,7 +52,7 @@ class ModelFamily:
     norm: str = "norm"
     #: The language model head.
     head: str = "lm_head"
-    #: In a model of several models (a decoder, and one for images, say), the name of the decoder's values in
+    #: In a composite model (a decoder, and one for images, say), the name of the decoder's values in
     #: ``config.json``: ``text_config``. Components then have what is in ``base`` and ``head``, and nothing of the
     #: others is built, fetched or read. Empty if the whole model is the decoder.
     text_config: str = ""

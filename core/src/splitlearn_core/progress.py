@@ -16,14 +16,18 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def reporting(progress: ProgressCallback | Literal[False] | None) -> Iterator[ProgressCallback]:
-    """Yield a progress callback: the caller's, that of a bar on a terminal or in a notebook, or a no-op."""
+    """Yield a progress callback: the caller's, or that of a bar on a terminal or in a notebook.
+
+    Anywhere else it writes one line while a model type is examined, which takes many seconds; if ``progress`` is False,
+    nothing.
+    """
     if callable(progress):
         yield progress
-    # In the kernel of a notebook stderr is not a terminal, but bars are shown.
-    elif progress is False or not (sys.stderr.isatty() or "ipykernel.zmqshell" in sys.modules):
+    elif progress is False:
         yield lambda _: None
     else:
-        bar = _Bar()
+        # In the kernel of a notebook stderr is not a terminal, but bars are shown.
+        bar = _Bar(shown=sys.stderr.isatty() or "ipykernel.zmqshell" in sys.modules)
         try:
             yield bar.show
         finally:
@@ -82,15 +86,16 @@ _LINES = {
 class _Bar:
     """A bar that counts bytes and appears with the first one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
         self._bar: Any = None
         self._lines: set[str] = set()
 
     def show(self, progress: Progress) -> None:
-        if progress.stage in _LINES:
+        if progress.stage in _LINES and (self._shown or progress.stage == "examining"):
             self._show_line(_LINES[progress.stage].format(progress.file))
         # During a download huggingface_hub draws its own bars.
-        if progress.stage not in _LABELS:
+        if progress.stage not in _LABELS or not self._shown:
             return
         if self._bar is None:
             self._bar = _tqdm()(total=progress.bytes_total, unit="B", unit_scale=True, unit_divisor=1024)

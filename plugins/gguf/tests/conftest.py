@@ -23,6 +23,21 @@ FAMILIES = {
     "qwen3": "architecture='Qwen3ForCausalLM'",
     "qwen3_moe": "architecture='Qwen3MoeForCausalLM', transformers_tables=True, uniform_layers=False",
     "mixtral": "architecture='MixtralForCausalLM', transformers_tables=True, uniform_layers=False",
+    **{
+        model_type: f"architecture={name!r}, transformers_tables=True, uniform_layers=False"
+        for model_type, name in {
+            "qwen2_moe": "Qwen2MoeForCausalLM",
+            "olmoe": "OlmoeForCausalLM",
+            "glm4_moe": "Glm4MoeForCausalLM",
+            "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+            "granitemoe": "GraniteMoeForCausalLM",
+            "deepseek_v2": "DeepseekV2ForCausalLM",
+            "deepseek_v3": "DeepseekV3ForCausalLM",
+            "phimoe": "PhimoeForCausalLM",
+            "gpt_oss": "GptOssForCausalLM",
+            "ministral3": "Ministral3ForCausalLM",
+        }.items()
+    },
     "gemma": "architecture='GemmaForCausalLM'",
     "gemma2": "architecture='Gemma2ForCausalLM'",
     "gemma3_text": "architecture='Gemma3ForCausalLM'",
@@ -74,6 +89,12 @@ def families(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     reset_registry()
 
 
+@pytest.fixture(scope="session", name="writing")
+def _writing() -> ModuleType:
+    """Return the writer."""
+    return writing
+
+
 @pytest.fixture(scope="session")
 def model() -> Callable[..., Any]:
     """Return a function that makes a small random model, the same one each time."""
@@ -104,8 +125,10 @@ def gguf_file(model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
         *,
         name: str = "model.gguf",
         metadata: Mapping[str, Any] | None = None,
+        uncut: bool = False,
         **overrides: Any,
     ) -> Path:
-        return writing.write_gguf(tmp_path / name, model(model_type, **overrides), quantization, **(metadata or {}))
+        made = model(model_type, **overrides)
+        return writing.write_gguf(tmp_path / name, made, quantization, uncut=uncut, **(metadata or {}))
 
     return write

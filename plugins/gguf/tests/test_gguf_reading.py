@@ -15,7 +15,6 @@ from splitlearn_core import (
     InvalidCheckpointError,
     PlannedTensor,
     ReadPlan,
-    SplitCausalLM,
     load_component,
     load_split_model,
     plan_split,
@@ -191,36 +190,3 @@ def test_plans_are_planned_tensors(gguf_file: Write) -> None:
     trunk = plan.component("trunk")
     assert trunk.nbytes < trunk.parameters * 0.7
     assert trunk.loaded_bytes("float32") == trunk.parameters * 4
-
-
-EXPERTS = {
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
-
-
-@pytest.mark.parametrize("model_type", EXPERTS)
-def test_experts_are_read_out_of_the_tensor_of_all(gguf_file: Write, model: Any, model_type: str) -> None:
-    """The tensors and logits of the model that was written; and a plan of the bytes that the file has."""
-    path = gguf_file(model_type, **EXPERTS[model_type])
-    reference = model(model_type, **EXPERTS[model_type])
-    parts = load_split_model(None, (1, 3), path)
-    expected = reference.state_dict()
-    found = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
-
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    with torch.inference_mode():
-        ids = torch.tensor([[5, 17, 42, 99, 3, 8]])
-        assert torch.equal(SplitCausalLM(*parts)(ids).logits, reference(ids).logits)
-    plan, header = plan_split(path, (1, 3)), read_header(path)
-    assert plan.nbytes == sum(stored.nbytes for stored in header.tensors.values())
-    trunk = load_split_model(None, (1, 3), gguf_file(model_type, "Q8_0", **EXPERTS[model_type]), parts=("trunk",)).trunk
-    assert trunk is not None
-
-
-@pytest.mark.parametrize("wrong", [{"expert_count": 0}, {"expert_used_count": 0}])
-def test_experts_that_are_not_counted_are_refused(gguf_file: Write, wrong: dict[str, int]) -> None:
-    path = gguf_file("qwen3_moe", metadata=wrong, **EXPERTS["qwen3_moe"])
-    with pytest.raises(InvalidCheckpointError, match=next(iter(wrong))):
-        plan_split(path, (1, 3))

@@ -158,7 +158,7 @@ class ComponentModel(PreTrainedModel):
 
     @property
     def decoder_config(self) -> Any:
-        """The configuration of the decoder: that of the model, unless it is a model of several."""
+        """The configuration of the decoder: that of the model, unless it is a composite model."""
         return decoder_config(self.family, self.config)
 
     @property
@@ -250,6 +250,7 @@ class ComponentModel(PreTrainedModel):
         self, inputs: dict[str, Any], arguments: dict[str, Any], entered: Mapping[str, torch.Tensor] = _NOTHING
     ) -> torch.Tensor | BaseModelOutputWithPast:
         """Run the layers; the result is hidden states alone unless more crosses, or was requested."""
+        _check_rows(arguments["attention_mask"], next(tensor for tensor in inputs.values() if tensor is not None))
         # Recordings that the configuration requests are those of the whole model.
         recordings = {name: bool(arguments.get(name)) for name in RECORDINGS if getattr(self.config, name, False)}
         # torch.compile cannot trace a context variable, which only families that need it set.
@@ -395,11 +396,20 @@ class BottomModel(ComponentModel):
         except IndexError as error:
             # From the embedding; it names neither the token nor the vocabulary.
             if input_ids is not None:
+<<<<<<< HEAD
                 past = past_key_values.get_seq_length() if isinstance(past_key_values, PartCache) else 0
                 self._check_tokens(input_ids, past, error)
             raise
 
     def _check_tokens(self, input_ids: torch.Tensor, past: int, error: IndexError) -> None:
+=======
+                self._check_tokens(input_ids, position_ids, past_key_values, error)
+            raise
+
+    def _check_tokens(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None, error: IndexError
+    ) -> None:
+>>>>>>> gguf
         size = self.get_input_embeddings().weight.shape[0]
         outside = input_ids[(input_ids < 0) | (input_ids >= size)]
         if outside.numel():
@@ -409,9 +419,18 @@ class BottomModel(ComponentModel):
                 "-100 is for labels only",
             ) from error
         limit = getattr(self.decoder_config, "max_position_embeddings", None)
+<<<<<<< HEAD
         if limit is not None and past + input_ids.shape[1] > limit:
             raise ConfigurationError(
                 f"a sequence of {past + input_ids.shape[1]} tokens exceeds the {limit} positions of this model",
+=======
+        past = 0 if cache is None else cache.get_seq_length()
+        last = past + input_ids.shape[1] if position_ids is None else int(position_ids.max()) + 1
+        # Anything else may be out of range, too.
+        if limit is not None and last > limit:
+            raise ConfigurationError(
+                f"a sequence of {last} tokens exceeds the {limit} positions of this model",
+>>>>>>> gguf
                 hint="shorten it, or generate fewer tokens",
             ) from error
 
@@ -493,6 +512,7 @@ class TopModel(ComponentModel):
         """
         hidden_states, others = self._entered(hidden_states, kwargs)
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
+        _check_rows(arguments["attention_mask"], hidden_states)
         with self._past_the_embeddings(hidden_states, others) as states:
             output = self._own_recordings(
                 super().forward(inputs_embeds=states, labels=labels, logits_to_keep=logits_to_keep, **arguments)
@@ -530,3 +550,12 @@ class TopModel(ComponentModel):
         arguments = self._layer_arguments(kwargs, attention_mask, position_ids, past_key_values)
         with self._past_the_embeddings(hidden_states, others) as states:
             return self._run_layers({"inputs_embeds": states}, arguments, others)
+
+
+def _check_rows(mask: Any, entering: torch.Tensor) -> None:
+    """Refuse a mask of another batch size: torch would speak of sizes of its own tensors. One row is for all."""
+    if isinstance(mask, torch.Tensor) and mask.shape[0] not in (1, entering.shape[0]):
+        raise ConfigurationError(
+            f"attention_mask is that of {mask.shape[0]} sequences, and the batch has {entering.shape[0]}",
+            hint="it has a row for each sequence: take the one that the tokenizer made together with input_ids",
+        )

@@ -145,7 +145,7 @@ def config_class_of(family: ModelFamily) -> Any:
 
         # Not get(), which sees only what was imported already.
         stated = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else own  # noqa: SIM401
-        # That of a model of several is not the one of its text model.
+        # That of a composite model is not the one of its text model.
         return own if stated.sub_configs and not own.sub_configs else stated
     return own
 

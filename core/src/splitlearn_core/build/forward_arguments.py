@@ -53,7 +53,7 @@ class Routing:
     everywhere: frozenset[str]
     #: Used by head and loss: only the top takes it.
     top: frozenset[str]
-    #: For a model of several that components lack, such as the one for images. No component takes it.
+    #: For a composite model that components lack, such as the one for images. No component takes it.
     others: frozenset[str] = frozenset()
 
     def refuse_others(self, passed: Mapping[str, Any]) -> None:

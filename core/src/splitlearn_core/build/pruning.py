@@ -309,7 +309,7 @@ def _replace(parent: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def leave_out_others(model: nn.Module, family: ModelFamily) -> None:
-    """Remove the modules and parameters of a model of several models that are not its decoder's."""
+    """Remove the modules and parameters of a composite model that are not its decoder's."""
     path = ""
     for name in family.base.split("."):
         holder = model.get_submodule(path)
@@ -325,7 +325,7 @@ def leave_out_others(model: nn.Module, family: ModelFamily) -> None:
 def base_of(model: Any) -> Any:
     """Return the base module of a causal language model, or the model itself if it has none.
 
-    In a model of several, it is the decoder's. Some classes (Llama 4's) name a base module that they do not have.
+    In a composite model, it is the decoder's. Some classes (Llama 4's) name a base module that they do not have.
     """
     config = model.config.get_text_config(decoder=True)
     inside = (module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -151,9 +151,12 @@ class Checkpoint:
 
     @property
     def quantization(self) -> str:
-        """The quantisation method that ``config.json`` states; empty if the weights are not quantised."""
+        """The quantisation method that ``config.json`` states; empty if the weights are not quantised.
+
+        Weights in the files of an added reader are not those that it speaks of.
+        """
         stated = self.config.get("quantization_config")
-        if not stated:
+        if not stated or (self._layout is not None and self._layout.reader is not None):
             return ""
         if not isinstance(stated, dict):
             return plain(stated)

@@ -26,6 +26,7 @@ from splitlearn_core.hosts.payload import unpack
 from splitlearn_core.hosts.protocol import Frame
 from splitlearn_core.hosts.tuning import build_adapted, content_hash, fit_tensors, frozen_copy
 from splitlearn_core.plan.crossing import computed
+from splitlearn_core.quoting import said
 from splitlearn_core.types import human_bytes
 
 log = logging.getLogger(__name__)
@@ -364,7 +365,8 @@ def failures_named() -> Iterator[None]:
         ) from error
     except Exception as error:
         # Its text may name files of the host. No warning: a caller makes it fail with wrong shapes at will.
-        log.info("The component failed", exc_info=True)
+        log.info("The component failed: %s", said(error))
+        log.debug("Where it failed", exc_info=True)
         raise RemoteError(
             f"the component failed: {type(error).__name__}",
             code="failed",

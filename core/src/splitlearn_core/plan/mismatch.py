@@ -126,7 +126,7 @@ def unread_keys_message(name: str, model_type: str, keys: Sequence[str]) -> str:
 
 
 def without_others_words(where: object) -> str:
-    """Describe a checkpoint that was made of components, which are the decoder of a model of several models."""
+    """Describe a checkpoint that was made of components, which are the decoder of a composite model."""
     return (
         f"{where} holds the decoder alone: components have nothing of the other models of the original (for images or "
         "sound), to which transformers gives random values; for those, load the original"
@@ -168,7 +168,7 @@ def cause_in_names(family: ModelFamily, keys: Iterable[str], tensors: Iterable[T
     prefix = _common_prefix(family, keys)
     wrapper = _WRAPPERS.get(prefix.partition(".")[0])
     if wrapper is None:
-        # The last is of a model of several models.
+        # The last is of a composite model.
         for trace in _TRACES[: -1 if family.text_config else None]:
             key = next(filter(trace.pattern.search, keys), None)
             if key is not None:

@@ -39,7 +39,7 @@ from splitlearn_core.types import THREE, Component, Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
 
-#: Values that only the configuration of a model of several models has.
+#: Values that only the configuration of a composite model has.
 _OF_OTHERS = {"text_config", "vision_config", "audio_config"}
 
 

@@ -227,7 +227,7 @@ def _parts_of_checkpoint(
     planned = plan_and_fetch(model, split_points, requested, "auto", report)
     refuse_misfit(model, planned)
     checkpoint = model.checkpoint
-    # In a model of several models, tensors that no component uses are those of the others.
+    # In a composite model, tensors that no component uses are those of the others.
     unused = () if model.family.text_config else checkpoint.weight_map
     together = companions(planned.table, unused)
     keys = {

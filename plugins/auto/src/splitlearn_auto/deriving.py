@@ -89,7 +89,7 @@ def derive_parts(model: Any) -> Parts:
     parts.before_head = [
         path
         for path in _around_head(model, parts)
-        # In a model of several, others are those for images or sound.
+        # In a composite model, others are those for images or sound.
         if config is model.config or any(f"{name}.".startswith(f"{path}.") for name in called)
     ]
     parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
@@ -185,7 +185,7 @@ def check_causal(model: Any) -> set[str]:
     if first.shape[:2] != ids.shape:
         raise CannotSplitError(f"its logits are {list(first.shape)} for {list(ids.shape)} tokens")
     before, at_last = (float((first[:, span] - second[:, span]).abs().max()) for span in (slice(-1), slice(-1, None)))
-    # With a tolerance: the order of summation over experts depends on the tokens. In a model of several (PaliGemma),
+    # With a tolerance: the order of summation over experts depends on the tokens. In a composite model (PaliGemma),
     # the tokens of a prompt may see each other.
     if before > _ROUNDING * at_last and model.config.get_text_config(decoder=True) is model.config:
         raise CannotSplitError(

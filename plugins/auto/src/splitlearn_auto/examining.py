@@ -69,7 +69,7 @@ _WITH_SHARING = {
 #: Lists of kinds of layers -> the kinds that use what the layer before has computed; and a list for a small model.
 _JOINED = {"indexer_types": (("shared",), ["full", "full", "full", "full", "shared", "full"])}
 _SLIDING, _WINDOW = "sliding_window", 4
-#: Decoders that published models of several have, where a type leaves the choice.
+#: Decoders that published composite models have, where a type leaves the choice.
 _DECODERS = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gpt_oss", "phi3")
 #: What layers with latent attention cache, by the names in their configurations.
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim")
@@ -132,7 +132,7 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             "crossing": crossing,
             "layer_results": parts.layer_results,
             "ignored_suffixes": ignored_suffixes(model),
-            # transformers' tables know the names in older files of models of several, too.
+            # transformers' tables know the names in older files of composite models, too.
             "renamed": (((f"{alone}.", ""),) if alone else ()) if text_config else renamed or (),
             "transformers_tables": bool(text_config) or renamed is None or keeps_wide,
             "measured_cache": keeps_states(model) or has_any_decoder(known),

@@ -35,7 +35,7 @@ _AS_A_DECODER = {"is_decoder": True, "add_cross_attention": False, "attention_ty
 _TIED = "tie_word_embeddings"
 #: Hidden states cross cuts in float32.
 WIDE = "residual_in_fp32"
-#: transformers' tables of classes that predict tokens of text, of models of several.
+#: transformers' tables of classes that predict tokens of text, of composite models.
 _OF_SEVERAL = ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM")
 #: Tables that an error names as evidence of what another type is.
 _KINDS = ("SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "IMAGE_CLASSIFICATION", "SPEECH_SEQ_2_SEQ")
@@ -91,7 +91,7 @@ def _is_of_several(model_type: str) -> bool:
 
 
 def decoder_name(known: Any) -> str:
-    """Return the name of the decoder's configuration in that of a model of several; empty if it is the whole.
+    """Return the name of the decoder's configuration in that of a composite model; empty if it is the whole.
 
     Raises:
         CannotSplitError: It is deeper inside.
@@ -111,7 +111,7 @@ def decoder_name(known: Any) -> str:
 
 
 def decoder_of(known: Any) -> Any:
-    """Return the decoder's configuration in that of a model of several, or the whole."""
+    """Return the decoder's configuration in that of a composite model, or the whole."""
     name = decoder_name(known)
     return getattr(known, name) if name else known
 

@@ -343,7 +343,7 @@ def _created(config: Any, **options: Any) -> Any:
 
 
 def decoder_alone(model: Any) -> str:
-    """Return the path of the decoder in a model of several whose decoder has its own head; empty if it has none.
+    """Return the path of the decoder in a composite model whose decoder has its own head; empty if it has none.
 
     Such a decoder is a model of its own class, of which components are made: the class of the whole may need images
     (Llama 4's).

@@ -1,19 +1,22 @@
 """How llama.cpp's converter changes a Hugging Face checkpoint, for each architecture, and how to undo it.
 
-Names are of the form ``blk.3.attn_q.weight``; the experts of a layer are one tensor, of which each is a part. Three
-things were done to values: the rows of the queries and keys of llama were reordered for llama.cpp's rotation, GPT-2's
-``Conv1D`` weights were transposed, and one was added to the norms of Gemma.
+Names are of the form ``blk.3.attn_q.weight``; the experts of a layer are one tensor, of which each is a part. Values
+were reordered (rows of the queries and keys of llama, for llama.cpp's rotation), transposed (GPT-2's ``Conv1D``), or
+increased by one (the norms of Gemma), and tensors that Hugging Face has as one were cut into several.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
 from splitlearn_core import CheckpointError
+
+#: Dimensions of a tensor of all experts, or heads.
+_EXPERTS = 3
 
 
 class Change(Enum):
@@ -25,6 +28,42 @@ class Change(Enum):
     #: Rows of queries, and of keys, go back to the order in which halves are rotated.
     ORDER_QUERIES = "order queries"
     ORDER_KEYS = "order keys"
+    #: A vector is a matrix of one row.
+    ROW = "row"
+
+
+class Join(Enum):
+    """How a tensor of Hugging Face is made of the tensors of a file."""
+
+    #: ``[experts, rows, columns]``: the rows of one piece after those of the other.
+    ROWS = "rows"
+    #: Row by row in turn, and then each matrix transposed; of ``[experts, rows]``, number by number.
+    IN_TURN = "in turn"
+    #: ``[heads, rank, rows]`` and ``[heads, rows, rank]``: of each head the transposed first, then the second.
+    HEADS = "heads"
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A tensor of Hugging Face that is several in a file, or is transposed there."""
+
+    #: Its name within a layer.
+    key: str
+    #: GGUF's names within a layer, with their endings.
+    pieces: tuple[str, ...]
+    join: Join
+
+    def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the shape that pieces of these shapes have together; empty if they do not fit."""
+        first, last = shapes[0], shapes[-1]
+        if self.join is Join.HEADS:
+            fits = len(first) == len(last) == _EXPERTS and first[0] == last[0] and first[1] == last[2]
+            return (first[0] * (first[2] + last[1]), first[1]) if fits else ()
+        if not 1 < len(first) <= _EXPERTS or any(shape != first for shape in shapes):
+            return ()
+        rows = first[1] * len(shapes)
+        matrices = self.join is Join.IN_TURN and len(first) == _EXPERTS
+        return (first[0], first[2], rows) if matrices else (first[0], rows, *first[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +76,20 @@ class Architecture:
     model_types: tuple[str, ...]
     #: GGUF's name -> Hugging Face's, without ``.weight`` and ``.bias``.
     outer: Mapping[str, str]
-    #: The same within a layer.
+    #: The same within a layer; a name that changes its ending is there with both.
     inner: Mapping[str, str]
     #: GGUF's name within a layer of a tensor of all experts -> Hugging Face's of one, with ``{}`` for its number.
     experts: Mapping[str, str] = field(default_factory=dict)
+    #: Within a layer.
+    joined: tuple[Joined, ...] = ()
     #: The Hugging Face name of a layer, up to its number.
     layers: str = "model.layers"
     #: Suffixes of GGUF's names -> the change to undo.
     changes: Mapping[str, Change] = field(default_factory=dict)
     #: Suffixes of tensors that no Hugging Face module has, because they are computed there.
     ignored: tuple[str, ...] = ()
+    #: What files do not say of the configuration, so that the original one is needed; empty if they say all of it.
+    unstated: str = ""
 
     def key(self, name: str) -> str | None:
         """Return the checkpoint key of a GGUF tensor, or None if it is ignored.
@@ -55,6 +98,9 @@ class Architecture:
         """
         if name.endswith(self.ignored):
             return None
+        whole = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if whole is not None and whole[2] in self.inner:
+            return f"{self.layers}.{whole[1]}.{self.inner[whole[2]]}"
         stem, dot, suffix = name.rpartition(".")
         layer = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
         if layer is not None and layer[2] in self.inner:
@@ -68,6 +114,12 @@ class Architecture:
             return []
         one = f"{self.layers}.{layer[1]}.{self.experts[layer[2]]}.weight"
         return [one.format(number) for number in range(count)]
+
+    def joined_key(self, name: str) -> tuple[str, Joined] | None:
+        """Return the checkpoint key that a GGUF tensor is a piece of, and how; None if it is none."""
+        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        found = next((one for one in self.joined if layer is not None and layer[2] in one.pieces), None)
+        return None if layer is None or found is None else (f"{self.layers}.{layer[1]}.{found.key}", found)
 
     def change(self, name: str) -> Change:
         """Return the change to undo in a GGUF tensor."""
@@ -95,6 +147,24 @@ _FOUR_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+#: The router of a layer with experts, an expert that every token takes, with and without a gate, and the numbers that
+#: are added to scores where experts are chosen.
+_ROUTED = {"ffn_gate_inp": "mlp.gate"}
+_SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **{f"ffn_{each}_shexp": f"mlp.shared_expert.{each}_proj" for each in ("gate", "up", "down")},
+}
+_SHARED_OF_ALL = {f"ffn_{each}_shexp": f"mlp.shared_experts.{each}_proj" for each in ("gate", "up", "down")}
+_CORRECTED = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+#: llama.cpp's name for the same norm, of some architectures.
+_AFTER_ATTENTION = {"post_attention_norm": "post_attention_layernorm"}
+_EACH = {f"ffn_{each}_exps": f"mlp.experts.{{}}.{each}_proj" for each in ("gate", "up", "down")}
+_W123 = {
+    f"ffn_{each}_exps": f"block_sparse_moe.experts.{{}}.{name}"
+    for each, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+}
+#: Files of different ages have it as a vector, or as a matrix.
+_GATE = {"ffn_gate_inp_shexp.weight": Change.ROW}
 _GPT2_OUTER = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -128,12 +198,105 @@ _ALL = (
     ),
     Architecture("qwen2", ("qwen2",), _OUTER, _DENSE),
     Architecture("qwen3", ("qwen3",), _OUTER, {**_DENSE, **_HEAD_NORMS}),
+    Architecture("qwen2moe", ("qwen2_moe",), _OUTER, {**_DENSE, **_ROUTED, **_SHARED}, experts=_EACH, changes=_GATE),
+    Architecture("qwen3moe", ("qwen3_moe",), _OUTER, {**_DENSE, **_HEAD_NORMS, **_ROUTED}, experts=_EACH),
+    # The text models of those that see: with text alone, their rotation in sections is the usual one.
+    Architecture("qwen2vl", ("qwen2",), _OUTER, _DENSE),
+    Architecture("qwen3vl", ("qwen3",), _OUTER, {**_DENSE, **_HEAD_NORMS}),
+    Architecture("qwen3vlmoe", ("qwen3_moe",), _OUTER, {**_DENSE, **_HEAD_NORMS, **_ROUTED}, experts=_EACH),
+    Architecture("olmoe", ("olmoe",), _OUTER, {**_DENSE, **_HEAD_NORMS, **_ROUTED}, experts=_EACH),
     Architecture(
-        "qwen3moe",
-        ("qwen3_moe",),
+        "glm4moe",
+        ("glm4_moe",),
         _OUTER,
-        {**_DENSE, **_HEAD_NORMS, "ffn_gate_inp": "mlp.gate"},
-        experts={f"ffn_{each}_exps": f"mlp.experts.{{}}.{each}_proj" for each in ("gate", "up", "down")},
+        {**_DENSE, **_HEAD_NORMS, **_ROUTED, **_SHARED_OF_ALL, **_CORRECTED, **_AFTER_ATTENTION},
+        experts=_EACH,
+    ),
+    Architecture(
+        "ernie4_5-moe",
+        ("ernie4_5_moe",),
+        _OUTER,
+        {
+            **_DENSE,
+            **_ROUTED,
+            **_SHARED_OF_ALL,
+            "exp_probs_b.bias": "mlp.moe_statics.e_score_correction_bias",
+        },
+        experts=_EACH,
+        changes={"exp_probs_b.bias": Change.ROW},
+    ),
+    Architecture(
+        "granitemoe",
+        ("granitemoe",),
+        _OUTER,
+        {
+            **_DENSE,
+            "ffn_gate_inp": "block_sparse_moe.router.layer",
+            "ffn_down_exps": "block_sparse_moe.output_linear",
+        },
+        joined=(
+            Joined("block_sparse_moe.input_linear.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), Join.ROWS),
+        ),
+        changes=_ROTATED,
+    ),
+    Architecture(
+        "deepseek2",
+        ("deepseek_v3", "deepseek_v2"),
+        _OUTER,
+        {
+            **_DENSE,
+            **_ROUTED,
+            **_SHARED_OF_ALL,
+            **_CORRECTED,
+            "attn_q_a": "self_attn.q_a_proj",
+            "attn_q_a_norm": "self_attn.q_a_layernorm",
+            "attn_q_b": "self_attn.q_b_proj",
+            "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+            "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+            # Of files from before llama.cpp cut it in two.
+            "attn_kv_b": "self_attn.kv_b_proj",
+        },
+        experts=_EACH,
+        joined=(Joined("self_attn.kv_b_proj.weight", ("attn_k_b.weight", "attn_v_b.weight"), Join.HEADS),),
+        ignored=("rope_freqs.weight",),
+        unstated="among which groups of experts it chooses, and how rotary positions are scaled",
+    ),
+    Architecture(
+        "phimoe",
+        ("phimoe",),
+        _OUTER,
+        {**_DENSE, "ffn_gate_inp": "block_sparse_moe.gate"},
+        experts=_W123,
+        ignored=("rope_factors_long.weight", "rope_factors_short.weight"),
+        unstated="how rotary positions are scaled",
+    ),
+    Architecture(
+        "gpt-oss",
+        ("gpt_oss",),
+        _OUTER,
+        {
+            **_DENSE,
+            **_AFTER_ATTENTION,
+            "ffn_gate_inp": "mlp.router",
+            "attn_sinks.weight": "self_attn.sinks",
+            "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+        },
+        joined=(
+            Joined("mlp.experts.down_proj", ("ffn_down_exps.weight",), Join.IN_TURN),
+            Joined("mlp.experts.gate_up_proj", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), Join.IN_TURN),
+            Joined("mlp.experts.gate_up_proj_bias", ("ffn_gate_exps.bias", "ffn_up_exps.bias"), Join.IN_TURN),
+        ),
+        unstated="how rotary positions are scaled",
+    ),
+    # The newer of Mistral's models; the older ones, and those that see with them, are llama's.
+    Architecture(
+        "mistral3",
+        ("ministral3",),
+        _OUTER,
+        _DENSE,
+        changes=_ROTATED,
+        ignored=("rope_freqs.weight",),
+        unstated="how rotary positions and queries are scaled",
     ),
     # llama.cpp stores Mistral's models as llama's, too, and Mixtral's as llama's with experts.
     Architecture(
@@ -141,10 +304,7 @@ _ALL = (
         ("llama", "mistral", "mixtral"),
         _OUTER,
         {**_DENSE, "ffn_gate_inp": "block_sparse_moe.gate"},
-        experts={
-            f"ffn_{each}_exps": f"block_sparse_moe.experts.{{}}.{name}"
-            for each, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
-        },
+        experts=_W123,
         changes=_ROTATED,
         ignored=("rope_freqs.weight", "attn_rot_embd"),
     ),
@@ -153,6 +313,21 @@ _ALL = (
     Architecture("gemma3", ("gemma3_text",), _OUTER, {**_DENSE, **_FOUR_NORMS, **_HEAD_NORMS}, changes=_OFFSET_NORMS),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({known.name: known for known in _ALL})
+#: Endings of the checkpoint keys of tensors that are made of several, of any architecture.
+JOINED_KEYS = tuple(f".{one.key}" for known in _ALL for one in known.joined)
+_NO_LOGARITHM = "a logarithm that undoes the converter's exponential does not give back the last bit"
+_NO_LAYERS = "its metadata does not say which layers attend to chunks or windows, and which do not rotate positions"
+#: Architectures of the converter that are not read, with the reason.
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "jamba": _NO_LOGARITHM,
+        "qwen3next": _NO_LOGARITHM,
+        "qwen35": _NO_LOGARITHM,
+        "qwen35moe": _NO_LOGARITHM,
+        "llama4": _NO_LAYERS,
+        "gemma4": _NO_LAYERS,
+    }
+)
 
 
 def architecture(name: str, where: str) -> Architecture:
@@ -165,6 +340,11 @@ def architecture(name: str, where: str) -> Architecture:
     Raises:
         CheckpointError: It is unknown.
     """
+    if name in REFUSED:
+        raise CheckpointError(
+            f"{where} holds a model of the architecture {name}, which splitlearn-gguf does not read: {REFUSED[name]}",
+            hint="use the checkpoint that the file was converted from",
+        )
     if name not in ARCHITECTURES:
         read = ", ".join(ARCHITECTURES)
         raise CheckpointError(

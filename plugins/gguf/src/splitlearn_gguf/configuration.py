@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from splitlearn_core import CheckpointError, InvalidCheckpointError
 from splitlearn_gguf.architectures import architecture
 from splitlearn_gguf.header import Header
-from splitlearn_gguf.metadata import head_size, metadata_problems
+from splitlearn_gguf.metadata import SHARED_WIDTH, head_size, metadata_problems
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,57 @@ _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padd
 _DEFAULT_THETA = 10_000.0
 #: Architectures with sliding-window layers, and with soft caps on logits.
 _SLIDING = ("gemma2", "gemma3")
+_OF_QWEN3 = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+#: Architecture -> metadata key -> name in config.json, of counts that are required.
+_EXPERTS = {
+    "llama": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    "qwen2moe": {
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
+    **dict.fromkeys(("qwen3moe", "qwen3vlmoe"), _OF_QWEN3),
+    "olmoe": {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+    "granitemoe": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    "glm4moe": {
+        "expert_count": "n_routed_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_count": "n_shared_experts",
+        "expert_gating_func": "",
+    },
+    "ernie4_5-moe": {
+        "expert_count": "moe_num_experts",
+        "expert_used_count": "moe_k",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_count": "moe_num_shared_experts",
+        "interleave_moe_layer_step": "moe_layer_interval",
+    },
+}
+#: The same of counts from 0, with what llama.cpp takes if they are not stated.
+_COUNTS = {
+    "glm4moe": {
+        "leading_dense_block_count": ("first_k_dense_replace", 0),
+        "expert_group_count": ("n_group", 1),
+        "expert_group_used_count": ("topk_group", 1),
+    },
+    "ernie4_5-moe": {"leading_dense_block_count": ("moe_layer_start_index", 0)},
+}
+#: The same of factors, which are required.
+_FACTORS = {
+    "glm4moe": {"expert_weights_scale": "routed_scaling_factor"},
+    "granitemoe": {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
+}
 #: ``query_pre_attn_scalar`` if it is not stated: the size of a head in the released models.
 _USUAL_SCALAR = 256
 _MAX_SHOWN = 8
@@ -56,6 +108,10 @@ def read_config(header: Header) -> dict[str, Any]:
         CheckpointError: The architecture is unknown, or the metadata is incomplete.
     """
     known = architecture(header.architecture, str(header.path))
+    if known.unstated:
+        raise CheckpointError(
+            f"{header.path}: files of the architecture {known.name} do not say {known.unstated}", hint=_ADVICE
+        )
     needed = _GPT2_SIZES if known.name == "gpt2" else _SIZES
     _refuse_invalid(header, tuple(needed))
     problems = metadata_problems(header)
@@ -81,6 +137,7 @@ def read_config(header: Header) -> dict[str, Any]:
             f"{header.path} has no token_embd.weight, which says how large the vocabulary is", hint=_ADVICE
         )
     config["vocab_size"] = embedding.shape[0]
+    config["num_hidden_layers" if known.name != "gpt2" else "n_layer"] -= _predicting_layers(header)
     # llama.cpp writes the head only if it is not the embedding.
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     if known.name == "gpt2":
@@ -95,23 +152,64 @@ def read_config(header: Header) -> dict[str, Any]:
 
 
 def _experts(header: Header) -> dict[str, Any]:
-    """Return what the configuration says of experts; nothing if there are none.
+    """Return what the configuration says of experts, and of what else only such architectures have.
 
     Raises:
-        InvalidCheckpointError: Numbers of experts are missing or invalid.
+        InvalidCheckpointError: Numbers are missing or invalid.
     """
-    names = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
-    if header.architecture == "qwen3moe":
-        names |= {"expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
-    elif header.architecture != "llama" or not _get(header, "expert_count"):
+    known = header.architecture
+    names = _EXPERTS.get(known, {})
+    if known == "llama" and not _get(header, "expert_count"):
         return {}
-    values = {key: _get(header, key) for key in names}
-    wrong = [f"{header.architecture}.{key} is {str(value)[:80]}" for key, value in values.items() if not _counts(value)]
+    counts = {key: _get(header, key) for key in names}
+    wrong = [
+        f"{key} is {str(value)[:80]}, not an integer from 1" for key, value in counts.items() if not _counts(value)
+    ]
+    others = {key: _stated(header, key, default) for key, (_, default) in _COUNTS.get(known, {}).items()}
+    wrong += [
+        f"{key} is {str(value)[:80]}, not an integer from 0"
+        for key, value in others.items()
+        if type(value) is not int or value < 0
+    ]
+    factors = {key: _get(header, key) for key in _FACTORS.get(known, {})}
+    wrong += [
+        f"{key} is {str(value)[:80]}, not a number above 0"
+        for key, value in factors.items()
+        if type(value) not in (int, float) or not 0 < value < math.inf
+    ]
     if wrong:
-        raise InvalidCheckpointError(f"{header.path}: {'; '.join(wrong)}, not an integer from 1", hint=_ADVICE)
-    # llama.cpp always divides the weights of the experts by their sum.
-    norms = {"norm_topk_prob": True} if header.architecture == "qwen3moe" else {}
-    return {**norms, **{names[key]: value for key, value in values.items()}}
+        stated = "; ".join(f"{known}.{each}" for each in wrong)
+        raise InvalidCheckpointError(f"{header.path}: {stated}", hint=_ADVICE)
+    return {
+        # llama.cpp always divides the weights of the experts of Qwen 3 by their sum, and never those of Qwen 2.
+        **({"norm_topk_prob": True} if known in ("qwen3moe", "qwen3vlmoe") else {}),
+        **(_of_glm(header) if known == "glm4moe" else {}),
+        **{names[key]: value for key, value in counts.items() if names[key]},
+        **{_COUNTS[known][key][0]: value for key, value in others.items()},
+        **{_FACTORS[known][key]: _shortest(value) for key, value in factors.items()},
+    }
+
+
+def _of_glm(header: Header) -> dict[str, Any]:
+    return {
+        "norm_topk_prob": bool(_get(header, "expert_weights_norm")),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in header.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+    }
+
+
+def _shortest(value: float) -> float:
+    """Return the shortest decimal number that a file, which has 32 bits for it, stores as this one.
+
+    It is what the original configuration says: 0.2 and the number of 32 bits next to it scale attention differently.
+    """
+    shown = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((one for one in shown if struct.pack("f", one) == struct.pack("f", value)), float(value))
+
+
+def _stated(header: Header, key: str, default: Any) -> Any:
+    value = _get(header, key)
+    return default if value is None else value
 
 
 def _counts(value: Any) -> bool:
@@ -135,6 +233,22 @@ def _refuse_invalid(header: Header, needed: tuple[str, ...]) -> None:
         raise InvalidCheckpointError(f"{header.path}: {'; '.join(problems)}", hint=_ADVICE)
 
 
+def _predicting_layers(header: Header) -> int:
+    """Return the number of layers after the model's own, which predict several tokens.
+
+    Raises:
+        InvalidCheckpointError: It is not a number of layers, of which one at least is the model's.
+    """
+    count = _get(header, "nextn_predict_layers") or 0
+    if type(count) is not int or not 0 <= count < _get(header, "block_count"):
+        raise InvalidCheckpointError(
+            f"{header.path}: {header.architecture}.nextn_predict_layers is {str(count)[:80]} of "
+            f"{_get(header, 'block_count')} layers",
+            hint=_ADVICE,
+        )
+    return count
+
+
 def _get(header: Header, key: str) -> Any:
     return header.metadata.get(f"{header.architecture}.{key}")
 
@@ -150,6 +264,14 @@ def _rope_parameters(header: Header) -> dict[str, Any]:
     theta = float(_get(header, "rope.freq_base") or _DEFAULT_THETA)
     scaling = dict(_scaling(header))
     whole = {"rope_type": "default", "rope_theta": theta, **scaling}
+    if header.architecture == "glm4moe":
+        rotated, size = _get(header, "rope.dimension_count"), head_size(header)
+        if not _counts(rotated) or not size or rotated > size:
+            raise InvalidCheckpointError(
+                f"{header.path}: {header.architecture}.rope.dimension_count is {str(rotated)[:80]} of heads of {size}",
+                hint=_ADVICE,
+            )
+        whole["partial_rotary_factor"] = rotated / size
     if header.architecture != "gemma3":
         return whole
     local = float(_get(header, "rope.freq_base_swa") or _DEFAULT_THETA)
@@ -175,7 +297,7 @@ def _head_dim(header: Header) -> int | None:
     if length is None and header.architecture == "llama":
         length = _get(header, "rope.dimension_count")
     # Qwen2's configuration has no head_dim: heads divide the hidden size.
-    return length if type(length) is int and length > 0 and header.architecture != "qwen2" else None
+    return length if type(length) is int and length > 0 and header.architecture not in SHARED_WIDTH else None
 
 
 def _windows(header: Header) -> dict[str, Any]:

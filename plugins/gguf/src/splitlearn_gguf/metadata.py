@@ -14,12 +14,23 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
+from splitlearn_gguf.architectures import ARCHITECTURES
 from splitlearn_gguf.header import Array, Header
 
 _ARCH = "{arch}."
-_ALL = frozenset({"gpt2", "qwen2", "qwen3", "qwen3moe", "llama", "gemma", "gemma2", "gemma3"})
-_WITH_EXPERTS = frozenset({"qwen3moe", "llama"})
+#: The architectures whose files say all of a configuration.
+_ALL = frozenset(known.name for known in ARCHITECTURES.values() if not known.unstated)
+_WITH_EXPERTS = frozenset(
+    {"qwen2moe", "qwen3moe", "qwen3vlmoe", "llama", "olmoe", "glm4moe", "ernie4_5-moe", "granitemoe"}
+)
+#: The size of each expert is another than that of a layer without experts.
+_OWN_SIZE = frozenset({"qwen2moe", "qwen3moe", "qwen3vlmoe", "glm4moe", "ernie4_5-moe"})
+_GLM, _ERNIE, _GRANITE = frozenset({"glm4moe"}), frozenset({"ernie4_5-moe"}), frozenset({"granitemoe"})
+#: Text models of those that see.
+_SEEING = frozenset({"qwen2vl", "qwen3vl", "qwen3vlmoe"})
 _ROTARY = _ALL - {"gpt2"}
+#: Architectures whose configuration has no size of a head: heads divide the hidden size.
+SHARED_WIDTH = frozenset({"qwen2", "qwen2vl"})
 _MAX_WORD = 80
 _TOLERANCE = 1e-4
 
@@ -123,6 +134,16 @@ _ZERO = Rule(Effect.REFUSED, neutral=_zeros)
 _ONE = Rule(Effect.REFUSED, neutral=_one_of(0, 1))
 
 
+def _own_choice(value: Any, header: Header) -> bool:
+    """Neutral if it is how the architecture weighs experts, whatever a file says: 1, a softmax; 2, a sigmoid."""
+    return _one_of(*((2,) if header.architecture == "glm4moe" else (0, 1)))(value, header)
+
+
+def _own_norm(value: Any, header: Header) -> bool:
+    """Neutral unless weights were divided by their sum in an architecture that never does it."""
+    return _one_of(*((0,) if header.architecture in ("qwen2moe", "olmoe") else (0, 1)))(value, header)
+
+
 def _used(by: frozenset[str] = _ALL, neutral: Neutral = lambda value, header: False) -> Rule:
     return Rule(Effect.USED, by, neutral)
 
@@ -145,27 +166,35 @@ _SIZES = {
     "use_parallel_residual": _ZERO,
     "attn_logit_softcapping": _used(frozenset({"gemma2", "gemma3"}), _zeros),
     "final_logit_softcapping": _used(frozenset({"gemma2", "gemma3"}), _zeros),
-    "logit_scale": _ONE,
-    "residual_scale": _ONE,
-    "embedding_scale": _ONE,
-    "interleave_moe_layer_step": _ONE,
+    "logit_scale": _used(_GRANITE, _one_of(0, 1)),
+    "residual_scale": _used(_GRANITE, _one_of(0, 1)),
+    "embedding_scale": _used(_GRANITE, _one_of(0, 1)),
+    "interleave_moe_layer_step": _used(_ERNIE, _one_of(0, 1)),
     "full_attention_interval": _ONE,
 }
 _EXPERTS = {
     "expert_count": _used(_WITH_EXPERTS, _zeros),
     "expert_used_count": _used(_WITH_EXPERTS, _zeros),
-    "expert_feed_forward_length": _used(frozenset({"qwen3moe"}), _zeros),
-    # The architectures here divide by the sum, and take the softmax, whatever a file says of them.
-    "expert_weights_norm": _ONE,
-    "expert_gating_func": _ONE,
+    "expert_feed_forward_length": _used(_OWN_SIZE, _zeros),
+    # Of Ernie it follows from the number of shared experts.
+    "expert_shared_feed_forward_length": _used(frozenset({"qwen2moe"}) | _ERNIE, _zeros),
+    "expert_shared_count": _used(_GLM | _ERNIE, _zeros),
+    "expert_group_count": _used(_GLM, _zeros),
+    "expert_group_used_count": _used(_GLM, _zeros),
+    "expert_weights_scale": _used(_GLM, _zeros),
+    "expert_weights_norm": _used(_GLM, _own_norm),
+    "expert_gating_func": Rule(Effect.REFUSED, neutral=_own_choice),
+    "leading_dense_block_count": _used(_GLM | _ERNIE, _zeros),
+    # Those layers are left out.
+    "nextn_predict_layers": _used(_GLM, _zeros),
+    # Layers to which images are added.
+    "n_deepstack_layers": _used(_SEEING, _zeros),
 }
 #: Of experts, of state spaces, of Gemma 3n and others: features that no architecture here has.
 _OTHER_FEATURES = (
-    "features_length", "leading_dense_block_count", "expert_shared_feed_forward_length",
-    "expert_chunk_feed_forward_length", "expert_shared_count",
-    "expert_group_count", "expert_group_used_count", "expert_weights_scale", "expert_group_scale",
-    "experts_per_group", "moe_every_n_layers", "moe_latent_size",
-    "nextn_predict_layers", "n_deepstack_layers", "router_logit_softcapping", "swin_norm", "rescale_every_n_layers",
+    "features_length", "expert_chunk_feed_forward_length", "expert_group_scale",
+    "experts_per_group", "moe_every_n_layers", "moe_latent_size", "router_logit_softcapping", "swin_norm",
+    "rescale_every_n_layers",
     "time_mix_extra_dim", "time_decay_extra_dim", "token_shift_count", "activation_sparsity_scale",
     "altup.active_idx", "altup.num_inputs", "embedding_length_per_layer_input", "swiglu_clamp_exp",
     "swiglu_clamp_shexp", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank",
@@ -175,7 +204,7 @@ _OTHER_FEATURES = (
 _ATTENTION = {
     "head_count": _used(),
     "head_count_kv": _used(_ROTARY, _equals("attention.head_count")),
-    "key_length": _used(_ROTARY - {"qwen2"}, _shared_head_size),
+    "key_length": _used(_ROTARY - SHARED_WIDTH, _shared_head_size),
     "value_length": Rule(Effect.REFUSED, neutral=_head_size),
     "key_length_swa": Rule(Effect.REFUSED, neutral=_head_size),
     "value_length_swa": Rule(Effect.REFUSED, neutral=_head_size),
@@ -184,7 +213,7 @@ _ATTENTION = {
     "causal": Rule(Effect.REFUSED, neutral=_one_of(True)),
     "sliding_window": _used(frozenset({"gemma2", "gemma3"}), _beyond_context),
     "sliding_window_pattern": _used(frozenset({"gemma2", "gemma3"}), _without_window),
-    "scale": _used(frozenset({"gemma2", "gemma3"}), _usual_scale),
+    "scale": _used(frozenset({"gemma2", "gemma3"}) | _GRANITE, _usual_scale),
     "output_scale": _ONE,
     "temperature_length": _ZERO,
     "temperature_scale": _ZERO,
@@ -198,9 +227,10 @@ _ATTENTION = {
     ),
 }  # fmt: skip
 _ROPE = {
-    "dimension_count": Rule(Effect.REFUSED, neutral=_rotated_size),
+    "dimension_count": _used(_GLM, _rotated_size),
     "dimension_count_swa": Rule(Effect.REFUSED, neutral=_rotated_size),
-    "dimension_sections": _ZERO,
+    # Of text, all sections have the same positions.
+    "dimension_sections": _used(_SEEING, _zeros),
     "freq_base": _used(_ROTARY, _zeros),
     "freq_base_swa": _used(frozenset({"gemma3"}), _equals("rope.freq_base")),
     # Scaled positions that are not stated in full are refused in `configuration`.

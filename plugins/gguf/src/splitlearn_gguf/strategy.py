@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core import CheckpointError, InvalidCheckpointError, PlannedTensor, ReadPlan, TensorInfo, open_regular
-from splitlearn_gguf.architectures import Architecture, Change, architecture, architecture_of
+from splitlearn_gguf.architectures import (
+    JOINED_KEYS,
+    Architecture,
+    Change,
+    Joined,
+    architecture,
+    architecture_of,
+)
 from splitlearn_gguf.configuration import read_config
 from splitlearn_gguf.header import Header, StoredTensor, header_length, read_header, type_name
 
@@ -23,6 +31,33 @@ _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MATRIX = 2
 #: Of a layer; a file of any size could state a tensor of many more.
 _MAX_EXPERTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor of the model, and its places in a file: one, or those of its pieces."""
+
+    pieces: tuple[StoredTensor, ...]
+    joined: Joined | None = None
+
+    @property
+    def begin(self) -> int:
+        return min(piece.begin for piece in self.pieces)
+
+    @property
+    def end(self) -> int:
+        return max(piece.end for piece in self.pieces)
+
+    def shape(self, known: Architecture) -> tuple[int, ...]:
+        """Return the shape that the tensor has in the model; empty if pieces do not fit together."""
+        if self.joined is not None:
+            return self.joined.shape([piece.shape for piece in self.pieces])
+        (stored,) = self.pieces
+        change, shape = known.change(stored.name), stored.shape
+        # Another number of dimensions is left for the comparison with the model.
+        if change is Change.TRANSPOSE and len(shape) == _MATRIX:
+            return shape[::-1]
+        return (1, *shape) if change is Change.ROW and len(shape) == 1 else shape
 
 
 class GgufStrategy:
@@ -70,9 +105,9 @@ class GgufStrategy:
                 f"{path} holds a model{stored}, but its configuration says model_type {model_type[:80]!r}",
                 hint="do config.json and the file belong together?",
             )
-        keyed = _keyed(header, known)
-        _refuse_types(header.path, keyed.values())
-        return {key: _info(key, stored, known, path) for key, stored in keyed.items()}
+        keyed = _keyed(header, known, config.get("num_hidden_layers"))
+        _refuse_types(header.path, (piece for placed in keyed.values() for piece in placed.pieces))
+        return {key: _info(key, placed, known, path) for key, placed in keyed.items()}
 
     def header_length(self, path: Path, present: int) -> int | None:
         """Return the number of bytes before the data; None if more than those present are needed to know it."""
@@ -97,7 +132,16 @@ class GgufStrategy:
         from splitlearn_gguf.values import CHUNK_ELEMENTS, WORKING_BYTES
 
         largest = max((tensor.elements for tensor in plan.tensors), default=0)
-        return min(largest, CHUNK_ELEMENTS) * WORKING_BYTES
+        # Of a tensor that is made of several, all of them at the most.
+        pieces = max(
+            (
+                tensor.elements * _ELEMENT_BYTES[tensor.kept_dtype or plan.dtype]
+                for tensor in plan.tensors
+                if tensor.info.key.endswith(JOINED_KEYS)
+            ),
+            default=0,
+        )
+        return min(largest, CHUNK_ELEMENTS) * WORKING_BYTES + (pieces if plan.device == "cpu" else 0)
 
     def read(self, plan: ReadPlan) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
         """Yield every planned tensor once, in the order in which the files hold them.
@@ -107,7 +151,7 @@ class GgufStrategy:
         """
         import torch
 
-        from splitlearn_gguf.values import read_tensor
+        from splitlearn_gguf.values import join, read_tensor
 
         for shard, planned in plan.by_shard().items():
             header = read_header(plan.paths[shard])
@@ -115,16 +159,23 @@ class GgufStrategy:
             known = architecture(first.architecture, str(first.path))
             wanted = _wanted(header, known, planned)
             with open_regular(header.path, buffering=0) as file:
-                for tensor, stored in wanted:
-                    change = known.change(stored.name)
-                    heads = _heads(first, change)
-                    dtype = getattr(torch, tensor.kept_dtype or plan.dtype)
-                    yield (
-                        tensor,
-                        read_tensor(
-                            file, stored, change, heads, dtype=dtype, device=plan.device, on_bytes=plan.on_bytes
-                        ),
+                for tensor, placed in wanted:
+                    read = partial(
+                        read_tensor,
+                        file,
+                        dtype=getattr(torch, tensor.kept_dtype or plan.dtype),
+                        device=plan.device,
+                        on_bytes=plan.on_bytes,
                     )
+                    changes = [known.change(stored.name) for stored in placed.pieces]
+                    pieces = (
+                        read(stored, change, _heads(first, change))
+                        for stored, change in zip(placed.pieces, changes, strict=True)
+                    )
+                    if placed.joined is None:
+                        yield tensor, next(pieces)
+                    else:
+                        yield tensor, join(pieces, len(changes), placed.joined.join, placed.shape(known))
 
 
 def _first_part(plan: ReadPlan, shard: str) -> Header:
@@ -137,10 +188,23 @@ def _first_part(plan: ReadPlan, shard: str) -> Header:
     return read_header(plan.paths[first])
 
 
-def _keyed(header: Header, known: Architecture) -> dict[str, StoredTensor]:
-    """Return the tensors that a model has by checkpoint key."""
-    keyed: dict[str, StoredTensor] = {}
+def _keyed(header: Header, known: Architecture, layers: object = None) -> dict[str, Placed]:
+    """Return the tensors that a model has by checkpoint key.
+
+    Args:
+        header: The header of the file.
+        known: Its architecture.
+        layers: The number of layers, if it is known: those after it, which predict several tokens, are left out.
+
+    Raises:
+        InvalidCheckpointError: A tensor has too many experts, or pieces that do not belong together.
+    """
+    keyed: dict[str, Placed] = {}
+    pieces: dict[str, tuple[Joined, dict[str, StoredTensor]]] = {}
     for name, stored in header.tensors.items():
+        number = re.match(r"blk\.(\d+)\.", name)
+        if number is not None and type(layers) is int and int(number[1]) >= layers:
+            continue
         count = stored.shape[0] if len(stored.shape) > _MATRIX else 0
         experts = known.expert_keys(name, min(count, _MAX_EXPERTS + 1))
         if len(experts) > _MAX_EXPERTS:
@@ -148,24 +212,37 @@ def _keyed(header: Header, known: Architecture) -> dict[str, StoredTensor]:
                 f"{header.path}: {name[:80]} holds {count} experts, and no layer has more than {_MAX_EXPERTS}",
                 hint="fetch or convert the file again",
             )
-        key = known.key(name)
+        key, joined = known.key(name), known.joined_key(name)
         if experts:
             # One after the other, each of whole blocks: a component reads those that it is planned with.
             step, shape = stored.nbytes // len(experts), stored.shape[1:]
             begins = range(stored.begin, stored.end, step)
             parts = (replace(stored, shape=shape, begin=begin, end=begin + step) for begin in begins)
-            keyed |= zip(experts, parts, strict=True)
+            keyed |= {key: Placed((part,)) for key, part in zip(experts, parts, strict=True)}
+        elif joined is not None:
+            pieces.setdefault(joined[0], (joined[1], {}))[1][name.partition(".")[2].partition(".")[2]] = stored
         elif key is not None:
-            keyed[key] = stored
+            keyed[key] = Placed((stored,))
+    for key, (way, found) in pieces.items():
+        absent = [piece for piece in way.pieces if piece not in found]
+        if absent:
+            raise InvalidCheckpointError(
+                f"{header.path} has {next(iter(found.values())).name[:80]} without {', '.join(absent)}, with which it "
+                "is one tensor of the model",
+                hint="if another part of the model has it, join the parts: llama-gguf-split --merge FIRST_PART FILE",
+            )
+        keyed[key] = Placed(tuple(found[piece] for piece in way.pieces), way)
+        if not keyed[key].shape(known):
+            raise InvalidCheckpointError(
+                f"{header.path}: {' and '.join(piece.name[:80] for piece in keyed[key].pieces)} do not fit together: "
+                f"their shapes are {' and '.join(str(list(piece.shape)) for piece in keyed[key].pieces)}",
+                hint="fetch or convert the file again",
+            )
     return keyed
 
 
-def _info(key: str, stored: StoredTensor, known: Architecture, path: Path) -> TensorInfo:
-    shape = stored.shape
-    # Only matrices are transposed; another shape is left for the comparison with the model.
-    if known.change(stored.name) is Change.TRANSPOSE and len(shape) == _MATRIX:
-        shape = shape[::-1]
-    return TensorInfo(key, _DEQUANTISED, shape, path.name, stored.begin, stored.end, GgufStrategy.format)
+def _info(key: str, placed: Placed, known: Architecture, path: Path) -> TensorInfo:
+    return TensorInfo(key, _DEQUANTISED, placed.shape(known), path.name, placed.begin, placed.end, GgufStrategy.format)
 
 
 def _refuse_types(path: Path, tensors: Iterable[StoredTensor]) -> None:
@@ -184,10 +261,10 @@ def _refuse_types(path: Path, tensors: Iterable[StoredTensor]) -> None:
 
 def _wanted(
     header: Header, known: Architecture, planned: Sequence[PlannedTensor]
-) -> list[tuple[PlannedTensor, StoredTensor]]:
+) -> list[tuple[PlannedTensor, Placed]]:
     """Find the planned tensors in the file as it is now, in its order."""
     keyed = _keyed(header, known)
-    infos = {key: _info(key, stored, known, header.path) for key, stored in keyed.items()}
+    infos = {key: _info(key, placed, known, header.path) for key, placed in keyed.items()}
     # In a folder of a repository, a shard has the folder in its name.
     present = {tensor.info.key: replace(tensor.info, shard=header.path.name) for tensor in planned}
     changed = sorted(key for key, info in present.items() if infos.get(key) != info)

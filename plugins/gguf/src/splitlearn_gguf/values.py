@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import FileIO
 from typing import TYPE_CHECKING, Any
 
 from splitlearn_core import InvalidCheckpointError
-from splitlearn_gguf.architectures import Change
+from splitlearn_gguf.architectures import Change, Join
 from splitlearn_gguf.header import StoredTensor
 
 if TYPE_CHECKING:
@@ -79,8 +79,42 @@ def read_tensor(
         else:
             target[order[start : start + count].to(device)] = values.to(device=device, dtype=dtype)
         on_bytes(count * row_bytes)
+    if change is Change.ROW and tensor.ndim == 1:
+        return tensor[None]
     # A view, as in transformers: with another layout in memory, products differ in the last bit.
     return tensor.T if change is Change.TRANSPOSE else tensor
+
+
+def join(pieces: Iterable[torch.Tensor], count: int, how: Join, shape: tuple[int, ...]) -> torch.Tensor:
+    """Make one tensor of several, each of which is freed before the next is read.
+
+    Args:
+        pieces: The tensors, read one after the other.
+        count: The number of them.
+        how: The way in which they are parts of the whole.
+        shape: The shape of the whole, which is contiguous.
+    """
+    import torch
+
+    whole: torch.Tensor | None = None
+    start = 0
+    for number, piece in enumerate(pieces):
+        if whole is None:
+            whole = torch.empty(shape, dtype=piece.dtype, device=piece.device)
+        if how is Join.IN_TURN:
+            rows = whole.transpose(1, 2) if len(shape) == piece.ndim > 2 else whole  # noqa: PLR2004
+            rows[:, number::count] = piece
+            continue
+        if how is Join.HEADS:
+            part = piece.transpose(1, 2) if number == 0 else piece
+            rows = whole.view(part.shape[0], -1, part.shape[2])
+        else:
+            part, rows = piece, whole
+        rows[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    if whole is None:
+        raise ValueError("there are no pieces")
+    return whole
 
 
 def _dequantised(file: FileIO, stored: StoredTensor, rows: int, row_bytes: int) -> Any:

@@ -201,7 +201,7 @@ def misread(family: ModelFamily, config: Any, names: Iterable[str] = COMMON) -> 
 
 
 def _value_of(family: ModelFamily, config: Any, name: str) -> Any:
-    """Return a value of a configuration; that heads are tied is said by the whole of a model of several."""
+    """Return a value of a configuration; that heads are tied is said by the whole of a composite model."""
     owner = config if name == "tie_word_embeddings" else decoder_config(family, config)
     return getattr(owner, name, None)
 

@@ -42,7 +42,7 @@ def configure(family: ModelFamily, values: Mapping[str, Any], overrides: Mapping
     Args:
         family: Its family.
         values: The author's values. With a ``model_type`` they are a whole ``config.json``; without one
-            they are added to the ordinary tiny sizes and the family's ``tiny_config``. In a model of several, they are
+            they are added to the ordinary tiny sizes and the family's ``tiny_config``. In a composite model, they are
             the decoder's; values of another model are a mapping, by the name of its configuration.
         overrides: The values that the variant changes.
     """
@@ -141,7 +141,7 @@ class Subject:
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of the checkpoint, by key; of a model of several, those of the decoder."""
+        """The tensors of the checkpoint, by key; of a composite model, those of the decoder."""
         stored: dict[str, torch.Tensor] = load_file(self.checkpoint / SINGLE)
         if not self.family.text_config:
             return stored
@@ -201,7 +201,7 @@ class Subject:
         return self.whole_of(self.checkpoint, dtype, attention)
 
     def whole_of(self, folder: Path, dtype: str = "auto", attention: str | None = None) -> Any:
-        """Load the unsplit model of a checkpoint; of a model of several, what text passes through."""
+        """Load the unsplit model of a checkpoint; of a composite model, what text passes through."""
         hf_class: Any = architecture_class(self.family)
         model = hf_class.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
         if self.family.text_config:
