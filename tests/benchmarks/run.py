@@ -34,6 +34,8 @@ BENCHMARKS = (
     "hosts",
     "training",
     "wires",
+    "simulation",
+    "machines",
 )
 _PACKAGES = (
     "splitlearn-core",

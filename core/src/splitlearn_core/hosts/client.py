@@ -80,6 +80,20 @@ class Patience:
     journal_bytes: int = JOURNAL_BYTES
 
 
+class Clock:
+    """The time of a client: seconds, monotonically, and pauses."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def spread(self, seconds: float) -> float:
+        """Return from half to all of a pause, so that the clients of one host do not all come back at one moment."""
+        return seconds * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+
+
 class Upload(Protocol):
     """Content that a host stores by its hashes: see ``calls.Upload``."""
 
@@ -91,6 +105,9 @@ class Upload(Protocol):
         """Yield each hash with the request that sends its content."""
 
 
+_CLOCK = Clock()
+
+
 class Host:
     """A host as its user sees it: what it runs, and a pool of connections. Any thread may use it.
 
@@ -99,18 +116,22 @@ class Host:
         patience: How long to wait for it.
         wire: How hidden states and gradients are sent, both ways.
         mode: How its sessions run: alone, or packed.
+        clock: Where time comes from.
 
     Raises:
         ConfigurationError: The address is invalid, or the host does not support this encoding or mode.
         RemoteError: It cannot be reached, or refuses.
     """
 
-    def __init__(self, endpoint: Address, patience: Patience, wire: str = RAW, mode: str = SOLO) -> None:
+    def __init__(
+        self, endpoint: Address, patience: Patience, wire: str = RAW, mode: str = SOLO, clock: Clock = _CLOCK
+    ) -> None:
         endpoint.check()
         self.endpoint = endpoint
         self.patience = patience
         self.wire = wire
         self.mode = mode
+        self.clock = clock
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._numbers = itertools.count(1)
@@ -189,7 +210,7 @@ class Host:
             self._uploaded.difference_update(upload.replaces)
 
     def _request(self, frame: Frame) -> Frame:
-        deadline = time.monotonic() + self.patience.wait
+        deadline = self.clock.now() + self.patience.wait
         pause = 0.0
         while True:
             try:
@@ -197,7 +218,7 @@ class Host:
             except RemoteError as error:
                 if not isinstance(error, ConnectionLostError) and error.code not in _AWAY:
                     raise
-                left = deadline - time.monotonic()
+                left = deadline - self.clock.now()
                 if left <= 0:
                     raise ConnectionLostError(
                         f"{error.message}; it did not come back within {self.patience.wait:g} s",
@@ -207,8 +228,7 @@ class Host:
                 if pause == _FIRST_PAUSE:
                     log.warning("%s; waiting up to %.0f s for it to come back", error.message, left)
             # No pause the first time: an idle connection may be dead while its host is running.
-            # Afterwards a random pause, so that the clients of one host do not all come back at the same moment.
-            time.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311  # no secret
+            self.clock.pause(min(self.clock.spread(pause), left))
             pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def close(self) -> None:
@@ -513,7 +533,7 @@ class RemoteSession:
 
     def _sent(self, step: Step, rows: int) -> Frame:
         nonce = secrets.token_hex(8)
-        deadline = time.monotonic() + self.host.patience.wait
+        deadline = self.host.clock.now() + self.host.patience.wait
         was_lost = False
         while True:
             try:
@@ -525,7 +545,7 @@ class RemoteSession:
                     raise
                 self._forget()
                 # A host that keeps losing the session cannot be used.
-                if was_lost and time.monotonic() > deadline:
+                if was_lost and self.host.clock.now() > deadline:
                     raise SessionLostError(
                         f"{self.host.url} loses the session whenever it is rebuilt: {error.message}",
                         code=_GONE,
