@@ -128,7 +128,7 @@ def _measure_crowd(job: dict[str, Any]) -> dict[str, Any]:
     from splitlearn_core import connect
 
     with served(job) as (url, pid), torch.no_grad():
-        trunk = connect(url)
+        trunk = connect(url, mode=job["mode"])
         dtype = trunk.dtype
         prompt, token = (torch.randn(1, count, job["width"]).to(dtype) for count in (PROMPT, 1))
 
