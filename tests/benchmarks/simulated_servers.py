@@ -8,7 +8,7 @@ fewest connections otherwise. *Invariants* are checked from outside at every mes
 - no owner has sessions on two servers at once;
 - a session has the length of the steps that were sent, each counted once;
 - the caches of a server are never larger than it allows;
-- outputs of sessions that run alone are bit-equal to those of an undisturbed forward.
+- outputs of sessions that run alone are bit-equal to those of an undisturbed forward, those of packs are close.
 """
 
 from __future__ import annotations
@@ -550,7 +550,8 @@ class World:
                 output = self._attempt(
                     life, balancer, trunk.host, partial(trunk, hidden_states=states, past_key_values=cache)
                 )
-                if scenario.mode == SOLO and not torch.equal(output, expected):
+                solo = scenario.mode == SOLO
+                if not (torch.equal(output, expected) if solo else torch.allclose(output, expected, 1e-3, 1e-4)):
                     self.watch.problems.append(f"{life.name}: step {number + 1} differs from an undisturbed one")
                 seconds = self.loop.time() - began_at
                 tokens = states.shape[1]
