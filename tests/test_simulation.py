@@ -1,4 +1,4 @@
-"""Quick simulations of owners and servers: they hold their invariants, each of which can fail, and repeat themselves."""
+"""Quick simulations of owners and servers: they hold their invariants, each of which can fail, and repeat."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 #: Servers that fail, connections that break, and less memory than all owners need at once.
 TROUBLE = {
-    **{"owners": 16, "servers": 3, "bursts": 2, "burst_every": 1.0, "prompt": 6, "new": 6},
-    **{"life": 3.0, "down": 1.0, "breaks": 0.06, "room": 3},
+    "owners": 16,
+    "servers": 3,
+    "bursts": 2,
+    "burst_every": 1.0,
+    "prompt": 6,
+    "new": 6,
+    "life": 3.0,
+    "down": 1.0,
+    "breaks": 0.06,
+    "room": 3,
 }
 
 

@@ -173,7 +173,8 @@ def _packs_are_equal(model: Any, split: SplitCausalLM, family: ModelFamily) -> b
         ]
         flat = torch.cat([part.reshape(1, -1) for part in ids], dim=1)
         expected = _in_a_pack(model, together, sizes, {"input_ids": flat}).logits
-        states, name = flat, "input_ids"
+        states: Any = flat
+        name = "input_ids"
         for component, own in zip(components, caches):
             states, name = _in_a_pack(component, own, sizes, {name: states}), "hidden_states"
             for cache, (_, tokens) in zip(own, sizes):
