@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from splitlearn_core.hosts.client import Clock
+from splitlearn_core.hosts.clock import Clock
 
 #: Bytes of a thread's stack: there is one for each actor.
 _STACK = 2**20

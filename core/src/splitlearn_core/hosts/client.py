@@ -10,10 +10,8 @@ import itertools
 import logging
 import os
 import queue
-import random
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +28,7 @@ from splitlearn_core.errors import (
     SessionLostError,
 )
 from splitlearn_core.hosts.carriers import Address, Connection
+from splitlearn_core.hosts.clock import MACHINE_CLOCK, Clock
 from splitlearn_core.hosts.facts import SOLO, Facts
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.hosts.wires import compressed, expanded
@@ -80,20 +79,6 @@ class Patience:
     journal_bytes: int = JOURNAL_BYTES
 
 
-class Clock:
-    """The time of a client: seconds, monotonically, and pauses."""
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def pause(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-    def spread(self, seconds: float) -> float:
-        """Return from half to all of a pause, so that the clients of one host do not all come back at one moment."""
-        return seconds * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
-
-
 class Upload(Protocol):
     """Content that a host stores by its hashes: see ``calls.Upload``."""
 
@@ -103,9 +88,6 @@ class Upload(Protocol):
 
     def frames(self) -> Iterator[tuple[str, Frame]]:
         """Yield each hash with the request that sends its content."""
-
-
-_CLOCK = Clock()
 
 
 class Host:
@@ -124,7 +106,7 @@ class Host:
     """
 
     def __init__(
-        self, endpoint: Address, patience: Patience, wire: str = RAW, mode: str = SOLO, clock: Clock = _CLOCK
+        self, endpoint: Address, patience: Patience, wire: str = RAW, mode: str = SOLO, clock: Clock = MACHINE_CLOCK
     ) -> None:
         endpoint.check()
         self.endpoint = endpoint
