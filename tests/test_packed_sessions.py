@@ -223,6 +223,31 @@ def test_an_abandoned_step_leaves_its_session_as_it_was(trunk: Any) -> None:
     assert torch.equal(unpack(reply)["output"], in_one_forward(trunk, [[token]])[0])
 
 
+@pytest.mark.parametrize("moment", ["before its first forward", "in the middle"])
+def test_a_session_that_gives_up_does_not_change_the_others(trunk: Any, moment: str) -> None:
+    """The others' results are, to the last bit, those of the same forwards without what it did not get."""
+    prompts, tokens, later = states_of(trunk, 4, 3), states_of(trunk, 1, 1), states_of(trunk, 1, 1)
+    (long,) = states_of(trunk, 40)
+    given_up, ended = Sessions(trunk, 3), Sessions(trunk, 3)
+    for sessions in (given_up, ended):
+        sessions.run(sessions.step(0, prompts[0]), sessions.step(1, prompts[1]))
+    first, second = given_up.step(0, tokens[0]), given_up.step(1, tokens[1])
+    whole = given_up.step(2, long)
+    whole.is_abandoned = moment == "before its first forward"
+    given_up.table.run_pack([first, second, whole])
+    whole.is_abandoned = True
+    others = [ended.step(0, tokens[0]), ended.step(1, tokens[1])]
+    # As many tokens of a prompt share a forward; a prompt of these alone ends with it.
+    share = [ended.step(2, long[:, :16].contiguous())] if moment == "in the middle" else []
+    ended.table.run_pack([*others, *share])
+    assert equal(outputs([first.reply, second.reply]), outputs([step.reply for step in others]))
+    after = given_up.run(given_up.step(0, later[0]), given_up.step(1, later[1]), *([whole] if whole.begun else []))
+    expected = ended.run(ended.step(0, later[0]), ended.step(1, later[1]))
+    assert equal(outputs(after[:2]), outputs(expected))
+    assert whole.reply is not None
+    assert whole.reply.kind is Kind.ERROR
+
+
 def test_a_session_is_rebuilt_and_copied_as_it_is(tmp_path: Path) -> None:
     """A user of one packed session: generation, beams, a restart of the host; each forward is a pack of one."""
     folder = write_checkpoint(tmp_path, tiny_model("qwen2"))

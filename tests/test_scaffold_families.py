@@ -11,9 +11,8 @@ from splitlearn_auto.examining import examine
 from splitlearn_core import ModelFamily
 from splitlearn_core.plugins.registry import registry
 
-#: What no model tells: where to find one, what files of long ago carry, how a plugin's own tests go. Packs are not
-#: examined yet.
-NOT_DERIVED = {"default_model", "bundled_checkpoint", "ignored_suffixes", "tiny_config", "packable"}
+#: What no model tells: where to find one, what files of long ago carry, how a plugin's own tests go.
+NOT_DERIVED = {"default_model", "bundled_checkpoint", "ignored_suffixes", "tiny_config"}
 
 
 @pytest.mark.sample(2)

@@ -74,7 +74,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         for number in range(hops, 0, -1):
             following = ["--next", urls[0]] if urls else []
             urls.insert(
-                0, stack.enter_context(served({**job, "cut": job["cuts"]}, "--part", f"trunk{number}", *following))[0]
+                0, stack.enter_context(served({**job, "cut": job["cuts"]}, *following, part=f"trunk{number}"))[0]
             )
         away = [stack.enter_context(delayed(url, DELAY_MS)) for url in urls]
         one = connect(stack.enter_context(served(job))[0])

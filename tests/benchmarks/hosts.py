@@ -41,7 +41,8 @@ def run(session: Session) -> None:
         for where in ("process", "WebSocket"):
             _running(session, checkpoint, where)
         _distance(session, checkpoint)
-        _crowd(session, checkpoint)
+        for mode in ("solo", "packed"):
+            _crowd(session, checkpoint, mode)
         for dtype in ("bfloat16", "float32"):
             _packed(session, checkpoint, dtype)
         _starting(session, checkpoint)
@@ -437,11 +438,12 @@ def _distance(session: Session, checkpoint: Checkpoint) -> None:
         )
 
 
-def _crowd(session: Session, checkpoint: Checkpoint) -> None:
+def _crowd(session: Session, checkpoint: Checkpoint, mode: str) -> None:
     recipe = checkpoint.recipe
-    what = f"{recipe.name}, {SESSIONS} sessions, {ACTIVE} active, {session.minutes:g} min"
+    what = f"{recipe.name}, {SESSIONS} sessions, {ACTIVE} active, {mode}, {session.minutes:g} min"
     job = {
         "what": "crowd",
+        "mode": mode,
         "directory": str(checkpoint.directory),
         "cut": recipe.cut,
         "width": recipe.hidden_size,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_DIGITS = {"s": 2, "ms": 1, "MB": 1, "tok/s": 1}
+_DIGITS = {"s": 2, "ms": 1, "MB": 1, "tok/s": 1, "%": 1}
 _COLUMNS = ("what", "ours", "peer", "theirs", "ratio", "target", "reached")
 
 

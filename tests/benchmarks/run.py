@@ -36,6 +36,8 @@ BENCHMARKS = (
     "actors",
     "training",
     "wires",
+    "simulation",
+    "machines",
 )
 _PACKAGES = (
     "splitlearn-core",

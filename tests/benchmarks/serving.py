@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,15 +33,18 @@ _LAG = "splitlearn_event_loop_lag_seconds_bucket"
 
 
 @contextmanager
-def served(job: dict[str, Any], *options: str) -> Iterator[tuple[str, int]]:
-    """Serve a trunk, and return its URL and the number of the process."""
+def served(
+    job: dict[str, Any], *options: str, part: str = "trunk", threads: int | None = None
+) -> Iterator[tuple[str, int]]:
+    """Serve a trunk, with a number of threads for a forward, and return its URL and the number of the process."""
     command = [sys.executable, "-m", "splitlearn_core", "serve", job["directory"], "--port", "0"]
-    cut = ["--split", *map(str, job["cut"])]
-    with subprocess.Popen([*command, *cut, *options], stderr=subprocess.PIPE, text=True) as server:
+    cut = ["--split", *map(str, job["cut"]), "--part", part]
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    with subprocess.Popen([*command, *cut, *options], stderr=subprocess.PIPE, text=True, env=environment) as server:
         try:
             assert server.stderr is not None
             # It prints more, later: without a reader it would stand still.
-            url = next(word for line in server.stderr for word in line.split() if "/trunk" in word)
+            url = next(word for line in server.stderr for word in line.split() if word.endswith(f"/{part}"))
             threading.Thread(target=server.stderr.read, daemon=True).start()
             yield url, server.pid
         finally:
@@ -124,7 +128,7 @@ def _measure_crowd(job: dict[str, Any]) -> dict[str, Any]:
     from splitlearn_core import connect
 
     with served(job) as (url, pid), torch.no_grad():
-        trunk = connect(url)
+        trunk = connect(url, mode=job["mode"])
         dtype = trunk.dtype
         prompt, token = (torch.randn(1, count, job["width"]).to(dtype) for count in (PROMPT, 1))
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from splitlearn_core.build.kv_cache import CACHE_FIELD as CACHE_FIELD
     from splitlearn_core.build.kv_cache import cache_argument as cache_argument
     from splitlearn_core.build.kv_cache import has_states_alone as has_states_alone
+    from splitlearn_core.build.packing import PackItem as PackItem
+    from splitlearn_core.build.packing import can_pack as can_pack
+    from splitlearn_core.build.packing import packed as packed
     from splitlearn_core.build.pruning import base_of as base_of
     from splitlearn_core.build.pruning import through_no_layers as through_no_layers
     from splitlearn_core.build.torch_state import own_state as own_state
@@ -126,6 +129,7 @@ _HOMES = {
     "ModelHost": "manager.loaders.loadable",
     "OF_OTHERS": "testing.worlds",
     "PYTORCH": "manager.config_checks",
+    "PackItem": "build.packing",
     "Patience": "hosts.client",
     "PendingStep": "hosts.packs",
     "SEQUENCE": "family",
@@ -139,6 +143,7 @@ _HOMES = {
     "WRITTEN": "plugins.known",
     "base_of": "build.pruning",
     "cache_argument": "build.kv_cache",
+    "can_pack": "build.packing",
     "command_for": "child_process",
     "component_from_state_dict": "build.construction",
     "core_version": "plugins.metadata",
@@ -162,6 +167,7 @@ _HOMES = {
     "open_source": "checkpoint.source",
     "other_sizes": "testing.worlds",
     "own_state": "build.torch_state",
+    "packed": "build.packing",
     "place_keys": "plan.keys",
     "plan_components": "plan.splitplan",
     "quote": "quoting",

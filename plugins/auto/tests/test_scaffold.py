@@ -25,7 +25,7 @@ from splitlearn_auto.findings import CannotSplitError, Derived, Question
 from splitlearn_auto.making import tiny_config, tiny_model
 from splitlearn_auto.observing import with_noise
 from splitlearn_auto.package import package_files
-from splitlearn_auto.proving import differences
+from splitlearn_auto.proving import differences, is_packable
 from splitlearn_auto.rendering import family_module, literal
 from splitlearn_core import (
     ConfigurationError,
@@ -78,6 +78,7 @@ def test_an_ordinary_decoder_is_its_class_alone(examined: Callable[..., Derived]
     assert derived.fields == {
         "model_type": "llama",
         "architecture": "LlamaForCausalLM",
+        "packable": True,
         "ignored_suffixes": (".rotary_emb.inv_freq",),
         # Not num_key_value_heads and head_dim, which follow the other two.
         "config_defaults": {
@@ -90,6 +91,40 @@ def test_an_ordinary_decoder_is_its_class_alone(examined: Callable[..., Derived]
     assert derived.questions == []
     assert list(derived.variants) == ["plain", "tied"]
     assert derived.attention == ("eager", "sdpa")
+
+
+def test_layers_through_which_a_token_reaches_others_are_not_packable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split model and the unsplit one would be equal, and each session would see tokens of the others."""
+    from transformers.models.llama import modeling_llama
+
+    family = ModelFamily(model_type="llama", architecture="LlamaForCausalLM")
+
+    def model() -> Any:
+        return tiny_model(tiny_config("llama", AutoConfig.for_model("llama"), {})[0])
+
+    assert is_packable(model(), family)
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: forward(self, x.mean(dim=1, keepdim=True)))
+    assert not is_packable(model(), family)
+
+
+def test_attention_without_the_interface_of_transformers_is_not_packable() -> None:
+    """BLOOM's layers attend by code of their own, to all tokens of a row."""
+    config, _ = tiny_config("bloom", AutoConfig.for_model("bloom"), {})
+    family = ModelFamily(
+        model_type="bloom",
+        architecture="BloomForCausalLM",
+        base="transformer",
+        layers="h",
+        embedding="word_embeddings",
+        norm="ln_f",
+        skip_outside_bottom=("word_embeddings_layernorm",),
+        layers_return_tuple=True,
+        config_names={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+        config_defaults={"tie_word_embeddings": True},
+    )
+    assert differences(tiny_model(config), family) == []
+    assert not is_packable(tiny_model(config), family)
 
 
 @pytest.mark.sample(2)

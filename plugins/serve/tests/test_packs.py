@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from serving import StatusServer
 from splitlearn_core import ConfigurationError, ModelConfig, SplitCausalLM, connect, load_split_model
-from splitlearn_core.extension import Kind
+from splitlearn_core.extension import Frame, Kind, sessions_on
+from splitlearn_core.hosts.protocol import TensorSpec
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from splitlearn_serve.packs import Packs
 
@@ -85,6 +86,83 @@ def test_users_generate_together(checkpoint: Path, monkeypatch: pytest.MonkeyPat
         assert modes == ({"packed"} if place < USERS else {"solo"})
     assert sum(sizes) == USERS * 8
     assert sizes[0] == USERS
+
+
+class Trunk:
+    """A trunk whose forwards wait until they may begin, and say when they would."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        module = load_split_model(None, (2, 4), checkpoint, parts=("trunk",), progress=False).trunk
+        self.table: Any = sessions_on(module)
+        self.packs = Packs(self, self.table)  # type: ignore[arg-type]  # a model that is loaded
+        self.began, self.may_begin = asyncio.Event(), asyncio.Event()
+        meta = {"rows": 1, "tokens": 16, "mode": "packed"}
+        self.opened = [self.table.handle(Frame(Kind.OPEN, meta=meta)) for _ in range(3)]
+
+    async def run(self, function: Any) -> Any:
+        self.began.set()
+        await self.may_begin.wait()
+        return function(None)
+
+    def start(self, place: int, states: torch.Tensor) -> asyncio.Task[Any]:
+        """Send the first step of a session."""
+        opened, spec = self.opened[place], TensorSpec("hidden_states", "F32", tuple(states.shape))
+        buffers = [memoryview(states.numpy().tobytes())]
+        frame = Frame(Kind.STEP, opened.session, 1, {"secret": opened.meta["secret"], "nonce": "a"}, (spec,), buffers)
+        step = self.packs.step_of(frame, "", self.table.limits)
+        assert step is not None
+        return asyncio.create_task(self.packs.run(step))
+
+
+@pytest.mark.parametrize("moment", ["before its forward", "in its forward"])
+def test_a_user_whose_connection_ends_does_not_change_the_others(checkpoint: Path, moment: str) -> None:
+    """Their results are, to the last bit, those of a pack without it; or, if it took part already, those with it."""
+    states = [torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+    async def results(*places: int, leaves: bool) -> list[bytes]:
+        trunk = Trunk(checkpoint)
+        tasks = [trunk.start(place, states[place]) for place in places]
+        if moment == "in its forward":
+            await trunk.began.wait()
+        else:
+            # The steps are waiting; the task that runs them has not begun.
+            await asyncio.sleep(0)
+        if leaves:
+            tasks[-1].cancel()
+            if moment == "before its forward":
+                await asyncio.sleep(0)
+        trunk.may_begin.set()
+        replies = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(replies[-1], asyncio.CancelledError) is leaves
+        kept = [reply[0] for reply in replies if not isinstance(reply, BaseException)]
+        assert {frame.kind for frame in kept} == {Kind.RESULT}
+        return [bytes(frame.buffers[0]) for frame in kept[:2]]
+
+    expected = (0, 1, 2) if moment == "in its forward" else (0, 1)
+    assert asyncio.run(results(0, 1, 2, leaves=True)) == asyncio.run(results(*expected, leaves=False))
+
+
+def test_a_server_that_ends_waits_for_no_pack(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks are cancelled while they wait for further steps; none of them goes on waiting."""
+    monkeypatch.setattr("splitlearn_serve.packs._WINDOW_LEAST", 60.0)
+
+    async def end() -> None:
+        trunk = Trunk(checkpoint)
+        # As if another session had taken part in the last forward.
+        trunk.packs._latest = frozenset({1}), frozenset()
+        task = trunk.start(0, torch.zeros(1, 2, 32))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        running = trunk.packs._task
+        assert running is not None
+        assert not trunk.began.is_set()
+        running.cancel()
+        task.cancel()
+        ended, waiting = await asyncio.wait([task, running], timeout=10)
+        assert not waiting
+        assert all(each.cancelled() for each in ended)
+
+    asyncio.run(end())
 
 
 def test_a_trunk_in_another_process_has_none(checkpoint: Path) -> None:

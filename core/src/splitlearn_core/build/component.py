@@ -396,20 +396,13 @@ class BottomModel(ComponentModel):
         except IndexError as error:
             # From the embedding; it names neither the token nor the vocabulary.
             if input_ids is not None:
-<<<<<<< HEAD
                 past = past_key_values.get_seq_length() if isinstance(past_key_values, PartCache) else 0
-                self._check_tokens(input_ids, past, error)
-            raise
-
-    def _check_tokens(self, input_ids: torch.Tensor, past: int, error: IndexError) -> None:
-=======
-                self._check_tokens(input_ids, position_ids, past_key_values, error)
+                self._check_tokens(input_ids, position_ids, past, error)
             raise
 
     def _check_tokens(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None, error: IndexError
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, past: int, error: IndexError
     ) -> None:
->>>>>>> gguf
         size = self.get_input_embeddings().weight.shape[0]
         outside = input_ids[(input_ids < 0) | (input_ids >= size)]
         if outside.numel():
@@ -419,18 +412,11 @@ class BottomModel(ComponentModel):
                 "-100 is for labels only",
             ) from error
         limit = getattr(self.decoder_config, "max_position_embeddings", None)
-<<<<<<< HEAD
-        if limit is not None and past + input_ids.shape[1] > limit:
-            raise ConfigurationError(
-                f"a sequence of {past + input_ids.shape[1]} tokens exceeds the {limit} positions of this model",
-=======
-        past = 0 if cache is None else cache.get_seq_length()
         last = past + input_ids.shape[1] if position_ids is None else int(position_ids.max()) + 1
         # Anything else may be out of range, too.
         if limit is not None and last > limit:
             raise ConfigurationError(
                 f"a sequence of {last} tokens exceeds the {limit} positions of this model",
->>>>>>> gguf
                 hint="shorten it, or generate fewer tokens",
             ) from error
 

@@ -6,9 +6,7 @@ import itertools
 import logging
 import os
 import queue
-import random
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from splitlearn_core.errors import (
     RemoteStepError,
 )
 from splitlearn_core.hosts.carriers import Address, Connection
+from splitlearn_core.hosts.clock import MACHINE_CLOCK, Clock
 from splitlearn_core.hosts.facts import SOLO, Facts
 from splitlearn_core.hosts.protocol import Frame, Kind
 from splitlearn_core.hosts.wires import compressed, expanded
@@ -109,18 +108,22 @@ class Host:
         patience: How long to wait for it.
         wire: How hidden states and gradients are sent, both ways.
         mode: How its sessions run: alone, or packed.
+        clock: Where time comes from.
 
     Raises:
         ConfigurationError: The address is invalid, or the host does not support this encoding or mode.
         RemoteError: It cannot be reached, or refuses.
     """
 
-    def __init__(self, endpoint: Address, patience: Patience, wire: str = RAW, mode: str = SOLO) -> None:
+    def __init__(
+        self, endpoint: Address, patience: Patience, wire: str = RAW, mode: str = SOLO, clock: Clock = MACHINE_CLOCK
+    ) -> None:
         endpoint.check()
         self.endpoint = endpoint
         self.patience = patience
         self.wire = wire
         self.mode = mode
+        self.clock = clock
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._numbers = itertools.count(1)
@@ -199,7 +202,7 @@ class Host:
             self._uploaded.difference_update(upload.replaces)
 
     def _request(self, frame: Frame) -> Frame:
-        deadline = time.monotonic() + self.patience.wait
+        deadline = self.clock.now() + self.patience.wait
         pause = 0.0
         while True:
             try:
@@ -207,7 +210,7 @@ class Host:
             except RemoteError as error:
                 if not isinstance(error, ConnectionLostError) and error.code not in _AWAY:
                     raise
-                left = deadline - time.monotonic()
+                left = deadline - self.clock.now()
                 if left <= 0:
                     raise ConnectionLostError(
                         f"{error.message}; it did not come back within {self.patience.wait:g} s",
@@ -217,8 +220,7 @@ class Host:
                 if pause == _FIRST_PAUSE:
                     log.warning("%s; waiting up to %.0f s for it to come back", error.message, left)
             # No pause the first time: an idle connection may be dead while its host is running.
-            # Afterwards a random pause, so that the clients of one host do not all come back at the same moment.
-            time.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311  # no secret
+            self.clock.pause(min(self.clock.spread(pause), left))
             pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
 
     def close(self) -> None:

@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -213,7 +212,7 @@ class RemoteSession:
                 self.sent_on, self.is_uncertain = result.meta.get("sent_on"), False
                 return result
         nonce = secrets.token_hex(8) if awaited is None else awaited.nonce
-        deadline = time.monotonic() + self.host.patience.wait
+        deadline = self.host.clock.now() + self.host.patience.wait
         was_lost = False
         while True:
             try:
@@ -234,7 +233,7 @@ class RemoteSession:
                     raise
                 self._forget()
                 # A host that keeps losing the session cannot be used.
-                if was_lost and time.monotonic() > deadline:
+                if was_lost and self.host.clock.now() > deadline:
                     raise SessionLostError(
                         f"{self.host.url} loses the session whenever it is rebuilt: {error.message}",
                         code=_GONE,

@@ -12,8 +12,9 @@ import logging
 import math
 import secrets
 import threading
+import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from splitlearn_core.build.component import ComponentModel
@@ -212,6 +213,7 @@ def sessions_on(
     limits: SessionLimits | None = None,
     facts: Facts | None = None,
     usage: TrainingUsage | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Sessions:
     """Return the sessions of a component, wherever it runs.
 
@@ -220,6 +222,7 @@ def sessions_on(
         limits: The limits of the sessions.
         facts: The facts of an earlier table of the same component.
         usage: Counts the training of each owner, across several of these.
+        clock: Returns seconds, monotonically. Elsewhere, it is the host's own.
 
     Raises:
         ConfigurationError: It is not a trunk.
@@ -227,7 +230,7 @@ def sessions_on(
     """
     if isinstance(component, RemoteComponent):
         return SessionRelay(component, limits, usage)
-    return SessionTable(component, limits, facts=facts, usage=usage)
+    return SessionTable(component, limits, clock, facts, usage)
 
 
 def _facts_for(facts: Facts, limits: SessionLimits) -> Facts:

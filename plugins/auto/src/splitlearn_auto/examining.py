@@ -39,7 +39,7 @@ from splitlearn_auto.knowledge import (
     model_class_name,
 )
 from splitlearn_auto.making import in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
-from splitlearn_auto.proving import cache_note, differences, keeps_states
+from splitlearn_auto.proving import cache_note, differences, is_packable, keeps_states
 from splitlearn_core import ConfigurationError, ModelFamily, SplitLearnError
 from splitlearn_core.extension import CACHE_FIELD, TINY, own_state, with_decoder_values
 
@@ -465,6 +465,16 @@ def _prove(derived: Derived, config: Any, swept: _Variants, settings: bool) -> N
             derived.notes.append(f"in {dtype}: {differing[0]}")
         else:
             derived.dtypes = (*derived.dtypes, dtype)
+    if settings:
+        windows: list[dict[str, Any]] = [{}, *([{_SLIDING: _WINDOW}] if _has_window(config) else [])]
+        derived.fields["packable"] = bool(derived.attention) and all(
+            is_packable(
+                in_dtype(tiny_model(with_values(config, values), attention), dtype), ModelFamily(**derived.fields)
+            )
+            for values in windows
+            for attention in derived.attention
+            for dtype in derived.dtypes
+        )
 
 
 def _prove_settings(derived: Derived, config: Any, swept: _Variants) -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from transformers import DynamicCache
 
 from splitlearn_auto.deriving import saved_tensors
 from splitlearn_core import Component, ModelFamily, SplitCausalLM, SplitLearnError, TensorInfo
 from splitlearn_core.extension import (
     CACHE_FIELD,
+    PackItem,
     cache_argument,
+    can_pack,
     component_from_state_dict,
     has_states_alone,
     hf_config,
     impossible_cuts,
     layer_cache_sizes,
     map_keys,
+    packed,
     place_keys,
     plan_components,
     said,
@@ -34,6 +39,10 @@ from splitlearn_core.extension import (
 _STEPS = (7, 1, 3)
 _PADDING = 2
 _EMPTY_TOKENS = 3
+#: Packs, one after the other: the sequences and tokens of each session's step.
+_PACKS = (((1, 7), (2, 3), (1, 1)), ((1, 1), (2, 1), (1, 12)), ((1, 1), (2, 1), (1, 1)))
+#: The relative difference of a session in a pack from the same alone that another order of additions may cause.
+_ROUNDING = 1e-4
 
 
 def differences(model: Any, family: ModelFamily) -> list[str]:
@@ -129,6 +138,66 @@ def keeps_states(model: Any) -> bool:
     """Return whether layers of a model keep running states."""
     cache = model(input_ids=_ids(1, 0), use_cache=True).get(CACHE_FIELD)
     return any(size.fixed for size in sizes_after_one_token(cache))
+
+
+@torch.no_grad()
+def is_packable(model: Any, family: ModelFamily) -> bool:
+    """Return whether steps of several sessions can share a forward of a model's components.
+
+    A pack must be equal to the same pack in the unsplit model, and each session in it close to the same one alone:
+    tokens of one session that reach another one outside of attention would not be close.
+
+    Args:
+        model: The tiny unsplit model, in evaluation mode.
+        family: The family derived from it.
+    """
+    if family.crossing:
+        return False
+    family = replace(family, packable=True)
+    values = json.loads(model.config.to_json_string())
+    dtype, attention = str(model.dtype).removeprefix("torch."), _attention(model.config)
+    cut = cuts(_depth(model), impossible_cuts(family, values))[0]
+    # Whatever the code of a layer raises if it does not attend as a pack needs it.
+    try:
+        split = _cut(model, family, hf_config(family, values, "the tiny model", dtype, attention), cut)
+        return _packs_are_equal(model, split, family)
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def _packs_are_equal(model: Any, split: SplitCausalLM, family: ModelFamily) -> bool:
+    components, sessions = split.components, range(len(_PACKS[0]))
+    together, alone = ([DynamicCache(config=model.config) for _ in sessions] for _ in range(2))
+    caches = [[component.new_cache() for _ in sessions] for component in components]
+    if not all(can_pack(family, each.decoder_config, own[0].layers) for each, own in zip(components, caches)):
+        return False
+    for number, sizes in enumerate(_PACKS):
+        ids = [
+            torch.randint(_EMPTY_TOKENS, 100, size, generator=torch.Generator().manual_seed(10 * number + place))
+            for place, size in enumerate(sizes)
+        ]
+        flat = torch.cat([part.reshape(1, -1) for part in ids], dim=1)
+        expected = _in_a_pack(model, together, sizes, {"input_ids": flat}).logits
+        states: Any = flat
+        name = "input_ids"
+        for component, own in zip(components, caches):
+            states, name = _in_a_pack(component, own, sizes, {name: states}), "hidden_states"
+            for cache, (_, tokens) in zip(own, sizes):
+                cache.advance(tokens)
+        if not torch.equal(states.logits, expected):
+            return False
+        for part, cache, logits in zip(ids, alone, expected.split([part.numel() for part in ids], dim=1)):
+            own_logits = model(input_ids=part, **{cache_argument(model.forward): cache}).logits
+            near = own_logits.reshape(logits.shape)
+            if model.dtype == torch.float32 and _distance(logits, near) > _ROUNDING * float(near.abs().max()):
+                return False
+    return True
+
+
+def _in_a_pack(model: Any, caches: Sequence[Any], sizes: Sequence[tuple[int, int]], inputs: Mapping[str, Any]) -> Any:
+    items = [PackItem(rows, tokens, cache) for (rows, tokens), cache in zip(sizes, caches)]
+    with packed(model.config.get_text_config(decoder=True), items, next(model.parameters())) as (positions, cache):
+        return model(**inputs, position_ids=positions, **{cache_argument(type(model).forward): cache})
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,13 @@ class Packs:
     Args:
         model: The generation of the model.
         table: Its sessions.
+        clock: Returns seconds, monotonically.
     """
 
-    def __init__(self, model: AsyncManagedModel, table: Sessions) -> None:
+    def __init__(self, model: AsyncManagedModel, table: Sessions, clock: Callable[[], float] = time.monotonic) -> None:
         self._model = model
         self._table = table
+        self._clock = clock
         self._waiting: list[_Waiting] = []
         self._task: asyncio.Task[None] | None = None
         #: The sessions in the last forward, and those in the one before; the seconds that the last one took.
@@ -67,18 +70,22 @@ class Packs:
             raise
 
     async def _run(self) -> None:
+        try:
+            await self._run_all()
+        except asyncio.CancelledError:
+            # A thread may still compute: its sessions stay locked, and end with the table.
+            for waiting in self._waiting:
+                waiting.reply.cancel()
+            raise
+
+    async def _run_all(self) -> None:
         while self._waiting:
             await self._gather()
             pack = list(self._waiting)
             self._latest = frozenset(waiting.step.frame.session for waiting in pack), self._latest[0]
-            begin = time.monotonic()
+            begin = self._clock()
             try:
                 replies = await self._model.run(partial(self._forward, pack))
-            except asyncio.CancelledError:
-                # The thread may still compute: its sessions stay locked, and end with the table.
-                for waiting in self._waiting:
-                    waiting.reply.cancel()
-                raise
             except Exception as error:  # noqa: BLE001  # each of those that wait raises it
                 for waiting in pack:
                     # What has its reply has released its session.
@@ -87,7 +94,7 @@ class Packs:
                     _settle(waiting, error)
                 self._waiting = [waiting for waiting in self._waiting if waiting not in pack]
                 continue
-            self._seconds = time.monotonic() - begin
+            self._seconds = self._clock() - begin
             for waiting, reply in replies.items():
                 self._waiting.remove(waiting)
                 _settle(waiting, reply)

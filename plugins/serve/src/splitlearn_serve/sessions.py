@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,15 +139,23 @@ class Sessions:
         control: The manager with its configurations, which are loaded on their first use.
         limits: The limits of sessions.
         hops: The servers that outputs may be sent on to.
+        clock: Returns seconds, monotonically.
     """
 
-    def __init__(self, control: Control, limits: SessionLimits | None = None, hops: Hops | None = None) -> None:
+    def __init__(
+        self,
+        control: Control,
+        limits: SessionLimits | None = None,
+        hops: Hops | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         from splitlearn_core.extension import SessionLimits, TrainingUsage
 
         self.limits = limits or SessionLimits()
         #: Model -> the training of each owner on it, across its generations.
         self._usage: defaultdict[str, TrainingUsage] = defaultdict(TrainingUsage)
         self.control = control
+        self._clock = clock
         self._manager = control.manager
         #: Model -> generation -> its lease and sessions.
         self._held: dict[str, dict[int, _Held]] = {}
@@ -303,15 +311,15 @@ class Sessions:
 
     async def _executed(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> tuple[Frame, bytes]:
         """Execute a request, and send its output on if it has a route; return the reply, and the same as bytes."""
-        arrived = time.monotonic()
+        arrived = self._clock()
         # Without a session, the owner's frames take turns.
         async with _turn(self._turns, frame.session or owner.name), self._using(model_id, frame) as held:
             table, limits = held.table, owner.limits(self.limits)
 
             def work(_: Any) -> tuple[Frame, bytes, float, float]:
-                began = time.monotonic()
+                began = self._clock()
                 reply = table.handle(frame, owner.name, limits)
-                return reply, _bytes_of(reply), began - arrived, time.monotonic() - began
+                return reply, _bytes_of(reply), began - arrived, self._clock() - began
 
             step = held.packs.step_of(frame, owner.name, limits)
             if step is not None:
@@ -393,13 +401,13 @@ class Sessions:
                 if held is None:
                     known, limits = self._facts.get(model_id), self.limits
                     facts = known[1] if known and known[0] == model.generation else None
-                    usage = self._usage[model_id]
-                    table = await model.run(lambda module: sessions_on(module, limits, facts, usage))
+                    usage, clock = self._usage[model_id], self._clock
+                    table = await model.run(lambda module: sessions_on(module, limits, facts, usage, clock))
                     if self.is_closing:
                         raise _closing("this server is shutting down")
                     self._facts[model_id] = model.generation, table.facts
                     held = generations[model.generation] = _Held(
-                        model_id, model, table, stack.pop_all(), Packs(model, table)
+                        model_id, model, table, stack.pop_all(), Packs(model, table, clock)
                     )
                 held.users += 1
         if self._timer is None or self._timer.done():
