@@ -13,7 +13,7 @@ import pytest
 
 from splitlearn_core import load_split_model
 from splitlearn_core.hosts import sessions as host_sessions
-from splitlearn_core.hosts.client import RemoteSession
+from splitlearn_core.hosts.journals import RemoteSession
 from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 
 #: Servers that fail, connections that break, and less memory than all owners need at once.
