@@ -392,6 +392,27 @@ def test_an_interrupted_step_is_not_taken_for_the_next(endpoint: MemoryEndpoint)
         )
 
 
+def test_a_step_whose_reply_never_came_does_not_stand_in_the_way(endpoint: MemoryEndpoint) -> None:
+    """The host has executed it; the next call with the same cache is another step of the same number."""
+    whole, _ = models("qwen2", "float32")
+    split = used(endpoint, wait=0)
+    name = cache_argument(whole.forward)
+    cache, expected = DynamicCache(config=whole.config), DynamicCache(config=whole.config)
+
+    def refuse(number: int, _: Any) -> None:
+        raise lost()
+
+    with torch.no_grad():
+        for model, its in ((whole, expected), (split, cache)):
+            model(tokens(2, 5), **{name: its})
+        endpoint.after = refuse
+        with pytest.raises(ConnectionLostError):
+            split(tokens(2, 2), **{name: cache})
+        endpoint.after = lambda number, frame: None
+        logits = [model(tokens(2, 3), **{name: its}).logits for model, its in ((whole, expected), (split, cache))]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "first"])
 def test_a_call_that_failed_can_be_made_again(endpoint: MemoryEndpoint, cached: bool) -> None:
     """What the components before the failure had cached is taken back; what the top could not do, at the trunk too."""

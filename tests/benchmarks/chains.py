@@ -66,7 +66,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     from splitlearn_core import SplitCausalLM, connect
 
     inline = split_model(Job(job["directory"], tuple(job["cut"])))
-    ends = inline.components[0], inline.components[-1]
+    # Components know their cuts, and must agree on them.
+    ends = split_model(Job(job["directory"], tuple(job["cuts"]))).components
     hops = len(job["cuts"]) - 1
     prompt = torch.randint(job["vocabulary"] - 2, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     with ExitStack() as stack, torch.no_grad():
@@ -79,10 +80,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         away = [stack.enter_context(delayed(url, DELAY_MS)) for url in urls]
         one = connect(stack.enter_context(served(job))[0])
         models = [
-            SplitCausalLM(ends[0], *(connect(url, chain=chain) for url in places), ends[1])
+            SplitCausalLM(ends[0], *(connect(url, chain=chain) for url in places), ends[-1])
             for places, chain in ((urls, True), (urls, False), (away, True), (away, False))
         ]
-        models.insert(2, SplitCausalLM(ends[0], one, ends[1]))
+        models.insert(2, SplitCausalLM(inline.components[0], one, inline.components[-1]))
         carried: list[float] = []
         send = one.host.request
 
