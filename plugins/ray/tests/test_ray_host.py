@@ -32,7 +32,7 @@ from splitlearn_ray.cluster import _clusters, end_clusters
 
 CUT = (2, 4)
 #: Seconds for what takes a few on an idle machine.
-PATIENCE = 150
+PATIENCE = 240
 
 
 @pytest.fixture
