@@ -90,8 +90,12 @@ class World:
         )
 
 
-def _without_auto(discover: Callable[[], tuple[PluginEntry, ...]]) -> Callable[[], tuple[PluginEntry, ...]]:
-    return lambda: tuple(entry for entry in discover() if entry.distribution != "splitlearn-auto")
+#: These have an answer about the types and hosts that tests of core take for unknown.
+_LEFT_OUT = ("splitlearn-auto", "splitlearn-ray")
+
+
+def _without_answers(discover: Callable[[], tuple[PluginEntry, ...]]) -> Callable[[], tuple[PluginEntry, ...]]:
+    return lambda: tuple(entry for entry in discover() if entry.distribution not in _LEFT_OUT)
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +104,7 @@ def untouched_process(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.delenv("SPLITLEARN_PLUGINS", raising=False)
     monkeypatch.delenv("SPLITLEARN_DISABLE_PLUGINS", raising=False)
     monkeypatch.delenv("SPLITLEARN_TRACE", raising=False)
-    # If splitlearn-auto is installed, it has an answer about the types that these tests take for unknown.
-    monkeypatch.setattr(metadata, "discover", _without_auto(metadata.discover))
+    monkeypatch.setattr(metadata, "discover", _without_answers(metadata.discover))
     reset_registry()
     before = set(sys.modules)
     yield

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from splitlearn_core import BrokenPluginError, ConfigurationError, ModelConfig, PluginConflictError
-from splitlearn_core.plugins import metadata
 from splitlearn_core.plugins.registry import PluginRegistry, registry
 
 pytestmark = pytest.mark.light
@@ -19,14 +18,6 @@ GROUP = "splitlearn.hosts"
 MODEL = {"model_id": "a", "model_type": "llama", "model_path": "m", "component": "trunk", "split_points": (2, 4)}
 LOAD = "def load({arguments}):\n    raise RuntimeError('no luck today')\n"
 SOUND = LOAD.format(arguments="config, plan, report, threads")
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the host of this project that may be installed."""
-    found = metadata.discover
-    others = lambda: tuple(entry for entry in found() if entry.distribution != "splitlearn-ray")  # noqa: E731
-    monkeypatch.setattr(metadata, "discover", others)
 
 
 @pytest.fixture

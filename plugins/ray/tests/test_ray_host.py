@@ -32,7 +32,7 @@ from splitlearn_ray.cluster import _clusters, end_clusters
 
 CUT = (2, 4)
 #: Seconds for what takes a few on an idle machine.
-PATIENCE = 150
+PATIENCE = 240
 
 
 @pytest.fixture
@@ -225,7 +225,8 @@ def test_a_load_that_waits_for_a_cluster_is_cancelled(trunk: Any) -> None:
     async def main(models: AsyncModelManager) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             load = asyncio.ensure_future(models.load_model(trunk(address=f"127.0.0.1:{silent.getsockname()[1]}")))
-            await asyncio.to_thread(silent.accept)
+            stream, _ = await asyncio.to_thread(silent.accept)
+            stream.close()
             await models.cancel_load("trunk")
             with pytest.raises(LoadCancelledError):
                 await load

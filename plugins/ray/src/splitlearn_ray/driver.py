@@ -426,16 +426,21 @@ def amounts(bundle: Mapping[str, float]) -> str:
 
 
 def _ending_of(error: Exception) -> str:
+    import ray
+
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        # Its machine may still run; the actor is killed when that is reached again.
+        return "cannot be reached any more"
     text = " ".join(str(error).split())
-    if "node" in text and "died" in text and "node died" in text.lower():
-        return "ended with that machine"
-    if "memory" in text and "OOM" in type(error).__name__:
-        return "was killed because memory ran out there"
+    if "node has died" in text:
+        return "has ended with that machine"
     _, _, detail = text.partition("The actor is dead because ")
     return f"has ended: {detail.partition('.')[0] or _first_line(error)}"
 
 
 def _start_error(model_id: str, host: str, error: Exception) -> SplitLearnError:
+    import ray
+
     text = str(error)
     if "No module named" in text or "failed to import" in text or "ModuleNotFoundError" in text:
         line = next((line for line in text.splitlines() if "No module named" in line), _first_line(error))
@@ -444,20 +449,13 @@ def _start_error(model_id: str, host: str, error: Exception) -> SplitLearnError:
             hint="install splitlearn-ray and the plugin of the family there, in the Python that runs Ray: "
             "pip install splitlearn-ray",
         )
-    if isinstance(error, _dead()):
+    if isinstance(error, ray.exceptions.RayActorError):
         return HostDiedError(
             f"the actor of {model_id!r} on the machine {host} {_ending_of(error)}",
             code="host_died",
             hint="the logs of that worker are in /tmp/ray/session_latest/logs of its machine",
         )
     return LoadFailedError(f"the actor of {model_id!r} on the machine {host} failed: {_first_line(error)}")
-
-
-def _dead() -> type[Exception]:
-    import ray
-
-    kind: type[Exception] = ray.exceptions.RayActorError
-    return kind
 
 
 def _refuse_other_versions(there: Mapping[str, str], host: str) -> None:
