@@ -165,7 +165,7 @@ def _proposed(directory: str, machines: list[tuple[float, float]]) -> dict[str, 
     names = ("owner", *(f"threads{threads}" for threads in _THREADS))
     command = [sys.executable, "-m", "splitlearn_core", "plan", directory, "--json"]
     for name, (speed, delay) in zip(names, machines, strict=True):
-        command += ["--over", f"{name}={_MEMORY}:{speed / 1e9:.6f}GB/s:{1000 * delay:.4f}ms"]
+        command += ["--over", f"{name}={_MEMORY}:{int(speed)}/s:{1000 * delay:.4f}ms"]
     proposal: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return proposal
 

@@ -67,7 +67,9 @@ def _simulate(job: dict[str, Any]) -> dict[str, Any]:
     values = dict(job["scenario"])
     if values.get("costs"):
         values["costs"] = Costs(tuple(map(tuple, values["costs"]["forwards"])))
-    values = {name: Line(value) if name in ("fast", "slow") else value for name, value in values.items() if value}
+    values = {
+        name: Line(value) if name in ("fast", "slow") else value for name, value in values.items() if value is not None
+    }
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, tiny_model("qwen2", num_hidden_layers=3))
         trunk = load_split_model(None, (1, 2), folder, parts=("trunk",), progress=False).trunk

@@ -27,7 +27,7 @@ _REASONS = {
     "ignored_suffixes": "Tensors of old checkpoints that no module has; transformers ignores them, too.",
     "renamed": "Names on disk that transformers changes when it loads.",
     "transformers_tables": "Tensors of the module are made of others in the file, as transformers does it.",
-    "packable": "Outside of attention, its layers treat each token by itself: sessions can share a forward.",
+    "packable": "But for attention, its layers treat each token by itself: sessions can be packed.",
     "cached_values": "Its layers cache what keys and values are computed from.",
     "measured_cache": "What its layers cache is not to be read in its config.json.",
     "config_names": "The names in its config.json of the values that a plan needs.",
