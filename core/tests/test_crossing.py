@@ -164,6 +164,14 @@ def test_steps_are_equal(name: str, points: tuple[int, ...]) -> None:
     assert equal(steps(split, 7, 1, 3), steps(model(name)[0], 7, 1, 3))
 
 
+def test_parameters_are_those_of_the_unsplit_model(name: str) -> None:
+    """Those of the base model itself, too, which only a bottom has."""
+    models = (SplitCausalLM(*parts_of(name)), model(name)[0])
+    split, whole = (dict(each.named_parameters(remove_duplicate=False)) for each in models)
+    assert split.keys() == whole.keys()
+    assert all(torch.equal(split[key], whole[key]) for key in whole)
+
+
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_steps_at_a_host_are_equal(name: str, carrier: str, tmp_path: Path) -> None:
     bottom, trunk, top = parts_of(name)

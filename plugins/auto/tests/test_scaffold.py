@@ -411,9 +411,9 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         ("clip", "not a causal language model: transformers has"),
         # Older transformers fails on its configuration.
         ("musicgen", "encoder-decoder|Validation error"),
-        ("rwkv", "keeps no cache of transformers' own kind"),
+        ("rwkv", "keeps no cache of transformers' own kind: what it keeps for the next token is state"),
         # Its modules keep the states themselves.
-        ("recurrent_gemma", "keeps no cache of transformers' own kind"),
+        ("recurrent_gemma", "keeps no cache of transformers' own kind: its layers keep their states themselves"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_reason(tmp_path: Path, model_type: str, reason: str) -> None:

@@ -169,6 +169,7 @@ def _take_inlets(made: nn.Module, base: Any, inlets: Sequence[str]) -> None:
         for name in own:
             vars(made).pop(name, None)
         outlets = vars(made)["_parameters"]
+        # The bottom's own register where possible, so that moving its tensors moves these.
         vars(made)["_parameters"] = {**own, **outlets} if outlets else vars(base)["_parameters"]
 
 
