@@ -30,7 +30,6 @@ FAMILIES = {
             "olmoe": "OlmoeForCausalLM",
             "glm4_moe": "Glm4MoeForCausalLM",
             "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
-            "granitemoe": "GraniteMoeForCausalLM",
             "deepseek_v2": "DeepseekV2ForCausalLM",
             "deepseek_v3": "DeepseekV3ForCausalLM",
             "phimoe": "PhimoeForCausalLM",
@@ -38,6 +37,9 @@ FAMILIES = {
             "ministral3": "Ministral3ForCausalLM",
         }.items()
     },
+    # Its embeddings are multiplied on the way to the layers.
+    "granitemoe": "architecture='GraniteMoeForCausalLM', transformers_tables=True, uniform_layers=False,"
+    " enter_at_layers=True",
     "gemma": "architecture='GemmaForCausalLM'",
     "gemma2": "architecture='Gemma2ForCausalLM'",
     "gemma3_text": "architecture='Gemma3ForCausalLM'",
