@@ -220,7 +220,7 @@ def test_nothing_heavy_is_imported_at_the_top_of_a_light_module() -> None:
 #: Chains of hosts take a file and 200 lines, and sessions with their journals have a file of their own.
 LIMITS = {
     "files": (0, 190),
-    "code lines": (0, 26_600),
+    "code lines": (0, 27_000),
     "median file": (130, 450),
     "function, 90th percentile": (0, 25),
     "private functions used once, %": (0, 13),
