@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_figures(simulate: Any) -> None:
 
 def test_a_step_that_is_done_twice_is_noticed(simulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_sessions, "_repeated", lambda session, frame: None)
-    problems = simulate(**{**TROUBLE, "life": float("inf"), "breaks": 0.3})["problems"]
+    problems = simulate(**{**TROUBLE, "owners": 4, "life": float("inf"), "breaks": 0.3})["problems"]
     assert any("tokens were sent in steps 1 to" in problem for problem in problems)
 
 

@@ -352,7 +352,9 @@ class WatchedHost(Host):
             with contextlib.suppress(RemoteError):
                 self.request_once(Frame(Kind.CLOSE, number, meta={"secret": secret}))
 
-        self._closing = self._world.start_actor(close)
+        # A session may be collected when the simulation has ended.
+        if not self._world.loop.is_closed():
+            self._closing = self._world.start_actor(close)
 
     def wait_for_closing(self) -> None:
         """Wait until the session that was abandoned last is closed."""
