@@ -225,9 +225,9 @@ class TestPlugins:
         assert table.stderr == ""
         lines = succeeded(table).splitlines()
         assert lines[0].startswith("model type")
-        strategies = [row for row in rows if row["kind"] == "strategy"]
-        # Strategies have a table of their own, after an empty line.
-        assert len(lines) == 1 + len(rows) + (2 if strategies else 0)
+        # Strategies and hosts have a table of their own, after an empty line.
+        kinds = {row["kind"] for row in rows}
+        assert len(lines) == 1 + len(rows) + 2 * (len(kinds) - 1)
 
     def test_json_before_or_after_the_subcommand(self, cli: Cli) -> None:
         """``plugins --json list`` is not silently a table."""

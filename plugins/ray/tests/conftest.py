@@ -54,6 +54,8 @@ def llama(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Install that plugin here."""
     for name in ("SPLITLEARN_PLUGINS", "SPLITLEARN_DISABLE_PLUGINS", "SPLITLEARN_TRACE"):
         monkeypatch.delenv(name, raising=False)
+    # Ray's library sets it when it is imported.
+    monkeypatch.setenv("RAY_CLIENT_MODE", "0")
     monkeypatch.syspath_prepend(str(site))
     reset_registry()
     yield

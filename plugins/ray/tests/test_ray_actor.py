@@ -16,7 +16,7 @@ from splitlearn_core import AccessRefusedError, ConfigurationError, RemoteCompon
 from splitlearn_core.extension import Endpoint, Frame, Host, Kind, Patience
 from splitlearn_ray.actor import TrunkActor
 from splitlearn_ray.driver import _connect, _refuse_other_versions, _start_error, versions
-from splitlearn_ray.host import _LocalConnection
+from splitlearn_ray.handle import _LocalConnection
 
 CUT = (2, 4)
 TOKEN = "t" * 32
@@ -60,7 +60,8 @@ def test_on_its_machine_only_its_user_gets_in(single: Path) -> None:
     assert (path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
     assert path.is_relative_to(tempfile.gettempdir())
     connection = _LocalConnection(str(path))
-    assert connection.exchange(Frame(Kind.HELLO)).kind is Kind.WELCOME
+    connection.send(Frame(Kind.HELLO))
+    assert connection.receive().kind is Kind.WELCOME
     connection.close()
     path.unlink()
     path.parent.rmdir()
