@@ -54,7 +54,7 @@ REASONS = {
     "needs a file of yours": 2,
     "is what the checks do": 2,
     "needs a Ray cluster": 3,
-    "needs two servers": 1,
+    "needs two servers": 2,
     "takes half an hour": 1,
     "takes minutes": 2,
     "needs a git checkout of transformers": 1,

