@@ -55,7 +55,7 @@ REASONS = {
     "is what the checks do": 2,
     "needs a Ray cluster": 3,
     "needs two servers": 2,
-    "takes half an hour": 1,
+    "takes an hour": 1,
     "takes minutes": 2,
     "needs a git checkout of transformers": 1,
 }

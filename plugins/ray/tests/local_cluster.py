@@ -1,14 +1,17 @@
-"""A Ray cluster on this machine, one for all processes of a test run; it ends with the last of them.
+"""A Ray cluster on this machine, one for all processes of a test run; it ends with the last that uses it.
 
-``python local_cluster.py FIFO FOLDER`` runs it: the processes that use it hold the FIFO open for writing.
+``python local_cluster.py SHARED FOLDER`` runs it: those who use it hold the FIFO ``users`` in SHARED open for writing.
+Who comes later starts another one.
 """
 
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import secrets
+import select
 import shutil
 import subprocess
 import sys
@@ -25,7 +28,9 @@ _ATTEMPTS = 3
 
 def requires_ray() -> None:
     """Skip the test where there is no Ray."""
-    pytest.importorskip("ray", reason="Ray is not installed: it has no wheel for this Python or system")
+    # Importing it would change this process's path and environment.
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: it has no wheel for this Python or system")
 
 
 @contextmanager
@@ -36,21 +41,45 @@ def local_cluster(shared: Path) -> Iterator[dict[str, str]]:
         shared: A folder that all processes of the run have in common.
     """
     shared.mkdir(exist_ok=True)
-    fifo, variables = shared / "users", shared / "variables.json"
-    with (shared / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not variables.exists():
-            os.mkfifo(fifo)
-            variables.write_text(json.dumps(_start(fifo)))
-        user = os.open(fifo, os.O_WRONLY)
-        fcntl.flock(lock, fcntl.LOCK_UN)
+    with _locked(shared):
+        variables, user = _join(shared)
     try:
-        yield json.loads(variables.read_text())
+        yield variables
     finally:
         os.close(user)
 
 
-def _start(fifo: Path) -> dict[str, str]:
+@contextmanager
+def _locked(shared: Path) -> Iterator[None]:
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _join(shared: Path) -> tuple[dict[str, str], int]:
+    """Return the variables of the cluster that runs, or of a new one, and what keeps it running."""
+    fifo, written = shared / "users", shared / "variables.json"
+    if written.exists():
+        try:
+            return json.loads(written.read_text()), os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads: it has crashed
+            _forget(shared)
+    os.mkfifo(fifo)
+    try:
+        variables = _start(shared)
+    except BaseException:
+        fifo.unlink()
+        raise
+    written.write_text(json.dumps(variables))
+    return variables, os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+
+
+def _forget(shared: Path) -> None:
+    for name in ("users", "variables.json"):
+        (shared / name).unlink(missing_ok=True)
+
+
+def _start(shared: Path) -> dict[str, str]:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -65,7 +94,7 @@ def _start(fifo: Path) -> dict[str, str]:
         # Sockets below it have long names.
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         process = subprocess.Popen(
-            [sys.executable, __file__, str(fifo), folder],
+            [sys.executable, __file__, str(shared), folder],
             env={**environment, **settings, **token},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -85,8 +114,13 @@ def _start(fifo: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    fifo, folder = sys.argv[1:]
+    shared, folder = Path(sys.argv[1]), sys.argv[2]
     import ray
+
+    # Before the address is told: whoever opens the other end finds a reader.
+    users = os.open(shared / "users", os.O_RDONLY | os.O_NONBLOCK)
+    waiting = select.poll()
+    waiting.register(users, 0)
 
     try:
         context = ray.init(
@@ -100,8 +134,13 @@ def main() -> None:
         )
         print(context.address_info["address"], flush=True)
         sys.stdout.close()
-        with Path(fifo).open() as users:
-            users.read()  # until no process has it open
+        is_used = True
+        while is_used:
+            waiting.poll()  # until nobody has it open any more
+            with _locked(shared):
+                is_used = not waiting.poll(0)
+                if not is_used:
+                    _forget(shared)
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
