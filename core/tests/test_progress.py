@@ -42,7 +42,7 @@ def test_no_bar_without_a_terminal_or_if_turned_off() -> None:
 
 
 def test_an_examination_is_one_line_without_a_terminal() -> None:
-    """It takes many seconds, and is told of again and again."""
+    """It takes many seconds, and is reported several times."""
     examining = SHOWN.replace('"reading", None, 5, 10', '"examining", file="opt"').replace(
         '"reading", None, 10, 10', '"examining", file="opt"'
     )

@@ -49,7 +49,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         future = self.create_future()
         try:
             future.set_result(func(*args))
-        except Exception as error:  # noqa: BLE001  # whoever waits for it raises it
+        except Exception as error:  # noqa: BLE001  # raised where its end is awaited
             future.set_exception(error)
         return future
 

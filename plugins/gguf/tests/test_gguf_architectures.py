@@ -328,7 +328,7 @@ def test_pieces_have_a_shape_together_or_none(
 
 
 def test_memory_of_pieces_is_predicted(gguf_file: Write) -> None:
-    """Each piece is there beside the whole tensor, for a time."""
+    """The pieces and the whole tensor are in memory together."""
     plan = plan_split(gguf_file("granitemoe", **EXPERTS["granitemoe"]), (1, 3), parts=("trunk",))
     tensors = plan.component("trunk").tensors
     whole = max(tensor.elements for tensor in tensors if tensor.info.key.endswith("input_linear.weight"))

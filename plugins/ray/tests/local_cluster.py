@@ -118,7 +118,7 @@ def main() -> None:
     shared, folder = Path(sys.argv[1]), sys.argv[2]
     import ray
 
-    # Before the address is told: whoever opens the other end finds a reader.
+    # Before the address is printed, so that the other end can be opened at once.
     users = os.open(shared / "users", os.O_RDONLY | os.O_NONBLOCK)
     waiting = select.poll()
     waiting.register(users, 0)

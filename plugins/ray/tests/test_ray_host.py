@@ -149,7 +149,7 @@ def test_a_load_is_cancelled(trunk: Any) -> None:
 
 @pytest.mark.usefixtures("ray")
 def test_resources_that_are_missing_or_held_are_named(trunk: Any) -> None:
-    """Whoever waits in vain learns what each machine has, and who holds it; of a group, which places are taken."""
+    """The error names what each machine has, and who holds it; of a group, which places are taken."""
 
     async def main(models: AsyncModelManager) -> None:
         options = {"resources": {"single": 1}, "group": "chain", "group_strategy": "STRICT_PACK"}

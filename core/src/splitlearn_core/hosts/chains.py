@@ -3,7 +3,7 @@
 The owner announces a step at every host, asks each but the first for the result, and sends the input to the first. A
 host that executes a step with a *route* makes the next step of it, and sends that with a *pass*, which is good for the
 steps of one session. The copies are what the owner's journals need, so that each session can be rebuilt alone. A step
-that does not arrive is sent by the owner, under the same number and nonce: executed once, whoever sends it.
+that does not arrive is sent by the owner, under the same number and nonce: it is executed once.
 
 A route has no address: it names one of the hosts that the operator of a server lets it send on to.
 """
@@ -131,7 +131,7 @@ class Link:
         if self.name is not None:
             log.info("The output of %s goes from %s on to %s at %s", before, self.before.url, after, self.after.url)
             return
-        # Where nobody has asked for a chain, there is nothing to warn of.
+        # Without a request for a chain, coming back through this process is no surprise.
         report = log.warning if self._was_asked else log.info
         report("The output of %s goes to %s through this process: %s", before, after, self.refusal)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from splitlearn_core.errors import ProtocolError, SplitLearnError
+from splitlearn_core.errors import SplitLearnError
 from splitlearn_core.hosts.control import close_all, receive_message, send_message
 from splitlearn_core.hosts.shared_memory import Channel
 from splitlearn_core.plugins.registry import reset_registry
@@ -170,24 +170,9 @@ def _read_control(control: socket.socket, tables: list[ComponentServer]) -> None
                 close_all(descriptors)
                 continue
             channel = Channel(socket.socket(fileno=descriptors[0]), max_payload=tables[0].limits.max_payload)
-            threading.Thread(target=_answer, args=(channel, tables[0]), name="serve a connection", daemon=True).start()
+            threading.Thread(target=tables[0].serve, args=(channel,), name="serve a connection", daemon=True).start()
     except OSError as error:
         log.debug("The control connection broke: %s", error)
     finally:
         # A load or a step may be running, but its result will not be read.
         os._exit(0)
-
-
-def _answer(channel: Channel, table: ComponentServer) -> None:
-    from splitlearn_core.hosts.sessions import error_frame
-
-    with contextlib.closing(channel), contextlib.suppress(OSError):  # the parent closed it
-        while True:
-            try:
-                request = channel.receive()
-            except ProtocolError as error:
-                channel.send(error_frame(error))
-                return
-            if request is None:
-                return
-            channel.send(table.handle(request))

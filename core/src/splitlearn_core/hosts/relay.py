@@ -7,6 +7,7 @@ those of its own user. Payloads are neither read nor copied into tensors on the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -18,12 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from splitlearn_core.build.component import ComponentModel
-from splitlearn_core.errors import ConnectionLostError, HostDiedError, RemoteError, SplitLearnError
+from splitlearn_core.errors import ConnectionLostError, HostDiedError, ProtocolError, RemoteError, SplitLearnError
 from splitlearn_core.hosts.facts import SOLO, Facts
 from splitlearn_core.hosts.packs import PendingStep
 from splitlearn_core.hosts.protocol import Frame, Kind, TensorSpec
 from splitlearn_core.hosts.remote import RemoteComponent
 from splitlearn_core.hosts.sessions import SessionLimits, SessionTable, error_frame
+from splitlearn_core.hosts.shared_memory import Channel
 from splitlearn_core.hosts.training import TrainingUsage
 from splitlearn_core.hosts.wires import shape_of
 
@@ -76,6 +78,19 @@ class ComponentServer:
             return reply
         state = {"is_open": reply.session in table, "reserved": table.reserved_bytes}
         return reply._replace(meta={**reply.meta, _RELAY: state})
+
+    def serve(self, channel: Channel) -> None:
+        """Answer the requests on a channel until its other side is closed, and close it."""
+        with contextlib.closing(channel), contextlib.suppress(OSError):  # the other side closed it
+            while True:
+                try:
+                    request = channel.receive()
+                except ProtocolError as error:
+                    channel.send(error_frame(error))
+                    return
+                if request is None:
+                    return
+                channel.send(self.handle(request))
 
     def _begin(self, relay: Mapping[str, Any]) -> None:
         """Make a table for a new relay; the sessions of the previous one end."""

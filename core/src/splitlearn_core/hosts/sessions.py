@@ -91,7 +91,7 @@ class SessionLimits(TrainingLimits):
 class _Session:
     number: int
     secret: str
-    #: Whoever has it may send the session's steps, and nothing else.
+    #: A bearer may send the session's steps, and nothing else.
     passkey: str
     owner: str
     cache: PartCache

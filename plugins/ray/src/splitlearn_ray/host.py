@@ -1,4 +1,4 @@
-"""The host ``ray``, as the manager finds it. Light: whoever lists plugins imports it."""
+"""The host ``ray``, as the manager finds it. Listing plugins imports this module, so it is light."""
 
 from __future__ import annotations
 

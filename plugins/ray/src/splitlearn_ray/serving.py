@@ -43,23 +43,10 @@ def on_machine(server: ComponentServer) -> dict[str, Any]:
         while True:
             stream, _ = listener.accept()
             channel = Channel(stream, server.limits.max_payload)
-            threading.Thread(target=_answer, args=(channel, server), name="serve a connection", daemon=True).start()
+            threading.Thread(target=server.serve, args=(channel,), name="serve a connection", daemon=True).start()
 
     threading.Thread(target=accept, name="accept connections", daemon=True).start()
     return {"path": path}
-
-
-def _answer(channel: Channel, server: ComponentServer) -> None:
-    with contextlib.closing(channel), contextlib.suppress(OSError):  # the other side closed it
-        while True:
-            try:
-                request = channel.receive()
-            except ProtocolError as error:
-                channel.send(error_frame(error))
-                return
-            if request is None:
-                return
-            channel.send(server.handle(request))
 
 
 def on_network(server: ComponentServer, host: str, token: str) -> dict[str, Any]:
