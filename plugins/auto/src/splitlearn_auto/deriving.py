@@ -98,8 +98,8 @@ def derive_parts(model: Any) -> Parts:
         parts.layers = _layers(base, config, embeddings)
     except CannotSplitError:
         raise
-    # The code of a model may raise any exception for embeddings without the tokens that they are of.
     except Exception:
+        # For embeddings without the tokens that they are of, the code of a model may raise anything.
         refuse_tokens_in_layers(model)
         raise
     parts.shared = _shared_modules(base.get_submodule(parts.layers), parts.layers)

@@ -289,10 +289,9 @@ def _named_shares(config: Any, shared: Mapping[str, list[list[int]]]) -> dict[st
 
 def _counts_shares(config: Any, name: str, module: str, count: int) -> bool:
     """Return whether a value says how many different modules of a name layers have."""
-    # Values that do not fit together: the class may raise any exception.
     try:
         groups = derive_parts(tiny_model(with_values(config, {name: count + 1}))).shared[module]
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001  # for values that do not fit together, the class may raise anything
         return False
     return len(groups) == count + 1
 

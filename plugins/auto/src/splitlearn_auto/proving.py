@@ -157,11 +157,10 @@ def is_packable(model: Any, family: ModelFamily) -> bool:
     values = json.loads(model.config.to_json_string())
     dtype, attention = str(model.dtype).removeprefix("torch."), _attention(model.config)
     cut = cuts(_depth(model), impossible_cuts(family, values))[0]
-    # Whatever the code of a layer raises if it does not attend as a pack needs it.
     try:
         split = _cut(model, family, hf_config(family, values, "the tiny model", dtype, attention), cut)
         return _packs_are_equal(model, split, family)
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001  # a layer that does not attend as a pack needs it may raise anything
         return False
 
 
