@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +49,7 @@ _PACKAGES = (
     "fastsafetensors",
     "runai-model-streamer",
 )
-_QUICK_RUNS = 2
+_RUNS, _QUICK_RUNS = 3, 2
 #: Minutes that many sessions run at once: in an ordinary run, with --quick, and with --minutes alone.
 _MINUTES, _QUICK_MINUTES, _FULL_MINUTES = 0.5, 0.05, 10.0
 
@@ -57,15 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     # Unwinds the stack, so that gigabytes do not stay behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    runs = options.runs or (_QUICK_RUNS if options.quick else 5)
+    runs = options.runs or (_QUICK_RUNS if options.quick else _RUNS)
     with tempfile.TemporaryDirectory(prefix="splitlearn-benchmarks-") as temporary:
         minutes = options.minutes or (_QUICK_MINUTES if options.quick else _MINUTES)
         session = Session(runs, options.quick, options.cache_dir or Path(temporary), minutes)
         session.cache_dir.mkdir(parents=True, exist_ok=True)
         for name in options.only or BENCHMARKS:
             say(f"{name}:")
+            started = time.monotonic()
             importlib.import_module(name).run(session)
-            say(table([row for row in session.rows if row.benchmark == name]) + "\n")
+            say(table([row for row in session.rows if row.benchmark == name]))
+            say(f"{name} took {time.monotonic() - started:.0f} s\n")
     machine = _machine(runs, quick=options.quick)
     print("\n".join(f"{key}: {value}" for key, value in machine.items()), table(session.rows), sep="\n\n")
     print("\n" + ("targets are for real sizes: run without --quick" if options.quick else summary(session.rows)))
@@ -77,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny models: shows that everything runs, says nothing")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--runs", type=int, help="measurements of each thing (default: 5; 2 with --quick)")
+    parser.add_argument(
+        "--runs", type=int, help=f"measurements of each thing (default: {_RUNS}; {_QUICK_RUNS} with --quick)"
+    )
     parser.add_argument("--cache-dir", type=Path, help="keep checkpoints here, 10 GB (default: a temporary folder)")
     parser.add_argument(
         "--minutes",
