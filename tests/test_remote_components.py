@@ -351,8 +351,9 @@ def test_a_token_is_taken_as_a_file_has_it(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ConfigurationError, match="a header cannot hold") as caught:
             connect(url, token="sec\nret")
         assert "sec" not in str(caught.value)
-        with pytest.raises(ConfigurationError, match="no such certificate file"):
+        with pytest.raises(ConfigurationError, match="there is no certificate file") as missing:
             connect(url, ca_file="nowhere.pem")
+        assert "give the PEM file" in missing.value.hint
 
 
 def test_a_journal_has_a_limit(endpoint: MemoryEndpoint, caplog: pytest.LogCaptureFixture) -> None:

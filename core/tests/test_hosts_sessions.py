@@ -241,6 +241,11 @@ def test_room_is_limited(table: SessionTable, parts: Any, clock: Clock) -> None:
     refused(one.step(3, states(1, 1)), "full")
     assert narrow.reserved_bytes == 9 * per_token
 
+    # What will never fit is told so: it is no use to try again.
+    never = one.send(Kind.OPEN, meta={"rows": 1, "tokens": 10})
+    refused(never, "full", "one session would take")
+    assert never.meta["retry_after"] is None
+
 
 def test_one_owner_does_not_take_all(parts: Any) -> None:
     """Sessions are counted by owner too."""

@@ -24,7 +24,7 @@ def test_the_commands_are_found(name: str) -> None:
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"Usage: splitlearn {name} [OPTIONS]")
     line = {
-        "serve": "Keep models loaded, with a status page.",
+        "serve": "Run trunks for others, and keep models loaded.",
         "ps": "Show the models of a running `serve`.",
         "load": "Have a running `serve` load a model.",
         "unload": "Have a running `serve` unload a model.",
@@ -68,3 +68,22 @@ def test_the_table_is_plain_text() -> None:
     assert "…" in lines[1]
     assert "not loaded" in lines[2]
     assert lines[3] == r"a\x07b: needs\x9b 3 GiB"
+
+
+def test_the_details_are_below_the_table() -> None:
+    """Where a model runs that is not in the server's process, how often it died, and what its sessions cost."""
+    sessions = {"open": 1, "opened": 2, "steps": 40, "steps_per_second": 2.5, "waiting_seconds": 0.26,
+                "computing_seconds": 12.3456, "bytes_received": 2048, "bytes_sent": 4096, "cache_bytes": 1024,
+                "refused": {"full": 3}}  # fmt: skip
+    model = {"model_id": "trunk", "status": "failed", "host": "process", "pid": 7, "location": "/srv/model",
+             "measured": 1024, "restarts": 2, "restarts_at": 5.0, "sessions": sessions}  # fmt: skip
+    idle = {"model_id": "idle", "status": "ready", "host": "inline", "location": "/srv/model", "measured": 1024}
+
+    lines = render_overview({"now": 1.0, "models": [model, idle]}).splitlines()
+
+    assert "1 open, 40 steps, 2.5/s" in lines[2]
+    assert "\n".join(lines[3:]) == (
+        "trunk: host process, pid 7, /srv/model, 1.0 KiB of its own, restarts in a row: 2, starts again in 4 s\n"
+        "trunk: sessions computed for 12.3 s, waited for 0.3 s; 2.0 KiB received, 4.0 KiB sent; "
+        "1.0 KiB of caches reserved; refused as full: 3"
+    )

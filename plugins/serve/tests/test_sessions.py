@@ -31,6 +31,7 @@ from splitlearn_core import (
     RemoteError,
     RemoteStepError,
     SplitCausalLM,
+    SplitLearnError,
     connect,
     load_split_model,
 )
@@ -220,6 +221,23 @@ class TestTLS:
         assert "--ca-file" in refusal.value.hint
         with pytest.raises(ConfigurationError, match="holds no certificates"):
             ServerClient(server.url, ca_file=key)
+
+    def test_the_end_of_a_server(
+        self,
+        serve: Serve,
+        use: Any,
+        certificate: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """It does not wait for clients that are between two steps, and reports no error of its own."""
+        monkeypatch.setattr(connections, "TLS_END_TIMEOUT", 0.05)
+        cert, key = certificate()
+        server = serve(tls=server_context(cert, key))
+        remote = use(server, ca_file=cert, wait=0)
+        remote(hidden(remote), past_key_values=remote.new_cache())
+        server.end()
+        assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
     def test_an_unknown_authority(self, serve: Serve, certificate: Any) -> None:
         """It is refused by the client, which says so."""
@@ -721,7 +739,9 @@ class TestShown:
         assert (entry["sessions"]["open"], entry["sessions"]["steps"]) == (1, 1)
         assert entry["sessions"]["cache_bytes"] == 2048 * remote.facts.cache_bytes_per_token
         assert entry == server.get("/api/models/trunk") | {"sessions": entry["sessions"]}
-        assert "1 open, 1 step, 0.1/s" in render_overview(fetch_overview(server.url))
+        shown = render_overview(fetch_overview(server.url))
+        assert "1 open, 1 step, 0.1/s" in shown
+        assert "trunk: sessions computed for 0.0 s, waited for 0.0 s; " in shown
         metrics = server.request("GET", "/metrics").body.decode()
         for line in (
             'splitlearn_sessions_open{model_id="trunk"} 1.0',
@@ -729,6 +749,23 @@ class TestShown:
             'splitlearn_session_step_seconds_count{model_id="trunk"} 1.0',
         ):
             assert line in metrics
+
+    def test_the_way_out_is_one_of_the_command_line(self, serve: Serve, use: Any) -> None:
+        """Commands name options, where the server's own answer names a request."""
+        server = serve()
+        remote = use(server)
+        cache = remote.new_cache()
+        remote(hidden(remote), past_key_values=cache)
+        runner, at, raises = CliRunner(), ["--url", server.url], {"standalone_mode": False, "catch_exceptions": False}
+        with pytest.raises(SplitLearnError, match="stays loaded: 1 lease left") as left:
+            runner.invoke(cli, ["unload", "trunk", "--timeout", "0", *at], **raises)
+        assert left.value.hint == "wait longer, with --timeout, or end them with --force"
+        with pytest.raises(SplitLearnError, match="no model 'tronk'") as unknown:
+            runner.invoke(cli, ["load", "tronk", *at], **raises)
+        assert unknown.value.hint.startswith("these are: trunk;")
+        with pytest.raises(SplitLearnError, match="is not a `splitlearn serve`") as path:
+            ServerClient(f"{server.url}/trunk").overview()
+        assert path.value.hint.endswith(f"--url {server.url}")
 
 
 class TestTraining:

@@ -123,7 +123,10 @@ class Endpoint:
                 hint="a token consists of ASCII letters, digits and punctuation",
             )
         if self.ca_file is not None and not os.path.isfile(self.ca_file):  # noqa: PTH113  # a path of the caller's
-            raise ConfigurationError(f"{self.ca_file}: there is no such certificate file")
+            raise ConfigurationError(
+                f"there is no certificate file {self.ca_file!r}",
+                hint="give the PEM file of the authority that signed the server's certificate",
+            )
         try:
             parts = urlsplit(self.url)
             parts.port  # noqa: B018  # reading it is what checks it

@@ -386,7 +386,7 @@ class SessionTable:
                     retry_after=_RETRY_AFTER,
                     hint="try again when other sessions have ended, or close those that are no longer needed",
                 )
-            self._admit(self._bytes_of(session))
+            self._admit(0, self._bytes_of(session))
             self._sessions[session.number] = session
         return Frame(Kind.OPENED, session.number, meta={"secret": session.secret, "pass": session.passkey})
 
@@ -556,9 +556,16 @@ class SessionTable:
             raise RemoteError("steps that another host sends on do not train", code="bad_input")
         return session
 
-    def _admit(self, additional: int) -> None:
-        """Refuse bytes beyond the limit; called with the lock held."""
-        limit, reserved = self.limits.cache_bytes, self.reserved_bytes
+    def _admit(self, before: int, after: int) -> None:
+        """Refuse the bytes of one session if there is no room for them; called with the lock held."""
+        limit, reserved, additional = self.limits.cache_bytes, self.reserved_bytes, after - before
+        if limit is not None and after > limit:
+            raise RemoteError(
+                f"the cache of one session would take {human_bytes(after)}, and {human_bytes(limit)} are allowed for "
+                "those of all sessions together",
+                code="full",
+                hint="declare fewer tokens: connect(..., max_tokens=N); or send fewer sequences at once",
+            )
         if limit is not None and reserved + additional > limit:
             raise RemoteError(
                 f"caches of {human_bytes(reserved)} are reserved, {human_bytes(additional)} more are needed, "
@@ -588,7 +595,7 @@ class SessionTable:
             )
         grown = replace(session, rows=max(rows, session.rows), tokens=max(tokens, session.tokens))
         with self._lock:
-            self._admit(self._bytes_of(grown) - self._bytes_of(session))
+            self._admit(self._bytes_of(session), self._bytes_of(grown))
             session.rows, session.tokens = grown.rows, grown.tokens
 
     def _change(self, session: _Session, changes: Any) -> None:

@@ -25,7 +25,7 @@ COMMANDS = {
     "load": ("splitlearn-serve", "Have a running `serve` load a model."),
     "plugins.new": ("splitlearn-auto", "Write a package for a model type."),
     "ps": ("splitlearn-serve", "Show the models of a running `serve`."),
-    "serve": ("splitlearn-serve", "Keep models loaded, with a status page."),
+    "serve": ("splitlearn-serve", "Run trunks for others, and keep models loaded."),
     "unload": ("splitlearn-serve", "Have a running `serve` unload a model."),
 }
 #: Types that splitlearn-auto provides, and ``splitlearn plugins new`` writes a package for.

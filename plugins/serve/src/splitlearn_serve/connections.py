@@ -55,8 +55,9 @@ READING_TIMEOUT = 20.0
 #: Seconds in which a message of a WebSocket must arrive, besides the time that it takes at the slowest rate allowed,
 #: in bytes per second.
 MESSAGE_TIMEOUT, SLOWEST = 10.0, 64 * 1024
-#: Seconds for a TLS handshake.
-HANDSHAKE_TIMEOUT = 10.0
+#: Seconds for a TLS handshake, and for a client to answer the end of TLS: one that waits between two steps does not
+#: read. Less than GOODBYE: asyncio cannot abort a TLS connection that was closed twice.
+HANDSHAKE_TIMEOUT, TLS_END_TIMEOUT = 10.0, 1.0
 #: Seconds for open connections to end at shutdown.
 GOODBYE = 2.0
 
@@ -491,7 +492,11 @@ class Server(uvicorn.Server):
         self._pool.joining += 1
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                self._connection, accepted, ssl=self._tls, ssl_handshake_timeout=HANDSHAKE_TIMEOUT
+                self._connection,
+                accepted,
+                ssl=self._tls,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
+                ssl_shutdown_timeout=TLS_END_TIMEOUT,
             )
         except OSError as error:
             # A port scan, a client without TLS, or one that does not trust the certificate.

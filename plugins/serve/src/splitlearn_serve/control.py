@@ -273,7 +273,9 @@ class Control:
         self.remember(model_id)
         if model_id not in self._configs:
             raise UnknownModelError(
-                f"no model {model_id!r} is configured or loaded", hint="send its configuration to POST /api/models"
+                f"no model {model_id!r} is configured or loaded",
+                hint=f"these are: {', '.join(sorted(self._configs)) or 'none'}; "
+                "another one needs a configuration, in the file or sent to POST /api/models",
             )
         return self._configs[model_id]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def fetch_overview(url: str, token_file: Path | None = None, ca_file: Path | Non
 
 
 def render_overview(overview: Mapping[str, Any]) -> str:
-    """Render the overview as a table."""
+    """Render the overview as a table, with the details of each model below it."""
     now = overview.get("now", time.time())
     models = [*overview["models"], *overview.get("not_loaded", ())]
     if not models:
@@ -48,10 +48,36 @@ def render_overview(overview: Mapping[str, Any]) -> str:
     rows = [_row(model, now) for model in sorted(models, key=lambda model: str(model["model_id"]))]
     lines = [table(_COLUMNS, rows)]
     for model in models:
-        awaited = model.get("waiting_for")
-        if awaited:
-            lines.append(f"{plain(model['model_id'])}: {plain(awaited)}")
+        lines += [f"{plain(model['model_id'])}: {plain(line)}" for line in _details(model, now)]
     return "\n".join(lines)
+
+
+def _details(model: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Yield what has no column: why a model waits, where it runs, and what its sessions cost."""
+    if model.get("waiting_for"):
+        yield model["waiting_for"]
+    place = [f"host {model['host']}"] if model.get("host", "inline") != "inline" else []
+    if model.get("pid") is not None:
+        place.append(f"pid {model['pid']}")
+    if place and model.get("location"):
+        place.append(str(model["location"]))
+    if place and model.get("measured") is not None:
+        place.append(f"{human_bytes(model['measured'])} of its own")
+    if model.get("restarts"):
+        place.append(f"restarts in a row: {model['restarts']}")
+    if model.get("restarts_at") is not None:
+        place.append(f"starts again in {max(0.0, model['restarts_at'] - now):.0f} s")
+    if place:
+        yield ", ".join(place)
+    sessions = model.get("sessions")
+    if sessions and (sessions["opened"] or sessions["steps"] or sessions["refused"]):
+        costs = [
+            f"computed for {sessions['computing_seconds']:.1f} s, waited for {sessions['waiting_seconds']:.1f} s",
+            f"{human_bytes(sessions['bytes_received'])} received, {human_bytes(sessions['bytes_sent'])} sent",
+            *([f"{human_bytes(sessions['cache_bytes'])} of caches reserved"] if sessions["cache_bytes"] else []),
+            *(f"refused as {code}: {count}" for code, count in sorted(sessions["refused"].items())),
+        ]
+        yield f"sessions {'; '.join(costs)}"
 
 
 def _row(model: Mapping[str, Any], now: float) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ _session_options = _options(
 )
 
 
-@click.command("serve", short_help="Keep models loaded, with a status page.")
+@click.command("serve", short_help="Run trunks for others, and keep models loaded.")
 @click.argument("model", required=False)
 @click.option("--config", "config_file", type=_FILE, help="The models to load: a YAML, TOML or JSON file.")
 @_model_options

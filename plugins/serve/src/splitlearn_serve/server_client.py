@@ -132,7 +132,9 @@ class ServerClient:
         """Return the error for a server that is not ``splitlearn serve``."""
         return SplitLearnError(
             f"the server at {self.address} is not a `splitlearn serve`: {evidence}",
-            hint="give its address with --url",
+            hint=f"give its address without a path: --url {parts.scheme}://{parts.netloc}"
+            if (parts := urlsplit(self.address)).path
+            else "give its address with --url",
         )
 
     def _refusal(self, error: urllib.error.HTTPError) -> SplitLearnError:
