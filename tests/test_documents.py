@@ -6,6 +6,7 @@
   is waited for until it has printed each line that is shown, in whatever order, for it does several things at once.
 - `sh`: run; each command must succeed.
 - `toml`, `yaml`, `json`: parsed. `text` and the directives of the documentation tool are left alone.
+- `ini`: a systemd unit; `dockerfile`: a container. Their commands are run by tests of their own.
 
 In what is shown, `...` stands for anything in a line, and for any lines where it stands alone; a date with a time
 stands for any; spaces count as one. What a reader need not see stands in a comment above the block:
@@ -21,6 +22,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +39,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
 from support.warm import WarmInterpreter
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +59,7 @@ REASONS = {
     "is what the checks do": 2,
     "needs a Ray cluster": 3,
     "needs two servers": 2,
+    "needs a container engine": 1,
     "takes an hour": 1,
     "takes minutes": 2,
     "needs a git checkout of transformers": 1,
@@ -257,6 +262,12 @@ class Reader:
         return codes
 
 
+def documented(language: str) -> str:
+    """Return the one block of a language in the page about running a trunk."""
+    (block,) = [block for block in blocks_of("docs/running-a-trunk.md") if block.language == language]
+    return block.text
+
+
 def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -275,6 +286,67 @@ def test_a_document_shows_what_happens(document: str, warm: WarmInterpreter, tmp
     finally:
         ended = reader.leave()
     assert ended == [0] * len(ended)
+
+
+def test_the_unit_is_valid(tmp_path: Path) -> None:
+    """As systemd reads it, where it is installed."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed")
+    path = tmp_path / "splitlearn.service"
+    path.write_text(documented("ini").replace("/opt/splitlearn/bin/splitlearn", "/bin/true"), encoding="utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("language", ["ini", "dockerfile"])
+def test_a_service_serves(language: str, warm: WarmInterpreter, tmp_path: Path) -> None:
+    """The command of the unit and that of the container, in the environment that they give it."""
+    text = documented(language).replace("\\\n", " ")
+    if language == "ini":
+        command = shlex.split(re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)[0])
+        assert {Path(path).name for path in command if path.startswith("%d/")} == {
+            name for name, _ in re.findall(r"^LoadCredential=(.*?):(.*)$", text, re.MULTILINE)
+        }
+        given = dict(pair.split("=") for pair in re.findall(r"^Environment=(.*)$", text, re.MULTILINE)[0].split())
+        check = []
+    else:
+        instructions = dict(re.findall(r"^(HEALTHCHECK|ENTRYPOINT|CMD) [^\[]*(\[.*\])$", text, re.MULTILINE))
+        command = json.loads(instructions["ENTRYPOINT"]) + json.loads(instructions["CMD"])
+        given, check = {}, json.loads(instructions["HEALTHCHECK"])
+    model = write_checkpoint(tmp_path / "model", tiny_model("qwen2", num_hidden_layers=26))
+    (tmp_path / "tokens").write_text("a" * 32)
+    (tmp_path / "tokens").chmod(0o600)
+    for name in ("cert.pem", "key.pem"):
+        shutil.copy(ROOT / "plugins/serve/tests/expired.pem", tmp_path / name)
+    places = {"/srv/models/qwen2": model, "/model": model, "%d": tmp_path, "/run/secrets": tmp_path}
+    for there, here in places.items():
+        command = [re.sub(f"^{there}(?=/|$)", str(here), word) for word in command]
+
+    process = subprocess.Popen(
+        [str(warm.path), str(Path(sys.executable).with_name("splitlearn")), *command[1:], "--port", "0"],
+        env={"PATH": os.environ["PATH"], **given}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    log = ""
+    try:
+        while not all(word in log for word in ("trunk at http", "-> ready")):
+            line = process.stderr.readline()
+            assert line, log
+            log += line
+        if check:
+            (port,) = re.findall(r"Serving at http://0.0.0.0:(\d+)", log)
+            for word, code in ((port, 0), (free_port(), 1)):
+                checked = [str(warm.path), *(part.replace(PORT, word) for part in check[1:])]
+                assert subprocess.run(checked, capture_output=True, timeout=60, check=False).returncode == code
+        process.send_signal(signal.SIGTERM)
+        log += process.communicate(timeout=60)[1]
+        assert process.returncode == 0, log
+        assert "Traceback" not in log
+    finally:
+        process.kill()
+        process.wait()
 
 
 #: What type checkers are to know of what a load returns, by the parts that were asked for.
@@ -363,7 +435,7 @@ def test_python_in_documents_has_no_type_errors(typed: Path, checker: str) -> No
 
 def test_little_is_left_out() -> None:
     """Each block that is not run says why, and there are few of each sort; each block names its language."""
-    known = {"python", "console", "sh", "toml", "yaml", "json", "text"}
+    known = {"python", "console", "sh", "toml", "yaml", "json", "ini", "dockerfile", "text"}
     reasons: dict[str, int] = dict.fromkeys(REASONS, 0)
     for document in DOCUMENTS:
         for block in blocks_of(document):
