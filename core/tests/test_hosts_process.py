@@ -27,7 +27,7 @@ from splitlearn_core import (
     errors,
 )
 from splitlearn_core.api import load_split_model
-from splitlearn_core.hosts import child, process
+from splitlearn_core.hosts import child, process, supervisor
 from splitlearn_core.hosts.process import ProcessHandle, ProcessLoad, start_process
 from splitlearn_core.hosts.shared_memory import ARENA_FROM
 from splitlearn_core.hosts.supervisor import Supervisor, living_supervisor, prepare_processes
@@ -451,6 +451,19 @@ first.component
 print(living_supervisor().pid, first.pid, grandchild, flush=True)
 threading.Event().wait()
 """
+
+
+def test_a_zygote_that_imports_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at once with the process that started it, whatever its imports take."""
+    os.mkfifo(tmp_path / "arrived")
+    (tmp_path / "torch.py").write_text(f"HERE = __import__('pathlib').Path({str(tmp_path)!r})\n" + HANGING["in Python"])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(supervisor, "_END_TIMEOUT", 1000)
+    zygote = Supervisor()
+    ended = watch(zygote.pid)
+    assert (tmp_path / "arrived").read_text()
+    zygote.close()
+    assert ended()
 
 
 @pytest.mark.slow

@@ -308,6 +308,21 @@ def test_a_component_that_fails_says_little_to_its_caller(
     assert where.exc_info
 
 
+def test_a_host_without_memory_says_so(table: SessionTable, parts: Any) -> None:
+    """torch's allocator of the processor raises a RuntimeError of its own; the session is as it was."""
+
+    def allocate(*_: Any) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+    client = Client(table)
+    hook = parts.trunk.layer_modules[2].register_forward_pre_hook(allocate)
+    reply = client.step(1, states(1, 2))
+    refused(reply, "out_of_memory", "no memory for this step")
+    assert "fewer sequences or tokens" in reply.meta["hint"]
+    hook.remove()
+    output(client.step(1, states(1, 2)))
+
+
 def test_any_request_has_an_answer(table: SessionTable, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever a client sends: a reply, no accident of the host, and the sessions of others go on."""
     chance = random.Random(3)

@@ -128,7 +128,8 @@ class Supervisor:
         with self._lock:
             self._is_over = True
             left, self._children = list(self._children.values()), {}
-        # It may have closed its end while still running.
+        # While it imports, it does not look at its end of the connection, for seconds.
+        process.terminate()
         try:
             process.wait(_END_TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -39,6 +39,8 @@ OUTPUT, GRADIENT = "output", "gradient"
 _MAX_COPIES = 16
 #: Pieces that one adapter is sent in.
 _MAX_PIECES = 256
+#: In the message of the RuntimeError of an allocation that fails on the processor.
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 #: One computation draws random numbers at a time: torch's generator of a device is the whole process's.
 _DRAWING = threading.Lock()
@@ -357,13 +359,13 @@ def failures_named() -> Iterator[None]:
         yield
     except ConfigurationError as error:
         raise RemoteError(error.message, hint=error.hint, code="bad_input") from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RemoteError(
-            "the host has no memory for this step",
-            code="out_of_memory",
-            hint="send fewer sequences or tokens at once: smaller batches, and more of them accumulated",
-        ) from error
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error):
+            raise RemoteError(
+                "the host has no memory for this step",
+                code="out_of_memory",
+                hint="send fewer sequences or tokens at once: smaller batches, and more of them accumulated",
+            ) from error
         # Its text may name files of the host. No warning: a caller makes it fail with wrong shapes at will.
         log.info("The component failed: %s", said(error))
         log.debug("Where it failed", exc_info=True)

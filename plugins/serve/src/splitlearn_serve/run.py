@@ -156,6 +156,7 @@ def run_server(
             )
         if len(tokens) and tls is None and not address.is_loopback:
             log.warning("Tokens and hidden states cross the network unencrypted: give --tls-cert and --tls-key")
+        log.info("Importing torch and transformers")
         preload({config.model_type for config in configuration.models}, serving=True)
         models = configuration.models
         limits = session_limits(settings)
