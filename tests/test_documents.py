@@ -72,6 +72,8 @@ PEFT_SAYS = (
 )  # fmt: skip
 #: Where one of these is set, pytest prints whole messages in its summary, and others other lines.
 CHANGES_OUTPUT = ("CI", "BUILD_NUMBER", "COLUMNS", "FORCE_COLOR", "PY_COLORS")
+#: Variables of a user, which a service has not.
+PERSONAL = ("HOME", "HF_", "SPLITLEARN_", "XDG_")
 #: The port that documents show; each run takes a free one.
 PORT = "8710"
 #: Seconds until a command that serves must have printed what is shown.
@@ -326,7 +328,9 @@ def test_a_service_serves(language: str, warm: WarmInterpreter, tmp_path: Path) 
 
     process = subprocess.Popen(
         [str(warm.path), str(Path(sys.executable).with_name("splitlearn")), *command[1:], "--port", "0"],
-        env={"PATH": os.environ["PATH"], **given}, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # What libraries read once is that of the warm interpreter.
+        env={**{name: value for name, value in os.environ.items() if not name.startswith(PERSONAL)}, **given},
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
     log = ""

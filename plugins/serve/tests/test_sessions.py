@@ -751,7 +751,7 @@ class TestShown:
             assert line in metrics
 
     def test_the_way_out_is_one_of_the_command_line(self, serve: Serve, use: Any) -> None:
-        """Commands name options, where the server's own answer names a request."""
+        """Commands name commands, where the server's own answer names a request."""
         server = serve()
         remote = use(server)
         cache = remote.new_cache()
@@ -759,7 +759,7 @@ class TestShown:
         runner, at, raises = CliRunner(), ["--url", server.url], {"standalone_mode": False, "catch_exceptions": False}
         with pytest.raises(SplitLearnError, match="stays loaded: 1 lease left") as left:
             runner.invoke(cli, ["unload", "trunk", "--timeout", "0", *at], **raises)
-        assert left.value.hint == "wait longer, with --timeout, or end them with --force"
+        assert left.value.hint == "`splitlearn unload ID --force` does not wait for leases to end"
         with pytest.raises(SplitLearnError, match="no model 'tronk'") as unknown:
             runner.invoke(cli, ["load", "tronk", *at], **raises)
         assert unknown.value.hint.startswith("these are: trunk;")

@@ -214,7 +214,8 @@ class Host:
                 if left <= 0:
                     raise ConnectionLostError(
                         f"{error.message}; it did not come back within {self.patience.wait:g} s",
-                        hint=error.hint or "connect(..., wait=SECONDS) waits longer",
+                        # That of a refused connection asks for the address, which was right before.
+                        hint=(error.code in _AWAY and error.hint) or "connect(..., wait=SECONDS) waits longer",
                         code="connection",
                     ) from error
                 if pause == _FIRST_PAUSE:

@@ -23,6 +23,12 @@ _TIMEOUT = 10.0
 #: Enough for thousands of models.
 _ANSWER_LIMIT = 32 * 2**20
 _UNAUTHORIZED = 401
+#: Requests that hints of the server name -> the commands that send them.
+_COMMANDS = {
+    "DELETE /api/models/ID?force=true": "`splitlearn unload ID --force`",
+    "DELETE /api/models/ID": "`splitlearn unload ID`",
+    "POST /api/models/ID/load": "`splitlearn load ID`",
+}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -143,6 +149,8 @@ class ServerClient:
             message, hint = plain(content["message"])[:1000], plain(content["hint"])[:1000]
         except (ValueError, KeyError, TypeError, OSError, HTTPException):
             message, hint = plain(error.reason)[:300], ""
+        for request, command in _COMMANDS.items():
+            hint = hint.replace(request, command)
         if error.code == _UNAUTHORIZED:
             return AccessRefusedError(f"{self.address} refuses access: {message}", hint=hint, code="access")
         return RefusedError(message, hint=hint, status=error.code)

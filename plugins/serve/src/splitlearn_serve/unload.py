@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from splitlearn_core import SplitLearnError
 from splitlearn_core.cli import json_option, print_json
 from splitlearn_core.extension import human_bytes
-from splitlearn_serve.server_client import RefusedError, ServerClient, plain, server_options
+from splitlearn_serve.server_client import ServerClient, plain, server_options
 
 #: Seconds for the answer, in addition to those for the unload itself.
 _PATIENCE = 60.0
@@ -44,13 +43,7 @@ def command(
     if not force:
         click.echo(f"{plain(model_id)}: waiting up to {timeout:g} s for its sessions and leases to end", err=True)
     path = f"{server.model_path(model_id)}?timeout={timeout:g}" + "&force=true" * force
-    try:
-        report = server.request("DELETE", path, timeout + _PATIENCE)
-    except RefusedError as error:
-        if "force=true" not in error.hint:
-            raise
-        # The server's hint is a request.
-        raise SplitLearnError(error.message, hint="wait longer, with --timeout, or end them with --force") from error
+    report = server.request("DELETE", path, timeout + _PATIENCE)
     if as_json:
         print_json(report)
     else:
