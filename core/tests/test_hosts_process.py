@@ -457,7 +457,7 @@ def test_a_zygote_that_imports_is_not_waited_for(tmp_path: Path, monkeypatch: py
     """It ends at once with the process that started it, whatever its imports take."""
     os.mkfifo(tmp_path / "arrived")
     (tmp_path / "torch.py").write_text(f"HERE = __import__('pathlib').Path({str(tmp_path)!r})\n" + HANGING["in Python"])
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(supervisor, "_END_TIMEOUT", 1000)
     zygote = Supervisor()
     ended = watch(zygote.pid)
