@@ -32,6 +32,7 @@ from splitlearn_core import (
     SplitCausalLM,
     connect,
     load_split_model,
+    serve_socket,
 )
 from splitlearn_core.extension import cache_argument
 from splitlearn_core.hosts import carriers, client
@@ -709,6 +710,37 @@ def test_a_host_that_does_not_run_is_reported_at_once(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConnectionLostError, match="refused"):
             connect(f"http://127.0.0.1:{free.getsockname()[1]}/trunk")
+
+
+def test_a_trunk_is_served_on_a_socket() -> None:
+    """To its user alone, in the place of a socket that is no longer used; nothing is left of it."""
+    whole, parts = models("qwen2", "float32")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a trunk.sock"
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(path))
+        with serve_socket(parts.trunk, path) as url:
+            assert path.stat().st_mode & 0o777 == 0o600
+            trunk = connect(url, wait=0)
+            split = SplitCausalLM(parts.bottom, trunk, parts.top)
+            assert torch.equal(generated(split, padded(), do_sample=False), generated(whole, padded(), do_sample=False))
+            with (
+                pytest.raises(ConfigurationError, match="another process serves there"),
+                serve_socket(parts.trunk, path),
+            ):
+                pass
+            with pytest.raises(ConfigurationError, match="runs elsewhere|elsewhere"), serve_socket(trunk, path):
+                pass
+            trunk.close()
+        assert not path.exists()
+        path.write_text("a file")
+        with (
+            pytest.raises(ConfigurationError, match="no socket can be made") as refusal,
+            serve_socket(parts.trunk, path),
+        ):
+            pass
+        assert "where nothing is yet" in refusal.value.hint
+        assert path.read_text() == "a file"
 
 
 def test_a_forked_process_leaves_its_parents_session_alone() -> None:

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from splitlearn_core.factory import ModelRegistry as ModelRegistry
     from splitlearn_core.hosts.remote import RemoteComponent as RemoteComponent
     from splitlearn_core.hosts.remote import connect as connect
+    from splitlearn_core.hosts.worker import serve_socket as serve_socket
     from splitlearn_core.loading_strategy import LoadingStrategy as LoadingStrategy
     from splitlearn_core.loading_strategy import PartsReader as PartsReader
     from splitlearn_core.loading_strategy import RangedReader as RangedReader
@@ -172,6 +173,7 @@ _LAZY = {
     "preload": "manager.loaders.loader",
     "save_adapter": "adapters.peft_models",
     "save_split": "storage.saving",
+    "serve_socket": "hosts.worker",
     "unload_adapter": "adapters.peft_models",
     "verify_saved": "storage.directory",
 }

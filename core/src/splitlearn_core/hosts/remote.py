@@ -63,7 +63,7 @@ def connect(
     """Connect to a component that a server runs.
 
     Args:
-        url: ``http(s)://HOST:PORT/MODEL_ID`` of ``splitlearn serve``, or ``unix://PATH``.
+        url: ``http(s)://HOST:PORT/MODEL_ID`` of ``splitlearn serve``, or that of :func:`serve_socket`.
         token: The access token of the server; by default the value of ``SPLITLEARN_TOKEN``.
         wire: How hidden states and gradients are sent, both ways: lossless ``"raw"``, or ``"int8"`` or ``"int4"``
             with 8 or 4 bits for each value.

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
 
-from splitlearn_core.errors import ProtocolError
+from splitlearn_core.build.component import ComponentModel
+from splitlearn_core.errors import ConfigurationError, ProtocolError
 from splitlearn_core.hosts.carriers import receive_frame, send_frame
 from splitlearn_core.hosts.sessions import SessionTable, error_frame
+from splitlearn_core.quoting import reason
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +23,47 @@ log = logging.getLogger(__name__)
 _MAX_CONNECTIONS = 512
 #: Seconds for a client to receive its reply.
 _SEND_TIMEOUT = 60.0
+
+
+@contextlib.contextmanager
+def serve_socket(component: ComponentModel, path: str | os.PathLike[str]) -> Iterator[str]:
+    """Serve a trunk that runs here to other processes of the same user, on a Unix socket; yields its URL for ``connect``.
+
+    Nobody else can connect, and there are no tokens. With the block, its sessions end, and the socket is removed.
+
+    Args:
+        component: A trunk that runs in this process.
+        path: Where the socket is made. One that an ended process has left there is replaced.
+
+    Raises:
+        ConfigurationError: The component is not a trunk, or runs elsewhere; or no socket can be made there.
+    """
+    table, place = SessionTable(component), Path(path).absolute()
+    with contextlib.ExitStack() as made:
+        listener = made.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            if place.is_socket():
+                with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(ConnectionRefusedError):
+                    client.connect(str(place))
+                    raise FileExistsError("another process serves there")
+                place.unlink()
+            listener.bind(str(place))
+            # Until it listens, nobody can connect.
+            place.chmod(0o600)
+            listener.listen()
+        except OSError as error:
+            raise ConfigurationError(
+                f"no socket can be made at {place}: {reason(error)}",
+                hint="give a path of at most 100 characters, in a folder of yours, where nothing is yet",
+            ) from error
+        made.pop_all()
+    worker = Worker(table, listener)
+    worker.start()
+    try:
+        yield f"unix://{quote(str(place))}"
+    finally:
+        worker.close()
+        place.unlink(missing_ok=True)
 
 
 class Worker:
