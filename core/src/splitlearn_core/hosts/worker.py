@@ -27,9 +27,9 @@ _SEND_TIMEOUT = 60.0
 
 @contextlib.contextmanager
 def serve_socket(component: ComponentModel, path: str | os.PathLike[str]) -> Iterator[str]:
-    """Serve a trunk that runs here to other processes of the same user, on a Unix socket; yields its URL for ``connect``.
+    """Serve a trunk that runs here to other processes of the same user, on a Unix socket.
 
-    Nobody else can connect, and there are no tokens. With the block, its sessions end, and the socket is removed.
+    Yields the URL for :func:`connect`. Nobody else can connect, and there are no tokens. With the block, its sessions end, and the socket is removed.
 
     Args:
         component: A trunk that runs in this process.
