@@ -233,14 +233,14 @@ def test_tokens_and_certificates_are_those_of_each_pair(
 
 
 def test_one_server_sends_on_to_itself(configured: Any, serve: Any, use: Any, models: Any, split: Any) -> None:
-    """With several trunks, it is a server like another."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    urls = [f"http://127.0.0.1:{port}/trunk{number}" for number in (1, 2, 3)]
-    serve([configured(f"trunk{number}", THREE) for number in (1, 2, 3)], *urls[1:], port=port)
-    trunks = [use(url) for url in urls]
-    assert torch.equal(*both(models(), split(*trunks)))
-    assert is_chained(*trunks[1:])
+    """Whoever may use its trunks needs no permission for that; each owner's token is that of their sessions."""
+    tokens = Tokens({ALICE: Owner("alice"), HOP: Owner("bob")})
+    server = serve([configured(f"trunk{number}", THREE) for number in (1, 2, 3)], tokens=tokens)
+    for token in (ALICE, HOP):
+        trunks = [use(f"{server.url}/trunk{number}", token=token, chain=True) for number in (1, 2)]
+        trunks.append(use(f"{server.url}/trunk3", token=token))
+        assert torch.equal(*both(models(), split(*trunks), num_beams=2))
+        assert is_chained(*trunks[1:])
 
 
 @pytest.mark.parametrize("modes", [("packed", "packed"), ("packed", "solo"), ("solo", "packed")], ids="-".join)

@@ -67,17 +67,11 @@ class Hops:
             )
         return Frame(Kind.LINKED, step=frame.step, meta={"link": name})
 
-    async def send_on(self, frame: Frame, reply: Frame) -> bool | str:
-        """Send the output of a step to the next host; return True once that is done, or else the reason.
+    async def send_on(self, name: str, step: Frame) -> bool | str:
+        """Send a step to the next host; return True once that is done, or else the reason.
 
         What the next host answers is not waited for: the owner of the session asks it for the result.
         """
-        from splitlearn_core.extension import onward
-
-        try:
-            name, step = onward(frame, reply)
-        except RemoteError as error:
-            return error.message
         if name not in self._endpoints:
             return "it does not know the next host any more"
         if self._on_the_way >= MOST_ON_THE_WAY:
