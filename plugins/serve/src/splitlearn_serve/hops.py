@@ -175,7 +175,9 @@ class Hops:
         if facts.epoch == wanted.get("epoch"):
             with self._lock:
                 earlier, self._hosts[name] = self._hosts.get(name), host
-            if earlier is not None:
+            if earlier is None:
+                log.info("Outputs for %s are sent on to %s", facts.component, url)
+            else:
                 earlier.close()
             return ""
         host.close()
