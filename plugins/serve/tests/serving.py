@@ -14,8 +14,12 @@ import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from shutil import which
 from types import TracebackType
 from typing import Any, Self, TypeVar
+
+import pytest
 
 from splitlearn_core.extension import SessionLimits
 from splitlearn_core.manager.config import ModelConfig
@@ -197,6 +201,17 @@ class StatusServer:
                 await self.control.end()
                 server.should_exit = True
                 await serving
+
+
+def make_certificate(folder: Path, name: str = "server", address: str = "IP:127.0.0.1") -> tuple[Path, Path]:
+    """Make a certificate of its own authority for an address, and its key; skips the test where that cannot be done."""
+    if which("openssl") is None:
+        pytest.skip("openssl is not there to make a certificate")
+    cert, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"]
+    command += ["-addext", f"subjectAltName={address}", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
 
 
 class Process:

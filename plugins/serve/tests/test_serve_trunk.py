@@ -129,6 +129,7 @@ def test_load_and_unload(serve: Callable[..., Process], tokens: Path) -> None:
         (("MODEL", "--split", 2, 4, "--host", "0.0.0.0", "--allow-remote", "--port", 0), 1, "no token is needed"),
         (("MODEL", "--split", 2, 4, "--tls-cert", "x.pem"), 1, "TLS needs two files"),
         (("MODEL", "--split", 2, 4, "--session-timeout", "soon"), 1, "session_timeout: 'soon' is not a number"),
+        (("MODEL", "--split", 2, 4, "--next-token-file", "x"), 2, "--next-token-file: there is no --next URL"),
         (("MODEL", "--split", 2, 4, "--max-sessions", "0"), 2, "0 is not in the range"),
     ],
 )

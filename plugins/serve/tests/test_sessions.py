@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from shutil import which
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ import transformers
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from serving import Answer, StatusServer, until_met
+from serving import Answer, StatusServer, make_certificate, until_met
 from splitlearn_core import (
     AccessRefusedError,
     ConfigurationError,
@@ -187,17 +186,7 @@ class TestTLS:
     @pytest.fixture
     def certificate(self, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         """Return a function that makes a certificate of its own authority."""
-        if which("openssl") is None:
-            pytest.skip("openssl is not there to make a certificate")
-
-        def make(name: str = "server") -> tuple[Path, Path]:
-            cert, key = tmp_path / f"{name}.pem", tmp_path / f"{name}-key.pem"
-            command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"]
-            command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
-            subprocess.run(command, check=True, capture_output=True)
-            return cert, key
-
-        return make
+        return partial(make_certificate, tmp_path)
 
     def test_equal(self, serve: Serve, use: Any, models: Any, certificate: Any) -> None:
         """Over wss:// all is as over ws://."""

@@ -20,6 +20,12 @@ from splitlearn_core.hosts.protocol import MAX_TENSORS, Frame, Kind
 from splitlearn_core.hosts.training import GRADIENT, OUTPUT, RANDOM_CPU, RANDOM_CUDA
 from splitlearn_core.hosts.tuning import Tuning, content_hash
 
+#: What to do about values that are not finite, outside of training.
+_IN_USE = (
+    "is a value out of the range of its dtype, or are the weights there damaged? splitlearn verify --at PART=URL "
+    "compares with the unsplit model"
+)
+
 
 class Upload:
     """Adapters as they are now, in pieces that a host keeps by the hashes of their content.
@@ -131,7 +137,7 @@ class Call:
         """Return the gradients of the input, by the names of what crosses, and of parameters of adapters."""
         named = {GRADIENT if name == OUTPUT else f"{GRADIENT}.{name}": tensor for name, tensor in gradients.items()}
         self._refuse_infinite(
-            {"": gradients[OUTPUT], **{name: gradients[name] for name in gradients if name != OUTPUT}},
+            {f"a gradient of {name}" if name != OUTPUT else "a gradient": value for name, value in gradients.items()},
             f"came back from the components after the {self.component}, which are here",
         )
         specs, buffers = pack({**crossing, **named, **self.tensors, **random})
@@ -139,8 +145,12 @@ class Call:
         meta |= {"has_cache": True} if has_cache else {}
         tensors = unpack(self.host.request(Frame(Kind.BACKWARD, 0, 0, meta, specs, buffers), self.upload))
         expected = {**wanted, **(crossing if of_input else {})}
-        result = {name: received(tensors, f"{GRADIENT}.{name}", like, like.dtype) for name, like in expected.items()}
-        self._refuse_infinite(result, f"came from the {self.component} at {self.host.url}")
+        result = {
+            name: received(tensors, f"{GRADIENT}.{name}", like, like.dtype, self.host.url)
+            for name, like in expected.items()
+        }
+        received_gradients = {f"a gradient of {name}": value for name, value in result.items()}
+        self._refuse_infinite(received_gradients, f"came from the {self.component} at {self.host.url}")
         return result
 
     def _meta(self) -> dict[str, Any]:
@@ -160,11 +170,15 @@ class Call:
                 OUTPUT if name == STATES else name,
                 crossing[name],
                 crossing[name].dtype if self.autocast is None else None,
+                self.host.url,
             )
             for name in (STATES, *self.computed)
         }
-        if self.training:
-            self._refuse_infinite(results, f"came from the {self.component} at {self.host.url}")
+        # The host of the next component would refuse them in its own name, and a top makes a text of anything.
+        named = {"hidden states" if name == OUTPUT else name: value for name, value in results.items()}
+        self._refuse_infinite(
+            named, f"came from the {self.component} at {self.host.url}", "" if self.training else _IN_USE
+        )
         recorded = {
             kind: tuple(tensors[name].to(states.device) for name in tensors if name.startswith(f"{kind}."))
             for kind in RECORDINGS.values()
@@ -174,17 +188,18 @@ class Call:
             return {**results, OUTPUT: BaseModelOutputWithPast(last_hidden_state=hidden, **cast("Any", recorded))}
         return results
 
-    def _refuse_infinite(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    def _refuse_infinite(self, tensors: Mapping[str, torch.Tensor], source: str, hint: str = "") -> None:
         # A gradient scaler looks for infinities and NaNs itself, and skips the step.
         if self.autocast == "float16":
             return
-        for name, tensor in tensors.items():
+        when = f", in call {self.number} of this training" if self.training else ""
+        for what, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                what = "hidden states" if name == OUTPUT else f"a gradient{f' of {name}' if name else ''}"
                 raise RemoteStepError(
-                    f"{what} with values that are not finite {source}, in call {self.number} of this training",
+                    f"{what} with values that are not finite {source}{when}",
                     code="not_finite",
-                    hint="the optimizer has not stepped: look at the loss and the labels of this batch, "
+                    hint=hint
+                    or "the optimizer has not stepped: look at the loss and the labels of this batch, "
                     "the learning rate, and the dtype; then zero_grad() and go on, or resume from a checkpoint",
                 )
 
@@ -251,14 +266,14 @@ def _state_of(output: Any) -> torch.Tensor:
 
 
 def received(
-    tensors: Mapping[str, torch.Tensor], name: str, like: torch.Tensor, dtype: torch.dtype | None
+    tensors: Mapping[str, torch.Tensor], name: str, like: torch.Tensor, dtype: torch.dtype | None, url: str
 ) -> torch.Tensor:
-    """Return a tensor of a reply, if it has the shape of another one and, where that is known, the dtype."""
+    """Return a tensor of the reply of a host, if it has the shape of another and, where that is known, the dtype."""
     tensor = tensors.get(name)
     if tensor is None or tensor.shape != like.shape or dtype not in (None, tensor.dtype):
         what = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise RemoteError(
-            f"the host returned {what} as {name}, and {dtype or 'a tensor'} {list(like.shape)} was expected",
+            f"{url} returned {what} as {name}, and {dtype or 'a tensor'} {list(like.shape)} was expected",
             code="malformed",
         )
     return tensor.to(like.device)

@@ -416,15 +416,21 @@ def _tls(stream: socket.socket, endpoint: Endpoint, name: str) -> ssl.SSLSocket:
     with (
         translate(
             lambda error: AccessRefusedError(
-                f"the certificate of {endpoint.url} is not valid: {reason(error)}",
+                f"the certificate of {endpoint.url} is not valid: {_verdict(error)}",
                 code="certificate",
-                hint="name the file of its authority with ca_file=..., or renew the certificate",
+                hint="name the file of its authority with ca_file=..., use a name that is in it, or renew the "
+                "certificate",
             ),
             ssl.SSLCertVerificationError,
         ),
         _connection_errors(endpoint.url),
     ):
         return context.wrap_socket(stream, server_hostname=name)
+
+
+def _verdict(error: BaseException) -> str:
+    """Return what is wrong with a certificate, without what OpenSSL writes around it."""
+    return str(getattr(error, "verify_message", "")).rstrip(".") or reason(error)
 
 
 def _refusal(url: str, response: Response) -> RemoteError:

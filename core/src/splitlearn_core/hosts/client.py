@@ -9,6 +9,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,8 @@ from splitlearn_core.errors import (
     RemoteBusyError,
     RemoteError,
     RemoteStepError,
+    SplitLearnError,
+    translate,
 )
 from splitlearn_core.hosts.carriers import Address, Connection
 from splitlearn_core.hosts.clock import MACHINE_CLOCK, Clock
@@ -298,7 +301,8 @@ class Host:
 
     def _received(self, connection: Connection, frame: Frame, sent: Frame, receive: Callable[[], Frame]) -> Frame:
         try:
-            reply = receive()
+            with self._named():
+                reply = receive()
             if not _answers(reply, sent):
                 raise ConnectionLostError(
                     f"{self.url} answered the wrong request: a {sent.kind.name} with a "
@@ -317,6 +321,16 @@ class Host:
         else:
             self._put_back(connection)
         return reply if reply.step == frame.step else reply._replace(step=frame.step)
+
+    def _named(self) -> AbstractContextManager[None]:
+        """Name the host in errors about what it has sent: a caller may have several."""
+
+        def named(error: BaseException) -> SplitLearnError | None:
+            if not isinstance(error, ProtocolError) or error.message.startswith(self.url):
+                return None
+            return ProtocolError(f"{self.url}: {error.message}", code=error.code, hint=error.hint)
+
+        return translate(named, ProtocolError, unchanged=())
 
     def _broken(self, connection: Connection, error: BaseException) -> None:
         # A reply may still arrive, so the connection cannot be used for another request.
@@ -345,12 +359,13 @@ class Host:
     def _connect(self) -> Connection:
         connection = self.endpoint.open()
         try:
-            reply = connection.exchange(Frame(Kind.HELLO))
-            if reply.kind is Kind.ERROR:
-                raise _error_of(self.url, reply)
-            if reply.kind is not Kind.WELCOME:
-                raise ProtocolError(f"{self.url} answered a greeting with {reply.kind.name}", code="malformed")
-            facts = Facts.from_json(reply.meta)
+            with self._named():
+                reply = connection.exchange(Frame(Kind.HELLO))
+                if reply.kind is Kind.ERROR:
+                    raise _error_of(self.url, reply)
+                if reply.kind is not Kind.WELCOME:
+                    raise ProtocolError(f"a greeting was answered with {reply.kind.name}", code="malformed")
+                facts = Facts.from_json(reply.meta)
             if self._facts is None:
                 self._facts = facts
             problems = self._facts.differences(facts)

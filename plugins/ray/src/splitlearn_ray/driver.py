@@ -242,10 +242,15 @@ class Group:
 
     def node_of(self, index: int) -> str | None:
         """Return the id of the node of a place; None until the group is placed."""
+        import ray
         from ray.util import placement_group_table
 
         table = placement_group_table(self.handle)
-        return table["bundles_to_node_id"][index] if table.get("state") == _PLACED else None
+        if table.get("state") != _PLACED:
+            return None
+        node_id: str = table["bundles_to_node_id"][index]
+        # The group may not have been told yet that a node has died, as the actor has.
+        return node_id if any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()) else None
 
 
 class Placement:

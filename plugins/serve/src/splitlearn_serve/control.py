@@ -150,6 +150,11 @@ class Control:
             return self._config_of(model_id)
         return None
 
+    @property
+    def has_several_trunks(self) -> bool:
+        """Whether one of its trunks may be followed by another one."""
+        return sum(map(is_trunk, self._configs.values())) > 1
+
     def story(self, model_id: str) -> list[dict[str, Any]]:
         """Return the last events of a model.
 
@@ -335,3 +340,8 @@ class Control:
             if any(failure is not None and not failure.retryable for failure in failures):
                 raise RequestError.for_good(error) from error
             raise
+
+
+def is_trunk(config: ModelConfig) -> bool:
+    """Whether a model is a component that can be used remotely."""
+    return config.is_family and (config.component or "").startswith("trunk")

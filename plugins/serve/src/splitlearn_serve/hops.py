@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Why a host refuses this one -> the option that may help its operator.
+_OPTIONS = {"access": "--next-token-file", "certificate": "--next-ca-file"}
 #: Outputs that may be on their way at a time, each with a thread and a connection of its own.
 MOST_ON_THE_WAY = 64
 
@@ -38,7 +40,7 @@ class Hops:
         #: What users call a host: a name that says nothing about its address -> where it is.
         self._endpoints = {hashlib.sha256(each.url.encode()).hexdigest()[:16]: each for each in endpoints}
         self._hosts: dict[str, Host] = {}
-        self._connecting = threading.Lock()
+        self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = 0
         #: Outputs that are on their way.
@@ -65,17 +67,11 @@ class Hops:
             )
         return Frame(Kind.LINKED, step=frame.step, meta={"link": name})
 
-    async def send_on(self, frame: Frame, reply: Frame) -> bool | str:
-        """Send the output of a step to the next host; return True once that is done, or else the reason.
+    async def send_on(self, name: str, step: Frame) -> bool | str:
+        """Send a step to the next host; return True once that is done, or else the reason.
 
         What the next host answers is not waited for: the owner of the session asks it for the result.
         """
-        from splitlearn_core.extension import onward
-
-        try:
-            name, step = onward(frame, reply)
-        except RemoteError as error:
-            return error.message
         if name not in self._endpoints:
             return "it does not know the next host any more"
         if self._on_the_way >= MOST_ON_THE_WAY:
@@ -153,10 +149,16 @@ class Hops:
     def _host(self, name: str) -> Host:
         from splitlearn_core.extension import Host, Patience
 
-        with self._connecting:
-            if name not in self._hosts:
-                self._hosts[name] = Host(self._endpoints[name], Patience(wait=0))
-            return self._hosts[name]
+        known = self._hosts.get(name)
+        if known is not None:
+            return known
+        # Without the lock: it may take long, and the outputs for others need not wait for it.
+        made = Host(self._endpoints[name], Patience(wait=0))
+        with self._lock:
+            host = self._hosts.setdefault(name, made)
+        if host is not made:
+            made.close()
+        return host
 
     def _look(self, name: str, frame: Frame) -> str:
         """Return why a host is not the one that is described; empty if it is."""
@@ -167,12 +169,15 @@ class Hops:
             # A new one: the component may be another than at the first connection.
             host = Host(self._endpoints[name], Patience(wait=0))
         except RemoteError as error:
-            return error.message
+            option = _OPTIONS.get(error.code)
+            return error.message if option is None else f"{error.message} ({option})"
         facts, wanted = host.facts, frame.meta
         if facts.epoch == wanted.get("epoch"):
-            with self._connecting:
+            with self._lock:
                 earlier, self._hosts[name] = self._hosts.get(name), host
-            if earlier is not None:
+            if earlier is None:
+                log.info("Outputs for %s are sent on to %s", facts.component, url)
+            else:
                 earlier.close()
             return ""
         host.close()

@@ -162,6 +162,9 @@ def _serve(
         configuration = trunk_configuration(model, split_points, part, fields)
     elif config_file is not None:
         configuration = read_configuration(config_file)
+    for name in ("next_token_file", "next_ca_file"):
+        if name in sessions and not (others["next_urls"] or configuration.sessions.get("next")):
+            raise click.UsageError(f"--{name.replace('_', '-')}: there is no --next URL that it could be for")
 
     def announce(url: str) -> None:
         click.echo(f"Serving at {url}", err=True)

@@ -47,7 +47,7 @@ from splitlearn_core.extension import (
 from splitlearn_serve.control import Control
 from splitlearn_serve.hops import Hops
 from splitlearn_serve.packs import Packs
-from splitlearn_serve.tokens import Owner
+from splitlearn_serve.tokens import ANYONE, Owner
 from splitlearn_serve.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ _REQUESTS = frozenset(
 )
 #: The longest time that a step may take to arrive, in seconds, while its owner waits for the result.
 _LONGEST_ARRIVAL = 30.0
+#: What the names of this server's own trunks begin with where an output is sent on.
+_HERE = "here/"
 #: The size of a result from which on it is put together in a thread.
 _LARGE_RESULT = 1024 * 1024
 #: Tokens, of all sequences, from which on a step is long: a prompt, rather than a token or a few proposed ones.
@@ -171,6 +173,8 @@ class Sessions:
         self._awaited: dict[_Step, asyncio.Future[bytes | None]] = {}
         #: Those that have arrived, and are not done.
         self._arrived: set[_Step] = set()
+        #: Steps that were sent on from one trunk of this server to another one.
+        self._sent_on: set[asyncio.Task[Reply]] = set()
         self._timer: asyncio.Task[None] | None = None
         self._is_closed = False
         control.before_unload = self.end
@@ -246,13 +250,13 @@ class Sessions:
 
     async def _reply(self, model_id: str, frame: Frame, owner: Owner, traffic: Traffic) -> Reply:
         if frame.kind in (Kind.PING, Kind.LINK):
-            answer = Frame(Kind.PONG, step=frame.step) if frame.kind is Kind.PING else await self._hops.link(frame)
+            answer = Frame(Kind.PONG, step=frame.step) if frame.kind is Kind.PING else await self._linked(frame)
             return _encoded(answer)
         if frame.kind is Kind.HELLO:
             facts = await self._facts_of(model_id)
             # A session declares at most the limit of its owner.
             meta = {**facts.to_json(), "max_tokens": owner.limits(self.limits).max_tokens}
-            meta |= {"sends_on": len(self._hops) > 0, "takes_over": True}
+            meta |= {"sends_on": len(self._hops) > 0 or self.control.has_several_trunks, "takes_over": True}
             return _encoded(Frame(Kind.WELCOME, step=frame.step, meta=meta))
         if frame.kind is Kind.CLOSE and not any(frame.session in held.table for held in self._all(model_id)):
             # The session is closed already; the model is not loaded for that.
@@ -335,9 +339,36 @@ class Sessions:
             elif reply.kind is Kind.ERROR:
                 traffic.refused[str(reply.meta.get("code"))] += 1
         if frame.kind is Kind.STEP and reply.kind is Kind.RESULT and "next" in frame.meta:
-            reply = reply._replace(meta={**reply.meta, "sent_on": await self._hops.send_on(frame, reply)})
+            reply = reply._replace(meta={**reply.meta, "sent_on": await self._send_on(frame, reply)})
             data = await asyncio.to_thread(_bytes_of, reply) if len(data) > _LARGE_RESULT else _bytes_of(reply)
         return reply, data
+
+    async def _linked(self, frame: Frame) -> Frame:
+        """Return the name of the trunk that a request describes: one of this server's, or of a next server's."""
+        for model_id, (_, facts) in self._facts.items():
+            if facts.epoch == frame.meta.get("epoch"):
+                return Frame(Kind.LINKED, step=frame.step, meta={"link": _HERE + model_id})
+        return await self._hops.link(frame)
+
+    async def _send_on(self, frame: Frame, reply: Frame) -> bool | str:
+        """Make the next step of a result, and see that it is executed; return True, or the reason why it is not."""
+        from splitlearn_core.extension import onward
+
+        try:
+            name, step = onward(frame, reply)
+        except RemoteError as error:
+            return error.message
+        if not name.startswith(_HERE):
+            return await self._hops.send_on(name, step)
+        model_id = name.removeprefix(_HERE)
+        if self.control.known(model_id) is None:
+            return "it does not have the next trunk any more"
+        data = await asyncio.to_thread(_bytes_of, step) if step.payload_bytes > _LARGE_RESULT else _bytes_of(step)
+        # As if it came from another server: what entitles it is the pass.
+        task = asyncio.create_task(self.answer(model_id, data, ANYONE), name="execute a step that is sent on")
+        self._sent_on.add(task)
+        task.add_done_callback(self._sent_on.discard)
+        return True
 
     @contextlib.asynccontextmanager
     async def _using(self, model_id: str, frame: Frame) -> AsyncIterator[_Held]:

@@ -8,10 +8,10 @@ from collections import Counter
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from splitlearn_core import ModelConfig, ProtocolError
+from splitlearn_core import ProtocolError
 from splitlearn_core.extension import SUBPROTOCOL
 from splitlearn_serve.answers import RequestError, error_answer
-from splitlearn_serve.control import Control
+from splitlearn_serve.control import Control, is_trunk
 from splitlearn_serve.guard import OWNER
 from splitlearn_serve.sessions import Sessions, refusal_frame
 from splitlearn_serve.tokens import ANYONE, Owner
@@ -131,8 +131,3 @@ class ConnectHint:
             kind="UpgradeRequired",
         )
         await error_answer(answer)(scope, receive, send)
-
-
-def is_trunk(config: ModelConfig) -> bool:
-    """Whether a model is a component that can be used remotely."""
-    return config.is_family and (config.component or "").startswith("trunk")

@@ -163,7 +163,9 @@ def _read(path: Path) -> str:
             return file.read(_FILE_LIMIT)
     except FileNotFoundError as error:
         raise MissingFileError(
-            f"there is no token file {path}", hint="make one: (umask 077; openssl rand -hex 32 > tokens)"
+            f"there is no token file {path}",
+            hint="name the file with the tokens of the server; for one that has none yet, make one: "
+            "(umask 077; openssl rand -hex 32 > tokens)",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
