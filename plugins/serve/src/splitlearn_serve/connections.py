@@ -319,7 +319,7 @@ class SocketConnection(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             # The timer is not moved for each piece: when it is due, it checks how much has arrived.
             self._arrived += nbytes
 
-    def _take_message(self, message: bytearray) -> None:
+    def _take_message(self, message: bytes | bytearray) -> None:
         if self._is_awaited and not self.close_sent:
             # No other message is queued behind it, so reading need not pause until it is taken.
             self._is_awaited, self._is_whole = False, True
