@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 #: Seconds of computing for each thread, from which on the time for starting them is of no importance.
-_WORTHWHILE = 1e-3
+_WORTHWHILE = 2e-3
 #: What omp.h calls omp_pause_soft: settings are kept.
 _SOFT = 1
 #: The thread that has called fork to start this process. What libgomp knows of its threads are those of the parent.

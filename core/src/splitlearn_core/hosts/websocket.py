@@ -7,7 +7,7 @@ left the processor's cache meanwhile take longest.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 from websockets.protocol import Protocol, Side, State
@@ -78,7 +78,7 @@ class MessageStream:
         """
         if self._protocol.state is not State.OPEN:
             raise ConnectionResetError("the connection was closed")
-        mask, size = secrets.token_bytes(_MASK_BYTES), sum(map(len, buffers))
+        mask, size = os.urandom(_MASK_BYTES), sum(map(len, buffers))
         prefix = message_head(size, mask)
         if size <= PIECE_BYTES:
             yield prefix + apply_mask(b"".join(buffers), mask)
