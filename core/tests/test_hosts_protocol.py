@@ -69,6 +69,14 @@ def test_a_frame_comes_back_as_it_was() -> None:
         (raw(b"{}", kind=99), "malformed", "kind 99"),
         (raw(b"{"), "malformed", "not JSON"),
         (raw(b"[]"), "malformed", "not a JSON object"),
+        (raw(b"{}{}"), "malformed", "not JSON"),
+        (raw(b'{,"tensors":[]}'), "malformed", "not JSON"),
+        (raw(b'{"a":1"tensors":[]}'), "malformed", "not JSON"),
+        (raw(b'{"a":{"b":1,"tensors":[]}'), "malformed", "not JSON"),
+        (raw(b'{"a,"tensors":[]}'), "malformed", "not JSON"),
+        (raw(b'{"tensors":[]]'), "malformed", "not JSON"),
+        (raw(b'{"tensors":' + b"[" * 1_000 + b"}"), "malformed", "not JSON"),
+        (raw(b'{"tensors":[1' + b"0" * 900 + b"]}"), "malformed", "not a name, dtype and shape"),
         (raw(b'{"a":NaN}'), "malformed", "NaN is not JSON"),
         (raw(b'{"a":' + b"[" * 60_000 + b"]" * 60_000 + b"}"), "malformed", "not JSON"),
         (raw(b'{"a":1' + b"0" * 5_000 + b"}"), "malformed", "not JSON"),
@@ -88,6 +96,31 @@ def test_invalid_frames_are_refused(data: bytes, code: str, words: str) -> None:
     with pytest.raises(ProtocolError, match=words) as caught:
         decode(data)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"tensors":[["x","F32",[2]]]}',
+        '{"a":[1,{"b":2}],"tensors":[["x","F32",[2]]]}',
+        '{"tensors":[["x","F32",[2]]],"a":1}',
+        ' {"a":1, "tensors" : [["x","F32",[2]]] }\n',
+        '{"tensors":[["y","F32",[1]]],"tensors":[["x","F32",[2]]]}',
+        '{"a":{"tensors":[["y","F32",[1]]]},"tensors":[["x","F32",[2]]]}',
+        '{"tensors":[["x","F32",[2]]],"a":{"tensors":[["y","F32",[1]]]}}',
+        '{"tensors":[["x","F32",[2]]],"a":{"b":1,"tensors":[]}}',
+        r'{"tensors":[["x","F32",[2]]],"\"tensors":[["y","F32",[1]]]}',
+        r'{"tensors":[["x","F32",[2]]],"a":",\"tensors\":[]}"}',
+    ],
+)
+def test_meta_is_json_however_it_is_written(text: str) -> None:
+    """In any order and with white space, twice: the list of tensors of the first frame is kept."""
+    expected = json.loads(text)
+    tensors = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in expected.pop("tensors"))
+    for _ in range(2):
+        received = decode(raw(text.encode(), bytes(8)))
+        assert (received.meta, received.tensors) == (expected, tensors)
+        assert [len(buffer) for buffer in received.buffers] == [8]
 
 
 def test_damage_on_the_way_is_noticed() -> None:

@@ -61,6 +61,7 @@ class MemoryEndpoint:
 
     url = "memory://trunk"
     max_payload = 2**32
+    is_near = False
 
     def __init__(self, make: Callable[[], SessionTable]) -> None:
         self._make = make

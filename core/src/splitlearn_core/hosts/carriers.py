@@ -10,11 +10,10 @@ import json
 import logging
 import os
 import re
-import select
 import socket
 import ssl
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,6 +58,9 @@ _SILENCE = 10.0
 
 class Connection(Protocol):
     """A connection to a host."""
+
+    #: Whether its other end is on this machine.
+    is_near: bool = False
 
     def send(self, request: Frame) -> None:
         """Send a request.
@@ -110,6 +112,11 @@ class Endpoint:
     connect_timeout: float = 10.0
     reply_timeout: float = 300.0
     max_payload: int = 2**32
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a reply after which that is reported, or nothing more is expected."""
+        return min(_SILENCE, self.reply_timeout)
 
     def check(self) -> None:
         """Refuse an invalid address.
@@ -163,18 +170,22 @@ class Endpoint:
 class _StreamConnection(Connection):
     """Frames one after the other on a stream socket."""
 
+    is_near = True
+
     def __init__(self, stream: socket.socket, endpoint: Endpoint) -> None:
         self._socket = stream
         self._endpoint = endpoint
 
     def send(self, request: Frame) -> None:
         with _connection_errors(self._endpoint.url):
-            send_frame(self._socket, request)
+            for buffer in encode(request):
+                _send_all(self._socket, buffer, self._endpoint)
 
     def receive(self) -> Frame:
         with _connection_errors(self._endpoint.url):
-            _report_silence(self._socket, self._endpoint)
-            reply = receive_frame(self._socket, self._endpoint.max_payload)
+            reply = receive_frame(
+                self._socket, self._endpoint.max_payload, lambda memory: _read(self._socket, memory, self._endpoint)
+            )
         if reply is None:
             raise ConnectionLostError(f"{self._endpoint.url} ended the connection", code="connection")
         return reply
@@ -183,19 +194,45 @@ class _StreamConnection(Connection):
         self._socket.close()
 
 
-def _report_silence(stream: socket.socket, endpoint: Endpoint) -> None:
-    """Wait until a reply begins, and log a warning if it takes longer than :data:`_SILENCE`."""
-    if endpoint.reply_timeout <= _SILENCE or not hasattr(select, "poll"):  # not on Windows
-        return
-    arrives = select.poll()
-    arrives.register(stream, select.POLLIN)
-    if not arrives.poll(1000 * _SILENCE):
-        log.warning(
-            "%s has not answered for %.0f s; waiting up to %.0f s for its reply",
-            endpoint.url,
-            _SILENCE,
-            endpoint.reply_timeout,
-        )
+# The timeout of a connected socket is that of silence: setting another one first would take longer than to read.
+
+
+def _read(stream: socket.socket, memory: memoryview, endpoint: Endpoint) -> int:
+    """Wait for bytes of a reply, and log a warning if they take longer than :data:`_SILENCE`; return their number."""
+    try:
+        return stream.recv_into(memory)
+    except TimeoutError:
+        if endpoint.reply_timeout <= _SILENCE:
+            raise
+    log.warning(
+        "%s has not answered for %.0f s; waiting up to %.0f s for its reply",
+        endpoint.url,
+        _SILENCE,
+        endpoint.reply_timeout,
+    )
+    with _timeout(stream, endpoint.reply_timeout - _SILENCE, endpoint):
+        return stream.recv_into(memory)
+
+
+def _send_all(stream: socket.socket, data: bytes | memoryview, endpoint: Endpoint) -> None:
+    """Send bytes, within the time for a reply."""
+    try:
+        sent = stream.send(data)
+    except TimeoutError:
+        sent = 0
+    if sent < len(data):
+        with _timeout(stream, endpoint.reply_timeout, endpoint):
+            stream.sendall(memoryview(data)[sent:])
+
+
+@contextmanager
+def _timeout(stream: socket.socket, seconds: float, endpoint: Endpoint) -> Iterator[None]:
+    """Allow a socket another time than that of silence."""
+    stream.settimeout(seconds)
+    try:
+        yield
+    finally:
+        stream.settimeout(endpoint.silence)
 
 
 def send_frame(stream: socket.socket, frame: Frame) -> None:
@@ -204,27 +241,35 @@ def send_frame(stream: socket.socket, frame: Frame) -> None:
         stream.sendall(buffer)
 
 
-def receive_frame(stream: socket.socket, max_payload: int) -> Frame | None:
+def receive_frame(
+    stream: socket.socket, max_payload: int, read: Callable[[memoryview], int] | None = None
+) -> Frame | None:
     """Receive a frame from a stream socket; None if the other side has ended between two frames.
+
+    Args:
+        stream: The socket.
+        max_payload: The most bytes of a payload.
+        read: Reads from it into memory, in place of ``recv_into``.
 
     Raises:
         ProtocolError: It is not valid, or too large; the stream cannot be used any further.
         OSError: The connection broke.
     """
-    head = bytearray(HEADER_BYTES)
-    count = stream.recv_into(head)
+    read = read or stream.recv_into
+    head = memoryview(bytearray(HEADER_BYTES))
+    count = read(head)
     if count == 0:
         return None
-    _fill(stream, memoryview(head)[count:])
-    header = decode_header(memoryview(head), max_payload)
+    _fill(read, head[count:])
+    header = decode_header(head, max_payload)
     body = memoryview(bytearray(header.rest))
-    _fill(stream, body)
+    _fill(read, body)
     return decode_body(header, body)
 
 
-def _fill(stream: socket.socket, view: memoryview) -> None:
+def _fill(read: Callable[[memoryview], int], view: memoryview) -> None:
     while view:
-        count = stream.recv_into(view)
+        count = read(view)
         if count == 0:
             raise ConnectionResetError("the connection ended within a frame")
         view = view[count:]
@@ -236,7 +281,7 @@ def _unix_socket(path: str, endpoint: Endpoint) -> socket.socket:
         with _connection_errors(endpoint.url):
             stream.settimeout(endpoint.connect_timeout)
             stream.connect(path)
-            stream.settimeout(endpoint.reply_timeout)
+            stream.settimeout(endpoint.silence)
     except BaseException:
         stream.close()
         raise
@@ -275,13 +320,14 @@ class _WebSocketConnection(Connection):
         with _connection_errors(endpoint.url):
             stream = socket.create_connection((parts.hostname, port), timeout=endpoint.connect_timeout)
         self._socket = stream
+        self.is_near = stream.getpeername()[0] == stream.getsockname()[0]
         try:
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if scheme == "wss":
                 self._socket = _tls(stream, endpoint, parts.hostname or "")
             self._shake_hands()
-            self._socket.settimeout(endpoint.reply_timeout)
+            self._socket.settimeout(endpoint.silence)
         except BaseException:
             self._socket.close()
             raise
@@ -289,14 +335,13 @@ class _WebSocketConnection(Connection):
     def send(self, request: Frame) -> None:
         try:
             for piece in self._stream.masked(encode(request)):
-                self._socket.sendall(piece)
+                _send_all(self._socket, piece, self._endpoint)
         except OSError:
             with _connection_errors(self._endpoint.url):
                 raise
 
     def receive(self) -> Frame:
         try:
-            _report_silence(self._socket, self._endpoint)
             while not self._messages:
                 self._read()
         except (OSError, EOFError):
@@ -373,7 +418,7 @@ class _WebSocketConnection(Connection):
 
     def _read(self) -> None:
         """Read the bytes that have arrived, and queue complete messages."""
-        count = self._socket.recv_into(self._scratch)
+        count = _read(self._socket, self._scratch, self._endpoint)
         if count:
             self._stream.feed(self._scratch[:count])
         else:

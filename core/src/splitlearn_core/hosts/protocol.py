@@ -38,6 +38,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from functools import lru_cache
+from itertools import accumulate, pairwise, starmap
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -87,6 +88,8 @@ class Kind(IntEnum):
 
 #: A look-up in a dict takes a tenth of the time of Kind(number).
 _KINDS = {int(kind): kind for kind in Kind}
+#: The name of the list of tensors in meta, and the longest list, in bytes, that is kept for later frames.
+_TENSORS, _SHORT_LIST = b'"tensors":', 1024
 _NO_META: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -216,21 +219,11 @@ def decode_body(header: Header, body: memoryview, payload: memoryview | None = N
         raise ProtocolError(f"a frame of {count:,} bytes announced {header.rest:,}", code="malformed")
     if zlib.crc32(body) != header.meta_crc:
         raise ProtocolError("the description of a frame was damaged in transit", code="malformed")
-    meta = _parse_meta(body)
-    listed = meta.pop("tensors", [])
-    if not isinstance(listed, list) or len(listed) > MAX_TENSORS:
-        raise ProtocolError("the tensors of a frame are not a list, or are too many", code="malformed")
-    tensors, buffers, position = [], [], 0
-    for item in listed:
-        spec = _parse_tensor(item)
-        begin, position = position, position + spec.nbytes
-        tensors.append(spec)
-        buffers.append(payload[begin:position])
-    if len(tensors) > 1 and len({spec.name for spec in tensors}) < len(tensors):
-        raise ProtocolError("two tensors of a frame have the same name", code="malformed")
-    if position != header.payload_length:
+    meta, listed = _parse_meta(bytes(body))
+    if listed.nbytes != header.payload_length:
         raise ProtocolError("the sizes of a frame's tensors do not add up to its payload", code="malformed")
-    return Frame(header.kind, header.session, header.step, meta, tuple(tensors), buffers)
+    buffers = [payload[place] for place in listed.places]
+    return Frame(header.kind, header.session, header.step, meta, listed.tensors, buffers)
 
 
 def decode(data: bytes | bytearray | memoryview, max_payload: int = MAX_PAYLOAD_BYTES) -> Frame:
@@ -239,14 +232,62 @@ def decode(data: bytes | bytearray | memoryview, max_payload: int = MAX_PAYLOAD_
     return decode_body(decode_header(view, max_payload), view[HEADER_BYTES:])
 
 
-def _parse_meta(raw: memoryview) -> dict[str, Any]:
+class _Listed(NamedTuple):
+    """The tensors of a frame, the place of each in the payload, and their bytes."""
+
+    tensors: tuple[TensorSpec, ...]
+    places: tuple[slice, ...]
+    nbytes: int
+
+
+def _parse_meta(raw: bytes) -> tuple[dict[str, Any], _Listed]:
+    """Return meta without its list of tensors, and that list.
+
+    :func:`encode` puts the list last, and it is mostly that of an earlier frame. The value of a name may be replaced:
+    with a number in its place, the rest is JSON if and only if the whole is.
+    """
+    others, name, listed = raw.rpartition(_TENSORS)
+    # After one of these a quote is not an escaped one, within a string.
+    if others[-1:] in (b"{", b",") and len(listed) <= _SHORT_LIST and listed.endswith(b"}"):
+        try:
+            known = _parse_list(listed[:-1])
+        except (ValueError, RecursionError):
+            pass  # not the last value of meta, or no JSON
+        else:
+            meta = _parse_object(others + name + b"0}")
+            del meta["tensors"]
+            return meta, known
+    meta = _parse_object(raw)
+    return meta, _checked_list(meta.pop("tensors", []))
+
+
+def _parse_object(raw: bytes) -> dict[str, Any]:
     try:
-        meta = _DECODER.decode(str(raw, "utf-8"))
+        # White space may surround it. `decode` would look for that with regular expressions.
+        text = raw.decode().strip(" \t\n\r")
+        value, end = _DECODER.raw_decode(text)
+        if end != len(text):
+            raise ValueError(f"there is more after its end, at character {end}")
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the description of a frame is not JSON: {error}", code="malformed") from error
-    if not isinstance(meta, dict):
+    if not isinstance(value, dict):
         raise ProtocolError("the description of a frame is not a JSON object", code="malformed")
-    return meta
+    return value
+
+
+@lru_cache(maxsize=256)
+def _parse_list(raw: bytes) -> _Listed:
+    return _checked_list(_DECODER.decode(raw.decode()))
+
+
+def _checked_list(listed: Any) -> _Listed:
+    if not isinstance(listed, list) or len(listed) > MAX_TENSORS:
+        raise ProtocolError("the tensors of a frame are not a list, or are too many", code="malformed")
+    tensors = tuple(map(_parse_tensor, listed))
+    if len({spec.name for spec in tensors}) < len(tensors):
+        raise ProtocolError("two tensors of a frame have the same name", code="malformed")
+    ends = [0, *accumulate(spec.nbytes for spec in tensors)]
+    return _Listed(tensors, tuple(starmap(slice, pairwise(ends))), ends[-1])
 
 
 def _parse_tensor(item: Any) -> TensorSpec:

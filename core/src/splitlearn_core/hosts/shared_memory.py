@@ -39,6 +39,7 @@ _LEAST_SIZE, _LARGEST_SIZE = 2**20, 2**30
 _SCRATCH = _HEAD_BYTES + MAX_META_BYTES
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DESCRIPTOR = struct.Struct("i")
+_ROOM_FOR_DESCRIPTOR = socket.CMSG_SPACE(_DESCRIPTOR.size) if hasattr(socket, "CMSG_SPACE") else 0
 
 
 class Channel:
@@ -104,9 +105,9 @@ class Channel:
             # Only requests have descriptors.
             count = self._stream.recv_into(self._scratch)
         else:
-            room = socket.CMSG_SPACE(_DESCRIPTOR.size)
-            count, ancillary, _, _ = self._stream.recvmsg_into([self._scratch], room, _CLOSE_ON_EXEC)
-            descriptors = [_DESCRIPTOR.unpack(data)[0] for _, _, data in ancillary]
+            count, ancillary, _, _ = self._stream.recvmsg_into([self._scratch], _ROOM_FOR_DESCRIPTOR, _CLOSE_ON_EXEC)
+            if ancillary:
+                descriptors = [_DESCRIPTOR.unpack(data)[0] for _, _, data in ancillary]
         try:
             if count == 0:
                 return None
@@ -141,7 +142,7 @@ class Channel:
 
     def _write(self, buffers: list[bytes | memoryview], descriptor: int) -> None:
         if descriptor < 0:
-            sent = self._stream.sendmsg(buffers)
+            sent = self._stream.send(buffers[0]) if len(buffers) == 1 else self._stream.sendmsg(buffers)
         else:
             passed = (socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(descriptor))
             sent = self._stream.sendmsg(buffers, [passed])

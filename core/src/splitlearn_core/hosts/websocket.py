@@ -7,7 +7,7 @@ left the processor's cache meanwhile take longest.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 from websockets.protocol import Protocol, Side, State
@@ -55,7 +55,7 @@ class MessageStream:
         self,
         protocol: Protocol,
         max_size: int,
-        take_message: Callable[[bytearray], object],
+        take_message: Callable[[bytes | bytearray], object],
         take_other: Callable[[bytes], object],
     ) -> None:
         self._protocol = protocol
@@ -78,7 +78,7 @@ class MessageStream:
         """
         if self._protocol.state is not State.OPEN:
             raise ConnectionResetError("the connection was closed")
-        mask, size = secrets.token_bytes(_MASK_BYTES), sum(map(len, buffers))
+        mask, size = os.urandom(_MASK_BYTES), sum(map(len, buffers))
         prefix = message_head(size, mask)
         if size <= PIECE_BYTES:
             yield prefix + apply_mask(b"".join(buffers), mask)
@@ -101,46 +101,39 @@ class MessageStream:
                 if piece:
                     self._take_other(bytes(piece))
                 continue
-            # The message grows as it arrives: no memory is allocated for a length that is only announced.
-            self._message += apply_mask(piece, self._mask) if self._mask else piece
+            part = apply_mask(piece, self._mask) if self._mask else piece
             if self._left:
+                # The message grows as it arrives: no memory is allocated for a length that is only announced.
+                self._message += part
                 self._mask = _after(self._mask, len(piece))
             else:
                 message, self._message = self._message, None
-                self._take_message(message)
+                self._take_message(message + part if message else bytes(part))
 
     def _begin(self, data: memoryview) -> memoryview:
         """Read the header of a frame as far as it has arrived, and return the rest of the data."""
-        head = self._head + data[: _LONGEST_HEAD - len(self._head)]
-        size = _head_bytes(head)
+        before = len(self._head)
+        head = self._head + data[: _LONGEST_HEAD - before]
+        first, second = head[:2] if len(head) > 1 else (0, 0)
+        length, mask_at = second & _LENGTH, 2
+        if length >= _TWO_BYTES:
+            mask_at = 4 if length == _TWO_BYTES else 10
+            length = int.from_bytes(head[2:mask_at], "big")
+        size = mask_at + _MASK_BYTES if second & _MASKED else mask_at
         if len(head) < size:
             self._head = head
             return data[len(data) :]
-        data, head, self._head = data[size - len(self._head) :], head[:size], b""
-        is_masked, length = bool(head[1] & _MASKED), head[1] & _LENGTH
-        if length >= _TWO_BYTES:
-            length = int.from_bytes(head[2:4] if length == _TWO_BYTES else head[2:10], "big")
-        self._left, self._mask = length, head[-_MASK_BYTES:] if is_masked else b""
-        is_message = (
-            head[0] == _BINARY
+        self._head, self._left, self._mask = b"", length, head[mask_at:size]
+        if (
+            first == _BINARY
             and not self._is_in_fragments
-            and is_masked is self._is_server
+            and bool(self._mask) is self._is_server
             and length <= self._max_size
             and self._protocol.state is State.OPEN
-        )
-        if head[0] & _OPCODE < _CONTROL:
-            self._is_in_fragments = not head[0] & _FINAL
-        if is_message:
+        ):
             self._message = bytearray()
         else:
-            self._take_other(head)
-        return data
-
-
-def _head_bytes(head: bytes) -> int:
-    """Return the size of a frame's header, or a larger number if it is incomplete."""
-    if len(head) < 2:  # noqa: PLR2004  # flags and length
-        return 2
-    length = head[1] & _LENGTH
-    more = 0 if length < _TWO_BYTES else 2 if length == _TWO_BYTES else 8
-    return 2 + more + (_MASK_BYTES if head[1] & _MASKED else 0)
+            if first & _OPCODE < _CONTROL:
+                self._is_in_fragments = not first & _FINAL
+            self._take_other(head[:size])
+        return data[size - before :]
