@@ -131,6 +131,7 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             **({"text_config": text_config, "bottom_arguments": ()} if text_config else {}),
             "crossing": crossing,
             "layer_results": parts.layer_results,
+            "zero_arguments": parts.zero_arguments,
             "ignored_suffixes": ignored_suffixes(model),
             # transformers' tables know the names in older files of composite models, too.
             "renamed": (((f"{alone}.", ""),) if alone else ()) if text_config else renamed or (),
@@ -202,10 +203,13 @@ def _required_values(config: Any) -> dict[str, Any]:
         if getattr(decoder, name, None) is None:
             continue
         try:
-            derive_parts(tiny_model(with_values(config, {name: other})))
-        # More crosses; or the code of the model raises an exception, because it is given embeddings alone.
+            crossing = derive_parts(tiny_model(with_values(config, {name: other}))).crossing
+        # The code of the model raises an exception, because it is given embeddings alone.
         except Exception:  # noqa: BLE001
             required[name] = 0
+        else:
+            if crossing and not getattr(decoder, name):
+                required[name] = 0
     if getattr(decoder, _SHARING, None) is not None and not _can_share(decoder):
         required[_SHARING] = 0
     return required
@@ -482,6 +486,7 @@ def _prove_settings(derived: Derived, config: Any, swept: _Variants) -> None:
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
         **({"short window": {_SLIDING: _WINDOW}} if _has_window(config) else {}),
+        **{f"without {name}": {name: 0} for name in _MORE_CROSSES if getattr(decoder_of(config), name, 0)},
         **swept.variants,
     }
     derived.variants = {"plain": {}}

@@ -433,7 +433,12 @@ def quiet() -> Iterator[None]:
 
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:
     """Return a copy of a configuration with other values; raises the errors of its class."""
-    changed = type(config)(**with_decoder_values(config.to_dict(), decoder_name(config), values))
+    name = decoder_name(config)
+    own = with_decoder_values(config.to_dict(), name, values)
+    if "layer_types" in values and "per_layer_config" not in values:
+        # Sizes of single layers, which follow from their kinds.
+        (own[name] if name else own).pop("per_layer_config", None)
+    changed = type(config)(**own)
     changed.dtype = torch.float32
     return changed
 
