@@ -72,6 +72,26 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "sliding_window": 6,
         },
     ),
+    # Such slices alone, computed from token ids that the forward insists on, unless it is given the slices.
+    "gemma4_text": (
+        {
+            "skip_outside_bottom": (
+                "embed_tokens_per_layer",
+                "per_layer_model_projection",
+                "per_layer_projection_norm",
+            ),
+            "crossing": {"per_layer_input": ("batch", "sequence", "layers", "hidden_size_per_layer_input")},
+            "zero_arguments": {"per_layer_inputs": "per_layer_input"},
+            "sharing_layers": "num_kv_shared_layers",
+        },
+        {
+            "vocab_size_per_layer_input": 101,
+            "hidden_size_per_layer_input": 8,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "sliding_window": 6,
+        },
+    ),
     # The embeddings, which every layer takes; and layers that share modules, in different components, too.
     "zamba2": (
         {

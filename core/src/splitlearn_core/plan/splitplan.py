@@ -406,10 +406,7 @@ def cut_bytes(
     if not crossing:
         return _number(family, config, "hidden_size") * wide
     left = max(owned.total - owned.start for owned in ranges if not owned.is_first)
-    return sum(
-        tensor.elements(left) * (wide if name == STATES else width)
-        for name, tensor in crossing.items()
-    )
+    return sum(tensor.elements(left) * (wide if name == STATES else width) for name, tensor in crossing.items())
 
 
 def common_dtype(dtypes: Iterable[str]) -> str:

@@ -367,9 +367,7 @@ def _chain(frame: _Frame, seen: Forward, layers: Sequence[Call], parts: Parts) -
     )
     paths = [layer.path for layer in layers]
     ignored = {
-        argument
-        for argument in dict.fromkeys(map(_argument_of, others))
-        if _ignore(frame, seen, paths, argument)
+        argument for argument in dict.fromkeys(map(_argument_of, others)) if _ignore(frame, seen, paths, argument)
     }
     for name in others:
         if _argument_of(name) not in ignored:

@@ -112,6 +112,8 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     sizes |= {count for _, _, count in shared.values() if count}
     wide = bool(crossing) and layers_take(narrow, parts) == torch.float32
     keeps_wide = keeps_float32(model) or (bool(crossing) and has_float32(narrow))
+    # With layers that share nothing, of which switches are observed.
+    variants = _Variants(config, parts)
     sharing = _SHARING if _can_share(decoder_of(config)) else ""
     if sharing:
         needed = with_decoder_values(needed, text_config, _WITH_SHARING)
@@ -119,7 +121,6 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         model = tiny_model(config)
     renamed = renamed_keys(model, saved_tensors(model))
     alone = path_of_decoder(config) if text_config else ""
-    variants = _Variants(config, parts)
     if settings:
         variants.sweep()
     derived = Derived(
@@ -213,6 +214,14 @@ def _required_values(config: Any) -> dict[str, Any]:
     if getattr(decoder, _SHARING, None) is not None and not _can_share(decoder):
         required[_SHARING] = 0
     return required
+
+
+def _without_more(config: Any) -> dict[str, Any]:
+    """Return values with which nothing crosses besides hidden states, in a type of which more may; empty in others."""
+    decoder = decoder_of(config)
+    values: dict[str, Any] = {name: 0 for name in _MORE_CROSSES if getattr(decoder, name, None)}
+    # transformers' own code has no layers that share without embeddings for each layer.
+    return {**values, _SHARING: 0} if values and getattr(decoder, _SHARING, None) else values
 
 
 def _can_share(config: Any) -> bool:
@@ -469,7 +478,8 @@ def _prove(derived: Derived, config: Any, swept: _Variants, settings: bool) -> N
         else:
             derived.dtypes = (*derived.dtypes, dtype)
     if settings:
-        windows: list[dict[str, Any]] = [{}, *([{_SLIDING: _WINDOW}] if _has_window(config) else [])]
+        plain = _without_more(config)
+        windows = [plain, *([{**plain, _SLIDING: _WINDOW}] if _has_window(config) else [])]
         derived.fields["packable"] = bool(derived.attention) and all(
             is_packable(
                 in_dtype(tiny_model(with_values(config, values), attention), dtype), ModelFamily(**derived.fields)
@@ -486,7 +496,7 @@ def _prove_settings(derived: Derived, config: Any, swept: _Variants) -> None:
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
         **({"short window": {_SLIDING: _WINDOW}} if _has_window(config) else {}),
-        **{f"without {name}": {name: 0} for name in _MORE_CROSSES if getattr(decoder_of(config), name, 0)},
+        **({"nothing more": _without_more(config)} if _without_more(config) else {}),
         **swept.variants,
     }
     derived.variants = {"plain": {}}
