@@ -11,7 +11,6 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import BATCH, LAYERS, SEQUENCE, STATES, ModelFamily
 
-
 #: The dimensions of hidden states in most models.
 _USUAL = (BATCH, SEQUENCE, "hidden_size")
 

@@ -61,6 +61,7 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
         overrides: Values that differ from :data:`TINY`, or go beyond it.
     """
     known = config_class()
+    _allow_values_of_layers(known)
     # Computed properties cannot be set.
     own = [
         name for name in TINY if hasattr(known, name) and not isinstance(getattr(config_class, name, None), property)
@@ -82,14 +83,24 @@ def other_sizes(known: Any, decoder: str, small: Mapping[str, int] = OF_OTHERS) 
         other = getattr(known, name, None)
         if name == decoder or other is None:
             continue
-        sizes = {
+        _allow_values_of_layers(other)
+        sizes: dict[str, Any] = {
             other.attribute_map.get(size, size): value
             for size, value in small.items()
             if type(getattr(other, size, None)) is int and getattr(other, size) > value
             if not isinstance(getattr(type(other), size, None), property)
         }
+        depth = sizes.get("num_hidden_layers")
+        if depth is not None:
+            kinds = {key: value for key, value in other.to_dict().items() if key.endswith("layer_types") and value}
+            sizes |= {key: value[:depth] for key, value in kinds.items()}
         values[name] = {"model_type": other.model_type, **sizes, **other_sizes(other, "", small)}
     return values
+
+
+def _allow_values_of_layers(config: Any) -> None:
+    """Let a configuration say values that some of its layers have otherwise; these are those of the others."""
+    config.allow_global_per_layer_attribute_access = True
 
 
 @own_state(gradients=True)
