@@ -35,6 +35,7 @@ OF_OTHERS: Mapping[str, int] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "embed_dim", "encoder_ffn_dim", "hidden_dim"), 32),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "output_dim", "vision_output_dim"), 32),
     **dict.fromkeys(("projector_input_dim", "projector_output_dim", "base_channels"), 32),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 32),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "encoder_attention_heads"), 2),
     "head_dim": 16,
 }

@@ -261,7 +261,10 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor, zeros: Mapping[str
                 f"{', '.join(called[: depth + _MAX_SHOWN])}"
             )
         if called:
-            raise CannotSplitError(f"text alone passes through {len(set(called))} of its {depth} layers ({path})")
+            others = ", ".join(str(number) for number, layer in enumerate(wanted) if layer not in called)
+            raise CannotSplitError(
+                f"text alone passes by layers of its {depth} ({path}: {others}), which are for images or sound"
+            )
     for path, module in lists.items():
         wanted = [f"{path}.{number}" for number in range(len(module))]
         if len(wanted) > 1 and [call.path for call in seen.calls if call.path in wanted] == wanted:

@@ -37,6 +37,7 @@ from splitlearn_auto.knowledge import (
     decoder_switches,
     has_any_decoder,
     model_class_name,
+    value_of,
 )
 from splitlearn_auto.making import in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, is_packable, keeps_states
@@ -519,7 +520,7 @@ def _describe_cache(derived: Derived, config: Any) -> None:
     note = cache_note(model, ModelFamily(**derived.fields))
     if not note:
         return
-    defaults = {name: getattr(type(decoder_of(config))(), name, None) for name in _LATENT}
+    defaults = {name: value_of(type(decoder_of(config))(), name) for name in _LATENT}
     stated = {name: value for name, value in defaults.items() if type(value) is int}
     latent = {
         **derived.fields,
@@ -527,9 +528,7 @@ def _describe_cache(derived: Derived, config: Any) -> None:
         "config_defaults": {**derived.fields["config_defaults"], **stated},
     }
     measured = {**derived.fields, "measured_cache": True}
-    if all(getattr(decoder_of(config), name, None) for name in _LATENT) and not cache_note(
-        model, ModelFamily(**latent)
-    ):
+    if all(value_of(decoder_of(config), name) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
         derived.fields = latent
         return
     # The code of some models (DBRX's experts) does not run without values.
