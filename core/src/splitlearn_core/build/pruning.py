@@ -188,6 +188,21 @@ class Zero(nn.Module):
         return torch.zeros((), device=next((tensor.device for tensor in given), None))
 
 
+class ZeroRows(nn.Module):
+    """Stands in for an embedding that a model joins with others, and whose result it does not use.
+
+    Args:
+        width: The width of that result.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*ids.shape, self._width, dtype=torch.get_default_dtype(), device=ids.device)
+
+
 class LeftOut(nn.Module):
     """Stands for a model that components do not have; some forwards read its device although it does not run."""
 
@@ -275,9 +290,11 @@ def _taking_class(layer_class: Any) -> type[nn.Module]:
 
 
 def _neutral_inlet(base: nn.Module, family: ModelFamily, name: str) -> nn.Module:
+    # Where hidden states enter at the layers, a model may do more with its embeddings than adding them.
+    module = dict(base.named_modules()).get(name) if enters_at_layers(family) else None
     if name in family.zero_outside_bottom:
-        return Zero()
-    module = dict(base.named_modules()).get(name) if family.crossing else None
+        # Not of a class of the model's own, which may take anything.
+        return ZeroRows(module.embedding_dim) if type(module) is nn.Embedding else Zero()
     if isinstance(module, nn.Linear) and module.in_features != module.out_features:
         return Wide(module.out_features)
     return PassLayer()

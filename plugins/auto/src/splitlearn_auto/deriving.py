@@ -448,8 +448,15 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
             continue
         if not call.tensors[0].requires_grad:
             # Independent of the embeddings: relevant if zeros change the input of the first layer.
-            if not torch.equal(frame.watch({call.path: zeroed}).of(first.path)[0].state, state):
+            without = frame.watch({call.path: zeroed})
+            has_values = any(True for _ in frame.base.get_submodule(call.path).parameters())
+            if not torch.equal(without.of(first.path)[0].state, state):
                 parts.zero_outside_bottom.append(call.path)
+            elif has_values and not _same(without.hidden, seen.hidden):
+                raise CannotSplitError(
+                    f"its layers take what {call.path} computes, whose values are in the file: every component would "
+                    "need it"
+                )
         elif any(tensor.requires_grad for tensor in call.inputs.values()):
             parts.skip_outside_bottom.append(call.path)
     _parameters(frame, seen, first, parts)
@@ -470,9 +477,11 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
     for training, when in _MODES:
         try:
             entered = inside.watch(neutral, training).of(first.path)[0].state
-        except RuntimeError as error:
+        except RuntimeError:
             added = ", ".join(parts.zero_outside_bottom)
-            raise CannotSplitError(f"{added} are not just added to the embeddings: {reason(error)}") from error
+            parts.enter_at_layers = True
+            parts.reasons["enter_at_layers"] = f"Not just added to the embeddings: {added}."
+            return
         if not _same(entered, inside.embeddings):
             parts.enter_at_layers = True
             parts.reasons["enter_at_layers"] = (
