@@ -72,6 +72,26 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "sliding_window": 6,
         },
     ),
+    # Such slices alone, computed from token ids that the forward insists on, unless it is given the slices.
+    "gemma4_text": (
+        {
+            "skip_outside_bottom": (
+                "embed_tokens_per_layer",
+                "per_layer_model_projection",
+                "per_layer_projection_norm",
+            ),
+            "crossing": {"per_layer_input": ("batch", "sequence", "layers", "hidden_size_per_layer_input")},
+            "zero_arguments": {"per_layer_inputs": "per_layer_input"},
+            "sharing_layers": "num_kv_shared_layers",
+        },
+        {
+            "vocab_size_per_layer_input": 101,
+            "hidden_size_per_layer_input": 8,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "sliding_window": 6,
+        },
+    ),
     # The embeddings, which every layer takes; and layers that share modules, in different components, too.
     "zamba2": (
         {
@@ -289,6 +309,81 @@ def test_components_alone(name: str) -> None:
         far(**nothing)
 
 
+def small_gemma4(name: str, **values: Any) -> tuple[Any, ModelFamily]:
+    """Return a model whose last two layers use keys and values of others, alone or as the decoder of several."""
+    fields, own = CASES["gemma4_text"]
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    kinds = ["full_attention", *["sliding_attention"] * 2, "full_attention", "sliding_attention", "full_attention"]
+    values = {**SIZES, **own, "num_kv_shared_layers": 2, "layer_types": kinds, **values}
+    if name == "gemma4":
+        ids = {f"{what}_token_id": 95 + number for number, what in enumerate(("image", "video", "audio"))}
+        values = {"text_config": {"model_type": "gemma4_text", **values}, "vision_config": None, **ids}
+        fields = {**fields, "base": "model.language_model", "text_config": "text_config", "bottom_arguments": ()}
+    model_class = transformers.Gemma4ForConditionalGeneration if name == "gemma4" else transformers.Gemma4ForCausalLM
+    torch.manual_seed(0)
+    whole: Any = model_class._from_config(AutoConfig.for_model(name, **values), dtype=torch.float32).eval()
+    for parameter in whole.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.15 + (parameter == 1).all()
+    family = ModelFamily(
+        model_type=name, architecture=model_class.__name__, uniform_layers=False, measured_cache=True, **fields
+    )
+    return whole, family
+
+
+def cut_at(points: tuple[int, ...], whole: Any, family: ModelFamily) -> list[Any]:
+    edges = (None, *points, None)
+    return [
+        component_from_state_dict(family, kind_of(part), whole.state_dict(), whole.config, start, end)
+        for part, start, end in zip(component_names(len(points) + 1), edges, edges[1:], strict=False)
+    ]
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_tokens_whose_logits_are_not_kept(name: str, attention: str) -> None:
+    """Layers that use keys and values of others leave them out, in the top alone, and of what crossed as well."""
+    whole, family = small_gemma4(name)
+    whole.set_attn_implementation(attention)
+    split = SplitCausalLM(*cut_at((1, 2), whole, family))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        for kept in (0, 1, 3, torch.tensor([0, 3])):
+            arguments = {"input_ids": batch(7), "attention_mask": mask, "use_cache": False, "logits_to_keep": kept}
+            assert torch.equal(split(**arguments).logits, whole(**arguments).logits)
+    assert equal(generated(split, attention_mask=mask), generated(whole, attention_mask=mask))
+    settings = {"input_ids": batch(7)[:1], "attention_mask": mask[1:], "prompt_lookup_num_tokens": 2}
+    assert equal(*([model.generate(**settings, max_new_tokens=6, do_sample=False)] for model in (split, whole)))
+
+
+@pytest.mark.newest
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4"])
+def test_embeddings_in_place_of_token_ids(name: str) -> None:
+    """The ids are found by exact embeddings, and for others the slices are given; the bottom alone takes both."""
+    whole, family = small_gemma4(name)
+    split = SplitCausalLM(*cut_at((1, 2), whole, family))
+    exact = whole.get_input_embeddings()(batch(7))
+    slices = torch.randn(2, 7, 6, 8)
+    for given in ({"inputs_embeds": exact}, {"inputs_embeds": exact * 1.1, "per_layer_inputs": slices}):
+        assert torch.equal(split(**given, use_cache=False).logits, whole(**given, use_cache=False).logits)
+    with pytest.raises(RuntimeError, match="do not exactly match the embedding weights"):
+        split(inputs_embeds=exact * 1.1, use_cache=False)
+
+
+@pytest.mark.newest
+def test_a_model_without_what_may_cross() -> None:
+    """It has hidden states at its cuts, which may be treated, and lacks the modules that make the rest."""
+    whole, family = small_gemma4("gemma4_text", num_kv_shared_layers=0, hidden_size_per_layer_input=0)
+    bottom, trunk, top = cut_at((2, 4), whole, family)
+    assert bottom.crossing == {}
+    split = SplitCausalLM(bottom, trunk, top, cuts=[Cut(clip=1e9), Cut()])
+    assert equal(steps(split, 7, 1, 3), steps(whole, 7, 1, 3))
+    assert isinstance(bottom(input_ids=batch(3)), torch.Tensor)
+
+
 def test_cuts_that_treat_hidden_states_alone_are_refused(name: str) -> None:
     """Noise on hidden states would hide nothing of what crosses with them."""
     with pytest.raises(ConfigurationError, match="cross") as caught:
@@ -314,6 +409,7 @@ def test_what_crosses_is_counted() -> None:
         ({"crossing": {"x": ("sequence", "hidden_size")}}, "crossing must be a mapping"),
         ({"crossing": {"x": ("batch", "sequence")}, "layer_results": ("y",)}, "layer_results must be names in"),
         ({"crossing": {"x": ("batch", "sequence")}, "layer_results": ("x",)}, "layers_return_tuple must be True"),
+        ({"zero_arguments": {"x": "y"}}, "zero_arguments must be a mapping of names to names in crossing"),
         ({"shared_modules": {"x": ("layer_types", "hybrid")}}, "shared_modules must be a mapping"),
     ],
 )

@@ -94,6 +94,10 @@ class ModelFamily:
     #: The names in ``crossing`` of what a layer computes for the next one, in the order in which it returns them after
     #: its hidden states. The others are computed before the first layer.
     layer_results: tuple[str, ...] = ()
+    #: Arguments of the model's forward that it computes from token ids, where they are not given, and hands to its
+    #: layers -> the name in ``crossing`` of what a layer takes of each (Gemma 4's ``per_layer_inputs``). The bottom
+    #: alone takes them; the others give a zero in their place, and their layers what crosses the cut.
+    zero_arguments: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     #: Tensors that old checkpoints contain and no module uses, as suffixes of the checkpoint key.
     ignored_suffixes: tuple[str, ...] = ()
     #: Substrings of checkpoint keys that changed their name, ``(old, new)``, applied in order.
@@ -246,6 +250,9 @@ def _wrong_between_layers(family: ModelFamily) -> Iterator[tuple[str, str]]:
         yield "layer_results", "names in crossing other than that of hidden states"
     elif family.layer_results and not family.layers_return_tuple:
         yield "layers_return_tuple", "True, because layers return layer_results"
+    arguments = family.zero_arguments
+    if not (isinstance(arguments, Mapping) and {*arguments.values()} <= {*family.crossing}):
+        yield "zero_arguments", "a mapping of names to names in crossing"
 
 
 def _are_dimensions(value: object) -> bool:

@@ -119,10 +119,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):
         _check_fit(parts, mixed_dtypes)
         crossings = None if cuts is None and ledger is None else Crossings(cuts or (), len(parts) - 1, ledger)
         top = parts[Component.TOP]
-        if crossings is not None and top.family.crossing:
+        if crossings is not None and top.crossing:
             raise ConfigurationError(
                 f"cuts and ledger treat hidden states [batch, sequence, hidden] alone; of a {top.family.model_type} "
-                f"model {', '.join(top.family.crossing)} cross",
+                f"model {', '.join(top.crossing)} cross",
                 hint="leave cuts and ledger out; what crosses is then sent as it is",
             )
         config, training = top.config, top.training

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, cache_utils
 
 from splitlearn_auto import NewPlugin, new_plugin
-from splitlearn_auto.deriving import check_causal
-from splitlearn_auto.examining import _required_values, examine
+from splitlearn_auto.deriving import check_causal, derive_parts
+from splitlearn_auto.examining import _WITH_SHARING, _required_values, _without_more, examine
 from splitlearn_auto.findings import CannotSplitError, Derived, Question
-from splitlearn_auto.making import tiny_config, tiny_model
+from splitlearn_auto.making import tiny_config, tiny_model, with_values
 from splitlearn_auto.observing import with_noise
 from splitlearn_auto.package import package_files
 from splitlearn_auto.proving import differences, is_packable
@@ -294,23 +294,44 @@ def test_small_models_of_peculiar_configurations(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", _known("gemma4_text"))
-def test_values_with_which_more_would_cross_are_required(model_type: str, world: Any, tmp_path: Path) -> None:
-    """Embeddings for each layer of guessed tokens, and shared caches of no small model: one with them is refused."""
+def test_what_a_forward_computes_from_token_ids(model_type: str, world: Any, tmp_path: Path) -> None:
+    """It is found, and crosses; layers that share keys and values are in one component, switches of theirs included."""
     derived = examine(model_type, {}, settings=False)
     assert derived.questions == []
-    assert derived.fields["required_values"] == {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    assert "required_values" not in derived.fields
+    slices = ("batch", "sequence", "layers", "hidden_size_per_layer_input")
+    assert derived.fields["crossing"] == {"per_layer_input": slices}
+    assert derived.fields["zero_arguments"] == {"per_layer_inputs": "per_layer_input"}
+    assert derived.fields["sharing_layers"] == "num_kv_shared_layers"
+    assert derived.dtypes == ("float32", "bfloat16")
     world.install(model_type, family_module(derived, model_type))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 6}))
-    with pytest.raises(InvalidSplitError, match="hidden_size_per_layer_input is 256, not 0"):
-        plan_split(tmp_path, (2, 4))
+    config = tiny_config(model_type, AutoConfig.for_model(model_type), {})[0]
+    kinds = ["sliding_attention", "full_attention"] * 3
+    values = {"num_kv_shared_layers": 3, "layer_types": kinds, "use_double_wide_mlp": True}
+    whole = tiny_model(with_values(config, values))
+    whole.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    # Files of published models have what no layer of the module has.
+    ignored = stored["model.layers.1.self_attn.k_proj.weight"].clone()
+    save_file({**stored, "model.layers.5.self_attn.k_proj.weight": ignored}, tmp_path / "model.safetensors")
+    with pytest.raises(InvalidSplitError, match="no cut before layer 3: layer 5 uses the keys") as caught:
+        plan_split(tmp_path, (1, 3))
+    assert "nearest possible is before layer 1" in caught.value.hint
+    split = SplitCausalLM(*load_split_model(None, (1,), tmp_path, progress=False))
+    ids, settings = torch.tensor([[5, 17, 42, 99, 3]]), {"max_new_tokens": 3, "do_sample": False, "output_scores": True}
+    outputs = [model.generate(ids, return_dict_in_generate=True, **settings) for model in (split, whole)]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert all(map(torch.equal, outputs[0].scores, outputs[1].scores))
 
 
 @pytest.mark.parametrize("model_type", _known("gemma4"))
-def test_values_of_a_decoder_in_a_model_of_several_are_required(model_type: str) -> None:
-    """As of the decoder alone."""
-
-    config, _ = tiny_config(model_type, AutoConfig.for_model(model_type), {})
-    assert _required_values(config)["num_kv_shared_layers"] == 0
+def test_what_the_decoder_of_several_models_computes_from_token_ids(model_type: str) -> None:
+    """As of the decoder alone; and values with which nothing more crosses are tried, too."""
+    config = tiny_config(model_type, AutoConfig.for_model(model_type), {})[0]
+    assert _required_values(config) == {}
+    assert derive_parts(tiny_model(config)).zero_arguments == {"per_layer_inputs": "per_layer_input"}
+    plain = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    assert _without_more(with_values(config, _WITH_SHARING)) == plain
 
 
 @pytest.mark.parametrize("model_type", _known("zaya"))
@@ -398,8 +419,9 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
 
     state = torch.ones(1, 2, 3, requires_grad=True)
     for uses in (0.0, 1.0):
-        result = with_noise(Layer(uses).forward, (), {"hidden_states": state, "extra": [state * 2]})
+        result = with_noise("extra", Layer(uses).forward, (), {"hidden_states": state, "extra": [state * 2]})
         assert torch.equal(result, state) == (not uses)
+        assert not torch.equal(with_noise("extra", Layer(1.0).forward, (state, [state * 2]), {}), state * 3)
 
 
 # -- what it refuses --------------------------------------------------------------------------------

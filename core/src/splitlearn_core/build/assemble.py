@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,15 @@ def tensor_problems(module: nn.Module, planned: Mapping[str, TensorInfo]) -> lis
 def unexpected_names(module: nn.Module, planned: Mapping[str, TensorInfo]) -> set[str]:
     """Return the module keys of planned tensors that a module has no place for."""
     return planned.keys() - {name for name, _, in_file in _tensors(module) if in_file}
+
+
+def ignored_names(module: Any, names: Iterable[str]) -> set[str]:
+    """Return those names of tensors that a class has no place for on purpose, and ignores in files, by its own list.
+
+    Gemma 4's files have keys and values of layers that use those of other layers.
+    """
+    patterns = module._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001  # the name in transformers
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def assign_tensor(

@@ -87,6 +87,16 @@ class ComponentModel(PreTrainedModel):
             self.loss_type = _LOSS
         #: What crosses its cuts; empty if that is hidden states ``[batch, sequence, hidden_size]`` alone.
         self.crossing: Crossing = crossing_tensors(self.family, config.to_dict()) if self.family.crossing else {}
+        #: A zero for each argument that the model computes from token ids, which only a bottom has.
+        self._zeros = (
+            {}
+            if self.kind is Component.BOTTOM
+            else {
+                argument: torch.zeros((), device="cpu")
+                for argument, name in self.family.zero_arguments.items()
+                if name in self.crossing
+            }
+        )
         check_names(self, self.family)
         if self.family.text_config:
             leave_out_others(self, self.family)
@@ -244,6 +254,7 @@ class ComponentModel(PreTrainedModel):
             "position_ids": position_ids,
             self.cache_argument: past_key_values,
             "use_cache": past_key_values is not None,
+            **self._zeros,
         }
 
     def _run_layers(

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from splitlearn_core.build.assemble import assign_tensor, finish, tensor_problems, unexpected_names
+from splitlearn_core.build.assemble import assign_tensor, finish, ignored_names, tensor_problems, unexpected_names
 from splitlearn_core.build.component import BottomModel, ComponentModel, TopModel, TrunkModel
 from splitlearn_core.build.configuration import (
     architecture_class,
@@ -191,7 +191,8 @@ def component_from_state_dict(
     names = unexpected_names(built, infos)
     unread, sources = sources, {name: key for name, key in sources.items() if name not in names}
     problems = [*table.problems, *tensor_problems(built, {name: infos[name] for name in sources})]
-    surplus = {**table.unexpected, **{unread[name]: name for name in sorted(names)}}
+    reported = sorted(names - ignored_names(built, names))
+    surplus = {**table.unexpected, **{unread[name]: name for name in reported}}
     if surplus and not problems and not any(map(alters_weights, surplus)):
         log.warning("%s", unread_keys_message("the state dict", family.model_type, sorted(surplus)))
     elif surplus:

@@ -29,6 +29,8 @@ _KERNELS = frozenset(getattr(getattr(utils, "TransformersKwargs", None), "__anno
 )
 #: Arguments that tokenizers and generate supply, whether the family uses them or not.
 _COMMON = frozenset({"attention_mask", "position_ids", "cache_position", "token_type_ids"})
+#: For the head, also where the layers of a model use it, to leave out tokens whose logits are not kept.
+_OF_THE_HEAD = frozenset({"logits_to_keep"})
 #: The argument, since transformers 5.24, of embeddings that a model for images has made of them.
 _MADE_BY_OTHERS = "mm_encoder_outputs"
 #: How arguments end that are not for such a model: masks may depend on which tokens stand for an image.
@@ -78,9 +80,9 @@ def routing(forward: Callable[..., Any], model: Any, family: ModelFamily) -> Rou
     known = _arguments_within(model.base_model)
     others = known - argument_names(model.get_submodule(family.base).forward) if family.text_config else frozenset()
     others = frozenset(name for name in others if not name.endswith(_KEPT) and name not in _OF_THE_MODEL)
-    layers = (known - others - _OF_THE_MODEL) | _KERNELS | _COMMON
+    layers = (known - others - _OF_THE_MODEL - _OF_THE_HEAD) | _KERNELS | _COMMON
     loss = argument_names(model.loss_function) - _OF_THE_MODEL
-    bottom = layers.intersection((*family.bottom_arguments, _MADE_BY_OTHERS))
+    bottom = layers.intersection((*family.bottom_arguments, *family.zero_arguments, _MADE_BY_OTHERS))
     top = (argument_names(forward) - layers - others | loss) - _SETTLED
     return Routing(bottom=bottom, everywhere=layers - bottom - top - _SETTLED, top=top, others=others - _SETTLED)
 

@@ -21,6 +21,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from splitlearn_core.family import ModelFamily
+from splitlearn_core.plan.crossing import crossing_tensors
 
 #: The name under which the models find the attention of a pack.
 _PACKED = "splitlearn_packed"
@@ -56,7 +57,7 @@ class PackItem:
 
 
 def can_pack(family: ModelFamily, config: Any, layers: Sequence[Any]) -> bool:
-    """Return whether a component's forward may be shared: by its family, its caches, and its kind of attention.
+    """Return whether a component's forward may be shared: by its family, what crosses, its caches, and its attention.
 
     Args:
         family: The family.
@@ -67,6 +68,7 @@ def can_pack(family: ModelFamily, config: Any, layers: Sequence[Any]) -> bool:
     kinds = {item.get("rope_type", "default") for item in (rotary, *rotary.values()) if isinstance(item, dict)}
     return (
         family.packable
+        and not (family.crossing and crossing_tensors(family, config.to_dict()))
         and (getattr(config, "_attn_implementation", None) or "eager") in _KERNELS
         and {type(layer).__name__ for layer in layers} <= _CACHE_KINDS
         and not kinds & _DEPENDENT_ROTARY

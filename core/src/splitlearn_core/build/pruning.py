@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from splitlearn_core.build.configuration import decoder_config
 from splitlearn_core.errors import BrokenPluginError
-from splitlearn_core.family import LAYERS, STATES, ModelFamily
+from splitlearn_core.family import LAYERS, SEQUENCE, STATES, ModelFamily
+from splitlearn_core.plan.crossing import crossing_tensors
 from splitlearn_core.types import LayerRange
 
 #: Hidden states, and what else a layer was called with.
@@ -95,15 +96,24 @@ class TakingLayer:
     place: int
     #: The arguments of its forward.
     argument_names: tuple[str, ...]
+    #: The place of the sequence among the dimensions of what it may take.
+    sequence_places: Mapping[str, int]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         entered = _ENTERING.get(None)
         if entered is not None:
             taken = {**entered.shared, **{name: slices[self.place] for name, slices in entered.slices.items()}}
             given = dict(zip(self.argument_names, args, strict=False))
+            taken = {name: self._of_kept_tokens(name, value, {**given, **kwargs}) for name, value in taken.items()}
             args = tuple(taken.get(name, value) for name, value in given.items())
             kwargs = {**kwargs, **{name: value for name, value in taken.items() if name not in given}}
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the layer that it is mixed into
+
+    def _of_kept_tokens(self, name: str, taken: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """Leave out the tokens that the model leaves out: all but the last ones, where their logits are not kept."""
+        place, own = self.sequence_places[name], given.get(name)
+        kept = own.shape[place] if isinstance(own, torch.Tensor) and own.dim() == taken.dim() else taken.shape[place]
+        return taken.narrow(place, taken.shape[place] - kept, kept) if kept < taken.shape[place] else taken
 
 
 class LeavingLayer(nn.Module):
@@ -178,6 +188,21 @@ class Zero(nn.Module):
         return torch.zeros((), device=next((tensor.device for tensor in given), None))
 
 
+class ZeroRows(nn.Module):
+    """Stands in for an embedding that a model joins with others, and whose result it does not use.
+
+    Args:
+        width: The width of that result.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*ids.shape, self._width, dtype=torch.get_default_dtype(), device=ids.device)
+
+
 class LeftOut(nn.Module):
     """Stands for a model that components do not have; some forwards read its device although it does not run."""
 
@@ -248,9 +273,13 @@ def _let_take(layers: Sequence[nn.Module], family: ModelFamily) -> None:
     """Let a component's layers take what crosses a cut, and was not computed by the layer before."""
     if not family.crossing.keys() - {STATES, *family.layer_results}:
         return
+    places = {
+        name: [dimension for dimension in dimensions if dimension != LAYERS].index(SEQUENCE)
+        for name, dimensions in family.crossing.items()
+    }
     for place, layer in enumerate(layers):
         taking: Any = layer
-        taking.place, taking.argument_names = place, _argument_names(layer)
+        taking.place, taking.argument_names, taking.sequence_places = place, _argument_names(layer), places
         taking.__class__ = _taking_class(cast("Any", type(layer)))
 
 
@@ -261,9 +290,11 @@ def _taking_class(layer_class: Any) -> type[nn.Module]:
 
 
 def _neutral_inlet(base: nn.Module, family: ModelFamily, name: str) -> nn.Module:
+    # Where hidden states enter at the layers, a model may do more with its embeddings than adding them.
+    module = dict(base.named_modules()).get(name) if enters_at_layers(family) else None
     if name in family.zero_outside_bottom:
-        return Zero()
-    module = dict(base.named_modules()).get(name) if family.crossing else None
+        # Not of a class of the model's own, which may take anything.
+        return ZeroRows(module.embedding_dim) if type(module) is nn.Embedding else Zero()
     if isinstance(module, nn.Linear) and module.in_features != module.out_features:
         return Wide(module.out_features)
     return PassLayer()
@@ -346,7 +377,13 @@ def check_names(model: nn.Module, family: ModelFamily) -> None:
     # An end may be a parameter of the base module itself.
     modules: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_modules())}
     optional = {f"{family.base}.{name}" for name in (*family.inlets[1:], *family.outlets)}
-    missing = [path for path in paths if path not in modules and not (path in optional and _is_none(modules, path))]
+    # A model in which some of it does not cross lacks the modules that make it.
+    may_lack = bool(family.crossing.keys() - _crossing(model, family).keys())
+    missing = [
+        path
+        for path in paths
+        if path not in modules and not (path in optional and (may_lack or _is_none(modules, path)))
+    ]
     around, _, bias = family.head_bias.rpartition(".")
     if bias and not (around in modules and isinstance(getattr(modules[around], bias, None), nn.Parameter)):
         missing.append(family.head_bias)
@@ -359,6 +396,10 @@ def check_names(model: nn.Module, family: ModelFamily) -> None:
             f"and {type(model).__name__} has no such modules",
             hint=f"it has: {', '.join(shallow)}",
         )
+
+
+def _crossing(model: Any, family: ModelFamily) -> Mapping[str, Any]:
+    return crossing_tensors(family, model.config.to_dict()) if family.crossing else {}
 
 
 def _is_none(modules: Mapping[str, Any], path: str) -> bool:

@@ -272,7 +272,7 @@ def _check_all(
     Returns:
         The module keys of planned tensors that the components have no place for.
     """
-    from splitlearn_core.build.assemble import tensor_problems, unexpected_names
+    from splitlearn_core.build.assemble import ignored_names, tensor_problems, unexpected_names
 
     plan, table = load.split, load.table
     problems, surplus = list(table.problems), unexpected_keys_message(table.unexpected)
@@ -283,8 +283,9 @@ def _check_all(
         names = unexpected_names(built[part.component], planned)
         placed = {name: info for name, info in planned.items() if name not in names}
         problems += [f"{problem} ({part.component})" for problem in tensor_problems(built[part.component], placed)]
-        surplus += [f"unexpected: {name} {list(planned[name].shape)} ({part.component})" for name in sorted(names)]
-        keys.update(key for name in names for key in _keys_of(part, name))
+        reported = names - ignored_names(built[part.component], names)
+        surplus += [f"unexpected: {name} {list(planned[name].shape)} ({part.component})" for name in sorted(reported)]
+        keys.update(key for name in reported for key in _keys_of(part, name))
         unread |= {part.component: names} if names else {}
     if problems or (surplus and (strict or any(map(alters_weights, keys)))):
         raise mismatch(model, problems + surplus, plan)

@@ -11,6 +11,9 @@ from typing import Any
 from splitlearn_core.errors import ConfigurationError
 from splitlearn_core.family import BATCH, LAYERS, SEQUENCE, STATES, ModelFamily
 
+#: The dimensions of hidden states in most models.
+_USUAL = (BATCH, SEQUENCE, "hidden_size")
+
 
 class Source(StrEnum):
     """Where a tensor that crosses a cut comes from, and so what becomes of it in the next component."""
@@ -47,6 +50,8 @@ class CrossingTensor:
 def crossing_tensors(family: ModelFamily, config: Mapping[str, Any]) -> dict[str, CrossingTensor]:
     """Return what crosses the cuts of a model, by the names of the arguments of its layers; hidden states come first.
 
+    Empty if that is hidden states ``[batch, sequence, hidden_size]`` alone: models of one type may differ in it.
+
     Args:
         family: The model's family.
         config: ``config.json``.
@@ -54,10 +59,10 @@ def crossing_tensors(family: ModelFamily, config: Mapping[str, Any]) -> dict[str
     Raises:
         ConfigurationError: A size in ``config.json`` is missing, or is not a whole number.
     """
-    described = {STATES: (BATCH, SEQUENCE, "hidden_size"), **family.crossing}
+    described = {STATES: _USUAL, **family.crossing}
     tensors = {name: _tensor(family, config, name, dimensions) for name, dimensions in described.items()}
-    # Models of one type may differ in whether they have it.
-    return {name: tensor for name, tensor in tensors.items() if 0 not in tensor.sizes}
+    crossing = {name: tensor for name, tensor in tensors.items() if 0 not in tensor.sizes}
+    return {} if [*crossing] == [STATES] and described[STATES] == _USUAL else crossing
 
 
 def computed(crossing: Mapping[str, CrossingTensor]) -> list[str]:

@@ -402,13 +402,11 @@ def cut_bytes(
     """
     width = max(DTYPE_BYTES[FLOAT_DTYPES[dtype]] for dtype in dtypes)
     wide = DTYPE_BYTES[FLOAT_DTYPES[_WIDE]] if family.config_value(config, "residual_in_fp32") else width
-    if not family.crossing:
+    crossing = crossing_tensors(family, config) if family.crossing else {}
+    if not crossing:
         return _number(family, config, "hidden_size") * wide
     left = max(owned.total - owned.start for owned in ranges if not owned.is_first)
-    return sum(
-        tensor.elements(left) * (wide if name == STATES else width)
-        for name, tensor in crossing_tensors(family, config).items()
-    )
+    return sum(tensor.elements(left) * (wide if name == STATES else width) for name, tensor in crossing.items())
 
 
 def common_dtype(dtypes: Iterable[str]) -> str:

@@ -35,6 +35,7 @@ OF_OTHERS: Mapping[str, int] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "embed_dim", "encoder_ffn_dim", "hidden_dim"), 32),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "output_dim", "vision_output_dim"), 32),
     **dict.fromkeys(("projector_input_dim", "projector_output_dim", "base_channels"), 32),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), 32),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "encoder_attention_heads"), 2),
     "head_dim": 16,
 }
@@ -61,6 +62,7 @@ def tiny_config(config_class: Any, **overrides: Any) -> Any:
         overrides: Values that differ from :data:`TINY`, or go beyond it.
     """
     known = config_class()
+    _allow_values_of_layers(known)
     # Computed properties cannot be set.
     own = [
         name for name in TINY if hasattr(known, name) and not isinstance(getattr(config_class, name, None), property)
@@ -82,14 +84,24 @@ def other_sizes(known: Any, decoder: str, small: Mapping[str, int] = OF_OTHERS) 
         other = getattr(known, name, None)
         if name == decoder or other is None:
             continue
-        sizes = {
+        _allow_values_of_layers(other)
+        sizes: dict[str, Any] = {
             other.attribute_map.get(size, size): value
             for size, value in small.items()
             if type(getattr(other, size, None)) is int and getattr(other, size) > value
             if not isinstance(getattr(type(other), size, None), property)
         }
+        depth = sizes.get("num_hidden_layers")
+        if depth is not None:
+            kinds = {key: value for key, value in other.to_dict().items() if key.endswith("layer_types") and value}
+            sizes |= {key: value[:depth] for key, value in kinds.items()}
         values[name] = {"model_type": other.model_type, **sizes, **other_sizes(other, "", small)}
     return values
+
+
+def _allow_values_of_layers(config: Any) -> None:
+    """Let a configuration say values that some of its layers have otherwise; these are those of the others."""
+    config.allow_global_per_layer_attribute_access = True
 
 
 @own_state(gradients=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,11 @@ _MAX_SHOWN = 6
 _ROUNDING = 1e-4
 #: Dimensions of the hidden states.
 _STATE = 3
+#: Arguments of a forward that models do without.
+_USUAL_ARGUMENTS = frozenset(
+    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "use_cache", "return_dict"}
+    | {"cache", "past_key_values", "cache_position", "output_attentions", "output_hidden_states"}
+)
 _ROTARY = "rotary_emb.inv_freq"
 #: Without numbers: those of a small model's layers are not those of others.
 _LITERAL = re.compile(r"(?:[A-Za-z_]\w*)(?:\\?\.[A-Za-z_]\w*)+")
@@ -63,6 +70,8 @@ class Parts:
     #: argument of the layers -> its dimensions, sizes for those that are neither batch nor sequence.
     crossing: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     layer_results: tuple[str, ...] = ()
+    #: Arguments of the forward that the model computes from token ids -> what layers take of them, by its name.
+    zero_arguments: dict[str, str] = field(default_factory=dict)
     #: The name of a module in layers that share it -> the numbers of the layers that share each.
     shared: dict[str, list[list[int]]] = field(default_factory=dict)
     #: Field -> the evidence for it.
@@ -94,8 +103,9 @@ def derive_parts(model: Any) -> Parts:
     ]
     parts.head_bias = next((name for name in _biases_around(parts.head) if _is_parameter(model, name)), "")
     embeddings = random_embeddings(model.get_input_embeddings().weight.shape[1])
+    zeros = _zero_arguments(base, embeddings)
     try:
-        parts.layers = _layers(base, config, embeddings)
+        parts.layers = _layers(base, config, embeddings, zeros)
     except CannotSplitError:
         raise
     except Exception:
@@ -104,12 +114,13 @@ def derive_parts(model: Any) -> Parts:
         raise
     parts.shared = _shared_modules(base.get_submodule(parts.layers), parts.layers)
     # The modules around layers and embedding take tokens, and are no steps of their own.
-    frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)])
+    frame = _Frame(base, embeddings, [*_ancestors(parts.layers), *_ancestors(parts.embedding)], zeros)
     seen = frame.watch()
     depth = int(config.num_hidden_layers)
     layers = [_only_call(seen, f"{parts.layers}.{number}") for number in range(depth)]
     parts.layers_return_tuple = not isinstance(layers[0].output, torch.Tensor)
     _chain(frame, seen, layers, parts)
+    parts.zero_arguments = {name: _taken_of(frame, layers[0], name, parts) for name in zeros}
     _before(frame, seen, layers[0], parts)
     _after(frame, seen, layers[-1], parts)
     return parts
@@ -140,9 +151,11 @@ class _Frame:
     base: Any
     embeddings: torch.Tensor
     spine: list[str]
+    #: Of what the model computes from token ids, which it is not given.
+    zeros: Mapping[str, torch.Tensor]
 
     def watch(self, replaced: Mapping[str, Replacement] | None = None, training: bool = False) -> Forward:
-        return watch(self.base, self.embeddings, self.spine, replaced, training=training)
+        return watch(self.base, self.embeddings, self.spine, replaced, training=training, arguments=self.zeros)
 
 
 def _base(model: Any) -> Any:
@@ -194,14 +207,47 @@ def check_causal(model: Any) -> set[str]:
     return called
 
 
-def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
+def _zero_arguments(base: Any, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a zero for the argument without which a model does not run on embeddings: it computes that from ids."""
+    optional = [
+        name
+        for name, parameter in inspect.signature(base.forward).parameters.items()
+        if parameter.default is None and name not in _USUAL_ARGUMENTS
+    ]
+    for zeros in ({}, *({name: torch.zeros(())} for name in optional)):
+        # For embeddings of no token, and for a zero, the code of a model may raise anything.
+        try:
+            watch(base, embeddings, (), arguments=zeros)
+        except Exception:  # noqa: BLE001, S112
+            continue
+        return zeros
+    return {}
+
+
+def _taken_of(frame: _Frame, first: Call, name: str, parts: Parts) -> str:
+    """Return what layers take of an argument of the forward.
+
+    Raises:
+        CannotSplitError: It is not one tensor for each token.
+    """
+    ones = _Frame(frame.base, frame.embeddings, frame.spine, {**frame.zeros, name: torch.ones(())})
+    other = _only_call(ones.watch(), first.path).inputs
+    taken = [key for key in parts.crossing if key != STATES and not _same(first.inputs[key], other[key])]
+    if len(taken) != 1:
+        raise CannotSplitError(
+            f"it computes {name} from the ids of tokens, of which its layers take {', '.join(taken) or 'nothing'}"
+        )
+    return taken[0]
+
+
+def _layers(base: Any, config: Any, embeddings: torch.Tensor, zeros: Mapping[str, torch.Tensor]) -> str:
     """Return the path of the list of layers that a forward pass runs one after another."""
     depth = config.num_hidden_layers
     lists = {path: module for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     lengths = ", ".join(f"{path} ({len(module)})" for path, module in list(lists.items())[:_MAX_SHOWN]) or "none"
     candidates = [path for path, module in lists.items() if len(module) == depth]
     try:
-        seen = watch(base, embeddings, ())
+        seen = watch(base, embeddings, (), arguments=zeros)
     except TypeError as error:
         raise CannotSplitError(f"{type(base).__name__}.forward takes no inputs_embeds: {reason(error)}") from error
     for path in candidates:
@@ -215,7 +261,10 @@ def _layers(base: Any, config: Any, embeddings: torch.Tensor) -> str:
                 f"{', '.join(called[: depth + _MAX_SHOWN])}"
             )
         if called:
-            raise CannotSplitError(f"text alone passes through {len(set(called))} of its {depth} layers ({path})")
+            others = ", ".join(str(number) for number, layer in enumerate(wanted) if layer not in called)
+            raise CannotSplitError(
+                f"text alone passes by layers of its {depth} ({path}: {others}), which are for images or sound"
+            )
     for path, module in lists.items():
         wanted = [f"{path}.{number}" for number in range(len(module))]
         if len(wanted) > 1 and [call.path for call in seen.calls if call.path in wanted] == wanted:
@@ -319,8 +368,12 @@ def _chain(frame: _Frame, seen: Forward, layers: Sequence[Call], parts: Parts) -
     others = dict.fromkeys(
         name for layer in layers for name in list(layer.inputs)[1:] if layer.inputs[name].requires_grad
     )
-    if others and not _ignore_others(frame, seen, [layer.path for layer in layers]):
-        for name in others:
+    paths = [layer.path for layer in layers]
+    ignored = {
+        argument for argument in dict.fromkeys(map(_argument_of, others)) if _ignore(frame, seen, paths, argument)
+    }
+    for name in others:
+        if _argument_of(name) not in ignored:
             _describe_other(frame, layers, name, parts)
 
 
@@ -368,10 +421,15 @@ def _describe_other(frame: _Frame, layers: Sequence[Call], name: str, parts: Par
         raise refusal
 
 
-def _ignore_others(frame: _Frame, seen: Forward, paths: Sequence[str]) -> bool:
-    """Return whether the result is the same with noise in place of what layers take besides the first input."""
+def _argument_of(name: str) -> str:
+    """Return the argument that a tensor is in."""
+    return re.split(r"[.\[]", name, maxsplit=1)[0]
+
+
+def _ignore(frame: _Frame, seen: Forward, paths: Sequence[str], argument: str) -> bool:
+    """Return whether the result is the same with noise in place of what layers take by an argument."""
     try:
-        return _same(frame.watch(dict.fromkeys(paths, with_noise)).hidden, seen.hidden)
+        return _same(frame.watch(dict.fromkeys(paths, partial(with_noise, argument))).hidden, seen.hidden)
     # The code of the layers may raise any exception for what it does not find.
     except Exception:  # noqa: BLE001
         return False
@@ -390,8 +448,15 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
             continue
         if not call.tensors[0].requires_grad:
             # Independent of the embeddings: relevant if zeros change the input of the first layer.
-            if not torch.equal(frame.watch({call.path: zeroed}).of(first.path)[0].state, state):
+            without = frame.watch({call.path: zeroed})
+            has_values = any(True for _ in frame.base.get_submodule(call.path).parameters())
+            if not torch.equal(without.of(first.path)[0].state, state):
                 parts.zero_outside_bottom.append(call.path)
+            elif has_values and not _same(without.hidden, seen.hidden):
+                raise CannotSplitError(
+                    f"its layers take what {call.path} computes, whose values are in the file: every component would "
+                    "need it"
+                )
         elif any(tensor.requires_grad for tensor in call.inputs.values()):
             parts.skip_outside_bottom.append(call.path)
     _parameters(frame, seen, first, parts)
@@ -408,13 +473,15 @@ def _before(frame: _Frame, seen: Forward, first: Call, parts: Parts) -> None:
         **dict.fromkeys(parts.zero_outside_bottom, nothing),
     }
     # As wide as the hidden states, whose width may differ from that of the embeddings.
-    inside = _Frame(frame.base, random_embeddings(state.shape[-1]), frame.spine)
+    inside = _Frame(frame.base, random_embeddings(state.shape[-1]), frame.spine, frame.zeros)
     for training, when in _MODES:
         try:
             entered = inside.watch(neutral, training).of(first.path)[0].state
-        except RuntimeError as error:
+        except RuntimeError:
             added = ", ".join(parts.zero_outside_bottom)
-            raise CannotSplitError(f"{added} are not just added to the embeddings: {reason(error)}") from error
+            parts.enter_at_layers = True
+            parts.reasons["enter_at_layers"] = f"Not just added to the embeddings: {added}."
+            return
         if not _same(entered, inside.embeddings):
             parts.enter_at_layers = True
             parts.reasons["enter_at_layers"] = (

@@ -37,6 +37,7 @@ from splitlearn_auto.knowledge import (
     decoder_switches,
     has_any_decoder,
     model_class_name,
+    value_of,
 )
 from splitlearn_auto.making import in_dtype, path_of_decoder, quiet, tiny_config, tiny_model, with_values
 from splitlearn_auto.proving import cache_note, differences, is_packable, keeps_states
@@ -112,6 +113,8 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
     sizes |= {count for _, _, count in shared.values() if count}
     wide = bool(crossing) and layers_take(narrow, parts) == torch.float32
     keeps_wide = keeps_float32(model) or (bool(crossing) and has_float32(narrow))
+    # With layers that share nothing, of which switches are observed.
+    variants = _Variants(config, parts)
     sharing = _SHARING if _can_share(decoder_of(config)) else ""
     if sharing:
         needed = with_decoder_values(needed, text_config, _WITH_SHARING)
@@ -119,7 +122,6 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
         model = tiny_model(config)
     renamed = renamed_keys(model, saved_tensors(model))
     alone = path_of_decoder(config) if text_config else ""
-    variants = _Variants(config, parts)
     if settings:
         variants.sweep()
     derived = Derived(
@@ -131,6 +133,7 @@ def _examine(model_type: str, stated: Mapping[str, Any], settings: bool) -> Deri
             **({"text_config": text_config, "bottom_arguments": ()} if text_config else {}),
             "crossing": crossing,
             "layer_results": parts.layer_results,
+            "zero_arguments": parts.zero_arguments,
             "ignored_suffixes": ignored_suffixes(model),
             # transformers' tables know the names in older files of composite models, too.
             "renamed": (((f"{alone}.", ""),) if alone else ()) if text_config else renamed or (),
@@ -202,13 +205,24 @@ def _required_values(config: Any) -> dict[str, Any]:
         if getattr(decoder, name, None) is None:
             continue
         try:
-            derive_parts(tiny_model(with_values(config, {name: other})))
-        # More crosses; or the code of the model raises an exception, because it is given embeddings alone.
+            crossing = derive_parts(tiny_model(with_values(config, {name: other}))).crossing
+        # The code of the model raises an exception, because it is given embeddings alone.
         except Exception:  # noqa: BLE001
             required[name] = 0
+        else:
+            if crossing and not getattr(decoder, name):
+                required[name] = 0
     if getattr(decoder, _SHARING, None) is not None and not _can_share(decoder):
         required[_SHARING] = 0
     return required
+
+
+def _without_more(config: Any) -> dict[str, Any]:
+    """Return values with which nothing crosses besides hidden states, in a type of which more may; empty in others."""
+    decoder = decoder_of(config)
+    values: dict[str, Any] = {name: 0 for name in _MORE_CROSSES if getattr(decoder, name, None)}
+    # transformers' own code has no layers that share without embeddings for each layer.
+    return {**values, _SHARING: 0} if values and getattr(decoder, _SHARING, None) else values
 
 
 def _can_share(config: Any) -> bool:
@@ -465,7 +479,8 @@ def _prove(derived: Derived, config: Any, swept: _Variants, settings: bool) -> N
         else:
             derived.dtypes = (*derived.dtypes, dtype)
     if settings:
-        windows: list[dict[str, Any]] = [{}, *([{_SLIDING: _WINDOW}] if _has_window(config) else [])]
+        plain = _without_more(config)
+        windows = [plain, *([{**plain, _SLIDING: _WINDOW}] if _has_window(config) else [])]
         derived.fields["packable"] = bool(derived.attention) and all(
             is_packable(
                 in_dtype(tiny_model(with_values(config, values), attention), dtype), ModelFamily(**derived.fields)
@@ -482,6 +497,7 @@ def _prove_settings(derived: Derived, config: Any, swept: _Variants) -> None:
     candidates: dict[str, Mapping[str, Any]] = {
         "untied" if tied else "tied": {_TIED: not tied},
         **({"short window": {_SLIDING: _WINDOW}} if _has_window(config) else {}),
+        **({"nothing more": _without_more(config)} if _without_more(config) else {}),
         **swept.variants,
     }
     derived.variants = {"plain": {}}
@@ -504,7 +520,7 @@ def _describe_cache(derived: Derived, config: Any) -> None:
     note = cache_note(model, ModelFamily(**derived.fields))
     if not note:
         return
-    defaults = {name: getattr(type(decoder_of(config))(), name, None) for name in _LATENT}
+    defaults = {name: value_of(type(decoder_of(config))(), name) for name in _LATENT}
     stated = {name: value for name, value in defaults.items() if type(value) is int}
     latent = {
         **derived.fields,
@@ -512,9 +528,7 @@ def _describe_cache(derived: Derived, config: Any) -> None:
         "config_defaults": {**derived.fields["config_defaults"], **stated},
     }
     measured = {**derived.fields, "measured_cache": True}
-    if all(getattr(decoder_of(config), name, None) for name in _LATENT) and not cache_note(
-        model, ModelFamily(**latent)
-    ):
+    if all(value_of(decoder_of(config), name) for name in _LATENT) and not cache_note(model, ModelFamily(**latent)):
         derived.fields = latent
         return
     # The code of some models (DBRX's experts) does not run without values.

@@ -217,7 +217,7 @@ def config_names(known: Any) -> dict[str, str]:
     names = {common: known.attribute_map.get(common, common) for common in COMMON} | decoder_names(known)
     if _LAYERS not in written and names[_LAYERS] not in written:
         # Computed: a list with one item for each layer is written instead.
-        depth = _read(known, _LAYERS)
+        depth = value_of(known, _LAYERS)
         lists = [name for name, value in written.items() if isinstance(value, list) and len(value) == depth]
         names[_LAYERS] = next(iter(lists), _LAYERS)
     return {common: own for common, own in names.items() if own != common and own in written}
@@ -231,15 +231,16 @@ def config_defaults(known: Any) -> dict[str, Any]:
     # Of its own class, and not those of the whole model for a decoder that a file says nothing about.
     defaults, decoder = {}, type(decoder_of(known))()
     for name in COMMON:
-        value = _read(decoder, name)
+        value = value_of(decoder, name)
         if type(value) is int and not _follows(decoder, name, value):
             defaults[name] = value
-    wide = {WIDE: True} if _read(decoder, WIDE) is True else {}
-    return {**defaults, _TIED: bool(_read(known, _TIED)), **wide}
+    wide = {WIDE: True} if value_of(decoder, WIDE) is True else {}
+    return {**defaults, _TIED: bool(value_of(known, _TIED)), **wide}
 
 
-def _read(config: Any, name: str) -> Any:
-    # Some configurations have different values per layer, and raise an error.
+def value_of(config: Any, name: str) -> Any:
+    """Return a value of a configuration; None if it has none, or different ones for different layers."""
+    # Some configurations raise an error for the latter.
     try:
         return getattr(config, name, None)
     except Exception:  # noqa: BLE001  # classes of transformers raise any exception
@@ -249,7 +250,7 @@ def _read(config: Any, name: str) -> Any:
 def _follows(known: Any, name: str, value: int) -> bool:
     """Return whether a value is computed from others: whether it changes if they do."""
     for other in ("num_attention_heads", "hidden_size"):
-        base = _read(known, other)
+        base = value_of(known, other)
         if other == name or type(base) is not int:
             continue
         # A class may refuse sizes that do not fit together; this value then shows nothing.
@@ -257,6 +258,6 @@ def _follows(known: Any, name: str, value: int) -> bool:
             changed = type(known)(**{other: base * 2})
         except Exception:  # noqa: BLE001, S112
             continue
-        if _read(changed, name) != value:
+        if value_of(changed, name) != value:
             return True
     return False

@@ -96,6 +96,8 @@ _RECURRENT = "create_recurrent_attention_mask"
 #: Values that no class has, and the code of some models reads nevertheless.
 _UNSTATED: Mapping[str, Any] = {"rope_theta": 10_000.0}
 _UNSTATED_OF_WHOLE: Mapping[str, Any] = {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}}
+#: What heads of latent attention consist of: values without and with positions.
+_PARTS_OF_HEADS = ("qk_nope_head_dim", "qk_rope_head_dim")
 #: Rotary positions; and how many of them are of time, height and width.
 _ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
 _SECTIONS = "mrope_section"
@@ -259,10 +261,14 @@ def _attempts(known: Any, sizes: Mapping[str, Any], needed: dict[str, Any]) -> I
 def _small_layers(known: Any, values: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return sizes for the layers that have others than the rest: twice as large."""
     layers = _config(known.model_type, values).to_dict()["per_layer_config"]
-    return {
+    small = {
         str(number): {name: 2 * values[name] for name in own if type(values.get(name)) is int}
         for number, own in layers.items()
     }
+    for own in small.values():
+        if own.keys() >= {"head_dim", *_PARTS_OF_HEADS}:
+            own["head_dim"] = sum(own[name] for name in _PARTS_OF_HEADS)
+    return small
 
 
 def _both_kinds(config: Any, values: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
@@ -433,7 +439,12 @@ def quiet() -> Iterator[None]:
 
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:
     """Return a copy of a configuration with other values; raises the errors of its class."""
-    changed = type(config)(**with_decoder_values(config.to_dict(), decoder_name(config), values))
+    name = decoder_name(config)
+    own = with_decoder_values(config.to_dict(), name, values)
+    if "layer_types" in values and "per_layer_config" not in values:
+        # Sizes of single layers, which follow from their kinds.
+        (own[name] if name else own).pop("per_layer_config", None)
+    changed = type(config)(**own)
     changed.dtype = torch.float32
     return changed
 

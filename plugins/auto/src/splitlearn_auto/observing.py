@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ def watch(
     replaced: Mapping[str, Replacement] | None = None,
     *,
     training: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Forward:
     """Run the base model on embeddings, and record its calls.
 
@@ -67,6 +69,7 @@ def watch(
         spine: Paths of the modules that contain the layers, without the layers; their own calls are not recorded.
         replaced: Replacements of modules, by path.
         training: Run in training mode.
+        arguments: Further arguments of the forward.
     """
     forward, stack = Forward(), _Stack(set(spine))
     with ExitStack() as hooks:
@@ -76,7 +79,7 @@ def watch(
             if path and path not in stack.frame:
                 hooks.enter_context(_recorded(module, path, forward, stack, (replaced or {}).get(path)))
         # A copy, because a model may change its embeddings in place.
-        output = base(inputs_embeds=embeddings.clone(), use_cache=False)
+        output = base(inputs_embeds=embeddings.clone(), use_cache=False, **(arguments or {}))
     forward.hidden = output[0]
     return forward
 
@@ -95,7 +98,7 @@ def _recorded(
     names = tuple(inspect.signature(own).parameters)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        by_name = {**{(names[i] if i < len(names) else str(i)): value for i, value in enumerate(args)}, **kwargs}
+        by_name = {**dict(zip(_place_names(names, args), args, strict=True)), **kwargs}
         call = Call(path, dict(_tensors("", by_name)), outermost=not stack.calls)
         stack.calls.append(call)
         forward.calls.append(call)
@@ -116,6 +119,11 @@ def _recorded(
         vars(module).pop("forward", None)
         for handle in handles:
             handle.remove()
+
+
+def _place_names(names: Sequence[str], args: Sequence[Any]) -> list[str]:
+    """Name the arguments that are given by their places."""
+    return [names[place] if place < len(names) else str(place) for place in range(len(args))]
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -145,18 +153,17 @@ def nothing(_: Callable[..., Any], __: tuple[Any, ...], ___: dict[str, Any]) -> 
     return torch.zeros(())
 
 
-def with_noise(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Replacement that calls the module with noise in place of every computed input but the first."""
-    named = {
-        name: value if not args and name == next(iter(kwargs)) else _noise(value) for name, value in kwargs.items()
-    }
-    return own(*args[:1], *map(_noise, args[1:]), **named)
+def with_noise(argument: str, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replacement that calls the module with noise in place of what is computed, in one argument."""
+    names = _place_names(tuple(inspect.signature(own).parameters), args)
+    placed = [_noise(value) if name == argument else value for name, value in zip(names, args, strict=True)]
+    return own(*placed, **{name: _noise(value) if name == argument else value for name, value in kwargs.items()})
 
 
 def _noise(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.randn_like(value) if value.requires_grad else value
-    if isinstance(value, dict):
+    if isinstance(value, dict | UserDict):
         return {key: _noise(item) for key, item in value.items()}
     return type(value)(map(_noise, value)) if type(value) in (list, tuple) else value
 

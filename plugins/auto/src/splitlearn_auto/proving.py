@@ -151,8 +151,6 @@ def is_packable(model: Any, family: ModelFamily) -> bool:
         model: The tiny unsplit model, in evaluation mode.
         family: The family derived from it.
     """
-    if family.crossing:
-        return False
     family = replace(family, packable=True)
     values = json.loads(model.config.to_json_string())
     dtype, attention = str(model.dtype).removeprefix("torch."), _attention(model.config)

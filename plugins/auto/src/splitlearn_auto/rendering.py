@@ -22,6 +22,7 @@ _REASONS = {
     "layers_return_tuple": "Its layers return a tuple whose first item is the hidden state.",
     "crossing": "What crosses from layer to layer, where that is more than hidden states.",
     "layer_results": "What a layer computes for the next one besides.",
+    "zero_arguments": "What its forward computes from token ids, which only a bottom has: others get a zero.",
     "sharing_layers": "The last layers use keys and values of earlier ones.",
     "shared_modules": "Modules that several of its layers have, and a file once.",
     "ignored_suffixes": "Tensors of old checkpoints that no module has; transformers ignores them, too.",
