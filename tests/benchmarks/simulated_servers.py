@@ -1,9 +1,10 @@
-"""Owners and servers in virtual time: all is real but the time, the network, and how long a forward takes.
+"""Owners and servers in virtual time: all is real but the time, the network, and how long work takes.
 
 Owners use ``RemoteComponent`` with its sessions and journals; servers are the ASGI application, sessions, packs, calls
-and connection pools of ``splitlearn serve``, on a small trunk that computes. What a forward takes is a table of
-measured seconds. A balancer keeps an owner at its server while that accepts connections, and chooses the one with the
-fewest connections otherwise. *Invariants* are checked from outside at every message:
+and connection pools of ``splitlearn serve``, on a small trunk that computes. What work takes is measured: a forward
+with what is around it in its thread, one call at a time; the server's event loop, which does one thing after the other
+meanwhile; and the owner. A balancer keeps an owner at its server while that accepts connections, and chooses the one
+with the fewest connections otherwise. *Invariants* are checked from outside at every message:
 
 - no owner has sessions on two servers at once;
 - a session has the length of the steps that were sent, each counted once;
@@ -54,13 +55,22 @@ _MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of forwards, by their number of tokens; between two of them in proportion, and beyond as the last two."""
+    """Seconds that work takes."""
 
+    #: Forwards by their number of tokens; between two of them in proportion, and beyond as the last two.
     forwards: tuple[tuple[int, float], ...] = ((1, 0.030), (8, 0.045), (32, 0.120))
-    #: A request besides its forward, while the server computes nothing else.
-    request: float = 0.0005
+    #: Each further session in a forward, which attends for itself.
+    session: float = 0.0
+    #: A request in a thread of the server, besides its forward.
+    call: float = 0.0005
+    #: A request with its reply in the server's event loop, and at its owner; a connection, likewise.
+    loop: float = 0.001
+    owner: float = 0.001
+    connection_loop: float = 0.002
+    connection_owner: float = 0.001
 
     def seconds(self, tokens: int) -> float:
+        """Return the seconds of a forward of one session."""
         places = [tokens for tokens, _ in self.forwards]
         if len(places) == 1:
             return self.forwards[0][1]
@@ -97,6 +107,8 @@ class Scenario:
     spread: float = 0.5
     #: What an owner computes for each token: bottom and top.
     think: float = 0.010
+    #: Whether the owners are threads of one process, which do one thing after the other.
+    is_one_process: bool = False
     costs: Costs = field(default_factory=Costs)
     fast: Line = Line(0.010, 12.5e6)
     slow: Line = Line(0.100, 0.25e6)
@@ -111,6 +123,19 @@ class Scenario:
     #: Sessions that a server's memory holds.
     room: int = 48
     connections: int = 512
+
+
+class Worker:
+    """Does one thing after the other, each of which takes its time: an event loop, or an interpreter's threads."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self._loop = loop
+        self._free_at = 0.0
+
+    def do(self, seconds: float, action: Callable[[], object]) -> None:
+        """Call a function once everything before, and this, is done."""
+        self._free_at = max(self._free_at, self._loop.time()) + seconds
+        self._loop.call_at(self._free_at, action)
 
 
 class Machine:
@@ -136,6 +161,7 @@ class Machine:
         self.opened: dict[str, list[int]] = {}
         self.gate = CallGate(_MODEL, self, _CALLS, _QUEUE)  # type: ignore[arg-type]  # it is its own pool of threads
         self.pool = Pool(self.world.scenario.connections)
+        self.worker = Worker(self.world.loop)
         self.sessions = Sessions(Control(self, [self.world.config]), self.world.limits, clock=self.clock)  # type: ignore[arg-type]  # and manager
         self.route = SessionRoute(self.sessions)
         self.is_up = True
@@ -155,17 +181,19 @@ class Machine:
 
     def submit(self, function: Callable[[], Any], on_done: Callable[[Any], object]) -> None:
         """Run a function, and report its end when its forwards have taken their time; as a pool of threads."""
-        self._ahead, self.world.computing = self.world.scenario.costs.request, self
+        self._ahead, self.world.computing = self.world.scenario.costs.call, self
         function()
         self.world.computing = None
         seconds, self._ahead = self._ahead, 0.0
         self.busy_seconds += seconds
         self.world.watch.memory_of(self)
         # A server that has failed reports nothing, and its callers are gone.
-        self.world.loop.call_later(seconds, on_done, None)
+        self.world.loop.call_later(seconds, self.worker.do, 0.0, partial(on_done, None))
 
-    def spend(self, tokens: int) -> None:
-        self._ahead += self.world.scenario.costs.seconds(tokens)
+    def spend(self, tokens: int, sessions: int) -> None:
+        """Count a forward, and what is done for its further sessions around it."""
+        costs = self.world.scenario.costs
+        self._ahead += costs.seconds(tokens) + (sessions - 1) * (costs.session + costs.call)
 
     # --- as a manager, and as its model ---------------------------------------------------------------
 
@@ -191,6 +219,7 @@ class Link:
     def __init__(self, owner: Owner, line: Line, machine: Machine, opened: Callable[[Any], None]) -> None:
         self._owner, self._line, self._machine = owner, line, machine
         self._world = machine.world
+        self._costs = machine.world.scenario.costs
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._messages.put_nowait({"type": "websocket.connect"})
         self._answer: Callable[[Any], None] | None = opened
@@ -215,6 +244,9 @@ class Link:
 
     def _send(self, data: bytes, answer: Callable[[Any], None]) -> None:
         self._answer = answer
+        self._world.owners_do(self._costs.owner, partial(self._leave, data))
+
+    def _leave(self, data: bytes) -> None:
         if self._is_severed:
             self._reply(lost())
             return
@@ -244,6 +276,10 @@ class Link:
 
     def _arrive(self, data: bytes) -> None:
         if not self._is_severed:
+            self._machine.worker.do(self._costs.loop / 2, partial(self._read, data))
+
+    def _read(self, data: bytes) -> None:
+        if not self._is_severed:
             self._machine.pool.note(self, idle=False)
             self._messages.put_nowait({"type": "websocket.receive", "bytes": data})
 
@@ -253,15 +289,23 @@ class Link:
         self._machine.pool.note(self, idle=True)
         if message["type"] == "websocket.accept":
             # A connection, and the request for the WebSocket.
-            self._world.loop.call_later(4 * self._line.delay, self._reply, self)
+            opened = partial(self._world.loop.call_later, 4 * self._line.delay, self._reply, self)
+            self._machine.worker.do(self._costs.connection_loop, opened)
         elif message["type"] == "websocket.send":
             data = message["bytes"]
             self._world.watch.sent(self._machine, self._owner.name, decode(data))
-            self._after(data, self.sever if self._loses_reply else partial(self._reply, data))
-            if self._ends:
-                self.sever()
+            self._machine.worker.do(self._costs.loop / 2, partial(self._write, data))
         elif message["type"] == "websocket.http.response.start":
             self._reply(RemoteError(f"status {message['status']}", code="unavailable"))
+
+    def _write(self, data: bytes) -> None:
+        if not self._is_severed:
+            self._after(data, self.sever if self._loses_reply else partial(self._deliver, data))
+
+    def _deliver(self, data: bytes) -> None:
+        self._reply(data)
+        if self._ends:
+            self.sever()
 
     def sever(self) -> None:
         """Break the connection, for both sides."""
@@ -292,8 +336,11 @@ class Balancer:
         """Do nothing: the address is right."""
 
     def open(self) -> Link:
+        seconds = self._world.scenario.costs.connection_owner
         link: Link = Actor.current().wait(
-            lambda answer: self._world.loop.call_later(self._line.delay, self._connect, answer)
+            lambda answer: self._world.owners_do(
+                seconds, partial(self._world.loop.call_later, self._line.delay, self._connect, answer)
+            )
         )
         return link
 
@@ -436,6 +483,10 @@ class World:
         self.loop.set_task_factory(_task)
         self.chance = random.Random(scenario.seed)
         self.clock = ActorClock(self.loop, self.chance)
+        #: Lets an owner work for some seconds, and then calls a function.
+        self.owners_do: Callable[[float, Callable[[], object]], object] = (
+            Worker(self.loop).do if scenario.is_one_process else self.loop.call_later
+        )
         self.watch = Watch(self)
         self.computing: Machine | None = None
         self.lives: list[Life] = []
@@ -467,7 +518,8 @@ class World:
             tokens = kwargs["hidden_states"].shape[0] * kwargs["hidden_states"].shape[1]
             self.computed += tokens
             if self.computing is not None:
-                self.computing.spend(tokens)
+                pack = getattr(kwargs["past_key_values"], "_pack", None)
+                self.computing.spend(tokens, 1 if pack is None else len(pack.items))
 
         handle = self.trunk.register_forward_pre_hook(count, with_kwargs=True)
         try:
@@ -561,7 +613,9 @@ class World:
                 self.received += tokens
                 if number:
                     life.steps.append(seconds)
-                    alone = scenario.costs.seconds(tokens) + 2 * line.seconds(states.nbytes * scenario.stretch)
+                    costs = scenario.costs
+                    alone = costs.seconds(tokens) + costs.call + costs.loop + costs.owner
+                    alone += 2 * line.seconds(states.nbytes * scenario.stretch)
                     life.waits.append(max(0.0, seconds - alone))
                 else:
                     life.first = seconds
