@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,11 @@ def modules() -> Any:
     """Return the modules of the benchmarks that simulate."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-        yield importlib.import_module("simulated_servers"), importlib.import_module("virtual_time")
+        yield SimpleNamespace(
+            servers=importlib.import_module("simulated_servers"),
+            world=importlib.import_module("simulated_world"),
+            time=importlib.import_module("virtual_time"),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,8 @@ def simulate(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """Return a function that simulates a scenario on a trunk of one tiny layer."""
     folder = write_checkpoint(tmp_path_factory.mktemp("qwen2"), tiny_model("qwen2", num_hidden_layers=3))
     trunk = load_split_model(None, (1, 2), folder, parts=("trunk",), progress=False).trunk
-    scenario = modules[0].Scenario()
-    return lambda **values: modules[0].simulate(replace(scenario, **values), trunk)
+    scenario = modules.world.Scenario()
+    return lambda **values: modules.world.simulate(replace(scenario, **values), trunk)
 
 
 @pytest.mark.parametrize("mode", ["solo", "packed"])
@@ -76,14 +81,14 @@ def test_a_step_that_is_done_twice_is_noticed(simulate: Any, monkeypatch: pytest
 
 def test_sessions_on_two_servers_are_noticed(simulate: Any, modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A balancer sends an owner elsewhere although its server still has the session."""
-    connect = modules[0].Balancer._connect
+    connect = modules.servers.Balancer._connect
 
     def elsewhere(self: Any, answer: Any) -> None:
         others = [machine for machine in self._world.machines if machine is not self.home]
         self.home = others[0]
         connect(self, answer)
 
-    monkeypatch.setattr(modules[0].Balancer, "_connect", elsewhere)
+    monkeypatch.setattr(modules.servers.Balancer, "_connect", elsewhere)
     problems = simulate(**{**TROUBLE, "life": float("inf")})["problems"]
     assert any(problem.endswith("at once") for problem in problems)
 
@@ -116,7 +121,7 @@ def one_server(simulate: Any, modules: Any) -> Callable[..., dict[str, Any]]:
     """Return a function that simulates owners on one server, where work takes no other time than is given."""
 
     def run(owners: int, new: int, forwards: Any, *, mode: str = "solo", one: bool = False, **work: Any) -> Any:
-        costs, line = modules[0].Costs(forwards, **{**NO_WORK, **work}), modules[0].Line(0.0001)
+        costs, line = modules.servers.Costs(forwards, **{**NO_WORK, **work}), modules.servers.Line(0.0001)
         values = {**ONE_SERVER, "owners": owners, "new": new, "mode": mode, "is_one_process": one}
         figures = simulate(**values, costs=costs, fast=line)
         assert figures["problems"] == []
@@ -134,7 +139,7 @@ def test_one_server_takes_the_time_of_its_forwards(one_server: Any, modules: Any
     # Each token waits for those of the others.
     assert figures["step"]["p50"] == pytest.approx(owners * 0.030, rel=0.05)
     assert figures["lost"] == 0
-    costs = modules[0].Costs(forwards)
+    costs = modules.servers.Costs(forwards)
     assert [costs.seconds(tokens) for tokens in (1, 3, 6, 11)] == pytest.approx([0.030, 0.054, 0.090, 0.150])
 
 
@@ -166,7 +171,7 @@ def test_each_session_of_a_pack_takes_its_time(one_server: Any) -> None:
 
 def test_time_does_not_stand_still_unnoticed(modules: Any) -> None:
     """Where everything waits for something that cannot happen, that is an error."""
-    loop = modules[1].VirtualLoop()
+    loop = modules.time.VirtualLoop()
     try:
         assert loop.run_until_complete(asyncio.sleep(3600, "an hour")) == "an hour"
         assert loop.time() == pytest.approx(3600)

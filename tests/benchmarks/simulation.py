@@ -62,7 +62,8 @@ def _answer(session: Session, what: str, job: dict[str, Any]) -> dict[str, Any] 
 
 def _simulate(job: dict[str, Any]) -> dict[str, Any]:
     """Simulate each of ``scenarios``, on a trunk of one small layer."""
-    from simulated_servers import Costs, Line, Scenario, simulate
+    from simulated_servers import Costs, Line
+    from simulated_world import Scenario, simulate
 
     from splitlearn_core import load_split_model
     from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
