@@ -27,13 +27,17 @@ NAME = "simulation"
 _TOGETHER, _FEW, _PROMPT, _NEW = 8, 4, 32, 32
 #: Mode -> tokens of forwards that are timed alone. Packed prompts of all owners are one forward.
 _FORWARDS = {"solo": (1, _PROMPT), "packed": (1, _FEW, _TOGETHER, _PROMPT, 4 * _PROMPT)}
-#: Connections that are timed.
-_CONNECTIONS = 20
+#: Connections that are timed, and forwards of each size but that of a token.
+_CONNECTIONS, _TIMES = 20, 4
 _CALLS = "splitlearn_session_step_seconds_sum"
 #: A simulated figure is right within this share of the measured one.
 _TOLERANCE = 0.25
 #: Seconds between failures of one server of the many, and the share of exchanges whose connection breaks.
 _LIFE, _BREAKS = 60.0, 0.005
+#: Their bursts follow each other so fast that forwards of texts, each alone, would take this share of the time.
+_LOAD = 0.6
+#: Tokens after a prompt there, on average.
+_TEXT = 24
 _MODES = ("solo", "packed")
 
 
@@ -179,7 +183,7 @@ def _costs(job: dict[str, Any], url: str, pid: int) -> dict[str, Any]:
     for tokens in _FORWARDS[job["mode"]]:
         cache, states = trunk.new_cache(), torch.randn(1, tokens, job["width"]).to(trunk.dtype)
         times, first = [], len(seen.packs)
-        for _ in range(_NEW if tokens == 1 else _FEW):
+        for _ in range(_NEW if tokens == 1 else _TIMES):
             sent = time.perf_counter()
             trunk(hidden_states=states, past_key_values=cache)
             times.append(time.perf_counter() - sent)
@@ -303,9 +307,22 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
 
 
 def _many_servers(session: Session, mode: str, costs: dict[str, Any] | None) -> None:
-    size = {"owners": 60, "servers": 4, "bursts": 3} if session.quick else {}
-    scenario = {**size, "mode": mode, "costs": costs, "life": _LIFE, "breaks": _BREAKS}
-    what = f"{size.get('owners', 1000)} owners on {size.get('servers', 20)} servers, {mode}"
+    owners, servers, bursts = (60, 4, 3) if session.quick else (1000, 20, 10)
+    scenario = {
+        "owners": owners,
+        "servers": servers,
+        "bursts": bursts,
+        "prompt": _PROMPT,
+        "mode": mode,
+        "life": _LIFE,
+        "breaks": _BREAKS,
+        "costs": costs,
+    }
+    if costs is not None:
+        seconds = dict(costs["forwards"])
+        each = seconds[_PROMPT] + _TEXT * seconds[1]
+        scenario |= {"new": _TEXT, "burst_every": owners / bursts / servers * each / _LOAD}
+    what = f"{owners} owners on {servers} servers, {mode}"
     answers = _answer(session, what, {"what": "simulated", "scenarios": [scenario]})
     if answers is None:
         return
