@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,11 @@ def modules() -> Any:
     """Return the modules of the benchmarks that simulate."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
-        yield importlib.import_module("simulated_servers"), importlib.import_module("virtual_time")
+        yield SimpleNamespace(
+            servers=importlib.import_module("simulated_servers"),
+            world=importlib.import_module("simulated_world"),
+            time=importlib.import_module("virtual_time"),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,8 @@ def simulate(modules: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """Return a function that simulates a scenario on a trunk of one tiny layer."""
     folder = write_checkpoint(tmp_path_factory.mktemp("qwen2"), tiny_model("qwen2", num_hidden_layers=3))
     trunk = load_split_model(None, (1, 2), folder, parts=("trunk",), progress=False).trunk
-    scenario = modules[0].Scenario()
-    return lambda **values: modules[0].simulate(replace(scenario, **values), trunk)
+    scenario = modules.world.Scenario()
+    return lambda **values: modules.world.simulate(replace(scenario, **values), trunk)
 
 
 @pytest.mark.parametrize("mode", ["solo", "packed"])
@@ -76,14 +81,14 @@ def test_a_step_that_is_done_twice_is_noticed(simulate: Any, monkeypatch: pytest
 
 def test_sessions_on_two_servers_are_noticed(simulate: Any, modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A balancer sends an owner elsewhere although its server still has the session."""
-    connect = modules[0].Balancer._connect
+    connect = modules.servers.Balancer._connect
 
     def elsewhere(self: Any, answer: Any) -> None:
         others = [machine for machine in self._world.machines if machine is not self.home]
         self.home = others[0]
         connect(self, answer)
 
-    monkeypatch.setattr(modules[0].Balancer, "_connect", elsewhere)
+    monkeypatch.setattr(modules.servers.Balancer, "_connect", elsewhere)
     problems = simulate(**{**TROUBLE, "life": float("inf")})["problems"]
     assert any(problem.endswith("at once") for problem in problems)
 
@@ -106,36 +111,67 @@ def test_a_session_that_is_rebuilt_wrongly_is_noticed(simulate: Any, monkeypatch
     assert any("differs from an undisturbed one" in problem for problem in problems)
 
 
-def test_one_server_takes_the_time_of_its_forwards(simulate: Any, modules: Any) -> None:
-    """Owners that ask without a pause keep it busy: its time is the sum of all forwards and requests."""
-    costs = modules[0].Costs(((1, 0.030), (6, 0.090)), request=0.0)
+#: Work that takes no time, and owners who are near, and ask one server without a pause.
+NO_WORK = {"call": 0.0, "loop": 0.0, "owner": 0.0, "connection_loop": 0.0, "connection_owner": 0.0}
+ONE_SERVER = {"servers": 1, "bursts": 1, "burst_every": 0, "prompt": 6, "spread": 0, "think": 0, "slow_share": 0}
+
+
+@pytest.fixture
+def one_server(simulate: Any, modules: Any) -> Callable[..., dict[str, Any]]:
+    """Return a function that simulates owners on one server, where work takes no other time than is given."""
+
+    def run(owners: int, new: int, forwards: Any, *, mode: str = "solo", one: bool = False, **work: Any) -> Any:
+        costs, line = modules.servers.Costs(forwards, **{**NO_WORK, **work}), modules.servers.Line(0.0001)
+        values = {**ONE_SERVER, "owners": owners, "new": new, "mode": mode, "is_one_process": one}
+        figures = simulate(**values, costs=costs, fast=line)
+        assert figures["problems"] == []
+        return figures
+
+    return run
+
+
+def test_one_server_takes_the_time_of_its_forwards(one_server: Any, modules: Any) -> None:
+    """Owners that ask without a pause keep it busy: its time is the sum of all forwards."""
+    forwards = ((1, 0.030), (6, 0.090))
     owners, new = 4, 5
-    figures = simulate(
-        owners=owners, servers=1, bursts=1, burst_every=0, prompt=6, new=new, spread=0, think=0, costs=costs,
-        fast=modules[0].Line(0.0001), slow_share=0,
-    )  # fmt: skip
-    assert figures["problems"] == []
+    figures = one_server(owners, new, forwards)
     assert figures["seconds"] == pytest.approx(owners * (0.090 + new * 0.030), rel=0.05)
     # Each token waits for those of the others.
     assert figures["step"]["p50"] == pytest.approx(owners * 0.030, rel=0.05)
     assert figures["lost"] == 0
+    costs = modules.servers.Costs(forwards)
     assert [costs.seconds(tokens) for tokens in (1, 3, 6, 11)] == pytest.approx([0.030, 0.054, 0.090, 0.150])
 
 
-def test_packed_owners_share_forwards(simulate: Any, modules: Any) -> None:
+def test_packed_owners_share_forwards(one_server: Any) -> None:
     """Where several tokens take as long as one, several owners do."""
-    costs = modules[0].Costs(((1, 0.030),), request=0.0)
-    values = {"owners": 4, "servers": 1, "bursts": 1, "burst_every": 0, "prompt": 6, "new": 8, "spread": 0, "think": 0}
-    alone, together = (
-        simulate(**values, costs=costs, fast=modules[0].Line(0.0001), slow_share=0, mode=mode)
-        for mode in ("solo", "packed")
-    )
+    alone, together = (one_server(4, 8, ((1, 0.030),), mode=mode) for mode in ("solo", "packed"))
     assert together["seconds"] < 0.5 * alone["seconds"]
+
+
+@pytest.mark.parametrize("where", ["loop", "owner"])
+def test_work_besides_forwards_takes_its_time(one_server: Any, where: str) -> None:
+    """A loop, and owners in one process, do one thing after the other, and so each token waits for the others'."""
+    owners, seconds = 4, 0.010
+    figures = one_server(owners, 8, ((1, 0.001),), one=True, **{where: seconds})
+    assert figures["step"]["p50"] == pytest.approx(owners * seconds, rel=0.05)
+
+
+def test_owners_apart_work_at_the_same_time(one_server: Any) -> None:
+    figures = one_server(4, 8, ((1, 0.0001),), owner=0.010)
+    assert figures["step"]["p50"] == pytest.approx(0.010, rel=0.1)
+
+
+def test_each_session_of_a_pack_takes_its_time(one_server: Any) -> None:
+    """In its call: what is done for it, and its attention."""
+    owners = 4
+    figures = one_server(owners, 8, ((1, 0.030),), mode="packed", call=0.002, session=0.003)
+    assert figures["step"]["p50"] == pytest.approx(0.030 + owners * 0.002 + (owners - 1) * 0.003, rel=0.05)
 
 
 def test_time_does_not_stand_still_unnoticed(modules: Any) -> None:
     """Where everything waits for something that cannot happen, that is an error."""
-    loop = modules[1].VirtualLoop()
+    loop = modules.time.VirtualLoop()
     try:
         assert loop.run_until_complete(asyncio.sleep(3600, "an hour")) == "an hour"
         assert loop.time() == pytest.approx(3600)

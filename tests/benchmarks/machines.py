@@ -3,12 +3,15 @@
 The servers are processes on this machine, with different numbers of threads for a forward. Their speeds are measured on
 one trunk; then the proposed trunks are served, and the owner generates through all of them. One text passes one server
 after the other, so that the servers do not compute at once although they share the cores; threads beyond the number of
-cores make a server slow, which is how servers get different here.
+cores make a server slow, which is how servers get different here. Threads that wait for work do so without a core.
+
+The owner's memory is that of bottom and top around the one trunk: a plan gives as many layers to an owner as fit there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from checkpoints import Checkpoint, qwen2
+from checkpoints import GB, Checkpoint, qwen2
 from measuring import MeasurementError, Session, in_fresh_process, read_through, say
 from report import Row, Sample
 
@@ -26,7 +29,7 @@ NAME = "machines"
 #: Threads of the servers.
 _THREADS = (1, 2, 3, 4)
 _PROMPT, _NEW, _WARM = 8, 48, 4
-_MEMORY = "100GB"
+_MEMORY = 100 * GB
 
 
 def run(session: Session) -> None:
@@ -63,12 +66,19 @@ def _note(answer: dict[str, Any]) -> str:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Measure speeds, have the split proposed, and measure it."""
+    # For this process and its servers; libgomp reads it when torch is imported.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     import torch
 
     from splitlearn_core import SplitCausalLM, connect, load_split_model
 
     with torch.no_grad():
-        machines = [_owner(job), *(_server(job, threads) for threads in _THREADS)]
+        bottom, middle, top = _pieces(job)
+        owner = bottom.memory + top.memory, (bottom.read + top.read) / _owner_seconds(job), 0.0
+        machines = [owner]
+        for threads in _THREADS:
+            seconds, delay = _server_seconds(job, threads)
+            machines.append((_MEMORY, middle.read / seconds, delay))
         proposal = _proposed(job["directory"], machines)
         cuts = proposal["split_points"]
         with ExitStack() as stack:
@@ -88,7 +98,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     delays = sum(machine["delay_seconds"] for machine in proposal["machines"])
     return {
         "split_points": cuts,
-        "speeds": [speed for speed, _ in machines],
+        "speeds": [speed for _, speed, _ in machines],
         "planned": proposal["seconds_per_token"],
         "measured": seconds,
         "planned_slowest": max(planned[1:]),
@@ -97,19 +107,19 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reads(job: dict[str, Any]) -> list[int]:
-    """Return the bytes that bottom, trunk and top read for a token, as plans count them."""
+def _pieces(job: dict[str, Any]) -> list[Any]:
+    """Return bottom, trunk and top as plans count them, with caches for one token."""
     from splitlearn_core.api import plan_opened
     from splitlearn_core.loading.opening import open_model
     from splitlearn_core.plan.machines import pieces_of
 
     opened = open_model(job["directory"])
     plan = plan_opened(opened, tuple(job["cut"]), ("bottom", "trunk", "top"), "auto")
-    return [piece.read for piece in pieces_of(plan, opened.family, 1)]
+    return pieces_of(plan, opened.family, 1)
 
 
-def _owner(job: dict[str, Any]) -> tuple[float, float]:
-    """Return the bytes per second that bottom and top read here, and a delay of 0."""
+def _owner_seconds(job: dict[str, Any]) -> float:
+    """Return the seconds that bottom and top take here for a token."""
     import torch
 
     from splitlearn_core import load_split_model
@@ -123,12 +133,11 @@ def _owner(job: dict[str, Any]) -> tuple[float, float]:
         hidden = parts.bottom(input_ids=ids, past_key_values=caches[0])
         parts.top(hidden_states=hidden, past_key_values=caches[1], logits_to_keep=1)
         times.append(time.perf_counter() - begin)
-    bottom, _, top = _reads(job)
-    return (bottom + top) / statistics.median(times[_WARM:]), 0.0
+    return statistics.median(times[_WARM:])
 
 
-def _server(job: dict[str, Any], threads: int) -> tuple[float, float]:
-    """Return the bytes per second that a server reads, and the seconds of a request besides its forward."""
+def _server_seconds(job: dict[str, Any], threads: int) -> tuple[float, float]:
+    """Return the seconds that a server computes for a token, and those of a request besides."""
     import torch
 
     from splitlearn_core import connect
@@ -143,7 +152,7 @@ def _server(job: dict[str, Any], threads: int) -> tuple[float, float]:
             times.append(time.perf_counter() - begin)
         trunk.close()
     delay = statistics.median(whole - own for whole, own in zip(times[_WARM:], computed[_WARM:], strict=True))
-    return _reads(job)[1] / statistics.median(computed[_WARM:]), delay
+    return statistics.median(computed[_WARM:]), delay
 
 
 def _computed_by(host: Any) -> list[float]:
@@ -161,11 +170,11 @@ def _computed_by(host: Any) -> list[float]:
     return seconds
 
 
-def _proposed(directory: str, machines: list[tuple[float, float]]) -> dict[str, Any]:
+def _proposed(directory: str, machines: list[tuple[int, float, float]]) -> dict[str, Any]:
     names = ("owner", *(f"threads{threads}" for threads in _THREADS))
-    command = [sys.executable, "-m", "splitlearn_core", "plan", directory, "--json"]
-    for name, (speed, delay) in zip(names, machines, strict=True):
-        command += ["--over", f"{name}={_MEMORY}:{int(speed)}/s:{1000 * delay:.4f}ms"]
+    command = [sys.executable, "-m", "splitlearn_core", "plan", directory, "--json", "--tokens", "1"]
+    for name, (memory, speed, delay) in zip(names, machines, strict=True):
+        command += ["--over", f"{name}={memory}:{int(speed)}/s:{1000 * delay:.4f}ms"]
     proposal: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return proposal
 

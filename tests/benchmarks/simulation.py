@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from checkpoints import Checkpoint, qwen2
 from measuring import MeasurementError, Session, in_fresh_process, read_through, say
@@ -18,14 +23,21 @@ from trunk import TORCH_NAMES
 from serving import served
 
 NAME = "simulation"
-#: Owners on the one server; tokens of their prompts, and after it.
-_TOGETHER, _PROMPT, _NEW = 8, 32, 48
-#: Tokens of forwards that are timed alone; the last one is that of prompts of all owners, in pieces.
-_FORWARDS = (1, _PROMPT, 128)
+#: Owners on the one server, and those from whom it is found what work takes; tokens of their prompts, and after it.
+_TOGETHER, _FEW, _PROMPT, _NEW = 8, 4, 32, 32
+#: Mode -> tokens of forwards that are timed alone. Packed prompts of all owners are one forward.
+_FORWARDS = {"solo": (1, _PROMPT), "packed": (1, _FEW, _TOGETHER, _PROMPT, 4 * _PROMPT)}
+#: Connections that are timed, and forwards of each size but that of a token.
+_CONNECTIONS, _TIMES = 20, 4
+_CALLS = "splitlearn_session_step_seconds_sum"
 #: A simulated figure is right within this share of the measured one.
 _TOLERANCE = 0.25
 #: Seconds between failures of one server of the many, and the share of exchanges whose connection breaks.
 _LIFE, _BREAKS = 60.0, 0.005
+#: Their bursts follow each other so fast that forwards of texts, each alone, would take this share of the time.
+_LOAD = 0.6
+#: Tokens after a prompt there, on average.
+_TEXT = 24
 _MODES = ("solo", "packed")
 
 
@@ -34,9 +46,7 @@ def run(session: Session) -> None:
     for checkpoint in session.models((qwen2,)):
         read_through(checkpoint.files)
         for mode in _MODES:
-            answer = _one_server(session, checkpoint, mode)
-            if answer is not None:
-                costs[mode] = answer["costs"]
+            costs[mode] = _one_server(session, checkpoint, mode)
     for mode in _MODES:
         _many_servers(session, mode, costs.get(mode))
 
@@ -55,8 +65,9 @@ def _answer(session: Session, what: str, job: dict[str, Any]) -> dict[str, Any] 
 
 
 def _simulate(job: dict[str, Any]) -> dict[str, Any]:
-    """Simulate what ``scenario`` says, on a trunk of one small layer."""
-    from simulated_servers import Costs, Line, Scenario, simulate
+    """Simulate each of ``scenarios``, on a trunk of one small layer."""
+    from simulated_servers import Costs, Line
+    from simulated_world import Scenario, simulate
 
     from splitlearn_core import load_split_model
     from splitlearn_core.testing.worlds import tiny_model, write_checkpoint
@@ -64,22 +75,25 @@ def _simulate(job: dict[str, Any]) -> dict[str, Any]:
     # They tell of each server that is away.
     logging.getLogger("splitlearn_core").setLevel(logging.ERROR)
     logging.getLogger("splitlearn_serve").setLevel(logging.ERROR)
-    values = dict(job["scenario"])
-    if values.get("costs"):
-        values["costs"] = Costs(tuple(map(tuple, values["costs"]["forwards"])))
-    values = {
-        name: Line(value) if name in ("fast", "slow") else value for name, value in values.items() if value is not None
-    }
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, tiny_model("qwen2", num_hidden_layers=3))
         trunk = load_split_model(None, (1, 2), folder, parts=("trunk",), progress=False).trunk
-        return simulate(Scenario(**values), trunk)
+        answers = []
+        for scenario in job["scenarios"]:
+            values = {name: value for name, value in scenario.items() if value is not None}
+            if "costs" in values:
+                values["costs"] = Costs(**{**values["costs"], "forwards": [*map(tuple, values["costs"]["forwards"])]})
+            if "fast" in values:
+                values["fast"] = Line(values["fast"])
+            answers.append(simulate(Scenario(**values), trunk))
+        return {"answers": answers}
 
 
 # --- one server ---------------------------------------------------------------------------------------
 
 
 def _one_server(session: Session, checkpoint: Checkpoint, mode: str) -> dict[str, Any] | None:
+    """Compare both for several pairs of measurements, one after the other; return the costs of the last."""
     recipe = checkpoint.recipe
     what = f"{recipe.name}, {_TOGETHER} owners, {mode}"
     job = {
@@ -104,11 +118,12 @@ def _one_server(session: Session, checkpoint: Checkpoint, mode: str) -> dict[str
         "new": _NEW,
         "spread": 0,
         "think": 0,
-        "costs": measured["costs"],
-        "fast": measured["carried"] / 2,
         "slow_share": 0,
+        "is_one_process": True,
     }
-    simulated = _answer(session, f"{what}, simulated", {"what": "simulated", "scenario": scenario})
+    rounds = measured["rounds"]
+    scenarios = [{**scenario, "costs": each["costs"], "fast": each["delay"]} for each in rounds]
+    simulated = _answer(session, f"{what}, simulated", {"what": "simulated", "scenarios": scenarios})
     if simulated is None:
         return None
     figures: tuple[tuple[str, str, float, Callable[[dict[str, Any]], float]], ...] = (
@@ -117,98 +132,157 @@ def _one_server(session: Session, checkpoint: Checkpoint, mode: str) -> dict[str
         ("a token, median", "ms", 1000, lambda answer: answer["step"]["p50"]),
         ("a token, p95", "ms", 1000, lambda answer: answer["step"]["p95"]),
     )
-    forwards = ", ".join(f"{1000 * seconds:.1f} ms for {tokens}" for tokens, seconds in measured["costs"]["forwards"])
+    answers = simulated["answers"]
     for title, unit, factor, value in figures:
-        theirs = Sample.of((factor * value(answer) for answer in measured["rounds"]), unit)
-        ours = Sample.of([factor * value(simulated)], unit)
-        ratio = ours.median / theirs.median
+        theirs, ours = ([factor * value(answer) for answer in each] for each in (rounds, answers))
+        ratio = Sample.of((mine / its for mine, its in zip(ours, theirs, strict=True)), "").median
         target = f"{1 - _TOLERANCE:g} to {1 + _TOLERANCE:g} of it"
         reached = abs(ratio - 1) <= _TOLERANCE
-        session.add(Row(NAME, f"{what}: {title}", ours, "measured", theirs, ratio, target, reached))
-    session.add(_kept(what, simulated, f"forwards of {forwards} tokens; a request {1000 * measured['carried']:.2f} ms"))
-    return measured
+        row = Row(NAME, f"{what}: {title}", Sample.of(ours, unit), "measured", Sample.of(theirs, unit), ratio, target)
+        session.add(replace(row, reached=reached))
+    costs: dict[str, Any] = rounds[-1]["costs"]
+    forwards = ", ".join(f"{1000 * seconds:.1f} ms for {tokens}" for tokens, seconds in costs["forwards"])
+    others = ", ".join(f"{name} {1000 * value:.2f}" for name, value in costs.items() if name != "forwards")
+    note = f"forwards of {forwards} tokens; {others}, delay {1000 * rounds[-1]['delay']:.2f} ms"
+    session.add(_kept(what, answers, note))
+    return costs
 
 
-def _kept(what: str, answer: dict[str, Any], note: str) -> Row:
-    problems = answer["problems"]
+def _kept(what: str, answers: Sequence[dict[str, Any]], note: str) -> Row:
+    problems = [problem for answer in answers for problem in answer["problems"]]
     broken = f"; {problems[0]}" if problems else ""
     return within(NAME, f"{what}: broken invariants", Sample.of([len(problems)], ""), 0, note=f"{note}{broken}")
 
 
 def _measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Time forwards, alone and under load, and then let owners generate at once, in rounds."""
+    """In each round, find what work takes, with few owners, and then let many generate at once."""
+    import torch
+
+    with served(job, "--dtype", job["dtype"]) as (url, pid), torch.no_grad():
+        # The first owners bring threads and code.
+        _generate(job, url, _FEW)
+        rounds = [{**_costs(job, url, pid), **_generate(job, url, _TOGETHER)} for _ in range(job["rounds"])]
+    return {"rounds": rounds}
+
+
+def _costs(job: dict[str, Any], url: str, pid: int) -> dict[str, Any]:
+    """Return what work takes, and the delay of a message, from one owner and from a few."""
+    import torch
+    from simulated_servers import Costs
+
+    from splitlearn_core import connect
+
+    begin, loop = time.thread_time(), _loop_seconds(pid)
+    for _ in range(_CONNECTIONS):
+        connect(url).close()
+    connecting = [(time.thread_time() - begin) / _CONNECTIONS, (_loop_seconds(pid) - loop) / _CONNECTIONS]
+
+    trunk = connect(url)
+    seen, forwards, besides = _Seen(trunk.host), {}, 0.0
+    calls = _call_seconds(url)
+    for tokens in _FORWARDS[job["mode"]]:
+        cache, states = trunk.new_cache(), torch.randn(1, tokens, job["width"]).to(trunk.dtype)
+        times, first = [], len(seen.packs)
+        for _ in range(_NEW if tokens == 1 else _TIMES):
+            sent = time.perf_counter()
+            trunk(hidden_states=states, past_key_values=cache)
+            times.append(time.perf_counter() - sent)
+        # Without the first, which is slower.
+        computed = [seconds for _, seconds in seen.packs[first:]]
+        forwards[tokens] = statistics.median(computed[1:])
+        if tokens == 1:
+            besides = statistics.median(whole - own for whole, own in zip(times[1:], computed[1:], strict=True))
+    call = (_call_seconds(url) - calls - sum(seconds for _, seconds in seen.packs)) / len(seen.packs)
+    trunk.close()
+
+    loop = _loop_seconds(pid)
+    few = _generate(job, url, _FEW)
+    loop = (_loop_seconds(pid) - loop - _FEW * connecting[1]) / few["requests"]
+    costs = {
+        "call": call,
+        "loop": loop,
+        "owner": few["owner"],
+        # With a connection comes a request.
+        "connection_owner": max(0.0, connecting[0] - few["owner"]),
+        "connection_loop": max(0.0, connecting[1] - loop),
+    }
+    if job["mode"] == "packed":
+        alone = Costs(tuple(sorted(forwards.items())))
+        shares = [(seconds - alone.seconds(pack)) / (pack - 1) for pack, seconds in few["packs"] if pack > 1]
+        costs["session"] = max(0.0, statistics.median(shares))
+    else:
+        # With others that keep the processor busy.
+        forwards[1] = statistics.median(seconds for _, seconds in few["packs"])
+    delay = max(0.0, (besides - few["owner"] - loop - call) / 2)
+    return {"costs": {"forwards": sorted(forwards.items()), **costs}, "delay": delay}
+
+
+def _loop_seconds(pid: int) -> float:
+    """Return the processor time of a server's event loop, which runs in its main thread."""
+    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _call_seconds(url: str) -> float:
+    """Return how long steps have kept a server's threads for calls."""
+    text = urllib.request.urlopen(f"http://{urlsplit(url).netloc}/metrics").read().decode()  # loopback
+    return float(next(line.split()[-1] for line in text.splitlines() if line.startswith(_CALLS)))
+
+
+class _Seen:
+    """Keeps what a host says of forwards: how many sessions shared each, and its seconds."""
+
+    def __init__(self, host: Any) -> None:
+        self._send = host.request
+        self.packs: list[tuple[int, float]] = []
+        host.request = self._request
+
+    def _request(self, frame: Any, *arguments: Any) -> Any:
+        reply = self._send(frame, *arguments)
+        if "computed" in reply.meta:
+            self.packs.append((reply.meta.get("pack", 1), reply.meta["computed"]))
+        return reply
+
+
+def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
+    """Let owners begin at once, each with a connection, a prompt and then tokens.
+
+    Returns:
+        Figures like those of a simulation; ``packs``, what the server says of the forward of each token; ``owner``, the
+        processor time of an owner for a token; and ``requests``, their number.
+    """
     import torch
 
     from splitlearn_core import connect
 
-    packed = job["mode"] == "packed"
-    with served(job, "--dtype", job["dtype"]) as (url, _), torch.no_grad():
-        trunk = connect(url, mode=job["mode"])
-        seen = _Seen(trunk.host)
-        states = {tokens: torch.randn(1, tokens, job["width"]).to(trunk.dtype) for tokens in _FORWARDS}
-        prompt, token = states[_PROMPT], states[1]
-        forwards: dict[int, float] = {}
-        for tokens in (*_FORWARDS, 1):
-            seen.clear()
-            cache = trunk.new_cache()
-            for _ in range(_NEW if tokens == 1 else 3):
-                trunk(hidden_states=states[tokens], past_key_values=cache)
-            forwards[tokens] = statistics.median(reply["computed"] for reply in seen.replies[1:])
-        carried = statistics.median(seconds - reply["computed"] for seconds, reply in seen.timed[1:])
-        # What a forward takes while the owners keep the processor busy, too.
-        seen.clear()
-        _generate(trunk, prompt, token)
-        shared = [reply["computed"] for reply in seen.replies if reply.get("pack", 1) == (_TOGETHER if packed else 1)]
-        forwards[_TOGETHER if packed else 1] = statistics.median(shared)
-        rounds = [_generate(trunk, prompt, token) for _ in range(job["rounds"])]
-        trunk.close()
-    return {"costs": {"forwards": sorted(forwards.items())}, "carried": carried, "rounds": rounds}
-
-
-class _Seen:
-    """Keeps what a host says of its steps, and how long the requests took."""
-
-    def __init__(self, host: Any) -> None:
-        self._send = host.request
-        self.clear()
-        host.request = self._request
-
-    def clear(self) -> None:
-        self.timed: list[tuple[float, dict[str, Any]]] = []
-
-    @property
-    def replies(self) -> list[dict[str, Any]]:
-        return [reply for _, reply in self.timed]
-
-    def _request(self, frame: Any, *arguments: Any) -> Any:
-        begin = time.perf_counter()
-        reply = self._send(frame, *arguments)
-        if "computed" in reply.meta:
-            self.timed.append((time.perf_counter() - begin, dict(reply.meta)))
-        return reply
-
-
-def _generate(trunk: Any, prompt: Any, token: Any) -> dict[str, Any]:
-    """Let owners begin at once, each with a prompt and then tokens; return figures like those of a simulation."""
-    import torch
-
     firsts: list[float] = []
     steps: list[float] = []
-    ready = threading.Barrier(_TOGETHER + 1)
+    packs: list[tuple[int, float]] = []
+    owners: list[float] = []
+    requests: list[int] = []
+    ready = threading.Barrier(count + 1)
 
     def own() -> None:
         with torch.no_grad():
-            cache = trunk.new_cache()
             ready.wait()
             begin = time.perf_counter()
+            trunk = connect(url, mode=job["mode"], max_tokens=_PROMPT + _NEW)
+            seen, cache = _Seen(trunk.host), trunk.new_cache()
+            prompt, token = (torch.randn(1, tokens, job["width"]).to(trunk.dtype) for tokens in (_PROMPT, 1))
             trunk(hidden_states=prompt, past_key_values=cache)
             firsts.append(time.perf_counter() - begin)
+            worked = time.thread_time()
             for _ in range(_NEW):
                 begin = time.perf_counter()
                 trunk(hidden_states=token, past_key_values=cache)
                 steps.append(time.perf_counter() - begin)
+            owners.append((time.thread_time() - worked) / _NEW)
+            packs.extend(seen.packs[1:])
+            trunk.close()
+            # One comes with the connection.
+            requests.append(1 + trunk.host.round_trips)
 
-    threads = [threading.Thread(target=own) for _ in range(_TOGETHER)]
+    threads = [threading.Thread(target=own) for _ in range(count)]
     for thread in threads:
         thread.start()
     ready.wait()
@@ -216,13 +290,16 @@ def _generate(trunk: Any, prompt: Any, token: Any) -> dict[str, Any]:
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - begin
-    if len(steps) < _TOGETHER * _NEW:
+    if len(requests) < count:
         raise RuntimeError("an owner did not come to its end")
     steps.sort()
     return {
-        "tokens_per_second": _TOGETHER * (_PROMPT + _NEW) / seconds,
+        "tokens_per_second": count * (_PROMPT + _NEW) / seconds,
         "first": {"p50": statistics.median(firsts)},
         "step": {"p50": statistics.median(steps), "p95": steps[int(0.95 * (len(steps) - 1))]},
+        "packs": packs,
+        "owner": statistics.median(owners),
+        "requests": sum(requests),
     }
 
 
@@ -230,12 +307,26 @@ def _generate(trunk: Any, prompt: Any, token: Any) -> dict[str, Any]:
 
 
 def _many_servers(session: Session, mode: str, costs: dict[str, Any] | None) -> None:
-    size = {"owners": 60, "servers": 4, "bursts": 3} if session.quick else {}
-    scenario = {**size, "mode": mode, "costs": costs, "life": _LIFE, "breaks": _BREAKS}
-    what = f"{size.get('owners', 1000)} owners on {size.get('servers', 20)} servers, {mode}"
-    answer = _answer(session, what, {"what": "simulated", "scenario": scenario})
-    if answer is None:
+    owners, servers, bursts = (60, 4, 3) if session.quick else (1000, 20, 10)
+    scenario = {
+        "owners": owners,
+        "servers": servers,
+        "bursts": bursts,
+        "prompt": _PROMPT,
+        "mode": mode,
+        "life": _LIFE,
+        "breaks": _BREAKS,
+        "costs": costs,
+    }
+    if costs is not None:
+        seconds = dict(costs["forwards"])
+        each = seconds[_PROMPT] + _TEXT * seconds[1]
+        scenario |= {"new": _TEXT, "burst_every": owners / bursts / servers * each / _LOAD}
+    what = f"{owners} owners on {servers} servers, {mode}"
+    answers = _answer(session, what, {"what": "simulated", "scenarios": [scenario]})
+    if answers is None:
         return
+    answer = answers["answers"][0]
     for name, title in (
         ("first", "arrival to first token"),
         ("step", "a token"),
@@ -255,7 +346,7 @@ def _many_servers(session: Session, mode: str, costs: dict[str, Any] | None) -> 
         ),
         _kept(
             what,
-            answer,
+            [answer],
             f"caches took at most {100 * answer['fullest']:.0f} % of their memory; "
             f"servers computed {100 * answer['busy']:.0f} % of the time",
         ),
