@@ -37,6 +37,20 @@ FAMILIES = {
             "ministral3": "Ministral3ForCausalLM",
         }.items()
     },
+    **{
+        model_type: f"architecture={name!r}, transformers_tables=True, uniform_layers=False, measured_cache=True"
+        for model_type, name in {
+            "qwen3_next": "Qwen3NextForCausalLM",
+            "qwen3_5_text": "Qwen3_5ForCausalLM",
+            "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+            "minimax_m2": "MiniMaxM2ForCausalLM",
+            "llama4_text": "Llama4ForCausalLM",
+        }.items()
+    },
+    "gemma4_text": "architecture='Gemma4ForCausalLM', measured_cache=True, uniform_layers=False, required_values="
+    "{'hidden_size_per_layer_input': 0}, config_defaults={'tie_word_embeddings': True}",
+    "jamba": "architecture='JambaForCausalLM', norm='final_layernorm', transformers_tables=True, uniform_layers=False,"
+    " measured_cache=True",
     # Its embeddings are multiplied on the way to the layers.
     "granitemoe": "architecture='GraniteMoeForCausalLM', transformers_tables=True, uniform_layers=False,"
     " enter_at_layers=True",
@@ -100,7 +114,9 @@ def _writing() -> ModuleType:
 @pytest.fixture(scope="session")
 def model() -> Callable[..., Any]:
     """Return a function that makes a small random model, the same one each time."""
-    from splitlearn_core.testing.worlds import tiny_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from splitlearn_core.testing.worlds import TINY, random_model, tiny_model
 
     made: dict[str, Any] = {}
 
@@ -111,7 +127,12 @@ def model() -> Callable[..., Any]:
             if model_type == "gpt2":
                 # transformers takes GPT-2's positions from no metadata, but for these many.
                 own["max_position_embeddings"] = 1024
-            made[key] = tiny_model(model_type, **{**own, **overrides})
+            if model_type == "gemma4_text":
+                # Its class refuses to say how large a head is: layers differ.
+                config = AutoConfig.for_model(model_type, **{**TINY, **own, **overrides})
+                made[key] = random_model(AutoModelForCausalLM.from_config, config)
+            else:
+                made[key] = tiny_model(model_type, **{**own, **overrides})
         return made[key]
 
     return make
@@ -128,9 +149,10 @@ def gguf_file(model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
         name: str = "model.gguf",
         metadata: Mapping[str, Any] | None = None,
         uncut: bool = False,
+        fused: bool = False,
         **overrides: Any,
     ) -> Path:
         made = model(model_type, **overrides)
-        return writing.write_gguf(tmp_path / name, made, quantization, uncut=uncut, **(metadata or {}))
+        return writing.write_gguf(tmp_path / name, made, quantization, uncut=uncut, fused=fused, **(metadata or {}))
 
     return write

@@ -1,8 +1,9 @@
 """How llama.cpp's converter changes a Hugging Face checkpoint, for each architecture, and how to undo it.
 
 Names are of the form ``blk.3.attn_q.weight``; the experts of a layer are one tensor, of which each is a part. Values
-were reordered (rows of the queries and keys of llama, for llama.cpp's rotation), transposed (GPT-2's ``Conv1D``), or
-increased by one (the norms of Gemma), and tensors that Hugging Face has as one were cut into several.
+were reordered (rows of the queries and keys of llama, for llama.cpp's rotation; heads of linear attention), transposed
+(GPT-2's ``Conv1D``), increased by one (the norms of Gemma), or replaced by the negative of their exponentials (the
+decay of state spaces), and tensors that Hugging Face has as one were cut into several.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import MappingProxyType
 
 from splitlearn_core import CheckpointError
 
+_MATRIX = 2
 #: Dimensions of a tensor of all experts, or heads.
 _EXPERTS = 3
 
@@ -25,11 +27,27 @@ class Change(Enum):
     NONE = "none"
     TRANSPOSE = "transpose"
     SUBTRACT_ONE = "subtract one"
-    #: Rows of queries, and of keys, go back to the order in which halves are rotated.
-    ORDER_QUERIES = "order queries"
-    ORDER_KEYS = "order keys"
     #: A vector is a matrix of one row.
     ROW = "row"
+    #: A matrix is a convolution with a channel for each row.
+    CHANNELS = "channels"
+    #: Values are the negative of the exponentials of Hugging Face's.
+    LOGARITHM = "logarithm"
+
+
+class Order(Enum):
+    """The rows, or columns, that go back to Hugging Face's order."""
+
+    NONE = "none"
+    #: Rows of queries, and of keys, to the order in which halves are rotated.
+    QUERIES = "queries"
+    KEYS = "keys"
+    #: Rows of the value heads of linear attention, to those of each key head together.
+    VALUES = "values"
+    #: The same of the last rows, after those of queries and keys.
+    LAST_VALUES = "last values"
+    #: The same of columns.
+    VALUE_COLUMNS = "value columns"
 
 
 class Join(Enum):
@@ -37,10 +55,14 @@ class Join(Enum):
 
     #: ``[experts, rows, columns]``: the rows of one piece after those of the other.
     ROWS = "rows"
+    #: The same, and then each matrix transposed.
+    TURNED_ROWS = "turned rows"
     #: Row by row in turn, and then each matrix transposed; of ``[experts, rows]``, number by number.
     IN_TURN = "in turn"
     #: ``[heads, rank, rows]`` and ``[heads, rows, rank]``: of each head the transposed first, then the second.
     HEADS = "heads"
+    #: Rows of all queries, keys and values of linear attention, and of its gates: head by head.
+    KEY_HEADS = "key heads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +81,13 @@ class Joined:
         if self.join is Join.HEADS:
             fits = len(first) == len(last) == _EXPERTS and first[0] == last[0] and first[1] == last[2]
             return (first[0] * (first[2] + last[1]), first[1]) if fits else ()
+        if self.join is Join.KEY_HEADS:
+            fits = len(first) == len(last) == _MATRIX and first[1] == last[1]
+            return (first[0] + last[0], first[1]) if fits else ()
         if not 1 < len(first) <= _EXPERTS or any(shape != first for shape in shapes):
             return ()
         rows = first[1] * len(shapes)
-        matrices = self.join is Join.IN_TURN and len(first) == _EXPERTS
+        matrices = self.join in (Join.IN_TURN, Join.TURNED_ROWS) and len(first) == _EXPERTS
         return (first[0], first[2], rows) if matrices else (first[0], rows, *first[2:])
 
 
@@ -86,6 +111,8 @@ class Architecture:
     layers: str = "model.layers"
     #: Suffixes of GGUF's names -> the change to undo.
     changes: Mapping[str, Change] = field(default_factory=dict)
+    #: The same -> what is in another order.
+    orders: Mapping[str, Order] = field(default_factory=dict)
     #: Suffixes of tensors that no Hugging Face module has, because they are computed there.
     ignored: tuple[str, ...] = ()
     #: What files do not say of the configuration, so that the original one is needed; empty if they say all of it.
@@ -123,9 +150,16 @@ class Architecture:
 
     def change(self, name: str) -> Change:
         """Return the change to undo in a GGUF tensor."""
-        # The layer's number does not matter, but `output.weight` must not be taken for `attn_output.weight`.
-        leaf = re.sub(r"^blk\.\d+\.", "", name)
-        return self.changes.get(leaf, Change.NONE)
+        return self.changes.get(_leaf(name), Change.NONE)
+
+    def order(self, name: str) -> Order:
+        """Return what goes back to Hugging Face's order in a GGUF tensor."""
+        return self.orders.get(_leaf(name), Order.NONE)
+
+
+def _leaf(name: str) -> str:
+    # The layer's number does not matter, but `output.weight` must not be taken for `attn_output.weight`.
+    return re.sub(r"^blk\.\d+\.", "", name)
 
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -183,9 +217,34 @@ _CONV1D = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.w
 _NORMS = ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm")
 _OFFSET_NORMS = {f"{norm}.weight": Change.SUBTRACT_ONE for norm in _NORMS}
 _ROTATED = {
-    **{f"attn_q.{kind}": Change.ORDER_QUERIES for kind in ("weight", "bias")},
-    **{f"attn_k.{kind}": Change.ORDER_KEYS for kind in ("weight", "bias")},
+    **{f"attn_q.{kind}": Order.QUERIES for kind in ("weight", "bias")},
+    **{f"attn_k.{kind}": Order.KEYS for kind in ("weight", "bias")},
 }
+#: Layers of linear attention, with one head of keys for one or several heads of values.
+_LINEAR_INNER = {
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_LINEAR_CHANGES = {**_OFFSET_NORMS, "ssm_a": Change.LOGARITHM, "ssm_conv1d.weight": Change.CHANNELS}
+#: From Qwen 3.5 on, heads of values follow one another in turn, one of each head of keys.
+_QWEN35_INNER = {
+    **_LINEAR_INNER,
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+}
+_QWEN35_ORDERS = {
+    **{f"attn_{name}.weight": order for name, order in (("qkv", Order.LAST_VALUES), ("gate", Order.VALUES))},
+    **dict.fromkeys(("ssm_alpha.weight", "ssm_beta.weight", "ssm_dt.bias", "ssm_a"), Order.VALUES),
+    "ssm_conv1d.weight": Order.LAST_VALUES,
+    "ssm_out.weight": Order.VALUE_COLUMNS,
+}
+#: Files of some age have gates and inputs of all experts in one tensor, as Hugging Face's module has.
+_GATE_UP = {"ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj"}
 
 _ALL = (
     Architecture(
@@ -204,6 +263,96 @@ _ALL = (
     Architecture("qwen2vl", ("qwen2",), _OUTER, _DENSE),
     Architecture("qwen3vl", ("qwen3",), _OUTER, {**_DENSE, **_HEAD_NORMS}),
     Architecture("qwen3vlmoe", ("qwen3_moe",), _OUTER, {**_DENSE, **_HEAD_NORMS, **_ROUTED}, experts=_EACH),
+    Architecture(
+        "qwen3next",
+        ("qwen3_next",),
+        _OUTER,
+        {
+            **_DENSE,
+            **_HEAD_NORMS,
+            **_ROUTED,
+            **_SHARED,
+            **_AFTER_ATTENTION,
+            **_GATE_UP,
+            **_LINEAR_INNER,
+            "ssm_ba": "linear_attn.in_proj_ba",
+            # Of files from before llama.cpp cut it in two.
+            "ssm_in": "linear_attn.in_proj_qkvz",
+        },
+        experts=_EACH,
+        joined=(Joined("linear_attn.in_proj_qkvz.weight", ("attn_qkv.weight", "attn_gate.weight"), Join.KEY_HEADS),),
+        changes={**_LINEAR_CHANGES, **_GATE},
+    ),
+    # The text models: with text alone, their rotation in sections is the usual one.
+    Architecture(
+        "qwen35",
+        ("qwen3_5_text",),
+        _OUTER,
+        {**_DENSE, **_HEAD_NORMS, **_AFTER_ATTENTION, **_QWEN35_INNER},
+        changes=_LINEAR_CHANGES,
+        orders=_QWEN35_ORDERS,
+    ),
+    Architecture(
+        "qwen35moe",
+        ("qwen3_5_moe_text",),
+        _OUTER,
+        {**_DENSE, **_HEAD_NORMS, **_ROUTED, **_SHARED, **_AFTER_ATTENTION, **_GATE_UP, **_QWEN35_INNER},
+        experts=_EACH,
+        changes={**_LINEAR_CHANGES, **_GATE},
+        orders=_QWEN35_ORDERS,
+    ),
+    Architecture(
+        "jamba",
+        ("jamba",),
+        {**_OUTER, "output_norm": "model.final_layernorm"},
+        {
+            **{name: key.replace("mlp.", "feed_forward.") for name, key in _DENSE.items()},
+            "ffn_norm": "pre_ff_layernorm",
+            "ffn_gate_inp": "feed_forward.router",
+            "ssm_in": "mamba.in_proj",
+            "ssm_conv1d": "mamba.conv1d",
+            "ssm_x": "mamba.x_proj",
+            "ssm_dt": "mamba.dt_proj",
+            "ssm_dt_norm": "mamba.dt_layernorm",
+            "ssm_b_norm": "mamba.b_layernorm",
+            "ssm_c_norm": "mamba.c_layernorm",
+            "ssm_a": "mamba.A_log",
+            "ssm_d": "mamba.D",
+            "ssm_out": "mamba.out_proj",
+        },
+        experts={name: key.replace("mlp.", "feed_forward.") for name, key in _EACH.items()},
+        changes={"ssm_a": Change.LOGARITHM, "ssm_conv1d.weight": Change.CHANNELS},
+    ),
+    Architecture(
+        "minimax-m2",
+        ("minimax_m2",),
+        _OUTER,
+        {
+            **_DENSE,
+            **_HEAD_NORMS,
+            "ffn_gate_inp": "block_sparse_moe.gate",
+            "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
+        },
+        experts=_W123,
+    ),
+    Architecture(
+        "llama4",
+        ("llama4_text",),
+        _OUTER,
+        {
+            **{name: key.replace("mlp.", "feed_forward.") for name, key in _DENSE.items()},
+            "ffn_gate_inp": "feed_forward.router",
+            **{f"ffn_{each}_shexp": f"feed_forward.shared_expert.{each}_proj" for each in ("gate", "up", "down")},
+        },
+        joined=(
+            Joined("feed_forward.experts.down_proj", ("ffn_down_exps.weight",), Join.IN_TURN),
+            Joined(
+                "feed_forward.experts.gate_up_proj", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), Join.TURNED_ROWS
+            ),
+        ),
+        ignored=("rope_freqs.weight",),
+        unstated="which layers attend to chunks, which do not rotate positions, and how those that do scale them",
+    ),
     Architecture("olmoe", ("olmoe",), _OUTER, {**_DENSE, **_HEAD_NORMS, **_ROUTED}, experts=_EACH),
     Architecture(
         "glm4moe",
@@ -237,7 +386,7 @@ _ALL = (
         joined=(
             Joined("block_sparse_moe.input_linear.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), Join.ROWS),
         ),
-        changes=_ROTATED,
+        orders=_ROTATED,
     ),
     Architecture(
         "deepseek2",
@@ -294,7 +443,7 @@ _ALL = (
         ("ministral3",),
         _OUTER,
         _DENSE,
-        changes=_ROTATED,
+        orders=_ROTATED,
         ignored=("rope_freqs.weight",),
         unstated="how rotary positions and queries are scaled",
     ),
@@ -305,29 +454,47 @@ _ALL = (
         _OUTER,
         {**_DENSE, "ffn_gate_inp": "block_sparse_moe.gate"},
         experts=_W123,
-        changes=_ROTATED,
+        orders=_ROTATED,
         ignored=("rope_freqs.weight", "attn_rot_embd"),
     ),
     Architecture("gemma", ("gemma",), _OUTER, _DENSE, changes=_OFFSET_NORMS),
     Architecture("gemma2", ("gemma2",), _OUTER, {**_DENSE, **_FOUR_NORMS}, changes=_OFFSET_NORMS),
     Architecture("gemma3", ("gemma3_text",), _OUTER, {**_DENSE, **_FOUR_NORMS, **_HEAD_NORMS}, changes=_OFFSET_NORMS),
+    Architecture(
+        "gemma4",
+        ("gemma4_text",),
+        {
+            **_OUTER,
+            "per_layer_token_embd": "model.embed_tokens_per_layer",
+            "per_layer_model_proj": "model.per_layer_model_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm",
+        },
+        {
+            **_DENSE,
+            **_FOUR_NORMS,
+            **_HEAD_NORMS,
+            "layer_output_scale.weight": "layer_scalar",
+            "ffn_gate_inp": "router.proj",
+            "ffn_gate_inp.scale": "router.scale",
+            "ffn_down_exps.scale": "router.per_expert_scale",
+            "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+            "ffn_down_exps.weight": "experts.down_proj",
+            "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+            "post_ffw_norm_1": "post_feedforward_layernorm_1",
+            "post_ffw_norm_2": "post_feedforward_layernorm_2",
+            "inp_gate": "per_layer_input_gate",
+            "proj": "per_layer_projection",
+            "post_norm": "post_per_layer_input_norm",
+        },
+        # Of files from before llama.cpp left them together.
+        joined=(Joined("experts.gate_up_proj", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), Join.ROWS),),
+        ignored=("rope_freqs.weight",),
+        unstated="how much of each head is rotated, and whether keys are the values too",
+    ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({known.name: known for known in _ALL})
 #: Endings of the checkpoint keys of tensors that are made of several, of any architecture.
 JOINED_KEYS = tuple(f".{one.key}" for known in _ALL for one in known.joined)
-_NO_LOGARITHM = "a logarithm that undoes the converter's exponential does not give back the last bit"
-_NO_LAYERS = "its metadata does not say which layers attend to chunks or windows, and which do not rotate positions"
-#: Architectures of the converter that are not read, with the reason.
-REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        "jamba": _NO_LOGARITHM,
-        "qwen3next": _NO_LOGARITHM,
-        "qwen35": _NO_LOGARITHM,
-        "qwen35moe": _NO_LOGARITHM,
-        "llama4": _NO_LAYERS,
-        "gemma4": _NO_LAYERS,
-    }
-)
 
 
 def architecture(name: str, where: str) -> Architecture:
@@ -340,11 +507,6 @@ def architecture(name: str, where: str) -> Architecture:
     Raises:
         CheckpointError: It is unknown.
     """
-    if name in REFUSED:
-        raise CheckpointError(
-            f"{where} holds a model of the architecture {name}, which splitlearn-gguf does not read: {REFUSED[name]}",
-            hint="use the checkpoint that the file was converted from",
-        )
     if name not in ARCHITECTURES:
         read = ", ".join(ARCHITECTURES)
         raise CheckpointError(

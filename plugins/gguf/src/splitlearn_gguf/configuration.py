@@ -39,24 +39,25 @@ _GPT2_SIZES = {
 #: Ids of special tokens, if the file states them.
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 _DEFAULT_THETA = 10_000.0
+#: Of a rotation by time, height and width; files have a fourth, which is 0.
+_SECTIONS = 3
 #: Architectures with sliding-window layers, and with soft caps on logits.
 _SLIDING = ("gemma2", "gemma3")
-_OF_QWEN3 = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
+_COUNTED = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_OF_QWEN3 = {**_COUNTED, "expert_feed_forward_length": "moe_intermediate_size"}
+_OF_QWEN2 = {**_OF_QWEN3, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
 #: Architecture -> metadata key -> name in config.json, of counts that are required.
 _EXPERTS = {
     "llama": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
-    "qwen2moe": {
-        "expert_count": "num_experts",
-        "expert_used_count": "num_experts_per_tok",
-        "expert_feed_forward_length": "moe_intermediate_size",
-        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    },
+    "qwen2moe": _OF_QWEN2,
     **dict.fromkeys(("qwen3moe", "qwen3vlmoe"), _OF_QWEN3),
-    "olmoe": {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+    **dict.fromkeys(("qwen3next", "qwen35moe"), _OF_QWEN2),
+    **dict.fromkeys(("olmoe", "jamba"), _COUNTED),
+    "minimax-m2": {
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_gating_func": "",
+    },
     "granitemoe": {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     "glm4moe": {
         "expert_count": "n_routed_experts",
@@ -92,6 +93,26 @@ _FACTORS = {
         "logit_scale": "logits_scaling",
     },
 }
+#: Sizes of layers of linear attention, and of state spaces; they are required too.
+_LINEAR = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    # Of all heads together; one has a part of it.
+    "ssm.inner_size": "linear_value_head_dim",
+}
+_STATE_SPACES = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.time_step_rank": "mamba_dt_rank",
+    # It is how many times larger than hidden states.
+    "ssm.inner_size": "mamba_expand",
+}
+#: Architectures that have them; and what they take for a period of layers with full attention if none is stated.
+_WITH_LINEAR, _USUAL_INTERVAL = ("qwen3next", "qwen35", "qwen35moe"), 4
+#: Architectures that rotate a part of each head.
+_PARTLY_ROTATED = ("glm4moe", "minimax-m2", *_WITH_LINEAR)
 #: ``query_pre_attn_scalar`` if it is not stated: the size of a head in the released models.
 _USUAL_SCALAR = 256
 _MAX_SHOWN = 8
@@ -112,7 +133,7 @@ def read_config(header: Header) -> dict[str, Any]:
         raise CheckpointError(
             f"{header.path}: files of the architecture {known.name} do not say {known.unstated}", hint=_ADVICE
         )
-    needed = _GPT2_SIZES if known.name == "gpt2" else _SIZES
+    needed = _needed(known.name)
     _refuse_invalid(header, tuple(needed))
     problems = metadata_problems(header)
     if problems:
@@ -142,13 +163,104 @@ def read_config(header: Header) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     if known.name == "gpt2":
         return config | {"layer_norm_epsilon": _epsilon(header, "attention.layer_norm_epsilon")}
-    config["num_key_value_heads"] = _get(header, "attention.head_count_kv") or config["num_attention_heads"]
     config["rms_norm_eps"] = _epsilon(header, "attention.layer_norm_rms_epsilon")
+    if known.name == "jamba":
+        return config | _of_jamba(header, config)
+    config["num_key_value_heads"] = _get(header, "attention.head_count_kv") or config["num_attention_heads"]
     config["rope_parameters"] = _rope_parameters(header)
     head_dim = _head_dim(header)
     if head_dim is not None:
         config["head_dim"] = head_dim
+    if known.name in _WITH_LINEAR:
+        config |= _linear_attention(header, config)
     return config | _windows(header) | _softcaps(header) | _attention_scale(header, config)
+
+
+def _needed(architecture: str) -> dict[str, str]:
+    """Return the metadata keys of the sizes that are required, and their names in the configuration."""
+    if architecture == "gpt2":
+        return _GPT2_SIZES
+    if architecture == "jamba":
+        return {**_SIZES, **_STATE_SPACES}
+    if architecture in _WITH_LINEAR:
+        # Of Qwen 3.5 with experts, no layer is without.
+        absent = "intermediate_size" if architecture == "qwen35moe" else ""
+        return {key: name for key, name in (_SIZES | _LINEAR).items() if name != absent}
+    return _SIZES
+
+
+def _linear_attention(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the size of a head of values, and which layers have linear attention.
+
+    Raises:
+        InvalidCheckpointError: Heads do not divide what they have together, or the period of layers is no number.
+    """
+    heads, rows, keys = (
+        config["linear_num_value_heads"],
+        config["linear_value_head_dim"],
+        config["linear_num_key_heads"],
+    )
+    interval = _stated(header, "full_attention_interval", _USUAL_INTERVAL)
+    if rows % heads or heads % keys or not _counts(interval):
+        raise InvalidCheckpointError(
+            f"{header.path}: ssm.group_count {keys}, ssm.time_step_rank {heads}, ssm.inner_size {rows} and "
+            f"full_attention_interval {str(interval)[:80]} do not fit together",
+            hint=_ADVICE,
+        )
+    types = [
+        "full_attention" if layer % interval == interval - 1 else "linear_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
+    return {"linear_value_head_dim": rows // heads, "layer_types": types}
+
+
+def _of_jamba(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which layers attend, and which have experts; the others are state spaces, and without.
+
+    Raises:
+        InvalidCheckpointError: They do not recur at a fixed distance, or heads differ, or sizes do not fit.
+    """
+    layers, heads = config["num_hidden_layers"], _get(header, "attention.head_count_kv")
+    width, states = config["hidden_size"], config["mamba_expand"]
+    problem = ""
+    if (
+        not isinstance(heads, list)
+        or len(heads) != layers
+        or any(type(count) is not int or count < 0 for count in heads)
+    ):
+        problem = f"attention.head_count_kv is {str(heads)[:80]}, not a number for each of {layers} layers"
+    elif len({*heads, 0}) > 2:  # noqa: PLR2004
+        problem = f"attention.head_count_kv is {str(heads)[:80]}, of more than one number besides 0"
+    elif states % width:
+        problem = f"ssm.inner_size is {states}, no multiple of the size of hidden states, {width}"
+    if problem:
+        raise InvalidCheckpointError(f"{header.path}: jamba.{problem}", hint=_ADVICE)
+    attending = [layer for layer, count in enumerate(heads) if count]
+    routed = [layer for layer in range(layers) if f"blk.{layer}.ffn_gate_inp.weight" in header.tensors]
+    return {
+        **_period(header, "attn", attending, layers),
+        **_period(header, "expert", routed, layers),
+        "num_key_value_heads": max(heads) or config["num_attention_heads"],
+        "mamba_expand": states // width,
+        "mamba_conv_bias": any(name.endswith(".ssm_conv1d.bias") for name in header.tensors),
+        "mamba_proj_bias": any(name.endswith(".ssm_in.bias") for name in header.tensors),
+    }
+
+
+def _period(header: Header, kind: str, layers: list[int], count: int) -> dict[str, int]:
+    """Return the period at which these of so many layers recur, and the first of them.
+
+    Raises:
+        InvalidCheckpointError: They do not.
+    """
+    first = layers[0] if layers else count
+    period = layers[1] - first if len(layers) > 1 else count + 1
+    if first >= period or layers != list(range(first, count, period)):
+        which = "with experts" if kind == "expert" else "that attend (attention.head_count_kv)"
+        raise InvalidCheckpointError(
+            f"{header.path}: the layers {which} do not recur at a fixed distance: {str(layers)[:80]}", hint=_ADVICE
+        )
+    return {f"{kind}_layer_period": period, f"{kind}_layer_offset": first}
 
 
 def _experts(header: Header) -> dict[str, Any]:
@@ -218,6 +330,9 @@ def _counts(value: Any) -> bool:
 
 def _refuse_invalid(header: Header, needed: tuple[str, ...]) -> None:
     counted = (*needed, "attention.head_count_kv", "attention.key_length", "attention.sliding_window")
+    if header.architecture == "jamba":
+        # One for each layer.
+        counted = tuple(key for key in counted if key != "attention.head_count_kv")
     problems = []
     for key in counted:
         value = _get(header, key)
@@ -264,7 +379,7 @@ def _rope_parameters(header: Header) -> dict[str, Any]:
     theta = float(_get(header, "rope.freq_base") or _DEFAULT_THETA)
     scaling = dict(_scaling(header))
     whole = {"rope_type": "default", "rope_theta": theta, **scaling}
-    if header.architecture == "glm4moe":
+    if header.architecture in _PARTLY_ROTATED:
         rotated, size = _get(header, "rope.dimension_count"), head_size(header)
         if not _counts(rotated) or not size or rotated > size:
             raise InvalidCheckpointError(
@@ -272,6 +387,9 @@ def _rope_parameters(header: Header) -> dict[str, Any]:
                 hint=_ADVICE,
             )
         whole["partial_rotary_factor"] = rotated / size
+    sections = _get(header, "rope.dimension_sections")
+    if header.architecture in ("qwen35", "qwen35moe") and isinstance(sections, list):
+        whole |= {"mrope_section": sections[:_SECTIONS], "mrope_interleaved": True}
     if header.architecture != "gemma3":
         return whole
     local = float(_get(header, "rope.freq_base_swa") or _DEFAULT_THETA)

@@ -21,14 +21,20 @@ _ARCH = "{arch}."
 #: The architectures whose files say all of a configuration.
 _ALL = frozenset(known.name for known in ARCHITECTURES.values() if not known.unstated)
 _WITH_EXPERTS = frozenset(
-    {"qwen2moe", "qwen3moe", "qwen3vlmoe", "llama", "olmoe", "glm4moe", "ernie4_5-moe", "granitemoe"}
+    {
+        *("qwen2moe", "qwen3moe", "qwen3vlmoe", "qwen3next", "qwen35moe", "llama", "olmoe", "glm4moe", "ernie4_5-moe"),
+        *("granitemoe", "jamba", "minimax-m2"),
+    }
 )
 #: The size of each expert is another than that of a layer without experts.
-_OWN_SIZE = frozenset({"qwen2moe", "qwen3moe", "qwen3vlmoe", "glm4moe", "ernie4_5-moe"})
+_OWN_SIZE = frozenset({"qwen2moe", "qwen3moe", "qwen3vlmoe", "qwen3next", "qwen35moe", "glm4moe", "ernie4_5-moe"})
 _GLM, _ERNIE, _GRANITE = frozenset({"glm4moe"}), frozenset({"ernie4_5-moe"}), frozenset({"granitemoe"})
 #: Text models of those that see.
 _SEEING = frozenset({"qwen2vl", "qwen3vl", "qwen3vlmoe"})
-_ROTARY = _ALL - {"gpt2"}
+#: With layers of linear attention, or state spaces.
+_LINEAR, _JAMBA = frozenset({"qwen3next", "qwen35", "qwen35moe"}), frozenset({"jamba"})
+_WITH_RMS = _ALL - {"gpt2"}
+_ROTARY = _WITH_RMS - _JAMBA
 #: Architectures whose configuration has no size of a head: heads divide the hidden size.
 SHARED_WIDTH = frozenset({"qwen2", "qwen2vl"})
 _MAX_WORD = 80
@@ -136,12 +142,19 @@ _ONE = Rule(Effect.REFUSED, neutral=_one_of(0, 1))
 
 def _own_choice(value: Any, header: Header) -> bool:
     """Neutral if it is how the architecture weighs experts, whatever a file says: 1, a softmax; 2, a sigmoid."""
-    return _one_of(*((2,) if header.architecture == "glm4moe" else (0, 1)))(value, header)
+    return _one_of(*((2,) if header.architecture in ("glm4moe", "minimax-m2") else (0, 1)))(value, header)
 
 
 def _own_norm(value: Any, header: Header) -> bool:
     """Neutral unless weights were divided by their sum in an architecture that never does it."""
-    return _one_of(*((0,) if header.architecture in ("qwen2moe", "olmoe") else (0, 1)))(value, header)
+    return _one_of(*((0,) if header.architecture in ("qwen2moe", "olmoe", "jamba") else (0, 1)))(value, header)
+
+
+def _own_length(value: Any, header: Header) -> bool:
+    """Neutral if experts are as large as layers without are stated to be."""
+    return _zeros(value, header) or (
+        header.architecture == "minimax-m2" and value == _get(header, "feed_forward_length")
+    )
 
 
 def _used(by: frozenset[str] = _ALL, neutral: Neutral = lambda value, header: False) -> Rule:
@@ -170,14 +183,14 @@ _SIZES = {
     "residual_scale": _used(_GRANITE, _one_of(0, 1)),
     "embedding_scale": _used(_GRANITE, _one_of(0, 1)),
     "interleave_moe_layer_step": _used(_ERNIE, _one_of(0, 1)),
-    "full_attention_interval": _ONE,
+    "full_attention_interval": _used(_LINEAR, _one_of(0, 1)),
 }
 _EXPERTS = {
     "expert_count": _used(_WITH_EXPERTS, _zeros),
     "expert_used_count": _used(_WITH_EXPERTS, _zeros),
-    "expert_feed_forward_length": _used(_OWN_SIZE, _zeros),
+    "expert_feed_forward_length": _used(_OWN_SIZE, _own_length),
     # Of Ernie it follows from the number of shared experts.
-    "expert_shared_feed_forward_length": _used(frozenset({"qwen2moe"}) | _ERNIE, _zeros),
+    "expert_shared_feed_forward_length": _used(frozenset({"qwen2moe", "qwen3next", "qwen35moe"}) | _ERNIE, _zeros),
     "expert_shared_count": _used(_GLM | _ERNIE, _zeros),
     "expert_group_count": _used(_GLM, _zeros),
     "expert_group_used_count": _used(_GLM, _zeros),
@@ -186,9 +199,15 @@ _EXPERTS = {
     "expert_gating_func": Rule(Effect.REFUSED, neutral=_own_choice),
     "leading_dense_block_count": _used(_GLM | _ERNIE, _zeros),
     # Those layers are left out.
-    "nextn_predict_layers": _used(_GLM, _zeros),
+    "nextn_predict_layers": _used(_GLM | _LINEAR, _zeros),
     # Layers to which images are added.
     "n_deepstack_layers": _used(_SEEING, _zeros),
+}
+_STATES = {
+    **dict.fromkeys(
+        ("ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"), _used(_LINEAR | _JAMBA, _zeros)
+    ),
+    "ssm.group_count": _used(_LINEAR, _zeros),
 }
 #: Of experts, of state spaces, of Gemma 3n and others: features that no architecture here has.
 _OTHER_FEATURES = (
@@ -197,19 +216,18 @@ _OTHER_FEATURES = (
     "rescale_every_n_layers",
     "time_mix_extra_dim", "time_decay_extra_dim", "token_shift_count", "activation_sparsity_scale",
     "altup.active_idx", "altup.num_inputs", "embedding_length_per_layer_input", "swiglu_clamp_exp",
-    "swiglu_clamp_shexp", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank",
-    "ssm.group_count", "ssm.dt_b_c_rms", "kda.head_dim", "wkv.head_size", "posnet.embedding_length",
+    "swiglu_clamp_shexp", "ssm.dt_b_c_rms", "kda.head_dim", "wkv.head_size", "posnet.embedding_length",
     "posnet.block_count", "convnext.embedding_length", "convnext.block_count", "shortconv.l_cache",
 )  # fmt: skip
 _ATTENTION = {
     "head_count": _used(),
-    "head_count_kv": _used(_ROTARY, _equals("attention.head_count")),
+    "head_count_kv": _used(_WITH_RMS, _equals("attention.head_count")),
     "key_length": _used(_ROTARY - SHARED_WIDTH, _shared_head_size),
     "value_length": Rule(Effect.REFUSED, neutral=_head_size),
     "key_length_swa": Rule(Effect.REFUSED, neutral=_head_size),
     "value_length_swa": Rule(Effect.REFUSED, neutral=_head_size),
     "layer_norm_epsilon": _used(frozenset({"gpt2"}), _zeros),
-    "layer_norm_rms_epsilon": _used(_ROTARY, _zeros),
+    "layer_norm_rms_epsilon": _used(_WITH_RMS, _zeros),
     "causal": Rule(Effect.REFUSED, neutral=_one_of(True)),
     "sliding_window": _used(frozenset({"gemma2", "gemma3"}), _beyond_context),
     "sliding_window_pattern": _used(frozenset({"gemma2", "gemma3"}), _without_window),
@@ -227,10 +245,10 @@ _ATTENTION = {
     ),
 }  # fmt: skip
 _ROPE = {
-    "dimension_count": _used(_GLM, _rotated_size),
+    "dimension_count": _used(_GLM | _LINEAR | {"minimax-m2"}, _rotated_size),
     "dimension_count_swa": Rule(Effect.REFUSED, neutral=_rotated_size),
     # Of text, all sections have the same positions.
-    "dimension_sections": _used(_SEEING, _zeros),
+    "dimension_sections": _used(_SEEING | {"qwen35", "qwen35moe"}, _zeros),
     "freq_base": _used(_ROTARY, _zeros),
     "freq_base_swa": _used(frozenset({"gemma3"}), _equals("rope.freq_base")),
     # Scaled positions that are not stated in full are refused in `configuration`.
@@ -252,6 +270,7 @@ _FREE_GROUPS = ("general.", "tokenizer.", "imatrix.", "clip.", "split.")
 _OF_ARCHITECTURE = {
     **_SIZES,
     **_EXPERTS,
+    **_STATES,
     **dict.fromkeys(_OTHER_FEATURES, _ZERO),
     **{f"attention.{key}": rule for key, rule in _ATTENTION.items()},
     **{f"rope.{key}": rule for key, rule in _ROPE.items()},

@@ -14,7 +14,9 @@ from splitlearn_gguf.architectures import (
     JOINED_KEYS,
     Architecture,
     Change,
+    Join,
     Joined,
+    Order,
     architecture,
     architecture_of,
 )
@@ -23,6 +25,8 @@ from splitlearn_gguf.header import Header, StoredTensor, header_length, read_hea
 
 if TYPE_CHECKING:
     import torch
+
+    from splitlearn_gguf.values import Exchange
 
 _MAX_SHOWN = 8
 #: The dtype of every dequantised tensor, as safetensors names it.
@@ -57,6 +61,8 @@ class Placed:
         # Another number of dimensions is left for the comparison with the model.
         if change is Change.TRANSPOSE and len(shape) == _MATRIX:
             return shape[::-1]
+        if change is Change.CHANNELS and len(shape) == _MATRIX:
+            return (shape[0], 1, shape[1])
         return (1, *shape) if change is Change.ROW and len(shape) == 1 else shape
 
 
@@ -103,7 +109,9 @@ class GgufStrategy:
             stored = f" of the architecture {header.architecture[:80]!r}" if header.architecture else ""
             raise InvalidCheckpointError(
                 f"{path} holds a model{stored}, but its configuration says model_type {model_type[:80]!r}",
-                hint="do config.json and the file belong together?",
+                hint="a file has the decoder only: give it a config.json with what this one has as text_config"
+                if isinstance(config.get("text_config"), Mapping)
+                else "do config.json and the file belong together?",
             )
         keyed = _keyed(header, known, config.get("num_hidden_layers"))
         _refuse_types(header.path, (piece for placed in keyed.values() for piece in placed.pieces))
@@ -167,15 +175,16 @@ class GgufStrategy:
                         device=plan.device,
                         on_bytes=plan.on_bytes,
                     )
-                    changes = [known.change(stored.name) for stored in placed.pieces]
                     pieces = (
-                        read(stored, change, _heads(first, change))
-                        for stored, change in zip(placed.pieces, changes, strict=True)
+                        read(stored, known.change(stored.name), _exchange(first, known.order(stored.name), stored))
+                        for stored in placed.pieces
                     )
                     if placed.joined is None:
                         yield tensor, next(pieces)
                     else:
-                        yield tensor, join(pieces, len(changes), placed.joined.join, placed.shape(known))
+                        how, shape = placed.joined.join, placed.shape(known)
+                        groups = _key_heads(first, placed) if how is Join.KEY_HEADS else 1
+                        yield tensor, join(pieces, len(placed.pieces), how, shape, groups)
 
 
 def _first_part(plan: ReadPlan, shard: str) -> Header:
@@ -277,9 +286,52 @@ def _wanted(
     return sorted(pairs, key=lambda pair: pair[1].begin)
 
 
-def _heads(header: Header, change: Change) -> int:
-    """Return the number of heads whose rows are reordered; 0 for none."""
-    heads = header.metadata.get(f"{header.architecture}.attention.head_count")
-    if change is Change.ORDER_KEYS:
-        heads = header.metadata.get(f"{header.architecture}.attention.head_count_kv", heads)
-    return heads if type(heads) is int and change in (Change.ORDER_QUERIES, Change.ORDER_KEYS) else 0
+def _exchange(header: Header, order: Order, stored: StoredTensor) -> Exchange | None:
+    """Return how the rows or columns of a tensor go back to Hugging Face's order; None if they are in it.
+
+    Raises:
+        InvalidCheckpointError: The tensor does not have so many, or the metadata does not say of what they are.
+    """
+    from splitlearn_gguf.values import Exchange
+
+    if order is Order.NONE:
+        return None
+    columns = order is Order.VALUE_COLUMNS
+    size = stored.shape[-1 if columns else 0]
+    if order in (Order.QUERIES, Order.KEYS):
+        heads = _number(header, "attention.head_count")
+        if order is Order.KEYS and f"{header.architecture}.attention.head_count_kv" in header.metadata:
+            heads = _number(header, "attention.head_count_kv")
+        # llama.cpp rotates neighbouring rows of a head, Hugging Face row ``i`` with row ``i + half``.
+        if heads and size % (2 * heads) == 0:
+            return Exchange((heads, 2, size // heads // 2, 1))
+        whose = f"{heads} heads"
+    else:
+        keys, values = (_number(header, f"ssm.{key}") for key in ("group_count", "time_step_rank"))
+        total = _number(header, "ssm.inner_size") if order is Order.LAST_VALUES else size
+        if keys and values and values % keys == 0 and 0 < total <= size and total % values == 0:
+            return Exchange((1, keys, values // keys, total // values), size - total, columns)
+        whose = f"{values} heads of values and {keys} of keys, of {total} rows together"
+    raise InvalidCheckpointError(
+        f"{header.path}: the {size} {'columns' if columns else 'rows'} of {stored.name!r} are not those of {whose}",
+        hint="fetch or convert the file again",
+    )
+
+
+def _key_heads(header: Header, placed: Placed) -> int:
+    """Return the number of key heads of linear attention, by which the rows of both pieces are divided."""
+    heads = _number(header, "ssm.group_count")
+    first, gates = (piece.shape[0] for piece in placed.pieces)
+    if not heads or first <= gates or (first - gates) % (2 * heads) or gates % heads:
+        raise InvalidCheckpointError(
+            f"{header.path}: the {first} and {gates} rows of {' and '.join(repr(one.name) for one in placed.pieces)} "
+            f"are not those of {heads} heads of keys",
+            hint="fetch or convert the file again",
+        )
+    return heads
+
+
+def _number(header: Header, key: str) -> int:
+    """Return a number from 1 of the metadata; 0 if there is none."""
+    value = header.metadata.get(f"{header.architecture}.{key}")
+    return value if type(value) is int and value > 0 else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from io import FileIO
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,26 @@ CHUNK_ELEMENTS = 2**20
 #: Bytes that dequantising takes for each element of a chunk: blocks, float32 values, and numpy's
 #: intermediate arrays, the most for types with a table of values.
 WORKING_BYTES = 32
+#: Steps from a logarithm to its neighbours, one of which has the very exponential that is wanted.
+_STEPS = (1, -1, 2, -2)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Rows, or columns, that are counted by two dimensions, of which a file has the other first."""
+
+    #: The sizes of what is before the two, of both as Hugging Face has them, and of what is after them.
+    sizes: tuple[int, int, int, int]
+    #: The first of these rows; those before it are in order.
+    start: int = 0
+    columns: bool = False
+
+    def order(self) -> torch.Tensor:
+        """Return the place in Hugging Face's order of each stored row."""
+        import torch
+
+        exchanged = torch.arange(math.prod(self.sizes)).view(self.sizes).transpose(1, 2).flatten()
+        return torch.cat((torch.arange(self.start), exchanged + self.start))
 
 
 def can_dequantise(number: int) -> bool:
@@ -38,7 +60,7 @@ def read_tensor(
     file: FileIO,
     stored: StoredTensor,
     change: Change,
-    heads: int,
+    exchange: Exchange | None,
     *,
     dtype: torch.dtype,
     device: str,
@@ -52,20 +74,20 @@ def read_tensor(
         file: The open file.
         stored: Its place in the file.
         change: The change to undo.
-        heads: The number of heads whose rows are reordered; 0 for none.
+        exchange: What goes back to Hugging Face's order; None for nothing.
         dtype, device: The dtype and device of the result.
         on_bytes: Called with the number of bytes just read; it may raise to stop.
 
     Raises:
-        InvalidCheckpointError: The file ends too early, or the rows do not belong to the heads.
+        InvalidCheckpointError: The file ends too early, or its values are not what the converter makes.
     """
     import torch
 
     tensor = torch.empty(stored.shape, dtype=dtype, device=device)
     target = tensor.view(-1, stored.shape[-1])
-    order = _order(str(file.name), stored, heads) if change in (Change.ORDER_QUERIES, Change.ORDER_KEYS) else None
-    if order is not None and len(stored.shape) == 1:
-        target = tensor.view(-1, 1)
+    order = None if exchange is None else exchange.order().to(device)
+    # A vector is read as a row.
+    columns = exchange is not None and (exchange.columns or len(stored.shape) == 1)
     rows, row_bytes = target.shape[0], stored.nbytes // target.shape[0]
     step = max(1, CHUNK_ELEMENTS // target.shape[1])
     file.seek(stored.begin)
@@ -74,18 +96,26 @@ def read_tensor(
         values = torch.from_numpy(_dequantised(file, stored, count, row_bytes))
         if change is Change.SUBTRACT_ONE:
             values = values - 1
+        if change is Change.LOGARITHM:
+            values = _logarithms(values, f"{file.name}: {stored.name!r}")
         if order is None:
             target[start : start + count].copy_(values)
+        elif columns:
+            target[start : start + count, order] = values.to(device=device, dtype=dtype)
         else:
-            target[order[start : start + count].to(device)] = values.to(device=device, dtype=dtype)
+            target[order[start : start + count]] = values.to(device=device, dtype=dtype)
         on_bytes(count * row_bytes)
     if change is Change.ROW and tensor.ndim == 1:
         return tensor[None]
+    if change is Change.CHANNELS:
+        return tensor.unsqueeze(1)
     # A view, as in transformers: with another layout in memory, products differ in the last bit.
     return tensor.T if change is Change.TRANSPOSE else tensor
 
 
-def join(pieces: Iterable[torch.Tensor], count: int, how: Join, shape: tuple[int, ...]) -> torch.Tensor:
+def join(
+    pieces: Iterable[torch.Tensor], count: int, how: Join, shape: tuple[int, ...], groups: int = 1
+) -> torch.Tensor:
     """Make one tensor of several, each of which is freed before the next is read.
 
     Args:
@@ -93,6 +123,7 @@ def join(pieces: Iterable[torch.Tensor], count: int, how: Join, shape: tuple[int
         count: The number of them.
         how: The way in which they are parts of the whole.
         shape: The shape of the whole, which is contiguous.
+        groups: The number of key heads, by which the rows of linear attention are divided.
     """
     import torch
 
@@ -105,7 +136,12 @@ def join(pieces: Iterable[torch.Tensor], count: int, how: Join, shape: tuple[int
             rows = whole.transpose(1, 2) if len(shape) == piece.ndim > 2 else whole  # noqa: PLR2004
             rows[:, number::count] = piece
             continue
-        if how is Join.HEADS:
+        if how is Join.KEY_HEADS:
+            _place_heads(whole.view(groups, -1, shape[1]), piece, shape[0], is_gate=number > 0)
+            continue
+        if how is Join.TURNED_ROWS and piece.ndim > 2:  # noqa: PLR2004
+            part, rows = piece, whole.transpose(1, 2)
+        elif how is Join.HEADS:
             part = piece.transpose(1, 2) if number == 0 else piece
             rows = whole.view(part.shape[0], -1, part.shape[2])
         else:
@@ -135,19 +171,50 @@ def _dequantised(file: FileIO, stored: StoredTensor, rows: int, row_bytes: int) 
     return dequantize(blocks, GGMLQuantizationType(stored.type))
 
 
-def _order(where: str, stored: StoredTensor, heads: int) -> torch.Tensor:
-    """Return the row in Hugging Face's order for each stored row of queries or keys.
+def _place_heads(heads: torch.Tensor, piece: torch.Tensor, rows: int, *, is_gate: bool) -> None:
+    """Put the rows of queries, keys and values, or of the gates, where each key head has them.
 
-    llama.cpp rotates neighbouring rows of a head, Hugging Face row ``i`` with row ``i + half``.
+    Args:
+        heads: The whole, ``[key heads, rows of a head, columns]``.
+        piece: ``[rows, columns]``, first of all queries, then of all keys, then of all values; or of all gates.
+        rows: Of the whole; it has as many of gates as of values.
+        is_gate: Whether it is the piece with the gates.
+    """
+    groups, _, columns = heads.shape
+    gates = piece.shape[0] if is_gate else rows - piece.shape[0]
+    first, last = (rows - 2 * gates) // 2 // groups, gates // groups
+    if is_gate:
+        heads[:, 2 * first + last :] = piece.view(groups, last, columns)
+        return
+    queries, keys, values = piece.split([groups * first, groups * first, gates])
+    heads[:, :first] = queries.view(groups, first, columns)
+    heads[:, first : 2 * first] = keys.view(groups, first, columns)
+    heads[:, 2 * first : 2 * first + last] = values.view(groups, last, columns)
+
+
+def _logarithms(stored: torch.Tensor, where: str) -> torch.Tensor:
+    """Return numbers whose exponentials are the negative of these, the shortest that are.
+
+    The converter has computed ``-exp(number)`` in float32, and so does the model. Several numbers may have one
+    exponential; of a checkpoint in bfloat16, the shortest is the one that was there.
+
+    Raises:
+        InvalidCheckpointError: Not all of these are below 0.
     """
     import torch
 
-    rows = stored.shape[0]
-    if heads < 1 or rows % (2 * heads):
+    if not bool((stored < 0).all()) or not bool(stored.isfinite().all()):
         raise InvalidCheckpointError(
-            f"{where}: the {rows} rows of {stored.name!r} are not those of {heads} heads",
-            hint="fetch or convert the file again",
+            f"{where} has values that are no negative exponentials", hint="fetch or convert the file again"
         )
-    half = rows // heads // 2
-    # Where row (head, pair, side) of the file goes: (head, side, pair).
-    return torch.arange(rows).view(heads, 2, half).transpose(1, 2).reshape(rows)
+    wanted = -stored
+    exact = wanted.double().log().float()
+    next_one = torch.nextafter(exact, torch.full_like(exact, math.inf))
+    # The exponentials of closer neighbours are the same.
+    step = (next_one - exact).clamp(min=2**-25)
+    result, found = exact.clone(), torch.zeros_like(exact, dtype=torch.bool)
+    for number in (exact.bfloat16().float(), exact.half().float(), exact, *(exact + n * step for n in _STEPS)):
+        fits = ~found & (number.exp() == wanted)
+        result[fits] = number[fits]
+        found |= fits
+    return result
