@@ -15,6 +15,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils.import_utils import is_compressed_tensors_available
 
 from splitlearn_core import (
+    CheckpointError,
     ConfigurationError,
     InvalidCheckpointError,
     SplitCausalLM,
@@ -171,6 +172,46 @@ def test_eight_bit_floats_of_compressed_tensors(
 def test_other_schemes_of_compressed_tensors_are_left_to_transformers(compressed: Any) -> None:
     folder = compressed("llama", num_bits=4, type="int")
     assert plan_split(folder, CUTS).source == "config"
+
+
+@pytest.mark.skipif(
+    not is_compressed_tensors_available(), reason="compressed-tensors is not installed: it was NOT compared with"
+)
+@needs_accelerate
+@pytest.mark.newest
+@pytest.mark.filterwarnings("ignore")
+def test_integers_of_compressed_tensors_are_dequantised_by_transformers(compressed: Any) -> None:
+    """Of the whole model; components are made from that."""
+    folder = compressed("llama", type="int")
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key, tensor in state.items() if tensor.dtype == torch.float8_e4m3fn]:
+            state[key] = (torch.arange(state[key].numel()) % 255 - 127).to(torch.int8).view(state[key].shape)
+
+    edit(folder, change)
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"]["format"] = "int-quantized"
+    (folder / "config.json").write_text(json.dumps(values))
+    config = CompressedTensorsConfig(**values["quantization_config"], dequantize=True)
+    expected = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+
+    parts = load_split_model(None, CUTS, folder)
+    assert equal(state_of(parts), expected.state_dict())
+    with torch.no_grad():
+        assert torch.equal(SplitCausalLM(*parts)(IDS).logits, expected(IDS).logits)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "eetq"])
+def test_what_transformers_only_computes_with_is_refused(quantised: Any, method: str) -> None:
+    """Before a package is asked for, which would be of no use; of these, transformers makes no plain weights."""
+    folder = quantised("llama")
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=rf"\({method}\), and transformers only computes with such") as caught:
+        load_split_model(None, CUTS, folder)
+    assert "unquantised" in caught.value.hint
+    assert "install" not in caught.value.hint
 
 
 def state_of(parts: Any) -> dict[str, torch.Tensor]:

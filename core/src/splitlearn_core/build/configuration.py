@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -221,6 +222,8 @@ def load_whole(
 
     log.info("Loading the whole of %s in %s", name, directory)
     with build_turn(waiting), translate(translated, unchanged=(SplitLearnError, MemoryError)):
+        if stated := values.get("quantization_config"):
+            values = {**values, "quantization_config": _to_plain_weights(stated)}
         model, info = architecture_class(family).from_pretrained(
             directory,
             config=hf_config(family, values, name, dtype),
@@ -230,7 +233,8 @@ def load_whole(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        if getattr(model, "hf_quantizer", None) is not None and getattr(model, "is_quantized", True):
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and getattr(model, "is_quantized", True) and _dequantises(type(quantizer)):
             model = model.dequantize()
     missing = [key for key in info.get("missing_keys") or () if in_model(family, key)]
     refuse_incomplete(name, model, {**info, "missing_keys": missing})
@@ -238,12 +242,13 @@ def load_whole(
 
 
 def check_quantization(name: str, quantization: str, stated: Any) -> None:
-    """Check, before any weights are fetched, that transformers can read weights of this quantisation.
+    """Check, before any weights are fetched, that transformers can make plain weights of this quantisation.
 
     Raises:
-        CheckpointError: It cannot: it does not know the method, or a package is missing.
+        CheckpointError: It cannot: it does not know the method, or only computes with such weights, or a package is
+            missing.
     """
-    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
     def translated(error: BaseException) -> SplitLearnError:
         return CheckpointError(
@@ -251,8 +256,38 @@ def check_quantization(name: str, quantization: str, stated: Any) -> None:
             hint="install what it asks for, or use the original, unquantised checkpoint",
         )
 
-    with translate(translated, unchanged=()), BUILD_LOCK:
-        AutoHfQuantizer.from_config(stated, pre_quantized=True).validate_environment(device_map=None)
+    with translate(translated, unchanged=(CheckpointError,)), BUILD_LOCK:
+        wanted = _to_plain_weights(stated)
+        # Before it asks for packages, which would not help.
+        quantizer = AUTO_QUANTIZER_MAPPING.get(quantization)
+        if wanted == stated and quantizer is not None and not _dequantises(quantizer):
+            raise CheckpointError(
+                f"{name} is quantised ({quantization}), and transformers only computes with such weights: it does not "
+                "make plain ones of them, which components have",
+                hint="use the original, unquantised checkpoint",
+            )
+        AutoHfQuantizer.from_config(wanted, pre_quantized=True).validate_environment(device_map=None)
+
+
+def _to_plain_weights(stated: Any) -> Any:
+    """Return a ``quantization_config`` with which weights are dequantised as they are read, if the method can do it."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else None
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return stated
+    arguments = inspect.signature(AUTO_QUANTIZATION_CONFIG_MAPPING[method]).parameters
+    if "dequantize" in arguments:
+        return {**stated, "dequantize": True}
+    # The name in older versions.
+    return {**stated, "run_compressed": False} if "run_compressed" in arguments else stated
+
+
+def _dequantises(quantizer: type[Any]) -> bool:
+    """Return whether a quantizer of transformers can make plain weights of a model that was loaded."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return quantizer._dequantize is not HfQuantizer._dequantize  # noqa: SLF001  # nothing public says it
 
 
 def refuse_incomplete(name: str, module: Any, info: Mapping[str, Any]) -> None:
