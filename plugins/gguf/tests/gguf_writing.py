@@ -118,7 +118,7 @@ _HEADER = {
 def write_gguf(
     path: Path, model: Any, quantization: str = "F32", *, uncut: bool = False, fused: bool = False, **metadata: Any
 ) -> Path:
-    """Write a model; matrices are stored as ``quantization`` says, everything else in float32.
+    """Write a model; matrices of whole blocks are stored as ``quantization`` says, everything else in float32.
 
     Args:
         path: The file to write.
@@ -143,7 +143,9 @@ def write_gguf(
         gates, inputs = tensors.pop(name), tensors.pop(name.replace("gate_exps", "up_exps"))
         tensors[name.replace("gate_exps", "gate_up_exps")] = np.concatenate((gates, inputs), axis=1)
     for name, values in tensors.items():
-        kind = gguf.GGMLQuantizationType[quantization if values.ndim > 1 and not name.endswith(".bias") else "F32"]
+        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantization]][0]
+        quantised = values.ndim > 1 and name.endswith(".weight") and values.shape[-1] % block == 0
+        kind = gguf.GGMLQuantizationType[quantization if quantised else "F32"]
         if quantization in ("Q4_K", "Q6_K") and values.ndim > 1:
             writer.add_tensor(name, _made_up(values.shape, kind), raw_dtype=kind)
         else:

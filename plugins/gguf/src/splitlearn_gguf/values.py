@@ -107,7 +107,7 @@ def read_tensor(
         on_bytes(count * row_bytes)
     if change is Change.ROW and tensor.ndim == 1:
         return tensor[None]
-    if change is Change.CHANNELS:
+    if change is Change.CHANNELS and tensor.ndim == 2:  # noqa: PLR2004
         return tensor.unsqueeze(1)
     # A view, as in transformers: with another layout in memory, products differ in the last bit.
     return tensor.T if change is Change.TRANSPOSE else tensor
@@ -132,22 +132,20 @@ def join(
     for number, piece in enumerate(pieces):
         if whole is None:
             whole = torch.empty(shape, dtype=piece.dtype, device=piece.device)
-        if how is Join.IN_TURN:
-            rows = whole.transpose(1, 2) if len(shape) == piece.ndim > 2 else whole  # noqa: PLR2004
-            rows[:, number::count] = piece
-            continue
         if how is Join.KEY_HEADS:
             _place_heads(whole.view(groups, -1, shape[1]), piece, shape[0], is_gate=number > 0)
             continue
-        if how is Join.TURNED_ROWS and piece.ndim > 2:  # noqa: PLR2004
-            part, rows = piece, whole.transpose(1, 2)
-        elif how is Join.HEADS:
+        part, rows = piece, whole
+        if how is Join.HEADS:
             part = piece.transpose(1, 2) if number == 0 else piece
             rows = whole.view(part.shape[0], -1, part.shape[2])
+        elif how is not Join.ROWS and len(shape) == piece.ndim > 2:  # noqa: PLR2004
+            rows = whole.transpose(1, 2)
+        if how is Join.IN_TURN:
+            rows[:, number::count] = part
         else:
-            part, rows = piece, whole
-        rows[:, start : start + part.shape[1]] = part
-        start += part.shape[1]
+            rows[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
     if whole is None:
         raise ValueError("there are no pieces")
     return whole
@@ -186,10 +184,10 @@ def _place_heads(heads: torch.Tensor, piece: torch.Tensor, rows: int, *, is_gate
     if is_gate:
         heads[:, 2 * first + last :] = piece.view(groups, last, columns)
         return
-    queries, keys, values = piece.split([groups * first, groups * first, gates])
-    heads[:, :first] = queries.view(groups, first, columns)
-    heads[:, first : 2 * first] = keys.view(groups, first, columns)
-    heads[:, 2 * first : 2 * first + last] = values.view(groups, last, columns)
+    begin = 0
+    for place, size in ((0, first), (first, first), (2 * first, last)):
+        heads[:, place : place + size] = piece[begin : begin + groups * size].view(groups, size, columns)
+        begin += groups * size
 
 
 def _logarithms(stored: torch.Tensor, where: str) -> torch.Tensor:
