@@ -74,6 +74,41 @@ def test_a_file_alone_is_what_transformers_makes_of_it(
     assert_equal(path, unsplit(path))
 
 
+LINEAR = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [("qwen3_5_text", LINEAR), ("qwen3_5_moe_text", {**LINEAR, **EXPERTS})],
+    ids=["qwen3_5_text", "qwen3_5_moe_text"],
+)
+def test_running_states_decay_as_transformers_reads_them(
+    gguf_file: Callable[..., Path], model: Callable[..., Any], model_type: str, overrides: dict[str, Any]
+) -> None:
+    """Of exponentials, of which the file has the negative, transformers takes logarithms in 32 bits."""
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, values in model(model_type, **overrides).named_parameters():
+            if name.endswith("A_log"):
+                values.copy_(torch.empty(values.shape).uniform_(0.01, 16, generator=chance).log())
+    path = gguf_file(model_type, "Q8_0", **overrides)
+
+    assert_equal(path, unsplit(path))
+
+
 @pytest.mark.sample(9)
 @pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2"])

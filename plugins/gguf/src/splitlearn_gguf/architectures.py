@@ -31,8 +31,10 @@ class Change(Enum):
     ROW = "row"
     #: A matrix is a convolution with a channel for each row.
     CHANNELS = "channels"
-    #: Values are the negative of the exponentials of Hugging Face's.
+    #: Values are the negative of the exponentials of Hugging Face's: their logarithm, as transformers computes it.
     LOGARITHM = "logarithm"
+    #: The same, where transformers does not read it: a number with that very exponential.
+    EXPONENT = "exponent"
 
 
 class Order(Enum):
@@ -228,7 +230,8 @@ _LINEAR_INNER = {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
-_LINEAR_CHANGES = {**_OFFSET_NORMS, "ssm_a": Change.LOGARITHM, "ssm_conv1d.weight": Change.CHANNELS}
+_LINEAR_CHANGES = {**_OFFSET_NORMS, "ssm_a": Change.EXPONENT, "ssm_conv1d.weight": Change.CHANNELS}
+_QWEN35_CHANGES = {**_LINEAR_CHANGES, "ssm_a": Change.LOGARITHM}
 #: From Qwen 3.5 on, heads of values follow one another in turn, one of each head of keys.
 _QWEN35_INNER = {
     **_LINEAR_INNER,
@@ -289,7 +292,7 @@ _ALL = (
         ("qwen3_5_text",),
         _OUTER,
         {**_DENSE, **_HEAD_NORMS, **_AFTER_ATTENTION, **_QWEN35_INNER},
-        changes=_LINEAR_CHANGES,
+        changes=_QWEN35_CHANGES,
         orders=_QWEN35_ORDERS,
     ),
     Architecture(
@@ -298,7 +301,7 @@ _ALL = (
         _OUTER,
         {**_DENSE, **_HEAD_NORMS, **_ROUTED, **_SHARED, **_AFTER_ATTENTION, **_GATE_UP, **_QWEN35_INNER},
         experts=_EACH,
-        changes={**_LINEAR_CHANGES, **_GATE},
+        changes={**_QWEN35_CHANGES, **_GATE},
         orders=_QWEN35_ORDERS,
     ),
     Architecture(
@@ -321,7 +324,7 @@ _ALL = (
             "ssm_out": "mamba.out_proj",
         },
         experts={name: key.replace("mlp.", "feed_forward.") for name, key in _EACH.items()},
-        changes={"ssm_a": Change.LOGARITHM, "ssm_conv1d.weight": Change.CHANNELS},
+        changes={"ssm_a": Change.EXPONENT, "ssm_conv1d.weight": Change.CHANNELS},
     ),
     Architecture(
         "minimax-m2",

@@ -96,8 +96,8 @@ def read_tensor(
         values = torch.from_numpy(_dequantised(file, stored, count, row_bytes))
         if change is Change.SUBTRACT_ONE:
             values = values - 1
-        if change is Change.LOGARITHM:
-            values = _logarithms(values, f"{file.name}: {stored.name!r}")
+        if change in (Change.LOGARITHM, Change.EXPONENT):
+            values = _logarithms(values, change, f"{file.name}: {stored.name!r}")
         if order is None:
             target[start : start + count].copy_(values)
         elif columns:
@@ -190,11 +190,12 @@ def _place_heads(heads: torch.Tensor, piece: torch.Tensor, rows: int, *, is_gate
         begin += groups * size
 
 
-def _logarithms(stored: torch.Tensor, where: str) -> torch.Tensor:
-    """Return numbers whose exponentials are the negative of these, the shortest that are.
+def _logarithms(stored: torch.Tensor, change: Change, where: str) -> torch.Tensor:
+    """Return numbers whose exponentials are the negative of these.
 
-    The converter has computed ``-exp(number)`` in float32, and so does the model. Several numbers may have one
-    exponential; of a checkpoint in bfloat16, the shortest is the one that was there.
+    The converter has computed ``-exp(number)`` in float32, and so does the model. A logarithm in float32 may have
+    another exponential. For ``Change.EXPONENT``, it is the shortest number that has this one, if there is any: of a
+    checkpoint in bfloat16 the one that was there.
 
     Raises:
         InvalidCheckpointError: Not all of these are below 0.
@@ -206,6 +207,8 @@ def _logarithms(stored: torch.Tensor, where: str) -> torch.Tensor:
             f"{where} has values that are no negative exponentials", hint="fetch or convert the file again"
         )
     wanted = -stored
+    if change is Change.LOGARITHM:
+        return wanted.log()
     exact = wanted.double().log().float()
     next_one = torch.nextafter(exact, torch.full_like(exact, math.inf))
     # The exponentials of closer neighbours are the same.
