@@ -49,6 +49,8 @@ FAMILIES = {
     },
     "gemma4_text": "architecture='Gemma4ForCausalLM', measured_cache=True, uniform_layers=False, required_values="
     "{'hidden_size_per_layer_input': 0}, config_defaults={'tie_word_embeddings': True}",
+    "lfm2": "architecture='Lfm2ForCausalLM', norm='embedding_norm', uniform_layers=False, measured_cache=True,"
+    " config_defaults={'tie_word_embeddings': True}",
     "jamba": "architecture='JambaForCausalLM', norm='final_layernorm', transformers_tables=True, uniform_layers=False,"
     " measured_cache=True",
     # Its embeddings are multiplied on the way to the layers.

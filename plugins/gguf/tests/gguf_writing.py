@@ -77,6 +77,7 @@ OF_ARCHITECTURES = {
         "ssm.state_size": "mamba_d_state",
         "ssm.time_step_rank": "mamba_dt_rank",
     },
+    "lfm2": {"shortconv.l_cache": "conv_L_cache"},
     "minimax-m2": {"expert_feed_forward_length": "intermediate_size"},
     "qwen3vlmoe": {**_SIZE, "expert_count": "num_experts"},
     "olmoe": {"expert_count": "num_experts"},
@@ -133,6 +134,9 @@ def write_gguf(
     config = model.config.get_text_config()
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
+    if architecture == "lfm2":
+        # Its class rounds what the configuration says.
+        metadata["feed_forward_length"] = len(model.model.layers[0].feed_forward.w1.weight)
     for key, value in {**_metadata(config, architecture), **metadata}.items():
         _add(writer, f"{architecture}.{key}", value)
     _add_vocabulary(writer, config.vocab_size)
@@ -231,7 +235,7 @@ def _cut(architecture: str, config: Any, key: str, values: Any) -> dict[str, Any
 def _changed(architecture: str, config: Any, key: str, values: Any) -> Any:
     if key.endswith(".A_log"):
         values = -torch.exp(torch.from_numpy(values)).numpy()
-    if architecture in ("jamba", *LINEAR) and key.endswith("conv1d.weight"):
+    if architecture in ("jamba", "lfm2", *LINEAR) and key.endswith(("conv1d.weight", "conv.conv.weight")):
         values = values.squeeze()
     if architecture in ("qwen35", "qwen35moe") and "linear_attn." in key:
         values = _tiled(config, key.split("linear_attn.")[1], values)
@@ -282,15 +286,14 @@ def _metadata(config: Any, architecture: str) -> dict[str, Any]:
             "feed_forward_length": 4 * config.n_embd,
             "attention.layer_norm_epsilon": config.layer_norm_epsilon,
         }
-    values["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    values["attention.layer_norm_rms_epsilon"] = getattr(config, "rms_norm_eps", None) or config.norm_eps
     stated = {**OF_EXPERTS, **OF_ARCHITECTURES.get(architecture, {})}
     values |= {key: getattr(config, name) for key, name in stated.items() if hasattr(config, name)}
+    if architecture in ("jamba", "lfm2"):
+        heads = {"full_attention": config.num_key_value_heads}
+        values["attention.head_count_kv"] = [heads.get(kind, 0) for kind in config.layer_types]
     if architecture == "jamba":
-        values["ssm.inner_size"] = config.mamba_expand * config.hidden_size
-        values["attention.head_count_kv"] = [
-            config.num_key_value_heads if kind == "attention" else 0 for kind in config.layers_block_type
-        ]
-        return values
+        return {**values, "ssm.inner_size": config.mamba_expand * config.hidden_size}
     rope = config.rope_parameters
     if architecture == "gemma3":
         values["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]

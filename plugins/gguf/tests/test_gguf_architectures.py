@@ -37,7 +37,7 @@ IDS = torch.tensor([[5, 17, 42, 99, 3, 8]])
 #: Model types that the oldest gguf library cannot write; reading them needs nothing of it.
 NEWER = {
     *("glm4_moe", "ernie4_5_moe", "gpt_oss", "ministral3", "qwen3_vl", "qwen3_vl_moe", "qwen3_next", "qwen3_5_text"),
-    *("qwen3_5_moe_text", "jamba", "minimax_m2", "llama4_text", "gemma4_text"),
+    *("qwen3_5_moe_text", "lfm2", "jamba", "minimax_m2", "llama4_text", "gemma4_text"),
 }
 #: Sizes that blocks of 32 divide.
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -100,6 +100,7 @@ RUNNING: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_OF_QWEN, **_LINEAR},
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": {**_OF_QWEN, **_LINEAR},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"], "conv_L_cache": 4},
     "jamba": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -440,6 +441,8 @@ def test_the_text_models_of_those_that_see(tmp_path: Path, writing: Any, model_t
         ("qwen3_5_text", {"ssm.time_step_rank": 5}),
         ("qwen3_5_text", {"ssm.inner_size": 49}),
         ("qwen3_5_moe_text", {"full_attention_interval": 0}),
+        ("lfm2", {"shortconv.l_cache": 0}),
+        ("lfm2", {"attention.head_count_kv": [0, 2, 1, 0]}),
         ("jamba", {"attention.head_count_kv": 2}),
         ("jamba", {"attention.head_count_kv": [0, 2, 1, 0]}),
         ("jamba", {"attention.head_count_kv": [0, 2, 2, 0]}),

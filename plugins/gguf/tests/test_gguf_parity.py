@@ -92,10 +92,14 @@ EXPERTS = {
 @pytest.mark.newest
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
-    [("qwen3_5_text", LINEAR), ("qwen3_5_moe_text", {**LINEAR, **EXPERTS})],
-    ids=["qwen3_5_text", "qwen3_5_moe_text"],
+    [
+        ("qwen3_5_text", LINEAR),
+        ("qwen3_5_moe_text", {**LINEAR, **EXPERTS}),
+        ("lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"]}),
+    ],
+    ids=["qwen3_5_text", "qwen3_5_moe_text", "lfm2"],
 )
-def test_running_states_decay_as_transformers_reads_them(
+def test_running_states_are_those_that_transformers_reads(
     gguf_file: Callable[..., Path], model: Callable[..., Any], model_type: str, overrides: dict[str, Any]
 ) -> None:
     """Of exponentials, of which the file has the negative, transformers takes logarithms in 32 bits."""

@@ -166,6 +166,8 @@ def read_config(header: Header) -> dict[str, Any]:
     config["rms_norm_eps"] = _epsilon(header, "attention.layer_norm_rms_epsilon")
     if known.name == "jamba":
         return config | _of_jamba(header, config)
+    if known.name == "lfm2":
+        return config | _of_lfm2(header, config)
     config["num_key_value_heads"] = _get(header, "attention.head_count_kv") or config["num_attention_heads"]
     config["rope_parameters"] = _rope_parameters(header)
     head_dim = _head_dim(header)
@@ -182,6 +184,8 @@ def _needed(architecture: str) -> dict[str, str]:
         return _GPT2_SIZES
     if architecture == "jamba":
         return {**_SIZES, **_STATE_SPACES}
+    if architecture == "lfm2":
+        return {**_SIZES, "shortconv.l_cache": "conv_L_cache"}
     if architecture in _WITH_LINEAR:
         # Of Qwen 3.5 with experts, no layer is without.
         absent = "intermediate_size" if architecture == "qwen35moe" else ""
@@ -220,21 +224,13 @@ def _of_jamba(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidCheckpointError: They do not recur at a fixed distance, or heads differ, or sizes do not fit.
     """
-    layers, heads = config["num_hidden_layers"], _get(header, "attention.head_count_kv")
+    layers, heads = config["num_hidden_layers"], _heads_by_layer(header)
     width, states = config["hidden_size"], config["mamba_expand"]
-    problem = ""
-    if (
-        not isinstance(heads, list)
-        or len(heads) != layers
-        or any(type(count) is not int or count < 0 for count in heads)
-    ):
-        problem = f"attention.head_count_kv is {str(heads)[:80]}, not a number for each of {layers} layers"
-    elif len({*heads, 0}) > 2:  # noqa: PLR2004
-        problem = f"attention.head_count_kv is {str(heads)[:80]}, of more than one number besides 0"
-    elif states % width:
-        problem = f"ssm.inner_size is {states}, no multiple of the size of hidden states, {width}"
-    if problem:
-        raise InvalidCheckpointError(f"{header.path}: jamba.{problem}", hint=_ADVICE)
+    if states % width:
+        raise InvalidCheckpointError(
+            f"{header.path}: jamba.ssm.inner_size is {states}, no multiple of the size of hidden states, {width}",
+            hint=_ADVICE,
+        )
     attending = [layer for layer, count in enumerate(heads) if count]
     routed = [layer for layer in range(layers) if f"blk.{layer}.ffn_gate_inp.weight" in header.tensors]
     return {
@@ -245,6 +241,37 @@ def _of_jamba(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
         "mamba_conv_bias": any(name.endswith(".ssm_conv1d.bias") for name in header.tensors),
         "mamba_proj_bias": any(name.endswith(".ssm_in.bias") for name in header.tensors),
     }
+
+
+def _of_lfm2(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which layers attend; the others are short convolutions."""
+    heads = _heads_by_layer(header)
+    return {
+        "norm_eps": config["rms_norm_eps"],
+        # The width is the final one, which the class would adjust again.
+        "block_auto_adjust_ff_dim": False,
+        "num_key_value_heads": max(heads) or config["num_attention_heads"],
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "conv_bias": any(name.endswith(".shortconv.in_proj.bias") for name in header.tensors),
+        "rope_parameters": _rope_parameters(header),
+    }
+
+
+def _heads_by_layer(header: Header) -> list[int]:
+    """Return the number of heads of keys of each layer, which is 0 in those that do not attend.
+
+    Raises:
+        InvalidCheckpointError: It is no such list, or has more than one number besides 0.
+    """
+    heads, layers = _get(header, "attention.head_count_kv"), _get(header, "block_count")
+    whole = isinstance(heads, list) and len(heads) == layers and all(type(n) is int and n >= 0 for n in heads)
+    if not whole or len({*heads, 0}) > 2:  # noqa: PLR2004  # 0 and another
+        raise InvalidCheckpointError(
+            f"{header.path}: {header.architecture}.attention.head_count_kv is {str(heads)[:80]}, "
+            f"not one number or 0 for each of {layers} layers",
+            hint=_ADVICE,
+        )
+    return list(heads)
 
 
 def _period(header: Header, kind: str, layers: list[int], count: int) -> dict[str, int]:
@@ -330,7 +357,7 @@ def _counts(value: Any) -> bool:
 
 def _refuse_invalid(header: Header, needed: tuple[str, ...]) -> None:
     counted = (*needed, "attention.head_count_kv", "attention.key_length", "attention.sliding_window")
-    if header.architecture == "jamba":
+    if header.architecture in ("jamba", "lfm2"):
         # One for each layer.
         counted = tuple(key for key in counted if key != "attention.head_count_kv")
     problems = []

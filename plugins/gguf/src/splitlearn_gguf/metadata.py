@@ -208,6 +208,7 @@ _STATES = {
         ("ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"), _used(_LINEAR | _JAMBA, _zeros)
     ),
     "ssm.group_count": _used(_LINEAR, _zeros),
+    "shortconv.l_cache": _used(frozenset({"lfm2"}), _zeros),
 }
 #: Of experts, of state spaces, of Gemma 3n and others: features that no architecture here has.
 _OTHER_FEATURES = (
@@ -217,7 +218,7 @@ _OTHER_FEATURES = (
     "time_mix_extra_dim", "time_decay_extra_dim", "token_shift_count", "activation_sparsity_scale",
     "altup.active_idx", "altup.num_inputs", "embedding_length_per_layer_input", "swiglu_clamp_exp",
     "swiglu_clamp_shexp", "ssm.dt_b_c_rms", "kda.head_dim", "wkv.head_size", "posnet.embedding_length",
-    "posnet.block_count", "convnext.embedding_length", "convnext.block_count", "shortconv.l_cache",
+    "posnet.block_count", "convnext.embedding_length", "convnext.block_count",
 )  # fmt: skip
 _ATTENTION = {
     "head_count": _used(),
