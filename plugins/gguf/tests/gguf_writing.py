@@ -309,8 +309,7 @@ def _metadata(config: Any, architecture: str) -> dict[str, Any]:
     if architecture in LINEAR:
         values["ssm.inner_size"] = config.linear_num_value_heads * config.linear_value_head_dim
         values["full_attention_interval"] = config.layer_types.index("full_attention") + 1
-    if architecture in ("qwen35", "qwen35moe"):
-        values["rope.dimension_sections"] = [11, 11, 10, 0]
+        values |= {} if architecture == "qwen3next" else {"rope.dimension_sections": [11, 11, 10, 0]}
     if architecture == "ernie4_5-moe":
         values["expert_shared_feed_forward_length"] = config.intermediate_size // config.num_key_value_heads
     if architecture.startswith(("gemma", "qwen3", "glm", "minimax")):
