@@ -198,7 +198,8 @@ def description(model: OpenModel) -> Iterator[Finding]:
     if checkpoint.quantization and not checkpoint.is_opaque:
         yield ok(f"the weights are quantised ({checkpoint.quantization}): those of a component are dequantised")
     elif checkpoint.quantization:
-        what = f"the weights are quantised ({checkpoint.quantization}): the whole model is loaded to extract components"
+        how = "transformers dequantises the whole model, if it can"
+        what = f"the weights are quantised ({checkpoint.quantization}): {how}"
         yield note(what, fix="use a checkpoint with plain weights, which are mapped instead")
     if not has_tokenizer(model) and checkpoint.pretrained_arguments() is None:
         what = "it has no tokenizer: generate cannot be used, load and verify can"
