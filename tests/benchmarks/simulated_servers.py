@@ -182,8 +182,6 @@ class Machine:
 class Link:
     """A connection between an owner and a server: a WebSocket to the server's application, frames to the owner."""
 
-    is_near = False
-
     def __init__(self, owner: Owner, line: Line, machine: Machine, opened: Callable[[Any], None]) -> None:
         self._owner, self._line, self._machine = owner, line, machine
         self._world = machine.world

@@ -61,7 +61,6 @@ class MemoryEndpoint:
 
     url = "memory://trunk"
     max_payload = 2**32
-    is_near = False
 
     def __init__(self, make: Callable[[], SessionTable]) -> None:
         self._make = make

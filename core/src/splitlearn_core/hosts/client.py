@@ -345,7 +345,8 @@ class Host:
 
     def _make_way(self, connection: Connection, frame: Frame) -> None:
         """Leave the processors to a host on this machine, which computes while this thread waits."""
-        if connection.is_near and frame.kind in _COMPUTING:
+        # The connections of a host that a plugin brings may not say where it is.
+        if frame.kind in _COMPUTING and getattr(connection, "is_near", False):
             end_idle_threads(self._computed, self.facts.threads)
 
     def _broken(self, connection: Connection, error: BaseException) -> None:
