@@ -169,7 +169,8 @@ def steps(whole: Any, *sizes: int) -> list[torch.Tensor]:
 
 def generated(whole: Any, **arguments: Any) -> list[torch.Tensor]:
     settings = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    output = whole.generate(input_ids=batch(7), attention_mask=torch.ones(2, 7), **{**settings, **arguments})
+    inputs = {"input_ids": batch(7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    output = whole.generate(**{**inputs, **settings, **arguments})
     return [output.sequences, *output.scores]
 
 

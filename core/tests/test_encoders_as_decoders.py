@@ -52,6 +52,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "config_defaults": {"tie_word_embeddings": True, "is_decoder": False},
         "required_values": {"is_decoder": True},
     },
+    # Embeddings that are joined, projected and then added to others.
+    "roc_bert": {
+        "architecture": "RoCBertForCausalLM",
+        "base": "roc_bert",
+        "layers": "encoder.layer",
+        "embedding": "embeddings.word_embeddings",
+        "norm": "",
+        "head": HEAD,
+        "head_bias": BIAS,
+        "before_head": ("cls.predictions.transform",),
+        "zero_outside_bottom": (
+            *("embeddings.shape_embed", "embeddings.pronunciation_embed"),
+            *("embeddings.position_embeddings", "embeddings.token_type_embeddings"),
+        ),
+        "skip_outside_bottom": ("embeddings.map_inputs_layer", "embeddings.LayerNorm", "embeddings.dropout"),
+        "enter_at_layers": True,
+        "config_defaults": {"tie_word_embeddings": True, "is_decoder": False},
+        "required_values": {"is_decoder": True},
+    },
     "bart": {
         "architecture": "BartForCausalLM",
         "base": "model",
@@ -73,6 +92,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 #: The decoder has other numbers of layers and heads than the encoder, which it does not use.
 VALUES: dict[str, dict[str, Any]] = {
     "bert": {"is_decoder": True},
+    "roc_bert": {"is_decoder": True},
     "bart": {
         "is_encoder_decoder": False,
         "decoder_layers": 6,

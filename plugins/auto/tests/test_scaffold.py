@@ -293,6 +293,16 @@ def test_small_models_of_peculiar_configurations(model_type: str) -> None:
     assert derived.dtypes == ("float32", "bfloat16")
 
 
+@pytest.mark.newest
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("model_type", _known("dots3_note_text", "roc_bert", "big_bird"))
+def test_layers_of_other_sizes_and_ends_of_other_kinds(model_type: str) -> None:
+    """Sizes of single layers, embeddings that are joined, and a pooler that hidden states do not pass through."""
+    derived = examine(model_type, {}, settings=False)
+    assert derived.questions == []
+    assert derived.dtypes == ("float32", "bfloat16")
+
+
 @pytest.mark.parametrize("model_type", _known("gemma4_text"))
 def test_what_a_forward_computes_from_token_ids(model_type: str, world: Any, tmp_path: Path) -> None:
     """It is found, and crosses; layers that share keys and values are in one component, switches of theirs included."""
@@ -435,6 +445,8 @@ def test_what_layers_take_and_do_not_use_does_not_cross() -> None:
         ("clip", "not a causal language model: transformers has"),
         # Older transformers fails on its configuration.
         ("musicgen", "encoder-decoder|Validation error"),
+        ("roformer", "its layers take what encoder.embed_positions computes"),
+        ("mllama", r"text alone passes by layers of its 6 \(layers: 3\)"),
         ("rwkv", "keeps no cache of transformers' own kind: what it keeps for the next token is state"),
         # Its modules keep the states themselves.
         ("recurrent_gemma", "keeps no cache of transformers' own kind: its layers keep their states themselves"),

@@ -54,8 +54,9 @@ def main(model_type: str) -> dict[str, Any]:
 def _comparable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
-    # A hook may define a nested function in every call: compared by name.
-    return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+    # A hook may define a nested function in every call, or make an object that can be called: compared by name.
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{value.__module__}.{name}" if callable(value) else value
 
 
 def _difference(before: Any, after: Any) -> str:

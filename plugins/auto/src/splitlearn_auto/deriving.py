@@ -538,6 +538,10 @@ def _after(frame: _Frame, seen: Forward, last: Call, parts: Parts) -> None:
     """Find the final norm among the modules that are called after the last layer."""
     called = _outermost(seen.calls[seen.calls.index(last) + 1 :], parts)
     through = [call.path for call in called if call.tensors and call.tensors[0].requires_grad]
+    # A pooler, say, whose result is none of the hidden states.
+    aside = [path for path in through if _same(frame.watch({path: zeroed}).hidden, seen.hidden)]
+    parts.skip_outside_bottom += aside
+    through = [path for path in through if path not in aside]
     twice = sorted({*through} & {*parts.skip_outside_bottom, *parts.zero_outside_bottom})
     if twice and not any(True for path in twice for _ in frame.base.get_submodule(path).parameters()):
         parts.skip_outside_bottom = [path for path in parts.skip_outside_bottom if path not in twice]

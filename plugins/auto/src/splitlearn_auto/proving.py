@@ -118,7 +118,8 @@ def _compare(model: Any, split: SplitCausalLM) -> Iterator[str]:
             got = check(split)
         except Exception as error:  # noqa: BLE001
             lacks = isinstance(error, IndexError | KeyError | AttributeError)
-            yield f"{title} fails{', for a component lacks what another has' if lacks else ''}: {said(error)}"
+            why = "the code of a component looks up what only another component has" if lacks else said(error)
+            yield f"{title} fails: {why}"
             continue
         if not all(map(torch.equal, got, expected)):
             yield f"{title} differs by up to {max(_distance(*pair) for pair in zip(got, expected, strict=True)):.3g}"

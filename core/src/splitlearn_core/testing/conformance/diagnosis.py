@@ -203,7 +203,16 @@ def misread(family: ModelFamily, config: Any, names: Iterable[str] = COMMON) -> 
 def _value_of(family: ModelFamily, config: Any, name: str) -> Any:
     """Return a value of a configuration; that heads are tied is said by the whole of a composite model."""
     owner = config if name == "tie_word_embeddings" else decoder_config(family, config)
-    return getattr(owner, name, None)
+    return _stated(owner, name)
+
+
+def _stated(config: Any, name: str) -> Any:
+    """Return a value of a configuration; None if it has none, or layers differ in it, so that a plan measures."""
+    try:
+        return getattr(config, name, None)
+    # Of a class that only newer versions of transformers have.
+    except RuntimeError:
+        return None
 
 
 def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:
@@ -215,13 +224,13 @@ def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:
         tied, defaults = defaults.tie_word_embeddings, type(decoder_config(family, defaults))()
         defaults.tie_word_embeddings = tied
     for name, value in family.config_defaults.items():
-        right = getattr(defaults, name, None)
+        right = _stated(defaults, name)
         # None in a configuration means that core's own rule applies.
         if right is not None and value != right:
             yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r}, not {value!r}")
-    known = {name: getattr(defaults, name, None) for name in ("hidden_size", "num_attention_heads")}
+    known = {name: _stated(defaults, name) for name in ("hidden_size", "num_attention_heads")}
     for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
-        right = getattr(defaults, name, None)
+        right = _stated(defaults, name)
         if name not in family.config_defaults and right is not None and effective(family, known, name) != right:
             yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r} if config.json omits it")
 
