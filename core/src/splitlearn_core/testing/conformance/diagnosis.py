@@ -229,7 +229,9 @@ def wrong_defaults(family: ModelFamily) -> Iterator[Suspect]:
         if right is not None and value != right:
             yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r}, not {value!r}")
     known = {name: _stated(defaults, name) for name in ("hidden_size", "num_attention_heads")}
-    for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
+    # A plan that measures the cache does not read its sizes.
+    of_the_cache = () if family.measured_cache else ("num_key_value_heads", "head_dim")
+    for name in (*of_the_cache, "tie_word_embeddings"):
         right = _stated(defaults, name)
         if name not in family.config_defaults and right is not None and effective(family, known, name) != right:
             yield Suspect(f"config_defaults[{name!r}]", f"transformers fills in {right!r} if config.json omits it")
