@@ -31,27 +31,28 @@ COMMANDS = {
 #: Types that splitlearn-auto provides, and ``splitlearn plugins new`` writes a package for.
 _WRITTEN = """
     afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation
-    biogpt bitnet blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe cohere_compass_text
-    ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 electra ernie ernie4_5
-    ernie4_5_moe exaone exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint fuyu gemma3n_text gemma4
-    gemma4_text gemma4_unified gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt-sw3
-    gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
-    granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling_text
-    internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4
-    llama4_text llava llava_onevision mamba mamba2 marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax
-    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral modernbert-decoder moshi
-    moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt paligemma
-    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe rembert roberta roberta-prelayernorm
-    sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta
-    xlm-roberta-xl xmod youtu zamba zamba2 zaya
+    big_bird biogpt bitnet blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe
+    cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1
+    dots3_note dots3_note_text electra emu3 ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon falcon_h1
+    falcon_mamba flex_olmo flint fuyu gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text git glm
+    glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt-sw3 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss
+    gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear
+    kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama llama4 llama4_text llava llava_onevision mamba mamba2 marian
+    mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3
+    mistral mistral3 mixtral modernbert-decoder moshi moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h
+    olmo olmo2 olmo3 olmo_hybrid olmoe opt paligemma pegasus persimmon phi phi3 phi4_multimodal phimoe plbart
+    qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
+    qwen3_vl qwen3_vl_moe rembert roberta roberta-prelayernorm roc_bert sarvam_mla sarvam_moe seed_oss smollm3
+    solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm-roberta xlm-roberta-xl xmod youtu zamba zamba2
+    zaya
 """
 WRITTEN = frozenset(_WRITTEN.split())
 #: Types that it refuses, of those that are causal language models in transformers.
 _REFUSED = """
-    big_bird bigbird_pegasus blt cpmant deepseek_v4 dory dots3_note dots3_note_text emu3 gemma3n gemma4_assistant
-    gemma4_unified_assistant hrm_text inkling2_loop_text inkling2_text longcat_flash mllama musicgen musicgen_melody
-    openai-gpt prophetnet qwen4_exp qwen4_exp_text recurrent_gemma reformer roc_bert roformer rwkv xlm xlnet xlstm
+    bigbird_pegasus blt cpmant deepseek_v4 dory gemma3n gemma4_assistant gemma4_unified_assistant hrm_text
+    inkling2_loop_text inkling2_text longcat_flash mllama musicgen musicgen_melody openai-gpt prophetnet qwen4_exp
+    qwen4_exp_text recurrent_gemma reformer roformer rwkv xlm xlnet xlstm
 """
 REFUSED = frozenset(_REFUSED.split())
 #: Types of text in, text out, that have an encoder and a decoder, and no class of the decoder alone.
