@@ -94,7 +94,7 @@ def test_sessions_on_two_servers_are_noticed(simulate: Any, modules: Any, monkey
 
 
 def test_admission_beyond_memory_is_noticed(simulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_sessions.SessionTable, "_admit", lambda self, additional: None)
+    monkeypatch.setattr(host_sessions.SessionTable, "_admit", lambda *_: None)
     problems = simulate(**{**TROUBLE, "room": 1})["problems"]
     assert any("has caches of" in problem for problem in problems)
 

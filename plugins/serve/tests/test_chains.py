@@ -628,7 +628,7 @@ def test_a_hop_whose_memory_is_full_is_named(configured: Any, serve: Any, use: A
     cache, expected = (DynamicCache(config=known.whole.config) for _ in range(2))
     for each, its in ((known.whole, expected), (model, cache)):
         each(ids, past_key_values=its)
-    with pytest.raises(RemoteBusyError, match="are reserved") as caught:
+    with pytest.raises(RemoteBusyError, match="cache of one session would take") as caught:
         model(ids[:, :4], past_key_values=cache)
     assert caught.value.message.startswith(f"{urls[1]}: ")
     logits = [each(ids[:, :2], past_key_values=its).logits for each, its in ((known.whole, expected), (model, cache))]
