@@ -59,9 +59,6 @@ _SILENCE = 10.0
 class Connection(Protocol):
     """A connection to a host."""
 
-    #: Whether its other end is on this machine.
-    is_near: bool = False
-
     def send(self, request: Frame) -> None:
         """Send a request.
 
@@ -169,8 +166,6 @@ class Endpoint:
 
 class _StreamConnection(Connection):
     """Frames one after the other on a stream socket."""
-
-    is_near = True
 
     def __init__(self, stream: socket.socket, endpoint: Endpoint) -> None:
         self._socket = stream
@@ -320,7 +315,6 @@ class _WebSocketConnection(Connection):
         with _connection_errors(endpoint.url):
             stream = socket.create_connection((parts.hostname, port), timeout=endpoint.connect_timeout)
         self._socket = stream
-        self.is_near = stream.getpeername()[0] == stream.getsockname()[0]
         try:
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -7,7 +7,6 @@ import logging
 import os
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -28,7 +27,6 @@ from splitlearn_core.errors import (
 from splitlearn_core.hosts.carriers import Address, Connection
 from splitlearn_core.hosts.clock import MACHINE_CLOCK, Clock
 from splitlearn_core.hosts.facts import SOLO, Facts
-from splitlearn_core.hosts.idle_threads import end_idle_threads
 from splitlearn_core.hosts.protocol import Frame, Kind
 from splitlearn_core.hosts.wires import compressed, expanded
 from splitlearn_core.types import MEGABYTE, human_bytes
@@ -64,8 +62,6 @@ _REPLIES = {
     Kind.LINK: Kind.LINKED,
     Kind.COLLECT: Kind.RESULT,
 }
-#: Requests for which the host computes.
-_COMPUTING = (Kind.STEP, Kind.BACKWARD)
 #: Codes of errors after which a connection is not reused.
 _ENDING = ("malformed", "version", "too_large", *_AWAY)
 
@@ -146,8 +142,6 @@ class Host:
         self._uploaded: set[str] = set()
         #: Requests and replies so far, and their bytes.
         self.round_trips = 0
-        #: Seconds that the last reply to a step took.
-        self._computed = 0.0
         self.bytes_sent = 0
         self.bytes_received = 0
         # No retries: an unreachable host is more often a wrong address than a restart.
@@ -282,7 +276,6 @@ class Host:
     def exchange(self, frame: Frame) -> Frame:
         """Send a request once, and return any reply; raises ConnectionLostError if the host is unreachable."""
         connection = self._borrow()
-        self._make_way(connection, frame)
         # Requests outside of sessions get a step number too, so that a reply to another request is noticed.
         sent = frame if frame.session else frame._replace(step=next(self._numbers))
         return self._received(connection, frame, sent, lambda: connection.exchange(sent))
@@ -296,7 +289,6 @@ class Host:
         """
         self._refuse_too_large(frame)
         connection = self._borrow()
-        self._make_way(connection, frame)
         try:
             connection.send(frame)
         except BaseException as error:
@@ -308,7 +300,6 @@ class Host:
         )
 
     def _received(self, connection: Connection, frame: Frame, sent: Frame, receive: Callable[[], Frame]) -> Frame:
-        began = time.perf_counter()
         try:
             with self._named():
                 reply = receive()
@@ -322,8 +313,6 @@ class Host:
         except BaseException as error:
             self._broken(connection, error)
             raise
-        if frame.kind in _COMPUTING:
-            self._computed = time.perf_counter() - began
         self.round_trips += 1
         self.bytes_sent += frame.payload_bytes
         self.bytes_received += reply.payload_bytes
@@ -342,12 +331,6 @@ class Host:
             return ProtocolError(f"{self.url}: {error.message}", code=error.code, hint=error.hint)
 
         return translate(named, ProtocolError, unchanged=())
-
-    def _make_way(self, connection: Connection, frame: Frame) -> None:
-        """Leave the processors to a host on this machine, which computes while this thread waits."""
-        # The connections of a host that a plugin brings may not say where it is.
-        if frame.kind in _COMPUTING and getattr(connection, "is_near", False):
-            end_idle_threads(self._computed, self.facts.threads)
 
     def _broken(self, connection: Connection, error: BaseException) -> None:
         # A reply may still arrive, so the connection cannot be used for another request.

@@ -461,8 +461,6 @@ class ProcessAddress:
 class ProcessConnection(Connection):
     """A connection to a child."""
 
-    is_near = True
-
     def __init__(self, channel: Channel, address: ProcessAddress, child: ProcessHandle) -> None:
         self._channel, self._address, self._child = channel, address, child
 

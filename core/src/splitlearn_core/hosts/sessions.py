@@ -51,7 +51,6 @@ from splitlearn_core.family import STATES
 from splitlearn_core.hosts.cache_changes import CHANGES, ROWS_AFTER, checked_change
 from splitlearn_core.hosts.description import component_facts
 from splitlearn_core.hosts.facts import PACKED, SOLO, Facts
-from splitlearn_core.hosts.idle_threads import ComputingLock
 from splitlearn_core.hosts.packs import BegunStep, PendingStep, advance, fits_a_pack
 from splitlearn_core.hosts.payload import pack, unpack
 from splitlearn_core.hosts.protocol import MAX_PAYLOAD_BYTES, Frame, Kind
@@ -201,7 +200,7 @@ class SessionTable:
         self._packing: ComponentModel | None = None
         self._lock = threading.Lock()
         #: Held during a forward, so that one runs at a time.
-        self._compute = ComputingLock()
+        self._compute = threading.Lock()
         #: When free memory was last returned to the system.
         self._returned_at = 0.0
         self._closing = False

@@ -293,8 +293,6 @@ class Address:
 class _LocalConnection:
     """A connection to an actor on this machine: payloads in shared memory."""
 
-    is_near = True
-
     def __init__(self, path: str) -> None:
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -322,7 +320,6 @@ class Connection:
 
     def __init__(self, inner: Any, address: Address, actor: Actor) -> None:
         self._inner, self._address, self._actor = inner, address, actor
-        self.is_near: bool = inner.is_near
 
     def send(self, request: Frame) -> None:
         """Send a request; raises as :meth:`Address.open`."""
