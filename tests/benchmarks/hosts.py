@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoint, qwen2
@@ -68,29 +69,37 @@ def _round_trips(session: Session) -> None:
     answer = _answer(session, "round trips", {"what": "trips", "rounds": session.runs})
     if answer is None:
         return
-    microseconds = {name: Sample.of((1e6 * value for value in values), "us") for name, values in answer.items()}
-    small, large = "frames of 16 kB and back", "frames of 4 MB and back"
-    ours, theirs = microseconds["channel 16 kB"], microseconds["pipe 16 kB"]
-    session.add(at_most(NAME, small, ours, "pipe", theirs, share=_PIPE_TIMES))
-    socket_row = Row(NAME, small, ours, "raw socket", microseconds["socket 16 kB"])
-    session.add(socket_row)
-    ours = microseconds["channel 4 MB"]
+    samples = {name: Sample.of((1e6 * value for value in values), "us") for name, values in answer.items()}
+    for place in _places():
+        what = f"frames of 16 kB and back, {place}"
+        ours, theirs = samples[f"channel 16 kB {place}"], samples[f"pipe 16 kB {place}"]
+        session.add(at_most(NAME, what, ours, "pipe", theirs, share=_PIPE_TIMES))
+        floor = samples[f"channel floor 16 kB {place}"]
+        session.add(Row(NAME, what, ours, "Python alone, Unix socket", floor, ours.median / floor.median))
+        what = f"{what}, WebSocket"
+        ours, theirs = samples[f"websocket 16 kB {place}"], samples[f"loopback 16 kB {place}"]
+        session.add(at_most(NAME, what, ours, "raw TCP socket", theirs, share=_WEBSOCKET_TIMES))
+        floor = samples[f"websocket floor 16 kB {place}"]
+        session.add(Row(NAME, what, ours, "asyncio alone", floor, ours.median / floor.median))
+    what = f"frames of 4 MB and back, {place}"
+    ours = samples[f"channel 4 MB {place}"]
+    copies, stream = samples[f"copies 4 MB {place}"], samples[f"socket 4 MB {place}"]
     note = "each way: into shared memory, and out of it"
-    session.add(at_most(NAME, large, ours, "the copies", microseconds["copies 4 MB"], share=_COPIES_TIMES, note=note))
-    session.add(at_most(NAME, large, ours, "raw socket", microseconds["socket 4 MB"], share=1.0))
-    for what, size, share in ((small, "16 kB", _WEBSOCKET_TIMES), (large, "4 MB", _BANDWIDTH_TIMES)):
-        ours, theirs = microseconds[f"websocket {size}"], microseconds[f"loopback {size}"]
-        session.add(at_most(NAME, f"{what}, WebSocket", ours, "raw TCP socket", theirs, share=share))
-    floors = ((small, "channel", "Python alone, Unix socket"), (f"{small}, WebSocket", "websocket", "asyncio alone"))
-    for what, name, peer in floors:
-        ours, floor = microseconds[f"{name} 16 kB"], microseconds[f"{name} floor 16 kB"]
-        session.add(Row(NAME, what, ours, peer, floor, ours.median / floor.median))
+    session.add(at_most(NAME, what, ours, "the copies", copies, share=_COPIES_TIMES, note=note))
+    session.add(at_most(NAME, what, ours, "raw socket", stream, share=1.0))
+    ours, theirs = samples[f"websocket 4 MB {place}"], samples[f"loopback 4 MB {place}"]
+    session.add(at_most(NAME, f"{what}, WebSocket", ours, "raw TCP socket", theirs, share=_BANDWIDTH_TIMES))
+
+
+def _places() -> dict[str, tuple[int, int]]:
+    """Where both ends run. The kernel would choose one or the other for each, which is ten times as fast or slow."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {"on one core": (cores[0], cores[0]), "on a core each": (cores[0], cores[-1])}
 
 
 def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
     trips: dict[str, tuple[int, Callable[[], None]]] = {
         "pipe 16 kB": (_SMALL, _pipe(_SMALL)),
-        "socket 16 kB": (_SMALL, _raw_socket(_SMALL)),
         "channel 16 kB": (_SMALL, _channel(_SMALL)),
         "channel floor 16 kB": (_SMALL, _raw_messages(_SMALL)),
         "socket 4 MB": (_LARGE, _raw_socket(_LARGE)),
@@ -102,15 +111,21 @@ def _measure_trips(job: dict[str, Any]) -> dict[str, Any]:
         "loopback 4 MB": (_LARGE, _raw_socket(_LARGE, over_tcp=True)),
         "websocket 4 MB": (_LARGE, _websocket(_LARGE)),
     }
-    answers: dict[str, list[float]] = {name: [] for name in trips}
+    places = _places()
+    answers: dict[str, list[float]] = {f"{name} {place}": [] for place in places for name in trips}
+    echoes = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
     for _ in range(job["rounds"]):
-        for name, (size, trip) in trips.items():
-            seconds = []
-            for _ in range(_REPEATS[size] + _DISCARDED):
-                begin = time.perf_counter()
-                trip()
-                seconds.append(time.perf_counter() - begin)
-            answers[name].append(Sample.of(seconds[_DISCARDED:], "s").median)
+        for place, (here, there) in places.items():
+            os.sched_setaffinity(0, {here})
+            for pid in echoes:
+                os.sched_setaffinity(pid, {there})
+            for name, (size, trip) in trips.items():
+                seconds = []
+                for _ in range(_REPEATS[size] + _DISCARDED):
+                    begin = time.perf_counter()
+                    trip()
+                    seconds.append(time.perf_counter() - begin)
+                answers[f"{name} {place}"].append(Sample.of(seconds[_DISCARDED:], "s").median)
     return answers
 
 
