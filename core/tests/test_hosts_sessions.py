@@ -241,7 +241,7 @@ def test_room_is_limited(table: SessionTable, parts: Any, clock: Clock) -> None:
     refused(one.step(3, states(1, 1)), "full")
     assert narrow.reserved_bytes == 9 * per_token
 
-    # What will never fit is told so: it is no use to try again.
+    # A session that can never fit is refused without a time after which to try again.
     never = one.send(Kind.OPEN, meta={"rows": 1, "tokens": 10})
     refused(never, "full", "one session would take")
     assert never.meta["retry_after"] is None

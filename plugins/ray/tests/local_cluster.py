@@ -62,7 +62,7 @@ def _join(shared: Path) -> tuple[dict[str, str], int]:
     if written.exists():
         try:
             return json.loads(written.read_text()), os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads: it has crashed
+        except OSError:  # no process reads the FIFO: the cluster has crashed
             _forget(shared)
     os.mkfifo(fifo)
     try:
@@ -137,7 +137,7 @@ def main() -> None:
         sys.stdout.close()
         is_used = True
         while is_used:
-            waiting.poll()  # until nobody has it open any more
+            waiting.poll()  # until no process has it open any more
             with _locked(shared):
                 is_used = not waiting.poll(0)
                 if not is_used:

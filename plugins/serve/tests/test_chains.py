@@ -233,7 +233,7 @@ def test_tokens_and_certificates_are_those_of_each_pair(
 
 
 def test_one_server_sends_on_to_itself(configured: Any, serve: Any, use: Any, models: Any, split: Any) -> None:
-    """Whoever may use its trunks needs no permission for that; each owner's token is that of their sessions."""
+    """An owner who may use its trunks needs no permission for that; sessions belong to the owner's token."""
     tokens = Tokens({ALICE: Owner("alice"), HOP: Owner("bob")})
     server = serve([configured(f"trunk{number}", THREE) for number in (1, 2, 3)], tokens=tokens)
     for token in (ALICE, HOP):
@@ -557,7 +557,7 @@ def test_many_outputs_on_the_way(
 
 @torch.no_grad()
 def test_who_sends_on_gets_no_result(pair: tuple[RemoteComponent, RemoteComponent]) -> None:
-    """It has the pass, and the owner of the session the result; who asks for what has not arrived is told so."""
+    """It has the pass; the session's owner gets the result, and an error for a step that has not arrived."""
     host = pair[1].host
     opened = host.request(Frame(Kind.OPEN, meta={"rows": 1, "tokens": 4}))
     specs, buffers = pack({"hidden_states": torch.zeros(1, 2, host.facts.hidden_size)})

@@ -29,8 +29,8 @@ _SEND_TIMEOUT = 60.0
 def serve_socket(component: ComponentModel, path: str | os.PathLike[str]) -> Iterator[str]:
     """Serve a trunk that runs here to other processes of the same user, on a Unix socket.
 
-    Yields the URL for :func:`connect`. Nobody else can connect, and there are no tokens. With the block, its sessions
-    end, and the socket is removed.
+    Yields the URL for :func:`connect`. Other users cannot connect, and there are no tokens. When the block ends, so do
+    its sessions, and the socket is removed.
 
     Args:
         component: A trunk that runs in this process.
@@ -49,7 +49,7 @@ def serve_socket(component: ComponentModel, path: str | os.PathLike[str]) -> Ite
                     raise FileExistsError("another process serves there")
                 place.unlink()
             listener.bind(str(place))
-            # Until it listens, nobody can connect.
+            # Nothing can connect before it listens.
             place.chmod(0o600)
             listener.listen()
         except OSError as error:

@@ -149,7 +149,7 @@ def resolved(quantised: QuantisedTensor, tensors: Mapping[str, TensorInfo]) -> Q
     sizes = numbers.shape[-2:]
     if math.prod(scales.shape) == 1:
         return replace(quantised, shape=numbers.shape, block=sizes)
-    if len(scales.shape) < 2 or scales.shape[:-2] != numbers.shape[:-2] or 0 in scales.shape:  # noqa: PLR2004
+    if len(scales.shape) < 2 or scales.shape[:-2] != numbers.shape[:-2] or 0 in scales.shape:  # noqa: PLR2004  # a matrix
         raise ValueError(_misfit(numbers, scales))
     grid = scales.shape[-2:]
     if quantised.block and grid == tuple(-(-size // step) for size, step in zip(sizes, quantised.block, strict=True)):

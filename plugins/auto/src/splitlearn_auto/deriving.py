@@ -215,10 +215,9 @@ def _zero_arguments(base: Any, embeddings: torch.Tensor) -> dict[str, torch.Tens
         if parameter.default is None and name not in _USUAL_ARGUMENTS
     ]
     for zeros in ({}, *({name: torch.zeros(())} for name in optional)):
-        # For embeddings of no token, and for a zero, the code of a model may raise anything.
         try:
             watch(base, embeddings, (), arguments=zeros)
-        except Exception:  # noqa: BLE001, S112
+        except Exception:  # noqa: BLE001, S112  # for embeddings of no token and for zeros, a model may raise anything
             continue
         return zeros
     return {}

@@ -265,10 +265,9 @@ def _named_size(config: Any, name: str, place: int, size: int) -> str:
             return f"{times}{keys[0]}"
         words = {*name.split("_")}
         for key in sorted(keys, key=lambda key: (-len(words & {*key.split("_")}), key in TINY, key)):
-            # Sizes that do not fit together: the class may raise any exception.
             try:
                 other = derive_parts(tiny_model(with_values(config, {key: 2 * numbers[key]}))).crossing
-            except Exception:  # noqa: BLE001, S112
+            except Exception:  # noqa: BLE001, S112  # for sizes that do not fit together, a class may raise anything
                 continue
             if other[name][place] == 2 * size:
                 return f"{times}{key}"
@@ -378,8 +377,7 @@ class _Variants:
             except CannotSplitError as refusal:
                 self._leave_out(values, refusal.message)
                 continue
-            # Values that do not fit together: the class may raise any exception.
-            except Exception:  # noqa: BLE001, S112
+            except Exception:  # noqa: BLE001, S112  # for values that do not fit together, a class may raise anything
                 continue
             if self._merge(other, values):
                 self.variants[name] = values

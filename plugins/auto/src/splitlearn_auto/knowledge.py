@@ -253,10 +253,9 @@ def _follows(known: Any, name: str, value: int) -> bool:
         base = value_of(known, other)
         if other == name or type(base) is not int:
             continue
-        # A class may refuse sizes that do not fit together; this value then shows nothing.
         try:
             changed = type(known)(**{other: base * 2})
-        except Exception:  # noqa: BLE001, S112
+        except Exception:  # noqa: BLE001, S112  # a class may refuse such sizes in any way: the value shows nothing
             continue
         if value_of(changed, name) != value:
             return True

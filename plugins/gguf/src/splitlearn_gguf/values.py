@@ -107,7 +107,7 @@ def read_tensor(
         on_bytes(count * row_bytes)
     if change is Change.ROW and tensor.ndim == 1:
         return tensor[None]
-    if change is Change.CHANNELS and tensor.ndim == 2:  # noqa: PLR2004
+    if change is Change.CHANNELS and tensor.ndim == 2:  # noqa: PLR2004  # channels and width
         return tensor.unsqueeze(1)
     # A view, as in transformers: with another layout in memory, products differ in the last bit.
     return tensor.T if change is Change.TRANSPOSE else tensor
@@ -139,7 +139,7 @@ def join(
         if how is Join.HEADS:
             part = piece.transpose(1, 2) if number == 0 else piece
             rows = whole.view(part.shape[0], -1, part.shape[2])
-        elif how is not Join.ROWS and len(shape) == piece.ndim > 2:  # noqa: PLR2004
+        elif how is not Join.ROWS and len(shape) == piece.ndim > 2:  # noqa: PLR2004  # experts, and a matrix of each
             rows = whole.transpose(1, 2)
         if how is Join.IN_TURN:
             rows[:, number::count] = part

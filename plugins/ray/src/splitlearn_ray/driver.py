@@ -249,7 +249,7 @@ class Group:
         if table.get("state") != _PLACED:
             return None
         node_id: str = table["bundles_to_node_id"][index]
-        # The group may not have been told yet that a node has died, as the actor has.
+        # Ray may notice later for the group than for the actor that a node has died.
         return node_id if any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()) else None
 
 

@@ -105,7 +105,7 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         f"a table of numbers from 0 by name; {', '.join(f'{name} has the option {own}' for name, own in _OWN.items())}",
     ),
     "group": _TEXT,
-    "group_size": (lambda value: type(value) is int and 0 < value <= 10_000, "a whole number from 1"),  # noqa: PLR2004
+    "group_size": (lambda value: type(value) is int and 0 < value <= 10_000, "a whole number from 1"),  # noqa: PLR2004  # none is larger
     "group_strategy": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
     "prepared": (lambda value: isinstance(value, bool), "true or false"),
     "wait": _AMOUNT,
