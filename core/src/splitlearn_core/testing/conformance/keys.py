@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from splitlearn_core import load_split_model
+from splitlearn_core.build.configuration import architecture_class
 from splitlearn_core.checkpoint.files import SINGLE
+from splitlearn_core.errors import TensorMismatchError
 from splitlearn_core.plugins.registry import registry
 from splitlearn_core.testing.conformance.base import Checks, explained
 from splitlearn_core.testing.conformance.diagnosis import misplaced
@@ -118,15 +121,22 @@ def _expect_alike(subject: Subject, folder: Path, tensors: Mapping[str, torch.Te
         (folder / file.name).write_bytes(file.read_bytes())
     whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save_file(whole, folder / SINGLE, {"format": "pt"})
-    got = {
-        name: tensor
-        for part in load_split_model(None, subject.middle, folder, strict=True)
-        if part is not None
-        for name, tensor in part.state_dict().items()
-    }
+    try:
+        parts = load_split_model(None, subject.middle, folder, strict=True)
+    except TensorMismatchError:
+        if _unread(subject, folder) and not _unread(subject, subject.checkpoint):
+            pytest.skip("transformers renames tensors of this type by names with the prefix, and does not read others")
+        raise
+    got = {name: tensor for part in parts if part is not None for name, tensor in part.state_dict().items()}
     usual = {
         name: tensor for part in subject.split(subject.middle).components for name, tensor in part.state_dict().items()
     }
     expect(got.keys() == usual.keys(), f"other tensors: {sorted(got.keys() ^ usual.keys())}", suspect)
     differ = [name for name, tensor in got.items() if not torch.equal(tensor, usual[name])]
     expect(not differ, f"other values: {', '.join(differ)}", suspect)
+
+
+def _unread(subject: Subject, folder: Path) -> Collection[str]:
+    """Return the tensors of the whole model that transformers does not find in a checkpoint."""
+    _, info = architecture_class(subject.family).from_pretrained(folder, output_loading_info=True)
+    return cast("Collection[str]", info["missing_keys"])
