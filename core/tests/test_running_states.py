@@ -216,6 +216,14 @@ def test_components_with_their_own_caches(name: str) -> None:
     assert torch.allclose(again[0], after[1], atol=1e-5)
 
 
+@torch.no_grad()
+def test_attentions_can_be_requested_where_some_layers_have_none(name: str) -> None:
+    expected = model(name)[0](input_ids=batch(5), output_attentions=True)
+    got = SplitCausalLM(*parts_of(name))(input_ids=batch(5), output_attentions=True)
+    assert torch.equal(got.logits, expected.logits)
+    assert ("attentions" in got) == ("attentions" in expected)
+
+
 def test_a_session_is_rebuilt(name: str, endpoint: MemoryEndpoint) -> None:
     """A restart of the host in the middle of a generation does not change it."""
     beams = 1 if name == "minimax" else 2

@@ -193,7 +193,8 @@ def _whole_output(outputs: list[Any], recordings: Mapping[str, Any], cache: Any)
         # The last state of a component is the first of the next.
         states = [state for output in outputs[:-1] for state in output.hidden_states[:-1]]
         recorded["hidden_states"] = _selected((*states, *last.hidden_states), requested)
-    if recordings["output_attentions"]:
+    # The output of a model of state spaces alone has no such field, whatever is requested.
+    if recordings["output_attentions"] and all(hasattr(output, "attentions") for output in outputs):
         recorded["attentions"] = tuple(item for output in outputs for item in output.attentions or ())
     if isinstance(last, torch.Tensor):
         return BaseModelOutputWithPast(last_hidden_state=last, **recorded)
