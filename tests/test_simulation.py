@@ -140,7 +140,7 @@ def test_one_server_takes_the_time_of_its_forwards(one_server: Any, modules: Any
     assert figures["step"]["p50"] == pytest.approx(owners * 0.030, rel=0.05)
     assert figures["lost"] == 0
     costs = modules.servers.Costs(forwards)
-    assert [costs.seconds(tokens) for tokens in (1, 3, 6, 11)] == pytest.approx([0.030, 0.054, 0.090, 0.150])
+    assert [costs.forward(tokens) for tokens in (1, 3, 6, 11)] == pytest.approx([0.030, 0.054, 0.090, 0.150])
 
 
 def test_packed_owners_share_forwards(one_server: Any) -> None:

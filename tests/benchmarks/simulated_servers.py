@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
 from bisect import bisect_left
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
@@ -49,6 +50,8 @@ class Costs:
     forwards: tuple[tuple[int, float], ...] = ((1, 0.030), (8, 0.045), (32, 0.120))
     #: Each further session in a forward, which attends for itself.
     session: float = 0.001
+    #: What a forward takes of all that, by chance one of these.
+    variation: tuple[float, ...] = (1.0,)
     #: A request in a thread of the server, besides its forward.
     call: float = 0.0005
     #: A request with its reply in the server's event loop, and at its owner; a connection, likewise.
@@ -57,8 +60,11 @@ class Costs:
     connection_loop: float = 0.002
     connection_owner: float = 0.001
 
-    def seconds(self, tokens: int) -> float:
-        """Return the seconds of a forward of one session."""
+    def forward(self, tokens: int, sessions: int = 1) -> float:
+        """Return the seconds of a forward of so many tokens of all its sessions."""
+        return self._alone(tokens) + (sessions - 1) * self.session
+
+    def _alone(self, tokens: int) -> float:
         places = [tokens for tokens, _ in self.forwards]
         if len(places) == 1:
             return self.forwards[0][1]
@@ -102,6 +108,8 @@ class Machine:
         self.tasks: dict[asyncio.Task[Any], None] = {}
         self.is_up = False
         self.busy_seconds = 0.0
+        #: Another one than the world's: with other seconds, the same servers fail.
+        self.chance = random.Random(f"{world.scenario.seed} {number}")
         #: What the running forward has taken; its clock is ahead of the loop's by that.
         self._ahead = 0.0
 
@@ -159,7 +167,8 @@ class Machine:
     def spend(self, tokens: int, sessions: int) -> None:
         """Count a forward, and what is done for its further sessions around it."""
         costs = self.world.scenario.costs
-        self._ahead += costs.seconds(tokens) + (sessions - 1) * (costs.session + costs.call)
+        forward = self.chance.choice(costs.variation) * costs.forward(tokens, sessions)
+        self._ahead += forward + (sessions - 1) * costs.call
 
     # --- as a manager, and as its model ---------------------------------------------------------------
 

@@ -305,7 +305,7 @@ class World:
                 if number:
                     life.steps.append(seconds)
                     costs = scenario.costs
-                    alone = costs.seconds(tokens) + costs.call + costs.loop + costs.owner
+                    alone = costs.forward(tokens) + costs.call + costs.loop + costs.owner
                     alone += 2 * line.seconds(states.nbytes * scenario.stretch)
                     life.waits.append(max(0.0, seconds - alone))
                 else:

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -142,8 +142,10 @@ def _one_server(session: Session, checkpoint: Checkpoint, mode: str) -> dict[str
         session.add(replace(row, reached=reached))
     costs: dict[str, Any] = rounds[-1]["costs"]
     forwards = ", ".join(f"{1000 * seconds:.1f} ms for {tokens}" for tokens, seconds in costs["forwards"])
-    others = ", ".join(f"{name} {1000 * value:.2f}" for name, value in costs.items() if name != "forwards")
-    note = f"forwards of {forwards} tokens; {others}, delay {1000 * rounds[-1]['delay']:.2f} ms"
+    single = ", ".join(f"{name} {1000 * value:.2f}" for name, value in costs.items() if isinstance(value, float))
+    least, *_, most = statistics.quantiles(costs["variation"], n=20)
+    single += f", delay {1000 * rounds[-1]['delay']:.2f} ms"
+    note = f"forwards of {forwards} tokens, times {least:.2f} to {most:.2f} (p5, p95); {single}"
     session.add(_kept(what, answers, note))
     return costs
 
@@ -198,23 +200,27 @@ def _costs(job: dict[str, Any], url: str, pid: int) -> dict[str, Any]:
     loop = _loop_seconds(pid)
     few = _generate(job, url, _FEW)
     loop = (_loop_seconds(pid) - loop - _FEW * connecting[1]) / few["requests"]
-    costs = {
-        "call": call,
-        "loop": loop,
-        "owner": few["owner"],
-        # With a connection comes a request.
-        "connection_owner": max(0.0, connecting[0] - few["owner"]),
-        "connection_loop": max(0.0, connecting[1] - loop),
-    }
-    if job["mode"] == "packed":
-        alone = Costs(tuple(sorted(forwards.items())))
-        shares = [(seconds - alone.seconds(pack)) / (pack - 1) for pack, seconds in few["packs"] if pack > 1]
-        costs["session"] = max(0.0, statistics.median(shares))
-    else:
+    if job["mode"] == "solo":
         # With others that keep the processor busy.
         forwards[1] = statistics.median(seconds for _, seconds in few["packs"])
+    alone = Costs(tuple(sorted(forwards.items())))
+    shares = [(seconds - alone.forward(pack)) / (pack - 1) for pack, seconds in few["packs"] if pack > 1]
+    costs = replace(alone, session=max(0.0, statistics.median(shares)) if shares else 0.0)
+    # Sessions that begin at once: their first forwards, which are slower, next to each other.
+    begin = statistics.median(seconds / costs.forward(pack * _PROMPT, pack) for pack, seconds in few["prompts"])
+    costs = replace(
+        costs,
+        forwards=tuple((tokens, seconds * (begin if tokens >= _PROMPT else 1)) for tokens, seconds in costs.forwards),
+        variation=tuple(seconds / costs.forward(pack, pack) for pack, seconds in few["packs"]),
+        call=call,
+        loop=loop,
+        owner=few["owner"],
+        # With a connection comes a request.
+        connection_owner=max(0.0, connecting[0] - few["owner"]),
+        connection_loop=max(0.0, connecting[1] - loop),
+    )
     delay = max(0.0, (besides - few["owner"] - loop - call) / 2)
-    return {"costs": {"forwards": sorted(forwards.items()), **costs}, "delay": delay}
+    return {"costs": asdict(costs), "delay": delay}
 
 
 def _loop_seconds(pid: int) -> float:
@@ -248,8 +254,8 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
     """Let owners begin at once, each with a connection, a prompt and then tokens.
 
     Returns:
-        Figures like those of a simulation; ``packs``, what the server says of the forward of each token; ``owner``, the
-        processor time of an owner for a token; and ``requests``, their number.
+        Figures like those of a simulation; ``prompts`` and ``packs``, what the server says of the forwards of prompts
+        and of tokens; ``owner``, the processor time of an owner for a token; and ``requests``, their number.
     """
     import torch
 
@@ -257,6 +263,7 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
 
     firsts: list[float] = []
     steps: list[float] = []
+    prompts: list[tuple[int, float]] = []
     packs: list[tuple[int, float]] = []
     owners: list[float] = []
     requests: list[int] = []
@@ -277,6 +284,7 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
                 trunk(hidden_states=token, past_key_values=cache)
                 steps.append(time.perf_counter() - begin)
             owners.append((time.thread_time() - worked) / _NEW)
+            prompts.append(seen.packs[0])
             packs.extend(seen.packs[1:])
             trunk.close()
             # One comes with the connection.
@@ -297,6 +305,7 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
         "tokens_per_second": count * (_PROMPT + _NEW) / seconds,
         "first": {"p50": statistics.median(firsts)},
         "step": {"p50": statistics.median(steps), "p95": steps[int(0.95 * (len(steps) - 1))]},
+        "prompts": prompts,
         "packs": packs,
         "owner": statistics.median(owners),
         "requests": sum(requests),

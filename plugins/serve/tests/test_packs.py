@@ -142,6 +142,24 @@ def test_a_user_whose_connection_ends_does_not_change_the_others(checkpoint: Pat
     assert asyncio.run(results(0, 1, 2, leaves=True)) == asyncio.run(results(*expected, leaves=False))
 
 
+def test_each_reply_of_a_pack_has_a_turn_of_the_loop(checkpoint: Path) -> None:
+    """A large pack does not keep the loop from other things until all of its replies are sent."""
+
+    async def turns() -> list[int]:
+        trunk, turn, ends = Trunk(checkpoint), 0, []
+        tasks = [trunk.start(place, torch.zeros(1, 2, 32)) for place in range(3)]
+        for task in tasks:
+            task.add_done_callback(lambda _: ends.append(turn))
+        trunk.may_begin.set()
+        while len(ends) < len(tasks):
+            await asyncio.sleep(0)
+            turn += 1
+        return ends
+
+    ends = asyncio.run(turns())
+    assert len(set(ends)) == len(ends)
+
+
 def test_a_server_that_ends_waits_for_no_pack(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tasks are cancelled while they wait for further steps; none of them goes on waiting."""
     monkeypatch.setattr("splitlearn_serve.packs._WINDOW_LEAST", 60.0)

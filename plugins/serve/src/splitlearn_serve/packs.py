@@ -98,6 +98,8 @@ class Packs:
             for waiting, reply in replies.items():
                 self._waiting.remove(waiting)
                 _settle(waiting, reply)
+                # One reply in each turn of the loop, which does other things between them.
+                await asyncio.sleep(0)
 
     async def _gather(self) -> None:
         """Wait a little for sessions that took part in the last forwards: their owners are about to go on."""
