@@ -19,11 +19,13 @@ from loaders import Job, split_model
 from measuring import MeasurementError, Session, in_fresh_process, read_through, say
 from report import Row, Sample
 
-from serving import DELAY_MS, NEW, PROMPT, delayed, served
+from serving import DELAY_MS, PROMPT, delayed, served
 
 NAME = "chains"
 _SHARE = 0.95
 _HOPS = (2, 4)
+#: Few tokens in each turn, so that what is compared is near in time on a machine whose speed changes.
+_NEW, _ROUNDS_PER_RUN = 16, 4
 
 
 def run(session: Session) -> None:
@@ -43,7 +45,7 @@ def _chain(session: Session, checkpoint: Checkpoint, hops: int) -> None:
         "cut": [first, last],
         "cuts": [first + (last - first) * number // hops for number in range(hops)] + [last],
         "vocabulary": recipe.vocabulary,
-        "rounds": session.runs,
+        "rounds": _ROUNDS_PER_RUN * session.runs,
     }
     try:
         answer = in_fresh_process("chains", job)
@@ -52,16 +54,16 @@ def _chain(session: Session, checkpoint: Checkpoint, hops: int) -> None:
         return
     note = "" if answer["equal"] else "; the outputs differ"
     chain, star, one, *far = list(zip(*answer["seconds"], strict=True))[:-2]
-    ours, through, peer = (Sample.of((NEW / each for each in seconds), "tok/s") for seconds in (chain, star, one))
+    ours, through, peer = (Sample.of((_NEW / each for each in seconds), "tok/s") for seconds in (chain, star, one))
     # A server more receives a request, and answers it, for each token.
-    less = Sample.of((NEW / (each + (hops - 1) * NEW * answer["hop"]) for each in one), "tok/s")
+    less = Sample.of((_NEW / (each + (hops - 1) * _NEW * answer["hop"]) for each in one), "tok/s")
     ratio = Sample.of((o / t for o, t in zip(ours.values, less.values, strict=True)), "").median
     bound = f"one server alone: {peer}; a hop takes {1000 * answer['hop']:.2f} ms; {_most(answer, less, hops)}{note}"
     session.add(
         Row(NAME, what, ours, "one trunk, less the hops", less, ratio, f">= {_SHARE:g} of it", ratio >= _SHARE, bound),
         Row(NAME, what, ours, "through the owner", through, ours.median / through.median),
     )
-    ours, through = (Sample.of((NEW / each for each in seconds), "tok/s") for seconds in far)
+    ours, through = (Sample.of((_NEW / each for each in seconds), "tok/s") for seconds in far)
     what = f"{what}, {DELAY_MS:g} ms away, next to each other"
     session.add(Row(NAME, what, ours, "through the owner", through, ours.median / through.median, note=note[2:]))
 
@@ -70,7 +72,7 @@ def _most(answer: dict[str, Any], less: Sample, hops: int) -> str:
     """Say what of a miss is the machine's: the same trunks compute more slowly in processes that share its cores."""
     *_, inside, cut = zip(*answer["seconds"], strict=True)
     chain, _, one, *_ = zip(*answer["computing"], strict=True)
-    apart, alone, together, whole = (1000 / NEW * statistics.median(each) for each in (chain, one, cut, inside))
+    apart, alone, together, whole = (1000 / _NEW * statistics.median(each) for each in (chain, one, cut, inside))
     # More cuts cost a little in one process, too.
     slower = max(0.0, apart - alone - max(0.0, together - whole))
     share = 1 / (1 + slower / 1000 * less.median)
@@ -129,8 +131,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
                     _count_replies(part.host, count)
         for part in (model.components[place] for model in (inline, several) for place in (0, -1)):
             _count_forwards(part, count)
-        actions = [decoding(model, prompt) for model in models]
-        expected = decoding(inline, prompt)()
+        actions = [decoding(model, prompt, _NEW) for model in models]
+        expected = decoding(inline, prompt, _NEW)()
         equal = all(torch.equal(action(), expected) for action in actions)
         one.host.request = request
         seconds, computing = [], []

@@ -74,10 +74,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def decoding(model: Any, prompt: Any) -> Callable[[], Any]:
+def decoding(model: Any, prompt: Any, new: int = _NEW) -> Callable[[], Any]:
     import torch
 
-    options = {"do_sample": False, "min_new_tokens": _NEW, "max_new_tokens": _NEW, "pad_token_id": 0}
+    options = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
     mask = torch.ones_like(prompt)
     return lambda: model.generate(prompt, attention_mask=mask, **options)
 

@@ -36,9 +36,11 @@ class TrunkActor:
     def prepare(self, model_type: str) -> None:
         """Import what a load needs; an error of it is the load's."""
         with self._importing:
-            from splitlearn_core import preload
+            from splitlearn_core import load_split_model, preload  # noqa: F401  # imported when they are named
+            from splitlearn_ray import serving  # noqa: F401  # with what serves a component
 
             preload({model_type})
+            versions()
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Load the trunk and listen for connections.

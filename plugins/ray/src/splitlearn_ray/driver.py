@@ -28,8 +28,9 @@ from splitlearn_core import CapacityError, ConfigurationError, HostDiedError, Lo
 from splitlearn_core.extension import human_bytes, reserve_stdout
 from splitlearn_ray.actor import TrunkActor, described, versions
 
-#: Seconds between two looks at a placement or a load.
-_LOOK_EVERY = 0.1
+#: Seconds between two looks at a placement or a load; the first ones at a placement, which mostly takes milliseconds,
+#: follow each other faster.
+_LOOK_EVERY, _LOOK_FIRST = 0.1, 0.002
 #: Calls of one actor at a time: its load, the watch, and questions.
 _CONCURRENCY = 8
 _MEMORY_TIMEOUT = 5.0
@@ -336,14 +337,15 @@ class Placement:
         return ending
 
     def _wait_for_place(self, group: Group, index: int) -> str | None:
-        deadline = time.monotonic() + self._place["wait"]
+        deadline, pause = time.monotonic() + self._place["wait"], _LOOK_FIRST
         self._send({"progress": ["placing", None, 0, 0, ""]})
         while not self._ends.is_set():
             if (node_id := group.node_of(index)) is not None:
                 return node_id
             if time.monotonic() > deadline:
                 raise self._cluster.shortage(self._model_id, group, self._place["wait"])
-            self._ends.wait(_LOOK_EVERY)
+            self._ends.wait(pause)
+            pause = min(2 * pause, _LOOK_EVERY)
         return None
 
     def _start(self, group: Group, index: int, node_id: str) -> None:
