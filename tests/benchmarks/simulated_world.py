@@ -16,7 +16,7 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -337,18 +337,15 @@ class World:
 
     def _figures(self) -> dict[str, Any]:
         paces = [life.pace for life in self.lives if not life.is_slow] or [life.pace for life in self.lives]
-        waits = sorted(itertools.chain.from_iterable(life.waits for life in self.lives))
-        steps = sorted(itertools.chain.from_iterable(life.steps for life in self.lives))
-        firsts = sorted(life.first for life in self.lives)
         end = max(life.ended_at for life in self.lives)
         return {
             "problems": self.watch.problems,
             "seconds": end,
             "tokens": self.received,
             "tokens_per_second": self.received / end,
-            "first": _percentiles(firsts),
-            "step": _percentiles(steps),
-            "wait": _percentiles(waits),
+            "first": percentiles(life.first for life in self.lives),
+            "step": percentiles(itertools.chain.from_iterable(life.steps for life in self.lives)),
+            "wait": percentiles(itertools.chain.from_iterable(life.waits for life in self.lives)),
             "lost": (self.computed - self.received) / self.computed,
             "fairness": sum(paces) ** 2 / (len(paces) * sum(pace**2 for pace in paces)),
             "slowest": min(paces) / statistics.median(paces),
@@ -364,7 +361,10 @@ def simulate(scenario: Scenario, trunk: Any) -> dict[str, Any]:
     return World(scenario, trunk).run()
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    return {
-        name: values[int(share * (len(values) - 1))] for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
+def percentiles(values: Iterable[float]) -> dict[str, float]:
+    """Return the median, and those values below which 95 and 99 % are."""
+    ordered = sorted(values)
+    places = {"p95": 0.95, "p99": 0.99}
+    return {"p50": statistics.median(ordered)} | {
+        name: ordered[int(share * (len(ordered) - 1))] for name, share in places.items()
     }

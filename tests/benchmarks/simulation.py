@@ -25,6 +25,8 @@ from serving import served
 NAME = "simulation"
 #: Owners on the one server, and those from whom it is found what work takes; tokens of their prompts, and after it.
 _TOGETHER, _FEW, _PROMPT, _NEW = 8, 4, 32, 32
+#: Tokens of an owner until all of them have begun: no forward has a part of a prompt then.
+_BEGINNING = 12
 #: Mode -> tokens of forwards that are timed alone. Packed prompts of all owners are one forward.
 _FORWARDS = {"solo": (1, _PROMPT), "packed": (1, _FEW, _TOGETHER, _PROMPT, 4 * _PROMPT)}
 #: Connections that are timed, and forwards of each size but that of a token.
@@ -202,15 +204,13 @@ def _costs(job: dict[str, Any], url: str, pid: int) -> dict[str, Any]:
     loop = (_loop_seconds(pid) - loop - _FEW * connecting[1]) / few["requests"]
     if job["mode"] == "solo":
         # With others that keep the processor busy.
-        forwards[1] = statistics.median(seconds for _, seconds in few["packs"])
-    alone = Costs(tuple(sorted(forwards.items())))
-    shares = [(seconds - alone.forward(pack)) / (pack - 1) for pack, seconds in few["packs"] if pack > 1]
-    costs = replace(alone, session=max(0.0, statistics.median(shares)) if shares else 0.0)
-    # Sessions that begin at once: their first forwards, which are slower, next to each other.
-    begin = statistics.median(seconds / costs.forward(pack * _PROMPT, pack) for pack, seconds in few["prompts"])
+        of_prompts, of_tokens = ([seconds for _, seconds in few[what]] for what in ("prompts", "packs"))
+        forwards = {1: statistics.median(of_tokens), _PROMPT: statistics.median(of_prompts)}
+    costs = Costs(tuple(sorted(forwards.items())))
+    shares = [(seconds - costs.forward(pack)) / (pack - 1) for pack, seconds in few["packs"] if pack > 1]
+    costs = replace(costs, session=max(0.0, statistics.median(shares)) if shares else 0.0)
     costs = replace(
         costs,
-        forwards=tuple((tokens, seconds * (begin if tokens >= _PROMPT else 1)) for tokens, seconds in costs.forwards),
         variation=tuple(seconds / costs.forward(pack, pack) for pack, seconds in few["packs"]),
         call=call,
         loop=loop,
@@ -255,9 +255,11 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
 
     Returns:
         Figures like those of a simulation; ``prompts`` and ``packs``, what the server says of the forwards of prompts
-        and of tokens; ``owner``, the processor time of an owner for a token; and ``requests``, their number.
+        and, when all have begun, of tokens; ``owner``, the processor time of an owner for a token; and ``requests``,
+        their number.
     """
     import torch
+    from simulated_world import percentiles
 
     from splitlearn_core import connect
 
@@ -285,7 +287,7 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
                 steps.append(time.perf_counter() - begin)
             owners.append((time.thread_time() - worked) / _NEW)
             prompts.append(seen.packs[0])
-            packs.extend(seen.packs[1:])
+            packs.extend(seen.packs[1 + _BEGINNING :])
             trunk.close()
             # One comes with the connection.
             requests.append(1 + trunk.host.round_trips)
@@ -300,11 +302,10 @@ def _generate(job: dict[str, Any], url: str, count: int) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     if len(requests) < count:
         raise RuntimeError("an owner did not come to its end")
-    steps.sort()
     return {
         "tokens_per_second": count * (_PROMPT + _NEW) / seconds,
-        "first": {"p50": statistics.median(firsts)},
-        "step": {"p50": statistics.median(steps), "p95": steps[int(0.95 * (len(steps) - 1))]},
+        "first": percentiles(firsts),
+        "step": percentiles(steps),
         "prompts": prompts,
         "packs": packs,
         "owner": statistics.median(owners),
