@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,29 @@ def test_a_long_prompt_leaves_room_for_short_steps(trunk: Any) -> None:
     (reply,) = sessions.run(prompt)
     (whole,) = in_one_forward(trunk, [[long]])
     torch.testing.assert_close(unpack(reply)["output"], whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_abandoned", [False, True])
+def test_a_step_that_has_ended_keeps_no_cache(trunk: Any, is_abandoned: bool) -> None:
+    """What it would have restored is freed at once, by the thread that computed, and not by the collector."""
+    sessions = Sessions(trunk, 2)
+    sessions.run(*(sessions.step(place, states) for place, states in enumerate(states_of(trunk, 20, 20))))
+    (session, *_) = sessions.table._sessions.values()
+    long, token = states_of(trunk, 40, 1)
+    gc.disable()
+    try:
+        before = weakref.ref(session.cache.layers[0].keys)
+        step, other = sessions.step(0, long), sessions.step(1, token)
+        sessions.table.run_pack([step, other])
+        half = weakref.ref(session.cache.layers[0].keys)
+        assert before() is not None
+        assert half() is not None
+        step.is_abandoned = is_abandoned
+        sessions.run(step)
+        assert (before() is None) is not is_abandoned
+        assert half() is None
+    finally:
+        gc.enable()
 
 
 def test_an_abandoned_step_leaves_its_session_as_it_was(trunk: Any) -> None:

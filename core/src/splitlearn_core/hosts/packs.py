@@ -39,6 +39,10 @@ class PendingStep:
     #: What has begun: the state of its session, and the inputs.
     begun: BegunStep | None = None
 
+    def end(self, reply: Frame) -> None:
+        """Note the reply, and drop the cache from before: freeing it takes milliseconds, here in a thread for calls."""
+        self.reply, self.begun = reply, None
+
 
 @dataclass(slots=True, eq=False)
 class BegunStep:
@@ -51,7 +55,7 @@ class BegunStep:
     position_ids: torch.Tensor | None
     requested_at: float
     #: Ends the step: with its result, or with an error and the session as it was.
-    succeed: Callable[[Frame], Frame]
+    succeed: Callable[[BegunStep, Frame], Frame]
     fail: Callable[[RemoteError | None], Frame]
     done: int = 0
     outputs: list[torch.Tensor] = field(default_factory=list)

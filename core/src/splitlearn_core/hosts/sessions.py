@@ -260,7 +260,7 @@ class SessionTable:
         """
         for step in steps:
             if step.is_abandoned:
-                step.reply = error_frame(_abandoned(), step.frame) if step.begun is None else step.begun.fail(None)
+                step.end(error_frame(_abandoned(), step.frame) if step.begun is None else step.begun.fail(None))
             elif step.begun is None:
                 step.reply = self._answer(step.frame, partial(self._begin, step))
         ready = [step for step in steps if step.reply is None and step.begun is not None]
@@ -274,9 +274,9 @@ class SessionTable:
             failed = advance(self._packing, running, self._clock)
         for place, (step, begun) in enumerate(zip(ready, running, strict=True)):
             if place in failed:
-                step.reply = begun.fail(failed[place])
+                step.end(begun.fail(failed[place]))
             elif not begun.remaining:
-                step.reply = self._answer(step.frame, begun.succeed, is_expanded=True)
+                step.end(self._answer(step.frame, partial(begun.succeed, begun), is_expanded=True))
 
     def _answer(self, frame: Frame, handler: Callable[[Frame], Any], *, is_expanded: bool = False) -> Any:
         """Return a handler's reply to a request, or the error that it raises as a reply."""
@@ -450,8 +450,9 @@ class SessionTable:
 
             begun_from = before
 
-            def succeed(request: Frame) -> Frame:
-                begun = cast("BegunStep", step.begun)
+            # Neither holds the step, which holds both: the state from before, with its cache, would wait for the
+            # collector of garbage.
+            def succeed(begun: BegunStep, request: Frame) -> Frame:
                 try:
                     specs, buffers = pack({"output": torch.cat(begun.outputs, dim=1)})
                     meta = {
@@ -474,7 +475,7 @@ class SessionTable:
                 begun_from.restore(session)
                 session.used_at = self._clock()
                 session.lock.release()
-                return error_frame(error or _abandoned(), step.frame)
+                return error_frame(error or _abandoned(), frame)
 
             step.begun = BegunStep(
                 hidden=hidden,
