@@ -196,6 +196,25 @@ def test_a_forward_that_fails_is_repeated_by_each_alone(trunk: Any, monkeypatch:
     assert reply.meta["length"] == 6
 
 
+def test_what_cannot_run_is_refused_before_it_shares_a_forward(trunk: Any) -> None:
+    """Another number of sequences than the cache has, or positions of other tokens: the other session runs packed."""
+    sessions = Sessions(trunk, 3)
+    prompts = states_of(trunk, 3, 4, 5)
+    sessions.run(*map(sessions.step, range(3), prompts))
+    (token,) = states_of(trunk, 1)
+    specs, buffers = pack({"hidden_states": token, "position_ids": torch.arange(2)[None]})
+    positions = sessions.step(1, token)
+    positions.frame = positions.frame._replace(tensors=specs, buffers=buffers)
+    rows, positions, good = sessions.run(sessions.step(0, token.repeat(2, 1, 1)), positions, sessions.step(2, token))
+    for refusal, what in ((rows, "the cache has 1 sequences"), (positions, "position_ids are [1, 2]")):
+        assert refusal.meta["code"] == "bad_input"
+        assert what in refusal.meta["message"]
+    assert good.meta["mode"] == "packed"
+    # What was refused has left its session as it was.
+    sessions.done[:2] = [1, 1]
+    assert [r.meta["length"] for r in sessions.run(sessions.step(0, token), sessions.step(1, token))] == [4, 5]
+
+
 def test_a_long_prompt_leaves_room_for_short_steps(trunk: Any) -> None:
     sessions = Sessions(trunk, 2)
     long, first, second = states_of(trunk, 40, 1, 1)

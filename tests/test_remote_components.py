@@ -697,6 +697,7 @@ def test_wrong_addresses_are_refused(url: str, words: str) -> None:
 def test_wrong_limits_are_refused_at_once() -> None:
     """All of them in one error, before a connection."""
     wrong: dict[str, Any] = {"max_tokens": 0, "wait": "10", "reply_timeout": math.nan, "journal_bytes": True}
+    wrong |= {"wire": "int2", "mode": "pack", "chain": "yes"}
     with pytest.raises(ConfigurationError) as caught:
         connect("http://127.0.0.1:1/trunk", **wrong)
     assert all(f"{name}={value!r}" in str(caught.value) for name, value in wrong.items())

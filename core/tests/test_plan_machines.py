@@ -67,7 +67,12 @@ def test_machines_are_read() -> None:
 def test_all_that_is_wrong_with_machines_is_listed() -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_machines(["owner=8GB:20GB", "a=none:1GB/s", "b=1GB:0GB/s", "c=1GB:1GB/s", "c=1GB:1GB/s"])
-    for text in ("'owner=8GB:20GB'", "'a=none:1GB/s'", "'b=1GB:0GB/s'", "'c' is there 2 times"):
+    for text in (
+        "'owner=8GB:20GB'",
+        "'a=none:1GB/s'",
+        "'b=1GB:0GB/s' is not NAME=MEMORY:SPEED/s[:DELAYms], with sizes",
+        "'c' is there 2 times",
+    ):
         assert text in caught.value.message
     with pytest.raises(ConfigurationError, match="the owner of the data is the first"):
         parse_machines(["owner=8GB:20GB/s"])

@@ -396,6 +396,7 @@ def test_who_cannot_send_on_is_named(
         split(use(one, chain=True), second)
     assert words in caught.value.message
     assert f"--next {two}" in caught.value.hint
+    assert "no wire= for either" in caught.value.hint
 
 
 def test_a_chain_can_be_refused_by_its_user(

@@ -151,7 +151,7 @@ class Host:
             raise ConfigurationError(
                 f"mode={mode!r}: {self.url} runs sessions {', '.join(self.facts.modes)}",
                 hint='leave mode out; packed sessions need a trunk in the server\'s own process (host="inline"), of a '
-                "family that is packable",
+                "family that is packable, whose rotary positions do not depend on the longest sequence",
             )
         if wire not in self.facts.wires:
             self.close()

@@ -38,8 +38,9 @@ def restored(whole: Any) -> Iterator[None]:
     lengths = {layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")}
     if len(lengths) > 1:
         raise ConfigurationError(
-            f"the layers of this cache have {' and '.join(map(str, sorted(lengths)))} tokens: a step failed half-way",
-            hint="start again with an empty cache",
+            f"the layers of this cache have {' and '.join(map(str, sorted(lengths)))} tokens: a step failed half-way, "
+            "or two threads use it",
+            hint="start again with an empty cache, one for each thread",
         )
     length = max(lengths, default=0)
     # Where tokens cannot be removed from the cache at a host, its session forgets the step, and is rebuilt.

@@ -78,9 +78,25 @@ def allows_packs(component: ComponentModel) -> bool:
     return can_pack(component.family, component.decoder_config, component.new_cache().layers)
 
 
-def fits_a_pack(inputs: dict[str, Any]) -> bool:
-    """Return whether a step has no arguments but those that a shared forward takes."""
-    mask = inputs.get("attention_mask")
+def fits_a_pack(hidden: torch.Tensor, inputs: dict[str, Any], cached_rows: int) -> bool:
+    """Return whether a step has no arguments but those that a shared forward takes.
+
+    Raises:
+        RemoteError: It cannot run at all, and would make a shared forward fail for others.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    rows, tokens = hidden.shape[:2]
+    problems = []
+    if cached_rows not in (0, rows):
+        problems.append(f"the cache has {cached_rows} sequences")
+    if isinstance(positions, torch.Tensor) and tuple(positions.shape) not in ((1, tokens), (rows, tokens)):
+        problems.append(f"position_ids are {list(positions.shape)}")
+    if problems:
+        raise RemoteError(
+            f"hidden_states are {list(hidden.shape)}, and {' and '.join(problems)}",
+            code="bad_input",
+            hint="give as many sequences as the cache has, and a position for each new token",
+        )
     given = {name for name, value in inputs.items() if value is not None}
     is_plain = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == _MASK_DIMENSIONS)
     return given <= _ARGUMENTS and is_plain

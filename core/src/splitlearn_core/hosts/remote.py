@@ -81,12 +81,12 @@ def connect(
         ConfigurationError: An argument is invalid.
         RemoteError: The server cannot be reached, or refuses.
     """
-    if wire not in WIRES or mode not in MODES:
-        raise ConfigurationError(
-            f"wire={wire!r}, mode={mode!r}: this version knows {', '.join(WIRES)}, and {', '.join(MODES)}",
-            hint="leave both out, or use one of these",
-        )
     problems = [
+        f"{name}={value!r} is not {' or '.join(map(repr, known))}"
+        for name, value, known in (("wire", wire, WIRES), ("mode", mode, MODES), ("chain", chain, (None, True, False)))
+        if value not in known
+    ]
+    problems += [
         f"{name}={value!r} is not {what}"
         for name, value, kind, least, what in (
             ("max_tokens", max_tokens, int, 1, "a whole number of 1 or more"),
@@ -203,8 +203,8 @@ class RemoteComponent(nn.Module):
             if link.name is None and self._chain:
                 raise ConfigurationError(
                     f"the output of {self.component} cannot go on to {following.component}: {link.refusal}",
-                    hint=f"`splitlearn serve ... --next {following.url}` at {self.url} allows it; without chain=True, "
-                    "the output goes through this process",
+                    hint=f"it takes `splitlearn serve ... --next {following.url}` at {self.url}, and no wire= for "
+                    "either; without chain=True, the output goes through this process",
                 )
             if not refusal:
                 # Another model of the same components may have no such reason.

@@ -443,7 +443,7 @@ class SessionTable:
             self._grow_for(session, tensors)
             plain = mode == Mode.of({})
             hidden, inputs = self._inputs(frame, tensors, session, mode) if plain else (None, {})
-            if hidden is None or not fits_a_pack(inputs):
+            if hidden is None or not fits_a_pack(hidden, inputs, cached_rows(session.cache)):
                 result = self._forward(frame, session, step.owner, step.limits)
                 is_prepared = True
                 return _finished(session, frame, result)
@@ -590,7 +590,8 @@ class SessionTable:
         limits = session.limits
         if rows > limits.max_rows or tokens > limits.max_tokens:
             raise RemoteError(
-                f"{rows} sequences of {tokens} tokens; this host allows {limits.max_rows} of {limits.max_tokens}",
+                f"sequences: {rows}, tokens of each: {tokens}; "
+                f"this host allows {limits.max_rows} and {limits.max_tokens}",
                 code="too_large",
                 hint="shorten the input, or generate fewer tokens or beams",
             )

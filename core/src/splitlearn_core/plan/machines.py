@@ -112,7 +112,8 @@ def parse_machines(texts: Sequence[str]) -> tuple[Machine, ...]:
         match = _MACHINE.fullmatch(text.strip())
         memory, speed = (parse_size(match[part]) if match else -1 for part in ("memory", "speed"))
         if match is None or memory <= 0 or speed <= 0:
-            problems.append(f"{text!r} is not NAME=MEMORY:SPEED/s[:DELAYms]")
+            why = "" if match is None else ", with sizes of 1 byte or more"
+            problems.append(f"{text!r} is not NAME=MEMORY:SPEED/s[:DELAYms]{why}")
         else:
             machines.append(Machine(match["name"], memory, float(speed), float(match["delay"] or 0) / 1000))
     names = [machine.name for machine in machines]
