@@ -284,7 +284,7 @@ class TestLimits:
         alice(hidden(alice), past_key_values=cache)
         with pytest.raises(RemoteBusyError, match="1 of them yours"):
             alice(hidden(alice), past_key_values=alice.new_cache())
-        with pytest.raises(RemoteStepError, match="allows 512 of 50"):
+        with pytest.raises(RemoteStepError, match="allows 512 and 50"):
             alice(hidden(alice, 48), past_key_values=cache)
         for _ in range(2):
             bob(hidden(bob), past_key_values=bob.new_cache())

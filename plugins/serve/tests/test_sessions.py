@@ -296,7 +296,7 @@ class TestAccess:
         assert refusal.value.retry_after
         for _ in range(2):
             bob(hidden(bob), past_key_values=bob.new_cache())
-        with pytest.raises(RemoteStepError, match="allows 512 of 50"):
+        with pytest.raises(RemoteStepError, match="allows 512 and 50"):
             alice(hidden(alice, 48), past_key_values=first)
 
     def test_the_session_of_another_owner(self, guarded: StatusServer) -> None:
