@@ -143,6 +143,14 @@ def test_one_server_takes_the_time_of_its_forwards(one_server: Any, modules: Any
     assert [costs.forward(tokens) for tokens in (1, 3, 6, 11)] == pytest.approx([0.030, 0.054, 0.090, 0.150])
 
 
+def test_forwards_vary_as_those_that_were_measured(one_server: Any) -> None:
+    """Each takes one of the given shares of its time."""
+    shares = ((1.0,), (2.0,), (1.0, 2.0))
+    as_usual, slower, varied = (one_server(2, 8, ((1, 0.030),), variation=each) for each in shares)
+    assert slower["seconds"] == pytest.approx(2 * as_usual["seconds"], rel=0.05)
+    assert as_usual["seconds"] < varied["seconds"] < slower["seconds"]
+
+
 def test_packed_owners_share_forwards(one_server: Any) -> None:
     """Where several tokens take as long as one, several owners do."""
     alone, together = (one_server(4, 8, ((1, 0.030),), mode=mode) for mode in ("solo", "packed"))
